@@ -1,0 +1,71 @@
+"""Generation with transformers: batched greedy decoding, KV cache, left padding."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from eval.backends import Completion
+
+
+class HFBackend:
+    """Answers with a model in memory.
+
+    Args:
+        model: causal or encoder-decoder model, with or without a PEFT adapter (never merged: a merge rounds).
+        autocast_dtype: dtype of the matrix products, None for the weights' own.
+        identity: what the record says of the model, such as hashes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        autocast_dtype: torch.dtype | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.autocast_dtype, self.identity = autocast_dtype, identity or {}
+        self.device = next(model.parameters()).device
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": "hf", "batch_size": self.batch_size, **self.identity}
+
+    def prompt_length(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt)["input_ids"])
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[Completion]:
+        batch = self.tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(self.device)
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
+        )
+        with self._autocast():
+            output = self.model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=greedy
+            )
+        start = 1 if self.model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        return [self._completion(ids) for ids in output[:, start:].tolist()]
+
+    def _completion(self, ids: list[int]) -> Completion:
+        eos = self.tokenizer.eos_token_id
+        finished = eos in ids
+        kept = ids[: ids.index(eos)] if finished else ids
+        return Completion(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), finished)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)

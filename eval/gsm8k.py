@@ -1,0 +1,124 @@
+"""GSM8K and data sets in its form: zero-shot, greedy, exact match of the final number.
+
+    python -m eval.gsm8k PATH [key=value ...]
+
+PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: max_rows, max_new_tokens,
+batch_size, rows=FILE.jsonl (rows {"x", "y"}), data_root=DIR, device, out=DIR, score_only=true.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from eval import predictions
+from eval.backends import Backend
+from flatlora.config import Section, setting
+from flatlora.results import write_json
+from flatlora.rows import prompt_text, read_rows
+
+SCORER_VERSION = 1
+HEADLINE = "exact_match"
+
+# A number as people write it: sign, dollar sign, thousands separators, decimals; "42." ends a sentence.
+_NUMBER = re.compile(
+    r"(?<![\w.])(?:[-−]\s?)?\$?\s?(?:[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-−]?\$?\.\d+"
+)
+
+
+class Config(Section):
+    max_rows: int | None = setting(None, ge=1, remedy="null scores every row of the data set's test split")
+    max_new_tokens: int = setting(512, ge=1, remedy="512 as published")
+    batch_size: int = setting(16, ge=1)
+
+
+def parse_answer(text: str) -> Decimal | None:
+    """The number after the last "####", else the last number of the text; None when there is none.
+
+    Reads 1,000 · -5 · $42.50 · 42. · +7 as people mean them. A "####" without a number after it is no answer.
+    """
+    marked = text.rpartition("####")
+    if marked[1]:
+        numbers = _NUMBER.findall(marked[2].split("\n####")[0])
+        return _to_decimal(numbers[0]) if numbers else None
+    numbers = _NUMBER.findall(text)
+    return _to_decimal(numbers[-1]) if numbers else None
+
+
+def _to_decimal(number: str) -> Decimal:
+    digits = re.sub(r"[^\d.]", "", number)
+    negative = "-" in number or "−" in number
+    return -Decimal(digits) if negative else Decimal(digits)
+
+
+def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Exact match of predictions; an unparsed prediction is wrong and counted apart.
+
+    Args:
+        rows: {"reference", "completion", "finished", "tokens"} each.
+
+    Raises:
+        ValueError: a reference without a number: the data set is broken, and a score of it would mean nothing.
+    """
+    right = unparsed = 0
+    for row in rows:
+        wanted, answer = parse_answer(row["reference"]), parse_answer(row["completion"])
+        if wanted is None:
+            raise ValueError(f"Row {row.get('index')} has no number in its reference {row['reference'][-60:]!r}.")
+        right += answer == wanted
+        unparsed += answer is None
+    total = len(rows)
+    return {
+        "scorer": f"gsm8k/{SCORER_VERSION}",
+        "n": total,
+        "metrics": {
+            HEADLINE: right / total if total else None,
+            "unparsed": unparsed / total if total else None,
+            "unfinished": sum(not row["finished"] for row in rows) / total if total else None,
+            "mean_tokens": sum(row["tokens"] for row in rows) / total if total else None,
+        },
+    }
+
+
+def run(
+    backend: Backend,
+    rows: Sequence[dict[str, str]],
+    folder: Path,
+    config: Config,
+    *,
+    on_progress: predictions.OnProgress | None = None,
+) -> dict[str, Any]:
+    """Answer `rows` ({"x", "y"}) and score them; writes predictions.jsonl and score.json, returns the score."""
+    rows = rows[: config.max_rows]
+    path = predictions.generate(
+        backend,
+        [prompt_text(row["x"]) for row in rows],
+        [row["y"] for row in rows],
+        folder,
+        max_new_tokens=config.max_new_tokens,
+        on_progress=on_progress,
+    )
+    return score_file(path)
+
+
+def score_file(path: Path) -> dict[str, Any]:
+    """Score a predictions file and write score.json beside it."""
+    result = score(predictions.read(path))
+    write_json(path.with_name("score.json"), result)
+    return result
+
+
+def benchmark_rows(data_root: str | None) -> list[dict[str, str]]:
+    """GSM8K's 1,319 test questions in the published prompt, for models that no run of ours describes."""
+    rows = read_rows("openai/gsm8k", "main", "test", columns=("question", "answer"), data_root=data_root)
+    return [{"x": f"Q: {row['question']}\nA: ", "y": row["answer"]} for row in rows]
+
+
+if __name__ == "__main__":
+    from eval.command import main
+
+    sys.exit(main("gsm8k", sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""FlatLoraCallback: Flat-LoRA in any transformers Trainer (TRL's too) by one line.
+
+    trainer = Trainer(model=peft_model, ..., callbacks=[FlatLoraCallback(sigma=0.05)])
+
+ε is put on at the start of each optimizer step, before its first micro-batch, and taken away after its last backward,
+before the optimizer moves the adapter; evaluation, checkpoints and the saved adapter see the untouched backbone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from flatlora.perturbation import WeightPerturbation, find_lora_layers
+
+STATE_FILE = "flatlora.safetensors"
+
+
+class FlatLoraCallback(TrainerCallback):
+    """Perturbs every LoRA-wrapped linear layer of the Trainer's model.
+
+    Args:
+        sigma: σ, the `rho` of the published command line (0.05 for language models, 0.15 for CLIP).
+        seed: seed of the noise; the Trainer's `args.seed` when None.
+        settings: passed on to `WeightPerturbation` (mode, ramp, every, resample, per_rank, scale, fan_in).
+    """
+
+    def __init__(self, sigma: float, *, seed: int | None = None, **settings: Any) -> None:
+        self.sigma, self.seed, self.settings = sigma, seed, settings
+        self.perturbation: WeightPerturbation | None = None
+        self._micro_batch = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ) -> None:
+        layers = find_lora_layers(model)
+        if not layers:
+            raise ValueError(
+                f"FlatLoraCallback found no LoRA layer in {type(model).__name__}: wrap the model with "
+                "peft.get_peft_model(model, LoraConfig(...)) before you give it to the Trainer."
+            )
+        self.perturbation = WeightPerturbation(
+            layers,
+            sigma=self.sigma,
+            total_steps=state.max_steps,
+            seed=args.seed if self.seed is None else self.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            **self.settings,
+        )
+        if state.global_step % self.perturbation.every:
+            self.perturbation.load_state_dict(load_file(_saved_state(args, state)))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._micro_batch = 0
+        self.perturbation.begin(state.global_step)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._micro_batch += 1
+        self.perturbation.next_micro_batch(self._micro_batch)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        self.perturbation.end()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            self.save_state(folder)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.perturbation.close()
+
+    def save_state(self, folder: Path) -> None:
+        """Write what a resume inside an `every` window needs; nothing when there is nothing to keep."""
+        tensors = self.perturbation.state_dict() if self.perturbation else {}
+        if tensors and not (folder / STATE_FILE).exists():
+            save_file(tensors, folder / STATE_FILE)
+
+
+def _saved_state(args: TrainingArguments, state: TrainerState) -> Path:
+    folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        if (folder / STATE_FILE).is_file():
+            return folder / STATE_FILE
+    raise FileNotFoundError(
+        f"Resuming at step {state.global_step} inside an `every` window needs {STATE_FILE}, which is in none of "
+        f"{', '.join(map(str, folders))}: set args.resume_from_checkpoint to the checkpoint's folder, or resume from "
+        "a step that is a multiple of `every`."
+    )

@@ -1,0 +1,114 @@
+"""Checkpoints that are whole or ignored, and hashes of what was trained on and what came out.
+
+A checkpoint folder counts once its manifest `checkpoint.json` is in place: it is written last, atomically, and holds
+the SHA-256 of every file. A folder without one was being written when the process died.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flatlora.perturbation import plain_name
+from flatlora.results import fsync_folder, write_json
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint.json"
+
+
+def seal(folder: Path, *, step: int, config_sha256: str) -> None:
+    """Flush every file of a checkpoint to disk, then write the manifest that makes it count."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        files[str(path.relative_to(folder))] = {"sha256": _file_sha256(path, flush=True), "bytes": path.stat().st_size}
+    fsync_folder(folder)
+    write_json(folder / MANIFEST, {"step": step, "config_sha256": config_sha256, "files": files})
+    fsync_folder(folder.parent)
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used: no manifest, a missing file, a wrong hash. None for a good one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, entry in manifest["files"].items():
+            if _file_sha256(folder / name) != entry["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return f"{MANIFEST} is broken"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, whole or not."""
+    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def latest_good(run: Path, *, remove_broken: bool = True) -> Path | None:
+    """Newest whole checkpoint; broken ones above it are named in the log and removed, for training writes them anew."""
+    for folder in reversed(checkpoints(run)):
+        fault = fault_of(folder)
+        if fault is None:
+            return folder
+        logger.warning("Ignoring %s: %s.", folder, fault)
+        if remove_broken:
+            shutil.rmtree(folder)
+    return None
+
+
+def rotate(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for folder in checkpoints(run)[:-keep]:
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must not count
+        shutil.rmtree(folder)
+
+
+def backbone_sha256(model: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every frozen parameter, in name order.
+
+    Names are those of the model without PEFT, so the hash does not depend on the adapter.
+    """
+    frozen = {plain_name(name): p for name, p in model.named_parameters() if not p.requires_grad}
+    return _tensors_sha256(frozen)
+
+
+def trainable_sha256(model: nn.Module) -> str:
+    """SHA-256 over the trained parameters, as `backbone_sha256`."""
+    return _tensors_sha256({plain_name(name): p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        for piece in _byte_pieces(tensor):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _byte_pieces(tensor: torch.Tensor, elements: int = 1 << 26) -> Iterable[memoryview]:
+    flat = tensor.contiguous().view(-1)
+    for piece in flat.split(elements) if flat.numel() else ():
+        yield memoryview(piece.cpu().view(torch.uint8).numpy())
+
+
+def _file_sha256(path: Path, *, flush: bool = False) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+        if flush:
+            os.fsync(file.fileno())
+    return digest.hexdigest()

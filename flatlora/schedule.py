@@ -1,0 +1,29 @@
+"""σ_t, the strength of the perturbation at optimizer step t of T (the paper's section 4; "cosine-increasing")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+
+def cosine(progress: float) -> float:
+    """½ (1 − cos π t/T): from 0 to 1, slow at both ends; the paper's choice."""
+    return 0.5 * (1.0 - math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    """t/T: the ramp that the paper's discussion names as the alternative."""
+    return progress
+
+
+def constant(progress: float) -> float:
+    """1 at every step: no ramp."""
+    return 1.0
+
+
+RAMPS: dict[str, Callable[[float], float]] = {"cosine": cosine, "linear": linear, "constant": constant}
+
+
+def sigma_at(step: int, total_steps: int, sigma: float, ramp: str = "cosine") -> float:
+    """σ_t of optimizer step `step` (0 … total_steps − 1; later steps keep the last value of the ramp)."""
+    return sigma * RAMPS[ramp](min(step / total_steps, 1.0))

@@ -1,0 +1,402 @@
+"""Training: transformers' Trainer with repeatable data order, whole checkpoints and one row of metrics a step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ProgressCallback as TqdmCallback
+
+from flatlora import checkpoint
+from flatlora.callback import FlatLoraCallback
+from flatlora.config import Experiment
+from flatlora.models import autocast_dtype
+from flatlora.results import MetricsLog, RunFolder, write_json
+
+
+class SizedRows(Protocol):
+    """A map-style data set that knows the length of each row in tokens."""
+
+    lengths: list[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class Progress(Protocol):
+    """Where the training shows how far it is; see `flatlora.progress`."""
+
+    def start(self, total_steps: int, step: int) -> None: ...
+
+    def update(self, step: int, row: dict[str, Any]) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class TrainingResult:
+    """What one call of `train` measured."""
+
+    metrics: dict[str, float]
+    timing: dict[str, float | None]
+    steps: int
+    perturbation: dict[str, Any] | None
+    resumed_from: int | None = None
+
+
+class EpochSampler(Sampler[int]):
+    """Row order as a pure function of (seed, epoch), so that a resumed run sees what the killed one would have.
+
+    With `group` > 1, rows are shuffled, cut into runs of 50 groups, and sorted by length inside each run, so that
+    the `group` rows of an optimizer step are of like length; the order of the groups is shuffled again.
+    """
+
+    def __init__(self, lengths: list[int], seed: int, group: int = 1) -> None:
+        self.lengths, self.seed, self.group, self.epoch = lengths, seed, group, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return iter(self._grouped(order, generator) if self.group > 1 else order)
+
+    def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
+        run = 50 * self.group
+        runs = [sorted(order[i : i + run], key=self.lengths.__getitem__) for i in range(0, len(order), run)]
+        groups = [part[i : i + self.group] for part in runs for i in range(0, len(part), self.group)]
+        short = [group for group in groups if len(group) < self.group]
+        whole = [group for group in groups if len(group) == self.group]
+        shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+        return [index for group in shuffled + short for index in group]  # a short group last keeps the others aligned
+
+
+class FlatTrainer(Trainer):
+    """Trainer with `EpochSampler`, sealed checkpoints, and the loss of each optimizer step on its own."""
+
+    def __init__(self, *args: Any, experiment: Experiment, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.experiment = experiment
+        self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
+        self.step_tokens = torch.zeros((), device=self.args.device)
+        self._epoch_sampler: EpochSampler | None = None
+        self._autocast_dtype = autocast_dtype(experiment.trainer.autocast, experiment.model.dtype)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        group = self.experiment.optim.batch_size if self.experiment.optim.group_by_length else 1
+        self._epoch_sampler = EpochSampler(dataset.lengths, self.args.seed, group)
+        return self._epoch_sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler directly: accelerate does not reach it through a resumed, sharded loader."""
+        self._epoch_sampler.set_epoch(epoch)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        """Autocast around the loss alone: TrainingArguments' bf16 would copy all logits to FP32 besides."""
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, self._autocast_dtype, cache_enabled=cache_enabled)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.step_tokens += inputs["attention_mask"].sum().to(self.step_tokens.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss += loss
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        for callback in self.callback_handler.callbacks:
+            if self.args.should_save and isinstance(callback, FlatLoraCallback):
+                callback.save_state(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.seal(folder, step=self.state.global_step, config_sha256=self.experiment.sha256())
+            checkpoint.rotate(folder.parent, self.experiment.trainer.save_total_limit)
+
+
+@dataclass
+class StepRecorder(TrainerCallback):
+    """One row of metrics.jsonl a logged step, step times, the progress display, and the stop at a broken loss."""
+
+    log: MetricsLog
+    progress: Progress | None
+    trainer: FlatTrainer | None = None
+    flat: FlatLoraCallback | None = None
+    step_seconds: list[float] = field(default_factory=list)
+    tokens: float = 0.0
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._steps_per_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
+        self.log.rewind(state.global_step)
+        if self.progress:
+            self.progress.start(state.max_steps, state.global_step)
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.set_epoch(state.global_step // self._steps_per_epoch)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.step_loss.zero_()
+        self.trainer.step_tokens.zero_()
+        self._step_started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.step_seconds.append(time.perf_counter() - self._step_started)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in logs:
+            row = self._training_row(args, state, logs)
+        elif "eval_loss" in logs:
+            row = {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"]}
+        else:
+            return
+        if state.is_world_process_zero:
+            self.log.append(row)
+        self.last |= row
+        if self.progress:
+            self.progress.update(state.global_step, self.last)
+        if not math.isfinite(row.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"The loss of step {state.global_step} is {row['loss']}: training has diverged; lower optim.lr or "
+                "rho.sigma, or set trainer.autocast=none."
+            )
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def _training_row(self, args, state, logs: dict[str, float]) -> dict[str, Any]:
+        totals = torch.stack([self.trainer.step_loss, self.trainer.step_tokens]).double()
+        totals = self.trainer.accelerator.reduce(totals, "sum") if args.world_size > 1 else totals
+        loss, tokens = totals[0].item() / args.world_size, totals[1].item()
+        sigma = self.flat.perturbation.sigma_at(state.global_step - 1) if self.flat else 0.0
+        self.tokens = tokens
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "loss": loss,
+            "lr": logs["learning_rate"],
+            "grad_norm": float(logs["grad_norm"]),
+            "sigma": sigma,
+            "tokens_per_s": round(tokens / self.step_seconds[-1], 1),
+        }
+
+
+class BestModel(TrainerCallback):
+    """Keeps the adapter of the lowest validation loss in `best/`; ties go to the earlier step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs) -> None:
+        from safetensors.torch import save_file
+
+        best = self.read()
+        if not args.should_save or (best and best["eval_loss"] <= metrics["eval_loss"]):
+            return
+        self.folder.mkdir(exist_ok=True)
+        name = f"step-{state.global_step}.safetensors"
+        tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(tensors, self.folder / name)
+        write_json(
+            self.folder / "best.json",
+            {"step": state.global_step, "eval_loss": metrics["eval_loss"], "file": name},
+        )
+        for old in self.folder.glob("step-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def read(self) -> dict[str, Any] | None:
+        """{"step", "eval_loss", "file"} of the best so far."""
+        import json
+
+        path = self.folder / "best.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def restore(self, model: nn.Module) -> int | None:
+        """Put the best parameters back; returns their step."""
+        from safetensors.torch import load_file
+
+        best = self.read()
+        if best is None:
+            return None
+        tensors = load_file(self.folder / best["file"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name])
+        return best["step"]
+
+
+def train(
+    experiment: Experiment,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: SizedRows,
+    validation_rows: SizedRows,
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    run: RunFolder,
+    *,
+    log: MetricsLog,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Train `model` in place to the end, from the newest whole checkpoint of the run if there is one.
+
+    Raises:
+        FloatingPointError: the loss or a weight is NaN or infinite.
+    """
+    recorder = StepRecorder(log, progress)
+    callbacks: list[TrainerCallback] = [recorder]
+    flat = best = None
+    if experiment.flat:
+        flat = flat_callback(experiment)
+        callbacks.append(flat)
+    if experiment.optim.early_stopping_patience and len(validation_rows):
+        callbacks.append(EarlyStoppingCallback(experiment.optim.early_stopping_patience))
+    if experiment.optim.best_model and len(validation_rows):
+        best = BestModel(run.path / "best")
+        callbacks.append(best)
+    trainer = FlatTrainer(
+        model=model,
+        args=training_arguments(experiment, run.path, has_validation=len(validation_rows) > 0),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows if len(validation_rows) else None,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        experiment=experiment,
+    )
+    for unwanted in (PrinterCallback, TqdmCallback):
+        trainer.remove_callback(unwanted)
+    recorder.trainer, recorder.flat = trainer, flat
+    resumed = checkpoint.latest_good(run.path, remove_broken=trainer.args.should_save)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finally:
+        if progress:
+            progress.stop()
+        if flat and flat.perturbation:
+            flat.perturbation.close()  # whatever went wrong, the backbone is W again
+    elapsed = time.perf_counter() - started
+    metrics = {"train_loss": recorder.last.get("loss"), "eval_loss": recorder.last.get("eval_loss")}
+    if best:
+        metrics["best_step"] = best.restore(model)
+        metrics["eval_loss"] = best.read()["eval_loss"]
+    return TrainingResult(
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        timing=_timing(recorder, flat, elapsed),
+        steps=trainer.state.global_step,
+        perturbation=_perturbation_record(flat),
+        resumed_from=int(resumed.name.split("-")[1]) if resumed else None,
+    )
+
+
+def flat_callback(experiment: Experiment) -> FlatLoraCallback:
+    """The callback that an experiment's rho section describes."""
+    rho = experiment.rho
+    return FlatLoraCallback(
+        rho.sigma,
+        seed=experiment.seed,
+        ramp=rho.ramp,
+        mode=rho.mode,
+        every=rho.every,
+        resample=rho.resample,
+        per_rank=rho.per_rank,
+        scale=rho.scale,
+        fan_in=rho.fan_in,
+    )
+
+
+def training_arguments(experiment: Experiment, output_dir: Path, *, has_validation: bool) -> TrainingArguments:
+    """transformers' arguments for an experiment. Logging, progress and checkpoint rotation are ours."""
+    optim, machine = experiment.optim, experiment.trainer
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    on_gpu = machine.device != "cpu" and torch.cuda.is_available()
+    evaluation = "no" if not has_validation else ("steps" if optim.eval_steps else "epoch")
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        seed=experiment.seed,
+        full_determinism=machine.deterministic and on_gpu,
+        use_cpu=not on_gpu,
+        per_device_train_batch_size=machine.micro_batch_size,
+        per_device_eval_batch_size=machine.eval_batch_size,
+        gradient_accumulation_steps=optim.batch_size // (machine.micro_batch_size * world_size),
+        num_train_epochs=optim.epochs,
+        max_steps=machine.max_steps or -1,
+        learning_rate=optim.lr,
+        lr_scheduler_type=optim.lr_schedule if optim.lr_schedule != "constant" else "constant_with_warmup",
+        warmup_steps=optim.warmup_ratio,  # below 1: a share of all steps
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_epsilon=optim.adam_epsilon,
+        max_grad_norm=optim.max_grad_norm,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        gradient_checkpointing=machine.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if machine.gradient_checkpointing else None,
+        eval_strategy=evaluation,
+        eval_steps=optim.eval_steps,
+        save_strategy="steps" if machine.save_steps else "epoch",
+        save_steps=machine.save_steps or 500,
+        metric_for_best_model="eval_loss" if has_validation else None,
+        greater_is_better=False if has_validation else None,
+        logging_strategy="steps",
+        logging_steps=machine.logging_steps,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=machine.num_workers,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _timing(recorder: StepRecorder, flat: FlatLoraCallback | None, elapsed_s: float) -> dict[str, float | None]:
+    seconds = recorder.step_seconds
+    rates = [row["tokens_per_s"] for row in recorder.log.rows() if "tokens_per_s" in row][-len(seconds) :]
+    return {
+        "train_s": round(elapsed_s, 3),
+        "step_s_median": round(statistics.median(seconds), 4) if seconds else None,
+        "tokens_per_s": round(statistics.median(rates), 1) if seconds and rates else None,
+        "perturb_s": round(flat.perturbation.seconds, 3) if flat else 0.0,
+    }
+
+
+def _perturbation_record(flat: FlatLoraCallback | None) -> dict[str, Any] | None:
+    if flat is None:
+        return None
+    perturbation = flat.perturbation
+    return {"mode": perturbation.mode, "layers": len(perturbation.layers), "drift": perturbation.drift()}
+
+
+def is_main_process() -> bool:
+    """Whether this process writes; torchrun sets RANK."""
+    return int(os.environ.get("RANK", "0")) == 0

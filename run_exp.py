@@ -1,0 +1,226 @@
+"""One experiment: compose → validate → build → train → evaluate → record.
+
+python run_exp.py model=llama dataset=meta_math peft=lora peft.lora_r=8 rho=flat rho.sigma=0.05 seed=42
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+import data
+import eval as benchmarks
+from data import tokens
+from eval.backends.hf import HFBackend
+from eval.command import evaluate, print_score
+from flatlora import checkpoint, commandline, console, methods, models, results, training
+from flatlora.config import ConfigError, Experiment, Section, parse
+from flatlora.results import MetricsLog, RunFolder
+from flatlora.rows import jsonl
+
+CONF_DIR = Path(__file__).parent / "conf"
+EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 a run failed, 2 a fault of the configuration, 130 interrupted."""
+    words = list(sys.argv[1:] if words is None else words)
+    console.quiet_libraries()
+    try:
+        words, notes = commandline.rewrite(words)
+        for note in notes:
+            console.console.print(f"rewritten: {note}", markup=False, soft_wrap=True)
+        flags, settings = commandline.split_flags(words)
+        sweep = "-m" in flags or "--multirun" in flags
+        if flags and not sweep:
+            return _hand_to_hydra(words)  # --help, --cfg job and the like
+        jobs = commandline.expand_sweep(settings) if sweep else [settings]
+        experiments = [experiment_of(job) for job in jobs]  # every fault of every job before the first one starts
+        return _hand_to_hydra(words) if sweep else run(experiments[0])
+    except ConfigError as error:
+        console.report_faults(error)
+        return EXIT_CONFIG
+
+
+def experiment_of(settings: Sequence[str]) -> Experiment:
+    """Typed experiment of canonical command-line settings."""
+    return parse(commandline.compose_config(CONF_DIR, settings), section_class)
+
+
+def section_class(section: str, raw: Mapping[str, Any]) -> type[Section] | str:
+    """The config class that a loader, a method or a benchmark brings along; or the fault that there is none."""
+    try:
+        if section == "dataset":
+            return data.loader(str(raw.get("loader"))).Config
+        if section == "peft":
+            return methods.method(str(raw.get("method"))).Config
+        return benchmarks.evaluator(section.removeprefix("eval.")).Config
+    except KeyError as error:
+        return error.args[0]
+
+
+def run(experiment: Experiment) -> int:
+    """Run one validated experiment, or show it for a dry run; returns the exit code."""
+    if experiment.dry_run:
+        console.print_pairs("Dry run: nothing is loaded or written", describe(experiment))
+        return 0
+    device = models.choose_device(experiment.trainer.device)
+    folder = RunFolder.of(experiment)
+    is_writer = training.is_main_process()
+    folder.open(experiment, writer=is_writer)
+    if (folder.record or {}).get("status") == "finished":
+        console.console.print(f"{folder.path} is finished already; overwrite=true would run it again.")
+        return 0
+    results.reset_peak_memory()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is recorded as interrupted
+    record = _new_record(experiment)
+    code = 0
+    try:
+        build_train_evaluate(experiment, folder, device, record)
+    except KeyboardInterrupt:
+        record |= {"status": "interrupted"}
+        code = EXIT_INTERRUPTED
+        console.console.print("interrupted; the same command with resume=true goes on from the newest checkpoint")
+    except ConfigError as error:
+        record |= {"status": "failed", "error": str(error)}
+        console.report_faults(error)
+        code = EXIT_CONFIG
+    except Exception as error:
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        console.console.print_exception() if not _is_expected(error) else console.console.print(
+            f"[bold red]The run failed:[/] {error}"
+        )
+        code = EXIT_FAILED
+    finally:
+        record["memory"] = results.peak_memory_gib()
+        if is_writer:
+            results.write_json(folder.path / "run.json", record)
+        folder.close()
+    return code
+
+
+def build_train_evaluate(experiment: Experiment, folder: RunFolder, device, record: dict[str, Any]) -> None:
+    """The run itself; fills `record` as it goes."""
+    model, tokenizer = models.load_backbone(experiment.model, device)
+    splits = data.loader(experiment.dataset.loader).load(
+        experiment.dataset, experiment.data_root, lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    )
+    prepared = tokens.prepare(splits, tokenizer, experiment.dataset.max_length)
+    results.write_atomic(folder.path / "test.jsonl", jsonl(splits.test))
+    try:
+        model = methods.method(experiment.peft.method).apply(model, experiment.peft, experiment.seed)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    record["params"] = models.parameter_counts(model)
+    record["backbone_sha256"]["before"] = checkpoint.backbone_sha256(model)
+    tracker = results.tracker(experiment, folder.path)
+    outcome = training.train(
+        experiment,
+        model,
+        tokenizer,
+        prepared.train,
+        prepared.validation,
+        tokens.collator(experiment.model.family, tokenizer.pad_token_id),
+        folder,
+        log=MetricsLog(folder.path / "metrics.jsonl", tracker),
+        progress=console.ProgressBar(f"train {experiment.run_name()}"),
+    )
+    record["backbone_sha256"]["after"] = checkpoint.backbone_sha256(model)
+    record["adapter_sha256"] = checkpoint.trainable_sha256(model)
+    record |= {"timing": outcome.timing, "perturbation": outcome.perturbation, "resumed_from": outcome.resumed_from}
+    record["metrics"] |= outcome.metrics
+    if training.is_main_process():
+        model.save_pretrained(folder.adapter)
+        tokenizer.save_pretrained(folder.adapter)
+        record["metrics"] |= score(experiment, model, tokenizer, splits.test, folder)
+    record["status"] = "finished"
+    if tracker:
+        tracker.finish(record["metrics"])
+
+
+def score(experiment: Experiment, model, tokenizer, rows: list[dict[str, str]], folder: RunFolder) -> dict[str, Any]:
+    """Every benchmark of `eval=[...]` on the data set's test rows: {"<benchmark>/<metric>": value}."""
+    metrics = {}
+    for name, config in experiment.eval.items():
+        backend = HFBackend(
+            model,
+            tokenizer,
+            batch_size=config.batch_size,
+            autocast_dtype=models.autocast_dtype(experiment.trainer.autocast, experiment.model.dtype),
+            identity={"weights": checkpoint.trainable_sha256(model)},
+        )
+        result = evaluate(name, backend, rows, folder.path / "eval" / name, config)
+        print_score(name, result)
+        metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
+    return metrics
+
+
+def describe(experiment: Experiment) -> list[tuple[str, str]]:
+    """What a run would do and load, for a dry run."""
+    loader, optim = data.loader(experiment.dataset.loader), experiment.optim
+    source = experiment.data_root or "hub"
+    return [
+        ("run folder", str(RunFolder.of(experiment).path)),
+        ("model", models.describe_source(experiment.model)),
+        ("dataset", f"{experiment.dataset.name}: {loader.describe(experiment.dataset)} from {source}"),
+        ("peft", _settings(experiment.peft)),
+        ("rho", _settings(experiment.rho) if experiment.rho.method != "off" else "off: no perturbation"),
+        ("optim", _settings(optim)),
+        ("trainer", _settings(experiment.trainer)),
+        ("eval", ", ".join(f"{name} ({_settings(config)})" for name, config in experiment.eval.items()) or "none"),
+        ("seed", str(experiment.seed)),
+        (
+            "config",
+            f"sha256 {experiment.sha256()[:16]}…, {len(yaml.safe_dump(experiment.identity()).splitlines())} keys",
+        ),
+    ]
+
+
+def _settings(section: Section) -> str:
+    return " ".join(f"{key}={value}" for key, value in section.model_dump(mode="json").items() if value is not None)
+
+
+def _new_record(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "status": "failed",
+        "experiment": experiment.model_dump(mode="json"),
+        "seed": experiment.seed,
+        "config_sha256": experiment.sha256(),
+        "git_sha": results.git_sha(),
+        "env": results.environment(),
+        "backbone_sha256": {"before": None, "after": None},
+        "adapter_sha256": None,
+        "params": None,
+        "metrics": {},
+        "timing": None,
+        "memory": None,
+    }
+
+
+def _is_expected(error: Exception) -> bool:
+    """Errors whose message says all that a user needs; others are shown with their traceback."""
+    return isinstance(error, FloatingPointError | OSError)
+
+
+def _hand_to_hydra(words: Sequence[str]) -> int:
+    sys.argv = [sys.argv[0], *words]
+    return _hydra_job() or 0
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def _hydra_job(config: DictConfig) -> int:
+    code = run(parse(OmegaConf.to_container(config, resolve=True), section_class))
+    if code:
+        raise RuntimeError(f"the run ended with exit code {code}; its run.json has the reason")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
