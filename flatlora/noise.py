@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -33,7 +34,9 @@ COLUMNS_PER_BLOCK = 8
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _UINT32 = 0xFFFFFFFF
-_BLOCKS_AT_ONCE = 512  # columns are made in segments whose scratch words stay in the L1 cache
+_BLOCKS_AT_ONCE = 256  # columns are made in segments whose scratch stays in the L1 cache
+_SEGMENT = _BLOCKS_AT_ONCE * COLUMNS_PER_BLOCK
+_ELEMENTS_WORTH_A_THREAD = 32768
 
 
 def layer_key(seed: int, layer: str) -> tuple[int, int]:
@@ -66,30 +69,83 @@ def normal(
 def fill_normal(
     out: torch.Tensor, key: tuple[int, int], step: int, stream: int, *, row: int = 0, column: int = 0
 ) -> torch.Tensor:
-    """Fill `out` (FP32, contiguous, rows × columns, CPU) with the slice of z that starts at (row, column).
-
-    Rows are shared out over `torch.get_num_threads()` threads; the result does not depend on how many.
-    """
-    if out.dtype != torch.float32 or out.dim() != 2 or not out.is_contiguous() or out.device.type != "cpu":
+    """Fill `out` (FP32, contiguous, rows × columns, CPU) with the slice of z that starts at (row, column)."""
+    if out.dtype != torch.float32 or not _is_plain_matrix(out):
         raise ValueError(
             f"Invalid out={out.dtype} {tuple(out.shape)} on {out.device}: noise is written to a contiguous FP32 CPU "
             "matrix; make one with torch.empty(rows, columns) and convert the result."
         )
-    _check_counter("step", step), _check_counter("stream", stream), _check_counter("row", row + out.shape[0])
-    array = out.numpy()
+    _over_rows(_fill_rows, out, (out.numpy(),), key, step, stream, row, column)
+    return out
+
+
+def add_normal(
+    weight: torch.Tensor,
+    c: torch.Tensor,
+    out: torch.Tensor,
+    key: tuple[int, int],
+    step: int,
+    stream: int,
+    *,
+    row: int = 0,
+    column: int = 0,
+) -> torch.Tensor:
+    """out_ij = round(weight_ij + c_i z_ij), summed in FP32 and rounded once (to nearest even), in one pass.
+
+    Args:
+        weight, out: m × n, both FP32 or both BF16, contiguous, CPU; `out` may be `weight`.
+        c: m, FP32.
+    """
+    if weight.dtype not in FUSED_DTYPES or out.dtype != weight.dtype or not _is_plain_matrix(weight, out):
+        raise ValueError(
+            f"Invalid weight={weight.dtype} {tuple(weight.shape)}, out={out.dtype} {tuple(out.shape)}: two contiguous "
+            "CPU matrices, both FP32 or both BF16, are needed; use perturbation.write_perturbed for others."
+        )
+    if weight.dtype == torch.bfloat16:
+        arrays = (weight.view(torch.uint16).numpy(), c.numpy(), out.view(torch.uint16).numpy())
+        _over_rows(_add_rows_bf16, weight, arrays, key, step, stream, row, column)
+    else:
+        arrays = (weight.numpy(), c.numpy(), out.numpy())
+        _over_rows(_add_rows_fp32, weight, arrays, key, step, stream, row, column)
+    return out
+
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16)  # of `add_normal`
+
+
+def _is_plain_matrix(*tensors: torch.Tensor) -> bool:
+    return all(t.dim() == 2 and t.is_contiguous() and t.device.type == "cpu" for t in tensors)
+
+
+def _over_rows(
+    kernel: Callable[..., None],
+    matrix: torch.Tensor,
+    arrays: tuple[np.ndarray, ...],
+    key: tuple[int, int],
+    step: int,
+    stream: int,
+    row: int,
+    column: int,
+) -> None:
+    """Run a compiled kernel, rows shared out over torch's number of threads; the result does not depend on it."""
+    rows = matrix.shape[0]
+    for name, value in (("step", step), ("stream", stream), ("row", row + rows)):
+        if not 0 <= value <= _UINT32:
+            raise ValueError(f"Invalid {name}={value}: a noise counter has 32 bits; use a value from 0 to {_UINT32}.")
     words = tuple(np.uint32(word) for word in (*key, step, stream, row))
-    rows, workers = out.shape[0], min(torch.get_num_threads(), max(1, out.numel() // 65536))
+    workers = min(torch.get_num_threads(), max(1, matrix.numel() // _ELEMENTS_WORTH_A_THREAD))
     if workers == 1:
-        _fill_rows(array, *words, column, 0, rows, *_tables())
-        return out
-    bounds = np.linspace(0, rows, workers + 1).astype(int)
+        kernel(*arrays, *words, column, 0, rows, *_tables())
+        return
+    bounds = np.linspace(0, rows, workers + 1).astype(int).tolist()
+    submit = _thread_pool(workers - 1).submit
     jobs = [
-        _thread_pool(workers).submit(_fill_rows, array, *words, column, start, stop, *_tables())
-        for start, stop in itertools.pairwise(bounds.tolist())
+        submit(kernel, *arrays, *words, column, start, stop, *_tables())
+        for start, stop in itertools.pairwise(bounds[1:])
     ]
+    kernel(*arrays, *words, column, 0, bounds[1], *_tables())
     for job in jobs:
         job.result()
-    return out
 
 
 def normal_reference(
@@ -124,11 +180,6 @@ def philox_reference(
         )
         k0, k1 = (k0 + _PHILOX_W0) & _UINT32, (k1 + _PHILOX_W1) & _UINT32
     return c0, c1, c2, c3
-
-
-def _check_counter(name: str, value: int) -> None:
-    if not 0 <= value <= _UINT32:
-        raise ValueError(f"Invalid {name}={value}: a noise counter has 32 bits; use a value from 0 to {_UINT32}.")
 
 
 @lru_cache(maxsize=1)
@@ -168,29 +219,78 @@ def _philox_words(words, first_block, count, row, k0, k1, step, stream):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+def _fill_segment(z, words, row, begin, width, first_column, k0, k1, step, stream, radius, cos_sin):
+    """z[0:width] = columns first_column + begin … of one row, begin on a block boundary of the whole row."""
+    blocks = (width + COLUMNS_PER_BLOCK - 1) // COLUMNS_PER_BLOCK
+    _philox_words(words, (first_column + begin) // COLUMNS_PER_BLOCK, blocks, row, k0, k1, step, stream)
+    for b in range(blocks):
+        for w in range(4):
+            word = words[w, b]
+            r = radius[word & np.uint32(0xFFFF)]
+            direction = word >> np.uint32(16)
+            z[8 * b + 2 * w] = r * cos_sin[direction, 0]
+            z[8 * b + 2 * w + 1] = r * cos_sin[direction, 1]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _fill_rows(out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
     """out[start:stop] of the slice whose upper left corner is (first_row, first_column)."""
     columns = out.shape[1]
-    segment = _BLOCKS_AT_ONCE * COLUMNS_PER_BLOCK
     words = np.empty((4, _BLOCKS_AT_ONCE), np.uint32)
-    z = np.empty(segment, np.float32)
-    offset = first_column % COLUMNS_PER_BLOCK  # the slice may start inside a block
+    z = np.empty(_SEGMENT, np.float32)
     for i in range(start, stop):
         row = np.uint32(first_row + np.uint32(i))
-        begin = -offset
-        while begin < columns:
-            width = min(segment, columns - begin)
-            blocks = (width + COLUMNS_PER_BLOCK - 1) // COLUMNS_PER_BLOCK
-            first_block = (first_column + begin) // COLUMNS_PER_BLOCK
-            _philox_words(words, first_block, blocks, row, k0, k1, step, stream)
-            for b in range(blocks):
-                for w in range(4):
-                    word = words[w, b]
-                    r = radius[word & np.uint32(0xFFFF)]
-                    direction = word >> np.uint32(16)
-                    z[8 * b + 2 * w] = r * cos_sin[direction, 0]
-                    z[8 * b + 2 * w + 1] = r * cos_sin[direction, 1]
+        for begin in range(-(first_column % COLUMNS_PER_BLOCK), columns, _SEGMENT):
+            width = min(_SEGMENT, columns - begin)
+            _fill_segment(z, words, row, begin, width, first_column, k0, k1, step, stream, radius, cos_sin)
+            skip = max(0, -begin)  # the slice may start inside a block
+            out[i, begin + skip : begin + width] = z[skip:width]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _add_rows_fp32(weight, c, out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
+    """out[start:stop] = weight + c z, FP32."""
+    columns = out.shape[1]
+    words = np.empty((4, _BLOCKS_AT_ONCE), np.uint32)
+    z = np.empty(_SEGMENT, np.float32)
+    for i in range(start, stop):
+        row, scale = np.uint32(first_row + np.uint32(i)), c[i]
+        for begin in range(-(first_column % COLUMNS_PER_BLOCK), columns, _SEGMENT):
+            width = min(_SEGMENT, columns - begin)
+            _fill_segment(z, words, row, begin, width, first_column, k0, k1, step, stream, radius, cos_sin)
             skip = max(0, -begin)
-            for j in range(skip, width):
-                out[i, begin + j] = z[j]
-            begin += segment
+            noise, source, target = (
+                z[skip:width],
+                weight[i, begin + skip : begin + width],
+                out[i, begin + skip : begin + width],
+            )
+            for j in range(noise.size):
+                target[j] = source[j] + scale * noise[j]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _add_rows_bf16(weight, c, out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
+    """out[start:stop] = round(weight + c z), BF16 as its 16 bits: the upper half of an FP32, rounded to nearest even."""
+    columns = out.shape[1]
+    words = np.empty((4, _BLOCKS_AT_ONCE), np.uint32)
+    z = np.empty(_SEGMENT, np.float32)
+    bits = np.empty(_SEGMENT, np.uint32)
+    values = bits.view(np.float32)
+    for i in range(start, stop):
+        row, scale = np.uint32(first_row + np.uint32(i)), c[i]
+        for begin in range(-(first_column % COLUMNS_PER_BLOCK), columns, _SEGMENT):
+            width = min(_SEGMENT, columns - begin)
+            _fill_segment(z, words, row, begin, width, first_column, k0, k1, step, stream, radius, cos_sin)
+            skip = max(0, -begin)
+            noise, source, target = (
+                z[skip:width],
+                weight[i, begin + skip : begin + width],
+                out[i, begin + skip : begin + width],
+            )
+            for j in range(noise.size):
+                bits[j] = np.uint32(source[j]) << np.uint32(16)
+            for j in range(noise.size):
+                values[j] += scale * noise[j]
+            for j in range(noise.size):
+                half = np.uint32(0x7FFF) + ((bits[j] >> np.uint32(16)) & np.uint32(1))
+                target[j] = np.uint16((bits[j] + half) >> np.uint32(16))

@@ -386,8 +386,11 @@ def write_perturbed(
 
     The sum is made in FP32 (FP64 for an FP64 weight) and rounded once to the weight's dtype.
     """
-    scratch = scratch or _Scratch()
     rows, columns = weight.shape
+    if weight.dtype in noise.FUSED_DTYPES and weight.is_contiguous() and out.is_contiguous() and weight.is_cpu:
+        noise.add_normal(weight, sign * draw.c, out, draw.key, draw.step, draw.stream)
+        return
+    scratch = scratch or _Scratch()
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     c = (sign * draw.c).to(wide)
     for start, stop in _row_chunks(rows, columns):
