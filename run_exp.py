@@ -8,12 +8,15 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerBase
 
 import data
 import eval as benchmarks
@@ -34,16 +37,18 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     console.quiet_libraries()
     try:
-        words, notes = commandline.rewrite(words)
+        flags, words = commandline.split_flags(words)
+        settings, notes = commandline.rewrite(words)
         for note in notes:
             console.console.print(f"rewritten: {note}", markup=False, soft_wrap=True)
-        flags, settings = commandline.split_flags(words)
         sweep = "-m" in flags or "--multirun" in flags
         if flags and not sweep:
-            return _hand_to_hydra(words)  # --help, --cfg job and the like
+            return _hand_to_hydra(flags, settings)  # --help, --cfg job and the like
         jobs = commandline.expand_sweep(settings) if sweep else [settings]
         experiments = [experiment_of(job) for job in jobs]  # every fault of every job before the first one starts
-        return _hand_to_hydra(words) if sweep else run(experiments[0])
+        if sweep and not all(experiment.dry_run for experiment in experiments):
+            return _hand_to_hydra(flags, settings)
+        return max(run(experiment) for experiment in experiments)
     except ConfigError as error:
         console.report_faults(error)
         return EXIT_CONFIG
@@ -67,70 +72,86 @@ def section_class(section: str, raw: Mapping[str, Any]) -> type[Section] | str:
 
 
 def run(experiment: Experiment) -> int:
-    """Run one validated experiment, or show it for a dry run; returns the exit code."""
+    """Run one validated experiment, or show it for a dry run; returns the exit code.
+
+    Raises:
+        ConfigError: data, model or folder do not fit the experiment; no weight was loaded and nothing written.
+    """
     if experiment.dry_run:
         console.print_pairs("Dry run: nothing is loaded or written", describe(experiment))
         return 0
-    device = models.choose_device(experiment.trainer.device)
     folder = RunFolder.of(experiment)
-    is_writer = training.is_main_process()
-    folder.open(experiment, writer=is_writer)
-    if (folder.record or {}).get("status") == "finished":
-        console.console.print(f"{folder.path} is finished already; overwrite=true would run it again.")
+    if folder.is_finished(experiment):
+        console.console.print(f"{folder.path} is finished already; overwrite=true runs it anew.", soft_wrap=True)
         return 0
-    results.reset_peak_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is recorded as interrupted
-    record = _new_record(experiment)
-    code = 0
+    inputs = prepare(experiment)
+    folder.open(experiment, writer=training.is_main_process())
     try:
-        build_train_evaluate(experiment, folder, device, record)
-    except KeyboardInterrupt:
-        record |= {"status": "interrupted"}
-        code = EXIT_INTERRUPTED
-        console.console.print("interrupted; the same command with resume=true goes on from the newest checkpoint")
-    except ConfigError as error:
-        record |= {"status": "failed", "error": str(error)}
-        console.report_faults(error)
-        code = EXIT_CONFIG
-    except Exception as error:
-        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        console.console.print_exception() if not _is_expected(error) else console.console.print(
-            f"[bold red]The run failed:[/] {error}"
-        )
-        code = EXIT_FAILED
+        return execute(experiment, folder, inputs)
     finally:
-        record["memory"] = results.peak_memory_gib()
-        if is_writer:
-            results.write_json(folder.path / "run.json", record)
         folder.close()
-    return code
 
 
-def build_train_evaluate(experiment: Experiment, folder: RunFolder, device, record: dict[str, Any]) -> None:
-    """The run itself; fills `record` as it goes."""
-    model, tokenizer = models.load_backbone(experiment.model, device)
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads besides weights."""
+
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    rows: tokens.Prepared
+    test: list[data.Row]
+
+
+def prepare(experiment: Experiment) -> Inputs:
+    """Check the machine, tokenise the data, and try the method on the model's skeleton; no weight is loaded."""
+    training.check_launch(experiment)
+    device = models.choose_device(experiment.trainer.device)
+    tokenizer = models.load_tokenizer(experiment.model)
+    methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft)
     splits = data.loader(experiment.dataset.loader).load(
         experiment.dataset, experiment.data_root, lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]]
     )
-    prepared = tokens.prepare(splits, tokenizer, experiment.dataset.max_length)
-    results.write_atomic(folder.path / "test.jsonl", jsonl(splits.test))
+    return Inputs(device, tokenizer, tokens.prepare(splits, tokenizer, experiment.dataset.max_length), splits.test)
+
+
+def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs) -> int:
+    """Train, evaluate and record; whatever happens is in run.json. Returns the exit code."""
+    results.reset_peak_memory()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is recorded as interrupted
+    record, code = _new_record(experiment), 0
     try:
-        model = methods.method(experiment.peft.method).apply(model, experiment.peft, experiment.seed)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
+        train_and_score(experiment, folder, inputs, record)
+    except KeyboardInterrupt:
+        record["status"], code = "interrupted", EXIT_INTERRUPTED
+        console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
+    except Exception as error:
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        code = EXIT_FAILED
+        console.report_failure(error)
+    record["memory"] = results.peak_memory_gib()
+    if training.is_main_process():
+        results.write_json(folder.path / "run.json", record)
+    return code
+
+
+def train_and_score(experiment: Experiment, folder: RunFolder, inputs: Inputs, record: dict[str, Any]) -> None:
+    """The run itself; fills `record` as it goes."""
+    results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.test))
+    backbone = models.load_backbone(experiment.model, inputs.device)
+    model = methods.method(experiment.peft.method).apply(backbone, experiment.peft, experiment.seed)
     record["params"] = models.parameter_counts(model)
     record["backbone_sha256"]["before"] = checkpoint.backbone_sha256(model)
     tracker = results.tracker(experiment, folder.path)
     outcome = training.train(
         experiment,
         model,
-        tokenizer,
-        prepared.train,
-        prepared.validation,
-        tokens.collator(experiment.model.family, tokenizer.pad_token_id),
+        inputs.tokenizer,
+        inputs.rows.train,
+        inputs.rows.validation,
+        tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id),
         folder,
         log=MetricsLog(folder.path / "metrics.jsonl", tracker),
-        progress=console.ProgressBar(f"train {experiment.run_name()}"),
+        progress=console.ProgressBar(f"train {experiment.run_name()}") if training.is_main_process() else None,
     )
     record["backbone_sha256"]["after"] = checkpoint.backbone_sha256(model)
     record["adapter_sha256"] = checkpoint.trainable_sha256(model)
@@ -138,8 +159,8 @@ def build_train_evaluate(experiment: Experiment, folder: RunFolder, device, reco
     record["metrics"] |= outcome.metrics
     if training.is_main_process():
         model.save_pretrained(folder.adapter)
-        tokenizer.save_pretrained(folder.adapter)
-        record["metrics"] |= score(experiment, model, tokenizer, splits.test, folder)
+        inputs.tokenizer.save_pretrained(folder.adapter)
+        record["metrics"] |= score(experiment, model, inputs.tokenizer, inputs.test, folder)
     record["status"] = "finished"
     if tracker:
         tracker.finish(record["metrics"])
@@ -204,13 +225,8 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _is_expected(error: Exception) -> bool:
-    """Errors whose message says all that a user needs; others are shown with their traceback."""
-    return isinstance(error, FloatingPointError | OSError)
-
-
-def _hand_to_hydra(words: Sequence[str]) -> int:
-    sys.argv = [sys.argv[0], *words]
+def _hand_to_hydra(flags: Sequence[str], settings: Sequence[str]) -> int:
+    sys.argv = [sys.argv[0], *flags, *commandline.lenient(settings)]
     return _hydra_job() or 0
 
 

@@ -1,7 +1,8 @@
 """Data sets, one file a family: load → format → split.
 
-A loader module has `Config` (its config section) and `load(config, data_root, count_tokens) -> Splits`. Rows are {"x", "y"}: the
-prompt and the answer to be learned; the text of a row is x + " " + y + end-of-sequence, with the loss on y.
+A loader module has `Config` (its config section), `load(config, data_root, count_tokens) -> Splits` and
+`describe(config)`. Rows are {"x", "y"}: the prompt and the answer to be learned; the text of a row is
+x + " " + y + end-of-sequence, with the loss on y.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from flatlora.results import fsync_folder, write_json
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
+_STEP = re.compile(r"checkpoint-[0-9]+")  # and no copy that a user made, such as checkpoint-40-best
 
 
 def seal(folder: Path, *, step: int, config_sha256: str) -> None:
@@ -44,14 +46,14 @@ def fault_of(folder: Path) -> str | None:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, not text, not a manifest
         return f"{MANIFEST} is broken"
     return None
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first, whole or not."""
-    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[1].isdigit()]
+    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and _STEP.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 

@@ -7,19 +7,19 @@ such published spellings into the canonical ones, with Hydra's own parser, befor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flatlora.config import ConfigError, nearest
+from flatlora.config import ConfigError, NoSection, nearest
 
 GROUPS = ("model", "dataset", "peft", "rho", "trainer", "eval", "experiment")
 _RENAMED_GROUPS = {"dataset_name": "dataset"}
@@ -33,14 +33,14 @@ def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
     `+peft.k=v` → `++peft.k=v`.
 
     Raises:
-        ConfigError: a word that Hydra's parser cannot read.
+        ConfigError: words that Hydra's parser cannot read.
     """
     canonical, notes = [], []
-    for word in words:
-        if word.startswith("-"):  # an option of Hydra, such as -m
+    for word, override in zip(words, _parse_all(words), strict=True):
+        if override is None:
             canonical.append(word)
             continue
-        new = _rewrite_override(_parse(word))
+        new = _rewrite_override(override)
         canonical += new
         # A key set with ++ means what the plain key means, so only real changes of spelling are worth a line.
         if new not in ([word], [word.lstrip("+")], [f"++{word}"]) or (new != [word] and word.startswith("+")):
@@ -62,73 +62,112 @@ def _rewrite_override(override: Override) -> list[str]:
 
 def _is_number(override: Override) -> bool:
     value = override.value()
+    if isinstance(value, RangeSweep):
+        return True
     values = value.list if isinstance(value, ChoiceSweep) else [value]
     return all(isinstance(item, int | float) and not isinstance(item, bool) for item in values)
 
 
-def _parse(word: str) -> Override:
-    try:
-        return OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        raise ConfigError(
-            [f"Cannot read {word!r}: a setting is written key=value, such as seed=42 or rho.sigma=0.05."]
-        ) from error
+def _parse_all(words: Iterable[str]) -> list[Override | None]:
+    """Parsed settings; None for an option of Hydra, such as -m."""
+    parser, parsed, faults = OverridesParser.create(), [], []
+    for word in words:
+        try:
+            parsed.append(None if word.startswith("-") else parser.parse_override(word))
+        except HydraException:
+            faults.append(f"Cannot read {word!r}: a setting is written key=value, such as seed=42 or rho.sigma=0.05.")
+    if faults:
+        raise ConfigError(faults)
+    return parsed
 
 
 def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
-    """Plain nested data of one job, unknown keys included: `flatlora.config.parse` names those.
+    """Plain nested data of one job: `flatlora.config.parse` names its unknown keys and options (`NoSection`).
 
     Raises:
-        ConfigError: an option that no file of its group describes, or words that do not compose.
+        ConfigError: words that do not compose.
     """
-    overrides = [_parse(word) for word in words]
-    faults = [fault for override in overrides if (fault := _option_fault(conf_dir, override))]
+    overrides = _parse_all(words)
+    faults = [
+        f"Several values in {override.input_line}: a sweep needs -m." for override in overrides if _is_sweep(override)
+    ]
     if faults:
         raise ConfigError(faults)
-    # `++` lets an unknown key through to the typed config, which knows the nearest name.
-    lenient = [_lenient(override) for override in overrides]
+    unknown = {
+        override.key_or_group: NoSection(tuple(faults))
+        for override in overrides
+        if (faults := _option_faults(conf_dir, override))
+    }
+    known = [override.input_line for override in overrides if override.key_or_group.split(".")[0] not in unknown]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
-            config = compose("config", overrides=lenient)
-            return OmegaConf.to_container(config, resolve=True)
+            config = compose("config", overrides=lenient(known))
+            return OmegaConf.to_container(config, resolve=True) | unknown
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([f"The configuration does not compose: {str(error).strip().splitlines()[0]}"]) from error
+        faults = [fault for section in unknown.values() for fault in section.faults]
+        faults.append(f"The configuration does not compose: {str(error).strip().splitlines()[0]}")
+        raise ConfigError(faults) from error
 
 
-def _lenient(override: Override) -> str:
-    line = override.input_line
-    plain_value = not (override.is_delete() or override.is_add() or override.is_force_add())
-    is_group = override.key_or_group in GROUPS or override.key_or_group.startswith("hydra")
-    return f"++{line}" if plain_value and not is_group else line
+def lenient(words: Sequence[str]) -> list[str]:
+    """Settings as Hydra takes them with keys of the typed config that no option file names."""
+    return [_lenient(override) for override in _parse_all(words)]
 
 
-def _option_fault(conf_dir: Path, override: Override) -> str | None:
+def _is_sweep(override: Override) -> bool:
+    return override.is_sweep_override() and not override.is_hydra_override()
+
+
+def lenient(words: Sequence[str]) -> list[str]:
+    """Settings with `++` where a key may be unknown to the YAML files: the typed config knows it, or the nearest name."""
+    return [f"++{word}" if _is_plain_value(_parse(word)) else word for word in words]
+
+
+def _is_plain_value(override: Override) -> bool:
+    prefixed = override.is_delete() or override.is_add() or override.is_force_add()
+    return not prefixed and override.key_or_group not in GROUPS and not override.key_or_group.startswith("hydra")
+
+
+def _option_faults(conf_dir: Path, override: Override) -> list[str]:
     group = override.key_or_group
     if group not in GROUPS or override.is_delete():
-        return None
+        return []
     value = override.value()
     options = sorted(
         str(path.relative_to(conf_dir / group).with_suffix("")) for path in (conf_dir / group).rglob("*.yaml")
     )
-    for name in value if isinstance(value, list) else [value]:
-        if name is not None and str(name) not in options:
-            near = nearest(str(name), options)
+    faults = []
+    for name in map(_option_name, value if isinstance(value, list) else [value]):
+        if name not in options:
+            near = nearest(name, options)
             hint = f"did you mean {group}={near}? " if near else ""
-            return f"Unknown option {group}={name}: {hint}Known options: {', '.join(options)}."
-    return None
+            faults.append(f"Unknown option {group}={name}: {hint}Known options: {', '.join(options)}.")
+    return faults
+
+
+def _option_name(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def expand_sweep(words: Sequence[str]) -> list[list[str]]:
-    """The jobs of a `-m` command line, as Hydra's basic sweeper makes them: all combinations, last key fastest."""
-    choices = []
-    for word in words:
-        override = _parse(word)
-        if override.is_sweep_override() and override.is_hydra_override() is False:
-            key = word.partition("=")[0]
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
+    """The jobs of a `-m` command line, as Hydra's basic sweeper makes them: all combinations, last key fastest.
+
+    Raises:
+        ConfigError: sweeps whose values cannot be listed.
+    """
+    choices, faults = [], []
+    for word, override in zip(words, _parse_all(words), strict=True):
+        if not _is_sweep(override):
             choices.append([word])
+            continue
+        key = word.partition("=")[0]
+        try:
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        except HydraException:  # glob, interval
+            faults.append(f"Cannot sweep over {word!r}: list the values, such as {key}=A,B, or use range(START,STOP).")
+    if faults:
+        raise ConfigError(faults)
     return [list(job) for job in itertools.product(*choices)]
 
 

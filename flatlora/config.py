@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
@@ -22,6 +23,13 @@ class ConfigError(ValueError):
     def __init__(self, faults: Iterable[str]) -> None:
         self.faults = list(dict.fromkeys(faults))
         super().__init__("\n".join(self.faults))
+
+
+@dataclass(frozen=True)
+class NoSection:
+    """Stands in raw data where a section should be, and says why there is none."""
+
+    faults: tuple[str, ...]
 
 
 def setting(default: Any = ..., *, remedy: str = "", **rules: Any) -> Any:
@@ -143,12 +151,7 @@ class Experiment(Section):
 
     def identity(self) -> dict[str, Any]:
         """All that decides the trained bytes: the config less record keeping, paths and logging."""
-        raw = self.model_dump(mode="json")
-        for key in ("wandb", "results_root", "data_root", "dry_run", "resume", "overwrite", "eval"):
-            raw.pop(key)
-        for key in ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch"):
-            raw["trainer"].pop(key)
-        return raw
+        return identity_of(self.model_dump(mode="json"))
 
     def sha256(self) -> str:
         """Hash of `identity()`."""
@@ -164,6 +167,17 @@ class Experiment(Section):
         parts = [self.model.name, self.peft.name] + ([f"r{rank}"] if rank else [])
         parts += [f"{self.rho.name}{self.rho.sigma:g}"] if self.flat else []
         return "-".join([*parts, digest])
+
+
+def identity_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`Experiment.identity` of a config as config.yaml keeps it."""
+    unread = ("wandb", "results_root", "data_root", "dry_run", "resume", "overwrite", "eval")
+    identity = {key: value for key, value in raw.items() if key not in unread}
+    unread = ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch")
+    identity["trainer"] = {key: value for key, value in raw["trainer"].items() if key not in unread}
+    if raw["rho"]["method"] == "off" or raw["rho"]["sigma"] == 0:
+        identity["rho"] = {"method": "off"}
+    return identity
 
 
 SectionChooser = Callable[[str, Mapping[str, Any]], type[Section] | str]
@@ -186,29 +200,34 @@ def parse(raw: Mapping[str, Any], choose: SectionChooser) -> Experiment:
     classes = _section_classes(raw, choose, faults, faulty)
     values: dict[str, Any] = {}
     for key, value in raw.items():
-        if key not in Experiment.model_fields:
+        if isinstance(value, NoSection):
+            faults += value.faults
+            faulty.add(key)
+        elif key not in Experiment.model_fields:
             faults.append(_unknown_key(key, Experiment.model_fields))
         elif key in classes:
             values[key] = _build_section(key, classes[key], value, faults, faulty)
         elif key == "eval" and isinstance(value, Mapping):
-            values[key] = {
+            sections = {
                 name: _build_section(f"eval.{name}", classes[f"eval.{name}"], options, faults, faulty)
                 for name, options in value.items()
                 if f"eval.{name}" in classes
             }
+            values[key] = {name: section for name, section in sections.items() if section is not None}
         elif key not in faulty:
             values[key] = value
     missing = [key for key, spec in Experiment.model_fields.items() if spec.is_required() and key not in raw]
     faults += [f"Missing {key}: choose an option of the group conf/{key}." for key in missing]
-    if any(values.get(key) is None and key in classes for key in values) or missing or faulty & set(raw):
-        raise ConfigError(faults)
+    faulty |= set(missing)
+    values = {key: value for key, value in values.items() if value is not None or key not in classes}
     experiment = _build_section("", Experiment, values, faults, faulty)
     if experiment is None:
         raise ConfigError(faults)
     sections = [getattr(experiment, key) for key in classes if not key.startswith("eval.")] + [
         *experiment.eval.values()
     ]
-    faults += [fault for section in sections for fault in section.rule_faults()]
+    rule_faults = [fault for section in sections for fault in section.rule_faults()]
+    faults += [fault for fault in rule_faults if not any(f"{key}=" in fault for key in faulty)]
     faults += [fault for keys, fault in _combination_faults(experiment) if not faulty & set(keys)]
     if faults:
         raise ConfigError(faults)
@@ -226,8 +245,11 @@ def _section_classes(
         "wandb": WandbConfig,
     }
     wanted = {key: raw[key] for key in ("dataset", "peft") if key in raw}
-    wanted |= {f"eval.{name}": options for name, options in (raw.get("eval") or {}).items()}
+    if isinstance(raw.get("eval"), Mapping):
+        wanted |= {f"eval.{name}": options for name, options in raw["eval"].items()}
     for key, section in wanted.items():
+        if isinstance(section, NoSection):
+            continue
         chosen = choose(key, section if isinstance(section, Mapping) else {})
         if isinstance(chosen, str):
             faults.append(chosen)
@@ -240,7 +262,8 @@ def _section_classes(
 def _build_section(path: str, cls: type[Section], value: Any, faults: list[str], faulty: set[str]) -> Any:
     """The section, with faulty keys noted and put back to their defaults so that later rules still run; or None."""
     if not isinstance(value, Mapping):
-        faults.append(f"Invalid {path}={value!r}: it is a group of settings; choose an option such as {path}=NAME.")
+        faults.append(f"Invalid {path}={value!r}: it is a group of settings; set one of them, as in {path}.KEY=VALUE.")
+        faulty.add(path)
         return None
     value = dict(value)
     for _ in range(2):
@@ -248,10 +271,12 @@ def _build_section(path: str, cls: type[Section], value: Any, faults: list[str],
             return cls.model_validate(value)
         except ValidationError as error:
             for detail in error.errors():
-                key = ".".join(filter(None, [path, *map(str, detail["loc"])]))
-                faults.append(_describe(key, cls, detail))
+                name = str(detail["loc"][0])
+                key = f"{path}.{name}" if path else name
+                if key not in faulty:  # else its fault is known, and this one only follows from it
+                    faults.append(_describe(key, cls, detail, value.get(name)))
                 faulty.add(key)
-                value.pop(str(detail["loc"][0]), None)
+                value.pop(name, None)
     return None
 
 
@@ -272,19 +297,21 @@ _RULES = {
 }
 
 
-def _describe(key: str, cls: type[Section], detail: Mapping[str, Any]) -> str:
+def _describe(key: str, cls: type[Section], detail: Mapping[str, Any], value: Any) -> str:
     name = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return _unknown_key(key, cls.model_fields)
     if detail["type"] == "missing":
         return f"Missing {key}: this key has no default; set {key}=VALUE."
-    if detail["type"] in _RULES:
+    if len(detail["loc"]) > 1:  # inside a list, or one of the forms of a union
+        rule = "it has none of the forms that this key takes"
+    elif detail["type"] in _RULES:
         rule = _RULES[detail["type"]].format(**detail.get("ctx", {}))
     else:
         rule = detail["msg"][0].lower() + detail["msg"][1:]
     field = cls.model_fields.get(name)
     remedy = ((field.json_schema_extra or {}) if field else {}).get("remedy", "")
-    return f"Invalid {key}={detail['input']!r}: {rule}" + (f"; {remedy}." if remedy else ".")
+    return f"Invalid {key}={value!r}: {rule}" + (f"; {remedy}." if remedy else ".")
 
 
 def _unknown_key(key: str, known: Iterable[str]) -> str:

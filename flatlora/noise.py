@@ -270,7 +270,7 @@ def _add_rows_fp32(weight, c, out, k0, k1, step, stream, first_row, first_column
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _add_rows_bf16(weight, c, out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
-    """out[start:stop] = round(weight + c z), BF16 as its 16 bits: the upper half of an FP32, rounded to nearest even."""
+    """out[start:stop] = round(weight + c z), BF16 as 16 bits: the upper half of an FP32, rounded to nearest even."""
     columns = out.shape[1]
     words = np.empty((4, _BLOCKS_AT_ONCE), np.uint32)
     z = np.empty(_SEGMENT, np.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 
-from flatlora.config import ConfigError, Experiment
+from flatlora.config import ConfigError, Experiment, identity_of
 
 _RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numba", "numpy", "safetensors", "tokenizers")
 
@@ -88,8 +89,19 @@ class RunFolder:
         path = self.path / "run.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def open(self, experiment: Experiment, *, writer: bool = True) -> bool:
-        """Take the folder for this experiment. True when there is a started run to go on with.
+    def is_finished(self, experiment: Experiment) -> bool:
+        """Whether this very experiment has run to its end here, so that resume=true has nothing to do.
+
+        Raises:
+            ConfigError: the folder holds another run, or this one and neither resume nor overwrite is given.
+        """
+        if experiment.overwrite or not (self.path / "config.yaml").is_file():
+            return False
+        self._refuse_other_run(experiment)
+        return (self.record or {}).get("status") == "finished"
+
+    def open(self, experiment: Experiment, *, writer: bool = True) -> None:
+        """Take the folder for this experiment.
 
         Args:
             writer: False on ranks above 0, which only look.
@@ -99,6 +111,19 @@ class RunFolder:
         """
         if writer:
             self._acquire()
+        try:
+            self._claim(experiment, writer)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _claim(self, experiment: Experiment, writer: bool) -> None:
         started = (self.path / "config.yaml").is_file()
         if started and experiment.overwrite and writer:
             self._clear()
@@ -107,13 +132,6 @@ class RunFolder:
             self._refuse_other_run(experiment)
         if writer:
             write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
-        return started
-
-    def close(self) -> None:
-        """Let other processes have the folder."""
-        if self._lock:
-            self._lock.close()
-            self._lock = None
 
     def _acquire(self) -> None:
         try:
@@ -130,8 +148,8 @@ class RunFolder:
             self.close()
             raise ConfigError(
                 [
-                    f"Cannot write to results_root: {error.strerror or error} ({error.filename or self.path}); free some "
-                    "space there, or set results_root=DIR to a folder that takes files."
+                    f"Cannot write to results_root: {error.strerror or error} ({error.filename or self.path}); free "
+                    "some space there, or set results_root=DIR to a folder that takes files."
                 ]
             ) from error
 
@@ -163,19 +181,19 @@ class RunFolder:
             state = "a finished run" if (self.record or {}).get("status") == "finished" else "a started run"
             raise ConfigError(
                 [
-                    f"{self.path} holds {state} of this experiment: resume=true goes on with it, overwrite=true deletes "
-                    "it and starts anew."
+                    f"{self.path} holds {state} of this experiment: resume=true goes on with it, overwrite=true "
+                    "deletes it and starts anew."
                 ]
             )
 
 
 def _differences(saved: dict[str, Any], experiment: Experiment) -> list[str]:
     """`key: saved ≠ wanted` for every key that decides the trained bytes."""
-    saved_flat, wanted_flat = dict(_flatten(saved)), dict(_flatten(experiment.identity()))
+    identity, settings = dict(_flatten(identity_of(saved))), dict(_flatten(saved))
     return [
-        f"{key} is {saved_flat.get(key)!r} there and {value!r} here"
-        for key, value in wanted_flat.items()
-        if saved_flat.get(key) != value
+        f"{key} is {settings.get(key)!r} there and {value!r} here"
+        for key, value in _flatten(experiment.identity())
+        if identity.get(key) != value and settings.get(key) != value  # σ = 0 hides the other keys of rho
     ]
 
 
@@ -229,6 +247,8 @@ class Tracker:
             config=experiment.model_dump(mode="json"),
             dir=str(folder),
             mode=mode,
+            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12],  # a resumed run goes on in its page
+            resume="allow",
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
 

@@ -34,21 +34,16 @@ def read_rows(
         source, rows = str(path), (read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path))
     if not rows:
         raise ConfigError([f"Empty data set: {source} holds no row; at least one is needed."])
-    missing = [column for column in columns if column not in rows[0]]
-    if missing:
-        raise ConfigError(
-            [
-                f"Missing column {column} in {source}: it has {', '.join(rows[0])}; rename the column as on the hub."
-                for column in missing
-            ]
-        )
+    faults = [fault for column in columns if (fault := _column_fault(column, rows, source))]
+    if faults:
+        raise ConfigError(faults)
     return [{column: row[column] for column in columns} for row in rows]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """One JSON object a line; blank lines are skipped, a broken one is named."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):  # U+2028 and the like are no line ends here
         if not line.strip():
             continue
         try:
@@ -59,6 +54,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise ConfigError([f"Broken row in {path}, line {number}: a JSON object is needed, not {line[:40]!r}."])
         rows.append(row)
     return rows
+
+
+def _column_fault(column: str, rows: Sequence[dict[str, Any]], source: str) -> str | None:
+    number = next((i for i, row in enumerate(rows, start=1) if column not in row), None)
+    if number is None:
+        return None
+    found = ", ".join(rows[number - 1])
+    return f"Missing column {column} in {source}, row {number}: it has {found}; name the columns as on the hub."
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"Broken file {path}: not UTF-8 at byte {error.start}; save it as UTF-8."]) from error
 
 
 def prompt_text(x: str) -> str:
@@ -87,7 +97,10 @@ def _local_file(root: Path, hub_id: str, config: str, split: str) -> Path:
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path).to_pylist()
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError([f"Broken file {path}: not Parquet ({error}); fetch it again."]) from error
 
 
 def _read_hub(hub_id: str, config: str, split: str, revision: str | None) -> list[dict[str, Any]]:

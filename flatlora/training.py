@@ -27,7 +27,7 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from flatlora import checkpoint
 from flatlora.callback import FlatLoraCallback
-from flatlora.config import Experiment
+from flatlora.config import ConfigError, Experiment
 from flatlora.models import autocast_dtype
 from flatlora.results import MetricsLog, RunFolder, write_json
 
@@ -304,7 +304,7 @@ def train(
         if flat and flat.perturbation:
             flat.perturbation.close()  # whatever went wrong, the backbone is W again
     elapsed = time.perf_counter() - started
-    metrics = {"train_loss": recorder.last.get("loss"), "eval_loss": recorder.last.get("eval_loss")}
+    metrics = {"train_loss": _mean_of_last_losses(log), "eval_loss": recorder.last.get("eval_loss")}
     if best:
         metrics["best_step"] = best.restore(model)
         metrics["eval_loss"] = best.read()["eval_loss"]
@@ -379,6 +379,12 @@ def training_arguments(experiment: Experiment, output_dir: Path, *, has_validati
     )
 
 
+def _mean_of_last_losses(log: MetricsLog, rows: int = 10) -> float | None:
+    """Training loss of a run: one step's is too noisy to compare runs by."""
+    losses = [row["loss"] for row in log.rows() if "loss" in row][-rows:]
+    return statistics.fmean(losses) if losses else None
+
+
 def _timing(recorder: StepRecorder, flat: FlatLoraCallback | None, elapsed_s: float) -> dict[str, float | None]:
     seconds = recorder.step_seconds
     rates = [row["tokens_per_s"] for row in recorder.log.rows() if "tokens_per_s" in row][-len(seconds) :]
@@ -400,3 +406,27 @@ def _perturbation_record(flat: FlatLoraCallback | None) -> dict[str, Any] | None
 def is_main_process() -> bool:
     """Whether this process writes; torchrun sets RANK."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_launch(experiment: Experiment) -> None:
+    """Hold the number of processes that torchrun started against the config.
+
+    Raises:
+        ConfigError: it does not divide the batch, or trainer=single and ddp are launched the other's way.
+    """
+    world_size, machine, batch = int(os.environ.get("WORLD_SIZE", "1")), experiment.trainer, experiment.optim.batch_size
+    faults = []
+    if batch % (machine.micro_batch_size * world_size):
+        faults.append(
+            f"Invalid optim.batch_size={batch}: {world_size} processes with micro-batches of "
+            f"{machine.micro_batch_size} do not divide it; change trainer.micro_batch_size or the number of processes."
+        )
+    if machine.launch == "single" and world_size > 1:
+        faults.append(f"Invalid trainer={machine.name} with {world_size} processes: use trainer=ddp, or one process.")
+    if machine.launch == "torchrun" and "WORLD_SIZE" not in os.environ:
+        faults.append(
+            f"Invalid trainer={machine.name} without processes: start it by torchrun --nproc_per_node N run_exp.py "
+            f"trainer={machine.name} ..., or use trainer=auto."
+        )
+    if faults:
+        raise ConfigError(faults)

@@ -1,6 +1,6 @@
 """Adapter methods, one file each. A file registers itself; importing this package finds them all.
 
-A method is a class with `name`, its config section `Config` and `apply(model, config, seed)`; see `Method`.
+A method is a class with `name`, its config section `Config` and `check` and `apply`; see `Method`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ class Method(Protocol):
 
     Config: type[PeftConfig]
 
-    def apply(self, model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
-        """The model to train, trainable parameters in FP32 and all others frozen.
+    def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
+        """Try the config on the architecture without weights.
 
         Raises:
-            ValueError: the config does not fit this model (a target that matches nothing, a rank too large).
+            ConfigError: it does not fit this model (a target that matches nothing, a rank too large).
         """
+        ...
+
+    def apply(self, model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
+        """The model to train, trainable parameters in FP32 and all others frozen."""
         ...
 
 

@@ -12,6 +12,9 @@ from flatlora.methods import register
 class FullFineTuning:
     Config = PeftConfig
 
+    def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
+        """Any model can be trained as a whole."""
+
     def apply(self, model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
         model.float()
         for parameter in model.parameters():

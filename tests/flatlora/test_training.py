@@ -1,0 +1,255 @@
+"""Whole runs of a tiny model through `run_exp.main`: DESIGN's invariants, resume, and the record."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import run_exp
+from data.tokens import TokenRows
+from flatlora import training
+from flatlora.training import EpochSampler
+from tests.conftest import adapter_bytes, metrics_rows, run_folder
+
+PROJECT = Path(__file__).parents[2]
+
+
+def run(settings, *more) -> Path:
+    assert run_exp.main([*settings, *more]) == 0
+    return run_folder([*settings, *more])
+
+
+def in_folder(settings, name):
+    """The same settings with their own results folder."""
+    return [f"{word}-{name}" if word.startswith("results_root=") else word for word in settings]
+
+
+def test_record_is_complete_and_adapter_loads_with_peft(tiny_settings, tiny_model_folder):
+    settings = [word for word in tiny_settings if not word.startswith(("model.dtype", "dataset.validation_rows"))]
+    settings += ["rho=flat", "rho.sigma=0.3", "model.dtype=bfloat16", "dataset.validation_rows=4"]
+    folder = run(settings)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
+    assert record["config_sha256"] == run_exp.experiment_of(settings).sha256()
+    assert record["params"]["trainable"] == sum(
+        t.numel() for t in load_file(folder / "adapter/adapter_model.safetensors").values()
+    )
+    assert record["timing"]["step_s_median"] > 0
+    assert record["memory"]["peak_rss_gib"] > 0.1
+    assert record["perturbation"]["mode"] == "copy"
+    assert {t.dtype for t in load_file(folder / "adapter/adapter_model.safetensors").values()} == {torch.float32}
+    rows = metrics_rows(folder)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
+    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "sigma"}
+    assert rows[-1]["eval_loss"] == pytest.approx(record["metrics"]["eval_loss"])
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    PeftModel.from_pretrained(base, folder / "adapter")
+    optimizer = torch.load(folder / "checkpoint-6/optimizer.pt")
+    assert {s["exp_avg"].dtype for s in optimizer["state"].values()} == {torch.float32}
+
+
+def test_same_command_gives_the_same_bytes_and_another_seed_does_not(tiny_settings):
+    settings = [*tiny_settings, "rho=flat", "rho.sigma=0.3", "peft.lora_dropout=0.1"]
+    first = adapter_bytes(run(in_folder(settings, "a")))
+    torch.manual_seed(999)  # what ran before must not matter
+    assert adapter_bytes(run(in_folder(settings, "b"))) == first
+    assert adapter_bytes(run(in_folder(settings, "c"), "seed=1")) != first
+
+
+def test_off_is_sigma_zero_is_plain_and_flat_is_not(tiny_settings):
+    off = adapter_bytes(run(in_folder(tiny_settings, "off"), "rho=off"))
+    assert adapter_bytes(run(in_folder(tiny_settings, "zero"), "rho=flat", "rho.sigma=0")) == off
+    assert adapter_bytes(run(in_folder(tiny_settings, "flat"), "rho=flat", "rho.sigma=0.3")) != off
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_copy_equals_recompute_and_checkpointing_changes_nothing(tiny_settings, dtype):
+    settings = [*tiny_settings, "rho=flat", "rho.sigma=0.3", f"model.dtype={dtype}"]
+    copy = run(in_folder(settings, "copy"), "rho.mode=copy")
+    recompute = run(in_folder(settings, "recompute"), "rho.mode=recompute")
+    saving = run(in_folder(settings, "saving"), "rho.mode=recompute", "trainer.gradient_checkpointing=true")
+    assert adapter_bytes(copy) == adapter_bytes(recompute) == adapter_bytes(saving)
+    assert metrics_rows(copy) == metrics_rows(recompute)
+
+
+RESUME_VARIANTS = {
+    "flat": ["rho=flat", "rho.sigma=0.3"],
+    "every": ["rho=flat", "rho.sigma=0.3", "rho.every=3"],
+    "micro_batch": ["rho=flat", "rho.sigma=0.3", "rho.resample=micro_batch"],
+    "grouped": ["optim.group_by_length=true"],
+    "best": ["optim.best_model=true", "optim.eval_steps=2", "dataset.validation_rows=8"],
+    "full_ft": ["peft=full_ft"],
+}
+
+
+@pytest.mark.parametrize("variant", RESUME_VARIANTS)
+@pytest.mark.parametrize("killed_at", [2, 4, 7])
+def test_killed_and_resumed_is_never_killed(tiny_settings, variant, killed_at, monkeypatch):
+    """18 rows in batches of 4: epochs of 5 steps, the last one short; checkpoints every 2 steps."""
+    settings = [w for w in tiny_settings if not w.startswith(("dataset.", "peft.lora_r"))]
+    settings += ["dataset.train_rows=18", "dataset.validation_rows=0", "dataset.test_rows=4", "trainer.save_steps=2"]
+    settings += [*RESUME_VARIANTS[variant], "optim.epochs=2"]
+    if variant != "full_ft":
+        settings += ["peft.lora_dropout=0.2", "peft.lora_r=4"]
+    whole = run(in_folder(settings, "whole"))
+
+    class Killed(BaseException):
+        pass
+
+    step = training.StepRecorder.on_step_end
+
+    def die(self, args, state, control, **kwargs):
+        step(self, args, state, control, **kwargs)
+        if state.global_step == killed_at:
+            raise Killed  # like SIGKILL, nothing of ours runs after it
+
+    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    settings = in_folder(settings, "killed")
+    with pytest.raises(Killed):
+        run_exp.main(settings)
+    monkeypatch.undo()
+    folder = run_folder(settings)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "torn')
+    assert run_exp.main(settings) == 2  # without resume=true nothing is touched
+    assert run_exp.main([*settings, "resume=true"]) == 0
+    name = "model.safetensors" if variant == "full_ft" else "adapter_model.safetensors"
+    assert (folder / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+    assert metrics_rows(folder) == metrics_rows(whole)
+    expected = (killed_at - 1) // 2 * 2 or None  # the kill comes before the save of its own step
+    assert json.loads((folder / "run.json").read_text())["resumed_from"] == expected
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(tiny_settings):
+    settings = [*tiny_settings, "trainer.save_steps=2"]
+    folder = run(settings)
+    expected = adapter_bytes(folder)
+    (folder / "run.json").unlink()
+    shutil.rmtree(folder / "adapter")
+    (folder / "checkpoint-6/optimizer.pt").write_bytes(b"torn")
+    assert run_exp.main([*settings, "resume=true"]) == 0
+    assert adapter_bytes(folder) == expected
+    assert json.loads((folder / "run.json").read_text())["resumed_from"] == 4
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny_settings):
+    folder = run(tiny_settings, "trainer.save_steps=1", "trainer.save_total_limit=2")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_finished_run_is_not_run_again(tiny_settings, capsys):
+    folder = run(tiny_settings)
+    stamp = (folder / "run.json").stat().st_mtime_ns
+    assert run_exp.main([*tiny_settings, "resume=true"]) == 0
+    assert (folder / "run.json").stat().st_mtime_ns == stamp
+    assert "finished already" in capsys.readouterr().err
+
+
+def test_another_experiment_in_the_folder_is_refused(tiny_settings, capsys):
+    folder = run(tiny_settings)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert run_exp.main([*tiny_settings, "resume=true", "optim.lr=0.5"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "optim.lr is 0.01 there and 0.5 here" in error
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_diverging_run_fails_with_its_reason(tiny_settings, capsys):
+    assert run_exp.main([*tiny_settings, "optim.lr=1e30", "optim.max_grad_norm=0"]) == 1
+    record = json.loads((run_folder(tiny_settings) / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "diverged" in record["error"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_early_stopping_stops_and_best_model_is_kept(tiny_settings):
+    settings = [w for w in tiny_settings if not w.startswith(("dataset.validation_rows", "optim.lr"))]
+    settings += ["dataset.validation_rows=8", "optim.lr=0.5", "optim.epochs=10", "optim.eval_steps=1"]
+    folder = run(settings, "optim.early_stopping_patience=2", "optim.best_model=true")
+    losses = [row["eval_loss"] for row in metrics_rows(folder) if "eval_loss" in row]
+    record = json.loads((folder / "run.json").read_text())
+    assert len(losses) < 60
+    assert losses.index(min(losses)) == len(losses) - 3  # two evaluations without a gain
+    assert record["metrics"]["best_step"] == losses.index(min(losses)) + 1
+    assert record["metrics"]["eval_loss"] == min(losses)
+    best = load_file(next((folder / "best").glob("*.safetensors")))
+    saved = load_file(folder / "adapter/adapter_model.safetensors")
+    assert {name.replace(".default", ""): t.sum() for name, t in best.items()} == {n: t.sum() for n, t in saved.items()}
+
+
+def test_interrupt_is_recorded(tiny_settings, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.FlatTrainer, "training_step", interrupt)
+    assert run_exp.main(tiny_settings) == 130
+    assert json.loads((run_folder(tiny_settings) / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_sweep_runs_every_job(tiny_settings):
+    settings = [word for word in tiny_settings if not word.startswith("wandb.name")]
+    command = [sys.executable, "run_exp.py", "-m", *settings, "++rho=0,0.3", "++seed=0,1"]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "++rho=0,0.3 → rho=flat rho.sigma=0,0.3" in result.stderr
+    root = next(word.partition("=")[2] for word in settings if word.startswith("results_root="))
+    runs = [json.loads(path.read_text()) for path in Path(root).glob("*/*/*/run.json")]
+    assert sorted((r["experiment"]["rho"]["sigma"], r["seed"]) for r in runs) == [(0, 0), (0, 1), (0.3, 0), (0.3, 1)]
+    assert len({r["adapter_sha256"] for r in runs}) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_accumulation(tiny_settings):
+    """Invariant 7: shared noise, 2 processes × 1 micro-batch against 1 process × 2, over gloo."""
+    settings = [*tiny_settings, "rho=flat", "rho.sigma=0.3", "dataset.train_rows=32"]
+    one = metrics_rows(run(in_folder(settings, "one")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    two_settings = in_folder(settings, "two")
+    result = subprocess.run(
+        [*torchrun, "run_exp.py", *two_settings, "trainer=ddp"],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    two = metrics_rows(run_folder(two_settings))
+    assert len(one) == len(two) == 8
+    for left, right in zip(one, two, strict=True):
+        assert left["sigma"] == right["sigma"]
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_sampler_is_a_permutation_and_a_pure_function(group):
+    lengths = [(7 * i) % 23 for i in range(50)]
+    sampler = EpochSampler(lengths, seed=3, group=group)
+    first = list(sampler)
+    assert sorted(first) == list(range(50))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    if group > 1:
+        sampler.set_epoch(0)
+        spread = [
+            max(lengths[i] for i in first[j : j + 4]) - min(lengths[i] for i in first[j : j + 4])
+            for j in range(0, 48, 4)
+        ]
+        assert max(spread) <= 3
+
+
+def test_rows_know_their_lengths():
+    rows = TokenRows([[1, 2], [3]], [[4], [5, 6, 7]])
+    assert rows.lengths == [3, 4]
