@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if flags and not sweep:
             return _hand_to_hydra(flags, settings)  # --help, --cfg job and the like
         jobs = commandline.expand_sweep(settings) if sweep else [settings]
-        experiments = [experiment_of(job) for job in jobs]  # every fault of every job before the first one starts
+        experiments = experiments_of(jobs)
         if sweep and not all(experiment.dry_run for experiment in experiments):
             return _hand_to_hydra(flags, settings)
         return max(run(experiment) for experiment in experiments)
@@ -57,6 +57,19 @@ def main(words: Sequence[str] | None = None) -> int:
 def experiment_of(settings: Sequence[str]) -> Experiment:
     """Typed experiment of canonical command-line settings."""
     return parse(commandline.compose_config(CONF_DIR, settings), section_class)
+
+
+def experiments_of(jobs: Sequence[Sequence[str]]) -> list[Experiment]:
+    """`experiment_of` of each job of a sweep; every fault of every job, before the first one starts."""
+    experiments, faults = [], []
+    for job in jobs:
+        try:
+            experiments.append(experiment_of(job))
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    return experiments
 
 
 def section_class(section: str, raw: Mapping[str, Any]) -> type[Section] | str:

@@ -24,10 +24,9 @@ from flatlora.rows import prompt_text, read_rows
 SCORER_VERSION = 1
 HEADLINE = "exact_match"
 
-# A number as people write it: sign, dollar sign, thousands separators, decimals; "42." ends a sentence.
-_NUMBER = re.compile(
-    r"(?<![\w.])(?:[-−]\s?)?\$?\s?(?:[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-−]?\$?\.\d+"
-)
+# A number as people write it: sign, dollar sign, thousands separators, decimals; "42." ends a sentence. A sign touches
+# its number and follows no other, so that "5-3", "10 - 7" and the dash of a list are not negative.
+_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\$\s?)?[-−]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 class Config(Section):
@@ -37,14 +36,15 @@ class Config(Section):
 
 
 def parse_answer(text: str) -> Decimal | None:
-    """The number after the last "####", else the last number of the text; None when there is none.
+    """The number on the line of the first "####", else the last number of the text; None when there is none.
 
-    Reads 1,000 · -5 · $42.50 · 42. · +7 as people mean them. A "####" without a number after it is no answer.
+    Reads 1,000 · -5 · $42.50 · 42. · +7 as people mean them. The first mark counts, for a base model rambles on with
+    questions and answers of its own. A mark without a number on its line is no answer.
     """
-    marked = text.rpartition("####")
-    if marked[1]:
-        numbers = _NUMBER.findall(marked[2].split("\n####")[0])
-        return _to_decimal(numbers[0]) if numbers else None
+    _, mark, rest = text.partition("####")
+    if mark:
+        number = _NUMBER.search(rest.partition("\n")[0])
+        return _to_decimal(number[0]) if number else None
     numbers = _NUMBER.findall(text)
     return _to_decimal(numbers[-1]) if numbers else None
 

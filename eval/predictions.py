@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from eval.backends import Backend
 from flatlora.config import ConfigError
 from flatlora.results import write_atomic, write_json
-from flatlora.rows import jsonl
+from flatlora.rows import jsonl, read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,15 @@ def generate(
 
     Prompts are answered in batches of like length. Greedy decoding in low precision can depend on a batch's company,
     so a resumed call forms the same batches and redoes a batch that is not whole. A file made by another model, with
-    other settings or for other prompts is put aside as predictions.stale.jsonl.
+    other settings or for other prompts or references is put aside as predictions.stale.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
-    settings = {**backend.describe(), "max_new_tokens": max_new_tokens}
-    done = _finished_rows(folder, [path, partial], settings, prompts)
+    asked = hashlib.sha256(json.dumps([*prompts, *references]).encode()).hexdigest()
+    settings = {**backend.describe(), "max_new_tokens": max_new_tokens, "prompts_sha256": asked}
+    done = _finished_rows(folder, [path, partial], settings)
+    if partial.is_file():
+        write_atomic(partial, jsonl(done.values()))  # without a torn last line, which an append would run into
     write_json(folder / "generation.json", settings)
     order = sorted(range(len(prompts)), key=lambda i: (-backend.prompt_length(prompts[i]), i))
     batches = [order[i : i + backend.batch_size] for i in range(0, len(order), backend.batch_size)]
@@ -64,18 +68,15 @@ def generate(
     return path
 
 
-def _finished_rows(
-    folder: Path, paths: Sequence[Path], settings: dict[str, Any], prompts: Sequence[str]
-) -> dict[int, dict[str, Any]]:
+def _finished_rows(folder: Path, paths: Sequence[Path], settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
     recorded = folder / "generation.json"
     same = recorded.is_file() and json.loads(recorded.read_text()) == settings
     rows: dict[int, dict[str, Any]] = {}
     for path in paths:
         if not path.is_file():
             continue
-        found = {row["index"]: row for row in _whole_lines(path)}
-        if same and all(i < len(prompts) and prompts[i] == row["prompt"] for i, row in found.items()):
-            rows |= found
+        if same:
+            rows |= {row["index"]: row for row in _whole_lines(path)}
             continue
         stale = path.with_name(path.name.replace(".jsonl", ".stale.jsonl"))
         logger.warning("%s was made by another model, settings or prompts: kept as %s.", path, stale.name)
@@ -86,7 +87,7 @@ def _finished_rows(
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a file whose last line may be torn."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 and the like end no line
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -98,8 +99,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Rows of a finished predictions file.
 
     Raises:
-        ConfigError: the file is not there.
+        ConfigError: the file is not there, or broken.
     """
     if not path.is_file():
         raise ConfigError([f"{path} is not there: generate the answers first (leave out score_only=true)."])
-    return _whole_lines(path)
+    return read_jsonl(path)

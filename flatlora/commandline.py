@@ -119,14 +119,10 @@ def _is_sweep(override: Override) -> bool:
     return override.is_sweep_override() and not override.is_hydra_override()
 
 
-def lenient(words: Sequence[str]) -> list[str]:
-    """Settings with `++` where a key may be unknown to the YAML files: the typed config knows it, or the nearest name."""
-    return [f"++{word}" if _is_plain_value(_parse(word)) else word for word in words]
-
-
-def _is_plain_value(override: Override) -> bool:
+def _lenient(override: Override) -> str:
     prefixed = override.is_delete() or override.is_add() or override.is_force_add()
-    return not prefixed and override.key_or_group not in GROUPS and not override.key_or_group.startswith("hydra")
+    is_group = override.key_or_group in GROUPS or override.key_or_group.startswith("hydra")
+    return override.input_line if prefixed or is_group else f"++{override.input_line}"
 
 
 def _option_faults(conf_dir: Path, override: Override) -> list[str]:
