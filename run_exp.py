@@ -98,9 +98,11 @@ def run(experiment: Experiment) -> int:
         console.console.print(f"{folder.path} is finished already; overwrite=true runs it anew.", soft_wrap=True)
         return 0
     inputs = prepare(experiment)
-    folder.open(experiment, writer=training.is_main_process())
+    is_writer = training.is_main_process()
+    folder.open(experiment, writer=is_writer)
     try:
-        return execute(experiment, folder, inputs)
+        resume_from = checkpoint.latest_good(folder.path, experiment.sha256(), remove_broken=is_writer)
+        return execute(experiment, folder, inputs, resume_from)
     finally:
         folder.close()
 
@@ -127,13 +129,13 @@ def prepare(experiment: Experiment) -> Inputs:
     return Inputs(device, tokenizer, tokens.prepare(splits, tokenizer, experiment.dataset.max_length), splits.test)
 
 
-def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs) -> int:
+def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> int:
     """Train, evaluate and record; whatever happens is in run.json. Returns the exit code."""
     results.reset_peak_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is recorded as interrupted
     record, code = _new_record(experiment), 0
     try:
-        train_and_score(experiment, folder, inputs, record)
+        train_and_score(experiment, folder, inputs, resume_from, record)
     except KeyboardInterrupt:
         record["status"], code = "interrupted", EXIT_INTERRUPTED
         console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
@@ -143,11 +145,17 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs) -> int:
         console.report_failure(error)
     record["memory"] = results.peak_memory_gib()
     if training.is_main_process():
-        results.write_json(folder.path / "run.json", record)
+        try:
+            results.write_json(folder.path / "run.json", record)
+        except OSError as error:  # a full disk: what was there stays, and the run can be resumed
+            console.report_failure(error)
+            code = EXIT_FAILED
     return code
 
 
-def train_and_score(experiment: Experiment, folder: RunFolder, inputs: Inputs, record: dict[str, Any]) -> None:
+def train_and_score(
+    experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None, record: dict[str, Any]
+) -> None:
     """The run itself; fills `record` as it goes."""
     results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.test))
     backbone = models.load_backbone(experiment.model, inputs.device)
@@ -164,12 +172,14 @@ def train_and_score(experiment: Experiment, folder: RunFolder, inputs: Inputs, r
         tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id),
         folder,
         log=MetricsLog(folder.path / "metrics.jsonl", tracker),
+        resume_from=resume_from,
         progress=console.ProgressBar(f"train {experiment.run_name()}") if training.is_main_process() else None,
     )
     record["backbone_sha256"]["after"] = checkpoint.backbone_sha256(model)
     record["adapter_sha256"] = checkpoint.trainable_sha256(model)
     record |= {"timing": outcome.timing, "perturbation": outcome.perturbation, "resumed_from": outcome.resumed_from}
     record["metrics"] |= outcome.metrics
+    training.check_invariants(experiment, model, record["backbone_sha256"])
     if training.is_main_process():
         model.save_pretrained(folder.adapter)
         inputs.tokenizer.save_pretrained(folder.adapter)
@@ -205,7 +215,7 @@ def describe(experiment: Experiment) -> list[tuple[str, str]]:
         ("model", models.describe_source(experiment.model)),
         ("dataset", f"{experiment.dataset.name}: {loader.describe(experiment.dataset)} from {source}"),
         ("peft", _settings(experiment.peft)),
-        ("rho", _settings(experiment.rho) if experiment.rho.method != "off" else "off: no perturbation"),
+        ("rho", _settings(experiment.rho) if experiment.flat else "off: no perturbation"),
         ("optim", _settings(optim)),
         ("trainer", _settings(experiment.trainer)),
         ("eval", ", ".join(f"{name} ({_settings(config)})" for name, config in experiment.eval.items()) or "none"),
@@ -243,7 +253,7 @@ def _hand_to_hydra(flags: Sequence[str], settings: Sequence[str]) -> int:
     return _hydra_job() or 0
 
 
-@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+@hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def _hydra_job(config: DictConfig) -> int:
     code = run(parse(OmegaConf.to_container(config, resolve=True), section_class))
     if code:

@@ -82,10 +82,10 @@ def evaluate(
 
 def print_score(benchmark: str, score: dict[str, Any]) -> None:
     """One small table of a score."""
-    table = Table("metric", "value", title=f"{benchmark}: {score['n']} rows, scorer {score['scorer']}")
+    table = Table("metric", "value")
     for name, value in score["metrics"].items():
         table.add_row(name, "—" if value is None else f"{value:.4f}")
-    console.print(table)
+    console.print(f"{benchmark}: {score['n']} rows, scorer {score['scorer']}", table)
 
 
 def _parse_words(module: Any, words: Sequence[str]) -> tuple[Target, Section]:

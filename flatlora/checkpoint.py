@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flatlora.config import ConfigError
 from flatlora.perturbation import plain_name
 from flatlora.results import fsync_folder, write_json
 
@@ -57,16 +58,32 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def latest_good(run: Path, *, remove_broken: bool = True) -> Path | None:
-    """Newest whole checkpoint; broken ones above it are named in the log and removed, for training writes them anew."""
+def latest_good(run: Path, config_sha256: str, *, remove_broken: bool = True) -> Path | None:
+    """Newest whole checkpoint; broken ones above it are named in the log and removed, for training writes them anew.
+
+    Raises:
+        ConfigError: the newest whole one was made by another experiment.
+    """
     for folder in reversed(checkpoints(run)):
         fault = fault_of(folder)
         if fault is None:
+            _refuse_other_experiment(folder, config_sha256)
             return folder
         logger.warning("Ignoring %s: %s.", folder, fault)
         if remove_broken:
             shutil.rmtree(folder)
     return None
+
+
+def _refuse_other_experiment(folder: Path, config_sha256: str) -> None:
+    made_by = json.loads((folder / MANIFEST).read_text())["config_sha256"]
+    if made_by != config_sha256:
+        raise ConfigError(
+            [
+                f"{folder} is a checkpoint of another experiment (config {made_by[:12]}…, here {config_sha256[:12]}…): "
+                "take it out of the run's folder, or give wandb.name."
+            ]
+        )
 
 
 def rotate(run: Path, keep: int) -> None:
@@ -76,13 +93,13 @@ def rotate(run: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def backbone_sha256(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every frozen parameter, in name order.
+def backbone_sha256(model: nn.Module) -> str | None:
+    """SHA-256 over name, dtype, shape and bytes of every frozen parameter, in name order; None when there is none.
 
     Names are those of the model without PEFT, so the hash does not depend on the adapter.
     """
     frozen = {plain_name(name): p for name, p in model.named_parameters() if not p.requires_grad}
-    return _tensors_sha256(frozen)
+    return _tensors_sha256(frozen) if frozen else None
 
 
 def trainable_sha256(model: nn.Module) -> str:

@@ -277,14 +277,15 @@ def _build_section(path: str, cls: type[Section], value: Any, faults: list[str],
                     faults.append(_describe(key, cls, detail, value.get(name)))
                 faulty.add(key)
                 value.pop(name, None)
+    faulty.add(path)
     return None
 
 
 _RULES = {
-    "greater_than": "it must be > {gt:g}",
-    "greater_than_equal": "it must be ≥ {ge:g}",
-    "less_than": "it must be < {lt:g}",
-    "less_than_equal": "it must be ≤ {le:g}",
+    "greater_than": "it must be > {gt:.12g}",
+    "greater_than_equal": "it must be ≥ {ge:.12g}",
+    "less_than": "it must be < {lt:.12g}",
+    "less_than_equal": "it must be ≤ {le:.12g}",
     "finite_number": "it must be a finite number",
     "literal_error": "it must be one of {expected}",
     "int_type": "it must be a whole number",

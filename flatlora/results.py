@@ -134,6 +134,7 @@ class RunFolder:
             write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
 
     def _acquire(self) -> None:
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until close()
@@ -146,12 +147,20 @@ class RunFolder:
             ) from error
         except OSError as error:
             self.close()
+            self._remove(missing)
             raise ConfigError(
                 [
                     f"Cannot write to results_root: {error.strerror or error} ({error.filename or self.path}); free "
                     "some space there, or set results_root=DIR to a folder that takes files."
                 ]
             ) from error
+
+    def _remove(self, created: list[Path]) -> None:
+        """Leave nothing behind in folders that this call made, innermost first."""
+        for folder in created:
+            with contextlib.suppress(OSError):  # never made, or it holds something after all
+                (folder / ".lock").unlink(missing_ok=True)
+                folder.rmdir()
 
     def _probe_space(self) -> None:
         """Fail before training where a small file cannot be written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
@@ -214,8 +217,6 @@ class BestModel(TrainerCallback):
         self.folder = folder
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs) -> None:
-        from safetensors.torch import save_file
-
         best = self.read()
         if not args.should_save or (best and best["eval_loss"] <= metrics["eval_loss"]):
             return
@@ -233,15 +234,11 @@ class BestModel(TrainerCallback):
 
     def read(self) -> dict[str, Any] | None:
         """{"step", "eval_loss", "file"} of the best so far."""
-        import json
-
         path = self.folder / "best.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
     def restore(self, model: nn.Module) -> int | None:
         """Put the best parameters back; returns their step."""
-        from safetensors.torch import load_file
-
         best = self.read()
         if best is None:
             return None
@@ -263,9 +260,10 @@ def train(
     run: RunFolder,
     *,
     log: MetricsLog,
+    resume_from: Path | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
-    """Train `model` in place to the end, from the newest whole checkpoint of the run if there is one.
+    """Train `model` in place to the end, from the checkpoint `resume_from` if there is one.
 
     Raises:
         FloatingPointError: the loss or a weight is NaN or infinite.
@@ -294,10 +292,14 @@ def train(
     for unwanted in (PrinterCallback, TqdmCallback):
         trainer.remove_callback(unwanted)
     recorder.trainer, recorder.flat = trainer, flat
-    resumed = checkpoint.latest_good(run.path, remove_broken=trainer.args.should_save)
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        if resume_from and _is_complete(resume_from):
+            trainer._load_from_checkpoint(str(resume_from))  # Trainer itself would run one step more
+            trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
+            log.rewind(trainer.state.global_step)
+        else:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         if progress:
             progress.stop()
@@ -313,8 +315,14 @@ def train(
         timing=_timing(recorder, flat, elapsed),
         steps=trainer.state.global_step,
         perturbation=_perturbation_record(flat),
-        resumed_from=int(resumed.name.split("-")[1]) if resumed else None,
+        resumed_from=int(resume_from.name.split("-")[1]) if resume_from else None,
     )
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a checkpoint was written after the last step of training."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]
 
 
 def flat_callback(experiment: Experiment) -> FlatLoraCallback:
@@ -364,6 +372,7 @@ def training_arguments(experiment: Experiment, output_dir: Path, *, has_validati
         eval_steps=optim.eval_steps,
         save_strategy="steps" if machine.save_steps else "epoch",
         save_steps=machine.save_steps or 500,
+        restore_callback_states_from_checkpoint=optim.early_stopping_patience is not None,
         metric_for_best_model="eval_loss" if has_validation else None,
         greater_is_better=False if has_validation else None,
         logging_strategy="steps",
@@ -392,12 +401,12 @@ def _timing(recorder: StepRecorder, flat: FlatLoraCallback | None, elapsed_s: fl
         "train_s": round(elapsed_s, 3),
         "step_s_median": round(statistics.median(seconds), 4) if seconds else None,
         "tokens_per_s": round(statistics.median(rates), 1) if seconds and rates else None,
-        "perturb_s": round(flat.perturbation.seconds, 3) if flat else 0.0,
+        "perturb_s": round(flat.perturbation.seconds, 3) if flat and flat.perturbation else 0.0,
     }
 
 
 def _perturbation_record(flat: FlatLoraCallback | None) -> dict[str, Any] | None:
-    if flat is None:
+    if flat is None or flat.perturbation is None:
         return None
     perturbation = flat.perturbation
     return {"mode": perturbation.mode, "layers": len(perturbation.layers), "drift": perturbation.drift()}
@@ -430,3 +439,22 @@ def check_launch(experiment: Experiment) -> None:
         )
     if faults:
         raise ConfigError(faults)
+
+
+def check_invariants(experiment: Experiment, model: nn.Module, backbone_sha256: dict[str, str | None]) -> None:
+    """What must hold after every run: the backbone's bytes are untouched, what was trained is FP32.
+
+    Raises:
+        RuntimeError: one of them does not; the run must not count.
+    """
+    drifts = experiment.flat and experiment.rho.mode == "inplace"
+    if backbone_sha256["before"] != backbone_sha256["after"] and not drifts:
+        raise RuntimeError(
+            f"The frozen backbone changed during training (SHA-256 {backbone_sha256['before']} before, "
+            f"{backbone_sha256['after']} after): something wrote to its weights; the adapter fits neither."
+        )
+    lowered = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if lowered:
+        raise RuntimeError(
+            f"{len(lowered)} trained parameters are not FP32 any more, {lowered[0]} among them."
+        )

@@ -19,11 +19,12 @@ from rich.table import Table
 
 PROJECT = Path(__file__).parents[1]
 FOLDER = Path("results") / "demo_word_math"
+STEPS, TEST_ROWS, SEED = 45, 200, 42
 SETTINGS = [
     "wandb.project=demo",
     "wandb.mode=disabled",
     "trainer=cpu",
-    "trainer.max_steps=45",
+    f"trainer.max_steps={STEPS}",
     "optim.lr=2e-3",
     "optim.group_by_length=true",
     "dataset.min_steps=2",
@@ -32,12 +33,11 @@ SETTINGS = [
     "dataset.max_answer=60",
     "dataset.train_rows=1000",
     "dataset.validation_rows=0",
-    "dataset.test_rows=200",
-    "eval.gsm8k.max_new_tokens=64",
+    f"dataset.test_rows={TEST_ROWS}",
+    "eval.gsm8k.max_new_tokens=128",
     "eval.gsm8k.batch_size=100",
 ]
 RUNS = {"LoRA": ["rho=off"], "Flat-LoRA": ["rho=flat", "rho.sigma=0.05"]}
-SEED = 42
 
 
 def main() -> int:
@@ -46,18 +46,19 @@ def main() -> int:
     console = Console(highlight=False)
     console.print(
         "[bold]Flat-LoRA demo[/]: SmolLM2-135M (a small model) on generated two-step word problems, LoRA and Flat-LoRA "
-        "on the same seed.\nThree parts: train LoRA, train Flat-LoRA, score the model without training. Not a paper's "
-        "setting: the point is that it runs, repeats and leaves the backbone alone.\n"
+        "on the same seed. Not a paper's setting: it shows that a run works, repeats, and leaves the backbone alone.\n"
     )
     shutil.rmtree(PROJECT / FOLDER, ignore_errors=True)
-    for name, settings in RUNS.items():
+    for part, (name, settings) in enumerate(RUNS.items(), start=1):
+        console.print(f"[bold]{part}/3 {name}[/]: train {STEPS} steps, then answer {TEST_ROWS} held-out problems")
         command = [*SETTINGS, *settings, f"seed={SEED}", f"wandb.name={name}"]
         if code := _run([str(PROJECT / "run_exp.py"), *command]):
             return code
+    console.print(f"[bold]3/3 zero-shot[/]: the untrained model answers the same {TEST_ROWS} problems")
     folders = {name: FOLDER / name / str(SEED) for name in RUNS}
     zero_shot = FOLDER / "zero-shot"
     command = ["HuggingFaceTB/SmolLM2-135M-Instruct", f"rows={folders['LoRA'] / 'test.jsonl'}", f"out={zero_shot}"]
-    command += ["max_new_tokens=64", "batch_size=100", "device=cpu"]
+    command += ["max_new_tokens=128", "batch_size=100", "device=cpu"]
     if code := _run(["-m", "eval.gsm8k", *command]):
         return code
     console.print(

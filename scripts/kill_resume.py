@@ -69,10 +69,8 @@ def kill_and_resume(settings: list[str], options: argparse.Namespace, seconds: f
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            folders = [path.name for path in Path(settings[-1].partition("=")[2]).glob("*/*/*/checkpoint-*")]
-            print(
-                f"  {number + 1}. SIGKILL after {moment:.1f} s; checkpoints then: {', '.join(sorted(folders)) or 'none'}"
-            )
+            found = sorted(path.name for path in Path(settings[-1].partition("=")[2]).glob("*/*/*/checkpoint-*"))
+            print(f"  {number + 1}. SIGKILL after {moment:.1f} s; there then: {', '.join(found) or 'no checkpoint'}")
     if code := _command([*settings, "resume=true"]).wait():
         raise SystemExit(f"the resumed run ended with exit code {code}")
     return kills

@@ -203,8 +203,18 @@ def test_questions_are_short():
 
 @pytest.mark.parametrize(
     ("singular", "plural"),
-    [("apple", "apples"), ("box", "boxes"), ("peach", "peaches"), ("candy", "candies"), ("day", "days")]
-    + [("toy car", "toy cars"), ("person", "people"), ("child", "children"), ("loaf", "loaves"), ("bus", "buses")],
+    [
+        ("apple", "apples"),
+        ("box", "boxes"),
+        ("peach", "peaches"),
+        ("candy", "candies"),
+        ("day", "days"),
+        ("bus", "buses"),
+        ("toy car", "toy cars"),
+        ("person", "people"),
+        ("child", "children"),
+        ("loaf", "loaves"),
+    ],
 )
 def test_plural(singular, plural):
     assert word_math.plural(singular) == plural

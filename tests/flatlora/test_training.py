@@ -88,6 +88,7 @@ RESUME_VARIANTS = {
     "grouped": ["optim.group_by_length=true"],
     "best": ["optim.best_model=true", "optim.eval_steps=2", "dataset.validation_rows=8"],
     "full_ft": ["peft=full_ft"],
+    "early": ["optim.early_stopping_patience=2", "optim.eval_steps=1", "dataset.validation_rows=8", "optim.lr=0.3"],
 }
 
 
@@ -99,7 +100,7 @@ def test_killed_and_resumed_is_never_killed(tiny_settings, variant, killed_at, m
     settings += ["dataset.train_rows=18", "dataset.validation_rows=0", "dataset.test_rows=4", "trainer.save_steps=2"]
     settings += [*RESUME_VARIANTS[variant], "optim.epochs=2"]
     if variant != "full_ft":
-        settings += ["peft.lora_dropout=0.2", "peft.lora_r=4"]
+        settings = ["peft.lora_dropout=0.2", "peft.lora_r=4", *settings]
     whole = run(in_folder(settings, "whole"))
 
     class Killed(BaseException):
@@ -127,6 +128,44 @@ def test_killed_and_resumed_is_never_killed(tiny_settings, variant, killed_at, m
     assert metrics_rows(folder) == metrics_rows(whole)
     expected = (killed_at - 1) // 2 * 2 or None  # the kill comes before the save of its own step
     assert json.loads((folder / "run.json").read_text())["resumed_from"] == expected
+
+
+@pytest.mark.parametrize("max_steps", [4, 6])
+def test_killed_after_the_last_step_trains_no_step_more(tiny_settings, max_steps, monkeypatch):
+    """In the middle of an epoch (4 of 6 steps) and at its end."""
+    settings = [*tiny_settings, f"trainer.max_steps={max_steps}", "trainer.save_steps=2", "rho=flat", "rho.sigma=0.3"]
+    whole = run(in_folder(settings, "whole"))
+    monkeypatch.setattr(training, "check_invariants", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
+    killed = in_folder(settings, "killed")
+    with pytest.raises(SystemExit):
+        run_exp.main(killed)
+    monkeypatch.undo()
+    assert run_exp.main([*killed, "resume=true"]) == 0
+    assert adapter_bytes(run_folder(killed)) == adapter_bytes(whole)
+    assert metrics_rows(run_folder(killed)) == metrics_rows(whole)
+
+
+def test_a_foreign_checkpoint_is_refused(tiny_settings, capsys):
+    other = run(in_folder(tiny_settings, "other"), "seed=1")
+    folder = run(tiny_settings)
+    (folder / "run.json").unlink()
+    shutil.rmtree(folder / "checkpoint-6")
+    shutil.copytree(other / "checkpoint-6", folder / "checkpoint-6")
+    assert run_exp.main([*tiny_settings, "resume=true"]) == 2
+    assert "checkpoint of another experiment" in " ".join(capsys.readouterr().err.split())
+    assert (folder / "checkpoint-6").is_dir()
+
+
+def test_a_touched_backbone_fails_the_run(tiny_settings, monkeypatch):
+    step = training.FlatTrainer.training_step
+
+    def touch(self, model, *args, **kwargs):
+        next(p for p in model.parameters() if not p.requires_grad).data.add_(1e-3)
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(training.FlatTrainer, "training_step", touch)
+    assert run_exp.main(tiny_settings) == 1
+    assert "backbone changed" in json.loads((run_folder(tiny_settings) / "run.json").read_text())["error"]
 
 
 def test_a_broken_newest_checkpoint_is_passed_over(tiny_settings):

@@ -1,0 +1,202 @@
+"""The GSM8K scorer: numbers as people write them, the first marked answer, no mercy for what cannot be read."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from eval import gsm8k
+from eval.backends import Completion
+from eval.gsm8k import parse_answer, score
+from flatlora.config import ConfigError
+from flatlora.rows import read_jsonl
+
+REAL_TEST = Path(__file__).parents[2].parent / "shared/data/openai/gsm8k/main/test.jsonl"
+
+MARKED = [
+    ("#### 42", "42"),
+    ("####42", "42"),
+    ("3 * 14 = 42\n#### 42", "42"),
+    ("#### 1,000", "1000"),  # the published pattern reads 1
+    ("#### 1,000,000", "1000000"),
+    ("#### 1,234,567.89", "1234567.89"),
+    ("#### -1,234.5", "-1234.5"),
+    ("#### -5", "-5"),
+    ("#### −5", "-5"),  # U+2212
+    ("#### +7", "7"),
+    ("#### $42.50", "42.50"),
+    ("#### -$5", "-5"),
+    ("#### $-5", "-5"),
+    ("#### $ 42", "42"),
+    ("#### 42.", "42"),
+    ("#### 42.\n", "42"),
+    ("#### 3.0", "3"),
+    ("#### 007", "7"),
+    ("#### .5", "0.5"),
+    ("#### 50%", "50"),
+    ("#### 18 apples and 7 pears", "18"),
+    ("#### **18**", "18"),
+    ("#### The answer is 18.", "18"),
+    ("##### 18", "18"),
+    ("It is 5 or 6.\n#### 7", "7"),
+    # A base model rambles on after its answer; what follows is not its answer.
+    ("#### 18\n\nQ: Tom has 3 pens. How many?\nA: #### 3", "18"),
+    ("#### 18 #### 3", "18"),
+    ("#### 18\n5 more", "18"),
+    # A mark that announces nothing is no answer, whatever stands around it.
+    ("#### ", None),
+    ("5 + 5 = 10\n####", None),
+    ("10\n#### ten", None),
+    ("####\n\nQ: Tom has 3 pens.", None),
+    ("#### \n#### 5", None),
+]
+UNMARKED = [
+    ("12 apples and 7 pears", "7"),  # the last number
+    ("The answer is 18.", "18"),
+    ("The answer is 1,234.", "1234"),
+    ("-5", "-5"),
+    ("−5", "-5"),
+    ("x=-5", "-5"),
+    ("(-5)", "-5"),
+    ("-.5", "-0.5"),
+    ("$.50", "0.5"),
+    ("$42.50", "42.5"),
+    ("That is $18$.", "18"),
+    (r"\boxed{18}", "18"),
+    ("50%", "50"),
+    ("1,000,000", "1000000"),
+    ("3.0", "3"),
+    # A minus between numbers takes away, a dash before an item lists it.
+    ("5-3 = 2", "2"),
+    ("5-3", "3"),
+    ("10 - 7", "7"),
+    ("2+2=4.", "4"),
+    ("8-", "8"),
+    ("10-15", "15"),
+    ("We have:\n- 18 apples", "18"),
+    ("We pay:\n- $18", "18"),
+    # Grouped in threes or not one number: a list of two.
+    ("10,5", "5"),
+    ("1, 2, 3", "3"),
+    ("1,2,3", "3"),
+    ("2:30", "30"),
+    ("1/2", "2"),
+    ("version A18 of 7.", "7"),
+    ("the 1st", "1"),
+    ("no answer", None),
+    ("A18", None),
+    ("", None),
+    ("...", None),
+    ("$", None),
+    ("-", None),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), MARKED + UNMARKED)
+def test_parse_answer(text, number):
+    assert parse_answer(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize("number", ["42", "-1,234.5", "$1,000,000.00", "0", "0.125", "987654321987654321987654321"])
+def test_text_around_a_number_changes_nothing(number):
+    plain = parse_answer(number)
+    for text in (
+        f"#### {number}",
+        f"So 3 + 4 = 7.\n#### {number}",
+        f"#### {number}.",
+        f"I get {number}",
+        f"= {number}.",
+    ):
+        assert parse_answer(text) == plain, text
+
+
+def row(reference, completion, *, finished=True, tokens=4):
+    return {"reference": reference, "completion": completion, "finished": finished, "tokens": tokens}
+
+
+def test_score_counts_rows_not_luck():
+    result = score(
+        [
+            row("x\n#### 1,000", "1000"),
+            row("x\n#### 18", "#### 18\n\nQ: ...\nA: #### 3", tokens=40, finished=False),
+            row("x\n#### 18", "#### 17"),
+            row("x\n#### 0", "I do not know", tokens=0),  # the published scorer calls this right
+            row("x\n#### 5", ""),
+        ]
+    )
+    assert result["n"] == 5
+    assert result["scorer"] == f"gsm8k/{gsm8k.SCORER_VERSION}"
+    assert result["metrics"] == pytest.approx(
+        {"exact_match": 2 / 5, "unparsed": 2 / 5, "unfinished": 1 / 5, "mean_tokens": 52 / 5}
+    )
+
+
+def test_score_does_not_depend_on_the_order_and_leaves_rows_alone():
+    rows = [row("#### 1", "1"), row("#### 2", "none", finished=False, tokens=9), row("#### 3", "4")]
+    before = json.dumps(rows)
+    assert score(rows) == score(rows[::-1])
+    assert json.dumps(rows) == before
+
+
+def test_a_reference_without_a_number_raises_and_names_the_row():
+    broken = row("x\n#### none", "5") | {"index": 7}
+    with pytest.raises(ValueError, match="Row 7 has no number in its reference"):
+        score([row("#### 1", "1"), broken])
+
+
+def test_no_rows_are_no_score():
+    result = score([])
+    assert result["n"] == 0
+    assert set(result["metrics"].values()) == {None}
+
+
+class Echo:
+    """Answers a prompt "… = N\\nA:  " by N."""
+
+    batch_size = 2
+
+    def describe(self):
+        return {"backend": "echo"}
+
+    def prompt_length(self, prompt):
+        return len(prompt)
+
+    def generate(self, prompts, max_new_tokens):
+        return [Completion(f"#### {p.split('=')[1].split()[0]}"[:max_new_tokens], 1, True) for p in prompts]
+
+
+def test_run_writes_predictions_and_their_score(tmp_path):
+    rows = [{"x": f"Q: n = {i}\nA: ", "y": f"#### {i if i != 2 else 99}"} for i in range(5)]
+    result = gsm8k.run(Echo(), rows, tmp_path, gsm8k.Config(max_rows=4))
+    assert result["metrics"]["exact_match"] == 3 / 4
+    assert json.loads((tmp_path / "score.json").read_text()) == result
+    found = read_jsonl(tmp_path / "predictions.jsonl")
+    assert [one["index"] for one in found] == [0, 1, 2, 3]
+    assert found[3]["prompt"] == "Q: n = 3\nA:  "  # as in training: x and a blank
+    (tmp_path / "score.json").unlink()
+    assert gsm8k.score_file(tmp_path / "predictions.jsonl") == result
+    assert (tmp_path / "score.json").is_file()
+
+
+def test_a_torn_or_missing_predictions_file_is_not_scored(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(ConfigError, match="is not there: generate the answers first"):
+        gsm8k.score_file(path)
+    lines = [json.dumps(row("#### 1", "1")) for _ in range(3)]
+    path.write_text("\n".join(lines)[:-5])
+    with pytest.raises(ConfigError, match="line 3: not JSON"):
+        gsm8k.score_file(path)
+    assert not (tmp_path / "score.json").exists()
+
+
+@pytest.mark.skipif(not REAL_TEST.is_file(), reason=f"{REAL_TEST} is not there")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_real_reference_is_read_and_right_against_itself(split):
+    answers = [one["answer"] for one in read_jsonl(REAL_TEST.with_name(f"{split}.jsonl"))]
+    assert len(answers) == {"train": 7473, "test": 1319}[split]
+    for answer in answers:  # a second, plain reading: all after the mark, without separators
+        assert parse_answer(answer) == Decimal(answer.split("####")[1].strip().replace(",", "")), answer
+    result = score([row(answer, answer) for answer in answers])
+    assert result["metrics"]["exact_match"] == 1.0
+    assert result["metrics"]["unparsed"] == 0.0

@@ -1,0 +1,160 @@
+"""predictions.jsonl: killed anywhere and resumed is the same file, and nothing finished is done again."""
+
+import json
+
+import pytest
+
+from eval import predictions
+from eval.backends import Completion
+from flatlora.config import ConfigError
+
+PROMPTS = [f"{'word ' * (7 * i % 5)}question {i}\u2028 ×" for i in range(11)]
+REFERENCES = [f"#### {i}" for i in range(11)]
+
+
+class Killed(Exception):
+    pass
+
+
+class Backend:
+    """Answers depend on the batch's company, as greedy decoding in BF16 does; dies before batch `die_at`."""
+
+    def __init__(self, die_at=None, batch_size=3, **identity):
+        self.batch_size, self.die_at, self.identity = batch_size, die_at, identity
+        self.batches = []
+
+    def describe(self):
+        return {"backend": "fake", "batch_size": self.batch_size, **self.identity}
+
+    def prompt_length(self, prompt):
+        return len(prompt.split())
+
+    def generate(self, prompts, max_new_tokens):
+        if len(self.batches) == self.die_at:
+            raise Killed
+        self.batches.append(tuple(prompts))
+        texts = [f"{place}|{prompt}|\u2028\x85\n{sum(map(len, prompts))}" for place, prompt in enumerate(prompts)]
+        return [Completion(text, max_new_tokens, place != 1) for place, text in enumerate(texts)]
+
+
+def generate(folder, backend, prompts=PROMPTS, references=REFERENCES, max_new_tokens=5, **options):
+    return predictions.generate(backend, prompts, references, folder, max_new_tokens=max_new_tokens, **options)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Bytes of the uninterrupted file, and the batches that made it."""
+    backend = Backend()
+    return generate(tmp_path / "whole", backend).read_bytes(), backend.batches
+
+
+def killed_at(folder, batch, **options):
+    with pytest.raises(Killed):
+        generate(folder, Backend(die_at=batch), **options)
+
+
+def test_rows_are_in_the_prompts_order_and_complete(tmp_path):
+    rows = predictions.read(generate(tmp_path, Backend()))
+    assert [row["index"] for row in rows] == list(range(11))
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert [row["reference"] for row in rows] == REFERENCES
+    assert all(prompt in row["completion"] for prompt, row in zip(PROMPTS, rows, strict=True))
+    assert {row["tokens"] for row in rows} == {5}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generation.json", "predictions.jsonl"]
+
+
+def test_batches_are_of_like_length_longest_first(whole):
+    lengths = [len(prompt.split()) for batch in whole[1] for prompt in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in whole[1]] == [3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 3])
+def test_killed_after_any_batch_and_resumed_is_never_killed(tmp_path, whole, batch):
+    killed_at(tmp_path / "run", batch)
+    assert not (tmp_path / "run" / "predictions.jsonl").exists()
+    backend = Backend()
+    assert generate(tmp_path / "run", backend).read_bytes() == whole[0]
+    assert backend.batches == whole[1][batch:]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30, 150, "one row", "two rows"])
+def test_a_torn_last_line_costs_its_batch_alone_and_only_once(tmp_path, whole, cut):
+    killed_at(tmp_path / "run", 2)
+    partial = tmp_path / "run" / "predictions.partial.jsonl"
+    lines = partial.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6
+    dropped = {"one row": len(lines[5]), "two rows": len(lines[4]) + len(lines[5])}.get(cut, cut)
+    partial.write_bytes(b"".join(lines)[:-dropped])
+    redone = 0 if cut == 1 else 1  # only the line's end is gone
+    with pytest.raises(Killed):
+        generate(tmp_path / "run", Backend(die_at=redone + 1))  # what it had torn, one batch more, and killed again
+    backend = Backend()
+    assert generate(tmp_path / "run", backend).read_bytes() == whole[0]
+    assert backend.batches == whole[1][3:]
+
+
+def test_a_finished_file_is_generated_never_again(tmp_path, whole):
+    backend = Backend(die_at=0)
+    assert generate(tmp_path / "whole", backend).read_bytes() == whole[0]
+    assert backend.batches == []
+
+
+CHANGES = {
+    "batch size": {"backend": {"batch_size": 4}},
+    "weights": {"backend": {"weights": "other"}},
+    "length": {"max_new_tokens": 6},
+    "fewer prompts": {"prompts": PROMPTS[:8], "references": REFERENCES[:8]},
+    "another prompt": {"prompts": [*PROMPTS[:-1], "another"]},
+    "order of prompts": {"prompts": PROMPTS[::-1], "references": REFERENCES[::-1]},
+    "a reference": {"references": [*REFERENCES[:-1], "#### 99"]},
+}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_of_other_settings_or_prompts_is_put_aside(tmp_path, whole, change, finished, caplog):
+    folder = tmp_path / ("whole" if finished else "run")
+    if not finished:
+        killed_at(folder, 2)
+    name = "predictions.jsonl" if finished else "predictions.partial.jsonl"
+    old = (folder / name).read_bytes()
+    options = dict(CHANGES[change])
+    identity = options.pop("backend", {})
+    fresh = Backend(**identity)
+    expected = generate(tmp_path / "fresh", fresh, **options).read_bytes()
+    again = Backend(**identity)
+    assert generate(folder, again, **options).read_bytes() == expected
+    assert again.batches == fresh.batches
+    assert (folder / name.replace(".jsonl", ".stale.jsonl")).read_bytes() == old
+    assert "was made by another model, settings or prompts" in caplog.text
+
+
+def test_more_prompts_than_before_are_asked_in_their_own_batches(tmp_path, whole):
+    generate(tmp_path / "run", Backend(), PROMPTS[:4], REFERENCES[:4])
+    assert generate(tmp_path / "run", Backend()).read_bytes() == whole[0]
+
+
+def test_progress_counts_rows_also_those_of_before(tmp_path):
+    seen = []
+    killed_at(tmp_path, 2, on_progress=lambda done, rows: seen.append((done, len(rows))))
+    assert seen == [(3, 3), (6, 3)]
+    seen.clear()
+    generate(tmp_path, Backend(), on_progress=lambda done, rows: seen.append((done, len(rows))))
+    assert seen[-1] == (11, 2)
+    assert sum(rows for _, rows in seen) == 11
+
+
+def test_no_prompts_make_an_empty_file(tmp_path):
+    assert predictions.read(generate(tmp_path, Backend(), [], [])) == []
+
+
+def test_what_made_the_file_is_recorded(tmp_path):
+    generate(tmp_path, Backend(weights="abc"))
+    recorded = json.loads((tmp_path / "generation.json").read_text())
+    assert recorded.items() >= {"backend": "fake", "batch_size": 3, "weights": "abc", "max_new_tokens": 5}.items()
+
+
+def test_a_missing_file_is_a_fault(tmp_path):
+    with pytest.raises(ConfigError, match="generate the answers first"):
+        predictions.read(tmp_path / "predictions.jsonl")

@@ -1,0 +1,245 @@
+"""Command-line words: published spellings, sweeps, composition of every option file, exit codes of the entry point."""
+
+import shlex
+
+import pytest
+
+import run_exp
+from flatlora import commandline
+from flatlora.config import ConfigError
+
+PUBLISHED = shlex.split(
+    "++dataset_name=meta_math +peft=all model=llama ++seed=42 +peft.lora_r=8 wandb.project=P wandb.name=vanilla_lora"
+)
+OPTIONS = sorted(
+    (path.parent.relative_to(run_exp.CONF_DIR).as_posix(), path.stem)
+    for group in commandline.GROUPS
+    for path in (run_exp.CONF_DIR / group).glob("*.yaml")
+)
+
+
+def experiment(*words: str):
+    return run_exp.experiment_of(commandline.rewrite(words)[0])
+
+
+def faults(function, *arguments) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments)
+    return caught.value.faults
+
+
+@pytest.mark.parametrize(
+    ("word", "canonical"),
+    [
+        ("++rho=0.05", ["rho=flat", "rho.sigma=0.05"]),
+        ("+rho=0.05", ["rho=flat", "rho.sigma=0.05"]),
+        ("rho=0.05", ["rho=flat", "rho.sigma=0.05"]),
+        ("rho=1", ["rho=flat", "rho.sigma=1"]),
+        ("++rho=1e-2", ["rho=flat", "rho.sigma=1e-2"]),
+        ("++rho=-0.05", ["rho=flat", "rho.sigma=-0.05"]),  # refused later, by its range
+        ("++rho=nan", ["rho=flat", "rho.sigma=nan"]),
+        ("++rho=0", ["rho=off"]),
+        ("++rho=0.0", ["rho=off"]),
+        ("++rho=0,0.05,0.1", ["rho=flat", "rho.sigma=0,0.05,0.1"]),
+        ("++rho=range(0,0.1,0.05)", ["rho=flat", "rho.sigma=range(0,0.1,0.05)"]),
+        ("++rho=flat_iid", ["rho=flat_iid"]),
+        ("++rho=true", ["rho=true"]),  # no number: refused later, as an unknown option
+        ("+peft=all", ["peft=all"]),
+        ("++peft=qv", ["peft=qv"]),
+        ("+peft=lora,qv", ["peft=lora,qv"]),
+        ("++dataset_name=meta_math", ["dataset=meta_math"]),
+        ("+dataset_name=meta_math", ["dataset=meta_math"]),
+        ("dataset_name=meta_math", ["dataset=meta_math"]),
+        ("+peft.lora_r=8", ["++peft.lora_r=8"]),
+        ("+trainer.max_steps=3", ["++trainer.max_steps=3"]),
+        ("+eval=[gsm8k]", ["eval=[gsm8k]"]),
+    ],
+)
+def test_a_legacy_spelling_becomes_canonical_and_stays_so(word, canonical):
+    words, _ = commandline.rewrite([word])
+    assert words == canonical
+    assert commandline.rewrite(words) == (canonical, [])
+
+
+def test_notes_name_what_was_rewritten_and_nothing_else():
+    words, notes = commandline.rewrite(["-m", "model=llama", "seed=3", "++rho=0.05", "rho.sigma=0.1", "hydra.mode=RUN"])
+    assert words == ["-m", "model=llama", "seed=3", "rho=flat", "rho.sigma=0.05", "rho.sigma=0.1", "hydra.mode=RUN"]
+    assert notes == ["++rho=0.05 → rho=flat rho.sigma=0.05"]
+    assert commandline.rewrite(["++seed=42", "~eval"]) == (["++seed=42", "~eval"], [])
+
+
+def test_the_published_commands_run_as_printed():
+    plain = experiment(*PUBLISHED)
+    assert (plain.model.name, plain.dataset.name, plain.peft.target_modules) == ("llama", "meta_math", "all")
+    assert (plain.seed, plain.peft.lora_r, plain.flat) == (42, 8, False)
+    assert (plain.wandb.project, plain.wandb.name) == ("P", "vanilla_lora")
+    assert (plain.dataset.max_length, plain.optim.lr, plain.optim.epochs) == (1024, 5e-4, 2)
+
+    flat = experiment(*PUBLISHED, "++rho=0.05")
+    assert flat.flat
+    assert flat.rho.sigma == 0.05
+    assert flat.model_dump(exclude={"rho"}) == plain.model_dump(exclude={"rho"})
+    assert experiment(*PUBLISHED, "++rho=0").identity() == plain.identity()
+
+
+@pytest.mark.parametrize(
+    ("legacy", "canonical"),
+    [
+        (["++rho=0.1"], ["rho=flat", "rho.sigma=0.1"]),
+        (["+peft.lora_r=16", "+peft=qv"], ["peft=qv", "peft.lora_r=16"]),
+        (["+trainer.max_steps=3", "++optim.lr=1e-3"], ["trainer.max_steps=3", "optim.lr=1e-3"]),
+    ],
+)
+def test_legacy_and_canonical_words_mean_one_experiment(legacy, canonical):
+    assert experiment(*legacy) == experiment(*canonical)
+
+
+def test_a_published_sweep():
+    words, _ = commandline.rewrite(["-m", *PUBLISHED, "++rho=0,0.05,0.1"])
+    flags, settings = commandline.split_flags(words)
+    jobs = commandline.expand_sweep(settings)
+    experiments = run_exp.experiments_of(jobs)
+    assert flags == ["-m"]
+    assert [one.rho.sigma for one in experiments] == [0, 0.05, 0.1]
+    assert [one.flat for one in experiments] == [False, True, True]
+    assert experiments[0].identity() == experiment(*PUBLISHED).identity()
+
+
+@pytest.mark.parametrize(
+    ("words", "jobs"),
+    [
+        (["seed=1"], [["seed=1"]]),
+        (["seed=1,2", "model=a"], [["seed=1", "model=a"], ["seed=2", "model=a"]]),
+        (["a=1,2", "b=x,y"], [["a=1", "b=x"], ["a=1", "b=y"], ["a=2", "b=x"], ["a=2", "b=y"]]),
+        (["seed=range(1,4)"], [["seed=1"], ["seed=2"], ["seed=3"]]),
+        (["++a=choice(1,2)"], [["++a=1"], ["++a=2"]]),
+        (["eval=[gsm8k,mmlu]"], [["eval=[gsm8k,mmlu]"]]),  # a list is one value
+        (["wandb.name='a,b'"], [["wandb.name='a,b'"]]),
+        (["hydra.sweep.dir=a,b"], [["hydra.sweep.dir=a,b"]]),
+        ([], [[]]),
+    ],
+)
+def test_expand_sweep(words, jobs):
+    assert commandline.expand_sweep(words) == jobs
+
+
+def test_sweeps_without_a_list_of_values_are_faults():
+    told = faults(commandline.expand_sweep, ["seed=glob(*)", "optim.lr=interval(0,1)", "seed=1,2"])
+    assert [fault.partition(":")[0] for fault in told] == [
+        "Cannot sweep over 'seed=glob(*)'",
+        "Cannot sweep over 'optim.lr=interval(0,1)'",
+    ]
+
+
+def test_several_values_without_a_sweep_are_faults():
+    told = faults(run_exp.experiment_of, ["model=llama,smollm", "seed=1,2"])
+    assert told == [f"Several values in {word}: a sweep needs -m." for word in ("model=llama,smollm", "seed=1,2")]
+
+
+def test_every_fault_of_every_job_is_told():
+    told = faults(run_exp.experiments_of, [["peft=loar"], ["seed=1"], ["peft=lroa"], ["peft=loar"]])
+    assert [fault.partition(":")[0] for fault in told] == ["Unknown option peft=loar", "Unknown option peft=lroa"]
+
+
+def test_split_flags():
+    words = ["-m", "seed=1", "--cfg", "job", "--config-name", "other", "model=llama", "--info"]
+    assert commandline.split_flags(words) == (
+        ["-m", "--cfg", "job", "--config-name", "other", "--info"],
+        ["seed=1", "model=llama"],
+    )
+
+
+@pytest.mark.parametrize("function", [commandline.rewrite, commandline.expand_sweep, run_exp.experiment_of])
+def test_unreadable_words_are_one_fault_each(function):
+    told = faults(function, ["lora", "seed=1", "a=[1", "peft.lora_r"])
+    assert [fault.partition(":")[0] for fault in told] == [
+        "Cannot read 'lora'",
+        "Cannot read 'a=[1'",
+        "Cannot read 'peft.lora_r'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "heads"),
+    [
+        (["model=lama"], ["Unknown option model=lama: did you mean model=llama?"]),
+        (
+            ["model=lama", "peft=loar"],
+            ["Unknown option model=lama:", "Unknown option peft=loar: did you mean peft=lora?"],
+        ),
+        (["model=lama", "rhoo=0.05"], ["Unknown option model=lama:", "Unknown key rhoo: did you mean rho?"]),
+        (
+            ["dataset=metamath", "rho=flat", "rho.sigma=-1"],
+            ["Unknown option dataset=metamath:", "Invalid rho.sigma=-1"],
+        ),
+        (["eval=[gsm8k,foo,bar]"], ["Unknown option eval=foo:", "Unknown option eval=bar:"]),
+        (["rho=true"], ["Unknown option rho=True:"]),
+        (["peft=null"], ["Unknown option peft=null:"]),
+        (["eval=null", "seed=-1"], ["Unknown option eval=null:", "Invalid seed=-1"]),
+        (
+            ["peft=lroa", "model.hub_id=${nothing}"],
+            ["Unknown option peft=lroa:", "The configuration does not compose:"],
+        ),
+        # What belongs to an option that is not there cannot be judged, and is not.
+        (["dataset=metamath", "dataset.max_tokens=3", "model=clip_b32"], ["Unknown option dataset=metamath:"]),
+    ],
+)
+def test_each_faulty_word_is_one_fault(settings, heads):
+    told = faults(run_exp.experiment_of, settings)
+    assert len(told) == len(heads)
+    assert all(fault.startswith(head) for fault, head in zip(told, heads, strict=True)), told
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_file_composes_and_parses(group, option):
+    word = f"{group}=[{option}]" if group == "eval" else f"{group}={option}"
+    try:
+        found = run_exp.experiment_of([word])
+    except ConfigError as error:
+        # Image models and image data sets need each other; the default is a text model on a text set.
+        (fault,) = error.faults
+        assert group in ("model", "dataset")
+        assert "CLIP takes image data sets, language models text" in fault
+    else:
+        assert not option.startswith("clip_")
+        if group == "eval":
+            assert list(found.eval) == [option]
+
+
+def test_there_are_option_files():
+    assert {"model", "dataset", "peft", "rho", "trainer", "eval"} <= {group for group, _ in OPTIONS}
+
+
+def test_later_words_win_and_options_set_other_sections():
+    assert run_exp.experiment_of(["seed=1", "seed=2"]).seed == 2
+    assert run_exp.experiment_of(["peft=full_ft"]).optim.lr == 1e-4
+    assert run_exp.experiment_of(["peft=full_ft", "optim.lr=3e-5"]).optim.lr == 3e-5
+    assert run_exp.experiment_of(["eval=[]"]).eval == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "printed"),
+    [
+        (["dry_run=true"], 0, ["smollm", "off: no perturbation"]),
+        ([*PUBLISHED, "++rho=0.05", "dry_run=true"], 0, ["results/P_meta_math/vanilla_lora/42", "sigma=0.05"]),
+        (["-m", "++rho=0,0.05", "trainer.max_steps=2,4", "dry_run=true"], 0, ["off: no", "sigma=0.05", "max_steps=4"]),
+        (["model=lama", "rhoo=1"], 2, ["2 faults: nothing was loaded or written.", "model=llama", "did you mean rho?"]),
+        (["nonsense"], 2, ["1 fault:", "Cannot read 'nonsense'"]),
+        (["-m", "seed=-1,-2"], 2, ["2 faults", "seed=-1", "seed=-2"]),
+    ],
+)
+def test_exit_codes_and_nothing_is_written(words, code, printed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_exp.main(words) == code
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert all(text in output for text in printed), output
+    assert not list(tmp_path.iterdir())
+
+
+def test_hydras_own_options_see_the_canonical_words(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["run_exp.py"])
+    run_exp.main(["--cfg", "job", "++rho=0.07", "trainer.max_steps=3"])
+    printed = capsys.readouterr().out
+    assert "sigma: 0.07" in printed
+    assert "max_steps: 3" in printed

@@ -1,0 +1,294 @@
+"""The typed config: what is refused and how it is said, and what makes two runs the same run."""
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+import run_exp
+from flatlora.config import ConfigError, Experiment, identity_of, parse
+
+
+def experiment(*settings: str) -> Experiment:
+    return run_exp.experiment_of(settings)
+
+
+def faults(*settings: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        experiment(*settings)
+    assert str(caught.value).splitlines() == caught.value.faults
+    return caught.value.faults
+
+
+def test_the_default_is_plain_lora_on_the_embedded_model():
+    default = experiment()
+    assert (default.model.name, default.dataset.name, default.peft.name, default.rho.method) == (
+        "smollm",
+        "word_math",
+        "lora",
+        "off",
+    )
+    assert not default.flat
+    assert list(default.eval) == ["gsm8k"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule", "remedy"),
+    [
+        ("rho.sigma=-0.1", "must be ≥ 0", "use rho=off for plain LoRA"),
+        ("rho.sigma=nan", "must be a finite number", "use rho=off"),
+        ("rho.sigma=inf", "must be a finite number", "use rho=off"),
+        ("rho.sigma=-inf", "must be a finite number", "use rho=off"),
+        ("rho.every=0", "must be ≥ 1", "1 draws a new ε"),
+        ("rho.mode=coppy", "must be one of 'auto', 'copy', 'recompute' or 'inplace'", ""),
+        ("rho.per_rank=1", "must be true or false", ""),
+        ("optim.lr=0", "must be > 0", "5e-4 is the paper's value"),
+        ("optim.lr=-1e-4", "must be > 0", ""),
+        ("optim.lr=nan", "must be a finite number", ""),
+        ("optim.lr=1e999", "must be a finite number", ""),
+        ("optim.lr=true", "must be a number", ""),
+        ("optim.lr='5e-4'", "must be a number", ""),
+        ("optim.warmup_ratio=1", "must be < 1", "a share of all steps"),
+        ("optim.warmup_ratio=-0.1", "must be ≥ 0", ""),
+        ("optim.weight_decay=-1", "must be ≥ 0", ""),
+        ("optim.adam_beta1=1", "must be < 1", ""),
+        ("optim.adam_beta2=-0.1", "must be ≥ 0", ""),
+        ("optim.adam_epsilon=0", "must be > 0", ""),
+        ("optim.max_grad_norm=-1", "must be ≥ 0", "0 turns clipping off"),
+        ("optim.epochs=0", "must be > 0", "trainer.max_steps"),
+        ("optim.batch_size=0", "must be ≥ 1", ""),
+        ("optim.batch_size=16.0", "must be a whole number", ""),
+        ("optim.eval_steps=0", "must be ≥ 1", "null evaluates"),
+        ("optim.early_stopping_patience=0", "must be ≥ 1", "null never stops"),
+        ("trainer.micro_batch_size=0", "must be ≥ 1", ""),
+        ("trainer.max_steps=0", "must be ≥ 1", "null trains for optim.epochs"),
+        ("trainer.save_steps=0", "must be ≥ 1", "null saves"),
+        ("trainer.save_total_limit=0", "must be ≥ 1", ""),
+        ("trainer.logging_steps=0", "must be ≥ 1", ""),
+        ("trainer.num_workers=-1", "must be ≥ 0", ""),
+        ("trainer.device=tpu", "must be one of 'auto', 'cpu' or 'cuda'", ""),
+        ("seed=-1", "must be ≥ 0", "32 bits"),
+        ("seed=4294967296", "must be ≤ 4294967295", "32 bits"),
+        ("seed=1.0", "must be a whole number", ""),
+        ("seed=true", "must be a whole number", ""),
+        ("seed=abc", "must be a whole number", ""),
+        ("data_root=5", "must be text", ""),
+        ("dry_run=1", "must be true or false", ""),
+        ("wandb.project=a/b", "must not hold slashes or blanks", "names the results folder"),
+        ("wandb.name='a b'", "must not hold slashes or blanks", "null derives a name"),
+        ("wandb.name=''", "must not be empty", ""),
+        ("model.dtype=int8", "must be one of", ""),
+        ("model.family=gpt", "must be one of", "conf/model"),
+        ("model.name=null", "must be text", ""),
+        ("model.test_rows=0", "must be ≥ 1", "null scores every row"),
+        ("dataset.max_length=7", "must be ≥ 8", "512 or 1024"),
+        ("dataset.train_rows=0", "must be ≥ 1", ""),
+        ("dataset.max_steps=6", "must be ≤ 5", ""),
+        ("peft.lora_r=0", "must be ≥ 1", "8 and 16"),
+        ("peft.lora_alpha=0", "must be > 0", ""),
+        ("peft.lora_dropout=1", "must be < 1", ""),
+        ("peft.lora_relative_r=1.5", "must be ≤ 1", "share of the hidden size"),
+        ("peft.target_modules=foo", "has none of the forms", "all, qv or a list"),
+        ("peft.target_modules=[q_proj,3]", "has none of the forms", "all, qv or a list"),
+        ("eval.gsm8k.max_new_tokens=0", "must be ≥ 1", "512 as published"),
+        ("eval.gsm8k.batch_size=a", "must be a whole number", ""),
+        ("eval.gsm8k=5", "is a group of settings", "eval.gsm8k.KEY=VALUE"),
+        ("optim=5", "is a group of settings", "optim.KEY=VALUE"),
+    ],
+)
+def test_a_bad_value_is_one_fault_with_value_rule_and_remedy(setting, rule, remedy):
+    (fault,) = faults("rho=flat", setting)
+    assert fault.startswith(f"Invalid {setting.partition('=')[0]}=")
+    assert rule in fault
+    assert remedy in fault
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("++rhoo=0.05", "Unknown key rhoo: did you mean rho?"),
+        ("sed=1", "Unknown key sed: did you mean seed?"),
+        ("rho.sgima=0.05", "Unknown key rho.sgima: did you mean rho.sigma?"),
+        ("+peft.lora_rr=8", "Unknown key peft.lora_rr: did you mean peft.lora_r?"),
+        ("trainer.maxsteps=3", "Unknown key trainer.maxsteps: did you mean trainer.max_steps?"),
+        ("dataset.trian_rows=3", "Unknown key dataset.trian_rows: did you mean dataset.train_rows?"),
+        ("eval.gsm8k.max_tokens=3", "Unknown key eval.gsm8k.max_tokens: did you mean eval.gsm8k.max_new_tokens?"),
+        ("optim.zzz=3", "Unknown key optim.zzz: known here: adam_beta1"),
+        ("peft.method=lroa", "Unknown peft method lroa: known are "),
+        ("dataset.loader=gsm9k", "Unknown loader gsm9k: known are "),
+        ("++eval.mmlooo.batch_size=2", "Unknown benchmark mmlooo: known are "),
+    ],
+)
+def test_an_unknown_name_is_one_fault_that_names_the_nearest(setting, message):
+    (fault,) = faults(setting)
+    assert fault.startswith(message)
+
+
+def test_keys_of_another_method_are_unknown():
+    assert faults("peft=full_ft", "peft.lora_r=8") == ["Unknown key peft.lora_r: known here: method, name."]
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        (["rho=flat", "peft=full_ft"], ["rho=flat", "peft=full_ft", "use rho=off, or peft=lora"]),
+        (["rho=off", "rho.sigma=0.05"], ["rho.sigma=0.05 with rho=off", "use rho=flat"]),
+        (["rho=flat", "rho.every=2", "rho.resample=micro_batch"], ["rho.every=2", "rho.resample=micro_batch"]),
+        (["optim.batch_size=16", "trainer.micro_batch_size=5"], ["micro_batch_size=5", "batch_size=16", "divide"]),
+        (["model=clip_b32"], ["dataset=word_math", "clip_b32", "CLIP takes image data sets"]),
+        (["dataset.kind=image"], ["dataset=word_math (image)", "language models text"]),
+        (["resume=true", "overwrite=true"], ["resume=true", "overwrite=true"]),
+        (["dataset.min_steps=4", "dataset.max_steps=2"], ["dataset.min_steps=4", "dataset.max_steps=2"]),
+        (["peft.lora_relative_r=0.1"], ["lora_r=8", "lora_relative_r=0.1", "exactly one"]),
+        (["peft.lora_r=null"], ["lora_r=None", "lora_relative_r=None", "exactly one"]),
+    ],
+)
+def test_choices_that_do_not_go_together_are_one_fault(settings, needed):
+    (fault,) = faults(*settings)
+    assert all(text in fault for text in needed), fault
+
+
+def test_a_relative_rank_alone_is_fine():
+    assert experiment("peft.lora_r=null", "peft.lora_relative_r=0.1").peft.lora_relative_r == 0.1
+
+
+def test_every_fault_is_told_at_once():
+    told = faults(
+        "sed=1",
+        "rho=flat",
+        "rho.sigma=-1",
+        "rho.every=2",
+        "rho.resample=micro_batch",
+        "optim.lr=0",
+        "optim.warm_up=3",
+        "seed=-1",
+        "dataset.min_steps=4",
+        "peft.lora_r=null",
+        "eval.gsm8k.batch_size=0",
+        "resume=true",
+        "overwrite=true",
+    )
+    names = ("sed:", "sigma", "every", "lr", "warm_up", "seed=", "min_steps", "lora_r", "eval", "resume")
+    assert len(told) == len(names)
+    assert all(any(name in fault for fault in told) for name in names), told
+
+
+@pytest.mark.parametrize("broken", ["peft.method=lroa", "dataset.loader=x", "optim=5", "model.family=gpt", "~peft"])
+def test_a_section_that_cannot_be_built_hides_no_other_fault(broken):
+    told = faults(broken, "seed=-1", "rho.sigma=-1")
+    assert len(told) == 3
+    assert "seed=-1" in told[-1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["dataset.min_steps=4", "dataset.max_steps=1"],  # max_steps back at its default 3 would be below min_steps
+        ["peft.lora_r=null", "peft.lora_relative_r=2"],
+        ["trainer.micro_batch_size=5", "optim.batch_size=0"],
+        ["rho.sigma=-1"],
+    ],
+)
+def test_a_default_put_in_for_a_bad_value_breaks_no_rule(settings):
+    assert len(faults(*settings)) == 1
+
+
+def test_a_missing_section_is_named_and_any_chooser_may_refuse_one():
+    with pytest.raises(ConfigError) as caught:
+        parse({"eval": "gsm8k", "seed": 3}, lambda section, raw: f"no class for {section}")
+    assert "Missing model: choose an option of the group conf/model." in caught.value.faults
+    assert any(fault.startswith("Invalid eval='gsm8k'") for fault in caught.value.faults)
+
+
+def test_whole_numbers_are_numbers_and_nothing_else_is_converted():
+    assert experiment("optim.lr=1").optim.lr == 1.0
+    assert experiment("rho=flat", "rho.sigma=1e-3").rho.sigma == 0.001
+    assert experiment("seed=0").seed == 0
+    assert experiment("seed=4294967295").seed == 2**32 - 1
+
+
+def test_it_is_frozen():
+    one = experiment()
+    for section, key in ((one, "seed"), (one.rho, "sigma"), (one.dataset, "name"), (one.peft, "lora_r")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 1)
+
+
+FLAT = ("rho=flat", "wandb.name=null")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optim.lr=1e-4",
+        "rho.sigma=0.1",
+        "rho.every=2",
+        "rho.ramp=linear",
+        "rho.mode=inplace",
+        "seed=43",
+        "trainer.max_steps=7",
+        "trainer.micro_batch_size=8",
+        "trainer.deterministic=true",
+        "peft.lora_r=16",
+        "dataset.train_rows=100",
+        "dataset.seed=1",
+        "model.dtype=float32",
+        "model=tinyllama",
+        "rho=off",
+    ],
+)
+def test_what_changes_the_trained_bytes_changes_the_hash(setting):
+    assert experiment(*FLAT, setting).sha256() != experiment(*FLAT).sha256()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "wandb.project=p",
+        "wandb.name=n",
+        "wandb.mode=disabled",
+        "results_root=elsewhere",
+        "eval=[]",
+        "eval.gsm8k.max_new_tokens=9",
+        "resume=true",
+        "overwrite=true",
+        "dry_run=true",
+        "trainer.save_steps=3",
+        "trainer.save_total_limit=5",
+        "trainer.logging_steps=10",
+        "trainer.num_workers=2",
+        "trainer=single",
+        "peft=all",
+    ],
+)
+def test_record_keeping_does_not_change_the_hash(setting):
+    assert experiment(*FLAT, setting).sha256() == experiment(*FLAT).sha256()
+
+
+def test_sigma_zero_is_rho_off_whatever_else_rho_says():
+    off = experiment("rho=off")
+    for settings in (["rho.sigma=0"], ["rho.sigma=0.0", "rho.every=3"], ["rho.sigma=0", "rho.mode=inplace"]):
+        zero = experiment("rho=flat", *settings)
+        assert not zero.flat
+        assert zero.identity() == off.identity()
+        assert (zero.sha256(), zero.run_name()) == (off.sha256(), off.run_name())
+    assert experiment("rho=flat").flat
+
+
+@pytest.mark.parametrize("settings", [[], ["rho=flat"], ["rho=flat", "rho.sigma=0"], ["peft=full_ft", "seed=7"]])
+def test_identity_of_a_saved_config_is_that_of_its_experiment(settings):
+    one = experiment(*settings)
+    saved = yaml.safe_load(yaml.safe_dump(one.model_dump(mode="json")))
+    assert identity_of(saved) == one.identity()
+    assert "wandb" in saved  # identity_of leaves what it is given as it was
+
+
+def test_run_names():
+    # The digest is over every key of the config: a new key or default moves it, and old runs to a new folder.
+    name = experiment("rho=flat").run_name()
+    head, _, digest = name.rpartition("-")
+    assert head == "smollm-lora-r8-flat0.05"
+    assert len(digest) == 6
+    assert experiment("rho=flat", "seed=7", "eval=[]", "wandb.project=p").run_name() == name
+    assert experiment("rho=flat", "optim.lr=0.01").run_name() != name
+    assert experiment("rho=flat", "wandb.name=mine").run_name() == "mine"
+    assert experiment("peft=full_ft").run_name().startswith("smollm-full_ft-")

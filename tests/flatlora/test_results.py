@@ -1,0 +1,316 @@
+"""A run's folder: whole files or none, one writer, one experiment, a metrics log that survives a torn line."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import run_exp
+from flatlora import results
+from flatlora.config import ConfigError
+from flatlora.results import MetricsLog, RunFolder, Tracker, write_atomic, write_json
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def raising(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_write_atomic_makes_folders_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    write_atomic(path, "σ = 0.05\n")
+    write_atomic(path, "second")
+    assert path.read_text(encoding="utf-8") == "second"
+    assert names(path.parent) == ["file.txt"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("error", [NO_SPACE, READ_ONLY, KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_content_and_no_litter(tmp_path, monkeypatch, call, error):
+    path = tmp_path / "run.json"
+    write_atomic(path, "old")
+    monkeypatch.setattr(os, call, raising(error))
+    with pytest.raises(type(error)):
+        write_atomic(path, "new" * 10_000)
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["run.json"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_process_that_dies_in_a_write_leaves_the_old_content(tmp_path, call):
+    path = tmp_path / "run.json"
+    write_atomic(path, "old")
+    child = os.fork()
+    if child == 0:
+        setattr(os, call, lambda *args: os._exit(9))
+        try:
+            write_atomic(path, "new")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert path.read_text() == "old"
+
+
+def test_write_json_is_read_back(tmp_path):
+    value = {"σ": 0.05, "n": None, "list": [1, 2.5]}
+    write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    def make(*settings):
+        return run_exp.experiment_of([f"results_root={tmp_path}/results", "wandb.name=run", *settings])
+
+    return make
+
+
+def refusal(folder: RunFolder, experiment) -> str:
+    with pytest.raises(ConfigError) as caught:
+        folder.open(experiment)
+    (fault,) = caught.value.faults
+    return fault
+
+
+def test_the_folder_has_its_published_place(experiment, tmp_path):
+    folder = RunFolder.of(experiment("wandb.project=P", "seed=7"))
+    assert folder.path == tmp_path / "results" / "P_word_math" / "run" / "7"
+    assert not folder.path.exists()
+    assert folder.record is None
+
+
+def test_config_yaml_holds_every_key_and_composes_to_the_same_run(experiment):
+    one = experiment("rho=flat", "peft.lora_r=4")
+    folder = RunFolder.of(one)
+    folder.open(one)
+    folder.close()
+    saved = results.yaml.safe_load((folder.path / "config.yaml").read_text())
+    assert run_exp.parse(saved, run_exp.section_class) == one
+
+
+@pytest.mark.parametrize("settings", [[], ["resume=true"], ["overwrite=true"]])
+def test_a_folder_in_use_is_refused_and_untouched(experiment, settings):
+    first = RunFolder.of(experiment())
+    first.open(experiment())
+    (first.path / "keep.txt").write_text("kept")
+    other = experiment(*settings)
+    assert "in use: another process trains this run" in refusal(RunFolder.of(other), other)
+    assert (first.path / "keep.txt").read_text() == "kept"
+    first.close()
+    second = RunFolder.of(other)
+    if settings:
+        second.open(other)
+        second.close()
+    else:
+        assert "a started run of this experiment" in refusal(second, other)
+
+
+def test_the_lock_goes_with_its_process(experiment):
+    folder = RunFolder.of(experiment())
+    folder.path.mkdir(parents=True)
+    script = f"import fcntl, time; f = open({str(folder.path / '.lock')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+    script += "print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        assert "in use" in refusal(folder, experiment())
+    finally:
+        holder.kill()
+        holder.communicate()
+    folder.open(experiment())
+    folder.close()
+
+
+def test_another_experiment_is_refused_by_the_keys_that_differ(experiment):
+    folder = RunFolder.of(experiment())
+    folder.open(experiment())
+    folder.close()
+    before = (folder.path / "config.yaml").read_bytes()
+    fault = refusal(
+        folder, experiment("optim.lr=1e-4", "peft.lora_r=4", "resume=true", "wandb.mode=offline", "eval=[]")
+    )
+    assert "optim.lr is 0.001 there and 0.0001 here" in fault
+    assert "peft.lora_r is 8 there and 4 here" in fault
+    assert fault.count(" there and ") == 2
+    assert "overwrite=true" in fault
+    assert (folder.path / "config.yaml").read_bytes() == before
+
+
+def test_a_refused_folder_is_not_kept_locked(experiment):
+    first, second = RunFolder.of(experiment()), RunFolder.of(experiment())
+    first.open(experiment())
+    first.close()
+    refusal(first, experiment("optim.lr=1e-4"))
+    second.open(experiment("resume=true"))
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "same"),
+    [
+        (["rho=flat", "rho.sigma=0"], ["rho=flat", "rho.sigma=0"], True),
+        (["rho=flat", "rho.sigma=0"], ["rho=off"], True),
+        (["rho=off"], ["rho=flat", "rho.sigma=0"], True),
+        (["rho=flat"], ["rho=flat"], True),
+        (["rho=flat"], ["rho=off"], False),
+        (["rho=off"], ["rho=flat"], False),
+        (["rho=flat", "rho.sigma=0"], ["rho=flat"], False),
+        (["rho=flat"], ["rho=flat", "rho.sigma=0"], False),
+    ],
+)
+def test_sigma_zero_and_rho_off_are_one_run(experiment, there, here, same):
+    folder = RunFolder.of(experiment())
+    folder.open(experiment(*there))
+    folder.close()
+    if same:
+        folder.open(experiment(*here, "resume=true"))
+        folder.close()
+    else:
+        assert re.search(r"rho\.(sigma|method) is \S+ there and \S+ here", refusal(folder, experiment(*here)))
+
+
+def test_finished_runs(experiment):
+    one, again = experiment(), experiment("resume=true")
+    folder = RunFolder.of(one)
+    assert not folder.is_finished(one)
+    folder.open(one)
+    folder.close()
+    assert not folder.is_finished(again)
+    write_json(folder.path / "run.json", {"status": "interrupted"})
+    assert not folder.is_finished(again)
+    write_json(folder.path / "run.json", {"status": "finished"})
+    assert folder.is_finished(again)
+    assert not folder.is_finished(experiment("overwrite=true"))
+    with pytest.raises(ConfigError, match="a finished run of this experiment: resume=true"):
+        folder.is_finished(one)
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.001 there"):
+        folder.is_finished(experiment("resume=true", "optim.lr=1e-4"))
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(experiment, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine.txt").write_text("not the run's")
+    folder = RunFolder.of(experiment())
+    folder.open(experiment())
+    (folder.path / "checkpoint-3").mkdir()
+    (folder.path / "checkpoint-3" / "weights").write_text("w")
+    (folder.path / "metrics.jsonl").write_text("{}")
+    (folder.path / "link").symlink_to(outside)
+    folder.close()
+    folder.open(experiment("overwrite=true", "optim.lr=1e-4"))
+    folder.close()
+    assert names(folder.path) == [".lock", "config.yaml"]
+    assert (outside / "mine.txt").exists()
+
+
+def test_a_reading_rank_writes_nothing(experiment):
+    folder = RunFolder.of(experiment())
+    folder.open(experiment(), writer=False)
+    assert not folder.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "words"),
+    [
+        ("os.fsync", NO_SPACE, "No space left on device"),
+        ("pathlib.Path.mkdir", READ_ONLY, "Read-only file system"),
+        ("pathlib.Path.mkdir", PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    ],
+)
+def test_a_folder_that_takes_no_files_is_a_fault_with_the_way_out(
+    experiment, monkeypatch, tmp_path, target, error, words
+):
+    monkeypatch.setattr(target, raising(error))
+    fault = refusal(RunFolder.of(experiment()), experiment())
+    assert words in fault
+    assert "set results_root=DIR" in fault
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+    RunFolder.of(experiment()).open(experiment())
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', '{"step"', "{", '{"step": 5, "loss": 1.0}'])
+def test_rewind_forgets_later_rows_and_a_torn_last_line(tmp_path, torn):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.rewind(3)
+    assert log.rows() == []
+    rows = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
+    for row in rows:
+        log.append(row)
+    log.append({"step": 3, "eval_loss": 0.25})
+    with open(log.path, "a") as file:
+        file.write(torn)
+    log.rewind(3)
+    assert log.rows() == [*rows[:3], {"step": 3, "eval_loss": 0.25}]
+    log.append({"step": 4, "loss": float("nan")})
+    assert len(log.rows()) == 5
+    log.rewind(0)
+    assert log.path.read_text() == ""
+
+
+def test_environment_names_versions_and_hardware():
+    found = results.environment()
+    assert found["versions"]["torch"].startswith(results.torch.__version__.partition("+")[0])
+    assert set(found["versions"]) > {"python", "transformers", "peft", "numpy"}
+    assert found["hardware"]["memory_gib"] > 0
+    assert found["hardware"]["cores"] >= 1
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_git_sha(monkeypatch):
+    found = results.git_sha()
+    assert found is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", found)
+    monkeypatch.setattr(subprocess, "run", raising(FileNotFoundError("git")))
+    assert results.git_sha() is None
+
+
+def test_peak_memory_is_plausible():
+    results.reset_peak_memory()
+    assert 0.01 < results.peak_memory_gib()["peak_rss_gib"] < 1000
+
+
+def test_no_tracker_when_disabled_or_not_the_main_process(experiment, monkeypatch, tmp_path):
+    assert results.tracker(experiment("wandb.mode=disabled"), tmp_path) is None
+    monkeypatch.setenv("RANK", "1")
+    assert results.tracker(experiment("wandb.mode=offline"), tmp_path) is None
+
+
+@pytest.mark.parametrize(("netrc", "has_key"), [("machine api.wandb.ai password x", True), ("machine gitlab", False)])
+def test_wandb_is_online_only_for_a_user_with_a_key(netrc, has_key, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text(netrc)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert results._has_wandb_key() is has_key
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert results._has_wandb_key()
+
+
+@pytest.mark.slow
+def test_the_tracker_is_fed_the_rows_of_metrics_jsonl(experiment, tmp_path):
+    one = experiment("wandb.mode=offline")
+    tracker = Tracker(one, tmp_path)
+    log = MetricsLog(tmp_path / "metrics.jsonl", tracker)
+    log.append({"step": 1, "loss": 2.8125, "lr": 0.00048828125})
+    log.append({"step": 2, "loss": 1.5625})
+    tracker.finish({"gsm8k/exact_match": 0.171875})
+    assert [row["loss"] for row in log.rows()] == [2.8125, 1.5625]
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    recorded = file.read_bytes()
+    for text in ("run-42", "2.8125", "0.00048828125", "1.5625", "0.171875", '"lora_r":8'):
+        assert text.encode() in recorded, text

@@ -1,0 +1,70 @@
+"""The scripts' own logic on a tiny model: tables made from records, drift measured, kills survived."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from scripts import bench, demo
+from tests.conftest import tiny_lora
+
+PROJECT = Path(__file__).parents[2]
+
+
+def text_of(table) -> str:
+    console = Console(width=140, record=True)
+    console.print(table)
+    return console.export_text()
+
+
+def test_demo_table_shows_what_the_records_say():
+    record = {
+        "backbone_sha256": {"before": "a", "after": "a"},
+        "metrics": {"gsm8k/exact_match": 0.615, "train_loss": 0.1234},
+        "timing": {"step_s_median": 2.5},
+        "memory": {"peak_rss_gib": 3.25},
+    }
+    drifted = record | {"backbone_sha256": {"before": "a", "after": "b"}}
+    text = text_of(
+        demo.comparison({"LoRA": record, "Flat-LoRA": drifted}, {"n": 200, "metrics": {"exact_match": 0.03}})
+    )
+    lora, flat = (next(line for line in text.splitlines() if f" {name} " in line) for name in ("LoRA", "Flat-LoRA"))
+    assert all(word in lora for word in ("61.5 %", "0.123", "2.50 s", "3.25 GiB", "yes"))
+    assert "NO" in flat
+    assert "3.0 %" in text
+    assert "200" in text
+
+
+def test_drift_is_zero_but_in_place(tmp_path):
+    model = tiny_lora(torch.bfloat16)
+    curves = bench.drift_curves(model, 40)
+    for mode in ("copy", "recompute"):
+        assert all(point["relative_norm"] == point["changed_share"] == 0 for point in curves[mode])
+    assert curves["inplace"][-1]["changed_share"] > 0.1
+    assert curves["inplace"][-1]["relative_norm"] > 1e-3
+    assert text_of(bench.drift_table(curves, 40)).count("0 exactly") == 4
+    bench.plot_drift(curves, tmp_path / "drift.png")
+    assert (tmp_path / "drift.png").stat().st_size > 5000
+
+
+def test_step_times_take_every_contender_in_every_round():
+    ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    seconds = bench.step_times(tiny_lora(torch.bfloat16).train(), batch, rounds=3)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(("lora", *bench.MODES), 3)
+    text = text_of(bench.step_table({"lora": [1.0, 2.0, 4.0], "copy": [1.1, 2.4, 4.0]}))
+    assert "1.100" in text  # median of the ratios 1.1, 1.2, 1.0
+    assert "2.400 s" in text
+
+
+@pytest.mark.slow
+def test_three_kills_leave_no_trace(tiny_model_folder):
+    settings = [f"model.hub_id={tiny_model_folder}", "model.embedded=null", "trainer.device=cpu"]
+    command = [sys.executable, "scripts/kill_resume.py", "--kills", "3", "--seed", "1", *settings]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "adapter bytes:  equal" in result.stdout
+    assert "metrics.jsonl:  equal (13 and 13 rows)" in result.stdout
