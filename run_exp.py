@@ -93,12 +93,11 @@ def run(experiment: Experiment) -> int:
     if experiment.dry_run:
         console.print_pairs("Dry run: nothing is loaded or written", describe(experiment))
         return 0
-    folder = RunFolder.of(experiment)
-    if folder.is_finished(experiment):
+    folder, is_writer = RunFolder.of(experiment), training.is_main_process()
+    if folder.is_finished(experiment, writer=is_writer):
         console.console.print(f"{folder.path} is finished already; overwrite=true runs it anew.", soft_wrap=True)
         return 0
     inputs = prepare(experiment)
-    is_writer = training.is_main_process()
     folder.open(experiment, writer=is_writer)
     try:
         resume_from = checkpoint.latest_good(folder.path, experiment.sha256(), remove_broken=is_writer)

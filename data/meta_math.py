@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Literal
 
 from data import CountTokens, Row, Splits, gsm8k
 from data.selection import batched, ordered, split_train_validation, take
-from flatlora.config import DatasetConfig, setting
+from flatlora.config import setting
 from flatlora.rows import read_rows
 
 HUB_ID, CONFIG = "meta-math/MetaMathQA", "default"
 
 
-class Config(DatasetConfig):
+class Config(gsm8k.Config):
     train_rows: int | None = setting(100_000, ge=1, remedy="null takes all rows")
     validation_rows: int = setting(10_000, ge=0)
-    test_rows: int | None = setting(None, ge=1, remedy="null takes all 1,319 rows")
-    subset: Literal["first", "shuffled"] = "first"
-    revision: str | None = None
     max_tokens: int = setting(512, ge=8, remedy="512 as published")  # rows this long or longer are left out
 
 

@@ -89,30 +89,35 @@ class RunFolder:
         path = self.path / "run.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def is_finished(self, experiment: Experiment) -> bool:
+    def is_finished(self, experiment: Experiment, *, writer: bool = True) -> bool:
         """Whether this very experiment has run to its end here, so that resume=true has nothing to do.
+
+        Args:
+            writer: False on ranks above 0, which refuse nothing: what they find may be rank 0's of a moment ago.
 
         Raises:
             ConfigError: the folder holds another run, or this one and neither resume nor overwrite is given.
         """
         if experiment.overwrite or not (self.path / "config.yaml").is_file():
             return False
-        self._refuse_other_run(experiment)
+        if writer:
+            self._refuse_other_run(experiment)
         return (self.record or {}).get("status") == "finished"
 
     def open(self, experiment: Experiment, *, writer: bool = True) -> None:
         """Take the folder for this experiment.
 
         Args:
-            writer: False on ranks above 0, which only look.
+            writer: False on ranks above 0, which leave the folder to rank 0.
 
         Raises:
             ConfigError: not writable, in use by another process, or holding another run; nothing has been changed.
         """
-        if writer:
-            self._acquire()
+        if not writer:
+            return
+        self._acquire()
         try:
-            self._claim(experiment, writer)
+            self._claim(experiment)
         except BaseException:
             self.close()
             raise
@@ -123,15 +128,13 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def _claim(self, experiment: Experiment, writer: bool) -> None:
-        started = (self.path / "config.yaml").is_file()
-        if started and experiment.overwrite and writer:
-            self._clear()
-            started = False
-        if started:
-            self._refuse_other_run(experiment)
-        if writer:
-            write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
+    def _claim(self, experiment: Experiment) -> None:
+        if (self.path / "config.yaml").is_file():
+            if experiment.overwrite:
+                self._clear()
+            else:
+                self._refuse_other_run(experiment)
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
 
     def _acquire(self) -> None:
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]

@@ -1,0 +1,276 @@
+"""Loaders on small files with the hub's columns: format, selection, disjoint splits, and what a broken file says."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import data
+from data import gsm8k, meta_math, selection
+from flatlora.config import ConfigError
+from flatlora.rows import jsonl, prompt_text, read_jsonl, read_rows
+
+
+def count_words(texts):
+    return [len(text.split()) for text in texts]
+
+
+def write(root, hub_id, config, split, rows):
+    path = root / hub_id / config / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(jsonl(rows), encoding="utf-8")
+    return path
+
+
+def faults(function, *arguments, **options):
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments, **options)
+    return caught.value.faults
+
+
+@pytest.fixture
+def root(tmp_path):
+    """GSM8K of 20 + 5 rows and MetaMathQA of 30 rows, every third made from MATH and row 4 too long."""
+    for split, count in (("train", 20), ("test", 5)):
+        rows = [{"question": f"{split} {i}?", "answer": f"{i} + 1\n#### {i + 1}", "id": i} for i in range(count)]
+        write(tmp_path, "openai/gsm8k", "main", split, rows)
+    types = ("GSM_Rephrased", "MATH_AnsAug", "GSM_SV")
+    rows = [
+        {
+            "type": types[i % 3],
+            "query": f"query {i}" + " long" * (40 if i == 3 else 0),
+            "response": f"step {i}\n#### {i}\nThe answer is: {i}",
+            "original_question": "q",
+        }
+        for i in range(30)
+    ]
+    write(tmp_path, "meta-math/MetaMathQA", "default", "train", rows)
+    return tmp_path
+
+
+def gsm8k_config(**changes):
+    return gsm8k.Config(**{"name": "gsm8k", "loader": "gsm8k", "validation_rows": 4} | changes)
+
+
+def meta_math_config(**changes):
+    sizes = {"train_rows": 8, "validation_rows": 4, "max_tokens": 30}
+    return meta_math.Config(**{"name": "meta_math", "loader": "meta_math"} | sizes | changes)
+
+
+def keys(rows):
+    return {(row["x"], row["y"]) for row in rows}
+
+
+def assert_disjoint(splits):
+    assert not keys(splits.train) & keys(splits.validation)
+    assert not (keys(splits.train) | keys(splits.validation)) & keys(splits.test)
+    assert len(keys(splits.train)) == len(splits.train)
+
+
+def test_gsm8k_rows_are_in_the_published_prompt(root):
+    splits = gsm8k.load(gsm8k_config(), str(root), count_words)
+    assert splits.train[0] == {"x": "Q: train 0?\nA: ", "y": "0 + 1\n#### 1"}
+    assert splits.test[4] == {"x": "Q: test 4?\nA: ", "y": "4 + 1\n#### 5"}
+    assert prompt_text(splits.test[0]["x"]) == "Q: test 0?\nA:  "
+
+
+@pytest.mark.parametrize("subset", ["first", "shuffled"])
+@pytest.mark.parametrize("train_rows", [None, 1, 16])
+@pytest.mark.parametrize("validation_rows", [0, 4])
+def test_gsm8k_splits_have_their_sizes_and_are_disjoint(root, subset, train_rows, validation_rows):
+    config = gsm8k_config(subset=subset, train_rows=train_rows, validation_rows=validation_rows, test_rows=3)
+    splits = gsm8k.load(config, str(root), count_words)
+    assert [len(rows) for rows in splits] == [train_rows or 20 - validation_rows, validation_rows, 3]
+    assert_disjoint(splits)
+
+
+def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
+    first = gsm8k.load(gsm8k_config(), str(root), count_words).train
+    shuffled = gsm8k.load(gsm8k_config(subset="shuffled"), str(root), count_words).train
+    assert [row["x"] for row in first] == [f"Q: train {i}?\nA: " for i in range(16)]
+    assert shuffled != first
+    assert shuffled == gsm8k.load(gsm8k_config(subset="shuffled"), str(root), count_words).train
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"train_rows": 21}, "Invalid dataset.train_rows=21: only 20 rows are left"),
+        ({"train_rows": 18, "validation_rows": 3}, "Invalid dataset.validation_rows=3: only 2 rows are left"),
+        ({"validation_rows": 20}, "Invalid dataset.validation_rows=20: only 19 rows are left"),
+        ({"test_rows": 6}, "Invalid dataset.test_rows=6: only 5 rows are left"),
+    ],
+)
+def test_more_rows_than_there_are_is_a_fault(root, changes, fault):
+    (told,) = faults(gsm8k.load, gsm8k_config(**changes), str(root), count_words)
+    assert told.startswith(fault)
+
+
+def test_meta_math_keeps_gsm_rows_that_are_short_and_cuts_the_last_line(root):
+    splits = meta_math.load(meta_math_config(), str(root), count_words)
+    kept = [i for i in range(30) if i % 3 != 1 and i != 3]
+    assert [row["x"] for row in splits.train + splits.validation] == [f"Q: query {i}\nA: " for i in kept[:12]]
+    assert splits.train[1] == {"x": "Q: query 2\nA: ", "y": "step 2\n#### 2"}
+    assert [row["x"] for row in splits.test] == [f"Q: test {i}?\nA: " for i in range(5)]
+    assert_disjoint(splits)
+
+
+def test_meta_math_without_a_size_takes_all_but_the_validation_rows(root):
+    splits = meta_math.load(meta_math_config(train_rows=None, max_tokens=1000), str(root), count_words)
+    assert [len(rows) for rows in splits] == [20 - 4, 4, 5]
+    assert_disjoint(splits)
+
+
+def test_meta_math_counts_prompt_and_answer_together_below_the_limit(root):
+    rows = [{"x": "a b", "y": "c"}, {"x": "a", "y": "b c d"}, {"x": "a", "y": ""}]
+    assert list(meta_math.shorter_than(4, rows, count_words)) == [rows[0], rows[2]]
+    assert list(meta_math.shorter_than(5, rows, count_words)) == rows
+
+
+def test_meta_math_tokenises_no_more_than_it_needs():
+    asked = []
+
+    def count(texts):
+        asked.append(len(texts))
+        return count_words(texts)
+
+    rows = meta_math.shorter_than(10, ({"x": str(i), "y": ""} for i in range(10_000)), count)
+    assert [next(rows)["x"] for _ in range(1001)][-1] == "1000"
+    assert asked == [1000, 1000]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("a\n#### 5\nThe answer is: 5", "a\n#### 5"),
+        ("a\nThe answer is: 5\nb\nThe answer is: 6", "a"),
+        ("a. The answer is: 5", "a. The answer is: 5"),  # only on a line of its own
+        ("a", "a"),
+    ],
+)
+def test_meta_math_cut(response, answer):
+    assert meta_math.format_row({"query": "q", "response": response}) == {"x": "Q: q\nA: ", "y": answer}
+
+
+@pytest.mark.parametrize("name", data.loader_names())
+def test_every_loader_has_the_contract(name):
+    module = data.loader(name)
+    assert issubclass(module.Config, data.loader("word_math").DatasetConfig)
+    assert callable(module.load)
+    assert isinstance(module.__doc__, str)
+
+
+def test_an_unknown_loader_lists_the_known():
+    with pytest.raises(KeyError, match=r"Unknown loader tokens: known are .*gsm8k"):
+        data.loader("tokens")  # a module of the package, and no loader
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 10])
+def test_batched_loses_nothing(size):
+    batches = list(selection.batched(iter(range(7)), size))
+    assert [item for batch in batches for item in batch] == list(range(7))
+    assert all(len(batch) == size for batch in batches[:-1])
+    assert list(selection.batched([], size)) == []
+
+
+def test_take_and_order_leave_their_rows_alone():
+    rows = list(range(50))
+    assert selection.take(rows, None, name="n") == rows
+    assert selection.take(rows, 0, name="n") == []
+    shuffled = selection.ordered(rows, "shuffled")
+    assert sorted(shuffled) == rows == list(range(50))
+    assert shuffled != rows
+    assert selection.ordered(rows, "shuffled", seed=1) != shuffled
+
+
+# --- files
+
+
+TRICKY = [
+    {"x": "line\u2028and\u2029para\x85graph", "y": 'quo"te\n\ttab \\ ünï 日本 \u0000'},
+    {"x": "", "y": "\r\n"},
+]
+
+
+def read(root, columns=("x", "y"), split="train"):
+    return read_rows("owner/name", "default", split, columns=columns, data_root=str(root))
+
+
+def test_jsonl_is_read_back_whatever_the_text(tmp_path):
+    path = write(tmp_path, "owner/name", "default", "train", TRICKY)
+    assert read(tmp_path) == read_jsonl(path) == TRICKY
+
+
+def test_blank_lines_and_windows_line_ends_are_no_rows(tmp_path):
+    path = write(tmp_path, "owner/name", "default", "train", [])
+    path.write_bytes(b'\n{"x": 1}\r\n  \r\n{"x": 2}')
+    assert read(tmp_path, ["x"]) == [{"x": 1}, {"x": 2}]
+
+
+def test_parquet_is_read_as_jsonl_is(tmp_path):
+    folder = tmp_path / "owner" / "name" / "default"
+    folder.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist([row | {"extra": 1} for row in TRICKY])
+    pyarrow.parquet.write_table(table, folder / "train.parquet")
+    assert read(tmp_path) == TRICKY
+
+
+def test_columns_are_cut_to_those_asked(tmp_path):
+    write(tmp_path, "owner/name", "default", "train", [{"x": 1, "y": 2, "z": 3}])
+    assert read(tmp_path, ["z", "x"]) == [{"z": 3, "x": 1}]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["Empty data set", "holds no row"]),
+        (b"\n\n", ["Empty data set"]),
+        (b'{"x": 1}\n{"x": ', ["train.jsonl, line 2: not JSON"]),
+        (b'\n{"x": 1}\n[1, 2]\n', ["train.jsonl, line 3: a JSON object is needed, not '[1, 2]'"]),
+        (b'{"z": 1}\n', ["Missing column x", "row 1", "it has z"]),
+        (b'{"x": 1, "y": 2}\n{"y": 2}\n', ["Missing column x", "row 2", "it has y"]),
+        (b'{"x": "\xff"}\n', ["not UTF-8 at byte 7"]),
+    ],
+)
+def test_a_broken_file_is_a_fault_that_says_where(tmp_path, content, words):
+    write(tmp_path, "owner/name", "default", "train", []).write_bytes(content)
+    (fault,) = faults(read, tmp_path, ["x"])
+    assert all(word in fault for word in words), fault
+
+
+def test_every_missing_column_is_named(tmp_path):
+    write(tmp_path, "owner/name", "default", "train", [{"z": 1}])
+    assert [fault.split(" in ")[0] for fault in faults(read, tmp_path)] == ["Missing column x", "Missing column y"]
+
+
+def test_a_broken_parquet_file_is_a_fault(tmp_path):
+    path = write(tmp_path, "owner/name", "default", "train", [])
+    path.rename(path.with_suffix(".parquet")).write_bytes(b"PAR1 and no more")
+    (fault,) = faults(read, tmp_path)
+    assert "train.parquet: not Parquet" in fault
+
+
+def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
+    write(tmp_path, "owner/name", "default", "train", TRICKY)
+    (fault,) = faults(read, tmp_path, split="test")
+    assert f"{tmp_path}/owner/name/default/test.jsonl (or .parquet) is not there" in fault
+    assert "leave data_root out to read the hub" in fault
+
+
+def test_a_hub_out_of_reach_is_a_fault_with_the_local_way(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    (fault,) = faults(read_rows, "owner/name", "default", "train", columns=["x"])
+    assert "no route to host" in fault
+    assert "set data_root=DIR with DIR/owner/name/default/train.jsonl" in fault
+
+
+def test_jsonl_writes_one_line_a_row():
+    lines = jsonl(TRICKY).split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == TRICKY
+    assert lines[-1] == ""

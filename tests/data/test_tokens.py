@@ -1,0 +1,235 @@
+"""Ids, cuts and masks; and that a collated batch gives the loss that a plain reading of the logits gives."""
+
+import logging
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from data import Splits, tokens
+from data.tokens import IGNORED, CausalCollator, Seq2SeqCollator, prepare, tokenise
+from flatlora.config import ConfigError
+
+PAD, BOS, EOS, UNKNOWN = range(4)
+WORDS = [f"w{i}" for i in range(92)]
+
+
+def make_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["bos", "no-bos"])
+def tokenizer(request):
+    return make_tokenizer(bos=request.param)
+
+
+def text(*numbers):
+    return " ".join(WORDS[i] for i in numbers)
+
+
+def ids(*numbers):
+    return [i + 4 for i in numbers]
+
+
+def test_prompt_and_answer_are_tokenised_apart_and_only_the_prompt_begins(tokenizer):
+    found = tokenise([{"x": text(0, 1), "y": text(2, 3, 4)}], tokenizer, 20)
+    start = tokenizer("")["input_ids"]
+    assert found[0] == {"prompt": [*start, *ids(0, 1)], "answer": [*ids(2, 3, 4), EOS]}
+    assert found[0]["prompt"] == tokenizer(text(0, 1) + " ")["input_ids"]  # what an evaluator asks
+    assert found.lengths == [len(start) + 6]
+    assert (found.cut, found.dropped) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "answers", "cut", "dropped"),
+    [
+        (9, [3, 5, 2], 0, 0),
+        (8, [3, 4, 2], 1, 0),
+        (5, [3, 1, 2], 1, 0),
+        (4, [2, 2], 2, 1),
+        (3, [1, 1], 3, 1),
+        (2, [], 3, 3),
+    ],
+)
+def test_rows_are_cut_dropped_counted_and_warned_of_once(max_length, answers, cut, dropped, caplog):
+    rows = [
+        {"x": text(0, 1), "y": text(2, 3)},
+        {"x": text(0, 1, 2, 3), "y": text(2, 3, 4, 5)},
+        {"x": text(7, 8), "y": text(9)},
+    ]
+    with caplog.at_level(logging.WARNING):
+        found = tokenise(rows, make_tokenizer(bos=False), max_length)
+    assert [len(answer) for answer in found.answers] == answers
+    assert (found.cut, found.dropped) == (cut, dropped)
+    assert all(length <= max_length for length in found.lengths)
+    assert len(found.lengths) == len(found)
+    assert len(caplog.records) == (1 if cut else 0)
+    if cut:
+        told = f"{cut} rows are longer than dataset.max_length={max_length} tokens: {cut - dropped} lose the end"
+        assert told in caplog.text
+        assert f"{dropped} are left out" in caplog.text
+
+
+def test_only_a_whole_answer_ends_with_end_of_sequence():
+    rows = [{"x": text(0), "y": text(*range(10))}]
+    answers = [tokenise(rows, make_tokenizer(bos=False), length)[0]["answer"] for length in (11, 12)]
+    assert answers == [ids(*range(10)), [*ids(*range(10)), EOS]]
+
+
+def test_many_rows_keep_their_order(monkeypatch):
+    monkeypatch.setattr(tokens, "_ROWS_AT_ONCE", 7)
+    rows = [{"x": text(i % 50), "y": text(i % 31)} for i in range(60)]
+    found = tokenise(rows, make_tokenizer(bos=False), 20)
+    assert [row["answer"][0] for row in map(found.__getitem__, range(60))] == [i % 31 + 4 for i in range(60)]
+
+
+def test_a_set_that_no_row_is_left_of_is_a_fault():
+    splits = Splits([{"x": text(0, 1), "y": text(2)}], [], [])
+    with pytest.raises(ConfigError, match=r"none of 1 train rows is left at dataset\.max_length=2; raise it"):
+        prepare(splits, make_tokenizer(bos=False), 2)
+    prepared = prepare(splits, make_tokenizer(bos=False), 3)
+    assert (len(prepared.train), len(prepared.validation)) == (1, 0)
+
+
+ROWS = [
+    {"prompt": [BOS, *ids(1, 2, 3)], "answer": [*ids(4, 5), EOS]},
+    {"prompt": [BOS, *ids(6)], "answer": [*ids(7, 8, 9, 10, 11), EOS]},
+    {"prompt": [BOS, *ids(*range(20, 32))], "answer": [EOS]},
+]
+
+
+def test_causal_masks():
+    batch = CausalCollator(PAD, pad_to_multiple=8)(ROWS)
+    assert batch["input_ids"].shape == (3, 16)
+    for row, line, mask, labels in zip(ROWS, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        whole = row["prompt"] + row["answer"]
+        padding = 16 - len(whole)
+        assert line.tolist() == whole + [PAD] * padding
+        assert mask.tolist() == [1] * len(whole) + [0] * padding
+        assert labels.tolist() == [IGNORED] * len(row["prompt"]) + row["answer"] + [IGNORED] * padding
+
+
+def test_end_of_sequence_has_a_loss_also_where_it_is_the_padding_token():
+    batch = CausalCollator(EOS)(ROWS[:1])
+    assert batch["labels"][0].tolist() == [IGNORED] * 4 + [*ids(4, 5), EOS] + [IGNORED]
+
+
+def test_only_positions_with_a_loss_reach_the_head():
+    batch = CausalCollator(PAD)(ROWS)
+    shifted = batch["labels"].roll(-1, dims=1)
+    shifted[:, -1] = IGNORED
+    wanted = [i for i in range(16) if (shifted[:, i] != IGNORED).any()]
+    assert batch["logits_to_keep"].tolist() == wanted
+    assert torch.equal(batch["shift_labels"], shifted[:, wanted])
+    assert len(wanted) < 16
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="eager",
+        initializer_range=0.5,  # far from uniform, so that a wrong position shows in the loss
+    )
+    return LlamaForCausalLM(config)
+
+
+def plain_causal_loss(model, rows):
+    """Mean over all answer tokens, one row at a time, without padding, batch, mask or collator."""
+    losses = []
+    for row in rows:
+        whole = torch.tensor(row["prompt"] + row["answer"])
+        logits = model(input_ids=whole[None]).logits[0].float()
+        log_probs = logits.log_softmax(-1)
+        start = len(row["prompt"])
+        losses += [-log_probs[i - 1, whole[i]] for i in range(start, len(whole))]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:], [ROWS[2]] * 2], ids=["all", "one", "two", "eos-only"])
+@pytest.mark.parametrize("pad_to", [1, 8, 64])
+def test_causal_loss_is_that_of_the_full_logits(llama, rows, pad_to):
+    batch = CausalCollator(PAD, pad_to)(rows)
+    loss = llama(**batch).loss
+    assert loss.item() == pytest.approx(plain_causal_loss(llama, rows).item(), abs=1e-6, rel=1e-6)
+    logits = llama(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    full = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    assert loss.item() == pytest.approx(full.item(), abs=1e-6, rel=1e-6)
+
+
+def test_causal_gradients_are_those_of_the_full_logits(llama):
+    gradients = []
+    for loss in (llama(**CausalCollator(PAD, 64)(ROWS)).loss, plain_causal_loss(llama, ROWS)):
+        llama.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in llama.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_padding_token_and_the_batchs_order_do_not_matter(llama):
+    losses = [llama(**CausalCollator(pad)(rows)).loss.item() for pad in (PAD, EOS, 50) for rows in (ROWS, ROWS[::-1])]
+    assert max(losses) - min(losses) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=96,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=PAD,
+        pad_token_id=PAD,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def test_seq2seq_masks():
+    batch = Seq2SeqCollator(PAD)(ROWS)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 13)
+    assert batch["labels"].shape == (3, 6)
+    for i, row in enumerate(ROWS):
+        prompt, answer = row["prompt"], row["answer"]
+        assert batch["input_ids"][i].tolist() == prompt + [PAD] * (13 - len(prompt))
+        assert batch["attention_mask"][i].tolist() == [1] * len(prompt) + [0] * (13 - len(prompt))
+        assert batch["labels"][i].tolist() == answer + [IGNORED] * (6 - len(answer))
+
+
+def test_a_prompt_may_hold_the_padding_token(t5):
+    row = {"prompt": [BOS, PAD, *ids(3)], "answer": [EOS]}
+    assert Seq2SeqCollator(PAD)([row, ROWS[0]])["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_seq2seq_loss_is_that_of_single_rows(t5):
+    losses = []
+    for row in ROWS:
+        inputs = torch.tensor([[PAD, *row["answer"][:-1]]])  # T5 starts its answer with the padding token
+        logits = t5(input_ids=torch.tensor([row["prompt"]]), decoder_input_ids=inputs).logits[0]
+        losses += [-logits[i].log_softmax(-1)[token] for i, token in enumerate(row["answer"])]
+    expected = torch.stack(losses).mean().item()
+    assert t5(**Seq2SeqCollator(PAD)(ROWS)).loss.item() == pytest.approx(expected, abs=1e-6, rel=1e-6)
+
+
+def test_each_family_has_its_collator():
+    assert isinstance(tokens.collator("causal_lm", PAD), CausalCollator)
+    assert isinstance(tokens.collator("seq2seq", PAD), Seq2SeqCollator)
+    assert tokens.collator("causal_lm", EOS).pad_token_id == EOS
