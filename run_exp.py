@@ -38,10 +38,13 @@ def main(words: Sequence[str] | None = None) -> int:
     console.quiet_libraries()
     try:
         flags, words = commandline.split_flags(words)
+        sweep = "-m" in flags or "--multirun" in flags
         settings, notes = commandline.rewrite(words)
+        if sweep:
+            settings, more_notes = commandline.name_jobs(settings)
+            notes += more_notes
         for note in notes:
             console.console.print(f"rewritten: {note}", markup=False, soft_wrap=True)
-        sweep = "-m" in flags or "--multirun" in flags
         if flags and not sweep:
             return _hand_to_hydra(flags, settings)  # --help, --cfg job and the like
         jobs = commandline.expand_sweep(settings) if sweep else [settings]
@@ -67,6 +70,11 @@ def experiments_of(jobs: Sequence[Sequence[str]]) -> list[Experiment]:
             experiments.append(experiment_of(job))
         except ConfigError as error:
             faults += error.faults
+    folders = [RunFolder.of(experiment).path for experiment in experiments]
+    faults += [
+        f"Two jobs of the sweep would write to {folder}: give them different seeds, or leave out wandb.name."
+        for folder in sorted({folder for folder in folders if folders.count(folder) > 1})
+    ]
     if faults:
         raise ConfigError(faults)
     return experiments
@@ -93,15 +101,20 @@ def run(experiment: Experiment) -> int:
     if experiment.dry_run:
         console.print_pairs("Dry run: nothing is loaded or written", describe(experiment))
         return 0
-    folder, is_writer = RunFolder.of(experiment), training.is_main_process()
-    if folder.is_finished(experiment, writer=is_writer):
+    training.check_launch(experiment)
+    device = models.choose_device(experiment.trainer.device)
+    folder = RunFolder.of(experiment)
+    if training.from_main_process(lambda: folder.is_finished(experiment), device):
         console.console.print(f"{folder.path} is finished already; overwrite=true runs it anew.", soft_wrap=True)
         return 0
-    inputs = prepare(experiment)
-    folder.open(experiment, writer=is_writer)
+    inputs = prepare(experiment, device)
+
+    def claim() -> Path | None:
+        folder.open(experiment)
+        return checkpoint.latest_good(folder.path, experiment.sha256(), inputs.data_sha256)
+
     try:
-        resume_from = checkpoint.latest_good(folder.path, experiment.sha256(), remove_broken=is_writer)
-        return execute(experiment, folder, inputs, resume_from)
+        return execute(experiment, folder, inputs, training.from_main_process(claim, device))
     finally:
         folder.close()
 
@@ -115,11 +128,14 @@ class Inputs:
     rows: tokens.Prepared
     test: list[data.Row]
 
+    @property
+    def data_sha256(self) -> str:
+        """Hash of all token ids that training and validation read."""
+        return tokens.fingerprint(self.rows)
 
-def prepare(experiment: Experiment) -> Inputs:
-    """Check the machine, tokenise the data, and try the method on the model's skeleton; no weight is loaded."""
-    training.check_launch(experiment)
-    device = models.choose_device(experiment.trainer.device)
+
+def prepare(experiment: Experiment, device: torch.device) -> Inputs:
+    """Tokenise the data and try the method on the model's skeleton; no weight is loaded."""
     tokenizer = models.load_tokenizer(experiment.model)
     methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft)
     splits = data.loader(experiment.dataset.loader).load(
@@ -159,6 +175,7 @@ def train_and_score(
     results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.test))
     backbone = models.load_backbone(experiment.model, inputs.device)
     model = methods.method(experiment.peft.method).apply(backbone, experiment.peft, experiment.seed)
+    record["data_sha256"] = inputs.data_sha256
     record["params"] = models.parameter_counts(model)
     record["backbone_sha256"]["before"] = checkpoint.backbone_sha256(model)
     tracker = results.tracker(experiment, folder.path)
@@ -170,6 +187,7 @@ def train_and_score(
         inputs.rows.validation,
         tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id),
         folder,
+        data_sha256=record["data_sha256"],
         log=MetricsLog(folder.path / "metrics.jsonl", tracker),
         resume_from=resume_from,
         progress=console.ProgressBar(f"train {experiment.run_name()}") if training.is_main_process() else None,
@@ -236,6 +254,7 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
         "experiment": experiment.model_dump(mode="json"),
         "seed": experiment.seed,
         "config_sha256": experiment.sha256(),
+        "data_sha256": None,
         "git_sha": results.git_sha(),
         "env": results.environment(),
         "backbone_sha256": {"before": None, "after": None},

@@ -7,7 +7,10 @@ which tokenises the joined text: there the blank may fuse with the answer's firs
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -143,6 +146,15 @@ def prepare(splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int)
             ]
         )
     return Prepared(train, tokenise(splits.validation, tokenizer, max_length))
+
+
+def fingerprint(prepared: Prepared) -> str:
+    """SHA-256 of all token ids, in order."""
+    digest = hashlib.sha256()
+    for rows in prepared:
+        for ids in itertools.chain(rows.prompts, rows.answers):
+            digest.update(array("q", [len(ids), *ids]).tobytes())
+    return digest.hexdigest()
 
 
 def collator(family: str, pad_token_id: int) -> CausalCollator | Seq2SeqCollator:

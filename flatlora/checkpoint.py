@@ -28,13 +28,14 @@ MANIFEST = "checkpoint.json"
 _STEP = re.compile(r"checkpoint-[0-9]+")  # and no copy that a user made, such as checkpoint-40-best
 
 
-def seal(folder: Path, *, step: int, config_sha256: str) -> None:
+def seal(folder: Path, *, step: int, config_sha256: str, data_sha256: str) -> None:
     """Flush every file of a checkpoint to disk, then write the manifest that makes it count."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         files[str(path.relative_to(folder))] = {"sha256": _file_sha256(path, flush=True), "bytes": path.stat().st_size}
     fsync_folder(folder)
-    write_json(folder / MANIFEST, {"step": step, "config_sha256": config_sha256, "files": files})
+    manifest = {"step": step, "config_sha256": config_sha256, "data_sha256": data_sha256, "files": files}
+    write_json(folder / MANIFEST, manifest)
     fsync_folder(folder.parent)
 
 
@@ -58,32 +59,32 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def latest_good(run: Path, config_sha256: str, *, remove_broken: bool = True) -> Path | None:
+def latest_good(run: Path, config_sha256: str, data_sha256: str) -> Path | None:
     """Newest whole checkpoint; broken ones above it are named in the log and removed, for training writes them anew.
 
     Raises:
-        ConfigError: the newest whole one was made by another experiment.
+        ConfigError: the newest whole one was made by another experiment or on other data.
     """
     for folder in reversed(checkpoints(run)):
         fault = fault_of(folder)
         if fault is None:
-            _refuse_other_experiment(folder, config_sha256)
+            _refuse_other_origin(folder, config_sha256=config_sha256, data_sha256=data_sha256)
             return folder
         logger.warning("Ignoring %s: %s.", folder, fault)
-        if remove_broken:
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
     return None
 
 
-def _refuse_other_experiment(folder: Path, config_sha256: str) -> None:
-    made_by = json.loads((folder / MANIFEST).read_text())["config_sha256"]
-    if made_by != config_sha256:
-        raise ConfigError(
-            [
-                f"{folder} is a checkpoint of another experiment (config {made_by[:12]}…, here {config_sha256[:12]}…): "
-                "take it out of the run's folder, or give wandb.name."
-            ]
-        )
+def _refuse_other_origin(folder: Path, **wanted: str) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for key, what in (("config_sha256", "another experiment"), ("data_sha256", "other training data")):
+        if manifest.get(key) != wanted[key]:
+            raise ConfigError(
+                [
+                    f"{folder} is a checkpoint of {what} ({key} {str(manifest.get(key))[:12]}…, here "
+                    f"{wanted[key][:12]}…): take it out of the run's folder, or give wandb.name or overwrite=true."
+                ]
+            )
 
 
 def rotate(run: Path, keep: int) -> None:

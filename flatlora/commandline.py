@@ -146,6 +146,24 @@ def _option_name(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def name_jobs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A sweep's settings with the swept keys in `wandb.name`, so that each job has its own folder; and notes of it.
+
+    `wandb.name=N rho.sigma=0,0.05` → `wandb.name=N-${rho.sigma}`. The seed has a folder level of its own.
+    """
+    overrides = _parse_all(words)
+    swept = [override.key_or_group for override in overrides if _is_sweep(override)]
+    labels = [f"${{{key}.name}}" if key in GROUPS else f"${{{key}}}" for key in swept if key != "seed"]
+    named, notes = [], []
+    for override in overrides:
+        line = override.input_line
+        if override.key_or_group == "wandb.name" and labels and not _is_sweep(override) and "${" not in line:
+            line = "-".join([line, *labels])
+            notes.append(f"{override.input_line} → {line} (each job has its own folder)")
+        named.append(line)
+    return named, notes
+
+
 def expand_sweep(words: Sequence[str]) -> list[list[str]]:
     """The jobs of a `-m` command line, as Hydra's basic sweeper makes them: all combinations, last key fastest.
 

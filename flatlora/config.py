@@ -150,7 +150,7 @@ class Experiment(Section):
         return self.rho.method == "flat" and self.rho.sigma > 0
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the trained bytes: the config less record keeping, paths and logging."""
+        """All that decides the trained bytes: the config less record keeping, scoring, paths and logging."""
         return identity_of(self.model_dump(mode="json"))
 
     def sha256(self) -> str:
@@ -173,6 +173,8 @@ def identity_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`Experiment.identity` of a config as config.yaml keeps it."""
     unread = ("wandb", "results_root", "data_root", "dry_run", "resume", "overwrite", "eval")
     identity = {key: value for key, value in raw.items() if key not in unread}
+    for section in ("model", "dataset"):
+        identity[section] = {key: value for key, value in raw[section].items() if key != "test_rows"}
     unread = ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch")
     identity["trainer"] = {key: value for key, value in raw["trainer"].items() if key not in unread}
     if raw["rho"]["method"] == "off" or raw["rho"]["sigma"] == 0:

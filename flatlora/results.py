@@ -89,32 +89,23 @@ class RunFolder:
         path = self.path / "run.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def is_finished(self, experiment: Experiment, *, writer: bool = True) -> bool:
+    def is_finished(self, experiment: Experiment) -> bool:
         """Whether this very experiment has run to its end here, so that resume=true has nothing to do.
-
-        Args:
-            writer: False on ranks above 0, which refuse nothing: what they find may be rank 0's of a moment ago.
 
         Raises:
             ConfigError: the folder holds another run, or this one and neither resume nor overwrite is given.
         """
         if experiment.overwrite or not (self.path / "config.yaml").is_file():
             return False
-        if writer:
-            self._refuse_other_run(experiment)
+        self._refuse_other_run(experiment)
         return (self.record or {}).get("status") == "finished"
 
-    def open(self, experiment: Experiment, *, writer: bool = True) -> None:
-        """Take the folder for this experiment.
-
-        Args:
-            writer: False on ranks above 0, which leave the folder to rank 0.
+    def open(self, experiment: Experiment) -> None:
+        """Take the folder for this experiment; of several ranks, rank 0 does.
 
         Raises:
             ConfigError: not writable, in use by another process, or holding another run; nothing has been changed.
         """
-        if not writer:
-            return
         self._acquire()
         try:
             self._claim(experiment)

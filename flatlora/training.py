@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
@@ -33,6 +34,8 @@ from flatlora.callback import FlatLoraCallback
 from flatlora.config import ConfigError, Experiment
 from flatlora.models import autocast_dtype
 from flatlora.results import MetricsLog, RunFolder, write_json
+
+T = TypeVar("T")
 
 
 class SizedRows(Protocol):
@@ -100,9 +103,9 @@ class EpochSampler(Sampler[int]):
 class FlatTrainer(Trainer):
     """Trainer with `EpochSampler`, sealed checkpoints, and the loss of each optimizer step on its own."""
 
-    def __init__(self, *args: Any, experiment: Experiment, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, experiment: Experiment, data_sha256: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.experiment = experiment
+        self.experiment, self.data_sha256 = experiment, data_sha256
         self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
         self.step_tokens = torch.zeros((), device=self.args.device)
         self._epoch_sampler: EpochSampler | None = None
@@ -138,7 +141,12 @@ class FlatTrainer(Trainer):
                 callback.save_state(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoint.seal(folder, step=self.state.global_step, config_sha256=self.experiment.sha256())
+            checkpoint.seal(
+                folder,
+                step=self.state.global_step,
+                config_sha256=self.experiment.sha256(),
+                data_sha256=self.data_sha256,
+            )
             checkpoint.rotate(folder.parent, self.experiment.trainer.save_total_limit)
 
 
@@ -259,6 +267,7 @@ def train(
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     run: RunFolder,
     *,
+    data_sha256: str,
     log: MetricsLog,
     resume_from: Path | None = None,
     progress: Progress | None = None,
@@ -288,6 +297,7 @@ def train(
         processing_class=tokenizer,
         callbacks=callbacks,
         experiment=experiment,
+        data_sha256=data_sha256,
     )
     for unwanted in (PrinterCallback, TqdmCallback):
         trainer.remove_callback(unwanted)
@@ -417,6 +427,23 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def from_main_process(compute: Callable[[], T], device: torch.device) -> T:
+    """What `compute` returns on rank 0, on every rank; the others wait for it. A fault there is a fault everywhere."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return compute()
+    PartialState(cpu=device.type == "cpu")
+    answer: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            answer[0] = compute()
+        except ConfigError as error:
+            answer[1] = error
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
 def check_launch(experiment: Experiment) -> None:
     """Hold the number of processes that torchrun started against the config.
 
@@ -455,6 +482,4 @@ def check_invariants(experiment: Experiment, model: nn.Module, backbone_sha256: 
         )
     lowered = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if lowered:
-        raise RuntimeError(
-            f"{len(lowered)} trained parameters are not FP32 any more, {lowered[0]} among them."
-        )
+        raise RuntimeError(f"{len(lowered)} trained parameters are not FP32 any more, {lowered[0]} among them.")

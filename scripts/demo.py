@@ -19,7 +19,7 @@ from rich.table import Table
 
 PROJECT = Path(__file__).parents[1]
 FOLDER = Path("results") / "demo_word_math"
-STEPS, TEST_ROWS, SEED = 45, 200, 42
+STEPS, TEST_ROWS, SEED = 40, 200, 42
 SETTINGS = [
     "wandb.project=demo",
     "wandb.mode=disabled",

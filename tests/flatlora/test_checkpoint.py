@@ -22,7 +22,7 @@ from flatlora.checkpoint import (
 )
 from flatlora.config import ConfigError
 
-CONFIG = "0" * 64  # hash of the experiment that makes the checkpoints
+CONFIG, DATA = "0" * 64, "d" * 64  # hashes of the experiment and the rows that make the checkpoints
 
 
 def make(run, step, *, whole=True):
@@ -32,7 +32,7 @@ def make(run, step, *, whole=True):
     (folder / "nested" / "state.json").write_text(f'{{"step": {step}}}')
     (folder / "empty").touch()
     if whole:
-        seal(folder, step=step, config_sha256=CONFIG)
+        seal(folder, step=step, config_sha256=CONFIG, data_sha256=DATA)
     return folder
 
 
@@ -72,10 +72,8 @@ def test_a_broken_checkpoint_is_named_removed_and_passed_over(tmp_path, caplog, 
     breakage(broken)
     assert fault_of(broken).startswith(fault)
     with caplog.at_level(logging.WARNING):
-        assert latest_good(tmp_path, CONFIG, remove_broken=False) == good
-    assert broken.is_dir()
+        assert latest_good(tmp_path, CONFIG, DATA) == good
     assert f"Ignoring {broken}: {fault}" in caplog.text
-    assert latest_good(tmp_path, CONFIG) == good
     assert not broken.exists()
 
 
@@ -86,22 +84,25 @@ def test_steps_are_ordered_as_numbers_and_other_names_left_alone(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-200").write_text("a file")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
-    assert latest_good(tmp_path, CONFIG).name == "checkpoint-100"
+    assert latest_good(tmp_path, CONFIG, DATA).name == "checkpoint-100"
     assert (tmp_path / "checkpoint-100-mine").is_dir()
 
 
 def test_without_a_whole_checkpoint_there_is_none(tmp_path):
-    assert latest_good(tmp_path, CONFIG) is None
+    assert latest_good(tmp_path, CONFIG, DATA) is None
     make(tmp_path, 1, whole=False)
     make(tmp_path, 2, whole=False)
-    assert latest_good(tmp_path, CONFIG) is None
+    assert latest_good(tmp_path, CONFIG, DATA) is None
     assert checkpoints(tmp_path) == []
 
 
-def test_a_checkpoint_of_another_experiment_is_refused_and_kept(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "data", "what"), [("1" * 64, DATA, "another experiment"), (CONFIG, "1" * 64, "other training data")]
+)
+def test_a_checkpoint_of_another_origin_is_refused_and_kept(tmp_path, config, data, what):
     folder = make(tmp_path, 3)
-    with pytest.raises(ConfigError, match=re.escape(f"{folder} is a checkpoint of another experiment")):
-        latest_good(tmp_path, "1" * 64)
+    with pytest.raises(ConfigError, match=re.escape(f"{folder} is a checkpoint of {what}")):
+        latest_good(tmp_path, config, data)
     assert fault_of(folder) is None
 
 
@@ -132,7 +133,7 @@ def test_a_rotation_that_dies_half_way_leaves_nothing_that_counts(tmp_path, monk
 def test_sealing_again_takes_new_content(tmp_path):
     folder = make(tmp_path, 3)
     flip_a_bit(folder / "adapter.bin")
-    seal(folder, step=3, config_sha256=CONFIG)
+    seal(folder, step=3, config_sha256=CONFIG, data_sha256=DATA)
     assert fault_of(folder) is None
 
 

@@ -97,9 +97,12 @@ def test_legacy_and_canonical_words_mean_one_experiment(legacy, canonical):
 def test_a_published_sweep():
     words, _ = commandline.rewrite(["-m", *PUBLISHED, "++rho=0,0.05,0.1"])
     flags, settings = commandline.split_flags(words)
-    jobs = commandline.expand_sweep(settings)
-    experiments = run_exp.experiments_of(jobs)
+    with pytest.raises(ConfigError, match="Two jobs of the sweep would write to results/P_meta_math/vanilla_lora/42"):
+        run_exp.experiments_of(commandline.expand_sweep(settings))
+    settings, _ = commandline.name_jobs(settings)
+    experiments = run_exp.experiments_of(commandline.expand_sweep(settings))
     assert flags == ["-m"]
+    assert [one.run_name() for one in experiments] == ["vanilla_lora-0", "vanilla_lora-0.05", "vanilla_lora-0.1"]
     assert [one.rho.sigma for one in experiments] == [0, 0.05, 0.1]
     assert [one.flat for one in experiments] == [False, True, True]
     assert experiments[0].identity() == experiment(*PUBLISHED).identity()
@@ -243,3 +246,19 @@ def test_hydras_own_options_see_the_canonical_words(monkeypatch, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "sigma: 0.07" in printed
     assert "max_steps: 3" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["wandb.name=N", "rho.sigma=0,0.05"], "wandb.name=N-${rho.sigma}"),
+        (["wandb.name=N", "peft=lora,qv", "optim.lr=1e-3,1e-4", "seed=0,1"], "wandb.name=N-${peft.name}-${optim.lr}"),
+        (["wandb.name=N", "seed=0,1"], "wandb.name=N"),
+        (["wandb.name=a,b", "rho.sigma=0,0.05"], "wandb.name=a,b"),
+    ],
+)
+def test_jobs_of_a_sweep_have_their_own_names(words, named):
+    settings, notes = commandline.name_jobs(words)
+    assert settings[0] == named
+    assert settings[1:] == words[1:]
+    assert bool(notes) == (named != words[0])

@@ -219,18 +219,6 @@ def test_overwrite_leaves_nothing_of_the_old_run(experiment, tmp_path):
     assert (outside / "mine.txt").exists()
 
 
-def test_a_rank_above_0_writes_nothing_and_refuses_nothing(experiment):
-    folder, reader = RunFolder.of(experiment()), RunFolder.of(experiment())
-    reader.open(experiment(), writer=False)
-    assert not folder.path.exists()
-    folder.open(experiment())
-    reader.open(experiment(), writer=False)  # rank 0 was faster: its config.yaml is there already
-    assert not reader.is_finished(experiment(), writer=False)
-    write_json(folder.path / "run.json", {"status": "finished"})
-    assert reader.is_finished(experiment("resume=true"), writer=False)
-    folder.close()
-
-
 @pytest.mark.parametrize(
     ("target", "error", "words"),
     [

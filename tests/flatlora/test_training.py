@@ -156,6 +156,22 @@ def test_a_foreign_checkpoint_is_refused(tiny_settings, capsys):
     assert (folder / "checkpoint-6").is_dir()
 
 
+def test_resume_on_other_data_is_refused(tiny_settings, tmp_path, capsys):
+    settings = [word for word in tiny_settings if not word.startswith("dataset.")]
+    settings += ["dataset=gsm8k", "dataset.validation_rows=0", f"data_root={tmp_path}"]
+    folder = tmp_path / "openai/gsm8k/main"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(32)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finished = run(settings)
+    (finished / "run.json").unlink()
+    text = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(text.replace("31 + 1?", "1 + 31?"))
+    assert run_exp.main([*settings, "resume=true"]) == 2
+    assert "other training data" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_touched_backbone_fails_the_run(tiny_settings, monkeypatch):
     step = training.FlatTrainer.training_step
 
@@ -234,13 +250,14 @@ def test_interrupt_is_recorded(tiny_settings, monkeypatch):
     assert json.loads((run_folder(tiny_settings) / "run.json").read_text())["status"] == "interrupted"
 
 
-def test_sweep_runs_every_job(tiny_settings):
-    settings = [word for word in tiny_settings if not word.startswith("wandb.name")]
-    command = [sys.executable, "run_exp.py", "-m", *settings, "++rho=0,0.3", "++seed=0,1"]
+def test_sweep_runs_every_job_in_its_own_folder(tiny_settings):
+    command = [sys.executable, "run_exp.py", "-m", *tiny_settings, "++rho=0,0.3", "++seed=0,1"]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "++rho=0,0.3 → rho=flat rho.sigma=0,0.3" in result.stderr
-    root = next(word.partition("=")[2] for word in settings if word.startswith("results_root="))
+    assert "wandb.name=run → wandb.name=run-${rho.sigma}" in result.stderr
+    root = next(word.partition("=")[2] for word in tiny_settings if word.startswith("results_root="))
+    assert {path.name for path in Path(root).glob("*_word_math/*")} == {"run-0", "run-0.3"}
     runs = [json.loads(path.read_text()) for path in Path(root).glob("*/*/*/run.json")]
     assert sorted((r["experiment"]["rho"]["sigma"], r["seed"]) for r in runs) == [(0, 0), (0, 1), (0.3, 0), (0.3, 1)]
     assert len({r["adapter_sha256"] for r in runs}) == 4
