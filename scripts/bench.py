@@ -149,6 +149,7 @@ def drift_curves(model: nn.Module, steps: int) -> dict[str, list[dict[str, float
         curves[mode] = [{"step": 0, "relative_norm": 0.0, "changed_share": 0.0}]
         for step in track(range(steps), description=f"drift, {mode}", console=console):
             perturbation.begin(step)
+            read_once(layers)  # recompute perturbs where a layer is read, and nowhere else
             perturbation.end()
             if (step + 1) % max(1, steps // 10) == 0:
                 curves[mode].append({"step": step + 1, **drift(layers, originals)})
@@ -156,6 +157,13 @@ def drift_curves(model: nn.Module, steps: int) -> dict[str, list[dict[str, float
         for layer, original in zip(layers, originals, strict=True):
             layer.weight.data.copy_(original)
     return curves
+
+
+def read_once(layers: list[PerturbedLayer]) -> None:
+    """One row of ones through every layer."""
+    with torch.no_grad():
+        for layer in layers:
+            layer.module(torch.ones(1, layer.as_rows(layer.weight).shape[1], dtype=layer.weight.dtype))
 
 
 def drift(layers: list[PerturbedLayer], originals: list[torch.Tensor]) -> dict[str, float]:

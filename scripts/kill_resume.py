@@ -45,34 +45,50 @@ def main() -> int:
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="kill-resume-"))
     try:
-        whole, seconds = root / "whole", time.monotonic()
-        _command([*DEFAULTS, *options.settings, f"results_root={whole}"]).wait()
-        seconds = time.monotonic() - seconds
-        killed = root / "killed"
-        kills = kill_and_resume([*DEFAULTS, *options.settings, f"results_root={killed}"], options, seconds)
+        whole, killed = root / "whole", root / "killed"
+        startup_s, total_s = undisturbed([*DEFAULTS, *options.settings, f"results_root={whole}"], whole)
+        print(f"undisturbed run: {total_s:.0f} s, {startup_s:.0f} s of it before the first step is recorded")
+        # No kill comes later than its share of the training, so that none finds the run finished.
+        latest_s = startup_s + 0.9 * (total_s - startup_s) / options.kills
+        generator = random.Random(options.seed)
+        moments = [generator.uniform(0.9 * startup_s, latest_s) for _ in range(options.kills)]
+        print(f"moments drawn from seed {options.seed}: {', '.join(f'{moment:.1f} s' for moment in moments)}")
+        kills = kill_and_resume([*DEFAULTS, *options.settings, f"results_root={killed}"], killed, moments)
         return report(_only_run(whole), _only_run(killed), kills)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def kill_and_resume(settings: list[str], options: argparse.Namespace, seconds: float) -> int:
-    """Start the run, kill it at `options.kills` random moments, let the last one end; the number of real kills."""
-    generator, kills = random.Random(options.seed), 0
-    print(f"undisturbed run: {seconds:.0f} s; moments drawn from seed {options.seed}")
-    for number in range(options.kills):
-        process = _command([*settings, "resume=true"])
-        moment = generator.uniform(0.3, 0.9) * seconds
+def undisturbed(settings: list[str], root: Path) -> tuple[float, float]:
+    """Run to the end: seconds until the first row of metrics.jsonl, and in all."""
+    started, startup_s = time.monotonic(), 0.0
+    process = _command(settings, root)
+    while process.poll() is None:
+        if not startup_s and list(root.glob("*/*/*/metrics.jsonl")):
+            startup_s = time.monotonic() - started
+        time.sleep(0.2)
+    _refuse_failure(process, root)
+    return startup_s, time.monotonic() - started
+
+
+def kill_and_resume(settings: list[str], root: Path, moments: list[float]) -> int:
+    """Start or resume the run and kill it at each moment, then let it end; the number of real kills."""
+    kills = 0
+    for number, moment in enumerate(moments, start=1):
+        process = _command([*settings, "resume=true"], root)
         try:
             process.wait(timeout=moment)
-            print(f"  {number + 1}. ended by itself before {moment:.1f} s")
+            print(f"  {number}. ended by itself before {moment:.1f} s")
+            _refuse_failure(process, root)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            found = sorted(path.name for path in Path(settings[-1].partition("=")[2]).glob("*/*/*/checkpoint-*"))
-            print(f"  {number + 1}. SIGKILL after {moment:.1f} s; there then: {', '.join(found) or 'no checkpoint'}")
-    if code := _command([*settings, "resume=true"]).wait():
-        raise SystemExit(f"the resumed run ended with exit code {code}")
+            found = sorted(path.name for path in root.glob("*/*/*/checkpoint-*"))
+            print(f"  {number}. SIGKILL after {moment:.1f} s; there then: {', '.join(found) or 'no checkpoint'}")
+    process = _command([*settings, "resume=true"], root)
+    process.wait()
+    _refuse_failure(process, root)
     return kills
 
 
@@ -87,10 +103,15 @@ def report(whole: Path, killed: Path, kills: int) -> int:
     return 0 if same_adapter and same_metrics else 1
 
 
-def _command(settings: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(PROJECT / "run_exp.py"), *settings], cwd=PROJECT, stderr=subprocess.DEVNULL
-    )
+def _command(settings: list[str], root: Path) -> subprocess.Popen:
+    with open(root.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen([sys.executable, str(PROJECT / "run_exp.py"), *settings], cwd=PROJECT, stderr=log)
+
+
+def _refuse_failure(process: subprocess.Popen, root: Path) -> None:
+    if process.returncode:
+        tail = root.with_suffix(".log").read_text(errors="replace")[-2000:]
+        raise SystemExit(f"the run ended with exit code {process.returncode}:\n{tail}")
 
 
 def _only_run(root: Path) -> Path:

@@ -66,5 +66,6 @@ def test_three_kills_leave_no_trace(tiny_model_folder):
     command = [sys.executable, "scripts/kill_resume.py", "--kills", "3", "--seed", "1", *settings]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "kills: 3" in result.stdout
     assert "adapter bytes:  equal" in result.stdout
-    assert "metrics.jsonl:  equal (13 and 13 rows)" in result.stdout
+    assert "metrics.jsonl:  equal (14 and 14 rows)" in result.stdout
