@@ -19,12 +19,13 @@ from rich.table import Table
 
 PROJECT = Path(__file__).parents[1]
 FOLDER = Path("results") / "demo_word_math"
-STEPS, TEST_ROWS, SEED = 40, 200, 42
+STEPS, TEST_ROWS, SEED = 45, 200, 42
 SETTINGS = [
     "wandb.project=demo",
     "wandb.mode=disabled",
     "trainer=cpu",
     f"trainer.max_steps={STEPS}",
+    "trainer.micro_batch_size=16",
     "optim.lr=2e-3",
     "optim.group_by_length=true",
     "dataset.min_steps=2",
