@@ -55,6 +55,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         console.report_faults(error)
         return EXIT_CONFIG
+    except KeyboardInterrupt:
+        console.console.print("Interrupted before the run began: nothing was written.")
+        return EXIT_INTERRUPTED
 
 
 def experiment_of(settings: Sequence[str]) -> Experiment:
@@ -105,7 +108,9 @@ def run(experiment: Experiment) -> int:
     device = models.choose_device(experiment.trainer.device)
     folder = RunFolder.of(experiment)
     if training.from_main_process(lambda: folder.is_finished(experiment), device):
-        console.console.print(f"{folder.path} is finished already; overwrite=true runs it anew.", soft_wrap=True)
+        console.console.print(
+            f"{folder.path} is finished already; overwrite=true runs it anew.", markup=False, soft_wrap=True
+        )
         return 0
     inputs = prepare(experiment, device)
 
@@ -154,6 +159,10 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
     except KeyboardInterrupt:
         record["status"], code = "interrupted", EXIT_INTERRUPTED
         console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
+    except ConfigError as error:  # found only with the weights at hand
+        record |= {"status": "failed", "error": str(error)}
+        code = EXIT_CONFIG
+        console.console.print(f"The run failed: {error}", markup=False, soft_wrap=True)
     except Exception as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         code = EXIT_FAILED

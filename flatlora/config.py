@@ -47,8 +47,12 @@ class Section(BaseModel):
         return []
 
 
+# A name that becomes a folder: no slash, no blank, not "." or "..", short enough for every file system.
+FOLDER_NAME = r"^[^/\s\x00.][^/\s\x00]{0,99}$"
+
+
 class ModelConfig(Section):
-    name: str
+    name: str = setting(pattern=FOLDER_NAME)
     hub_id: str  # hub repository or local folder
     revision: str | None = None
     family: Literal["causal_lm", "seq2seq", "clip"] = setting(remedy="see conf/model for the known families")
@@ -61,7 +65,7 @@ class ModelConfig(Section):
 class DatasetConfig(Section):
     """What every data set has; a loader adds its own keys in a subclass."""
 
-    name: str
+    name: str = setting(pattern=FOLDER_NAME)
     loader: str  # module of the data package
     kind: Literal["text", "image"] = "text"
     max_length: int = setting(512, ge=8, remedy="longer rows are cut; 512 or 1024 is usual")  # tokens, prompt + answer
@@ -121,8 +125,8 @@ class TrainerConfig(Section):
 
 
 class WandbConfig(Section):
-    project: str = setting("flatlora", min_length=1, pattern=r"^[^/\s]+$", remedy="it names the results folder")
-    name: str | None = setting(None, min_length=1, pattern=r"^[^/\s]+$", remedy="null derives a name")
+    project: str = setting("flatlora", pattern=FOLDER_NAME, remedy="it names the results folder")
+    name: str | None = setting(None, pattern=FOLDER_NAME, remedy="null derives a name")
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
 
 
@@ -295,7 +299,7 @@ _RULES = {
     "float_type": "it must be a number",
     "bool_type": "it must be true or false",
     "string_type": "it must be text",
-    "string_pattern_mismatch": "it must not hold slashes or blanks",
+    "string_pattern_mismatch": "it names a folder: at most 100 characters, no slash, no blank, no dot in front",
     "string_too_short": "it must not be empty",
 }
 
@@ -363,6 +367,12 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             f"Invalid dataset={experiment.dataset.name} ({experiment.dataset.kind}) with model="
             f"{experiment.model.name} ({experiment.model.family}): CLIP takes image data sets, language models text; "
             "change one of them.",
+        )
+    if experiment.resume and experiment.flat and rho.mode == "inplace":
+        yield (
+            ("resume", "rho.mode"),
+            "Invalid resume=true with rho.mode=inplace: the drifted backbone is in no checkpoint, so the run cannot be "
+            "continued; use rho.mode=copy or recompute, or overwrite=true.",
         )
     if experiment.resume and experiment.overwrite:
         yield (

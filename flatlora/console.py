@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 from flatlora.config import ConfigError
 
@@ -82,7 +83,7 @@ def report_faults(error: ConfigError) -> None:
 def report_failure(error: Exception) -> None:
     """A run that died: the message alone where it says all a user needs, else the traceback."""
     if isinstance(error, FloatingPointError | OSError):
-        console.print(f"[bold red]The run failed:[/] {error}", soft_wrap=True)
+        console.print(Text("The run failed: ", "bold red") + Text(str(error)), soft_wrap=True)
     else:
         console.print_exception()
 
@@ -91,7 +92,7 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
     """A two-column table on standard output."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in pairs:
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(Text(name, "bold"), Text(value))
     Console(highlight=False, soft_wrap=True).print(table)
 
 

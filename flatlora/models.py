@@ -136,6 +136,9 @@ def cache_folder() -> Path:
 
 def _converted_folder(name: str) -> Path:
     """Safetensors folder of an embedded model; made once, safe when several processes make it at a time."""
+    if name not in EMBEDDED:
+        known = ", ".join(EMBEDDED)
+        raise ConfigError([f"Invalid model.embedded={name}: known packages are {known}; null reads model.hub_id."])
     embedded = EMBEDDED[name]
     spec = importlib.util.find_spec(embedded.package)
     if spec is None:

@@ -241,7 +241,7 @@ class WeightPerturbation:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continue the draw that `state_dict` described."""
-        self._drawn_step = int(state["step"])
+        self._drawn_step, self._written = int(state["step"]), None
         self._sigma_drawn = self.sigma_at(self._drawn_step)
         self._coefficients = [state[layer.name].to(layer.weight.device) for layer in self.layers]
 
@@ -267,6 +267,7 @@ class WeightPerturbation:
                 "norms are gone; load_state_dict() what the checkpoint saved, or start at a multiple of `every`."
             )
         self._drawn_step, self._sigma_drawn = step, self.sigma_at(step)
+        self._written = None  # the adapter may have moved since the copies were written, even for the same step
         if self._sigma_drawn > 0:
             self._coefficients = [
                 noise_coefficients(layer, self._sigma_drawn, scale=self.scale, fan_in=self.fan_in)

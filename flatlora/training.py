@@ -49,7 +49,7 @@ class SizedRows(Protocol):
 
 
 class Progress(Protocol):
-    """Where the training shows how far it is; see `flatlora.progress`."""
+    """Where the training shows how far it is; see `flatlora.console.ProgressBar`."""
 
     def start(self, total_steps: int, step: int) -> None: ...
 
@@ -178,6 +178,8 @@ class StepRecorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.step_seconds.append(time.perf_counter() - self._step_started)
+        if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
+            control.should_evaluate = True  # the last step is evaluated, wherever it falls
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" in logs:
@@ -290,7 +292,9 @@ def train(
         callbacks.append(best)
     trainer = FlatTrainer(
         model=model,
-        args=training_arguments(experiment, run.path, has_validation=len(validation_rows) > 0),
+        args=training_arguments(
+            experiment, run.path, train_rows=len(train_rows), has_validation=len(validation_rows) > 0
+        ),
         train_dataset=train_rows,
         eval_dataset=validation_rows if len(validation_rows) else None,
         data_collator=collate,
@@ -316,7 +320,7 @@ def train(
         if flat and flat.perturbation:
             flat.perturbation.close()  # whatever went wrong, the backbone is W again
     elapsed = time.perf_counter() - started
-    metrics = {"train_loss": _mean_of_last_losses(log), "eval_loss": recorder.last.get("eval_loss")}
+    metrics = {"train_loss": _mean_of_last_losses(log), "eval_loss": _last(log, "eval_loss")}
     if best:
         metrics["best_step"] = best.restore(model)
         metrics["eval_loss"] = best.read()["eval_loss"]
@@ -332,7 +336,8 @@ def train(
 def _is_complete(folder: Path) -> bool:
     """Whether a checkpoint was written after the last step of training."""
     state = json.loads((folder / "trainer_state.json").read_text())
-    return state["global_step"] >= state["max_steps"]
+    stopped = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
+    return stopped or state["global_step"] >= state["max_steps"]
 
 
 def flat_callback(experiment: Experiment) -> FlatLoraCallback:
@@ -351,12 +356,19 @@ def flat_callback(experiment: Experiment) -> FlatLoraCallback:
     )
 
 
-def training_arguments(experiment: Experiment, output_dir: Path, *, has_validation: bool) -> TrainingArguments:
-    """transformers' arguments for an experiment. Logging, progress and checkpoint rotation are ours."""
+def training_arguments(
+    experiment: Experiment, output_dir: Path, *, train_rows: int, has_validation: bool
+) -> TrainingArguments:
+    """transformers' arguments for an experiment. Logging, progress and checkpoint rotation are ours.
+
+    Epochs are written as steps: at an epoch's end Trainer would save first and evaluate afterwards, and a run killed
+    in between would lose that evaluation; by steps it evaluates, then saves.
+    """
     optim, machine = experiment.optim, experiment.trainer
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = machine.device != "cpu" and torch.cuda.is_available()
-    evaluation = "no" if not has_validation else ("steps" if optim.eval_steps else "epoch")
+    accumulation = optim.batch_size // (machine.micro_batch_size * world_size)
+    epoch_steps = max(1, math.ceil(math.ceil(train_rows / (machine.micro_batch_size * world_size)) / accumulation))
     return TrainingArguments(
         output_dir=str(output_dir),
         seed=experiment.seed,
@@ -364,7 +376,7 @@ def training_arguments(experiment: Experiment, output_dir: Path, *, has_validati
         use_cpu=not on_gpu,
         per_device_train_batch_size=machine.micro_batch_size,
         per_device_eval_batch_size=machine.eval_batch_size,
-        gradient_accumulation_steps=optim.batch_size // (machine.micro_batch_size * world_size),
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=optim.epochs,
         max_steps=machine.max_steps or -1,
         learning_rate=optim.lr,
@@ -378,10 +390,10 @@ def training_arguments(experiment: Experiment, output_dir: Path, *, has_validati
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         gradient_checkpointing=machine.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if machine.gradient_checkpointing else None,
-        eval_strategy=evaluation,
-        eval_steps=optim.eval_steps,
-        save_strategy="steps" if machine.save_steps else "epoch",
-        save_steps=machine.save_steps or 500,
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=optim.eval_steps or epoch_steps,
+        save_strategy="steps",
+        save_steps=machine.save_steps or epoch_steps,
         restore_callback_states_from_checkpoint=optim.early_stopping_patience is not None,
         metric_for_best_model="eval_loss" if has_validation else None,
         greater_is_better=False if has_validation else None,
@@ -396,6 +408,10 @@ def training_arguments(experiment: Experiment, output_dir: Path, *, has_validati
         disable_tqdm=True,
         report_to=[],
     )
+
+
+def _last(log: MetricsLog, key: str) -> float | None:
+    return next((row[key] for row in reversed(log.rows()) if key in row), None)
 
 
 def _mean_of_last_losses(log: MetricsLog, rows: int = 10) -> float | None:

@@ -270,6 +270,18 @@ def test_every_keeps_the_draw_and_its_state_resumes_inside_a_window():
     assert torch.equal(read_weights(resumed, layer, [2])[2], rest[2])
 
 
+def test_a_step_begun_again_sees_the_adapter_as_it_is_now():
+    layer, factor = linear_layer(), torch.zeros(6, 4)
+    layer.adapters = lambda: [AdapterTerm(torch.ones(4, 20), factor, 1.0)]
+    perturbation = perturb([layer])
+    perturbation.begin(1)
+    first = layer.module.weight.detach().clone()
+    perturbation.end()
+    factor += 1.0
+    perturbation.begin(1)
+    assert not torch.equal(layer.module.weight, first)
+
+
 def test_ranks_draw_their_own_noise_only_when_asked():
     def weight_of(rank, **changes):
         layer = linear_layer()

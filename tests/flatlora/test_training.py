@@ -103,9 +103,6 @@ def test_killed_and_resumed_is_never_killed(tiny_settings, variant, killed_at, m
         settings = ["peft.lora_dropout=0.2", "peft.lora_r=4", *settings]
     whole = run(in_folder(settings, "whole"))
 
-    class Killed(BaseException):
-        pass
-
     step = training.StepRecorder.on_step_end
 
     def die(self, args, state, control, **kwargs):
@@ -143,6 +140,59 @@ def test_killed_after_the_last_step_trains_no_step_more(tiny_settings, max_steps
     assert run_exp.main([*killed, "resume=true"]) == 0
     assert adapter_bytes(run_folder(killed)) == adapter_bytes(whole)
     assert metrics_rows(run_folder(killed)) == metrics_rows(whole)
+
+
+class Killed(BaseException):
+    """Like SIGKILL: nothing of ours runs after it."""
+
+
+def test_killed_in_the_evaluation_at_an_epochs_end(tiny_settings, monkeypatch):
+    settings = [*tiny_settings, "optim.epochs=3", "trainer.save_steps=3", "optim.best_model=true"]
+    settings = [*(w for w in settings if "validation_rows" not in w), "dataset.validation_rows=4"]
+    whole = run(in_folder(settings, "whole"))
+    evaluate = training.FlatTrainer.evaluate
+
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise Killed
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.FlatTrainer, "evaluate", die)
+    killed = in_folder(settings, "killed")
+    with pytest.raises(Killed):
+        run_exp.main(killed)
+    monkeypatch.undo()
+    assert run_exp.main([*killed, "resume=true"]) == 0
+    assert metrics_rows(run_folder(killed)) == metrics_rows(whole)
+    assert [row["step"] for row in metrics_rows(whole) if "eval_loss" in row] == [6, 12, 18]
+    assert adapter_bytes(run_folder(killed)) == adapter_bytes(whole)
+
+
+def test_killed_while_scoring_after_early_stopping(tiny_settings, monkeypatch):
+    settings = [w for w in tiny_settings if not w.startswith(("optim.lr", "dataset.validation_rows"))]
+    settings += ["optim.epochs=8", "optim.early_stopping_patience=1", "optim.lr=0.5", "dataset.validation_rows=4"]
+    whole = run(in_folder(settings, "whole"))
+    assert metrics_rows(whole)[-1]["step"] < 48
+
+    def die(*args):
+        raise Killed
+
+    monkeypatch.setattr(run_exp, "score", die)
+    killed = in_folder(settings, "killed")
+    with pytest.raises(Killed):
+        run_exp.main(killed)
+    monkeypatch.undo()
+    assert run_exp.main([*killed, "resume=true"]) == 0
+    assert metrics_rows(run_folder(killed)) == metrics_rows(whole)
+    assert adapter_bytes(run_folder(killed)) == adapter_bytes(whole)
+    losses = [json.loads((f / "run.json").read_text())["metrics"]["eval_loss"] for f in (whole, run_folder(killed))]
+    assert losses[0] == losses[1]
+
+
+def test_an_inplace_run_cannot_be_resumed(tiny_settings):
+    settings = [*tiny_settings, "rho=flat", "rho.mode=inplace"]
+    run(settings)
+    assert run_exp.main([*settings, "resume=true"]) == 2
 
 
 def test_a_foreign_checkpoint_is_refused(tiny_settings, capsys):
