@@ -224,7 +224,7 @@ def score(experiment: Experiment, model, tokenizer, rows: list[dict[str, str]], 
             tokenizer,
             batch_size=config.batch_size,
             autocast_dtype=models.autocast_dtype(experiment.trainer.autocast, experiment.model.dtype),
-            identity={"weights": checkpoint.trainable_sha256(model)},
+            identity={"weights": checkpoint.weights_sha256(folder.adapter)},
         )
         result = evaluate(name, backend, rows, folder.path / "eval" / name, config)
         print_score(name, result)

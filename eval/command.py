@@ -12,6 +12,7 @@ from rich.table import Table
 
 import eval as benchmarks
 from eval.backends.hf import HFBackend
+from flatlora.checkpoint import weights_sha256
 from flatlora.config import ConfigError, ModelConfig, Section, nearest, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
 from flatlora.models import autocast_dtype, choose_device, load_for_inference
@@ -37,6 +38,9 @@ def main(benchmark: str, words: Sequence[str]) -> int:
     except ConfigError as error:
         report_faults(error)
         return 2
+    except KeyboardInterrupt:
+        console.print("Interrupted: the same command goes on with the answers that are missing.")
+        return 130
 
 
 def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
@@ -44,16 +48,18 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     module = benchmarks.evaluator(benchmark)
     if not words or words[0].startswith("-") or "=" in words[0]:
         raise ConfigError([(module.__doc__ or "").strip()])
-    path, target, config = Path(words[0]), *_parse_words(module, words[1:])
+    path = Path(words[0])
     weights, run = _locate(words[0])
-    folder = Path(target.out) if target.out else _output_folder(path, run, benchmark)
+    saved = yaml.safe_load((run / "config.yaml").read_text()) if run else None
+    own = (saved or {}).get("eval", {}).get(benchmark, {})  # what the run itself was scored with
+    target, config = _parse_words(module, words[1:], own)
+    folder = Path(target.out) if target.out else _output_folder(path, run, benchmark + _label(target, config, own))
     if target.score_only:
         return module.score_file(folder / "predictions.jsonl")
     rows = _rows(module, target, run)
-    saved = yaml.safe_load((run / "config.yaml").read_text()) if run else None
     model_config = ModelConfig.model_validate(saved["model"]) if saved else None
     device = choose_device(target.device)
-    model, tokenizer, identity = load_for_inference(weights, model_config, device)
+    model, tokenizer, _ = load_for_inference(weights, model_config, device)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     setting_name = saved["trainer"]["autocast"] if saved else "auto"
     backend = HFBackend(
@@ -61,7 +67,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         tokenizer,
         batch_size=config.batch_size,
         autocast_dtype=autocast_dtype(setting_name, dtype),
-        identity={**identity, "weights": weights},
+        identity={"weights": weights_sha256(Path(weights)) if Path(weights).is_dir() else weights},
     )
     return evaluate(benchmark, backend, rows, folder, config)
 
@@ -88,9 +94,15 @@ def print_score(benchmark: str, score: dict[str, Any]) -> None:
     console.print(f"{benchmark}: {score['n']} rows, scorer {score['scorer']}", table)
 
 
-def _parse_words(module: Any, words: Sequence[str]) -> tuple[Target, Section]:
+def _label(target: Target, config: Section, own: dict[str, Any]) -> str:
+    """Suffix of the output folder for settings other than the run's own, whose answers are never overwritten."""
+    changed = [f"{key}={value}" for key, value in config.model_dump().items() if own and own.get(key) != value]
+    return "".join(f"-{word}" for word in changed + ([f"rows={Path(target.rows).stem}"] if target.rows else []))
+
+
+def _parse_words(module: Any, words: Sequence[str], own: dict[str, Any]) -> tuple[Target, Section]:
     known = {**Target.model_fields, **module.Config.model_fields}
-    values, faults = {}, []
+    values, faults = dict(own), []
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
@@ -102,9 +114,9 @@ def _parse_words(module: Any, words: Sequence[str]) -> tuple[Target, Section]:
             values[key] = yaml.safe_load(text)
     sections = []
     for cls in (Target, module.Config):
-        own = {key: value for key, value in values.items() if key in cls.model_fields}
+        mine = {key: value for key, value in values.items() if key in cls.model_fields}
         try:
-            sections.append(cls(**own))
+            sections.append(cls(**mine))
         except ValueError as error:
             faults += [f"Invalid {d['loc'][0]}={d['input']!r}: {d['msg'].lower()}." for d in error.errors()]
     if faults:
@@ -141,6 +153,8 @@ def _output_folder(path: Path, run: Path | None, benchmark: str) -> Path:
 
 def _rows(module: Any, target: Target, run: Path | None) -> list[dict[str, str]]:
     if target.rows:
+        if not Path(target.rows).is_file():
+            raise ConfigError([f"Invalid rows={target.rows}: no such file; name a .jsonl file with x and y."])
         return read_jsonl(Path(target.rows))
     if run and (run / "test.jsonl").is_file():
         return read_jsonl(run / "test.jsonl")

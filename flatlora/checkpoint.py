@@ -108,6 +108,14 @@ def trainable_sha256(model: nn.Module) -> str:
     return _tensors_sha256({plain_name(name): p for name, p in model.named_parameters() if p.requires_grad})
 
 
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 over the safetensors files of an adapter or model folder, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name}|{_file_sha256(path)}|".encode())
+    return digest.hexdigest()
+
+
 def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):

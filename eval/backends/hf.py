@@ -36,7 +36,13 @@ class HFBackend:
         self.device = next(model.parameters()).device
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": "hf", "batch_size": self.batch_size, **self.identity}
+        return {
+            "backend": "hf",
+            "batch_size": self.batch_size,
+            "autocast": str(self.autocast_dtype),
+            "device": self.device.type,
+            **self.identity,
+        }
 
     def prompt_length(self, prompt: str) -> int:
         return len(self.tokenizer(prompt)["input_ids"])
