@@ -156,7 +156,8 @@ def test_a_refused_folder_is_not_kept_locked(experiment):
     first.open(experiment())
     first.close()
     refusal(first, experiment("optim.lr=1e-4"))
-    second.open(experiment("resume=true"))
+    second.open(experiment("resume=true"))  # BlockingIOError, so a fault, where the lock were still held
+    assert second._lock is not None
     second.close()
 
 

@@ -81,6 +81,20 @@ def test_copy_equals_recompute_and_checkpointing_changes_nothing(tiny_settings, 
     assert metrics_rows(copy) == metrics_rows(recompute)
 
 
+class Killed(BaseException):
+    """Like SIGKILL: nothing of ours runs after it."""
+
+
+def killed_and_resumed(settings, monkeypatch) -> Path:
+    """Folder of a run that a patch kills and that is resumed without the patch."""
+    killed = in_folder(settings, "killed")
+    with pytest.raises(Killed):
+        run_exp.main(killed)
+    monkeypatch.undo()
+    assert run_exp.main([*killed, "resume=true"]) == 0
+    return run_folder(killed)
+
+
 RESUME_VARIANTS = {
     "flat": ["rho=flat", "rho.sigma=0.3"],
     "every": ["rho=flat", "rho.sigma=0.3", "rho.every=3"],
@@ -132,18 +146,10 @@ def test_killed_after_the_last_step_trains_no_step_more(tiny_settings, max_steps
     """In the middle of an epoch (4 of 6 steps) and at its end."""
     settings = [*tiny_settings, f"trainer.max_steps={max_steps}", "trainer.save_steps=2", "rho=flat", "rho.sigma=0.3"]
     whole = run(in_folder(settings, "whole"))
-    monkeypatch.setattr(training, "check_invariants", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
-    killed = in_folder(settings, "killed")
-    with pytest.raises(SystemExit):
-        run_exp.main(killed)
-    monkeypatch.undo()
-    assert run_exp.main([*killed, "resume=true"]) == 0
-    assert adapter_bytes(run_folder(killed)) == adapter_bytes(whole)
-    assert metrics_rows(run_folder(killed)) == metrics_rows(whole)
-
-
-class Killed(BaseException):
-    """Like SIGKILL: nothing of ours runs after it."""
+    monkeypatch.setattr(training, "check_invariants", lambda *_: (_ for _ in ()).throw(Killed))
+    killed = killed_and_resumed(settings, monkeypatch)
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+    assert metrics_rows(killed) == metrics_rows(whole)
 
 
 def test_killed_in_the_evaluation_at_an_epochs_end(tiny_settings, monkeypatch):
@@ -158,14 +164,10 @@ def test_killed_in_the_evaluation_at_an_epochs_end(tiny_settings, monkeypatch):
         return evaluate(self, *args, **kwargs)
 
     monkeypatch.setattr(training.FlatTrainer, "evaluate", die)
-    killed = in_folder(settings, "killed")
-    with pytest.raises(Killed):
-        run_exp.main(killed)
-    monkeypatch.undo()
-    assert run_exp.main([*killed, "resume=true"]) == 0
-    assert metrics_rows(run_folder(killed)) == metrics_rows(whole)
+    killed = killed_and_resumed(settings, monkeypatch)
+    assert metrics_rows(killed) == metrics_rows(whole)
     assert [row["step"] for row in metrics_rows(whole) if "eval_loss" in row] == [6, 12, 18]
-    assert adapter_bytes(run_folder(killed)) == adapter_bytes(whole)
+    assert adapter_bytes(killed) == adapter_bytes(whole)
 
 
 def test_killed_while_scoring_after_early_stopping(tiny_settings, monkeypatch):
@@ -178,14 +180,10 @@ def test_killed_while_scoring_after_early_stopping(tiny_settings, monkeypatch):
         raise Killed
 
     monkeypatch.setattr(run_exp, "score", die)
-    killed = in_folder(settings, "killed")
-    with pytest.raises(Killed):
-        run_exp.main(killed)
-    monkeypatch.undo()
-    assert run_exp.main([*killed, "resume=true"]) == 0
-    assert metrics_rows(run_folder(killed)) == metrics_rows(whole)
-    assert adapter_bytes(run_folder(killed)) == adapter_bytes(whole)
-    losses = [json.loads((f / "run.json").read_text())["metrics"]["eval_loss"] for f in (whole, run_folder(killed))]
+    killed = killed_and_resumed(settings, monkeypatch)
+    assert metrics_rows(killed) == metrics_rows(whole)
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+    losses = [json.loads((f / "run.json").read_text())["metrics"]["eval_loss"] for f in (whole, killed)]
     assert losses[0] == losses[1]
 
 
