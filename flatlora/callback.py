@@ -3,7 +3,9 @@
     trainer = Trainer(model=peft_model, ..., callbacks=[FlatLoraCallback(sigma=0.05)])
 
 ε is put on at the start of each optimizer step, before its first micro-batch, and taken away after its last backward,
-before the optimizer moves the adapter; evaluation, checkpoints and the saved adapter see the untouched backbone.
+before the optimizer moves the adapter; evaluation, checkpoints and the saved adapter see the untouched backbone. So
+does an evaluation after an interrupted step, and a reference model made by `disable_adapter()` inside one; not in
+rho.mode=inplace, where an interrupted step leaves ε in the weights until `close()` or the next training.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class FlatLoraCallback(TrainerCallback):
             seed=args.seed if self.seed is None else self.seed,
             rank=args.process_index,
             world_size=args.world_size,
+            training_only=True,
             **self.settings,
         )
         if state.global_step % self.perturbation.every:
@@ -73,7 +76,12 @@ class FlatLoraCallback(TrainerCallback):
             self.save_state(folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.perturbation.close()
+        self.close()
+
+    def close(self) -> None:
+        """Take ε away and free the buffers, wherever training stopped; harmless at any time."""
+        if self.perturbation:
+            self.perturbation.close()
 
     def save_state(self, folder: Path) -> None:
         """Write what a resume inside an `every` window needs; nothing when there is nothing to keep."""

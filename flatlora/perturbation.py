@@ -5,9 +5,11 @@
 One ε lasts from `begin(step)` to `end()`, for all micro-batches of an optimizer step. Three ways to let the layers
 read W + ε give the same bits in loss and gradients:
 
-- copy:       W + ε is written once into a second buffer that the layers read. W's bytes are never touched.
+- copy:       W + ε is written once into a second buffer that the layers' forwards read. W's bytes are never touched.
 - recompute:  W + ε is made in one scratch buffer in each layer's forward and again in its backward. No extra memory.
 - inplace:    the published way: W += ε, later W −= ε. Rounding makes a BF16 backbone drift; kept for comparison.
+
+In the first two the parameter itself is W at all times: whatever hashes, saves or merges weights in mid-step sees W.
 
 Only a seed and the m row norms of each layer describe ε; `noise.py` makes it again wherever it is needed.
 """
@@ -33,6 +35,7 @@ from flatlora.schedule import RAMPS, sigma_at
 logger = logging.getLogger(__name__)
 
 Mode = Literal["auto", "copy", "recompute", "inplace"]
+_HOLDER = "_weight_perturbation"  # attribute of a module: the perturbation that has it now
 _CHUNK_ELEMENTS = 1 << 18  # 1 MiB of FP32: noise and weight of a chunk stay in the L2 cache
 
 
@@ -49,12 +52,14 @@ class PerturbedLayer:
     """A linear layer whose weight is to be perturbed.
 
     `module` owns the weight and is called by the model (nn.Linear: m × n; GPT-2's Conv1D: stored n × m);
-    `adapters` returns the low-rank terms that act on it at the time of the call.
+    `adapters` returns the low-rank terms that act on it at the time of the call; while `enabled` says no, the layer
+    reads W (in copy and recompute), as a reference model made by PEFT's `disable_adapter()` should.
     """
 
     name: str
     module: nn.Module
     adapters: Callable[[], Sequence[AdapterTerm]] = tuple
+    enabled: Callable[[], bool] = lambda: True
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
@@ -93,7 +98,14 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D):
-            layers.append(PerturbedLayer(plain_name(name), module.get_base_layer(), _adapter_terms(module)))
+            layers.append(
+                PerturbedLayer(
+                    plain_name(name),
+                    module.get_base_layer(),
+                    adapters=_adapter_terms(module),
+                    enabled=lambda module=module: not module.disable_adapters,
+                )
+            )
     return layers
 
 
@@ -132,6 +144,10 @@ class WeightPerturbation:
         per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
         scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
         fan_in: divide the variance by n (the paper's 1/n); off only for the ablation.
+        training_only: layers in evaluation mode read W even inside a step (not in inplace), so that an interrupted
+            step or a generation within one does not evaluate W + ε. Needs a loop that calls `model.train()`.
+
+    Layers that another perturbation still holds, left behind by an interrupted loop, are taken over from it.
 
     Raises:
         ValueError: no layer, or a setting out of range; the message lists every fault.
@@ -151,14 +167,18 @@ class WeightPerturbation:
         per_rank: bool = False,
         scale: Literal["filter", "iid"] = "filter",
         fan_in: bool = True,
+        training_only: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scale)
         self.layers = list(layers)
+        for layer in self.layers:
+            if _HOLDER in layer.module.__dict__:
+                layer.module.__dict__[_HOLDER].close()
         self.sigma, self.total_steps, self.ramp, self.every = sigma, total_steps, ramp, every
         self.resample, self.per_rank, self.scale, self.fan_in = resample, per_rank, scale, fan_in
-        self.rank, self.world_size = rank, world_size
+        self.training_only, self.rank, self.world_size = training_only, rank, world_size
         self.mode = choose_mode(self.layers) if mode == "auto" else mode
         self.active = False
         self.seconds = 0.0  # wall-clock time spent in begin, next_micro_batch and end
@@ -168,13 +188,15 @@ class WeightPerturbation:
         self._sigma_drawn = 0.0
         self._draws: list[Draw] | None = None  # what the layers read now; None while they read W
         self._written: tuple[int, int] | None = None  # (drawn step, stream) that the copies hold
-        self._copies: list[nn.Parameter] = []
+        self._copies: list[torch.Tensor] = []
         self._originals: list[torch.Tensor] = []
         self._scratch = _Scratch()
         if self.mode == "inplace" and sigma > 0:
             self._keep_originals()
-        if self.mode == "recompute":
-            self._wrap_forwards()
+        for index, layer in enumerate(self.layers):
+            layer.module.__dict__[_HOLDER] = self
+            if self.mode != "inplace":
+                PerturbedForward.attach(self, index)
 
     def begin(self, step: int, micro_batch: int = 0) -> None:
         """Perturb the layers for optimizer step `step` (counted from 0), first micro-batch."""
@@ -208,9 +230,10 @@ class WeightPerturbation:
     def close(self) -> None:
         """Undo everything: end(), forwards unwrapped, buffers freed."""
         self.end()
-        if self.mode == "recompute":
-            for layer in self.layers:
-                layer.module.__dict__.pop("forward", None)
+        for layer in self.layers:
+            if layer.module.__dict__.get(_HOLDER) is self:
+                del layer.module.__dict__[_HOLDER]
+                PerturbedForward.detach(layer.module)
         self._copies, self._scratch = [], _Scratch()
         self._written = None
 
@@ -288,22 +311,19 @@ class WeightPerturbation:
         self._draws = draws
 
     def _take_away(self) -> None:
-        if self.mode == "copy":
-            for layer in self.layers:
-                layer.module._parameters["weight"] = layer.weight
-        elif self.mode == "inplace" and self._draws is not None:
+        if self.mode == "inplace" and self._draws is not None:
             self._add_in_place(self._draws, sign=-1.0)
         self._draws = None
 
     def _write_copies(self, draws: list[Draw]) -> None:
         if not self._copies:
-            self._copies = [nn.Parameter(torch.empty_like(la.weight), requires_grad=False) for la in self.layers]
+            self._copies = [torch.empty_like(layer.weight, requires_grad=False) for layer in self.layers]
         wanted = (draws[0].step, draws[0].stream)
+        if self._written == wanted:
+            return
+        self._written = None  # an interrupt in mid-write must not leave half of them taken for whole
         for layer, draw, copy in zip(self.layers, draws, self._copies, strict=True):
-            if self._written != wanted:
-                write_perturbed(layer.as_rows(layer.weight), draw, layer.as_rows(copy.data), self._scratch)
-            # Swapping the registered parameter, not its storage, leaves tied weights of other modules alone.
-            layer.module._parameters["weight"] = copy
+            write_perturbed(layer.as_rows(layer.weight.detach()), draw, layer.as_rows(copy), self._scratch)
         self._written = wanted
 
     def _add_in_place(self, draws: list[Draw], sign: float) -> None:
@@ -320,19 +340,59 @@ class WeightPerturbation:
                 str(self.layers[0].weight.dtype).removeprefix("torch."),
             )
 
-    def _wrap_forwards(self) -> None:
-        for index, layer in enumerate(self.layers):
-            layer.module.forward = self._recomputing_forward(index, layer)
+    def perturbed_weight(self, index: int) -> torch.Tensor | None:
+        """W + ε that layer number `index` reads now, in the stored layout; None while it reads W.
 
-    def _recomputing_forward(self, index: int, layer: PerturbedLayer) -> Callable[[torch.Tensor], torch.Tensor]:
-        plain_forward = type(layer.module).forward.__get__(layer.module)
+        The copy itself in copy mode; in recompute mode the shared scratch buffer, valid until the next call.
+        """
+        layer = self.layers[index]
+        if self._draws is None or not layer.enabled() or (self.training_only and not layer.module.training):
+            return None
+        return self._copies[index] if self.mode == "copy" else _materialise(layer, self._draws[index], self._scratch)
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            if self._draws is None:
-                return plain_forward(x)
-            return _RecomputedLinear.apply(x, layer, self._draws[index], self._scratch)
 
-        return forward
+class PerturbedForward:
+    """The forward of a layer in copy and recompute mode: reads W + ε where `perturbed_weight` gives it, else W.
+
+    Wrapping the call rather than swapping the parameter leaves W to everything else that reads it: tied weights,
+    hashes, checkpoints, merges, and an evaluation after an interrupted step.
+    """
+
+    def __init__(self, perturbation: WeightPerturbation, index: int) -> None:
+        self.perturbation, self.index = perturbation, index
+        self.layer = perturbation.layers[index]
+        module = self.layer.module
+        self.replaced = module.__dict__.get("forward")  # accelerate's hooks sit there too
+        self.plain = self.replaced or type(module).forward.__get__(module)
+
+    @classmethod
+    def attach(cls, perturbation: WeightPerturbation, index: int) -> None:
+        perturbation.layers[index].module.forward = cls(perturbation, index)
+
+    @staticmethod
+    def detach(module: nn.Module) -> None:
+        wrapper = module.__dict__.get("forward")
+        if isinstance(wrapper, PerturbedForward):
+            del module.forward
+            if wrapper.replaced is not None:
+                module.forward = wrapper.replaced
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.perturbation.perturbed_weight(self.index)
+        if weight is None:
+            return self.plain(x)
+        if self.perturbation.mode == "copy":
+            return _apply_linear(self.layer.module, x, weight)
+        draw = self.perturbation._draws[self.index]
+        return _RecomputedLinear.apply(x, self.layer, weight, draw, self.perturbation._scratch)
+
+
+def _apply_linear(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The module's own forward with another weight."""
+    if isinstance(module, Conv1D):
+        rows = torch.addmm(module.bias, x.reshape(-1, x.shape[-1]), weight)
+        return rows.view(*x.shape[:-1], module.nf)
+    return functional.linear(x, weight, module.bias)
 
 
 class _RecomputedLinear(torch.autograd.Function):
@@ -342,21 +402,17 @@ class _RecomputedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, layer: PerturbedLayer, draw: Draw, scratch: _Scratch) -> torch.Tensor:
-        perturbed = _materialise(layer, draw, scratch)
-        if isinstance(layer.module, Conv1D):
-            rows = torch.addmm(layer.module.bias, x.reshape(-1, x.shape[-1]), perturbed)
-            y = rows.view(*x.shape[:-1], layer.module.nf)
-        else:
-            y = functional.linear(x, perturbed, layer.module.bias)
+    def forward(
+        ctx, x: torch.Tensor, layer: PerturbedLayer, perturbed: torch.Tensor, draw: Draw, scratch: _Scratch
+    ) -> torch.Tensor:
         ctx.layer, ctx.draw, ctx.scratch, ctx.input_dtype = layer, draw, scratch, x.dtype
-        return y
+        return _apply_linear(layer.module, x, perturbed)
 
     @staticmethod
-    def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         perturbed = _materialise(ctx.layer, ctx.draw, ctx.scratch).to(grad_y.dtype)
         grad_rows = grad_y.reshape(-1, grad_y.shape[-1]) @ ctx.layer.as_rows(perturbed)
-        return grad_rows.view(*grad_y.shape[:-1], -1).to(ctx.input_dtype), None, None, None
+        return grad_rows.view(*grad_y.shape[:-1], -1).to(ctx.input_dtype), None, None, None, None
 
 
 class _Scratch:

@@ -51,6 +51,12 @@ def tiny_gpt2() -> nn.Module:
     return get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))
 
 
+def weight_read(layer: PerturbedLayer) -> torch.Tensor:
+    """The weight that the layer's forward reads, m × n: its answer to the unit vectors."""
+    bias = 0 if layer.module.bias is None else layer.module.bias
+    return (layer.module(torch.eye(layer.as_rows(layer.weight).shape[1])) - bias).detach().t()
+
+
 def loss_and_gradients(model, mode, *, autocast=False, checkpointing=False, micro_batches=1, **changes):
     """Loss, gradients and perturbed-step bytes of one optimizer step's micro-batches."""
     torch.manual_seed(1)
@@ -246,11 +252,11 @@ def test_every_keeps_the_draw_and_its_state_resumes_inside_a_window():
         seen = {}
         for step in steps:
             perturbation.begin(step)
-            seen[step] = layer.module.weight.detach().clone()
+            seen[step] = weight_read(layer)
             perturbation.end()
         return seen
 
-    layer = linear_layer()
+    layer = linear_layer(bias=False)
     factor = torch.zeros(6, 4)
     layer.adapters = lambda: [AdapterTerm(torch.ones(4, 20), factor, 1.0)]
     perturbation = perturb([layer], every=3)
@@ -271,23 +277,23 @@ def test_every_keeps_the_draw_and_its_state_resumes_inside_a_window():
 
 
 def test_a_step_begun_again_sees_the_adapter_as_it_is_now():
-    layer, factor = linear_layer(), torch.zeros(6, 4)
+    layer, factor = linear_layer(bias=False), torch.zeros(6, 4)
     layer.adapters = lambda: [AdapterTerm(torch.ones(4, 20), factor, 1.0)]
     perturbation = perturb([layer])
     perturbation.begin(1)
-    first = layer.module.weight.detach().clone()
+    first = weight_read(layer)
     perturbation.end()
     factor += 1.0
     perturbation.begin(1)
-    assert not torch.equal(layer.module.weight, first)
+    assert not torch.equal(weight_read(layer), first)
 
 
 def test_ranks_draw_their_own_noise_only_when_asked():
     def weight_of(rank, **changes):
-        layer = linear_layer()
+        layer = linear_layer(bias=False)
         perturbation = perturb([layer], rank=rank, world_size=2, **changes)
         perturbation.begin(1)
-        return layer.module.weight.detach().clone()
+        return weight_read(layer)
 
     assert torch.equal(weight_of(0), weight_of(1))
     assert not torch.equal(weight_of(0, per_rank=True), weight_of(1, per_rank=True))
@@ -300,14 +306,72 @@ def test_nan_in_a_weight_is_named():
         perturb([layer]).begin(0)
 
 
-def test_begin_twice_and_close_after_an_error():
-    layer = linear_layer()
-    perturbation = perturb([layer])
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
+def test_begin_twice_and_close_after_an_error(mode):
+    layer = linear_layer(bias=False)
+    perturbation = perturb([layer], mode)
     perturbation.begin(0)
     with pytest.raises(RuntimeError, match=r"call end\(\) first"):
         perturbation.begin(1)
+    assert not torch.equal(weight_read(layer), layer.weight)
     perturbation.close()
-    assert layer.module.weight is layer.weight
+    assert torch.equal(weight_read(layer), layer.weight)
+    assert "forward" not in layer.module.__dict__
+
+
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
+def test_a_disabled_adapter_reads_the_weight_without_noise(mode):
+    model, ids = tiny_lora(), torch.arange(3, 15)[None]
+    model.train()
+    with model.disable_adapter():
+        reference = model(ids).logits
+    perturbation = perturb(find_lora_layers(model), mode)
+    perturbation.begin(4)
+    perturbed = model(ids).logits
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, reference)
+    assert torch.equal(model(ids).logits, perturbed)
+    perturbation.close()
+    assert not torch.equal(model(ids).logits, perturbed)
+
+
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
+def test_training_only_leaves_evaluation_alone_even_inside_a_step(mode):
+    model, ids = tiny_lora().eval(), torch.arange(3, 15)[None]
+    plain, weights = model(ids).logits, backbone_sha256(model)
+    perturbation = perturb(find_lora_layers(model), mode, training_only=True)
+    perturbation.begin(4)
+    assert torch.equal(model(ids).logits, plain)
+    assert not torch.equal(model.train()(ids).logits, plain)
+    assert backbone_sha256(model) == weights  # the parameters themselves are W, also in mid-step
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interrupted_perturbation_is_taken_over(mode):
+    layer = linear_layer(bias=False)
+    weight = layer.weight.detach().clone()
+    first = perturb([layer], mode, sigma=0.1)
+    first.begin(4)  # and never ended: Ctrl-C in a notebook, then the cell again
+    second = perturb([PerturbedLayer("w", layer.module)], mode, sigma=0.3)
+    assert not first.active
+    torch.testing.assert_close(weight_read(layer), weight)
+    second.begin(4)
+    reading = weight_read(layer)
+    first.close()  # late, as a finalizer might
+    assert torch.equal(weight_read(layer), reading)
+    second.close()
+    torch.testing.assert_close(weight_read(layer), weight)
+
+
+def test_a_forward_that_another_library_wrapped_is_kept():
+    layer = linear_layer(bias=False)
+    plain = layer.module.forward
+    layer.module.forward = lambda x: 2 * plain(x)
+    wrapped = layer.module.forward
+    perturbation = perturb([layer])
+    assert torch.equal(weight_read(layer), 2 * layer.weight)
+    perturbation.close()
+    assert layer.module.forward is wrapped
 
 
 def test_all_faults_at_once():
