@@ -14,7 +14,6 @@ from typing import Any
 
 import hydra
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
         jobs = commandline.expand_sweep(settings) if sweep else [settings]
         experiments = experiments_of(jobs)
         if sweep and not all(experiment.dry_run for experiment in experiments):
-            return _hand_to_hydra(flags, settings)
+            return run_sweep(flags, settings, experiments)
         return max(run(experiment) for experiment in experiments)
     except ConfigError as error:
         console.report_faults(error)
@@ -58,6 +57,37 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.console.print("Interrupted before the run began: nothing was written.")
         return EXIT_INTERRUPTED
+
+
+def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequence[Experiment]) -> int:
+    """Let Hydra launch the jobs, then show what became of each. One that fails does not stop the others.
+
+    Raises:
+        ConfigError: some job's folder is not free for it; none has been started.
+    """
+    folders = [RunFolder.of(experiment) for experiment in experiments]
+    faults = []
+    for experiment, folder in zip(experiments, folders, strict=True):
+        try:
+            folder.is_finished(experiment)
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    try:
+        _hand_to_hydra(flags, settings)
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+        console.console.print("Sweep interrupted: the same command with resume=true does what is left.")
+    states = [(folder.record or {}).get("status", "not run") for folder in folders]
+    console.print_pairs(
+        f"Sweep: {states.count('finished')} of {len(folders)} finished",
+        [(state, str(folder.path)) for folder, state in zip(folders, states, strict=True)],
+    )
+    if interrupted:
+        return EXIT_INTERRUPTED
+    return 0 if set(states) == {"finished"} else EXIT_FAILED
 
 
 def experiment_of(settings: Sequence[str]) -> Experiment:
@@ -115,13 +145,29 @@ def run(experiment: Experiment) -> int:
     inputs = prepare(experiment, device)
 
     def claim() -> Path | None:
+        """The checkpoint to go on from. Whatever refuses the folder does so before anything in it is changed."""
         folder.open(experiment)
-        return checkpoint.latest_good(folder.path, experiment.sha256(), inputs.data_sha256)
+        newest = None
+        if not experiment.overwrite:
+            newest = checkpoint.latest_good(folder.path, experiment.sha256(), inputs.data_sha256)
+            if newest is None and folder.is_trained:
+                raise ConfigError([_nothing_to_score_from(folder, experiment)])
+        folder.begin(experiment)
+        checkpoint.remove_newer(folder.path, newest)
+        return newest
 
     try:
         return execute(experiment, folder, inputs, training.from_main_process(claim, device))
     finally:
         folder.close()
+
+
+def _nothing_to_score_from(folder: RunFolder, experiment: Experiment) -> str:
+    names = ", ".join(f"python -m eval.{name} {folder.path}" for name in experiment.eval) or "overwrite=true"
+    return (
+        f"{folder.path} is finished and its checkpoints are gone, so resume=true would train it anew: score its "
+        f"adapter with {names}, or say overwrite=true."
+    )
 
 
 @dataclass(frozen=True)
@@ -140,13 +186,21 @@ class Inputs:
 
 
 def prepare(experiment: Experiment, device: torch.device) -> Inputs:
-    """Tokenise the data and try the method on the model's skeleton; no weight is loaded."""
+    """Tokenise the data and try the method on the model's skeleton; no weight is loaded.
+
+    Raises:
+        ConfigError: model, method, data or benchmarks do not fit; nothing has been written.
+    """
+    models.check_weights(experiment.model, device)
     tokenizer = models.load_tokenizer(experiment.model)
     methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft)
     splits = data.loader(experiment.dataset.loader).load(
         experiment.dataset, experiment.data_root, lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]]
     )
-    return Inputs(device, tokenizer, tokens.prepare(splits, tokenizer, experiment.dataset.max_length), splits.test)
+    for name in experiment.eval:
+        benchmarks.evaluator(name).check_rows(splits.test, f"dataset {experiment.dataset.name}, test rows")
+    rows = tokens.prepare(splits, tokenizer, experiment.dataset.max_length)
+    return Inputs(device, tokenizer, rows, splits.test)
 
 
 def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> int:
@@ -166,6 +220,8 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
     except Exception as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         code = EXIT_FAILED
+        if results.disk_is_full(folder.path):  # safetensors, tokenizers and torch each have their own error for it
+            error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")
         console.report_failure(error)
     record["memory"] = results.peak_memory_gib()
     if training.is_main_process():
@@ -181,7 +237,8 @@ def train_and_score(
     experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None, record: dict[str, Any]
 ) -> None:
     """The run itself; fills `record` as it goes."""
-    results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.test))
+    if training.is_main_process():
+        results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.test))
     backbone = models.load_backbone(experiment.model, inputs.device)
     model = methods.method(experiment.peft.method).apply(backbone, experiment.peft, experiment.seed)
     record["data_sha256"] = inputs.data_sha256
@@ -207,8 +264,9 @@ def train_and_score(
     record["metrics"] |= outcome.metrics
     training.check_invariants(experiment, model, record["backbone_sha256"])
     if training.is_main_process():
-        model.save_pretrained(folder.adapter)
-        inputs.tokenizer.save_pretrained(folder.adapter)
+        with results.write_folder(folder.adapter) as staging:
+            model.save_pretrained(staging)
+            inputs.tokenizer.save_pretrained(staging)
         record["metrics"] |= score(experiment, model, inputs.tokenizer, inputs.test, folder)
     record["status"] = "finished"
     if tracker:
@@ -235,21 +293,18 @@ def score(experiment: Experiment, model, tokenizer, rows: list[dict[str, str]], 
 def describe(experiment: Experiment) -> list[tuple[str, str]]:
     """What a run would do and load, for a dry run."""
     loader, optim = data.loader(experiment.dataset.loader), experiment.optim
-    source = experiment.data_root or "hub"
+    source = f" from {experiment.data_root or 'hub'}" if hasattr(loader, "HUB_ID") else ""  # else it is generated
     return [
         ("run folder", str(RunFolder.of(experiment).path)),
         ("model", models.describe_source(experiment.model)),
-        ("dataset", f"{experiment.dataset.name}: {loader.describe(experiment.dataset)} from {source}"),
+        ("dataset", f"{experiment.dataset.name}: {loader.describe(experiment.dataset)}{source}"),
         ("peft", _settings(experiment.peft)),
         ("rho", _settings(experiment.rho) if experiment.flat else "off: no perturbation"),
         ("optim", _settings(optim)),
         ("trainer", _settings(experiment.trainer)),
         ("eval", ", ".join(f"{name} ({_settings(config)})" for name, config in experiment.eval.items()) or "none"),
         ("seed", str(experiment.seed)),
-        (
-            "config",
-            f"sha256 {experiment.sha256()[:16]}…, {len(yaml.safe_dump(experiment.identity()).splitlines())} keys",
-        ),
+        ("config", f"sha256 {experiment.sha256()}"),
     ]
 
 
@@ -282,9 +337,13 @@ def _hand_to_hydra(flags: Sequence[str], settings: Sequence[str]) -> int:
 
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def _hydra_job(config: DictConfig) -> int:
-    code = run(parse(OmegaConf.to_container(config, resolve=True), section_class))
-    if code:
-        raise RuntimeError(f"the run ended with exit code {code}; its run.json has the reason")
+    try:
+        code = run(parse(OmegaConf.to_container(config, resolve=True), section_class))
+    except ConfigError as error:
+        console.report_faults(error)
+        code = EXIT_CONFIG
+    if code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt  # the jobs after this one are not wanted either
     return code
 
 

@@ -1,6 +1,7 @@
 """GSM8K (Cobbe et al. 2021): grade-school word problems, answer after "####". Hub: openai/gsm8k, config main.
 
-The hub has no validation split, so `validation_rows` rows are taken from the end of the ordered train rows.
+The hub has no validation split: the `validation_rows` train rows that follow the first `train_rows` take its place
+(null `train_rows` trains on all others, and validates on the last ones).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal
 from data import CountTokens, Row, Splits
 from data.selection import ordered, split_train_validation, take
 from flatlora.config import DatasetConfig, setting
-from flatlora.rows import read_rows
+from flatlora.rows import gather, read_rows
 
 HUB_ID, CONFIG = "openai/gsm8k", "main"
 
@@ -35,10 +36,17 @@ def read_split(split: str, data_root: str | None, revision: str | None = None) -
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
-    rows = ordered(read_split("train", data_root, config.revision), config.subset)
-    train, validation = split_train_validation(rows, config.train_rows, config.validation_rows)
-    test = read_split("test", data_root, config.revision)
-    return Splits(train, validation, take(test, config.test_rows, name="dataset.test_rows"))
+    def learned() -> tuple[list[Row], list[Row]]:
+        rows = ordered(read_split("train", data_root, config.revision), config.subset)
+        return split_train_validation(rows, config.train_rows, config.validation_rows)
+
+    (train, validation), test = gather(learned, lambda: read_test(config, data_root, config.revision))
+    return Splits(train, validation, test)
+
+
+def read_test(config: Config, data_root: str | None, revision: str | None = None) -> list[Row]:
+    """The first `config.test_rows` rows of GSM8K's test split."""
+    return take(read_split("test", data_root, revision), config.test_rows, name="dataset.test_rows")
 
 
 def describe(config: Config) -> str:

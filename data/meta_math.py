@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from data import CountTokens, Row, Splits, gsm8k
-from data.selection import batched, ordered, split_train_validation, take
+from data.selection import batched, ordered, split_train_validation
 from flatlora.config import setting
-from flatlora.rows import read_rows
+from flatlora.rows import gather, read_rows
 
 HUB_ID, CONFIG = "meta-math/MetaMathQA", "default"
 
@@ -29,20 +29,16 @@ def format_row(row: Row) -> Row:
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
-    rows = read_rows(
-        HUB_ID,
-        CONFIG,
-        "train",
-        columns=("type", "query", "response"),
-        revision=config.revision,
-        data_root=data_root,
-    )
-    formatted = (format_row(row) for row in ordered(rows, config.subset) if "GSM" in row["type"])
-    wanted = None if config.train_rows is None else config.train_rows + config.validation_rows
-    kept = list(islice(shorter_than(config.max_tokens, formatted, count_tokens), wanted))
-    train, validation = split_train_validation(kept, config.train_rows, config.validation_rows)
-    test = gsm8k.read_split("test", data_root)
-    return Splits(train, validation, take(test, config.test_rows, name="dataset.test_rows"))
+    def learned() -> tuple[list[Row], list[Row]]:
+        columns = ("type", "query", "response")
+        rows = read_rows(HUB_ID, CONFIG, "train", columns=columns, revision=config.revision, data_root=data_root)
+        formatted = (format_row(row) for row in ordered(rows, config.subset) if "GSM" in row["type"])
+        wanted = None if config.train_rows is None else config.train_rows + config.validation_rows
+        kept = list(islice(shorter_than(config.max_tokens, formatted, count_tokens), wanted))
+        return split_train_validation(kept, config.train_rows, config.validation_rows)
+
+    (train, validation), test = gather(learned, lambda: gsm8k.read_test(config, data_root))
+    return Splits(train, validation, test)
 
 
 def shorter_than(limit: int, rows: Iterable[Row], count_tokens: CountTokens) -> Iterator[Row]:

@@ -12,14 +12,14 @@ from flatlora.config import ConfigError
 T = TypeVar("T")
 
 
-def take(rows: Sequence[T], count: int | None, *, name: str) -> list[T]:
+def take(rows: Sequence[T], count: int | None, *, name: str, remedy: str = "lower it, or use null") -> list[T]:
     """The first `count` rows, all for None.
 
     Raises:
         ConfigError: there are fewer.
     """
     if count is not None and count > len(rows):
-        raise ConfigError([f"Invalid {name}={count}: only {len(rows)} rows are left for it; lower it, or use null."])
+        raise ConfigError([f"Invalid {name}={count}: only {len(rows)} rows are left for it; {remedy}."])
     return list(rows[:count])
 
 
@@ -32,11 +32,19 @@ def ordered(rows: Sequence[T], subset: str, seed: int = 0) -> list[T]:
 
 
 def split_train_validation(rows: Sequence[T], train_rows: int | None, validation_rows: int) -> tuple[list[T], list[T]]:
-    """The first `train_rows` rows and the next `validation_rows`; null train rows are all but the validation's."""
+    """The first `train_rows` rows and the next `validation_rows`; null train rows are all but the validation's.
+
+    Raises:
+        ConfigError: there are fewer, or none at all.
+    """
+    if not rows:
+        raise ConfigError(
+            ["Empty data set: the loader keeps none of its train rows; raise its limits, such as dataset.max_tokens."]
+        )
     if train_rows is None:
         train_rows = max(1, len(rows) - validation_rows)
     train = take(rows, train_rows, name="dataset.train_rows")
-    return train, take(rows[len(train) :], validation_rows, name="dataset.validation_rows")
+    return train, take(rows[len(train) :], validation_rows, name="dataset.validation_rows", remedy="lower it")
 
 
 def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -135,17 +135,25 @@ def prepare(splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int)
     """Tokenise the train and validation rows.
 
     Raises:
-        ConfigError: no train row is left.
+        ConfigError: no train row is left, or none of the validation rows that there are; or answers cannot end.
     """
-    train = tokenise(splits.train, tokenizer, max_length)
-    if not len(train):
+    if tokenizer.eos_token_id is None:
         raise ConfigError(
             [
-                f"Empty data set: none of {len(splits.train)} train rows is left at dataset.max_length={max_length}; "
-                "raise it, or choose another data set."
+                f"Invalid model: the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, which ends "
+                "each answer; choose a model whose tokenizer has one."
             ]
         )
-    return Prepared(train, tokenise(splits.validation, tokenizer, max_length))
+    prepared = Prepared(*(tokenise(rows, tokenizer, max_length) for rows in (splits.train, splits.validation)))
+    faults = [
+        f"Empty data set: none of {len(rows)} {name} rows is left at dataset.max_length={max_length}; raise it, or "
+        "choose another data set."
+        for name, rows, left in zip(("train", "validation"), splits, prepared, strict=False)
+        if not len(left) and (rows or name == "train")
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return prepared
 
 
 def fingerprint(prepared: Prepared) -> str:

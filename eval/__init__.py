@@ -1,7 +1,13 @@
 """Benchmarks, one file each: generate() → predictions.jsonl, score() → score.json; the file lies between.
 
-An evaluator module has `Config` (its config section), `run(backend, rows, folder, config, ...)` and a command line,
-`python -m eval.NAME PATH [key=value ...]`.
+An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...]`, and
+
+    Config                                 its config section, with `max_rows` and `batch_size`
+    check_rows(rows, source)               ConfigError for rows {"x", "y"} that cannot be scored; no model is needed
+    run(backend, rows, folder, config)     answers and scores rows; returns the score, {"scorer", "n", "metrics"}
+    score_file(path)                       scores a finished predictions.jsonl
+    benchmark_rows(data_root)              the benchmark's own rows
+    HEADLINE, SCORER_VERSION               the metric of tables; raised whenever the same answers score otherwise
 """
 
 from __future__ import annotations

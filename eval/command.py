@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
+import torch
 import yaml
+from pydantic import ValidationError
 from rich.table import Table
+from safetensors import SafetensorError
 
 import eval as benchmarks
 from eval.backends.hf import HFBackend
 from flatlora.checkpoint import weights_sha256
-from flatlora.config import ConfigError, ModelConfig, Section, nearest, setting
+from flatlora.config import ConfigError, ModelConfig, Section, TrainerConfig, nearest, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
 from flatlora.models import autocast_dtype, choose_device, load_for_inference
-from flatlora.rows import read_jsonl
+from flatlora.rows import gather, read_jsonl, text_columns
 
 
 class Target(Section):
     """Keys of the command line that every benchmark has."""
 
-    rows: str | None = None
-    data_root: str | None = None
-    device: str = setting("auto", pattern="^(auto|cpu|cuda)$")
-    out: str | None = None
-    score_only: bool = False
+    rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file with x and y")
+    data_root: str | None = setting(None, min_length=1, remedy="name a folder with the hub's layout")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: str | None = setting(None, min_length=1, remedy="name a folder")
+    score_only: bool = setting(False, remedy="true scores answers that are there")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the user named: weights, and what the run that they belong to says of them."""
+
+    weights: str  # a folder or a hub id
+    run: Path | None = None
+    model: ModelConfig | None = None
+    autocast: str = "auto"
+    scored_with: dict[str, Any] = field(default_factory=dict)  # the run's own settings of the benchmark
 
 
 def main(benchmark: str, words: Sequence[str]) -> int:
-    """Exit code of the command: 0 scored, 2 a fault of the command line or of what it names."""
+    """Exit code: 0 scored, 1 failed on the way, 2 a fault of the command line or of what it names, 130 interrupted."""
+    if words and words[0] in ("-h", "--help"):
+        print((benchmarks.evaluator(benchmark).__doc__ or "").strip())
+        return 0
     quiet_libraries()
     try:
         print_score(benchmark, score_path(benchmark, words))
@@ -38,38 +58,59 @@ def main(benchmark: str, words: Sequence[str]) -> int:
     except ConfigError as error:
         report_faults(error)
         return 2
+    except torch.OutOfMemoryError as error:
+        return _report_failure(error, "A lower batch_size needs less.")
+    except OSError as error:
+        return _report_failure(
+            error, "Once that is mended, the same command goes on with the answers that are missing."
+        )
     except KeyboardInterrupt:
         console.print("Interrupted: the same command goes on with the answers that are missing.")
         return 130
 
 
+def _report_failure(error: Exception, remedy: str) -> int:
+    reason = _first_line(error).rstrip(".")
+    console.print(f"The evaluation failed: {reason}. {remedy}", markup=False, soft_wrap=True)
+    return 1
+
+
 def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
-    """Generate (or go on generating) and score; returns the score."""
+    """Generate (or go on generating) and score; returns the score.
+
+    Raises:
+        ConfigError: every fault of words, path, device, rows and output folder, before a model is loaded.
+    """
     module = benchmarks.evaluator(benchmark)
     if not words or words[0].startswith("-") or "=" in words[0]:
         raise ConfigError([(module.__doc__ or "").strip()])
-    path = Path(words[0])
-    weights, run = _locate(words[0])
-    saved = yaml.safe_load((run / "config.yaml").read_text()) if run else None
-    own = (saved or {}).get("eval", {}).get(benchmark, {})  # what the run itself was scored with
-    target, config = _parse_words(module, words[1:], own)
-    folder = Path(target.out) if target.out else _output_folder(path, run, benchmark + _label(target, config, own))
+
+    def locate() -> Place:
+        return _locate(words[0], benchmark)
+
+    target, given, word_faults = _parse_words(module, words[1:])
+
+    def check_words() -> None:
+        if word_faults:
+            raise ConfigError(word_faults)
+
+    def aim() -> Target:
+        if target is None:
+            raise ConfigError(word_faults)
+        return target
+
+    # A step that needs an earlier one takes it again: its faults are told once, and those of all others beside them.
+    place, _, folder, device, rows = gather(
+        locate,
+        check_words,
+        lambda: _output_folder(words[0], aim(), given, locate, benchmark),
+        lambda: _choose_device(aim()),
+        lambda: _rows(module, aim(), locate),
+    )
     if target.score_only:
         return module.score_file(folder / "predictions.jsonl")
-    rows = _rows(module, target, run)
-    model_config = ModelConfig.model_validate(saved["model"]) if saved else None
-    device = choose_device(target.device)
-    model, tokenizer, _ = load_for_inference(weights, model_config, device)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    setting_name = saved["trainer"]["autocast"] if saved else "auto"
-    backend = HFBackend(
-        model,
-        tokenizer,
-        batch_size=config.batch_size,
-        autocast_dtype=autocast_dtype(setting_name, dtype),
-        identity={"weights": weights_sha256(Path(weights)) if Path(weights).is_dir() else weights},
-    )
-    return evaluate(benchmark, backend, rows, folder, config)
+    config = module.Config(**place.scored_with | given)
+    return evaluate(benchmark, _load(place, device, config.batch_size), rows, folder, config)
 
 
 def evaluate(
@@ -94,15 +135,10 @@ def print_score(benchmark: str, score: dict[str, Any]) -> None:
     console.print(f"{benchmark}: {score['n']} rows, scorer {score['scorer']}", table)
 
 
-def _label(target: Target, config: Section, own: dict[str, Any]) -> str:
-    """Suffix of the output folder for settings other than the run's own, whose answers are never overwritten."""
-    changed = [f"{key}={value}" for key, value in config.model_dump().items() if own and own.get(key) != value]
-    return "".join(f"-{word}" for word in changed + ([f"rows={Path(target.rows).stem}"] if target.rows else []))
-
-
-def _parse_words(module: Any, words: Sequence[str], own: dict[str, Any]) -> tuple[Target, Section]:
+def _parse_words(module: ModuleType, words: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
+    """(keys of every benchmark, None for faulty ones; the benchmark's own settings that are given; faults)."""
     known = {**Target.model_fields, **module.Config.model_fields}
-    values, faults = dict(own), []
+    values, faults = {}, []
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
@@ -110,55 +146,196 @@ def _parse_words(module: Any, words: Sequence[str], own: dict[str, Any]) -> tupl
         elif key not in known:
             near = nearest(key, known)
             faults.append(f"Unknown key {key}: " + (f"did you mean {near}?" if near else f"known: {', '.join(known)}."))
+        elif known[key].annotation == str | None:  # out=2024 is a folder, not a number
+            values[key] = None if text == "null" else text
         else:
-            values[key] = yaml.safe_load(text)
-    sections = []
-    for cls in (Target, module.Config):
-        mine = {key: value for key, value in values.items() if key in cls.model_fields}
-        try:
-            sections.append(cls(**mine))
-        except ValueError as error:
-            faults += [f"Invalid {d['loc'][0]}={d['input']!r}: {d['msg'].lower()}." for d in error.errors()]
-    if faults:
-        raise ConfigError(faults)
-    return sections[0], sections[1]
+            try:
+                values[key] = yaml.safe_load(text)
+            except _YAML_ERRORS:
+                faults.append(
+                    f"Cannot read {word!r}: its value is not YAML; write a number, true, false, null or text."
+                )
+    given = {key: value for key, value in values.items() if key not in Target.model_fields}
+    target = _build(Target, {key: value for key, value in values.items() if key not in given}, faults)
+    _build(module.Config, given, faults)
+    return target, given, faults
 
 
-def _locate(name: str) -> tuple[str, Path | None]:
-    """(weights to load, run folder they belong to) of what the user named."""
+def _build(cls: type[Section], values: Mapping[str, Any], faults: list[str]) -> Any:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        faults += [_describe(cls, detail) for detail in error.errors()]
+
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # a 13th month is a ValueError
+
+
+def _describe(cls: type[Section], detail: Mapping[str, Any]) -> str:
+    key, rule = detail["loc"][0], detail["msg"]
+    remedy = (cls.model_fields[key].json_schema_extra or {}).get("remedy")
+    return f"Invalid {key}={detail['input']!r}: {rule[0].lower()}{rule[1:]}" + (f"; {remedy}." if remedy else ".")
+
+
+def _locate(name: str, benchmark: str) -> Place:
     path = Path(name)
     if not path.is_dir():
         if path.exists() or name.startswith((".", "/")) or name.count("/") > 1:
             raise ConfigError(
                 [f"Invalid path {name}: no such folder; name a run, checkpoint, adapter or model folder."]
             )
-        return name, None  # a hub id
-    run = next((folder for folder in (path, *path.resolve().parents[:2]) if (folder / "config.yaml").is_file()), None)
-    if run != path:
-        return name, run
-    if (path / "adapter").is_dir():
-        return str(path / "adapter"), path
+        return Place(name)  # a hub id
+    for folder in (path, *path.resolve().parents[:2]):
+        if saved := _saved_config(folder):
+            weights = path if folder != path else path / "adapter"
+            break
+    else:
+        folder, saved, weights = None, None, path
+    if not any((weights / file).is_file() for file in ("adapter_config.json", "config.json")):
+        if weights != path:
+            problem = "this run has no adapter/ yet; finish it, or name one of its checkpoints"
+        else:
+            problem = "neither weights nor a run are in it; name a run, checkpoint, adapter or model folder"
+        raise ConfigError([f"Invalid path {name}: {problem}."])
+    return _place_in_run(str(weights), folder, saved, benchmark) if saved else Place(str(weights))
+
+
+_RUN_SECTIONS = ("model", "dataset", "peft", "rho", "optim", "trainer")
+
+
+def _saved_config(folder: Path) -> dict[str, Any] | None:
+    """config.yaml of a run's folder; None for a folder that is no run's, whatever config.yaml it may have.
+
+    Raises:
+        ConfigError: the folder is a run's, and its config.yaml is broken or lacks a section.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        saved = yaml.safe_load(path.read_bytes())
+    except _YAML_ERRORS:
+        saved = None
+    sections = [name for name in _RUN_SECTIONS if name in saved] if isinstance(saved, dict) else []
+    if len(sections) == len(_RUN_SECTIONS):
+        return saved
+    ran = any((folder / file).is_file() for file in ("run.json", "metrics.jsonl"))
+    if not ran or (saved and isinstance(saved, dict) and not sections):
+        return None  # another program's
+    if sections:
+        missing = ", ".join(name for name in _RUN_SECTIONS if name not in sections)
+        raise ConfigError([f"Invalid {path}: the run's {missing} is missing; {_OTHER_VERSION}."])
     raise ConfigError(
-        [f"Invalid path {name}: this run has no adapter/ yet; finish it, or name one of its checkpoints."]
+        [f"Broken file {path}: it holds no settings; put those back that run.json keeps under experiment."]
     )
 
 
-def _output_folder(path: Path, run: Path | None, benchmark: str) -> Path:
-    if run is None:
-        return (path / "eval" / benchmark) if path.is_dir() else Path("results") / "eval" / path / benchmark
-    inside = path.resolve().relative_to(run.resolve()).parts
+_OTHER_VERSION = "score the run with the version of the suite that made it, or mend the file"
+
+
+def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: str) -> Place:
+    path, faults = run / "config.yaml", []
+
+    def section(key: str, cls: type[Section], value: Any) -> Any:
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            for detail in error.errors():
+                name = ".".join([key, *map(str, detail["loc"])])
+                faults.append(f"Invalid {name} in {path}: {detail['msg'].lower()}; {_OTHER_VERSION}.")
+
+    model, trainer = section("model", ModelConfig, saved["model"]), section("trainer", TrainerConfig, saved["trainer"])
+    scored = saved.get("eval") or {}
+    if not isinstance(scored, Mapping):
+        faults.append(f"Invalid eval in {path}: a group of benchmarks is needed; {_OTHER_VERSION}.")
+    elif benchmark in scored:
+        own = section(f"eval.{benchmark}", benchmarks.evaluator(benchmark).Config, scored[benchmark])
+    if faults:
+        raise ConfigError(faults)
+    return Place(weights, run, model, trainer.autocast, own.model_dump() if benchmark in scored else {})
+
+
+def _output_folder(
+    name: str, target: Target, given: Mapping[str, Any], locate: Callable[[], Place], benchmark: str
+) -> Path:
+    if target.out:
+        return _writable(Path(target.out))
+    place, path = locate(), Path(name)
+    benchmark += _label(target, given, place.scored_with)
+    if place.run is None:
+        return _writable((path / "eval" / benchmark) if path.is_dir() else Path("results") / "eval" / path / benchmark)
+    inside = path.resolve().relative_to(place.run.resolve()).parts
     label = benchmark if inside in ((), ("adapter",)) else f"{benchmark}-{'-'.join(inside)}"
-    return run / "eval" / label
+    return _writable(place.run / "eval" / label)
 
 
-def _rows(module: Any, target: Target, run: Path | None) -> list[dict[str, str]]:
-    if target.rows:
-        if not Path(target.rows).is_file():
-            raise ConfigError([f"Invalid rows={target.rows}: no such file; name a .jsonl file with x and y."])
-        return read_jsonl(Path(target.rows))
-    if run and (run / "test.jsonl").is_file():
-        return read_jsonl(run / "test.jsonl")
-    return module.benchmark_rows(target.data_root)
+def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Suffix of the output folder for settings other than the run's own, whose answers are never overwritten."""
+    changed = [f"{key}={given[key]}" for key in own if key in given and given[key] != own[key]]
+    return "".join(f"-{word}" for word in changed + ([f"rows={Path(target.rows).stem}"] if target.rows else []))
+
+
+def _writable(folder: Path) -> Path:
+    nearest_there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if os.path.isdir(nearest_there) and os.access(nearest_there, os.W_OK | os.X_OK):
+        return folder
+    problem = "cannot be written to" if os.path.isdir(nearest_there) else "is a file"
+    raise ConfigError([f"Invalid out={folder}: {nearest_there} {problem}; name another folder with out=DIR."])
+
+
+def _choose_device(target: Target) -> torch.device | None:
+    if target.score_only:
+        return None
+    if target.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(["Invalid device=cuda: torch sees no GPU here; use device=cpu or device=auto."])
+    return choose_device(target.device)
+
+
+def _rows(module: ModuleType, target: Target, locate: Callable[[], Place]) -> list[dict[str, str]]:
+    if target.score_only:
+        return []
+    run = None if target.rows else locate().run
+    path = Path(target.rows) if target.rows else run / "test.jsonl" if run else None
+    if target.rows and not path.is_file():
+        raise ConfigError([f"Invalid rows={target.rows}: no such file; name a .jsonl file with x and y."])
+    if path and path.is_file():
+        if target.data_root:
+            raise ConfigError(
+                [
+                    f"Invalid data_root={target.data_root}: nothing is read there, for the rows are those of {path}; "
+                    "drop it."
+                ]
+            )
+        rows, source = text_columns(read_jsonl(path), ("x", "y"), str(path)), str(path)
+    else:
+        rows, source = module.benchmark_rows(target.data_root), "the benchmark's own rows"
+    module.check_rows(rows, source)
+    return rows
+
+
+def _load(place: Place, device: torch.device, batch_size: int) -> HFBackend:
+    try:
+        model, tokenizer, _ = load_for_inference(place.weights, place.model, device)
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        # a torn file, a config.json that is none, an adapter for another backbone: each library has its own way
+        raise ConfigError(
+            [f"Cannot load {place.weights}: {_first_line(error)}; name a whole adapter or model, or copy it again."]
+        ) from error
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    folder = Path(place.weights)
+    return HFBackend(
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        autocast_dtype=autocast_dtype(place.autocast, dtype),
+        identity={"weights": weights_sha256(folder) if folder.is_dir() else place.weights},
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 if __name__ == "__main__":

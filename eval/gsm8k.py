@@ -17,7 +17,7 @@ from typing import Any
 
 from eval import predictions
 from eval.backends import Backend
-from flatlora.config import Section, setting
+from flatlora.config import ConfigError, Section, setting
 from flatlora.results import write_json
 from flatlora.rows import prompt_text, read_rows
 
@@ -32,13 +32,14 @@ _NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\$\s?)?[-−]?(?:(?:\d{1,3}(?:,\d{3})
 class Config(Section):
     max_rows: int | None = setting(None, ge=1, remedy="null scores every row of the data set's test split")
     max_new_tokens: int = setting(512, ge=1, remedy="512 as published")
-    batch_size: int = setting(16, ge=1)
+    batch_size: int = setting(16, ge=1, remedy="lower it when memory runs out")
 
 
 def parse_answer(text: str) -> Decimal | None:
     """The number on the line of the first "####", else the last number of the text; None when there is none.
 
-    Reads 1,000 · -5 · $42.50 · 42. · +7 as people mean them. The first mark counts, for a base model rambles on with
+    Reads 1,000 · -5 · $42.50 · 42. · +7 as people mean them, exactly, however long; digits of every script count, and
+    there are no exponents: 1e400 is 1, as 18kg is 18. The first mark counts, for a base model rambles on with
     questions and answers of its own. A mark without a number on its line is no answer.
     """
     _, mark, rest = text.partition("####")
@@ -52,7 +53,7 @@ def parse_answer(text: str) -> Decimal | None:
 def _to_decimal(number: str) -> Decimal:
     digits = re.sub(r"[^\d.]", "", number)
     negative = "-" in number or "−" in number
-    return -Decimal(digits) if negative else Decimal(digits)
+    return Decimal(f"-{digits}" if negative else digits)  # -Decimal(digits) would round to 28 digits
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -84,6 +85,23 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def check_rows(rows: Sequence[dict[str, str]], source: str) -> None:
+    """See to it that every answer can be scored, before a model answers for hours.
+
+    Raises:
+        ConfigError: an answer without a number; `source` says in the fault where the rows are from.
+    """
+    broken = [number for number, row in enumerate(rows, start=1) if parse_answer(row["y"]) is None]
+    if broken:
+        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise ConfigError(
+            [
+                f"Invalid answer in {source}, row {broken[0]}{others}: gsm8k scores a final number, and "
+                f'{rows[broken[0] - 1]["y"][-60:]!r} has none; end it in "#### NUMBER", or leave the row out.'
+            ]
+        )
+
+
 def run(
     backend: Backend,
     rows: Sequence[dict[str, str]],
@@ -106,8 +124,16 @@ def run(
 
 
 def score_file(path: Path) -> dict[str, Any]:
-    """Score a predictions file and write score.json beside it."""
-    result = score(predictions.read(path))
+    """Score a predictions file and write score.json beside it.
+
+    Raises:
+        ConfigError: the file is not there, or broken.
+    """
+    rows = predictions.read(path)
+    try:
+        result = score(rows)
+    except ValueError as error:
+        raise ConfigError([f"Broken file {path}: {error} Mend the data set's row, and generate anew."]) from error
     write_json(path.with_name("score.json"), result)
     return result
 

@@ -60,7 +60,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def latest_good(run: Path, config_sha256: str, data_sha256: str) -> Path | None:
-    """Newest whole checkpoint; broken ones above it are named in the log and removed, for training writes them anew.
+    """Newest whole checkpoint; broken ones above it are named in the log. Nothing is changed.
 
     Raises:
         ConfigError: the newest whole one was made by another experiment or on other data.
@@ -71,8 +71,20 @@ def latest_good(run: Path, config_sha256: str, data_sha256: str) -> Path | None:
             _refuse_other_origin(folder, config_sha256=config_sha256, data_sha256=data_sha256)
             return folder
         logger.warning("Ignoring %s: %s.", folder, fault)
-        shutil.rmtree(folder)
     return None
+
+
+def remove_newer(run: Path, newest: Path | None) -> None:
+    """Remove the checkpoints above `newest` (all for None), for training writes them anew."""
+    folders = checkpoints(run)
+    for folder in folders[folders.index(newest) + 1 :] if newest else folders:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, its manifest first: a half-deleted folder must not count."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _refuse_other_origin(folder: Path, **wanted: str) -> None:
@@ -90,8 +102,7 @@ def _refuse_other_origin(folder: Path, **wanted: str) -> None:
 def rotate(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for folder in checkpoints(run)[:-keep]:
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must not count
-        shutil.rmtree(folder)
+        remove(folder)
 
 
 def backbone_sha256(model: nn.Module) -> str | None:
@@ -109,9 +120,9 @@ def trainable_sha256(model: nn.Module) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the safetensors files of an adapter or model folder, in name order."""
+    """SHA-256 over the weight files of an adapter or model folder, in name order."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for suffix in ("safetensors", "bin") for path in folder.glob(f"*.{suffix}")):
         digest.update(f"{path.name}|{_file_sha256(path)}|".encode())
     return digest.hexdigest()
 

@@ -36,15 +36,22 @@ def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
         ConfigError: words that Hydra's parser cannot read.
     """
     canonical, notes = [], []
+    faults: list[str] = []
     for word, override in zip(words, _parse_all(words), strict=True):
         if override is None:
             canonical.append(word)
             continue
-        new = _rewrite_override(override)
+        try:
+            new = _rewrite_override(override)
+        except ConfigError as error:
+            faults += error.faults
+            continue
         canonical += new
         # A key set with ++ means what the plain key means, so only real changes of spelling are worth a line.
         if new not in ([word], [word.lstrip("+")], [f"++{word}"]) or (new != [word] and word.startswith("+")):
             notes.append(f"{word} → {' '.join(new)}")
+    if faults:
+        raise ConfigError(faults)
     return canonical, notes
 
 
@@ -65,7 +72,15 @@ def _is_number(override: Override) -> bool:
     if isinstance(value, RangeSweep):
         return True
     values = value.list if isinstance(value, ChoiceSweep) else [value]
-    return all(isinstance(item, int | float) and not isinstance(item, bool) for item in values)
+    numbers = [isinstance(item, int | float) and not isinstance(item, bool) for item in values]
+    if any(numbers) and not all(numbers):
+        raise ConfigError(
+            [
+                f"Invalid {override.input_line}: numbers and names cannot be swept together; sweep numbers (rho=0,0.05 "
+                "is off and flat) or names (rho=off,flat)."
+            ]
+        )
+    return all(numbers)
 
 
 def _parse_all(words: Iterable[str]) -> list[Override | None]:
@@ -102,12 +117,37 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
-            config = compose("config", overrides=lenient(known))
-            return OmegaConf.to_container(config, resolve=True) | unknown
+            plain = OmegaConf.to_container(compose("config", overrides=lenient(known)), resolve=True)
+            return plain | _unchosen_benchmarks(conf_dir, known) | unknown
     except (HydraException, OmegaConfBaseException) as error:
         faults = [fault for section in unknown.values() for fault in section.faults]
         faults.append(f"The configuration does not compose: {str(error).strip().splitlines()[0]}")
         raise ConfigError(faults) from error
+
+
+def _unchosen_benchmarks(conf_dir: Path, words: Sequence[str]) -> dict[str, NoSection]:
+    """`eval` with a fault for each key such as eval.gsm8k.max_rows=5 whose benchmark `eval=[...]` does not name.
+
+    Hydra would make a section of it all the same, and the benchmark would run.
+    """
+    keys = {word.lstrip("+").partition("=")[0]: word for word in words if word.lstrip("+").startswith("eval.")}
+    if not keys:
+        return {}
+    others = [word for word in words if word not in keys.values()]
+    chosen = list(compose("config", overrides=lenient(others)).get("eval") or {})
+    options, faults = _options(conf_dir, "eval"), []
+    for key, word in keys.items():
+        name = key.split(".")[1]
+        if name not in options:
+            near = nearest(name, options)
+            hint = f"did you mean eval.{near}?" if near else f"benchmarks here: {', '.join(options)}."
+            faults.append(f"Unknown key {key}: {hint}")
+        elif name not in chosen:
+            faults.append(
+                f"Invalid {word.lstrip('+')} with eval=[{','.join(chosen)}]: that benchmark is not chosen; use "
+                f"eval=[{','.join([*chosen, name])}], or leave the key out."
+            )
+    return {"eval": NoSection(tuple(faults))} if faults else {}
 
 
 def lenient(words: Sequence[str]) -> list[str]:
@@ -129,17 +169,20 @@ def _option_faults(conf_dir: Path, override: Override) -> list[str]:
     group = override.key_or_group
     if group not in GROUPS or override.is_delete():
         return []
-    value = override.value()
-    options = sorted(
-        str(path.relative_to(conf_dir / group).with_suffix("")) for path in (conf_dir / group).rglob("*.yaml")
-    )
+    value, options = override.value(), _options(conf_dir, group)
     faults = []
     for name in map(_option_name, value if isinstance(value, list) else [value]):
         if name not in options:
             near = nearest(name, options)
             hint = f"did you mean {group}={near}? " if near else ""
-            faults.append(f"Unknown option {group}={name}: {hint}Known options: {', '.join(options)}.")
+            known = ", ".join(options) or f"none yet, put one into {conf_dir.name}/{group}"
+            faults.append(f"Unknown option {group}={name}: {hint}Known options: {known}.")
     return faults
+
+
+def _options(conf_dir: Path, group: str) -> list[str]:
+    folder = conf_dir / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
 def _option_name(value: Any) -> str:

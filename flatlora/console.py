@@ -91,9 +91,11 @@ def report_failure(error: Exception) -> None:
 def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
     """A two-column table on standard output."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in pairs:
         table.add_row(Text(name, "bold"), Text(value))
-    Console(highlight=False, soft_wrap=True).print(table)
+    Console(highlight=False).print(table)
 
 
 def quiet_libraries() -> None:

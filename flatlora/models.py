@@ -14,10 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    is_flash_attn_2_available,
+)
 
 from flatlora.config import ConfigError, ModelConfig
 from flatlora.console import console
@@ -57,6 +66,46 @@ def skeleton(config: ModelConfig) -> nn.Module:
         described = transformers.AutoConfig.from_pretrained(source, **options)
     with torch.device("meta"):
         return _AUTO_CLASSES[config.family].from_config(described)
+
+
+def check_weights(config: ModelConfig, device: torch.device) -> None:
+    """See that `load_backbone` will find weights and its attention kernels; nothing is loaded.
+
+    Raises:
+        ConfigError: weights or kernels are missing; with the ways out.
+    """
+    faults = []
+    if config.attn == "flash_attention_2" and not (device.type == "cuda" and is_flash_attn_2_available()):
+        faults.append(
+            f"Invalid model.attn=flash_attention_2 on {device.type}: the package flash-attn is not usable here; use "
+            "model.attn=auto, which takes torch's own kernels."
+        )
+    source, options = _source_and_options(config)
+    try:
+        if not any(_has_file(source, name, options.get("revision")) for name in _WEIGHT_FILES):
+            faults.append(
+                f"Invalid model.hub_id={config.hub_id}: it holds no weights ({', '.join(_WEIGHT_FILES)}); name a "
+                "whole model, made by save_pretrained or `hf download`."
+            )
+    except (OSError, HfHubHTTPError) as error:
+        faults.append(_load_fault(config, error))
+    if faults:
+        raise ConfigError(faults)
+
+
+_WEIGHT_FILES = (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+
+def _has_file(source: str, name: str, revision: str | None) -> bool:
+    if Path(source).is_dir():
+        return (Path(source) / name).is_file()
+    cached = huggingface_hub.try_to_load_from_cache(source, name, revision=revision)
+    return isinstance(cached, str) or huggingface_hub.file_exists(source, name, revision=revision)
 
 
 def load_backbone(config: ModelConfig, device: torch.device) -> nn.Module:

@@ -7,6 +7,7 @@ results/<project>_<dataset>/<name>/<seed>/
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -61,6 +62,21 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `path` when the block ends well: whole or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        shutil.rmtree(path, ignore_errors=True)
+        staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    fsync_folder(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of indented JSON."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -85,33 +101,61 @@ class RunFolder:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """run.json, None before the run ended."""
+        """run.json, None before the run ended.
+
+        Raises:
+            ConfigError: the file is broken.
+        """
         path = self.path / "run.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            remedy = "delete that file and go on with resume=true, or start anew with overwrite=true"
+            raise ConfigError([f"Broken record {path}: it is not what a run wrote ({error}); {remedy}."]) from error
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a run has ended here: its training has nothing left to do."""
+        return (self.record or {}).get("status") == "finished"
 
     def is_finished(self, experiment: Experiment) -> bool:
         """Whether this very experiment has run to its end here, so that resume=true has nothing to do.
 
+        A finished run whose benchmarks or test rows are asked for in another way is not: it is scored again.
+
         Raises:
-            ConfigError: the folder holds another run, or this one and neither resume nor overwrite is given.
+            ConfigError: the folder is in use, holds another run, or this one and neither resume nor overwrite is given.
         """
-        if experiment.overwrite or not (self.path / "config.yaml").is_file():
+        if not (self.path / "config.yaml").is_file():
+            return False
+        if self._is_locked():
+            raise ConfigError([self._in_use()])
+        if experiment.overwrite:
             return False
         self._refuse_other_run(experiment)
-        return (self.record or {}).get("status") == "finished"
+        return self.is_trained and scoring_of(self._saved_config()) == scoring_of(experiment.model_dump(mode="json"))
 
     def open(self, experiment: Experiment) -> None:
-        """Take the folder for this experiment; of several ranks, rank 0 does.
+        """Lock the folder for this experiment; of several ranks, rank 0 does. `begin` is what changes it.
 
         Raises:
             ConfigError: not writable, in use by another process, or holding another run; nothing has been changed.
         """
         self._acquire()
         try:
-            self._claim(experiment)
+            if (self.path / "config.yaml").is_file() and not experiment.overwrite:
+                self._refuse_other_run(experiment)
         except BaseException:
             self.close()
             raise
+
+    def begin(self, experiment: Experiment) -> None:
+        """Make an opened folder this experiment's: emptied for overwrite=true, with the config in it."""
+        if experiment.overwrite:
+            self._clear()
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -119,13 +163,19 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def _claim(self, experiment: Experiment) -> None:
-        if (self.path / "config.yaml").is_file():
-            if experiment.overwrite:
-                self._clear()
-            else:
-                self._refuse_other_run(experiment)
-        write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
+    def _in_use(self) -> str:
+        return f"{self.path} is in use: another process trains this run; wait for it, or give wandb.name or seed."
+
+    def _is_locked(self) -> bool:
+        """Whether another process has the folder now."""
+        try:
+            with open(self.path / ".lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock file, or not ours to read: `open` will tell
+            return False
+        return False
 
     def _acquire(self) -> None:
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -136,16 +186,15 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.close()
-            raise ConfigError(
-                [f"{self.path} is in use: another process trains this run; wait for it, or give wandb.name or seed."]
-            ) from error
+            raise ConfigError([self._in_use()]) from error
         except OSError as error:
             self.close()
             self._remove(missing)
+            remedy = "free some space there" if error.errno == errno.ENOSPC else "make it writable"
             raise ConfigError(
                 [
-                    f"Cannot write to results_root: {error.strerror or error} ({error.filename or self.path}); free "
-                    "some space there, or set results_root=DIR to a folder that takes files."
+                    f"Cannot write to results_root: {error.strerror or error} ({error.filename or self.path}); "
+                    f"{remedy}, or set results_root=DIR to a folder that takes files."
                 ]
             ) from error
 
@@ -174,20 +223,41 @@ class RunFolder:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     def _refuse_other_run(self, experiment: Experiment) -> None:
-        saved = yaml.safe_load((self.path / "config.yaml").read_text())
-        differing = _differences(saved, experiment)
+        differing = _differences(self._saved_config(), experiment)
         if differing:
             raise ConfigError(
                 [f"{self.path} holds another experiment: {', '.join(differing)}; give wandb.name, or overwrite=true."]
             )
         if not experiment.resume:
-            state = "a finished run" if (self.record or {}).get("status") == "finished" else "a started run"
+            state = "a finished run" if self.is_trained else "a started run"
             raise ConfigError(
                 [
                     f"{self.path} holds {state} of this experiment: resume=true goes on with it, overwrite=true "
                     "deletes it and starts anew."
                 ]
             )
+
+    def _saved_config(self) -> dict[str, Any]:
+        path = self.path / "config.yaml"
+        try:
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+            identity_of(saved), scoring_of(saved)
+        except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                [
+                    f"Broken file {path}: it is not the config of a run ({type(error).__name__}); give wandb.name for "
+                    "another folder, or overwrite=true to empty this one."
+                ]
+            ) from error
+        return saved
+
+
+def scoring_of(raw: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.yaml that decides the scores of given weights, and not the weights."""
+    return {
+        "eval": raw["eval"],
+        "test_rows": [raw["model"].get("test_rows"), raw["dataset"].get("test_rows")],
+    }
 
 
 def _differences(saved: dict[str, Any], experiment: Experiment) -> list[str]:
@@ -219,8 +289,8 @@ class MetricsLog:
         if not self.path.is_file():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in self.path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn: not JSON, or not a whole row
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         write_atomic(self.path, "".join(kept))
@@ -268,6 +338,11 @@ def _has_wandb_key() -> bool:
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     return netrc.is_file() and "wandb" in netrc.read_text()
+
+
+def disk_is_full(folder: Path) -> bool:
+    """Whether less than a mebibyte is left for files in `folder`."""
+    return folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20
 
 
 def environment() -> dict[str, Any]:

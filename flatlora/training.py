@@ -6,10 +6,11 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -60,13 +61,34 @@ class Progress(Protocol):
 
 @dataclass
 class TrainingResult:
-    """What one call of `train` measured."""
+    """What a run's training came to, over all processes that had a part in it."""
 
     metrics: dict[str, float]
     timing: dict[str, float | None]
     steps: int
     perturbation: dict[str, Any] | None
     resumed_from: int | None = None
+
+
+@dataclass
+class Effort:
+    """Time that training has taken so far; kept in each checkpoint, so that a resumed run's record has all of it."""
+
+    train_s: float = 0.0
+    perturb_s: float = 0.0
+    step_s: list[float] = field(default_factory=list)  # of the newest steps
+    perturbation: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, checkpoint_folder: Path | None) -> Effort:
+        return cls(**json.loads((checkpoint_folder / _EFFORT_FILE).read_text())) if checkpoint_folder else cls()
+
+    def write(self, checkpoint_folder: Path) -> None:
+        write_json(checkpoint_folder / _EFFORT_FILE, asdict(self))
+
+
+_EFFORT_FILE = "effort.json"
+_STEPS_TIMED = 1000  # median over the newest; a checkpoint of a long run stays small
 
 
 class EpochSampler(Sampler[int]):
@@ -103,9 +125,11 @@ class EpochSampler(Sampler[int]):
 class FlatTrainer(Trainer):
     """Trainer with `EpochSampler`, sealed checkpoints, and the loss of each optimizer step on its own."""
 
-    def __init__(self, *args: Any, experiment: Experiment, data_sha256: str, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, experiment: Experiment, data_sha256: str, recorder: StepRecorder, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.experiment, self.data_sha256 = experiment, data_sha256
+        self.experiment, self.data_sha256, self.recorder = experiment, data_sha256, recorder
         self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
         self.step_tokens = torch.zeros((), device=self.args.device)
         self._epoch_sampler: EpochSampler | None = None
@@ -134,11 +158,22 @@ class FlatTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        for callback in self.callback_handler.callbacks:
-            if self.args.should_save and isinstance(callback, FlatLoraCallback):
-                callback.save_state(folder)
+        try:
+            super()._save_checkpoint(model, trial)
+            self._complete(folder)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its room back
+            raise
+
+    def _complete(self, folder: Path) -> None:
+        """Add what is ours to a checkpoint and make it count."""
+        if self.args.should_save:
+            self.recorder.effort().write(folder)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, FlatLoraCallback):
+                    callback.save_state(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint.seal(
@@ -156,15 +191,28 @@ class StepRecorder(TrainerCallback):
 
     log: MetricsLog
     progress: Progress | None
-    trainer: FlatTrainer | None = None
+    before: Effort  # of the processes before this one
     flat: FlatLoraCallback | None = None
+    trainer: FlatTrainer | None = None
     step_seconds: list[float] = field(default_factory=list)
-    tokens: float = 0.0
     last: dict[str, Any] = field(default_factory=dict)
 
+    def effort(self) -> Effort:
+        """All time up to now, that of the processes before included."""
+        if not self.step_seconds:
+            return self.before  # a finished training, read back
+        return Effort(
+            train_s=self.before.train_s + time.perf_counter() - self._train_started,
+            perturb_s=self.before.perturb_s + (self.flat.perturbation.seconds if self.flat else 0.0),
+            step_s=[*self.before.step_s, *self.step_seconds][-_STEPS_TIMED:],
+            perturbation=_perturbation_record(self.flat),
+        )
+
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._train_started = time.perf_counter()
         self._steps_per_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
-        self.log.rewind(state.global_step)
+        if state.is_world_process_zero:
+            self.log.rewind(state.global_step)
         if self.progress:
             self.progress.start(state.max_steps, state.global_step)
 
@@ -208,7 +256,6 @@ class StepRecorder(TrainerCallback):
         totals = self.trainer.accelerator.reduce(totals, "sum") if args.world_size > 1 else totals
         loss, tokens = totals[0].item() / args.world_size, totals[1].item()
         sigma = self.flat.perturbation.sigma_at(state.global_step - 1) if self.flat else 0.0
-        self.tokens = tokens
         return {
             "step": state.global_step,
             "epoch": state.epoch,
@@ -279,12 +326,10 @@ def train(
     Raises:
         FloatingPointError: the loss or a weight is NaN or infinite.
     """
-    recorder = StepRecorder(log, progress)
-    callbacks: list[TrainerCallback] = [recorder]
-    flat = best = None
-    if experiment.flat:
-        flat = flat_callback(experiment)
-        callbacks.append(flat)
+    flat = flat_callback(experiment) if experiment.flat else None
+    recorder = StepRecorder(log, progress, Effort.read(resume_from), flat)
+    callbacks: list[TrainerCallback] = [recorder, *([flat] if flat else [])]
+    best = None
     if experiment.optim.early_stopping_patience and len(validation_rows):
         callbacks.append(EarlyStoppingCallback(experiment.optim.early_stopping_patience))
     if experiment.optim.best_model and len(validation_rows):
@@ -302,33 +347,34 @@ def train(
         callbacks=callbacks,
         experiment=experiment,
         data_sha256=data_sha256,
+        recorder=recorder,
     )
     for unwanted in (PrinterCallback, TqdmCallback):
         trainer.remove_callback(unwanted)
-    recorder.trainer, recorder.flat = trainer, flat
-    started = time.perf_counter()
+    recorder.trainer = trainer
     try:
         if resume_from and _is_complete(resume_from):
             trainer._load_from_checkpoint(str(resume_from))  # Trainer itself would run one step more
             trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
-            log.rewind(trainer.state.global_step)
+            if is_main_process():
+                log.rewind(trainer.state.global_step)
         else:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         if progress:
             progress.stop()
-        if flat and flat.perturbation:
-            flat.perturbation.close()  # whatever went wrong, the backbone is W again
-    elapsed = time.perf_counter() - started
+        if flat:
+            flat.close()  # whatever went wrong, the backbone is W again
+    effort = recorder.effort()
     metrics = {"train_loss": _mean_of_last_losses(log), "eval_loss": _last(log, "eval_loss")}
     if best:
         metrics["best_step"] = best.restore(model)
         metrics["eval_loss"] = best.read()["eval_loss"]
     return TrainingResult(
         metrics={name: value for name, value in metrics.items() if value is not None},
-        timing=_timing(recorder, flat, elapsed),
+        timing=_timing(effort, log),
         steps=trainer.state.global_step,
-        perturbation=_perturbation_record(flat),
+        perturbation=effort.perturbation,
         resumed_from=int(resume_from.name.split("-")[1]) if resume_from else None,
     )
 
@@ -420,14 +466,13 @@ def _mean_of_last_losses(log: MetricsLog, rows: int = 10) -> float | None:
     return statistics.fmean(losses) if losses else None
 
 
-def _timing(recorder: StepRecorder, flat: FlatLoraCallback | None, elapsed_s: float) -> dict[str, float | None]:
-    seconds = recorder.step_seconds
-    rates = [row["tokens_per_s"] for row in recorder.log.rows() if "tokens_per_s" in row][-len(seconds) :]
+def _timing(effort: Effort, log: MetricsLog) -> dict[str, float | None]:
+    rates = [row["tokens_per_s"] for row in log.rows() if "tokens_per_s" in row]
     return {
-        "train_s": round(elapsed_s, 3),
-        "step_s_median": round(statistics.median(seconds), 4) if seconds else None,
-        "tokens_per_s": round(statistics.median(rates), 1) if seconds and rates else None,
-        "perturb_s": round(flat.perturbation.seconds, 3) if flat and flat.perturbation else 0.0,
+        "train_s": round(effort.train_s, 3),
+        "step_s_median": round(statistics.median(effort.step_s), 4) if effort.step_s else None,
+        "tokens_per_s": round(statistics.median(rates), 1) if rates else None,
+        "perturb_s": round(effort.perturb_s, 3),
     }
 
 
@@ -454,6 +499,10 @@ def from_main_process(compute: Callable[[], T], device: torch.device) -> T:
             answer[0] = compute()
         except ConfigError as error:
             answer[1] = error
+        except BaseException as error:  # the others must not wait for an answer that never comes
+            answer[1] = RuntimeError(f"the main process failed: {type(error).__name__}: {error}")
+            torch.distributed.broadcast_object_list(answer, src=0)
+            raise
     torch.distributed.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]

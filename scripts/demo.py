@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 PROJECT = Path(__file__).parents[1]
-FOLDER = Path("results") / "demo_word_math"
+FOLDER = Path("results") / "flatlora-demo_word_math"
 STEPS, TEST_ROWS, SEED = 45, 200, 42
 SETTINGS = [
-    "wandb.project=demo",
+    "wandb.project=flatlora-demo",
     "wandb.mode=disabled",
+    "overwrite=true",
     "trainer=cpu",
     f"trainer.max_steps={STEPS}",
     "trainer.micro_batch_size=16",
@@ -49,7 +50,6 @@ def main() -> int:
         "[bold]Flat-LoRA demo[/]: SmolLM2-135M (a small model) on generated two-step word problems, LoRA and Flat-LoRA "
         "on the same seed. Not a paper's setting: it shows that a run works, repeats, and leaves the backbone alone.\n"
     )
-    shutil.rmtree(PROJECT / FOLDER, ignore_errors=True)
     for part, (name, settings) in enumerate(RUNS.items(), start=1):
         console.print(f"[bold]{part}/3 {name}[/]: train {STEPS} steps, then answer {TEST_ROWS} held-out problems")
         command = [*SETTINGS, *settings, f"seed={SEED}", f"wandb.name={name}"]
@@ -58,6 +58,7 @@ def main() -> int:
     console.print(f"[bold]3/3 zero-shot[/]: the untrained model answers the same {TEST_ROWS} problems")
     folders = {name: FOLDER / name / str(SEED) for name in RUNS}
     zero_shot = FOLDER / "zero-shot"
+    shutil.rmtree(PROJECT / zero_shot, ignore_errors=True)
     command = ["HuggingFaceTB/SmolLM2-135M-Instruct", f"rows={folders['LoRA'] / 'test.jsonl'}", f"out={zero_shot}"]
     command += ["max_new_tokens=128", "batch_size=100", "device=cpu"]
     if code := _run(["-m", "eval.gsm8k", *command]):

@@ -3,7 +3,7 @@
     python scripts/kill_resume.py [--kills 3] [--seed N] [key=value ...]
 
 Settings go to both runs. Prints the moments, and whether adapter bytes and metrics.jsonl (less the clock's
-tokens_per_s) are equal; exit code 1 when they are not.
+tokens_per_s) are equal; exit code 1 when they are not, or when a kill came too late.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
         moments = [generator.uniform(0.9 * startup_s, latest_s) for _ in range(options.kills)]
         print(f"moments drawn from seed {options.seed}: {', '.join(f'{moment:.1f} s' for moment in moments)}")
         kills = kill_and_resume([*DEFAULTS, *options.settings, f"results_root={killed}"], killed, moments)
-        return report(_only_run(whole), _only_run(killed), kills)
+        return report(_only_run(whole), _only_run(killed), kills, options.kills)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -92,15 +92,15 @@ def kill_and_resume(settings: list[str], root: Path, moments: list[float]) -> in
     return kills
 
 
-def report(whole: Path, killed: Path, kills: int) -> int:
-    """Print the comparison; 0 when everything is equal."""
+def report(whole: Path, killed: Path, kills: int, wanted: int) -> int:
+    """Print the comparison; 0 when everything is equal and every kill fell inside the run."""
     adapters = [_sha256(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, killed)]
     metrics = [_metrics(folder) for folder in (whole, killed)]
     same_adapter, same_metrics = adapters[0] == adapters[1], metrics[0] == metrics[1]
-    print(f"kills: {kills}")
+    print(f"kills: {kills}" + ("" if kills == wanted else f" of {wanted}: too few to count; run it again"))
     print(f"adapter bytes:  {'equal' if same_adapter else 'DIFFERENT'} ({adapters[0][:16]}… {adapters[1][:16]}…)")
     print(f"metrics.jsonl:  {'equal' if same_metrics else 'DIFFERENT'} ({len(metrics[0])} and {len(metrics[1])} rows)")
-    return 0 if same_adapter and same_metrics else 1
+    return 0 if same_adapter and same_metrics and kills == wanted else 1
 
 
 def _command(settings: list[str], root: Path) -> subprocess.Popen:

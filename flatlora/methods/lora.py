@@ -27,12 +27,16 @@ class LoraMethodConfig(PeftConfig):
     target_modules: Literal["all", "qv"] | list[str] = setting("all", remedy="all, qv or a list of module names")
 
     def rule_faults(self) -> list[str]:
-        if (self.lora_r is None) != (self.lora_relative_r is None):
-            return []
-        return [
-            f"Invalid peft.lora_r={self.lora_r} with peft.lora_relative_r={self.lora_relative_r}: exactly one of them "
-            "sets the rank; set the other to null."
-        ]
+        faults = []
+        if (self.lora_r is None) == (self.lora_relative_r is None):
+            remedy = "set one of them" if self.lora_r is None else "set the other to null"
+            faults.append(
+                f"Invalid peft.lora_r={self.lora_r} with peft.lora_relative_r={self.lora_relative_r}: exactly one of "
+                f"them sets the rank; {remedy}."
+            )
+        if not self.target_modules:
+            faults.append("Invalid peft.target_modules=[]: nothing would be trained; name modules, or use all or qv.")
+        return faults
 
 
 @register("lora")

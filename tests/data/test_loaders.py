@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -85,6 +86,11 @@ def test_gsm8k_splits_have_their_sizes_and_are_disjoint(root, subset, train_rows
     assert_disjoint(splits)
 
 
+def test_gsm8k_validates_on_the_rows_that_follow_the_train_rows(root):
+    splits = gsm8k.load(gsm8k_config(train_rows=6, validation_rows=2), str(root), count_words)
+    assert [row["x"] for row in splits.validation] == ["Q: train 6?\nA: ", "Q: train 7?\nA: "]
+
+
 def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
     first = gsm8k.load(gsm8k_config(), str(root), count_words).train
     shuffled = gsm8k.load(gsm8k_config(subset="shuffled"), str(root), count_words).train
@@ -98,7 +104,7 @@ def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
     [
         ({"train_rows": 21}, "Invalid dataset.train_rows=21: only 20 rows are left"),
         ({"train_rows": 18, "validation_rows": 3}, "Invalid dataset.validation_rows=3: only 2 rows are left"),
-        ({"validation_rows": 20}, "Invalid dataset.validation_rows=20: only 19 rows are left"),
+        ({"validation_rows": 20}, "Invalid dataset.validation_rows=20: only 19 rows are left for it; lower it."),
         ({"test_rows": 6}, "Invalid dataset.test_rows=6: only 5 rows are left"),
     ],
 )
@@ -204,8 +210,14 @@ def test_jsonl_is_read_back_whatever_the_text(tmp_path):
 
 def test_blank_lines_and_windows_line_ends_are_no_rows(tmp_path):
     path = write(tmp_path, "owner/name", "default", "train", [])
-    path.write_bytes(b'\n{"x": 1}\r\n  \r\n{"x": 2}')
-    assert read(tmp_path, ["x"]) == [{"x": 1}, {"x": 2}]
+    path.write_bytes(b'\n{"x": "1"}\r\n  \r\n{"x": "2"}')
+    assert read(tmp_path, ["x"]) == [{"x": "1"}, {"x": "2"}]
+
+
+def test_the_mark_of_windows_editors_is_no_text(tmp_path):
+    path = write(tmp_path, "owner/name", "default", "train", [])
+    path.write_text('{"x": "1"}\n', encoding="utf-8-sig")
+    assert read(tmp_path, ["x"]) == [{"x": "1"}]
 
 
 def test_parquet_is_read_as_jsonl_is(tmp_path):
@@ -217,8 +229,8 @@ def test_parquet_is_read_as_jsonl_is(tmp_path):
 
 
 def test_columns_are_cut_to_those_asked(tmp_path):
-    write(tmp_path, "owner/name", "default", "train", [{"x": 1, "y": 2, "z": 3}])
-    assert read(tmp_path, ["z", "x"]) == [{"z": 3, "x": 1}]
+    write(tmp_path, "owner/name", "default", "train", [{"x": "1", "y": 2, "z": "3"}])
+    assert read(tmp_path, ["z", "x"]) == [{"z": "3", "x": "1"}]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +241,18 @@ def test_columns_are_cut_to_those_asked(tmp_path):
         (b'{"x": 1}\n{"x": ', ["train.jsonl, line 2: not JSON"]),
         (b'\n{"x": 1}\n[1, 2]\n', ["train.jsonl, line 3: a JSON object is needed, not '[1, 2]'"]),
         (b'{"z": 1}\n', ["Missing column x", "row 1", "it has z"]),
-        (b'{"x": 1, "y": 2}\n{"y": 2}\n', ["Missing column x", "row 2", "it has y"]),
+        (b'{"x": "1", "y": 2}\n{"y": 2}\n', ["Missing column x", "row 2", "it has y"]),
+        (b'{"x": "1"}\n{}', ["Missing column x", "row 2", "it has none"]),
+        (b'{"x": "1"}\n{"x": null}\n{"x": 5}', ["Invalid x in", "row 2: text is needed, not null; mend the row"]),
+        (b'{"x": 5}\n{}', ["row 1: text is needed, not 5;"]),
+        (b'{"x": true}', ["row 1: text is needed, not true;"]),
+        (b'{"x": {"a": ["b"]}}', ['text is needed, not {"a": ["b"]};']),
+        (b'{"x": [' + b"1, " * 100 + b"1]}", ["text is needed, not [1, 1, ", "…; mend"]),
+        (b'{"x": "a\\ud83d"}', [r"row 1: its character 2, \ud83d, is half of a pair", "mend the row"]),
+        (b'{"\\ud83d": "a"}', [r"Missing column x", r"it has \ud83d;"]),
+        pytest.param(b'{"x": ' + b"9" * 5000 + b"}", ["line 1: not JSON", "mend it"], id="5,000 digits"),
+        pytest.param(b'{"x": ' + b"[" * 100_000, ["line 1: not JSON", "mend it"], id="too deep"),
+        ('{"x": "1"}'.encode("utf-16"), ["not UTF-8 at byte 0"]),
         (b'{"x": "\xff"}\n', ["not UTF-8 at byte 7"]),
     ],
 )
@@ -244,11 +267,80 @@ def test_every_missing_column_is_named(tmp_path):
     assert [fault.split(" in ")[0] for fault in faults(read, tmp_path)] == ["Missing column x", "Missing column y"]
 
 
-def test_a_broken_parquet_file_is_a_fault(tmp_path):
-    path = write(tmp_path, "owner/name", "default", "train", [])
-    path.rename(path.with_suffix(".parquet")).write_bytes(b"PAR1 and no more")
+def test_every_column_without_text_is_named_once(tmp_path):
+    rows = [{"x": "1", "y": "2"}, {"x": "1", "y": None}, {"x": 3, "y": 4}, {}]
+    write(tmp_path, "owner/name", "default", "train", rows)
+    of_x, of_y = faults(read, tmp_path)
+    assert "Invalid x" in of_x
+    assert "row 3: text is needed, not 3" in of_x
+    assert "Invalid y" in of_y
+    assert "row 2: text is needed, not null" in of_y
+
+
+def write_parquet(root, rows):
+    folder = root / "owner" / "name" / "default"
+    folder.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train.parquet")
+    return folder / "train.parquet"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"PAR1 and no more",
+        lambda raw: b"",
+        lambda raw: raw[: len(raw) // 2],  # no footer
+        lambda raw: raw[:8] + b"\xff" * 16 + raw[24:],  # a page that the footer describes otherwise
+        lambda raw: raw.replace(b"owl", b"\xff\xff\xff"),  # text that is not UTF-8
+    ],
+)
+def test_a_broken_parquet_file_is_a_fault(tmp_path, damage):
+    path = write_parquet(tmp_path, [{"x": "owl", "y": "owl"}])
+    path.write_bytes(damage(path.read_bytes()))
     (fault,) = faults(read, tmp_path)
     assert "train.parquet: not Parquet" in fault
+    assert "fetch it again" in fault
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"x": "1", "z": "2"}, ["Missing column y", "it has x, z"]),
+        ({"x": "1", "y": 2}, ["Invalid y", "row 1: text is needed, not 2"]),
+        ({"x": "1", "y": None}, ["Invalid y", "not null"]),
+        ({"x": "1", "y": {"a": [1]}}, ["Invalid y", 'not {"a": [1]}']),
+        ({"x": "1", "y": b"2"}, ["Invalid y", "b'2'"]),
+    ],
+)
+def test_parquet_of_another_schema_is_a_fault(tmp_path, row, words):
+    write_parquet(tmp_path, [row])
+    (fault,) = faults(read, tmp_path)
+    assert all(word in fault for word in words), fault
+
+
+def test_a_file_that_cannot_be_read_is_a_fault(tmp_path):
+    (fault,) = faults(read_jsonl, tmp_path)
+    assert fault == f"Cannot read {tmp_path}: Is a directory; make it a readable file, or name another."
+
+
+@pytest.mark.parametrize(("name", "problem"), [("nowhere", "it is not there"), ("file", "it is a file, not a folder")])
+def test_a_data_root_that_is_no_folder_is_a_fault(tmp_path, name, problem):
+    (tmp_path / "file").write_text("")
+    (fault,) = faults(read, tmp_path / name)
+    assert fault.startswith(f"Invalid data_root={tmp_path / name}: {problem}; name the folder that owner/name/default/")
+
+
+@pytest.mark.parametrize(("module", "config"), [(gsm8k, gsm8k_config), (meta_math, meta_math_config)])
+def test_faults_of_train_and_test_rows_are_told_together(root, module, config):
+    write(root, "openai/gsm8k", "main", "test", [{"question": None, "answer": 5}])
+    told = faults(module.load, config(train_rows=99, test_rows=1), str(root), count_words)
+    assert [fault.split()[1] for fault in told] == ["dataset.train_rows=99:", "question", "answer"]
+
+
+def test_no_train_row_below_the_limit_is_a_fault_of_the_limit(root):
+    config = meta_math_config(max_tokens=8, train_rows=None)
+    (fault,) = faults(meta_math.load, config, str(root), lambda texts: [9] * len(texts))
+    assert "keeps none of its train rows; raise its limits, such as dataset.max_tokens" in fault
 
 
 def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
@@ -258,15 +350,22 @@ def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
     assert "leave data_root out to read the hub" in fault
 
 
-def test_a_hub_out_of_reach_is_a_fault_with_the_local_way(monkeypatch):
-    import datasets
-
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionError("no route to host\n at all"), ": no route to host "),
+        (ValueError(), ": ValueError "),  # an error without a message
+        (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer"),
+        (datasets.exceptions.DatasetGenerationError("a broken file"), "a broken file"),
+    ],
+)
+def test_a_hub_out_of_reach_is_a_fault_with_the_local_way(monkeypatch, error, reason):
     def unreachable(*args, **options):
-        raise ConnectionError("no route to host")
+        raise error
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     (fault,) = faults(read_rows, "owner/name", "default", "train", columns=["x"])
-    assert "no route to host" in fault
+    assert reason in fault
     assert "set data_root=DIR with DIR/owner/name/default/train.jsonl" in fault
 
 

@@ -98,6 +98,19 @@ def test_a_set_that_no_row_is_left_of_is_a_fault():
         prepare(splits, make_tokenizer(bos=False), 2)
     prepared = prepare(splits, make_tokenizer(bos=False), 3)
     assert (len(prepared.train), len(prepared.validation)) == (1, 0)
+    longer = Splits(splits.train, [{"x": text(0, 1, 2), "y": text(3)}], [])
+    with pytest.raises(ConfigError, match=r"none of 1 validation rows is left at dataset\.max_length=3; raise it"):
+        prepare(longer, make_tokenizer(bos=False), 3)
+    with pytest.raises(ConfigError) as caught:
+        prepare(longer, make_tokenizer(bos=False), 1)
+    assert len(caught.value.faults) == 2
+
+
+def test_a_tokenizer_that_cannot_end_an_answer_is_a_fault():
+    tokenizer = make_tokenizer(bos=False)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="has no end-of-sequence token"):
+        prepare(Splits([{"x": text(0), "y": text(1)}], [], []), tokenizer, 8)
 
 
 ROWS = [

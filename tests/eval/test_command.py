@@ -1,12 +1,20 @@
-"""`python -m eval.gsm8k PATH` on a finished run, its checkpoint and its adapter."""
+"""`python -m eval.gsm8k PATH` on a finished run, its checkpoint and its adapter, and on what is broken."""
 
+import errno
 import json
 import shutil
 
 import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import run_exp
+from eval import command, predictions
+from eval.backends import Completion
 from eval.command import main
+from flatlora.rows import jsonl
 from tests.conftest import run_folder
 
 SETTINGS = ("eval=[gsm8k]", "eval.gsm8k.max_new_tokens=6", "eval.gsm8k.batch_size=4")
@@ -50,3 +58,300 @@ def test_checkpoints_have_their_own_folder_and_other_weights_their_own_answers(f
 )
 def test_bad_commands_exit_with_2(words):
     assert main("gsm8k", words) == 2
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_is_no_fault(capsys, word):
+    assert main("gsm8k", [word]) == 0
+    assert "python -m eval.gsm8k PATH [key=value ...]" in capsys.readouterr().out
+
+
+# --- faults, without a model
+
+
+CONFIG = {
+    "model": {"name": "tiny", "hub_id": "none", "family": "causal_lm"},
+    "dataset": {},
+    "peft": {},
+    "rho": {},
+    "optim": {},
+    "trainer": {"name": "cpu"},
+    "eval": {"gsm8k": {"max_rows": 3}},
+}
+ROWS = [{"x": f"Q: {i} + 1?\nA: ", "y": f"#### {i + 1}"} for i in range(5)]
+
+
+class Right:
+    """Answers "Q: N + 1?" by N + 1, two rows at a time."""
+
+    batch_size = 2
+
+    def describe(self):
+        return {"backend": "right"}
+
+    def prompt_length(self, prompt):
+        return len(prompt)
+
+    def generate(self, prompts, max_new_tokens):
+        return [Completion(str(int(prompt.split()[1]) + 1), 1, True) for prompt in prompts]
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A run's folder without weights, answered by `Right`."""
+    monkeypatch.setattr(command, "_load", lambda place, device, batch_size: Right())
+    folder = tmp_path / "run"
+    for weights in (folder / "adapter", folder / "checkpoint-6"):
+        weights.mkdir(parents=True)
+        (weights / "adapter_config.json").write_text("{}")
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "test.jsonl").write_text(jsonl(ROWS))
+    (folder / "run.json").write_text("{}")
+    return folder
+
+
+def faults(words, capsys):
+    """The faults that a command ends with, as the user reads them."""
+    capsys.readouterr()
+    assert main("gsm8k", [str(word) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return [line.split(". ", 1)[1] for line in told.splitlines()[1:]]
+
+
+def test_a_run_made_by_hand_is_scored_with_its_own_settings(made):
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    assert json.loads((made / "eval/gsm8k/score.json").read_text())["n"] == 3
+    assert main("gsm8k", [str(made), "score_only=true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "fault"),
+    [
+        ("rows=[", "Invalid rows=[: no such file; name a .jsonl file with x and y."),
+        ("rows=", "Invalid rows='': string should have at least 1 character; name a .jsonl file with x and y."),
+        ("max_rows=0", "Invalid max_rows=0: input should be greater than or equal to 1; null scores every row"),
+        ("max_rows=abc", "Invalid max_rows='abc': input should be a valid integer; null scores every row"),
+        ("max_rows=1e400", "Invalid max_rows='1e400': input should be a valid integer;"),
+        ("max_rows=[", "Cannot read 'max_rows=[': its value is not YAML; write a number"),
+        ("max_rows=2024-13-45", "Cannot read 'max_rows=2024-13-45': its value is not YAML;"),  # a date, but none
+        ("max_rows=!!python/name:os.system", "Cannot read"),
+        ("max_new_tokens=0", "Invalid max_new_tokens=0: input should be greater than or equal to 1; 512 as published."),
+        ("batch_size=2.5", "Invalid batch_size=2.5: input should be a valid integer; lower it when memory runs out."),
+        ("device=gpu", "Invalid device='gpu': input should be 'auto', 'cpu' or 'cuda'."),
+        ("score_only=5", "Invalid score_only=5: input should be a valid boolean; true scores answers that are there."),
+        ("max_rowz=5", "Unknown key max_rowz: did you mean max_rows?"),
+        ("=5", "Unknown key : known: "),
+        ("max_rows", "Cannot read 'max_rows': a setting is written key=value"),
+        ("data_root=/nope", "Invalid data_root=/nope: nothing is read there, for the rows are those of "),
+    ],
+)
+def test_a_bad_word_is_one_fault_with_its_remedy(made, capsys, word, fault):
+    (told,) = faults([made, word], capsys)
+    assert told.startswith(fault)
+    assert not (made / "eval").exists()
+
+
+def test_faults_of_path_words_rows_and_folder_are_told_together(made, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"x": null, "y": 5}\n')
+    (tmp_path / "file").write_text("")
+    words = [tmp_path / "nowhere", "batch_size=0", f"rows={tmp_path / 'rows.jsonl'}", f"out={tmp_path / 'file'}/out"]
+    kinds = ["Invalid path", "Invalid batch_size", "Invalid out", "Invalid x", "Invalid y"]
+    assert [" ".join(fault.split()[:2]).partition("=")[0] for fault in faults(words, capsys)] == kinds
+    told = faults([tmp_path / "nowhere", "device=gpu"], capsys)
+    assert [fault.partition("=")[0].split()[1] for fault in told] == ["path", "device"]
+
+
+def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "7").write_text(jsonl(ROWS))
+    assert main("gsm8k", [str(made), "rows=7", "out=2024", "data_root=null", "device=cpu", "max_rows=null"]) == 0
+    assert json.loads((tmp_path / "2024/score.json").read_text())["metrics"]["exact_match"] == 1.0
+    assert json.loads((tmp_path / "2024/score.json").read_text())["n"] == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ('{"x": "Q"}', "Missing column y in FILE, row 1: it has x;"),
+        ('{"x": "Q", "y": "#### 1"}\n{"x": 5, "y": "#### 1"}', "Invalid x in FILE, row 2: text is needed, not 5;"),
+        ('{"x": "Q", "y": "none"}', "Invalid answer in FILE, row 1: gsm8k scores a final number, and 'none' has none;"),
+        ("", "Empty data set: FILE holds no row"),
+        ("{", "Broken row in FILE, line 1: not JSON"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_rows_that_cannot_be_scored_are_a_fault_before_a_model_is_loaded(made, capsys, content, fault, own):
+    path = made / ("test.jsonl" if own else "rows.jsonl")
+    path.write_text(content)
+    (told,) = faults([made] if own else [made, f"rows={path}"], capsys)
+    assert told.startswith(fault.replace("FILE", str(path)))
+
+
+def test_the_benchmarks_own_rows_are_checked_too(made, capsys, tmp_path):
+    (made / "test.jsonl").unlink()
+    path = tmp_path / "root/openai/gsm8k/main/test.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(jsonl([{"question": "Q", "answer": "#### none"}]))
+    (told,) = faults([made, f"data_root={tmp_path / 'root'}"], capsys)
+    assert told.startswith("Invalid answer in the benchmark's own rows, row 1:")
+
+
+def test_an_output_folder_that_cannot_be_is_a_fault(made, capsys, monkeypatch):
+    (told,) = faults([made, f"out={made}/run.json/a/b"], capsys)
+    assert told == f"Invalid out={made}/run.json/a/b: {made}/run.json is a file; name another folder with out=DIR."
+    monkeypatch.setattr(command.os, "access", lambda path, mode: False)
+    (told,) = faults([made], capsys)
+    assert told == f"Invalid out={made}/eval/gsm8k: {made} cannot be written to; name another folder with out=DIR."
+
+
+def test_broken_answers_are_a_fault_of_score_only(made, capsys):
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    path = made / "eval/gsm8k/predictions.jsonl"
+    for old, new, fault in (("#### 1", "none", "Row 0 has no number"), ('"none"', "null", "row 1 has no good")):
+        path.write_text(path.read_text().replace(old, new))
+        (told,) = faults([made, "score_only=true"], capsys)
+        assert told.startswith(f"Broken file {path}: {fault}")
+
+
+# --- what belongs to a run
+
+
+FOREIGN = ["{[1]: 2}", "model: {}\nlearning_rate: 1\n", "model: {}\ndataset: {}\noptim: {}\ntrainer: {}\n"]
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "- 1", "hello", "\x00", *FOREIGN])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_foreign_configuration_makes_no_run(tmp_path, capsys, monkeypatch, content, depth):
+    places = []
+    monkeypatch.setattr(command, "_load", lambda place, device, batch_size: places.append(place) or Right())
+    weights = tmp_path / "a" / "b"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text("{}")
+    (weights, *weights.parents)[depth].joinpath("config.yaml").write_text(content)
+    (tmp_path / "rows.jsonl").write_text(jsonl(ROWS))
+    assert main("gsm8k", [str(weights), f"rows={tmp_path / 'rows.jsonl'}", "device=cpu"]) == 0
+    assert places == [command.Place(str(weights))]
+    assert (weights / "eval/gsm8k-rows=rows/score.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["", "adapter", "checkpoint-6"])
+@pytest.mark.parametrize("content", ["", "a: [", "- 1", "\x00", "\xff"])
+def test_a_runs_broken_configuration_is_a_fault(made, capsys, content, name):
+    (made / "config.yaml").write_bytes(content.encode("latin-1"))
+    (told,) = faults([made / name], capsys)
+    assert told.startswith(f"Broken file {made / 'config.yaml'}: it holds no settings; put those back that run.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"rho": None, "optim": None}, "Invalid FILE: the run's rho, optim is missing; score the run with the version"),
+        (
+            dict.fromkeys(("peft", "rho", "optim", "trainer", "eval")),  # torn
+            "Invalid FILE: the run's peft, rho, optim, trainer is missing;",
+        ),
+        ({"model": {"name": "tiny"}}, "Invalid model.hub_id in FILE: field required; score the run with the version"),
+        ({"trainer": {"name": "cpu", "gpus": 1}}, "Invalid trainer.gpus in FILE: extra inputs are not permitted;"),
+        ({"trainer": [1]}, "Invalid trainer in FILE:"),
+        ({"eval": {"gsm8k": {"max_tokens": 5}}}, "Invalid eval.gsm8k.max_tokens in FILE:"),
+        ({"eval": {"gsm8k": None}}, "Invalid eval.gsm8k in FILE:"),
+        ({"eval": ["gsm8k"]}, "Invalid eval in FILE: a group of benchmarks is needed;"),
+    ],
+)
+def test_a_configuration_of_another_version_is_a_fault_that_names_it(made, capsys, changes, fault):
+    config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
+    (made / "config.yaml").write_text(yaml.safe_dump(config))
+    told = faults([made / "checkpoint-6"], capsys)
+    assert any(line.startswith(fault.replace("FILE", str(made / "config.yaml"))) for line in told), told
+
+
+@pytest.mark.parametrize("scored", [{}, None, {"other": {}}])
+def test_a_run_that_was_not_scored_is_scored_with_the_defaults(made, scored):
+    (made / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"eval": scored}))
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    assert json.loads((made / "eval/gsm8k/score.json").read_text())["n"] == 5
+
+
+def test_a_folder_without_weights_is_a_fault(made, capsys):
+    shutil.rmtree(made / "adapter")
+    (told,) = faults([made], capsys)
+    assert "this run has no adapter/ yet; finish it, or name one of its checkpoints" in told
+    (made / "empty").mkdir()
+    (told,) = faults([made / "empty"], capsys)
+    assert "neither weights nor a run are in it; name a run, checkpoint, adapter or model folder" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_config.json", ""),
+        ("adapter_config.json", "[]"),
+        ("adapter_config.json", "{}"),
+        ("adapter_model.safetensors", "torn"),
+        ("adapter_model.safetensors", None),
+    ],
+)
+def test_an_adapter_that_cannot_be_loaded_is_a_fault(made, tiny_model_folder, capsys, monkeypatch, name, content):
+    monkeypatch.undo()
+    folder = made / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    (made / "config.yaml").unlink()
+    (told,) = faults([folder, f"rows={made / 'test.jsonl'}", "device=cpu"], capsys)
+    assert told.startswith("Cannot load ")
+
+
+# --- failures on the way
+
+
+def test_a_full_disk_ends_with_one_line_and_a_later_call_goes_on(made, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Right, "generate", lambda self, prompts, n: asked.extend(prompts) or answer(prompts))
+
+    def answer(prompts):
+        return [Completion(str(int(prompt.split()[1]) + 1), 1, True) for prompt in prompts]
+
+    class Full:
+        """A file that takes half of the second batch."""
+
+        def __init__(self, path, mode, encoding):
+            self.path = path
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def write(self, text):
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text if len(asked) == 2 else text[:20])
+            if len(asked) > 2:
+                raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+
+    with monkeypatch.context() as full:
+        full.setattr(predictions, "open", Full, raising=False)
+        assert main("gsm8k", [str(made), "device=cpu"]) == 1
+    told = capsys.readouterr().err
+    (line,) = [line for line in told.splitlines() if "failed" in line]
+    assert line.startswith("The evaluation failed: [Errno 28] No space left on device")
+    assert "the same command goes on with the answers that are missing" in line
+    assert "Traceback" not in told
+    assert len(asked) == 3
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    assert len(asked) == 4  # the batch that was not written, and no other
+    assert json.loads((made / "eval/gsm8k/score.json").read_text())["metrics"]["exact_match"] == 1.0
+
+
+def test_too_little_memory_names_the_remedy(made, capsys, monkeypatch):
+    def full(self, prompts, max_new_tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(Right, "generate", full)
+    assert main("gsm8k", [str(made), "device=cpu"]) == 1
+    told = capsys.readouterr().err
+    assert "The evaluation failed: CUDA out of memory. Tried to allocate 2 GiB. A lower batch_size needs less." in told

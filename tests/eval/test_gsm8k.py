@@ -1,16 +1,18 @@
 """The GSM8K scorer: numbers as people write them, the first marked answer, no mercy for what cannot be read."""
 
 import json
+import time
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+import eval as benchmarks
 from eval import gsm8k
 from eval.backends import Completion
 from eval.gsm8k import parse_answer, score
 from flatlora.config import ConfigError
-from flatlora.rows import read_jsonl
+from flatlora.rows import jsonl, read_jsonl
 
 REAL_TEST = Path(__file__).parents[2].parent / "shared/data/openai/gsm8k/main/test.jsonl"
 
@@ -40,6 +42,14 @@ MARKED = [
     ("#### The answer is 18.", "18"),
     ("##### 18", "18"),
     ("It is 5 or 6.\n#### 7", "7"),
+    ("#### 1,00", "1"),
+    ("#### ٣", "3"),
+    ("#### ٣.٤", "3.4"),
+    ("#### ²", None),
+    ("#### 1e400", "1"),  # no exponents: GSM8K has none, and a unit may follow a number
+    ("#### 18kg", "18"),
+    ("#### NaN", None),
+    ("#### Infinity", None),
     # A base model rambles on after its answer; what follows is not its answer.
     ("#### 18\n\nQ: Tom has 3 pens. How many?\nA: #### 3", "18"),
     ("#### 18 #### 3", "18"),
@@ -98,6 +108,22 @@ def test_parse_answer(text, number):
     assert parse_answer(text) == (None if number is None else Decimal(number))
 
 
+@pytest.mark.parametrize("sign", ["", "-", "−"])
+@pytest.mark.parametrize("mark", ["", "#### "])
+def test_a_number_of_ten_thousand_digits_is_read_exactly(mark, sign):
+    number, near = "9" * 10_000, "9" * 9_999 + "8"
+    read = parse_answer(mark + sign + number)
+    assert str(read) == ("-" if sign else "") + number
+    assert read != parse_answer(mark + sign + near)
+
+
+@pytest.mark.parametrize("piece", ["1,", "1,111", "-", "$ ", "9", ".", " ", "####"])
+def test_a_long_answer_is_read_in_time_that_grows_with_its_length(piece):
+    started = time.process_time()
+    parse_answer(piece * 100_000)
+    assert time.process_time() - started < 5  # quadratic time would be minutes
+
+
 @pytest.mark.parametrize("number", ["42", "-1,234.5", "$1,000,000.00", "0", "0.125", "987654321987654321987654321"])
 def test_text_around_a_number_changes_nothing(number):
     plain = parse_answer(number)
@@ -145,6 +171,27 @@ def test_a_reference_without_a_number_raises_and_names_the_row():
         score([row("#### 1", "1"), broken])
 
 
+def test_check_rows_finds_before_a_run_what_score_would_refuse():
+    good = {"x": "Q", "y": "#### 1"}
+    gsm8k.check_rows([good], "FILE")
+    gsm8k.check_rows([], "FILE")
+    with pytest.raises(ConfigError) as caught:
+        gsm8k.check_rows([good, {"x": "Q", "y": "5\n#### none"}, good, {"x": "Q", "y": ""}], "FILE")
+    (fault,) = caught.value.faults
+    assert fault.startswith("Invalid answer in FILE, row 2 (and 1 more): gsm8k scores a final number")
+    assert "'5\\n#### none' has none; end it in \"#### NUMBER\", or leave the row out." in fault
+
+
+@pytest.mark.parametrize("name", benchmarks.names())
+def test_every_benchmark_has_the_contract(name):
+    module = benchmarks.evaluator(name)
+    assert {"max_rows", "batch_size"} <= module.Config.model_fields.keys()
+    for function in ("check_rows", "run", "score_file", "benchmark_rows"):
+        assert callable(getattr(module, function))
+    assert isinstance(module.HEADLINE, str)
+    assert isinstance(module.SCORER_VERSION, int)
+
+
 def test_no_rows_are_no_score():
     result = score([])
     assert result["n"] == 0
@@ -187,6 +234,31 @@ def test_a_torn_or_missing_predictions_file_is_not_scored(tmp_path):
     path.write_text("\n".join(lines)[:-5])
     with pytest.raises(ConfigError, match="line 3: not JSON"):
         gsm8k.score_file(path)
+    assert not (tmp_path / "score.json").exists()
+
+
+def answer_row(place, **changes):
+    return {"index": place, "prompt": "Q"} | row("#### 1", "1") | changes
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"reference": "no number"}, "Row 1 has no number in its reference 'no number'. Mend"),
+        ({"reference": None}, "row 2 has no good reference; generate anew"),
+        ({"completion": 5, "tokens": "4"}, "row 2 has no good completion, tokens; generate anew"),
+        ({"finished": "yes"}, "row 2 has no good finished;"),
+        ({"index": 2}, "row 2 has index 2, not 1;"),  # a row is missing
+        ({"index": -1}, "row 2 has a negative index;"),
+    ],
+)
+def test_a_predictions_file_with_a_broken_row_is_a_fault(tmp_path, second, words):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(jsonl([answer_row(0), answer_row(1, **second)]))
+    with pytest.raises(ConfigError) as caught:
+        gsm8k.score_file(path)
+    (fault,) = caught.value.faults
+    assert fault.startswith(f"Broken file {path}: {words}")
     assert not (tmp_path / "score.json").exists()
 
 

@@ -130,6 +130,66 @@ def test_a_file_of_other_settings_or_prompts_is_put_aside(tmp_path, whole, chang
     assert "was made by another model, settings or prompts" in caplog.text
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b"[" * 100_000])
+@pytest.mark.parametrize("finished", [True, False])
+def test_answers_of_an_unreadable_record_are_put_aside(tmp_path, whole, finished, content, caplog):
+    folder = tmp_path / ("whole" if finished else "run")
+    if not finished:
+        killed_at(folder, 2)
+    name = "predictions.jsonl" if finished else "predictions.partial.jsonl"
+    old = (folder / name).read_bytes()
+    (folder / "generation.json").write_bytes(content)
+    assert generate(folder, Backend()).read_bytes() == whole[0]
+    assert (folder / name.replace(".jsonl", ".stale.jsonl")).read_bytes() == old
+    assert f"kept as {name.replace('.jsonl', '.stale.jsonl')}" in caplog.text
+    assert json.loads((folder / "generation.json").read_text())["backend"] == "fake"
+
+
+def changed(line, **values):
+    return json.dumps(json.loads(line) | values).encode()
+
+
+DAMAGES = {
+    "no JSON": lambda line: line[:-9],
+    "not UTF-8": lambda line: line[:-9] + b"\xff" + line[-8:],
+    "no object": lambda line: b"[1]",
+    "blank": lambda line: b"",
+    "no index": lambda line: b"{}",
+    "an index that is none": lambda line: changed(line, index="0"),
+    "an index beyond": lambda line: changed(line, index=11),
+    "a negative index": lambda line: changed(line, index=-1),
+    "no text": lambda line: changed(line, completion=None),
+    "another prompt": lambda line: changed(line, prompt="another"),
+    "another reference": lambda line: changed(line, reference="#### 99"),
+    "too deep": lambda line: b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "predictions.partial.jsonl"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_put_aside_and_made_anew(tmp_path, whole, name, damage, caplog):
+    folder = tmp_path / ("whole" if name == "predictions.jsonl" else "run")
+    if folder.name == "run":
+        killed_at(folder, 2)
+    lines = (folder / name).read_bytes().split(b"\n")
+    lines[1] = DAMAGES[damage](lines[1])
+    (folder / name).write_bytes(b"\n".join(lines))
+    backend = Backend()
+    assert generate(folder, backend).read_bytes() == whole[0]
+    assert backend.batches == whole[1]
+    stale = name.replace(".jsonl", ".stale.jsonl")
+    assert (folder / stale).read_bytes() == b"\n".join(lines)
+    assert f"{folder / name} is damaged: kept as {stale}." in caplog.text
+
+
+def test_a_prompt_without_a_token_is_a_fault(tmp_path):
+    backend = Backend()
+    with pytest.raises(ConfigError, match=r"Invalid prompt in row 2: .* no token"):
+        generate(tmp_path / "run", backend, ["one", " "], ["1", "2"])
+    assert not (tmp_path / "run").exists()
+    assert backend.batches == []
+
+
 def test_more_prompts_than_before_are_asked_in_their_own_batches(tmp_path, whole):
     generate(tmp_path / "run", Backend(), PROMPTS[:4], REFERENCES[:4])
     assert generate(tmp_path / "run", Backend()).read_bytes() == whole[0]

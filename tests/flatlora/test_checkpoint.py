@@ -16,6 +16,7 @@ from flatlora.checkpoint import (
     checkpoints,
     fault_of,
     latest_good,
+    remove_newer,
     rotate,
     seal,
     trainable_sha256,
@@ -74,7 +75,9 @@ def test_a_broken_checkpoint_is_named_removed_and_passed_over(tmp_path, caplog, 
     with caplog.at_level(logging.WARNING):
         assert latest_good(tmp_path, CONFIG, DATA) == good
     assert f"Ignoring {broken}: {fault}" in caplog.text
-    assert not broken.exists()
+    assert broken.exists()  # looking changes nothing
+    remove_newer(tmp_path, good)
+    assert checkpoints(tmp_path) == [good]
 
 
 def test_steps_are_ordered_as_numbers_and_other_names_left_alone(tmp_path):
@@ -93,6 +96,7 @@ def test_without_a_whole_checkpoint_there_is_none(tmp_path):
     make(tmp_path, 1, whole=False)
     make(tmp_path, 2, whole=False)
     assert latest_good(tmp_path, CONFIG, DATA) is None
+    remove_newer(tmp_path, None)
     assert checkpoints(tmp_path) == []
 
 

