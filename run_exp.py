@@ -191,9 +191,9 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     Raises:
         ConfigError: model, method, data or benchmarks do not fit; nothing has been written.
     """
-    models.check_weights(experiment.model, device)
     tokenizer = models.load_tokenizer(experiment.model)
     methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft)
+    models.check_weights(experiment.model, device)
     splits = data.loader(experiment.dataset.loader).load(
         experiment.dataset, experiment.data_root, lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]]
     )

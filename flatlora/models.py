@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import (
@@ -27,6 +25,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
     is_flash_attn_2_available,
 )
+from transformers.utils.hub import has_file
 
 from flatlora.config import ConfigError, ModelConfig
 from flatlora.console import console
@@ -81,31 +80,18 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
             "model.attn=auto, which takes torch's own kernels."
         )
     source, options = _source_and_options(config)
-    try:
-        if not any(_has_file(source, name, options.get("revision")) for name in _WEIGHT_FILES):
+    with _hub_faults(config):
+        if not any(has_file(source, name, **options) for name in _WEIGHT_FILES):
             faults.append(
-                f"Invalid model.hub_id={config.hub_id}: it holds no weights ({', '.join(_WEIGHT_FILES)}); name a "
-                "whole model, made by save_pretrained or `hf download`."
+                f"Invalid model.hub_id={config.hub_id}: it holds no weights, or they cannot be reached "
+                f"({', '.join(_WEIGHT_FILES)}); connect to the network, or name a whole model, made by save_pretrained "
+                "or `hf download`."
             )
-    except (OSError, HfHubHTTPError) as error:
-        faults.append(_load_fault(config, error))
     if faults:
         raise ConfigError(faults)
 
 
-_WEIGHT_FILES = (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
-
-
-def _has_file(source: str, name: str, revision: str | None) -> bool:
-    if Path(source).is_dir():
-        return (Path(source) / name).is_file()
-    cached = huggingface_hub.try_to_load_from_cache(source, name, revision=revision)
-    return isinstance(cached, str) or huggingface_hub.file_exists(source, name, revision=revision)
+_WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 
 
 def load_backbone(config: ModelConfig, device: torch.device) -> nn.Module:
@@ -227,6 +213,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 def _load_fault(config: ModelConfig, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
+    if config.hub_id.startswith(("/", ".", "~")) and not Path(config.hub_id).is_dir():
+        reason = "there is no such folder."
     if "gated" in str(error).lower() or "401" in reason or "403" in reason:
         remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
     else:
