@@ -22,7 +22,7 @@ import eval as benchmarks
 from data import tokens
 from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
-from flatlora import checkpoint, commandline, console, methods, models, results, training
+from flatlora import acceleration, checkpoint, commandline, console, methods, models, results, training
 from flatlora.config import ConfigError, Experiment, Section, parse
 from flatlora.results import MetricsLog, RunFolder
 from flatlora.rows import jsonl
@@ -57,6 +57,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.console.print("Interrupted before the run began: nothing was written.")
         return EXIT_INTERRUPTED
+    except OSError as error:  # of a cache or the run's folder, such as a disk that is full or became read-only
+        console.report_failure(error)
+        return EXIT_FAILED
 
 
 def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequence[Experiment]) -> int:
@@ -66,10 +69,10 @@ def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequen
         ConfigError: some job's folder is not free for it; none has been started.
     """
     folders = [RunFolder.of(experiment) for experiment in experiments]
-    faults = []
+    faults, before = [], []
     for experiment, folder in zip(experiments, folders, strict=True):
         try:
-            folder.is_finished(experiment)
+            before.append((folder.is_finished(experiment), folder.record))
         except ConfigError as error:
             faults += error.faults
     if faults:
@@ -80,7 +83,13 @@ def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequen
     except KeyboardInterrupt:
         interrupted = True
         console.console.print("Sweep interrupted: the same command with resume=true does what is left.")
-    states = [(folder.record or {}).get("status", "not run") for folder in folders]
+    if not training.is_main_process():
+        return 0  # what became of the jobs is the main process's to say
+    states = []
+    for folder, (finished, old) in zip(folders, before, strict=True):
+        record = folder.record
+        told = record is not None and (finished or record != old)  # an old record says nothing of this job
+        states.append(record["status"] if told else "not run")
     console.print_pairs(
         f"Sweep: {states.count('finished')} of {len(folders)} finished",
         [(state, str(folder.path)) for folder, state in zip(folders, states, strict=True)],
@@ -149,7 +158,7 @@ def run(experiment: Experiment) -> int:
         folder.open(experiment)
         newest = None
         if not experiment.overwrite:
-            newest = checkpoint.latest_good(folder.path, experiment.sha256(), inputs.data_sha256)
+            newest = checkpoint.latest_good(folder.path, experiment.sha256(), inputs.data_sha256, training.world_size())
             if newest is None and folder.is_trained:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
         folder.begin(experiment)
@@ -241,36 +250,36 @@ def train_and_score(
         results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.test))
     backbone = models.load_backbone(experiment.model, inputs.device)
     model = methods.method(experiment.peft.method).apply(backbone, experiment.peft, experiment.seed)
+    if experiment.trainer.kernels == "auto":
+        record["kernels"] = acceleration.accelerate(model, inputs.device)
     record["data_sha256"] = inputs.data_sha256
     record["params"] = models.parameter_counts(model)
     record["backbone_sha256"]["before"] = checkpoint.backbone_sha256(model)
-    tracker = results.tracker(experiment, folder.path)
-    outcome = training.train(
-        experiment,
-        model,
-        inputs.tokenizer,
-        inputs.rows.train,
-        inputs.rows.validation,
-        tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id),
-        folder,
-        data_sha256=record["data_sha256"],
-        log=MetricsLog(folder.path / "metrics.jsonl", tracker),
-        resume_from=resume_from,
-        progress=console.ProgressBar(f"train {experiment.run_name()}") if training.is_main_process() else None,
-    )
-    record["backbone_sha256"]["after"] = checkpoint.backbone_sha256(model)
-    record["adapter_sha256"] = checkpoint.trainable_sha256(model)
-    record |= {"timing": outcome.timing, "perturbation": outcome.perturbation, "resumed_from": outcome.resumed_from}
-    record["metrics"] |= outcome.metrics
-    training.check_invariants(experiment, model, record["backbone_sha256"])
-    if training.is_main_process():
-        with results.write_folder(folder.adapter) as staging:
-            model.save_pretrained(staging)
-            inputs.tokenizer.save_pretrained(staging)
-        record["metrics"] |= score(experiment, model, inputs.tokenizer, inputs.test, folder)
+    with results.tracking(experiment, folder.path, record["metrics"]) as tracker:
+        outcome = training.train(
+            experiment,
+            model,
+            inputs.tokenizer,
+            inputs.rows.train,
+            inputs.rows.validation,
+            tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id),
+            folder,
+            data_sha256=record["data_sha256"],
+            log=MetricsLog(folder.path / "metrics.jsonl", tracker),
+            resume_from=resume_from,
+            progress=console.ProgressBar(f"train {experiment.run_name()}") if training.is_main_process() else None,
+        )
+        record["backbone_sha256"]["after"] = checkpoint.backbone_sha256(model)
+        record["adapter_sha256"] = checkpoint.trainable_sha256(model)
+        record |= {"timing": outcome.timing, "perturbation": outcome.perturbation, "resumed_from": outcome.resumed_from}
+        record["metrics"].update(outcome.metrics)
+        training.check_invariants(experiment, model, record["backbone_sha256"])
+        if training.is_main_process():
+            with results.write_folder(folder.adapter) as staging:
+                model.save_pretrained(staging)
+                inputs.tokenizer.save_pretrained(staging)
+            record["metrics"].update(score(experiment, model, inputs.tokenizer, inputs.test, folder))
     record["status"] = "finished"
-    if tracker:
-        tracker.finish(record["metrics"])
 
 
 def score(experiment: Experiment, model, tokenizer, rows: list[dict[str, str]], folder: RunFolder) -> dict[str, Any]:
@@ -324,6 +333,7 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
         "backbone_sha256": {"before": None, "after": None},
         "adapter_sha256": None,
         "params": None,
+        "kernels": [],
         "metrics": {},
         "timing": None,
         "memory": None,
@@ -332,7 +342,12 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
 
 def _hand_to_hydra(flags: Sequence[str], settings: Sequence[str]) -> int:
     sys.argv = [sys.argv[0], *flags, *commandline.lenient(settings)]
-    return _hydra_job() or 0
+    _exit_codes.clear()
+    _hydra_job()
+    return max(_exit_codes, default=0)
+
+
+_exit_codes: list[int] = []  # of the jobs that ran in this process: Hydra drops what a job returns
 
 
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
@@ -344,6 +359,7 @@ def _hydra_job(config: DictConfig) -> int:
         code = EXIT_CONFIG
     if code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt  # the jobs after this one are not wanted either
+    _exit_codes.append(code)
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -131,7 +132,7 @@ def print_score(benchmark: str, score: dict[str, Any]) -> None:
     """One small table of a score."""
     table = Table("metric", "value")
     for name, value in score["metrics"].items():
-        table.add_row(name, "—" if value is None else f"{value:.4f}")
+        table.add_row(name, "—" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}")
     console.print(f"{benchmark}: {score['n']} rows, scorer {score['scorer']}", table)
 
 
@@ -261,7 +262,8 @@ def _output_folder(
     if target.out:
         return _writable(Path(target.out))
     place, path = locate(), Path(name)
-    benchmark += _label(target, given, place.scored_with)
+    own = place.run / "eval" / benchmark if place.run else None
+    benchmark += _label(target, given, place.scored_with) + (_machine_label(target, place, own) if own else "")
     if place.run is None:
         return _writable((path / "eval" / benchmark) if path.is_dir() else Path("results") / "eval" / path / benchmark)
     inside = path.resolve().relative_to(place.run.resolve()).parts
@@ -273,6 +275,28 @@ def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any]) -> 
     """Suffix of the output folder for settings other than the run's own, whose answers are never overwritten."""
     changed = [f"{key}={given[key]}" for key in own if key in given and given[key] != own[key]]
     return "".join(f"-{word}" for word in changed + ([f"rows={Path(target.rows).stem}"] if target.rows else []))
+
+
+def _machine_label(target: Target, place: Place, own: Path) -> str:
+    """Suffix for another device or autocast than that of the run's own answers: each answers otherwise.
+
+    Args:
+        own: folder of the run's own answers; without a readable generation.json there are none to be kept.
+
+    score_only=true uses no device, so it means the run's own answers unless device=... is given too.
+    """
+    device = target.device
+    if device == "auto":
+        device = None if target.score_only else choose_device("auto").type
+    planned = {"device": device, "autocast": str(autocast_dtype(place.autocast, place.model.dtype))}
+    try:
+        made = json.loads((own / "generation.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return ""
+    if device is None or not isinstance(made, dict):
+        return ""
+    changed = {key: value for key, value in planned.items() if key in made and made[key] != value}
+    return "".join(f"-{key}={value.removeprefix('torch.').lower()}" for key, value in changed.items())
 
 
 def _writable(folder: Path) -> Path:
@@ -323,7 +347,8 @@ def _load(place: Place, device: torch.device, batch_size: int) -> HFBackend:
         raise ConfigError(
             [f"Cannot load {place.weights}: {_first_line(error)}; name a whole adapter or model, or copy it again."]
         ) from error
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
+    dtype = place.model.dtype if place.model else str(next(model.parameters()).dtype).removeprefix("torch.")
     folder = Path(place.weights)
     return HFBackend(
         model,

@@ -4,6 +4,7 @@
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: max_rows, max_new_tokens,
 batch_size, rows=FILE.jsonl (rows {"x", "y"}), data_root=DIR, device, out=DIR, score_only=true.
+A run's own answers stay: other settings, other rows and another device have folders of their own beside eval/gsm8k.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "scorer": f"gsm8k/{SCORER_VERSION}",
         "n": total,
         "metrics": {
+            "n": total,  # again, for run.json keeps the metrics alone
             HEADLINE: right / total if total else None,
             "unparsed": unparsed / total if total else None,
             "unfinished": sum(not row["finished"] for row in rows) / total if total else None,

@@ -4,6 +4,7 @@ In one's own script: `FlatLoraCallback` for a transformers Trainer, or `WeightPe
 """
 
 from flatlora.callback import FlatLoraCallback
-from flatlora.perturbation import WeightPerturbation, find_lora_layers
+from flatlora.layers import find_lora_layers
+from flatlora.perturbation import WeightPerturbation
 
 __all__ = ["FlatLoraCallback", "WeightPerturbation", "find_lora_layers"]

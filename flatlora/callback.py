@@ -16,7 +16,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flatlora.perturbation import WeightPerturbation, find_lora_layers
+from flatlora.layers import find_lora_layers
+from flatlora.perturbation import WeightPerturbation
 
 STATE_FILE = "flatlora.safetensors"
 
@@ -69,6 +70,10 @@ class FlatLoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         self.perturbation.end()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.perturbation:
+            self.perturbation.check_finite()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from flatlora.config import ConfigError
-from flatlora.perturbation import plain_name
+from flatlora.layers import plain_name
 from flatlora.results import fsync_folder, write_json
 
 logger = logging.getLogger(__name__)
@@ -28,13 +28,14 @@ MANIFEST = "checkpoint.json"
 _STEP = re.compile(r"checkpoint-[0-9]+")  # and no copy that a user made, such as checkpoint-40-best
 
 
-def seal(folder: Path, *, step: int, config_sha256: str, data_sha256: str) -> None:
+def seal(folder: Path, *, step: int, config_sha256: str, data_sha256: str, world_size: int = 1) -> None:
     """Flush every file of a checkpoint to disk, then write the manifest that makes it count."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         files[str(path.relative_to(folder))] = {"sha256": _file_sha256(path, flush=True), "bytes": path.stat().st_size}
     fsync_folder(folder)
-    manifest = {"step": step, "config_sha256": config_sha256, "data_sha256": data_sha256, "files": files}
+    origin = {"config_sha256": config_sha256, "data_sha256": data_sha256, "world_size": world_size}
+    manifest = {"step": step, **origin, "files": files}
     write_json(folder / MANIFEST, manifest)
     fsync_folder(folder.parent)
 
@@ -56,19 +57,24 @@ def fault_of(folder: Path) -> str | None:
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first, whole or not."""
     found = [path for path in run.glob("checkpoint-*") if path.is_dir() and _STEP.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=step_of)
 
 
-def latest_good(run: Path, config_sha256: str, data_sha256: str) -> Path | None:
+def step_of(folder: Path) -> int:
+    """Number of optimizer steps before a checkpoint."""
+    return int(folder.name.split("-")[1])
+
+
+def latest_good(run: Path, config_sha256: str, data_sha256: str, world_size: int = 1) -> Path | None:
     """Newest whole checkpoint; broken ones above it are named in the log. Nothing is changed.
 
     Raises:
-        ConfigError: the newest whole one was made by another experiment or on other data.
+        ConfigError: the newest whole one was made by another experiment, on other data or by more or fewer processes.
     """
     for folder in reversed(checkpoints(run)):
         fault = fault_of(folder)
         if fault is None:
-            _refuse_other_origin(folder, config_sha256=config_sha256, data_sha256=data_sha256)
+            _refuse_other_origin(folder, config_sha256, data_sha256, world_size)
             return folder
         logger.warning("Ignoring %s: %s.", folder, fault)
     return None
@@ -87,16 +93,24 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _refuse_other_origin(folder: Path, **wanted: str) -> None:
+def _refuse_other_origin(folder: Path, config_sha256: str, data_sha256: str, world_size: int) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
-    for key, what in (("config_sha256", "another experiment"), ("data_sha256", "other training data")):
-        if manifest.get(key) != wanted[key]:
-            raise ConfigError(
-                [
-                    f"{folder} is a checkpoint of {what} ({key} {str(manifest.get(key))[:12]}…, here "
-                    f"{wanted[key][:12]}…): take it out of the run's folder, or give wandb.name or overwrite=true."
-                ]
-            )
+    faults = [
+        f"{folder} is a checkpoint of {what} ({key} {str(manifest.get(key))[:12]}…, here {wanted[:12]}…): take it out "
+        "of the run's folder, or give wandb.name or overwrite=true."
+        for key, what, wanted in (
+            ("config_sha256", "another experiment", config_sha256),
+            ("data_sha256", "other training data", data_sha256),
+        )
+        if manifest.get(key) != wanted
+    ]
+    if manifest.get("world_size") != world_size:
+        faults.append(
+            f"{folder} was written by {manifest.get('world_size')} processes and there are {world_size} now: their "
+            "random generators would differ; start as many as before, or say overwrite=true."
+        )
+    if faults:
+        raise ConfigError(faults)
 
 
 def rotate(run: Path, keep: int) -> None:

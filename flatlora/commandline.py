@@ -7,6 +7,7 @@ such published spellings into the canonical ones, with Hydra's own parser, befor
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -192,19 +193,64 @@ def _option_name(value: Any) -> str:
 def name_jobs(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """A sweep's settings with the swept keys in `wandb.name`, so that each job has its own folder; and notes of it.
 
-    `wandb.name=N rho.sigma=0,0.05` → `wandb.name=N-${rho.sigma}`. The seed has a folder level of its own.
+    `wandb.name=N rho.sigma=0,0.05` → `wandb.name=N-${rho.sigma}`. The seed has a folder level of its own; benchmarks
+    and experiment files have no name: jobs that differ in nothing else are refused for their one folder.
+
+    Raises:
+        ConfigError: swept values that make no folder name.
     """
     overrides = _parse_all(words)
-    swept = [override.key_or_group for override in overrides if _is_sweep(override)]
-    labels = [f"${{{key}.name}}" if key in GROUPS else f"${{{key}}}" for key in swept if key != "seed"]
-    named, notes = [], []
+    swept = [override for override in overrides if _is_sweep(override) and override.key_or_group not in _UNNAMED]
+    named, notes, faults = [], [], []
     for override in overrides:
         line = override.input_line
-        if override.key_or_group == "wandb.name" and labels and not _is_sweep(override) and "${" not in line:
-            line = "-".join([line, *labels])
+        if override.key_or_group == "wandb.name" and swept and not _is_sweep(override) and "${" not in line:
+            labels = [_job_label(one) for one in swept]
+            faults += [_label_fault(line, one) for one, label in zip(swept, labels, strict=True) if label is None]
+            line = "-".join([line, *filter(None, labels)])
             notes.append(f"{override.input_line} → {line} (each job has its own folder)")
         named.append(line)
+    if faults:
+        raise ConfigError(faults)
     return named, notes
+
+
+_UNNAMED = ("seed", "eval", "experiment")
+
+
+def _job_label(override: Override) -> str | None:
+    """Interpolation that tells the swept values apart in a folder's name; None when they make none.
+
+    Lists of one length are taken apart, `${key.0}+${key.1}`: as a whole they would have brackets and quotes.
+    """
+    key, sweep = override.key_or_group, override.value()
+    if key in GROUPS:
+        return f"${{{key}.name}}"
+    values = sweep.list if isinstance(sweep, ChoiceSweep) else []
+    lists = [value for value in values if isinstance(value, list)]
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    if not all(_is_nameable(item) for item in items):
+        return None
+    if not lists:
+        return f"${{{key}}}"
+    length = len(lists[0])
+    if len(lists) < len(values) or length == 0 or any(len(value) != length for value in lists):
+        return None
+    return "+".join(f"${{{key}.{place}}}" for place in range(length))
+
+
+def _is_nameable(value: Any) -> bool:
+    if not isinstance(value, str | int | float | QuotedString | None):
+        return False
+    text = value.text if isinstance(value, QuotedString) else str(value)
+    return "${" in text or re.fullmatch(r"[\w.+=@-]+", text) is not None
+
+
+def _label_fault(name: str, override: Override) -> str:
+    return (
+        f"Invalid {name} with {override.input_line}: these values make no folder names; leave out wandb.name, and each "
+        f"job gets a name of its own, or tell the jobs apart by hand with ${{...}}, such as {name}-${{peft.lora_r}}."
+    )
 
 
 def expand_sweep(words: Sequence[str]) -> list[list[str]]:

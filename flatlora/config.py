@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
@@ -70,7 +70,7 @@ class DatasetConfig(Section):
 
     name: str = setting(pattern=FOLDER_NAME)
     loader: str  # module of the data package
-    kind: Literal["text", "image"] = "text"
+    kind: ClassVar[Literal["text", "image"]] = "text"  # of the loader, no setting
     max_length: int = setting(512, ge=8, remedy="longer rows are cut; 512 or 1024 is usual")  # tokens, prompt + answer
 
 
@@ -124,6 +124,7 @@ class TrainerConfig(Section):
     gradient_checkpointing: bool = False
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     deterministic: bool = False
+    kernels: Literal["auto", "off"] = setting("auto", remedy="off runs PEFT's and transformers' own code")  # on a GPU
     num_workers: int = setting(0, ge=0)  # of the data loader
 
 

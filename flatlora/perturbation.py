@@ -19,8 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import psutil
@@ -30,110 +29,21 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import noise
+from flatlora.epsilon import Draw, epsilon_of
+from flatlora.layers import PerturbedLayer
 from flatlora.schedule import RAMPS, sigma_at
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["auto", "copy", "recompute", "inplace"]
 _HOLDER = "_weight_perturbation"  # attribute of a module: the perturbation that has it now
-_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of FP32: noise and weight of a chunk stay in the L2 cache
-
-
-class AdapterTerm(NamedTuple):
-    """One active low-rank term of a layer: W' gets `scaling` · B (m × r) · A (r × n)."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-
-
-@dataclass
-class PerturbedLayer:
-    """A linear layer whose weight is to be perturbed.
-
-    `module` owns the weight and is called by the model (nn.Linear: m × n; GPT-2's Conv1D: stored n × m);
-    `adapters` returns the low-rank terms that act on it at the time of the call; while `enabled` says no, the layer
-    reads W (in copy and recompute), as a reference model made by PEFT's `disable_adapter()` should.
-    """
-
-    name: str
-    module: nn.Module
-    adapters: Callable[[], Sequence[AdapterTerm]] = tuple
-    enabled: Callable[[], bool] = lambda: True
-    weight: nn.Parameter = field(init=False)
-    squared_norms: torch.Tensor | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.module, nn.Linear | Conv1D):
-            raise TypeError(
-                f"Invalid layer {self.name}={type(self.module).__name__}: a perturbed layer must be nn.Linear or "
-                "Conv1D; take it out of the targets."
-            )
-        self.weight = self.module.weight
-        if not self.weight.is_floating_point():
-            raise TypeError(
-                f"Invalid dtype={self.weight.dtype} of {self.name}: a perturbed weight must be floating point; "
-                "load the backbone unquantised."
-            )
-
-    def as_rows(self, stored: torch.Tensor) -> torch.Tensor:
-        """A stored weight as m × n, one output filter a row (a view)."""
-        return stored.t() if isinstance(self.module, Conv1D) else stored
-
-
-@dataclass(frozen=True)
-class Draw:
-    """All that makes one layer's ε again: Philox key, counter words, and c (m, FP32)."""
-
-    key: tuple[int, int]
-    step: int
-    stream: int
-    c: torch.Tensor
-
-
-def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
-    """Every linear layer that PEFT wrapped with a LoRA adapter, named as in the model without PEFT or DDP wrappers."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D):
-            layers.append(
-                PerturbedLayer(
-                    plain_name(name),
-                    module.get_base_layer(),
-                    adapters=_adapter_terms(module),
-                    enabled=lambda module=module: not module.disable_adapters,
-                )
-            )
-    return layers
-
-
-def plain_name(name: str) -> str:
-    """A module or parameter name as the untouched backbone has it."""
-    for wrapper in ("module.", "base_model.model."):
-        name = name.removeprefix(wrapper)
-    return name.replace(".base_layer.", ".").removesuffix(".base_layer")
-
-
-def _adapter_terms(module: nn.Module) -> Callable[[], list[AdapterTerm]]:
-    def terms() -> list[AdapterTerm]:
-        if module.disable_adapters or module.merged:
-            return []  # merged: W already holds s·B·A
-        return [
-            AdapterTerm(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
-            for name in module.active_adapters
-            if name in module.lora_A
-        ]
-
-    return terms
 
 
 class WeightPerturbation:
     """ε on a set of layers, between `begin(step)` and `end()`.
 
     Args:
-        layers: what to perturb; see `find_lora_layers`.
+        layers: what to perturb; see `flatlora.find_lora_layers`.
         sigma: σ ≥ 0, the `rho` of the published command line. 0 perturbs nothing.
         total_steps: T of the ramp, in optimizer steps.
         seed: the run's seed; ranks must agree on it.
@@ -181,7 +91,7 @@ class WeightPerturbation:
         self.training_only, self.rank, self.world_size = training_only, rank, world_size
         self.mode = choose_mode(self.layers) if mode == "auto" else mode
         self.active = False
-        self.seconds = 0.0  # wall-clock time spent in begin, next_micro_batch and end
+        self._watch = _Stopwatch(self.layers[0].weight.device)
         self._keys = [noise.layer_key(seed, layer.name) for layer in self.layers]
         self._coefficients: list[torch.Tensor] = []  # c of every layer, from the step that drew them
         self._drawn_step: int | None = None
@@ -190,7 +100,7 @@ class WeightPerturbation:
         self._written: tuple[int, int] | None = None  # (drawn step, stream) that the copies hold
         self._copies: list[torch.Tensor] = []
         self._originals: list[torch.Tensor] = []
-        self._scratch = _Scratch()
+        self._epsilon = epsilon_of(self.layers, self._keys)
         if self.mode == "inplace" and sigma > 0:
             self._keep_originals()
         for index, layer in enumerate(self.layers):
@@ -202,30 +112,32 @@ class WeightPerturbation:
         """Perturb the layers for optimizer step `step` (counted from 0), first micro-batch."""
         if self.active:
             raise RuntimeError(f"begin(step={step}) inside a perturbed step: call end() first.")
-        started = time.perf_counter()
-        self._draw_coefficients(step)
-        if self._sigma_drawn > 0:
-            self._apply(micro_batch)
+        if self.layers[0].module.__dict__.get(_HOLDER) is not self:
+            raise RuntimeError(
+                f"begin(step={step}) of a perturbation that was closed, or whose layers another one took over: layers "
+                "read one perturbation at a time; make a new WeightPerturbation."
+            )
+        with self._watch:
+            self._draw_coefficients(step)
+            if self._sigma_drawn > 0:
+                self._apply(micro_batch)
         self.active = True
-        self.seconds += time.perf_counter() - started
 
     def next_micro_batch(self, micro_batch: int) -> None:
         """Draw the ε of another micro-batch of the same step; does nothing when the step shares one ε."""
         if not self.active or self.resample == "step" or self._sigma_drawn == 0:
             return
-        started = time.perf_counter()
-        self._take_away()
-        self._apply(micro_batch)
-        self.seconds += time.perf_counter() - started
+        with self._watch:
+            self._take_away()
+            self._apply(micro_batch)
 
     def end(self) -> None:
         """Let the layers read W again; harmless when no step is perturbed."""
         if not self.active:
             return
-        started = time.perf_counter()
-        self._take_away()
+        with self._watch:
+            self._take_away()
         self.active = False
-        self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
         """Undo everything: end(), forwards unwrapped, buffers freed."""
@@ -234,8 +146,21 @@ class WeightPerturbation:
             if layer.module.__dict__.get(_HOLDER) is self:
                 del layer.module.__dict__[_HOLDER]
                 PerturbedForward.detach(layer.module)
-        self._copies, self._scratch = [], _Scratch()
-        self._written = None
+        self._copies, self._written = [], None
+        self._epsilon = epsilon_of(self.layers, self._keys)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in begin, next_micro_batch and end; on a GPU that of the device. Reading it waits for a GPU."""
+        return self._watch.seconds()
+
+    def check_finite(self) -> None:
+        """Raise what a GPU found without making the host wait for it; called where metrics are logged.
+
+        Raises:
+            FloatingPointError: a weight or an adapter holds NaN or infinity.
+        """
+        self._epsilon.check()
 
     def sigma_at(self, step: int) -> float:
         """σ_t that `begin(step)` uses."""
@@ -266,7 +191,7 @@ class WeightPerturbation:
         """Continue the draw that `state_dict` described."""
         self._drawn_step, self._written = int(state["step"]), None
         self._sigma_drawn = self.sigma_at(self._drawn_step)
-        self._coefficients = [state[layer.name].to(layer.weight.device) for layer in self.layers]
+        self._coefficients = self._epsilon.restore([state[layer.name] for layer in self.layers])
 
     def draw(self, index: int, micro_batch: int = 0) -> Draw:
         """The ε of layer number `index` in the current step, as its recipe."""
@@ -292,10 +217,7 @@ class WeightPerturbation:
         self._drawn_step, self._sigma_drawn = step, self.sigma_at(step)
         self._written = None  # the adapter may have moved since the copies were written, even for the same step
         if self._sigma_drawn > 0:
-            self._coefficients = [
-                noise_coefficients(layer, self._sigma_drawn, scale=self.scale, fan_in=self.fan_in)
-                for layer in self.layers
-            ]
+            self._coefficients = self._epsilon.coefficients(self._sigma_drawn, scale=self.scale, fan_in=self.fan_in)
         else:
             self._coefficients = [
                 layer.weight.new_zeros(layer.as_rows(layer.weight).shape[0], dtype=torch.float32)
@@ -306,13 +228,15 @@ class WeightPerturbation:
         draws = [self.draw(index, micro_batch) for index in range(len(self.layers))]
         if self.mode == "copy":
             self._write_copies(draws)
-        elif self.mode == "inplace":
-            self._add_in_place(draws, sign=1.0)
+        elif self.mode == "recompute":
+            self._epsilon.aim(draws)
+        else:
+            self._epsilon.write(draws, [layer.weight.detach() for layer in self.layers])
         self._draws = draws
 
     def _take_away(self) -> None:
         if self.mode == "inplace" and self._draws is not None:
-            self._add_in_place(self._draws, sign=-1.0)
+            self._epsilon.write(self._draws, [layer.weight.detach() for layer in self.layers], sign=-1.0)
         self._draws = None
 
     def _write_copies(self, draws: list[Draw]) -> None:
@@ -322,14 +246,8 @@ class WeightPerturbation:
         if self._written == wanted:
             return
         self._written = None  # an interrupt in mid-write must not leave half of them taken for whole
-        for layer, draw, copy in zip(self.layers, draws, self._copies, strict=True):
-            write_perturbed(layer.as_rows(layer.weight.detach()), draw, layer.as_rows(copy), self._scratch)
+        self._epsilon.write(draws, self._copies)
         self._written = wanted
-
-    def _add_in_place(self, draws: list[Draw], sign: float) -> None:
-        for layer, draw in zip(self.layers, draws, strict=True):
-            rows = layer.as_rows(layer.weight.data)
-            write_perturbed(rows, draw, rows, self._scratch, sign=sign)
 
     def _keep_originals(self) -> None:
         self._originals = [layer.weight.detach().to("cpu", copy=True) for layer in self.layers]
@@ -340,19 +258,35 @@ class WeightPerturbation:
                 str(self.layers[0].weight.dtype).removeprefix("torch."),
             )
 
-    def perturbed_weight(self, index: int) -> torch.Tensor | None:
-        """W + ε that layer number `index` reads now, in the stored layout; None while it reads W.
+    @property
+    def perturbed(self) -> bool:
+        """Whether layers read W + ε now; not before begin() and after end(), and never where σ_t = 0."""
+        return self._draws is not None
 
-        The copy itself in copy mode; in recompute mode the shared scratch buffer, valid until the next call.
-        """
+    def reading(self, index: int) -> Reading | None:
+        """What layer number `index` reads now; None while it reads W."""
         layer = self.layers[index]
         if self._draws is None or not layer.enabled() or (self.training_only and not layer.module.training):
             return None
-        return self._copies[index] if self.mode == "copy" else _materialise(layer, self._draws[index], self._scratch)
+        return Reading(self, index, self._draws[index])
+
+
+class Reading(NamedTuple):
+    """W + ε of one layer as one forward read it; its backward must read the same."""
+
+    perturbation: WeightPerturbation
+    index: int
+    draw: Draw
+
+    def weight(self) -> torch.Tensor:
+        """W + ε in the stored layout: the copy, or made in a buffer that the next call overwrites."""
+        if self.perturbation.mode == "copy":
+            return self.perturbation._copies[self.index]
+        return self.perturbation._epsilon.materialise(self.index, self.draw)
 
 
 class PerturbedForward:
-    """The forward of a layer in copy and recompute mode: reads W + ε where `perturbed_weight` gives it, else W.
+    """The forward of a layer in copy and recompute mode: reads W + ε while there is a `reading`, else W.
 
     Wrapping the call rather than swapping the parameter leaves W to everything else that reads it: tied weights,
     hashes, checkpoints, merges, and an evaluation after an interrupted step.
@@ -377,14 +311,16 @@ class PerturbedForward:
             if wrapper.replaced is not None:
                 module.forward = wrapper.replaced
 
+    def reading(self) -> Reading | None:
+        return self.perturbation.reading(self.index)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.perturbation.perturbed_weight(self.index)
-        if weight is None:
+        reading = self.reading()
+        if reading is None:
             return self.plain(x)
         if self.perturbation.mode == "copy":
-            return _apply_linear(self.layer.module, x, weight)
-        draw = self.perturbation._draws[self.index]
-        return _RecomputedLinear.apply(x, self.layer, weight, draw, self.perturbation._scratch)
+            return _apply_linear(self.layer.module, x, reading.weight())
+        return _RecomputedLinear.apply(x, self.layer.module.bias, self.layer, reading)
 
 
 def _apply_linear(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -403,121 +339,56 @@ class _RecomputedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, layer: PerturbedLayer, perturbed: torch.Tensor, draw: Draw, scratch: _Scratch
+        ctx, x: torch.Tensor, bias: torch.Tensor | None, layer: PerturbedLayer, reading: Reading
     ) -> torch.Tensor:
-        ctx.layer, ctx.draw, ctx.scratch, ctx.input_dtype = layer, draw, scratch, x.dtype
-        return _apply_linear(layer.module, x, perturbed)
+        ctx.layer, ctx.reading, ctx.input_dtype = layer, reading, x.dtype
+        return _apply_linear(layer.module, x, reading.weight())
 
     @staticmethod
-    def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        perturbed = _materialise(ctx.layer, ctx.draw, ctx.scratch).to(grad_y.dtype)
-        grad_rows = grad_y.reshape(-1, grad_y.shape[-1]) @ ctx.layer.as_rows(perturbed)
-        return grad_rows.view(*grad_y.shape[:-1], -1).to(ctx.input_dtype), None, None, None, None
+    def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        grad_rows, grad_x, grad_bias = grad_y.reshape(-1, grad_y.shape[-1]), None, None
+        if ctx.needs_input_grad[0]:
+            perturbed = ctx.reading.weight().to(grad_y.dtype)
+            grad_x = (grad_rows @ ctx.layer.as_rows(perturbed)).view(*grad_y.shape[:-1], -1).to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_rows.sum(dim=0).to(ctx.layer.module.bias.dtype)
+        return grad_x, grad_bias, None, None
 
 
-class _Scratch:
-    """Reusable flat buffers by (purpose, dtype, device); a request for more elements grows its buffer."""
+class _Stopwatch:
+    """Adds up the time of its `with` blocks: of the host on a CPU, of the stream on a GPU, without waiting for it."""
 
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._total = device, 0.0
+        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def get(self, purpose: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        key, elements = (purpose, dtype, device), shape[0] * shape[1]
-        if key not in self._buffers or self._buffers[key].numel() < elements:
-            self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)
-        return self._buffers[key][:elements].view(shape)
+    def __enter__(self) -> None:
+        self._began = self._now()
 
+    def __exit__(self, *exception: object) -> None:
+        if self._device.type != "cuda":
+            self._total += self._now() - self._began
+            return
+        self._pending.append((self._began, self._now()))
+        if len(self._pending) > 100:
+            self._collect(only_done=True)
 
-def _materialise(layer: PerturbedLayer, draw: Draw, scratch: _Scratch) -> torch.Tensor:
-    """W + ε in the stored layout, in the scratch buffer that all layers share."""
-    stored = scratch.get("weight", tuple(layer.weight.shape), layer.weight.dtype, layer.weight.device)
-    write_perturbed(layer.as_rows(layer.weight.detach()), draw, layer.as_rows(stored), scratch)
-    return stored
+    def seconds(self) -> float:
+        self._collect(only_done=False)
+        return self._total
 
+    def _now(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
-@torch.no_grad()
-def write_perturbed(
-    weight: torch.Tensor, draw: Draw, out: torch.Tensor, scratch: _Scratch | None = None, *, sign: float = 1.0
-) -> None:
-    """out = round(W + sign · c_i z_ij), W and out m × n of one floating dtype; out may be W.
-
-    The sum is made in FP32 (FP64 for an FP64 weight) and rounded once to the weight's dtype.
-    """
-    rows, columns = weight.shape
-    if weight.dtype in noise.FUSED_DTYPES and weight.is_contiguous() and out.is_contiguous() and weight.is_cpu:
-        noise.add_normal(weight, sign * draw.c, out, draw.key, draw.step, draw.stream)
-        return
-    scratch = scratch or _Scratch()
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    c = (sign * draw.c).to(wide)
-    for start, stop in _row_chunks(rows, columns):
-        z = scratch.get("noise", (stop - start, columns), torch.float32, torch.device("cpu"))
-        noise.fill_normal(z, draw.key, draw.step, draw.stream, row=start)
-        total = scratch.get("sum", (stop - start, columns), wide, weight.device)
-        total.copy_(weight[start:stop])
-        total.addcmul_(z.to(weight.device, wide), c[start:stop, None])
-        out[start:stop].copy_(total)
-
-
-@torch.no_grad()
-def noise_coefficients(
-    layer: PerturbedLayer, sigma: float, *, scale: str = "filter", fan_in: bool = True
-) -> torch.Tensor:
-    """c (m, FP32): the std of ε in each row of a layer (paper section 3.3).
-
-    Raises:
-        FloatingPointError: the weight or an adapter holds NaN or infinity.
-    """
-    weight = layer.as_rows(layer.weight.detach())
-    if layer.squared_norms is None:
-        layer.squared_norms = _squared_row_norms(weight)
-    norms = merged_row_norms(weight, layer.adapters(), layer.squared_norms)
-    if not torch.isfinite(norms).all():
-        raise FloatingPointError(
-            f"The row norms of {layer.name} are not finite: its weight or adapter holds NaN or infinity; "
-            "lower optim.lr or rho.sigma, or check the checkpoint."
-        )
-    if scale == "iid":
-        norms = torch.full_like(norms, norms.square().mean().sqrt())
-    return norms * (sigma / math.sqrt(weight.shape[1]) if fan_in else sigma)
-
-
-@torch.no_grad()
-def merged_row_norms(
-    weight: torch.Tensor, terms: Sequence[AdapterTerm], squared_norms: torch.Tensor | None = None
-) -> torch.Tensor:
-    """‖W_i + Σ s B_i A‖ of each row (m, FP32) without forming any B·A.
-
-    Stacking the terms as one pair B = [s₁B₁ …], A = [A₁; …], the square is ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ.
-    `squared_norms` (m, FP64) may hold ‖W_i‖², which a frozen W never changes.
-    """
-    squared = _squared_row_norms(weight) if squared_norms is None else squared_norms
-    if terms:
-        A = torch.cat([term.A.detach() for term in terms]).float()
-        B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).double()
-        projected = torch.cat([weight[i:j].float() @ A.t() for i, j in _row_chunks(*weight.shape)])
-        gram = A.double() @ A.double().t()
-        squared = squared + (2.0 * projected.double() * B + (B @ gram) * B).sum(dim=1)
-    return squared.clamp_min(0.0).sqrt().float()
-
-
-@torch.no_grad()
-def merged_row_norms_reference(weight: torch.Tensor, terms: Sequence[AdapterTerm]) -> torch.Tensor:
-    """Slow twin of `merged_row_norms`: forms W' in FP64 (m × n) and takes its row norms."""
-    merged = weight.double()
-    for term in terms:
-        merged = merged + term.scaling * (term.B.double() @ term.A.double())
-    return merged.norm(dim=1)
-
-
-def _squared_row_norms(weight: torch.Tensor) -> torch.Tensor:
-    chunks = [weight[i:j].double().square().sum(dim=1) for i, j in _row_chunks(*weight.shape)]
-    return torch.cat(chunks) if chunks else weight.new_zeros(0, dtype=torch.float64)
-
-
-def _row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    height = max(1, _CHUNK_ELEMENTS // max(1, columns))
-    return ((start, min(start + height, rows)) for start in range(0, rows, height))
+    def _collect(self, *, only_done: bool) -> None:
+        while self._pending and (not only_done or self._pending[0][1].query()):
+            began, ended = self._pending.pop(0)
+            ended.synchronize()
+            self._total += began.elapsed_time(ended) / 1000
 
 
 def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"]:
@@ -546,6 +417,12 @@ def _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scal
     for name, (value, known) in choices.items():
         if value not in known:
             faults.append(f"Invalid {name}={value!r}: choose one of {', '.join(known)}.")
+    trained = [layer.name for layer in layers if layer.weight.requires_grad]
+    if trained:
+        faults.append(
+            f"Invalid layers: the weights of {len(trained)} of them are trained, {trained[0]} among them; Flat-LoRA "
+            "perturbs a frozen backbone: call requires_grad_(False) on them, as PEFT does."
+        )
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
         faults.append(f"Invalid layers: {len(names) - len(set(names))} names occur twice; noise is keyed by name.")

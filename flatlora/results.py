@@ -110,8 +110,9 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return {"status": record["status"], **record}
+        except (ValueError, TypeError, KeyError, OSError) as error:
             remedy = "delete that file and go on with resume=true, or start anew with overwrite=true"
             raise ConfigError([f"Broken record {path}: it is not what a run wrote ({error}); {remedy}."]) from error
 
@@ -135,7 +136,11 @@ class RunFolder:
         if experiment.overwrite:
             return False
         self._refuse_other_run(experiment)
-        return self.is_trained and scoring_of(self._saved_config()) == scoring_of(experiment.model_dump(mode="json"))
+        if not self.is_trained:
+            return False
+        # run.json's own copy of the config: config.yaml may already be that of a scoring that was killed.
+        scored = self.record.get("experiment") or self._saved_config()
+        return scoring_of(scored) == scoring_of(experiment.model_dump(mode="json"))
 
     def open(self, experiment: Experiment) -> None:
         """Lock the folder for this experiment; of several ranks, rank 0 does. `begin` is what changes it.
@@ -155,6 +160,8 @@ class RunFolder:
         """Make an opened folder this experiment's: emptied for overwrite=true, with the config in it."""
         if experiment.overwrite:
             self._clear()
+        for left in self.path.glob(".*-????????"):  # half-written when a process was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
 
     def close(self) -> None:
@@ -242,7 +249,7 @@ class RunFolder:
         try:
             saved = yaml.safe_load(path.read_text(encoding="utf-8"))
             identity_of(saved), scoring_of(saved)
-        except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ConfigError(
                 [
                     f"Broken file {path}: it is not the config of a run ({type(error).__name__}); give wandb.name for "
@@ -328,9 +335,10 @@ class Tracker:
     def log(self, row: dict[str, Any]) -> None:
         self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
-    def finish(self, metrics: dict[str, Any]) -> None:
+    def finish(self, metrics: dict[str, Any], *, failed: bool = False) -> None:
+        """Close the page, or the next run of this process would write on it."""
         self._run.summary.update(metrics)
-        self._run.finish()
+        self._run.finish(exit_code=int(failed))
 
 
 def _has_wandb_key() -> bool:
@@ -399,8 +407,15 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def tracker(experiment: Experiment, folder: Path) -> Tracker | None:
-    """W&B on the main process, unless wandb.mode=disabled."""
+@contextlib.contextmanager
+def tracking(experiment: Experiment, folder: Path, metrics: dict[str, Any]) -> Iterator[Tracker | None]:
+    """W&B for the time of a run, on the main process, unless wandb.mode=disabled; its summary is `metrics` then."""
     if experiment.wandb.mode == "disabled" or int(os.environ.get("RANK", "0")):
-        return None
-    return Tracker(experiment, folder)
+        yield None
+        return
+    tracker, failed = Tracker(experiment, folder), True
+    try:
+        yield tracker
+        failed = False
+    finally:
+        tracker.finish(metrics, failed=failed)

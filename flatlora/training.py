@@ -31,6 +31,7 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from flatlora import checkpoint
+from flatlora.acceleration import IGNORED, GraphedMicroStep
 from flatlora.callback import FlatLoraCallback
 from flatlora.config import ConfigError, Experiment
 from flatlora.models import autocast_dtype
@@ -122,6 +123,9 @@ class EpochSampler(Sampler[int]):
         return [index for group in shuffled + short for index in group]  # a short group last keeps the others aligned
 
 
+_GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured graph for each
+
+
 class FlatTrainer(Trainer):
     """Trainer with `EpochSampler`, sealed checkpoints, and the loss of each optimizer step on its own."""
 
@@ -129,10 +133,14 @@ class FlatTrainer(Trainer):
         self, *args: Any, experiment: Experiment, data_sha256: str, recorder: StepRecorder, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        # An encoder-decoder's forward takes any keyword and ignores the token count of the whole batch: its loss is the
+        # mean of a micro-batch, which Trainer must then divide by the number of micro-batches.
+        self.model_accepts_loss_kwargs = experiment.model.family == "causal_lm"
         self.experiment, self.data_sha256, self.recorder = experiment, data_sha256, recorder
         self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
         self.step_tokens = torch.zeros((), device=self.args.device)
         self._epoch_sampler: EpochSampler | None = None
+        self._graphed = self._graphed_micro_step()
         self._autocast_dtype = autocast_dtype(experiment.trainer.autocast, experiment.model.dtype)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -153,9 +161,41 @@ class FlatTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.step_tokens += inputs["attention_mask"].sum().to(self.step_tokens.device)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._graphed is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._graphed_training_step(model, inputs, num_items_in_batch)
         self.step_loss += loss
         return loss
+
+    def _graphed_micro_step(self) -> GraphedMicroStep | None:
+        """Replayed micro-steps where nothing in them needs the host: one process, one GPU, a decoder-only model."""
+        machine = self.experiment.trainer
+        usable = machine.kernels == "auto" and not machine.gradient_checkpointing
+        alone = self.args.device.type == "cuda" and self.args.world_size == 1
+        if not (usable and alone and self.experiment.model.family == "causal_lm"):
+            return None
+        return GraphedMicroStep(self._micro_loss, [p for p in self.model.parameters() if p.requires_grad])
+
+    def _micro_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self.autocast_smart_context_manager():
+            return self.model(
+                input_ids=inputs["input_ids"], labels=inputs["labels"], num_items_in_batch=inputs["items"]
+            ).loss
+
+    def _graphed_training_step(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
+        """Rows are padded on the right, so that a causal model needs no mask: no token with a loss sees the padding."""
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        missing = -inputs["input_ids"].shape[1] % _GRAPH_LENGTHS
+        static = {
+            "input_ids": nn.functional.pad(inputs["input_ids"], (0, missing)),
+            "labels": nn.functional.pad(inputs["labels"], (0, missing), value=IGNORED),
+            "items": torch.as_tensor(items, device=self.args.device),
+        }
+        perturbation = self.recorder.flat.perturbation if self.recorder.flat else None
+        return self._graphed(static, state=perturbation is not None and perturbation.perturbed)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -181,6 +221,7 @@ class FlatTrainer(Trainer):
                 step=self.state.global_step,
                 config_sha256=self.experiment.sha256(),
                 data_sha256=self.data_sha256,
+                world_size=self.args.world_size,
             )
             checkpoint.rotate(folder.parent, self.experiment.trainer.save_total_limit)
 
@@ -210,6 +251,7 @@ class StepRecorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._train_started = time.perf_counter()
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps  # may change when a run is resumed
         self._steps_per_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
         if state.is_world_process_zero:
             self.log.rewind(state.global_step)
@@ -226,8 +268,9 @@ class StepRecorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.step_seconds.append(time.perf_counter() - self._step_started)
-        if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
-            control.should_evaluate = True  # the last step is evaluated, wherever it falls
+        if state.global_step >= state.max_steps:  # the last step is logged and evaluated, wherever it falls
+            control.should_log = True
+            control.should_evaluate |= self.trainer.eval_dataset is not None
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" in logs:
@@ -241,11 +284,12 @@ class StepRecorder(TrainerCallback):
         self.last |= row
         if self.progress:
             self.progress.update(state.global_step, self.last)
-        if not math.isfinite(row.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"The loss of step {state.global_step} is {row['loss']}: training has diverged; lower optim.lr or "
-                "rho.sigma, or set trainer.autocast=none."
-            )
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(row.get(key, 0.0)):
+                raise FloatingPointError(
+                    f"The {key} of step {state.global_step} is {row[key]}: training has diverged; lower optim.lr or "
+                    "rho.sigma, or set trainer.autocast=none."
+                )
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.progress:
@@ -268,31 +312,37 @@ class StepRecorder(TrainerCallback):
 
 
 class BestModel(TrainerCallback):
-    """Keeps the adapter of the lowest validation loss in `best/`; ties go to the earlier step."""
+    """Keeps the adapter of the lowest validation loss in `best/`; ties go to the earlier step.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Those that were best before it are kept for as long as a checkpoint is there that was written in their time: a run
+    resumed from it must find the best of then.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep  # checkpoints that the run keeps
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if args.should_save:
+            self._write([best for best in self._bests() if best["step"] <= state.global_step])
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs) -> None:
-        best = self.read()
-        if not args.should_save or (best and best["eval_loss"] <= metrics["eval_loss"]):
+        bests = self._bests()
+        if not args.should_save or (bests and bests[-1]["eval_loss"] <= metrics["eval_loss"]):
             return
         self.folder.mkdir(exist_ok=True)
         name = f"step-{state.global_step}.safetensors"
         tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
         save_file(tensors, self.folder / name)
-        write_json(
-            self.folder / "best.json",
-            {"step": state.global_step, "eval_loss": metrics["eval_loss"], "file": name},
-        )
-        for old in self.folder.glob("step-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        bests.append({"step": state.global_step, "eval_loss": metrics["eval_loss"], "file": name})
+        kept = checkpoint.checkpoints(self.folder.parent)[-self.keep :]
+        oldest = checkpoint.step_of(kept[0]) if kept else 0
+        newest_then = max((i for i, best in enumerate(bests) if best["step"] <= oldest), default=0)
+        self._write(bests[newest_then:])
 
     def read(self) -> dict[str, Any] | None:
         """{"step", "eval_loss", "file"} of the best so far."""
-        path = self.folder / "best.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        bests = self._bests()
+        return bests[-1] if bests else None
 
     def restore(self, model: nn.Module) -> int | None:
         """Put the best parameters back; returns their step."""
@@ -305,6 +355,26 @@ class BestModel(TrainerCallback):
                 if name in tensors:
                     parameter.copy_(tensors[name])
         return best["step"]
+
+    def _bests(self) -> list[dict[str, Any]]:
+        path = self.folder / "best.json"
+        return json.loads(path.read_text()) if path.is_file() else []
+
+    def _write(self, bests: list[dict[str, Any]]) -> None:
+        if not self.folder.is_dir():
+            return
+        write_json(self.folder / "best.json", bests)
+        names = {best["file"] for best in bests}
+        for file in self.folder.glob("step-*.safetensors"):
+            if file.name not in names:
+                file.unlink()
+
+
+class SaveAtStop(TrainerCallback):
+    """A checkpoint where early stopping ends the training: a kill while scoring must not cost the whole of it."""
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        control.should_save |= control.should_training_stop
 
 
 def train(
@@ -331,10 +401,10 @@ def train(
     callbacks: list[TrainerCallback] = [recorder, *([flat] if flat else [])]
     best = None
     if experiment.optim.early_stopping_patience and len(validation_rows):
-        callbacks.append(EarlyStoppingCallback(experiment.optim.early_stopping_patience))
+        callbacks += [EarlyStoppingCallback(experiment.optim.early_stopping_patience), SaveAtStop()]
     if experiment.optim.best_model and len(validation_rows):
-        best = BestModel(run.path / "best")
-        callbacks.append(best)
+        best = BestModel(run.path / "best", keep=experiment.trainer.save_total_limit)
+        callbacks.insert(1, best)  # before what may ask for a checkpoint
     trainer = FlatTrainer(
         model=model,
         args=training_arguments(
@@ -375,7 +445,7 @@ def train(
         timing=_timing(effort, log),
         steps=trainer.state.global_step,
         perturbation=effort.perturbation,
-        resumed_from=int(resume_from.name.split("-")[1]) if resume_from else None,
+        resumed_from=checkpoint.step_of(resume_from) if resume_from else None,
     )
 
 
@@ -411,11 +481,11 @@ def training_arguments(
     in between would lose that evaluation; by steps it evaluates, then saves.
     """
     optim, machine = experiment.optim, experiment.trainer
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     on_gpu = machine.device != "cpu" and torch.cuda.is_available()
-    accumulation = optim.batch_size // (machine.micro_batch_size * world_size)
-    epoch_steps = max(1, math.ceil(math.ceil(train_rows / (machine.micro_batch_size * world_size)) / accumulation))
-    return TrainingArguments(
+    accumulation = optim.batch_size // (machine.micro_batch_size * processes)
+    epoch_steps = max(1, math.ceil(math.ceil(train_rows / (machine.micro_batch_size * processes)) / accumulation))
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         seed=experiment.seed,
         full_determinism=machine.deterministic and on_gpu,
@@ -448,12 +518,16 @@ def training_arguments(
         logging_nan_inf_filter=False,
         dataloader_num_workers=machine.num_workers,
         dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         prediction_loss_only=True,
         disable_tqdm=True,
         report_to=[],
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process is one device: Trainer would wrap the model in nn.DataParallel
+    return arguments
 
 
 def _last(log: MetricsLog, key: str) -> float | None:
@@ -483,6 +557,11 @@ def _perturbation_record(flat: FlatLoraCallback | None) -> dict[str, Any] | None
     return {"mode": perturbation.mode, "layers": len(perturbation.layers), "drift": perturbation.drift()}
 
 
+def world_size() -> int:
+    """Number of processes; torchrun sets WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_main_process() -> bool:
     """Whether this process writes; torchrun sets RANK."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -490,7 +569,7 @@ def is_main_process() -> bool:
 
 def from_main_process(compute: Callable[[], T], device: torch.device) -> T:
     """What `compute` returns on rank 0, on every rank; the others wait for it. A fault there is a fault everywhere."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return compute()
     PartialState(cpu=device.type == "cpu")
     answer: list[Any] = [None, None]
@@ -515,15 +594,15 @@ def check_launch(experiment: Experiment) -> None:
     Raises:
         ConfigError: it does not divide the batch, or trainer=single and ddp are launched the other's way.
     """
-    world_size, machine, batch = int(os.environ.get("WORLD_SIZE", "1")), experiment.trainer, experiment.optim.batch_size
+    processes, machine, batch = world_size(), experiment.trainer, experiment.optim.batch_size
     faults = []
-    if batch % (machine.micro_batch_size * world_size):
+    if batch % (machine.micro_batch_size * processes):
         faults.append(
-            f"Invalid optim.batch_size={batch}: {world_size} processes with micro-batches of "
+            f"Invalid optim.batch_size={batch}: {processes} processes with micro-batches of "
             f"{machine.micro_batch_size} do not divide it; change trainer.micro_batch_size or the number of processes."
         )
-    if machine.launch == "single" and world_size > 1:
-        faults.append(f"Invalid trainer={machine.name} with {world_size} processes: use trainer=ddp, or one process.")
+    if machine.launch == "single" and processes > 1:
+        faults.append(f"Invalid trainer={machine.name} with {processes} processes: use trainer=ddp, or one process.")
     if machine.launch == "torchrun" and "WORLD_SIZE" not in os.environ:
         faults.append(
             f"Invalid trainer={machine.name} without processes: start it by torchrun --nproc_per_node N run_exp.py "
@@ -534,7 +613,7 @@ def check_launch(experiment: Experiment) -> None:
 
 
 def check_invariants(experiment: Experiment, model: nn.Module, backbone_sha256: dict[str, str | None]) -> None:
-    """What must hold after every run: the backbone's bytes are untouched, what was trained is FP32.
+    """What must hold after every run: the backbone's bytes are untouched, what was trained is FP32 and finite.
 
     Raises:
         RuntimeError: one of them does not; the run must not count.
@@ -548,3 +627,9 @@ def check_invariants(experiment: Experiment, model: nn.Module, backbone_sha256: 
     lowered = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if lowered:
         raise RuntimeError(f"{len(lowered)} trained parameters are not FP32 any more, {lowered[0]} among them.")
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} trained parameters hold NaN or infinity, {broken[0]} among them: training has diverged; "
+            "lower optim.lr or rho.sigma."
+        )

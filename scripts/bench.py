@@ -1,11 +1,13 @@
 """Measured costs of the perturbation, contenders side by side in one process.
 
     python scripts/bench.py cpu [--rounds 7] [--drift-steps 500]
+    python scripts/bench.py gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
 
 cpu  1. one optimizer step of LoRA and of Flat-LoRA in each mode on SmolLM2-135M, in turn, round after round: medians
         and ratios to LoRA (a noisy machine slows all contenders of a round alike);
      2. what 500 steps of perturbing and restoring leave of a BF16 backbone, in each mode.
-Writes results/bench/cpu.json and results/bench/cpu_drift.png.
+gpu  see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape against PEFT's.
+Writes results/bench/{cpu,gpu}.json and a plot beside each.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ from data.tokens import CausalCollator, tokenise  # noqa: E402
 from flatlora import methods, models, results  # noqa: E402
 from flatlora.config import ModelConfig  # noqa: E402
 from flatlora.console import quiet_libraries  # noqa: E402
+from flatlora.layers import PerturbedLayer, find_lora_layers  # noqa: E402
 from flatlora.methods.lora import LoraMethodConfig  # noqa: E402
-from flatlora.perturbation import PerturbedLayer, WeightPerturbation, find_lora_layers  # noqa: E402
+from flatlora.perturbation import WeightPerturbation  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -47,12 +50,27 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=["cpu"])
+    parser.add_argument("device", choices=["cpu", "gpu"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--drift-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
+    parser.add_argument("--shapes", help="gpu: micro-batch x length x accumulation, comma-separated")
+    parser.add_argument("--steps", type=int, default=5, help="gpu: optimizer steps timed for each contender")
+    parser.add_argument("--layers", type=int, default=32, help="gpu: decoder layers; 32 is the 7B model")
     options = parser.parse_args()
     quiet_libraries()
+    if options.device == "gpu":
+        if not torch.cuda.is_available():
+            console.print(
+                "bench.py gpu needs a CUDA device, and torch sees none here; python scripts/bench.py cpu runs."
+            )
+            return 2
+        from scripts import bench_gpu
+
+        shapes = (options.shapes or ",".join(bench_gpu.SHAPES)).split(",")
+        command = " ".join(["python", *sys.argv])
+        settings = {"layers": options.layers, "steps": options.steps, "out": options.out, "command": command}
+        return bench_gpu.run(shapes, **settings)
     model, batch = embedded_lora(), word_math_batch()
     steps = step_times(model, batch, options.rounds)
     console.print(step_table(steps))
@@ -104,20 +122,22 @@ def step_times(model: nn.Module, batch: dict[str, torch.Tensor], rounds: int) ->
     """Seconds of each contender's optimizer step, one list entry a round; a first round warms up and is dropped."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-6)
     layers = find_lora_layers(model)
-    contenders: dict[str, WeightPerturbation | None] = {"lora": None}
-    for mode in MODES:
-        contenders[mode] = WeightPerturbation(layers, sigma=SIGMA, total_steps=rounds + 2, seed=SEED, mode=mode)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = ("lora", *MODES)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in track(range(rounds + 1), description="step time", console=console):
-        names = list(contenders)
         for name in names[number % 4 :] + names[: number % 4]:  # nobody always runs after the same neighbour
+            perturbation = None
+            if name != "lora":  # layers read one perturbation at a time; its first step also makes the buffers
+                settings = {"sigma": SIGMA, "total_steps": 4, "seed": SEED + number}
+                perturbation = WeightPerturbation(layers, mode=name, **settings)
+                perturbation.begin(0)
+                perturbation.end()
             started = time.perf_counter()
-            optimizer_step(model, batch, optimizer, contenders[name], number + 1)
+            optimizer_step(model, batch, optimizer, perturbation, 1)
             if number:
                 seconds[name].append(time.perf_counter() - started)
-    for perturbation in contenders.values():
-        if perturbation:
-            perturbation.close()
+            if perturbation:
+                perturbation.close()
     return seconds
 
 

@@ -1,9 +1,13 @@
-"""Generation with transformers: batched greedy decoding, KV cache, left padding."""
+"""Generation with transformers: batched greedy decoding, KV cache, left padding.
+
+Greedy is the largest logit at every step, whatever the model's own generation_config.json asks for (a repetition
+penalty, suppressed tokens, sampling).
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,14 +60,20 @@ class HFBackend:
             use_cache=True,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
-            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
+            decoder_start_token_id=self._decoder_start(),
         )
-        with self._autocast():
+        with self._autocast(), _without_own_generation_config(self.model):
             output = self.model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=greedy
             )
         start = 1 if self.model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         return [self._completion(ids) for ids in output[:, start:].tolist()]
+
+    def _decoder_start(self) -> int | None:
+        """First token of an encoder-decoder model's answer, from whichever of its configs has it."""
+        own = getattr(self.model, "generation_config", None)
+        found = [getattr(config, "decoder_start_token_id", None) for config in (own, self.model.config)]
+        return next((token for token in found if token is not None), None)
 
     def _completion(self, ids: list[int]) -> Completion:
         eos = self.tokenizer.eos_token_id
@@ -75,3 +85,19 @@ class HFBackend:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+
+@contextlib.contextmanager
+def _without_own_generation_config(model: nn.Module) -> Iterator[None]:
+    """`generate` fills every unset field of the config it is given from the model's own: give it an empty one.
+
+    PEFT's wrapper keeps a second reference, which it puts into the model at each call.
+    """
+    owners = {module: module.generation_config for module in model.modules() if "generation_config" in vars(module)}
+    for module in owners:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, own in owners.items():
+            module.generation_config = own

@@ -14,6 +14,7 @@ import run_exp
 from eval import command, predictions
 from eval.backends import Completion
 from eval.command import main
+from flatlora.config import ModelConfig
 from flatlora.rows import jsonl
 from tests.conftest import run_folder
 
@@ -37,6 +38,18 @@ def test_the_runs_own_answers_are_recognised_and_never_overwritten(finished):
     assert json.loads((finished / "eval/gsm8k-max_rows=2/score.json").read_text())["n"] == 2
 
 
+def test_answers_of_another_device_have_their_own_folder(finished):
+    own = finished / "eval" / "gsm8k"
+    made = json.loads((own / "generation.json").read_text())
+    (own / "generation.json").write_text(json.dumps(made | {"device": "cuda"}))  # as if a GPU had trained and scored
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    assert main("gsm8k", [str(finished), "device=cpu"]) == 0
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+    other = finished / "eval/gsm8k-device=cpu"
+    assert json.loads((other / "generation.json").read_text()) == made
+    assert (other / "score.json").is_file()
+
+
 def test_checkpoints_have_their_own_folder_and_other_weights_their_own_answers(finished, tmp_path):
     assert main("gsm8k", [str(finished / "checkpoint-6"), "device=cpu"]) == 0
     assert (finished / "eval/gsm8k-checkpoint-6/score.json").is_file()
@@ -54,10 +67,24 @@ def test_checkpoints_have_their_own_folder_and_other_weights_their_own_answers(f
 
 
 @pytest.mark.parametrize(
-    "words", [["/nope"], [], ["results", "rows=/nope.jsonl"], ["x/y/z"], ["/tmp", "max_rowz=3", "batch_size=0"]]
+    ("words", "heads"),
+    [
+        (["/nope"], ["Invalid path /nope"]),
+        (["some/model", "rows=/nope.jsonl"], ["Invalid rows=/nope.jsonl"]),
+        (["x/y/z"], ["Invalid path x/y/z"]),
+        (["/proc", "max_rowz=3", "batch_size=0"], ["Invalid path /proc", "Unknown key max_rowz", "Invalid batch_size"]),
+    ],
 )
-def test_bad_commands_exit_with_2(words):
+def test_bad_commands_exit_with_2_and_tell_every_fault(words, heads, capsys):
+    told = faults(words, capsys)
+    assert len(told) == len(heads)
+    assert all(fault.startswith(head) for fault, head in zip(told, heads, strict=True)), told
+
+
+@pytest.mark.parametrize("words", [[], ["max_rows=3"], ["-x"]])
+def test_a_command_without_a_path_is_told_how_it_is_used(words, capsys):
     assert main("gsm8k", words) == 2
+    assert "python -m eval.gsm8k PATH [key=value ...]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
@@ -123,6 +150,52 @@ def test_a_run_made_by_hand_is_scored_with_its_own_settings(made):
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
     assert json.loads((made / "eval/gsm8k/score.json").read_text())["n"] == 3
     assert main("gsm8k", [str(made), "score_only=true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("made_with", "words", "name"),
+    [
+        ({"device": "cpu", "autocast": "torch.bfloat16"}, [], "gsm8k"),
+        ({"device": "cuda", "autocast": "torch.bfloat16"}, [], "gsm8k-device=cpu"),
+        ({"device": "cpu", "autocast": "None"}, [], "gsm8k-autocast=bfloat16"),
+        ({"device": "cuda", "autocast": "None"}, ["max_rows=2"], "gsm8k-max_rows=2-device=cpu-autocast=bfloat16"),
+        ({"backend": "right"}, [], "gsm8k"),
+        ([], [], "gsm8k"),
+    ],
+)
+def test_another_device_or_autocast_has_its_own_folder(made, made_with, words, name):
+    own = made / "eval/gsm8k"
+    own.mkdir(parents=True)
+    (own / "generation.json").write_text(json.dumps(made_with))
+    for place, folder in ((made, name), (made / "checkpoint-6", f"{name}-checkpoint-6")):
+        assert main("gsm8k", [str(place), "device=cpu", *words]) == 0
+        assert (made / "eval" / folder / "score.json").is_file()
+    assert sorted(path.name for path in made.glob("eval/*")) == sorted({"gsm8k", name, f"{name}-checkpoint-6"})
+
+
+def test_score_only_means_the_runs_own_answers_unless_a_device_is_named(made, capsys):
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    own = made / "eval/gsm8k"
+    (own / "generation.json").write_text(json.dumps({"device": "cuda"}))
+    (own / "score.json").unlink()
+    assert main("gsm8k", [str(made), "score_only=true"]) == 0
+    assert (own / "score.json").is_file()
+    (told,) = faults([made, "score_only=true", "device=cpu"], capsys)
+    assert told.startswith(f"{made}/eval/gsm8k-device=cpu/predictions.jsonl is not there")
+
+
+@pytest.mark.parametrize(("of_run", "expected"), [("bfloat16", torch.bfloat16), ("float32", None), (None, None)])
+def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, of_run, expected):
+    monkeypatch.setattr(command, "load_for_inference", lambda *_: (torch.nn.Linear(2, 2), None, {}))
+    model = of_run and ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype=of_run)
+    backend = command._load(command.Place("none", model=model), torch.device("cpu"), 1)
+    assert backend.autocast_dtype == expected
+
+
+def test_whole_numbers_are_printed_whole(capsys):
+    command.print_score("gsm8k", {"n": 5, "scorer": "s", "metrics": {"n": 5, "exact_match": 0.4, "unparsed": None}})
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().err.splitlines()]
+    assert [cell for cell in cells if len(cell) == 2] == [["n", "5"], ["exact_match", "0.4000"], ["unparsed", "—"]]
 
 
 @pytest.mark.parametrize(
@@ -297,12 +370,13 @@ def test_an_adapter_that_cannot_be_loaded_is_a_fault(made, tiny_model_folder, ca
     folder = made / "adapter"
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    command._load(command.Place(str(folder)), torch.device("cpu"), 1)  # whole, it can be loaded
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
     (made / "config.yaml").unlink()
     (told,) = faults([folder, f"rows={made / 'test.jsonl'}", "device=cpu"], capsys)
-    assert told.startswith("Cannot load ")
+    assert told.startswith(f"Cannot load {folder}: ")
 
 
 # --- failures on the way

@@ -127,6 +127,7 @@ def test_a_long_answer_is_read_in_time_that_grows_with_its_length(piece):
 @pytest.mark.parametrize("number", ["42", "-1,234.5", "$1,000,000.00", "0", "0.125", "987654321987654321987654321"])
 def test_text_around_a_number_changes_nothing(number):
     plain = parse_answer(number)
+    assert plain is not None
     for text in (
         f"#### {number}",
         f"So 3 + 4 = 7.\n#### {number}",
@@ -154,7 +155,7 @@ def test_score_counts_rows_not_luck():
     assert result["n"] == 5
     assert result["scorer"] == f"gsm8k/{gsm8k.SCORER_VERSION}"
     assert result["metrics"] == pytest.approx(
-        {"exact_match": 2 / 5, "unparsed": 2 / 5, "unfinished": 1 / 5, "mean_tokens": 52 / 5}
+        {"n": 5, "exact_match": 2 / 5, "unparsed": 2 / 5, "unfinished": 1 / 5, "mean_tokens": 52 / 5}
     )
 
 
@@ -182,6 +183,10 @@ def test_check_rows_finds_before_a_run_what_score_would_refuse():
     assert "'5\\n#### none' has none; end it in \"#### NUMBER\", or leave the row out." in fault
 
 
+def test_there_are_benchmarks():
+    assert "gsm8k" in benchmarks.names()
+
+
 @pytest.mark.parametrize("name", benchmarks.names())
 def test_every_benchmark_has_the_contract(name):
     module = benchmarks.evaluator(name)
@@ -195,6 +200,7 @@ def test_every_benchmark_has_the_contract(name):
 def test_no_rows_are_no_score():
     result = score([])
     assert result["n"] == 0
+    assert result["metrics"].pop("n") == 0
     assert set(result["metrics"].values()) == {None}
 
 

@@ -110,6 +110,12 @@ def test_a_checkpoint_of_another_origin_is_refused_and_kept(tmp_path, config, da
     assert fault_of(folder) is None
 
 
+def test_a_checkpoint_of_more_processes_is_refused(tmp_path):
+    folder = make(tmp_path, 3)
+    with pytest.raises(ConfigError, match=re.escape(f"{folder} was written by 1 processes and there are 2 now")):
+        latest_good(tmp_path, CONFIG, DATA, world_size=2)
+
+
 def test_rotate_keeps_the_newest(tmp_path):
     for step in (5, 50, 9, 100):
         make(tmp_path, step)

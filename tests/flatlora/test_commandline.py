@@ -1,6 +1,7 @@
 """Command-line words: published spellings, sweeps, composition of every option file, exit codes of the entry point."""
 
 import shlex
+import shutil
 
 import pytest
 
@@ -173,7 +174,7 @@ def test_unreadable_words_are_one_fault_each(function):
         (["model=lama", "rhoo=0.05"], ["Unknown option model=lama:", "Unknown key rhoo: did you mean rho?"]),
         (
             ["dataset=metamath", "rho=flat", "rho.sigma=-1"],
-            ["Unknown option dataset=metamath:", "Invalid rho.sigma=-1"],
+            ["Invalid rho.sigma=-1", "Unknown option dataset=metamath:"],
         ),
         (["eval=[gsm8k,foo,bar]"], ["Unknown option eval=foo:", "Unknown option eval=bar:"]),
         (["rho=true"], ["Unknown option rho=True:"]),
@@ -255,6 +256,10 @@ def test_hydras_own_options_see_the_canonical_words(monkeypatch, tmp_path, capsy
         (["wandb.name=N", "peft=lora,qv", "optim.lr=1e-3,1e-4", "seed=0,1"], "wandb.name=N-${peft.name}-${optim.lr}"),
         (["wandb.name=N", "seed=0,1"], "wandb.name=N"),
         (["wandb.name=a,b", "rho.sigma=0,0.05"], "wandb.name=a,b"),
+        (["wandb.name=N", "eval=[gsm8k],[]"], "wandb.name=N"),
+        (["wandb.name=N", "eval=[gsm8k],[]", "optim.lr=1e-3,1e-4"], "wandb.name=N-${optim.lr}"),
+        (["wandb.name=N", "peft.target_modules=[q_proj],[v_proj]"], "wandb.name=N-${peft.target_modules.0}"),
+        (["wandb.name=N", "model.revision=null,v2"], "wandb.name=N-${model.revision}"),
     ],
 )
 def test_jobs_of_a_sweep_have_their_own_names(words, named):
@@ -262,3 +267,57 @@ def test_jobs_of_a_sweep_have_their_own_names(words, named):
     assert settings[0] == named
     assert settings[1:] == words[1:]
     assert bool(notes) == (named != words[0])
+
+
+def test_jobs_over_lists_have_usable_names():
+    settings, _ = commandline.name_jobs(["wandb.name=N", "peft.target_modules=[q_proj,k_proj],[v_proj,o_proj]"])
+    jobs = run_exp.experiments_of(commandline.expand_sweep(settings))
+    assert [job.run_name() for job in jobs] == ["N-q_proj+k_proj", "N-v_proj+o_proj"]
+
+
+def test_jobs_that_differ_in_their_benchmarks_alone_are_refused_for_their_one_folder():
+    settings, _ = commandline.name_jobs(["wandb.name=N", "eval=[gsm8k],[]"])
+    (told,) = faults(run_exp.experiments_of, commandline.expand_sweep(settings))
+    assert told.startswith("Two jobs of the sweep would write to ")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "peft.target_modules=[q_proj,k_proj],[v_proj]",
+        "peft.target_modules=[q_proj],all",
+        "peft.target_modules=[],[]",
+        "model.hub_id=a/b,c/d",
+        "model.revision='a b',c",
+    ],
+)
+def test_swept_values_that_make_no_folder_names_are_refused(word):
+    (told,) = faults(commandline.name_jobs, ["wandb.name=N", word])
+    assert told.startswith(f"Invalid wandb.name=N with {word}: these values make no folder names; leave out wandb.name")
+    assert commandline.name_jobs([word]) == ([word], [])
+
+
+@pytest.mark.parametrize(
+    ("words", "sigma"),
+    [
+        (["rho=flat", "model=clip_b32"], 0.15),
+        (["model=clip_b16", "rho=flat_linear"], 0.15),
+        (["rho=flat", "model=t5base"], 0.05),
+        (["rho=flat"], 0.05),
+        (["rho=flat", "model=clip_b32", "rho.sigma=0.2"], 0.2),
+        (["model=clip_b32", "++rho=0.1"], 0.1),
+        (["model=clip_b32"], 0.0),
+        (["model=clip_b32", "++rho=0"], 0.0),
+    ],
+)
+def test_sigma_is_the_papers_for_the_kind_of_model(words, sigma):
+    assert commandline.compose_config(run_exp.CONF_DIR, commandline.rewrite(words)[0])["rho"]["sigma"] == sigma
+
+
+def test_an_experiment_file_may_set_what_config_yaml_sets(tmp_path):
+    shutil.copytree(run_exp.CONF_DIR, tmp_path / "conf")
+    (tmp_path / "conf/experiment").mkdir(exist_ok=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text("# @package _global_\nseed: 7\nwandb: {project: mine}\n")
+    found = commandline.compose_config(tmp_path / "conf", ["experiment=mine"])
+    assert (found["seed"], found["wandb"]["project"]) == (7, "mine")
+    assert commandline.compose_config(tmp_path / "conf", ["experiment=mine", "seed=8"])["seed"] == 8

@@ -12,17 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora import noise
 from flatlora.checkpoint import backbone_sha256
-from flatlora.perturbation import (
-    AdapterTerm,
-    PerturbedLayer,
-    WeightPerturbation,
-    choose_mode,
-    find_lora_layers,
-    merged_row_norms,
-    merged_row_norms_reference,
-    noise_coefficients,
-    plain_name,
-)
+from flatlora.epsilon import merged_row_norms, merged_row_norms_reference, noise_coefficients
+from flatlora.layers import AdapterTerm, PerturbedLayer, find_lora_layers, plain_name
+from flatlora.perturbation import WeightPerturbation, choose_mode
 from tests.conftest import tiny_lora
 
 MODES = ("copy", "recompute", "inplace")
@@ -143,10 +135,15 @@ def test_one_layer_reads_the_weight_that_the_formula_gives(make, dtype, mode):
 def test_backbone_bytes_are_untouched(mode):
     model = tiny_lora(torch.bfloat16)
     before = backbone_sha256(model)
-    perturbation = perturb(find_lora_layers(model), mode)
-    for step in range(20):
+    perturbation, losses = perturb(find_lora_layers(model), mode), set()
+    ids = torch.arange(3, 15)[None]
+    for step in range(10):
         perturbation.begin(step)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.add(loss.item())
         perturbation.end()
+    assert len(losses) > 5  # noise was made, and another one each step
     assert backbone_sha256(model) == before
     assert perturbation.drift() is None
 
@@ -317,6 +314,34 @@ def test_begin_twice_and_close_after_an_error(mode):
     perturbation.close()
     assert torch.equal(weight_read(layer), layer.weight)
     assert "forward" not in layer.module.__dict__
+    with pytest.raises(RuntimeError, match="was closed"):
+        perturbation.begin(1)
+    other = perturb([layer], mode)
+    perturb([layer], mode)
+    with pytest.raises(RuntimeError, match="another one took over"):
+        other.begin(1)
+
+
+@pytest.mark.parametrize("make", [linear_layer, conv1d_layer])
+def test_a_trained_bias_gets_its_gradient_in_both_modes(make):
+    gradients = []
+    for mode in ("copy", "recompute"):
+        layer = make()
+        layer.module.bias.requires_grad_()
+        perturbation = perturb([layer], mode)
+        perturbation.begin(2)
+        x = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0))
+        layer.module(x).square().sum().backward()
+        gradients.append(layer.module.bias.grad)
+    assert gradients[0].abs().min() > 0
+    assert torch.equal(*gradients)
+
+
+def test_a_trained_weight_is_refused():
+    layer = linear_layer()
+    layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match="the weights of 1 of them are trained, w among them"):
+        perturb([layer])
 
 
 @pytest.mark.parametrize("mode", ["copy", "recompute"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import wandb
 
 import run_exp
 from flatlora import results
@@ -243,6 +244,16 @@ def test_a_broken_file_of_a_run_is_named_and_kept(experiment, name, text):
     assert not folder.is_finished(experiment("overwrite=true"))
 
 
+def test_what_a_killed_write_left_is_removed(experiment):
+    folder = RunFolder.of(experiment())
+    claim(folder, experiment())
+    (folder.path / ".adapter-ab12cd_8").mkdir()
+    (folder.path / ".run.json-ab12cd_8").write_text("half")
+    folder.close()
+    claim(folder, experiment("resume=true"))
+    assert names(folder.path) == [".lock", "config.yaml"]
+
+
 def test_write_folder_is_whole_or_nothing(tmp_path):
     target = tmp_path / "adapter"
     for content in ("one", "two"):
@@ -339,9 +350,11 @@ def test_peak_memory_is_plausible():
 
 
 def test_no_tracker_when_disabled_or_not_the_main_process(experiment, monkeypatch, tmp_path):
-    assert results.tracker(experiment("wandb.mode=disabled"), tmp_path) is None
+    with results.tracking(experiment("wandb.mode=disabled"), tmp_path, {}) as tracker:
+        assert tracker is None
     monkeypatch.setenv("RANK", "1")
-    assert results.tracker(experiment("wandb.mode=offline"), tmp_path) is None
+    with results.tracking(experiment("wandb.mode=offline"), tmp_path, {}) as tracker:
+        assert tracker is None
 
 
 @pytest.mark.parametrize(("netrc", "has_key"), [("machine api.wandb.ai password x", True), ("machine gitlab", False)])
@@ -363,6 +376,7 @@ def test_the_tracker_is_fed_the_rows_of_metrics_jsonl(experiment, tmp_path):
     log.append({"step": 2, "loss": 1.5625})
     tracker.finish({"gsm8k/exact_match": 0.171875})
     assert [row["loss"] for row in log.rows()] == [2.8125, 1.5625]
+    assert wandb.run is None  # closed: the next run of this process has a page of its own
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     recorded = file.read_bytes()
     for text in ("run-42", "2.8125", "0.00048828125", "1.5625", "0.171875", '"lora_r":8'):

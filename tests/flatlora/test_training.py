@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import run_exp
 from data.tokens import TokenRows
@@ -55,8 +55,15 @@ def test_record_is_complete_and_adapter_loads_with_peft(tiny_settings, tiny_mode
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
     assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "sigma"}
     assert rows[-1]["eval_loss"] == pytest.approx(record["metrics"]["eval_loss"])
+    ids = torch.arange(3, 20)[None]
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    PeftModel.from_pretrained(base, folder / "adapter")
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    assert not torch.allclose(adapted(ids).logits, plain)
+    saved = load_file(folder / "adapter/adapter_model.safetensors")
+    for name, tensor in adapted.state_dict().items():
+        if "lora_" in name:
+            assert torch.equal(tensor, saved[name.replace(".default", "")])
     optimizer = torch.load(folder / "checkpoint-6/optimizer.pt")
     assert {s["exp_avg"].dtype for s in optimizer["state"].values()} == {torch.float32}
 
@@ -223,10 +230,17 @@ def test_a_finished_run_is_scored_anew_without_a_step(tiny_settings, monkeypatch
     for key in ("step_s_median", "tokens_per_s", "perturb_s"):
         assert record["timing"][key] == first["timing"][key]  # of the training, not of this process
     assert run_exp.main(scored) == 0
+    monkeypatch.setattr(run_exp, "score", lambda *_: (_ for _ in ()).throw(Killed))
+    again = [*scored, "eval.gsm8k.max_new_tokens=5"]
+    with pytest.raises(Killed):
+        run_exp.main(again)
+    monkeypatch.setattr(run_exp, "score", lambda *_: {"gsm8k/exact_match": 0.125})
+    assert run_exp.main(again) == 0  # a scoring that was killed is not done
+    assert json.loads((folder / "run.json").read_text())["metrics"]["gsm8k/exact_match"] == 0.125
     for old in folder.glob("checkpoint-*"):
         shutil.rmtree(old)
     before = contents(folder)
-    assert run_exp.main([*scored, "eval.gsm8k.max_new_tokens=5"]) == 2
+    assert run_exp.main([*scored, "eval.gsm8k.max_new_tokens=6"]) == 2
     assert contents(folder) == before
 
 
@@ -346,6 +360,81 @@ def test_another_experiment_in_the_folder_is_refused(tiny_settings, capsys):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("logged", [[], ["trainer.logging_steps=100"]])
+def test_a_run_that_ends_in_nan_does_not_count_as_finished(tiny_settings, monkeypatch, logged):
+    def poison(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).mul_(float("nan"))
+
+    monkeypatch.setattr(training.SaveAtStop, "on_step_end", poison, raising=False)
+    settings = [w for w in tiny_settings if "validation_rows" not in w] + ["dataset.validation_rows=4", *logged]
+    assert run_exp.main([*settings, "optim.early_stopping_patience=9"]) == 1
+    record = json.loads((run_folder(settings) / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "diverged" in record["error"]
+
+
+def test_saving_and_logging_may_change_on_resume(tiny_settings, monkeypatch):
+    settings = [*tiny_settings, "trainer.save_steps=3", "trainer.logging_steps=1"]
+    end = training.StepRecorder.on_step_end
+
+    def die(self, args, state, control, **kwargs):
+        end(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            raise Killed
+
+    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    with pytest.raises(Killed):
+        run_exp.main(settings)
+    monkeypatch.undo()
+    folder = run(settings, "resume=true", "trainer.save_steps=1", "trainer.logging_steps=2")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    assert [row["step"] for row in metrics_rows(folder)] == [1, 2, 3, 4, 6]
+
+
+def test_the_best_of_a_time_after_the_checkpoint_is_forgotten(tiny_settings, monkeypatch):
+    settings = [w for w in tiny_settings if "validation_rows" not in w]
+    settings += ["dataset.validation_rows=8", "optim.eval_steps=1", "trainer.save_steps=2", "optim.best_model=true"]
+    whole = run(in_folder(settings, "whole"))
+    steps = [best["step"] for best in json.loads((whole / "best/best.json").read_text())]
+    monkeypatch.setattr(training.FlatTrainer, "_complete", lambda self, folder: (_ for _ in ()).throw(Killed))
+    killed = killed_and_resumed(settings, monkeypatch)  # before any checkpoint, after two evaluations
+    assert [best["step"] for best in json.loads((killed / "best/best.json").read_text())] == steps
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+    assert {path.name for path in (killed / "best").glob("*.safetensors")} == {f"step-{n}.safetensors" for n in steps}
+
+
+def test_a_sequence_to_sequence_model_averages_over_micro_batches(tiny_model_folder, tiny_settings, tmp_path):
+    """One batch of 4 rows and two micro-batches of 2 give one gradient where all answers are of one length."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, dropout_rate=0)
+    config.decoder_start_token_id = config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    folder = tmp_path / "openai/gsm8k/main"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [{"question": f"Add {i} and {i}.", "answer": f"#### {i % 8 + 1}"} for i in range(16)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = [w for w in tiny_settings if not w.startswith(("model.hub", "dataset.", "trainer.micro"))]
+    settings = [*kept, f"model.hub_id={tmp_path / 't5'}", "model.family=seq2seq", "dataset=gsm8k"]
+    settings += [
+        "dataset.validation_rows=0",
+        "model.test_rows=null",
+        f"data_root={tmp_path}",
+        "rho=flat",
+        "rho.sigma=0.3",
+    ]
+    whole = metrics_rows(run(in_folder(settings, "one"), "trainer.micro_batch_size=4"))
+    parts = metrics_rows(run(in_folder(settings, "two"), "trainer.micro_batch_size=2"))
+    assert len(whole) == 4
+    for left, right in zip(whole, parts, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-3)
+
+
 def test_a_diverging_run_fails_with_its_reason(tiny_settings, capsys):
     assert run_exp.main([*tiny_settings, "optim.lr=1e30", "optim.max_grad_norm=0"]) == 1
     record = json.loads((run_folder(tiny_settings) / "run.json").read_text())
@@ -364,7 +453,7 @@ def test_early_stopping_stops_and_best_model_is_kept(tiny_settings):
     assert losses.index(min(losses)) == len(losses) - 3  # two evaluations without a gain
     assert record["metrics"]["best_step"] == losses.index(min(losses)) + 1
     assert record["metrics"]["eval_loss"] == min(losses)
-    best = load_file(next((folder / "best").glob("*.safetensors")))
+    best = load_file(folder / "best" / f"step-{record['metrics']['best_step']}.safetensors")
     saved = load_file(folder / "adapter/adapter_model.safetensors")
     assert {name.replace(".default", ""): t.sum() for name, t in best.items()} == {n: t.sum() for n, t in saved.items()}
 

@@ -50,11 +50,29 @@ def test_drift_is_zero_but_in_place(tmp_path):
     assert (tmp_path / "drift.png").stat().st_size > 5000
 
 
-def test_step_times_take_every_contender_in_every_round():
+def test_step_times_take_every_contender_and_each_reads_its_own_weights(monkeypatch):
     ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids}
-    seconds = bench.step_times(tiny_lora(torch.bfloat16).train(), batch, rounds=3)
+    model = tiny_lora(torch.bfloat16).train()
+    read = {}
+
+    def loss():
+        with torch.no_grad():
+            return model(**batch).loss.item()
+
+    def spy(model, batch, optimizer, perturbation, number):
+        plain = loss()
+        if perturbation:
+            perturbation.begin(number)
+        read.setdefault(perturbation.mode if perturbation else "lora", set()).add(loss() != plain)
+        if perturbation:
+            perturbation.end()
+
+    monkeypatch.setattr(bench, "optimizer_step", spy)
+    monkeypatch.setattr(bench, "SIGMA", 0.5)
+    seconds = bench.step_times(model, batch, rounds=3)
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(("lora", *bench.MODES), 3)
+    assert read == {"lora": {False}, "copy": {True}, "recompute": {True}, "inplace": {True}}
     text = text_of(bench.step_table({"lora": [1.0, 2.0, 4.0], "copy": [1.1, 2.4, 4.0]}))
     assert "1.100" in text  # median of the ratios 1.1, 1.2, 1.0
     assert "2.400 s" in text

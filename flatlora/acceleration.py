@@ -1,0 +1,267 @@
+"""The rest of the training step on a GPU: Liger's kernels, a head that never holds all logits, replayed micro-steps.
+
+`accelerate` puts in place what a model and machine allow, behind `trainer.kernels=auto`. Weights, names and checkpoints
+stay as they are; what cannot be used is named once in the log.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flatlora import kernels
+from flatlora.lora_linear import fuse
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a token without loss, as transformers has it
+_HEAD_ROWS = 1024  # tokens whose logits are in memory at a time
+_GRAPHS = 16  # shapes of micro-batches that are captured; further ones run without a graph
+
+
+def accelerate(model: nn.Module, device: torch.device) -> list[str]:
+    """Make the layers of a PEFT model fast on `device`; what was put in place, for the record."""
+    if not kernels.available(device):
+        return []
+    done = []
+    if fused := fuse(model):
+        done.append(f"{fused} fused LoRA layers")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if importlib.util.find_spec("liger_kernel") is None:
+        logger.warning("liger-kernel is not installed: norms, rotary embeddings and the head run as transformers does.")
+        return done
+    if _apply_liger(base):
+        done.append("Liger RMSNorm, RoPE and SwiGLU")
+    if _has_frozen_linear_head(base):
+        base.forward = _forward_without_logits(base)
+        done.append("chunked cross entropy")
+    return done
+
+
+def _apply_liger(base: nn.Module) -> bool:
+    """Liger's kernels in this model alone: it also changes transformers' module, for every model made later."""
+    from liger_kernel.transformers.monkey_patch import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        _apply_liger_kernel_to_instance,
+    )
+
+    if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        logger.warning("Liger has no kernels for %s: it runs as transformers does.", base.config.model_type)
+        return False
+    modeling = sys.modules[type(base).__module__]
+    before = dict(vars(modeling))
+    # Not its cross entropy: that waits for the host in every micro-step, which a CUDA graph cannot hold.
+    _apply_liger_kernel_to_instance(model=base, cross_entropy=False, fused_linear_cross_entropy=False)
+    rotary = getattr(modeling, _ROTARY, None)
+    for name, value in before.items():
+        setattr(modeling, name, value)
+    if rotary is not before.get(_ROTARY):
+        for module in base.modules():
+            if _ROTARY in type(module).forward.__code__.co_names:
+                module.forward = _with_rotary(module.forward, modeling, rotary)
+    return True
+
+
+_ROTARY = "apply_rotary_pos_emb"  # a function of the module, not of a model: put in place while an attention runs
+
+
+def _with_rotary(original: Callable[..., Any], modeling: ModuleType, rotary: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        plain = getattr(modeling, _ROTARY)
+        setattr(modeling, _ROTARY, rotary)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            setattr(modeling, _ROTARY, plain)
+
+    return forward
+
+
+def _has_frozen_linear_head(base: nn.Module) -> bool:
+    head = getattr(base, "lm_head", None)
+    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    return plain and hasattr(base, "model") and not base.config.is_encoder_decoder
+
+
+def _forward_without_logits(base: nn.Module) -> Callable[..., Any]:
+    original = base.forward
+
+    @functools.wraps(original)  # generate() and Trainer look at the signature
+    def forward(
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        logits_to_keep: torch.Tensor | int = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not base.training or (labels is None and shift_labels is None):
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            kwargs |= {name: value for name, value in given.items() if value is not None}
+            return original(*args, logits_to_keep=logits_to_keep, **kwargs)
+        hidden = base.model(*args, **kwargs | {"use_cache": False}).last_hidden_state
+        if isinstance(logits_to_keep, torch.Tensor):
+            hidden = hidden[:, logits_to_keep]
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        return CausalLMOutputWithPast(
+            loss=linear_cross_entropy(hidden, base.lm_head.weight, shift_labels, num_items_in_batch)
+        )
+
+    return forward
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross entropy of hidden (… × H) times a frozen head (V × H), the logits in memory only a thousand rows at a time.
+
+    Args:
+        labels: …, INT64; -100 has no loss.
+        items: what the sum of losses is divided by; the number of labels with a loss when None. Nothing waits for the
+            host.
+    """
+    labels = labels.reshape(-1)
+    total = _HeadLoss.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels)
+    return total / ((labels != IGNORED).sum() if items is None else items)
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Slow twin of `linear_cross_entropy`: all logits at once, in FP32."""
+    logits = hidden.reshape(-1, hidden.shape[-1]).float() @ weight.float().t()
+    total = nn.functional.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    return total / ((labels != IGNORED).sum() if items is None else items)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum of the losses; the gradient is made in the forward, where the logits are."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
+
+        losses = torch.zeros(labels.shape[0], device=hidden.device)
+        grad_hidden = torch.empty_like(hidden, dtype=weight.dtype)
+        columns = weight.shape[0]
+        block = min(1 << 15, 1 << (columns - 1).bit_length())
+        for start in range(0, labels.shape[0], _HEAD_ROWS):
+            rows = slice(start, min(start + _HEAD_ROWS, labels.shape[0]))
+            logits, target, loss = hidden[rows].to(weight.dtype) @ weight.t(), labels[rows], losses[rows]
+            # Leaves each row's loss in `loss` and the gradient of its logits in the logits' place.
+            liger_cross_entropy_kernel[(logits.shape[0],)](
+                X_ptr=logits,
+                X_stride=logits.stride(0),
+                Y_ptr=target,
+                Y_stride=1,
+                weight_ptr=None,
+                loss_ptr=loss,
+                z_loss_ptr=None,
+                loss_stride=1,
+                token_accuracy_ptr=None,
+                token_accuracy_stride=0,
+                predicted_tokens_ptr=None,
+                predicted_tokens_stride=0,
+                n_cols=columns,
+                n_non_ignore=1.0,
+                sum_non_ignore_weight=1.0,
+                weight_sum=0.0,
+                ignore_index=IGNORED,
+                lse_square_scale=0.0,
+                label_smoothing=0.0,
+                reduction="sum",
+                softcap=None,
+                RETURN_Z_LOSS=False,
+                RETURN_TOKEN_ACCURACY=False,
+                RETURN_PREDICTED_TOKENS=False,
+                HAS_WEIGHT=False,
+                HAS_SOFTCAPPING=False,
+                HAS_GRADIENTS=True,
+                BLOCK_SIZE=block,
+                num_warps=32,
+            )
+            torch.mm(logits, weight, out=grad_hidden[rows])
+        ctx.save_for_backward(grad_hidden)
+        ctx.dtype = hidden.dtype
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * grad).to(ctx.dtype), None, None
+
+
+class GraphedMicroStep:
+    """Forward and backward of a micro-batch, captured in a CUDA graph for each shape and replayed from then on.
+
+    At small micro-batches the host cannot launch kernels as fast as the GPU runs them; a replay is one launch. The
+    gradients live in one flat buffer whose address the graphs know.
+
+    Args:
+        compute: micro-batch (dict of tensors) → loss; must not wait for the host.
+        parameters: what is trained.
+    """
+
+    def __init__(self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], parameters: Sequence[nn.Parameter]):
+        self.compute, self.parameters = compute, list(parameters)
+        flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.parameters[0].device)
+        self.gradient = flat
+        parts = flat.split([p.numel() for p in self.parameters])
+        self._gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, inputs: dict[str, torch.Tensor], state: Hashable = None) -> torch.Tensor:
+        """Loss of a micro-batch, its gradients added to the parameters'.
+
+        `state` names whatever else decides which kernels run, such as whether the weights are perturbed.
+        """
+        if self.parameters[0].grad is not self._gradients[0]:  # the optimizer step has let go of the old ones
+            self.gradient.zero_()
+            for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+                parameter.grad = gradient
+        key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
+        if key not in self._graphs:
+            if len(self._graphs) >= _GRAPHS:
+                return self._run(inputs).detach()
+            self._graphs[key] = self._capture(inputs)
+        graph, static, loss = self._graphs[key]
+        for name, tensor in inputs.items():
+            static[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+        return loss.clone()
+
+    def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = self.compute(inputs)
+        loss.backward()
+        return loss
+
+    def _capture(self, inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
+        """Run the micro-step twice to compile and allocate what it needs, then record it; neither leaves a trace."""
+        static = {name: tensor.clone() for name, tensor in inputs.items()}
+        gradient, generator = self.gradient.clone(), torch.cuda.get_rng_state(self.gradient.device)
+        stream = torch.cuda.Stream(self.gradient.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._run(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize(self.gradient.device)
+        torch.cuda.empty_cache()  # the graph's own pool takes the room of what the trial runs used
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            loss = self._run(static).detach()
+        self.gradient.copy_(gradient)
+        torch.cuda.set_rng_state(generator, self.gradient.device)
+        return graph, static, loss

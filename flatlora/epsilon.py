@@ -1,0 +1,357 @@
+"""How ε is made: the row norms that scale it, and the passes that write W + ε, on the host and on a GPU.
+
+    c_i = σ_t/√n · ‖W'_i‖ (paper section 3.3; the ablations leave out 1/√n or the row),   out = round(W + c_i z_ij)
+
+`HostEpsilon` works layer by layer with the compiled code of noise.py, `DeviceEpsilon` with the kernels of kernels.py:
+one launch for all layers of a model. Both read the same stream of normals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from flatlora import kernels, noise
+from flatlora.layers import AdapterTerm, PerturbedLayer
+
+_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of FP32: noise and weight of a chunk stay in the L2 cache
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that makes one layer's ε again: Philox key, counter words, and c (m, FP32)."""
+
+    key: tuple[int, int]
+    step: int
+    stream: int
+    c: torch.Tensor
+
+
+class Epsilon(Protocol):
+    """ε of a list of layers. Lists of tensors below have one entry a layer."""
+
+    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
+        """c (m, FP32) of every layer, from the weights and adapters as they are now."""
+        ...
+
+    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The c of a saved draw, on the layers' device."""
+        ...
+
+    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
+        """outs = round(W + sign · c z), in the stored layout; an out may be its W."""
+        ...
+
+    def aim(self, draws: Sequence[Draw]) -> None:
+        """Set what `materialise` draws where a CUDA graph replays it, and no code of the host runs."""
+        ...
+
+    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+        """W + ε of one layer in the stored layout, in a buffer that the next call overwrites."""
+        ...
+
+    def check(self) -> None:
+        """FloatingPointError if row norms were not finite in any step up to now."""
+        ...
+
+
+def epsilon_of(layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> Epsilon:
+    """Whatever serves the device, or the devices, that the layers are on."""
+    devices = list(dict.fromkeys(layer.weight.device for layer in layers))
+    if len(devices) > 1:
+        return _ManyDevices(layers, keys, devices)
+    return HostEpsilon(layers) if devices[0].type == "cpu" else DeviceEpsilon(layers, keys)
+
+
+class HostEpsilon:
+    """ε on the CPU, layer by layer."""
+
+    def __init__(self, layers: Sequence[PerturbedLayer]) -> None:
+        self.layers, self._scratch = layers, _Scratch()
+
+    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
+        return [noise_coefficients(layer, sigma, scale=scale, fan_in=fan_in) for layer in self.layers]
+
+    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return list(coefficients)
+
+    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
+        for layer, draw, out in zip(self.layers, draws, outs, strict=True):
+            write_perturbed(layer.as_rows(layer.weight.detach()), draw, layer.as_rows(out), self._scratch, sign=sign)
+
+    def aim(self, draws: Sequence[Draw]) -> None:
+        """Nothing to set: each call brings its own draw."""
+
+    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+        weight = self.layers[index].weight.detach()
+        stored = self._scratch.get("weight", tuple(weight.shape), weight.dtype, weight.device)
+        as_rows = self.layers[index].as_rows
+        write_perturbed(as_rows(weight), draw, as_rows(stored), self._scratch)
+        return stored
+
+    def check(self) -> None:
+        """Nothing to add: `coefficients` looks at once."""
+
+
+class DeviceEpsilon:
+    """ε on one GPU: a launch for all row norms, a launch for all layers' noise, and no wait for the host.
+
+    The coefficients of all layers lie in one vector whose address never changes, and step and stream on the device, so
+    that passes, and CUDA graphs that captured them, stay valid from step to step.
+    """
+
+    def __init__(self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> None:
+        self.layers, self.keys = layers, list(keys)
+        self.device = layers[0].weight.device
+        self._rows = [layer.as_rows(layer.weight).shape[0] for layer in layers]
+        self._columns = [layer.as_rows(layer.weight).shape[1] for layer in layers]
+        self._c = torch.zeros(sum(self._rows), device=self.device)
+        self._fan_in = torch.cat(
+            [torch.full((m,), n**-0.5, device=self.device) for m, n in zip(self._rows, self._columns, strict=True)]
+        )
+        self._counter = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._counted: tuple[int, int] | None = None  # what the counter holds
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._squared: torch.Tensor | None = None  # ‖W_i‖² of all layers
+        self._norms: tuple[object, kernels.RowNormPass] | None = None
+        self._passes: dict[object, kernels.NoisePass] = {}
+        self._scratch = _Scratch()
+
+    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
+        squares = self._merged_squares()
+        self._finite &= squares.isfinite().all()
+        if scale == "iid":
+            squares = torch.cat([part.mean().expand_as(part) for part in squares.split(self._rows)])
+        norms = squares.clamp(min=0.0).sqrt()
+        torch.mul(norms, self._fan_in * sigma if fan_in else sigma, out=self._c)
+        return list(self._c.split(self._rows))
+
+    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        self._c.copy_(torch.cat([c.to(self.device) for c in coefficients]))
+        return list(self._c.split(self._rows))
+
+    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
+        self._count(draws[0])
+        self._pass(range(len(self.layers)), outs).launch(sign)
+
+    def aim(self, draws: Sequence[Draw]) -> None:
+        self._count(draws[0])
+
+    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+        weight = self.layers[index].weight.detach()
+        stored = self._scratch.get("weight", tuple(weight.shape), weight.dtype, weight.device)
+        self._count(draw)
+        self._pass([index], [stored]).launch()
+        return stored
+
+    def check(self) -> None:
+        if not self._finite:
+            parts = zip(self.layers, self._c.split(self._rows), strict=True)
+            names = [layer.name for layer, c in parts if not c.isfinite().all()]
+            raise FloatingPointError(_not_finite(names[0] if names else "a layer, in an earlier step,"))
+
+    def _count(self, draw: Draw) -> None:
+        if self._counted != (draw.step, draw.stream):
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"Cannot turn to step={draw.step}, stream={draw.stream} while a CUDA graph is captured: every "
+                    "replay would draw the same noise; run the backward of a micro-batch before the next one begins."
+                )
+            self._counter.copy_(torch.tensor([draw.step, draw.stream]), non_blocking=True)
+            self._counted = (draw.step, draw.stream)
+
+    def _pass(self, indices: Sequence[int], outs: Sequence[torch.Tensor]) -> kernels.NoisePass:
+        """The pass over these layers into these buffers; built once, for its tables take a while to fill."""
+        address = tuple(out.data_ptr() for out in outs), tuple(self.layers[i].weight.data_ptr() for i in indices)
+        if address not in self._passes:
+            layers, c = [self.layers[i] for i in indices], self._c.split(self._rows)
+            self._passes[address] = kernels.NoisePass(
+                [layer.as_rows(layer.weight.detach()) for layer in layers],
+                [layer.as_rows(out) for layer, out in zip(layers, outs, strict=True)],
+                self._c if len(layers) == len(self.layers) else c[indices[0]],
+                [self.keys[i] for i in indices],
+                counter=self._counter,
+            )
+        return self._passes[address]
+
+    @torch.no_grad()
+    def _merged_squares(self) -> torch.Tensor:
+        """‖W'_i‖² of the rows of all layers, Σ m, FP32."""
+        terms = [list(layer.adapters()) for layer in self.layers]
+        if self._squared is None:
+            weights = [layer.as_rows(layer.weight.detach()) for layer in self.layers]
+            self._squared = torch.cat([kernels.squared_row_norms(weight) for weight in weights]).float()
+        if any(len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms):
+            return self._merged_squares_of(terms)
+        pairs = [each[0] for each in terms]
+        # What a pass has to be built anew for: a factor that moved to another place, another scaling.
+        state = tuple((term.A.data_ptr(), term.B.data_ptr(), term.scaling) for term in pairs)
+        if self._norms is None or self._norms[0] != state:
+            self._norms = (
+                state,
+                kernels.RowNormPass(
+                    [layer.as_rows(layer.weight.detach()) for layer in self.layers],
+                    [term.A.detach() for term in pairs],
+                    [term.B.detach() for term in pairs],
+                    [term.scaling for term in pairs],
+                    squared_norms=self._squared,
+                ),
+            )
+        return self._norms[1]()
+
+    def _merged_squares_of(self, terms: Sequence[Sequence[AdapterTerm]]) -> torch.Tensor:
+        """The same for layers with several adapters, or none: one layer after the other."""
+        squares = []
+        for layer, each, squared in zip(self.layers, terms, self._squared.split(self._rows), strict=True):
+            norms = merged_row_norms(layer.as_rows(layer.weight.detach()), each, squared.double())
+            squares.append(norms.square())
+        return torch.cat(squares)
+
+
+class _ManyDevices:
+    """Layers spread over several devices: one `Epsilon` for each."""
+
+    def __init__(
+        self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]], devices: Sequence[torch.device]
+    ) -> None:
+        self._indices = [[i for i, layer in enumerate(layers) if layer.weight.device == d] for d in devices]
+        self._parts = [epsilon_of([layers[i] for i in part], [keys[i] for i in part]) for part in self._indices]
+
+    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
+        return self._merge([part.coefficients(sigma, scale=scale, fan_in=fan_in) for part in self._parts])
+
+    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self._merge(
+            [p.restore([coefficients[i] for i in part]) for p, part in zip(self._parts, self._indices, strict=True)]
+        )
+
+    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
+        for epsilon, part in zip(self._parts, self._indices, strict=True):
+            epsilon.write([draws[i] for i in part], [outs[i] for i in part], sign)
+
+    def aim(self, draws: Sequence[Draw]) -> None:
+        for epsilon, part in zip(self._parts, self._indices, strict=True):
+            epsilon.aim([draws[i] for i in part])
+
+    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+        number = next(k for k, part in enumerate(self._indices) if index in part)
+        return self._parts[number].materialise(self._indices[number].index(index), draw)
+
+    def check(self) -> None:
+        for part in self._parts:
+            part.check()
+
+    def _merge(self, lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        placed = {i: c for part, cs in zip(self._indices, lists, strict=True) for i, c in zip(part, cs, strict=True)}
+        return [placed[i] for i in range(len(placed))]
+
+
+class _Scratch:
+    """Reusable flat buffers by (purpose, dtype, device); a request for more elements grows its buffer."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def get(self, purpose: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        key, elements = (purpose, dtype, device), shape[0] * shape[1]
+        if key not in self._buffers or self._buffers[key].numel() < elements:
+            self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)
+        return self._buffers[key][:elements].view(shape)
+
+
+@torch.no_grad()
+def write_perturbed(
+    weight: torch.Tensor, draw: Draw, out: torch.Tensor, scratch: _Scratch | None = None, *, sign: float = 1.0
+) -> None:
+    """out = round(W + sign · c_i z_ij), W and out m × n of one floating dtype; out may be W.
+
+    The sum is made in FP32 (FP64 for an FP64 weight) and rounded once to the weight's dtype.
+    """
+    rows, columns = weight.shape
+    if weight.dtype in noise.FUSED_DTYPES and weight.is_contiguous() and out.is_contiguous() and weight.is_cpu:
+        noise.add_normal(weight, sign * draw.c, out, draw.key, draw.step, draw.stream)
+        return
+    scratch = scratch or _Scratch()
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    c = (sign * draw.c).to(wide)
+    for start, stop in _row_chunks(rows, columns):
+        z = scratch.get("noise", (stop - start, columns), torch.float32, torch.device("cpu"))
+        noise.fill_normal(z, draw.key, draw.step, draw.stream, row=start)
+        total = scratch.get("sum", (stop - start, columns), wide, weight.device)
+        total.copy_(weight[start:stop])
+        total.addcmul_(z.to(weight.device, wide), c[start:stop, None])
+        out[start:stop].copy_(total)
+
+
+@torch.no_grad()
+def noise_coefficients(
+    layer: PerturbedLayer, sigma: float, *, scale: str = "filter", fan_in: bool = True
+) -> torch.Tensor:
+    """c (m, FP32): the std of ε in each row of a layer (paper section 3.3).
+
+    Raises:
+        FloatingPointError: the weight or an adapter holds NaN or infinity.
+    """
+    weight = layer.as_rows(layer.weight.detach())
+    if layer.squared_norms is None:
+        layer.squared_norms = _squared_row_norms(weight)
+    norms = merged_row_norms(weight, layer.adapters(), layer.squared_norms)
+    if not torch.isfinite(norms).all():
+        raise FloatingPointError(_not_finite(layer.name))
+    return _coefficients(norms, weight.shape[1], sigma, scale=scale, fan_in=fan_in)
+
+
+def _coefficients(norms: torch.Tensor, columns: int, sigma: float, *, scale: str, fan_in: bool) -> torch.Tensor:
+    """c of the row norms of one layer."""
+    if scale == "iid":
+        norms = norms.square().mean().sqrt().expand_as(norms)
+    return norms * (sigma / math.sqrt(columns) if fan_in else sigma)
+
+
+def _not_finite(name: str) -> str:
+    return (
+        f"The row norms of {name} are not finite: its weight or adapter holds NaN or infinity; lower optim.lr or "
+        "rho.sigma, or check the checkpoint."
+    )
+
+
+@torch.no_grad()
+def merged_row_norms(
+    weight: torch.Tensor, terms: Sequence[AdapterTerm], squared_norms: torch.Tensor | None = None
+) -> torch.Tensor:
+    """‖W_i + Σ s B_i A‖ of each row (m, FP32) without forming any B·A.
+
+    Stacking the terms as one pair B = [s₁B₁ …], A = [A₁; …], the square is ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ.
+    `squared_norms` (m, FP64) may hold ‖W_i‖², which a frozen W never changes.
+    """
+    squared = _squared_row_norms(weight) if squared_norms is None else squared_norms
+    if terms:
+        A = torch.cat([term.A.detach() for term in terms]).float()
+        B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).double()
+        projected = torch.cat([weight[i:j].float() @ A.t() for i, j in _row_chunks(*weight.shape)])
+        gram = A.double() @ A.double().t()
+        squared = squared + (2.0 * projected.double() * B + (B @ gram) * B).sum(dim=1)
+    return squared.clamp_min(0.0).sqrt().float()
+
+
+@torch.no_grad()
+def merged_row_norms_reference(weight: torch.Tensor, terms: Sequence[AdapterTerm]) -> torch.Tensor:
+    """Slow twin of `merged_row_norms`: forms W' in FP64 (m × n) and takes its row norms."""
+    merged = weight.double()
+    for term in terms:
+        merged = merged + term.scaling * (term.B.double() @ term.A.double())
+    return merged.norm(dim=1)
+
+
+def _squared_row_norms(weight: torch.Tensor) -> torch.Tensor:
+    chunks = [weight[i:j].double().square().sum(dim=1) for i, j in _row_chunks(*weight.shape)]
+    return torch.cat(chunks) if chunks else weight.new_zeros(0, dtype=torch.float64)
+
+
+def _row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    height = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    return ((start, min(start + height, rows)) for start in range(0, rows, height))

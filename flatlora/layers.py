@@ -1,0 +1,91 @@
+"""The layers that a perturbation acts on: a frozen weight, and the low-rank terms of the adapters around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class AdapterTerm(NamedTuple):
+    """One active low-rank term of a layer: W' gets `scaling` · B (m × r) · A (r × n)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+
+@dataclass
+class PerturbedLayer:
+    """A linear layer whose weight is to be perturbed.
+
+    `module` owns the weight and is called by the model (nn.Linear: m × n; GPT-2's Conv1D: stored n × m);
+    `adapters` returns the low-rank terms that act on it at the time of the call; while `enabled` says no, the layer
+    reads W (in copy and recompute), as a reference model made by PEFT's `disable_adapter()` should.
+    """
+
+    name: str
+    module: nn.Module
+    adapters: Callable[[], Sequence[AdapterTerm]] = tuple
+    enabled: Callable[[], bool] = lambda: True
+    weight: nn.Parameter = field(init=False)
+    squared_norms: torch.Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Linear | Conv1D):
+            raise TypeError(
+                f"Invalid layer {self.name}={type(self.module).__name__}: a perturbed layer must be nn.Linear or "
+                "Conv1D; take it out of the targets."
+            )
+        self.weight = self.module.weight
+        if not self.weight.is_floating_point():
+            raise TypeError(
+                f"Invalid dtype={self.weight.dtype} of {self.name}: a perturbed weight must be floating point; "
+                "load the backbone unquantised."
+            )
+
+    def as_rows(self, stored: torch.Tensor) -> torch.Tensor:
+        """A stored weight as m × n, one output filter a row (a view)."""
+        return stored.t() if isinstance(self.module, Conv1D) else stored
+
+
+def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
+    """Every linear layer that PEFT wrapped with a LoRA adapter, named as in the model without PEFT or DDP wrappers."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+            layers.append(
+                PerturbedLayer(
+                    plain_name(name),
+                    module.get_base_layer(),
+                    adapters=_adapter_terms(module),
+                    enabled=lambda module=module: not module.disable_adapters,
+                )
+            )
+    return layers
+
+
+def plain_name(name: str) -> str:
+    """A module or parameter name as the untouched backbone has it."""
+    for wrapper in ("module.", "base_model.model."):
+        name = name.removeprefix(wrapper)
+    return name.replace(".base_layer.", ".").removesuffix(".base_layer")
+
+
+def _adapter_terms(module: nn.Module) -> Callable[[], list[AdapterTerm]]:
+    def terms() -> list[AdapterTerm]:
+        if module.disable_adapters or module.merged:
+            return []  # merged: W already holds s·B·A
+        return [
+            AdapterTerm(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+            for name in module.active_adapters
+            if name in module.lora_A
+        ]
+
+    return terms

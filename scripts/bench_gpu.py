@@ -1,0 +1,379 @@
+"""`python scripts/bench.py gpu`: one optimizer step of Llama-2-7B's shape (random weights), contenders side by side.
+
+    PEFT         transformers' Llama with PEFT's LoRA under BF16 autocast: a Trainer's step, written plainly
+    PEFT+Liger   the same with Liger's kernels, a user's other choice
+    published    PEFT with Flat-LoRA as published: B·A formed in memory, torch.normal, W += ε in place, later W -= ε
+    LoRA, Flat-LoRA copy / recompute / inplace      this suite: fused layers, Liger's kernels, replayed micro-steps
+
+Every contender reads the same backbone. A step is `accumulation` micro-batches, clipping, fused AdamW and zero_grad.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+from flatlora import kernels, noise, results
+from flatlora.acceleration import GraphedMicroStep, accelerate
+from flatlora.layers import PerturbedLayer, find_lora_layers
+from flatlora.perturbation import WeightPerturbation
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+}
+SHAPES = ("2x1024x16", "8x1024x4", "1x1024x16", "2x512x16")  # micro-batch × length × accumulation
+OURS = ("LoRA", "Flat-LoRA copy", "Flat-LoRA recompute", "Flat-LoRA inplace")
+CONTENDERS = ("PEFT", "PEFT+Liger", "published", *OURS)
+SIGMA, SEED, RANK = 0.05, 0, 8
+GIB = 2**30
+console = Console(highlight=False, width=150)
+
+
+def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) -> int:
+    """Measure, print, write `gpu.json` and `gpu_steps.png` into `out`."""
+    device = torch.device("cuda")
+    backbone = random_backbone(layers, device)
+    report: dict[str, Any] = {
+        "command": command,
+        "env": results.environment(),
+        "git_sha": results.git_sha(),
+        "model": f"Llama-2-7B's shape, {layers} layers, random weights, LoRA r={RANK} on all linear layers",
+        "passes": measure_passes(backbone, device),
+        "losses": compare_losses(backbone, device),
+        "steps": {},
+    }
+    console.print(passes_table(report["passes"]))
+    console.print(losses_line(report["losses"]))
+    for shape in shapes:
+        report["steps"][shape] = measure_shape(backbone, shape, steps, device)
+        console.print(steps_table(shape, report["steps"][shape]))
+    out.mkdir(parents=True, exist_ok=True)
+    results.write_json(out / "gpu.json", report)
+    plot_steps(report["steps"], out / "gpu_steps.png")
+    console.print(f"written: {out / 'gpu.json'}, {out / 'gpu_steps.png'}", soft_wrap=True)
+    return 0
+
+
+def random_backbone(layers: int, device: torch.device) -> LlamaForCausalLM:
+    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, attn_implementation="sdpa", use_cache=False)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(SEED)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02, generator=generator)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    return model.requires_grad_(False)
+
+
+def with_lora(backbone: LlamaForCausalLM) -> nn.Module:
+    """A PEFT model of its own around the same weights: what is patched in one is not in another."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(backbone.config)
+    for name, parameter in backbone.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = parameter
+    model.model.rotary_emb = backbone.model.rotary_emb
+    device = next(backbone.parameters()).device
+    with torch.random.fork_rng(devices=[device]):
+        torch.manual_seed(SEED)
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear"))
+    model = model.to(device)
+    generator = torch.Generator(device).manual_seed(SEED)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        if "lora_B" in name:  # as after some training: B = 0 would make W' = W
+            nn.init.normal_(parameter, std=0.005, generator=generator)
+    return model.train()
+
+
+@dataclass
+class Contender:
+    """A way to run an optimizer step."""
+
+    name: str
+    model: nn.Module
+    micro_step: Callable[[torch.Tensor], torch.Tensor] = field(init=False)
+    perturbation: Any = None
+    lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.lr, fused=True)
+        self.micro_step = self._plain
+        if self.name == "published":
+            self.perturbation = Published(find_lora_layers(self.model))
+        if self.name == "PEFT+Liger":
+            from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+            _apply_liger_kernel_to_instance(model=self.model.get_base_model())
+        if self.name in OURS:
+            accelerate(self.model, self.trained[0].device)
+            graphed = GraphedMicroStep(self._loss, self.trained)
+            self.micro_step = lambda ids: graphed(
+                {"ids": ids}, state=self.perturbation is not None and self.perturbation.perturbed
+            )
+        if self.name.startswith("Flat-LoRA"):
+            layers, mode = find_lora_layers(self.model), self.name.split()[1]
+            self.perturbation = WeightPerturbation(
+                layers, sigma=SIGMA, total_steps=1000, seed=SEED, ramp="constant", mode=mode
+            )
+
+    def _loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return self.model(input_ids=inputs["ids"], labels=inputs["ids"]).loss
+
+    def _plain(self, ids: torch.Tensor) -> torch.Tensor:
+        loss = self._loss({"ids": ids})
+        loss.backward()
+        return loss.detach()
+
+    def step(self, number: int, batch: torch.Tensor) -> torch.Tensor:
+        """One optimizer step; batch is accumulation × micro-batch × length. Returns the first loss."""
+        if self.perturbation is not None:
+            self.perturbation.begin(number)
+        losses = [self.micro_step(ids) for ids in batch]
+        if self.perturbation is not None:
+            self.perturbation.end()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return losses[0]
+
+    def close(self) -> None:
+        if self.perturbation is not None:
+            self.perturbation.close()
+
+
+class Published:
+    """Flat-LoRA's published step, written plainly, as a `_reference`: paper section 3.3 with B·A in memory."""
+
+    def __init__(self, layers: list[PerturbedLayer]) -> None:
+        self.layers = layers
+
+    @torch.no_grad()
+    def begin(self, step: int) -> None:
+        self.seed = step
+        self.norms = []
+        for layer in self.layers:
+            (term,) = layer.adapters()
+            merged = layer.weight + term.scaling * (term.B @ term.A).to(layer.weight.dtype)
+            self.norms.append(merged.float().norm(dim=1, keepdim=True))
+        self._add(+1.0)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        self._add(-1.0)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def _add(self, sign: float) -> None:
+        torch.cuda.manual_seed(self.seed)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            std = (SIGMA / layer.weight.shape[1] ** 0.5) * norm
+            layer.weight.data.add_(torch.normal(0.0, std.expand_as(layer.weight)).to(layer.weight.dtype), alpha=sign)
+
+
+@contextmanager
+def stock_modeling() -> Iterator[None]:
+    """Liger changes transformers' module for every model made later; put back what was there."""
+    before = dict(vars(modeling_llama))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(modeling_llama, name, value)
+
+
+def measure_shape(backbone: nn.Module, shape: str, steps: int, device: torch.device) -> dict[str, Any]:
+    """Median seconds of a step, peak memory and loss of every contender."""
+    micro, length, accumulation = map(int, shape.split("x"))
+    generator = torch.Generator(device).manual_seed(SEED)
+    batch = torch.randint(SHAPE["vocab_size"], (accumulation, micro, length), generator=generator, device=device)
+    rows: dict[str, Any] = {"matmul_s": accumulation * matmul_seconds(backbone, micro * length, device)}
+    for name in CONTENDERS:
+        with stock_modeling():
+            weights = first_bytes(backbone)
+            free_memory()
+            contender = Contender(name, with_lora(backbone))
+            torch.cuda.reset_peak_memory_stats()
+            seconds = []
+            for number in range(steps + 2):  # two to warm up
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                loss = contender.step(number + 1, batch)
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - started)
+            contender.close()
+            rows[name] = {
+                "step_s": seconds[2:],
+                "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+                "loss": loss.item(),
+                "tokens_per_s": batch.numel() / statistics.median(seconds[2:]),
+                "backbone_unchanged": torch.equal(weights, first_bytes(backbone)),
+            }
+            del contender
+        console.print(f"  {shape} {name}: {statistics.median(seconds[2:]):.3f} s", soft_wrap=True)
+    free_memory()
+    return rows
+
+
+def first_bytes(backbone: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten()[:4096].clone() for p in backbone.parameters()])
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def gpu_seconds(work: Callable[[], object], repeats: int = 11) -> float:
+    """Median of the device's time."""
+    work()
+    times = []
+    for _ in range(repeats):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / 1000)
+    return statistics.median(times)
+
+
+def matmul_seconds(backbone: nn.Module, tokens: int, device: torch.device) -> float:
+    """Seconds that the linear layers' own products need for a micro-batch, forward and gradient of the input."""
+    total = 0.0
+    counts: dict[tuple[int, int], int] = {}
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear):
+            counts[tuple(module.weight.shape)] = counts.get(tuple(module.weight.shape), 0) + 1
+    for (m, n), count in counts.items():
+        weight = torch.randn(m, n, dtype=torch.bfloat16, device=device)
+        x, grad = (torch.randn(tokens, size, dtype=torch.bfloat16, device=device) for size in (n, m))
+        total += count * (gpu_seconds(lambda: x @ weight.t()) + gpu_seconds(lambda: grad @ weight))  # noqa: B023
+    return total
+
+
+def measure_passes(backbone: nn.Module, device: torch.device) -> dict[str, float]:
+    """Seconds of the noise and row-norm passes over all linear layers, and of a copy and a read of the same bytes."""
+    weights = [m.weight for n, m in backbone.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n]
+    outs = [torch.empty_like(weight) for weight in weights]
+    rows = sum(weight.shape[0] for weight in weights)
+    c = torch.full((rows,), 1e-3, device=device)
+    keys = [noise.layer_key(SEED, str(i)) for i in range(len(weights))]
+    noise_pass = kernels.NoisePass(weights, outs, c, keys)
+    A = [torch.randn(RANK, weight.shape[1], device=device) for weight in weights]
+    B = [torch.randn(weight.shape[0], RANK, device=device) for weight in weights]
+    norm_pass = kernels.RowNormPass(weights, A, B)
+    elements = sum(weight.numel() for weight in weights)
+    one, other = (torch.empty(elements, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return {
+        "bytes": 2 * elements,
+        "noise_s": gpu_seconds(lambda: noise_pass(3, 0)),
+        "row_norm_s": gpu_seconds(norm_pass),
+        "read_s": gpu_seconds(lambda: one.view(-1, 1 << 12).amax(dim=1)),
+        "copy_s": gpu_seconds(lambda: other.copy_(one)),
+    }
+
+
+def compare_losses(backbone: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Losses of twenty optimizer steps, PEFT's and ours from the same start on the same rows."""
+    generator = torch.Generator(device).manual_seed(SEED + 1)
+    batches = torch.randint(SHAPE["vocab_size"], (20, 1, 2, 512), generator=generator, device=device)
+    curves = {}
+    for name in ("PEFT", "LoRA"):
+        with stock_modeling():
+            free_memory()
+            contender = Contender(name, with_lora(backbone), lr=1e-3)
+            curves[name] = [contender.step(number, batch).item() for number, batch in enumerate(batches)]
+            contender.close()
+            del contender
+    differences = [abs(a - b) / b for a, b in zip(curves["LoRA"], curves["PEFT"], strict=True)]
+    return {**curves, "largest_relative_difference": max(differences)}
+
+
+def passes_table(passes: dict[str, float]) -> Table:
+    table = Table(title=f"passes over {passes['bytes'] / 1e9:.2f} GB of BF16 weights", title_justify="left")
+    for column in ("pass", "time", "ratio"):
+        table.add_column(column, justify="left" if column == "pass" else "right")
+    for name, base, what in (("noise", "copy", "a device copy"), ("row_norm", "read", "a read")):
+        seconds, plain = passes[f"{name}_s"], passes[f"{base}_s"]
+        table.add_row(what, f"{1000 * plain:.2f} ms", "1")
+        table.add_row(f"{name.replace('_', '-')} pass", f"{1000 * seconds:.2f} ms", f"{seconds / plain:.3f}")
+    return table
+
+
+def losses_line(losses: dict[str, Any]) -> str:
+    return (
+        f"losses of 20 steps, ours against PEFT's: largest relative difference "
+        f"{losses['largest_relative_difference']:.2e} (last: {losses['LoRA'][-1]:.4f}, {losses['PEFT'][-1]:.4f})"
+    )
+
+
+def steps_table(shape: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=f"one optimizer step, micro-batch × length × accumulation = {shape}", title_justify="left")
+    columns = ("", "median", "to PEFT", "to PEFT+Liger", "to our LoRA", "tokens/s", "of matmul", "peak GiB", "loss")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    median = {name: statistics.median(rows[name]["step_s"]) for name in CONTENDERS}
+    for name in CONTENDERS:
+        row = rows[name]
+        table.add_row(
+            name,
+            f"{median[name]:.3f} s",
+            *(f"{median[name] / median[base]:.3f}" for base in ("PEFT", "PEFT+Liger", "LoRA")),
+            f"{row['tokens_per_s']:,.0f}",
+            f"{rows['matmul_s'] / median[name]:.0%}",
+            f"{row['peak_gib']:.2f}",
+            f"{row['loss']:.3f}",
+        )
+    return table
+
+
+def plot_steps(steps: dict[str, Any], path: Path) -> None:
+    """Time of a micro-step against its tokens, one line a contender."""
+    figure, axes = pyplot.subplots(figsize=(6.2, 4.0), layout="constrained")
+    points = {shape: tuple(map(int, shape.split("x"))) for shape in steps}
+    order = sorted((shape for shape in steps if points[shape][1] == 1024), key=lambda shape: points[shape][0])
+    for name, style in zip(CONTENDERS, ("k-o", "-s", "--x", "-v", "-^", "-D", ":+"), strict=True):
+        tokens = [points[shape][0] * points[shape][1] for shape in order]
+        times = [1000 * statistics.median(steps[shape][name]["step_s"]) / points[shape][2] for shape in order]
+        axes.plot(tokens, times, style, label=name, markersize=4)
+    axes.set(
+        xlabel="tokens of a micro-batch (length 1024)",
+        ylabel="time of a micro-step (ms)",
+        title="Llama-2-7B's shape, LoRA r = 8",
+        xscale="log",
+        yscale="log",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)

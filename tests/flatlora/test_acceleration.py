@@ -1,0 +1,210 @@
+"""What makes the step fast on a GPU changes nothing but the time: against plain torch, against runs without it."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+import run_exp
+from flatlora.acceleration import (
+    GraphedMicroStep,
+    accelerate,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from flatlora.layers import find_lora_layers
+from flatlora.perturbation import WeightPerturbation
+from tests.conftest import adapter_bytes, metrics_rows, run_folder, tiny_lora
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = torch.device("cuda")
+
+
+def test_nothing_is_put_in_place_on_a_cpu():
+    model = tiny_lora()
+    assert accelerate(model, torch.device("cpu")) == []
+    assert "forward" not in model.get_base_model().__dict__
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_only_this_model_is_changed():
+    pytest.importorskip("liger_kernel")
+    before = dict(vars(modeling_llama))
+    accelerate(tiny_lora().to(CUDA), CUDA)
+    assert all(getattr(modeling_llama, name) is value for name, value in before.items())
+    tiny_lora()(torch.arange(3, 9)[None])  # on the CPU, where no kernel of Liger's runs
+
+
+class TestHead:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("items", [None, 77])
+    def test_equals_its_reference(self, dtype, items):
+        pytest.importorskip("liger_kernel")
+        torch.manual_seed(0)
+        hidden = torch.randn(3, 700, 64, device=CUDA, dtype=dtype, requires_grad=True)
+        weight = 0.1 * torch.randn(5000, 64, device=CUDA, dtype=dtype)
+        labels = torch.randint(0, 5000, (3, 700), device=CUDA)
+        labels[0, :300] = -100
+        count = items and torch.tensor(items, device=CUDA)
+        loss = linear_cross_entropy(hidden, weight, labels, count)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        expected = linear_cross_entropy_reference(hidden, weight, labels, count)
+        (expected_gradient,) = torch.autograd.grad(expected, hidden)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+        assert (gradient - expected_gradient).norm() < tolerance * expected_gradient.norm()
+        assert not gradient[0, :300].any()
+
+
+class TestGraph:
+    pytestmark = gpu
+
+    def micro_steps(self, model, graphed, *, mode=None, steps=3):
+        """Losses and last gradients of steps with two micro-batches of two lengths."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        generator = torch.Generator(CUDA).manual_seed(0)
+
+        def loss_of(inputs):
+            with torch.autocast("cuda", torch.bfloat16):
+                return model(input_ids=inputs["ids"], labels=inputs["ids"]).loss
+
+        def eager(inputs, state=None):
+            loss = loss_of(inputs)
+            loss.backward()
+            return loss.detach()
+
+        perturbation = None
+        if mode:
+            settings = {"sigma": 0.3, "total_steps": steps, "seed": 1, "resample": "micro_batch"}
+            perturbation = WeightPerturbation(find_lora_layers(model), mode=mode, **settings)
+        micro_step = GraphedMicroStep(loss_of, trained) if graphed else eager
+        optimizer = torch.optim.SGD(trained, lr=0.05)
+        losses = []
+        for step in range(steps):
+            if perturbation:
+                perturbation.begin(step)
+            for number, length in enumerate((16, 16, 24)):
+                if perturbation:
+                    perturbation.next_micro_batch(number)
+                ids = torch.randint(3, 96, (2, length), device=CUDA, generator=generator)
+                state = perturbation is not None and perturbation.perturbed
+                losses.append(micro_step({"ids": ids}, state).item())
+            if perturbation:
+                perturbation.end()
+            gradients = [p.grad.clone() for p in trained]
+            optimizer.step()
+            optimizer.zero_grad()
+        if perturbation:
+            perturbation.close()
+        return losses, gradients
+
+    @pytest.mark.parametrize("mode", [None, "copy", "recompute"])
+    @pytest.mark.parametrize("dropout", [0.0, 0.2])
+    def test_replays_are_the_eager_steps(self, mode, dropout):
+        results = []
+        for graphed in (False, True):
+            model = tiny_lora(torch.bfloat16, dropout=dropout).to(CUDA).train()
+            accelerate(model, CUDA)
+            torch.cuda.manual_seed(5)
+            results.append(self.micro_steps(model, graphed, mode=mode))
+        (losses, gradients), (graph_losses, graph_gradients) = results
+        if dropout == 0:  # a replayed dropout draws from the generator in another way
+            assert graph_losses == losses
+            assert all(torch.equal(*pair) for pair in zip(gradients, graph_gradients, strict=True))
+        assert len(set(graph_losses)) == len(graph_losses)
+        assert all(abs(a - b) < 0.5 for a, b in zip(losses, graph_losses, strict=True))
+
+    def test_copy_is_recompute_in_replays(self):
+        results = []
+        for mode in ("copy", "recompute"):
+            model = tiny_lora(torch.bfloat16).to(CUDA).train()
+            accelerate(model, CUDA)
+            results.append(self.micro_steps(model, True, mode=mode))
+        assert results[0][0] == results[1][0]
+        assert all(torch.equal(*pair) for pair in zip(results[0][1], results[1][1], strict=True))
+
+
+class TestRuns:
+    """Whole runs of a tiny model on a GPU."""
+
+    pytestmark = gpu
+
+    @pytest.fixture
+    def settings(self, tiny_settings):
+        kept = [w for w in tiny_settings if not w.startswith(("model.dtype", "trainer.device"))]
+        return [*kept, "model.dtype=bfloat16", "trainer.deterministic=true", "rho=flat", "rho.sigma=0.3"]
+
+    def run(self, settings, name, *more):
+        words = [f"{word}-{name}" if word.startswith("results_root=") else word for word in settings] + [*more]
+        assert run_exp.main(words) == 0
+        return run_folder(words)
+
+    def test_copy_is_recompute_and_repeats_and_the_backbone_stays(self, settings):
+        copy = self.run(settings, "copy", "rho.mode=copy")
+        record = json.loads((copy / "run.json").read_text())
+        assert record["kernels"][0] == "14 fused LoRA layers"
+        assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
+        assert adapter_bytes(self.run(settings, "again", "rho.mode=copy")) == adapter_bytes(copy)
+        recompute = self.run(settings, "recompute", "rho.mode=recompute")
+        assert adapter_bytes(recompute) == adapter_bytes(copy)
+        assert metrics_rows(recompute) == metrics_rows(copy)
+
+    def test_losses_are_those_of_a_run_without_kernels(self, settings):
+        fast = metrics_rows(self.run(settings, "fast"))
+        plain = metrics_rows(self.run(settings, "plain", "trainer.kernels=off"))
+        assert len(fast) == len(plain) == 6
+        for left, right in zip(fast, plain, strict=True):
+            assert left["loss"] == pytest.approx(right["loss"], rel=5e-3)
+            assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=0.1)
+
+    def test_killed_and_resumed_is_never_killed(self, settings, monkeypatch):
+        from flatlora import training
+
+        settings = [*settings, "trainer.save_steps=2", "rho.every=3"]
+        whole = self.run(settings, "whole")
+        step = training.StepRecorder.on_step_end
+
+        class Killed(BaseException):
+            pass
+
+        def die(recorder, args, state, control, **kwargs):
+            step(recorder, args, state, control, **kwargs)
+            if state.global_step == 5:
+                raise Killed
+
+        monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+        with pytest.raises(Killed):
+            self.run(settings, "killed")
+        monkeypatch.undo()
+        killed = self.run(settings, "killed", "resume=true")
+        assert adapter_bytes(killed) == adapter_bytes(whole)
+        assert metrics_rows(killed) == metrics_rows(whole)
+
+    def test_answers_are_those_of_the_plain_model(self, settings, tiny_model_folder):
+        """Left-padded generation through the fused layers and the patched forward."""
+        from transformers import AutoModelForCausalLM
+
+        from eval.backends.hf import HFBackend
+        from flatlora import models
+
+        config = models.ModelConfig(name="m", hub_id=str(tiny_model_folder), family="causal_lm", dtype="float32")
+        tokenizer, answers = models.load_tokenizer(config), []
+        for fast in (False, True):
+            torch.manual_seed(0)
+            base = AutoModelForCausalLM.from_pretrained(tiny_model_folder).to(CUDA)
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.05)
+            if fast:
+                accelerate(model, CUDA)
+            backend = HFBackend(model, tokenizer, batch_size=2)
+            answers.append(backend.generate(["Q: 1 + 1?", "A much longer question, padded on the left."], 8))
+        assert answers[0] == answers[1]
