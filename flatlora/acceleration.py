@@ -10,22 +10,23 @@ import functools
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flatlora import kernels
-from flatlora.lora_linear import fuse
+from flatlora.lora_linear import fuse, groups_of, remake
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a token without loss, as transformers has it
 _HEAD_ROWS = 1024  # tokens whose logits are in memory at a time
 _GRAPHS = 16  # shapes of micro-batches that are captured; further ones run without a graph
+_GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
 
 
 def accelerate(model: nn.Module, device: torch.device) -> list[str]:
@@ -61,6 +62,9 @@ def _apply_liger(base: nn.Module) -> bool:
     before = dict(vars(modeling))
     # Not its cross entropy: that waits for the host in every micro-step, which a CUDA graph cannot hold.
     _apply_liger_kernel_to_instance(model=base, cross_entropy=False, fused_linear_cross_entropy=False)
+    for name, module in base.named_modules():
+        if name.endswith(_NORM_BEFORE_MLP):
+            remake(module)
     rotary = getattr(modeling, _ROTARY, None)
     for name, value in before.items():
         setattr(modeling, name, value)
@@ -71,6 +75,7 @@ def _apply_liger(base: nn.Module) -> bool:
     return True
 
 
+_NORM_BEFORE_MLP = ".post_attention_layernorm"  # as Llama, Mistral and Qwen name it
 _ROTARY = "apply_rotary_pos_emb"  # a function of the module, not of a model: put in place while an attention runs
 
 
@@ -203,65 +208,101 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class GraphedMicroStep:
-    """Forward and backward of a micro-batch, captured in a CUDA graph for each shape and replayed from then on.
+    """Forward and backward of a micro-batch; small ones are captured in a CUDA graph for each shape and replayed.
 
     At small micro-batches the host cannot launch kernels as fast as the GPU runs them; a replay is one launch. The
-    gradients live in one flat buffer whose address the graphs know.
+    gradients live in one flat buffer whose address the graphs know, and what changes with an optimizer step alone is
+    done once a step.
 
     Args:
         compute: micro-batch (dict of tensors) → loss; must not wait for the host.
-        parameters: what is trained.
+        model: what is trained; its fused layers add their gradients to the buffer themselves.
     """
 
-    def __init__(self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], parameters: Sequence[nn.Parameter]):
-        self.compute, self.parameters = compute, list(parameters)
+    def __init__(self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], model: nn.Module) -> None:
+        self.compute, self.parameters = compute, [p for p in model.parameters() if p.requires_grad]
+        self._groups = groups_of(model)
+        for group in self._groups:
+            group.managed = True
         flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.parameters[0].device)
         self.gradient = flat
         parts = flat.split([p.numel() for p in self.parameters])
         self._gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]] = {}
+        self._graphs: dict[Hashable, _Captured | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, inputs: dict[str, torch.Tensor], state: Hashable = None) -> torch.Tensor:
         """Loss of a micro-batch, its gradients added to the parameters'.
 
-        `state` names whatever else decides which kernels run, such as whether the weights are perturbed.
+        `state` names whatever else decides which kernels run, such as whether the weights are perturbed. A shape that
+        CUDA refuses to capture is named in the log and runs without a graph.
         """
         if self.parameters[0].grad is not self._gradients[0]:  # the optimizer step has let go of the old ones
             self.gradient.zero_()
             for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
                 parameter.grad = gradient
+            for group in self._groups:
+                group.refresh()
         key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
         if key not in self._graphs:
-            if len(self._graphs) >= _GRAPHS:
+            tokens = max(tensor.numel() for tensor in inputs.values())
+            if tokens > _GRAPH_TOKENS or len(self._graphs) >= _GRAPHS:
                 return self._run(inputs).detach()
-            self._graphs[key] = self._capture(inputs)
+            self._graphs[key] = self._try_capture(inputs)
+        if self._graphs[key] is None:
+            return self._run(inputs).detach()
         graph, static, loss = self._graphs[key]
         for name, tensor in inputs.items():
             static[name].copy_(tensor, non_blocking=True)
         graph.replay()
         return loss.clone()
 
+    def close(self) -> None:
+        """Forget the graphs and give the layers back to whatever loop comes next."""
+        self._graphs.clear()
+        for group in self._groups:
+            group.managed = False
+
     def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         loss = self.compute(inputs)
         loss.backward()
         return loss
 
-    def _capture(self, inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
-        """Run the micro-step twice to compile and allocate what it needs, then record it; neither leaves a trace."""
+    @property
+    def captured(self) -> int:
+        """Number of shapes that are replayed."""
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def _try_capture(self, inputs: dict[str, torch.Tensor]) -> _Captured | None:
+        """Run the micro-step to compile and allocate what it needs, then record it; neither leaves a trace."""
         static = {name: tensor.clone() for name, tensor in inputs.items()}
         gradient, generator = self.gradient.clone(), torch.cuda.get_rng_state(self.gradient.device)
         stream = torch.cuda.Stream(self.gradient.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
+            for _ in range(3):
                 self._run(static)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize(self.gradient.device)
         torch.cuda.empty_cache()  # the graph's own pool takes the room of what the trial runs used
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            loss = self._run(static).detach()
+        try:
+            # Other threads may go on as they like: the loader's pins memory, autograd's loads kernels.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                loss = self._run(static).detach()
+            captured = _Captured(graph, static, loss)
+        except torch.AcceleratorError as error:
+            shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+            logger.warning("No CUDA graph of %s, which runs without one: %s", shapes, str(error).splitlines()[0])
+            captured = None
         self.gradient.copy_(gradient)
         torch.cuda.set_rng_state(generator, self.gradient.device)
-        return graph, static, loss
+        return captured
+
+
+class _Captured(NamedTuple):
+    """A graph, the buffers that it reads and the loss that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, torch.Tensor]
+    loss: torch.Tensor

@@ -12,10 +12,11 @@ products are in the dtype of the base product: the same arithmetic as PEFT's und
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import layer as peft_lora
@@ -45,13 +46,19 @@ def fuse(model: nn.Module) -> int:
             else:
                 fused[name] = module.forward = FusedForward(module)
     for names in _families(fused):
-        shared = SharedInput([fused[name] for name in names])
+        group = LayerGroup([fused[name] for name in names])
         for name in names:
-            fused[name].shared = shared
+            fused[name].group = group
     if others:
         reasons = ", ".join(f"{count} with {reason}" for reason, count in others.items())
         logger.warning("%d LoRA layers keep PEFT's forward: %s.", others.total(), reasons)
     return len(fused)
+
+
+def groups_of(model: nn.Module) -> list[LayerGroup]:
+    """The groups of all fused layers of a model, each once."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return list(dict.fromkeys(forward.group for forward in forwards if isinstance(forward, FusedForward)))
 
 
 def unfuse(model: nn.Module) -> None:
@@ -91,36 +98,21 @@ def _families(names: Sequence[str]) -> list[list[str]]:
     return families
 
 
-@dataclass(frozen=True)
-class _Branch:
-    """What one layer brings to a fused call."""
-
-    weight: torch.Tensor | None  # W; None while `reading` says what is read
-    reading: Reading | None
-    bias: torch.Tensor | None
-    scaling: float
-
-    def base(self) -> torch.Tensor:
-        return self.weight if self.reading is None else self.reading.weight()
-
-
 class FusedForward:
     """Stands for the forward of one `peft.tuners.lora.layer.Linear`."""
 
     def __init__(self, module: peft_lora.Linear) -> None:
         self.module, self.base = module, module.get_base_layer()
         self.plain = type(module).forward.__get__(module)
-        self.shared: SharedInput | None = None
+        self.group = LayerGroup([self])
 
     def __call__(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if args or kwargs or not self.covers():
             return self.plain(x, *args, **kwargs)
-        if self.shared is not None and not self.drops():
-            return self.shared.call(self, x)
-        return fused_lora(x, [self])[0]
+        return self.group.call(self, x)
 
     def covers(self) -> bool:
-        """Whether the layer is, at this moment, one plain adapter on a floating-point weight."""
+        """Whether the layer is, at this moment, one plain adapter on a frozen floating-point weight."""
         module, forward = self.module, self.base.__dict__.get("forward")
         return (
             not module.disable_adapters
@@ -129,31 +121,47 @@ class FusedForward:
             and module.active_adapters[0] in module.lora_A
             and (forward is None or isinstance(forward, PerturbedForward))
             and not self.base.weight.requires_grad
+            and (self.base.bias is None or not self.base.bias.requires_grad)
         )
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        name = self.module.active_adapters[0]
-        return self.module.lora_A[name].weight, self.module.lora_B[name].weight
+    @property
+    def adapter(self) -> str:
+        return self.module.active_adapters[0]
 
-    def drops(self) -> float:
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
+
+    @property
+    def scaling(self) -> float:
+        return self.module.scaling[self.adapter]
+
+    @property
+    def dropout(self) -> float:
         """Rate of the dropout before A, 0 outside of training."""
-        dropout = self.module.lora_dropout[self.module.active_adapters[0]]
+        dropout = self.module.lora_dropout[self.adapter]
         return dropout.p if self.module.training and isinstance(dropout, nn.Dropout) else 0.0
 
-    def branch(self) -> _Branch:
+    def reading(self) -> Reading | None:
+        """W + ε, where a perturbation says so."""
         forward = self.base.__dict__.get("forward")
-        reading = forward.reading() if forward is not None else None
-        weight = self.base.weight if reading is None else None
-        return _Branch(weight, reading, self.base.bias, self.module.scaling[self.module.active_adapters[0]])
+        return forward.reading() if forward is not None else None
 
 
-class SharedInput:
-    """Layers that read one input: the first call computes all of them, the others take what is ready."""
+class LayerGroup:
+    """Layers that read one input: the first call computes all of them, the others take what is ready.
+
+    `managed` says that a training loop calls `refresh` before each optimizer step and keeps `.grad` allocated. Then the
+    factors are cast to the products' dtype once a step, and their gradients are added to `.grad` by the product itself,
+    in FP32; hooks of the parameters (DDP's) do not see them.
+    """
 
     def __init__(self, members: Sequence[FusedForward]) -> None:
         self.members = list(members)
+        self.managed = False
         self._x: torch.Tensor | None = None
         self._ready: dict[FusedForward, torch.Tensor] = {}
+        self._casts: dict[torch.dtype, _Cast] = {}
 
     def call(self, member: FusedForward, x: torch.Tensor) -> torch.Tensor:
         if self._x is x and member in self._ready:
@@ -162,66 +170,153 @@ class SharedInput:
                 self._x = None
             return y
         self._ready, self._x = {}, None
-        together = member is self.members[0] and all(other.covers() and not other.drops() for other in self.members)
-        if not together:
-            return fused_lora(x, [member])[0]
-        y, *others = fused_lora(x, self.members)
-        self._ready, self._x = dict(zip(self.members[1:], others, strict=True)), x
+        if member is not self.members[0] or not all(other.covers() and not other.dropout for other in self.members):
+            return self._compute(x, [member])[0]
+        y, *others = self._compute(x, self.members)
+        if others:
+            self._ready, self._x = dict(zip(self.members[1:], others, strict=True)), x
         return y
 
+    def refresh(self) -> None:
+        """Cast the factors anew: an optimizer has moved them."""
+        for cast in self._casts.values():
+            cast.update(self.members)
 
-def fused_lora(x: torch.Tensor, layers: Sequence[FusedForward]) -> tuple[torch.Tensor, ...]:
-    """y of every layer (… × m_k) for one x (… × n), in autocast's dtype where that is on, else in x's."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    factors = [factor for layer in layers for factor in layer.factors()]
-    dropout = layers[0].drops() if len(layers) == 1 else 0.0
-    with torch.autocast(device, enabled=False):  # every cast below is meant
-        return _FusedLora.apply(x, [layer.branch() for layer in layers], dtype, dropout, *factors)
+    def _compute(self, x: torch.Tensor, members: Sequence[FusedForward]) -> tuple[torch.Tensor, ...]:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        managed = self.managed and members[0].module.training
+        kept = managed and len(members) == len(self.members)
+        cast = self._casts.get(dtype) if kept else None
+        if cast is None:
+            cast = _Cast(members, dtype)
+            if kept:
+                self._casts[dtype] = cast
+        branches = [
+            _Branch(member.base, member.reading(), member.scaling, B)
+            for member, B in zip(members, cast.Bs, strict=True)
+        ]
+        call = _Call(branches, cast.A, dtype, members[0].dropout if len(members) == 1 else 0.0, managed)
+        with torch.autocast(device, enabled=False):  # every cast below is meant
+            return _FusedLora.apply(x, call, *(factor for member in members for factor in member.factors))
+
+
+class _Cast:
+    """A of all layers, stacked (Σr × n), and s·B of each in the dtype of the products; the buffers stay in place."""
+
+    def __init__(self, members: Sequence[FusedForward], dtype: torch.dtype) -> None:
+        factors = [member.factors for member in members]
+        rank, columns = sum(A.shape[0] for A, _ in factors), factors[0][0].shape[1]
+        self.A = torch.empty(rank, columns, dtype=dtype, device=factors[0][0].device)
+        self.Bs = [torch.empty_like(B, dtype=dtype, requires_grad=False) for _, B in factors]
+        self.update(members)
+
+    @torch.no_grad()
+    def update(self, members: Sequence[FusedForward]) -> None:
+        parts = self.A.split([member.factors[0].shape[0] for member in members])
+        for member, A_cast, B_cast in zip(members, parts, self.Bs, strict=True):
+            A, B = member.factors
+            A_cast.copy_(A)
+            torch.mul(B, member.scaling, out=B_cast)
+
+
+class _Branch(NamedTuple):
+    """What one layer brings to a fused call."""
+
+    base: nn.Linear
+    reading: Reading | None  # of W + ε; None where W itself is read
+    scaling: float
+    B: torch.Tensor  # s·B, in the products' dtype
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return (self.base.weight if self.reading is None else self.reading.weight()).to(dtype)
+
+
+class _Call(NamedTuple):
+    branches: list[_Branch]
+    A: torch.Tensor  # of all branches, stacked
+    dtype: torch.dtype
+    dropout: float
+    managed: bool
+
+
+def remake(norm: nn.Module) -> None:
+    """Let the fused layers behind a norm keep its input, which the norm keeps as well, and make its output anew.
+
+    Costs a second pass of the norm and saves one activation of the size of the residual stream.
+    """
+    original = norm.forward
+
+    @functools.wraps(original)
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = original(x)
+        if norm.training and torch.is_grad_enabled():
+            y._made_by, y._made_from = original, x
+        return y
+
+    norm.forward = forward
 
 
 class _FusedLora(torch.autograd.Function):
-    """k layers on one x. Kept for the backward: x, h = x Aᵀ (tokens × Σr), and the factors in the products' dtype."""
+    """k layers on one x. Kept for the backward: x, or what it is made from again, and h = x Aᵀ (tokens × Σr)."""
 
     @staticmethod
-    def forward(ctx, x, branches, dtype, dropout, *factors):
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        ranks = [a.shape[0] for a in factors[0::2]]
-        A = torch.cat([a.detach() for a in factors[0::2]]).to(dtype)  # Σr × n
-        Bs = [b.detach().to(dtype) for b in factors[1::2]]
-        dropped, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-        h = dropped @ A.t()
-        ys = []
-        for branch, B, own in zip(branches, Bs, h.split(ranks, dim=1), strict=True):
-            y = (own * branch.scaling) @ B.t()
-            if branch.bias is not None:
-                y += branch.bias.to(dtype)
-            y.addmm_(rows, branch.base().to(dtype).t())  # the base product adds to what is there as it is written
+    def forward(ctx, x: torch.Tensor, call: _Call, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1]).to(call.dtype)
+        dropped, mask = torch.native_dropout(rows, call.dropout, True) if call.dropout else (rows, None)
+        h, ys = dropped @ call.A.t(), []
+        for branch, own in zip(call.branches, h.split(_ranks(factors), dim=1), strict=True):
+            bias = branch.base.bias
+            y = own @ branch.B.t() if bias is None else torch.addmm(bias.to(call.dtype), own, branch.B.t())
+            y.addmm_(rows, branch.weight(call.dtype).t())  # the base product adds to what is there as it is written
             ys.append(y.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(x, A, h, mask, *Bs)
-        ctx.branches, ctx.ranks, ctx.dtype, ctx.dropout = branches, ranks, dtype, dropout
-        ctx.factor_dtypes = [factor.dtype for factor in factors]
+        ctx.make, kept = getattr(x, "_made_by", None), getattr(x, "_made_from", x)
+        ctx.save_for_backward(kept, h, mask, call.A, *(branch.B for branch in call.branches))
+        ctx.call, ctx.factors = call, factors
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx, *grad_ys):
-        x, A, h, mask, *Bs = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        grads = [g.reshape(-1, g.shape[-1]).to(ctx.dtype) for g in grad_ys]
-        grad_Bs, grad_hs = [], []
-        for branch, B, own, grad in zip(ctx.branches, Bs, h.split(ctx.ranks, dim=1), grads, strict=True):
-            grad_Bs.append(grad.t() @ (own * branch.scaling))
-            grad_hs.append((grad @ B) * branch.scaling)
-        grad_h = torch.cat(grad_hs, dim=1) if len(grad_hs) > 1 else grad_hs[0]  # tokens × Σr
-        kept = rows if mask is None else rows * mask / (1 - ctx.dropout)
-        grad_As = (grad_h.t() @ kept).split(ctx.ranks)
+    def backward(ctx, *grad_ys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h, mask, A, *Bs = ctx.saved_tensors
+        call, ranks = ctx.call, _ranks(ctx.factors)
+        if ctx.make is not None:
+            x = ctx.make(x.detach())
+        rows = x.reshape(-1, x.shape[-1]).to(call.dtype)
+        grads = [grad.reshape(-1, grad.shape[-1]).to(call.dtype) for grad in grad_ys]
+        parts = [grad @ B for grad, B in zip(grads, Bs, strict=True)]
+        grad_h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # tokens × Σr, s in it
+        kept = rows if mask is None else rows * mask / (1 - call.dropout)
+        grad_factors: list[torch.Tensor | None] = []
+        for k, (branch, grad) in enumerate(zip(call.branches, grads, strict=True)):
+            A_k, B_k = ctx.factors[2 * k : 2 * k + 2]
+            own = slice(sum(ranks[:k]), sum(ranks[: k + 1]))
+            grad_factors.append(_product(grad_h[:, own].t(), kept, 1.0, A_k, call.managed))
+            grad_factors.append(_product(grad.t(), h[:, own], branch.scaling, B_k, call.managed))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_h @ A
             if mask is not None:
-                grad_x *= mask / (1 - ctx.dropout)
-            for branch, grad in zip(ctx.branches, grads, strict=True):
-                grad_x.addmm_(grad, branch.base().to(ctx.dtype))
+                grad_x *= mask / (1 - call.dropout)
+            for branch, grad in zip(call.branches, grads, strict=True):
+                grad_x.addmm_(grad, branch.weight(call.dtype))
             grad_x = grad_x.view_as(x).to(x.dtype)
-        pairs = [grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair]
-        return grad_x, None, None, None, *(g.to(d) for g, d in zip(pairs, ctx.factor_dtypes, strict=True))
+        return grad_x, None, *grad_factors
+
+
+def _ranks(factors: Sequence[torch.Tensor]) -> list[int]:
+    """r of each layer, of its factors A, B, A, B, ..."""
+    return [A.shape[0] for A in factors[0::2]]
+
+
+def _product(
+    left: torch.Tensor, right: torch.Tensor, scaling: float, factor: torch.Tensor, managed: bool
+) -> torch.Tensor | None:
+    """scaling · left · right, the gradient of a factor; None where it has been added to `factor.grad`."""
+    if managed and factor.grad is not None:
+        if left.is_cuda and left.dtype != factor.grad.dtype:  # summed in FP32 by the product itself
+            torch.addmm(factor.grad, left, right, out_dtype=factor.grad.dtype, alpha=scaling, out=factor.grad)
+        else:
+            factor.grad.add_(left @ right, alpha=scaling)
+        return None
+    product = left @ right
+    return (product if scaling == 1.0 else product * scaling).to(factor.dtype)

@@ -140,7 +140,7 @@ class FlatTrainer(Trainer):
         self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
         self.step_tokens = torch.zeros((), device=self.args.device)
         self._epoch_sampler: EpochSampler | None = None
-        self._graphed = self._graphed_micro_step()
+        self.graphed = self._graphed_micro_step()
         self._autocast_dtype = autocast_dtype(experiment.trainer.autocast, experiment.model.dtype)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -161,7 +161,7 @@ class FlatTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.step_tokens += inputs["attention_mask"].sum().to(self.step_tokens.device)
-        if self._graphed is None:
+        if self.graphed is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = self._graphed_training_step(model, inputs, num_items_in_batch)
@@ -175,7 +175,7 @@ class FlatTrainer(Trainer):
         alone = self.args.device.type == "cuda" and self.args.world_size == 1
         if not (usable and alone and self.experiment.model.family == "causal_lm"):
             return None
-        return GraphedMicroStep(self._micro_loss, [p for p in self.model.parameters() if p.requires_grad])
+        return GraphedMicroStep(self._micro_loss, self.model)
 
     def _micro_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.autocast_smart_context_manager():
@@ -195,7 +195,7 @@ class FlatTrainer(Trainer):
             "items": torch.as_tensor(items, device=self.args.device),
         }
         perturbation = self.recorder.flat.perturbation if self.recorder.flat else None
-        return self._graphed(static, state=perturbation is not None and perturbation.perturbed)
+        return self.graphed(static, state=perturbation is not None and perturbation.perturbed)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -435,6 +435,8 @@ def train(
             progress.stop()
         if flat:
             flat.close()  # whatever went wrong, the backbone is W again
+        if trainer.graphed:
+            trainer.graphed.close()
     effort = recorder.effort()
     metrics = {"train_loss": _mean_of_last_losses(log), "eval_loss": _last(log, "eval_loss")}
     if best:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,12 +68,12 @@ def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) 
     }
     console.print(passes_table(report["passes"]))
     console.print(losses_line(report["losses"]))
+    out.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         report["steps"][shape] = measure_shape(backbone, shape, steps, device)
         console.print(steps_table(shape, report["steps"][shape]))
-    out.mkdir(parents=True, exist_ok=True)
-    results.write_json(out / "gpu.json", report)
-    plot_steps(report["steps"], out / "gpu_steps.png")
+        results.write_json(out / "gpu.json", report)  # after each: what is measured is kept
+        plot_steps(report["steps"], out / "gpu_steps.png")
     console.print(f"written: {out / 'gpu.json'}, {out / 'gpu_steps.png'}", soft_wrap=True)
     return 0
 
@@ -82,12 +83,17 @@ def random_backbone(layers: int, device: torch.device) -> LlamaForCausalLM:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(SEED)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02, generator=generator)
+    fill_random(model)
     model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
     return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def fill_random(model: nn.Module) -> None:
+    """The same weights at every call: what an in-place contender has drifted is made good."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
+    for parameter in model.parameters():
+        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02, generator=generator)
 
 
 def with_lora(backbone: LlamaForCausalLM) -> nn.Module:
@@ -120,6 +126,7 @@ class Contender:
     model: nn.Module
     micro_step: Callable[[torch.Tensor], torch.Tensor] = field(init=False)
     perturbation: Any = None
+    graphed: GraphedMicroStep | None = None
     lr: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -134,8 +141,8 @@ class Contender:
             _apply_liger_kernel_to_instance(model=self.model.get_base_model())
         if self.name in OURS:
             accelerate(self.model, self.trained[0].device)
-            graphed = GraphedMicroStep(self._loss, self.trained)
-            self.micro_step = lambda ids: graphed(
+            self.graphed = GraphedMicroStep(self._loss, self.model)
+            self.micro_step = lambda ids: self.graphed(
                 {"ids": ids}, state=self.perturbation is not None and self.perturbation.perturbed
             )
         if self.name.startswith("Flat-LoRA"):
@@ -168,6 +175,8 @@ class Contender:
     def close(self) -> None:
         if self.perturbation is not None:
             self.perturbation.close()
+        if self.graphed is not None:
+            self.graphed.close()
 
 
 class Published:
@@ -223,11 +232,12 @@ def measure_shape(backbone: nn.Module, shape: str, steps: int, device: torch.dev
             free_memory()
             contender = Contender(name, with_lora(backbone))
             torch.cuda.reset_peak_memory_stats()
-            seconds = []
+            seconds, state = [], ""
             for number in range(steps + 2):  # two to warm up
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 loss = contender.step(number + 1, batch)
+                state = gpu_state() if number == 1 else state  # while the GPU still works on it
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)
             contender.close()
@@ -237,11 +247,20 @@ def measure_shape(backbone: nn.Module, shape: str, steps: int, device: torch.dev
                 "loss": loss.item(),
                 "tokens_per_s": batch.numel() / statistics.median(seconds[2:]),
                 "backbone_unchanged": torch.equal(weights, first_bytes(backbone)),
+                "clock_and_power": state,
             }
             del contender
-        console.print(f"  {shape} {name}: {statistics.median(seconds[2:]):.3f} s", soft_wrap=True)
+            if not rows[name]["backbone_unchanged"]:
+                fill_random(backbone)
+        console.print(f"  {shape} {name}: {statistics.median(seconds[2:]):.3f} s; {state}", soft_wrap=True)
     free_memory()
     return rows
+
+
+def gpu_state() -> str:
+    """Clock and power under the load just measured: a GPU at its power limit runs below its clock."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()[0]
 
 
 def first_bytes(backbone: nn.Module) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 import run_exp
+from flatlora import acceleration
 from flatlora.acceleration import (
     GraphedMicroStep,
     accelerate,
@@ -64,8 +65,12 @@ class TestHead:
 class TestGraph:
     pytestmark = gpu
 
-    def micro_steps(self, model, graphed, *, mode=None, steps=3):
-        """Losses and last gradients of steps with two micro-batches of two lengths."""
+    @pytest.fixture(autouse=True)
+    def eager_on_demand(self, monkeypatch):
+        self.only_eager = lambda: monkeypatch.setattr(acceleration, "_GRAPH_TOKENS", 0)
+
+    def micro_steps(self, model, *, mode=None, steps=3):
+        """Losses and last gradients of steps with three micro-batches of two lengths."""
         trained = [p for p in model.parameters() if p.requires_grad]
         generator = torch.Generator(CUDA).manual_seed(0)
 
@@ -73,16 +78,11 @@ class TestGraph:
             with torch.autocast("cuda", torch.bfloat16):
                 return model(input_ids=inputs["ids"], labels=inputs["ids"]).loss
 
-        def eager(inputs, state=None):
-            loss = loss_of(inputs)
-            loss.backward()
-            return loss.detach()
-
         perturbation = None
         if mode:
             settings = {"sigma": 0.3, "total_steps": steps, "seed": 1, "resample": "micro_batch"}
             perturbation = WeightPerturbation(find_lora_layers(model), mode=mode, **settings)
-        micro_step = GraphedMicroStep(loss_of, trained) if graphed else eager
+        micro_step = GraphedMicroStep(loss_of, model)
         optimizer = torch.optim.SGD(trained, lr=0.05)
         losses = []
         for step in range(steps):
@@ -101,18 +101,23 @@ class TestGraph:
             optimizer.zero_grad()
         if perturbation:
             perturbation.close()
+        self.captured = micro_step.captured
+        micro_step.close()
         return losses, gradients
 
     @pytest.mark.parametrize("mode", [None, "copy", "recompute"])
     @pytest.mark.parametrize("dropout", [0.0, 0.2])
     def test_replays_are_the_eager_steps(self, mode, dropout):
         results = []
-        for graphed in (False, True):
+        for prepare in (lambda: None, self.only_eager):
+            prepare()
             model = tiny_lora(torch.bfloat16, dropout=dropout).to(CUDA).train()
             accelerate(model, CUDA)
             torch.cuda.manual_seed(5)
-            results.append(self.micro_steps(model, graphed, mode=mode))
-        (losses, gradients), (graph_losses, graph_gradients) = results
+            results.append(self.micro_steps(model, mode=mode))
+            # two lengths; with a ramp from σ = 0 the first step reads W, and is another graph
+            assert self.captured == (0 if acceleration._GRAPH_TOKENS == 0 else 2 if mode is None else 4)
+        (graph_losses, graph_gradients), (losses, gradients) = results
         if dropout == 0:  # a replayed dropout draws from the generator in another way
             assert graph_losses == losses
             assert all(torch.equal(*pair) for pair in zip(gradients, graph_gradients, strict=True))
@@ -124,7 +129,7 @@ class TestGraph:
         for mode in ("copy", "recompute"):
             model = tiny_lora(torch.bfloat16).to(CUDA).train()
             accelerate(model, CUDA)
-            results.append(self.micro_steps(model, True, mode=mode))
+            results.append(self.micro_steps(model, mode=mode))
         assert results[0][0] == results[1][0]
         assert all(torch.equal(*pair) for pair in zip(results[0][1], results[1][1], strict=True))
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from flatlora import lora_linear
 from flatlora.layers import find_lora_layers
-from flatlora.lora_linear import FusedForward, fuse, unfuse
+from flatlora.lora_linear import FusedForward, fuse, groups_of, remake, unfuse
 from flatlora.perturbation import WeightPerturbation
 from tests.conftest import tiny_llama, tiny_lora
 
@@ -74,7 +74,12 @@ def test_layers_of_one_input_are_computed_together(device, monkeypatch):
     fuse(model)
     calls = []
     apply = lora_linear._FusedLora.apply
-    monkeypatch.setattr(lora_linear._FusedLora, "apply", lambda x, b, *rest: calls.append(len(b)) or apply(x, b, *rest))
+
+    def counting(x, call, *factors):
+        calls.append(len(call.branches))
+        return apply(x, call, *factors)
+
+    monkeypatch.setattr(lora_linear._FusedLora, "apply", counting)
     x = torch.randn(2, 24, device=device)
     model(x)
     assert calls == [3]
@@ -201,3 +206,72 @@ def test_saved_names_are_peft_s(tmp_path):
     names = list(model.state_dict())
     fuse(model)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_managed_groups_add_their_gradients_in_place_and_follow_the_factors(device, dtype):
+    plain, managed = (siblings(torch.float32, device).train() for _ in range(2))
+    fuse(plain), fuse(managed)
+    for model in (plain, managed):
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+            else:
+                parameter.grad = torch.zeros_like(parameter)
+    for group in groups_of(managed):
+        group.managed = True
+    x = torch.randn(40, 24, device=device, dtype=dtype)
+    for _ in range(2):
+        for model in (plain, managed):
+            for group in groups_of(model):
+                group.refresh()
+            for _ in range(2):
+                model(x).float().square().sum().backward()
+        for (name, a), (_, b) in zip(plain.named_parameters(), managed.named_parameters(), strict=True):
+            if a.requires_grad:
+                assert (a.grad - b.grad).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * a.grad.norm(), name
+        with torch.no_grad():
+            for model in (plain, managed):
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter -= 1e-3 * parameter.grad.sign()
+                        parameter.grad.zero_()
+    managed.eval()
+    with torch.no_grad():
+        for parameter in managed.parameters():
+            parameter.mul_(0.5)
+        fresh = managed(x)  # evaluation never reads the factors of the last step
+        unfuse(managed)
+        torch.testing.assert_close(fresh, managed(x), rtol=2e-2, atol=2e-2)
+
+
+def test_a_norm_s_output_is_made_again_instead_of_kept(device):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inner = nn.LayerNorm(24), Siblings()
+
+        def forward(self, x):
+            return self.inner(self.norm(x))
+
+    results = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(Block(), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])).to(device)
+        fuse(model.train())
+        if again:
+            remake(model.base_model.model.norm)
+        kept: set[int] = set()
+        x = torch.randn(6, 24, device=device, generator=torch.Generator(device).manual_seed(1))
+
+        def keep(tensor, kept=kept):
+            kept.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            results.append(outputs_and_gradients(model, x))
+        results.append(len(kept))
+    (y, gradients), kept, (y_again, gradients_again), kept_again = results
+    assert kept_again == kept - 1
+    assert torch.equal(y, y_again)
+    assert all(torch.equal(gradient, gradients_again[name]) for name, gradient in gradients.items())
