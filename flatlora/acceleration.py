@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Hashable
@@ -70,7 +71,7 @@ def _apply_liger(base: nn.Module) -> bool:
         setattr(modeling, name, value)
     if rotary is not before.get(_ROTARY):
         for module in base.modules():
-            if _ROTARY in type(module).forward.__code__.co_names:
+            if _ROTARY in inspect.unwrap(type(module).forward).__code__.co_names:
                 module.forward = _with_rotary(module.forward, modeling, rotary)
     return True
 

@@ -163,6 +163,7 @@ class LayerGroup:
         self._ready: dict[FusedForward, torch.Tensor] = {}
         self._casts: dict[torch.dtype, _Cast] = {}
 
+    @torch.compiler.disable  # what is ready depends on which call came before: torch.compile must break its graph here
     def call(self, member: FusedForward, x: torch.Tensor) -> torch.Tensor:
         if self._x is x and member in self._ready:
             y = self._ready.pop(member)
