@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from flatlora import kernels, noise
+from flatlora import kernels, noise, noise_torch
 from flatlora.layers import AdapterTerm, PerturbedLayer
 
 _CHUNK_ELEMENTS = 1 << 18  # 1 MiB of FP32: noise and weight of a chunk stay in the L2 cache
@@ -184,7 +184,7 @@ class DeviceEpsilon:
         terms = [list(layer.adapters()) for layer in self.layers]
         if self._squared is None:
             weights = [layer.as_rows(layer.weight.detach()) for layer in self.layers]
-            self._squared = torch.cat([kernels.squared_row_norms(weight) for weight in weights]).float()
+            self._squared = torch.cat([noise_torch.squared_row_norms(weight) for weight in weights]).float()
         if any(len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms):
             return self._merged_squares_of(terms)
         pairs = [each[0] for each in terms]

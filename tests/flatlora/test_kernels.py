@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flatlora import kernels, noise
+from flatlora import kernels, noise, noise_torch
 
 KEY = (0x243F6A88, 0xF3198A2E)
 SHAPES = [(1, 1), (3, 7), (5, 8), (17, 1001), (64, 4096)]
@@ -49,7 +49,7 @@ def weight_and_c(shape, dtype, device, *, transposed=False):
 def test_torch_philox_equals_reference():
     counters = [(0, 0, 0, 0), (2**32 - 1,) * 4, (5, 6, 7, 8), (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)]
     for key, rounds in itertools.product([(0, 0), (2**32 - 1,) * 2, KEY], (7, 10)):
-        words = kernels.philox_torch([torch.tensor(column) for column in zip(*counters, strict=True)], key, rounds)
+        words = noise_torch.philox_torch([torch.tensor(column) for column in zip(*counters, strict=True)], key, rounds)
         got = list(zip(*(word.tolist() for word in words), strict=True))
         assert got == [noise.philox_reference(counter, key, rounds) for counter in counters]
 
@@ -57,7 +57,7 @@ def test_torch_philox_equals_reference():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (2**31, 13), (7, 2**32)])
 def test_torch_normals_equal_noise(shape, row, column):
-    z = kernels.fill_normal_torch(torch.empty(shape), KEY, 2**32 - 1, 9, row=row, column=column)
+    z = noise_torch.fill_normal_torch(torch.empty(shape), KEY, 2**32 - 1, 9, row=row, column=column)
     torch.testing.assert_close(z, stream_of(shape, 2**32 - 1, 9, row=row, column=column), atol=1e-6, rtol=0)
 
 
@@ -66,17 +66,17 @@ def test_torch_normals_equal_noise(shape, row, column):
 def test_torch_add_is_noise_add_bit_for_bit(dtype, column):
     weight, c = weight_and_c((33, 517), dtype, "cpu")
     expected = noise.add_normal(weight, c, torch.empty_like(weight), KEY, 7, 3, row=5, column=column)
-    got = kernels.add_normal_torch(weight, c, torch.empty_like(weight), KEY, 7, 3, row=5, column=column)
+    got = noise_torch.add_normal_torch(weight, c, torch.empty_like(weight), KEY, 7, 3, row=5, column=column)
     assert torch.equal(got, expected)
-    kernels.add_normal_torch(weight, c, weight, KEY, 7, 3, row=5, column=column)  # in place
+    noise_torch.add_normal_torch(weight, c, weight, KEY, 7, 3, row=5, column=column)  # in place
     assert torch.equal(weight, expected)
 
 
 def test_torch_chunks_and_slices_agree(monkeypatch):
-    whole = kernels.fill_normal_torch(torch.empty(40, 300), KEY, 1, 0)
-    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", 1000)
+    whole = noise_torch.fill_normal_torch(torch.empty(40, 300), KEY, 1, 0)
+    monkeypatch.setattr(noise_torch, "_CHUNK_ELEMENTS", 1000)
     for row, column, rows, columns in [(0, 0, 40, 300), (7, 13, 5, 50), (39, 299, 1, 1), (3, 8, 2, 290)]:
-        part = kernels.fill_normal_torch(torch.empty(rows, columns), KEY, 1, 0, row=row, column=column)
+        part = noise_torch.fill_normal_torch(torch.empty(rows, columns), KEY, 1, 0, row=row, column=column)
         assert torch.equal(part, whole[row : row + rows, column : column + columns])
 
 
@@ -219,7 +219,7 @@ def test_integers_are_those_of_the_reference():
     z = noise_on_device((16, 512), step=step, stream=stream, row=row).view(16, 64, 4, 2)
     low, high = words_of(z)
     blocks, rows = torch.arange(64), torch.arange(row, row + 16)[:, None]
-    words = torch.stack(kernels.philox_torch((blocks, rows, step, stream), KEY), dim=-1)
+    words = torch.stack(noise_torch.philox_torch((blocks, rows, step, stream), KEY), dim=-1)
     assert noise.philox_reference((63, row + 15, step, stream), KEY) == tuple(words[15, 63].tolist())
     assert ((low - (words & 0xFFFF)).abs() < 0.45).all()  # nearest integer is unique: every half is the right one
     clear = z.double().square().sum(-1) > 0.01  # of a tiny radius the direction is lost in its rounding
