@@ -278,10 +278,11 @@ class GraphedMicroStep:
         """Run the micro-step to compile and allocate what it needs, then record it; neither leaves a trace."""
         static = {name: tensor.clone() for name, tensor in inputs.items()}
         gradient, generator = self.gradient.clone(), torch.cuda.get_rng_state(self.gradient.device)
+        self._run(static)  # what libraries set up at their first call, they set up here
         stream = torch.cuda.Stream(self.gradient.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
+            for _ in range(2):
                 self._run(static)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize(self.gradient.device)
