@@ -52,7 +52,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return run_sweep(flags, settings, experiments)
         return max(run(experiment) for experiment in experiments)
     except ConfigError as error:
-        console.report_faults(error)
+        if training.is_main_process():
+            console.report_faults(error)
         return EXIT_CONFIG
     except KeyboardInterrupt:
         console.console.print("Interrupted before the run began: nothing was written.")
@@ -114,7 +115,8 @@ def experiments_of(jobs: Sequence[Sequence[str]]) -> list[Experiment]:
             faults += error.faults
     folders = [RunFolder.of(experiment).path for experiment in experiments]
     faults += [
-        f"Two jobs of the sweep would write to {folder}: give them different seeds, or leave out wandb.name."
+        f"Two jobs of the sweep would write to {folder}: drop the value that is swept twice, or let wandb.name or seed "
+        "differ."
         for folder in sorted({folder for folder in folders if folders.count(folder) > 1})
     ]
     if faults:
@@ -236,6 +238,11 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
     if training.is_main_process():
         try:
             results.write_json(folder.path / "run.json", record)
+            if code == 0:
+                hashes = record["backbone_sha256"]
+                unchanged = "unchanged" if hashes["before"] == hashes["after"] else "CHANGED"
+                told = "all weights trained" if hashes["before"] is None else f"backbone {unchanged}"
+                console.console.print(f"Finished: {folder.path} ({told})", markup=False, soft_wrap=True)
         except OSError as error:  # a full disk: what was there stays, and the run can be resumed
             console.report_failure(error)
             code = EXIT_FAILED
@@ -336,6 +343,8 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
         "kernels": [],
         "metrics": {},
         "timing": None,
+        "perturbation": None,
+        "resumed_from": None,
         "memory": None,
     }
 

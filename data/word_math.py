@@ -29,6 +29,7 @@ from flatlora.config import ConfigError, DatasetConfig, setting
 VERSION = 1  # raise it whenever the same arguments give other rows; a cache of rows must know it
 SPLITS = {"train": range(80), "validation": range(80, 90), "test": range(90, 100)}  # percent of the hash space
 STEPS = (2, 5)
+MOST_ROWS = 100_000  # a minute's work
 SMALLEST_BOUND = 5  # below 5, kinds such as fuel (5 - 2 * 2) have no problem left
 
 NAMES = (
@@ -51,13 +52,13 @@ MOVES: dict[str, tuple[int, Callable[["Story", int], Draft]]] = {}
 
 
 class Config(DatasetConfig):
-    train_rows: int = setting(2000, ge=1)
-    validation_rows: int = setting(100, ge=0)
-    test_rows: int = setting(200, ge=1)
+    train_rows: int = setting(2000, ge=1, le=MOST_ROWS)
+    validation_rows: int = setting(100, ge=0, le=MOST_ROWS)
+    test_rows: int = setting(200, ge=1, le=MOST_ROWS)
     min_steps: int = setting(2, ge=STEPS[0], le=STEPS[1])
     max_steps: int = setting(3, ge=STEPS[0], le=STEPS[1])
-    max_value: int = setting(20, ge=SMALLEST_BOUND)
-    max_answer: int | None = setting(None, ge=SMALLEST_BOUND, remedy="null allows max_value squared")
+    max_value: int = setting(20, ge=SMALLEST_BOUND, le=10_000, remedy="20 makes products up to 400")
+    max_answer: int | None = setting(None, ge=SMALLEST_BOUND, le=10**8, remedy="null allows max_value squared")
     seed: int = setting(0, ge=0)  # of the problems; the run's own seed does not change them
 
     def rule_faults(self) -> list[str]:

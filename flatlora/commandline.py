@@ -89,9 +89,16 @@ def _parse_all(words: Iterable[str]) -> list[Override | None]:
     parser, parsed, faults = OverridesParser.create(), [], []
     for word in words:
         try:
+            if word.lstrip("+~").startswith("="):
+                raise HydraException("no key")
             parsed.append(None if word.startswith("-") else parser.parse_override(word))
         except HydraException:
-            faults.append(f"Cannot read {word!r}: a setting is written key=value, such as seed=42 or rho.sigma=0.05.")
+            key, separator, value = word.partition("=")
+            if separator and key and value.isprintable() and not value.isascii():
+                remedy = f"a value with other letters than a-z stands in two kinds of quotes, as {key}=\"'{value}'\""
+            else:
+                remedy = "a setting is written key=value, such as seed=42 or rho.sigma=0.05"
+            faults.append(f"Cannot read {word!r}: {remedy}.")
     if faults:
         raise ConfigError(faults)
     return parsed

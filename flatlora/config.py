@@ -145,9 +145,9 @@ class Experiment(Section):
     trainer: TrainerConfig
     eval: dict[str, SerializeAsAny[Section]] = {}
     wandb: WandbConfig = WandbConfig()
-    seed: int = setting(42, ge=0, le=2**32 - 1, remedy="NumPy's generator takes 32 bits")
-    data_root: str | None = None
-    results_root: str = "results"
+    seed: int = setting(42, ge=0, le=2**32 - 1, remedy="use a whole number from 0 to 4294967295")
+    data_root: str | None = setting(None, min_length=1, remedy="null reads the hub")
+    results_root: str = setting("results", min_length=1, remedy="name a folder")
     dry_run: bool = False
     resume: bool = False
     overwrite: bool = False

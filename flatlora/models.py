@@ -238,7 +238,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 def _load_fault(config: ModelConfig, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
     if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
-        reason = "there is no such folder."
+        reason = "it is a file, not a folder." if os.path.isfile(config.hub_id) else "there is no such folder."
+    elif os.path.isdir(config.hub_id) and not os.path.isfile(os.path.join(config.hub_id, "config.json")):
+        reason = "the folder holds no config.json, so no model."
     if "gated" in str(error).lower() or "401" in reason or "403" in reason:
         remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
     else:

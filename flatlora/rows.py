@@ -146,7 +146,7 @@ def _local_file(root: Path, hub_id: str, config: str, split: str) -> Path:
         problem = "is a file, not a folder" if os.path.exists(root) else "is not there"
         raise ConfigError(
             [
-                f"Invalid data_root={root}: it {problem}; name the folder that {hub_id}/{config}/{split}.jsonl (or "
+                f"Invalid data_root={root}: it {problem}; name the folder that {hub_id}/{config}/SPLIT.jsonl (or "
                 ".parquet) is in, or leave data_root out to read the hub."
             ]
         )

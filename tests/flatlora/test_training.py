@@ -36,10 +36,11 @@ def in_folder(settings, name):
     return [f"{word}-{name}" if word.startswith("results_root=") else word for word in settings]
 
 
-def test_record_is_complete_and_adapter_loads_with_peft(tiny_settings, tiny_model_folder):
+def test_record_is_complete_and_adapter_loads_with_peft(tiny_settings, tiny_model_folder, capsys):
     settings = [word for word in tiny_settings if not word.startswith(("model.dtype", "dataset.validation_rows"))]
     settings += ["rho=flat", "rho.sigma=0.3", "model.dtype=bfloat16", "dataset.validation_rows=4"]
     folder = run(settings)
+    assert f"Finished: {folder} (backbone unchanged)" in " ".join(capsys.readouterr().err.split())
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
@@ -440,6 +441,7 @@ def test_a_diverging_run_fails_with_its_reason(tiny_settings, capsys):
     record = json.loads((run_folder(tiny_settings) / "run.json").read_text())
     assert record["status"] == "failed"
     assert "diverged" in record["error"]
+    assert record["perturbation"] is record["resumed_from"] is record["timing"] is None
     assert "Traceback" not in capsys.readouterr().err
 
 
