@@ -63,7 +63,9 @@ def epsilon_of(layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]
     """Whatever serves the device, or the devices, that the layers are on."""
     devices = list(dict.fromkeys(layer.weight.device for layer in layers))
     if len(devices) > 1:
-        return _ManyDevices(layers, keys, devices)
+        return ManyEpsilons(
+            layers, keys, [[i for i, la in enumerate(layers) if la.weight.device == d] for d in devices]
+        )
     return HostEpsilon(layers) if devices[0].type == "cpu" else DeviceEpsilon(layers, keys)
 
 
@@ -212,13 +214,13 @@ class DeviceEpsilon:
         return torch.cat(squares)
 
 
-class _ManyDevices:
-    """Layers spread over several devices: one `Epsilon` for each."""
+class ManyEpsilons:
+    """Layers spread over several devices: one `Epsilon` for each, `indices` says which layers are whose."""
 
     def __init__(
-        self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]], devices: Sequence[torch.device]
+        self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]], indices: Sequence[Sequence[int]]
     ) -> None:
-        self._indices = [[i for i, layer in enumerate(layers) if layer.weight.device == d] for d in devices]
+        self._indices = indices
         self._parts = [epsilon_of([layers[i] for i in part], [keys[i] for i in part]) for part in self._indices]
 
     def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:

@@ -20,13 +20,12 @@ from contextlib import nullcontext
 
 import torch
 
-from flatlora.noise import COLUMNS_PER_BLOCK, PHILOX_ROUNDS
+from flatlora.noise import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, refuse_counter
 from flatlora.noise_torch import (
     add_normal_unchecked,
     one_device,
     refuse_address,
     refuse_coefficients,
-    refuse_counter,
     refuse_factors,
     refuse_not_a_matrix,
     refuse_outs,
@@ -107,18 +106,15 @@ class NoisePass:
                 f"stream as two INT64 on {self.device} are needed; take the counter of another pass."
             )
         c = coefficients.split([weight.shape[0] for weight in weights])
-        self._jobs = list(zip(weights, c, outs, keys, rows, columns, strict=True))
+        jobs = [job for job in zip(weights, c, outs, keys, rows, columns, strict=True) if job[0].numel()]
+        fast, self._slow = _divide(jobs, self.device)
         self._groups: list[tuple[dict, _Grid]] = []
-        self._slow = self._jobs
-        if available(self.device):
-            self._slow = [job for job in self._jobs if job[0].dtype not in _KERNEL_DTYPES]
-            self._build_groups()
+        self._build_groups(fast)
 
-    def _build_groups(self) -> None:
+    def _build_groups(self, fast: Sequence[tuple]) -> None:
         groups = defaultdict(list)
-        for job in self._jobs:
-            if job[0].dtype in _KERNEL_DTYPES and job[0].numel():
-                groups[_noise_group(*job)].append(job)
+        for job in fast:
+            groups[_noise_group(*job)].append(job)
         for (dtype, layout), jobs in groups.items():
             tile = NOISE_TILE_TRANSPOSED if layout == "transposed" else NOISE_TILE
             grid = _Grid(self.device)
@@ -141,7 +137,7 @@ class NoisePass:
 
     def set_counter(self, step: int, stream: int) -> None:
         """What the next launch, or the next replay of a captured one, draws."""
-        refuse_counter(step, stream)
+        refuse_counter(step=step, stream=stream)
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"Cannot set step={step} while a CUDA graph is captured: every replay would draw the same noise; "
@@ -204,18 +200,14 @@ class RowNormPass:
         factors = torch.tensor(scalings, dtype=torch.float32, device=self.device).split(1)
         squares = self.squared_norms.split(heights), self.result.split(heights)
         jobs = zip(weights, A, B, factors, *squares, strict=True)
-        self._jobs = [job for job in jobs if job[0].numel() and job[1].shape[0]]
+        fast, self._slow = _divide([job for job in jobs if job[0].numel() and job[1].shape[0]], self.device)
         self._groups: list[tuple[dict, torch.Tensor, _Grid]] = []
-        self._slow = self._jobs
-        if available(self.device):
-            self._slow = [job for job in self._jobs if job[0].dtype not in _KERNEL_DTYPES]
-            self._build_groups()
+        self._build_groups(fast)
 
-    def _build_groups(self) -> None:
+    def _build_groups(self, fast: Sequence[tuple]) -> None:
         groups = defaultdict(list)
-        for job in self._jobs:
-            if job[0].dtype in _KERNEL_DTYPES:
-                groups[_row_norm_group(job[0], job[1])].append(job)
+        for job in fast:
+            groups[_row_norm_group(job[0], job[1])].append(job)
         for (dtype, rank, aligned), jobs in groups.items():
             tile = ROW_NORM_TILE if dtype == torch.bfloat16 and rank <= 32 else ROW_NORM_TILE_WIDE
             grams = torch.empty(len(jobs), rank, rank, device=self.device)
@@ -241,6 +233,13 @@ class RowNormPass:
         for weight, a, b, scaling, square, result in self._slow:
             result.copy_(squared_row_norms(weight, a, scaling * b, square))
         return self.result
+
+
+def _divide(jobs: Sequence[tuple], device: torch.device) -> tuple[list[tuple], list[tuple]]:
+    """Jobs, each with its weight first, that the kernels take, and those left to torch."""
+    served = available(device)
+    fast = [job for job in jobs if served and job[0].dtype in _KERNEL_DTYPES]
+    return fast, [job for job in jobs if not (served and job[0].dtype in _KERNEL_DTYPES)]
 
 
 class _Grid:

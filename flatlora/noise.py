@@ -129,9 +129,7 @@ def _over_rows(
 ) -> None:
     """Run a compiled kernel, rows shared out over torch's number of threads; the result does not depend on it."""
     rows = matrix.shape[0]
-    for name, value in (("step", step), ("stream", stream), ("row", row + rows)):
-        if not 0 <= value <= _UINT32:
-            raise ValueError(f"Invalid {name}={value}: a noise counter has 32 bits; use a value from 0 to {_UINT32}.")
+    refuse_counter(step=step, stream=stream, row=row + rows)
     words = tuple(np.uint32(word) for word in (*key, step, stream, row))
     workers = min(torch.get_num_threads(), max(1, matrix.numel() // _ELEMENTS_WORTH_A_THREAD))
     if workers == 1:
@@ -146,6 +144,13 @@ def _over_rows(
     kernel(*arrays, *words, column, 0, bounds[1], *_tables())
     for job in jobs:
         job.result()
+
+
+def refuse_counter(**words: int) -> None:
+    """ValueError for a word of the Philox counter that does not fit."""
+    for name, value in words.items():
+        if not 0 <= value <= _UINT32:
+            raise ValueError(f"Invalid {name}={value}: a noise counter has 32 bits; use a value from 0 to {_UINT32}.")
 
 
 def normal_reference(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from flatlora.noise import COLUMNS_PER_BLOCK, PHILOX_ROUNDS
+from flatlora.noise import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, refuse_counter
 
 _UINT32 = 0xFFFFFFFF
 _CHUNK_ELEMENTS = 1 << 20  # bounds the INT64 and FP64 temporaries
@@ -41,7 +41,7 @@ def fill_normal_torch(
     out: torch.Tensor, key: tuple[int, int], step: int, stream: int, *, row: int = 0, column: int = 0
 ) -> torch.Tensor:
     """Fill `out` (m × n, floating, any device and strides) with the slice of z that starts at (row, column)."""
-    refuse_counter(step, stream)
+    refuse_counter(step=step, stream=stream)
     refuse_address(out.shape, key, row, column)
     for start, stop in _row_chunks(*out.shape):
         out[start:stop] = _normal(out[start:stop], key, step, stream, row + start, column)
@@ -65,7 +65,7 @@ def add_normal_torch(
     one_device([weight, c, out])
     refuse_outs([weight], [out])
     refuse_coefficients(c, weight.shape[0])
-    refuse_counter(step, stream)
+    refuse_counter(step=step, stream=stream)
     refuse_address(weight.shape, key, row, column)
     return add_normal_unchecked(weight, c, out, key, step, stream, row, column, sign)
 
@@ -179,12 +179,6 @@ def refuse_coefficients(c: torch.Tensor, rows: int) -> None:
             f"Invalid coefficients={c.dtype} {tuple(c.shape)}: one contiguous FP32 vector with a number for each row "
             f"is needed, {rows} in all; use torch.cat of the layers' c."
         )
-
-
-def refuse_counter(step: int, stream: int) -> None:
-    for name, value in (("step", step), ("stream", stream)):
-        if not 0 <= value <= _UINT32:
-            raise ValueError(f"Invalid {name}={value}: a noise counter has 32 bits; use a value from 0 to {_UINT32}.")
 
 
 def refuse_address(shape: Sequence[int], key: tuple[int, int], row: int, column: int) -> None:

@@ -159,6 +159,16 @@ class FlatTrainer(Trainer):
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, self._autocast_dtype, cache_enabled=cache_enabled)
 
+    def train_or_load(self, resume_from: Path | None) -> None:
+        """Train to the end, or only read a checkpoint that was written there: `train` would run one step more."""
+        if resume_from is None or not _is_complete(resume_from):
+            self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            return
+        self._load_from_checkpoint(str(resume_from))
+        self.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
+        if is_main_process():
+            self.recorder.log.rewind(self.state.global_step)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.step_tokens += inputs["attention_mask"].sum().to(self.step_tokens.device)
         if self.graphed is None:
@@ -397,21 +407,18 @@ def train(
         FloatingPointError: the loss or a weight is NaN or infinite.
     """
     flat = flat_callback(experiment) if experiment.flat else None
+    optim, has_validation = experiment.optim, len(validation_rows) > 0
+    keeps_best = optim.best_model and has_validation
+    best = BestModel(run.path / "best", experiment.trainer.save_total_limit) if keeps_best else None
     recorder = StepRecorder(log, progress, Effort.read(resume_from), flat)
-    callbacks: list[TrainerCallback] = [recorder, *([flat] if flat else [])]
-    best = None
-    if experiment.optim.early_stopping_patience and len(validation_rows):
-        callbacks += [EarlyStoppingCallback(experiment.optim.early_stopping_patience), SaveAtStop()]
-    if experiment.optim.best_model and len(validation_rows):
-        best = BestModel(run.path / "best", keep=experiment.trainer.save_total_limit)
-        callbacks.insert(1, best)  # before what may ask for a checkpoint
+    callbacks = [callback for callback in (recorder, best, flat) if callback]  # best before what asks for a checkpoint
+    if optim.early_stopping_patience and has_validation:
+        callbacks += [EarlyStoppingCallback(optim.early_stopping_patience), SaveAtStop()]
     trainer = FlatTrainer(
         model=model,
-        args=training_arguments(
-            experiment, run.path, train_rows=len(train_rows), has_validation=len(validation_rows) > 0
-        ),
+        args=training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation),
         train_dataset=train_rows,
-        eval_dataset=validation_rows if len(validation_rows) else None,
+        eval_dataset=validation_rows if has_validation else None,
         data_collator=collate,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -423,13 +430,7 @@ def train(
         trainer.remove_callback(unwanted)
     recorder.trainer = trainer
     try:
-        if resume_from and _is_complete(resume_from):
-            trainer._load_from_checkpoint(str(resume_from))  # Trainer itself would run one step more
-            trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
-            if is_main_process():
-                log.rewind(trainer.state.global_step)
-        else:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        trainer.train_or_load(resume_from)
     finally:
         if progress:
             progress.stop()

@@ -392,6 +392,11 @@ def plot_steps(steps: dict[str, Any], path: Path) -> None:
         xscale="log",
         yscale="log",
     )
+    ticks = sorted({points[shape][0] * points[shape][1] for shape in order})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -12,7 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora import noise
 from flatlora.checkpoint import backbone_sha256
-from flatlora.epsilon import merged_row_norms, merged_row_norms_reference, noise_coefficients
+from flatlora.epsilon import (
+    Draw,
+    HostEpsilon,
+    ManyEpsilons,
+    merged_row_norms,
+    merged_row_norms_reference,
+    noise_coefficients,
+)
 from flatlora.layers import AdapterTerm, PerturbedLayer, find_lora_layers, plain_name
 from flatlora.perturbation import WeightPerturbation, choose_mode
 from tests.conftest import tiny_lora
@@ -425,3 +432,22 @@ def test_names_are_those_of_the_untouched_model():
     for layer in find_lora_layers(tiny_lora()):
         assert layer.name in names
     assert plain_name("module.base_model.model.h.0.attn.base_layer.weight") == "h.0.attn.weight"
+
+
+def test_layers_on_several_devices_are_perturbed_as_on_one():
+    layers = find_lora_layers(tiny_lora())
+    keys = [noise.layer_key(3, layer.name) for layer in layers]
+    whole, parts = HostEpsilon(layers), ManyEpsilons(layers, keys, [[1, *range(4, 14)], [3, 0, 2]])
+    c = whole.coefficients(0.1, scale="filter", fan_in=True)
+    c_parts = parts.coefficients(0.1, scale="filter", fan_in=True)
+    assert all(torch.equal(*pair) for pair in zip(c, c_parts, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(c, parts.restore(c_parts), strict=True))
+    draws = [Draw(key, 5, 0, each) for key, each in zip(keys, c, strict=True)]
+    outs = [[torch.empty_like(layer.weight.detach()) for layer in layers] for _ in range(2)]
+    whole.write(draws, outs[0])
+    parts.write(draws, outs[1])
+    parts.aim(draws)
+    parts.check()
+    for index, (left, right) in enumerate(zip(*outs, strict=True)):
+        assert torch.equal(left, right)
+        assert torch.equal(parts.materialise(index, draws[index]), left)
