@@ -111,10 +111,10 @@ class DeviceEpsilon:
         self.device = layers[0].weight.device
         self._rows = [layer.as_rows(layer.weight).shape[0] for layer in layers]
         self._columns = [layer.as_rows(layer.weight).shape[1] for layer in layers]
+        self._largest = max(layer.weight.numel() for layer in layers)
         self._c = torch.zeros(sum(self._rows), device=self.device)
-        self._fan_in = torch.cat(
-            [torch.full((m,), n**-0.5, device=self.device) for m, n in zip(self._rows, self._columns, strict=True)]
-        )
+        self._heights = torch.tensor(self._rows, device=self.device)
+        self._fan_in = torch.tensor(self._columns, device=self.device).double().rsqrt()  # 1/√n of each layer
         self._counter = torch.zeros(2, dtype=torch.int64, device=self.device)
         self._counted: tuple[int, int] | None = None  # what the counter holds
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -128,8 +128,9 @@ class DeviceEpsilon:
         self._finite &= squares.isfinite().all()
         if scale == "iid":
             squares = torch.cat([part.mean().expand_as(part) for part in squares.split(self._rows)])
-        norms = squares.clamp(min=0.0).sqrt()
-        torch.mul(norms, self._fan_in * sigma if fan_in else sigma, out=self._c)
+        factors = (sigma * self._fan_in if fan_in else torch.full_like(self._fan_in, sigma)).float()
+        factors = torch.repeat_interleave(factors, self._heights, output_size=self._c.numel())
+        torch.mul(squares.clamp(min=0.0).sqrt_(), factors, out=self._c)
         return list(self._c.split(self._rows))
 
     def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -145,7 +146,7 @@ class DeviceEpsilon:
 
     def materialise(self, index: int, draw: Draw) -> torch.Tensor:
         weight = self.layers[index].weight.detach()
-        stored = self._scratch.get("weight", tuple(weight.shape), weight.dtype, weight.device)
+        stored = self._scratch.get("weight", tuple(weight.shape), weight.dtype, weight.device, self._largest)
         self._count(draw)
         self._pass([index], [stored]).launch()
         return stored
@@ -253,15 +254,20 @@ class ManyEpsilons:
 
 
 class _Scratch:
-    """Reusable flat buffers by (purpose, dtype, device); a request for more elements grows its buffer."""
+    """Reusable flat buffers by (purpose, dtype, device); a request for more elements grows its buffer.
+
+    `reserve` elements are allocated at once: a buffer that never grows keeps the address that passes were built for.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
-    def get(self, purpose: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def get(
+        self, purpose: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, reserve: int = 0
+    ) -> torch.Tensor:
         key, elements = (purpose, dtype, device), shape[0] * shape[1]
         if key not in self._buffers or self._buffers[key].numel() < elements:
-            self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)
+            self._buffers[key] = torch.empty(max(elements, reserve), dtype=dtype, device=device)
         return self._buffers[key][:elements].view(shape)
 
 

@@ -110,6 +110,7 @@ class NoisePass:
         fast, self._slow = _divide(jobs, self.device)
         self._groups: list[tuple[dict, _Grid]] = []
         self._build_groups(fast)
+        self._alive = jobs  # the tables hold addresses: what lies there must not be freed
 
     def _build_groups(self, fast: Sequence[tuple]) -> None:
         groups = defaultdict(list)
@@ -200,9 +201,11 @@ class RowNormPass:
         factors = torch.tensor(scalings, dtype=torch.float32, device=self.device).split(1)
         squares = self.squared_norms.split(heights), self.result.split(heights)
         jobs = zip(weights, A, B, factors, *squares, strict=True)
-        fast, self._slow = _divide([job for job in jobs if job[0].numel() and job[1].shape[0]], self.device)
+        jobs = [job for job in jobs if job[0].numel() and job[1].shape[0]]
+        fast, self._slow = _divide(jobs, self.device)
         self._groups: list[tuple[dict, torch.Tensor, _Grid]] = []
         self._build_groups(fast)
+        self._alive = jobs  # the tables hold addresses: what lies there, the scalings above all, must not be freed
 
     def _build_groups(self, fast: Sequence[tuple]) -> None:
         groups = defaultdict(list)
@@ -243,7 +246,10 @@ def _divide(jobs: Sequence[tuple], device: torch.device) -> tuple[list[tuple], l
 
 
 class _Grid:
-    """Programs over many tensors: a device table with one INT64 row a tensor, and the row of every program."""
+    """Programs over many tensors: a device table with one INT64 row a tensor, and the row of every program.
+
+    A lone tensor needs no rows: recompute mode has a grid for each layer, whose four bytes a program would add up.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -259,14 +265,17 @@ class _Grid:
 
     def close(self) -> _Grid:
         self.table = torch.tensor(self._rows, dtype=torch.int64, device=self.device)
-        sizes = torch.tensor(self._sizes, device=self.device)
-        self.owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device=self.device), sizes)
+        self.lone = len(self._sizes) == 1
+        numbers = torch.arange(0 if self.lone else len(self._sizes), dtype=torch.int32, device=self.device)
+        sizes = torch.tensor([] if self.lone else self._sizes, dtype=torch.int64, device=self.device)
+        self.owners = torch.repeat_interleave(numbers, sizes)
         self.fields, self.programs = self.table.shape[1], sum(self._sizes)
         return self
 
     def launch(self, kernel, *arguments, **constants) -> None:
+        constants |= {"FIELDS": self.fields, "LONE": self.lone}
         with _on(self.device):
-            kernel[(self.programs,)](self.table, self.owners, *arguments, FIELDS=self.fields, **constants)
+            kernel[(self.programs,)](self.table, self.owners, *arguments, **constants)
 
 
 # --- Triton. Every index that is multiplied with a stride is INT64: m · n may pass 2³¹.
@@ -326,8 +335,8 @@ def _box_muller(word, FAST_MATH: tl.constexpr):
             _BOX_MULLER_PTX, "=f,=f,r", [word], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
         )
     uniform = ((word & 0xFFFF).to(tl.float32) + 0.5) / 65536
-    angle = _TWO_PI * (((word >> 16).to(tl.float32) + 0.5) / 65536)
-    radius = tl.sqrt(_MINUS_TWO_LN2 * tl.log2(uniform))
+    angle = (((word >> 16).to(tl.float32) + 0.5) / 65536) * _TWO_PI  # the tensor first: so the interpreter wants it
+    radius = tl.sqrt(tl.log2(uniform) * _MINUS_TWO_LN2)
     return radius * tl.cos(angle), radius * tl.sin(angle)
 
 
@@ -345,10 +354,10 @@ def _eight_normals(block, row, step, stream, k0, k1, FAST_MATH: tl.constexpr):
 
 
 @_jit
-def _tile_of(table, owners, FIELDS: tl.constexpr):
+def _tile_of(table, owners, FIELDS: tl.constexpr, LONE: tl.constexpr):
     """This program's row of the table, and the place of its tile in that tensor."""
     program = tl.program_id(0)
-    entry = table + tl.load(owners + program).to(tl.int64) * FIELDS
+    entry = table if LONE else table + tl.load(owners + program).to(tl.int64) * FIELDS
     tile = program - tl.load(entry + FIELDS - 2).to(tl.int32)
     width = tl.load(entry + FIELDS - 1).to(tl.int32)
     return entry, tile // width, tile % width
@@ -361,6 +370,7 @@ def _noise_kernel(
     counter,
     sign,
     FIELDS: tl.constexpr,
+    LONE: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -369,7 +379,7 @@ def _noise_kernel(
     BLOCKS: tl.constexpr,
 ):
     """One tile of ROWS × (8 · BLOCKS). ALIGNED: whole blocks at 16-byte addresses, so one access moves 16 bytes."""
-    entry, tile_row, tile_column = _tile_of(table, owners, FIELDS)
+    entry, tile_row, tile_column = _tile_of(table, owners, FIELDS, LONE)
     weight = tl.load(entry + 0).to(tl.pointer_type(DTYPE))
     out = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
     c = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
@@ -431,6 +441,7 @@ def _row_norm_kernel(
     table,
     owners,
     FIELDS: tl.constexpr,
+    LONE: tl.constexpr,
     DTYPE: tl.constexpr,
     RANK: tl.constexpr,
     RANK_TILE: tl.constexpr,
@@ -440,7 +451,7 @@ def _row_norm_kernel(
     BN: tl.constexpr,
 ):
     """‖W_i‖² + Σ_k sB_ik (2 (W Aᵀ)_ik + (sB A Aᵀ)_ik) of BM rows; W is read once for every RANK_TILE = 64 ranks."""
-    entry, tile, _ = _tile_of(table, owners, FIELDS)
+    entry, tile, _ = _tile_of(table, owners, FIELDS, LONE)
     weight = tl.load(entry + 0).to(tl.pointer_type(DTYPE))
     a, b = tl.load(entry + 1).to(tl.pointer_type(tl.float32)), tl.load(entry + 2).to(tl.pointer_type(tl.float32))
     scaling = tl.load(tl.load(entry + 3).to(tl.pointer_type(tl.float32)))

@@ -233,7 +233,7 @@ def measure_shape(backbone: nn.Module, shape: str, steps: int, device: torch.dev
             contender = Contender(name, with_lora(backbone))
             torch.cuda.reset_peak_memory_stats()
             seconds, state = [], ""
-            for number in range(steps + 2):  # two to warm up
+            for number in range(steps + 1):  # the first compiles, allocates and captures
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 loss = contender.step(number + 1, batch)
@@ -242,17 +242,17 @@ def measure_shape(backbone: nn.Module, shape: str, steps: int, device: torch.dev
                 seconds.append(time.perf_counter() - started)
             contender.close()
             rows[name] = {
-                "step_s": seconds[2:],
+                "step_s": seconds[1:],
                 "peak_gib": torch.cuda.max_memory_allocated() / GIB,
                 "loss": loss.item(),
-                "tokens_per_s": batch.numel() / statistics.median(seconds[2:]),
+                "tokens_per_s": batch.numel() / statistics.median(seconds[1:]),
                 "backbone_unchanged": torch.equal(weights, first_bytes(backbone)),
                 "clock_and_power": state,
             }
             del contender
             if not rows[name]["backbone_unchanged"]:
                 fill_random(backbone)
-        console.print(f"  {shape} {name}: {statistics.median(seconds[2:]):.3f} s; {state}", soft_wrap=True)
+        console.print(f"  {shape} {name}: {statistics.median(seconds[1:]):.3f} s; {state}", soft_wrap=True)
     free_memory()
     return rows
 

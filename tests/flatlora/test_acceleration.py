@@ -69,6 +69,14 @@ class TestGraph:
     def eager_on_demand(self, monkeypatch):
         self.only_eager = lambda: monkeypatch.setattr(acceleration, "_GRAPH_TOKENS", 0)
 
+    @pytest.fixture(autouse=True)
+    def repeatable(self, monkeypatch):
+        """The backward of cuDNN's and Flash's attention adds up in any order unless it is told not to."""
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
     def micro_steps(self, model, *, mode=None, steps=3):
         """Losses and last gradients of steps with three micro-batches of two lengths."""
         trained = [p for p in model.parameters() if p.requires_grad]
