@@ -379,13 +379,16 @@ def _cpu_name() -> str:
 
 
 def git_sha() -> str | None:
-    """Commit of this code, with "-dirty" where the tree differs from it; None outside a git checkout."""
+    """Commit of this code, with "-dirty" where the tree differs from it.
+
+    A copy without its git folder, as clusters get them, may name it in $FLATLORA_GIT_SHA; None where nothing does.
+    """
     project = Path(__file__).parent
     command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FLATLORA_GIT_SHA")
 
 
 def peak_memory_gib() -> dict[str, float | None]:
