@@ -86,15 +86,13 @@ def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequen
         console.console.print("Sweep interrupted: the same command with resume=true does what is left.")
     if not training.is_main_process():
         return 0  # what became of the jobs is the main process's to say
-    states = []
+    states, jobs = [], []
     for folder, (finished, old) in zip(folders, before, strict=True):
         record = folder.record
         told = record is not None and (finished or record != old)  # an old record says nothing of this job
         states.append(record["status"] if told else "not run")
-    console.print_pairs(
-        f"Sweep: {states.count('finished')} of {len(folders)} finished",
-        [(state, str(folder.path)) for folder, state in zip(folders, states, strict=True)],
-    )
+        jobs.append((states[-1], folder.path, record if told else None))
+    console.print_sweep(f"Sweep: {states.count('finished')} of {len(folders)} finished", jobs)
     if interrupted:
         return EXIT_INTERRUPTED
     return 0 if set(states) == {"finished"} else EXIT_FAILED
@@ -102,7 +100,7 @@ def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequen
 
 def experiment_of(settings: Sequence[str]) -> Experiment:
     """Typed experiment of canonical command-line settings."""
-    return parse(commandline.compose_config(CONF_DIR, settings), section_class)
+    return parse(commandline.compose_config(CONF_DIR, settings), REGISTRY)
 
 
 def experiments_of(jobs: Sequence[Sequence[str]]) -> list[Experiment]:
@@ -124,16 +122,29 @@ def experiments_of(jobs: Sequence[Sequence[str]]) -> list[Experiment]:
     return experiments
 
 
-def section_class(section: str, raw: Mapping[str, Any]) -> type[Section] | str:
-    """The config class that a loader, a method or a benchmark brings along; or the fault that there is none."""
-    try:
-        if section == "dataset":
-            return data.loader(str(raw.get("loader"))).Config
-        if section == "peft":
-            return methods.method(str(raw.get("method"))).Config
-        return benchmarks.evaluator(section.removeprefix("eval.")).Config
-    except KeyError as error:
-        return error.args[0]
+class OptionRegistry:
+    """What loaders, methods and benchmarks bring along; see `flatlora.config.Registry`."""
+
+    def section_class(self, section: str, raw: Mapping[str, Any]) -> type[Section] | str:
+        try:
+            if section == "dataset":
+                return data.loader(str(raw.get("loader"))).Config
+            if section == "peft":
+                return methods.method(str(raw.get("method"))).Config
+            if section == "rho":
+                return methods.rho(str(raw.get("method"))).Config
+            return benchmarks.evaluator(section.removeprefix("eval.")).Config
+        except KeyError as error:
+            return error.args[0]
+
+    def owners(self, section: str, key: str) -> list[str]:
+        return methods.owners(section, key)
+
+    def refusals(self, experiment: Experiment) -> list[tuple[tuple[str, ...], str]]:
+        return methods.combination_faults(experiment)
+
+
+REGISTRY = OptionRegistry()
 
 
 def run(experiment: Experiment) -> int:
@@ -256,7 +267,9 @@ def train_and_score(
     if training.is_main_process():
         results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.test))
     backbone = models.load_backbone(experiment.model, inputs.device)
-    model = methods.method(experiment.peft.method).apply(backbone, experiment.peft, experiment.seed)
+    collate = tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id)
+    method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, collate)
+    model = method.apply(backbone, experiment.peft, start)
     if experiment.trainer.kernels == "auto":
         record["kernels"] = acceleration.accelerate(model, inputs.device)
     record["data_sha256"] = inputs.data_sha256
@@ -269,7 +282,7 @@ def train_and_score(
             inputs.tokenizer,
             inputs.rows.train,
             inputs.rows.validation,
-            tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id),
+            collate,
             folder,
             data_sha256=record["data_sha256"],
             log=MetricsLog(folder.path / "metrics.jsonl", tracker),
@@ -283,10 +296,20 @@ def train_and_score(
         training.check_invariants(experiment, model, record["backbone_sha256"])
         if training.is_main_process():
             with results.write_folder(folder.adapter) as staging:
-                model.save_pretrained(staging)
+                method.save(model, experiment.peft, staging, start)
                 inputs.tokenizer.save_pretrained(staging)
             record["metrics"].update(score(experiment, model, inputs.tokenizer, inputs.test, folder))
     record["status"] = "finished"
+
+
+def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, collate: tokens.Collator) -> methods.Start:
+    return methods.Start(
+        experiment.seed,
+        folder.path / "start",
+        training.calibration_batches(experiment, inputs.rows.train, collate, inputs.device),
+        rank=training.rank(),
+        world_size=training.world_size(),
+    )
 
 
 def score(experiment: Experiment, model, tokenizer, rows: list[dict[str, str]], folder: RunFolder) -> dict[str, Any]:
@@ -315,7 +338,7 @@ def describe(experiment: Experiment) -> list[tuple[str, str]]:
         ("model", models.describe_source(experiment.model)),
         ("dataset", f"{experiment.dataset.name}: {loader.describe(experiment.dataset)}{source}"),
         ("peft", _settings(experiment.peft)),
-        ("rho", _settings(experiment.rho) if experiment.flat else "off: no perturbation"),
+        ("rho", _settings(experiment.rho) if experiment.regularised else "off: no perturbation"),
         ("optim", _settings(optim)),
         ("trainer", _settings(experiment.trainer)),
         ("eval", ", ".join(f"{name} ({_settings(config)})" for name, config in experiment.eval.items()) or "none"),
@@ -362,7 +385,7 @@ _exit_codes: list[int] = []  # of the jobs that ran in this process: Hydra drops
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def _hydra_job(config: DictConfig) -> int:
     try:
-        code = run(parse(OmegaConf.to_container(config, resolve=True), section_class))
+        code = run(parse(OmegaConf.to_container(config, resolve=True), REGISTRY))
     except ConfigError as error:
         console.report_faults(error)
         code = EXIT_CONFIG

@@ -239,11 +239,7 @@ class GraphedMicroStep:
         CUDA refuses to capture is named in the log and runs without a graph.
         """
         if self.parameters[0].grad is not self._gradients[0]:  # the optimizer step has let go of the old ones
-            self.gradient.zero_()
-            for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
-                parameter.grad = gradient
-            for group in self._groups:
-                group.refresh()
+            self.restart()
         key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
         if key not in self._graphs:
             tokens = max(tensor.numel() for tensor in inputs.values())
@@ -257,6 +253,14 @@ class GraphedMicroStep:
             static[name].copy_(tensor, non_blocking=True)
         graph.replay()
         return loss.clone()
+
+    def restart(self) -> None:
+        """Gradients of zero, and the factors as they are now: they have moved."""
+        self.gradient.zero_()
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        for group in self._groups:
+            group.refresh()
 
     def close(self) -> None:
         """Forget the graphs and give the layers back to whatever loop comes next."""

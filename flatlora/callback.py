@@ -56,7 +56,7 @@ class FlatLoraCallback(TrainerCallback):
             **self.settings,
         )
         if state.global_step % self.perturbation.every:
-            self.perturbation.load_state_dict(load_file(_saved_state(args, state)))
+            self.perturbation.load_state_dict(load_file(checkpoint_file(args, state, STATE_FILE)))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._micro_batch = 0
@@ -95,15 +95,20 @@ class FlatLoraCallback(TrainerCallback):
             save_file(tensors, folder / STATE_FILE)
 
 
-def _saved_state(args: TrainingArguments, state: TrainerState) -> Path:
+def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
+    """A callback's own file in the checkpoint that a training goes on from.
+
+    Raises:
+        FileNotFoundError: it is not there; with where it was looked for.
+    """
     folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
     if isinstance(args.resume_from_checkpoint, str):
         folders.insert(0, Path(args.resume_from_checkpoint))
     for folder in folders:
-        if (folder / STATE_FILE).is_file():
-            return folder / STATE_FILE
+        if (folder / name).is_file():
+            return folder / name
     raise FileNotFoundError(
-        f"Resuming at step {state.global_step} inside an `every` window needs {STATE_FILE}, which is in none of "
-        f"{', '.join(map(str, folders))}: set args.resume_from_checkpoint to the checkpoint's folder, or resume from "
-        "a step that is a multiple of `every`."
+        f"Resuming at step {state.global_step} needs {name}, which is in none of {', '.join(map(str, folders))}: set "
+        "args.resume_from_checkpoint to the checkpoint's folder, or resume from another one (with rho.every, a step "
+        "that is a multiple of it needs none)."
     )

@@ -122,9 +122,11 @@ def rotate(run: Path, keep: int) -> None:
 def backbone_sha256(model: nn.Module) -> str | None:
     """SHA-256 over name, dtype, shape and bytes of every frozen parameter, in name order; None when there is none.
 
-    Names are those of the model without PEFT, so the hash does not depend on the adapter.
+    Names are those of the model without PEFT, and an adapter's frozen half (LoRA-FA's A) is left out, so the hash does
+    not depend on the adapter.
     """
-    frozen = {plain_name(name): p for name, p in model.named_parameters() if not p.requires_grad}
+    parameters = ((plain_name(name), p) for name, p in model.named_parameters() if not p.requires_grad)
+    frozen = {name: p for name, p in parameters if ".lora_" not in name and ".ranknum." not in name}
     return _tensors_sha256(frozen) if frozen else None
 
 

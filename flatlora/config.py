@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
@@ -82,9 +82,14 @@ class PeftConfig(Section):
 
 
 class RhoConfig(Section):
+    """What every regulariser has; a method adds its own keys in a subclass."""
+
     name: str
-    method: Literal["off", "flat"] = "off"
-    sigma: float = setting(0.0, ge=0, remedy="use rho=off for plain LoRA")
+    method: str = "off"  # registered in flatlora.methods
+    sigma: float = setting(0.0, ge=0, remedy="use rho=off for plain LoRA")  # its strength; 0 is plain training
+
+
+class FlatConfig(RhoConfig):
     ramp: Literal["cosine", "linear", "constant"] = "cosine"
     mode: Literal["auto", "copy", "recompute", "inplace"] = "auto"
     every: int = setting(1, ge=1, remedy="1 draws a new ε at every optimizer step")
@@ -95,6 +100,7 @@ class RhoConfig(Section):
 
 
 class OptimConfig(Section):
+    optimizer: Literal["adamw", "adamw_8bit"] = setting("adamw", remedy="adamw_8bit needs the package bitsandbytes")
     lr: float = setting(5e-4, gt=0, remedy="5e-4 is the paper's value for LoRA, 1e-4 for full fine-tuning")
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = setting(0.03, ge=0, lt=1, remedy="it is a share of all steps, 0.03 in the paper")
@@ -140,7 +146,7 @@ class Experiment(Section):
     model: ModelConfig
     dataset: SerializeAsAny[DatasetConfig]
     peft: SerializeAsAny[PeftConfig]
-    rho: RhoConfig
+    rho: SerializeAsAny[RhoConfig]
     optim: OptimConfig
     trainer: TrainerConfig
     eval: dict[str, SerializeAsAny[Section]] = {}
@@ -154,8 +160,13 @@ class Experiment(Section):
 
     @property
     def flat(self) -> bool:
-        """Whether weights are perturbed; sigma = 0 is plain training, bit for bit."""
-        return self.rho.method == "flat" and self.rho.sigma > 0
+        """Whether weights are perturbed by Flat-LoRA's noise."""
+        return self.rho.method == "flat" and self.regularised
+
+    @property
+    def regularised(self) -> bool:
+        """Whether something acts on top of the loss; sigma = 0 is plain training, bit for bit, whatever the method."""
+        return self.rho.method != "off" and self.rho.sigma > 0
 
     def identity(self) -> dict[str, Any]:
         """All that decides the trained bytes: the config less record keeping, scoring, paths and logging."""
@@ -173,7 +184,7 @@ class Experiment(Section):
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
         rank = getattr(self.peft, "lora_r", None)
         parts = [self.model.name, self.peft.name] + ([f"r{rank}"] if rank else [])
-        parts += [f"{self.rho.name}{self.rho.sigma:g}"] if self.flat else []
+        parts += [f"{self.rho.name}{self.rho.sigma:g}"] if self.regularised else []
         return "-".join([*parts, digest])
 
 
@@ -194,12 +205,24 @@ SectionChooser = Callable[[str, Mapping[str, Any]], type[Section] | str]
 """(section, raw section) → the class that types it, or a fault; lets methods, loaders and evaluators own their keys."""
 
 
-def parse(raw: Mapping[str, Any], choose: SectionChooser) -> Experiment:
-    """Typed experiment of plain data.
+class Registry(Protocol):
+    """What the options of an experiment bring along, and how they go together."""
 
-    Args:
-        raw: nested dicts as YAML gives them.
-        choose: class of the sections "dataset", "peft" and "eval.<benchmark>".
+    def section_class(self, section: str, raw: Mapping[str, Any]) -> type[Section] | str:
+        """As `SectionChooser`, for "dataset", "peft", "rho" and "eval.<benchmark>"."""
+        ...
+
+    def owners(self, section: str, key: str) -> list[str]:
+        """Other options of this section that have such a key."""
+        ...
+
+    def refusals(self, experiment: Experiment) -> list[tuple[tuple[str, ...], str]]:
+        """(keys that a rule reads, fault) of every two options that do not go together."""
+        ...
+
+
+def parse(raw: Mapping[str, Any], registry: Registry) -> Experiment:
+    """Typed experiment of plain data, nested dicts as YAML gives them.
 
     Raises:
         ConfigError: with every fault found in keys, values and combinations.
@@ -207,7 +230,8 @@ def parse(raw: Mapping[str, Any], choose: SectionChooser) -> Experiment:
     raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
     faults: list[str] = []
     faulty: set[str] = set()
-    classes = _section_classes(raw, choose, faults, faulty)
+    _refuse_foreign_knobs(raw, registry, faults, faulty)
+    classes = _section_classes(raw, registry.section_class, faults, faulty)
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if isinstance(value, NoSection):
@@ -240,10 +264,29 @@ def parse(raw: Mapping[str, Any], choose: SectionChooser) -> Experiment:
     ]
     rule_faults = [fault for section in sections for fault in section.rule_faults()]
     faults += [fault for fault in rule_faults if not any(f"{key}=" in fault for key in faulty)]
-    faults += [fault for keys, fault in _combination_faults(experiment) if not faulty & set(keys)]
+    combined = [*_combination_faults(experiment), *registry.refusals(experiment)]
+    faults += [fault for keys, fault in combined if not faulty & set(keys)]
     if faults:
         raise ConfigError(faults)
     return experiment
+
+
+def _refuse_foreign_knobs(raw: dict[str, Any], registry: Registry, faults: list[str], faulty: set[str]) -> None:
+    """Take out of peft and rho what is another method's key: a typo has a near name, this one has an owner."""
+    for section in ("peft", "rho"):
+        options = raw.get(section)
+        chosen = registry.section_class(section, options) if isinstance(options, Mapping) else ""
+        if isinstance(chosen, str):
+            continue
+        for key in [key for key in options if key not in chosen.model_fields]:
+            if others := registry.owners(section, key):
+                few = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+                faults.append(
+                    f"Invalid {section}.{key}={options[key]} with {section}={options.get('name')}: it is a key of "
+                    f"{section}={few}; leave it out, or choose {others[0]}."
+                )
+                faulty.add(f"{section}.{key}")
+                del options[key]
 
 
 def _section_classes(
@@ -251,12 +294,11 @@ def _section_classes(
 ) -> dict[str, type[Section]]:
     classes: dict[str, Any] = {
         "model": ModelConfig,
-        "rho": RhoConfig,
         "optim": OptimConfig,
         "trainer": TrainerConfig,
         "wandb": WandbConfig,
     }
-    wanted = {key: raw[key] for key in ("dataset", "peft") if key in raw}
+    wanted = {key: raw[key] for key in ("dataset", "peft", "rho") if key in raw}
     if isinstance(raw.get("eval"), Mapping):
         wanted |= {f"eval.{name}": options for name, options in raw["eval"].items()}
     for key, section in wanted.items():
@@ -347,13 +389,7 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
     """(keys that a rule reads, fault) of every choice that does not go with another."""
     rho, optim, trainer = experiment.rho, experiment.optim, experiment.trainer
     yield from _unread_keys(experiment)
-    if rho.method == "flat" and experiment.peft.method == "full_ft":
-        yield (
-            ("rho.method", "peft"),
-            "Invalid rho=flat with peft=full_ft: Flat-LoRA perturbs a frozen backbone under an adapter, and full "
-            "fine-tuning has neither; use rho=off, or peft=lora.",
-        )
-    if rho.every > 1 and rho.resample == "micro_batch":
+    if isinstance(rho, FlatConfig) and rho.every > 1 and rho.resample == "micro_batch":
         yield (
             ("rho.every", "rho.resample"),
             f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -96,6 +98,41 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
     for name, value in pairs:
         table.add_row(Text(name, "bold"), Text(value))
     Console(highlight=False).print(table)
+
+
+def print_sweep(title: str, jobs: Iterable[tuple[str, Path, dict[str, Any] | None]]) -> None:
+    """One row a job of a sweep, (state, folder, record), on standard output; every number is read from the record."""
+    jobs = list(jobs)
+    parent = Path(os.path.commonpath([folder.parent.parent for _, folder, _ in jobs]))
+    table = Table(title=f"{title}, under {parent}", title_justify="left")
+    table.add_column("state", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for column in ("first loss", "last losses", "score", "step", "peak memory", "backbone"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for state, folder, record in jobs:
+        cells = _sweep_cells(record) if record else ["—"] * 6
+        table.add_row(state, Text(str(folder.relative_to(parent))), *cells)
+    printer = Console(highlight=False)
+    # A file or a pipe has no width of its own, and rich would take 80 columns.
+    (printer if printer.is_terminal else Console(highlight=False, width=150)).print(table)
+
+
+def _sweep_cells(record: dict[str, Any]) -> list[str]:
+    metrics, hashes = record["metrics"], record["backbone_sha256"]
+    timing, memory = record["timing"] or {}, record["memory"] or {}
+    peak = memory.get("peak_gpu_gib") or memory.get("peak_rss_gib")
+    scores = [value for name, value in metrics.items() if "/" in name and not name.endswith("/n")]  # its first metric
+    numbers = [
+        (metrics.get("first_loss"), "{:.3f}"),
+        (metrics.get("train_loss"), "{:.3f}"),
+        (scores[0] if scores else None, "{:.3f}"),
+        (timing.get("step_s_median"), "{:.2f} s"),
+        (peak, "{:.2f} GiB"),
+    ]
+    backbone = "trained" if hashes["before"] is None else "unchanged"
+    if hashes["before"] != hashes["after"]:
+        backbone = "CHANGED" if hashes["after"] else "—"
+    return [text.format(value) if value is not None else "—" for value, text in numbers] + [backbone]
 
 
 def quiet_libraries() -> None:

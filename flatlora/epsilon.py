@@ -202,6 +202,7 @@ class DeviceEpsilon:
                     [term.B.detach() for term in pairs],
                     [term.scaling for term in pairs],
                     squared_norms=self._squared,
+                    out=self._c,
                 ),
             )
         return self._norms[1]()

@@ -169,6 +169,7 @@ class RowNormPass:
             The pass keeps their addresses and reads their values at each call.
         scalings: s of each weight; default 1.
         squared_norms: ‖W_i‖² of all weights, Σ m_k, to spare their computation.
+        out: where the squares go, Σ m_k, FP32; the caller may change it between calls. A buffer of the pass when None.
 
     Raises:
         ValueError: tensors that do not fit together.
@@ -182,6 +183,7 @@ class RowNormPass:
         scalings: Sequence[float] | None = None,
         *,
         squared_norms: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> None:
         scalings = [1.0] * len(weights) if scalings is None else scalings
         refuse_unequal_lengths(weights=weights, A=A, B=B, scalings=scalings)
@@ -197,7 +199,8 @@ class RowNormPass:
                 f"Invalid squared_norms={tuple(squared_norms.shape)}: one number a row is needed, {sum(heights)}."
             )
         self.squared_norms = squared_norms.to(self.device, torch.float32).contiguous()
-        self.result = self.squared_norms.clone()  # rows with no adapter are never written again
+        self.result = torch.empty_like(self.squared_norms) if out is None else out
+        refuse_coefficients(self.result, sum(heights))
         factors = torch.tensor(scalings, dtype=torch.float32, device=self.device).split(1)
         squares = self.squared_norms.split(heights), self.result.split(heights)
         jobs = zip(weights, A, B, factors, *squares, strict=True)
@@ -227,6 +230,7 @@ class RowNormPass:
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
         """The squares (Σ m_k, FP32), in a buffer that the next call overwrites; may be captured in a CUDA graph."""
+        self.result.copy_(self.squared_norms)  # the kernels leave rows without an adapter alone
         for constants, grams, grid in self._groups:
             rank, rank_tile = constants["RANK"], min(constants["RANK"], 64)
             across = rank // rank_tile

@@ -82,10 +82,13 @@ def _adapter_terms(module: nn.Module) -> Callable[[], list[AdapterTerm]]:
     def terms() -> list[AdapterTerm]:
         if module.disable_adapters or module.merged:
             return []  # merged: W already holds s·B·A
-        return [
-            AdapterTerm(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
-            for name in module.active_adapters
-            if name in module.lora_A
-        ]
+        return [_term(module, name) for name in module.active_adapters if name in module.lora_A]
 
     return terms
+
+
+def _term(module: nn.Module, name: str) -> AdapterTerm:
+    if hasattr(module, "lora_E"):  # AdaLoRA: s/r̂ · B diag(E) A
+        scaling = module.scaling[name] / (module.ranknum[name].item() + 1e-5)
+        return AdapterTerm(module.lora_A[name] * module.lora_E[name], module.lora_B[name], scaling)
+    return AdapterTerm(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])

@@ -30,6 +30,7 @@ from transformers.utils.hub import has_file
 
 from flatlora.config import ConfigError, ModelConfig
 from flatlora.console import console
+from flatlora.starts import move_as_started, start_of_checkpoint
 
 _AUTO_CLASSES = {"causal_lm": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
 
@@ -280,6 +281,8 @@ def load_for_inference(
     if adapter is not None:
         from peft import PeftModel
 
+        if start := start_of_checkpoint(adapter):
+            move_as_started(model, start)
         model = PeftModel.from_pretrained(model, str(adapter))
         for name, parameter in model.named_parameters():
             if "lora_" in name:

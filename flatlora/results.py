@@ -379,16 +379,18 @@ def _cpu_name() -> str:
 
 
 def git_sha() -> str | None:
-    """Commit of this code, with "-dirty" where the tree differs from it.
+    """Commit of this code, with "-dirty" where the tree differs from it; None outside a git checkout.
 
-    A copy without its git folder, as clusters get them, may name it in $FLATLORA_GIT_SHA; None where nothing does.
+    $FLATLORA_GIT_SHA says it instead, for copies of a tree that clusters make without its history.
     """
+    if told := os.environ.get("FLATLORA_GIT_SHA"):
+        return told
     project = Path(__file__).parent
     command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FLATLORA_GIT_SHA")
+        return None
 
 
 def peak_memory_gib() -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
@@ -30,10 +33,10 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
-from flatlora import checkpoint
+from flatlora import checkpoint, methods
 from flatlora.acceleration import IGNORED, GraphedMicroStep
-from flatlora.callback import FlatLoraCallback
 from flatlora.config import ConfigError, Experiment
+from flatlora.methods import AdapterMethod, Regulariser, Training
 from flatlora.models import autocast_dtype
 from flatlora.results import MetricsLog, RunFolder, write_json
 
@@ -127,12 +130,19 @@ _GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured 
 
 
 class FlatTrainer(Trainer):
-    """Trainer with `EpochSampler`, sealed checkpoints, and the loss of each optimizer step on its own."""
+    """Trainer with `EpochSampler`, sealed checkpoints, the method's optimizer, and what the regulariser asks for."""
 
     def __init__(
-        self, *args: Any, experiment: Experiment, data_sha256: str, recorder: StepRecorder, **kwargs: Any
+        self,
+        *args: Any,
+        experiment: Experiment,
+        method: AdapterMethod,
+        data_sha256: str,
+        recorder: StepRecorder,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.method, self.regulariser = method, recorder.regulariser
         # An encoder-decoder's forward takes any keyword and ignores the token count of the whole batch: its loss is the
         # mean of a micro-batch, which Trainer must then divide by the number of micro-batches.
         self.model_accepts_loss_kwargs = experiment.model.family == "causal_lm"
@@ -140,6 +150,7 @@ class FlatTrainer(Trainer):
         self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
         self.step_tokens = torch.zeros((), device=self.args.device)
         self._epoch_sampler: EpochSampler | None = None
+        self._micro_batches: list[dict[str, Any]] = []  # of the running step, where its gradient is taken twice
         self.graphed = self._graphed_micro_step()
         self._autocast_dtype = autocast_dtype(experiment.trainer.autocast, experiment.model.dtype)
 
@@ -169,14 +180,59 @@ class FlatTrainer(Trainer):
         if is_main_process():
             self.recorder.log.rewind(self.state.global_step)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.method.optimizer(
+                self.model, self.experiment.peft, training_of(self.experiment, self.args)
+            )
+            self.optimizer = super().create_optimizer(model)
+            if self.regulariser:
+                self.regulariser.extend_optimizer(self.optimizer, self.args.learning_rate)
+        return self.optimizer
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.step_tokens += inputs["attention_mask"].sum().to(self.step_tokens.device)
-        if self.graphed is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            loss = self._graphed_training_step(model, inputs, num_items_in_batch)
+        loss = self._micro_step(model, inputs, num_items_in_batch)
         self.step_loss += loss
+        if self.regulariser and self.regulariser.second_gradient:
+            self._micro_batches.append(inputs)
+            if self.accelerator.gradient_state.sync_gradients:
+                self._take_gradient_anew(model, num_items_in_batch)
         return loss
+
+    def _micro_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        """Loss of a micro-batch, its gradients added to the parameters'."""
+        if self.graphed is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self._graphed_training_step(model, inputs, num_items_in_batch)
+
+    def _take_gradient_anew(self, model: nn.Module, num_items_in_batch: Any) -> None:
+        """Replace the step's gradient by that at the point which the regulariser moves to."""
+        micro_batches, self._micro_batches = self._micro_batches, []
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.regulariser.ascend(trained)
+        if self.graphed is None:
+            self.model.zero_grad()
+        else:
+            self.graphed.restart()
+        for number, inputs in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                self._micro_step(model, inputs, num_items_in_batch)
+        self.regulariser.descend()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.regulariser.evaluating() if self.regulariser else contextlib.nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights of all adapters, and nothing else: Trainer reads one of several, and may change what is trained."""
+        if not isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        for name in self.model.peft_config:
+            folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
+            set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
 
     def _graphed_micro_step(self) -> GraphedMicroStep | None:
         """Replayed micro-steps where nothing in them needs the host: one process, one GPU, a decoder-only model."""
@@ -204,12 +260,14 @@ class FlatTrainer(Trainer):
             "labels": nn.functional.pad(inputs["labels"], (0, missing), value=IGNORED),
             "items": torch.as_tensor(items, device=self.args.device),
         }
-        perturbation = self.recorder.flat.perturbation if self.recorder.flat else None
-        return self.graphed(static, state=perturbation is not None and perturbation.perturbed)
+        return self.graphed(static, state=self.regulariser.state if self.regulariser else None)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        consolidate = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "consolidate_state_dict", None)
         try:
+            if consolidate is not None:
+                consolidate()
             super()._save_checkpoint(model, trial)
             self._complete(folder)
         except BaseException:
@@ -222,7 +280,7 @@ class FlatTrainer(Trainer):
         if self.args.should_save:
             self.recorder.effort().write(folder)
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, FlatLoraCallback):
+                if hasattr(callback, "save_state"):
                     callback.save_state(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -243,7 +301,7 @@ class StepRecorder(TrainerCallback):
     log: MetricsLog
     progress: Progress | None
     before: Effort  # of the processes before this one
-    flat: FlatLoraCallback | None = None
+    regulariser: Regulariser | None = None
     trainer: FlatTrainer | None = None
     step_seconds: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
@@ -254,9 +312,9 @@ class StepRecorder(TrainerCallback):
             return self.before  # a finished training, read back
         return Effort(
             train_s=self.before.train_s + time.perf_counter() - self._train_started,
-            perturb_s=self.before.perturb_s + (self.flat.perturbation.seconds if self.flat else 0.0),
+            perturb_s=self.before.perturb_s + (self.regulariser.seconds if self.regulariser else 0.0),
             step_s=[*self.before.step_s, *self.step_seconds][-_STEPS_TIMED:],
-            perturbation=_perturbation_record(self.flat),
+            perturbation=self.regulariser.record() if self.regulariser else None,
         )
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -309,7 +367,7 @@ class StepRecorder(TrainerCallback):
         totals = torch.stack([self.trainer.step_loss, self.trainer.step_tokens]).double()
         totals = self.trainer.accelerator.reduce(totals, "sum") if args.world_size > 1 else totals
         loss, tokens = totals[0].item() / args.world_size, totals[1].item()
-        sigma = self.flat.perturbation.sigma_at(state.global_step - 1) if self.flat else 0.0
+        sigma = self.regulariser.sigma_at(state.global_step - 1) if self.regulariser else 0.0
         return {
             "step": state.global_step,
             "epoch": state.epoch,
@@ -406,23 +464,30 @@ def train(
     Raises:
         FloatingPointError: the loss or a weight is NaN or infinite.
     """
-    flat = flat_callback(experiment) if experiment.flat else None
+    method, regulariser = methods.method(experiment.peft.method), None
+    if experiment.regularised:
+        rho = methods.rho(experiment.rho.method)
+        rho.prepare(model, experiment.rho, experiment.seed)
+        regulariser = rho.regulariser(model, experiment.rho, experiment.seed)
     optim, has_validation = experiment.optim, len(validation_rows) > 0
+    arguments = training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation)
     keeps_best = optim.best_model and has_validation
     best = BestModel(run.path / "best", experiment.trainer.save_total_limit) if keeps_best else None
-    recorder = StepRecorder(log, progress, Effort.read(resume_from), flat)
-    callbacks = [callback for callback in (recorder, best, flat) if callback]  # best before what asks for a checkpoint
+    recorder = StepRecorder(log, progress, Effort.read(resume_from), regulariser)
+    of_method = method.callbacks(model, experiment.peft, training_of(experiment, arguments))
+    callbacks = [one for one in (recorder, best, *of_method, regulariser) if one]  # best before what asks for a save
     if optim.early_stopping_patience and has_validation:
         callbacks += [EarlyStoppingCallback(optim.early_stopping_patience), SaveAtStop()]
     trainer = FlatTrainer(
         model=model,
-        args=training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation),
+        args=arguments,
         train_dataset=train_rows,
         eval_dataset=validation_rows if has_validation else None,
         data_collator=collate,
         processing_class=tokenizer,
         callbacks=callbacks,
         experiment=experiment,
+        method=method,
         data_sha256=data_sha256,
         recorder=recorder,
     )
@@ -431,18 +496,23 @@ def train(
     recorder.trainer = trainer
     try:
         trainer.train_or_load(resume_from)
+        effort = recorder.effort()
+        if best:
+            best_step = best.restore(model)
     finally:
         if progress:
             progress.stop()
-        if flat:
-            flat.close()  # whatever went wrong, the backbone is W again
+        if regulariser:
+            regulariser.close()  # whatever went wrong, the backbone is W again
         if trainer.graphed:
             trainer.graphed.close()
-    effort = recorder.effort()
-    metrics = {"train_loss": _mean_of_last_losses(log), "eval_loss": _last(log, "eval_loss")}
+    metrics = {
+        "first_loss": next((row["loss"] for row in log.rows() if "loss" in row), None),
+        "train_loss": _mean_of_last_losses(log),
+        "eval_loss": _last(log, "eval_loss"),
+    }
     if best:
-        metrics["best_step"] = best.restore(model)
-        metrics["eval_loss"] = best.read()["eval_loss"]
+        metrics |= {"best_step": best_step, "eval_loss": best.read()["eval_loss"]}
     return TrainingResult(
         metrics={name: value for name, value in metrics.items() if value is not None},
         timing=_timing(effort, log),
@@ -452,27 +522,48 @@ def train(
     )
 
 
+def training_of(experiment: Experiment, arguments: TrainingArguments) -> Training:
+    """What a method is told of the training around it."""
+    return Training(
+        experiment.optim,
+        seed=experiment.seed,
+        accumulation=arguments.gradient_accumulation_steps,
+        world_size=arguments.world_size,
+        fused=arguments.device.type == "cuda",
+        token_mean=experiment.model.family == "causal_lm",
+    )
+
+
+def calibration_batches(
+    experiment: Experiment,
+    rows: SizedRows,
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    device: torch.device,
+) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
+    """n → the first n micro-batches that this rank would train on if rows were not grouped by length.
+
+    Fewer where the rows do not suffice; each n gives the same batches again.
+    """
+
+    def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+        size = experiment.trainer.micro_batch_size
+        order = list(EpochSampler(rows.lengths, experiment.seed))
+        shares = [order[i : i + size] for i in range(0, len(order), size)][rank() :: world_size()]
+        if len(order) < size * world_size():
+            shares = [order]  # so few rows that every rank looks at all of them
+        for share in shares[:count]:
+            batch = collate([rows[i] for i in share])
+            kept = ("input_ids", "attention_mask", "labels")
+            yield {key: batch[key].to(device) for key in kept}
+
+    return batches
+
+
 def _is_complete(folder: Path) -> bool:
     """Whether a checkpoint was written after the last step of training."""
     state = json.loads((folder / "trainer_state.json").read_text())
     stopped = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
     return stopped or state["global_step"] >= state["max_steps"]
-
-
-def flat_callback(experiment: Experiment) -> FlatLoraCallback:
-    """The callback that an experiment's rho section describes."""
-    rho = experiment.rho
-    return FlatLoraCallback(
-        rho.sigma,
-        seed=experiment.seed,
-        ramp=rho.ramp,
-        mode=rho.mode,
-        every=rho.every,
-        resample=rho.resample,
-        per_rank=rho.per_rank,
-        scale=rho.scale,
-        fan_in=rho.fan_in,
-    )
 
 
 def training_arguments(
@@ -506,7 +597,7 @@ def training_arguments(
         adam_beta2=optim.adam_beta2,
         adam_epsilon=optim.adam_epsilon,
         max_grad_norm=optim.max_grad_norm,
-        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        optim=_OPTIMIZERS[optim.optimizer] + ("_fused" if on_gpu and optim.optimizer == "adamw" else ""),
         gradient_checkpointing=machine.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if machine.gradient_checkpointing else None,
         eval_strategy="steps" if has_validation else "no",
@@ -533,6 +624,9 @@ def training_arguments(
     return arguments
 
 
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # as transformers names them
+
+
 def _last(log: MetricsLog, key: str) -> float | None:
     return next((row[key] for row in reversed(log.rows()) if key in row), None)
 
@@ -553,21 +647,19 @@ def _timing(effort: Effort, log: MetricsLog) -> dict[str, float | None]:
     }
 
 
-def _perturbation_record(flat: FlatLoraCallback | None) -> dict[str, Any] | None:
-    if flat is None or flat.perturbation is None:
-        return None
-    perturbation = flat.perturbation
-    return {"mode": perturbation.mode, "layers": len(perturbation.layers), "drift": perturbation.drift()}
-
-
 def world_size() -> int:
     """Number of processes; torchrun sets WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Number of this process; torchrun sets RANK."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main_process() -> bool:
-    """Whether this process writes; torchrun sets RANK."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process writes."""
+    return rank() == 0
 
 
 def from_main_process(compute: Callable[[], T], device: torch.device) -> T:
@@ -610,6 +702,11 @@ def check_launch(experiment: Experiment) -> None:
         faults.append(
             f"Invalid trainer={machine.name} without processes: start it by torchrun --nproc_per_node N run_exp.py "
             f"trainer={machine.name} ..., or use trainer=auto."
+        )
+    if experiment.optim.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        faults.append(
+            "Invalid optim.optimizer=adamw_8bit: the package bitsandbytes is not installed; run pip install "
+            "bitsandbytes, or use optim.optimizer=adamw."
         )
     if faults:
         raise ConfigError(faults)

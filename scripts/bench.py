@@ -106,7 +106,7 @@ def embedded_config() -> ModelConfig:
 
 def embedded_lora() -> nn.Module:
     backbone = models.load_backbone(embedded_config(), torch.device("cpu"))
-    model = methods.method("lora").apply(backbone, LoraMethodConfig(name="lora", method="lora"), SEED)
+    model = methods.method("lora").apply(backbone, LoraMethodConfig(name="lora", method="lora"), methods.Start(SEED))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # as after some training: B = 0 would make W' = W
             nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(SEED))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
 from flatlora.config import PeftConfig
-from flatlora.methods import register
+from flatlora.methods.base import AdapterMethod, Start, register
+
+_NO_BACKBONE = "Flat-LoRA perturbs a frozen backbone under an adapter, and full fine-tuning has neither"
+_NO_PAIR = "there is no pair of factors in full fine-tuning"
 
 
 @register("full_ft")
-class FullFineTuning:
-    Config = PeftConfig
+class FullFineTuning(AdapterMethod):
+    refuses: ClassVar = {"flat": _NO_BACKBONE, "nbar": _NO_PAIR, "obar": _NO_PAIR, "bi_lora": _NO_PAIR}
 
-    def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
-        """Any model can be trained as a whole."""
-
-    def apply(self, model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
+    def apply(self, model: nn.Module, config: PeftConfig, start: Start) -> nn.Module:
         model.float()
         for parameter in model.parameters():
             parameter.requires_grad_(True)

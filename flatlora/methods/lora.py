@@ -1,11 +1,13 @@
-"""LoRA (Hu et al., ICLR 2022): y = W x + s·B·A x, s = α/r, A Kaiming-uniform, B zero; W frozen.
+"""LoRA (ICLR 2022): y = W x + s·B·A x, s = α/r, A Kaiming-uniform, B zero; W frozen.
 
 Built with PEFT, so that checkpoints are plain PEFT. Deviation: A and B are FP32 whatever the backbone's dtype.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora.config import ConfigError, PeftConfig, nearest, setting
-from flatlora.methods import register
+from flatlora.methods.base import AdapterMethod, Start, register
 
 _EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as the published find_all_linear_modules leaves out
 _QUERY_VALUE = ("q_proj", "v_proj", "q", "v", "query", "value", "c_attn")
@@ -40,36 +42,50 @@ class LoraMethodConfig(PeftConfig):
 
 
 @register("lora")
-class Lora:
+class Lora(AdapterMethod):
     Config = LoraMethodConfig
 
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
-        _check_rank(skeleton, find_targets(skeleton, config.target_modules), _rank(skeleton, config))
+        targets = find_targets(skeleton, config.target_modules)
+        check_rank(skeleton, targets, self.largest_rank(rank_of(skeleton, config), config))
 
-    def apply(self, model: nn.Module, config: LoraMethodConfig, seed: int) -> nn.Module:
+    def largest_rank(self, rank: int, config: LoraMethodConfig) -> int:
+        """How many directions of a layer the method needs, its start included."""
+        return rank
+
+    def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
         self.check(model, config)
-        targets, rank = find_targets(model, config.target_modules), _rank(model, config)
-        conv = {isinstance(model.get_submodule(name), Conv1D) for name in targets}
-        with torch.random.fork_rng(devices=[]):  # A's values depend on the seed alone, not on what ran before
-            torch.manual_seed(seed)
-            adapted = get_peft_model(model, self.peft_config(model, config, rank, targets, conv == {True}))
+        with seeded(start.seed, model):  # A's values depend on the seed alone, not on what ran before
+            adapted = get_peft_model(model, self.peft_config(model, config))
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         return adapted
 
-    def peft_config(
-        self, model: nn.Module, config: LoraMethodConfig, rank: int, targets: list[str], conv1d: bool
-    ) -> LoraConfig:
-        """PEFT's own config; variants of LoRA override this."""
-        return LoraConfig(
-            task_type="SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM",
-            r=rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=_shortest_suffixes(model, targets),
-            fan_in_fan_out=conv1d,
-        )
+    def peft_config(self, model: nn.Module, config: LoraMethodConfig) -> LoraConfig:
+        """PEFT's own config; variants of LoRA override `settings`, or this."""
+        return LoraConfig(**self.settings(model, config))
+
+    def settings(self, model: nn.Module, config: LoraMethodConfig) -> dict[str, Any]:
+        """Keywords of PEFT's config."""
+        targets = find_targets(model, config.target_modules)
+        return {
+            "task_type": "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM",
+            "r": rank_of(model, config),
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "target_modules": _shortest_suffixes(model, targets),
+            "fan_in_fan_out": {isinstance(model.get_submodule(name), Conv1D) for name in targets} == {True},
+        }
+
+
+@contextlib.contextmanager
+def seeded(seed: int, model: nn.Module) -> Iterator[None]:
+    """Global generators of the host and of the model's device seeded, and afterwards as they were."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        torch.manual_seed(seed)
+        yield
 
 
 def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
@@ -112,14 +128,20 @@ def _shortest_suffixes(model: nn.Module, targets: list[str]) -> list[str]:
     return result
 
 
-def _rank(model: nn.Module, config: LoraMethodConfig) -> int:
+def rank_of(model: nn.Module, config: LoraMethodConfig) -> int:
+    """r: `lora_r`, or `lora_relative_r` as a share of the model's hidden size."""
     if config.lora_r is not None:
         return config.lora_r
     hidden_size = getattr(model.config, "hidden_size", None) or model.config.d_model
     return max(1, int(config.lora_relative_r * hidden_size))
 
 
-def _check_rank(model: nn.Module, targets: list[str], rank: int) -> None:
+def check_rank(model: nn.Module, targets: list[str], rank: int) -> None:
+    """Refuse a rank above the smaller side of a layer.
+
+    Raises:
+        ConfigError: with the layer's name and size.
+    """
     sizes = {name: min(model.get_submodule(name).weight.shape) for name in targets}
     smallest = min(sizes, key=sizes.get)
     if rank > sizes[smallest]:

@@ -126,7 +126,19 @@ def test_an_unknown_name_is_one_fault_that_names_the_nearest(setting, message):
 
 
 def test_keys_of_another_method_are_unknown():
-    assert faults("peft=full_ft", "peft.lora_r=8") == ["Unknown key peft.lora_r: known here: method, name."]
+    assert faults("peft=full_ft", "peft.lora_r=8") == [
+        "Invalid peft.lora_r=8 with peft=full_ft: it is a key of peft=lora, adalora, corda, …; leave it out, or choose "
+        "lora."
+    ]
+    assert faults("peft=lora", "peft.ga_batches=4") == [
+        "Invalid peft.ga_batches=4 with peft=lora: it is a key of peft=lora_ga; leave it out, or choose lora_ga."
+    ]
+    assert faults("rho=sam", "rho.resample=micro_batch") == [
+        "Invalid rho.resample=micro_batch with rho=sam: it is a key of rho=flat; leave it out, or choose flat."
+    ]
+    assert faults("peft=lora_pro", "peft.momments=bfloat16") == [
+        "Unknown key peft.momments: did you mean peft.moments?"
+    ]
 
 
 @pytest.mark.parametrize(

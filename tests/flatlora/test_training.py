@@ -488,8 +488,9 @@ def test_a_job_that_fails_does_not_end_the_sweep(tiny_settings):
     assert result.returncode == 1, result.stderr[-3000:]
     assert "Traceback" not in result.stderr
     assert "Sweep: 1 of 2 finished" in result.stdout
-    states = [line.split()[0] for line in result.stdout.splitlines() if line.startswith(("failed", "finished"))]
-    assert states == ["failed", "finished"]
+    rows = [line.split() for line in result.stdout.splitlines() if "│ f" in line]
+    assert [row[1] for row in rows] == ["failed", "finished"]
+    assert rows[1][-2] == "unchanged"
 
 
 def test_a_sweep_is_refused_as_a_whole_when_one_folder_is_taken(tiny_settings, capsys, tmp_path):

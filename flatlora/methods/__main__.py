@@ -1,0 +1,30 @@
+"""`python -m flatlora.methods`: which peft × rho pairs are run and which are refused, as the README's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flatlora.methods import names, refusal, rho_names
+
+_PRINTED = ("lora", "full_ft")  # first and last; the others by name between them
+
+
+def matrix() -> str:
+    """Markdown: one row a peft method, one column a rho method, then the reasons."""
+    columns = ["off", "flat", *(name for name in rho_names() if name not in ("off", "flat"))]
+    rows = [_PRINTED[0], *(name for name in names() if name not in _PRINTED), _PRINTED[1]]
+    reasons: dict[str, int] = {}
+    lines = ["| peft | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for row in rows:
+        cells = []
+        for column in columns:
+            reason = refusal(row, column)
+            cells.append("✓" if reason is None else f"[{reasons.setdefault(reason, len(reasons) + 1)}]")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    notes = [f"[{number}] {reason}." for reason, number in reasons.items()]
+    return "\n".join([*lines, "", "  \n".join(notes)])
+
+
+if __name__ == "__main__":
+    print(matrix())
+    print(f"\nOptions of one method differ in their settings alone; see {Path('conf')}/peft and {Path('conf')}/rho.")

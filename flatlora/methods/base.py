@@ -1,0 +1,235 @@
+"""What a method is, and the two registries: `peft` (how an adapter is made) and `rho` (what acts on top of it)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from flatlora.config import Experiment, OptimConfig, PeftConfig, RhoConfig
+
+
+def _no_batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+    raise RuntimeError(f"{count} batches are needed to start from, and Start(batches=...) was not given.")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a method begins: what it may look at, and the folder that keeps its initial adapter.
+
+    Args:
+        seed: of all random draws.
+        folder: the initial adapter of a method that computes one; what is there is used again, so that a resumed run
+            starts from the same bytes. None: nothing is kept, and nothing can be converted when the adapter is saved.
+        batches: n → the first n micro-batches of training rows on the model's device, this rank's share.
+        rank, world_size: of this process.
+    """
+
+    seed: int
+    folder: Path | None = None
+    batches: Callable[[int], Iterator[dict[str, torch.Tensor]]] = _no_batches
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method may need to know of the training around it."""
+
+    optim: OptimConfig
+    seed: int = 0
+    accumulation: int = 1  # micro-batches of an optimizer step
+    world_size: int = 1
+    fused: bool = False  # whether torch's fused optimizers serve the device
+    token_mean: bool = True  # the loss is a mean over the step's tokens (causal_lm), not over a micro-batch's
+
+    def adamw_settings(self) -> dict[str, Any]:
+        """Keywords of torch.optim.AdamW, but lr and weight decay."""
+        betas = (self.optim.adam_beta1, self.optim.adam_beta2)
+        return {"betas": betas, "eps": self.optim.adam_epsilon, "fused": self.fused}
+
+
+class AdapterMethod:
+    """How a backbone becomes trainable; one instance is registered, so it holds no state of a run.
+
+    `refuses` names the rho methods that it does not go with, and why; "*" stands for all but `off`.
+    """
+
+    Config: ClassVar[type[PeftConfig]] = PeftConfig
+    refuses: ClassVar[Mapping[str, str]] = {}
+    has_optimizer: ClassVar[bool] = False  # one of its own, which optim.optimizer does not choose
+
+    def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
+        """Try the config on the architecture without weights.
+
+        Raises:
+            ConfigError: it does not fit this model (a target that matches nothing, a rank too large).
+        """
+
+    def apply(self, model: nn.Module, config: PeftConfig, start: Start) -> nn.Module:
+        """The model to train, trainable parameters in FP32 and all others frozen."""
+        raise NotImplementedError
+
+    def optimizer(self, model: nn.Module, config: PeftConfig, training: Training) -> torch.optim.Optimizer | None:
+        """The method's own optimizer; None takes the Trainer's AdamW."""
+        return None
+
+    def callbacks(self, model: nn.Module, config: PeftConfig, training: Training) -> list[TrainerCallback]:
+        """What must happen during the training."""
+        return []
+
+    def save(self, model: nn.Module, config: PeftConfig, folder: Path, start: Start) -> None:
+        """Write the adapter (or model) so that it loads on the untouched backbone."""
+        model.save_pretrained(folder)
+
+
+class Regulariser(TrainerCallback):
+    """What acts on a run besides its loss; one instance a run. A callback, with more hooks that the Trainer calls."""
+
+    second_gradient = False  # whether a step takes its gradient anew after `ascend`
+
+    @property
+    def state(self) -> object:
+        """What decides which kernels a micro-step runs: a graph is captured for each value."""
+        return None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in it so far."""
+        return 0.0
+
+    def sigma_at(self, step: int) -> float:
+        """Strength in an optimizer step, for the metrics."""
+        raise NotImplementedError
+
+    def ascend(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Move to where the second gradient is taken; `.grad` holds the first."""
+        raise NotImplementedError
+
+    def descend(self) -> None:
+        """Move back to where the step began."""
+        raise NotImplementedError
+
+    def extend_optimizer(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Add what is trained besides the adapter."""
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation in the middle of training: the model as it will be saved."""
+        yield
+
+    def record(self) -> dict[str, Any]:
+        """What of it belongs into run.json."""
+        return {}
+
+    def save_state(self, folder: Path) -> None:
+        """Write into a checkpoint what a resume needs; nothing where parameters and optimizer hold it all."""
+
+    def close(self, model: nn.Module | None = None) -> None:
+        """Undo what must not outlive the training; harmless at any time."""
+
+
+class RhoMethod:
+    """A registered regulariser: its config, and how one is made for a run."""
+
+    Config: ClassVar[type[RhoConfig]] = RhoConfig
+
+    def prepare(self, model: nn.Module, config: RhoConfig, seed: int) -> None:
+        """Add to the adapted model what the method trains besides; before a checkpoint is loaded."""
+
+    def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
+        raise NotImplementedError
+
+
+_ADAPTERS: dict[str, AdapterMethod] = {}
+_RHO: dict[str, RhoMethod] = {}
+
+
+def register(name: str):
+    """Class decorator: makes an adapter method known as `peft.method: name`."""
+    return _registering(_ADAPTERS, name)
+
+
+def register_rho(name: str):
+    """Class decorator: makes a regulariser known as `rho.method: name`."""
+    return _registering(_RHO, name)
+
+
+def _registering(registry: dict[str, Any], name: str):
+    def add(cls: type) -> type:
+        registry[name] = cls()
+        return cls
+
+    return add
+
+
+def method(name: str) -> AdapterMethod:
+    """The registered adapter method; KeyError lists the known ones."""
+    return _find(_ADAPTERS, name, "peft")
+
+
+def rho(name: str) -> RhoMethod:
+    """The registered rho method; KeyError lists the known ones."""
+    return _find(_RHO, name, "rho")
+
+
+def _find(registry: dict[str, Any], name: str, kind: str) -> Any:
+    if name not in registry:
+        raise KeyError(f"Unknown {kind} method {name}: known are {', '.join(sorted(registry))}.")
+    return registry[name]
+
+
+def names() -> list[str]:
+    """Names of all registered adapter methods."""
+    return sorted(_ADAPTERS)
+
+
+def rho_names() -> list[str]:
+    """Names of all registered rho methods."""
+    return sorted(_RHO)
+
+
+def owners(section: str, key: str) -> list[str]:
+    """Methods of a section (peft or rho) whose config has this key, the plainest first."""
+    registry = {"peft": _ADAPTERS, "rho": _RHO}[section]
+    found = [name for name, one in registry.items() if key in one.Config.model_fields and name != "off"]
+    return sorted(found, key=lambda name: (name not in ("lora", "flat"), name))
+
+
+def refusal(peft_method: str, rho_method: str) -> str | None:
+    """Why a pair is not run; None where it is."""
+    if rho_method == "off":
+        return None
+    refuses = method(peft_method).refuses
+    return refuses.get(rho_method, refuses.get("*"))
+
+
+def combination_faults(experiment: Experiment) -> list[tuple[tuple[str, ...], str]]:
+    """(keys that a rule reads, fault) of what does not go together in peft, rho and optim."""
+    peft, rho_section, optim = experiment.peft, experiment.rho, experiment.optim
+    faults = []
+    reason = refusal(peft.method, rho_section.method) if experiment.regularised else None
+    if reason:
+        faults.append(
+            (
+                ("peft", "peft.method", "rho", "rho.method"),
+                f"Invalid rho={rho_section.name} with peft={peft.name}: {reason}; use rho=off, or another of the pairs "
+                "that python -m flatlora.methods lists.",
+            )
+        )
+    if optim.optimizer != "adamw" and method(peft.method).has_optimizer:
+        faults.append(
+            (
+                ("peft", "peft.method", "optim.optimizer"),
+                f"Invalid optim.optimizer={optim.optimizer} with peft={peft.name}: that method has an optimizer of its "
+                "own, whose moments are not 8-bit; leave optim.optimizer out (peft=lora_pro: peft.moments=bfloat16 "
+                "halves them).",
+            )
+        )
+    return faults

@@ -1,0 +1,101 @@
+"""What methods share that compute where the adapter starts, from W or from data.
+
+Most of them move part of W into the adapter: W ← W − s·B₀·A₀. The initial adapter is kept in `start/` of the run: a
+resumed run subtracts the same bytes, and the saved adapter is turned into s·(B·A − B₀·A₀), which fits the untouched
+backbone (PEFT's conversion; its rank is 2r).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from flatlora.config import ConfigError
+from flatlora.methods.base import Start
+from flatlora.methods.lora import Lora, LoraMethodConfig, find_targets, seeded
+from flatlora.results import write_folder, write_json
+from flatlora.starts import MOVED, load_start, lora_layers, move_weights
+
+
+class ComputedStart(Lora):
+    """LoRA from an adapter that is computed once for a run and kept in `start.folder`."""
+
+    moves_weights = True
+
+    def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        refuse_quantised(model, find_targets(model, config.target_modules), config.name)
+        known = start.folder is not None and start.folder.is_dir()
+        if start.world_size > 1:  # one answer for all: rank 0 may be writing the folder
+            answer = [known]
+            torch.distributed.broadcast_object_list(answer, src=0)
+            known = answer[0]
+        if known:
+            adapted = super().apply(model, config, start)
+            load_start(adapted, start.folder)
+        else:
+            adapted = self.begin(model, config, start)
+            if start.world_size > 1:
+                for parameter in self._factors(adapted):
+                    torch.distributed.broadcast(parameter.data, src=0)
+            if start.folder is not None and start.rank == 0:
+                with write_folder(start.folder) as staging:
+                    adapted.save_pretrained(staging)
+                    if self.moves_weights:
+                        write_json(
+                            staging / MOVED, {"subtracted": "scaling * lora_B @ lora_A", "method": config.method}
+                        )
+        if self.moves_weights:
+            move_weights(adapted)
+        return adapted
+
+    def begin(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        """The adapted model with its initial factors, W as it was."""
+        adapted = super().apply(model, config, start)
+        with seeded(start.seed, adapted):
+            for _, layer in lora_layers(adapted):
+                original = layer.get_base_layer().weight.data
+                layer.get_base_layer().weight.data = original.clone()  # PEFT's code moves the weight, in place or not
+                self.initialise(layer, config)
+                layer.get_base_layer().weight.data = original
+                for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+                    factor.data = factor.data.float().contiguous()
+        return adapted
+
+    def initialise(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
+        """Set the factors of one layer; its weight may be moved."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, config: LoraMethodConfig, folder: Path, start: Start) -> None:
+        if not self.moves_weights:
+            model.save_pretrained(folder)
+            return
+        if start.folder is None:
+            raise ValueError(
+                f"The adapter of {config.method} fits the untouched backbone only after its start is taken off, and "
+                "none was kept: give Start(folder=...) to apply() and save()."
+            )
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start.folder))
+
+    @staticmethod
+    def _factors(model: nn.Module) -> list[nn.Parameter]:
+        return [p for n, p in model.named_parameters() if "lora_" in n]
+
+
+def refuse_quantised(model: nn.Module, targets: list[str], name: str) -> None:
+    """Refuse to move part of a weight that is not floating point.
+
+    Raises:
+        ConfigError: with the first such layer.
+    """
+    quantised = [target for target in targets if not model.get_submodule(target).weight.is_floating_point()]
+    if quantised:
+        dtype = model.get_submodule(quantised[0]).weight.dtype
+        raise ConfigError(
+            [
+                f"Invalid peft={name} on a quantised backbone ({quantised[0]} is {dtype}): it moves part of W into the "
+                "adapter, and what is left must be stored exactly; load the backbone unquantised, or use peft=lora."
+            ]
+        )

@@ -1,0 +1,53 @@
+"""CorDA (NeurIPS 2024): s·B·A starts from singular directions of W·C, C the covariance of a layer's inputs.
+
+"kpm" takes the smallest ones, so that what the calibration rows use stays frozen; "ipm" the largest, so that it is
+learnt first. W ← W − s·B₀·A₀. PEFT's code; calibration rows are training rows of the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig
+from torch import nn
+
+from flatlora.config import setting
+from flatlora.methods.base import Start, register
+from flatlora.methods.computed_start import ComputedStart
+from flatlora.methods.lora import LoraMethodConfig
+
+
+class CordaMethodConfig(LoraMethodConfig):
+    corda_batches: int = setting(32, ge=1, remedy="more rows make a better covariance")  # micro-batches of this rank
+    corda_method: Literal["ipm", "kpm"] = "kpm"  # instruction-previewed, or knowledge-preserving as the paper's default
+
+
+@register("corda")
+class Corda(ComputedStart):
+    Config = CordaMethodConfig
+
+    def settings(self, model: nn.Module, config: CordaMethodConfig) -> dict[str, Any]:
+        corda = CordaConfig(corda_method=config.corda_method, verbose=False)
+        return super().settings(model, config) | {"corda_config": corda}
+
+    def begin(self, model: nn.Module, config: CordaMethodConfig, start: Start) -> nn.Module:
+        from peft.tuners.lora.corda import preprocess_corda  # imports attrs, which PEFT does not bring along
+
+        @torch.no_grad()
+        def run_model() -> None:
+            for batch in start.batches(config.corda_batches):
+                for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                    model(input_ids=ids[mask.bool()][None])  # row by row: PEFT's covariance knows no padding
+
+        mode = model.training
+        preprocess_corda(model, self.peft_config(model, config), run_model=run_model)
+        model.train(mode)
+        adapted = super().begin(model, config, start)
+        for module in adapted.modules():
+            module.__dict__.pop("eigens", None)
+        return adapted
+
+    def initialise(self, layer: LoraLayer, config: CordaMethodConfig) -> None:
+        layer.corda_init("default", "corda")

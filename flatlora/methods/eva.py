@@ -1,0 +1,40 @@
+"""EVA (2024): A starts as the principal directions of each layer's inputs, B = 0; W stays (PEFT's code)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import initialize_lora_eva_weights
+from peft.tuners.lora.config import EvaConfig
+from torch import nn
+
+from flatlora.config import setting
+from flatlora.methods.base import Start, register
+from flatlora.methods.computed_start import ComputedStart
+from flatlora.methods.lora import Lora, LoraMethodConfig, seeded
+
+
+class EvaMethodConfig(LoraMethodConfig):
+    eva_batches: int = setting(32, ge=1)  # at most so many micro-batches of this rank
+    eva_rho: float = setting(1.0, ge=1, remedy="above 1 ranks move to layers that explain more")
+
+
+@register("eva")
+class Eva(ComputedStart):
+    Config = EvaMethodConfig
+    moves_weights = False
+
+    def settings(self, model: nn.Module, config: EvaMethodConfig) -> dict[str, Any]:
+        eva = EvaConfig(rho=config.eva_rho)
+        return super().settings(model, config) | {"init_lora_weights": "eva", "eva_config": eva}
+
+    def begin(self, model: nn.Module, config: EvaMethodConfig, start: Start) -> nn.Module:
+        adapted = Lora.apply(self, model, config, start)
+        mode = adapted.training
+        batches = [
+            {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+            for batch in start.batches(config.eva_batches)
+        ]
+        with seeded(start.seed, adapted):
+            initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
+        return adapted.train(mode)

@@ -1,0 +1,85 @@
+"""AdaLoRA: the schedule runs to its budget, the saved adapter loads, and Flat-LoRA reads its merged weight."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import run_exp
+from flatlora.config import ConfigError
+from flatlora.epsilon import merged_row_norms
+from flatlora.layers import find_lora_layers
+from tests.conftest import metrics_rows, run_folder
+from tests.methods_toolbox import logits, nudge
+
+SCHEDULE = [
+    "peft=adalora",
+    "peft.lora_r=2",
+    "peft.init_r=4",
+    "peft.delta_t=2",
+    "trainer.max_steps=12",
+    "optim.epochs=2",
+]
+
+
+def ranks(folder):
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    return [sum(kept) for kept in config["rank_pattern"].values()]
+
+
+def test_ranks_end_at_the_budget_and_the_adapter_loads(tiny_settings, tiny_model_folder):
+    words = [word for word in tiny_settings if "lora_r" not in word] + SCHEDULE
+    assert run_exp.main(words) == 0
+    folder = run_folder(words)
+    assert sum(ranks(folder)) == 2 * 14
+    assert max(ranks(folder)) > min(ranks(folder))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_folder), folder / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    assert not torch.allclose(logits(model), logits(plain))
+    assert len({row["step"] for row in metrics_rows(folder)}) == 12
+
+
+def test_saved_logits_are_those_of_the_trained_model(adapt, tmp_path):
+    from flatlora import methods
+    from tests.conftest import tiny_llama
+
+    model, config, start = adapt("adalora", lora_r=2, init_r=4)
+    nudge(model, std=0.3)
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_E" in name:
+                parameter[index % 4] = 0.0  # pruned
+    trained = logits(model)
+    methods.method("adalora").save(model, config, tmp_path / "adapter", start)
+    assert torch.equal(logits(model), trained)
+    reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(reloaded), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_penalty_does_not_grow_with_accumulation(tiny_settings):
+    losses = []
+    for size in (1, 4):
+        words = [f"{word}-{size}" if word.startswith("results_root=") else word for word in tiny_settings]
+        words = [word for word in words if "lora_r" not in word] + SCHEDULE
+        assert run_exp.main([*words, f"trainer.micro_batch_size={size}", "peft.orth_reg_weight=5.0"]) == 0
+        losses.append([row["loss"] for row in metrics_rows(run_folder(words))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_row_norms_are_those_of_the_merged_weight(adapt):
+    model, _, _ = adapt("adalora", lora_r=2, init_r=4)
+    nudge(model, std=0.5)
+    for layer in find_lora_layers(model):
+        svd = model.base_model.model.get_submodule(layer.name)
+        merged = layer.weight.detach() + svd.get_delta_weight("default").detach()
+        norms = merged_row_norms(layer.weight.detach(), layer.adapters())
+        torch.testing.assert_close(norms, merged.norm(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_schedules_that_shrink_nothing_are_refused():
+    with pytest.raises(ConfigError, match=r"peft.init_r=8 with peft.lora_r=8: .*must be larger"):
+        run_exp.experiment_of(["peft=adalora", "peft.init_r=8"])
+    with pytest.raises(ConfigError, match="no step is left between them"):
+        run_exp.experiment_of(["peft=adalora", "peft.tinit_ratio=0.5", "peft.tfinal_ratio=0.5"])

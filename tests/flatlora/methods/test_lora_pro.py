@@ -1,0 +1,281 @@
+"""LoRA-Pro against its equations: the nearest update, Adam on the m×n gradient, BF16 moments, sharding."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flatlora.methods.lora_pro import (
+    LoRAPro,
+    Pair,
+    _Frame,
+    lora_pairs,
+    nearest_update_reference,
+    round_stochastically,
+)
+from tests.conftest import tiny_lora
+
+PROJECT = Path(__file__).parents[3]
+
+
+def pair_and_gradient(m=9, n=7, r=3, scaling=1.7, seed=0, B_std=1.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    A = nn.Parameter(torch.randn(r, n, dtype=dtype, generator=generator))
+    B = nn.Parameter(B_std * torch.randn(m, r, dtype=dtype, generator=generator))
+    G = torch.randn(m, n, dtype=dtype, generator=generator)
+    A.grad, B.grad = scaling * B.detach().mT @ G, scaling * G @ A.detach().mT
+    return Pair("layer", A, B, scaling), G
+
+
+def change_of_weight(pair, A_update, B_update):
+    return pair.scaling * (pair.B.detach() @ A_update + B_update @ pair.A.detach())
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 3), (6, 12, 1), (8, 8, 8), (5, 11, 4)])
+@pytest.mark.parametrize("scaling", [0.5, 2.0])
+def test_update_is_the_least_squares_solution(shape, scaling):
+    m, n, r = shape
+    pair, G = pair_and_gradient(m, n, r, scaling)
+    frame = _Frame.of([pair], 0.0)
+    A_update, B_update = (part[0] for part in frame.nearest(pair.A.grad[None], pair.B.grad[None]))
+    A_expected, B_expected = nearest_update_reference(pair.A.detach(), pair.B.detach(), scaling, G)
+    for got, expected in ((A_update, A_expected), (B_update, B_expected)):
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+    left, right = frame.equivalent_gradient(pair.A.grad[None], pair.B.grad[None])
+    equivalent = (left @ right)[0]
+    torch.testing.assert_close(change_of_weight(pair, A_update, B_update), equivalent, rtol=1e-9, atol=1e-9)
+    # The first-order conditions of the nearest point: nothing of the error lies in what A and B span.
+    assert (pair.B.detach().mT @ (equivalent - G)).abs().max() < 1e-8
+    assert ((equivalent - G) @ pair.A.detach().mT).abs().max() < 1e-8
+    # Not farther than LoRA's own change, however long that is taken.
+    lora = change_of_weight(pair, pair.A.grad, pair.B.grad)
+    best = (lora * G).sum() / lora.square().sum()
+    assert (equivalent - G).norm() <= (best * lora - G).norm() + 1e-12
+
+
+def test_the_damped_update_is_the_least_squares_solution_to_1e_5():
+    pair, G = pair_and_gradient()
+    optimizer = LoRAPro([pair], lr=1.0, mode="sgd")
+    A, B = pair.A.detach().clone(), pair.B.detach().clone()
+    optimizer.step()
+    A_expected, B_expected = nearest_update_reference(A, B, pair.scaling, G)
+    assert ((A - pair.A) - A_expected).norm() <= 1e-5 * A_expected.norm()
+    assert ((B - pair.B) - B_expected).norm() <= 1e-5 * B_expected.norm()
+
+
+def test_start_at_zero_b_is_exact():
+    pair, G = pair_and_gradient(B_std=0.0)
+    A, B = pair.A.detach().clone(), pair.B.detach().clone()
+    LoRAPro([pair], lr=1.0, mode="sgd").step()
+    assert torch.equal(pair.A, A)
+    projector = torch.linalg.pinv(A) @ A
+    torch.testing.assert_close(pair.scaling * (B - pair.B) @ A, G @ projector, rtol=1e-6, atol=1e-6)
+    assert pair.B.isfinite().all()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_is_the_plain_loop_over_the_m_by_n_gradient(weight_decay):
+    """Twenty steps on ‖W₀ + sBA − T‖², every matrix formed as the equations have it."""
+    pair, _ = pair_and_gradient(B_std=0.0)
+    (r, n), m, s = pair.A.shape, pair.B.shape[0], pair.scaling
+    target = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    lr, betas, eps, damping = 0.02, (0.9, 0.99), 1e-8, 1e-8
+    optimizer = LoRAPro([pair], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, damping=damping)
+    A, B = pair.A.detach().clone(), pair.B.detach().clone()
+    first, second = torch.zeros(m, n, dtype=torch.float64), torch.zeros(m, n, dtype=torch.float64)
+    eye = torch.eye(r, dtype=torch.float64)
+
+    def closed_form(A, B, gA, gB):
+        B_inverse, A_inverse = torch.linalg.inv(B.T @ B + damping * eye), torch.linalg.inv(A @ A.T + damping * eye)
+        right = -(B_inverse @ gA @ A.T) / s**2
+        system = torch.kron(B.T @ B, eye) + torch.kron(eye, A @ A.T) + damping * torch.eye(r * r, dtype=A.dtype)
+        X = torch.linalg.solve(system, right.flatten()).view(r, r)
+        outside = torch.eye(m, dtype=A.dtype) - B @ B_inverse @ B.T
+        return B_inverse @ gA / s**2 + X @ A, outside @ gB @ A_inverse / s**2 - B @ X
+
+    for step in range(1, 21):
+        loss = ((pair.scaling * pair.B @ pair.A - target) ** 2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        G = 2 * (s * B @ A - target)
+        gA, gB = closed_form(A, B, s * B.T @ G, s * G @ A.T)
+        equivalent = s * B @ gA + s * gB @ A
+        first = betas[0] * first + (1 - betas[0]) * equivalent
+        second = betas[1] * second + (1 - betas[1]) * equivalent**2
+        direction = (first / (1 - betas[0] ** step)) / ((second / (1 - betas[1] ** step)).sqrt() + eps)
+        gA, gB = closed_form(A, B, s * B.T @ direction, s * direction @ A.T)
+        A, B = (1 - lr * weight_decay) * A - lr * gA, (1 - lr * weight_decay) * B - lr * gB
+        torch.testing.assert_close(pair.A.detach(), A, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(pair.B.detach(), B, rtol=1e-7, atol=1e-9)
+    state = optimizer.state[pair.A]
+    torch.testing.assert_close(state["exp_avg"], first, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(state["exp_avg_sq"], second, rtol=1e-7, atol=1e-9)
+
+
+def train(optimizer, pairs, steps, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    targets = [torch.randn(p.B.shape[0], p.A.shape[1], generator=generator) for p in pairs]
+    for _ in range(steps):
+        loss = sum(((p.scaling * p.B @ p.A - t) ** 2).mean() for p, t in zip(pairs, targets, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def some_pairs():
+    shapes = [(9, 7, 3), (9, 7, 3), (6, 12, 2)]
+    return [
+        pair_and_gradient(*shape, seed=i, B_std=0.0, dtype=torch.float32)[0]._replace(name=f"layer{i}")
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def test_pairs_of_one_shape_in_a_batch_are_those_on_their_own():
+    together, alone = some_pairs(), some_pairs()
+    train(LoRAPro(together, lr=0.05), together, 6)
+    for index, pair in enumerate(alone):
+        generator = torch.Generator().manual_seed(3)
+        targets = [torch.randn(p.B.shape[0], p.A.shape[1], generator=generator) for p in alone]
+        optimizer = LoRAPro([pair], lr=0.05)
+        for _ in range(6):
+            optimizer.zero_grad()
+            ((pair.scaling * pair.B @ pair.A - targets[index]) ** 2).mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(pair.A, together[index].A, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pair.B, together[index].B, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_state_goes_by_name_and_resumes_exactly(moments, order):
+    whole = some_pairs()
+    train(LoRAPro(whole, lr=0.05, moments=moments), whole, 7)
+    resumed = some_pairs()
+    first = LoRAPro(resumed, lr=0.05, moments=moments)
+    train(first, resumed, 4)
+    saved = first.state_dict()
+    second = LoRAPro(resumed[::order], lr=0.05, moments=moments)
+    second.load_state_dict(saved)
+    assert {s["exp_avg"].dtype for s in second.state.values()} == {getattr(torch, moments)}
+    for pair in resumed:
+        assert torch.equal(second.state[pair.A]["exp_avg"], first.state[pair.A]["exp_avg"])
+    train(second, resumed, 3)
+    for a, b in zip(whole, resumed, strict=True):  # a batch in another order may round differently
+        tolerance = 0.0 if order == 1 else 1e-3 if moments == "float32" else 3e-2
+        tolerance = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(a.A, b.A, **tolerance)
+        torch.testing.assert_close(a.B, b.B, **tolerance)
+    with pytest.raises(ValueError, match="other pairs"):
+        LoRAPro([p._replace(name=f"x{p.name}") for p in resumed]).load_state_dict(saved)
+
+
+def test_bf16_moments_do_not_lose_small_moves():
+    value = torch.full((40_000,), 1.0 + 2.0**-10)  # an eighth of a BF16 step above 1
+    out = torch.empty_like(value, dtype=torch.bfloat16)
+    round_stochastically(value, out, torch.Generator().manual_seed(0))
+    assert set(out.unique().tolist()) == {1.0, 1.0 + 2.0**-7}
+    assert abs(out.double().mean() - value.double().mean()) < 4 * (2.0**-7 * 0.34) / 200
+    exact = torch.tensor([0.0, 1.5, -3.0, math.inf])
+    out = torch.empty_like(exact, dtype=torch.bfloat16)
+    round_stochastically(exact, out, torch.Generator().manual_seed(0))
+    assert out.tolist() == exact.tolist()
+    lean, full = some_pairs(), some_pairs()
+    losses = [train(LoRAPro(p, lr=0.05, moments=m), p, 150) for p, m in ((lean, "bfloat16"), (full, "float32"))]
+    start = train(LoRAPro(some_pairs(), lr=0.0), some_pairs(), 1)
+    assert losses[0] < 0.8 * start
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_global_generators_are_left_alone():
+    pairs = some_pairs()
+    before = torch.get_rng_state()
+    train(LoRAPro(pairs, moments="bfloat16"), pairs, 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_other_parameters_get_adamw():
+    pairs, other = some_pairs(), nn.Parameter(torch.ones(5))
+    twin = nn.Parameter(torch.ones(5))
+    ours = LoRAPro(pairs, lr=0.1, weight_decay=0.01, others=[("gate", other)])
+    plain = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.01)
+    for step in range(5):
+        other.grad = twin.grad = torch.linspace(-1, 2, 5) * (step + 1)
+        ours.step()
+        plain.step()
+    torch.testing.assert_close(other, twin)
+
+
+def test_faults_are_told_together():
+    A, B = nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="r × n") as caught:
+        LoRAPro([("a", A, B, 1.0), ("a", A, B, -1.0)], lr=-1, betas=(0.9, 1.0), mode="lion", moments="int8")
+    told = str(caught.value)
+    for part in ("names occur twice", "must be FP32", "scaling=-1.0", "lr=-1", "betas=(0.9, 1.0)", "lion", "int8"):
+        assert part in told
+    with pytest.raises(ValueError, match="at least one"):
+        LoRAPro([])
+
+
+def test_pairs_of_a_model_have_the_backbone_s_names():
+    pairs = lora_pairs(tiny_lora())
+    assert len(pairs) == 14
+    assert pairs[0].name == "model.layers.0.self_attn.q_proj"
+    assert pairs[0].scaling == 2.0
+
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist
+from flatlora.methods.lora_pro import LoRAPro
+from tests.flatlora.methods.test_lora_pro import some_pairs, train
+dist.init_process_group("gloo")
+alone, sharded = some_pairs(), some_pairs()
+train(LoRAPro(alone, lr=0.05, moments=sys.argv[1]), alone, 7)
+first = LoRAPro(sharded, lr=0.05, moments=sys.argv[1], shard=True)
+train(first, sharded, 4)
+assert 0 < len(first.state) < 3, len(first.state)  # a part of the pairs, each of them whole
+first.consolidate_state_dict()
+saved = [first.state_dict() if dist.get_rank() == 0 else None]
+dist.broadcast_object_list(saved, src=0)
+assert len(saved[0]["state"]) == 3
+second = LoRAPro(sharded, lr=0.05, moments=sys.argv[1], shard=True)
+second.load_state_dict(saved[0])
+assert len(second.state) == len(first.state)
+train(second, sharded, 3)
+for a, b in zip(alone, sharded):
+    both = [torch.empty_like(b.B) for _ in range(2)]
+    dist.all_gather(both, b.B.detach())
+    assert torch.equal(*both), a.name
+    tolerance = 1e-3 if sys.argv[1] == "float32" else 3e-2  # smaller batches may round differently
+    torch.testing.assert_close(a.A, b.A, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(a.B, b.B, rtol=tolerance, atol=tolerance)
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_two_processes_share_the_moments_and_give_the_same_bytes(moments, tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        [*command, moments],
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("equal") == 2

@@ -1,0 +1,142 @@
+"""Every peft × rho pair runs a step or is refused with its reason; every method resumes exactly."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import run_exp
+from flatlora import methods, training
+from flatlora.config import ConfigError
+from flatlora.methods.__main__ import matrix
+from tests.conftest import adapter_bytes, metrics_rows, run_folder
+
+PROJECT = Path(__file__).parents[3]
+PEFT = sorted(path.stem for path in (PROJECT / "conf" / "peft").glob("*.yaml") if path.stem != "all")
+RHO = sorted(path.stem for path in (PROJECT / "conf" / "rho").glob("*.yaml"))
+DATA = {"lora_ga": "peft.ga_batches=2", "eva": "peft.eva_batches=4", "corda": "peft.corda_batches=4"}
+
+
+def method_of(section, name):
+    experiment = run_exp.experiment_of([f"{section}={name}"])
+    return getattr(experiment, section).method
+
+
+def words_of(tiny_settings, peft, rho, *more):
+    kept = [word for word in tiny_settings if not (peft == "full_ft" and word.startswith("peft."))]
+    return [*kept, f"peft={peft}", f"rho={rho}", *([DATA[peft]] if peft in DATA else []), *more]
+
+
+PAIRS = [(peft, rho) for peft in methods.names() for rho in methods.rho_names()]
+PAIRS += [
+    ("qv", "flat"),
+    *(("lora", rho) for rho in RHO if rho not in methods.rho_names()),
+]  # same method, other settings
+
+
+def test_every_method_has_an_option_of_its_name():
+    assert {*methods.names(), "qv"} == set(PEFT)
+    assert set(methods.rho_names()) < set(RHO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("peft", "rho"), PAIRS)
+def test_a_pair_runs_a_step_or_is_refused(peft, rho, tiny_settings):
+    words = words_of(tiny_settings, peft, rho, "trainer.max_steps=1", "dataset.train_rows=4")
+    words += [] if rho == "off" else ["rho.sigma=0.1"]
+    reason = methods.refusal(method_of("peft", peft), method_of("rho", rho))
+    if reason is not None:
+        with pytest.raises(ConfigError) as caught:
+            run_exp.experiment_of(words)
+        (fault,) = caught.value.faults
+        assert fault.startswith(f"Invalid rho={rho} with peft={peft}: {reason}; use rho=off")
+        return
+    assert run_exp.main(words) == 0
+    record = json.loads((run_folder(words) / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["metrics"]["train_loss"] > 0
+    hashes = record["backbone_sha256"]
+    assert hashes["before"] == hashes["after"]
+
+
+def test_the_readme_has_the_matrix_that_the_code_prints():
+    assert matrix() in (PROJECT / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peft", "rho"),
+    [(peft, "flat") for peft in PEFT if peft not in ("full_ft", "qv")]
+    + [("full_ft", "off"), *(("lora", rho) for rho in ("sam", "nbar", "obar", "bi_lora")), ("lora_pro", "sam")],
+)
+def test_killed_and_resumed_is_never_killed(peft, rho, tiny_settings, monkeypatch):
+    words = words_of(
+        tiny_settings, peft, rho, "trainer.save_steps=2", "dataset.validation_rows=4", "optim.eval_steps=3"
+    )
+    words = [word for word in words if word != "dataset.validation_rows=0"]
+    words += ["rho.sigma=0.2"] if rho != "off" else []
+    words += ["peft.lora_dropout=0.2"] if peft not in ("full_ft", "dora") else []
+    words += ["peft.moments=bfloat16"] if peft == "lora_pro" and rho == "flat" else []
+    words += ["peft.delta_t=1"] if peft == "adalora" else []
+
+    def run(name, *more):
+        own = [f"{word}-{name}" if word.startswith("results_root=") else word for word in words] + [*more]
+        assert run_exp.main(own) == 0
+        return run_folder(own)
+
+    class Killed(BaseException):
+        pass
+
+    whole = run("whole")
+    step = training.StepRecorder.on_step_end
+
+    def die(recorder, args, state, control, **kwargs):
+        step(recorder, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise Killed
+
+    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    with pytest.raises(Killed):
+        run("killed")
+    monkeypatch.undo()
+    torch.manual_seed(77)  # what the process did before must not matter
+    nn.init.normal_(torch.empty(3))
+    killed = run("killed", "resume=true")
+    assert json.loads((killed / "run.json").read_text())["resumed_from"] == 4
+    assert metrics_rows(killed) == metrics_rows(whole)
+    if peft == "full_ft":
+        files = [(folder / "adapter" / "model.safetensors").read_bytes() for folder in (whole, killed)]
+        assert files[0] == files[1]
+    else:
+        assert adapter_bytes(killed) == adapter_bytes(whole)
+
+
+def test_lora_pro_refuses_another_optimizer():
+    with pytest.raises(ConfigError, match=r"optim.optimizer=adamw_8bit with peft=lora_pro.*peft.moments=bfloat16"):
+        run_exp.experiment_of(["peft=lora_pro", "optim.optimizer=adamw_8bit"])
+    assert run_exp.experiment_of(["optim.optimizer=adamw_8bit"]).optim.optimizer == "adamw_8bit"
+
+
+def test_dora_with_dropout_is_refused():
+    with pytest.raises(ConfigError, match=r"peft.lora_dropout=0.1: it must be ≤ 0; PEFT's DoRA"):
+        run_exp.experiment_of(["peft=dora", "peft.lora_dropout=0.1"])
+
+
+def test_lora_plus_and_lora_fa_train_what_they_say(tiny_settings):
+    experiment = run_exp.experiment_of([*tiny_settings, "peft=lora_plus", "optim.lr=1e-3"])
+    settings = methods.Training(experiment.optim)
+    from tests.conftest import tiny_llama
+
+    model = methods.method("lora_plus").apply(tiny_llama(), experiment.peft, methods.Start(0))
+    optimizer = methods.method("lora_plus").optimizer(model, experiment.peft, settings)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3)
+    experiment = run_exp.experiment_of([*tiny_settings, "peft=lora_fa", "optim.adam_beta1=0.8"])
+    model = methods.method("lora_fa").apply(tiny_llama(), experiment.peft, methods.Start(0))
+    assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"lora_B"}
+    optimizer = methods.method("lora_fa").optimizer(model, experiment.peft, methods.Training(experiment.optim))
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.999)
