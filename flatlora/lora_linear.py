@@ -259,7 +259,10 @@ def remake(norm: nn.Module) -> None:
 
 
 class _FusedLora(torch.autograd.Function):
-    """k layers on one x. Kept for the backward: x, or what it is made from again, and h = x Aᵀ (tokens × Σr)."""
+    """k layers on one x. Kept for the backward: x, or what it is made from again, and h = x Aᵀ (tokens × Σr).
+
+    Only the gradient of A reads x: where every A is frozen (LoRA-FA) it is not kept.
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, call: _Call, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -272,6 +275,9 @@ class _FusedLora(torch.autograd.Function):
             y.addmm_(rows, branch.weight(call.dtype).t())  # the base product adds to what is there as it is written
             ys.append(y.view(*x.shape[:-1], -1))
         ctx.make, kept = getattr(x, "_made_by", None), getattr(x, "_made_from", x)
+        if not any(A.requires_grad for A in factors[0::2]):
+            ctx.make = kept = None
+        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.save_for_backward(kept, h, mask, call.A, *(branch.B for branch in call.branches))
         ctx.call, ctx.factors = call, factors
         return tuple(ys)
@@ -282,17 +288,22 @@ class _FusedLora(torch.autograd.Function):
         call, ranks = ctx.call, _ranks(ctx.factors)
         if ctx.make is not None:
             x = ctx.make(x.detach())
-        rows = x.reshape(-1, x.shape[-1]).to(call.dtype)
         grads = [grad.reshape(-1, grad.shape[-1]).to(call.dtype) for grad in grad_ys]
         parts = [grad @ B for grad, B in zip(grads, Bs, strict=True)]
         grad_h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # tokens × Σr, s in it
-        kept = rows if mask is None else rows * mask / (1 - call.dropout)
+        if x is not None:
+            kept = x.reshape(-1, x.shape[-1]).to(call.dtype)
+            kept = kept if mask is None else kept * mask / (1 - call.dropout)
         grad_factors: list[torch.Tensor | None] = []
         for k, (branch, grad) in enumerate(zip(call.branches, grads, strict=True)):
             A_k, B_k = ctx.factors[2 * k : 2 * k + 2]
             own = slice(sum(ranks[:k]), sum(ranks[: k + 1]))
-            grad_factors.append(_product(grad_h[:, own].t(), kept, 1.0, A_k, call.managed))
-            grad_factors.append(_product(grad.t(), h[:, own], branch.scaling, B_k, call.managed))
+            A_grad = B_grad = None
+            if A_k.requires_grad:
+                A_grad = _product(grad_h[:, own].t(), kept, 1.0, A_k, call.managed)
+            if B_k.requires_grad:
+                B_grad = _product(grad.t(), h[:, own], branch.scaling, B_k, call.managed)
+            grad_factors += [A_grad, B_grad]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_h @ A
@@ -300,7 +311,7 @@ class _FusedLora(torch.autograd.Function):
                 grad_x *= mask / (1 - call.dropout)
             for branch, grad in zip(call.branches, grads, strict=True):
                 grad_x.addmm_(grad, branch.weight(call.dtype))
-            grad_x = grad_x.view_as(x).to(x.dtype)
+            grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
         return grad_x, None, *grad_factors
 
 

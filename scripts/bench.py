@@ -2,12 +2,14 @@
 
     python scripts/bench.py cpu [--rounds 7] [--drift-steps 500]
     python scripts/bench.py gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
+    python scripts/bench.py methods [--shapes 2x1024x16] [--steps 3]
 
 cpu  1. one optimizer step of LoRA and of Flat-LoRA in each mode on SmolLM2-135M, in turn, round after round: medians
         and ratios to LoRA (a noisy machine slows all contenders of a round alike);
      2. what 500 steps of perturbing and restoring leave of a BF16 backbone, in each mode.
-gpu  see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape against PEFT's.
-Writes results/bench/{cpu,gpu}.json and a plot beside each.
+gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape against PEFT's.
+methods  see bench_methods.py: an optimizer step of every method against LoRA's, Llama-2-7B's shape, on a GPU.
+Writes results/bench/{cpu,gpu,methods}.json and a plot beside the first two.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=["cpu", "gpu"])
+    parser.add_argument("device", choices=["cpu", "gpu", "methods"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--drift-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
@@ -61,18 +63,20 @@ def main() -> int:
     options = parser.parse_args()
     quiet_libraries()
     logging.getLogger("flatlora.perturbation").setLevel(logging.ERROR)  # that inplace drifts is what is measured here
-    if options.device == "gpu":
+    if options.device != "cpu":
         if not torch.cuda.is_available():
             console.print(
-                "bench.py gpu needs a CUDA device, and torch sees none here; python scripts/bench.py cpu runs."
+                f"bench.py {options.device} needs a CUDA device, and torch sees none here; python scripts/bench.py cpu "
+                "runs."
             )
             return 2
-        from scripts import bench_gpu
+        from scripts import bench_gpu, bench_methods
 
-        shapes = (options.shapes or ",".join(bench_gpu.SHAPES)).split(",")
+        bench = bench_gpu if options.device == "gpu" else bench_methods
+        shapes = (options.shapes or ",".join(bench.SHAPES)).split(",")
         command = " ".join(["python", *sys.argv])
         settings = {"layers": options.layers, "steps": options.steps, "out": options.out, "command": command}
-        return bench_gpu.run(shapes, **settings)
+        return bench.run(shapes, **settings)
     model, batch = embedded_lora(), word_math_batch()
     steps = step_times(model, batch, options.rounds)
     console.print(step_table(steps))

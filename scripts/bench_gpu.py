@@ -84,7 +84,8 @@ def random_backbone(layers: int, device: torch.device) -> LlamaForCausalLM:
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
     fill_random(model)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.requires_grad_(False)
 
 
@@ -96,15 +97,20 @@ def fill_random(model: nn.Module) -> None:
         parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02, generator=generator)
 
 
-def with_lora(backbone: LlamaForCausalLM) -> nn.Module:
-    """A PEFT model of its own around the same weights: what is patched in one is not in another."""
+def shell_of(backbone: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A model of its own around the same weights: what is patched in one is not in another."""
     with torch.device("meta"):
         model = LlamaForCausalLM(backbone.config)
     for name, parameter in backbone.named_parameters():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = parameter
     model.model.rotary_emb = backbone.model.rotary_emb
-    device = next(backbone.parameters()).device
+    return model
+
+
+def with_lora(backbone: LlamaForCausalLM) -> nn.Module:
+    """`shell_of` the backbone with PEFT's LoRA on all linear layers, as after some training."""
+    model, device = shell_of(backbone), next(backbone.parameters()).device
     with torch.random.fork_rng(devices=[device]):
         torch.manual_seed(SEED)
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear"))

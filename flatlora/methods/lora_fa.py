@@ -40,7 +40,6 @@ class LoraFA(Lora):
             lora_alpha=adapter.lora_alpha,
             lr=training.optim.lr,
             weight_decay=training.optim.weight_decay,
-            use_rslora=adapter.use_rslora,
         )
         for group in optimizer.param_groups:  # PEFT leaves these at its own defaults
             group["betas"] = (training.optim.adam_beta1, training.optim.adam_beta2)

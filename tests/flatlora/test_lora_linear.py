@@ -69,6 +69,26 @@ def test_outputs_and_gradients_are_autograds_in_fp64(device):
         torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_a_frozen_factor_has_no_gradient_and_x_is_kept_for_a_s_alone(device, frozen):
+    model = siblings(torch.float64, device)
+    x = torch.randn(2, 5, 24, dtype=torch.float64, device=device)
+    for name, parameter in model.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+    y, gradients = outputs_and_gradients(model, x)
+    fuse(model)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fused_y, fused_gradients = outputs_and_gradients(model, x)
+    torch.testing.assert_close(fused_y, y, rtol=1e-12, atol=1e-12)
+    assert gradients.keys() == fused_gradients.keys()
+    assert len(gradients) == 4
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-12, atol=1e-12)
+    assert any(tensor.shape == x.shape for tensor in kept) == (frozen == "lora_B")
+
+
 def test_layers_of_one_input_are_computed_together(device, monkeypatch):
     model = siblings(torch.float32, device)
     fuse(model)

@@ -1,0 +1,200 @@
+"""`python scripts/bench.py methods`: an optimizer step of every method over LoRA's, Llama-2-7B's shape, random weights.
+
+All contenders run as a run with trainer.kernels=auto runs them: fused layers where they cover the method, Liger's
+kernels, replayed micro-steps. Methods that differ from LoRA in their start alone (PiSSA, OLoRA, CorDA, EVA, LoRA-GA,
+rsLoRA) take LoRA's step; of these LoRA-GA stands in the table, with the time that its start takes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from flatlora import methods, results
+from flatlora.acceleration import GraphedMicroStep, accelerate
+from flatlora.config import OptimConfig
+from flatlora.methods import Start, Training
+from scripts.bench_gpu import (
+    GIB,
+    RANK,
+    SEED,
+    SHAPE,
+    console,
+    fill_random,
+    free_memory,
+    gpu_state,
+    random_backbone,
+    shell_of,
+    stock_modeling,
+)
+
+SHAPES = ("2x1024x16",)
+# label: (peft method, its settings, rho method)
+CONTENDERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "LoRA": ("lora", {}, "off"),
+    "LoRA-Pro, BF16 moments": ("lora_pro", {"moments": "bfloat16"}, "off"),
+    "LoRA-Pro, FP32 moments": ("lora_pro", {"moments": "float32"}, "off"),
+    "LoRA+": ("lora_plus", {}, "off"),
+    "LoRA-FA": ("lora_fa", {}, "off"),
+    "LoRA-GA": ("lora_ga", {"ga_batches": 1}, "off"),
+    "nBAR": ("lora", {}, "nbar"),
+    "LoRA-SAM": ("lora", {}, "sam"),
+    "AdaLoRA": ("adalora", {}, "off"),
+    "Bi-LoRA": ("lora", {}, "bi_lora"),
+    "DoRA": ("dora", {}, "off"),
+}
+STEPS_IN_ALL = 1000  # of the run that the timed steps stand for
+
+
+def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) -> int:
+    """Measure, print, write `methods.json` into `out`."""
+    device = torch.device("cuda")
+    backbone = random_backbone(layers, device)
+    report: dict[str, Any] = {
+        "command": command,
+        "env": results.environment(),
+        "git_sha": results.git_sha(),
+        "model": f"Llama-2-7B's shape, {layers} layers, random weights, r={RANK} on all linear layers",
+        "steps": {},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for shape in shapes:
+        rows = report["steps"][shape] = {}
+        for label in CONTENDERS:
+            with stock_modeling():
+                rows[label] = measure(backbone, label, shape, steps, device)
+            console.print(f"  {shape} {label}: {describe(rows[label])}", soft_wrap=True)
+            results.write_json(out / "methods.json", report)  # after each: what is measured is kept
+        console.print(table_of(shape, rows))
+    console.print(f"written: {out / 'methods.json'}", soft_wrap=True)
+    return 0
+
+
+def measure(backbone: LlamaForCausalLM, label: str, shape: str, steps: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of each step, of the start, and the peak memory; or the reason why there are none."""
+    micro, length, accumulation = map(int, shape.split("x"))
+    generator = torch.Generator(device).manual_seed(SEED)
+    batch = torch.randint(SHAPE["vocab_size"], (accumulation, micro, length), generator=generator, device=device)
+    free_memory()
+    contender, row = None, {}
+    try:
+        began = time.perf_counter()
+        contender = MethodStep(backbone, *CONTENDERS[label], batch)
+        torch.cuda.synchronize()
+        row["start_s"] = time.perf_counter() - began
+        free_memory()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for number in range(steps + 1):  # the first compiles, allocates and captures
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            loss = contender.step(number, batch)
+            row["clock_and_power"] = gpu_state() if number == steps else ""
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        row |= {"step_s": seconds[1:], "peak_gib": torch.cuda.max_memory_allocated() / GIB, "loss": loss.item()}
+        row["kernels"] = contender.kernels
+    except torch.OutOfMemoryError as error:
+        row["error"] = str(error).partition(". GPU")[0]
+    if contender is not None:
+        contender.close()
+    if CONTENDERS[label][0] == "lora_ga":  # it has moved the weights that all share
+        fill_random(backbone)
+    return row
+
+
+class MethodStep:
+    """The optimizer step of a method: what FlatTrainer does with it, without the Trainer around."""
+
+    def __init__(
+        self, backbone: LlamaForCausalLM, peft: str, settings: dict[str, Any], rho: str, batch: torch.Tensor
+    ) -> None:
+        method = methods.method(peft)
+        config = method.Config(name=peft, method=peft, lora_r=RANK, **settings)
+
+        def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+            return ({"input_ids": ids, "labels": ids} for ids in batch[:count])
+
+        shell, device = shell_of(backbone), batch.device
+        self.model = method.apply(shell, config, Start(SEED, batches=batches)).to(device).train()
+        training = Training(OptimConfig(lr=1e-4), seed=SEED, accumulation=len(batch), fused=True)
+        self.kernels = accelerate(self.model, device)
+        self.regulariser = None
+        if rho != "off":
+            rho_config = methods.rho(rho).Config(name=rho, method=rho, sigma=0.05)
+            methods.rho(rho).prepare(self.model, rho_config, SEED)
+            self.regulariser = methods.rho(rho).regulariser(self.model, rho_config, SEED)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = method.optimizer(self.model, config, training) or torch.optim.AdamW(
+            self.trained, lr=training.optim.lr, fused=True
+        )
+        if self.regulariser:
+            self.regulariser.extend_optimizer(self.optimizer, training.optim.lr)
+        self.state = SimpleNamespace(max_steps=STEPS_IN_ALL, global_step=0)
+        self.callbacks = [*method.callbacks(self.model, config, training), *filter(None, [self.regulariser])]
+        for callback in self.callbacks:
+            callback.on_train_begin(None, self.state, None)
+        self.graphed = GraphedMicroStep(self._loss, self.model)
+
+    def _loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return self.model(input_ids=inputs["ids"], labels=inputs["ids"]).loss
+
+    def step(self, number: int, batch: torch.Tensor) -> torch.Tensor:
+        """One optimizer step; batch is accumulation × micro-batch × length. Returns the first loss."""
+        self.state.global_step = number
+        losses = [self.graphed({"ids": ids}) for ids in batch]
+        if self.regulariser and self.regulariser.second_gradient:
+            self.regulariser.ascend(self.trained)
+            self.graphed.restart()
+            for ids in batch:
+                self.graphed({"ids": ids})
+            self.regulariser.descend()
+        nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        for callback in self.callbacks:
+            callback.on_pre_optimizer_step(None, self.state, None, optimizer=self.optimizer)
+        self.optimizer.step()
+        for callback in self.callbacks:
+            callback.on_optimizer_step(None, self.state, None)
+        self.optimizer.zero_grad()
+        return losses[0]
+
+    def close(self) -> None:
+        self.graphed.close()
+        self.optimizer.state.clear()
+
+
+def describe(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return row["error"]
+    return f"{statistics.median(row['step_s']):.3f} s; {row['peak_gib']:.2f} GiB; {row['clock_and_power']}"
+
+
+def table_of(shape: str, rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title=f"one optimizer step, micro-batch × length × accumulation = {shape}", title_justify="left")
+    for column in ("", "median", "to LoRA", "peak GiB", "over LoRA", "start"):
+        table.add_column(column, justify="right" if column else "left")
+    lora = rows["LoRA"]
+    for label, row in rows.items():
+        if "error" in row:
+            table.add_row(label, row["error"])
+            continue
+        median = statistics.median(row["step_s"])
+        table.add_row(
+            label,
+            f"{median:.3f} s",
+            f"{median / statistics.median(lora['step_s']):.3f}",
+            f"{row['peak_gib']:.2f}",
+            f"{row['peak_gib'] - lora['peak_gib']:+.2f}",
+            f"{row['start_s']:.1f} s",
+        )
+    return table
