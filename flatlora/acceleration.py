@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a token without loss, as transformers has it
 _HEAD_ROWS = 1024  # tokens whose logits are in memory at a time
+_TRIES = 2  # to capture a shape: what a library sets up at its first call may forbid the first one
 _GRAPHS = 16  # shapes of micro-batches that are captured; further ones run without a graph
 _GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
 
@@ -230,21 +231,24 @@ class GraphedMicroStep:
         parts = flat.split([p.numel() for p in self.parameters])
         self._gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
         self._graphs: dict[Hashable, _Captured | None] = {}
+        self._tries: dict[Hashable, int] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, inputs: dict[str, torch.Tensor], state: Hashable = None) -> torch.Tensor:
         """Loss of a micro-batch, its gradients added to the parameters'.
 
         `state` names whatever else decides which kernels run, such as whether the weights are perturbed. A shape that
-        CUDA refuses to capture is named in the log and runs without a graph.
+        CUDA refuses to capture is named in the log, tried once more, and then runs without a graph.
         """
         if self.parameters[0].grad is not self._gradients[0]:  # the optimizer step has let go of the old ones
             self.restart()
         key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
-        if key not in self._graphs:
+        if self._graphs.get(key) is None:
             tokens = max(tensor.numel() for tensor in inputs.values())
-            if tokens > _GRAPH_TOKENS or len(self._graphs) >= _GRAPHS:
+            tries = self._tries.get(key, 0)
+            if tokens > _GRAPH_TOKENS or tries == _TRIES or (not tries and len(self._graphs) >= _GRAPHS):
                 return self._run(inputs).detach()
+            self._tries[key] = tries + 1
             self._graphs[key] = self._try_capture(inputs)
         if self._graphs[key] is None:
             return self._run(inputs).detach()
@@ -291,7 +295,7 @@ class GraphedMicroStep:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize(self.gradient.device)
         torch.cuda.empty_cache()  # the graph's own pool takes the room of what the trial runs used
-        graph = torch.cuda.CUDAGraph()
+        current, graph = torch.cuda.current_stream(self.gradient.device), torch.cuda.CUDAGraph()
         try:
             # Other threads may go on as they like: the loader's pins memory, autograd's loads kernels.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
@@ -299,8 +303,10 @@ class GraphedMicroStep:
             captured = _Captured(graph, static, loss)
         except torch.AcceleratorError as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-            logger.warning("No CUDA graph of %s, which runs without one: %s", shapes, str(error).splitlines()[0])
+            logger.warning("No CUDA graph of %s at this try: %s", shapes, str(error).splitlines()[0])
             captured = None
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind, and its pool half open
+            self._pool = torch.cuda.graph_pool_handle()
         self.gradient.copy_(gradient)
         torch.cuda.set_rng_state(generator, self.gradient.device)
         return captured

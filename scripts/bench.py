@@ -74,7 +74,7 @@ def main() -> int:
 
         bench = bench_gpu if options.device == "gpu" else bench_methods
         shapes = (options.shapes or ",".join(bench.SHAPES)).split(",")
-        command = " ".join(["python", *sys.argv])
+        command = f"python scripts/bench.py {options.device} --shapes {','.join(shapes)} --steps {options.steps}"
         settings = {"layers": options.layers, "steps": options.steps, "out": options.out, "command": command}
         return bench.run(shapes, **settings)
     model, batch = embedded_lora(), word_math_batch()

@@ -101,7 +101,12 @@ def measure(backbone: LlamaForCausalLM, label: str, shape: str, steps: int, devi
             row["clock_and_power"] = gpu_state() if number == steps else ""
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
-        row |= {"step_s": seconds[1:], "peak_gib": torch.cuda.max_memory_allocated() / GIB, "loss": loss.item()}
+        row |= {
+            "step_s": seconds[1:],
+            "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+            "reserved_gib": torch.cuda.max_memory_reserved() / GIB,  # with the pools of graphs between replays
+            "loss": loss.item(),
+        }
         row["kernels"] = contender.kernels
     except torch.OutOfMemoryError as error:
         row["error"] = str(error).partition(". GPU")[0]
