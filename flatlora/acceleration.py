@@ -7,6 +7,7 @@ stay as they are; what cannot be used is named once in the log.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import inspect
 import logging
@@ -294,6 +295,9 @@ class GraphedMicroStep:
                 self._run(static)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize(self.gradient.device)
+        # A trial's autograd graph that some cycle keeps (an import that failed within it, say) remembers the stream of
+        # the loop, and a capture may not wait for that one.
+        gc.collect()
         torch.cuda.empty_cache()  # the graph's own pool takes the room of what the trial runs used
         current, graph = torch.cuda.current_stream(self.gradient.device), torch.cuda.CUDAGraph()
         try:
