@@ -26,6 +26,12 @@ TINY_SHAPE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def repeatable_draws() -> None:
+    """What a test draws from torch's global generator is the same in every run, whatever ran before it."""
+    torch.manual_seed(2026)
+
+
 def tiny_llama(vocab_size: int = 96, **changes) -> LlamaForCausalLM:
     """A random Llama of two layers, the same at every call."""
     with torch.random.fork_rng(devices=[]):
