@@ -703,13 +703,26 @@ def check_launch(experiment: Experiment) -> None:
             f"Invalid trainer={machine.name} without processes: start it by torchrun --nproc_per_node N run_exp.py "
             f"trainer={machine.name} ..., or use trainer=auto."
         )
-    if experiment.optim.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        faults.append(
+    if optimizer := _optimizer_fault(experiment):
+        faults.append(optimizer)
+    if faults:
+        raise ConfigError(faults)
+
+
+def _optimizer_fault(experiment: Experiment) -> str | None:
+    if experiment.optim.optimizer != "adamw_8bit":
+        return None
+    if experiment.trainer.device == "cpu" or not torch.cuda.is_available():
+        return (
+            "Invalid optim.optimizer=adamw_8bit on a CPU: bitsandbytes keeps 8-bit moments on a CUDA GPU alone; use "
+            "optim.optimizer=adamw."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return (
             "Invalid optim.optimizer=adamw_8bit: the package bitsandbytes is not installed; run pip install "
             "bitsandbytes, or use optim.optimizer=adamw."
         )
-    if faults:
-        raise ConfigError(faults)
+    return None
 
 
 def check_invariants(experiment: Experiment, model: nn.Module, backbone_sha256: dict[str, str | None]) -> None:

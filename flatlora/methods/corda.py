@@ -18,6 +18,8 @@ from flatlora.methods.base import Start, register
 from flatlora.methods.computed_start import ComputedStart
 from flatlora.methods.lora import LoraMethodConfig
 
+_KEYS = ("input_ids", "attention_mask", "labels")
+
 
 class CordaMethodConfig(LoraMethodConfig):
     corda_batches: int = setting(32, ge=1, remedy="more rows make a better covariance")  # micro-batches of this rank
@@ -37,9 +39,12 @@ class Corda(ComputedStart):
 
         @torch.no_grad()
         def run_model() -> None:
+            decodes = getattr(model.config, "is_encoder_decoder", False)
             for batch in start.batches(config.corda_batches):
-                for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                    model(input_ids=ids[mask.bool()][None])  # row by row: PEFT's covariance knows no padding
+                for ids, mask, labels in zip(*(batch[key] for key in _KEYS), strict=True):
+                    # Row by row: PEFT's covariance knows no padding.
+                    inputs = {"input_ids": ids[mask.bool()][None]}
+                    model(**inputs, **({"labels": labels[labels != -100][None]} if decodes else {}))
 
         mode = model.training
         preprocess_corda(model, self.peft_config(model, config), run_model=run_model)

@@ -8,7 +8,7 @@ from peft import initialize_lora_eva_weights
 from peft.tuners.lora.config import EvaConfig
 from torch import nn
 
-from flatlora.config import setting
+from flatlora.config import ConfigError, setting
 from flatlora.methods.base import Start, register
 from flatlora.methods.computed_start import ComputedStart
 from flatlora.methods.lora import Lora, LoraMethodConfig, seeded
@@ -23,6 +23,16 @@ class EvaMethodConfig(LoraMethodConfig):
 class Eva(ComputedStart):
     Config = EvaMethodConfig
     moves_weights = False
+
+    def check(self, skeleton: nn.Module, config: EvaMethodConfig) -> None:
+        super().check(skeleton, config)
+        if getattr(skeleton.config, "is_encoder_decoder", False):
+            raise ConfigError(
+                [
+                    f"Invalid peft={config.name} with {type(skeleton).__name__}: PEFT's EVA knows the inputs of "
+                    "decoder-only models alone; use peft=corda or lora_ga, which look at data too."
+                ]
+            )
 
     def settings(self, model: nn.Module, config: EvaMethodConfig) -> dict[str, Any]:
         eva = EvaConfig(rho=config.eva_rho)

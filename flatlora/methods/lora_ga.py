@@ -8,8 +8,9 @@ To first order a step of gradient descent then moves W by −η s² √m/γ · (
 rsLoRA are the published settings; the SVD is torch.svd_lowrank with q = 4r, as there.
 
 Deviations: gradients are FP32 products of what enters a layer and the gradient of what leaves it, whatever the
-backbone's dtype; the backbone has no dropout while they are taken. Layers are taken in groups whose gradients fit into
-`ga_memory_gib`, one pass over the batches for each group.
+backbone's dtype; the backbone has no dropout while they are taken; singular vectors have their largest entry positive,
+so that a start does not hang on rounding. Layers are taken in groups whose gradients fit into `ga_memory_gib`, one pass
+over the batches for each group.
 """
 
 from __future__ import annotations
@@ -74,14 +75,23 @@ def start_factors(gradient: torch.Tensor, rank: int, gamma: float) -> tuple[torc
     m, n = gradient.shape
     U, _, V = torch.svd_lowrank(gradient.float(), q=min(4 * rank, m, n), niter=4)
     factor = m**0.25 / gamma**0.5
-    return factor * V[:, :rank].t().contiguous(), factor * U[:, rank : 2 * rank].contiguous()
+    A, B = V[:, :rank].t(), U[:, rank : 2 * rank]
+    return factor * _with_signs(A, dim=1).contiguous(), factor * _with_signs(B, dim=0).contiguous()
+
+
+def _with_signs(vectors: torch.Tensor, dim: int) -> torch.Tensor:
+    """Singular vectors with their largest entry positive: an SVD leaves their signs to rounding."""
+    largest = vectors.gather(dim, vectors.abs().argmax(dim=dim, keepdim=True))
+    return vectors * largest.sign()
 
 
 def start_factors_reference(gradient: torch.Tensor, rank: int, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slow twin of `start_factors`: the whole SVD, in FP64. Singular vectors agree up to their signs."""
+    """Slow twin of `start_factors`: the whole SVD, in FP64."""
     U, _, Vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+    A = torch.stack([row * row[row.abs().argmax()].sign() for row in Vh[:rank]])
+    B = torch.stack([column * column[column.abs().argmax()].sign() for column in U.t()[rank : 2 * rank]], dim=1)
     factor = gradient.shape[0] ** 0.25 / gamma**0.5
-    return factor * Vh[:rank], factor * U[:, rank : 2 * rank]
+    return factor * A, factor * B
 
 
 def layer_groups(layers: Mapping[str, nn.Module], budget_bytes: float) -> Iterator[dict[str, nn.Module]]:
@@ -133,16 +143,20 @@ def _rows_and_columns(layer: nn.Module) -> Sequence[int]:
 
 @contextlib.contextmanager
 def _gradients_flow(model: nn.Module) -> Iterator[None]:
-    """All parameters are frozen: what the embedding puts out begins the graph instead."""
+    """All parameters are frozen: what the embeddings put out begins the graph instead."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)  # an encoder-decoder has one on either side
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
 

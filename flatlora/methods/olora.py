@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from flatlora.config import ConfigError
 from flatlora.methods.base import register
 from flatlora.methods.computed_start import ComputedStart
-from flatlora.methods.lora import LoraMethodConfig
+from flatlora.methods.lora import LoraMethodConfig, find_targets
 
 
 @register("olora")
 class Olora(ComputedStart):
+    def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
+        super().check(skeleton, config)
+        targets = find_targets(skeleton, config.target_modules)
+        transposed = [name for name in targets if isinstance(skeleton.get_submodule(name), Conv1D)]
+        if transposed:
+            raise ConfigError(
+                [
+                    f"Invalid peft={config.name} with {transposed[0]}: PEFT's OLoRA does not know weights that are "
+                    "stored transposed (Conv1D); use peft=pissa, which starts from W too."
+                ]
+            )
+
     def initialise(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
         layer.olora_init("default")

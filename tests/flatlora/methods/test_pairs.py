@@ -1,6 +1,9 @@
 """Every peft × rho pair runs a step or is refused with its reason; every method resumes exactly."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,44 @@ def test_lora_plus_and_lora_fa_train_what_they_say(tiny_settings):
     assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"lora_B"}
     optimizer = methods.method("lora_fa").optimizer(model, experiment.peft, methods.Training(experiment.optim))
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.999)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("port", "swept"), [(29521, ["peft=lora_pro,lora_ga,adalora", "rho=sam"]), (29522, ["rho=bi_lora,nbar,off"])]
+)
+def test_two_processes_agree_with_accumulation(port, swept, tiny_settings):
+    """Invariant 7 for what has an optimizer, a start or a second gradient of its own."""
+    replaced = ("dataset.train_rows=24", "wandb.name=run")
+    words = [*(word for word in tiny_settings if word not in replaced), "dataset.train_rows=16", "wandb.name=n", "-m"]
+    words += [*swept, *(["rho.sigma=0.1"] if "rho=sam" in swept else [])]
+
+    def own(name, *more):
+        return [f"{word}-{name}" if word.startswith("results_root=") else word for word in words] + [*more]
+
+    def rows_of(settings):
+        root = next(word.partition("=")[2] for word in settings if word.startswith("results_root="))
+        found = sorted(Path(root).glob("*/*/*/run.json"))
+        assert all(json.loads(path.read_text())["status"] == "finished" for path in found)
+        return {path.parts[-3]: metrics_rows(path.parent) for path in found}
+
+    assert run_exp.main(own("one")) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    done = subprocess.run(
+        [*torchrun, "run_exp.py", *own("two", "trainer=ddp", "trainer.device=cpu")],
+        cwd=PROJECT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = rows_of(own("one")), rows_of(own("two"))
+    assert one.keys() == two.keys()
+    assert len(one) == 3
+    for name, rows in one.items():
+        assert len(rows) == len(two[name]) == 4
+        for left, right in zip(rows, two[name], strict=True):
+            assert left["loss"] == pytest.approx(right["loss"], rel=2e-3), name
+            assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=2e-2), name
