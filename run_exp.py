@@ -268,8 +268,10 @@ def train_and_score(
         results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.test))
     backbone = models.load_backbone(experiment.model, inputs.device)
     collate = tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id)
-    method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, collate)
+    method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, collate, resume_from)
     model = method.apply(backbone, experiment.peft, start)
+    if experiment.regularised:
+        methods.rho(experiment.rho.method).prepare(model, experiment.rho, experiment.seed)
     if experiment.trainer.kernels == "auto":
         record["kernels"] = acceleration.accelerate(model, inputs.device)
     record["data_sha256"] = inputs.data_sha256
@@ -302,13 +304,16 @@ def train_and_score(
     record["status"] = "finished"
 
 
-def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, collate: tokens.Collator) -> methods.Start:
+def _start(
+    experiment: Experiment, folder: RunFolder, inputs: Inputs, collate: tokens.Collator, resume_from: Path | None
+) -> methods.Start:
     return methods.Start(
         experiment.seed,
         folder.path / "start",
         training.calibration_batches(experiment, inputs.rows.train, collate, inputs.device),
         rank=training.rank(),
         world_size=training.world_size(),
+        resumed=resume_from is not None,
     )
 
 

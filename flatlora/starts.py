@@ -6,6 +6,8 @@ from the same bytes, it gives a resumed run, or an evaluation of a checkpoint, t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,11 @@ from peft.utils import load_peft_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-MOVED = "moved.json"  # in a start folder: W has lost what the initial adapter holds
+from flatlora.config import ConfigError
+from flatlora.results import write_json
+
+MOVED = "moved.json"  # in a start folder: W has lost what the initial adapter holds; in a checkpoint: which start
+_ADAPTER = "adapter_model.safetensors"
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -46,7 +52,31 @@ def move_as_started(backbone: nn.Module, folder: Path) -> None:
     adapted.unload()
 
 
+def mark_checkpoint(folder: Path, start: Path) -> None:
+    """Note in a checkpoint that its adapter fits the backbone less the run's start; nothing where it fits as it is."""
+    if (start / MOVED).is_file():
+        write_json(folder / MOVED, {"start_sha256": _sha256(start)})
+
+
 def start_of_checkpoint(folder: Path) -> Path | None:
-    """The start folder that a checkpoint's adapter needs subtracted, None where it fits the untouched backbone."""
-    start = folder.parent / "start"
-    return start if folder.name.startswith("checkpoint-") and (start / MOVED).is_file() else None
+    """The start folder that a checkpoint's adapter needs subtracted, None where it fits the untouched backbone.
+
+    Raises:
+        ConfigError: the start is not beside the checkpoint, or is another one.
+    """
+    if not (folder / MOVED).is_file():
+        return None
+    start = folder.resolve().parent / "start"
+    wanted = json.loads((folder / MOVED).read_text()).get("start_sha256")
+    if not (start / _ADAPTER).is_file() or _sha256(start) != wanted:
+        raise ConfigError(
+            [
+                f"The adapter in {folder} fits the backbone less the start of its run, and that is not in {start}: "
+                "keep checkpoints beside their run's start/, or score the run's adapter/, which fits the whole one."
+            ]
+        )
+    return start
+
+
+def _sha256(start: Path) -> str:
+    return hashlib.sha256((start / _ADAPTER).read_bytes()).hexdigest()

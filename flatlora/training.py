@@ -39,6 +39,7 @@ from flatlora.config import ConfigError, Experiment
 from flatlora.methods import AdapterMethod, Regulariser, Training
 from flatlora.models import autocast_dtype
 from flatlora.results import MetricsLog, RunFolder, write_json
+from flatlora.starts import mark_checkpoint
 
 T = TypeVar("T")
 
@@ -222,7 +223,10 @@ class FlatTrainer(Trainer):
         self.regulariser.descend()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.regulariser.evaluating() if self.regulariser else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "evaluating"):
+                    stack.enter_context(callback.evaluating())
             return super().evaluate(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -282,6 +286,7 @@ class FlatTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if hasattr(callback, "save_state"):
                     callback.save_state(folder)
+            mark_checkpoint(folder, folder.parent / "start")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint.seal(
@@ -466,9 +471,7 @@ def train(
     """
     method, regulariser = methods.method(experiment.peft.method), None
     if experiment.regularised:
-        rho = methods.rho(experiment.rho.method)
-        rho.prepare(model, experiment.rho, experiment.seed)
-        regulariser = rho.regulariser(model, experiment.rho, experiment.seed)
+        regulariser = methods.rho(experiment.rho.method).regulariser(model, experiment.rho, experiment.seed)
     optim, has_validation = experiment.optim, len(validation_rows) > 0
     arguments = training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation)
     keeps_best = optim.best_model and has_validation

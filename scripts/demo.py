@@ -19,7 +19,7 @@ from rich.table import Table
 
 PROJECT = Path(__file__).parents[1]
 FOLDER = Path("results") / "flatlora-demo_word_math"
-STEPS, TEST_ROWS, SEED = 36, 200, 42
+STEPS, TEST_ROWS, SEED = 45, 200, 42
 SETTINGS = [
     "wandb.project=flatlora-demo",
     "wandb.mode=disabled",

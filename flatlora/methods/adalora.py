@@ -4,13 +4,15 @@ PEFT builds the layers and ranks the triplets (A_k, E_k, B_k) by smoothed sensit
 from the Trainer: ranks stay at `init_r` for the first `tinit_ratio` of the steps, shrink cubically to `lora_r` on
 average, every `delta_t` steps, and are fixed for the last `tfinal_ratio`. s is `lora_alpha`, r̂ `init_r`, as in PEFT.
 
-Deviation from PEFT in a Trainer: the orthogonality penalty is divided by the number of micro-batches, so that gradient
-accumulation does not strengthen it.
+The training loss holds the penalty that keeps A and B near orthogonal, an evaluation's does not. Deviation from PEFT in
+a Trainer: the penalty is divided by the number of micro-batches, so that gradient accumulation does not strengthen it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +23,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from flatlora.callback import checkpoint_file
-from flatlora.config import setting
+from flatlora.config import ConfigError, setting
 from flatlora.methods.base import Start, Training, register
-from flatlora.methods.lora import Lora, LoraMethodConfig
+from flatlora.methods.lora import Lora, LoraMethodConfig, rank_of, rank_setting
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +67,20 @@ class AdaLora(Lora):
         "bi_lora": "PEFT trains one AdaLoRA adapter at a time, and Bi-LoRA needs two",
     }
 
-    def largest_rank(self, rank: int, config: AdaLoraMethodConfig) -> int:
-        return _init_r(rank, config)
+    def check(self, skeleton: nn.Module, config: AdaLoraMethodConfig) -> None:
+        super().check(skeleton, config)
+        rank = rank_of(skeleton, config)
+        if _init_r(rank, config) <= rank:
+            raise ConfigError(
+                [
+                    f"Invalid peft.init_r={config.init_r} with a final rank of {rank} (peft.lora_relative_r="
+                    f"{config.lora_relative_r}): AdaLoRA shrinks ranks; raise peft.init_r, or leave it out."
+                ]
+            )
+
+    def needed_rank(self, rank: int, config: AdaLoraMethodConfig) -> tuple[int, str]:
+        given = f"peft.init_r={config.init_r}" if config.init_r is not None else rank_setting(config)
+        return _init_r(rank, config), f"{given}: AdaLoRA begins with {_init_r(rank, config)} directions of a layer"
 
     def peft_config(self, model: nn.Module, config: AdaLoraMethodConfig) -> AdaLoraConfig:
         settings = self.settings(model, config)
@@ -136,6 +150,15 @@ class RankSchedule(TrainerCallback):
         self.model.base_model.update_and_allocate(state.global_step + 1)
         # Not left in the config: PEFT would cut the tensors of a checkpoint to it, and a resume needs them whole.
         self.pattern, self._adapter.rank_pattern = self._adapter.rank_pattern or {}, {}
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation: its loss is the model's alone, whatever the penalty's share of a micro-batch is."""
+        weight, self._adapter.orth_reg_weight = self._adapter.orth_reg_weight, 0.0
+        try:
+            yield
+        finally:
+            self._adapter.orth_reg_weight = weight
 
     def save_state(self, folder: Path) -> None:
         allocator = self.model.base_model.rankallocator

@@ -29,6 +29,7 @@ class Start:
             starts from the same bytes. None: nothing is kept, and nothing can be converted when the adapter is saved.
         batches: n → the first n micro-batches of training rows on the model's device, this rank's share.
         rank, world_size: of this process.
+        resumed: whether a checkpoint of this run is gone on from, which belongs to the start in the folder.
     """
 
     seed: int
@@ -36,6 +37,7 @@ class Start:
     batches: Callable[[int], Iterator[dict[str, torch.Tensor]]] = _no_batches
     rank: int = 0
     world_size: int = 1
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,14 @@ def combination_faults(experiment: Experiment) -> list[tuple[tuple[str, ...], st
                 f"Invalid optim.optimizer={optim.optimizer} with peft={peft.name}: that method has an optimizer of its "
                 "own, whose moments are not 8-bit; leave optim.optimizer out (peft=lora_pro: peft.moments=bfloat16 "
                 "halves them).",
+            )
+        )
+    if optim.optimizer == "adamw_8bit" and experiment.regularised and rho_section.method == "bi_lora":
+        faults.append(
+            (
+                ("rho", "rho.method", "optim.optimizer"),
+                "Invalid optim.optimizer=adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot climb, and the "
+                "second branch must; use optim.optimizer=adamw.",
             )
         )
     return faults

@@ -4,8 +4,8 @@
 
 The second branch is SAM's adversarial move in weight space, kept from step to step instead of computed by a gradient of
 its own; it is dropped at the end, and evaluation in mid-training does not see it. ρ is `rho.sigma`; the norm is taken
-over all layers together, as SAM's ball is. Both branches are moved by AdamW with the same learning rate, the second
-without weight decay; gradients of both are clipped together.
+over all layers together, as SAM's ball is. The second branch is plain LoRA without dropout, moved by AdamW at
+`lr_ratio` times optim.lr without weight decay; gradients of both are clipped together.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Most of them move part of W into the adapter: W ← W − s·B₀·A₀. The initial adapter is kept in `start/` of the run: a
 resumed run subtracts the same bytes, and the saved adapter is turned into s·(B·A − B₀·A₀), which fits the untouched
-backbone (PEFT's conversion; its rank is 2r).
+backbone (PEFT's conversion; its rank is 2r). On a BF16 backbone W − s·B₀·A₀ is rounded, which the converted adapter
+cannot give back: its model differs from the trained one by that rounding, as every PiSSA adapter's does.
 """
 
 from __future__ import annotations
@@ -25,9 +26,21 @@ class ComputedStart(Lora):
 
     moves_weights = True
 
+    def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
+        super().check(skeleton, config)
+        if getattr(skeleton.config, "quantization_config", None):
+            raise ConfigError([_quantised(config.name, "its config.json has a quantization_config")])
+
     def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
         refuse_quantised(model, find_targets(model, config.target_modules), config.name)
-        known = start.folder is not None and start.folder.is_dir()
+        known = start.resumed and start.folder is not None and start.folder.is_dir()
+        if start.resumed and not known and start.rank == 0:
+            raise ConfigError(
+                [
+                    f"{start.folder} is gone: the checkpoint belongs to the start of {config.name} that was kept "
+                    "there; put it back, or begin anew with overwrite=true."
+                ]
+            )
         if start.world_size > 1:  # one answer for all: rank 0 may be writing the folder
             answer = [known]
             torch.distributed.broadcast_object_list(answer, src=0)
@@ -93,9 +106,11 @@ def refuse_quantised(model: nn.Module, targets: list[str], name: str) -> None:
     quantised = [target for target in targets if not model.get_submodule(target).weight.is_floating_point()]
     if quantised:
         dtype = model.get_submodule(quantised[0]).weight.dtype
-        raise ConfigError(
-            [
-                f"Invalid peft={name} on a quantised backbone ({quantised[0]} is {dtype}): it moves part of W into the "
-                "adapter, and what is left must be stored exactly; load the backbone unquantised, or use peft=lora."
-            ]
-        )
+        raise ConfigError([_quantised(name, f"{quantised[0]} is {dtype}")])
+
+
+def _quantised(name: str, found: str) -> str:
+    return (
+        f"Invalid peft={name} on a quantised backbone ({found}): its start is computed from W or moves part of it, and "
+        "what is left must be stored exactly; load the backbone unquantised, or use peft=lora."
+    )

@@ -1,4 +1,5 @@
-"""EVA (2024): A starts as the principal directions of each layer's inputs, B = 0; W stays (PEFT's code)."""
+"""EVA (2024): A starts as the principal directions of each layer's inputs (of tokens with a
+label), B = 0; W stays (PEFT's code)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,11 @@ from torch import nn
 from flatlora.config import ConfigError, setting
 from flatlora.methods.base import Start, register
 from flatlora.methods.computed_start import ComputedStart
-from flatlora.methods.lora import Lora, LoraMethodConfig, seeded
+from flatlora.methods.lora import Lora, LoraMethodConfig, rank_setting, seeded
 
 
 class EvaMethodConfig(LoraMethodConfig):
-    eva_batches: int = setting(32, ge=1)  # at most so many micro-batches of this rank
-    eva_rho: float = setting(1.0, ge=1, remedy="above 1 ranks move to layers that explain more")
+    eva_batches: int = setting(32, ge=1)  # micro-batches of this rank, gone through until the directions stand still
 
 
 @register("eva")
@@ -35,16 +35,29 @@ class Eva(ComputedStart):
             )
 
     def settings(self, model: nn.Module, config: EvaMethodConfig) -> dict[str, Any]:
-        eva = EvaConfig(rho=config.eva_rho)
+        eva = EvaConfig(rho=1.0)  # ranks stay equal: moved ones would not fit a resumed run
         return super().settings(model, config) | {"init_lora_weights": "eva", "eva_config": eva}
 
     def begin(self, model: nn.Module, config: EvaMethodConfig, start: Start) -> nn.Module:
         adapted = Lora.apply(self, model, config, start)
         mode = adapted.training
-        batches = [
+        rank = adapted.peft_config["default"].r
+        taken = [
             {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
             for batch in start.batches(config.eva_batches)
         ]
+        batches = [batch for batch in taken if (batch["labels"] != -100).sum() >= rank]  # PEFT waits for such for ever
+        if not batches:
+            raise ConfigError(
+                [
+                    f"Invalid peft={config.name} with {rank_setting(config)}: none of {len(taken)} micro-batches has "
+                    "so many tokens with a label, of whose inputs the directions are made; raise "
+                    "trainer.micro_batch_size."
+                ]
+            )
         with seeded(start.seed, adapted):
             initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         return adapted.train(mode)

@@ -47,11 +47,11 @@ class Lora(AdapterMethod):
 
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         targets = find_targets(skeleton, config.target_modules)
-        check_rank(skeleton, targets, self.largest_rank(rank_of(skeleton, config), config))
+        check_rank(skeleton, targets, *self.needed_rank(rank_of(skeleton, config), config))
 
-    def largest_rank(self, rank: int, config: LoraMethodConfig) -> int:
-        """How many directions of a layer the method needs, its start included."""
-        return rank
+    def needed_rank(self, rank: int, config: LoraMethodConfig) -> tuple[int, str]:
+        """How many directions of a layer the method needs, its start included; and which setting asks for them."""
+        return rank, f"{rank_setting(config)}: it takes {rank} directions of a layer"
 
     def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
         self.check(model, config)
@@ -136,7 +136,14 @@ def rank_of(model: nn.Module, config: LoraMethodConfig) -> int:
     return max(1, int(config.lora_relative_r * hidden_size))
 
 
-def check_rank(model: nn.Module, targets: list[str], rank: int) -> None:
+def rank_setting(config: LoraMethodConfig) -> str:
+    """The setting that gave the rank, as the user typed it."""
+    if config.lora_r is not None:
+        return f"peft.lora_r={config.lora_r}"
+    return f"peft.lora_relative_r={config.lora_relative_r}"
+
+
+def check_rank(model: nn.Module, targets: list[str], needed: int, reason: str) -> None:
     """Refuse a rank above the smaller side of a layer.
 
     Raises:
@@ -144,9 +151,10 @@ def check_rank(model: nn.Module, targets: list[str], rank: int) -> None:
     """
     sizes = {name: min(model.get_submodule(name).weight.shape) for name in targets}
     smallest = min(sizes, key=sizes.get)
-    if rank > sizes[smallest]:
-        fault = (
-            f"Invalid peft.lora_r={rank}: the rank must not exceed the smaller side of a layer, and {smallest} has "
-            f"{sizes[smallest]}; lower peft.lora_r or leave that layer out of peft.target_modules."
+    if needed > sizes[smallest]:
+        raise ConfigError(
+            [
+                f"Invalid {reason}, and {smallest} has {sizes[smallest]}; lower it, or leave that layer out of "
+                "peft.target_modules."
+            ]
         )
-        raise ConfigError([fault])

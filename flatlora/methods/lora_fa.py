@@ -44,4 +44,18 @@ class LoraFA(Lora):
         for group in optimizer.param_groups:  # PEFT leaves these at its own defaults
             group["betas"] = (training.optim.adam_beta1, training.optim.adam_beta2)
             group["eps"] = training.optim.adam_epsilon
+        optimizer.register_load_state_dict_post_hook(_state_to_parameters)
         return optimizer
+
+
+def _state_to_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """PEFT's optimizer keys its state by name, so that torch leaves a loaded one where the file was read to."""
+    devices = {name[: name.find("lora")] + "lora": p.device for name, p in _named(optimizer)}
+    for name, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(name, str) and isinstance(value, torch.Tensor):
+                state[key] = value.to(devices[name])
+
+
+def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    return [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from flatlora.config import setting
 from flatlora.methods.base import Start, register
 from flatlora.methods.computed_start import ComputedStart
-from flatlora.methods.lora import LoraMethodConfig, find_targets, seeded
+from flatlora.methods.lora import LoraMethodConfig, find_targets, rank_setting, seeded
 from flatlora.starts import lora_layers
 
 
@@ -41,8 +41,8 @@ class LoraGaConfig(LoraMethodConfig):
 class LoraGa(ComputedStart):
     Config = LoraGaConfig
 
-    def largest_rank(self, rank: int, config: LoraGaConfig) -> int:
-        return 2 * rank  # A takes the first r directions of the gradient and B the next r
+    def needed_rank(self, rank: int, config: LoraGaConfig) -> tuple[int, str]:
+        return 2 * rank, f"{rank_setting(config)}: A and B take r directions of a gradient each, {2 * rank} in all"
 
     def settings(self, model: nn.Module, config: LoraGaConfig) -> dict[str, Any]:
         return super().settings(model, config) | {"use_rslora": True}
@@ -130,10 +130,14 @@ def mean_gradients(
                 count += 1
     finally:
         model.train(training)
+    if world_size > 1:  # ranks may have had unequal numbers of batches
+        counts = torch.tensor(count, device=next(iter(totals.values())).device)
+        torch.distributed.all_reduce(counts)
+        count = int(counts)
     for total in totals.values():
         if world_size > 1:
             torch.distributed.all_reduce(total)
-        total.div_(count * world_size)
+        total.div_(count)
     return totals
 
 

@@ -32,6 +32,7 @@ from flatlora.layers import plain_name
 from flatlora.methods.base import Training, register
 from flatlora.methods.lora import Lora, LoraMethodConfig
 
+_MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 _MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -105,7 +106,8 @@ class LoRAPro(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         shard = shard and torch.distributed.is_initialized()
         self._rank = torch.distributed.get_rank() if shard else 0
-        self._owners = _owners(pairs, torch.distributed.get_world_size() if shard else 1)
+        self._processes = torch.distributed.get_world_size() if shard else 1
+        self._owners = _owners(pairs, self._processes)
         self._gathered: dict[str, dict[str, torch.Tensor]] | None = None
 
     @property
@@ -129,7 +131,7 @@ class LoRAPro(torch.optim.Optimizer):
                 waiting[pair.A.shape, pair.B.shape, pair.A.device, pair.A.dtype].append(pair)
         for pairs in waiting.values():
             self._step_pairs(pairs, self.param_groups[0])
-        if len(set(self._owners.values())) > 1:
+        if self._processes > 1:
             self._send_updates()
         for group in self.param_groups[1:]:
             for parameter in group["params"]:
@@ -204,7 +206,7 @@ class LoRAPro(torch.optim.Optimizer):
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Collect the state of all pairs on process `to`, on its host; every process must call it."""
-        if len(set(self._owners.values())) < 2:
+        if self._processes == 1:
             return
         gathered: dict[str, dict[str, torch.Tensor]] = {}
         for pair in self.pairs:
@@ -245,14 +247,23 @@ class LoRAPro(torch.optim.Optimizer):
         entries = state_dict["state"]
         moved = {2 * names.index(name): entries.pop(2 * place, None) for place, name in enumerate(saved)}
         owned = {2 * place for place, name in enumerate(names) if self._owners[name] == self._rank}
-        entries |= {place: entry for place, entry in moved.items() if entry is not None and place in owned}
+        moved = {place: dict(entry) for place, entry in moved.items() if entry is not None and place in owned}
+        # Not left to torch, which gives every state its parameter's dtype: BF16 moments would take twice their room.
+        moments = {place: [entry.pop(key, None) for key in _MOMENT_KEYS] for place, entry in moved.items()}
+        entries |= moved
         group = {**state_dict["param_groups"][0], "names": names, "scalings": self.param_groups[0]["scalings"]}
         state_dict["param_groups"] = [group, *state_dict["param_groups"][1:]]
         super().load_state_dict(state_dict)
-        for pair in self.pairs:  # torch gives every state its parameter's dtype
-            for key in ("exp_avg", "exp_avg_sq"):
-                if self.moments == torch.bfloat16 and key in self.state.get(pair.A, {}):
-                    self.state[pair.A][key] = self.state[pair.A][key].to(self.moments)
+        for place, pair in enumerate(self.pairs):
+            for key, value in zip(_MOMENT_KEYS, moments.get(2 * place, ()), strict=False):
+                if value is not None:
+                    dtype = self.moments if self.moments != torch.float32 else pair.A.dtype
+                    self.state[pair.A][key] = value.to(pair.A.device, dtype, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: torch's own keeps parameters and state alone."""
+        own = ("mode", "moments", "damping", "seed", "_rank", "_processes", "_owners")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_gathered": None}
 
 
 class _Frame(NamedTuple):
@@ -383,11 +394,23 @@ class LoraProConfig(LoraMethodConfig):
     damping: float = setting(1e-8, gt=0, remedy="1e-8 as published")
     shard_moments: bool = True  # over the processes, pair by pair
 
+    def rule_faults(self) -> list[str]:
+        faults = super().rule_faults()
+        if self.mode == "sgd" and (self.moments != "float32" or not self.shard_moments):
+            faults.append(
+                f"Invalid peft.moments={self.moments}, peft.shard_moments={self.shard_moments} with peft.mode=sgd: "
+                "that mode keeps no moments; leave them out, or use peft.mode=adamw."
+            )
+        return faults
+
 
 @register("lora_pro")
 class LoraPro(Lora):
     Config = LoraProConfig
-    refuses: ClassVar = {"bi_lora": "LoRA-Pro's optimizer moves one pair a layer, and Bi-LoRA has two that pull apart"}
+    refuses: ClassVar = {
+        "bi_lora": "LoRA-Pro's optimizer moves one pair a layer, and Bi-LoRA has two that pull apart",
+        "sam": "LoRA-Pro's closed form holds for gradients taken where A and B stand, and SAM takes them elsewhere",
+    }
     has_optimizer = True
 
     def optimizer(self, model: nn.Module, config: LoraProConfig, training: Training) -> LoRAPro:

@@ -12,10 +12,10 @@ from tests.methods_toolbox import batches_of, config_of
 def adapt(tmp_path):
     """(name, settings, dtype) → the adapted tiny model, its config and its start."""
 
-    def make(name, *, dtype=torch.float32, folder="start", **settings):
+    def make(name, *, dtype=torch.float32, folder="start", resumed=False, **settings):
         backbone = tiny_llama().to(dtype).requires_grad_(False)
         backbone.name_or_path = "tiny"
-        start = methods.Start(3, tmp_path / folder if folder else None, batches_of)
+        start = methods.Start(3, tmp_path / folder if folder else None, batches_of, resumed=resumed)
         config = config_of(name, **settings)
         return methods.method(name).apply(backbone, config, start), config, start
 

@@ -8,10 +8,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import run_exp
+from flatlora import methods
 from flatlora.config import ConfigError
 from flatlora.epsilon import merged_row_norms
 from flatlora.layers import find_lora_layers
-from tests.conftest import metrics_rows, run_folder
+from tests.conftest import metrics_rows, run_folder, tiny_llama
 from tests.methods_toolbox import logits, nudge
 
 SCHEDULE = [
@@ -42,9 +43,6 @@ def test_ranks_end_at_the_budget_and_the_adapter_loads(tiny_settings, tiny_model
 
 
 def test_saved_logits_are_those_of_the_trained_model(adapt, tmp_path):
-    from flatlora import methods
-    from tests.conftest import tiny_llama
-
     model, config, start = adapt("adalora", lora_r=2, init_r=4)
     nudge(model, std=0.3)
     with torch.no_grad():
@@ -68,6 +66,20 @@ def test_penalty_does_not_grow_with_accumulation(tiny_settings):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_an_evaluation_has_no_penalty(tiny_settings):
+    """The same model with and without: only the training loss tells them apart."""
+    losses = []
+    for weight in ("0.0", "5.0"):
+        words = [f"{word}-{weight}" if word.startswith("results_root=") else word for word in tiny_settings]
+        words = [word for word in words if "lora_r" not in word and not word.startswith("dataset.validation_rows")]
+        words += [*SCHEDULE, f"peft.orth_reg_weight={weight}", "dataset.validation_rows=4", "optim.lr=1e-9"]
+        assert run_exp.main(words) == 0
+        rows = metrics_rows(run_folder(words))
+        losses.append((next(row["loss"] for row in rows if "loss" in row), rows[-1]["eval_loss"]))
+    assert losses[1][0] > losses[0][0] + 1
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-4)
+
+
 def test_row_norms_are_those_of_the_merged_weight(adapt):
     model, _, _ = adapt("adalora", lora_r=2, init_r=4)
     nudge(model, std=0.5)
@@ -81,5 +93,8 @@ def test_row_norms_are_those_of_the_merged_weight(adapt):
 def test_schedules_that_shrink_nothing_are_refused():
     with pytest.raises(ConfigError, match=r"peft.init_r=8 with peft.lora_r=8: .*must be larger"):
         run_exp.experiment_of(["peft=adalora", "peft.init_r=8"])
+    words = ["peft=adalora", "peft.lora_r=null", "peft.lora_relative_r=0.25", "peft.init_r=4"]
+    with pytest.raises(ConfigError, match=r"peft\.init_r=4 with a final rank of 8"):
+        methods.method("adalora").check(tiny_llama(), run_exp.experiment_of(words).peft)
     with pytest.raises(ConfigError, match="no step is left between them"):
         run_exp.experiment_of(["peft=adalora", "peft.tinit_ratio=0.5", "peft.tfinal_ratio=0.5"])

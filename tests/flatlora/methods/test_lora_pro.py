@@ -1,7 +1,9 @@
 """LoRA-Pro against its equations: the nearest update, Adam on the m×n gradient, BF16 moments, sharding."""
 
+import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +226,20 @@ def test_faults_are_told_together():
         LoRAPro([])
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_copies_and_pickles_go_on_as_the_original_would(moments):
+    pairs = some_pairs()
+    optimizer = LoRAPro(pairs, lr=0.05, moments=moments)
+    train(optimizer, pairs, 3)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(optimizer)))
+    train(optimizer, pairs, 2)
+    train(twin, twin.pairs, 2)
+    for one, other in zip(pairs, twin.pairs, strict=True):
+        assert one.name == other.name
+        assert torch.equal(one.A, other.A)
+        assert torch.equal(one.B, other.B)
+
+
 def test_pairs_of_a_model_have_the_backbone_s_names():
     pairs = lora_pairs(tiny_lora())
     assert len(pairs) == 14
@@ -257,6 +273,11 @@ for a, b in zip(alone, sharded):
     tolerance = 1e-3 if sys.argv[1] == "float32" else 3e-2  # smaller batches may round differently
     torch.testing.assert_close(a.A, b.A, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(a.B, b.B, rtol=tolerance, atol=tolerance)
+lone = some_pairs()[:1]
+train(LoRAPro(lone, lr=0.05, shard=True), lone, 1)  # fewer pairs than processes: all get the one that moves
+both = [torch.empty_like(lone[0].B) for _ in range(2)]
+dist.all_gather(both, lone[0].B.detach())
+assert torch.equal(*both) and both[0].any()
 dist.destroy_process_group()
 print("equal")
 """

@@ -1,5 +1,8 @@
 """Adapters that start from W or from data: nothing changes at step 0, and what is saved fits the untouched backbone."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
@@ -50,25 +53,54 @@ def test_a_resumed_run_starts_from_the_same_bytes(adapt, name, dtype, monkeypatc
         raise AssertionError("the start was there")
 
     monkeypatch.setattr(type(methods.method(name)), "begin", must_not_begin)
-    again = adapt(name, dtype=dtype)[0].state_dict()
+    again = adapt(name, dtype=dtype, resumed=True)[0].state_dict()
     assert first.keys() == again.keys()
     for key, value in first.items():
         assert torch.equal(value, again[key]), key
+    with pytest.raises(ConfigError, match="elsewhere is gone: the checkpoint belongs to the start"):
+        adapt(name, dtype=dtype, resumed=True, folder="elsewhere")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_start_without_a_checkpoint_is_computed_anew(adapt, name, monkeypatch):
+    """It may be of a run that was killed at once and whose data have changed since."""
+    adapt(name)
+    begun = []
+    begin = type(methods.method(name)).begin
+    monkeypatch.setattr(type(methods.method(name)), "begin", lambda *args: begun.append(1) or begin(*args))
+    adapt(name)
+    assert begun == [1]
 
 
 @pytest.mark.parametrize("name", MOVING)
-def test_a_checkpoint_is_evaluated_on_the_backbone_that_it_was_trained_on(adapt, name, tmp_path):
+def test_a_bf16_backbone_gives_the_converted_adapter_back_up_to_rounding(adapt, name, tmp_path):
+    model, config, start = adapt(name, dtype=torch.bfloat16)
+    nudge(model)
+    trained = logits(model).float()
+    methods.method(name).save(model, config, tmp_path / "adapter", start)
+    reloaded = logits(PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path / "adapter")).float()
+    assert (reloaded - trained).norm() < 0.05 * trained.norm()
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_checkpoint_is_evaluated_on_the_backbone_that_it_was_trained_on(adapt, name, tmp_path, monkeypatch):
     model, _, _ = adapt(name)
     nudge(model)
     trained = logits(model)
     checkpoint = tmp_path / "checkpoint-5"
     model.save_pretrained(checkpoint)  # as Trainer does
+    starts.mark_checkpoint(checkpoint, tmp_path / "start")
+    monkeypatch.chdir(checkpoint)
+    assert starts.start_of_checkpoint(Path()).resolve() == tmp_path / "start"
     assert starts.start_of_checkpoint(checkpoint) == tmp_path / "start"
     backbone = tiny_llama()
     starts.move_as_started(backbone, tmp_path / "start")
     assert not [n for n, _ in backbone.named_parameters() if "lora_" in n]
     assert torch.equal(logits(PeftModel.from_pretrained(backbone, checkpoint)), trained)
     assert starts.start_of_checkpoint(tmp_path / "adapter") is None
+    shutil.copytree(checkpoint, tmp_path / "copies" / "mine")
+    with pytest.raises(ConfigError, match="fits the backbone less the start of its run"):
+        starts.start_of_checkpoint(tmp_path / "copies" / "mine")
 
 
 def test_load_for_inference_moves_the_backbone_of_a_checkpoint(adapt, tmp_path, tiny_model_folder):
@@ -80,6 +112,7 @@ def test_load_for_inference_moves_the_backbone_of_a_checkpoint(adapt, tmp_path, 
     model = methods.method("pissa").apply(backbone, config_of("pissa"), start)
     nudge(model)
     model.save_pretrained(tmp_path / "checkpoint-2")
+    starts.mark_checkpoint(tmp_path / "checkpoint-2", tmp_path / "start")
     loaded, _, _ = models.load_for_inference(str(tmp_path / "checkpoint-2"), config, torch.device("cpu"))
     torch.testing.assert_close(logits(loaded), logits(model))
 
@@ -97,6 +130,10 @@ def test_quantised_backbones_are_refused(name):
     layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ConfigError, match=f"peft={name} on a quantised backbone .*up_proj is torch.uint8.*unquantised"):
         methods.method(name).apply(backbone, config_of(name), methods.Start(0, batches=batches_of))
+    skeleton = tiny_llama()
+    skeleton.config.quantization_config = {"load_in_4bit": True}  # as a hub model that was saved quantised says
+    with pytest.raises(ConfigError, match=f"peft={name} on a quantised backbone .*config.json"):
+        methods.method(name).check(skeleton, config_of(name))
 
 
 def test_pissa_takes_the_best_rank_r_part(adapt):
@@ -116,7 +153,7 @@ def test_pissa_s_fast_svd_is_near_the_exact_one_and_repeats(adapt):
     )
     for (_, one), (_, two), (_, three) in zip(*map(starts.lora_layers, (exact, fast, again)), strict=True):
         product, near, same = (x.lora_B["default"].weight @ x.lora_A["default"].weight for x in (one, two, three))
-        assert near.norm() == pytest.approx(product.norm().item(), rel=0.02)  # a random W's spectrum is flat
+        assert near.norm().item() == pytest.approx(product.norm().item(), rel=0.02)  # a random W's spectrum is flat
         assert torch.equal(near, same)
 
 
@@ -143,3 +180,12 @@ def test_corda_s_directions_depend_on_the_rows(adapt):
     for (_, one), (_, two) in zip(starts.lora_layers(kpm), starts.lora_layers(ipm), strict=True):
         sizes = [(x.lora_B["default"].weight @ x.lora_A["default"].weight).norm() for x in (one, two)]
         assert sizes[0] < sizes[1]  # what matters least to the rows, against what matters most
+
+
+def test_eva_refuses_batches_that_it_would_wait_for_for_ever(tmp_path):
+    def short(count):
+        for batch in batches_of(count):
+            yield {**batch, "labels": torch.where(torch.arange(10) == 9, batch["labels"], -100)}
+
+    with pytest.raises(ConfigError, match=r"peft\.lora_r=4: none of 2 micro-batches has so many tokens with a label"):
+        methods.method("eva").apply(tiny_llama(), config_of("eva", eva_batches=2), methods.Start(0, batches=short))
