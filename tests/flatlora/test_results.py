@@ -106,7 +106,7 @@ def test_config_yaml_holds_every_key_and_composes_to_the_same_run(experiment):
     claim(folder, one)
     folder.close()
     saved = results.yaml.safe_load((folder.path / "config.yaml").read_text())
-    assert run_exp.parse(saved, run_exp.section_class) == one
+    assert run_exp.parse(saved, run_exp.REGISTRY) == one
 
 
 @pytest.mark.parametrize("settings", [[], ["resume=true"], ["overwrite=true"]])
