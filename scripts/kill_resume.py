@@ -48,15 +48,27 @@ def main() -> int:
         whole, killed = root / "whole", root / "killed"
         startup_s, total_s = undisturbed([*DEFAULTS, *options.settings, f"results_root={whole}"], whole)
         print(f"undisturbed run: {total_s:.0f} s, {startup_s:.0f} s of it before the first step is recorded")
-        # No kill comes later than its share of the training, so that none finds the run finished.
-        latest_s = startup_s + 0.9 * (total_s - startup_s) / options.kills
-        generator = random.Random(options.seed)
-        moments = [generator.uniform(0.9 * startup_s, latest_s) for _ in range(options.kills)]
-        print(f"moments drawn from seed {options.seed}: {', '.join(f'{moment:.1f} s' for moment in moments)}")
+        moments = draw_moments(len(_metrics(_only_run(whole))), startup_s, total_s, options.kills, options.seed)
+        told = ", ".join(f"{delay_s:.2f} s after row {row}" for row, delay_s in moments)
+        print(f"moments drawn from seed {options.seed}: {told}")
         kills = kill_and_resume([*DEFAULTS, *options.settings, f"results_root={killed}"], killed, moments)
         return report(_only_run(whole), _only_run(killed), kills, options.kills)
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+def draw_moments(rows: int, startup_s: float, total_s: float, kills: int, seed: int) -> list[tuple[int, float]]:
+    """(row of metrics.jsonl, seconds after it) of each kill, each in its own share of the rows.
+
+    Rows, not seconds since the start: a machine that is faster than in the undisturbed run would have ended by then.
+    """
+    generator, step_s = random.Random(seed), (total_s - startup_s) / rows
+    moments = []
+    for number in range(kills):
+        first, last = number * rows // kills, max(number * rows // kills, (number + 1) * rows // kills - 3)
+        row = generator.randint(first, last)
+        moments.append((row, generator.uniform(0.3, 0.9) * startup_s if row == 0 else generator.uniform(0, step_s)))
+    return moments
 
 
 def undisturbed(settings: list[str], root: Path) -> tuple[float, float]:
@@ -71,21 +83,24 @@ def undisturbed(settings: list[str], root: Path) -> tuple[float, float]:
     return startup_s, time.monotonic() - started
 
 
-def kill_and_resume(settings: list[str], root: Path, moments: list[float]) -> int:
+def kill_and_resume(settings: list[str], root: Path, moments: list[tuple[int, float]]) -> int:
     """Start or resume the run and kill it at each moment, then let it end; the number of real kills."""
     kills = 0
-    for number, moment in enumerate(moments, start=1):
+    for number, (row, delay_s) in enumerate(moments, start=1):
         process = _command([*settings, "resume=true"], root)
+        while process.poll() is None and _rows_written(root) < row:
+            time.sleep(0.01)
         try:
-            process.wait(timeout=moment)
-            print(f"  {number}. ended by itself before {moment:.1f} s")
+            process.wait(timeout=delay_s)
+            print(f"  {number}. ended by itself before row {row} and {delay_s:.2f} s")
             _refuse_failure(process, root)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
             found = sorted(path.name for path in root.glob("*/*/*/checkpoint-*"))
-            print(f"  {number}. SIGKILL after {moment:.1f} s; there then: {', '.join(found) or 'no checkpoint'}")
+            found = ", ".join(found) or "no checkpoint"
+            print(f"  {number}. SIGKILL {delay_s:.2f} s after row {row}; there then: {found}")
     process = _command([*settings, "resume=true"], root)
     process.wait()
     _refuse_failure(process, root)
@@ -112,6 +127,10 @@ def _refuse_failure(process: subprocess.Popen, root: Path) -> None:
     if process.returncode:
         tail = root.with_suffix(".log").read_text(errors="replace")[-2000:]
         raise SystemExit(f"the run ended with exit code {process.returncode}:\n{tail}")
+
+
+def _rows_written(root: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in root.glob("*/*/*/metrics.jsonl"))
 
 
 def _only_run(root: Path) -> Path:
