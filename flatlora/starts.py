@@ -30,9 +30,9 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
-def load_start(model: PeftModel, folder: Path) -> None:
-    """Give a PEFT model's adapter the values of a start folder."""
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+def load_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
+    """Give an adapter that a PEFT model has the values of a saved one, and change nothing else."""
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
 
 
 @torch.no_grad()

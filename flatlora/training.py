@@ -17,8 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
@@ -39,7 +38,7 @@ from flatlora.config import ConfigError, Experiment
 from flatlora.methods import AdapterMethod, Regulariser, Training
 from flatlora.models import autocast_dtype
 from flatlora.results import MetricsLog, RunFolder, write_json
-from flatlora.starts import mark_checkpoint
+from flatlora.starts import load_adapter, mark_checkpoint
 
 T = TypeVar("T")
 
@@ -236,7 +235,7 @@ class FlatTrainer(Trainer):
             return
         for name in self.model.peft_config:
             folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
-            set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+            load_adapter(self.model, folder, name)
 
     def _graphed_micro_step(self) -> GraphedMicroStep | None:
         """Replayed micro-steps where nothing in them needs the host: one process, one GPU, a decoder-only model."""

@@ -58,10 +58,7 @@ def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) 
     device = torch.device("cuda")
     backbone = random_backbone(layers, device)
     report: dict[str, Any] = {
-        "command": command,
-        "env": results.environment(),
-        "git_sha": results.git_sha(),
-        "model": f"Llama-2-7B's shape, {layers} layers, random weights, LoRA r={RANK} on all linear layers",
+        **report_head(command, layers),
         "passes": measure_passes(backbone, device),
         "losses": compare_losses(backbone, device),
         "steps": {},
@@ -76,6 +73,16 @@ def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) 
         plot_steps(report["steps"], out / "gpu_steps.png")
     console.print(f"written: {out / 'gpu.json'}, {out / 'gpu_steps.png'}", soft_wrap=True)
     return 0
+
+
+def report_head(command: str, layers: int) -> dict[str, Any]:
+    """What was run, where, and on which model."""
+    return {
+        "command": command,
+        "env": results.environment(),
+        "git_sha": results.git_sha(),
+        "model": f"Llama-2-7B's shape, {layers} layers, random weights, r={RANK} on all linear layers",
+    }
 
 
 def random_backbone(layers: int, device: torch.device) -> LlamaForCausalLM:

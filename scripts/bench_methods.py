@@ -33,6 +33,7 @@ from scripts.bench_gpu import (
     free_memory,
     gpu_state,
     random_backbone,
+    report_head,
     shell_of,
     stock_modeling,
 )
@@ -59,13 +60,7 @@ def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) 
     """Measure, print, write `methods.json` into `out`."""
     device = torch.device("cuda")
     backbone = random_backbone(layers, device)
-    report: dict[str, Any] = {
-        "command": command,
-        "env": results.environment(),
-        "git_sha": results.git_sha(),
-        "model": f"Llama-2-7B's shape, {layers} layers, random weights, r={RANK} on all linear layers",
-        "steps": {},
-    }
+    report: dict[str, Any] = {**report_head(command, layers), "steps": {}}
     out.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         rows = report["steps"][shape] = {}

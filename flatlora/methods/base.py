@@ -60,7 +60,7 @@ class Training:
 class AdapterMethod:
     """How a backbone becomes trainable; one instance is registered, so it holds no state of a run.
 
-    `refuses` names the rho methods that it does not go with, and why; "*" stands for all but `off`.
+    `refuses` names the rho methods that it does not go with, and why.
     """
 
     Config: ClassVar[type[PeftConfig]] = PeftConfig
@@ -133,7 +133,7 @@ class Regulariser(TrainerCallback):
     def save_state(self, folder: Path) -> None:
         """Write into a checkpoint what a resume needs; nothing where parameters and optimizer hold it all."""
 
-    def close(self, model: nn.Module | None = None) -> None:
+    def close(self) -> None:
         """Undo what must not outlive the training; harmless at any time."""
 
 
@@ -206,10 +206,7 @@ def owners(section: str, key: str) -> list[str]:
 
 def refusal(peft_method: str, rho_method: str) -> str | None:
     """Why a pair is not run; None where it is."""
-    if rho_method == "off":
-        return None
-    refuses = method(peft_method).refuses
-    return refuses.get(rho_method, refuses.get("*"))
+    return method(peft_method).refuses.get(rho_method)
 
 
 def combination_faults(experiment: Experiment) -> list[tuple[tuple[str, ...], str]]:

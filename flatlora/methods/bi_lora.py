@@ -108,7 +108,7 @@ class BiLoraRegulariser(Regulariser):
     def record(self) -> dict[str, Any]:
         return {"ascent_norm": self._norm.item() if self._norm is not None else 0.0, "radius": self.radius}
 
-    def close(self, model: nn.Module | None = None) -> None:
+    def close(self) -> None:
         """Drop the second branch."""
         if ASCENT in self.model.peft_config:
             self.model.delete_adapter(ASCENT)

@@ -18,7 +18,7 @@ from flatlora.config import ConfigError
 from flatlora.methods.base import Start
 from flatlora.methods.lora import Lora, LoraMethodConfig, find_targets, seeded
 from flatlora.results import write_folder, write_json
-from flatlora.starts import MOVED, load_start, lora_layers, move_weights
+from flatlora.starts import MOVED, load_adapter, lora_layers, move_weights
 
 
 class ComputedStart(Lora):
@@ -46,8 +46,8 @@ class ComputedStart(Lora):
             torch.distributed.broadcast_object_list(answer, src=0)
             known = answer[0]
         if known:
-            adapted = super().apply(model, config, start)
-            load_start(adapted, start.folder)
+            adapted = self.adapt(model, config, start)
+            load_adapter(adapted, start.folder)
         else:
             adapted = self.begin(model, config, start)
             if start.world_size > 1:
@@ -64,21 +64,12 @@ class ComputedStart(Lora):
             move_weights(adapted)
         return adapted
 
+    def adapt(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        """The adapted model as LoRA starts it."""
+        return super().apply(model, config, start)
+
     def begin(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
         """The adapted model with its initial factors, W as it was."""
-        adapted = super().apply(model, config, start)
-        with seeded(start.seed, adapted):
-            for _, layer in lora_layers(adapted):
-                original = layer.get_base_layer().weight.data
-                layer.get_base_layer().weight.data = original.clone()  # PEFT's code moves the weight, in place or not
-                self.initialise(layer, config)
-                layer.get_base_layer().weight.data = original
-                for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
-                    factor.data = factor.data.float().contiguous()
-        return adapted
-
-    def initialise(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
-        """Set the factors of one layer; its weight may be moved."""
         raise NotImplementedError
 
     def save(self, model: nn.Module, config: LoraMethodConfig, folder: Path, start: Start) -> None:
@@ -95,6 +86,27 @@ class ComputedStart(Lora):
     @staticmethod
     def _factors(model: nn.Module) -> list[nn.Parameter]:
         return [p for n, p in model.named_parameters() if "lora_" in n]
+
+
+class LayerwiseStart(ComputedStart):
+    """A start that PEFT's code computes layer by layer."""
+
+    def begin(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        """The adapted model with its initial factors, W as it was."""
+        adapted = self.adapt(model, config, start)
+        with seeded(start.seed, adapted):
+            for _, layer in lora_layers(adapted):
+                original = layer.get_base_layer().weight.data
+                layer.get_base_layer().weight.data = original.clone()  # PEFT's code moves the weight, in place or not
+                self.initialise(layer, config)
+                layer.get_base_layer().weight.data = original
+                for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+                    factor.data = factor.data.float().contiguous()
+        return adapted
+
+    def initialise(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
+        """Set the factors of one layer; its weight may be moved."""
+        raise NotImplementedError
 
 
 def refuse_quantised(model: nn.Module, targets: list[str], name: str) -> None:

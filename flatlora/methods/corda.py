@@ -15,7 +15,7 @@ from torch import nn
 
 from flatlora.config import setting
 from flatlora.methods.base import Start, register
-from flatlora.methods.computed_start import ComputedStart
+from flatlora.methods.computed_start import LayerwiseStart
 from flatlora.methods.lora import LoraMethodConfig
 
 _KEYS = ("input_ids", "attention_mask", "labels")
@@ -27,7 +27,7 @@ class CordaMethodConfig(LoraMethodConfig):
 
 
 @register("corda")
-class Corda(ComputedStart):
+class Corda(LayerwiseStart):
     Config = CordaMethodConfig
 
     def settings(self, model: nn.Module, config: CordaMethodConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from flatlora.config import ConfigError, setting
 from flatlora.methods.base import Start, register
 from flatlora.methods.computed_start import ComputedStart
-from flatlora.methods.lora import Lora, LoraMethodConfig, rank_setting, seeded
+from flatlora.methods.lora import LoraMethodConfig, rank_setting, seeded
 
 
 class EvaMethodConfig(LoraMethodConfig):
@@ -39,7 +39,7 @@ class Eva(ComputedStart):
         return super().settings(model, config) | {"init_lora_weights": "eva", "eva_config": eva}
 
     def begin(self, model: nn.Module, config: EvaMethodConfig, start: Start) -> nn.Module:
-        adapted = Lora.apply(self, model, config, start)
+        adapted = self.adapt(model, config, start)
         mode = adapted.training
         rank = adapted.peft_config["default"].r
         taken = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -48,9 +47,3 @@ class FlatRegulariser(FlatLoraCallback, Regulariser):
         if perturbation is None:
             return {}
         return {"mode": perturbation.mode, "layers": len(perturbation.layers), "drift": perturbation.drift()}
-
-    def save_state(self, folder: Path) -> None:
-        FlatLoraCallback.save_state(self, folder)
-
-    def close(self, model: nn.Module | None = None) -> None:
-        FlatLoraCallback.close(self)

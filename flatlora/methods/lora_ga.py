@@ -20,14 +20,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora.config import setting
 from flatlora.methods.base import Start, register
 from flatlora.methods.computed_start import ComputedStart
-from flatlora.methods.lora import LoraMethodConfig, find_targets, rank_setting, seeded
+from flatlora.methods.lora import LoraMethodConfig, find_targets, rank_of, rank_setting, seeded
 from flatlora.starts import lora_layers
 
 
@@ -55,19 +54,13 @@ class LoraGa(ComputedStart):
             gradients = mean_gradients(model, group, start.batches(config.ga_batches), start.world_size)
             for name in group:
                 with seeded(start.seed, model):
-                    starts[name] = start_factors(gradients.pop(name), self._rank(model, config), config.ga_gamma)
-        adapted = super(ComputedStart, self).apply(model, config, start)
+                    starts[name] = start_factors(gradients.pop(name), rank_of(model, config), config.ga_gamma)
+        adapted = self.adapt(model, config, start)
         for name, layer in lora_layers(adapted):
             A, B = starts[name.removeprefix("base_model.model.")]
             layer.lora_A["default"].weight.data.copy_(A)
             layer.lora_B["default"].weight.data.copy_(B)
         return adapted
-
-    def _rank(self, model: nn.Module, config: LoraGaConfig) -> int:
-        return self.peft_config(model, config).r
-
-    def initialise(self, layer: LoraLayer, config: LoraGaConfig) -> None:
-        raise NotImplementedError("LoRA-GA starts all layers of a group from one pass over the data")
 
 
 def start_factors(gradient: torch.Tensor, rank: int, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:

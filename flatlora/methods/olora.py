@@ -8,12 +8,12 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora.config import ConfigError
 from flatlora.methods.base import register
-from flatlora.methods.computed_start import ComputedStart
+from flatlora.methods.computed_start import LayerwiseStart
 from flatlora.methods.lora import LoraMethodConfig, find_targets
 
 
 @register("olora")
-class Olora(ComputedStart):
+class Olora(LayerwiseStart):
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         super().check(skeleton, config)
         targets = find_targets(skeleton, config.target_modules)

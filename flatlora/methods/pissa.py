@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 from flatlora.config import setting
 from flatlora.methods.base import register
-from flatlora.methods.computed_start import ComputedStart
+from flatlora.methods.computed_start import LayerwiseStart
 from flatlora.methods.lora import LoraMethodConfig
 
 
@@ -18,7 +18,7 @@ class PissaConfig(LoraMethodConfig):
 
 
 @register("pissa")
-class Pissa(ComputedStart):
+class Pissa(LayerwiseStart):
     Config = PissaConfig
 
     def initialise(self, layer: LoraLayer, config: PissaConfig) -> None:

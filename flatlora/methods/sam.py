@@ -66,6 +66,6 @@ class SamRegulariser(Regulariser):
     def record(self) -> dict[str, Any]:
         return {"gradients_a_step": 2}
 
-    def close(self, model: nn.Module | None = None) -> None:
+    def close(self) -> None:
         """An interrupted step leaves the parameters where it began."""
         self.descend()
