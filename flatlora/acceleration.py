@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flatlora import kernels
@@ -27,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a token without loss, as transformers has it
 _HEAD_ROWS = 1024  # tokens whose logits are in memory at a time
-_TRIES = 2  # to capture a shape: what a library sets up at its first call may forbid the first one
 _GRAPHS = 16  # shapes of micro-batches that are captured; further ones run without a graph
 _GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
 
@@ -45,6 +46,9 @@ def accelerate(model: nn.Module, device: torch.device) -> list[str]:
         return done
     if _apply_liger(base):
         done.append("Liger RMSNorm, RoPE and SwiGLU")
+    if _attends_to_all_before(base):
+        base.model.forward = _forward_without_mask(base.model)
+        done.append("causal attention without a mask")
     if _has_frozen_linear_head(base):
         base.forward = _forward_without_logits(base)
         done.append("chunked cross entropy")
@@ -91,6 +95,40 @@ def _with_rotary(original: Callable[..., Any], modeling: ModuleType, rotary: Cal
             return original(*args, **kwargs)
         finally:
             setattr(modeling, _ROTARY, plain)
+
+    return forward
+
+
+# torch's attention under a name for which transformers builds no mask: torch's own causal flag is faster than a mask of
+# the same meaning, and transformers gives the flag up while a CUDA graph is captured.
+_MASKLESS = "flatlora_sdpa_without_mask"
+AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
+
+
+def _attends_to_all_before(base: nn.Module) -> bool:
+    """Whether every layer is causal attention by torch's kernels, without a window or chunks."""
+    config = base.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    plain = kinds == {"full_attention"} and not windowed and not getattr(config, "is_encoder_decoder", False)
+    return plain and config._attn_implementation == "sdpa" and isinstance(getattr(base, "model", None), nn.Module)
+
+
+def _forward_without_mask(decoder: nn.Module) -> Callable[..., Any]:
+    original = decoder.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        alone = not args[1:] and all(kwargs.get(name) is None for name in ("past_key_values", "position_ids"))
+        if not decoder.training or attention_mask is not None or not alone:
+            given = {} if attention_mask is None else {"attention_mask": attention_mask}
+            return original(*args, **given, **kwargs)
+        config, usual = decoder.config, decoder.config._attn_implementation
+        config._attn_implementation = _MASKLESS
+        try:
+            return original(*args, **kwargs)
+        finally:
+            config._attn_implementation = usual
 
     return forward
 
@@ -232,24 +270,22 @@ class GraphedMicroStep:
         parts = flat.split([p.numel() for p in self.parameters])
         self._gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
         self._graphs: dict[Hashable, _Captured | None] = {}
-        self._tries: dict[Hashable, int] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(flat.device)  # of all trials and captures
 
     def __call__(self, inputs: dict[str, torch.Tensor], state: Hashable = None) -> torch.Tensor:
         """Loss of a micro-batch, its gradients added to the parameters'.
 
         `state` names whatever else decides which kernels run, such as whether the weights are perturbed. A shape that
-        CUDA refuses to capture is named in the log, tried once more, and then runs without a graph.
+        CUDA refuses to capture is named in the log and runs without a graph.
         """
         if self.parameters[0].grad is not self._gradients[0]:  # the optimizer step has let go of the old ones
             self.restart()
         key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
-        if self._graphs.get(key) is None:
+        if key not in self._graphs:
             tokens = max(tensor.numel() for tensor in inputs.values())
-            tries = self._tries.get(key, 0)
-            if tokens > _GRAPH_TOKENS or tries == _TRIES or (not tries and len(self._graphs) >= _GRAPHS):
+            if tokens > _GRAPH_TOKENS or len(self._graphs) >= _GRAPHS:
                 return self._run(inputs).detach()
-            self._tries[key] = tries + 1
             self._graphs[key] = self._try_capture(inputs)
         if self._graphs[key] is None:
             return self._run(inputs).detach()
@@ -284,22 +320,24 @@ class GraphedMicroStep:
         return sum(graph is not None for graph in self._graphs.values())
 
     def _try_capture(self, inputs: dict[str, torch.Tensor]) -> _Captured | None:
-        """Run the micro-step to compile and allocate what it needs, then record it; neither leaves a trace."""
+        """Run the micro-step to compile and allocate what it needs, then record it; neither leaves a trace.
+
+        All on one stream: the trial's autograd graph may outlive it (an import that failed within it and was logged
+        keeps the frames it failed in), and a capture may not wait for another stream, which the nodes that gather
+        the parameters' gradients would make it do.
+        """
+        device, stream, caller = self.gradient.device, self._stream, torch.cuda.current_stream(self.gradient.device)
         static = {name: tensor.clone() for name, tensor in inputs.items()}
-        gradient, generator = self.gradient.clone(), torch.cuda.get_rng_state(self.gradient.device)
-        self._run(static)  # what libraries set up at their first call, they set up here
-        stream = torch.cuda.Stream(self.gradient.device)
-        stream.wait_stream(torch.cuda.current_stream())
+        gradient, generator = self.gradient.clone(), torch.cuda.get_rng_state(device)
+        stream.wait_stream(caller)
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self._run(static)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize(self.gradient.device)
-        # A trial's autograd graph that some cycle keeps (an import that failed within it, say) remembers the stream of
-        # the loop, and a capture may not wait for that one.
+        caller.wait_stream(stream)
+        torch.cuda.synchronize(device)
         gc.collect()
         torch.cuda.empty_cache()  # the graph's own pool takes the room of what the trial runs used
-        current, graph = torch.cuda.current_stream(self.gradient.device), torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may go on as they like: the loader's pins memory, autograd's loads kernels.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
@@ -307,12 +345,13 @@ class GraphedMicroStep:
             captured = _Captured(graph, static, loss)
         except torch.AcceleratorError as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-            logger.warning("No CUDA graph of %s at this try: %s", shapes, str(error).splitlines()[0])
+            cause = error.__context__ or error  # the end of a broken capture says only that it is broken
+            logger.warning("No CUDA graph of %s: %s", shapes, str(cause).partition("\n")[0])
             captured = None
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind, and its pool half open
+            torch.cuda.set_stream(caller)  # a capture that fails leaves its own stream behind, and its pool half open
             self._pool = torch.cuda.graph_pool_handle()
         self.gradient.copy_(gradient)
-        torch.cuda.set_rng_state(generator, self.gradient.device)
+        torch.cuda.set_rng_state(generator, device)
         return captured
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from transformers import masking_utils
 from transformers.models.llama import modeling_llama
 
 import run_exp
@@ -37,6 +38,66 @@ def test_only_this_model_is_changed():
     accelerate(tiny_lora().to(CUDA), CUDA)
     assert all(getattr(modeling_llama, name) is value for name, value in before.items())
     tiny_lora()(torch.arange(3, 9)[None])  # on the CPU, where no kernel of Liger's runs
+
+
+class TestWithoutMask:
+    """On the CPU, where the same attention function runs."""
+
+    @pytest.fixture
+    def masks(self, monkeypatch):
+        """What each call of torch's attention got as (mask, causal flag)."""
+        seen, plain = [], nn.functional.scaled_dot_product_attention
+
+        def watched(*args, attn_mask=None, is_causal=False, **kwargs):
+            seen.append((attn_mask is not None, is_causal))
+            return plain(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+        return seen
+
+    @pytest.fixture
+    def capturing(self, monkeypatch):
+        """transformers' own way to see a capture; from then on it wants a mask."""
+        monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+
+    @pytest.mark.usefixtures("capturing")
+    def test_no_mask_is_built_and_nothing_else_changes(self, masks):
+        model, ids = tiny_lora().train(), torch.arange(3, 19)[None]
+        base = model.get_base_model()
+        assert acceleration._attends_to_all_before(base)
+        expected = model(ids, labels=ids).loss
+        base.model.forward = acceleration._forward_without_mask(base.model)
+        masks.clear()
+        assert torch.equal(model(ids, labels=ids).loss, expected)
+        assert set(masks) == {(False, True)}
+        assert base.config._attn_implementation == "sdpa"
+
+    def test_a_mask_that_is_given_holds(self, masks):
+        model, ids = tiny_lora().train(), torch.arange(3, 35).view(2, 16)
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+        expected = model(ids, attention_mask=mask).logits
+        base = model.get_base_model()
+        base.model.forward = acceleration._forward_without_mask(base.model)
+        masks.clear()
+        assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+        assert set(masks) == {(True, False)}
+
+    def test_generation_is_as_before(self):
+        model, ids = tiny_lora().eval(), torch.arange(3, 9)[None]
+        expected = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+        base = model.get_base_model()
+        base.model.forward = acceleration._forward_without_mask(base.model)
+        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False), expected)
+
+    def test_windows_and_other_kernels_keep_theirs(self):
+        base = tiny_lora().get_base_model()
+        base.config.sliding_window = 8
+        assert not acceleration._attends_to_all_before(base)
+        base.config.sliding_window, base.config.layer_types = None, ["full_attention", "sliding_attention"]
+        assert not acceleration._attends_to_all_before(base)
+        base.config.layer_types, base.config._attn_implementation = None, "eager"
+        assert not acceleration._attends_to_all_before(base)
 
 
 class TestHead:
