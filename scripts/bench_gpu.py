@@ -281,7 +281,9 @@ def first_bytes(backbone: nn.Module) -> torch.Tensor:
 
 
 def free_memory() -> None:
+    """As in a new process: a stream's cuBLAS workspaces (64 MiB) would outlive the contender that had the stream."""
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 
 
