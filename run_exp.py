@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 import data
 import eval as benchmarks
-from data import tokens
+from data import cache, tokens
 from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
 from flatlora import acceleration, checkpoint, commandline, console, methods, models, results, training
@@ -199,12 +199,7 @@ class Inputs:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     rows: tokens.Prepared
-    test: list[data.Row]
-
-    @property
-    def data_sha256(self) -> str:
-        """Hash of all token ids that training and validation read."""
-        return tokens.fingerprint(self.rows)
+    data_sha256: str  # of all token ids that training and validation read
 
 
 def prepare(experiment: Experiment, device: torch.device) -> Inputs:
@@ -216,13 +211,14 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     tokenizer = models.load_tokenizer(experiment.model)
     methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft)
     models.check_weights(experiment.model, device)
-    splits = data.loader(experiment.dataset.loader).load(
-        experiment.dataset, experiment.data_root, lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    counting = getattr(experiment.dataset, "limit_tokenizer", None)
+    counting = models.load_tokenizer(experiment.model.counting_with(counting)) if counting else None
+    rows = training.main_process_first(
+        lambda: cache.prepared(experiment.dataset, experiment.data_root, tokenizer, counting), device
     )
     for name in experiment.eval:
-        benchmarks.evaluator(name).check_rows(splits.test, f"dataset {experiment.dataset.name}, test rows")
-    rows = tokens.prepare(splits, tokenizer, experiment.dataset.max_length)
-    return Inputs(device, tokenizer, rows, splits.test)
+        benchmarks.evaluator(name).check_rows(rows.test, f"dataset {experiment.dataset.name}, test rows")
+    return Inputs(device, tokenizer, rows, rows.sha256)
 
 
 def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> int:
@@ -265,7 +261,7 @@ def train_and_score(
 ) -> None:
     """The run itself; fills `record` as it goes."""
     if training.is_main_process():
-        results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.test))
+        results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
     backbone = models.load_backbone(experiment.model, inputs.device)
     collate = tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id)
     method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, collate, resume_from)
@@ -300,7 +296,7 @@ def train_and_score(
             with results.write_folder(folder.adapter) as staging:
                 method.save(model, experiment.peft, staging, start)
                 inputs.tokenizer.save_pretrained(staging)
-            record["metrics"].update(score(experiment, model, inputs.tokenizer, inputs.test, folder))
+            record["metrics"].update(score(experiment, model, inputs.tokenizer, inputs.rows.test, folder))
     record["status"] = "finished"
 
 
@@ -337,7 +333,7 @@ def score(experiment: Experiment, model, tokenizer, rows: list[dict[str, str]], 
 def describe(experiment: Experiment) -> list[tuple[str, str]]:
     """What a run would do and load, for a dry run."""
     loader, optim = data.loader(experiment.dataset.loader), experiment.optim
-    source = f" from {experiment.data_root or 'hub'}" if hasattr(loader, "HUB_ID") else ""  # else it is generated
+    source = f" from {experiment.data_root or 'hub'}" if loader.sources(experiment.dataset) else ""  # else generated
     return [
         ("run folder", str(RunFolder.of(experiment).path)),
         ("model", models.describe_source(experiment.model)),

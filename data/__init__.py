@@ -1,8 +1,15 @@
 """Data sets, one file a family: load → format → split.
 
-A loader module has `Config` (its config section), `load(config, data_root, count_tokens) -> Splits` and
-`describe(config)`. Rows are {"x", "y"}: the prompt and the answer to be learned; the text of a row is
-x + " " + y + end-of-sequence, with the loss on y.
+A loader module has
+
+    Config                                          its config section
+    VERSION                                         raised whenever the same config and files give other rows
+    sources(config) -> list[Source]                 the public splits that it reads; none where rows are generated
+    load(config, data_root, count_tokens) -> Splits
+    describe(config) -> str
+
+Rows of text are {"x", "y"}: the prompt and the answer to be learned; the text of a row is x + " " + y +
+end-of-sequence, with the loss on y. A row to be scored by the likelihood of its possible answers also has "choices".
 """
 
 from __future__ import annotations
@@ -11,16 +18,17 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_SHARED = ("tokens", "selection")  # modules of this package that are not loaders
+# Modules of this package that are not loaders.
+_SHARED = ("__main__", "cache", "instructions", "selection", "templates", "tokens")
 
-Row = dict[str, str]
-CountTokens = Callable[[list[str]], list[int]]  # lengths of texts in the run's own tokenizer
+Row = dict[str, Any]
+CountTokens = Callable[[list[str]], list[int]]  # lengths of texts, counted by `dataset.limit_tokenizer`
 
 
 class Splits(NamedTuple):
-    """Rows of a data set; no row stands in two of them."""
+    """Rows of a data set; none of `train` stands in `validation` too."""
 
     train: list[Row]
     validation: list[Row]

@@ -6,47 +6,46 @@ The hub has no validation split: the `validation_rows` train rows that follow th
 
 from __future__ import annotations
 
-from typing import Literal
-
 from data import CountTokens, Row, Splits
-from data.selection import ordered, split_train_validation, take
-from flatlora.config import DatasetConfig, setting
-from flatlora.rows import gather, read_rows
+from data.instructions import Example, InstructionConfig, learned_rows
+from data.selection import ordered, take
+from data.templates import Template, prompt
+from flatlora.config import setting
+from flatlora.rows import Source, gather, read_rows
 
+VERSION = 1
 HUB_ID, CONFIG = "openai/gsm8k", "main"
 
 
-class Config(DatasetConfig):
-    train_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
+class Config(InstructionConfig):
     validation_rows: int = setting(100, ge=0)
     test_rows: int | None = setting(None, ge=1, remedy="null takes all 1,319 rows")
-    subset: Literal["first", "shuffled"] = "first"
-    revision: str | None = None
+    template: Template = "qa"
 
 
-def format_row(row: Row) -> Row:
-    """The published prompt of Flat-LoRA and LoRA-GA."""
-    return {"x": f"Q: {row['question']}\nA: ", "y": row["answer"]}
-
-
-def read_split(split: str, data_root: str | None, revision: str | None = None) -> list[Row]:
-    """One formatted split of the hub or of `data_root`."""
-    rows = read_rows(HUB_ID, CONFIG, split, columns=("question", "answer"), revision=revision, data_root=data_root)
-    return [format_row(row) for row in rows]
+def sources(config: Config) -> list[Source]:
+    return [Source(HUB_ID, CONFIG, split, config.revision) for split in ("train", "test")]
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
+    train, test = sources(config)
+
     def learned() -> tuple[list[Row], list[Row]]:
-        rows = ordered(read_split("train", data_root, config.revision), config.subset)
-        return split_train_validation(rows, config.train_rows, config.validation_rows)
+        rows = ordered(_read(train, data_root), config.subset)
+        return learned_rows((Example(row["question"], row["answer"]) for row in rows), config, count_tokens)
 
-    (train, validation), test = gather(learned, lambda: read_test(config, data_root, config.revision))
-    return Splits(train, validation, test)
+    (train_rows, validation), asked = gather(learned, lambda: read_test(test, config, data_root))
+    return Splits(train_rows, validation, asked)
 
 
-def read_test(config: Config, data_root: str | None, revision: str | None = None) -> list[Row]:
-    """The first `config.test_rows` rows of GSM8K's test split."""
-    return take(read_split("test", data_root, revision), config.test_rows, name="dataset.test_rows")
+def read_test(source: Source, config: Config, data_root: str | None) -> list[Row]:
+    """The first `config.test_rows` rows of GSM8K's test split, in the config's prompt."""
+    rows = [{"x": prompt(config.template, row["question"]), "y": row["answer"]} for row in _read(source, data_root)]
+    return take(rows, config.test_rows, name="dataset.test_rows")
+
+
+def _read(source: Source, data_root: str | None) -> list[Row]:
+    return read_rows(source, columns=("question", "answer"), data_root=data_root)
 
 
 def describe(config: Config) -> str:

@@ -1,51 +1,55 @@
 """MetaMathQA (Yu et al. 2023), the rows that were made from GSM8K. Hub: meta-math/MetaMathQA, split train.
 
 As the published code prepares it: rows whose type contains "GSM"; the response up to "\\nThe answer is:"; prompt and
-response together below `max_tokens` tokens; the first 100,000 to train and the next 10,000 to validate. Deviation:
-tokens are counted with the run's own tokenizer. Scored on GSM8K's test split.
+response together below `max_tokens` tokens; the first 100,000 to train and the next 10,000 to validate. LoRA-Pro's form
+(`template=alpaca`) keeps the full response. Scored on GSM8K's test split in the same prompt.
+
+Deviation: tokens are counted with the model's own tokenizer unless `limit_tokenizer` names another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
+from typing import Literal
 
 from data import CountTokens, Row, Splits, gsm8k
-from data.selection import batched, ordered, split_train_validation
+from data.instructions import Example, learned_rows
+from data.selection import ordered
 from flatlora.config import setting
-from flatlora.rows import gather, read_rows
+from flatlora.rows import Source, gather, read_rows
 
+VERSION = 1
 HUB_ID, CONFIG = "meta-math/MetaMathQA", "default"
 
 
 class Config(gsm8k.Config):
     train_rows: int | None = setting(100_000, ge=1, remedy="null takes all rows")
     validation_rows: int = setting(10_000, ge=0)
-    max_tokens: int = setting(512, ge=8, remedy="512 as published")  # rows this long or longer are left out
+    max_tokens: int | None = setting(512, ge=8, remedy="512 as published, null keeps rows of every length")
+    response: Literal["by_template", "cut", "full"] = "by_template"  # cut for qa, full for alpaca
 
 
-def format_row(row: Row) -> Row:
-    return {"x": f"Q: {row['query']}\nA: ", "y": row["response"].split("\nThe answer is:")[0]}
+def sources(config: Config) -> list[Source]:
+    return [Source(HUB_ID, CONFIG, "train", config.revision), Source(gsm8k.HUB_ID, gsm8k.CONFIG, "test")]
+
+
+def examples(rows: list[Row], config: Config) -> Iterator[Example]:
+    """The rows made from GSM8K, their responses as the config has them."""
+    full = config.response == "full" or (config.response == "by_template" and config.template == "alpaca")
+    for row in rows:
+        if "GSM" in row["type"]:
+            yield Example(row["query"], row["response"] if full else row["response"].split("\nThe answer is:")[0])
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
+    train, test = sources(config)
+
     def learned() -> tuple[list[Row], list[Row]]:
-        columns = ("type", "query", "response")
-        rows = read_rows(HUB_ID, CONFIG, "train", columns=columns, revision=config.revision, data_root=data_root)
-        formatted = (format_row(row) for row in ordered(rows, config.subset) if "GSM" in row["type"])
-        wanted = None if config.train_rows is None else config.train_rows + config.validation_rows
-        kept = list(islice(shorter_than(config.max_tokens, formatted, count_tokens), wanted))
-        return split_train_validation(kept, config.train_rows, config.validation_rows)
+        rows = read_rows(train, columns=("type", "query", "response"), data_root=data_root)
+        return learned_rows(examples(ordered(rows, config.subset), config), config, count_tokens)
 
-    (train, validation), test = gather(learned, lambda: gsm8k.read_test(config, data_root))
-    return Splits(train, validation, test)
-
-
-def shorter_than(limit: int, rows: Iterable[Row], count_tokens: CountTokens) -> Iterator[Row]:
-    """Rows whose text x + " " + y has fewer than `limit` tokens, in order; counted a thousand rows at a time."""
-    for batch in batched(rows, 1000):
-        counts = count_tokens([f"{row['x']} {row['y']}" for row in batch])
-        yield from (row for row, count in zip(batch, counts, strict=True) if count < limit)
+    (train_rows, validation), asked = gather(learned, lambda: gsm8k.read_test(test, config, data_root))
+    return Splits(train_rows, validation, asked)
 
 
 def describe(config: Config) -> str:

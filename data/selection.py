@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
+from data import Row
 from flatlora.config import ConfigError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -31,20 +34,51 @@ def ordered(rows: Sequence[T], subset: str, seed: int = 0) -> list[T]:
     return rows
 
 
-def split_train_validation(rows: Sequence[T], train_rows: int | None, validation_rows: int) -> tuple[list[T], list[T]]:
+def split_train_validation(
+    rows: Iterable[Row], train_rows: int | None, validation_rows: int
+) -> tuple[list[Row], list[Row]]:
     """The first `train_rows` rows and the next `validation_rows`; null train rows are all but the validation's.
+
+    A row that repeats one of the train rows does not validate: the next one takes its place, and where none is left,
+    there are fewer. Reads no further than it must.
 
     Raises:
         ConfigError: there are fewer, or none at all.
     """
-    if not rows:
+    repeated: list[Row] = []
+    if train_rows is None:
+        rows = list(rows)
+        train_rows = max(1, len(rows) - validation_rows)
+        train, rest = rows[:train_rows], rows[train_rows:]
+        enough = rest  # those that repeat a train row are among those asked for
+        kept = list(_unseen(rest, train, repeated))
+    else:
+        rows = iter(rows)
+        train = list(islice(rows, train_rows))
+        enough = kept = list(islice(_unseen(rows, train, repeated), validation_rows))
+    if not train:
         raise ConfigError(
             ["Empty data set: the loader keeps none of its train rows; raise its limits, such as dataset.max_tokens."]
         )
-    if train_rows is None:
-        train_rows = max(1, len(rows) - validation_rows)
-    train = take(rows, train_rows, name="dataset.train_rows")
-    return train, take(rows[len(train) :], validation_rows, name="dataset.validation_rows", remedy="lower it")
+    take(train, train_rows, name="dataset.train_rows")
+    take(enough, validation_rows, name="dataset.validation_rows", remedy="lower it")
+    if repeated:
+        logger.warning("%d rows stand among the train rows already and do not validate.", len(repeated))
+    return train, kept
+
+
+def _unseen(rows: Iterable[Row], train: Sequence[Row], repeated: list[Row]) -> Iterator[Row]:
+    seen = {row_key(row) for row in train}
+    for row in rows:
+        if row_key(row) in seen:
+            repeated.append(row)
+        else:
+            yield row
+
+
+def row_key(row: Row) -> tuple[str, str]:
+    """What makes two rows the same."""
+    return row["x"], row["y"]
 
 
 def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -30,51 +30,124 @@ IGNORED = -100  # label of a token without loss
 _ROWS_AT_ONCE = 1000
 
 
-@dataclass
 class TokenRows(Dataset):
-    """Token ids of rows: `prompts` and `answers`, equally long lists of lists."""
+    """Token ids of rows, kept flat: a list of ints takes nine times the memory, and a cache file holds what is here.
 
-    prompts: list[list[int]]
-    answers: list[list[int]]
-    cut: int = 0  # rows that were longer than the limit
-    dropped: int = 0  # rows whose prompt alone left no room for an answer
-    lengths: list[int] = field(init=False)
+    Args:
+        ids: INT32, prompt and answer of row after row.
+        prompt_lengths, answer_lengths: INT32, tokens of each.
+        cut: rows that were longer than the limit.
+        dropped: rows whose prompt alone left no room for an answer.
+    """
 
-    def __post_init__(self) -> None:
-        self.lengths = [len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
+    def __init__(
+        self,
+        ids: np.ndarray,
+        prompt_lengths: np.ndarray,
+        answer_lengths: np.ndarray,
+        *,
+        cut: int = 0,
+        dropped: int = 0,
+    ) -> None:
+        self.ids, self.prompt_lengths, self.answer_lengths = ids, prompt_lengths, answer_lengths
+        self.cut, self.dropped = cut, dropped
+        totals = prompt_lengths + answer_lengths
+        self.lengths: list[int] = totals.tolist()
+        self._starts = np.concatenate([[0], np.cumsum(totals, dtype=np.int64)])
+
+    @classmethod
+    def of(cls, prompts: Sequence[list[int]], answers: Sequence[list[int]], **counts: int) -> TokenRows:
+        """From lists of ids, equally many of both."""
+        rows = [ids for pair in zip(prompts, answers, strict=True) for ids in pair]
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, sum(map(len, rows)))
+        lengths = np.array([len(ids) for ids in rows], np.int32)
+        return cls(flat, lengths[0::2].copy(), lengths[1::2].copy(), **counts)
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"prompt": self.prompts[index], "answer": self.answers[index]}
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)  # ends a loop over the rows
+        start, stop = self._starts[index % len(self)], self._starts[index % len(self) + 1]
+        middle = start + self.prompt_lengths[index]
+        return {"prompt": self.ids[start:middle].tolist(), "answer": self.ids[middle:stop].tolist()}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What makes the same rows again."""
+        counts = np.array([self.cut, self.dropped], np.int32)
+        return {
+            "ids": self.ids,
+            "prompt_lengths": self.prompt_lengths,
+            "answer_lengths": self.answer_lengths,
+            "counts": counts,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> TokenRows:
+        cut, dropped = arrays["counts"].tolist()
+        lengths = arrays["prompt_lengths"], arrays["answer_lengths"]
+        return cls(arrays["ids"], *lengths, cut=cut, dropped=dropped)
 
 
-def tokenise(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:
-    """Ids of all rows, cut at `max_length` tokens (prompt + answer); a thousand rows a tokenizer call."""
-    result = TokenRows([], [])
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    """Ids of each text, `special` tokens (a beginning of the sequence) included: as the tokenizer's own call gives.
+
+    Fast tokenizers encode on all cores, without the masks and objects that a call makes besides.
+    """
+    if not tokenizer.is_fast:
+        return tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
+
+
+def tokenise(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> TokenRows:
+    """Ids of all rows, cut at `max_length` tokens (prompt + answer); `on_progress` gets the number of rows done."""
+    prompts, answers, cut, dropped = [], [], 0, 0
     for batch in batched(rows, _ROWS_AT_ONCE):
-        prompts = tokenizer([prompt_text(row["x"]) for row in batch])["input_ids"]
-        answers = tokenizer([row["y"] for row in batch], add_special_tokens=False)["input_ids"]
-        for prompt, answer in zip(prompts, answers, strict=True):
-            answer = [*answer, tokenizer.eos_token_id]
+        found = zip(
+            encode(tokenizer, [prompt_text(row["x"]) for row in batch]),
+            encode(tokenizer, [row["y"] for row in batch], special=False),
+            strict=True,
+        )
+        for prompt, answer in found:
+            answer.append(tokenizer.eos_token_id)
             room = max_length - len(prompt)
-            result.cut += len(answer) > room
+            cut += len(answer) > room
             if room < 1:
-                result.dropped += 1
+                dropped += 1
                 continue
-            result.prompts.append(prompt)
-            result.answers.append(answer[:room])
-    result.__post_init__()
-    if result.cut:
+            prompts.append(prompt)
+            answers.append(answer[:room])
+        on_progress(len(batch))
+    if cut:
         logger.warning(
             "%d rows are longer than dataset.max_length=%d tokens: %d lose the end of their answer, %d are left out.",
-            result.cut,
+            cut,
             max_length,
-            result.cut - result.dropped,
-            result.dropped,
+            cut - dropped,
+            dropped,
         )
-    return result
+    return TokenRows.of(prompts, answers, cut=cut, dropped=dropped)
+
+
+def tokenise_reference(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:
+    """Slow twin of `tokenise`: one call of the tokenizer for each prompt and each answer."""
+    pairs = []
+    for row in rows:
+        prompt = tokenizer(prompt_text(row["x"]))["input_ids"]
+        answer = [*tokenizer(row["y"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        pairs.append((prompt, answer[: max(0, max_length - len(prompt))], len(prompt) + len(answer) > max_length))
+    kept = [(prompt, answer) for prompt, answer, _ in pairs if answer]
+    cut = sum(longer for _, _, longer in pairs)
+    return TokenRows.of([p for p, _ in kept], [a for _, a in kept], cut=cut, dropped=len(pairs) - len(kept))
 
 
 @dataclass(frozen=True)
@@ -125,13 +198,29 @@ class Seq2SeqCollator:
 
 
 class Prepared(NamedTuple):
-    """Token ids of what training reads."""
+    """What a run on text reads: token ids to learn from, rows to be scored at the end."""
 
     train: TokenRows
     validation: TokenRows
+    test: list[Row]
+
+    @property
+    def sha256(self) -> str:
+        """Of all token ids that training and validation read, and where each begins."""
+        digest = hashlib.sha256()
+        for rows in (self.train, self.validation):
+            for array in (rows.prompt_lengths, rows.answer_lengths, rows.ids):
+                digest.update(len(array).to_bytes(8, "little"))
+                digest.update(np.ascontiguousarray(array, "<i4").data)
+        return digest.hexdigest()
 
 
-def prepare(splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Prepared:
+def prepare(
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Prepared:
     """Tokenise the train and validation rows.
 
     Raises:
@@ -144,25 +233,18 @@ def prepare(splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int)
                 "each answer; choose a model whose tokenizer has one."
             ]
         )
-    prepared = Prepared(*(tokenise(rows, tokenizer, max_length) for rows in (splits.train, splits.validation)))
+    train, validation = (
+        tokenise(rows, tokenizer, max_length, on_progress) for rows in (splits.train, splits.validation)
+    )
     faults = [
         f"Empty data set: none of {len(rows)} {name} rows is left at dataset.max_length={max_length}; raise it, or "
         "choose another data set."
-        for name, rows, left in zip(("train", "validation"), splits, prepared, strict=False)
+        for name, rows, left in (("train", splits.train, train), ("validation", splits.validation, validation))
         if not len(left) and (rows or name == "train")
     ]
     if faults:
         raise ConfigError(faults)
-    return prepared
-
-
-def fingerprint(prepared: Prepared) -> str:
-    """SHA-256 of all token ids, in order."""
-    digest = hashlib.sha256()
-    for rows in prepared:
-        for ids in itertools.chain(rows.prompts, rows.answers):
-            digest.update(array("q", [len(ids), *ids]).tobytes())
-    return digest.hexdigest()
+    return Prepared(train, validation, splits.test)
 
 
 def collator(family: str, pad_token_id: int) -> CausalCollator | Seq2SeqCollator:

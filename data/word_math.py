@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from data import CountTokens, Row, Splits
 from flatlora.config import ConfigError, DatasetConfig, setting
+from flatlora.rows import Source
 
 VERSION = 1  # raise it whenever the same arguments give other rows; a cache of rows must know it
 SPLITS = {"train": range(80), "validation": range(80, 90), "test": range(90, 100)}  # percent of the hash space
@@ -68,6 +69,10 @@ class Config(DatasetConfig):
             f"Invalid dataset.min_steps={self.min_steps} with dataset.max_steps={self.max_steps}: the least number of "
             "steps must not exceed the greatest; change one of them."
         ]
+
+
+def sources(config: Config) -> list[Source]:
+    return []
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:

@@ -3,7 +3,8 @@
 An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...]`, and
 
     Config                                 its config section, with `max_rows` and `batch_size`
-    check_rows(rows, source)               ConfigError for rows {"x", "y"} that cannot be scored; no model is needed
+    ROW_COLUMNS                            what a row has, as `flatlora.rows.Columns`
+    check_rows(rows, source)               ConfigError for rows that cannot be scored; no model is needed
     run(backend, rows, folder, config)     answers and scores rows; returns the score, {"scorer", "n", "metrics"}
     score_file(path)                       scores a finished predictions.jsonl
     benchmark_rows(data_root)              the benchmark's own rows

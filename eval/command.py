@@ -23,7 +23,7 @@ from flatlora.checkpoint import weights_sha256
 from flatlora.config import ConfigError, ModelConfig, Section, TrainerConfig, nearest, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
 from flatlora.models import autocast_dtype, choose_device, load_for_inference
-from flatlora.rows import gather, read_jsonl, text_columns
+from flatlora.rows import gather, read_jsonl, typed_columns
 
 
 class Target(Section):
@@ -321,7 +321,9 @@ def _rows(module: ModuleType, target: Target, locate: Callable[[], Place]) -> li
     run = None if target.rows else locate().run
     path = Path(target.rows) if target.rows else run / "test.jsonl" if run else None
     if target.rows and not path.is_file():
-        raise ConfigError([f"Invalid rows={target.rows}: no such file; name a .jsonl file with x and y."])
+        raise ConfigError(
+            [f"Invalid rows={target.rows}: no such file; name a .jsonl file with {', '.join(module.ROW_COLUMNS)}."]
+        )
     if path and path.is_file():
         if target.data_root:
             raise ConfigError(
@@ -330,7 +332,8 @@ def _rows(module: ModuleType, target: Target, locate: Callable[[], Place]) -> li
                     "drop it."
                 ]
             )
-        rows, source = text_columns(read_jsonl(path), ("x", "y"), str(path)), str(path)
+        rows, source = read_jsonl(path), str(path)
+        typed_columns(rows, module.ROW_COLUMNS, source)
     else:
         rows, source = module.benchmark_rows(target.data_root), "the benchmark's own rows"
     module.check_rows(rows, source)

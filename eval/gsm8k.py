@@ -20,10 +20,11 @@ from eval import predictions
 from eval.backends import Backend
 from flatlora.config import ConfigError, Section, setting
 from flatlora.results import write_json
-from flatlora.rows import prompt_text, read_rows
+from flatlora.rows import Source, prompt_text, read_rows
 
 SCORER_VERSION = 1
 HEADLINE = "exact_match"
+ROW_COLUMNS = {"x": "text", "y": "text"}
 
 # A number as people write it: sign, dollar sign, thousands separators, decimals; "42." ends a sentence. A sign touches
 # its number and follows no other, so that "5-3", "10 - 7" and the dash of a list are not negative.
@@ -142,7 +143,7 @@ def score_file(path: Path) -> dict[str, Any]:
 
 def benchmark_rows(data_root: str | None) -> list[dict[str, str]]:
     """GSM8K's 1,319 test questions in the published prompt, for models that no run of ours describes."""
-    rows = read_rows("openai/gsm8k", "main", "test", columns=("question", "answer"), data_root=data_root)
+    rows = read_rows(Source("openai/gsm8k", "main", "test"), columns=("question", "answer"), data_root=data_root)
     return [{"x": f"Q: {row['question']}\nA: ", "y": row["answer"]} for row in rows]
 
 

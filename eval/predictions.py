@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,16 @@ from flatlora.rows import jsonl, read_jsonl
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, list[dict[str, Any]]], None]  # (rows done, rows of the newest batch)
+Fields = Mapping[str, type]
+
+GENERATED: Fields = {
+    "index": int,
+    "prompt": str,
+    "reference": str,
+    "completion": str,
+    "tokens": int,
+    "finished": bool,
+}
 
 
 def generate(
@@ -30,55 +40,95 @@ def generate(
 ) -> Path:
     """Answer every prompt greedily into `folder`/predictions.jsonl, in the prompts' order; returns that path.
 
-    Prompts are answered in batches of like length. Greedy decoding in low precision can depend on a batch's company,
-    so a resumed call forms the same batches and redoes a batch that is not whole. A file that is damaged, or made by
-    another model, with other settings or for other prompts or references, is put aside as predictions.stale.jsonl.
+    As `collect`; raises its errors.
+    """
+
+    def answer(batch: list[int]) -> list[dict[str, Any]]:
+        completions = backend.generate([prompts[index] for index in batch], max_new_tokens)
+        return [{"completion": one.text, "tokens": one.tokens, "finished": one.finished} for one in completions]
+
+    return collect(
+        [{"prompt": p, "reference": r} for p, r in zip(prompts, references, strict=True)],
+        answer,
+        folder,
+        fields=GENERATED,
+        lengths=prompt_lengths(backend, prompts),
+        batch_size=backend.batch_size,
+        settings={**backend.describe(), "max_new_tokens": max_new_tokens},
+        on_progress=on_progress,
+    )
+
+
+def prompt_lengths(backend: Backend, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt.
 
     Raises:
         ConfigError: a prompt without a token.
-        OSError: as the file system says (full, read-only); a later call goes on.
     """
     lengths = [backend.prompt_length(prompt) for prompt in prompts]
     if 0 in lengths:
         raise ConfigError(
             [f"Invalid prompt in row {lengths.index(0) + 1}: the model's tokenizer finds no token in it; leave it out."]
         )
+    return lengths
+
+
+def collect(
+    asked: Sequence[Mapping[str, Any]],
+    answer: Callable[[list[int]], list[dict[str, Any]]],
+    folder: Path,
+    *,
+    fields: Fields,
+    lengths: Sequence[int],
+    batch_size: int,
+    settings: Mapping[str, Any],
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Answer every row into `folder`/predictions.jsonl, in the rows' order; returns that path.
+
+    Rows are answered in batches of like length. Greedy decoding in low precision can depend on a batch's company,
+    so a resumed call forms the same batches and redoes a batch that is not whole. A file that is damaged, or made by
+    another model, with other settings or for other rows, is put aside as predictions.stale.jsonl.
+
+    Args:
+        asked: what is known of a row before it is answered; stands in the file as it is.
+        answer: indices of a batch → what is added to each of its rows.
+        fields: keys of a whole row, and their types.
+        settings: what decides the answers besides the rows; kept in generation.json.
+
+    Raises:
+        OSError: as the file system says (full, read-only); a later call goes on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
-    asked = hashlib.sha256(json.dumps([*prompts, *references]).encode()).hexdigest()
-    settings = {**backend.describe(), "max_new_tokens": max_new_tokens, "prompts_sha256": asked}
-    done = _finished_rows(folder, [path, partial], settings, list(zip(prompts, references, strict=True)))
+    hashed = hashlib.sha256(json.dumps(list(asked), default=str).encode()).hexdigest()
+    settings = {**settings, "prompts_sha256": hashed}
+    done = _finished_rows(folder, [path, partial], settings, asked, fields)
     if partial.is_file():
         write_atomic(partial, jsonl(done.values()))  # without a torn last line, which an append would run into
     write_json(folder / "generation.json", settings)
-    order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
-    batches = [order[i : i + backend.batch_size] for i in range(0, len(order), backend.batch_size)]
+    order = sorted(range(len(asked)), key=lambda i: (-lengths[i], i))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in batches:
         if any(index not in done for index in batch):
-            completions = backend.generate([prompts[index] for index in batch], max_new_tokens)
-            rows = [
-                {
-                    "index": index,
-                    "prompt": prompts[index],
-                    "reference": references[index],
-                    "completion": completion.text,
-                    "tokens": completion.tokens,
-                    "finished": completion.finished,
-                }
-                for index, completion in zip(batch, completions, strict=True)
-            ]
+            answers = answer(batch)
+            rows = [{"index": i, **asked[i], **answered} for i, answered in zip(batch, answers, strict=True)]
             done |= {row["index"]: row for row in rows}
             with open(partial, "a", encoding="utf-8") as file:
                 file.write(jsonl(rows))
         if on_progress:
             on_progress(sum(index in done for index in order), [done[index] for index in batch])
-    write_atomic(path, jsonl(done[index] for index in range(len(prompts))))
+    write_atomic(path, jsonl(done[index] for index in range(len(asked))))
     partial.unlink(missing_ok=True)
     return path
 
 
 def _finished_rows(
-    folder: Path, paths: Sequence[Path], settings: dict[str, Any], asked: Sequence[tuple[str, str]]
+    folder: Path,
+    paths: Sequence[Path],
+    settings: dict[str, Any],
+    asked: Sequence[Mapping[str, Any]],
+    fields: Fields,
 ) -> dict[int, dict[str, Any]]:
     recorded, rows = folder / "generation.json", {}
     try:
@@ -90,7 +140,7 @@ def _finished_rows(
     for path in paths:
         if not path.is_file():
             continue
-        found = _whole_lines(path, asked) if same else None
+        found = _whole_lines(path, asked, fields) if same else None
         if found is not None:
             rows |= {row["index"]: row for row in found}
             continue
@@ -100,18 +150,16 @@ def _finished_rows(
     return rows
 
 
-def _whole_lines(path: Path, asked: Sequence[tuple[str, str]]) -> list[dict[str, Any]] | None:
+def _whole_lines(path: Path, asked: Sequence[Mapping[str, Any]], fields: Fields) -> list[dict[str, Any]] | None:
     """Rows of a file whose last line may be torn; None when any other is not one that answers what is asked."""
     *lines, last = path.read_bytes().split(b"\n")  # U+2028 and the like end no line
     rows = [_parse_line(line) for line in lines]
     if (row := _parse_line(last)) is not None:
         rows.append(row)
     for row in rows:
-        if (
-            _row_problem(row)
-            or not row["index"] < len(asked)
-            or asked[row["index"]] != (row["prompt"], row["reference"])
-        ):
+        if _row_problem(row, fields) or not row["index"] < len(asked):
+            return None
+        if any(row[key] != value for key, value in asked[row["index"]].items()):
             return None
     return rows
 
@@ -123,19 +171,16 @@ def _parse_line(line: bytes) -> Any:
         return None
 
 
-_FIELDS = {"index": int, "prompt": str, "reference": str, "completion": str, "tokens": int, "finished": bool}
-
-
-def _row_problem(row: Any) -> str | None:
+def _row_problem(row: Any, fields: Fields) -> str | None:
     if not isinstance(row, dict):
         return "is no row"
-    wrong = [key for key, kind in _FIELDS.items() if type(row.get(key)) is not kind]
+    wrong = [key for key, kind in fields.items() if type(row.get(key)) is not kind]
     if wrong:
         return f"has no good {', '.join(wrong)}"
     return None if row["index"] >= 0 else "has a negative index"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path, fields: Fields = GENERATED) -> list[dict[str, Any]]:
     """Rows of a finished predictions file, each of them whole and in its place.
 
     Raises:
@@ -145,7 +190,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise ConfigError([f"{path} is not there: generate the answers first (leave out score_only=true)."])
     rows = read_jsonl(path)
     for place, row in enumerate(rows):
-        problem = _row_problem(row) or (f"has index {row['index']}, not {place}" if row["index"] != place else None)
+        problem = _row_problem(row, fields) or (
+            f"has index {row['index']}, not {place}" if row["index"] != place else None
+        )
         if problem:
             raise ConfigError(
                 [f"Broken file {path}: row {place + 1} {problem}; generate anew (leave out score_only=true)."]

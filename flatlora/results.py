@@ -31,7 +31,7 @@ from flatlora.config import ConfigError, Experiment, identity_of
 _RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numba", "numpy", "safetensors", "tokenizers")
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: temporary file in the same folder, fsync, rename.
 
     Raises:
@@ -40,8 +40,8 @@ def write_atomic(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -6,48 +6,74 @@ data_root=DIR reads DIR/<owner>/<name>/<config>/<split>.{jsonl,parquet}; no netw
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os.path
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from flatlora.config import ConfigError
 
 
-def read_rows(
-    hub_id: str,
-    config: str,
-    split: str,
-    *,
-    columns: Sequence[str],
-    revision: str | None = None,
-    data_root: str | None = None,
-) -> list[dict[str, str]]:
+class Source(NamedTuple):
+    """One split of a public data set, by its name on the hub."""
+
+    hub_id: str
+    config: str
+    split: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.hub_id} ({self.config}, {self.split})"
+
+
+Kind = Literal["text", "int", "number", "any"]
+Columns = Sequence[str] | Mapping[str, Kind]  # names of text columns, or of columns with what each holds
+
+
+def read_rows(source: Source, *, columns: Columns, data_root: str | None = None) -> list[dict[str, Any]]:
     """All rows of one split, cut to `columns`.
 
     Raises:
-        ConfigError: no such file, no network, a broken line, no row at all, or a column that is missing or holds no
-            text; with the way out.
+        ConfigError: no such file, no network, a broken line, no row at all, or a column that is missing or holds
+            something else; with the way out.
     """
     if data_root is None:
-        return text_columns(_read_hub(hub_id, config, split, revision), columns, f"{hub_id} ({config}, {split})")
-    path = _local_file(Path(data_root), hub_id, config, split)
-    return text_columns(read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path), columns, str(path))
+        return typed_columns(_read_hub(source), columns, str(source))
+    path = local_file(source, data_root)
+    return typed_columns(read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path), columns, str(path))
 
 
-def text_columns(rows: Sequence[dict[str, Any]], columns: Sequence[str], source: str) -> list[dict[str, str]]:
-    """`rows` cut to `columns`, all of them text.
+def fingerprint(source: Source, data_root: str | None = None) -> str:
+    """What changes whenever the split does: the hash of the local file, or the hub's own of a pinned state.
 
     Raises:
-        ConfigError: no row; or columns that are missing or hold no text, each named with its first bad row.
+        ConfigError: as `read_rows`, for a file that is not there or a hub out of reach.
     """
+    if data_root is not None:
+        with _readable(path := local_file(source, data_root)), open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    import datasets
+
+    with _hub_faults(source):
+        builder = datasets.load_dataset_builder(source.hub_id, source.config, revision=source.revision)
+        return f"{source}@{builder.hash}"
+
+
+def typed_columns(rows: Sequence[dict[str, Any]], columns: Columns, source: str) -> list[dict[str, Any]]:
+    """`rows` cut to `columns`, each of them of its kind.
+
+    Raises:
+        ConfigError: no row; or columns that are missing or hold something else, each named with its first bad row.
+    """
+    kinds = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "text")
     if not rows:
         raise ConfigError([f"Empty data set: {source} holds no row; at least one is needed."])
-    faults = [fault for column in columns if (fault := _column_fault(column, rows, source))]
+    faults = [fault for column, kind in kinds.items() if (fault := _column_fault(column, kind, rows, source))]
     if faults:
         raise ConfigError(faults)
-    return [{column: row[column] for column in columns} for row in rows]
+    return [{column: row[column] for column in kinds} for row in rows]
 
 
 def gather(*steps: Callable[[], Any]) -> list[Any]:
@@ -83,20 +109,28 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _column_fault(column: str, rows: Sequence[dict[str, Any]], source: str) -> str | None:
+def _column_fault(column: str, kind: Kind, rows: Sequence[dict[str, Any]], source: str) -> str | None:
     for number, row in enumerate(rows, start=1):
         if column not in row:
             found = _printable(", ".join(row)) or "none"
             return f"Missing column {column} in {source}, row {number}: it has {found}; name the columns as on the hub."
-        if problem := _text_problem(row[column]):
+        if problem := _problem(row[column], kind):
             return f"Invalid {column} in {source}, row {number}: {problem}; mend the row, or leave it out."
     return None
 
 
-def _text_problem(value: Any) -> str | None:
-    if not isinstance(value, str):
+_NEEDED = {"text": ("text", str), "int": ("a whole number", int), "number": ("a number", int | float)}
+
+
+def _problem(value: Any, kind: Kind) -> str | None:
+    if kind == "any":
+        return None
+    needed, types = _NEEDED[kind]
+    if not isinstance(value, types) or isinstance(value, bool):
         found = "null" if value is None else json.dumps(value, default=str)
-        return f"text is needed, not {found if len(found) <= 40 else found[:40] + '…'}"
+        return f"{needed} is needed, not {found if len(found) <= 40 else found[:40] + '…'}"
+    if kind != "text":
+        return None
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a character; no tokenizer and no file can hold it
@@ -137,8 +171,14 @@ def jsonl(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _local_file(root: Path, hub_id: str, config: str, split: str) -> Path:
-    folder = root / hub_id / config
+def local_file(source: Source, data_root: str) -> Path:
+    """The file of a split under `data_root`.
+
+    Raises:
+        ConfigError: it is not there; with the way out.
+    """
+    hub_id, config, split, _ = source
+    root, folder = Path(data_root), Path(data_root) / hub_id / config
     for suffix in (".jsonl", ".parquet"):
         if os.path.isfile(folder / f"{split}{suffix}"):  # false, where Path.is_file raises: for a closed folder
             return folder / f"{split}{suffix}"
@@ -169,17 +209,26 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         raise ConfigError([f"Broken file {path}: not Parquet ({reason}); fetch it again."]) from error
 
 
-def _read_hub(hub_id: str, config: str, split: str, revision: str | None) -> list[dict[str, Any]]:
+def _read_hub(source: Source) -> list[dict[str, Any]]:
+    import datasets
+
+    with _hub_faults(source):
+        data = datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=source.revision)
+        return data.to_list()
+
+
+@contextlib.contextmanager
+def _hub_faults(source: Source) -> Iterator[None]:
+    """No network, an unknown or gated name, a broken file of the cache: as a fault with the ways out."""
     import datasets
 
     try:
-        return datasets.load_dataset(hub_id, config, split=split, revision=revision).to_list()
+        yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        # without a network, for an unknown name, for a broken file of the cache
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(
             [
-                f"Cannot read {hub_id} ({config}, {split}) from the hub: {reason} "
-                f"Connect to the network, or set data_root=DIR with DIR/{hub_id}/{config}/{split}.jsonl in it."
+                f"Cannot read {source} from the hub: {reason} Connect to the network, or set data_root=DIR with "
+                f"DIR/{source.hub_id}/{source.config}/{source.split}.jsonl in it."
             ]
         ) from error

@@ -685,6 +685,15 @@ def from_main_process(compute: Callable[[], T], device: torch.device) -> T:
     return answer[0]
 
 
+def main_process_first(work: Callable[[], T], device: torch.device) -> T:
+    """What `work` returns, on every rank; the main process does it before the others, which find what it left."""
+    if world_size() == 1:
+        return work()
+    first: list[T] = []
+    from_main_process(lambda: first.append(work()), device)
+    return first[0] if first else work()
+
+
 def check_launch(experiment: Experiment) -> None:
     """Hold the number of processes that torchrun started against the config.
 

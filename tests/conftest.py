@@ -13,9 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from data import cache
 from flatlora import models
+from flatlora.rows import jsonl
 
 TINY_SHAPE = {
     "hidden_size": 32,
@@ -30,6 +32,12 @@ TINY_SHAPE = {
 def repeatable_draws() -> None:
     """What a test draws from torch's global generator is the same in every run, whatever ran before it."""
     torch.manual_seed(2026)
+
+
+@pytest.fixture(autouse=True)
+def own_data_cache(tmp_path_factory, monkeypatch) -> None:
+    """Prepared rows of tests are not kept among the user's."""
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
 
 
 def tiny_llama(vocab_size: int = 96, **changes) -> LlamaForCausalLM:
@@ -65,6 +73,37 @@ def tiny_model_folder(tmp_path_factory) -> Path:
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_folder(tmp_path_factory, tiny_model_folder) -> Path:
+    """A random encoder-decoder with relative positions, SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-t5")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        config = T5Config(
+            vocab_size=len(tokenizer),
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_split(root: Path, hub_id: str, config: str, split: str, rows: list[dict]) -> Path:
+    """Rows as a data_root has them."""
+    path = root / hub_id / config / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(jsonl(rows), encoding="utf-8")
+    return path
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Who answers the prompts. A backend has `describe()` and `generate(prompts, max_new_tokens)`, greedy."""
+"""Who answers the prompts: greedily in its own words, or by weighing the answers that it is offered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Completion(NamedTuple):
 
 
 class Backend(Protocol):
-    """Greedy text generation."""
+    """Greedy text generation, and likelihoods of given answers."""
 
     batch_size: int
 
@@ -29,4 +29,14 @@ class Backend(Protocol):
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[Completion]:
         """One greedy completion for each prompt, in order."""
+        ...
+
+    def first_token(self, choice: str) -> int:
+        """The id that an answer begins with."""
+        ...
+
+    def log_likelihoods(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool = False
+    ) -> list[list[float]]:
+        """log p(choice, end of sequence | prompt) of each choice of each prompt; of its first token alone if asked."""
         ...

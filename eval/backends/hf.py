@@ -1,4 +1,4 @@
-"""Generation with transformers: batched greedy decoding, KV cache, left padding.
+"""Answers with transformers: batched greedy decoding, KV cache, left padding.
 
 Greedy is the largest logit at every step, whatever the model's own generation_config.json asks for (a repetition
 penalty, suppressed tokens, sampling).
@@ -15,6 +15,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from eval.backends import Completion
+
+_IGNORED = -100  # label of a place without an answer's token
 
 
 class HFBackend:
@@ -68,6 +70,60 @@ class HFBackend:
             )
         start = 1 if self.model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         return [self._completion(ids) for ids in output[:, start:].tolist()]
+
+    def first_token(self, choice: str) -> int:
+        return self._choice_ids(choice, first_token=True)[0]
+
+    @torch.inference_mode()
+    def log_likelihoods(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool = False
+    ) -> list[list[float]]:
+        """log p(choice, end of sequence | prompt), summed over its tokens; the prompt and a choice are tokenised apart.
+
+        `first_token` takes the first token of each choice alone, without an end.
+        """
+        pairs = [(prompt, choice) for prompt, offered in zip(prompts, choices, strict=True) for choice in offered]
+        asked = {prompt: self.tokenizer(prompt)["input_ids"] for prompt in prompts}
+        answers = {choice: self._choice_ids(choice, first_token) for _, choice in pairs}
+        found: list[float] = []
+        for start in range(0, len(pairs), self.batch_size):
+            part = pairs[start : start + self.batch_size]
+            with self._autocast():
+                found += self._sequence_scores([asked[p] for p, _ in part], [answers[c] for _, c in part])
+        scores = iter(found)
+        return [[next(scores) for _ in offered] for offered in choices]
+
+    def _choice_ids(self, choice: str, first_token: bool) -> list[int]:
+        ids = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
+        return ids[:1] if first_token else [*ids, self.tokenizer.eos_token_id]
+
+    def _sequence_scores(self, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+        """Σ log p of the answers' tokens, one number a pair."""
+        width = max(map(len, answers))
+        labels = self._padded(answers, left=not self.model.config.is_encoder_decoder, fill=_IGNORED)
+        if self.model.config.is_encoder_decoder:
+            input_ids = self._padded(prompts, left=False, fill=self.tokenizer.pad_token_id)
+            mask = self._padded([[1] * len(ids) for ids in prompts], left=False, fill=0)
+            logits = self.model(input_ids=input_ids, attention_mask=mask, labels=labels).logits
+        else:
+            # Padded on the left, so that every answer ends at the last place: the logits before it are all it takes.
+            joined = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+            input_ids = self._padded(joined, left=True, fill=self.tokenizer.pad_token_id)
+            mask = self._padded([[1] * len(ids) for ids in joined], left=True, fill=0)
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            logits = self.model(
+                input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=width + 1
+            ).logits[:, :-1]
+        losses = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+        )
+        return (-losses.view(labels.shape).sum(1)).tolist()
+
+    def _padded(self, rows: list[list[int]], *, left: bool, fill: int) -> torch.Tensor:
+        side = "left" if left else "right"
+        tensors = [torch.tensor(row) for row in rows]
+        pad = nn.utils.rnn.pad_sequence
+        return pad(tensors, batch_first=True, padding_value=fill, padding_side=side).to(self.device)
 
     def _decoder_start(self) -> int | None:
         """First token of an encoder-decoder model's answer, from whichever of its configs has it."""

@@ -8,20 +8,14 @@ import pyarrow.parquet
 import pytest
 
 import data
-from data import gsm8k, meta_math, selection
+from data import gsm8k, instructions, meta_math, selection
 from flatlora.config import ConfigError
-from flatlora.rows import jsonl, prompt_text, read_jsonl, read_rows
+from flatlora.rows import Source, jsonl, prompt_text, read_jsonl, read_rows
+from tests.conftest import write_split as write
 
 
 def count_words(texts):
     return [len(text.split()) for text in texts]
-
-
-def write(root, hub_id, config, split, rows):
-    path = root / hub_id / config / f"{split}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(jsonl(rows), encoding="utf-8")
-    return path
 
 
 def faults(function, *arguments, **options):
@@ -130,8 +124,8 @@ def test_meta_math_without_a_size_takes_all_but_the_validation_rows(root):
 
 def test_meta_math_counts_prompt_and_answer_together_below_the_limit(root):
     rows = [{"x": "a b", "y": "c"}, {"x": "a", "y": "b c d"}, {"x": "a", "y": ""}]
-    assert list(meta_math.shorter_than(4, rows, count_words)) == [rows[0], rows[2]]
-    assert list(meta_math.shorter_than(5, rows, count_words)) == rows
+    assert list(instructions.shorter_than(4, rows, count_words)) == [rows[0], rows[2]]
+    assert list(instructions.shorter_than(5, rows, count_words)) == rows
 
 
 def test_meta_math_tokenises_no_more_than_it_needs():
@@ -141,7 +135,7 @@ def test_meta_math_tokenises_no_more_than_it_needs():
         asked.append(len(texts))
         return count_words(texts)
 
-    rows = meta_math.shorter_than(10, ({"x": str(i), "y": ""} for i in range(10_000)), count)
+    rows = instructions.shorter_than(10, ({"x": str(i), "y": ""} for i in range(10_000)), count)
     assert [next(rows)["x"] for _ in range(1001)][-1] == "1000"
     assert asked == [1000, 1000]
 
@@ -156,7 +150,8 @@ def test_meta_math_tokenises_no_more_than_it_needs():
     ],
 )
 def test_meta_math_cut(response, answer):
-    assert meta_math.format_row({"query": "q", "response": response}) == {"x": "Q: q\nA: ", "y": answer}
+    (example,) = meta_math.examples([{"type": "GSM_SV", "query": "q", "response": response}], meta_math_config())
+    assert example == ("q", answer, "")
 
 
 @pytest.mark.parametrize("name", data.loader_names())
@@ -200,7 +195,7 @@ TRICKY = [
 
 
 def read(root, columns=("x", "y"), split="train"):
-    return read_rows("owner/name", "default", split, columns=columns, data_root=str(root))
+    return read_rows(Source("owner/name", "default", split), columns=columns, data_root=str(root))
 
 
 def test_jsonl_is_read_back_whatever_the_text(tmp_path):
@@ -364,7 +359,7 @@ def test_a_hub_out_of_reach_is_a_fault_with_the_local_way(monkeypatch, error, re
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    (fault,) = faults(read_rows, "owner/name", "default", "train", columns=["x"])
+    (fault,) = faults(read_rows, Source("owner/name", "default", "train"), columns=["x"])
     assert reason in fault
     assert "set data_root=DIR with DIR/owner/name/default/train.jsonl" in fault
 

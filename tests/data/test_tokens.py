@@ -68,7 +68,7 @@ def test_rows_are_cut_dropped_counted_and_warned_of_once(max_length, answers, cu
     ]
     with caplog.at_level(logging.WARNING):
         found = tokenise(rows, make_tokenizer(bos=False), max_length)
-    assert [len(answer) for answer in found.answers] == answers
+    assert found.answer_lengths.tolist() == answers
     assert (found.cut, found.dropped) == (cut, dropped)
     assert all(length <= max_length for length in found.lengths)
     assert len(found.lengths) == len(found)

@@ -548,5 +548,5 @@ def test_sampler_is_a_permutation_and_a_pure_function(group):
 
 
 def test_rows_know_their_lengths():
-    rows = TokenRows([[1, 2], [3]], [[4], [5, 6, 7]])
+    rows = TokenRows.of([[1, 2], [3]], [[4], [5, 6, 7]])
     assert rows.lengths == [3, 4]

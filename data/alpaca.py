@@ -1,0 +1,41 @@
+"""Alpaca (Taori et al. 2023) and its answers by GPT-4 (Peng et al. 2023), for InstructEval.
+
+Hub: tatsu-lab/alpaca and vicgalle/alpaca-gpt4, split train. The first 90 % of the rows train and the last 10 % validate
+unless sizes are given; in the published code the two overlap. They have no test rows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from data import CountTokens, Splits
+from data.instructions import Example, InstructionConfig, learned_rows
+from data.selection import ordered
+from flatlora.config import setting
+from flatlora.rows import Source, read_rows
+
+VERSION = 1
+HUB_IDS = {"alpaca": "tatsu-lab/alpaca", "alpaca_gpt4": "vicgalle/alpaca-gpt4"}
+_VALIDATION_SHARE = 10  # one row in so many
+
+
+class Config(InstructionConfig):
+    variant: Literal["alpaca", "alpaca_gpt4"] = "alpaca"
+    validation_rows: int | None = setting(None, ge=0, remedy="null takes a tenth of the rows")
+
+
+def sources(config: Config) -> list[Source]:
+    return [Source(HUB_IDS[config.variant], "default", "train", config.revision)]
+
+
+def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
+    (train,) = sources(config)
+    rows = ordered(read_rows(train, columns=("instruction", "input", "output"), data_root=data_root), config.subset)
+    if config.validation_rows is None:
+        config = config.model_copy(update={"validation_rows": (config.train_rows or len(rows)) // _VALIDATION_SHARE})
+    examples = (Example(row["instruction"], row["output"], row["input"]) for row in rows)
+    return Splits(*learned_rows(examples, config, count_tokens), [])
+
+
+def describe(config: Config) -> str:
+    return f"{HUB_IDS[config.variant]} (train)"

@@ -1,0 +1,170 @@
+"""Prepared rows, kept under the hash of all that made them: files, config, loader, tokenizers.
+
+A file is written beside its place and renamed, so that several processes may make the same one, and carries the hashes
+that it must have; whatever is broken or belongs elsewhere is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from transformers import PreTrainedTokenizerBase
+
+import data
+from data.selection import row_key
+from data.tokens import Prepared, TokenRows, encode, prepare
+from flatlora.config import DatasetConfig
+from flatlora.console import ProgressBar
+from flatlora.models import cache_folder
+from flatlora.results import write_atomic
+from flatlora.rows import fingerprint, gather
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files; raised whenever the same key would hold something else
+_BAR_FROM = 5000  # rows; fewer are done before a bar could be read
+
+
+def prepared(
+    config: DatasetConfig,
+    data_root: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    limit_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Prepared:
+    """The data set's rows as token ids: from the cache, else made and put there.
+
+    Args:
+        limit_tokenizer: counts for `max_tokens`; None counts with `tokenizer`.
+
+    Raises:
+        ConfigError: files, rows or sizes do not do; every fault at once.
+    """
+    loader = data.loader(config.loader)
+    key = cache_key(loader, config, data_root, tokenizer, limit_tokenizer)
+    path = cache_path(config, key)
+    if path.is_file() and (found := _read(path, key)) is not None:
+        return found
+    counting = limit_tokenizer or tokenizer
+    splits = loader.load(config, data_root, lambda texts: [len(ids) for ids in encode(counting, texts)])
+    _warn_of_known_test_rows(splits)
+    made = _with_bar(
+        f"tokenise {config.name}",
+        len(splits.train) + len(splits.validation),
+        lambda on_progress: prepare(splits, tokenizer, config.max_length, on_progress),
+    )
+    _write(path, key, made)
+    return made
+
+
+def cache_key(
+    loader: ModuleType,
+    config: DatasetConfig,
+    data_root: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    limit_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
+    """SHA-256 of all that decides the prepared rows.
+
+    Raises:
+        ConfigError: a source that is not there.
+    """
+    parts = {
+        "format": FORMAT,
+        "loader": [config.loader, loader.VERSION],
+        "config": config.model_dump(mode="json"),
+        "sources": gather(*(lambda s=source: fingerprint(s, data_root) for source in loader.sources(config))),
+        "tokenizers": [one and tokenizer_sha256(one) for one in (tokenizer, limit_tokenizer)],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides a tokenizer's ids."""
+    if tokenizer.is_fast:
+        made_of = json.loads(tokenizer.backend_tokenizer.to_str())
+        made_of = {key: value for key, value in made_of.items() if key not in ("padding", "truncation")}
+    else:
+        made_of = tokenizer.get_vocab()
+    parts = [type(tokenizer).__name__, made_of, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def cache_path(config: DatasetConfig, key: str) -> Path:
+    """Where prepared rows of this key are kept: $FLATLORA_CACHE/data, else ~/.cache/flatlora/data."""
+    return cache_folder() / "data" / f"{config.name}-{key[:20]}.safetensors"
+
+
+def _read(path: Path, key: str) -> Prepared | None:
+    """What a cache file holds; None, with a warning, for one that is broken or belongs to another key."""
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        test = arrays.pop("test").tobytes()
+        parts = [
+            TokenRows.from_arrays({name: arrays[f"{split}.{name}"] for name in _ARRAYS})
+            for split in ("train", "validation")
+        ]
+        found = Prepared(*parts, json.loads(test))
+        told = {"key": key, "sha256": found.sha256, "test_sha256": hashlib.sha256(test).hexdigest()}
+        problem = None if metadata == told else "does not hold what its name says"
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        problem = f"is broken ({str(error).partition(chr(10))[0]})"
+    if problem is None:
+        return found
+    logger.warning("The cache file %s %s: it is made anew.", path, problem)
+    return None
+
+
+_ARRAYS = ("ids", "prompt_lengths", "answer_lengths", "counts")
+
+
+def _write(path: Path, key: str, rows: Prepared) -> None:
+    """Atomically; a cache that cannot be written costs the next run its time, so it is only a warning."""
+    test = json.dumps(rows.test, ensure_ascii=False).encode()
+    arrays = {
+        f"{split}.{name}": array
+        for split, part in (("train", rows.train), ("validation", rows.validation))
+        for name, array in part.arrays().items()
+    }
+    arrays["test"] = np.frombuffer(test, np.uint8)
+    metadata = {"key": key, "sha256": rows.sha256, "test_sha256": hashlib.sha256(test).hexdigest()}
+    try:
+        write_atomic(path, save(arrays, metadata=metadata))
+    except OSError as error:
+        logger.warning("The prepared rows cannot be kept in %s: %s.", path.parent, error.strerror or error)
+
+
+def _warn_of_known_test_rows(splits: data.Splits) -> None:
+    learned = {row_key(row) for row in splits.train}
+    known = sum(row_key(row) in learned for row in splits.test)
+    if known:
+        logger.warning(
+            "%d of %d test rows stand among the train rows, as the data set has them.", known, len(splits.test)
+        )
+
+
+def _with_bar(name: str, total: int, work: Callable[[Callable[[int], None]], Any]) -> Any:
+    if total < _BAR_FROM:
+        return work(lambda count: None)
+    bar, done = ProgressBar(name), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        bar.update(done)
+
+    bar.start(total)
+    try:
+        return work(advance)
+    finally:
+        bar.stop()

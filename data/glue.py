@@ -1,0 +1,128 @@
+"""GLUE (Wang et al. 2019) as text to text, in the published prompts. Hub: nyu-mll/glue, one config a task.
+
+    classify the sentiment of the text: {sentence}\nresult:  → negative, positive
+
+RTE and STS-B are not among the published tasks; their prompts are ours, STS-B's answer is the score rounded to the next
+fifth, as T5 has it. The hub's validation split is the test split here, for GLUE's own has no labels; what
+`validation_rows` asks for is taken from the end of the train rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from data import CountTokens, Row, Splits
+from data.selection import ordered, split_train_validation, take
+from flatlora.config import ConfigError, DatasetConfig, setting
+from flatlora.rows import Columns, Source, gather, read_rows
+
+VERSION = 1
+HUB_ID = "nyu-mll/glue"
+TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb"]
+
+
+class Task(NamedTuple):
+    """How a task's rows are put into words."""
+
+    request: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]  # words of label 0, 1, …; of STS-B the scores
+
+
+_SIMILARITY = "classify the semantic similarity of the text: "
+_FIFTHS = tuple(f"{k / 5:.1f}" for k in range(26))
+TASKS: dict[str, Task] = {
+    "mnli": Task(_SIMILARITY, ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "sst2": Task("classify the sentiment of the text: ", ("sentence",), ("negative", "positive")),
+    "cola": Task("classify the grammaticality of the text: ", ("sentence",), ("unacceptable", "acceptable")),
+    "qnli": Task(
+        "classify the semantic similarity of the question and the sentence: ",
+        ("question", "sentence"),
+        ("entailment", "not_entailment"),
+    ),
+    "mrpc": Task(_SIMILARITY, ("sentence1", "sentence2"), ("different", "equivalent")),
+    "qqp": Task(_SIMILARITY, ("question1", "question2"), ("different", "duplicate")),
+    "rte": Task(_SIMILARITY, ("sentence1", "sentence2"), ("entailment", "not_entailment")),
+    "stsb": Task("rate the semantic similarity of the text: ", ("sentence1", "sentence2"), _FIFTHS),
+}
+
+
+class Config(DatasetConfig):
+    task: TaskName
+    train_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
+    validation_rows: int = setting(0, ge=0)
+    test_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
+    subset: Literal["first", "shuffled"] = "first"
+    revision: str | None = None
+    mismatched: bool = False  # MNLI's validation split of other genres
+
+    def rule_faults(self) -> list[str]:
+        if self.mismatched and self.task != "mnli":
+            return [
+                f"Invalid dataset.mismatched=true with dataset.task={self.task}: MNLI alone has a second validation "
+                "split; leave it out."
+            ]
+        return []
+
+
+def sources(config: Config) -> list[Source]:
+    test = "validation"
+    if config.task == "mnli":
+        test += "_mismatched" if config.mismatched else "_matched"
+    return [Source(HUB_ID, config.task, split, config.revision) for split in ("train", test)]
+
+
+def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
+    train, test = sources(config)
+
+    def learned() -> tuple[list[Row], list[Row]]:
+        rows = formatted(_read(train, config.task, data_root), config.task, str(train))
+        kept = [{"x": row["x"], "y": row["y"]} for row in ordered(list(rows), config.subset)]
+        return split_train_validation(kept, config.train_rows, config.validation_rows)
+
+    def asked() -> list[Row]:
+        rows = take(_read(test, config.task, data_root), config.test_rows, name="dataset.test_rows")
+        return list(formatted(rows, config.task, str(test)))
+
+    (train_rows, validation), test_rows = gather(learned, asked)
+    return Splits(train_rows, validation, test_rows)
+
+
+def formatted(rows: Sequence[Row], name: TaskName, source: str) -> Iterator[Row]:
+    """Rows in words, with all the answers that may be chosen; of STS-B with the score itself besides.
+
+    Raises:
+        ConfigError: labels that the task does not have.
+    """
+    task = TASKS[name]
+    outside = [number for number, row in enumerate(rows, start=1) if not _has_label(row["label"], name)]
+    if outside:
+        known = "0.0 to 5.0" if name == "stsb" else ", ".join(f"{i} ({word})" for i, word in enumerate(task.labels))
+        raise ConfigError(
+            [
+                f"Invalid label in {source}, row {outside[0]}: {rows[outside[0] - 1]['label']} is none of {known}, "
+                f"and {len(outside) - 1} more rows have one like it; GLUE's test split has no labels (-1), use its "
+                "train and validation splits."
+            ]
+        )
+    for row in rows:
+        text = "\n".join(row[column] for column in task.columns)
+        made = {"x": f"{task.request}{text}\nresult: ", "choices": list(task.labels)}
+        if name == "stsb":
+            yield {**made, "y": f"{round(row['label'] * 5) / 5:.1f}", "value": float(row["label"])}
+        else:
+            yield {**made, "y": task.labels[row["label"]]}
+
+
+def _has_label(label: float, name: TaskName) -> bool:
+    return 0 <= label <= 5 if name == "stsb" else 0 <= label < len(TASKS[name].labels)
+
+
+def _read(source: Source, name: TaskName, data_root: str | None) -> list[Row]:
+    columns: Columns = dict.fromkeys(TASKS[name].columns, "text")
+    return read_rows(source, columns={**columns, "label": "number" if name == "stsb" else "int"}, data_root=data_root)
+
+
+def describe(config: Config) -> str:
+    return f"{HUB_ID} ({config.task}; {', '.join(source.split for source in sources(config))})"

@@ -1,0 +1,65 @@
+"""What data sets of instructions and responses share: their config, and the way from examples to rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+from data import CountTokens, Row
+from data.selection import batched, split_train_validation
+from data.templates import Template, prompt
+from flatlora.config import DatasetConfig, setting
+
+logger = logging.getLogger(__name__)
+
+
+class InstructionConfig(DatasetConfig):
+    train_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
+    validation_rows: int = setting(0, ge=0)
+    subset: Literal["first", "shuffled"] = "first"  # first is what the published code really takes
+    revision: str | None = None
+    template: Template = "alpaca"
+    max_tokens: int | None = setting(None, ge=8, remedy="null keeps rows of every length")  # x + " " + y stays below
+    limit_tokenizer: str | None = setting(None, min_length=1, remedy="null counts with the model's own")
+
+
+class Example(NamedTuple):
+    """One instruction as its data set has it."""
+
+    instruction: str
+    response: str
+    context: str = ""
+
+
+def learned_rows(
+    examples: Iterable[Example], config: InstructionConfig, count_tokens: CountTokens
+) -> tuple[list[Row], list[Row]]:
+    """Train and validation rows: prompts made, empty and overlong ones left out, split without an overlap.
+
+    Raises:
+        ConfigError: fewer rows than the config asks for.
+    """
+    rows = formatted(examples, config.template)
+    if config.max_tokens is not None:
+        rows = shorter_than(config.max_tokens, rows, count_tokens)
+    return split_train_validation(rows, config.train_rows, config.validation_rows)
+
+
+def formatted(examples: Iterable[Example], template: Template) -> Iterator[Row]:
+    """Rows of all examples that have an instruction and a response."""
+    empty = 0
+    for example in examples:
+        if example.instruction.strip() and example.response.strip():
+            yield {"x": prompt(template, example.instruction, example.context), "y": example.response}
+        else:
+            empty += 1
+    if empty:
+        logger.warning("%d rows have no instruction or no response and are left out.", empty)
+
+
+def shorter_than(limit: int, rows: Iterable[Row], count_tokens: CountTokens) -> Iterator[Row]:
+    """Rows whose text x + " " + y has fewer than `limit` tokens, in order; counted a thousand rows at a time."""
+    for batch in batched(rows, 1000):
+        counts = count_tokens([f"{row['x']} {row['y']}" for row in batch])
+        yield from (row for row, count in zip(batch, counts, strict=True) if count < limit)

@@ -1,0 +1,70 @@
+"""SQuAD 1.1 (Rajpurkar et al. 2016): answers that stand in a paragraph. Hub: rajpurkar/squad, splits train, validation.
+
+Trained on the first answer of each question; the hub's validation split, with all of its accepted answers, is the test
+split here. Prompts: the question is the instruction and the paragraph its context. Sizes and prompt are our choice.
+"""
+
+from __future__ import annotations
+
+from data import CountTokens, Row, Splits
+from data.instructions import Example, InstructionConfig, learned_rows
+from data.selection import ordered, take
+from data.templates import prompt
+from flatlora.config import ConfigError, setting
+from flatlora.rows import Source, gather, read_rows
+
+VERSION = 1
+HUB_ID, CONFIG = "rajpurkar/squad", "plain_text"
+
+
+class Config(InstructionConfig):
+    validation_rows: int = setting(1000, ge=0)
+    test_rows: int | None = setting(None, ge=1, remedy="null takes all 10,570 rows")
+
+
+def sources(config: Config) -> list[Source]:
+    return [Source(HUB_ID, CONFIG, split, config.revision) for split in ("train", "validation")]
+
+
+def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
+    train, test = sources(config)
+
+    def learned() -> tuple[list[Row], list[Row]]:
+        rows = ordered(_read(train, data_root), config.subset)
+        examples = (Example(row["question"], row["answers"][0], row["context"]) for row in rows)
+        return learned_rows(examples, config, count_tokens)
+
+    def asked() -> list[Row]:
+        rows = take(_read(test, data_root), config.test_rows, name="dataset.test_rows")
+        return [
+            {
+                "x": prompt(config.template, row["question"], row["context"]),
+                "y": row["answers"][0],
+                "answers": row["answers"],
+            }
+            for row in rows
+        ]
+
+    (train_rows, validation), test_rows = gather(learned, asked)
+    return Splits(train_rows, validation, test_rows)
+
+
+def _read(source: Source, data_root: str | None) -> list[Row]:
+    """Rows with their accepted answers as a list of texts."""
+    columns = {"context": "text", "question": "text", "answers": "any"}
+    rows = read_rows(source, columns=columns, data_root=data_root)
+    for number, row in enumerate(rows, start=1):
+        texts = row["answers"].get("text") if isinstance(row["answers"], dict) else None
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ConfigError(
+                [
+                    f'Invalid answers in {source}, row {number}: {{"text": [one answer or more], …}} is needed, '
+                    f"not {str(row['answers'])[:40]!r}; mend the row, or leave it out."
+                ]
+            )
+        row["answers"] = list(texts)
+    return rows
+
+
+def describe(config: Config) -> str:
+    return f"{HUB_ID} (train, validation)"

@@ -1,0 +1,47 @@
+"""WizardLM's evolved instructions (Xu et al. 2023). Hub: silk-road/Wizard-LM-Chinese-instruct-evol, split train.
+
+As the published code prepares it: the English columns; outputs that neither refuse ("sorry") nor speak of themselves
+("as an ai"), in any case; prompt and output together below 1,024 tokens; the first 52,000 to train and the next 18,000
+to validate. It has no test rows: MT-Bench asks questions of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from data import CountTokens, Row, Splits
+from data.instructions import Example, InstructionConfig, learned_rows
+from data.selection import ordered
+from flatlora.config import setting
+from flatlora.rows import Source, read_rows
+
+VERSION = 1
+HUB_ID, CONFIG = "silk-road/Wizard-LM-Chinese-instruct-evol", "default"
+_REFUSALS = ("sorry", "as an ai")
+
+
+class Config(InstructionConfig):
+    train_rows: int | None = setting(52_000, ge=1, remedy="null takes all rows")
+    validation_rows: int = setting(18_000, ge=0)
+    max_tokens: int | None = setting(1024, ge=8, remedy="1024 as published, null keeps rows of every length")
+
+
+def sources(config: Config) -> list[Source]:
+    return [Source(HUB_ID, CONFIG, "train", config.revision)]
+
+
+def examples(rows: list[Row]) -> Iterator[Example]:
+    """Rows whose output answers."""
+    for row in rows:
+        if not any(word in row["output"].lower() for word in _REFUSALS):
+            yield Example(row["instruction"], row["output"])
+
+
+def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
+    (train,) = sources(config)
+    rows = read_rows(train, columns=("instruction", "output"), data_root=data_root)
+    return Splits(*learned_rows(examples(ordered(rows, config.subset)), config, count_tokens), [])
+
+
+def describe(config: Config) -> str:
+    return f"{HUB_ID} (train, outputs that answer)"

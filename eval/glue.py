@@ -1,0 +1,198 @@
+"""GLUE and data sets in its form: each row's answers are weighed by their likelihood, the likeliest is the prediction.
+
+    python -m eval.glue PATH task=sst2 [key=value ...]
+
+PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: task, metric, max_rows, batch_size,
+rows=FILE.jsonl (rows {"x", "y", "choices"}), device, out=DIR, score_only=true. `metric=likelihood` takes all tokens of
+an answer and the end of the sequence, for any number of answers; `metric=published` compares the first tokens of two
+answers, as the public code does. Accuracy, and Matthews' correlation (CoLA), F1 (MRPC, QQP) or Pearson's (STS-B).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from eval import predictions
+from eval.backends import Backend
+from flatlora.config import ConfigError, Section, setting
+from flatlora.results import write_json
+from flatlora.rows import prompt_text
+
+SCORER_VERSION = 1
+HEADLINE = "accuracy"
+ROW_COLUMNS = {"x": "text", "y": "text", "choices": "any"}
+
+FIELDS: predictions.Fields = {
+    "index": int,
+    "task": str,
+    "prompt": str,
+    "reference": str,
+    "choices": list,
+    "scores": list,
+    "prediction": str,
+}
+TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb"]
+
+
+class Config(Section):
+    task: TaskName = setting(remedy="it decides which metrics are taken")
+    metric: Literal["likelihood", "published"] = "likelihood"
+    max_rows: int | None = setting(None, ge=1, remedy="null scores every row of the data set's test split")
+    batch_size: int = setting(32, ge=1, remedy="lower it when memory runs out")
+
+    def rule_faults(self) -> list[str]:
+        if self.metric == "published" and self.task in ("mnli", "stsb"):
+            return [
+                f"Invalid eval.glue.metric=published with eval.glue.task={self.task}: the public code compares the "
+                "first tokens of two answers, and this task has more; use eval.glue.metric=likelihood."
+            ]
+        return []
+
+
+def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy and what the task's own paper reports.
+
+    Args:
+        rows: {"task", "reference", "choices", "prediction"} each, and "value" for STS-B: the number behind a reference.
+    """
+    from scipy.stats import pearsonr
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    total = len(rows)
+    truth, guess = [row["reference"] for row in rows], [row["prediction"] for row in rows]
+    metrics: dict[str, Any] = {"n": total, HEADLINE: None}
+    if total:
+        metrics[HEADLINE] = sum(a == b for a, b in zip(truth, guess, strict=True)) / total
+        metrics["majority"] = max(truth.count(word) for word in set(truth)) / total  # of the likeliest answer alone
+        task = rows[0]["task"]
+        if task == "cola":
+            metrics["matthews"] = float(matthews_corrcoef(truth, guess))
+        if task in ("mrpc", "qqp"):
+            metrics["f1"] = float(f1_score(truth, guess, pos_label=rows[0]["choices"][1], zero_division=0.0))
+        if task == "stsb":
+            values, guesses = [row["value"] for row in rows], [float(word) for word in guess]
+            constant = len(set(values)) < 2 or len(set(guesses)) < 2  # without variance there is no correlation
+            metrics["pearson"] = None if constant else float(pearsonr(values, guesses).statistic)
+    return {"scorer": f"glue/{SCORER_VERSION}", "n": total, "metrics": metrics}
+
+
+def check_rows(rows: Sequence[dict[str, Any]], source: str) -> None:
+    """See to it that every row can be scored.
+
+    Raises:
+        ConfigError: a row without choices, or whose answer is not among them.
+    """
+    broken = [number for number, row in enumerate(rows, start=1) if _problem(row)]
+    if broken:
+        problem = _problem(rows[broken[0] - 1])
+        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise ConfigError(
+            [
+                f"Invalid choices in {source}, row {broken[0]}{others}: {problem}; glue weighs given answers, so use a "
+                "data set of GLUE, or leave the benchmark out."
+            ]
+        )
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    choices = row.get("choices")
+    if not isinstance(choices, list) or len(set(map(str, choices))) != len(choices) or len(choices) < 2:
+        return "it needs a list of two different answers or more"
+    if not all(isinstance(choice, str) and choice for choice in choices):
+        return "its answers must be texts"
+    return None if row["y"] in choices else f"its answer {row['y'][:40]!r} is not among them"
+
+
+def run(
+    backend: Backend,
+    rows: Sequence[dict[str, Any]],
+    folder: Path,
+    config: Config,
+    *,
+    on_progress: predictions.OnProgress | None = None,
+) -> dict[str, Any]:
+    """Weigh the choices of `rows` and score them; writes predictions.jsonl and score.json, returns the score.
+
+    Raises:
+        ConfigError: metric=published for answers that begin with the same token, or for more than two.
+    """
+    rows = rows[: config.max_rows]
+    prompts = [prompt_text(row["x"]) for row in rows]
+    published = config.metric == "published"
+    if published:
+        _check_first_tokens(backend, rows)
+
+    def answer(batch: list[int]) -> list[dict[str, Any]]:
+        found = backend.log_likelihoods(
+            [prompts[index] for index in batch], [rows[index]["choices"] for index in batch], first_token=published
+        )
+        return [
+            {"scores": scores, "prediction": rows[index]["choices"][scores.index(max(scores))]}
+            for index, scores in zip(batch, found, strict=True)
+        ]
+
+    path = predictions.collect(
+        [
+            {
+                "task": config.task,
+                "prompt": prompt,
+                "reference": row["y"],
+                "choices": row["choices"],
+                **({"value": row["value"]} if config.task == "stsb" else {}),
+            }
+            for prompt, row in zip(prompts, rows, strict=True)
+        ],
+        answer,
+        folder,
+        fields=FIELDS,
+        lengths=predictions.prompt_lengths(backend, prompts),
+        batch_size=backend.batch_size,
+        settings={**backend.describe(), "metric": config.metric},
+        on_progress=on_progress,
+    )
+    return score_file(path)
+
+
+def _check_first_tokens(backend: Backend, rows: Sequence[dict[str, Any]]) -> None:
+    for choices in {tuple(row["choices"]) for row in rows}:
+        if len(choices) != 2 or len({backend.first_token(choice) for choice in choices}) != 2:
+            raise ConfigError(
+                [
+                    f"Invalid eval.glue.metric=published for the answers {', '.join(choices)}: it compares the first "
+                    "tokens of two answers, which must differ; use eval.glue.metric=likelihood."
+                ]
+            )
+
+
+def score_file(path: Path) -> dict[str, Any]:
+    """Score a predictions file and write score.json beside it.
+
+    Raises:
+        ConfigError: the file is not there, or broken.
+    """
+    result = score(predictions.read(path, FIELDS))
+    write_json(path.with_name("score.json"), result)
+    return result
+
+
+def benchmark_rows(data_root: str | None) -> list[dict[str, Any]]:
+    """None of its own: a task's rows come with the run, or as rows=FILE.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        [
+            "Missing rows: glue has no rows of its own for a model that no run describes; name them with "
+            'rows=FILE.jsonl ({"x", "y", "choices"}; a run\'s test.jsonl is such a file).'
+        ]
+    )
+
+
+if __name__ == "__main__":
+    from eval.command import main
+
+    sys.exit(main("glue", sys.argv[1:]))

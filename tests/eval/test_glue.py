@@ -1,0 +1,168 @@
+"""GLUE's scores: likelihoods against a plain reading of the logits, metrics against their formulas, what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+import run_exp
+from eval import glue
+from eval.backends.hf import HFBackend
+from flatlora.config import ConfigError
+
+PROMPTS = ["classify: a\nresult: ", "classify the sentiment of the text: a much longer one.\nresult: "]
+CHOICES = [["not_entailment", "entailment"], ["positive", "negative", "neither of the two"]]
+
+
+@pytest.fixture(params=["llama", "t5"])
+def backend(request, tiny_model_folder, tiny_t5_folder):
+    folder, auto = {
+        "llama": (tiny_model_folder, AutoModelForCausalLM),
+        "t5": (tiny_t5_folder, AutoModelForSeq2SeqLM),
+    }[request.param]
+    model = auto.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the random start is too flat for two answers to differ
+            parameter.mul_(4.0)
+    return HFBackend(model, AutoTokenizer.from_pretrained(folder), batch_size=3)
+
+
+def log_likelihood_reference(backend, prompt, choice, first_token=False):
+    """One pair at a time, one token after the other."""
+    model, tokenizer = backend.model, backend.tokenizer
+    asked = tokenizer(prompt)["input_ids"]
+    answer = [*tokenizer(choice, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    total, said = 0.0, []
+    for token in answer[:1] if first_token else answer:
+        with torch.no_grad():
+            if model.config.is_encoder_decoder:
+                start = torch.tensor([[model.config.decoder_start_token_id, *said]])
+                logits = model(input_ids=torch.tensor([asked]), decoder_input_ids=start).logits
+            else:
+                logits = model(input_ids=torch.tensor([asked + said])).logits
+        total += logits[0, -1].double().log_softmax(-1)[token].item()
+        said.append(token)
+    return total
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+def test_likelihoods_are_those_of_one_token_after_the_other(backend, first_token):
+    found = backend.log_likelihoods(PROMPTS, CHOICES, first_token=first_token)
+    assert [len(scores) for scores in found] == [2, 3]
+    for prompt, choices, scores in zip(PROMPTS, CHOICES, found, strict=True):
+        for choice, score in zip(choices, scores, strict=True):
+            assert score == pytest.approx(log_likelihood_reference(backend, prompt, choice, first_token), rel=1e-4)
+
+
+def row(task, reference, prediction, choices=("a", "b"), **more):
+    return {"task": task, "reference": reference, "prediction": prediction, "choices": list(choices), **more}
+
+
+def metrics(rows):
+    return glue.score(rows)["metrics"]
+
+
+def test_matthews_and_f1_are_their_formulas():
+    pairs = [("b", "b")] * 5 + [("b", "a")] * 2 + [("a", "b")] * 3 + [("a", "a")] * 4
+    tp, fn, fp, tn = 5, 2, 3, 4
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert metrics([row("cola", *pair) for pair in pairs])["matthews"] == pytest.approx(expected)
+    found = metrics([row("mrpc", *pair) for pair in pairs])
+    assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert found["accuracy"] == pytest.approx(9 / 14)
+    assert found["majority"] == pytest.approx(7 / 14)
+    assert "f1" not in metrics([row("sst2", *pair) for pair in pairs])
+
+
+def test_pearson_reads_the_scores_behind_the_words():
+    values, guesses = [0.1, 2.0, 3.3, 5.0], ["0.0", "1.8", "4.0", "4.6"]
+    rows = [row("stsb", "0.0", guess, value=value) for value, guess in zip(values, guesses, strict=True)]
+    expected = torch.corrcoef(torch.tensor([values, [float(g) for g in guesses]], dtype=torch.float64))[0, 1].item()
+    assert metrics(rows)["pearson"] == pytest.approx(expected)
+    assert metrics([row("stsb", "0.0", "1.0", value=v) for v in values])["pearson"] is None
+
+
+def test_three_answers_and_no_rows():
+    rows = [row("mnli", "x", guess, ("x", "y", "z")) for guess in "xyzx"]
+    assert metrics(rows)["accuracy"] == 0.5
+    assert glue.score([]) == {"scorer": "glue/1", "n": 0, "metrics": {"n": 0, "accuracy": None}}
+
+
+def asked():
+    return [
+        {"x": f"classify: {i}\nresult: ", "y": ("positive", "negative")[i % 2], "choices": ["negative", "positive"]}
+        for i in range(7)
+    ]
+
+
+def test_the_likeliest_answer_is_the_prediction_and_a_killed_run_goes_on(backend, tmp_path):
+    config = glue.Config(task="sst2")
+    whole = glue.run(backend, asked(), tmp_path / "whole", config)
+    rows = [json.loads(line) for line in (tmp_path / "whole/predictions.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(7))
+    for one in rows:
+        assert one["prediction"] == one["choices"][one["scores"].index(max(one["scores"]))]
+    calls = []
+
+    class Killed(BaseException):
+        pass
+
+    plain = backend.log_likelihoods
+
+    def killed(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return plain(*arguments, **options)
+
+    backend.log_likelihoods = killed
+    with pytest.raises(Killed):
+        glue.run(backend, asked(), tmp_path / "killed", config)
+    assert glue.run(backend, asked(), tmp_path / "killed", config) == whole
+    assert len(calls) == 4  # three batches, the first of them not again
+    assert (tmp_path / "killed/predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
+
+
+def test_the_published_way_compares_first_tokens(backend, tmp_path):
+    glue.run(backend, asked(), tmp_path, glue.Config(task="sst2", metric="published"))
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    for one in rows:
+        expected = [log_likelihood_reference(backend, one["prompt"], choice, True) for choice in one["choices"]]
+        assert one["scores"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("choices", [["positive one", "positive two"], ["a", "b", "c"]])
+def test_the_published_way_is_refused_where_it_cannot_tell_answers_apart(backend, tmp_path, choices):
+    rows = [{"x": "q", "y": choices[0], "choices": choices}]
+    with pytest.raises(ConfigError, match=r"first tokens of two answers, which must differ"):
+        glue.run(backend, rows, tmp_path, glue.Config(task="sst2", metric="published"))
+
+
+@pytest.mark.parametrize("task", ["mnli", "stsb"])
+def test_the_published_way_is_refused_before_anything_is_loaded(task):
+    with pytest.raises(ConfigError, match=rf"metric=published with eval.glue.task={task}"):
+        run_exp.experiment_of([f"dataset={task}", "eval.glue.metric=published"])
+
+
+def test_glue_without_a_task_of_glue_is_a_fault():
+    with pytest.raises(ConfigError, match=r"Invalid eval.glue.task=None"):
+        run_exp.experiment_of(["dataset=gsm8k", "eval=[glue]"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"choices": None}, "two different answers or more"),
+        ({"choices": ["a"]}, "two different answers or more"),
+        ({"choices": ["a", "a"]}, "two different answers or more"),
+        ({"choices": ["a", ""]}, "must be texts"),
+        ({"choices": ["b", "c"]}, "'a' is not among them"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_named(changes, problem):
+    good = {"x": "q", "y": "a", "choices": ["a", "b"]}
+    with pytest.raises(ConfigError, match=rf"there, row 2: .*{problem}"):
+        glue.check_rows([good, good | changes], "there")
+    glue.check_rows([good], "there")
