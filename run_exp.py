@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import data
 import eval as benchmarks
-from data import cache, tokens
+from data import cache, images, tokens
+from eval.backends.clip import CLIPBackend
 from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
 from flatlora import acceleration, checkpoint, commandline, console, methods, models, results, training
 from flatlora.config import ConfigError, Experiment, Section, parse
+from flatlora.images import collate_images
 from flatlora.results import MetricsLog, RunFolder
 from flatlora.rows import jsonl
 
@@ -141,7 +144,18 @@ class OptionRegistry:
         return methods.owners(section, key)
 
     def refusals(self, experiment: Experiment) -> list[tuple[tuple[str, ...], str]]:
-        return methods.combination_faults(experiment)
+        return [*methods.combination_faults(experiment), *_eval_faults(experiment)]
+
+
+def _eval_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+    for name in experiment.eval:
+        kind = benchmarks.evaluator(name).KIND
+        if kind != experiment.dataset.kind:
+            yield (
+                ("dataset.kind", f"eval.{name}"),
+                f"Invalid eval=[{name}] with dataset={experiment.dataset.name} ({experiment.dataset.kind}): it scores "
+                f"{kind} data sets; leave it out of eval=[...], or change the data set.",
+            )
 
 
 REGISTRY = OptionRegistry()
@@ -197,28 +211,40 @@ class Inputs:
     """All that a run reads besides weights."""
 
     device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    rows: tokens.Prepared
-    data_sha256: str  # of all token ids that training and validation read
+    processor: training.Processor  # a tokenizer, or an image processor
+    rows: tokens.Prepared | images.PreparedImages
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    data_sha256: str  # of all that training and validation read
 
 
 def prepare(experiment: Experiment, device: torch.device) -> Inputs:
-    """Tokenise the data and try the method on the model's skeleton; no weight is loaded.
+    """Make the rows ready and try the method on the model's skeleton; no weight is loaded.
 
     Raises:
         ConfigError: model, method, data or benchmarks do not fit; nothing has been written.
     """
-    tokenizer = models.load_tokenizer(experiment.model)
+    pictures = experiment.dataset.kind == "image"
+    processor = (models.load_image_processor if pictures else models.load_tokenizer)(experiment.model)
     methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft)
     models.check_weights(experiment.model, device)
-    counting = getattr(experiment.dataset, "limit_tokenizer", None)
-    counting = models.load_tokenizer(experiment.model.counting_with(counting)) if counting else None
-    rows = training.main_process_first(
-        lambda: cache.prepared(experiment.dataset, experiment.data_root, tokenizer, counting), device
-    )
+    read = read_images if pictures else read_text
+    rows = training.main_process_first(lambda: read(experiment, processor), device)
     for name in experiment.eval:
         benchmarks.evaluator(name).check_rows(rows.test, f"dataset {experiment.dataset.name}, test rows")
-    return Inputs(device, tokenizer, rows, rows.sha256)
+    collate = collate_images if pictures else tokens.collator(experiment.model.family, processor.pad_token_id)
+    return Inputs(device, processor, rows, collate, rows.sha256)
+
+
+def read_text(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> tokens.Prepared:
+    """Token ids of a text data set."""
+    counting = getattr(experiment.dataset, "limit_tokenizer", None)
+    counting = models.load_tokenizer(experiment.model.counting_with(counting)) if counting else None
+    return cache.prepared(experiment.dataset, experiment.data_root, tokenizer, counting)
+
+
+def read_images(experiment: Experiment, processor: Any) -> images.PreparedImages:
+    """Pictures of an image data set."""
+    return images.prepared(experiment.dataset, experiment.data_root, processor)
 
 
 def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> int:
@@ -260,11 +286,11 @@ def train_and_score(
     experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None, record: dict[str, Any]
 ) -> None:
     """The run itself; fills `record` as it goes."""
-    if training.is_main_process():
+    if training.is_main_process() and experiment.dataset.kind == "text":
         results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
-    backbone = models.load_backbone(experiment.model, inputs.device)
-    collate = tokens.collator(experiment.model.family, inputs.tokenizer.pad_token_id)
-    method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, collate, resume_from)
+    classes = getattr(inputs.rows, "classes", None)
+    backbone = models.load_backbone(experiment.model, inputs.device, classes)
+    method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)
     model = method.apply(backbone, experiment.peft, start)
     if experiment.regularised:
         methods.rho(experiment.rho.method).prepare(model, experiment.rho, experiment.seed)
@@ -277,10 +303,10 @@ def train_and_score(
         outcome = training.train(
             experiment,
             model,
-            inputs.tokenizer,
+            inputs.processor,
             inputs.rows.train,
             inputs.rows.validation,
-            collate,
+            inputs.collate,
             folder,
             data_sha256=record["data_sha256"],
             log=MetricsLog(folder.path / "metrics.jsonl", tracker),
@@ -295,36 +321,35 @@ def train_and_score(
         if training.is_main_process():
             with results.write_folder(folder.adapter) as staging:
                 method.save(model, experiment.peft, staging, start)
-                inputs.tokenizer.save_pretrained(staging)
-            record["metrics"].update(score(experiment, model, inputs.tokenizer, inputs.rows.test, folder))
+                inputs.processor.save_pretrained(staging)
+            record["metrics"].update(score(experiment, model, inputs, folder))
     record["status"] = "finished"
 
 
-def _start(
-    experiment: Experiment, folder: RunFolder, inputs: Inputs, collate: tokens.Collator, resume_from: Path | None
-) -> methods.Start:
+def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> methods.Start:
     return methods.Start(
         experiment.seed,
         folder.path / "start",
-        training.calibration_batches(experiment, inputs.rows.train, collate, inputs.device),
+        training.calibration_batches(experiment, inputs.rows.train, inputs.collate, inputs.device),
         rank=training.rank(),
         world_size=training.world_size(),
         resumed=resume_from is not None,
     )
 
 
-def score(experiment: Experiment, model, tokenizer, rows: list[dict[str, str]], folder: RunFolder) -> dict[str, Any]:
+def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunFolder) -> dict[str, Any]:
     """Every benchmark of `eval=[...]` on the data set's test rows: {"<benchmark>/<metric>": value}."""
     metrics = {}
+    backend_class = CLIPBackend if experiment.dataset.kind == "image" else HFBackend
     for name, config in experiment.eval.items():
-        backend = HFBackend(
+        backend = backend_class(
             model,
-            tokenizer,
+            inputs.processor,
             batch_size=config.batch_size,
             autocast_dtype=models.autocast_dtype(experiment.trainer.autocast, experiment.model.dtype),
             identity={"weights": checkpoint.weights_sha256(folder.adapter)},
         )
-        result = evaluate(name, backend, rows, folder.path / "eval" / name, config)
+        result = evaluate(name, backend, inputs.rows.test, folder.path / "eval" / name, config)
         print_score(name, result)
         metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
     return metrics

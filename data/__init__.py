@@ -10,6 +10,7 @@ A loader module has
 
 Rows of text are {"x", "y"}: the prompt and the answer to be learned; the text of a row is x + " " + y +
 end-of-sequence, with the loss on y. A row to be scored by the likelihood of its possible answers also has "choices".
+`images` is the loader of all pictures; its rows are made by `images.prepared`, and it has no `load`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 import data
 from data.selection import row_key
 from data.tokens import Prepared, TokenRows, encode, prepare
-from flatlora.config import DatasetConfig
+from flatlora.config import DatasetConfig, TextDatasetConfig
 from flatlora.console import ProgressBar
 from flatlora.models import cache_folder
 from flatlora.results import write_atomic
@@ -35,7 +35,7 @@ _BAR_FROM = 5000  # rows; fewer are done before a bar could be read
 
 
 def prepared(
-    config: DatasetConfig,
+    config: TextDatasetConfig,
     data_root: str | None,
     tokenizer: PreTrainedTokenizerBase,
     limit_tokenizer: PreTrainedTokenizerBase | None = None,

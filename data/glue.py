@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from data import CountTokens, Row, Splits
 from data.selection import ordered, split_train_validation, take
-from flatlora.config import ConfigError, DatasetConfig, setting
+from flatlora.config import ConfigError, TextDatasetConfig, setting
 from flatlora.rows import Columns, Source, gather, read_rows
 
 VERSION = 1
@@ -48,7 +48,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-class Config(DatasetConfig):
+class Config(TextDatasetConfig):
     task: TaskName
     train_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
     validation_rows: int = setting(0, ge=0)

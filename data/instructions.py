@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple
 from data import CountTokens, Row
 from data.selection import batched, split_train_validation
 from data.templates import Template, prompt
-from flatlora.config import DatasetConfig, setting
+from flatlora.config import TextDatasetConfig, setting
 
 logger = logging.getLogger(__name__)
 
 
-class InstructionConfig(DatasetConfig):
+class InstructionConfig(TextDatasetConfig):
     train_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
     validation_rows: int = setting(0, ge=0)
     subset: Literal["first", "shuffled"] = "first"  # first is what the published code really takes

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data import CountTokens, Row, Splits
-from flatlora.config import ConfigError, DatasetConfig, setting
+from flatlora.config import ConfigError, TextDatasetConfig, setting
 from flatlora.rows import Source
 
 VERSION = 1  # raise it whenever the same arguments give other rows; a cache of rows must know it
@@ -52,7 +52,7 @@ KINDS: dict[str, Callable[["Story"], None]] = {}
 MOVES: dict[str, tuple[int, Callable[["Story", int], Draft]]] = {}
 
 
-class Config(DatasetConfig):
+class Config(TextDatasetConfig):
     train_rows: int = setting(2000, ge=1, le=MOST_ROWS)
     validation_rows: int = setting(100, ge=0, le=MOST_ROWS)
     test_rows: int = setting(200, ge=1, le=MOST_ROWS)
@@ -61,6 +61,7 @@ class Config(DatasetConfig):
     max_value: int = setting(20, ge=SMALLEST_BOUND, le=10_000, remedy="20 makes products up to 400")
     max_answer: int | None = setting(None, ge=SMALLEST_BOUND, le=10**8, remedy="null allows max_value squared")
     seed: int = setting(0, ge=0)  # of the problems; the run's own seed does not change them
+    answer_tokens: int = setting(160, ge=1)  # how long an evaluator waits for an answer
 
     def rule_faults(self) -> list[str]:
         if self.min_steps <= self.max_steps:

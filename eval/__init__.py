@@ -8,6 +8,7 @@ An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...
     run(backend, rows, folder, config)     answers and scores rows; returns the score, {"scorer", "n", "metrics"}
     score_file(path)                       scores a finished predictions.jsonl
     benchmark_rows(data_root)              the benchmark's own rows
+    KIND                                   "text" or "image": of the data sets that it scores
     HEADLINE, SCORER_VERSION               the metric of tables; raised whenever the same answers score otherwise
 """
 

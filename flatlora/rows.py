@@ -56,7 +56,7 @@ def fingerprint(source: Source, data_root: str | None = None) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     import datasets
 
-    with _hub_faults(source):
+    with hub_faults(source):
         builder = datasets.load_dataset_builder(source.hub_id, source.config, revision=source.revision)
         return f"{source}@{builder.hash}"
 
@@ -212,13 +212,13 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 def _read_hub(source: Source) -> list[dict[str, Any]]:
     import datasets
 
-    with _hub_faults(source):
+    with hub_faults(source):
         data = datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=source.revision)
         return data.to_list()
 
 
 @contextlib.contextmanager
-def _hub_faults(source: Source) -> Iterator[None]:
+def hub_faults(source: Source) -> Iterator[None]:
     """No network, an unknown or gated name, a broken file of the cache: as a fault with the ways out."""
     import datasets
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
+    BaseImageProcessor,
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -41,6 +42,13 @@ from flatlora.results import MetricsLog, RunFolder, write_json
 from flatlora.starts import load_adapter, mark_checkpoint
 
 T = TypeVar("T")
+Processor = PreTrainedTokenizerBase | BaseImageProcessor  # saved with every checkpoint
+
+
+def _units(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Tokens of a micro-batch without its padding, or its images."""
+    mask = inputs.get("attention_mask")
+    return torch.tensor(len(inputs["labels"])) if mask is None else mask.sum()
 
 
 class SizedRows(Protocol):
@@ -148,7 +156,7 @@ class FlatTrainer(Trainer):
         self.model_accepts_loss_kwargs = experiment.model.family == "causal_lm"
         self.experiment, self.data_sha256, self.recorder = experiment, data_sha256, recorder
         self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
-        self.step_tokens = torch.zeros((), device=self.args.device)
+        self.step_units = torch.zeros((), device=self.args.device)  # tokens, or images
         self._epoch_sampler: EpochSampler | None = None
         self._micro_batches: list[dict[str, Any]] = []  # of the running step, where its gradient is taken twice
         self.graphed = self._graphed_micro_step()
@@ -191,7 +199,7 @@ class FlatTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self.step_tokens += inputs["attention_mask"].sum().to(self.step_tokens.device)
+        self.step_units += _units(inputs).to(self.step_units.device)
         loss = self._micro_step(model, inputs, num_items_in_batch)
         self.step_loss += loss
         if self.regulariser and self.regulariser.second_gradient:
@@ -335,7 +343,7 @@ class StepRecorder(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.step_loss.zero_()
-        self.trainer.step_tokens.zero_()
+        self.trainer.step_units.zero_()
         self._step_started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -368,9 +376,10 @@ class StepRecorder(TrainerCallback):
             self.progress.stop()
 
     def _training_row(self, args, state, logs: dict[str, float]) -> dict[str, Any]:
-        totals = torch.stack([self.trainer.step_loss, self.trainer.step_tokens]).double()
+        totals = torch.stack([self.trainer.step_loss, self.trainer.step_units]).double()
         totals = self.trainer.accelerator.reduce(totals, "sum") if args.world_size > 1 else totals
-        loss, tokens = totals[0].item() / args.world_size, totals[1].item()
+        loss, units = totals[0].item() / args.world_size, totals[1].item()
+        rate = "images_per_s" if self.trainer.experiment.model.family == "clip" else "tokens_per_s"
         sigma = self.regulariser.sigma_at(state.global_step - 1) if self.regulariser else 0.0
         return {
             "step": state.global_step,
@@ -379,7 +388,7 @@ class StepRecorder(TrainerCallback):
             "lr": logs["learning_rate"],
             "grad_norm": float(logs["grad_norm"]),
             "sigma": sigma,
-            "tokens_per_s": round(tokens / self.step_seconds[-1], 1),
+            rate: round(units / self.step_seconds[-1], 1),
         }
 
 
@@ -452,7 +461,7 @@ class SaveAtStop(TrainerCallback):
 def train(
     experiment: Experiment,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     train_rows: SizedRows,
     validation_rows: SizedRows,
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
@@ -486,7 +495,7 @@ def train(
         train_dataset=train_rows,
         eval_dataset=validation_rows if has_validation else None,
         data_collator=collate,
-        processing_class=tokenizer,
+        processing_class=processor,
         callbacks=callbacks,
         experiment=experiment,
         method=method,
@@ -555,8 +564,8 @@ def calibration_batches(
             shares = [order]  # so few rows that every rank looks at all of them
         for share in shares[:count]:
             batch = collate([rows[i] for i in share])
-            kept = ("input_ids", "attention_mask", "labels")
-            yield {key: batch[key].to(device) for key in kept}
+            kept = ("input_ids", "attention_mask", "labels", "pixel_values")
+            yield {key: batch[key].to(device) for key in kept if key in batch}
 
     return batches
 
@@ -640,11 +649,15 @@ def _mean_of_last_losses(log: MetricsLog, rows: int = 10) -> float | None:
 
 
 def _timing(effort: Effort, log: MetricsLog) -> dict[str, float | None]:
-    rates = [row["tokens_per_s"] for row in log.rows() if "tokens_per_s" in row]
+    rates = {
+        key: statistics.median(found)
+        for key in ("tokens_per_s", "images_per_s")
+        if (found := [row[key] for row in log.rows() if key in row])
+    }
     return {
         "train_s": round(effort.train_s, 3),
         "step_s_median": round(statistics.median(effort.step_s), 4) if effort.step_s else None,
-        "tokens_per_s": round(statistics.median(rates), 1) if rates else None,
+        **({key: round(rate, 1) for key, rate in rates.items()} or {"tokens_per_s": None}),
         "perturb_s": round(effort.perturb_s, 3),
     }
 

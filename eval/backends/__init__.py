@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 
 class Completion(NamedTuple):
     """One answer."""
@@ -12,6 +14,21 @@ class Completion(NamedTuple):
     text: str
     tokens: int
     finished: bool  # ended by itself, not by the limit
+
+
+class ImageBackend(Protocol):
+    """Class scores of images."""
+
+    batch_size: int
+    processor: Any  # of pictures, as the model was trained with
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the model and the way it answers; part of the record."""
+        ...
+
+    def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """B × 3 × H × W → B × classes, FP32, on the host."""
+        ...
 
 
 class Backend(Protocol):

@@ -13,10 +13,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
-from flatlora.config import setting
+from flatlora.config import ConfigError, setting
 from flatlora.methods.base import Start, register
 from flatlora.methods.computed_start import LayerwiseStart
-from flatlora.methods.lora import LoraMethodConfig
+from flatlora.methods.lora import LoraMethodConfig, reads_images
 
 _KEYS = ("input_ids", "attention_mask", "labels")
 
@@ -29,6 +29,16 @@ class CordaMethodConfig(LoraMethodConfig):
 @register("corda")
 class Corda(LayerwiseStart):
     Config = CordaMethodConfig
+
+    def check(self, skeleton: nn.Module, config: CordaMethodConfig) -> None:
+        super().check(skeleton, config)
+        if reads_images(skeleton):
+            raise ConfigError(
+                [
+                    f"Invalid peft={config.name} with {type(skeleton).__name__}: PEFT's CorDA takes covariances over "
+                    "the tokens of one row, and an image's projection sees a single vector; use peft=lora_ga or pissa."
+                ]
+            )
 
     def settings(self, model: nn.Module, config: CordaMethodConfig) -> dict[str, Any]:
         corda = CordaConfig(corda_method=config.corda_method, verbose=False)

@@ -12,7 +12,7 @@ from torch import nn
 from flatlora.config import ConfigError, setting
 from flatlora.methods.base import Start, register
 from flatlora.methods.computed_start import ComputedStart
-from flatlora.methods.lora import LoraMethodConfig, rank_setting, seeded
+from flatlora.methods.lora import LoraMethodConfig, rank_setting, reads_images, seeded
 
 
 class EvaMethodConfig(LoraMethodConfig):
@@ -26,11 +26,11 @@ class Eva(ComputedStart):
 
     def check(self, skeleton: nn.Module, config: EvaMethodConfig) -> None:
         super().check(skeleton, config)
-        if getattr(skeleton.config, "is_encoder_decoder", False):
+        if getattr(skeleton.config, "is_encoder_decoder", False) or reads_images(skeleton):
             raise ConfigError(
                 [
                     f"Invalid peft={config.name} with {type(skeleton).__name__}: PEFT's EVA knows the inputs of "
-                    "decoder-only models alone; use peft=corda or lora_ga, which look at data too."
+                    "decoder-only language models alone; use peft=corda or lora_ga, which look at data too."
                 ]
             )
 

@@ -69,14 +69,21 @@ class Lora(AdapterMethod):
     def settings(self, model: nn.Module, config: LoraMethodConfig) -> dict[str, Any]:
         """Keywords of PEFT's config."""
         targets = find_targets(model, config.target_modules)
+        language = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
         return {
-            "task_type": "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM",
+            "task_type": None if reads_images(model) else language,
+            "modules_to_save": getattr(model, "trained_modules", None),  # a head that is trained besides
             "r": rank_of(model, config),
             "lora_alpha": config.lora_alpha,
             "lora_dropout": config.lora_dropout,
             "target_modules": _shortest_suffixes(model, targets),
             "fan_in_fan_out": {isinstance(model.get_submodule(name), Conv1D) for name in targets} == {True},
         }
+
+
+def reads_images(model: nn.Module) -> bool:
+    """Whether a model's input are pictures."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
 
 
 @contextlib.contextmanager

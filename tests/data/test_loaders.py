@@ -9,7 +9,7 @@ import pytest
 
 import data
 from data import gsm8k, instructions, meta_math, selection
-from flatlora.config import ConfigError
+from flatlora.config import ConfigError, DatasetConfig
 from flatlora.rows import Source, jsonl, prompt_text, read_jsonl, read_rows
 from tests.conftest import write_split as write
 
@@ -157,8 +157,10 @@ def test_meta_math_cut(response, answer):
 @pytest.mark.parametrize("name", data.loader_names())
 def test_every_loader_has_the_contract(name):
     module = data.loader(name)
-    assert issubclass(module.Config, data.loader("word_math").DatasetConfig)
-    assert callable(module.load)
+    assert issubclass(module.Config, DatasetConfig)
+    assert callable(module.sources)
+    assert callable(module.prepared if module.Config.kind == "image" else module.load)
+    assert isinstance(module.VERSION, int)
     assert isinstance(module.__doc__, str)
 
 

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 
+import numpy as np
 import pytest
 
 import run_exp
@@ -194,21 +195,33 @@ def test_each_faulty_word_is_one_fault(settings, heads):
     assert all(fault.startswith(head) for fault, head in zip(told, heads, strict=True)), told
 
 
+def partners(group, option, folder):
+    """What an option needs besides the defaults, which are a text model on a text set."""
+    if group == "eval":
+        corrupted = ["model=clip_tiny", "dataset=digits", f"eval.corruptions.folder={folder}"]
+        return {"glue": ["dataset=sst2"], "images": corrupted[:2], "corruptions": corrupted}.get(option, [])
+    if group == "model" and option.startswith("clip_"):
+        return ["dataset=digits"]
+    with open(run_exp.CONF_DIR / group / f"{option}.yaml") as file:
+        return ["model=clip_tiny"] if group == "dataset" and "loader: images" in file.read() else []
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_file_composes_and_parses(group, option):
+def test_every_option_file_composes_and_parses(group, option, tmp_path):
+    np.save(tmp_path / "labels.npy", np.zeros(5, np.uint8))
+    np.save(tmp_path / "fog.npy", np.zeros((5, 32, 32, 3), np.uint8))
     word = f"{group}=[{option}]" if group == "eval" else f"{group}={option}"
-    words = [word, "dataset=sst2"] if word == "eval=[glue]" else [word]  # it scores data sets of its form alone
-    try:
-        found = run_exp.experiment_of(words)
-    except ConfigError as error:
-        # Image models and image data sets need each other; the default is a text model on a text set.
-        (fault,) = error.faults
-        assert group in ("model", "dataset")
-        assert "CLIP takes image data sets, language models text" in fault
-    else:
-        assert not option.startswith("clip_")
-        if group == "eval":
-            assert list(found.eval) == [option]
+    found = run_exp.experiment_of([word, *partners(group, option, tmp_path)])
+    if group == "eval":
+        assert list(found.eval) == [option]
+    elif option not in ("all", "experiment"):  # peft=all is another name of lora
+        assert getattr(found, group).name == option
+
+
+@pytest.mark.parametrize("words", [["model=clip_b32"], ["dataset=cifar10"]])
+def test_pictures_and_text_do_not_mix(words):
+    (fault,) = faults(run_exp.experiment_of, words)
+    assert "CLIP takes image data sets, language models text" in fault
 
 
 def test_there_are_option_files():

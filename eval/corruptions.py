@@ -1,0 +1,136 @@
+"""Accuracy on corrupted images (Hendrycks and Dietterich 2019): CIFAR-10-C and CIFAR-100-C, the out-of-domain figure.
+
+`folder` holds one .npy file a corruption, images of five severities one after the other (N × 32 × 32 × 3, UINT8), and
+labels.npy (N). The score is the mean over corruptions and severities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from eval import predictions
+from eval.backends import ImageBackend
+from flatlora.config import ConfigError, Section, setting
+from flatlora.results import write_json
+
+KIND = "image"
+SCORER_VERSION = 1
+HEADLINE = "mean_accuracy"
+SEVERITIES = 5
+LABELS = "labels"
+FIELDS: predictions.Fields = {"index": int, "corruption": str, "severity": int, "label": int, "prediction": int}
+
+
+class Config(Section):
+    folder: str = setting(min_length=1, remedy="name the folder of CIFAR-10-C or CIFAR-100-C")
+    max_rows: int | None = setting(None, ge=1, remedy="null scores every image")  # of a corruption and severity
+    batch_size: int = setting(128, ge=1, remedy="lower it when memory runs out")
+
+    def rule_faults(self) -> list[str]:
+        try:
+            read_folder(Path(self.folder))
+        except ConfigError as error:
+            return error.faults
+        return []
+
+
+def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Labels, and the memory-mapped images of each corruption.
+
+    Raises:
+        ConfigError: files that are missing, broken or do not fit together; every fault at once.
+    """
+    files = sorted(folder.glob("*.npy"))
+    faults, arrays = [], {}
+    for path in files:
+        try:
+            arrays[path.stem] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            faults.append(f"Broken file {path}: {str(error).partition(chr(10))[0]}; fetch it again.")
+    labels = arrays.pop(LABELS, None)
+    if not faults and (labels is None or not arrays):
+        faults.append(
+            f"Invalid eval.corruptions.folder={folder}: labels.npy and one .npy file a corruption are needed, as "
+            f"CIFAR-10-C has them; found {', '.join(path.name for path in files) or 'none'}."
+        )
+    for name, images in arrays.items():
+        if labels is None or len(images) != len(labels) or images.ndim != 4 or images.dtype != np.uint8:
+            faults.append(
+                f"Invalid {folder / name}.npy: {'?' if labels is None else len(labels)} UINT8 images (N × H × W × 3) "
+                f"are needed, not {images.dtype} {images.shape}; fetch it again."
+            )
+    if labels is not None and len(labels) % SEVERITIES:
+        faults.append(f"Invalid {folder / LABELS}.npy: {len(labels)} rows are not five severities; fetch it again.")
+    if faults:
+        raise ConfigError(faults)
+    return labels, arrays
+
+
+def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean accuracy over corruptions and severities, and the mean of each corruption."""
+    groups: dict[tuple[str, int], list[bool]] = {}
+    for row in rows:
+        groups.setdefault((row["corruption"], row["severity"]), []).append(row["label"] == row["prediction"])
+    shares = {key: sum(found) / len(found) for key, found in groups.items()}
+    by_corruption = {
+        name: float(np.mean([share for (other, _), share in shares.items() if other == name]))
+        for name in sorted({name for name, _ in shares})
+    }
+    headline = float(np.mean(list(shares.values()))) if shares else None
+    metrics = {"n": len(rows), HEADLINE: headline, **by_corruption}
+    return {"scorer": f"corruptions/{SCORER_VERSION}", "n": len(rows), "metrics": metrics}
+
+
+def check_rows(rows: Any, source: str) -> None:
+    """The data set's own rows are not asked here."""
+
+
+def run(
+    backend: ImageBackend,
+    rows: Any,
+    folder: Path,
+    config: Config,
+    *,
+    on_progress: predictions.OnProgress | None = None,
+) -> dict[str, Any]:
+    """Classify the corrupted images and score them; writes predictions.jsonl and score.json, returns the score."""
+    labels, corruptions = read_folder(Path(config.folder))
+    each = len(labels) // SEVERITIES
+    taken = range(min(each, config.max_rows or each))
+    places = [
+        (name, severity, severity * each + i) for name in corruptions for severity in range(SEVERITIES) for i in taken
+    ]
+
+    def answer(batch: list[int]) -> list[dict[str, Any]]:
+        pictures = [Image.fromarray(corruptions[name][row]) for name, _, row in (places[index] for index in batch)]
+        pixels = [backend.processor(one, return_tensors="pt")["pixel_values"][0] for one in pictures]
+        return [{"prediction": place} for place in backend.logits(torch.stack(pixels)).argmax(dim=1).tolist()]
+
+    path = predictions.collect(
+        [{"corruption": name, "severity": severity + 1, "label": int(labels[row])} for name, severity, row in places],
+        answer,
+        folder,
+        fields=FIELDS,
+        lengths=[1] * len(places),
+        batch_size=backend.batch_size,
+        settings=backend.describe(),
+        on_progress=on_progress,
+    )
+    return score_file(path)
+
+
+def score_file(path: Path) -> dict[str, Any]:
+    """Score a predictions file and write score.json beside it.
+
+    Raises:
+        ConfigError: the file is not there, or broken.
+    """
+    result = score(predictions.read(path, FIELDS))
+    write_json(path.with_name("score.json"), result)
+    return result

@@ -1,0 +1,95 @@
+"""Image classification: the class with the largest score; accuracy over all images and as the mean over classes.
+
+Scored at the end of a run, on the test split of its data set. Some data sets' own papers take the mean over classes
+(SUN397, DTD), so both stand in every score; the Flat-LoRA paper's tables have the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from eval import predictions
+from eval.backends import ImageBackend
+from flatlora.config import Section, setting
+from flatlora.results import write_json
+
+KIND = "image"
+SCORER_VERSION = 1
+HEADLINE = "top1"
+FIELDS: predictions.Fields = {"index": int, "label": int, "prediction": int}
+
+
+class LabelledImages(Protocol):
+    """Rows {"pixel_values", "labels"}, whose classes are known without reading a picture."""
+
+    labels: list[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class Config(Section):
+    max_rows: int | None = setting(None, ge=1, remedy="null scores every image of the data set's test split")
+    batch_size: int = setting(128, ge=1, remedy="lower it when memory runs out")
+
+
+def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Top-1 accuracy and its mean over classes, of rows {"label", "prediction"}."""
+    total, right, seen = len(rows), {}, {}
+    for row in rows:
+        seen[row["label"]] = seen.get(row["label"], 0) + 1
+        right[row["label"]] = right.get(row["label"], 0) + (row["label"] == row["prediction"])
+    metrics = {
+        "n": total,
+        HEADLINE: sum(right.values()) / total if total else None,
+        "mean_per_class": sum(right[label] / count for label, count in seen.items()) / len(seen) if seen else None,
+    }
+    return {"scorer": f"images/{SCORER_VERSION}", "n": total, "metrics": metrics}
+
+
+def check_rows(rows: LabelledImages, source: str) -> None:
+    """Nothing can be wrong here: the loader has tried every picture and label."""
+
+
+def run(
+    backend: ImageBackend,
+    rows: LabelledImages,
+    folder: Path,
+    config: Config,
+    *,
+    on_progress: predictions.OnProgress | None = None,
+) -> dict[str, Any]:
+    """Classify the images and score them; writes predictions.jsonl and score.json, returns the score."""
+    labels = rows.labels[: config.max_rows]
+
+    def answer(batch: list[int]) -> list[dict[str, Any]]:
+        logits = backend.logits(torch.stack([rows[index]["pixel_values"] for index in batch]))
+        return [{"prediction": place} for place in logits.argmax(dim=1).tolist()]
+
+    path = predictions.collect(
+        [{"label": label} for label in labels],
+        answer,
+        folder,
+        fields=FIELDS,
+        lengths=[1] * len(labels),
+        batch_size=backend.batch_size,
+        settings=backend.describe(),
+        on_progress=on_progress,
+    )
+    return score_file(path)
+
+
+def score_file(path: Path) -> dict[str, Any]:
+    """Score a predictions file and write score.json beside it.
+
+    Raises:
+        ConfigError: the file is not there, or broken.
+    """
+    result = score(predictions.read(path, FIELDS))
+    write_json(path.with_name("score.json"), result)
+    return result

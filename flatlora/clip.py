@@ -1,0 +1,143 @@
+"""CLIP's image encoder with a head over named classes (Radford et al. 2021).
+
+`text`    logits = exp(τ) · cos(image, prompt of each class); prompts are embedded once by the frozen text tower, which
+          is then let go of, and τ is the model's own temperature.
+`linear`  logits = W · image embedding, W trained besides the adapter.
+
+The encoder's modules are named as in transformers' CLIPVisionModelWithProjection, so an adapter loads there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import BPE
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+
+LINEAR_HEAD = "classifier"
+
+
+class Classes(NamedTuple):
+    """What a head tells apart: names, and the prompts of each for the text tower."""
+
+    names: list[str]
+    prompts: list[list[str]]
+
+
+class CLIPImageClassifier(CLIPVisionModelWithProjection):
+    """pixel_values (B × 3 × H × W), labels (B) → loss and logits (B × classes).
+
+    Args:
+        config: of the image encoder.
+        classes: their number.
+        head: "text" reads `class_embeddings` (classes × d, unit rows) and `temperature`; "linear" has a trained layer.
+    """
+
+    def __init__(self, config: CLIPVisionConfig, classes: int = 2, head: str = "text") -> None:
+        super().__init__(config)
+        self.head, self.trained_modules = head, None
+        if head == "linear":
+            self.classifier = nn.Linear(config.projection_dim, classes)
+            self.trained_modules = [LINEAR_HEAD]
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+        else:
+            self.register_buffer("class_embeddings", torch.zeros(classes, config.projection_dim), persistent=False)
+            self.register_buffer("temperature", torch.ones(()), persistent=False)
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        embeddings = super().forward(pixel_values=pixel_values.to(self.dtype), **kwargs).image_embeds
+        if self.head == "linear":
+            logits = self.classifier(embeddings.to(self.classifier.weight.dtype))
+        else:
+            logits = self.temperature * functional.normalize(embeddings.float(), dim=-1) @ self.class_embeddings.t()
+        loss = None if labels is None else functional.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def classifier_of(clip: CLIPModel, classes: Classes, head: str, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
+    """The image encoder of a whole CLIP with a head; `tokenizer` reads the prompts of head="text"."""
+    config = clip.config.vision_config
+    config.projection_dim = clip.config.projection_dim
+    with torch.device("meta"):
+        model = CLIPImageClassifier(config, len(classes.names), head)
+    model.vision_model, model.visual_projection = clip.vision_model, clip.visual_projection
+    if head == "linear":
+        model.classifier = nn.Linear(config.projection_dim, len(classes.names))
+        nn.init.zeros_(model.classifier.weight)
+        nn.init.zeros_(model.classifier.bias)
+    else:
+        model.class_embeddings = class_embeddings(clip, classes.prompts, tokenizer)
+        model.temperature = clip.logit_scale.detach().float().exp()
+    return model
+
+
+@torch.no_grad()
+def class_embeddings(
+    clip: CLIPModel, prompts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
+) -> torch.Tensor:
+    """Unit embeddings (classes × d, FP32): the mean over a class's prompts of their unit embeddings."""
+    rows = []
+    for texts in prompts:
+        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=_longest(clip), return_tensors="pt")
+        pooled = clip.text_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+        found = functional.normalize(clip.text_projection(pooled).float(), dim=-1)
+        rows.append(functional.normalize(found.mean(dim=0), dim=-1))
+    return torch.stack(rows)
+
+
+def _longest(clip: CLIPModel) -> int:
+    return clip.config.text_config.max_position_embeddings
+
+
+RANDOM_VERSION = 1  # raised whenever the weights below would be others
+
+
+def write_random_clip(folder: Path) -> None:
+    """A whole CLIP of random weights, seed 0: 32 × 32 pixels, four layers, a tokenizer of bytes; not pretrained."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: i for i, text in enumerate([*alphabet, start, end])}
+    backend = Tokenizer(BPE(vocabulary, [], unk_token=end))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=start, eos_token=end, pad_token=end, unk_token=end, model_max_length=77
+    )
+    tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = {"vocab_size": len(vocabulary), "bos_token_id": vocabulary[start], "eos_token_id": vocabulary[end]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPModel(
+            CLIPConfig(
+                text_config=tower | text | {"pad_token_id": vocabulary[end]},
+                vision_config=tower | {"image_size": 32, "patch_size": 4},
+                projection_dim=64,
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    crop = {"height": 32, "width": 32}
+    getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)(
+        size=size, crop_size=crop
+    ).save_pretrained(folder)

@@ -1,0 +1,353 @@
+"""Image sets on a few pictures with the hub's columns: reading, classes, broken files, a run of a tiny random CLIP."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+import run_exp
+from data import images
+from flatlora import models
+from flatlora.config import ConfigError
+from flatlora.images import ImageRows, check_images
+from tests.conftest import adapter_bytes, metrics_rows, run_folder, write_split
+
+# name: (hub id, config, splits, image column, label column, classes)
+SETS = {
+    "cifar10": ("uoft-cs/cifar10", "plain_text", "img", "label", 10),
+    "cifar100": ("uoft-cs/cifar100", "cifar100", "img", "fine_label", 100),
+    "cars": ("tanganke/stanford_cars", "default", "image", "label", 5),
+    "svhn": ("ufldl-stanford/svhn", "cropped_digits", "image", "label", 10),
+    "dtd": ("tanganke/dtd", "default", "image", "label", 5),
+    "eurosat": ("tanganke/eurosat", "default", "image", "label", 10),
+    "gtsrb": ("tanganke/gtsrb", "default", "image", "label", 43),
+    "resisc45": ("tanganke/resisc45", "default", "image", "label", 5),
+    "sun397": ("tanganke/sun397", "default", "image", "label", 5),
+    "mnist": ("ylecun/mnist", "mnist", "image", "label", 10),
+    "fashion_mnist": ("zalando-datasets/fashion_mnist", "fashion_mnist", "image", "label", 10),
+}
+UNNAMED = ("cars", "dtd", "resisc45", "sun397")  # their classes are the data set's own
+
+
+def png(number, size=(8, 6)):
+    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(root, hub_id, config, split, columns, names=None):
+    """As the hub's converter writes it: with the features of `datasets` in the file's metadata."""
+    import datasets
+
+    path = root / hub_id / config / f"{split}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image, label = list(columns)[:2]
+    kind = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    features = datasets.Features({image: datasets.Image(), label: kind})
+    chosen = {key: columns[key] for key in (image, label)}
+    datasets.Dataset.from_dict(chosen, features=features).to_parquet(str(path))
+    return path
+
+
+def write_set(root, name, counts=(12, 6)):
+    hub_id, config, image, label, classes = SETS[name]
+    names = [f"class_{i}" for i in range(classes)] if name in UNNAMED else None
+    for split, count in zip(("train", "test"), counts, strict=True):
+        pictures = [{"bytes": png(i), "path": f"{i}.png"} for i in range(count)]
+        columns = {image: pictures, label: [i % classes for i in range(count)]}
+        write_parquet(root, hub_id, config, split, columns, names)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return models.load_image_processor(clip_config())
+
+
+def clip_config(**changes):
+    return models.ModelConfig(
+        **{"name": "clip", "hub_id": "flatlora/random-clip", "family": "clip", "embedded": "random-clip"} | changes
+    )
+
+
+def dataset(name, *settings):
+    return run_exp.experiment_of([f"dataset={name}", "model=clip_tiny", *settings]).dataset
+
+
+def prepared(root, name, processor, *settings):
+    return images.prepared(dataset(name, *settings), str(root), processor)
+
+
+def faults(function, *arguments):
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments)
+    return caught.value.faults
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_is_read_with_its_columns_and_classes(tmp_path, processor, name):
+    write_set(tmp_path, name)
+    rows = prepared(tmp_path, name, processor, "dataset.validation_rows=2")
+    assert [len(part) for part in rows[:3]] == [10, 2, 6]
+    assert len(rows.classes.names) == SETS[name][-1]
+    if name in UNNAMED:
+        assert rows.classes.names[1] == "class 1"
+    assert all(prompt.count(rows.classes.names[0]) == 1 for prompt in rows.classes.prompts[0])
+    row = rows.train[3]
+    assert row["pixel_values"].shape == (3, 32, 32)
+    assert row["labels"] == 3 % SETS[name][-1]
+
+
+def test_pixels_are_those_of_the_processor(tmp_path, processor):
+    write_set(tmp_path, "mnist")
+    rows = prepared(tmp_path, "mnist", processor)
+    picture = Image.open(io.BytesIO(png(4))).convert("RGB")
+    expected = processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(rows.train[4]["pixel_values"], expected)
+
+
+def test_grey_and_transparent_pictures_are_read_as_rgb(tmp_path, processor):
+    buffers = []
+    for mode in ("L", "RGBA", "P"):
+        buffer = io.BytesIO()
+        Image.fromarray(np.arange(48, dtype=np.uint8).reshape(8, 6)).convert(mode).save(buffer, "PNG")
+        buffers.append({"bytes": buffer.getvalue(), "path": None})
+    for split in ("train", "test"):
+        write_parquet(tmp_path, "ylecun/mnist", "mnist", split, {"image": buffers, "label": [0, 1, 2]})
+    rows = prepared(tmp_path, "mnist", processor)
+    assert all(rows.train[i]["pixel_values"].shape == (3, 32, 32) for i in range(3))
+
+
+def test_a_list_of_files_is_read_as_parquet_is(tmp_path, processor):
+    for split, count in (("train", 4), ("test", 2)):
+        path = write_split(
+            tmp_path, "ylecun/mnist", "mnist", split, [{"image": f"{split}/{i}.png", "label": i} for i in range(count)]
+        )
+        (path.parent / split).mkdir()
+        for i in range(count):
+            (path.parent / split / f"{i}.png").write_bytes(png(i))
+    listed = prepared(tmp_path, "mnist", processor)
+    other = tmp_path / "other"
+    write_set(other, "mnist", (4, 2))
+    columns = prepared(other, "mnist", processor)
+    assert listed.sha256 == columns.sha256
+    assert torch.equal(listed.train[2]["pixel_values"], columns.train[2]["pixel_values"])
+
+
+def test_digits_need_no_file_and_are_split_in_their_order(processor):
+    rows = images.prepared(dataset("digits"), None, processor)
+    assert [len(part) for part in rows[:3]] == [1437, 0, 360]
+    assert rows.train.labels[:10] == list(range(10))
+    assert not set(rows.train.digests()) & set(rows.test.digests())
+
+
+@pytest.mark.parametrize("subset", ["first", "shuffled"])
+def test_sizes_and_order(tmp_path, processor, subset):
+    write_set(tmp_path, "mnist")
+    rows = prepared(
+        tmp_path, "mnist", processor, "dataset.train_rows=6", "dataset.validation_rows=3", f"dataset.subset={subset}"
+    )
+    assert [len(part) for part in rows[:3]] == [6, 3, 6]
+    assert not set(rows.train.digests()) & set(rows.validation.digests())
+    assert (rows.train.labels == list(range(6))) == (subset == "first")
+
+
+def test_the_hash_sees_files_classes_and_order(tmp_path, processor):
+    write_set(tmp_path, "mnist")
+    first = prepared(tmp_path, "mnist", processor).sha256
+    assert prepared(tmp_path, "mnist", processor).sha256 == first
+    assert prepared(tmp_path, "mnist", processor, "dataset.subset=shuffled").sha256 != first
+    assert prepared(tmp_path, "mnist", processor, "dataset.train_rows=11").sha256 != first
+
+
+# --- bad input
+
+
+def test_broken_pictures_are_counted_and_named(tmp_path, processor):
+    hub_id, config, image, label, _ = SETS["mnist"]
+    whole = [{"bytes": png(i), "path": None} for i in range(5)]
+    whole[2], whole[4] = {"bytes": png(2)[:40], "path": None}, {"bytes": b"no picture", "path": None}
+    write_parquet(tmp_path, hub_id, config, "train", {image: whole, label: [0] * 5})
+    write_parquet(tmp_path, hub_id, config, "test", {image: whole[:3], label: [0] * 3})
+    told = faults(prepared, tmp_path, "mnist", processor)
+    assert "train.parquet, row 3 (and 1 more)" in told[0]
+    assert "test.parquet, row 3:" in told[1]
+
+
+def test_a_label_outside_the_classes_is_named(tmp_path, processor):
+    hub_id, config, image, label, _ = SETS["mnist"]
+    pictures = [{"bytes": png(i), "path": None} for i in range(3)]
+    for split in ("train", "test"):
+        write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 10, 11]})
+    told = faults(prepared, tmp_path, "mnist", processor)
+    assert len(told) == 2
+    assert "row 2: 10 is no class of 10 (0 to 9), and 1 more rows" in told[0]
+
+
+def test_a_negative_label_is_named(tmp_path, processor):
+    hub_id, config, image, label, _ = SETS["mnist"]
+    pictures = [{"bytes": png(i), "path": None} for i in range(3)]
+    for split in ("train", "test"):
+        write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, -1]})
+    assert "row 3: a whole number from 0 is needed, not -1" in faults(prepared, tmp_path, "mnist", processor)[0]
+
+
+def test_missing_columns_and_files_are_told_at_once(tmp_path, processor):
+    hub_id, config, *_ = SETS["mnist"]
+    path = tmp_path / hub_id / config / "train.parquet"
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table({"picture": [1], "digit": [2]}), path)
+    told = faults(prepared, tmp_path, "mnist", processor)
+    assert [fault.split(" in ")[0] for fault in told[:2]] == ["Missing column image", "Missing column label"]
+    assert "test.jsonl (or .parquet) is not there" in told[2]
+
+
+def test_classes_without_names_are_a_fault(tmp_path, processor):
+    hub_id, config, image, label, _ = SETS["cars"]
+    pictures = [{"bytes": png(i), "path": None} for i in range(3)]
+    for split in ("train", "test"):
+        write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, 2]})
+    assert "the data set names no classes either" in faults(prepared, tmp_path, "cars", processor)[0]
+
+
+def test_another_number_of_names_is_a_fault():
+    assert "10 names stand there, and the data set has 3" in faults(images.classes_of, "mnist", ["a", "b", "c"])[0]
+
+
+def test_an_entry_that_is_not_there_is_a_fault():
+    assert "data/class_names.yaml has cifar10, cifar100" in faults(dataset, "mnist", "dataset.classes=cifar11")[0]
+
+
+def test_text_benchmarks_do_not_score_pictures():
+    assert "it scores text data sets" in faults(dataset, "mnist", "eval=[gsm8k]")[0]
+
+
+def test_a_picture_is_tried_in_every_thread(tmp_path, processor):
+    rows = images.prepared(dataset("digits"), None, processor)
+    check_images(rows.train.images, range(1437))
+    rows.train.images.read = lambda index: b""
+    assert "row 1 (and 1436 more)" in faults(check_images, rows.train.images, range(1437))[0]
+
+
+# --- runs
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return [
+        "model=clip_tiny",
+        f"data_root={tmp_path}",
+        f"results_root={tmp_path / 'results'}",
+        "wandb.mode=disabled",
+        "wandb.name=run",
+        "trainer.device=cpu",
+        "optim.batch_size=4",
+        "trainer.micro_batch_size=2",
+    ]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_training_step_and_a_score_of_every_set(tmp_path, settings, name):
+    write_set(tmp_path, name, (4, 3))
+    words = [*settings, f"dataset={name}", "trainer.max_steps=1", "rho=flat"]
+    assert run_exp.main(words) == 0
+    record = json.loads((run_folder(words) / "run.json").read_text())
+    assert record["metrics"]["images/n"] == 3
+    assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
+
+
+@pytest.mark.parametrize("head", ["text", "linear"])
+@pytest.mark.parametrize("rho", ["off", "flat", "sam"])
+def test_both_heads_train_resume_and_load(tmp_path, settings, head, rho, monkeypatch):
+    from flatlora import training
+
+    settings = [*settings, "dataset=digits", "dataset.train_rows=24", "dataset.validation_rows=4", f"model.head={head}"]
+    settings += ["dataset.test_rows=5", f"rho={rho}", "trainer.save_steps=2", "optim.epochs=1"]
+    assert run_exp.main(settings) == 0
+    whole = run_folder(settings)
+    assert [row["step"] for row in metrics_rows(whole) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    step = training.StepRecorder.on_step_end
+
+    class Killed(BaseException):
+        pass
+
+    def die(recorder, args, state, control, **kwargs):
+        step(recorder, args, state, control, **kwargs)
+        if state.global_step == 3:
+            raise Killed
+
+    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    again = [word.replace("/results", "/again") for word in settings]
+    with pytest.raises(Killed):
+        run_exp.main(again)
+    monkeypatch.undo()
+    assert run_exp.main([*again, "resume=true"]) == 0
+    assert adapter_bytes(run_folder(again)) == adapter_bytes(whole)
+    assert metrics_rows(run_folder(again)) == metrics_rows(whole)
+
+
+def test_workers_change_nothing(tmp_path, settings):
+    settings = [
+        *settings,
+        "dataset=digits",
+        "dataset.train_rows=16",
+        "dataset.test_rows=2",
+        "optim.epochs=1",
+        "eval=[]",
+    ]
+    assert run_exp.main(settings) == 0
+    other = [word.replace("/results", "/workers") for word in settings]
+    assert run_exp.main([*other, "trainer.num_workers=2"]) == 0
+    assert adapter_bytes(run_folder(other)) == adapter_bytes(run_folder(settings))
+
+
+def test_an_adapter_loads_on_transformers_own_vision_model(tmp_path, settings):
+    from peft import PeftModel
+    from transformers import CLIPModel, CLIPVisionModelWithProjection
+
+    words = [*settings, "dataset=digits", "dataset.train_rows=8", "dataset.test_rows=4", "model.head=text", "eval=[]"]
+    words += ["trainer.max_steps=2"]
+    assert run_exp.main(words) == 0
+    source = models.backbone_source(clip_config())
+    whole = CLIPModel.from_pretrained(source)
+    plain = CLIPVisionModelWithProjection(whole.config.vision_config)
+    plain.vision_model, plain.visual_projection = whole.vision_model, whole.visual_projection
+    loaded = PeftModel.from_pretrained(plain, str(run_folder(words) / "adapter"))
+    config = clip_config(dtype="float32")
+    rows = images.prepared(dataset("digits", "dataset.test_rows=4"), None, models.load_image_processor(config))
+    pixels = torch.stack([rows.test[i]["pixel_values"] for i in range(4)])
+    ours = models.load_backbone(config, torch.device("cpu"), rows.classes)
+    ours = PeftModel.from_pretrained(ours, str(run_folder(words) / "adapter"))
+    with torch.no_grad():
+        embeddings = torch.nn.functional.normalize(loaded(pixel_values=pixels).image_embeds, dim=-1)
+        logits = ours(pixel_values=pixels).logits
+        base = ours.get_base_model()
+    expected = base.temperature * embeddings @ base.class_embeddings.t()
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("peft", "reason"), [("eva", "decoder-only language models alone"), ("corda", "one row")])
+def test_methods_that_know_text_alone_say_so(settings, peft, reason, capsys):
+    assert run_exp.main([*settings, "dataset=digits", f"peft={peft}"]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("peft", ["dora", "pissa", "lora_ga", "lora_pro", "adalora", "full_ft", "lora_fa"])
+@pytest.mark.parametrize("head", ["text", "linear"])
+def test_other_methods_take_a_step_on_pictures(settings, peft, head):
+    words = [*settings, "dataset=digits", "dataset.train_rows=8", "eval=[]", f"peft={peft}", f"model.head={head}"]
+    assert run_exp.main([*words, "trainer.max_steps=1"]) == 0
+
+
+def test_rows_have_what_a_sampler_needs(processor):
+    rows = images.prepared(dataset("digits"), None, processor).train
+    assert isinstance(rows, ImageRows)
+    assert rows.lengths == [1] * 1437
