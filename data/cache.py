@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 import data
 from data.selection import row_key
-from data.tokens import Prepared, TokenRows, encode, prepare
+from data.tokens import Encoder, Prepared, TokenRows, prepare
 from flatlora.config import DatasetConfig, TextDatasetConfig
 from flatlora.console import ProgressBar
 from flatlora.models import cache_folder
@@ -53,8 +53,7 @@ def prepared(
     path = cache_path(config, key)
     if path.is_file() and (found := _read(path, key)) is not None:
         return found
-    counting = limit_tokenizer or tokenizer
-    splits = loader.load(config, data_root, lambda texts: [len(ids) for ids in encode(counting, texts)])
+    splits = loader.load(config, data_root, Encoder(limit_tokenizer or tokenizer).lengths)
     _warn_of_known_test_rows(splits)
     made = _with_bar(
         f"tokenise {config.name}",

@@ -8,7 +8,6 @@ which tokenises the joined text: there the blank may fuse with the answer's firs
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from data import Row, Splits
+from data.byte_level import ChunkMemory, packed
 from data.selection import batched
 from flatlora.config import ConfigError
 from flatlora.rows import prompt_text
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a token without loss
 _ROWS_AT_ONCE = 1000
+_ID_BYTES = 4
 
 
 class TokenRows(Dataset):
@@ -58,10 +59,13 @@ class TokenRows(Dataset):
     @classmethod
     def of(cls, prompts: Sequence[list[int]], answers: Sequence[list[int]], **counts: int) -> TokenRows:
         """From lists of ids, equally many of both."""
-        rows = [ids for pair in zip(prompts, answers, strict=True) for ids in pair]
-        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, sum(map(len, rows)))
-        lengths = np.array([len(ids) for ids in rows], np.int32)
-        return cls(flat, lengths[0::2].copy(), lengths[1::2].copy(), **counts)
+        return cls.of_bytes([packed(ids) for pair in zip(prompts, answers, strict=True) for ids in pair], **counts)
+
+    @classmethod
+    def of_bytes(cls, parts: Sequence[bytes], **counts: int) -> TokenRows:
+        """From INT32 ids as bytes: prompt, answer, prompt, answer, and so on."""
+        lengths = np.fromiter((len(part) // _ID_BYTES for part in parts), np.int32, len(parts))
+        return cls(np.frombuffer(b"".join(parts), "<i4"), lengths[0::2].copy(), lengths[1::2].copy(), **counts)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -90,17 +94,34 @@ class TokenRows(Dataset):
         return cls(arrays["ids"], *lengths, cut=cut, dropped=dropped)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-    """Ids of each text, `special` tokens (a beginning of the sequence) included: as the tokenizer's own call gives.
+class Encoder:
+    """Ids of texts, as the tokenizer's own call gives them, without the masks and objects that it makes besides.
 
-    Fast tokenizers encode on all cores, without the masks and objects that a call makes besides.
+    Byte-level tokenizers are asked once for each chunk of text; other fast ones encode on all cores.
     """
-    if not tokenizer.is_fast:
-        return tokenizer(list(texts), add_special_tokens=special)["input_ids"]
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self._memory = tokenizer, None
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()
+            self._memory = ChunkMemory.of(tokenizer.backend_tokenizer)
+
+    def __call__(self, texts: Sequence[str], *, special: bool = True) -> list[bytes]:
+        """INT32 ids of each text, `special` tokens (a beginning of the sequence) included if asked."""
+        if not self.tokenizer.is_fast:
+            return [packed(ids) for ids in self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+        found = [self._memory.encode(text, special) if self._memory else None for text in texts]
+        left = [place for place, ids in enumerate(found) if ids is None]
+        backend = self.tokenizer.backend_tokenizer
+        asked = backend.encode_batch_fast([texts[place] for place in left], add_special_tokens=special)
+        for place, encoding in zip(left, asked, strict=True):
+            found[place] = packed(encoding.ids)
+        return found
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text."""
+        return [len(ids) // _ID_BYTES for ids in self(texts)]
 
 
 def tokenise(
@@ -110,22 +131,18 @@ def tokenise(
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> TokenRows:
     """Ids of all rows, cut at `max_length` tokens (prompt + answer); `on_progress` gets the number of rows done."""
-    prompts, answers, cut, dropped = [], [], 0, 0
+    parts, cut, dropped, encode = [], 0, 0, Encoder(tokenizer)
+    end, most = packed([tokenizer.eos_token_id]), max_length * _ID_BYTES
     for batch in batched(rows, _ROWS_AT_ONCE):
-        found = zip(
-            encode(tokenizer, [prompt_text(row["x"]) for row in batch]),
-            encode(tokenizer, [row["y"] for row in batch], special=False),
-            strict=True,
-        )
-        for prompt, answer in found:
-            answer.append(tokenizer.eos_token_id)
-            room = max_length - len(prompt)
-            cut += len(answer) > room
-            if room < 1:
+        prompts = encode([prompt_text(row["x"]) for row in batch])
+        answers = encode([row["y"] for row in batch], special=False)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            room = most - len(prompt)
+            cut += len(answer) + _ID_BYTES > room
+            if room <= 0:
                 dropped += 1
                 continue
-            prompts.append(prompt)
-            answers.append(answer[:room])
+            parts += [prompt, (answer + end)[:room]]
         on_progress(len(batch))
     if cut:
         logger.warning(
@@ -135,7 +152,7 @@ def tokenise(
             cut - dropped,
             dropped,
         )
-    return TokenRows.of(prompts, answers, cut=cut, dropped=dropped)
+    return TokenRows.of_bytes(parts, cut=cut, dropped=dropped)
 
 
 def tokenise_reference(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
@@ -49,6 +49,8 @@ class Section(BaseModel):
         """Faults in how this section's own keys go together."""
         return []
 
+
+T = TypeVar("T", bound=Section)
 
 # A name that becomes a folder: no slash, no blank, not "." or "..", short enough for every file system.
 FOLDER_NAME = r"^[^/\s\x00.][^/\s\x00]{0,99}$"
@@ -328,6 +330,20 @@ def _section_classes(
         else:
             classes[key] = chosen
     return {key: cls for key, cls in classes.items() if key in raw or key.startswith("eval.")}
+
+
+def build_section(path: str, cls: type[T], raw: Mapping[str, Any]) -> T:
+    """One typed section by itself, for a command that needs no whole experiment.
+
+    Raises:
+        ConfigError: every fault of its keys and of how they go together.
+    """
+    faults: list[str] = []
+    section = _build_section(path, cls, raw, faults, set())
+    faults += section.rule_faults() if section is not None and not faults else []
+    if faults:
+        raise ConfigError(faults)
+    return section
 
 
 def _build_section(path: str, cls: type[Section], value: Any, faults: list[str], faulty: set[str]) -> Any:

@@ -1,15 +1,17 @@
 """Measured costs of the perturbation, contenders side by side in one process.
 
     python scripts/bench.py cpu [--rounds 7] [--drift-steps 500]
+    python scripts/bench.py data
     python scripts/bench.py gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
     python scripts/bench.py methods [--shapes 2x1024x16] [--steps 3]
 
 cpu  1. one optimizer step of LoRA and of Flat-LoRA in each mode on SmolLM2-135M, in turn, round after round: medians
         and ratios to LoRA (a noisy machine slows all contenders of a round alike);
      2. what 500 steps of perturbing and restoring leave of a BF16 backbone, in each mode.
+data     see bench_data.py: tokenising 100,000 rows, and starting from the cache.
 gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape against PEFT's.
 methods  see bench_methods.py: an optimizer step of every method against LoRA's, Llama-2-7B's shape, on a GPU.
-Writes results/bench/{cpu,gpu,methods}.json and a plot beside the first two.
+Writes results/bench/{cpu,data,gpu,methods}.json, and a plot for cpu and gpu.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=["cpu", "gpu", "methods"])
+    parser.add_argument("device", choices=["cpu", "data", "gpu", "methods"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--drift-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
@@ -63,6 +65,10 @@ def main() -> int:
     options = parser.parse_args()
     quiet_libraries()
     logging.getLogger("flatlora.perturbation").setLevel(logging.ERROR)  # that inplace drifts is what is measured here
+    if options.device == "data":
+        from scripts import bench_data
+
+        return bench_data.run(embedded_config(), out=options.out, command="python scripts/bench.py data")
     if options.device != "cpu":
         if not torch.cuda.is_available():
             console.print(

@@ -1,0 +1,169 @@
+"""Look at a data set before training on it.
+
+    python -m data NAME [--show 3] [key=value ...]
+
+NAME is an option of `dataset`, keys are those of run_exp.py: model=llama, data_root=DIR, dataset.max_length=512.
+Prints sources and sizes, rows, one row as the model reads it (what has a loss and what has none), the lengths in
+tokens or the classes, and the fingerprints of files and rows. What is made is kept for the run that follows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+import data
+from data import cache, images
+from data.tokens import Prepared, TokenRows
+from flatlora.commandline import compose_config
+from flatlora.config import ConfigError, DatasetConfig, ModelConfig, NoSection, build_section
+from flatlora.console import quiet_libraries, report_faults
+from flatlora.models import load_image_processor, load_tokenizer
+from flatlora.rows import fingerprint
+
+CONF_DIR = Path(__file__).parents[1] / "conf"
+_BARS, _WIDTH = 12, 40  # of the histogram
+console = Console(highlight=False)
+
+
+def main(words: Sequence[str]) -> int:
+    """Exit code: 0 shown, 2 a fault of the words or of what they name."""
+    quiet_libraries()
+    try:
+        name, count, settings = _parse(words)
+        _show(settings=[f"dataset={name}", *settings], count=count)
+    except ConfigError as error:
+        report_faults(error)
+        return 2
+    return 0
+
+
+def _parse(words: Sequence[str]) -> tuple[str, int, list[str]]:
+    words, count = list(words), "3"
+    if not words or {"-h", "--help"} & set(words):
+        raise ConfigError([(__doc__ or "").strip()])
+    for place, word in enumerate(words):
+        if word.startswith("--show"):
+            count = word.partition("=")[2] or (words.pop(place + 1) if place + 1 < len(words) else "")
+            del words[place]
+            break
+    faults = [] if count.isdigit() else [f"Invalid --show {count}: a whole number of rows is needed, such as --show 3."]
+    names = [word for word in words if "=" not in word]
+    if len(names) != 1 or names[0].startswith("-"):
+        faults.append(
+            f"Cannot read {' '.join(names) or 'no name'}: one data set is named, such as python -m data gsm8k."
+        )
+    if faults:
+        raise ConfigError(faults)
+    return names[0], int(count), [word for word in words if "=" in word]
+
+
+def _show(settings: list[str], count: int) -> None:
+    raw = compose_config(CONF_DIR, settings)
+    missing = [fault for key in ("model", "dataset") if isinstance(raw[key], NoSection) for fault in raw[key].faults]
+    if missing:
+        raise ConfigError(missing)
+    try:
+        loader = data.loader(str(raw["dataset"].get("loader")))
+    except KeyError as error:
+        raise ConfigError([error.args[0]]) from error
+    config = build_section("dataset", loader.Config, raw["dataset"])
+    model, data_root = raw["model"], raw["data_root"]
+    if config.kind == "image" and model["family"] != "clip":
+        model = compose_config(CONF_DIR, [*settings, "model=clip_tiny"])["model"]
+    model = build_section("model", ModelConfig, model)
+    if config.kind == "image":
+        _show_images(config, images.prepared(config, data_root, load_image_processor(model)), count)
+    else:
+        tokenizer = load_tokenizer(model)
+        limit = getattr(config, "limit_tokenizer", None)
+        counting = load_tokenizer(model.counting_with(limit)) if limit else None
+        _show_text(config, cache.prepared(config, data_root, tokenizer, counting), tokenizer, count)
+        key = cache.cache_key(loader, config, data_root, tokenizer, counting)
+        console.print(f"cache        {cache.cache_path(config, key)}", soft_wrap=True)
+    for source in loader.sources(config):
+        console.print(f"source       {source}: {fingerprint(source, data_root)}", soft_wrap=True)
+
+
+def _show_text(config: DatasetConfig, rows: Prepared, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    console.print(_sizes(config, rows))
+    for number in range(min(count, len(rows.train))):
+        row = rows.train[number]
+        console.print(Panel(_marked(row, tokenizer), title=f"train row {number + 1}", title_align="left"))
+    if count and len(rows.train):
+        console.print("dim, between ⟦ and ⟧: no loss; the rest is learned. │ parts tokens, ⏎ is a line's end.")
+    console.print(_histogram(rows.train, config.max_length))
+    console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
+
+
+def _sizes(config: DatasetConfig, rows: Prepared | images.PreparedImages) -> Table:
+    table = Table(title=f"{config.name}: {data.loader(config.loader).describe(config)}", title_justify="left")
+    for column in ("split", "rows", "cut", "left out", "tokens"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for name, part in (("train", rows.train), ("validation", rows.validation)):
+        if isinstance(part, TokenRows):
+            table.add_row(name, f"{len(part):,}", f"{part.cut:,}", f"{part.dropped:,}", f"{sum(part.lengths):,}")
+        else:
+            table.add_row(name, f"{len(part):,}", "—", "—", "—")
+    table.add_row("test", f"{len(rows.test):,}", "—", "—", "—")
+    return table
+
+
+def _marked(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The tokens of a row, those without a loss dim and between brackets."""
+
+    def words(ids: list[int]) -> str:
+        return "│".join(tokenizer.decode([one]).replace("\n", "⏎\n") for one in ids)
+
+    return Text.assemble((f"⟦{words(row['prompt'])}⟧", "dim"), (words(row["answer"]), "bold"))
+
+
+def _histogram(rows: TokenRows, limit: int) -> Table:
+    """Rows by length in tokens."""
+    lengths = rows.lengths
+    width = max(1, -(-max(lengths) // _BARS))
+    counts = Counter((length - 1) // width for length in lengths)
+    title = f"tokens of a train row: median {median(lengths):.0f}, longest {max(lengths)}, dataset.max_length {limit}"
+    return _bars(title, {f"{k * width + 1}–{(k + 1) * width}": counts[k] for k in range(max(counts) + 1)})
+
+
+def _bars(title: str, counts: dict[str, int]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column()
+    most = max(counts.values())
+    for label, count in counts.items():
+        table.add_row(label, f"{count:,}", "█" * round(_WIDTH * count / most))
+    return table
+
+
+def _show_images(config: DatasetConfig, rows: images.PreparedImages, count: int) -> None:
+    console.print(_sizes(config, rows))
+    shown = Table(title="train rows", title_justify="left")
+    for column in ("row", "class", "prompt", "model reads"):
+        shown.add_column(column)
+    for number in range(min(count, len(rows.train))):
+        row: dict[str, Any] = rows.train[number]
+        label, shape = row["labels"], " × ".join(map(str, row["pixel_values"].shape))
+        shown.add_row(str(number + 1), f"{label} {rows.classes.names[label]}", rows.classes.prompts[label][0], shape)
+    console.print(shown)
+    labels = Counter(rows.train.labels)
+    most = labels.most_common(_BARS)
+    title = f"{len(rows.classes.names)} classes" + (f", the {_BARS} largest" if len(labels) > _BARS else "")
+    console.print(_bars(title, {rows.classes.names[label]: number for label, number in most}))
+    console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

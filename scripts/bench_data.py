@@ -1,0 +1,113 @@
+"""`python scripts/bench.py data`: tokenising 100,000 rows in MetaMathQA's form, made here, and starting from the cache.
+
+row by row   one call of the tokenizer for each prompt and each answer, on a part of the rows
+ours         `data.tokens.tokenise` on all rows
+first start  `data.cache.prepared`: hash the file, read it, count tokens, tokenise, write the cache
+second start the same, from the cache
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from rich.console import Console
+from rich.table import Table
+
+from data import cache, meta_math, word_math
+from data.instructions import formatted
+from data.tokens import tokenise, tokenise_reference
+from flatlora import models, results
+from flatlora.config import ModelConfig
+from flatlora.rows import jsonl
+
+ROWS, PART, ROUNDS = 100_000, 4_000, 5
+STORIES, JOINED = 3_000, 3  # a row tells so many problems: MetaMathQA's have 180 tokens, ours 75
+console = Console(highlight=False)
+
+
+def run(model: ModelConfig, *, out: Path, command: str) -> int:
+    """Measure, print, write `data.json` into `out`."""
+    os.environ.pop("TOKENIZERS_PARALLELISM", None)
+    tokenizer, rows = models.load_tokenizer(model), made_rows(ROWS)
+    config = meta_math.Config(
+        name="meta_math", loader="meta_math", train_rows=ROWS - 1000, validation_rows=1000, max_length=1024
+    )
+    texts = list(formatted(meta_math.examples(rows, config), config.template))
+    seconds: dict[str, list[float]] = {"row by row": [], "ours": []}
+    for number in range(ROUNDS):  # in turn: a slow spell of the machine slows both
+        part = texts[number * PART : (number + 1) * PART]
+        seconds["row by row"].append(timed(lambda: tokenise_reference(part, tokenizer, 1024)) / PART)  # noqa: B023
+        seconds["ours"].append(timed(lambda: tokenise(texts, tokenizer, 1024)) / len(texts))
+    rates = {name: [1 / one for one in found] for name, found in seconds.items()}
+    with tempfile.TemporaryDirectory() as root, mock.patch.dict(os.environ, FLATLORA_CACHE=f"{root}/cache"):
+        write_rows(Path(root), rows)
+        starts = [timed(lambda: cache.prepared(config, root, tokenizer)) for _ in range(4)]
+    report = {
+        "command": command,
+        "env": results.environment(),
+        "git_sha": results.git_sha(),
+        "rows": ROWS,
+        "tokens": sum(tokenise(texts[:PART], tokenizer, 1024).lengths) * ROWS // PART,
+        "rows_per_s": rates,
+        "ratios": [ours / plain for ours, plain in zip(rates["ours"], rates["row by row"], strict=True)],
+        "start_s": {"first": starts[0], "second": starts[1:]},
+    }
+    console.print(table_of(report))
+    out.mkdir(parents=True, exist_ok=True)
+    results.write_json(out / "data.json", report)
+    console.print(f"written: {out / 'data.json'}", soft_wrap=True)
+    return 0
+
+
+def made_rows(count: int) -> list[dict[str, str]]:
+    """Rows with MetaMathQA's columns: some word problems in a row, no two rows alike."""
+    stories = word_math.generate("train", STORIES)
+    rows = []
+    for i in range(count):
+        told = [stories[(7 * i + 13 * k + i // STORIES) % STORIES] for k in range(JOINED)]
+        question = " ".join(one["question"] for one in told)
+        answer = "\n".join(one["answer"].partition("\n####")[0] for one in told)
+        rows.append(
+            {
+                "type": "GSM_Rephrased",
+                "query": f"Problem {i}. {question}",
+                "response": f"{answer}\n#### {i}\nThe answer is: {i}",
+            }
+        )
+    return rows
+
+
+def write_rows(root: Path, rows: list[dict[str, str]]) -> None:
+    test = [{"question": "1 + 1?", "answer": "#### 2"}]
+    for path, written in (
+        (root / meta_math.HUB_ID / "default" / "train.jsonl", rows),
+        (root / "openai/gsm8k" / "main" / "test.jsonl", test),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(jsonl(written), encoding="utf-8")
+
+
+def timed(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def table_of(report: dict[str, Any]) -> Table:
+    title = f"{report['rows']:,} rows, {report['tokens'] / 1e6:.1f} M tokens, {os.cpu_count()} cores"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "median", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, rates in report["rows_per_s"].items():
+        ratio = statistics.median(report["ratios"]) if name == "ours" else 1.0
+        table.add_row(name, f"{statistics.median(rates):,.0f} rows/s", f"{ratio:.2f}")
+    table.add_row("first start", f"{report['start_s']['first']:.1f} s", "")
+    table.add_row("second start, from the cache", f"{statistics.median(report['start_s']['second']):.2f} s", "")
+    return table

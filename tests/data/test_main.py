@@ -1,0 +1,62 @@
+"""`python -m data NAME`: what a user sees before training, and what is refused."""
+
+import pytest
+
+from data.__main__ import main
+from tests.conftest import write_split
+
+
+@pytest.fixture
+def root(tmp_path):
+    rows = [{"sentence": f"Sentence {i}.", "label": i % 2, "idx": i} for i in range(30)]
+    write_split(tmp_path, "nyu-mll/glue", "cola", "train", rows)
+    write_split(tmp_path, "nyu-mll/glue", "cola", "validation", rows[:6])
+    return tmp_path
+
+
+def shown(capsys, *words):
+    assert main(words) == 0
+    return capsys.readouterr().out
+
+
+def test_rows_masks_lengths_and_fingerprints_are_shown(root, capsys):
+    out = shown(capsys, "cola", "--show", "2", f"data_root={root}")
+    assert "train row 2" in out
+    assert "train row 3" not in out
+    assert "⟦class│ify" in out
+    assert "⟧un│acceptable│<|im_end|>" in out.replace("\n", "").replace("│ │", "│") or "⟧un" in out
+    assert "│    30 │" in out
+    assert "longest" in out
+    assert "█" in out
+    assert out.count("sha256") == 1
+    assert "nyu-mll/glue (cola, validation): " in out
+
+
+def test_the_same_words_show_the_same_fingerprints_and_other_limits_others(root, capsys):
+    words = ("cola", "--show=0", f"data_root={root}")
+    assert shown(capsys, *words) == shown(capsys, *words)
+    assert shown(capsys, *words) != shown(capsys, *words, "dataset.max_length=16")
+
+
+def test_pictures_are_shown_with_classes_and_prompts(capsys):
+    out = shown(capsys, "digits", "--show", "2")
+    assert 'a photo of the handwritten number "1".' in out
+    assert "10 classes" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ([], "python -m data NAME"),
+        (["colla"], "Unknown option dataset=colla: did you mean dataset=cola?"),
+        (["cola", "--show", "x"], "Invalid --show x: a whole number of rows is needed"),
+        (["cola", "sst2"], "one data set is named"),
+        (["cola", "dataset.trian_rows=3"], "Unknown key dataset.trian_rows: did you mean dataset.train_rows?"),
+        (["cola", "dataset.mismatched=true"], "MNLI alone has a second validation split"),
+        (["cola", "data_root=/nope"], "Invalid data_root=/nope: it is not there"),
+        (["word_math", "dataset.loader=nope"], "Unknown loader nope: known are "),
+    ],
+)
+def test_faults_are_told(capsys, words, fault):
+    assert main(words) == 2
+    assert fault in capsys.readouterr().err
