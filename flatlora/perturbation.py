@@ -219,10 +219,7 @@ class WeightPerturbation:
         if self._sigma_drawn > 0:
             self._coefficients = self._epsilon.coefficients(self._sigma_drawn, scale=self.scale, fan_in=self.fan_in)
         else:
-            self._coefficients = [
-                layer.weight.new_zeros(layer.as_rows(layer.weight).shape[0], dtype=torch.float32)
-                for layer in self.layers
-            ]
+            self._coefficients = [layer.weight.new_zeros(layer.shape[0], dtype=torch.float32) for layer in self.layers]
 
     def _apply(self, micro_batch: int) -> None:
         draws = [self.draw(index, micro_batch) for index in range(len(self.layers))]
@@ -328,7 +325,10 @@ def _apply_linear(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> t
     if isinstance(module, Conv1D):
         rows = torch.addmm(module.bias, x.reshape(-1, x.shape[-1]), weight)
         return rows.view(*x.shape[:-1], module.nf)
-    return functional.linear(x, weight, module.bias)
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return functional.linear(x, weight, module.bias)
+    bias = None if module.bias is None else module.bias.to(weight.dtype)  # a packed layer casts as it does by itself
+    return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 class _RecomputedLinear(torch.autograd.Function):
@@ -392,7 +392,12 @@ class _Stopwatch:
 
 
 def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"]:
-    """copy where a second set of weights takes at most half of the device's free memory, else recompute."""
+    """copy where a second set of weights takes at most half of the device's free memory, else recompute.
+
+    Packed weights are always recomputed: a second set of them would undo what they are packed for.
+    """
+    if any(layer.quantised for layer in layers):
+        return "recompute"
     needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
     device = layers[0].weight.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -422,6 +427,12 @@ def _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scal
         faults.append(
             f"Invalid layers: the weights of {len(trained)} of them are trained, {trained[0]} among them; Flat-LoRA "
             "perturbs a frozen backbone: call requires_grad_(False) on them, as PEFT does."
+        )
+    packed = [layer.name for layer in layers if layer.quantised]
+    if packed and mode in ("copy", "inplace"):
+        faults.append(
+            f"Invalid mode={mode} with packed weights ({packed[0]} and {len(packed) - 1} more): a copy would undo what "
+            "they are packed for, and noise cannot be added to 4 bits; use mode=recompute."
         )
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):

@@ -66,6 +66,7 @@ class AdapterMethod:
     Config: ClassVar[type[PeftConfig]] = PeftConfig
     refuses: ClassVar[Mapping[str, str]] = {}
     has_optimizer: ClassVar[bool] = False  # one of its own, which optim.optimizer does not choose
+    needs_dense: ClassVar[bool] = False  # it computes with W, moves or trains it: a packed backbone will not do
 
     def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
         """Try the config on the architecture without weights.
@@ -220,6 +221,15 @@ def combination_faults(experiment: Experiment) -> list[tuple[tuple[str, ...], st
                 ("peft", "peft.method", "rho", "rho.method"),
                 f"Invalid rho={rho_section.name} with peft={peft.name}: {reason}; use rho=off, or another of the pairs "
                 "that python -m flatlora.methods lists.",
+            )
+        )
+    if experiment.model.quantize != "none" and method(peft.method).needs_dense:
+        faults.append(
+            (
+                ("peft", "peft.method", "model.quantize"),
+                f"Invalid model.quantize={experiment.model.quantize} with peft={peft.name}: that method computes its "
+                "start from W, moves part of it or trains it, which 4 bits cannot hold; use model.quantize=none, or "
+                "peft=lora.",
             )
         )
     if optim.optimizer != "adamw" and method(peft.method).has_optimizer:

@@ -25,6 +25,7 @@ class ComputedStart(Lora):
     """LoRA from an adapter that is computed once for a run and kept in `start.folder`."""
 
     moves_weights = True
+    needs_dense = True
 
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         super().check(skeleton, config)

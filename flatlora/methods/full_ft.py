@@ -17,6 +17,8 @@ _NO_PAIR = "there is no pair of factors in full fine-tuning"
 class FullFineTuning(AdapterMethod):
     refuses: ClassVar = {"flat": _NO_BACKBONE, "nbar": _NO_PAIR, "obar": _NO_PAIR, "bi_lora": _NO_PAIR}
 
+    needs_dense = True
+
     def apply(self, model: nn.Module, config: PeftConfig, start: Start) -> nn.Module:
         model.float()
         for parameter in model.parameters():

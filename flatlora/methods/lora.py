@@ -150,13 +150,18 @@ def rank_setting(config: LoraMethodConfig) -> str:
     return f"peft.lora_relative_r={config.lora_relative_r}"
 
 
+def _smaller_side(layer: nn.Module) -> int:
+    sides = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer.weight.shape
+    return min(sides)  # a packed weight has another shape
+
+
 def check_rank(model: nn.Module, targets: list[str], needed: int, reason: str) -> None:
     """Refuse a rank above the smaller side of a layer.
 
     Raises:
         ConfigError: with the layer's name and size.
     """
-    sizes = {name: min(model.get_submodule(name).weight.shape) for name in targets}
+    sizes = {name: _smaller_side(model.get_submodule(name)) for name in targets}
     smallest = min(sizes, key=sizes.get)
     if needed > sizes[smallest]:
         raise ConfigError(

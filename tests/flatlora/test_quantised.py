@@ -1,0 +1,153 @@
+"""Flat-LoRA on a backbone of 4 bits: what layers read is dequant(W) + ε, and the packed bytes stay."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import run_exp
+from flatlora import models, noise
+from flatlora.config import ConfigError, ModelConfig
+from flatlora.epsilon import merged_row_norms_reference
+from flatlora.layers import find_lora_layers
+from flatlora.perturbation import WeightPerturbation
+from tests.conftest import adapter_bytes, metrics_rows, run_folder
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture
+def model(tiny_model_folder):
+    config = ModelConfig(
+        name="tiny", hub_id=str(tiny_model_folder), family="causal_lm", dtype="float32", quantize="nf4"
+    )
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        models.load_backbone(config, torch.device("cpu")), LoraConfig(r=4, target_modules="all-linear")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return adapted.train()
+
+
+def expected_weights(layers, sigma, step, seed):
+    """dequant(W) + ε, each row's std from the merged weight."""
+    made = {}
+    for layer in layers:
+        weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        c = sigma / weight.shape[1] ** 0.5 * merged_row_norms_reference(weight, layer.adapters())
+        z = torch.empty(weight.shape)
+        noise.fill_normal(z, noise.layer_key(seed, layer.name), step, 0, row=0)
+        made[layer.name] = weight + c[:, None].float() * z
+    return made
+
+
+def test_a_layer_reads_its_dequantised_weight_plus_noise(model):
+    layers = find_lora_layers(model)
+    assert all(layer.quantised for layer in layers)
+    assert layers[0].shape == (32, 32)
+    assert layers[0].weight.shape != (32, 32)
+    before = [layer.weight.detach().clone() for layer in layers]
+    perturbation = WeightPerturbation(layers, sigma=0.3, total_steps=4, seed=1, ramp="constant")
+    assert perturbation.mode == "recompute"
+    perturbation.begin(2)
+    weights = expected_weights(layers, 0.3, 2, 1)
+    for index, layer in enumerate(layers):
+        assert torch.allclose(perturbation.reading(index).weight(), weights[layer.name], atol=1e-5)
+        x = torch.randn(3, layer.shape[1], requires_grad=True)
+        y = layer.module(x)
+        assert torch.allclose(y, x @ weights[layer.name].t(), atol=1e-4)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        assert torch.allclose(gradient, 2 * y @ weights[layer.name], atol=1e-3)
+    perturbation.end()
+    x = torch.randn(3, layers[0].shape[1])
+    assert torch.allclose(layers[0].module(x), x @ layers[0].dense().t(), atol=1e-5)
+    perturbation.close()
+    assert all(torch.equal(old, layer.weight) for old, layer in zip(before, layers, strict=True))
+
+
+def test_products_in_another_dtype_are_cast_as_the_layer_does(tiny_model_folder):
+    config = ModelConfig(
+        name="tiny", hub_id=str(tiny_model_folder), family="causal_lm", dtype="bfloat16", quantize="nf4"
+    )
+    model = get_peft_model(
+        models.load_backbone(config, torch.device("cpu")), LoraConfig(r=4, target_modules="all-linear")
+    ).train()
+    layers = find_lora_layers(model)
+    perturbation = WeightPerturbation(layers, sigma=0.3, total_steps=4, seed=1, ramp="constant")
+    perturbation.begin(0)
+    y = layers[0].module(torch.randn(3, 32))
+    assert y.dtype == torch.float32
+    perturbation.close()
+
+
+@pytest.mark.parametrize("mode", ["copy", "inplace"])
+def test_other_modes_are_refused(model, mode):
+    with pytest.raises(ValueError, match=f"Invalid mode={mode} with packed weights"):
+        WeightPerturbation(find_lora_layers(model), sigma=0.1, total_steps=2, seed=0, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["rho=flat", "rho.mode=copy"], "Invalid rho.mode=copy with model.quantize=nf4"),
+        (["rho=flat", "rho.mode=inplace"], "Invalid rho.mode=inplace with model.quantize=nf4"),
+        (["peft=pissa"], "Invalid model.quantize=nf4 with peft=pissa"),
+        (["peft=lora_ga"], "Invalid model.quantize=nf4 with peft=lora_ga"),
+        (["peft=full_ft"], "Invalid model.quantize=nf4 with peft=full_ft"),
+        (["model=clip_tiny", "dataset=digits"], "Invalid model.quantize=nf4 with model=clip_tiny"),
+    ],
+)
+def test_what_4_bits_cannot_do_is_refused_before_anything_is_loaded(words, fault):
+    with pytest.raises(ConfigError) as caught:
+        run_exp.experiment_of(["model.quantize=nf4", *words])
+    (told,) = caught.value.faults
+    assert told.startswith(fault)
+
+
+def test_a_missing_package_is_named(tiny_settings, monkeypatch, capsys):
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else plain(name, *a)
+    )
+    assert run_exp.main([*tiny_settings, "model.quantize=nf4"]) == 2
+    assert "the package bitsandbytes is not installed; run pip install bitsandbytes" in capsys.readouterr().err
+
+
+def test_a_run_leaves_the_packed_bytes_and_resumes(tiny_settings, monkeypatch):
+    from flatlora import training
+
+    settings = [*tiny_settings, "model.quantize=nf4", "rho=flat", "rho.sigma=0.3", "trainer.save_steps=2"]
+    assert run_exp.main(settings) == 0
+    whole = run_folder(settings)
+    record = json.loads((whole / "run.json").read_text())
+    assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"] is not None
+    assert record["perturbation"]["mode"] == "recompute"
+    step = training.StepRecorder.on_step_end
+
+    class Killed(BaseException):
+        pass
+
+    def die(recorder, args, state, control, **kwargs):
+        step(recorder, args, state, control, **kwargs)
+        if state.global_step == 3:
+            raise Killed
+
+    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    again = [word.replace("/results", "/again") for word in settings]
+    with pytest.raises(Killed):
+        run_exp.main(again)
+    monkeypatch.undo()
+    assert run_exp.main([*again, "resume=true"]) == 0
+    assert adapter_bytes(run_folder(again)) == adapter_bytes(whole)
+    assert metrics_rows(run_folder(again)) == metrics_rows(whole)
+
+
+def test_a_sweep_of_steps_differs_from_plain_training(tiny_settings):
+    assert run_exp.main([*tiny_settings, "model.quantize=nf4", "trainer.max_steps=2"]) == 0
+    other = [word.replace("/results", "/flat") for word in tiny_settings]
+    assert run_exp.main([*other, "model.quantize=nf4", "trainer.max_steps=2", "rho=flat", "rho.ramp=constant"]) == 0
+    assert adapter_bytes(run_folder(tiny_settings)) != adapter_bytes(run_folder(other))
