@@ -199,11 +199,9 @@ def run(experiment: Experiment) -> int:
 
 
 def _nothing_to_score_from(folder: RunFolder, experiment: Experiment) -> str:
-    names = ", ".join(f"python -m eval.{name} {folder.path}" for name in experiment.eval) or "overwrite=true"
-    return (
-        f"{folder.path} is finished and its checkpoints are gone, so resume=true would train it anew: score its "
-        f"adapter with {names}, or say overwrite=true."
-    )
+    names = [f"python -m eval.{name} {folder.path}" for name in experiment.eval if experiment.dataset.kind == "text"]
+    remedy = f"score its adapter with {', '.join(names)}, or say overwrite=true" if names else "say overwrite=true"
+    return f"{folder.path} is finished and its checkpoints are gone, so resume=true would train it anew: {remedy}."
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ PROJECT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux, x86-64)")
 def test_kernels_in_the_interpreter():
-    chosen = "row_norms or grouped or slices or transposed or (rounded_once and shape1)"
+    chosen = "what_the_host_makes or row_norms or grouped or slices or transposed or (rounded_once and shape1)"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/flatlora/test_kernels.py"]
+    command.append("tests/flatlora/test_epsilon.py")
     done = subprocess.run(
         [*command, "-k", chosen],
         cwd=PROJECT,
