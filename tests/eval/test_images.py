@@ -1,0 +1,140 @@
+"""Scores of pictures: accuracy over rows and over classes, corruption folders, and what in them is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import run_exp
+from eval import corruptions, images
+from flatlora.config import ConfigError
+from tests.conftest import run_folder
+
+
+class Brightest:
+    """A backend whose class is the index of a picture's brightest column."""
+
+    batch_size = 3
+    calls = 0
+
+    def processor(self, picture, return_tensors):
+        pixels = torch.tensor(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
+        return {"pixel_values": pixels[None]}
+
+    def describe(self):
+        return {"backend": "brightest"}
+
+    def logits(self, pixel_values):
+        self.calls += 1
+        return pixel_values.sum(dim=(1, 2))
+
+
+class Rows:
+    """Pictures whose brightest column is `shown`, said to be `labels`."""
+
+    def __init__(self, shown, labels):
+        self.shown, self.labels = shown, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        pixels = torch.zeros(3, 4, 4)
+        pixels[:, :, self.shown[index]] = 1
+        return {"pixel_values": pixels, "labels": self.labels[index]}
+
+
+def test_both_accuracies(tmp_path):
+    rows = Rows([0, 0, 0, 1, 1, 2, 3], [0, 0, 0, 0, 1, 1, 3])
+    result = images.run(Brightest(), rows, tmp_path, images.Config())
+    assert result["metrics"] == {"n": 7, "top1": 5 / 7, "mean_per_class": pytest.approx((3 / 4 + 1 / 2 + 1) / 3)}
+    assert json.loads((tmp_path / "score.json").read_text()) == result
+    assert images.score_file(tmp_path / "predictions.jsonl") == result
+
+
+def test_max_rows_and_no_rows(tmp_path):
+    rows = Rows([0, 1], [0, 0])
+    assert images.run(Brightest(), rows, tmp_path, images.Config(max_rows=1))["metrics"]["top1"] == 1.0
+    assert images.score([])["metrics"] == {"n": 0, "top1": None, "mean_per_class": None}
+
+
+def test_a_second_call_asks_nothing_again(tmp_path):
+    backend, rows = Brightest(), Rows([0, 1, 2, 3], [0, 1, 2, 0])
+    first = images.run(backend, rows, tmp_path, images.Config())
+    calls = backend.calls
+    assert images.run(backend, rows, tmp_path, images.Config()) == first
+    assert backend.calls == calls
+
+
+def write_folder(folder, *, labels=None, **arrays):
+    folder.mkdir(exist_ok=True)
+    if labels is not None:
+        np.save(folder / "labels.npy", np.array(labels, np.uint8))
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def pictures(columns):
+    made = np.zeros((len(columns), 4, 4, 3), np.uint8)
+    for place, column in enumerate(columns):
+        made[place, :, column] = 200
+    return made
+
+
+def test_corruptions_are_the_mean_over_kinds_and_severities(tmp_path):
+    labels = [0, 1] * 5
+    fog = [0, 1, 0, 1, 0, 1, 0, 0, 1, 0]  # right in severities 1 to 3, half right in 4, wrong in 5
+    folder = write_folder(tmp_path / "c", labels=labels, fog=pictures(fog), snow=pictures([0] * 10))
+    result = corruptions.run(Brightest(), None, tmp_path / "out", corruptions.Config(folder=str(folder)))
+    metrics = result["metrics"]
+    assert metrics["fog"] == pytest.approx((1 + 1 + 1 + 0.5 + 0) / 5)
+    assert metrics["snow"] == pytest.approx(0.5)
+    assert metrics["mean_accuracy"] == pytest.approx((0.7 + 0.5) / 2)
+    assert metrics["n"] == 20
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert {row["severity"] for row in rows} == {1, 2, 3, 4, 5}
+    one = corruptions.run(Brightest(), None, tmp_path / "one", corruptions.Config(folder=str(folder), max_rows=1))
+    assert one["metrics"]["n"] == 10
+
+
+@pytest.mark.parametrize(
+    ("contents", "fault"),
+    [
+        ({}, "labels.npy and one .npy file a corruption are needed"),
+        ({"labels": [0] * 5}, "labels.npy and one .npy file a corruption are needed"),
+        ({"fog": pictures([0] * 5)}, "labels.npy and one .npy file a corruption are needed"),
+        ({"labels": [0] * 5, "fog": pictures([0] * 10)}, "fog.npy: 5 UINT8 images"),
+        ({"labels": [0] * 5, "fog": np.zeros((5, 4, 4, 3))}, "not float64"),
+        ({"labels": [0] * 6, "fog": pictures([0] * 6)}, "6 rows are not five severities"),
+    ],
+)
+def test_a_folder_that_does_not_do_is_a_fault_of_the_config(tmp_path, contents, fault):
+    folder = write_folder(tmp_path / "c", **contents)
+    words = ["model=clip_tiny", "dataset=digits", "eval=[images,corruptions]", f"eval.corruptions.folder={folder}"]
+    with pytest.raises(ConfigError) as caught:
+        run_exp.experiment_of(words)
+    assert any(fault in told for told in caught.value.faults), caught.value.faults
+
+
+def test_a_broken_file_and_a_missing_folder_are_named(tmp_path):
+    folder = write_folder(tmp_path / "c", labels=[0] * 5)
+    (folder / "fog.npy").write_bytes(b"no array")
+    with pytest.raises(ConfigError, match=r"Broken file .*fog.npy"):
+        corruptions.read_folder(folder)
+    with pytest.raises(ConfigError, match=r"Missing eval.corruptions.folder"):
+        run_exp.experiment_of(["model=clip_tiny", "dataset=digits", "eval=[corruptions]"])
+
+
+def test_a_run_scores_corruptions_too(tmp_path):
+    draw = np.random.default_rng(0)
+    folder = write_folder(tmp_path / "c", labels=[0, 1] * 5, fog=draw.integers(0, 255, (10, 8, 8, 3), dtype=np.uint8))
+    words = ["model=clip_tiny", "dataset=digits", "dataset.train_rows=8", "dataset.test_rows=4", "trainer.max_steps=1"]
+    words += ["optim.batch_size=4", "trainer.micro_batch_size=4", f"results_root={tmp_path / 'results'}"]
+    words += ["wandb.mode=disabled", "eval=[images,corruptions]", f"eval.corruptions.folder={folder}", "wandb.name=run"]
+    assert run_exp.main([*words, "trainer.device=cpu"]) == 0
+    metrics = json.loads((run_folder(words) / "run.json").read_text())["metrics"]
+    assert metrics["corruptions/n"] == 10
+    assert metrics["images/n"] == 4
+    assert metrics["corruptions/fog"] == metrics["corruptions/mean_accuracy"]
