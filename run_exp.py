@@ -148,6 +148,13 @@ class OptionRegistry:
 
 
 def _eval_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+    task, scored = getattr(experiment.dataset, "task", None), experiment.eval.get("glue")
+    if scored is not None and task is not None and scored.task != task:
+        yield (
+            ("dataset.task", "eval.glue.task"),
+            f"Invalid eval.glue.task={scored.task} with dataset={experiment.dataset.name}: its metrics are those of "
+            f"{task}; leave the key out.",
+        )
     for name in experiment.eval:
         kind = benchmarks.evaluator(name).KIND
         if kind != experiment.dataset.kind:

@@ -57,7 +57,11 @@ def _parse(words: Sequence[str]) -> tuple[str, int, list[str]]:
             count = word.partition("=")[2] or (words.pop(place + 1) if place + 1 < len(words) else "")
             del words[place]
             break
-    faults = [] if count.isdigit() else [f"Invalid --show {count}: a whole number of rows is needed, such as --show 3."]
+    faults = (
+        []
+        if count.isascii() and count.isdigit()
+        else [f"Invalid --show {count}: a whole number of rows is needed, such as --show 3."]
+    )
     names = [word for word in words if "=" not in word]
     if len(names) != 1 or names[0].startswith("-"):
         faults.append(

@@ -30,7 +30,7 @@ from flatlora.rows import fingerprint, gather
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; raised whenever the same key would hold something else
+FORMAT = 1  # raised whenever the same key would hold something else: the file's form, templates, tokens, selection
 _BAR_FROM = 5000  # rows; fewer are done before a bar could be read
 
 

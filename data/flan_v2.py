@@ -1,7 +1,8 @@
 """FLAN v2 (Longpre et al. 2023), tasks as their own templates put them. Hub: SirNeural/flan_v2, split train.
 
-The published repositories name it and give no preparation: sizes as MetaMathQA's, rows below 1,024 tokens. The rows'
-own templates are the prompt (`template=none`), or are put into one of ours as an instruction. It has no test rows.
+As LoRA-GA's code prepares it: inputs and targets as they are (`template=none`), rows below 512 tokens, the first
+100,000 to train and the next 10,000 to validate. `template` may put the inputs into one of ours as an instruction. It
+has no test rows. Deviations: tokens are counted with the model's own tokenizer, and the whole split is read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ HUB_ID, CONFIG = "SirNeural/flan_v2", "default"
 class Config(InstructionConfig):
     train_rows: int | None = setting(100_000, ge=1, remedy="null takes all rows")
     validation_rows: int = setting(10_000, ge=0)
-    max_tokens: int | None = setting(1024, ge=8, remedy="null keeps rows of every length")
+    max_tokens: int | None = setting(512, ge=8, remedy="null keeps rows of every length")
     template: Literal["none", "qa", "alpaca"] = "none"
 
 

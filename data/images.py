@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,6 +22,8 @@ from flatlora.clip import Classes
 from flatlora.config import ConfigError, DatasetConfig, setting
 from flatlora.images import EncodedImages, ImageRows, Images, check_images, read_images
 from flatlora.rows import Source, gather
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 DIGITS = "scikit-learn/digits"
@@ -94,8 +97,16 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
     ]
     if faults:
         raise ConfigError(faults)
-    parts = [ImageRows(images, chosen, processor) for images, chosen in ((train, places), (train, validation))]
-    return PreparedImages(*parts, ImageRows(test, asked, processor), classes)
+    rows = ImageRows(train, places, processor)
+    learned, held_out = set(rows.digests()), ImageRows(train, validation, processor)
+    fresh = [digest not in learned for digest in held_out.digests()]
+    if not all(fresh):
+        logger.warning("%d rows stand among the train rows already and do not validate.", fresh.count(False))
+        held_out = ImageRows(train, validation[np.array(fresh)], processor)
+    scored = ImageRows(test, asked, processor)
+    if known := sum(digest in learned for digest in scored.digests()):
+        logger.warning("%d of %d test rows stand among the train rows, as the data set has them.", known, len(scored))
+    return PreparedImages(rows, held_out, scored, classes)
 
 
 def _read(config: Config, data_root: str | None) -> list[EncodedImages]:

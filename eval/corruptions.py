@@ -6,6 +6,7 @@ labels.npy (N). The score is the mean over corruptions and severities.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,22 @@ def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     for path in files:
         try:
             arrays[path.stem] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             faults.append(f"Broken file {path}: {str(error).partition(chr(10))[0]}; fetch it again.")
     labels = arrays.pop(LABELS, None)
+    if labels is not None and (
+        labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu" or labels.min() < 0
+    ):
+        faults.append(f"Invalid {folder / LABELS}.npy: whole numbers from 0, one an image, are needed; fetch it again.")
+        labels = None
     if not faults and (labels is None or not arrays):
         faults.append(
             f"Invalid eval.corruptions.folder={folder}: labels.npy and one .npy file a corruption are needed, as "
             f"CIFAR-10-C has them; found {', '.join(path.name for path in files) or 'none'}."
         )
     for name, images in arrays.items():
-        if labels is None or len(images) != len(labels) or images.ndim != 4 or images.dtype != np.uint8:
+        fits = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
+        if labels is None or not fits or len(images) != len(labels):
             faults.append(
                 f"Invalid {folder / name}.npy: {'?' if labels is None else len(labels)} UINT8 images (N × H × W × 3) "
                 f"are needed, not {images.dtype} {images.shape}; fetch it again."
@@ -70,6 +77,15 @@ def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     if faults:
         raise ConfigError(faults)
     return labels, arrays
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash of all files of a folder: other pictures under the same names and labels have other answers."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.npy")):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -119,7 +135,7 @@ def run(
         fields=FIELDS,
         lengths=[1] * len(places),
         batch_size=backend.batch_size,
-        settings=backend.describe(),
+        settings={**backend.describe(), "images_sha256": folder_sha256(Path(config.folder))},
         on_progress=on_progress,
     )
     return score_file(path)

@@ -74,6 +74,12 @@ class PerturbedLayer:
             return self.weight.detach()
         from bitsandbytes.functional import dequantize_4bit
 
+        if getattr(self.weight.quant_state, "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"The packed weight of {self.name} is in the order of a CPU's own kernel, which cannot be read back: "
+                "load the backbone with flatlora.models.load_backbone, or set support_avx512bf16_for_cpu=False."
+            )
+
         if out is not None and out.is_cuda:
             return dequantize_4bit(self.weight.data, self.weight.quant_state, out=out)
         made = dequantize_4bit(self.weight.data, self.weight.quant_state)

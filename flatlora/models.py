@@ -138,6 +138,11 @@ def load_backbone(config: ModelConfig, device: torch.device, classes: Classes | 
         model = classifier_of(model, classes, config.head, load_tokenizer(config) if config.head == "text" else None)
     model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
     model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would pack W in another order at its first evaluation on such a CPU, where nothing that
+            # dequantises it, PEFT's own code included, could read it any more.
+            module.support_avx512bf16_for_cpu = False
     return model if config.quantize != "none" else model.to(device)  # packed weights are where they were loaded to
 
 

@@ -160,6 +160,17 @@ def test_sizes_and_order(tmp_path, processor, subset):
     assert (rows.train.labels == list(range(6))) == (subset == "first")
 
 
+def test_pictures_that_train_do_not_validate(tmp_path, processor, caplog):
+    hub_id, config, image, label, _ = SETS["mnist"]
+    for split in ("train", "test"):
+        pictures = [{"bytes": png(i % 3), "path": None} for i in range(7)] + [{"bytes": png(9), "path": None}]
+        write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [i % 3 for i in range(7)] + [0]})
+    rows = prepared(tmp_path, "mnist", processor, "dataset.validation_rows=4")
+    assert [len(part) for part in rows[:3]] == [4, 1, 8]
+    assert "3 rows stand among the train rows already" in caplog.text
+    assert "7 of 8 test rows stand among the train rows" in caplog.text
+
+
 def test_the_hash_sees_files_classes_and_order(tmp_path, processor):
     write_set(tmp_path, "mnist")
     first = prepared(tmp_path, "mnist", processor).sha256

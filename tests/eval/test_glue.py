@@ -146,6 +146,11 @@ def test_the_published_way_is_refused_before_anything_is_loaded(task):
         run_exp.experiment_of([f"dataset={task}", "eval.glue.metric=published"])
 
 
+def test_metrics_of_another_task_are_refused():
+    with pytest.raises(ConfigError, match=r"Invalid eval.glue.task=stsb with dataset=sst2"):
+        run_exp.experiment_of(["dataset=sst2", "eval.glue.task=stsb"])
+
+
 def test_glue_without_a_task_of_glue_is_a_fault():
     with pytest.raises(ConfigError, match=r"Invalid eval.glue.task=None"):
         run_exp.experiment_of(["dataset=gsm8k", "eval=[glue]"])

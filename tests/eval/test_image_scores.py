@@ -36,6 +36,9 @@ class Rows:
     def __init__(self, shown, labels):
         self.shown, self.labels = shown, labels
 
+    def digests(self):
+        return [bytes(pair) for pair in zip(self.shown, self.labels, strict=True)]
+
     def __len__(self):
         return len(self.labels)
 
@@ -65,6 +68,20 @@ def test_a_second_call_asks_nothing_again(tmp_path):
     calls = backend.calls
     assert images.run(backend, rows, tmp_path, images.Config()) == first
     assert backend.calls == calls
+
+
+def test_other_pictures_under_the_same_labels_are_asked_anew(tmp_path):
+    images.run(Brightest(), Rows([0, 1], [0, 0]), tmp_path / "out", images.Config())
+    assert images.run(Brightest(), Rows([0, 0], [0, 0]), tmp_path / "out", images.Config())["metrics"]["top1"] == 1.0
+    folders = [
+        write_folder(tmp_path / name, labels=[0] * 5, fog=pictures([column] * 5))
+        for name, column in (("a", 0), ("b", 1))
+    ]
+    scores = [
+        corruptions.run(Brightest(), None, tmp_path / "c", corruptions.Config(folder=str(folder)))["metrics"]["fog"]
+        for folder in folders
+    ]
+    assert scores == [1.0, 0.0]
 
 
 def write_folder(folder, *, labels=None, **arrays):

@@ -69,6 +69,30 @@ def test_a_layer_reads_its_dequantised_weight_plus_noise(model):
     assert all(torch.equal(old, layer.weight) for old, layer in zip(before, layers, strict=True))
 
 
+def test_an_evaluation_leaves_the_weights_readable(tiny_model_folder):
+    """On a CPU with AVX512-BF16, bitsandbytes packs them anew in its first forward without gradients."""
+    config = ModelConfig(
+        name="tiny", hub_id=str(tiny_model_folder), family="causal_lm", dtype="bfloat16", quantize="nf4"
+    )
+    model = get_peft_model(
+        models.load_backbone(config, torch.device("cpu")), LoraConfig(r=4, target_modules="all-linear")
+    )
+    layers = find_lora_layers(model)
+    before = [layer.dense().clone() for layer in layers]
+    with torch.no_grad():
+        model.eval()(torch.arange(3, 19)[None])
+    assert all(torch.equal(layer.dense(), old) for layer, old in zip(layers, before, strict=True))
+
+
+def test_validation_does_not_change_the_adapter(tiny_settings):
+    settings = [word for word in tiny_settings if not word.startswith(("model.dtype", "dataset.validation"))]
+    settings += ["model.quantize=nf4", "model.dtype=bfloat16", "trainer.max_steps=4", "dataset.validation_rows=4"]
+    other = [word.replace("/results", "/often") for word in settings]
+    assert run_exp.main([*settings, "optim.eval_steps=4"]) == 0
+    assert run_exp.main([*other, "optim.eval_steps=1"]) == 0
+    assert adapter_bytes(run_folder(settings)) == adapter_bytes(run_folder(other))
+
+
 def test_products_in_another_dtype_are_cast_as_the_layer_does(tiny_model_folder):
     config = ModelConfig(
         name="tiny", hub_id=str(tiny_model_folder), family="causal_lm", dtype="bfloat16", quantize="nf4"
