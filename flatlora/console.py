@@ -146,7 +146,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at each import that a faster CPU kernel is missing
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try again is a warning of three lines
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", module="(torch|transformers|peft|accelerate|numba|gguf|hydra)")
