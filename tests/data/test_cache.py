@@ -1,5 +1,6 @@
 """Prepared rows from the cache: the same as made anew, never another's, and made anew where the file is broken."""
 
+import copy
 import json
 import threading
 
@@ -162,7 +163,12 @@ def test_a_file_under_anothers_name_is_not_taken(root, tokenizer, caplog):
 
 def test_several_processes_make_it_at_a_time(root, tokenizer):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(prepared(root, tokenizer).sha256)) for _ in range(4)]
+    tokenizers = [copy.deepcopy(tokenizer) for _ in range(4)]  # processes do not share one
+
+    def make(own):
+        found.append(prepared(root, own).sha256)
+
+    threads = [threading.Thread(target=make, args=(own,)) for own in tokenizers]
     for thread in threads:
         thread.start()
     for thread in threads:
