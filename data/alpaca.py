@@ -1,7 +1,9 @@
 """Alpaca (Taori et al. 2023) and its answers by GPT-4 (Peng et al. 2023), for InstructEval.
 
 Hub: tatsu-lab/alpaca and vicgalle/alpaca-gpt4, split train. The first 90 % of the rows train and the last 10 % validate
-unless sizes are given; in the published code the two overlap. They have no test rows.
+unless sizes are given. They have no test rows. Deviations from the published code, whose two splits overlap: it draws
+the tenth at random without a seed, has no preamble before an instruction with an input, and reads tatsu-lab/alpaca for
+both names.
 """
 
 from __future__ import annotations

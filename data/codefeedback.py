@@ -2,7 +2,8 @@
 
 As the published code prepares it: answers with a fenced block, up to the end of the first one, which is the code that
 HumanEval asks for; prompt and answer together below 1,024 tokens; the first 100,000 to train and the next 10,000 to
-validate. It has no test rows.
+validate. It has no test rows. Deviations: tokens are counted with the model's own tokenizer unless `limit_tokenizer`
+names another, and a block that does not end is left open, where the published code closes it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """SQuAD 1.1 (Rajpurkar et al. 2016): answers that stand in a paragraph. Hub: rajpurkar/squad, splits train, validation.
 
 Trained on the first answer of each question; the hub's validation split, with all of its accepted answers, is the test
-split here. Prompts: the question is the instruction and the paragraph its context. Sizes and prompt are our choice.
+split here. Prompts: the question is the instruction and the paragraph its context. Deviation: sizes and prompt are
+our choice; LoRA-GA's code has a prompt of its own and joins all answers.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 As the published code prepares it: the English columns; outputs that neither refuse ("sorry") nor speak of themselves
 ("as an ai"), in any case; prompt and output together below 1,024 tokens; the first 52,000 to train and the next 18,000
-to validate. It has no test rows: MT-Bench asks questions of its own.
+to validate. It has no test rows: MT-Bench asks questions of its own. Deviation: tokens are counted with the model's own
+tokenizer unless `limit_tokenizer` names another.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ labels.npy (N). The score is the mean over corruptions and severities.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from PIL import Image
 
 from eval import predictions
 from eval.backends import ImageBackend
+from eval.images import classify
 from flatlora.config import ConfigError, Section, setting
-from flatlora.results import write_json
 
 KIND = "image"
 SCORER_VERSION = 1
@@ -123,30 +124,28 @@ def run(
         (name, severity, severity * each + i) for name in corruptions for severity in range(SEVERITIES) for i in taken
     ]
 
-    def answer(batch: list[int]) -> list[dict[str, Any]]:
-        pictures = [Image.fromarray(corruptions[name][row]) for name, _, row in (places[index] for index in batch)]
-        pixels = [backend.processor(one, return_tensors="pt")["pixel_values"][0] for one in pictures]
-        return [{"prediction": place} for place in backend.logits(torch.stack(pixels)).argmax(dim=1).tolist()]
+    def pixels(index: int) -> torch.Tensor:
+        name, _, row = places[index]
+        return backend.processor(Image.fromarray(corruptions[name][row]), return_tensors="pt")["pixel_values"][0]
 
-    path = predictions.collect(
+    path = classify(
+        backend,
         [{"corruption": name, "severity": severity + 1, "label": int(labels[row])} for name, severity, row in places],
-        answer,
+        pixels,
         folder,
         fields=FIELDS,
-        lengths=[1] * len(places),
-        batch_size=backend.batch_size,
-        settings={**backend.describe(), "images_sha256": folder_sha256(Path(config.folder))},
+        images_sha256=folder_sha256(Path(config.folder)),
         on_progress=on_progress,
     )
     return score_file(path)
 
 
 def score_file(path: Path) -> dict[str, Any]:
-    """Score a predictions file and write score.json beside it.
+    """As `predictions.score_file`."""
+    return predictions.score_file(path, FIELDS, score)
 
-    Raises:
-        ConfigError: the file is not there, or broken.
-    """
-    result = score(predictions.read(path, FIELDS))
-    write_json(path.with_name("score.json"), result)
-    return result
+
+if __name__ == "__main__":
+    sys.exit(
+        "Pictures are scored at the end of a run: the run's command with resume=true and eval=[corruptions] does it."
+    )

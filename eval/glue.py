@@ -18,7 +18,6 @@ from typing import Any, Literal
 from eval import predictions
 from eval.backends import Backend
 from flatlora.config import ConfigError, Section, setting
-from flatlora.results import write_json
 from flatlora.rows import prompt_text
 
 KIND = "text"
@@ -169,14 +168,8 @@ def _check_first_tokens(backend: Backend, rows: Sequence[dict[str, Any]]) -> Non
 
 
 def score_file(path: Path) -> dict[str, Any]:
-    """Score a predictions file and write score.json beside it.
-
-    Raises:
-        ConfigError: the file is not there, or broken.
-    """
-    result = score(predictions.read(path, FIELDS))
-    write_json(path.with_name("score.json"), result)
-    return result
+    """As `predictions.score_file`."""
+    return predictions.score_file(path, FIELDS, score)
 
 
 def benchmark_rows(data_root: str | None) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ Scored at the end of a run, on the test split of its data set. Some data sets' o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,6 @@ import torch
 from eval import predictions
 from eval.backends import ImageBackend
 from flatlora.config import Section, setting
-from flatlora.results import write_json
 
 KIND = "image"
 SCORER_VERSION = 1
@@ -72,29 +72,57 @@ def run(
     """Classify the images and score them; writes predictions.jsonl and score.json, returns the score."""
     labels = rows.labels[: config.max_rows]
 
-    def answer(batch: list[int]) -> list[dict[str, Any]]:
-        logits = backend.logits(torch.stack([rows[index]["pixel_values"] for index in batch]))
-        return [{"prediction": place} for place in logits.argmax(dim=1).tolist()]
-
-    path = predictions.collect(
+    path = classify(
+        backend,
         [{"label": label} for label in labels],
-        answer,
+        lambda index: rows[index]["pixel_values"],
         folder,
         fields=FIELDS,
-        lengths=[1] * len(labels),
-        batch_size=backend.batch_size,
-        settings={**backend.describe(), "images_sha256": hashlib.sha256(b"".join(rows.digests())).hexdigest()},
+        images_sha256=hashlib.sha256(b"".join(rows.digests())).hexdigest(),
         on_progress=on_progress,
     )
     return score_file(path)
 
 
-def score_file(path: Path) -> dict[str, Any]:
-    """Score a predictions file and write score.json beside it.
+def classify(
+    backend: ImageBackend,
+    asked: Sequence[dict[str, Any]],
+    pixels: Callable[[int], torch.Tensor],
+    folder: Path,
+    *,
+    fields: predictions.Fields,
+    images_sha256: str,
+    on_progress: predictions.OnProgress | None,
+) -> Path:
+    """Add to each row asked the class with the largest score, in `folder`/predictions.jsonl; returns that path.
 
-    Raises:
-        ConfigError: the file is not there, or broken.
+    Args:
+        pixels: place of a row → its preprocessed picture.
+        images_sha256: of all pictures: others under the same labels have other answers.
     """
-    result = score(predictions.read(path, FIELDS))
-    write_json(path.with_name("score.json"), result)
-    return result
+
+    def answer(batch: list[int]) -> list[dict[str, Any]]:
+        logits = backend.logits(torch.stack([pixels(index) for index in batch]))
+        return [{"prediction": place} for place in logits.argmax(dim=1).tolist()]
+
+    return predictions.collect(
+        asked,
+        answer,
+        folder,
+        fields=fields,
+        lengths=[1] * len(asked),
+        batch_size=backend.batch_size,
+        settings={**backend.describe(), "images_sha256": images_sha256},
+        on_progress=on_progress,
+    )
+
+
+def score_file(path: Path) -> dict[str, Any]:
+    """As `predictions.score_file`."""
+    return predictions.score_file(path, FIELDS, score)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        "Pictures are scored at the end of a run: the run's command with resume=true and eval=[images] scores it anew."
+    )

@@ -180,6 +180,17 @@ def _row_problem(row: Any, fields: Fields) -> str | None:
     return None if row["index"] >= 0 else "has a negative index"
 
 
+def score_file(path: Path, fields: Fields, score: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+    """Score a predictions file and write score.json beside it.
+
+    Raises:
+        ConfigError: the file is not there, or broken.
+    """
+    result = score(read(path, fields))
+    write_json(path.with_name("score.json"), result)
+    return result
+
+
 def read(path: Path, fields: Fields = GENERATED) -> list[dict[str, Any]]:
     """Rows of a finished predictions file, each of them whole and in its place.
 

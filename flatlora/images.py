@@ -156,6 +156,7 @@ class ImageRows(Dataset):
     images: Images
     indices: np.ndarray
     processor: Any  # an image processor of transformers
+    _digests: list[bytes] | None = field(init=False, default=None)
     lengths: list[int] = field(init=False)  # a sampler that groups by length finds all alike
 
     def __post_init__(self) -> None:
@@ -175,8 +176,10 @@ class ImageRows(Dataset):
         return self.images.labels[self.indices].tolist()
 
     def digests(self) -> list[bytes]:
-        """A hash of each row's file and class: equal for two copies of one picture."""
-        return [_digest(self.images, int(place)) for place in self.indices]
+        """A hash of each row's file and class: equal for two copies of one picture. Every file is read, once."""
+        if self._digests is None:
+            self._digests = [_digest(self.images, int(place)) for place in self.indices]
+        return self._digests
 
 
 def _digest(images: Images, place: int) -> bytes:

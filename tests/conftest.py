@@ -128,6 +128,24 @@ def tiny_settings(tiny_model_folder, tmp_path) -> list[str]:
     ]
 
 
+class Killed(BaseException):
+    """Like SIGKILL: nothing of ours runs after it."""
+
+
+def die_at(step: int, monkeypatch) -> None:
+    """Let training end with `Killed` when it has done so many steps."""
+    from flatlora import training
+
+    plain = training.StepRecorder.on_step_end
+
+    def die(recorder, args, state, control, **kwargs):
+        plain(recorder, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise Killed
+
+    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+
+
 def run_folder(settings: list[str]) -> Path:
     """Where a run with `tiny_settings` writes."""
     root = next(word.partition("=")[2] for word in settings if word.startswith("results_root="))

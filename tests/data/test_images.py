@@ -15,7 +15,7 @@ from data import images
 from flatlora import models
 from flatlora.config import ConfigError
 from flatlora.images import ImageRows, check_images
-from tests.conftest import adapter_bytes, metrics_rows, run_folder, write_split
+from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, write_split
 
 # name: (hub id, config, splits, image column, label column, classes)
 SETS = {
@@ -277,24 +277,12 @@ def test_a_training_step_and_a_score_of_every_set(tmp_path, settings, name):
 
 @pytest.mark.parametrize(("head", "rho"), [("text", "flat"), ("linear", "flat"), ("linear", "sam")])
 def test_both_heads_train_resume_and_load(tmp_path, settings, head, rho, monkeypatch):
-    from flatlora import training
-
     settings = [*settings, "dataset=digits", "dataset.train_rows=24", "dataset.validation_rows=4", f"model.head={head}"]
     settings += ["dataset.test_rows=5", f"rho={rho}", "trainer.save_steps=2", "optim.epochs=1"]
     assert run_exp.main(settings) == 0
     whole = run_folder(settings)
     assert [row["step"] for row in metrics_rows(whole) if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    step = training.StepRecorder.on_step_end
-
-    class Killed(BaseException):
-        pass
-
-    def die(recorder, args, state, control, **kwargs):
-        step(recorder, args, state, control, **kwargs)
-        if state.global_step == 3:
-            raise Killed
-
-    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    die_at(3, monkeypatch)
     again = [word.replace("/results", "/again") for word in settings]
     with pytest.raises(Killed):
         run_exp.main(again)

@@ -277,4 +277,7 @@ def test_a_training_step_and_a_score_on_a_tiny_t5(root, tiny_settings, tiny_t5_f
     assert record["status"] == "finished"
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
     assert record["metrics"]["glue/n"] == 6
-    assert 0 <= record["metrics"]["glue/accuracy"] <= 1
+    path = run_folder(words) / "eval" / "glue" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert record["metrics"]["glue/accuracy"] == sum(row["prediction"] == row["reference"] for row in rows) / 6
+    assert all(row["prediction"] == row["choices"][row["scores"].index(max(row["scores"]))] for row in rows)

@@ -18,7 +18,7 @@ from flatlora.acceleration import (
 )
 from flatlora.layers import find_lora_layers
 from flatlora.perturbation import WeightPerturbation
-from tests.conftest import adapter_bytes, metrics_rows, run_folder, tiny_lora
+from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, tiny_lora
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -237,21 +237,9 @@ class TestRuns:
             assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=0.1)
 
     def test_killed_and_resumed_is_never_killed(self, settings, monkeypatch):
-        from flatlora import training
-
         settings = [*settings, "trainer.save_steps=2", "rho.every=3"]
         whole = self.run(settings, "whole")
-        step = training.StepRecorder.on_step_end
-
-        class Killed(BaseException):
-            pass
-
-        def die(recorder, args, state, control, **kwargs):
-            step(recorder, args, state, control, **kwargs)
-            if state.global_step == 5:
-                raise Killed
-
-        monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+        die_at(5, monkeypatch)
         with pytest.raises(Killed):
             self.run(settings, "killed")
         monkeypatch.undo()

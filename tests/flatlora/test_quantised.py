@@ -13,7 +13,7 @@ from flatlora.config import ConfigError, ModelConfig
 from flatlora.epsilon import merged_row_norms_reference
 from flatlora.layers import find_lora_layers
 from flatlora.perturbation import WeightPerturbation
-from tests.conftest import adapter_bytes, metrics_rows, run_folder
+from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -142,25 +142,13 @@ def test_a_missing_package_is_named(tiny_settings, monkeypatch, capsys):
 
 
 def test_a_run_leaves_the_packed_bytes_and_resumes(tiny_settings, monkeypatch):
-    from flatlora import training
-
     settings = [*tiny_settings, "model.quantize=nf4", "rho=flat", "rho.sigma=0.3", "trainer.save_steps=2"]
     assert run_exp.main(settings) == 0
     whole = run_folder(settings)
     record = json.loads((whole / "run.json").read_text())
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"] is not None
     assert record["perturbation"]["mode"] == "recompute"
-    step = training.StepRecorder.on_step_end
-
-    class Killed(BaseException):
-        pass
-
-    def die(recorder, args, state, control, **kwargs):
-        step(recorder, args, state, control, **kwargs)
-        if state.global_step == 3:
-            raise Killed
-
-    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    die_at(3, monkeypatch)
     again = [word.replace("/results", "/again") for word in settings]
     with pytest.raises(Killed):
         run_exp.main(again)
