@@ -118,7 +118,7 @@ class DeviceEpsilon:
         self._counted: tuple[int, int] | None = None  # what the counter holds
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._squared: torch.Tensor | None = None  # ‖W_i‖² of all layers
-        self._norms: tuple[object, kernels.RowNormPass] | None = None
+        self._norms: tuple[object, list[tuple[range, kernels.RowNormPass]]] | None = None
         self._passes: dict[object, kernels.NoisePass] = {}
         self._scratch = _Scratch()
 
@@ -145,7 +145,7 @@ class DeviceEpsilon:
 
     def materialise(self, index: int, draw: Draw) -> torch.Tensor:
         layer = self.layers[index]
-        stored = self._scratch.get("weight", layer.stored_shape, layer.dtype, self.device, self._largest)
+        stored = self._buffer(layer)
         self._count(draw)
         self._pass([index], [layer.dense(stored)], [stored]).launch()
         return stored
@@ -189,26 +189,46 @@ class DeviceEpsilon:
         if self._squared is None:
             weights = (layer.as_rows(layer.dense()) for layer in self.layers)  # unpacked one at a time
             self._squared = torch.cat([noise_torch.squared_row_norms(weight) for weight in weights]).float()
-        if any(layer.quantised for layer in self.layers) or any(
-            len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms
-        ):
+        if any(len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms):
             return self._merged_squares_of(terms)
         pairs = [each[0] for each in terms]
-        # What a pass has to be built anew for: a factor that moved to another place, another scaling.
+        # What passes have to be built anew for: a factor that moved to another place, another scaling.
         state = tuple((term.A.data_ptr(), term.B.data_ptr(), term.scaling) for term in pairs)
         if self._norms is None or self._norms[0] != state:
-            self._norms = (
-                state,
+            self._norms = state, self._norm_passes(pairs)
+        for indices, norm_pass in self._norms[1]:
+            for index in indices:
+                self._readable(index)
+            norm_pass()
+        return self._c
+
+    def _norm_passes(self, pairs: Sequence[AdapterTerm]) -> list[tuple[range, kernels.RowNormPass]]:
+        """One pass for all layers, or, as packed weights share a buffer, one for each; they write into `_c`."""
+        everyone = range(len(self.layers))
+        groups = [range(i, i + 1) for i in everyone] if any(la.quantised for la in self.layers) else [everyone]
+        squared, c = self._squared.split(self._rows), self._c.split(self._rows)
+        return [
+            (
+                group,
                 kernels.RowNormPass(
-                    [layer.as_rows(layer.weight.detach()) for layer in self.layers],
-                    [term.A.detach() for term in pairs],
-                    [term.B.detach() for term in pairs],
-                    [term.scaling for term in pairs],
-                    squared_norms=self._squared,
-                    out=self._c,
+                    [self.layers[i].as_rows(self._readable(i)) for i in group],
+                    [pairs[i].A.detach() for i in group],
+                    [pairs[i].B.detach() for i in group],
+                    [pairs[i].scaling for i in group],
+                    squared_norms=self._squared if group == everyone else squared[group[0]],
+                    out=self._c if group == everyone else c[group[0]],
                 ),
             )
-        return self._norms[1]()
+            for group in groups
+        ]
+
+    def _readable(self, index: int) -> torch.Tensor:
+        """W of one layer in the stored layout: itself, or unpacked into the buffer that `materialise` uses too."""
+        layer = self.layers[index]
+        return layer.dense(self._buffer(layer)) if layer.quantised else layer.dense()
+
+    def _buffer(self, layer: PerturbedLayer) -> torch.Tensor:
+        return self._scratch.get("weight", layer.stored_shape, layer.dtype, self.device, self._largest)
 
     def _merged_squares_of(self, terms: Sequence[Sequence[AdapterTerm]]) -> torch.Tensor:
         """The same for layers with several adapters, or none: one layer after the other."""
