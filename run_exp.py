@@ -24,7 +24,7 @@ from data import cache, images, tokens
 from eval.backends.clip import CLIPBackend
 from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
-from flatlora import acceleration, checkpoint, commandline, console, methods, models, results, training
+from flatlora import acceleration, checkpoint, commandline, console, files, methods, models, results, training
 from flatlora.config import ConfigError, Experiment, Section, parse
 from flatlora.images import collate_images
 from flatlora.results import MetricsLog, RunFolder
@@ -269,13 +269,13 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
     except Exception as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         code = EXIT_FAILED
-        if results.disk_is_full(folder.path):  # safetensors, tokenizers and torch each have their own error for it
+        if files.disk_is_full(folder.path):  # safetensors, tokenizers and torch each have their own error for it
             error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")
         console.report_failure(error)
     record["memory"] = results.peak_memory_gib()
     if training.is_main_process():
         try:
-            results.write_json(folder.path / "run.json", record)
+            files.write_json(folder.path / "run.json", record)
             if code == 0:
                 hashes = record["backbone_sha256"]
                 unchanged = "unchanged" if hashes["before"] == hashes["after"] else "CHANGED"
@@ -292,7 +292,7 @@ def train_and_score(
 ) -> None:
     """The run itself; fills `record` as it goes."""
     if training.is_main_process() and experiment.dataset.kind == "text":
-        results.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
+        files.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
     classes = getattr(inputs.rows, "classes", None)
     backbone = models.load_backbone(experiment.model, inputs.device, classes)
     method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)
@@ -324,7 +324,7 @@ def train_and_score(
         record["metrics"].update(outcome.metrics)
         training.check_invariants(experiment, model, record["backbone_sha256"])
         if training.is_main_process():
-            with results.write_folder(folder.adapter) as staging:
+            with files.write_folder(folder.adapter) as staging:
                 method.save(model, experiment.peft, staging, start)
                 inputs.processor.save_pretrained(staging)
             record["metrics"].update(score(experiment, model, inputs, folder))

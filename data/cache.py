@@ -24,8 +24,7 @@ from data.selection import row_key
 from data.tokens import Encoder, Prepared, TokenRows, prepare
 from flatlora.config import DatasetConfig, TextDatasetConfig
 from flatlora.console import ProgressBar
-from flatlora.models import cache_folder
-from flatlora.results import write_atomic
+from flatlora.files import cache_folder, write_atomic
 from flatlora.rows import fingerprint, gather
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Any
 from eval import predictions
 from eval.backends import Backend
 from flatlora.config import ConfigError, Section, setting
-from flatlora.results import write_json
+from flatlora.files import write_json
 from flatlora.rows import Source, prompt_text, read_rows
 
 KIND = "text"

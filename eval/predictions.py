@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.backends import Backend
 from flatlora.config import ConfigError
-from flatlora.results import write_atomic, write_json
+from flatlora.files import write_atomic, write_json
 from flatlora.rows import jsonl, read_jsonl
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from flatlora.config import ConfigError
+from flatlora.files import fsync_folder, write_json
 from flatlora.layers import plain_name
-from flatlora.results import fsync_folder, write_json
 
 logger = logging.getLogger(__name__)
 

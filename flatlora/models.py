@@ -32,6 +32,7 @@ from transformers.utils.hub import has_file
 from flatlora.clip import RANDOM_VERSION, Classes, CLIPImageClassifier, classifier_of, write_random_clip
 from flatlora.config import ConfigError, ModelConfig
 from flatlora.console import console
+from flatlora.files import cache_folder
 from flatlora.starts import move_as_started, start_of_checkpoint
 
 _AUTO_CLASSES = {"causal_lm": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
@@ -207,11 +208,6 @@ def autocast_dtype(setting: str, backbone: str) -> torch.dtype | None:
     """Dtype of the matrix products; auto is BF16 on a BF16 backbone and none on others."""
     wanted = setting == "bfloat16" or (setting == "auto" and backbone == "bfloat16")
     return torch.bfloat16 if wanted else None
-
-
-def cache_folder() -> Path:
-    """Where converted weights are kept: $FLATLORA_CACHE, else ~/.cache/flatlora."""
-    return Path(os.environ.get("FLATLORA_CACHE", "~/.cache/flatlora")).expanduser()
 
 
 def _converted_folder(name: str) -> Path:

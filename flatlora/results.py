@@ -18,7 +18,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,59 +26,9 @@ import torch
 import yaml
 
 from flatlora.config import ConfigError, Experiment, identity_of
+from flatlora.files import write_atomic
 
 _RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numba", "numpy", "safetensors", "tokenizers")
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: temporary file in the same folder, fsync, rename.
-
-    Raises:
-        OSError: as the file system says (read-only, full); `path` is as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename or a new file in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends well: whole or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        shutil.rmtree(path, ignore_errors=True)
-        staging.rename(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    fsync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of indented JSON."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 class RunFolder:
@@ -346,11 +295,6 @@ def _has_wandb_key() -> bool:
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     return netrc.is_file() and "wandb" in netrc.read_text()
-
-
-def disk_is_full(folder: Path) -> bool:
-    """Whether less than a mebibyte is left for files in `folder`."""
-    return folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20
 
 
 def environment() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora.config import ConfigError
-from flatlora.results import write_json
+from flatlora.files import write_json
 
 MOVED = "moved.json"  # in a start folder: W has lost what the initial adapter holds; in a checkpoint: which start
 _ADAPTER = "adapter_model.safetensors"

@@ -36,9 +36,10 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from flatlora import checkpoint, methods
 from flatlora.acceleration import IGNORED, GraphedMicroStep
 from flatlora.config import ConfigError, Experiment
+from flatlora.files import write_json
 from flatlora.methods import AdapterMethod, Regulariser, Training
 from flatlora.models import autocast_dtype
-from flatlora.results import MetricsLog, RunFolder, write_json
+from flatlora.results import MetricsLog, RunFolder
 from flatlora.starts import load_adapter, mark_checkpoint
 
 T = TypeVar("T")

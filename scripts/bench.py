@@ -37,7 +37,7 @@ sys.path.insert(0, str(PROJECT))
 
 from data import word_math  # noqa: E402
 from data.tokens import CausalCollator, tokenise  # noqa: E402
-from flatlora import methods, models, results  # noqa: E402
+from flatlora import files, methods, models, results  # noqa: E402
 from flatlora.config import ModelConfig  # noqa: E402
 from flatlora.console import quiet_libraries  # noqa: E402
 from flatlora.layers import PerturbedLayer, find_lora_layers  # noqa: E402
@@ -98,7 +98,7 @@ def main() -> int:
         "drift": {mode: curve[-1] for mode, curve in drift.items()},
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    results.write_json(options.out / "cpu.json", report)
+    files.write_json(options.out / "cpu.json", report)
     plot_drift(drift, options.out / "cpu_drift.png")
     console.print(f"written: {options.out / 'cpu.json'}, {options.out / 'cpu_drift.png'}", soft_wrap=True)
     return 0

@@ -23,7 +23,7 @@ from rich.table import Table
 from data import cache, meta_math, word_math
 from data.instructions import formatted
 from data.tokens import tokenise, tokenise_reference
-from flatlora import models, results
+from flatlora import files, models, results
 from flatlora.config import ModelConfig
 from flatlora.rows import jsonl
 
@@ -61,7 +61,7 @@ def run(model: ModelConfig, *, out: Path, command: str) -> int:
     }
     console.print(table_of(report))
     out.mkdir(parents=True, exist_ok=True)
-    results.write_json(out / "data.json", report)
+    files.write_json(out / "data.json", report)
     console.print(f"written: {out / 'data.json'}", soft_wrap=True)
     return 0
 

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from flatlora import kernels, noise, results
+from flatlora import files, kernels, noise, results
 from flatlora.acceleration import GraphedMicroStep, accelerate
 from flatlora.layers import PerturbedLayer, find_lora_layers
 from flatlora.perturbation import WeightPerturbation
@@ -69,7 +69,7 @@ def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) 
     for shape in shapes:
         report["steps"][shape] = measure_shape(backbone, shape, steps, device)
         console.print(steps_table(shape, report["steps"][shape]))
-        results.write_json(out / "gpu.json", report)  # after each: what is measured is kept
+        files.write_json(out / "gpu.json", report)  # after each: what is measured is kept
         plot_steps(report["steps"], out / "gpu_steps.png")
     console.print(f"written: {out / 'gpu.json'}, {out / 'gpu_steps.png'}", soft_wrap=True)
     return 0

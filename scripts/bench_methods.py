@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from flatlora import methods, results
+from flatlora import files, methods
 from flatlora.acceleration import GraphedMicroStep, accelerate
 from flatlora.config import OptimConfig
 from flatlora.methods import Start, Training
@@ -68,7 +68,7 @@ def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) 
             with stock_modeling():
                 rows[label] = measure(backbone, label, shape, steps, device)
             console.print(f"  {shape} {label}: {describe(rows[label])}", soft_wrap=True)
-            results.write_json(out / "methods.json", report)  # after each: what is measured is kept
+            files.write_json(out / "methods.json", report)  # after each: what is measured is kept
         console.print(table_of(shape, rows))
     console.print(f"written: {out / 'methods.json'}", soft_wrap=True)
     return 0

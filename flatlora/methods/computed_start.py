@@ -15,9 +15,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from flatlora.config import ConfigError
+from flatlora.files import write_folder, write_json
 from flatlora.methods.base import Start
 from flatlora.methods.lora import Lora, LoraMethodConfig, find_targets, seeded
-from flatlora.results import write_folder, write_json
 from flatlora.starts import MOVED, load_adapter, lora_layers, move_weights
 
 

@@ -35,9 +35,7 @@ def model(tiny_model_folder, device):
         name="tiny", hub_id=str(tiny_model_folder), family="causal_lm", dtype="float32", quantize="nf4"
     )
     torch.manual_seed(0)
-    adapted = get_peft_model(
-        models.load_backbone(config, device), LoraConfig(r=4, target_modules="all-linear")
-    )
+    adapted = get_peft_model(models.load_backbone(config, device), LoraConfig(r=4, target_modules="all-linear"))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -154,7 +152,8 @@ def test_a_missing_package_is_named(tiny_settings, monkeypatch, capsys):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_run_leaves_the_packed_bytes_and_resumes(tiny_settings, monkeypatch, device):
-    settings = [*tiny_settings, f"trainer.device={device}", "model.quantize=nf4", "rho=flat", "rho.sigma=0.3", "trainer.save_steps=2"]
+    settings = [*tiny_settings, f"trainer.device={device}", "model.quantize=nf4", "rho=flat", "rho.sigma=0.3"]
+    settings += ["trainer.save_steps=2"]
     assert run_exp.main(settings) == 0
     whole = run_folder(settings)
     record = json.loads((whole / "run.json").read_text())

@@ -13,7 +13,8 @@ import wandb
 import run_exp
 from flatlora import results
 from flatlora.config import ConfigError
-from flatlora.results import MetricsLog, RunFolder, Tracker, write_atomic, write_json
+from flatlora.files import write_atomic, write_folder, write_json
+from flatlora.results import MetricsLog, RunFolder, Tracker
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -257,12 +258,12 @@ def test_what_a_killed_write_left_is_removed(experiment):
 def test_write_folder_is_whole_or_nothing(tmp_path):
     target = tmp_path / "adapter"
     for content in ("one", "two"):
-        with results.write_folder(target) as staging:
+        with write_folder(target) as staging:
             (staging / "weights").write_text(content)
         assert (target / "weights").read_text() == content
 
     def fail_half_way():
-        with results.write_folder(target) as staging:
+        with write_folder(target) as staging:
             (staging / "weights").write_text("half")
             raise NO_SPACE
 

@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_in_mid_save(tiny_settings, monkeypatch, capsys, pa
 
     def fail(*args, **kwargs):
         if (run_folder(settings) / "checkpoint-4").exists():
-            monkeypatch.setattr("flatlora.results.disk_is_full", lambda folder: True)
+            monkeypatch.setattr("flatlora.files.disk_is_full", lambda folder: True)
             raise RuntimeError("file write failed")
         return write(*args, **kwargs)
 
