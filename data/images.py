@@ -1,33 +1,29 @@
 """Image classification sets of the papers, and small ones: hub or `data_root`, preprocessed as CLIP has it.
 
-Which repository, splits and columns a set has stands in conf/dataset; classes and prompts in class_names.yaml. `digits`
-is scikit-learn's own (1,797 images of 8 × 8 pixels), which needs no network: its last fifth is the test split.
+Which repository, splits and columns a set has stands in conf/dataset; classes and prompts in class_names.yaml.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import yaml
-from PIL import Image
 
 from data.selection import ordered, take
 from flatlora.clip import Classes
 from flatlora.config import ConfigError, DatasetConfig, setting
-from flatlora.images import EncodedImages, ImageRows, Images, check_images, read_images
+from flatlora.images import DIGITS, ImageRows, LabelledImages, check_images, read_images
 from flatlora.rows import Source, gather
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-DIGITS = "scikit-learn/digits"
-_DIGITS_TRAIN = 1437  # of 1,797
 
 
 class Config(DatasetConfig):
@@ -46,13 +42,18 @@ class Config(DatasetConfig):
     revision: str | None = None
 
     def rule_faults(self) -> list[str]:
-        known = _class_file()
-        if self.classes in known:
-            return []
-        return [
-            f"Invalid dataset.classes={self.classes}: data/class_names.yaml has {', '.join(known)}; name one of them, "
-            "or add yours."
-        ]
+        faults, known = [], _class_file()
+        if self.classes not in known:
+            faults.append(
+                f"Invalid dataset.classes={self.classes}: data/class_names.yaml has {', '.join(known)}; name one of "
+                "them, or add yours."
+            )
+        if self.hub_id == DIGITS and self.revision is not None:
+            faults.append(
+                f"Invalid dataset.revision={self.revision} with dataset={self.name}: scikit-learn brings it along, in "
+                "one state; leave the key out."
+            )
+        return faults
 
 
 class PreparedImages(NamedTuple):
@@ -69,7 +70,7 @@ class PreparedImages(NamedTuple):
         digest = hashlib.sha256()
         for rows in (self.train, self.validation):
             digest.update(len(rows).to_bytes(8, "little"))
-            for one in rows.digests():
+            for one in rows.digests:
                 digest.update(one)
         return digest.hexdigest()
 
@@ -77,8 +78,11 @@ class PreparedImages(NamedTuple):
 def sources(config: Config) -> list[Source]:
     if config.hub_id == DIGITS:
         return []
-    splits = (config.train_split, config.test_split)
-    return [Source(config.hub_id, config.hub_config, split, config.revision) for split in splits]
+    return [Source(config.hub_id, config.hub_config, split, config.revision) for split in _splits(config)]
+
+
+def _splits(config: Config) -> tuple[str, str]:
+    return config.train_split, config.test_split
 
 
 def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedImages:
@@ -87,34 +91,35 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
     Raises:
         ConfigError: files, columns, labels, sizes or pictures do not do; every fault at once.
     """
-    train, test = _digits() if config.hub_id == DIGITS else _read(config, data_root)
-    classes = classes_of(config.classes, train.names)
+    train, test = _read(config, data_root)
+    classes = classes_of(config.classes, train, test)
     places, validation, asked = _places(config, train, test)
-    faults = [
-        fault
-        for images, chosen in ((train, np.concatenate([places, validation])), (test, asked))
-        for fault in (*_label_faults(images, chosen, classes), *_broken(images, chosen))
-    ]
-    if faults:
+    chosen = ((train, np.concatenate([places, validation])), (test, asked))
+    if faults := [fault for images, indices in chosen for fault in _label_faults(images, indices, classes)]:
         raise ConfigError(faults)
-    rows = ImageRows(train, places, processor)
-    learned, held_out = set(rows.digests()), ImageRows(train, validation, processor)
-    fresh = [digest not in learned for digest in held_out.digests()]
-    if not all(fresh):
-        logger.warning("%d rows stand among the train rows already and do not validate.", fresh.count(False))
-        held_out = ImageRows(train, validation[np.array(fresh)], processor)
-    scored = ImageRows(test, asked, processor)
-    if known := sum(digest in learned for digest in scored.digests()):
+    first, scored = gather(*(lambda i=images, j=indices: check_images(i, j) for images, indices in chosen))
+    rows = ImageRows(train, places, processor, first[: len(places)])
+    learned, held_out = set(rows.digests), first[len(places) :]
+    fresh = [place for place, digest in enumerate(held_out) if digest not in learned]
+    if len(fresh) < len(held_out):
+        logger.warning("%d rows stand among the train rows already and do not validate.", len(held_out) - len(fresh))
+    if known := sum(digest in learned for digest in scored):
         logger.warning("%d of %d test rows stand among the train rows, as the data set has them.", known, len(scored))
-    return PreparedImages(rows, held_out, scored, classes)
+    return PreparedImages(
+        rows,
+        ImageRows(train, validation[fresh], processor, [held_out[place] for place in fresh]),
+        ImageRows(test, asked, processor, scored),
+        classes,
+    )
 
 
-def _read(config: Config, data_root: str | None) -> list[EncodedImages]:
+def _read(config: Config, data_root: str | None) -> list[LabelledImages]:
     columns = {"image": config.image_column, "label": config.label_column, "data_root": data_root}
-    return gather(*(lambda s=source: read_images(s, **columns) for source in sources(config)))
+    splits = [Source(config.hub_id, config.hub_config, s, config.revision) for s in _splits(config)]
+    return gather(*(lambda s=source: read_images(s, **columns) for source in splits))
 
 
-def _places(config: Config, train: Images, test: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _places(config: Config, train: LabelledImages, test: LabelledImages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Indices of the train, validation and test rows."""
     order = ordered(range(len(train.labels)), config.subset)
     wanted = config.train_rows or max(1, len(order) - config.validation_rows)
@@ -131,66 +136,67 @@ def _places(config: Config, train: Images, test: Images) -> tuple[np.ndarray, np
     return tuple(np.array(places, np.int64) for places in (chosen, validation, scored))
 
 
-def _label_faults(images: Images, chosen: np.ndarray, classes: Classes) -> list[str]:
+def _label_faults(images: LabelledImages, chosen: np.ndarray, classes: Classes) -> list[str]:
     count, labels = len(classes.names), images.labels[chosen]
     outside = np.flatnonzero((labels < 0) | (labels >= count))
     if not len(outside):
         return []
     place = int(chosen[outside[0]])
     return [
-        f"Invalid label in {getattr(images, 'source', 'the data set')}, row {place + 1}: {images.labels[place]} is no "
+        f"Invalid label in {images.source}, row {place + 1}: {images.labels[place]} is no "
         f"class of {count} (0 to {count - 1}), and {len(outside) - 1} more rows have one like it; use a split with "
         "labels, or another dataset.classes."
     ]
 
 
-def _broken(images: Images, chosen: Sequence[int]) -> list[str]:
-    try:
-        check_images(images, [int(place) for place in chosen])
-    except ConfigError as error:
-        return error.faults
-    return []
-
-
-def classes_of(entry: str, own_names: Sequence[str] | None) -> Classes:
-    """Names and prompts of an entry of class_names.yaml; `own_names` are the data set's.
+def classes_of(entry: str, *splits: LabelledImages) -> Classes:
+    """Names and prompts of an entry of class_names.yaml; splits that name their classes must agree with it.
 
     Raises:
-        ConfigError: neither has names, or they are not equally many.
+        ConfigError: no names at all, not equally many, or in another order.
     """
-    listed = _class_file()[entry]
-    names = listed.get("names") or [name.replace("_", " ") for name in own_names or ()]
+    listed, own = _class_file()[entry], [images.names for images in splits if images.names]
+    names = listed.get("names") or [name.replace("_", " ") for name in (own[0] if own else ())]
     fault = None
     if not names:
         fault = "the data set names no classes either; write them there, in the order of the labels"
-    elif own_names and len(own_names) != len(names):
-        fault = f"{len(names)} names stand there, and the data set has {len(own_names)} classes; name another entry"
+    elif other := next((found for found in own if len(found) != len(names)), None):
+        fault = f"{len(names)} names stand there, and the data set has {len(other)} classes; name another entry"
+    elif own[1:] and own[0] != own[1]:
+        place = next(i for i, (one, two) in enumerate(zip(*own[:2], strict=True)) if one != two)
+        fault = (
+            f"label {place} is {own[0][place]} in {splits[0].source} and {own[1][place]} in {splits[1].source}; fetch "
+            "both splits from one revision"
+        )
+    elif own and (moved := _moved(own[0], names)):
+        place, elsewhere = moved
+        fault = (
+            f"label {place} is {own[0][place]} in {splits[0].source}, and {names[place]} there, where {own[0][place]} "
+            f"has label {elsewhere}; name the entry that has the data set's order, or write one"
+        )
     if fault:
         raise ConfigError([f"Invalid dataset.classes={entry} of data/class_names.yaml: {fault}."])
     return Classes(list(names), [[prompt.format(name) for prompt in listed["prompts"]] for name in names])
 
 
+def _moved(own: Sequence[str], names: Sequence[str]) -> tuple[int, int] | None:
+    """A label whose own name stands under another label in `names`, and that label.
+
+    Prompts may word a class otherwise than the data set does; a word that has changed its place is another order.
+    """
+    wanted = [_plain(name) for name in names]
+    for place, name in enumerate(map(_plain, own)):
+        if name != wanted[place] and name in wanted:
+            return place, wanted.index(name)
+    return None
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+
+
 def _class_file() -> dict[str, Any]:
     return yaml.safe_load((Path(__file__).parent / "class_names.yaml").read_text(encoding="utf-8"))
-
-
-def _digits() -> list[Images]:
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    pixels = (found.images * (255 / 16)).round().astype(np.uint8)
-    labels = found.target.astype(np.int64)
-
-    def part(span: slice) -> EncodedImages:
-        return EncodedImages(DIGITS, labels[span], lambda index: _png(pixels[span][index]))
-
-    return [part(slice(0, _DIGITS_TRAIN)), part(slice(_DIGITS_TRAIN, None))]
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def describe(config: Config) -> str:

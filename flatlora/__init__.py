@@ -4,6 +4,7 @@ In one's own script: `FlatLoraCallback` for a transformers Trainer, `WeightPertu
 `LoRAPro`, an optimizer of LoRA's pairs.
 """
 
+from flatlora import _quiet  # noqa: F401  (first: it is about the imports below)
 from flatlora.callback import FlatLoraCallback
 from flatlora.layers import find_lora_layers
 from flatlora.methods.lora_pro import LoRAPro, lora_pairs

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class ProgressBar:
-    """A named bar over a known number of units; `update` takes the count done and numbers to show.
+    """A named bar over units, None where nobody knows how many; `update` takes the count done and numbers to show.
 
     Where the output is no terminal, a plain line every 20 s says the same.
     """
@@ -32,13 +33,13 @@ class ProgressBar:
     def __init__(self, name: str) -> None:
         self.name = name
         self._bar: RichProgress | None = None
-        self._total = 0
+        self._total: int | None = None
         self._last_line = 0.0
 
-    def start(self, total_steps: int, step: int = 0) -> None:
+    def start(self, total_steps: int | None, step: int = 0) -> None:
         self._total, self._last_line = total_steps, time.monotonic()
         if not console.is_terminal:
-            console.print(f"{self.name}: {step}/{total_steps}", soft_wrap=True)
+            console.print(f"{self.name}: {self._count(step)}", soft_wrap=True)
             return
         self._bar = RichProgress(
             TextColumn("{task.description}"),
@@ -59,12 +60,40 @@ class ProgressBar:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif step == self._total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            console.print(f"{self.name}: {step}/{self._total}  {numbers}", soft_wrap=True)
+            console.print(f"{self.name}: {self._count(step)}  {numbers}", soft_wrap=True)
+
+    def _count(self, step: int) -> str:
+        return str(step) if self._total is None else f"{step}/{self._total}"
 
     def stop(self) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+@contextlib.contextmanager
+def counting(name: str, total: int | None, *, least: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar over work that is done a few units at a time: call what it gives with how many more are done.
+
+    Args:
+        total: None where nobody knows.
+        least: fewer units than that are done before a bar could be read, so there is none.
+    """
+    if total is not None and total < least:
+        yield lambda count: None
+        return
+    bar, done = ProgressBar(name), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        bar.update(done)
+
+    bar.start(total)
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 _SHOWN = {"loss": "loss {:.3f}", "sigma": "σ {:.3f}", "eval_loss": "eval {:.3f}", "score": "right {:.0%}"}

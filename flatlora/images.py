@@ -1,84 +1,84 @@
 """Labelled images of a public data set, decoded and preprocessed when they are read: in the loader's workers.
 
 Sources are those of `flatlora.rows`: the hub, or DIR/<owner>/<name>/<config>/<split>.{parquet,jsonl}. In a Parquet file
-an image is the hub's {"bytes", "path"}; in a JSON-lines file it is a path beside that file.
+an image is the hub's {"bytes", "path"}; in a JSON-lines file it is a path beside that file. `scikit-learn/digits`
+(1,797 images of 8 × 8 pixels, the last fifth is the test split) is made by scikit-learn and needs neither.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from flatlora.config import ConfigError
-from flatlora.rows import Source, hub_faults, local_file, read_jsonl, typed_columns
+from flatlora.console import counting
+from flatlora.files import cache_folder, write_json
+from flatlora.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
 
+DIGITS = "scikit-learn/digits"
+_DIGITS_TRAIN = 1437  # of 1,797
 _BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)  # as PIL raises them
 _CHECKERS = 8  # threads: PIL lets go of Python's lock while it reads
-
-
-class Images(Protocol):
-    """Pictures with their classes."""
-
-    labels: np.ndarray  # INT64
-    names: list[str] | None  # of the classes, where the data set says them
-
-    def encoded(self, index: int) -> bytes:
-        """The file's bytes."""
-        ...
+_BAR_FROM = 5000  # pictures; fewer are tried before a bar could be read
+_LARGEST_LABEL = 2**31 - 1
 
 
 @dataclass
-class EncodedImages:
-    """Images as files in memory-mapped columns, or read from disk one by one."""
+class LabelledImages:
+    """Pictures as files, in memory-mapped columns or on disk one by one, with their classes.
+
+    `labels` are INT64; `names` are the classes', where the data set says them.
+    """
 
     source: str
     labels: np.ndarray
     read: Callable[[int], bytes]
     names: list[str] | None = None
 
-    def encoded(self, index: int) -> bytes:
-        return self.read(index)
 
-
-def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> EncodedImages:
+def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> LabelledImages:
     """The images and labels of one split; no picture is decoded.
 
     Raises:
         ConfigError: no such file, no network, or a column that is missing or holds something else; with the way out.
     """
-    if data_root is not None:
-        path = local_file(source, data_root)
-        return _read_listed(path, image, label) if path.suffix == ".jsonl" else _read_columns(path, image, label)
-    import datasets
+    if source.hub_id == DIGITS:
+        return _digits(source.split)
+    if data_root is None:
+        return _of_table(hub_data(source), image, label, str(source))
+    path = local_file(source, data_root)
+    if path.suffix == ".jsonl":
+        return _read_listed(path, image, label)
+    return _read_columns(path, fingerprint(source, data_root), image, label)
 
-    with hub_faults(source):
-        table = datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=source.revision)
-    return _of_table(table, image, label, str(source))
 
-
-def _read_columns(path: Path, image: str, label: str) -> EncodedImages:
+def _read_columns(path: Path, sha256: str, image: str, label: str) -> LabelledImages:
+    """`sha256` names the memory-mapped copy: by path and time alone, another file in its place would not be seen."""
     import datasets
     import pyarrow
 
     try:
-        table = datasets.Dataset.from_parquet(str(path), keep_in_memory=False)
+        table = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder() / "images" / sha256[:20]))
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError([f"Broken file {path}: not Parquet ({reason}); fetch it again."]) from error
     return _of_table(table, image, label, str(path))
 
 
-def _of_table(table: Any, image: str, label: str, source: str) -> EncodedImages:
+def _of_table(table: Any, image: str, label: str, source: str) -> LabelledImages:
     import datasets
 
     missing = [column for column in (image, label) if column not in table.column_names]
@@ -99,51 +99,115 @@ def _of_table(table: Any, image: str, label: str, source: str) -> EncodedImages:
             raise OSError("the row holds no image")
         return value
 
-    return EncodedImages(source, labels, read, names)
+    return LabelledImages(source, labels, read, names)
 
 
-def _read_listed(path: Path, image: str, label: str) -> EncodedImages:
+def _read_listed(path: Path, image: str, label: str) -> LabelledImages:
     rows = typed_columns(read_jsonl(path), {image: "text", label: "int"}, str(path))
     labels = _labels([row[label] for row in rows], label, str(path))
-    return EncodedImages(str(path), labels, lambda index: (path.parent / rows[index][image]).read_bytes())
+    return LabelledImages(str(path), labels, lambda index: (path.parent / rows[index][image]).read_bytes())
+
+
+def _digits(split: str) -> LabelledImages:
+    from sklearn.datasets import load_digits
+
+    spans = {"train": slice(0, _DIGITS_TRAIN), "test": slice(_DIGITS_TRAIN, None)}
+    if split not in spans:
+        raise ConfigError([f"Invalid split {split} of {DIGITS}: it has {' and '.join(spans)}; name one of them."])
+    found = load_digits()
+    pixels = (found.images * (255 / 16)).round().astype(np.uint8)[spans[split]]
+    labels = found.target.astype(np.int64)[spans[split]]
+    return LabelledImages(f"{DIGITS} ({split})", labels, lambda index: _png(pixels[index]))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _labels(values: Sequence[Any], column: str, source: str) -> np.ndarray:
     for number, value in enumerate(values, start=1):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST_LABEL:
             raise ConfigError(
                 [
-                    f"Invalid {column} in {source}, row {number}: a whole number from 0 is needed, not {value!r}; use "
-                    "a split with labels."
+                    f"Invalid {column} in {source}, row {number}: a whole number from 0 is needed, not "
+                    f"{str(value)[:40]}; use a split with labels."
                 ]
             )
     return np.array(values, np.int64)
 
 
-def check_images(images: Images, indices: Sequence[int]) -> None:
-    """See that every picture can be decoded, before a model is loaded.
+def check_images(images: LabelledImages, indices: Sequence[int]) -> list[bytes]:
+    """See that every picture can be decoded, before a model is loaded; returns a digest of each file and its class.
+
+    Decoding a large set takes minutes, so a set that did is remembered by its digests; the files are read all the same.
 
     Raises:
         ConfigError: the number of broken ones, the first of them and why.
     """
+    indices, problems = list(map(int, indices)), {}
 
-    def problem(index: int) -> str | None:
+    def tried(index: int, of: Callable[[int], Any]) -> Any:
         try:
-            with Image.open(io.BytesIO(images.encoded(index))) as picture:
-                picture.load()
+            return of(index)
         except _BROKEN as error:
-            return str(error).partition("\n")[0] or type(error).__name__
-        return None
+            problems[index] = str(error).partition("\n")[0] or type(error).__name__
 
-    with ThreadPoolExecutor(_CHECKERS) as pool:
-        broken = [(i, told) for i, told in zip(indices, pool.map(problem, indices), strict=True) if told]
-    if broken:
-        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        first, told = broken[0]
-        source = getattr(images, "source", "the data set")
+    digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
+    if problems or not (remembered := _remembered(digests)).is_file():
+        left = [index for index in indices if index not in problems]
+        _each(lambda i: tried(i, lambda j: _open(images, j)), left, f"try {images.source}")
+    if problems:
+        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        first = min(problems)
         raise ConfigError(
-            [f"Broken image in {source}, row {first + 1}{others}: {told}; fetch the file again, or leave the row out."]
+            [
+                f"Broken image in {images.source}, row {first + 1}{others}: {problems[first]}; fetch the file again, "
+                "or leave the row out."
+            ]
         )
+    if not remembered.is_file():
+        _remember(remembered, len(indices))
+    return digests
+
+
+def _each(work: Callable[[int], Any], indices: Sequence[int], name: str) -> list[Any]:
+    found = []
+    with counting(name, len(indices), least=_BAR_FROM) as advance, ThreadPoolExecutor(_CHECKERS) as pool:
+        for one in pool.map(work, indices):
+            found.append(one)
+            advance(1)
+    return found
+
+
+def _digest(images: LabelledImages, index: int) -> bytes:
+    hashed = hashlib.blake2b(images.read(index), digest_size=16)
+    hashed.update(int(images.labels[index]).to_bytes(8, "little"))
+    return hashed.digest()
+
+
+def _remembered(digests: Sequence[bytes]) -> Path:
+    key = hashlib.sha256(json.dumps(PIL.__version__).encode() + b"".join(sorted(digests))).hexdigest()
+    return cache_folder() / "decoded" / f"{key[:32]}.json"
+
+
+def _remember(path: Path, count: int) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next run its time, no more
+        write_json(path, {"pictures": count, "pillow": PIL.__version__})
+
+
+def _open(images: LabelledImages, index: int) -> Image.Image:
+    """One picture in RGB. Wider greys are scaled to 8 bits, where PIL alone would cut them off at 255."""
+    with Image.open(io.BytesIO(images.read(index))) as picture:
+        if picture.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of no known range")
+        if picture.mode.startswith("I"):
+            wide = np.asarray(picture).astype(np.int64)
+            if wide.min() < 0 or wide.max() > 65535:
+                raise ValueError("its grey is wider than 16 bits")
+            picture = Image.fromarray((wide / 257).round().astype(np.uint8))
+        return picture.convert("RGB")
 
 
 @dataclass
@@ -151,12 +215,17 @@ class ImageRows(Dataset):
     """Some images of a data set, preprocessed when they are read.
 
     A row is {"pixel_values": FP32 channels × height × width, "labels": int}.
+
+    Args:
+        indices: places in `images`.
+        processor: an image processor of transformers.
+        digests: of each row's file and class, as `check_images` gives them: equal for two copies of one picture.
     """
 
-    images: Images
+    images: LabelledImages
     indices: np.ndarray
-    processor: Any  # an image processor of transformers
-    _digests: list[bytes] | None = field(init=False, default=None)
+    processor: Any
+    digests: list[bytes]
     lengths: list[int] = field(init=False)  # a sampler that groups by length finds all alike
 
     def __post_init__(self) -> None:
@@ -167,25 +236,12 @@ class ImageRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = int(self.indices[index])
-        with Image.open(io.BytesIO(self.images.encoded(place))) as picture:
-            pixels = self.processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        pixels = self.processor(_open(self.images, place), return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": int(self.images.labels[place])}
 
     @property
     def labels(self) -> list[int]:
         return self.images.labels[self.indices].tolist()
-
-    def digests(self) -> list[bytes]:
-        """A hash of each row's file and class: equal for two copies of one picture. Every file is read, once."""
-        if self._digests is None:
-            self._digests = [_digest(self.images, int(place)) for place in self.indices]
-        return self._digests
-
-
-def _digest(images: Images, place: int) -> bytes:
-    hashed = hashlib.blake2b(images.encoded(place), digest_size=16)
-    hashed.update(int(images.labels[place]).to_bytes(8, "little"))
-    return hashed.digest()
 
 
 def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ from flatlora.clip import RANDOM_VERSION, Classes, CLIPImageClassifier, classifi
 from flatlora.config import ConfigError, ModelConfig
 from flatlora.console import console
 from flatlora.files import cache_folder
+from flatlora.rows import UNREACHABLE, hub_is_reachable
 from flatlora.starts import move_as_started, start_of_checkpoint
 
 _AUTO_CLASSES = {"causal_lm": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
@@ -162,12 +163,14 @@ def _source_and_options(config: ModelConfig) -> tuple[str, dict[str, str]]:
 @contextlib.contextmanager
 def _hub_faults(config: ModelConfig) -> Iterator[None]:
     """Missing repository, no network, gated or broken folder: as a fault of the configuration."""
+    local = config.embedded or os.path.isdir(config.hub_id)
+    reachable = local or hub_is_reachable()
     try:
         yield
     except ConfigError:  # a ValueError, with a remedy of its own
         raise
     except (OSError, ValueError) as error:
-        raise ConfigError([_load_fault(config, error)]) from error
+        raise ConfigError([_load_fault(config, error, reachable)]) from error
 
 
 def backbone_source(config: ModelConfig) -> str:
@@ -277,8 +280,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _load_fault(config: ModelConfig, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
+def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
+    reason = str(error).strip().splitlines()[0] if reachable else f"{UNREACHABLE}."
     if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
         reason = "it is a file, not a folder." if os.path.isfile(config.hub_id) else "there is no such folder."
     elif os.path.isdir(config.hub_id) and not os.path.isfile(os.path.join(config.hub_id, "config.json")):

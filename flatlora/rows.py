@@ -6,9 +6,13 @@ data_root=DIR reads DIR/<owner>/<name>/<config>/<split>.{jsonl,parquet}; no netw
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os.path
+import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,7 +44,7 @@ def read_rows(source: Source, *, columns: Columns, data_root: str | None = None)
             something else; with the way out.
     """
     if data_root is None:
-        return typed_columns(_read_hub(source), columns, str(source))
+        return typed_columns(hub_data(source).to_list(), columns, str(source))
     path = local_file(source, data_root)
     return typed_columns(read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path), columns, str(path))
 
@@ -56,7 +60,7 @@ def fingerprint(source: Source, data_root: str | None = None) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     import datasets
 
-    with hub_faults(source):
+    with _hub_faults(source):
         builder = datasets.load_dataset_builder(source.hub_id, source.config, revision=source.revision)
         return f"{source}@{builder.hash}"
 
@@ -209,26 +213,57 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         raise ConfigError([f"Broken file {path}: not Parquet ({reason}); fetch it again."]) from error
 
 
-def _read_hub(source: Source) -> list[dict[str, Any]]:
+def hub_data(source: Source) -> Any:
+    """A split of the hub as a `datasets.Dataset`.
+
+    Raises:
+        ConfigError: it cannot be had; with the ways out.
+    """
     import datasets
 
-    with hub_faults(source):
-        data = datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=source.revision)
-        return data.to_list()
+    with _hub_faults(source):
+        return datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=source.revision)
 
 
 @contextlib.contextmanager
-def hub_faults(source: Source) -> Iterator[None]:
+def _hub_faults(source: Source) -> Iterator[None]:
     """No network, an unknown or gated name, a broken file of the cache: as a fault with the ways out."""
     import datasets
 
+    reachable = hub_is_reachable()
     try:
         yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        reason = reason if reachable else UNREACHABLE
         raise ConfigError(
             [
-                f"Cannot read {source} from the hub: {reason} Connect to the network, or set data_root=DIR with "
-                f"DIR/{source.hub_id}/{source.config}/{source.split}.jsonl in it."
+                f"Cannot read {source} from the hub: {reason}. Connect to the network, or set data_root=DIR with "
+                f"DIR/{source.hub_id}/{source.config}/{source.split}.jsonl (or .parquet) in it."
             ]
         ) from error
+
+
+UNREACHABLE = "the hub cannot be reached from here, and it is not in the hub's cache"
+
+
+@functools.cache
+def hub_is_reachable() -> bool:
+    """Whether the hub answers. If it does not, its libraries are told to look in their caches alone: they would try for
+    a minute before they do so themselves. An offline mode that the user chose stays.
+    """
+    import datasets
+    import huggingface_hub
+
+    if huggingface_hub.is_offline_mode():
+        return False
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as error:
+        # Anything else, such as a certificate that is unknown here, is left to the hub's own client.
+        if isinstance(getattr(error, "reason", error), socket.gaierror | TimeoutError | ConnectionError):
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+            return False
+    return True

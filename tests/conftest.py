@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from data import cache
-from flatlora import models
+from flatlora import images, models
 from flatlora.rows import jsonl
 
 TINY_SHAPE = {
@@ -36,8 +36,9 @@ def repeatable_draws() -> None:
 
 @pytest.fixture(autouse=True)
 def own_data_cache(tmp_path_factory, monkeypatch) -> None:
-    """Prepared rows of tests are not kept among the user's."""
-    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
+    """Prepared rows and pictures of tests are not kept among the user's."""
+    for module in (cache, images):
+        monkeypatch.setattr(module, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
 
 
 def tiny_llama(vocab_size: int = 96, **changes) -> LlamaForCausalLM:

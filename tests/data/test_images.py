@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pyarrow
@@ -14,7 +15,7 @@ import run_exp
 from data import images
 from flatlora import models
 from flatlora.config import ConfigError
-from flatlora.images import ImageRows, check_images
+from flatlora.images import ImageRows, LabelledImages, check_images
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, write_split
 
 # name: (hub id, config, splits, image column, label column, classes)
@@ -32,6 +33,23 @@ SETS = {
     "fashion_mnist": ("zalando-datasets/fashion_mnist", "fashion_mnist", "image", "label", 10),
 }
 UNNAMED = ("cars", "dtd", "resisc45", "sun397")  # their classes are the data set's own
+OWN_NAMES = {  # as the hub's ClassLabel has them, for sets whose names in class_names.yaml read otherwise or alike
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "svhn": [str(i) for i in range(10)],
+    "mnist": [str(i) for i in range(10)],
+    "fashion_mnist": [
+        "T - shirt / top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ],
+}
 
 
 def png(number, size=(8, 6)):
@@ -57,7 +75,7 @@ def write_parquet(root, hub_id, config, split, columns, names=None):
 
 def write_set(root, name, counts=(12, 6)):
     hub_id, config, image, label, classes = SETS[name]
-    names = [f"class_{i}" for i in range(classes)] if name in UNNAMED else None
+    names = [f"class_{i}" for i in range(classes)] if name in UNNAMED else OWN_NAMES.get(name)
     for split, count in zip(("train", "test"), counts, strict=True):
         pictures = [{"bytes": png(i), "path": f"{i}.png"} for i in range(count)]
         columns = {image: pictures, label: [i % classes for i in range(count)]}
@@ -146,7 +164,7 @@ def test_digits_need_no_file_and_are_split_in_their_order(processor):
     rows = images.prepared(dataset("digits"), None, processor)
     assert [len(part) for part in rows[:3]] == [1437, 0, 360]
     assert rows.train.labels[:10] == list(range(10))
-    assert not set(rows.train.digests()) & set(rows.test.digests())
+    assert not set(rows.train.digests) & set(rows.test.digests)
 
 
 @pytest.mark.parametrize("subset", ["first", "shuffled"])
@@ -156,7 +174,7 @@ def test_sizes_and_order(tmp_path, processor, subset):
         tmp_path, "mnist", processor, "dataset.train_rows=6", "dataset.validation_rows=3", f"dataset.subset={subset}"
     )
     assert [len(part) for part in rows[:3]] == [6, 3, 6]
-    assert not set(rows.train.digests()) & set(rows.validation.digests())
+    assert not set(rows.train.digests) & set(rows.validation.digests)
     assert (rows.train.labels == list(range(6))) == (subset == "first")
 
 
@@ -203,6 +221,12 @@ def test_a_label_outside_the_classes_is_named(tmp_path, processor):
     assert "row 2: 10 is no class of 10 (0 to 9), and 1 more rows" in told[0]
 
 
+def test_a_label_of_many_digits_is_named(tmp_path, processor):
+    for split in ("train", "test"):
+        write_split(tmp_path, "ylecun/mnist", "mnist", split, [{"image": "0.png", "label": 10**25}])
+    assert "row 1: a whole number from 0 is needed, not 1000" in faults(prepared, tmp_path, "mnist", processor)[0]
+
+
 def test_a_negative_label_is_named(tmp_path, processor):
     hub_id, config, image, label, _ = SETS["mnist"]
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
@@ -229,8 +253,33 @@ def test_classes_without_names_are_a_fault(tmp_path, processor):
     assert "the data set names no classes either" in faults(prepared, tmp_path, "cars", processor)[0]
 
 
+def named(*names, source="train"):
+    return LabelledImages(source, np.arange(len(names)), lambda index: png(index), list(names))
+
+
 def test_another_number_of_names_is_a_fault():
-    assert "10 names stand there, and the data set has 3" in faults(images.classes_of, "mnist", ["a", "b", "c"])[0]
+    told = faults(images.classes_of, "mnist", named("a", "b", "c"))[0]
+    assert "10 names stand there, and the data set has 3" in told
+
+
+def test_classes_in_another_order_are_a_fault_however_they_are_spelled():
+    names = ["AnnualCrop", "Forest", *"abcdefgh"]
+    assert images.classes_of("eurosat", named(*names)).names[0] == "annual crop land"
+    names = OWN_NAMES["cifar10"]
+    assert images.classes_of("cifar10", named(*map(str.title, names))).names == names
+    swapped = [*names[:3], "Dog", "deer", "cat", *names[6:]]
+    told = faults(images.classes_of, "cifar10", named(*swapped))[0]
+    assert "label 3 is Dog in train, and cat there, where Dog has label 5" in told
+
+
+def test_splits_that_name_other_classes_are_a_fault():
+    names = OWN_NAMES["cifar10"]
+    told = faults(images.classes_of, "cifar10", named(*names), named(*names[1:], names[0], source="test"))[0]
+    assert "label 0 is airplane in train and automobile in test" in told
+
+
+def test_digits_have_one_state():
+    assert "dataset.revision=main with dataset=digits" in faults(dataset, "digits", "dataset.revision=main")[0]
 
 
 def test_an_entry_that_is_not_there_is_a_fault():
@@ -241,11 +290,57 @@ def test_text_benchmarks_do_not_score_pictures():
     assert "it scores text data sets" in faults(dataset, "mnist", "eval=[gsm8k]")[0]
 
 
-def test_a_picture_is_tried_in_every_thread(tmp_path, processor):
+def test_a_picture_is_tried_in_every_thread(processor):
     rows = images.prepared(dataset("digits"), None, processor)
-    check_images(rows.train.images, range(1437))
+    assert check_images(rows.train.images, range(1437)) == rows.train.digests
     rows.train.images.read = lambda index: b""
     assert "row 1 (and 1436 more)" in faults(check_images, rows.train.images, range(1437))[0]
+
+
+def test_pictures_that_were_decoded_once_are_read_and_not_decoded_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("flatlora.images.cache_folder", lambda: tmp_path)
+    opened, files = [], {0: png(0), 1: png(1)}
+    plain = Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or plain(file))
+    pictures = LabelledImages("here", np.array([0, 1]), lambda index: files[index])
+    first = check_images(pictures, [0, 1])
+    assert len(opened) == 2
+    assert check_images(pictures, [1, 0]) == first[::-1]
+    assert len(opened) == 2
+    files[1] = png(2)
+    assert check_images(pictures, [0, 1])[1] != first[1]
+    assert len(opened) == 4
+    files[1] = png(2)[:50]
+    assert "row 2" in faults(check_images, pictures, [0, 1])[0]
+
+
+def test_another_file_of_the_same_time_and_size_is_seen(tmp_path, processor):
+    hub_id, config, image, label, _ = SETS["mnist"]
+    for labels in ([0, 1, 2], [2, 1, 0]):
+        for split in ("train", "test"):
+            pictures = [{"bytes": png(i), "path": None} for i in range(3)]
+            path = write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: labels})
+            os.utime(path, (1_700_000_000, 1_700_000_000))
+        assert prepared(tmp_path, "mnist", processor).train.labels == labels
+
+
+def test_wide_greys_are_scaled_and_floats_refused(tmp_path, processor):
+    wide = np.linspace(0, 65535, 48).reshape(8, 6).astype(np.uint16)
+    narrow = (wide / 257).round().astype(np.uint8)
+    buffers = []
+    for pixels in (wide, narrow, narrow.astype(np.float32)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "TIFF" if pixels.dtype == np.float32 else "PNG")
+        buffers.append({"bytes": buffer.getvalue(), "path": None})
+    for count in (2, 3):
+        for split in ("train", "test"):
+            columns = {"image": buffers[:count], "label": list(range(count))}
+            write_parquet(tmp_path, "ylecun/mnist", "mnist", split, columns)
+        if count == 2:
+            rows = prepared(tmp_path, "mnist", processor)
+            assert torch.equal(rows.train[0]["pixel_values"], rows.train[1]["pixel_values"])
+            assert rows.train[0]["pixel_values"].std() > 0.5
+    assert "row 3: its pixels are floating-point numbers" in faults(prepared, tmp_path, "mnist", processor)[0]
 
 
 # --- runs

@@ -35,9 +35,7 @@ class Rows:
 
     def __init__(self, shown, labels):
         self.shown, self.labels = shown, labels
-
-    def digests(self):
-        return [bytes(pair) for pair in zip(self.shown, self.labels, strict=True)]
+        self.digests = [bytes(pair) for pair in zip(shown, labels, strict=True)]
 
     def __len__(self):
         return len(self.labels)

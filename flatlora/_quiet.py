@@ -1,0 +1,6 @@
+"""What libraries say while they are imported, before a program could have set up its logging."""
+
+import logging
+
+# With bitsandbytes installed, PEFT's import tells every command that an optional kernel of its CPU code is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
