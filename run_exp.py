@@ -25,10 +25,11 @@ from eval.backends.clip import CLIPBackend
 from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
 from flatlora import acceleration, checkpoint, commandline, console, files, methods, models, results, training
+from flatlora.clip import CLASSES_FILE
 from flatlora.config import ConfigError, Experiment, Section, parse
 from flatlora.images import collate_images
 from flatlora.results import MetricsLog, RunFolder
-from flatlora.rows import jsonl
+from flatlora.rows import gather, jsonl
 
 CONF_DIR = Path(__file__).parent / "conf"
 EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
@@ -234,8 +235,14 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     models.check_weights(experiment.model, device)
     read = read_images if pictures else read_text
     rows = training.main_process_first(lambda: read(experiment, processor), device)
-    for name in experiment.eval:
-        benchmarks.evaluator(name).check_rows(rows.test, f"dataset {experiment.dataset.name}, test rows")
+    known = {"classes": rows.classes.names} if pictures else {"tokenizer": processor}
+    source = f"dataset {experiment.dataset.name}, test rows"
+    gather(
+        *(
+            lambda name=name, config=config: benchmarks.evaluator(name).check_rows(rows.test, source, config, **known)
+            for name, config in experiment.eval.items()
+        )
+    )
     collate = collate_images if pictures else tokens.collator(experiment.model.family, processor.pad_token_id)
     return Inputs(device, processor, rows, collate, rows.sha256)
 
@@ -291,9 +298,12 @@ def train_and_score(
     experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None, record: dict[str, Any]
 ) -> None:
     """The run itself; fills `record` as it goes."""
-    if training.is_main_process() and experiment.dataset.kind == "text":
-        files.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
     classes = getattr(inputs.rows, "classes", None)
+    if training.is_main_process():  # what scores the run later reads it
+        if classes is None:
+            files.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
+        else:
+            files.write_json(folder.path / CLASSES_FILE, classes._asdict())
     backbone = models.load_backbone(experiment.model, inputs.device, classes)
     method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)
     model = method.apply(backbone, experiment.peft, start)

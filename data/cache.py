@@ -6,13 +6,13 @@ that it must have; whatever is broken or belongs elsewhere is made anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,13 +23,13 @@ import data
 from data.selection import row_key
 from data.tokens import Encoder, Prepared, TokenRows, prepare
 from flatlora.config import DatasetConfig, TextDatasetConfig
-from flatlora.console import ProgressBar
+from flatlora.console import counting
 from flatlora.files import cache_folder, write_atomic
 from flatlora.rows import fingerprint, gather
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raised whenever the same key would hold something else: the file's form, templates, tokens, selection
+FORMAT = 2  # raised whenever the same key would hold something else: the file's form, templates, tokens, selection
 _BAR_FROM = 5000  # rows; fewer are done before a bar could be read
 
 
@@ -52,15 +52,41 @@ def prepared(
     path = cache_path(config, key)
     if path.is_file() and (found := _read(path, key)) is not None:
         return found
-    splits = loader.load(config, data_root, Encoder(limit_tokenizer or tokenizer).lengths)
-    _warn_of_known_test_rows(splits)
-    made = _with_bar(
-        f"tokenise {config.name}",
-        len(splits.train) + len(splits.validation),
-        lambda on_progress: prepare(splits, tokenizer, config.max_length, on_progress),
-    )
-    _write(path, key, made)
+    with _noted() as notes:
+        splits = _load(loader, config, data_root, Encoder(limit_tokenizer or tokenizer))
+        _warn_of_known_test_rows(splits)
+        rows = len(splits.train) + len(splits.validation)
+        with counting(f"tokenise {config.name}", rows, least=_BAR_FROM) as advance:
+            made = prepare(splits, tokenizer, config.max_length, advance)
+    _write(path, key, made, notes)
     return made
+
+
+def _load(loader: ModuleType, config: TextDatasetConfig, data_root: str | None, counter: Encoder) -> data.Splits:
+    if getattr(config, "max_tokens", None) is None:
+        return loader.load(config, data_root, counter.lengths)
+    with counting(f"count tokens of {config.name}", None) as advance:
+
+        def count_tokens(texts: list[str]) -> list[int]:
+            lengths = counter.lengths(texts)
+            advance(len(texts))
+            return lengths
+
+        return loader.load(config, data_root, count_tokens)
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[str]]:
+    """What this package warns of meanwhile: it is as true of the cached rows, and told again with them."""
+    notes: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: notes.append(record.getMessage())
+    package = logging.getLogger(__package__)
+    package.addHandler(handler)
+    try:
+        yield notes
+    finally:
+        package.removeHandler(handler)
 
 
 def cache_key(
@@ -113,11 +139,15 @@ def _read(path: Path, key: str) -> Prepared | None:
             for split in ("train", "validation")
         ]
         found = Prepared(*parts, json.loads(test))
+        notes = metadata.pop("notes")
         told = {"key": key, "sha256": found.sha256, "test_sha256": hashlib.sha256(test).hexdigest()}
         problem = None if metadata == told else "does not hold what its name says"
+        notes = json.loads(notes)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         problem = f"is broken ({str(error).partition(chr(10))[0]})"
     if problem is None:
+        for note in notes:
+            logger.warning("%s", note)
         return found
     logger.warning("The cache file %s %s: it is made anew.", path, problem)
     return None
@@ -126,7 +156,7 @@ def _read(path: Path, key: str) -> Prepared | None:
 _ARRAYS = ("ids", "prompt_lengths", "answer_lengths", "counts")
 
 
-def _write(path: Path, key: str, rows: Prepared) -> None:
+def _write(path: Path, key: str, rows: Prepared, notes: Sequence[str]) -> None:
     """Atomically; a cache that cannot be written costs the next run its time, so it is only a warning."""
     test = json.dumps(rows.test, ensure_ascii=False).encode()
     arrays = {
@@ -136,6 +166,7 @@ def _write(path: Path, key: str, rows: Prepared) -> None:
     }
     arrays["test"] = np.frombuffer(test, np.uint8)
     metadata = {"key": key, "sha256": rows.sha256, "test_sha256": hashlib.sha256(test).hexdigest()}
+    metadata["notes"] = json.dumps(list(notes))
     try:
         write_atomic(path, save(arrays, metadata=metadata))
     except OSError as error:
@@ -149,20 +180,3 @@ def _warn_of_known_test_rows(splits: data.Splits) -> None:
         logger.warning(
             "%d of %d test rows stand among the train rows, as the data set has them.", known, len(splits.test)
         )
-
-
-def _with_bar(name: str, total: int, work: Callable[[Callable[[int], None]], Any]) -> Any:
-    if total < _BAR_FROM:
-        return work(lambda count: None)
-    bar, done = ProgressBar(name), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        bar.update(done)
-
-    bar.start(total)
-    try:
-        return work(advance)
-    finally:
-        bar.stop()

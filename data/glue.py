@@ -4,11 +4,13 @@
 
 RTE and STS-B are not among the published tasks; their prompts are ours, STS-B's answer is the score rounded to the next
 fifth, as T5 has it. The hub's validation split is the test split here, for GLUE's own has no labels; what
-`validation_rows` asks for is taken from the end of the train rows.
+`validation_rows` asks for is taken from the end of the train rows. Rows with an empty sentence do not train; those of
+the test split are asked, so that a score is of the whole split.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -17,7 +19,9 @@ from data.selection import ordered, split_train_validation, take
 from flatlora.config import ConfigError, TextDatasetConfig, setting
 from flatlora.rows import Columns, Source, gather, read_rows
 
-VERSION = 1
+logger = logging.getLogger(__name__)
+
+VERSION = 2
 HUB_ID = "nyu-mll/glue"
 TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb"]
 
@@ -77,13 +81,21 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
     train, test = sources(config)
 
     def learned() -> tuple[list[Row], list[Row]]:
-        rows = formatted(_read(train, config.task, data_root), config.task, str(train))
-        kept = [{"x": row["x"], "y": row["y"]} for row in ordered(list(rows), config.subset)]
-        return split_train_validation(kept, config.train_rows, config.validation_rows)
+        rows = list(formatted(_read(train, config.task, data_root), config.task, str(train)))
+        whole = [{"x": row["x"], "y": row["y"]} for row in rows if not row["empty"]]
+        if len(whole) < len(rows):
+            logger.warning("%d train rows have an empty sentence and are left out.", len(rows) - len(whole))
+        # By the prompt alone: one with two labels would have its answer in training, or its contrary.
+        return split_train_validation(
+            ordered(whole, config.subset), config.train_rows, config.validation_rows, same=lambda row: row["x"]
+        )
 
     def asked() -> list[Row]:
         rows = take(_read(test, config.task, data_root), config.test_rows, name="dataset.test_rows")
-        return list(formatted(rows, config.task, str(test)))
+        rows = list(formatted(rows, config.task, str(test)))
+        if empty := sum(row.pop("empty") for row in rows):
+            logger.warning("%d test rows have an empty sentence; they are asked all the same.", empty)
+        return rows
 
     (train_rows, validation), test_rows = gather(learned, asked)
     return Splits(train_rows, validation, test_rows)
@@ -91,6 +103,8 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
 
 def formatted(rows: Sequence[Row], name: TaskName, source: str) -> Iterator[Row]:
     """Rows in words, with all the answers that may be chosen; of STS-B with the score itself besides.
+
+    `empty` says of each whether one of its sentences is.
 
     Raises:
         ConfigError: labels that the task does not have.
@@ -108,7 +122,8 @@ def formatted(rows: Sequence[Row], name: TaskName, source: str) -> Iterator[Row]
         )
     for row in rows:
         text = "\n".join(row[column] for column in task.columns)
-        made = {"x": f"{task.request}{text}\nresult: ", "choices": list(task.labels)}
+        empty = any(not row[column].strip() for column in task.columns)
+        made = {"x": f"{task.request}{text}\nresult: ", "choices": list(task.labels), "empty": empty}
         if name == "stsb":
             yield {**made, "y": f"{round(row['label'] * 5) / 5:.1f}", "value": float(row["label"])}
         else:

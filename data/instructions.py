@@ -23,6 +23,14 @@ class InstructionConfig(TextDatasetConfig):
     max_tokens: int | None = setting(None, ge=8, remedy="null keeps rows of every length")  # x + " " + y stays below
     limit_tokenizer: str | None = setting(None, min_length=1, remedy="null counts with the model's own")
 
+    def rule_faults(self) -> list[str]:
+        if self.limit_tokenizer is not None and self.max_tokens is None:
+            return [
+                f"Invalid dataset.limit_tokenizer={self.limit_tokenizer} without dataset.max_tokens: there is no limit "
+                "that it could count for; set dataset.max_tokens, or leave the key out."
+            ]
+        return []
+
 
 class Example(NamedTuple):
     """One instruction as its data set has it."""
@@ -33,20 +41,26 @@ class Example(NamedTuple):
 
 
 def learned_rows(
-    examples: Iterable[Example], config: InstructionConfig, count_tokens: CountTokens
+    examples: Iterable[Example],
+    config: InstructionConfig,
+    count_tokens: CountTokens,
+    template: str | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """Train and validation rows: prompts made, empty and overlong ones left out, split without an overlap.
+
+    Args:
+        template: another than the config's.
 
     Raises:
         ConfigError: fewer rows than the config asks for.
     """
-    rows = formatted(examples, config.template)
+    rows = formatted(examples, template or config.template)
     if config.max_tokens is not None:
         rows = shorter_than(config.max_tokens, rows, count_tokens)
     return split_train_validation(rows, config.train_rows, config.validation_rows)
 
 
-def formatted(examples: Iterable[Example], template: Template) -> Iterator[Row]:
+def formatted(examples: Iterable[Example], template: str) -> Iterator[Row]:
     """Rows of all examples that have an instruction and a response."""
     empty = 0
     for example in examples:

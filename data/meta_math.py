@@ -26,11 +26,15 @@ class Config(gsm8k.Config):
     train_rows: int | None = setting(100_000, ge=1, remedy="null takes all rows")
     validation_rows: int = setting(10_000, ge=0)
     max_tokens: int | None = setting(512, ge=8, remedy="512 as published, null keeps rows of every length")
+    test_revision: str | None = None  # of GSM8K; `revision` is MetaMathQA's
     response: Literal["by_template", "cut", "full"] = "by_template"  # cut for qa, full for alpaca
 
 
 def sources(config: Config) -> list[Source]:
-    return [Source(HUB_ID, CONFIG, "train", config.revision), Source(gsm8k.HUB_ID, gsm8k.CONFIG, "test")]
+    return [
+        Source(HUB_ID, CONFIG, "train", config.revision),
+        Source(gsm8k.HUB_ID, gsm8k.CONFIG, "test", config.test_revision),
+    ]
 
 
 def examples(rows: list[Row], config: Config) -> Iterator[Example]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
@@ -34,13 +34,18 @@ def ordered(rows: Sequence[T], subset: str, seed: int = 0) -> list[T]:
     return rows
 
 
+def row_key(row: Row) -> tuple[str, str]:
+    """What makes two rows the same."""
+    return row["x"], row["y"]
+
+
 def split_train_validation(
-    rows: Iterable[Row], train_rows: int | None, validation_rows: int
+    rows: Iterable[Row], train_rows: int | None, validation_rows: int, same: Callable[[Row], object] = row_key
 ) -> tuple[list[Row], list[Row]]:
     """The first `train_rows` rows and the next `validation_rows`; null train rows are all but the validation's.
 
     A row that repeats one of the train rows does not validate: the next one takes its place, and where none is left,
-    there are fewer. Reads no further than it must.
+    there are fewer. Reads no further than it must. `same` gives what two rows have in common that repeat each other.
 
     Raises:
         ConfigError: there are fewer, or none at all.
@@ -51,11 +56,11 @@ def split_train_validation(
         train_rows = max(1, len(rows) - validation_rows)
         train, rest = rows[:train_rows], rows[train_rows:]
         enough = rest  # those that repeat a train row are among those asked for
-        kept = list(_unseen(rest, train, repeated))
+        kept = list(_unseen(rest, train, repeated, same))
     else:
         rows = iter(rows)
         train = list(islice(rows, train_rows))
-        enough = kept = list(islice(_unseen(rows, train, repeated), validation_rows))
+        enough = kept = list(islice(_unseen(rows, train, repeated, same), validation_rows))
     if not train:
         raise ConfigError(
             ["Empty data set: the loader keeps none of its train rows; raise its limits, such as dataset.max_tokens."]
@@ -67,18 +72,15 @@ def split_train_validation(
     return train, kept
 
 
-def _unseen(rows: Iterable[Row], train: Sequence[Row], repeated: list[Row]) -> Iterator[Row]:
-    seen = {row_key(row) for row in train}
+def _unseen(
+    rows: Iterable[Row], train: Sequence[Row], repeated: list[Row], same: Callable[[Row], object]
+) -> Iterator[Row]:
+    seen = {same(row) for row in train}
     for row in rows:
-        if row_key(row) in seen:
+        if same(row) in seen:
             repeated.append(row)
         else:
             yield row
-
-
-def row_key(row: Row) -> tuple[str, str]:
-    """What makes two rows the same."""
-    return row["x"], row["y"]
 
 
 def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:

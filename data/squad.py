@@ -1,11 +1,13 @@
 """SQuAD 1.1 (Rajpurkar et al. 2016): answers that stand in a paragraph. Hub: rajpurkar/squad, splits train, validation.
 
 Trained on the first answer of each question; the hub's validation split, with all of its accepted answers, is the test
-split here. Prompts: the question is the instruction and the paragraph its context. Deviation: sizes and prompt are
-our choice; LoRA-GA's code has a prompt of its own and joins all answers.
+split here. Prompts: the question is the instruction and the paragraph its context. `template=published` is LoRA-GA's
+code, "answer the question: …\ncontext: …\nresult: " and all answers of a row, joined. The sizes are our choice.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
@@ -14,13 +16,14 @@ from data.templates import prompt
 from flatlora.config import ConfigError, setting
 from flatlora.rows import Source, gather, read_rows
 
-VERSION = 1
+VERSION = 2
 HUB_ID, CONFIG = "rajpurkar/squad", "plain_text"
 
 
 class Config(InstructionConfig):
     validation_rows: int = setting(1000, ge=0)
     test_rows: int | None = setting(None, ge=1, remedy="null takes all 10,570 rows")
+    template: Literal["alpaca", "qa", "published"] = "alpaca"
 
 
 def sources(config: Config) -> list[Source]:
@@ -32,22 +35,24 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
 
     def learned() -> tuple[list[Row], list[Row]]:
         rows = ordered(_read(train, data_root), config.subset)
+        if config.template == "published":
+            whole = (Example(_prompt(row, config), ", ".join(row["answers"])) for row in rows)
+            return learned_rows(whole, config, count_tokens, template="none")
         examples = (Example(row["question"], row["answers"][0], row["context"]) for row in rows)
         return learned_rows(examples, config, count_tokens)
 
     def asked() -> list[Row]:
         rows = take(_read(test, data_root), config.test_rows, name="dataset.test_rows")
-        return [
-            {
-                "x": prompt(config.template, row["question"], row["context"]),
-                "y": row["answers"][0],
-                "answers": row["answers"],
-            }
-            for row in rows
-        ]
+        return [{"x": _prompt(row, config), "y": row["answers"][0], "answers": row["answers"]} for row in rows]
 
     (train_rows, validation), test_rows = gather(learned, asked)
     return Splits(train_rows, validation, test_rows)
+
+
+def _prompt(row: Row, config: Config) -> str:
+    if config.template == "published":
+        return f"answer the question: {row['question']}\ncontext: {row['context']}\nresult: "
+    return prompt(config.template, row["question"], row["context"])
 
 
 def _read(source: Source, data_root: str | None) -> list[Row]:

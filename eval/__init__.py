@@ -3,11 +3,13 @@
 An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...]`, and
 
     Config                                 its config section, with `max_rows` and `batch_size`
-    ROW_COLUMNS                            what a row has, as `flatlora.rows.Columns`
-    check_rows(rows, source)               ConfigError for rows that cannot be scored; no model is needed
+    ROW_COLUMNS                            what a row has, as `flatlora.rows.Columns`; empty if it asks rows of its own
+    check_rows(rows, source, config, tokenizer=None, classes=None)
+                                           ConfigError for rows that cannot be scored; no model is needed. What is
+                                           known of the model by then is its tokenizer, or its classes' names
     run(backend, rows, folder, config)     answers and scores rows; returns the score, {"scorer", "n", "metrics"}
     score_file(path)                       scores a finished predictions.jsonl
-    benchmark_rows(data_root)              the benchmark's own rows
+    benchmark_rows(data_root)              the benchmark's own rows, for a model that no run describes; text alone
     KIND                                   "text" or "image": of the data sets that it scores
     HEADLINE, SCORER_VERSION               the metric of tables; raised whenever the same answers score otherwise
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from pydantic import ValidationError
@@ -18,18 +19,22 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 import eval as benchmarks
+from eval.backends import Backend, ImageBackend
+from eval.backends.clip import CLIPBackend
 from eval.backends.hf import HFBackend
 from flatlora.checkpoint import weights_sha256
+from flatlora.clip import Classes
 from flatlora.config import ConfigError, ModelConfig, Section, TrainerConfig, nearest, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
-from flatlora.models import autocast_dtype, choose_device, load_for_inference
-from flatlora.rows import gather, read_jsonl, typed_columns
+from flatlora.images import ImageRows, LabelledImages, check_images, read_images, read_listed
+from flatlora.models import autocast_dtype, choose_device, load_for_inference, load_image_processor
+from flatlora.rows import Source, gather, read_jsonl, typed_columns
 
 
 class Target(Section):
     """Keys of the command line that every benchmark has."""
 
-    rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file with x and y")
+    rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file with the benchmark's columns")
     data_root: str | None = setting(None, min_length=1, remedy="name a folder with the hub's layout")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: str | None = setting(None, min_length=1, remedy="name a folder")
@@ -45,6 +50,8 @@ class Place:
     model: ModelConfig | None = None
     autocast: str = "auto"
     scored_with: dict[str, Any] = field(default_factory=dict)  # the run's own settings of the benchmark
+    dataset: Mapping[str, Any] = field(default_factory=dict)  # the run's, as its config.yaml has it
+    data_root: str | None = None
 
 
 def main(benchmark: str, words: Sequence[str]) -> int:
@@ -100,30 +107,38 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(word_faults)
         return target
 
+    def configure() -> Section:
+        return _config(module, locate, given)
+
     # A step that needs an earlier one takes it again: its faults are told once, and those of all others beside them.
-    place, _, folder, device, rows = gather(
+    place, _, config, folder, device, rows = gather(
         locate,
         check_words,
+        configure,
         lambda: _output_folder(words[0], aim(), given, locate, benchmark),
         lambda: _choose_device(aim()),
-        lambda: _rows(module, aim(), locate),
+        lambda: _rows(module, aim(), locate, configure),
     )
     if target.score_only:
         return module.score_file(folder / "predictions.jsonl")
-    config = module.Config(**place.scored_with | given)
-    return evaluate(benchmark, _load(place, device, config.batch_size), rows, folder, config)
+    return evaluate(benchmark, _load(place, device, config.batch_size, module.KIND), rows, folder, config)
 
 
 def evaluate(
-    benchmark: str, backend: HFBackend, rows: Sequence[dict[str, str]], folder: Path, config: Section
+    benchmark: str, backend: Backend | ImageBackend, rows: Sequence[Any], folder: Path, config: Section
 ) -> dict[str, Any]:
     """Run one benchmark with a progress bar."""
-    bar = ProgressBar(benchmark)
-    total = min(len(rows), config.max_rows or len(rows))
-    bar.start(total)
+    bar, begun = ProgressBar(benchmark), False
+
+    def show(done: int, total: int, _: Any) -> None:
+        nonlocal begun
+        if not begun:
+            bar.start(total, done)
+            begun = True
+        bar.update(done)
+
     try:
-        module = benchmarks.evaluator(benchmark)
-        return module.run(backend, rows, folder, config, on_progress=lambda done, _: bar.update(done))
+        return benchmarks.evaluator(benchmark).run(backend, rows, folder, config, on_progress=show)
     finally:
         bar.stop()
 
@@ -157,16 +172,34 @@ def _parse_words(module: ModuleType, words: Sequence[str]) -> tuple[Target | Non
                     f"Cannot read {word!r}: its value is not YAML; write a number, true, false, null or text."
                 )
     given = {key: value for key, value in values.items() if key not in Target.model_fields}
-    target = _build(Target, {key: value for key, value in values.items() if key not in given}, faults)
-    _build(module.Config, given, faults)
+    try:
+        target = Target.model_validate({key: value for key, value in values.items() if key not in given})
+    except ValidationError as error:
+        target = None
+        faults += [_describe(Target, detail) for detail in error.errors()]
     return target, given, faults
 
 
-def _build(cls: type[Section], values: Mapping[str, Any], faults: list[str]) -> Any:
+def _config(module: ModuleType, locate: Callable[[], Place], given: Mapping[str, Any]) -> Section:
+    """The benchmark's settings: the run's own, and over them what the command line says.
+
+    Raises:
+        ConfigError: settings that are missing, wrong or do not go together; and the place's own faults.
+    """
     try:
-        return cls.model_validate(values)
+        known, faults = locate().scored_with, []
+    except ConfigError as error:
+        known, faults = None, error.faults
+    try:
+        config = module.Config.model_validate({**(known or {}), **given})
+        faults += config.rule_faults()
     except ValidationError as error:
-        faults += [_describe(cls, detail) for detail in error.errors()]
+        # Nobody knows what is missing while the place cannot be found that may say it.
+        told = [detail for detail in error.errors() if known is not None or detail["type"] != "missing"]
+        faults += [_describe(module.Config, detail) for detail in told]
+    if faults:
+        raise ConfigError(faults)
+    return config
 
 
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # a 13th month is a ValueError
@@ -175,6 +208,8 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # a 13th month is a
 def _describe(cls: type[Section], detail: Mapping[str, Any]) -> str:
     key, rule = detail["loc"][0], detail["msg"]
     remedy = (cls.model_fields[key].json_schema_extra or {}).get("remedy")
+    if detail["type"] == "missing":
+        return f"Missing {key}: write {key}=VALUE" + (f"; {remedy}." if remedy else ".")
     return f"Invalid {key}={detail['input']!r}: {rule[0].lower()}{rule[1:]}" + (f"; {remedy}." if remedy else ".")
 
 
@@ -253,7 +288,12 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
         own = section(f"eval.{benchmark}", benchmarks.evaluator(benchmark).Config, scored[benchmark])
     if faults:
         raise ConfigError(faults)
-    return Place(weights, run, model, trainer.autocast, own.model_dump() if benchmark in scored else {})
+    if benchmark in scored:
+        settings = own.model_dump()
+    else:  # what the run's data set says of any benchmark, such as the task
+        fields = benchmarks.evaluator(benchmark).Config.model_fields
+        settings = {key: saved["dataset"][key] for key in ("task",) if key in fields and key in saved["dataset"]}
+    return Place(weights, run, model, trainer.autocast, settings, saved["dataset"], saved.get("data_root"))
 
 
 def _output_folder(
@@ -315,9 +355,13 @@ def _choose_device(target: Target) -> torch.device | None:
     return choose_device(target.device)
 
 
-def _rows(module: ModuleType, target: Target, locate: Callable[[], Place]) -> list[dict[str, str]]:
+def _rows(
+    module: ModuleType, target: Target, locate: Callable[[], Place], configure: Callable[[], Section]
+) -> Sequence[Any]:
     if target.score_only:
         return []
+    if module.KIND == "image":
+        return _pictures(module, target, locate(), configure())
     run = None if target.rows else locate().run
     path = Path(target.rows) if target.rows else run / "test.jsonl" if run else None
     if target.rows and not path.is_file():
@@ -336,13 +380,49 @@ def _rows(module: ModuleType, target: Target, locate: Callable[[], Place]) -> li
         typed_columns(rows, module.ROW_COLUMNS, source)
     else:
         rows, source = module.benchmark_rows(target.data_root), "the benchmark's own rows"
-    module.check_rows(rows, source)
+    module.check_rows(rows, source, configure())
     return rows
 
 
-def _load(place: Place, device: torch.device, batch_size: int) -> HFBackend:
+def _pictures(module: ModuleType, target: Target, place: Place, config: Section) -> Sequence[Any]:
+    """The pictures of rows=FILE, or of the run's test split; none for a benchmark that has its own."""
+    if place.run is None or place.model.family != "clip":
+        raise ConfigError(
+            [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
+        )
+    unread = [key for key in ("rows", "data_root") if getattr(target, key) and (target.rows or not module.ROW_COLUMNS)]
+    unread = [key for key in unread if key != "rows" or not module.ROW_COLUMNS]
+    if unread:
+        raise ConfigError([f"Invalid {' and '.join(unread)}: the pictures are known without; leave the key out."])
+    classes, rows, source = Classes.of_run(place.run).names, [], "the benchmark's own pictures"
+    if module.ROW_COLUMNS:
+        if target.rows:
+            images, count = read_listed(Path(target.rows), *module.ROW_COLUMNS), None
+        else:
+            images, count = _test_split(place.dataset, target.data_root or place.data_root)
+        source, places = images.source, range(min(len(images.labels), count or len(images.labels)))
+        processor = load_image_processor(place.model)
+        rows = ImageRows(images, np.array(places), processor, check_images(images, places))
+    module.check_rows(rows, source, config, classes=classes)
+    return rows
+
+
+def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[LabelledImages, int | None]:
+    """The test split of a run's data set, and how many of its rows the run takes."""
     try:
-        model, tokenizer, _ = load_for_inference(place.weights, place.model, device)
+        source = Source(dataset["hub_id"], dataset["hub_config"], dataset["test_split"], dataset.get("revision"))
+        columns = {"image": dataset["image_column"], "label": dataset["label_column"]}
+    except KeyError as error:
+        raise ConfigError(
+            [f"Invalid dataset in the run's config.yaml: {error} is missing; {_OTHER_VERSION}."]
+        ) from error
+    return read_images(source, **columns, data_root=data_root), dataset.get("test_rows")
+
+
+def _load(place: Place, device: torch.device, batch_size: int, kind: str) -> Backend | ImageBackend:
+    try:
+        classes = Classes.of_run(place.run) if kind == "image" else None
+        model, processor, _ = load_for_inference(place.weights, place.model, device, classes)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -353,9 +433,9 @@ def _load(place: Place, device: torch.device, batch_size: int) -> HFBackend:
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
     dtype = place.model.dtype if place.model else str(next(model.parameters()).dtype).removeprefix("torch.")
     folder = Path(place.weights)
-    return HFBackend(
+    return (CLIPBackend if kind == "image" else HFBackend)(
         model,
-        tokenizer,
+        processor,
         batch_size=batch_size,
         autocast_dtype=autocast_dtype(place.autocast, dtype),
         identity={"weights": weights_sha256(folder) if folder.is_dir() else place.weights},

@@ -1,14 +1,18 @@
 """Accuracy on corrupted images (Hendrycks and Dietterich 2019): CIFAR-10-C and CIFAR-100-C, the out-of-domain figure.
 
-`folder` holds one .npy file a corruption, images of five severities one after the other (N × 32 × 32 × 3, UINT8), and
-labels.npy (N). The score is the mean over corruptions and severities.
+    python -m eval.corruptions PATH folder=DIR [key=value ...]
+
+PATH is a run's folder or one of its checkpoints. Keys: folder, max_rows (of each corruption and severity), batch_size,
+device, out=DIR, score_only=true. `folder` holds one .npy file a corruption, images of five severities one after the
+other (N × 32 × 32 × 3, UINT8), and labels.npy (N). The score is the mean over corruptions and severities, and over each
+of both; the four corruptions that their authors set apart to validate on have figures of their own and do not count.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +22,16 @@ from PIL import Image
 
 from eval import predictions
 from eval.backends import ImageBackend
-from eval.images import classify
+from eval.images import classify, refuse_unknown_labels
 from flatlora.config import ConfigError, Section, setting
 
 KIND = "image"
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 HEADLINE = "mean_accuracy"
+ROW_COLUMNS: dict[str, str] = {}  # the folder's own pictures are asked
 SEVERITIES = 5
 LABELS = "labels"
+FOR_VALIDATION = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # the other 15 are the benchmark
 FIELDS: predictions.Fields = {"index": int, "corruption": str, "severity": int, "label": int, "prediction": int}
 
 
@@ -61,6 +67,11 @@ def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     ):
         faults.append(f"Invalid {folder / LABELS}.npy: whole numbers from 0, one an image, are needed; fetch it again.")
         labels = None
+    if not faults and labels is not None and arrays and not set(arrays) - set(FOR_VALIDATION):
+        faults.append(
+            f"Invalid eval.corruptions.folder={folder}: {', '.join(arrays)} are for validation and do not count; the "
+            "benchmark's own corruptions are needed."
+        )
     if not faults and (labels is None or not arrays):
         faults.append(
             f"Invalid eval.corruptions.folder={folder}: labels.npy and one .npy file a corruption are needed, as "
@@ -90,22 +101,38 @@ def folder_sha256(folder: Path) -> str:
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean accuracy over corruptions and severities, and the mean of each corruption."""
+    """Mean accuracy over the benchmark's corruptions and severities, of each severity, and of each corruption."""
     groups: dict[tuple[str, int], list[bool]] = {}
     for row in rows:
         groups.setdefault((row["corruption"], row["severity"]), []).append(row["label"] == row["prediction"])
     shares = {key: sum(found) / len(found) for key, found in groups.items()}
-    by_corruption = {
-        name: float(np.mean([share for (other, _), share in shares.items() if other == name]))
-        for name in sorted({name for name, _ in shares})
+    names = sorted({name for name, _ in shares})
+    counted = [name for name in names if name not in FOR_VALIDATION]
+
+    def mean(of: Callable[[str, int], bool]) -> float | None:
+        found = [share for (name, severity), share in shares.items() if of(name, severity)]
+        return float(np.mean(found)) if found else None
+
+    metrics = {
+        "n": len(rows),
+        HEADLINE: mean(lambda name, _: name in counted),
+        **{
+            f"severity_{level}": mean(lambda name, severity, level=level: name in counted and severity == level)
+            for level in range(1, SEVERITIES + 1)
+        },
+        **{name: mean(lambda other, _, name=name: other == name) for name in names},
     }
-    headline = float(np.mean(list(shares.values()))) if shares else None
-    metrics = {"n": len(rows), HEADLINE: headline, **by_corruption}
     return {"scorer": f"corruptions/{SCORER_VERSION}", "n": len(rows), "metrics": metrics}
 
 
-def check_rows(rows: Any, source: str) -> None:
-    """The data set's own rows are not asked here."""
+def check_rows(rows: Any, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:
+    """See to it that the folder's labels are the model's classes; the data set's own rows are not asked here.
+
+    Raises:
+        ConfigError: CIFAR-100-C for a model of CIFAR-10, say.
+    """
+    labels, _ = read_folder(Path(config.folder))
+    refuse_unknown_labels(labels.tolist(), f"{config.folder}/{LABELS}.npy", classes)
 
 
 def run(
@@ -146,6 +173,6 @@ def score_file(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        "Pictures are scored at the end of a run: the run's command with resume=true and eval=[corruptions] does it."
-    )
+    from eval.command import main
+
+    sys.exit(main("corruptions", sys.argv[1:]))

@@ -1,17 +1,19 @@
 """GLUE and data sets in its form: each row's answers are weighed by their likelihood, the likeliest is the prediction.
 
-    python -m eval.glue PATH task=sst2 [key=value ...]
+    python -m eval.glue PATH [key=value ...]
 
-PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: task, metric, max_rows, batch_size,
-rows=FILE.jsonl (rows {"x", "y", "choices"}), device, out=DIR, score_only=true. `metric=likelihood` takes all tokens of
-an answer and the end of the sequence, for any number of answers; `metric=published` compares the first tokens of two
-answers, as the public code does. Accuracy, and Matthews' correlation (CoLA), F1 (MRPC, QQP) or Pearson's (STS-B).
+PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: task (a run's data set says it),
+metric, max_rows, batch_size, rows=FILE.jsonl (rows {"x", "y", "choices"}), device, out=DIR, score_only=true.
+`metric=likelihood` takes all tokens of an answer and the end of the sequence, for any number of answers;
+`metric=published` compares the first tokens of two answers, as the public code does. Accuracy, and Matthews'
+correlation (CoLA), F1 (MRPC, QQP) or Pearson's (STS-B).
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,22 +81,55 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"scorer": f"glue/{SCORER_VERSION}", "n": total, "metrics": metrics}
 
 
-def check_rows(rows: Sequence[dict[str, Any]], source: str) -> None:
-    """See to it that every row can be scored.
+def check_rows(
+    rows: Sequence[dict[str, Any]], source: str, config: Config, *, tokenizer: Any = None, **known: Any
+) -> None:
+    """See to it that every row can be scored, by the metrics of its task.
+
+    Args:
+        tokenizer: tells, where it is known already, whether the answers' first tokens do for metric=published.
 
     Raises:
-        ConfigError: a row without choices, or whose answer is not among them.
+        ConfigError: a row without choices, whose answer is not among them, or of another task.
     """
-    broken = [number for number, row in enumerate(rows, start=1) if _problem(row)]
+    offered = rows[0].get("choices") if rows else None
+    broken = {
+        number: problem
+        for number, row in enumerate(rows, start=1)
+        if (problem := _problem(row) or _task_problem(row, config.task, offered))
+    }
     if broken:
-        problem = _problem(rows[broken[0] - 1])
-        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        first, others = min(broken), f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise ConfigError(
             [
-                f"Invalid choices in {source}, row {broken[0]}{others}: {problem}; glue weighs given answers, so use a "
-                "data set of GLUE, or leave the benchmark out."
+                f"Invalid choices in {source}, row {first}{others}: {broken[first]}; glue weighs given answers, so use "
+                "a data set of GLUE and its own task, or leave the benchmark out."
             ]
         )
+    if config.metric == "published" and tokenizer is not None:
+        _check_first_tokens(lambda choice: tokenizer(choice, add_special_tokens=False)["input_ids"][0], rows)
+
+
+def _task_problem(row: dict[str, Any], task: str, offered: list[str]) -> str | None:
+    """What the task's metrics cannot be taken of: STS-B's scores are numbers, the binary tasks have two answers."""
+    choices, value = row["choices"], row.get("value")
+    if task == "stsb":
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return 'its "value", the number behind its answer, is missing, which task=stsb needs'
+        return None if all(_is_number(choice) for choice in choices) else "task=stsb needs answers that are numbers"
+    if task in _BINARY and (len(choices) != 2 or choices != offered):
+        return f"task={task} needs the same two answers in every row, the one that counts as found second"
+    return None
+
+
+_BINARY = ("cola", "mrpc", "qqp")  # their metrics beside accuracy are of two classes
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _problem(row: dict[str, Any]) -> str | None:
@@ -123,7 +158,7 @@ def run(
     prompts = [prompt_text(row["x"]) for row in rows]
     published = config.metric == "published"
     if published:
-        _check_first_tokens(backend, rows)
+        _check_first_tokens(backend.first_token, rows)
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
         found = backend.log_likelihoods(
@@ -156,9 +191,9 @@ def run(
     return score_file(path)
 
 
-def _check_first_tokens(backend: Backend, rows: Sequence[dict[str, Any]]) -> None:
+def _check_first_tokens(first_token: Callable[[str], int], rows: Sequence[dict[str, Any]]) -> None:
     for choices in {tuple(row["choices"]) for row in rows}:
-        if len(choices) != 2 or len({backend.first_token(choice) for choice in choices}) != 2:
+        if len(choices) != 2 or len({first_token(choice) for choice in choices}) != 2:
             raise ConfigError(
                 [
                     f"Invalid eval.glue.metric=published for the answers {', '.join(choices)}: it compares the first "

@@ -89,7 +89,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def check_rows(rows: Sequence[dict[str, str]], source: str) -> None:
+def check_rows(rows: Sequence[dict[str, str]], source: str, config: Config, **known: Any) -> None:
     """See to it that every answer can be scored, before a model answers for hours.
 
     Raises:

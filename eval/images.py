@@ -1,7 +1,11 @@
 """Image classification: the class with the largest score; accuracy over all images and as the mean over classes.
 
-Scored at the end of a run, on the test split of its data set. Some data sets' own papers take the mean over classes
-(SUN397, DTD), so both stand in every score; the Flat-LoRA paper's tables have the first.
+    python -m eval.images PATH [key=value ...]
+
+PATH is a run's folder or one of its checkpoints: the run says which classes there are, and its data set's test split is
+scored. Keys: max_rows, batch_size, rows=FILE.jsonl (rows {"image": path beside the file, "label"}), data_root=DIR,
+device, out=DIR, score_only=true. Some data sets' own papers take the mean over classes (SUN397, DTD), so both stand in
+every score; the Flat-LoRA paper's tables have the first.
 """
 
 from __future__ import annotations
@@ -16,11 +20,12 @@ import torch
 
 from eval import predictions
 from eval.backends import ImageBackend
-from flatlora.config import Section, setting
+from flatlora.config import ConfigError, Section, setting
 
 KIND = "image"
 SCORER_VERSION = 1
 HEADLINE = "top1"
+ROW_COLUMNS = {"image": "text", "label": "int"}
 FIELDS: predictions.Fields = {"index": int, "label": int, "prediction": int}
 
 
@@ -54,8 +59,28 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"scorer": f"images/{SCORER_VERSION}", "n": total, "metrics": metrics}
 
 
-def check_rows(rows: LabelledImages, source: str) -> None:
-    """Nothing can be wrong here: the loader has tried every picture and label."""
+def check_rows(rows: LabelledImages, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:
+    """See to it that every label is one of the model's classes.
+
+    Raises:
+        ConfigError: as `refuse_unknown_labels`.
+    """
+    refuse_unknown_labels(rows.labels, source, classes)
+
+
+def refuse_unknown_labels(labels: Sequence[int], source: str, classes: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: a label that is no class of the model; every row of it would count as wrong.
+    """
+    outside = [place for place, label in enumerate(labels) if not 0 <= label < len(classes)]
+    if outside:
+        raise ConfigError(
+            [
+                f"Invalid label in {source}, row {outside[0] + 1} (and {len(outside) - 1} more): {labels[outside[0]]} "
+                f"is no class of the model, which tells {len(classes)} apart; name pictures of the same classes."
+            ]
+        )
 
 
 def run(
@@ -120,6 +145,6 @@ def score_file(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        "Pictures are scored at the end of a run: the run's command with resume=true and eval=[images] scores it anew."
-    )
+    from eval.command import main
+
+    sys.exit(main("images", sys.argv[1:]))

@@ -16,7 +16,7 @@ from flatlora.rows import jsonl, read_jsonl
 
 logger = logging.getLogger(__name__)
 
-OnProgress = Callable[[int, list[dict[str, Any]]], None]  # (rows done, rows of the newest batch)
+OnProgress = Callable[[int, int, list[dict[str, Any]]], None]  # (rows done, of how many, rows of the newest batch)
 Fields = Mapping[str, type]
 
 GENERATED: Fields = {
@@ -36,19 +36,21 @@ def generate(
     folder: Path,
     *,
     max_new_tokens: int,
+    known: Sequence[Mapping[str, Any]] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
     """Answer every prompt greedily into `folder`/predictions.jsonl, in the prompts' order; returns that path.
 
-    As `collect`; raises its errors.
+    `known` is what else a scorer will want to read of each row. As `collect`; raises its errors.
     """
+    known = known or [{}] * len(prompts)
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
         completions = backend.generate([prompts[index] for index in batch], max_new_tokens)
         return [{"completion": one.text, "tokens": one.tokens, "finished": one.finished} for one in completions]
 
     return collect(
-        [{"prompt": p, "reference": r} for p, r in zip(prompts, references, strict=True)],
+        [{"prompt": p, "reference": r, **more} for p, r, more in zip(prompts, references, known, strict=True)],
         answer,
         folder,
         fields=GENERATED,
@@ -109,6 +111,8 @@ def collect(
     write_json(folder / "generation.json", settings)
     order = sorted(range(len(asked)), key=lambda i: (-lengths[i], i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if on_progress:
+        on_progress(len(done), len(asked), [])
     for batch in batches:
         if any(index not in done for index in batch):
             answers = answer(batch)
@@ -117,7 +121,7 @@ def collect(
             with open(partial, "a", encoding="utf-8") as file:
                 file.write(jsonl(rows))
         if on_progress:
-            on_progress(sum(index in done for index in order), [done[index] for index in batch])
+            on_progress(len(done), len(asked), [done[index] for index in batch])
     write_atomic(path, jsonl(done[index] for index in range(len(asked))))
     partial.unlink(missing_ok=True)
     return path

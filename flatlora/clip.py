@@ -9,6 +9,7 @@ The encoder's modules are named as in transformers' CLIPVisionModelWithProjectio
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from flatlora.config import ConfigError
+
 LINEAR_HEAD = "classifier"
+
+
+CLASSES_FILE = "classes.json"  # of a run's folder: its `Classes`
 
 
 class Classes(NamedTuple):
@@ -37,6 +43,25 @@ class Classes(NamedTuple):
 
     names: list[str]
     prompts: list[list[str]]
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Classes:
+        """Those of a run's folder.
+
+        Raises:
+            ConfigError: they are not there, or broken.
+        """
+        path = folder / CLASSES_FILE
+        try:
+            found = json.loads(path.read_bytes())
+            names, prompts = found["names"], found["prompts"]
+            if not (names and len(names) == len(prompts) and all(isinstance(text, str) for text in names)):
+                raise ValueError("names and prompts of each class are needed")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                [f"Broken file {path}: {error}; copy the run's folder whole, or run it anew with overwrite=true."]
+            ) from error
+        return cls(names, prompts)
 
 
 class CLIPImageClassifier(CLIPVisionModelWithProjection):

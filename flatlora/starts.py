@@ -22,7 +22,7 @@ from flatlora.config import ConfigError
 from flatlora.files import write_json
 
 MOVED = "moved.json"  # in a start folder: W has lost what the initial adapter holds; in a checkpoint: which start
-_ADAPTER = "adapter_model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -68,7 +68,7 @@ def start_of_checkpoint(folder: Path) -> Path | None:
         return None
     start = folder.resolve().parent / "start"
     wanted = json.loads((folder / MOVED).read_text()).get("start_sha256")
-    if not (start / _ADAPTER).is_file() or _sha256(start) != wanted:
+    if not (start / ADAPTER).is_file() or _sha256(start) != wanted:
         raise ConfigError(
             [
                 f"The adapter in {folder} fits the backbone less the start of its run, and that is not in {start}: "
@@ -79,4 +79,4 @@ def start_of_checkpoint(folder: Path) -> Path | None:
 
 
 def _sha256(start: Path) -> str:
-    return hashlib.sha256((start / _ADAPTER).read_bytes()).hexdigest()
+    return hashlib.sha256((start / ADAPTER).read_bytes()).hexdigest()

@@ -11,14 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flatlora.config import ConfigError
 from flatlora.files import write_folder, write_json
 from flatlora.methods.base import Start
 from flatlora.methods.lora import Lora, LoraMethodConfig, find_targets, seeded
-from flatlora.starts import MOVED, load_adapter, lora_layers, move_weights
+from flatlora.starts import ADAPTER, MOVED, load_adapter, lora_layers, move_weights
 
 
 class ComputedStart(Lora):
@@ -83,6 +85,7 @@ class ComputedStart(Lora):
                 "none was kept: give Start(folder=...) to apply() and save()."
             )
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start.folder))
+        add_trained_modules(model, folder)
 
     @staticmethod
     def _factors(model: nn.Module) -> list[nn.Parameter]:
@@ -108,6 +111,15 @@ class LayerwiseStart(ComputedStart):
     def initialise(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
         """Set the factors of one layer; its weight may be moved."""
         raise NotImplementedError
+
+
+def add_trained_modules(model: nn.Module, folder: Path) -> None:
+    """Put a head that is trained besides into a converted adapter: PEFT's conversion keeps the factors alone."""
+    path = folder / ADAPTER
+    kept = load_file(path)
+    trained = {name: tensor for name, tensor in get_peft_model_state_dict(model).items() if "lora_" not in name}
+    if trained.keys() - kept.keys():
+        save_file({**kept, **{n: t.contiguous().cpu() for n, t in trained.items()}}, path, metadata={"format": "pt"})
 
 
 def refuse_quantised(model: nn.Module, targets: list[str], name: str) -> None:

@@ -105,7 +105,7 @@ def root(tmp_path_factory):
 
 
 def load(root, *settings):
-    config = run_exp.experiment_of([*settings, "model.test_rows=null"]).dataset
+    config = run_exp.experiment_of([*settings, "model.generated_test_rows=null"]).dataset
     return data.loader(config.loader).load(config, str(root), count_words)
 
 
@@ -174,6 +174,10 @@ def test_squad_learns_the_first_answer_and_keeps_all_to_score(root):
     assert splits.train[3]["y"] == "3 m"
     assert "### Input:\nThe tower is 3 m high." in splits.train[3]["x"]
     assert splits.test[1]["answers"] == ["1 m", "1"]
+    published = load(root, "dataset=squad", "dataset.template=published", *small(8))
+    asked = "answer the question: How high is it?\ncontext: The tower is 3 m high.\nresult: "
+    assert published.train[3] == {"x": asked, "y": "3 m, 3"}
+    assert published.test[3]["x"] == asked
 
 
 @pytest.mark.parametrize("answers", [{"text": []}, {"text": [""]}, {}, "1 m", None])
@@ -185,6 +189,36 @@ def test_squad_without_an_answer_is_a_fault(tmp_path, answers):
         load(tmp_path, "dataset=squad")
     assert len(caught.value.faults) == 2
     assert "row 1" in caught.value.faults[0]
+
+
+def test_sentences_without_text_do_not_train_and_are_asked(tmp_path, caplog):
+    rows = [{"sentence": text, "label": 0, "idx": 0} for text in ("a", " ", "b")]
+    for split in ("train", "validation"):
+        write_split(tmp_path, glue.HUB_ID, "sst2", split, rows)
+    splits = load(tmp_path, "dataset=sst2")
+    assert [len(part) for part in splits] == [2, 0, 3]
+    assert "1 train rows have an empty sentence and are left out" in caplog.text
+    assert "1 test rows have an empty sentence" in caplog.text
+    assert set(splits.test[0]) == {"x", "y", "choices"}
+
+
+def test_a_sentence_that_trains_validates_under_no_other_label(tmp_path):
+    rows = [{"sentence": text, "label": label, "idx": 0} for text, label in (("a", 0), ("b", 1), ("a", 1), ("c", 1))]
+    for split in ("train", "validation"):
+        write_split(tmp_path, glue.HUB_ID, "sst2", split, rows)
+    splits = load(tmp_path, "dataset=sst2", *small(2, 1))
+    assert [row["x"].split()[-2] for row in splits.validation] == ["c"]
+
+
+def test_a_tokenizer_that_counts_for_no_limit_is_a_fault():
+    with pytest.raises(ConfigError, match=r"dataset.limit_tokenizer=some/model without dataset.max_tokens"):
+        run_exp.experiment_of(["dataset=alpaca", "dataset.limit_tokenizer=some/model"])
+
+
+def test_both_sources_of_meta_math_can_be_pinned():
+    words = ["dataset=meta_math", "dataset.revision=one", "dataset.test_revision=two"]
+    config = run_exp.experiment_of(words).dataset
+    assert [source.revision for source in data.loader("meta_math").sources(config)] == ["one", "two"]
 
 
 def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):

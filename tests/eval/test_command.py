@@ -126,7 +126,7 @@ class Right:
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A run's folder without weights, answered by `Right`."""
-    monkeypatch.setattr(command, "_load", lambda place, device, batch_size: Right())
+    monkeypatch.setattr(command, "_load", lambda place, device, batch_size, kind: Right())
     folder = tmp_path / "run"
     for weights in (folder / "adapter", folder / "checkpoint-6"):
         weights.mkdir(parents=True)
@@ -188,7 +188,7 @@ def test_score_only_means_the_runs_own_answers_unless_a_device_is_named(made, ca
 def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, of_run, expected):
     monkeypatch.setattr(command, "load_for_inference", lambda *_: (torch.nn.Linear(2, 2), None, {}))
     model = of_run and ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype=of_run)
-    backend = command._load(command.Place("none", model=model), torch.device("cpu"), 1)
+    backend = command._load(command.Place("none", model=model), torch.device("cpu"), 1, "text")
     assert backend.autocast_dtype == expected
 
 
@@ -202,7 +202,7 @@ def test_whole_numbers_are_printed_whole(capsys):
     ("word", "fault"),
     [
         ("rows=[", "Invalid rows=[: no such file; name a .jsonl file with x and y."),
-        ("rows=", "Invalid rows='': string should have at least 1 character; name a .jsonl file with x and y."),
+        ("rows=", "Invalid rows='': string should have at least 1 character; name a .jsonl file with the benchmark's"),
         ("max_rows=0", "Invalid max_rows=0: input should be greater than or equal to 1; null scores every row"),
         ("max_rows=abc", "Invalid max_rows='abc': input should be a valid integer; null scores every row"),
         ("max_rows=1e400", "Invalid max_rows='1e400': input should be a valid integer;"),
@@ -297,7 +297,7 @@ FOREIGN = ["{[1]: 2}", "model: {}\nlearning_rate: 1\n", "model: {}\ndataset: {}\
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_foreign_configuration_makes_no_run(tmp_path, capsys, monkeypatch, content, depth):
     places = []
-    monkeypatch.setattr(command, "_load", lambda place, device, batch_size: places.append(place) or Right())
+    monkeypatch.setattr(command, "_load", lambda place, device, batch_size, kind: places.append(place) or Right())
     weights = tmp_path / "a" / "b"
     weights.mkdir(parents=True)
     (weights / "config.json").write_text("{}")
@@ -370,7 +370,7 @@ def test_an_adapter_that_cannot_be_loaded_is_a_fault(made, tiny_model_folder, ca
     folder = made / "adapter"
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
-    command._load(command.Place(str(folder)), torch.device("cpu"), 1)  # whole, it can be loaded
+    command._load(command.Place(str(folder)), torch.device("cpu"), 1, "text")  # whole, it can be loaded
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)

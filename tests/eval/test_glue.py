@@ -8,9 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import run_exp
+from data import glue as data_glue
 from eval import glue
 from eval.backends.hf import HFBackend
+from eval.command import main
 from flatlora.config import ConfigError
+from tests.conftest import run_folder, write_split
 
 PROMPTS = ["classify: a\nresult: ", "classify the sentiment of the text: a much longer one.\nresult: "]
 CHOICES = [["not_entailment", "entailment"], ["positive", "negative", "neither of the two"]]
@@ -167,7 +170,62 @@ def test_glue_without_a_task_of_glue_is_a_fault():
     ],
 )
 def test_rows_that_cannot_be_scored_are_named(changes, problem):
-    good = {"x": "q", "y": "a", "choices": ["a", "b"]}
+    good, config = {"x": "q", "y": "a", "choices": ["a", "b"]}, glue.Config(task="sst2")
     with pytest.raises(ConfigError, match=rf"there, row 2: .*{problem}"):
-        glue.check_rows([good, good | changes], "there")
-    glue.check_rows([good], "there")
+        glue.check_rows([good, good | changes], "there", config)
+    glue.check_rows([good], "there", config)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "problem"),
+    [
+        ("stsb", {}, 'row 1: its "value", the number behind its answer, is missing'),
+        ("stsb", {"value": 1.0}, "row 1: task=stsb needs answers that are numbers"),
+        ("mrpc", {"choices": ["a", "b", "c"]}, r"row 1 \(and 1 more\): .* the same two answers in every row"),
+    ],
+)
+def test_rows_of_another_task_are_named(task, changes, problem):
+    row = {"x": "q", "y": "a", "choices": ["a", "b"]} | changes
+    others = [row] if task == "stsb" else [row, row]
+    with pytest.raises(ConfigError, match=problem):
+        glue.check_rows(others, "there", glue.Config(task=task))
+
+
+def test_answers_that_change_their_places_are_named():
+    rows = [{"x": "q", "y": "a", "choices": choices} for choices in (["a", "b"], ["b", "a"])]
+    with pytest.raises(ConfigError, match=r"row 2: task=cola needs the same two answers in every row"):
+        glue.check_rows(rows, "there", glue.Config(task="cola"))
+
+
+@pytest.fixture
+def sst2(tiny_settings, tmp_path):
+    rows = [{"sentence": f"s {i}", "label": i % 2, "idx": i} for i in range(4)]
+    for split in ("train", "validation"):
+        write_split(tmp_path, "nyu-mll/glue", "sst2", split, rows)
+    kept = [word for word in tiny_settings if not word.startswith("dataset")]
+    return [*kept, "dataset=sst2", f"data_root={tmp_path}", "trainer.max_steps=1"]
+
+
+def test_first_tokens_are_compared_before_a_run_trains(sst2, monkeypatch, capsys):
+    words = [word for word in sst2 if word != "eval=[]"] + ["eval.glue.metric=published"]
+    task = data_glue.TASKS["sst2"]
+    monkeypatch.setitem(data_glue.TASKS, "sst2", task._replace(labels=("accept it", "accept them")))
+    assert run_exp.main(words) == 2
+    assert "1 fault: nothing was loaded or written." in (told := capsys.readouterr().err)
+    assert "for the answers accept it, accept them: it compares the first tokens of two answers" in told
+    monkeypatch.undo()
+    assert run_exp.main(words) == 0
+
+
+def test_a_finished_run_says_its_task(sst2, capsys):
+    assert run_exp.main(sst2) == 0  # with eval=[]
+    folder = run_folder(sst2)
+    assert main("glue", [str(folder), "device=cpu"]) == 0
+    assert json.loads((folder / "eval/glue/score.json").read_text())["n"] == 4
+    capsys.readouterr()
+    assert main("glue", [str(folder), "device=cpu", "task=mnli", "metric=published"]) == 2
+    assert "Invalid eval.glue.metric=published with eval.glue.task=mnli" in capsys.readouterr().err
+    assert main("glue", ["some/model", "rows=/nope.jsonl"]) == 2
+    told = capsys.readouterr().err
+    assert "Missing task: write task=VALUE; it decides which metrics are taken." in told
+    assert "Invalid rows=/nope.jsonl" in told

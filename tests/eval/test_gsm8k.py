@@ -173,11 +173,11 @@ def test_a_reference_without_a_number_raises_and_names_the_row():
 
 
 def test_check_rows_finds_before_a_run_what_score_would_refuse():
-    good = {"x": "Q", "y": "#### 1"}
-    gsm8k.check_rows([good], "FILE")
-    gsm8k.check_rows([], "FILE")
+    good, config = {"x": "Q", "y": "#### 1"}, gsm8k.Config()
+    gsm8k.check_rows([good], "FILE", config)
+    gsm8k.check_rows([], "FILE", config)
     with pytest.raises(ConfigError) as caught:
-        gsm8k.check_rows([good, {"x": "Q", "y": "5\n#### none"}, good, {"x": "Q", "y": ""}], "FILE")
+        gsm8k.check_rows([good, {"x": "Q", "y": "5\n#### none"}, good, {"x": "Q", "y": ""}], "FILE", config)
     (fault,) = caught.value.faults
     assert fault.startswith("Invalid answer in FILE, row 2 (and 1 more): gsm8k scores a final number")
     assert "'5\\n#### none' has none; end it in \"#### NUMBER\", or leave the row out." in fault

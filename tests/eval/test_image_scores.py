@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import run_exp
 from eval import corruptions, images
+from eval.command import main
 from flatlora.config import ConfigError
 from tests.conftest import run_folder
 
@@ -142,14 +144,95 @@ def test_a_broken_file_and_a_missing_folder_are_named(tmp_path):
         run_exp.experiment_of(["model=clip_tiny", "dataset=digits", "eval=[corruptions]"])
 
 
-def test_a_run_scores_corruptions_too(tmp_path):
-    draw = np.random.default_rng(0)
-    folder = write_folder(tmp_path / "c", labels=[0, 1] * 5, fog=draw.integers(0, 255, (10, 8, 8, 3), dtype=np.uint8))
-    words = ["model=clip_tiny", "dataset=digits", "dataset.train_rows=8", "dataset.test_rows=4", "trainer.max_steps=1"]
+def test_corruptions_for_validation_have_figures_and_do_not_count(tmp_path):
+    right, wrong = pictures([0] * 5), pictures([1] * 5)
+    folder = write_folder(tmp_path / "c", labels=[0] * 5, fog=right, spatter=wrong, saturate=wrong)
+    metrics = corruptions.run(Brightest(), None, tmp_path / "out", corruptions.Config(folder=str(folder)))["metrics"]
+    assert (metrics["mean_accuracy"], metrics["fog"], metrics["spatter"], metrics["saturate"]) == (1.0, 1.0, 0.0, 0.0)
+    assert [metrics[f"severity_{level}"] for level in range(1, 6)] == [1.0] * 5
+    (folder / "fog.npy").unlink()
+    with pytest.raises(ConfigError, match="saturate, spatter are for validation and do not count"):
+        corruptions.read_folder(folder)
+
+
+def test_each_severity_is_a_mean_over_corruptions(tmp_path):
+    folder = write_folder(tmp_path / "c", labels=[0] * 5, fog=pictures([0, 0, 1, 1, 1]), snow=pictures([0, 1, 1, 1, 0]))
+    metrics = corruptions.run(Brightest(), None, tmp_path / "out", corruptions.Config(folder=str(folder)))["metrics"]
+    assert [metrics[f"severity_{level}"] for level in range(1, 6)] == [1.0, 0.5, 0.0, 0.0, 0.5]
+
+
+@pytest.fixture
+def words(tmp_path):
+    words = ["model=clip_tiny", "dataset=digits", "dataset.train_rows=8", "dataset.test_rows=4", "trainer.max_steps=2"]
     words += ["optim.batch_size=4", "trainer.micro_batch_size=4", f"results_root={tmp_path / 'results'}"]
-    words += ["wandb.mode=disabled", "eval=[images,corruptions]", f"eval.corruptions.folder={folder}", "wandb.name=run"]
-    assert run_exp.main([*words, "trainer.device=cpu"]) == 0
+    return [*words, "wandb.mode=disabled", "wandb.name=run", "trainer.device=cpu", "trainer.save_steps=1"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    draw = np.random.default_rng(0)
+    return write_folder(tmp_path / "c", labels=[0, 1] * 5, fog=draw.integers(0, 255, (10, 8, 8, 3), dtype=np.uint8))
+
+
+def test_a_run_scores_corruptions_too(words, folder):
+    words = [*words, "eval=[images,corruptions]", f"eval.corruptions.folder={folder}"]
+    assert run_exp.main(words) == 0
     metrics = json.loads((run_folder(words) / "run.json").read_text())["metrics"]
     assert metrics["corruptions/n"] == 10
     assert metrics["images/n"] == 4
     assert metrics["corruptions/fog"] == metrics["corruptions/mean_accuracy"]
+
+
+def test_corruptions_of_other_classes_are_a_fault_before_training(words, folder, capsys):
+    np.save(folder / "labels.npy", np.array([0, 10] * 5))
+    assert run_exp.main([*words, "eval=[corruptions]", f"eval.corruptions.folder={folder}"]) == 2
+    assert (
+        "labels.npy, row 2 (and 4 more): 10 is no class of the model, which tells 10 apart" in capsys.readouterr().err
+    )
+
+
+# --- python -m eval.images
+
+
+@pytest.mark.parametrize("setting", ["model.head=text", "model.head=linear", "peft=full_ft", "peft=pissa", "peft=lora_ga"])
+def test_a_finished_run_is_scored_as_it_scored_itself(words, folder, setting):
+    words = [*words, setting]
+    assert run_exp.main(words) == 0
+    run = run_folder(words)
+    own = (run / "eval/images/predictions.jsonl").read_bytes()
+    assert main("images", [str(run), "device=cpu", f"out={run / 'again'}"]) == 0
+    assert (run / "again/predictions.jsonl").read_bytes() == own
+    assert main("images", [str(run / "checkpoint-2"), "device=cpu"]) == 0
+    assert (run / "eval/images-checkpoint-2/predictions.jsonl").read_bytes() == own
+    assert main("corruptions", [str(run), "device=cpu", f"folder={folder}"]) == 0
+    assert json.loads((run / "eval/corruptions/score.json").read_text())["n"] == 10
+
+
+def test_pictures_of_a_list_are_scored(words, tmp_path):
+    assert run_exp.main(words) == 0
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "label": 3}\n')
+    run = str(run_folder(words))
+    assert main("images", [run, "device=cpu", f"rows={tmp_path / 'rows.jsonl'}"]) == 0
+    assert json.loads((run_folder(words) / "eval/images-rows=rows/score.json").read_text())["n"] == 1
+
+
+def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys):
+    def told(benchmark, *words):
+        capsys.readouterr()
+        assert main(benchmark, list(map(str, words))) == 2
+        return capsys.readouterr().err
+
+    assert "python -m eval.images PATH [key=value ...]" in told("images")
+    assert "pictures are scored by a run that says which classes there are" in told("images", "some/model")
+    assert run_exp.main([*words, "eval=[]"]) == 0
+    run = run_folder(words)
+    assert "Missing folder: write folder=VALUE; name the folder of CIFAR-10-C" in told("corruptions", run)
+    assert "Invalid eval.corruptions.folder=/nope" in told("corruptions", run, "folder=/nope")
+    assert "Invalid rows: the pictures are known" in told("corruptions", run, f"folder={folder}", "rows=/x.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "label": 30}\n')
+    assert "Broken image" in told("images", run, f"rows={tmp_path / 'rows.jsonl'}")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    assert "30 is no class of the model" in told("images", run, f"rows={tmp_path / 'rows.jsonl'}")
+    (run / "classes.json").write_text('{"names": ["a"], "prompts": []}')
+    assert "Broken file" in told("images", run)

@@ -197,12 +197,13 @@ def test_more_prompts_than_before_are_asked_in_their_own_batches(tmp_path, whole
 
 def test_progress_counts_rows_also_those_of_before(tmp_path):
     seen = []
-    killed_at(tmp_path, 2, on_progress=lambda done, rows: seen.append((done, len(rows))))
-    assert seen == [(3, 3), (6, 3)]
+    killed_at(tmp_path, 2, on_progress=lambda done, total, rows: seen.append((done, total, len(rows))))
+    assert seen == [(0, 11, 0), (3, 11, 3), (6, 11, 3)]
     seen.clear()
-    generate(tmp_path, Backend(), on_progress=lambda done, rows: seen.append((done, len(rows))))
-    assert seen[-1] == (11, 2)
-    assert sum(rows for _, rows in seen) == 11
+    generate(tmp_path, Backend(), on_progress=lambda done, total, rows: seen.append((done, total, len(rows))))
+    assert seen[0] == (6, 11, 0)
+    assert seen[-1] == (11, 11, 2)
+    assert sum(rows for *_, rows in seen) == 11
 
 
 def test_no_prompts_make_an_empty_file(tmp_path):

@@ -81,7 +81,7 @@ def test_the_default_is_plain_lora_on_the_embedded_model():
         ("model.dtype=int8", "must be one of", ""),
         ("model.family=gpt", "must be one of", "conf/model"),
         ("model.name=null", "must be text", ""),
-        ("model.test_rows=0", "must be ≥ 1", "null scores every row"),
+        ("model.generated_test_rows=0", "must be ≥ 1", "null scores every row"),
         ("dataset.max_length=7", "must be ≥ 8", "512 or 1024"),
         ("dataset.train_rows=0", "must be ≥ 1", ""),
         ("dataset.max_steps=6", "must be ≤ 5", ""),

@@ -204,7 +204,7 @@ def test_finished_runs(experiment):
     write_json(folder.path / "run.json", {"status": "finished"})
     assert folder.is_finished(again)
     assert not folder.is_finished(experiment("overwrite=true"))
-    for rescored in ("eval=[]", "eval.gsm8k.max_rows=3", "dataset.test_rows=7", "model.test_rows=null"):
+    for rescored in ("eval=[]", "eval.gsm8k.max_rows=3", "dataset.test_rows=7", "model.generated_test_rows=null"):
         assert not folder.is_finished(experiment("resume=true", rescored))
     with pytest.raises(ConfigError, match="a finished run of this experiment: resume=true"):
         folder.is_finished(one)

@@ -423,7 +423,7 @@ def test_a_sequence_to_sequence_model_averages_over_micro_batches(tiny_model_fol
     settings = [*kept, f"model.hub_id={tmp_path / 't5'}", "model.family=seq2seq", "dataset=gsm8k"]
     settings += [
         "dataset.validation_rows=0",
-        "model.test_rows=null",
+        "model.generated_test_rows=null",
         f"data_root={tmp_path}",
         "rho=flat",
         "rho.sigma=0.3",

@@ -1,0 +1,132 @@
+"""SQuAD (Rajpurkar et al. 2016): greedy answers against all accepted ones, by exact match and by F1 of their words.
+
+    python -m eval.squad PATH [key=value ...]
+
+PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: max_rows, max_new_tokens,
+batch_size, rows=FILE.jsonl (rows {"x", "y", "answers"}), data_root=DIR, device, out=DIR, score_only=true. The first
+line of what a model says is its answer; case, punctuation, articles and blanks do not count, as in SQuAD's own script.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval import predictions
+from eval.backends import Backend
+from flatlora.config import ConfigError, Section, setting
+from flatlora.rows import Source, prompt_text, read_rows
+
+KIND = "text"
+SCORER_VERSION = 1
+HEADLINE = "f1"
+ROW_COLUMNS = {"x": "text", "y": "text", "answers": "any"}
+FIELDS: predictions.Fields = {**predictions.GENERATED, "answers": list}
+
+
+class Config(Section):
+    max_rows: int | None = setting(None, ge=1, remedy="null scores every row of the data set's test split")
+    max_new_tokens: int = setting(48, ge=1, remedy="48 holds all but a few of SQuAD's answers")
+    batch_size: int = setting(16, ge=1, remedy="lower it when memory runs out")
+
+
+def parse_answer(text: str) -> str:
+    """The first line that says something; "" when there is none."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Exact match and F1 with the accepted answer that fits best, the mean over rows.
+
+    Args:
+        rows: {"answers", "completion", "finished", "tokens"} each.
+    """
+    from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
+
+    total = len(rows)
+
+    def mean(values: list[float]) -> float | None:
+        return float(sum(values) / total) if total else None
+
+    said = [parse_answer(row["completion"]) for row in rows]
+    pairs = list(zip(rows, said, strict=True))
+    metrics = {
+        "n": total,
+        HEADLINE: mean([max(compute_f1(answer, text) for answer in row["answers"]) for row, text in pairs]),
+        "exact_match": mean([max(compute_exact(answer, text) for answer in row["answers"]) for row, text in pairs]),
+        "unanswered": mean([not text for text in said]),
+        "unfinished": mean([not row["finished"] for row in rows]),
+        "mean_tokens": mean([row["tokens"] for row in rows]),
+    }
+    return {"scorer": f"squad/{SCORER_VERSION}", "n": total, "metrics": metrics}
+
+
+def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
+    """See to it that every row says which answers are accepted.
+
+    Raises:
+        ConfigError: one does not; `source` says in the fault where the rows are from.
+    """
+    broken = [number for number, row in enumerate(rows, start=1) if not _has_answers(row)]
+    if broken:
+        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise ConfigError(
+            [
+                f'Invalid answers in {source}, row {broken[0]}{others}: squad needs {{"answers": [text, …]}}, one '
+                "text or more; use dataset=squad, or leave the benchmark out."
+            ]
+        )
+
+
+def _has_answers(row: dict[str, Any]) -> bool:
+    answers = row.get("answers")
+    return isinstance(answers, list) and bool(answers) and all(isinstance(text, str) for text in answers)
+
+
+def run(
+    backend: Backend,
+    rows: Sequence[dict[str, Any]],
+    folder: Path,
+    config: Config,
+    *,
+    on_progress: predictions.OnProgress | None = None,
+) -> dict[str, Any]:
+    """Answer `rows` ({"x", "y", "answers"}) and score them; writes predictions.jsonl and score.json."""
+    rows = rows[: config.max_rows]
+    path = predictions.generate(
+        backend,
+        [prompt_text(row["x"]) for row in rows],
+        [row["y"] for row in rows],
+        folder,
+        max_new_tokens=config.max_new_tokens,
+        known=[{"answers": row["answers"]} for row in rows],
+        on_progress=on_progress,
+    )
+    return score_file(path)
+
+
+def score_file(path: Path) -> dict[str, Any]:
+    """As `predictions.score_file`."""
+    return predictions.score_file(path, FIELDS, score)
+
+
+def benchmark_rows(data_root: str | None) -> list[dict[str, Any]]:
+    """SQuAD 1.1's 10,570 validation questions as "Q: … A: ", for models that no run of ours describes."""
+    columns = {"context": "text", "question": "text", "answers": "any"}
+    rows = read_rows(Source("rajpurkar/squad", "plain_text", "validation"), columns=columns, data_root=data_root)
+    return [
+        {
+            "x": f"Q: {row['question']}\n{row['context']}\nA: ",
+            "y": row["answers"]["text"][0],
+            "answers": list(row["answers"]["text"]),
+        }
+        for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    from eval.command import main
+
+    sys.exit(main("squad", sys.argv[1:]))
