@@ -155,12 +155,14 @@ def _bars(title: str, counts: dict[str, int]) -> Table:
 def _show_images(config: DatasetConfig, rows: images.PreparedImages, count: int) -> None:
     console.print(_sizes(config, rows))
     shown = Table(title="train rows", title_justify="left")
-    for column in ("row", "class", "prompt", "model reads"):
+    own = rows.train.images.names
+    for column in ("row", "class", "prompt", "model reads", *(["the data set's name"] if own else [])):
         shown.add_column(column)
     for number in range(min(count, len(rows.train))):
         row: dict[str, Any] = rows.train[number]
         label, shape = row["labels"], " × ".join(map(str, row["pixel_values"].shape))
-        shown.add_row(str(number + 1), f"{label} {rows.classes.names[label]}", rows.classes.prompts[label][0], shape)
+        cells = [str(number + 1), f"{label} {rows.classes.names[label]}", rows.classes.prompts[label][0], shape]
+        shown.add_row(*cells, *([own[label]] if own else []))
     console.print(shown)
     labels = Counter(rows.train.labels)
     most = labels.most_common(_BARS)

@@ -194,7 +194,9 @@ def test_corruptions_of_other_classes_are_a_fault_before_training(words, folder,
 # --- python -m eval.images
 
 
-@pytest.mark.parametrize("setting", ["model.head=text", "model.head=linear", "peft=full_ft", "peft=pissa", "peft=lora_ga"])
+@pytest.mark.parametrize(
+    "setting", ["model.head=text", "model.head=linear", "peft=full_ft", "peft=pissa", "peft=lora_ga"]
+)
 def test_a_finished_run_is_scored_as_it_scored_itself(words, folder, setting):
     words = [*words, setting]
     assert run_exp.main(words) == 0
