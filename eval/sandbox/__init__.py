@@ -1,0 +1,225 @@
+"""Programs that a model wrote, run behind walls: what they return is compared, whatever else they do stays inside.
+
+Each program gets a process of its own, without network, environment, capabilities or a place to write to but an empty
+one; its memory, time, files and processes are limited, and when its time is over all that it started is killed with it
+(`inside.py` has the walls and says why a program cannot reach the verdict). Linux alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval.sandbox import inside
+from flatlora.config import ConfigError
+
+_INSIDE = Path(inside.__file__)
+_MIB = 1 << 20
+_FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use."""
+
+    seconds: float = 10.0  # by the clock, start and tests included
+    memory: int = 1024 * _MIB  # of address space, each process
+    file: int = 16 * _MIB  # a file; the folder holds four times that
+    processes: int = 12  # and threads
+    open_files: int = 64
+
+
+class Task(NamedTuple):
+    """A program and its tests, as HumanEval has them: `test` defines check(candidate)."""
+
+    program: str
+    prompt: str
+    test: str
+    entry_point: str
+
+
+class Outcome(NamedTuple):
+    """Whether the tests passed; else why not, as the program or its tests put it."""
+
+    passed: bool
+    error: str
+
+
+@dataclass(frozen=True)
+class Walls:
+    """What this machine can do to keep a program in."""
+
+    namespaces: bool
+    landlock: int  # its version, 0 without
+    seccomp: bool
+    own_user: bool
+
+    def describe(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "namespaces": self.namespaces,
+            "landlock": self.landlock,
+            "seccomp": self.seccomp,
+            "own_user": self.own_user,
+        }
+
+
+@functools.cache
+def walls() -> Walls:
+    """Those that hold here, each tried on a program of ours.
+
+    Raises:
+        ConfigError: files or the network cannot be kept from a program on this machine; with what it would take.
+    """
+    faults = []
+    if sys.platform != "linux":
+        faults.append("it is no Linux")
+    else:
+        landlock, seccomp = inside.landlock_version(), inside.can_filter()
+        if not landlock:
+            faults.append("its kernel has no Landlock (5.13, and enabled), which keeps files from a program")
+        for namespaces, own_user in ((True, True), (True, False), (False, True), (False, False)):
+            if faults or (own_user and os.geteuid() != 0) or not (namespaces or seccomp):
+                continue
+            found = Walls(namespaces, landlock, seccomp, own_user)
+            if _run(_TRIAL, Limits(seconds=20.0), found).passed:
+                return found
+        faults = faults or ["a harmless program did not come through"]
+    raise ConfigError(
+        [
+            f"Generated code cannot be run safely on this machine: {'; '.join(faults)}. Score the predictions on "
+            "another one (score_only=true needs no model), or leave the benchmark out."
+        ]
+    )
+
+
+_TRIAL = Task(
+    "import heapq, random, decimal\ndef f(x):\n    return [x, 'é', 1.5, (None, {1: {2}})]\n",
+    "def f(x):\n    ''\n",
+    "def check(candidate):\n    assert candidate(1) == [1, 'é', 1.5, (None, {1: {2}})]\n",
+    "f",
+)
+
+
+def run(task: Task, limits: Limits | None = None) -> Outcome:
+    """Run the tests on a program; nothing of it is left when this returns.
+
+    Raises:
+        ConfigError: as `walls`.
+    """
+    return _run(task, limits or Limits(), walls())
+
+
+def run_all(tasks: list[Task], limits: Limits | None = None, workers: int | None = None) -> Iterator[Outcome]:
+    """`run` of each task, in their order, as many at a time as there are cores."""
+    walls()
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        yield from pool.map(lambda task: run(task, limits), tasks)
+
+
+_uids = itertools.count()
+
+
+def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
+    deadline = time.monotonic() + limits.seconds
+    works = [tempfile.mkdtemp(prefix="flatlora-sandbox-") for _ in range(2)]
+    (calls_read, calls_write), (answers_read, answers_write), (verdict_read, verdict_write) = (
+        os.pipe() for _ in range(3)
+    )
+    theirs = [calls_read, calls_write, answers_read, answers_write, verdict_write]
+    processes: list[subprocess.Popen] = []
+    try:
+        for work in works:
+            os.chmod(work, 0o777)
+        candidate = [calls_read, answers_write], works[0], {}
+        checker = [answers_read, calls_write, verdict_write], works[1], {"task": task._asdict()}
+        for role, (handles, work, more) in (("candidate", candidate), ("checker", checker)):
+            order = {"limits": _order(limits, held), "work": work, **more}
+            processes.append(_start(role, handles, order, work))
+        while theirs:  # each is closed once: its number may be another thread's file a moment later
+            os.close(theirs.pop())
+        told = _hear(verdict_read, deadline)
+    finally:
+        for process in processes:
+            _end(process, held)
+        for handle in [*theirs, verdict_read]:
+            os.close(handle)
+        for work in works:
+            shutil.rmtree(work, ignore_errors=True)
+    if told is None:
+        return Outcome(False, f"no verdict within {limits.seconds:g} s")
+    return Outcome(told["passed"] is True, told["error"]) if told else Outcome(False, "the tests ended without a verdict")
+
+
+def _order(limits: Limits, held: Walls) -> dict[str, Any]:
+    readable = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache"]
+    return {
+        "namespaces": held.namespaces,
+        "memory": limits.memory,
+        "cpu_s": int(limits.seconds) + 1,
+        "file": limits.file,
+        "processes": limits.processes,
+        "open_files": limits.open_files,
+        "uid": _FIRST_UID + (os.getpid() * 1000 + next(_uids)) % 100_000_000 if held.own_user else None,
+        "readable": [*readable, *(["/proc"] if held.namespaces else [])],
+    }
+
+
+def _start(role: str, handles: list[int], order: Mapping[str, Any], work: str) -> subprocess.Popen:
+    """A process with nothing of this one's but the pipes."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-B", str(_INSIDE), role, *map(str, handles)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": "/usr/bin:/bin", "HOME": work, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
+        cwd="/",
+        pass_fds=handles,
+        start_new_session=True,
+    )
+    with contextlib.suppress(BrokenPipeError):  # it has ended already: there will be no verdict
+        process.stdin.write(json.dumps(order).encode())
+        process.stdin.close()
+    return process
+
+
+def _hear(handle: int, deadline: float) -> dict[str, Any] | None:
+    """The verdict; {} when the checker ended without one, None at the deadline."""
+    data = b""
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([handle], [], [], left)[0]:
+            break
+        part = os.read(handle, 65536)
+        if not part:
+            return json.loads(data) if data else {}
+        data += part
+    return None
+
+
+def _end(process: subprocess.Popen, held: Walls) -> None:
+    """Kill what is left of a process and of all that it started."""
+    if not held.namespaces:  # it kills what it started, and is given the time for it
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2.0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        with contextlib.suppress(OSError):
+            process.stdin.close()

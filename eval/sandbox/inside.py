@@ -1,0 +1,372 @@
+"""What runs behind the walls; started by `eval.sandbox` as a script of its own, standard library alone.
+
+The candidate and the checker are two processes that share a pipe and nothing else. The candidate holds generated code
+and answers calls; the checker holds the tests, calls the candidate and tells the verdict. So a program that exits
+early, patches what it finds, or returns objects that equal everything has no way to a verdict: what it returns reaches
+the tests as plain numbers, texts and containers.
+"""
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+
+_LONGEST = 1 << 24  # bytes of one message
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+# --- the walls
+
+
+def enter(limits, work):
+    """Namespaces, limits, Landlock and seccomp, in this order; returns in the process that is to run the program.
+
+    Args:
+        limits: {"namespaces", "memory", "cpu_s", "file", "processes", "open_files", "uid", "readable"}.
+        work: an empty folder that becomes the one place to write to.
+    """
+    root = os.geteuid() == 0
+    if limits["namespaces"]:
+        _leave_namespaces(root)
+        if child := os.fork():
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+        _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+        _mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
+        if limits["uid"] is not None:
+            _open_private_folders([os.path.realpath(path) for path in limits["readable"]])
+        os.makedirs(work, exist_ok=True)
+        options = f"size={limits['file'] * 4},mode=0777".encode()
+        _mount(b"tmpfs", work.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options)
+        _mount(b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    else:
+        _outlive_descendants()
+    os.chdir(work)
+    for kind, most in (
+        (resource.RLIMIT_AS, limits["memory"]),
+        (resource.RLIMIT_CPU, limits["cpu_s"]),
+        (resource.RLIMIT_FSIZE, limits["file"]),
+        (resource.RLIMIT_NOFILE, limits["open_files"]),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+    if limits["uid"] is not None:
+        # A user of its own, so that its processes are counted apart; setuid to it takes every capability.
+        os.setgroups([])
+        os.setresgid(limits["uid"], limits["uid"], limits["uid"])
+        os.setresuid(limits["uid"], limits["uid"], limits["uid"])
+    else:
+        _drop_capabilities()
+    resource.setrlimit(resource.RLIMIT_NPROC, (limits["processes"], limits["processes"]))
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    _landlock([work], limits["readable"])
+    _seccomp()
+
+
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+_CLONE = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000}
+
+
+def _check(result, what):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def _mount(source, target, kind, flags, options=None):
+    _check(_libc.mount(source, target, kind, ctypes.c_ulong(flags), options), f"mount {target.decode()}")
+
+
+def _open_private_folders(readable):
+    """Let another user reach an interpreter below a folder such as /root, and nothing else that is in there."""
+    hidden = {}
+    for path in readable:
+        above = [path[:end] for end in range(1, len(path) + 1) if end == len(path) or path[end] == "/"]
+        closed = [one for one in above if os.path.isdir(one) and not os.stat(one).st_mode & 1]
+        if closed:
+            hidden.setdefault(closed[0], []).append((path, os.open(path, os.O_PATH)))
+    for folder, kept in hidden.items():
+        _mount(b"tmpfs", folder.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"size=64k,mode=0755")
+        for path, handle in kept:
+            os.makedirs(path, exist_ok=True)
+            _mount(f"/proc/self/fd/{handle}".encode(), path.encode(), None, _MS_BIND)
+            os.close(handle)
+
+
+def _leave_namespaces(root):
+    """New mounts, processes, network, queues and host name; without root by a user namespace, which has one user."""
+    wanted = [name for name in _CLONE if name != "user" or not root]
+    uid, gid = os.getuid(), os.getgid()
+    _check(_libc.unshare(sum(_CLONE[name] for name in wanted)), "unshare")
+    if not root:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+
+
+def _outlive_descendants():
+    """Where no process namespace is to be had: this process stays, gets every orphan, and ends them all at the end."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
+    child = os.fork()
+    if child == 0:
+        return
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+    while True:
+        try:
+            ended, _ = os.waitpid(-1, 0)
+        except ChildProcessError:
+            os._exit(0)
+        if ended == child or not _alive(child):
+            break
+    while True:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            for one in file.read().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(one), signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            os._exit(0)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _drop_capabilities():
+    header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process
+    _check(_libc.capset(header, bytes(24)), "capset")
+
+
+_LANDLOCK = {"create": 444, "add": 445, "restrict": 446}  # on every architecture
+_READ_FILE, _READ_FOLDER, _EXECUTE, _WRITE_FILE = 4, 8, 1, 2
+
+
+def landlock_version():
+    """0 where the kernel has none."""
+    return max(0, _libc.syscall(_LANDLOCK["create"], None, 0, 1))
+
+
+def _landlock(writable, readable):
+    """Nothing may be written but below `writable`, nothing read but that and `readable`; no TCP, no foreign signals."""
+    version = landlock_version()
+    if not version:
+        return
+    files = (1 << (13 if version == 1 else 14 if version == 2 else 15 if version < 5 else 16)) - 1
+    attributes = struct.pack("QQQ", files, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+    attributes = attributes[: 8 if version < 4 else 16 if version < 6 else 24]
+    ruleset = _check(_libc.syscall(_LANDLOCK["create"], attributes, len(attributes), 0), "landlock")
+    devices = {"/dev/null": _READ_FILE | _WRITE_FILE, "/dev/urandom": _READ_FILE, "/dev/zero": _READ_FILE}
+    rules = {**{path: _READ_FILE | _READ_FOLDER | _EXECUTE for path in readable}, **devices}
+    rules |= dict.fromkeys(writable, files)
+    for path, access in rules.items():
+        if not os.path.exists(path):
+            continue
+        if not os.path.isdir(path):
+            access &= _READ_FILE | _EXECUTE | _WRITE_FILE
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = struct.pack("=Qi", access, handle)
+        _check(_libc.syscall(_LANDLOCK["add"], ruleset, 1, rule, 0), f"landlock {path}")
+        os.close(handle)
+    _check(_libc.syscall(_LANDLOCK["restrict"], ruleset, 0), "landlock")
+    os.close(ruleset)
+
+
+# Calls that no answer to a programming task needs: sockets, other processes' memory, new namespaces, kernel facilities.
+_REFUSED = {
+    "x86_64": (41, 101, 155, 161, 165, 166, 246, 248, 250, 272, 298, 308, 310, 311, 321, 323, 425, 429, 430, 442),
+    "aarch64": (198, 117, 39, 40, 41, 51, 97, 104, 217, 219, 241, 268, 270, 271, 280, 282, 425, 429, 430, 442),
+}
+_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+
+def can_filter():
+    """Whether the calls of this architecture are known."""
+    return platform.machine() in _REFUSED
+
+
+def _seccomp():
+    if not can_filter():
+        return
+    machine = platform.machine()
+
+    def statement(code, k, yes=0, no=0):
+        return struct.pack("HBBI", code, yes, no, k)
+
+    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    allow, refuse = 0x7FFF0000, 0x00050000 | 1  # EPERM
+    numbers = _REFUSED[machine]
+    program = [statement(load, 4), statement(equal, _ARCHITECTURE[machine], 1, 0), statement(answer, refuse)]
+    program += [statement(load, 0), statement(at_least, 0x40000000, 0, 1), statement(answer, refuse)]
+    for number in numbers:
+        program += [statement(equal, number, 0, 1), statement(answer, refuse)]
+    program.append(statement(answer, allow))
+    code = ctypes.create_string_buffer(b"".join(program))
+    filter_ = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
+    _check(_libc.prctl(_PR_SET_SECCOMP, 2, filter_, 0, 0), "seccomp")
+
+
+# --- what goes through the pipe
+
+
+class Unspeakable(Exception):
+    """A value that is neither a number, a text nor a container of such."""
+
+
+def encode(value, depth=0):
+    """Plain values as JSON, by their exact type: a subclass may compare as it likes."""
+    kind = type(value)
+    if depth > 100:
+        raise Unspeakable("too deep")
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return {"float": value.hex() if math.isfinite(value) else repr(value)}
+    if kind is complex:
+        return {"complex": [encode(value.real), encode(value.imag)]}
+    if kind in (bytes, bytearray):
+        return {kind.__name__: value.hex()}
+    if kind in (list, tuple, set, frozenset):
+        return {kind.__name__: [encode(one, depth + 1) for one in value]}
+    if kind is dict:
+        return {"dict": [[encode(key, depth + 1), encode(one, depth + 1)] for key, one in value.items()]}
+    raise Unspeakable(f"{kind.__name__} cannot be told apart from a trick")
+
+
+def decode(told):
+    if not isinstance(told, dict):
+        return told
+    ((kind, value),) = told.items()
+    if kind == "float":
+        return float(value) if value in ("inf", "-inf", "nan") else float.fromhex(value)
+    if kind == "complex":
+        return complex(*map(decode, value))
+    if kind in ("bytes", "bytearray"):
+        return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(value)
+    if kind == "dict":
+        return {decode(key): decode(one) for key, one in value}
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(decode, value))
+
+
+class Line:
+    """Messages of one JSON line each, over two pipes."""
+
+    def __init__(self, reading, writing):
+        self._file, self._writing = os.fdopen(reading, "rb", closefd=False), writing
+
+    def tell(self, message):
+        data = json.dumps(message).encode() + b"\n"
+        if len(data) > _LONGEST:
+            raise Unspeakable("more than 16 MiB")
+        while data:
+            data = data[os.write(self._writing, data) :]
+
+    def hear(self):
+        line = self._file.readline(_LONGEST)
+        if not line.endswith(b"\n"):
+            raise EOFError("the program ended, or said more than 16 MiB, before it answered")
+        return json.loads(line)
+
+
+# --- the two roles
+
+
+def candidate(line):
+    """Define the program, then answer calls of its function for ever."""
+    order = line.hear()
+    scope = {"__name__": "__main__"}
+    try:
+        exec(compile(order["program"], "<program>", "exec"), scope)
+        function = scope[order["entry_point"]]
+        line.tell({"ready": True})
+    except BaseException as error:
+        line.tell({"error": _told(error)})
+        return
+    while True:
+        arguments, named = decode(line.hear())
+        try:
+            answer = {"value": encode(function(*arguments, **named))}
+        except BaseException as error:
+            answer = {"error": _told(error)}
+        line.tell(answer)
+
+
+class ProgramError(Exception):
+    """What the program raised instead of an answer."""
+
+
+def checker(line, task):
+    """The tests on a stand-in that asks the candidate; returns (whether they passed, why not)."""
+
+    def ask(*arguments, **named):
+        line.tell(encode((arguments, named)))
+        answer = line.hear()
+        if "error" in answer:
+            raise ProgramError(answer["error"])
+        return decode(answer["value"])
+
+    scope = {"__name__": "__check__"}
+    exec(compile(task["prompt"], "<prompt>", "exec"), scope)  # helpers that the tests may call, from the task itself
+    exec(compile(task["test"], "<test>", "exec"), scope)
+    scope[task["entry_point"]] = ask  # some tests call the function by its name
+    try:
+        line.tell({"program": task["program"], "entry_point": task["entry_point"]})
+        begun = line.hear()
+        if "error" in begun:
+            raise ProgramError(begun["error"])
+        scope["check"](ask)
+    except AssertionError as error:
+        return False, f"wrong answer{': ' + _first_line(error) if str(error) else ''}"
+    except ProgramError as error:
+        return False, str(error)
+    except BaseException as error:
+        return False, _told(error)
+    return True, ""
+
+
+def _told(error):
+    return f"{type(error).__name__}: {_first_line(error)}"[:300]
+
+
+def _first_line(error):
+    try:
+        return str(error).partition("\n")[0][:200]
+    except BaseException:
+        return "?"
+
+
+def main():
+    role, reading, writing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    order = json.loads(sys.stdin.buffer.read())
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    verdict = int(sys.argv[4]) if role == "checker" else None
+    try:
+        enter(order["limits"], order["work"])
+    except OSError as error:
+        if verdict is not None:
+            os.write(verdict, json.dumps({"passed": False, "error": f"no sandbox: {error}"}).encode())
+        os._exit(3)
+    line = Line(reading, writing)
+    if role == "candidate":
+        with contextlib.suppress(EOFError, Unspeakable, ValueError, OSError):
+            candidate(line)
+        os._exit(0)
+    passed, error = checker(line, order["task"])
+    os.write(verdict, json.dumps({"passed": passed, "error": error}).encode())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
