@@ -236,15 +236,24 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     read = read_images if pictures else read_text
     rows = training.main_process_first(lambda: read(experiment, processor), device)
     known = {"classes": rows.classes.names} if pictures else {"tokenizer": processor}
-    source = f"dataset {experiment.dataset.name}, test rows"
     gather(
         *(
-            lambda name=name, config=config: benchmarks.evaluator(name).check_rows(rows.test, source, config, **known)
+            lambda name=name, config=config: benchmarks.evaluator(name).check_rows(
+                *_asked(experiment, rows.test, name, config), config, **known
+            )
             for name, config in experiment.eval.items()
         )
     )
     collate = collate_images if pictures else tokens.collator(experiment.model.family, processor.pad_token_id)
     return Inputs(device, processor, rows, collate, rows.sha256)
+
+
+def _asked(experiment: Experiment, test: Sequence[Any], name: str, config: Section) -> tuple[Sequence[Any], str]:
+    """What a benchmark asks at the end of a run, and where it is from."""
+    module = benchmarks.evaluator(name)
+    if module.KIND == "text" and module.OWN_ROWS:
+        return module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
+    return test, f"dataset {experiment.dataset.name}, test rows"
 
 
 def read_text(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> tokens.Prepared:
@@ -364,7 +373,8 @@ def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunF
             autocast_dtype=models.autocast_dtype(experiment.trainer.autocast, experiment.model.dtype),
             identity={"weights": checkpoint.weights_sha256(folder.adapter)},
         )
-        result = evaluate(name, backend, inputs.rows.test, folder.path / "eval" / name, config)
+        rows, _ = _asked(experiment, inputs.rows.test, name, config)
+        result = evaluate(name, backend, rows, folder.path / "eval" / name, config)
         print_score(name, result)
         metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
     return metrics

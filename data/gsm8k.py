@@ -9,9 +9,9 @@ from __future__ import annotations
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered, take
-from data.templates import Template, prompt
 from flatlora.config import setting
 from flatlora.rows import Source, gather, read_rows
+from flatlora.templates import Template, prompt
 
 VERSION = 1
 HUB_ID, CONFIG = "openai/gsm8k", "main"

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from data import CountTokens, Row
 from data.selection import batched, split_train_validation
-from data.templates import Template, prompt
 from flatlora.config import TextDatasetConfig, setting
+from flatlora.templates import Template, prompt
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Literal
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered, take
-from data.templates import prompt
 from flatlora.config import ConfigError, setting
 from flatlora.rows import Source, gather, read_rows
+from flatlora.templates import prompt
 
 VERSION = 2
 HUB_ID, CONFIG = "rajpurkar/squad", "plain_text"

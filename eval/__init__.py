@@ -8,8 +8,9 @@ An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...
                                            ConfigError for rows that cannot be scored; no model is needed. What is
                                            known of the model by then is its tokenizer, or its classes' names
     run(backend, rows, folder, config)     answers and scores rows; returns the score, {"scorer", "n", "metrics"}
-    score_file(path)                       scores a finished predictions.jsonl
-    benchmark_rows(data_root)              the benchmark's own rows, for a model that no run describes; text alone
+    score_file(path, config)               scores a finished predictions.jsonl
+    benchmark_rows(data_root, config)      the benchmark's own rows, for a model that no run describes; text alone
+    OWN_ROWS                               whether a run asks the benchmark's own rows, not its data set's; text alone
     KIND                                   "text" or "image": of the data sets that it scores
     HEADLINE, SCORER_VERSION               the metric of tables; raised whenever the same answers score otherwise
 """
@@ -33,4 +34,4 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 
-_SHARED = ("backends", "predictions", "command")
+_SHARED = ("__main__", "backends", "predictions", "command", "compare", "sandbox")

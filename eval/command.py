@@ -120,7 +120,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         lambda: _rows(module, aim(), locate, configure),
     )
     if target.score_only:
-        return module.score_file(folder / "predictions.jsonl")
+        return module.score_file(folder / "predictions.jsonl", config)
     return evaluate(benchmark, _load(place, device, config.batch_size, module.KIND), rows, folder, config)
 
 
@@ -292,7 +292,9 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
         settings = own.model_dump()
     else:  # what the run's data set says of any benchmark, such as the task
         fields = benchmarks.evaluator(benchmark).Config.model_fields
-        settings = {key: saved["dataset"][key] for key in ("task",) if key in fields and key in saved["dataset"]}
+        settings = {
+            key: saved["dataset"][key] for key in ("task", "template") if key in fields and key in saved["dataset"]
+        }
     return Place(weights, run, model, trainer.autocast, settings, saved["dataset"], saved.get("data_root"))
 
 
@@ -362,7 +364,7 @@ def _rows(
         return []
     if module.KIND == "image":
         return _pictures(module, target, locate(), configure())
-    run = None if target.rows else locate().run
+    run = None if target.rows or module.OWN_ROWS else locate().run
     path = Path(target.rows) if target.rows else run / "test.jsonl" if run else None
     if target.rows and not path.is_file():
         raise ConfigError(
@@ -379,7 +381,7 @@ def _rows(
         rows, source = read_jsonl(path), str(path)
         typed_columns(rows, module.ROW_COLUMNS, source)
     else:
-        rows, source = module.benchmark_rows(target.data_root), "the benchmark's own rows"
+        rows, source = module.benchmark_rows(target.data_root, configure()), "the benchmark's own rows"
     module.check_rows(rows, source, configure())
     return rows
 

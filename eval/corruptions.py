@@ -164,10 +164,10 @@ def run(
         images_sha256=folder_sha256(Path(config.folder)),
         on_progress=on_progress,
     )
-    return score_file(path)
+    return score_file(path, config)
 
 
-def score_file(path: Path) -> dict[str, Any]:
+def score_file(path: Path, config: Config) -> dict[str, Any]:
     """As `predictions.score_file`."""
     return predictions.score_file(path, FIELDS, score)
 

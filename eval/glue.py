@@ -23,6 +23,7 @@ from flatlora.config import ConfigError, Section, setting
 from flatlora.rows import prompt_text
 
 KIND = "text"
+OWN_ROWS = False
 SCORER_VERSION = 1
 HEADLINE = "accuracy"
 ROW_COLUMNS = {"x": "text", "y": "text", "choices": "any"}
@@ -188,7 +189,7 @@ def run(
         settings={**backend.describe(), "metric": config.metric},
         on_progress=on_progress,
     )
-    return score_file(path)
+    return score_file(path, config)
 
 
 def _check_first_tokens(first_token: Callable[[str], int], rows: Sequence[dict[str, Any]]) -> None:
@@ -202,12 +203,12 @@ def _check_first_tokens(first_token: Callable[[str], int], rows: Sequence[dict[s
             )
 
 
-def score_file(path: Path) -> dict[str, Any]:
+def score_file(path: Path, config: Config) -> dict[str, Any]:
     """As `predictions.score_file`."""
     return predictions.score_file(path, FIELDS, score)
 
 
-def benchmark_rows(data_root: str | None) -> list[dict[str, Any]]:
+def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
     """None of its own: a task's rows come with the run, or as rows=FILE.
 
     Raises:

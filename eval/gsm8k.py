@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from eval import predictions
-from eval.backends import Backend
+from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError, Section, setting
 from flatlora.files import write_json
 from flatlora.rows import Source, prompt_text, read_rows
 
 KIND = "text"
+OWN_ROWS = False
 SCORER_VERSION = 1
 HEADLINE = "exact_match"
 ROW_COLUMNS = {"x": "text", "y": "text"}
@@ -107,7 +108,7 @@ def check_rows(rows: Sequence[dict[str, str]], source: str, config: Config, **kn
 
 
 def run(
-    backend: Backend,
+    backend: Generator,
     rows: Sequence[dict[str, str]],
     folder: Path,
     config: Config,
@@ -121,13 +122,13 @@ def run(
         [prompt_text(row["x"]) for row in rows],
         [row["y"] for row in rows],
         folder,
-        max_new_tokens=config.max_new_tokens,
+        sampling=Sampling(config.max_new_tokens),
         on_progress=on_progress,
     )
-    return score_file(path)
+    return score_file(path, config)
 
 
-def score_file(path: Path) -> dict[str, Any]:
+def score_file(path: Path, config: Config) -> dict[str, Any]:
     """Score a predictions file and write score.json beside it.
 
     Raises:
@@ -142,7 +143,7 @@ def score_file(path: Path) -> dict[str, Any]:
     return result
 
 
-def benchmark_rows(data_root: str | None) -> list[dict[str, str]]:
+def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, str]]:
     """GSM8K's 1,319 test questions in the published prompt, for models that no run of ours describes."""
     rows = read_rows(Source("openai/gsm8k", "main", "test"), columns=("question", "answer"), data_root=data_root)
     return [{"x": f"Q: {row['question']}\nA: ", "y": row["answer"]} for row in rows]

@@ -103,7 +103,7 @@ def run(
         images_sha256=hashlib.sha256(b"".join(rows.digests)).hexdigest(),
         on_progress=on_progress,
     )
-    return score_file(path)
+    return score_file(path, config)
 
 
 def classify(
@@ -139,7 +139,7 @@ def classify(
     )
 
 
-def score_file(path: Path) -> dict[str, Any]:
+def score_file(path: Path, config: Config) -> dict[str, Any]:
     """As `predictions.score_file`."""
     return predictions.score_file(path, FIELDS, score)
 

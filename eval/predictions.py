@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.backends import Backend
+from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError
 from flatlora.files import write_atomic, write_json
 from flatlora.rows import jsonl, read_jsonl
@@ -30,23 +30,31 @@ GENERATED: Fields = {
 
 
 def generate(
-    backend: Backend,
+    backend: Generator,
     prompts: Sequence[str],
     references: Sequence[str],
     folder: Path,
     *,
-    max_new_tokens: int,
+    sampling: Sampling,
     known: Sequence[Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Answer every prompt greedily into `folder`/predictions.jsonl, in the prompts' order; returns that path.
+    """Answer every prompt into `folder`/predictions.jsonl, in the prompts' order; returns that path.
 
-    `known` is what else a scorer will want to read of each row. As `collect`; raises its errors.
+    As `collect`; raises its errors.
+
+    Args:
+        known: what else a scorer will want to read of each row.
+        seeds: one a row where something is drawn; kept in the rows.
     """
     known = known or [{}] * len(prompts)
+    if seeds is not None:
+        known = [{**more, "seed": seed} for more, seed in zip(known, seeds, strict=True)]
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
-        completions = backend.generate([prompts[index] for index in batch], max_new_tokens)
+        drawn = [seeds[index] for index in batch] if seeds is not None else None
+        completions = backend.generate([prompts[index] for index in batch], sampling, drawn)
         return [{"completion": one.text, "tokens": one.tokens, "finished": one.finished} for one in completions]
 
     return collect(
@@ -56,12 +64,12 @@ def generate(
         fields=GENERATED,
         lengths=prompt_lengths(backend, prompts),
         batch_size=backend.batch_size,
-        settings={**backend.describe(), "max_new_tokens": max_new_tokens},
+        settings={**backend.describe(), **sampling.describe()},
         on_progress=on_progress,
     )
 
 
-def prompt_lengths(backend: Backend, prompts: Sequence[str]) -> list[int]:
+def prompt_lengths(backend: Generator, prompts: Sequence[str]) -> list[int]:
     """Tokens of each prompt.
 
     Raises:

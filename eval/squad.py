@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from eval import predictions
-from eval.backends import Backend
+from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError, Section, setting
 from flatlora.rows import Source, prompt_text, read_rows
 
 KIND = "text"
+OWN_ROWS = False
 SCORER_VERSION = 1
 HEADLINE = "f1"
 ROW_COLUMNS = {"x": "text", "y": "text", "answers": "any"}
@@ -86,7 +87,7 @@ def _has_answers(row: dict[str, Any]) -> bool:
 
 
 def run(
-    backend: Backend,
+    backend: Generator,
     rows: Sequence[dict[str, Any]],
     folder: Path,
     config: Config,
@@ -100,19 +101,19 @@ def run(
         [prompt_text(row["x"]) for row in rows],
         [row["y"] for row in rows],
         folder,
-        max_new_tokens=config.max_new_tokens,
+        sampling=Sampling(config.max_new_tokens),
         known=[{"answers": row["answers"]} for row in rows],
         on_progress=on_progress,
     )
-    return score_file(path)
+    return score_file(path, config)
 
 
-def score_file(path: Path) -> dict[str, Any]:
+def score_file(path: Path, config: Config) -> dict[str, Any]:
     """As `predictions.score_file`."""
     return predictions.score_file(path, FIELDS, score)
 
 
-def benchmark_rows(data_root: str | None) -> list[dict[str, Any]]:
+def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
     """SQuAD 1.1's 10,570 validation questions as "Q: … A: ", for models that no run of ours describes."""
     columns = {"context": "text", "question": "text", "answers": "any"}
     rows = read_rows(Source("rajpurkar/squad", "plain_text", "validation"), columns=columns, data_root=data_root)

@@ -259,6 +259,8 @@ def parse(raw: Mapping[str, Any], registry: Registry) -> Experiment:
     raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
     faults: list[str] = []
     faulty: set[str] = set()
+    if isinstance(raw.get("eval"), dict):
+        raw["eval"].pop("allow_code_execution", None)  # no benchmark: those that run code have it in their own section
     _refuse_foreign_knobs(raw, registry, faults, faulty)
     classes = _section_classes(raw, registry.section_class, faults, faulty)
     values: dict[str, Any] = {}

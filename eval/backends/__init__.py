@@ -1,8 +1,9 @@
-"""Who answers the prompts: greedily in its own words, or by weighing the answers that it is offered."""
+"""Who answers the prompts: in its own words, or by weighing the answers that it is offered."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,28 @@ class Completion(NamedTuple):
     text: str
     tokens: int
     finished: bool  # ended by itself, not by the limit
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn. Temperature 0 is greedy, whatever the model's own generation_config.json asks for."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()  # an answer ends before the first of these
+
+    def describe(self) -> dict[str, Any]:
+        """For the record: what decides the answers; greedy ones without what they do not read."""
+        told = asdict(self) | {"stop": list(self.stop)}
+        kept = told.keys() - ({"top_p", "temperature"} if self.temperature == 0 else set())
+        return {key: value for key, value in told.items() if key in kept and (key != "stop" or value)}
+
+
+def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """(the text before the first of the stops, whether there was one)."""
+    places = [place for one in stop if (place := text.find(one)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
 
 
 class ImageBackend(Protocol):
@@ -31,8 +54,8 @@ class ImageBackend(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """Greedy text generation, and likelihoods of given answers."""
+class Generator(Protocol):
+    """Text generation."""
 
     batch_size: int
 
@@ -44,9 +67,15 @@ class Backend(Protocol):
         """Tokens of a prompt."""
         ...
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[Completion]:
-        """One greedy completion for each prompt, in order."""
+    def generate(
+        self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """One completion for each prompt, in order; `seeds`, one a prompt, decide what is drawn at a temperature."""
         ...
+
+
+class Backend(Generator, Protocol):
+    """Text generation, and likelihoods of given answers."""
 
     def first_token(self, choice: str) -> int:
         """The id that an answer begins with."""

@@ -1,7 +1,8 @@
-"""Answers with transformers: batched greedy decoding, KV cache, left padding.
+"""Answers with transformers: batched decoding, KV cache, left padding.
 
 Greedy is the largest logit at every step, whatever the model's own generation_config.json asks for (a repetition
-penalty, suppressed tokens, sampling).
+penalty, suppressed tokens, sampling). At a temperature each row draws from a generator of its own seed, so that its
+answer does not hang on the rows beside it, and a resumed evaluation goes on as it would have.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from eval.backends import Completion
+from eval.backends import Completion, Sampling, cut_at
 
 _IGNORED = -100  # label of a place without an answer's token
 
@@ -54,11 +55,14 @@ class HFBackend:
         return len(self.tokenizer(prompt)["input_ids"])
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
         batch = self.tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(self.device)
         greedy = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,  # the draw is made by the processor below: its largest score is the drawn token
+            stop_strings=list(sampling.stop) or None,
             use_cache=True,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -66,10 +70,14 @@ class HFBackend:
         )
         with self._autocast(), _without_own_generation_config(self.model):
             output = self.model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=greedy
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                generation_config=greedy,
+                logits_processor=LogitsProcessorList([SeededDraw(sampling, seeds)] if sampling.temperature else []),
+                tokenizer=self.tokenizer if sampling.stop else None,
             )
         start = 1 if self.model.config.is_encoder_decoder else batch["input_ids"].shape[1]
-        return [self._completion(ids) for ids in output[:, start:].tolist()]
+        return [self._completion(ids, sampling.stop) for ids in output[:, start:].tolist()]
 
     def first_token(self, choice: str) -> int:
         return self._choice_ids(choice, first_token=True)[0]
@@ -131,16 +139,44 @@ class HFBackend:
         found = [getattr(config, "decoder_start_token_id", None) for config in (own, self.model.config)]
         return next((token for token in found if token is not None), None)
 
-    def _completion(self, ids: list[int]) -> Completion:
+    def _completion(self, ids: list[int], stop: Sequence[str]) -> Completion:
         eos = self.tokenizer.eos_token_id
         finished = eos in ids
         kept = ids[: ids.index(eos)] if finished else ids
-        return Completion(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), finished)
+        text, stopped = cut_at(self._text(kept), stop)
+        if stopped:  # what was padded while other rows went on is no token of this one
+            kept = kept[: next(n for n in range(1, len(kept) + 1) if cut_at(self._text(kept[:n]), stop)[1])]
+        return Completion(text, len(kept), finished or stopped)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+
+class SeededDraw(LogitsProcessor):
+    """Scores whose largest is a draw from the nucleus of softmax(logits / temperature), by the Gumbel-max trick.
+
+    Args:
+        seeds: one a row; the k-th token of a row takes the k-th vector of uniforms from its seed.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        self.sampling = sampling
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float() / self.sampling.temperature
+        if self.sampling.top_p < 1:
+            ordered, places = logits.sort(dim=-1, descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            outside = torch.zeros_like(before, dtype=torch.bool).scatter(1, places, before >= self.sampling.top_p)
+            logits = logits.masked_fill(outside, -torch.inf)
+        uniform = torch.stack([torch.rand(logits.shape[1], generator=one) for one in self.generators])
+        return logits - (-uniform.clamp_min(1e-20).log()).log().to(logits.device)
 
 
 @contextlib.contextmanager

@@ -163,7 +163,9 @@ def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
             shutil.rmtree(work, ignore_errors=True)
     if told is None:
         return Outcome(False, f"no verdict within {limits.seconds:g} s")
-    return Outcome(told["passed"] is True, told["error"]) if told else Outcome(False, "the tests ended without a verdict")
+    return (
+        Outcome(told["passed"] is True, told["error"]) if told else Outcome(False, "the tests ended without a verdict")
+    )
 
 
 def _order(limits: Limits, held: Walls) -> dict[str, Any]:

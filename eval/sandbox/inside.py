@@ -167,7 +167,7 @@ def _landlock(writable, readable):
     attributes = attributes[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = _check(_libc.syscall(_LANDLOCK["create"], attributes, len(attributes), 0), "landlock")
     devices = {"/dev/null": _READ_FILE | _WRITE_FILE, "/dev/urandom": _READ_FILE, "/dev/zero": _READ_FILE}
-    rules = {**{path: _READ_FILE | _READ_FOLDER | _EXECUTE for path in readable}, **devices}
+    rules = {**dict.fromkeys(readable, _READ_FILE | _READ_FOLDER | _EXECUTE), **devices}
     rules |= dict.fromkeys(writable, files)
     for path, access in rules.items():
         if not os.path.exists(path):

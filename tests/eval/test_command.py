@@ -119,7 +119,7 @@ class Right:
     def prompt_length(self, prompt):
         return len(prompt)
 
-    def generate(self, prompts, max_new_tokens):
+    def generate(self, prompts, sampling, seeds=None):
         return [Completion(str(int(prompt.split()[1]) + 1), 1, True) for prompt in prompts]
 
 
@@ -422,7 +422,7 @@ def test_a_full_disk_ends_with_one_line_and_a_later_call_goes_on(made, capsys, m
 
 
 def test_too_little_memory_names_the_remedy(made, capsys, monkeypatch):
-    def full(self, prompts, max_new_tokens):
+    def full(self, prompts, sampling, seeds=None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     monkeypatch.setattr(Right, "generate", full)

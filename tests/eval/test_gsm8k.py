@@ -217,8 +217,8 @@ class Echo:
     def prompt_length(self, prompt):
         return len(prompt)
 
-    def generate(self, prompts, max_new_tokens):
-        return [Completion(f"#### {p.split('=')[1].split()[0]}"[:max_new_tokens], 1, True) for p in prompts]
+    def generate(self, prompts, sampling, seeds=None):
+        return [Completion(f"#### {p.split('=')[1].split()[0]}"[: sampling.max_new_tokens], 1, True) for p in prompts]
 
 
 def test_run_writes_predictions_and_their_score(tmp_path):
@@ -230,18 +230,18 @@ def test_run_writes_predictions_and_their_score(tmp_path):
     assert [one["index"] for one in found] == [0, 1, 2, 3]
     assert found[3]["prompt"] == "Q: n = 3\nA:  "  # as in training: x and a blank
     (tmp_path / "score.json").unlink()
-    assert gsm8k.score_file(tmp_path / "predictions.jsonl") == result
+    assert gsm8k.score_file(tmp_path / "predictions.jsonl", gsm8k.Config()) == result
     assert (tmp_path / "score.json").is_file()
 
 
 def test_a_torn_or_missing_predictions_file_is_not_scored(tmp_path):
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(ConfigError, match="is not there: generate the answers first"):
-        gsm8k.score_file(path)
+        gsm8k.score_file(path, gsm8k.Config())
     lines = [json.dumps(row("#### 1", "1")) for _ in range(3)]
     path.write_text("\n".join(lines)[:-5])
     with pytest.raises(ConfigError, match="line 3: not JSON"):
-        gsm8k.score_file(path)
+        gsm8k.score_file(path, gsm8k.Config())
     assert not (tmp_path / "score.json").exists()
 
 
@@ -264,7 +264,7 @@ def test_a_predictions_file_with_a_broken_row_is_a_fault(tmp_path, second, words
     path = tmp_path / "predictions.jsonl"
     path.write_text(jsonl([answer_row(0), answer_row(1, **second)]))
     with pytest.raises(ConfigError) as caught:
-        gsm8k.score_file(path)
+        gsm8k.score_file(path, gsm8k.Config())
     (fault,) = caught.value.faults
     assert fault.startswith(f"Broken file {path}: {words}")
     assert not (tmp_path / "score.json").exists()

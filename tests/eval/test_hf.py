@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from eval.backends import Sampling
 from eval.backends.hf import HFBackend
 from tests.conftest import tiny_llama, tiny_lora
 
@@ -44,7 +45,7 @@ def test_greedy_is_the_largest_logit(tokenizer, name, adapted):
     ids = tokenizer("Q: 3 + 4?\nA: ")["input_ids"]
     expected = largest_logits(model, ids, 8)
     assert tokenizer.eos_token_id not in expected
-    (answer,) = HFBackend(model, tokenizer, batch_size=1).generate(["Q: 3 + 4?\nA: "], 8)
+    (answer,) = HFBackend(model, tokenizer, batch_size=1).generate(["Q: 3 + 4?\nA: "], Sampling(8))
     assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
     assert (answer.tokens, answer.finished) == (8, False)
     assert model.generation_config is own  # as it was
@@ -55,6 +56,6 @@ def test_a_failed_call_leaves_the_models_own_config(tokenizer, monkeypatch):
     own, before = model.generation_config, json.dumps(model.generation_config.to_dict(), default=str)
     monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        HFBackend(model, tokenizer, batch_size=1).generate(["Q"], 2)
+        HFBackend(model, tokenizer, batch_size=1).generate(["Q"], Sampling(2))
     assert model.generation_config is own
     assert json.dumps(own.to_dict(), default=str) == before

@@ -53,7 +53,7 @@ def test_both_accuracies(tmp_path):
     result = images.run(Brightest(), rows, tmp_path, images.Config())
     assert result["metrics"] == {"n": 7, "top1": 5 / 7, "mean_per_class": pytest.approx((3 / 4 + 1 / 2 + 1) / 3)}
     assert json.loads((tmp_path / "score.json").read_text()) == result
-    assert images.score_file(tmp_path / "predictions.jsonl") == result
+    assert images.score_file(tmp_path / "predictions.jsonl", images.Config()) == result
 
 
 def test_max_rows_and_no_rows(tmp_path):

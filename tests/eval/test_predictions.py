@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval import predictions
-from eval.backends import Completion
+from eval.backends import Completion, Sampling
 from flatlora.config import ConfigError
 
 PROMPTS = [f"{'word ' * (7 * i % 5)}question {i}\u2028 ×" for i in range(11)]
@@ -29,16 +29,17 @@ class Backend:
     def prompt_length(self, prompt):
         return len(prompt.split())
 
-    def generate(self, prompts, max_new_tokens):
+    def generate(self, prompts, sampling, seeds=None):
         if len(self.batches) == self.die_at:
             raise Killed
         self.batches.append(tuple(prompts))
         texts = [f"{place}|{prompt}|\u2028\x85\n{sum(map(len, prompts))}" for place, prompt in enumerate(prompts)]
-        return [Completion(text, max_new_tokens, place != 1) for place, text in enumerate(texts)]
+        return [Completion(text, sampling.max_new_tokens, place != 1) for place, text in enumerate(texts)]
 
 
 def generate(folder, backend, prompts=PROMPTS, references=REFERENCES, max_new_tokens=5, **options):
-    return predictions.generate(backend, prompts, references, folder, max_new_tokens=max_new_tokens, **options)
+    sampling = Sampling(max_new_tokens)
+    return predictions.generate(backend, prompts, references, folder, sampling=sampling, **options)
 
 
 @pytest.fixture

@@ -77,4 +77,4 @@ def test_a_run_is_scored_and_scored_again(tiny_settings, tmp_path):
     assert json.loads((folder / "run.json").read_text())["metrics"]["squad/f1"] == first["metrics"]["f1"]
     assert main("squad", [str(folder), "score_only=true"]) == 0
     assert main("squad", [str(tmp_path / "results"), f"data_root={tmp_path}"]) == 2
-    assert len(squad.benchmark_rows(str(tmp_path))) == 8
+    assert len(squad.benchmark_rows(str(tmp_path), squad.Config())) == 8

@@ -9,6 +9,7 @@ from transformers import masking_utils
 from transformers.models.llama import modeling_llama
 
 import run_exp
+from eval.backends import Sampling
 from flatlora import acceleration
 from flatlora.acceleration import (
     GraphedMicroStep,
@@ -268,5 +269,5 @@ class TestRuns:
             if fast:
                 accelerate(model, CUDA)
             backend = HFBackend(model, tokenizer, batch_size=2)
-            answers.append(backend.generate(["Q: 1 + 1?", "A much longer question, padded on the left."], 8))
+            answers.append(backend.generate(["Q: 1 + 1?", "A much longer question, padded on the left."], Sampling(8)))
         assert answers[0] == answers[1]

