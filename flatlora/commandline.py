@@ -133,17 +133,22 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(faults) from error
 
 
+ALLOW_CODE = "eval.allow_code_execution"
+
+
 def _unchosen_benchmarks(conf_dir: Path, words: Sequence[str]) -> dict[str, NoSection]:
     """`eval` with a fault for each key such as eval.gsm8k.max_rows=5 whose benchmark `eval=[...]` does not name.
 
     Hydra would make a section of it all the same, and the benchmark would run.
     """
     keys = {word.lstrip("+").partition("=")[0]: word for word in words if word.lstrip("+").startswith("eval.")}
+    keys.pop(ALLOW_CODE, None)  # of no one benchmark
     if not keys:
         return {}
     others = [word for word in words if word not in keys.values()]
-    chosen = list(compose("config", overrides=lenient(others)).get("eval") or {})
-    options, faults = _options(conf_dir, "eval"), []
+    options = _options(conf_dir, "eval")
+    chosen = [name for name in compose("config", overrides=lenient(others)).get("eval") or {} if name in options]
+    faults = []
     for key, word in keys.items():
         name = key.split(".")[1]
         if name not in options:

@@ -30,6 +30,7 @@ from flatlora.config import ConfigError
 
 _INSIDE = Path(inside.__file__)
 _MIB = 1 << 20
+_FAREWELL_S = 3.0
 _FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
 
 
@@ -156,7 +157,7 @@ def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
         told = _hear(verdict_read, deadline)
     finally:
         for process in processes:
-            _end(process, held)
+            _end(process)
         for handle in [*theirs, verdict_read]:
             os.close(handle)
         for work in works:
@@ -213,12 +214,11 @@ def _hear(handle: int, deadline: float) -> dict[str, Any] | None:
     return None
 
 
-def _end(process: subprocess.Popen, held: Walls) -> None:
-    """Kill what is left of a process and of all that it started."""
-    if not held.namespaces:  # it kills what it started, and is given the time for it
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(2.0)
+def _end(process: subprocess.Popen) -> None:
+    """Kill what is left of a process and of all that it started; it does so itself, and is given the time for it."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_FAREWELL_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

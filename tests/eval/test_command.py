@@ -384,7 +384,7 @@ def test_an_adapter_that_cannot_be_loaded_is_a_fault(made, tiny_model_folder, ca
 
 def test_a_full_disk_ends_with_one_line_and_a_later_call_goes_on(made, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(Right, "generate", lambda self, prompts, n: asked.extend(prompts) or answer(prompts))
+    monkeypatch.setattr(Right, "generate", lambda self, prompts, *_: asked.extend(prompts) or answer(prompts))
 
     def answer(prompts):
         return [Completion(str(int(prompt.split()[1]) + 1), 1, True) for prompt in prompts]

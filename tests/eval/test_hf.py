@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from eval.backends import Sampling
-from eval.backends.hf import HFBackend
+from eval.backends import Sampling, cut_at
+from eval.backends.hf import HFBackend, SeededDraw
 from tests.conftest import tiny_llama, tiny_lora
 
 OWN = {
@@ -59,3 +59,55 @@ def test_a_failed_call_leaves_the_models_own_config(tokenizer, monkeypatch):
         HFBackend(model, tokenizer, batch_size=1).generate(["Q"], Sampling(2))
     assert model.generation_config is own
     assert json.dumps(own.to_dict(), default=str) == before
+
+
+DRAWN = Sampling(6, temperature=1.5, top_p=0.9)
+
+
+def test_a_row_draws_the_same_whatever_stands_beside_it(tokenizer):
+    backend = HFBackend(tiny_llama(vocab_size=len(tokenizer)), tokenizer, batch_size=4)
+    prompts, seeds = ["Q: 1?", "Q: a longer one, padded?", "Q: 1?", "Q: 1?"], [5, 6, 7, 5]
+    together = [one.text for one in backend.generate(prompts, DRAWN, seeds)]
+    alone = [backend.generate([p], DRAWN, [s])[0].text for p, s in zip(prompts, seeds, strict=True)]
+    assert together == alone
+    assert together[0] == together[3] != together[2]
+
+
+def test_draws_follow_the_nucleus_of_the_softmax():
+    logits = torch.tensor([2.0, 1.0, 0.0, -4.0])
+    draws = 4000
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
+        probabilities = (logits / temperature).softmax(0)
+        if top_p < 1:
+            before = probabilities.cumsum(0) - probabilities  # they are in order already
+            probabilities = probabilities * (before < top_p)
+            probabilities /= probabilities.sum()
+        processor = SeededDraw(Sampling(1, temperature, top_p), range(draws))
+        drawn = processor(None, logits.expand(draws, -1)).argmax(1).bincount(minlength=4) / draws
+        assert torch.allclose(drawn, probabilities, atol=0.03)
+        assert ((probabilities == 0) <= (drawn == 0)).all()
+
+
+def test_global_generators_are_left_alone(tokenizer):
+    backend = HFBackend(tiny_llama(vocab_size=len(tokenizer)), tokenizer, batch_size=1)
+    before = torch.get_rng_state()
+    backend.generate(["Q"], DRAWN, [3])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("text", "kept"), [("ab\nQ: c", "ab"), ("Q: x", ""), ("none", "none")])
+def test_answers_end_before_the_first_stop(text, kept):
+    assert cut_at(text, ["\nQ:", "Q:"])[0] == kept
+
+
+def test_generation_stops_at_a_stop(tokenizer):
+    model = tiny_llama(vocab_size=len(tokenizer))
+    backend = HFBackend(model, tokenizer, batch_size=2)
+    (whole, other) = backend.generate(["Q: 3 + 4?\nA: ", "Q"], Sampling(8))
+    stop = whole.text[3:5]
+    assert stop.strip()
+    (found, _) = backend.generate(["Q: 3 + 4?\nA: ", "Q"], Sampling(8, stop=(stop,)))
+    assert found.text == whole.text[: whole.text.index(stop)]
+    assert found.finished
+    assert found.tokens < whole.tokens or whole.text.endswith(stop)
+    assert other.tokens == 8

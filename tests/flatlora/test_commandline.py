@@ -199,7 +199,10 @@ def partners(group, option, folder):
     """What an option needs besides the defaults, which are a text model on a text set."""
     if group == "eval":
         corrupted = ["model=clip_tiny", "dataset=digits", f"eval.corruptions.folder={folder}"]
-        return {"glue": ["dataset=sst2"], "images": corrupted[:2], "corruptions": corrupted}.get(option, [])
+        allowed = ["eval.allow_code_execution=true"]
+        return {"humaneval": allowed, "glue": ["dataset=sst2"], "images": corrupted[:2], "corruptions": corrupted}.get(
+            option, []
+        )
     if group == "model" and option.startswith("clip_"):
         return ["dataset=digits"]
     with open(run_exp.CONF_DIR / group / f"{option}.yaml") as file:
