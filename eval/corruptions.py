@@ -125,6 +125,15 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"scorer": f"corruptions/{SCORER_VERSION}", "n": len(rows), "metrics": metrics}
 
 
+def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
+    """{row: 1.0 or 0.0}, of the corruptions that count."""
+    return {
+        (row["corruption"], row["severity"], row["label"], row["index"]): float(row["prediction"] == row["label"])
+        for row in rows
+        if row["corruption"] not in FOR_VALIDATION
+    }
+
+
 def check_rows(rows: Any, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:
     """See to it that the folder's labels are the model's classes; the data set's own rows are not asked here.
 

@@ -82,6 +82,11 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"scorer": f"glue/{SCORER_VERSION}", "n": total, "metrics": metrics}
 
 
+def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
+    """{row: 1.0 or 0.0}."""
+    return {(row["prompt"], row["index"]): float(row["prediction"] == row["reference"]) for row in rows}
+
+
 def check_rows(
     rows: Sequence[dict[str, Any]], source: str, config: Config, *, tokenizer: Any = None, **known: Any
 ) -> None:

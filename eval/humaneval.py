@@ -30,7 +30,7 @@ from eval.backends import Generator, Sampling, cut_at
 from flatlora.config import ConfigError, Section, setting
 from flatlora.console import counting
 from flatlora.files import write_atomic, write_json
-from flatlora.rows import Source, jsonl, prompt_text, read_rows
+from flatlora.rows import Source, jsonl, prompt_text, read_jsonl, read_rows
 from flatlora.templates import prompt
 
 KIND = "text"
@@ -148,6 +148,21 @@ def score(rows: Sequence[dict[str, Any]], passed: Sequence[bool], ks: Sequence[i
     metrics["unfinished"] = sum(not row["finished"] for row in rows) / total if total else None
     metrics["mean_tokens"] = sum(row["tokens"] for row in rows) / total if total else None
     return {"scorer": f"humaneval/{SCORER_VERSION}", "n": len(groups), "metrics": metrics}
+
+
+def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
+    """{problem: share of its samples that pass}, as outcomes.jsonl has them; no program is run.
+
+    Raises:
+        ConfigError: outcomes are missing.
+    """
+    known = {row["index"]: row["passed"] for row in read_jsonl(folder / "outcomes.jsonl") if "index" in row}
+    if set(known) != {row["index"] for row in rows}:
+        raise ConfigError([f"{folder / 'outcomes.jsonl'} lacks outcomes: score the run first, with score_only=true."])
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        groups[row["task_id"]].append(known[row["index"]])
+    return {task: sum(passed) / len(passed) for task, passed in groups.items()}
 
 
 def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:

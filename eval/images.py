@@ -59,6 +59,11 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"scorer": f"images/{SCORER_VERSION}", "n": total, "metrics": metrics}
 
 
+def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
+    """{row: 1.0 or 0.0}."""
+    return {(row["label"], row["index"]): float(row["prediction"] == row["label"]) for row in rows}
+
+
 def check_rows(rows: LabelledImages, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:
     """See to it that every label is one of the model's classes.
 

@@ -64,6 +64,11 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"scorer": f"squad/{SCORER_VERSION}", "n": total, "metrics": metrics}
 
 
+def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
+    """{row: F1}."""
+    return {(row["prompt"], row["index"]): score([row])["metrics"][HEADLINE] for row in rows}
+
+
 def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
     """See to it that every row says which answers are accepted.
 

@@ -13,6 +13,7 @@ from eval.backends import Completion
 from eval.gsm8k import parse_answer, score
 from flatlora.config import ConfigError
 from flatlora.rows import jsonl, read_jsonl
+from tests.conftest import write_split
 
 REAL_TEST = Path(__file__).parents[2].parent / "shared/data/openai/gsm8k/main/test.jsonl"
 
@@ -154,8 +155,9 @@ def test_score_counts_rows_not_luck():
     )
     assert result["n"] == 5
     assert result["scorer"] == f"gsm8k/{gsm8k.SCORER_VERSION}"
+    assert result["metrics"].pop("math_verify", 2 / 5) == 2 / 5  # where that package is installed
     assert result["metrics"] == pytest.approx(
-        {"n": 5, "exact_match": 2 / 5, "unparsed": 2 / 5, "unfinished": 1 / 5, "mean_tokens": 52 / 5}
+        {"n": 5, "exact_match": 2 / 5, "strict": 2 / 5, "unparsed": 2 / 5, "unfinished": 1 / 5, "mean_tokens": 52 / 5}
     )
 
 
@@ -280,3 +282,43 @@ def test_every_real_reference_is_read_and_right_against_itself(split):
     result = score([row(answer, answer) for answer in answers])
     assert result["metrics"]["exact_match"] == 1.0
     assert result["metrics"]["unparsed"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "strict", "lenient"),
+    [
+        ("#### 1,000", True, True),
+        ("so $\\frac{2000}{2}$", False, True),
+        ("The answer is \\boxed{1000}.", True, True),
+        ("about 10^3", False, True),
+        ("999", False, False),
+        ("no number", False, False),
+        ("#### 1000\nQ: 5 + 5?\nA: #### 10", True, True),
+        ("#### none of these\n1000", False, False),
+        ("1000.0", True, True),
+        ("-1000", False, False),
+    ],
+)
+def test_both_parsers_read_the_same_answers(completion, strict, lenient):
+    pytest.importorskip("math_verify")
+    one = row("#### 1,000", completion)
+    assert gsm8k.is_right(one, "strict") is strict
+    assert gsm8k.is_right(one, "math_verify") is lenient
+    scored = score([one], "math_verify")
+    assert scored["metrics"]["exact_match"] == scored["metrics"]["math_verify"] == float(lenient)
+    assert scored["metrics"]["strict"] == float(strict)
+    assert scored["versions"]["math_verify"]
+
+
+def test_a_parser_that_is_not_installed_is_a_fault(monkeypatch):
+    monkeypatch.setattr(gsm8k, "_has_math_verify", lambda: False)
+    (told,) = gsm8k.Config(parser="math_verify").rule_faults()
+    assert "the package math-verify is not installed" in told
+    assert "math_verify" not in score([row("#### 1", "1")])["metrics"]
+
+
+def test_own_rows_have_the_template_that_is_asked_for(tmp_path):
+    write_split(tmp_path, "openai/gsm8k", "main", "test", [{"question": "1 + 1?", "answer": "#### 2"}])
+    for template, beginning in (("qa", "Q: 1 + 1?"), ("alpaca", "Below is"), ("none", "1 + 1?")):
+        (asked,) = gsm8k.benchmark_rows(str(tmp_path), gsm8k.Config(template=template))
+        assert asked["x"].startswith(beginning)

@@ -1,0 +1,36 @@
+"""`python -m eval compare RUN_A RUN_B`; `python -m eval.NAME PATH` scores one model on one benchmark."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import eval as benchmarks
+from eval import compare
+from flatlora.config import ConfigError
+from flatlora.console import quiet_libraries, report_faults
+
+
+def main(words: Sequence[str]) -> int:
+    """Exit code: 0 done, 2 a fault of the words or of what they name."""
+    quiet_libraries()
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(f"{__doc__}\nBenchmarks: {', '.join(benchmarks.names())}.")
+        elif words[0] == "compare":
+            compare.main(words[1:])
+        else:
+            raise ConfigError(
+                [
+                    f"Unknown command {words[0]}: python -m eval compare RUN_A RUN_B, or python -m eval.NAME PATH with "
+                    f"one of {', '.join(benchmarks.names())}."
+                ]
+            )
+    except ConfigError as error:
+        report_faults(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""Paired differences against what they are defined as, and the command on runs that were scored."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+import run_exp
+from eval import __main__ as command
+from eval import compare as comparing
+from eval import gsm8k, humaneval, squad
+from eval.compare import compare
+from flatlora.config import ConfigError
+from flatlora.rows import jsonl
+from tests.conftest import run_folder
+
+
+def scores(values):
+    return {("question", place): float(value) for place, value in enumerate(values)}
+
+
+def test_mcnemar_is_the_binomial_of_the_rows_that_differ():
+    a, b = [1] * 30 + [1] * 3 + [0] * 10 + [0] * 7, [1] * 30 + [0] * 3 + [1] * 10 + [0] * 7
+    found = compare("gsm8k", scores(a), scores(b))
+    assert (found.only_a, found.only_b, found.questions) == (3, 10, 50)
+    tails = sum(1 for draw in itertools.product((0, 1), repeat=13) if sum(draw) <= 3) / 2**13
+    assert found.p == pytest.approx(2 * tails)
+    assert found.difference == pytest.approx(7 / 50)
+    assert found.interval[0] < found.difference < found.interval[1]
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    draw, covered = np.random.default_rng(0), 0
+    for _ in range(60):
+        a = draw.random(200) < 0.5
+        b = np.where(draw.random(200) < 0.2, draw.random(200) < 0.8, a)  # truth: 0.2 · (0.8 − 0.5)
+        low, high = compare("gsm8k", scores(a), scores(b)).interval
+        covered += low <= 0.06 <= high
+    assert 51 <= covered <= 60
+
+
+def test_equal_answers_have_no_difference_and_no_interval():
+    found = compare("gsm8k", scores([1, 0, 1]), scores([1, 0, 1]))
+    assert (found.difference, found.interval, found.p) == (0.0, None, 1.0)
+
+
+def test_scores_between_have_no_mcnemar():
+    assert compare("squad", scores([0.5, 0.2, 1]), scores([0.5, 0.9, 1])).p is None
+
+
+def test_questions_of_one_alone_are_left_out_and_counted():
+    found = compare("gsm8k", scores([1, 0, 1, 1]), {**scores([1, 1]), ("other", 0): 1.0})
+    assert (found.questions, found.left_out, found.a, found.b) == (2, 3, 0.5, 1.0)
+    with pytest.raises(ConfigError, match="no question in common"):
+        compare("gsm8k", scores([1]), {("other", 0): 1.0})
+
+
+def test_twice_the_same_comparison_is_the_same():
+    draw = np.random.default_rng(1)
+    a, b = scores(draw.random(90) < 0.5), scores(draw.random(90) < 0.6)
+    assert compare("gsm8k", a, b) == compare("gsm8k", a, b)
+
+
+@pytest.fixture
+def runs(tiny_settings):
+    folders = []
+    for name in ("one", "two"):
+        words = [word.replace("/results", f"/{name}") for word in tiny_settings if word != "eval=[]"]
+        assert run_exp.main([*words, "eval.gsm8k.max_new_tokens=2", "trainer.max_steps=1"]) == 0
+        folders.append(run_folder(words))
+    return folders
+
+
+def test_two_runs_are_compared(runs, capsys):
+    path = runs[1] / "eval/gsm8k/predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:3]:
+        row["completion"] = row["reference"]  # as if it were right
+    path.write_text(jsonl(rows))
+    capsys.readouterr()
+    assert command.main(["compare", *map(str, runs)]) == 0
+    told = capsys.readouterr().out
+    assert "gsm8k exact_match" in told
+    assert "+75.00%" in told
+    assert command.main(["compare", *map(str, runs), "gsm8k"]) == 0
+    assert command.main(["compare", str(runs[0] / "eval/gsm8k"), str(runs[1])]) == 0
+
+
+def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
+    def told(*words):
+        capsys.readouterr()
+        assert command.main(list(map(str, words))) == 2
+        return capsys.readouterr().err
+
+    assert "Unknown command compar: " in told("compar", *runs)
+    assert "python -m eval compare RUN_A RUN_B" in told("compare", runs[0])
+    both = told("compare", "/nope", tmp_path)
+    assert "Invalid path /nope: no such folder" in both
+    assert f"No answers in {tmp_path}" in both
+    assert f"No answers to squad in {runs[0]}" in told("compare", *runs, "squad")
+    (runs[1] / "eval/gsm8k/predictions.jsonl").write_text("{")
+    assert "Broken row" in told("compare", *runs)
+    assert command.main([]) == 0
+
+
+def test_rows_of_every_kind_have_scores(tmp_path):
+    row = {"index": 0, "prompt": "p", "reference": "#### 5", "completion": "5", "tokens": 1, "finished": True}
+    assert gsm8k.row_scores([row], gsm8k.Config(), tmp_path) == {("p", 0): 1.0}
+    assert squad.row_scores([row | {"answers": ["5 m"]}], squad.Config(), tmp_path) == {("p", 0): pytest.approx(2 / 3)}
+    rows = [{"index": i, "task_id": f"T/{i // 2}"} for i in range(4)]
+    (tmp_path / "outcomes.jsonl").write_text(jsonl({"index": i, "passed": i < 3} for i in range(4)))
+    assert humaneval.row_scores(rows, humaneval.Config(), tmp_path) == {"T/0": 1.0, "T/1": 0.5}
+    with pytest.raises(ConfigError, match="lacks outcomes"):
+        humaneval.row_scores([*rows, {"index": 4, "task_id": "T/2"}], humaneval.Config(), tmp_path)
+    assert comparing.RESAMPLES >= 1000
