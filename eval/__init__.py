@@ -12,6 +12,7 @@ An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...
     benchmark_rows(data_root, config)      the benchmark's own rows, for a model that no run describes; text alone
     row_scores(rows, config, folder)       {row: score} of the rows of a predictions.jsonl
     FIELDS                                 keys of such a row, and their types
+    GENERATES                              whether words are asked for, which every backend has; text alone
     OWN_ROWS                               whether a run asks the benchmark's own rows, not its data set's; text alone
     KIND                                   "text" or "image": of the data sets that it scores
     HEADLINE, SCORER_VERSION               the metric of tables; raised whenever the same answers score otherwise

@@ -19,16 +19,26 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 import eval as benchmarks
-from eval.backends import Backend, ImageBackend
+from eval.backends import Backend, Generator, ImageBackend
 from eval.backends.clip import CLIPBackend
 from eval.backends.hf import HFBackend
+from eval.backends.openai import Endpoint, OpenAIBackend
+from eval.backends.vllm import VLLMBackend
 from flatlora.checkpoint import weights_sha256
 from flatlora.clip import Classes
 from flatlora.config import ConfigError, ModelConfig, Section, TrainerConfig, nearest, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
 from flatlora.images import ImageRows, LabelledImages, check_images, read_images, read_listed
-from flatlora.models import autocast_dtype, choose_device, load_for_inference, load_image_processor
+from flatlora.models import (
+    autocast_dtype,
+    backbone_source,
+    choose_device,
+    load_for_inference,
+    load_image_processor,
+    model_of,
+)
 from flatlora.rows import Source, gather, read_jsonl, typed_columns
+from flatlora.starts import MOVED
 
 
 class Target(Section):
@@ -39,6 +49,28 @@ class Target(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: str | None = setting(None, min_length=1, remedy="name a folder")
     score_only: bool = setting(False, remedy="true scores answers that are there")
+    backend: Literal["hf", "vllm", "openai"] = setting("hf", remedy="hf is transformers in this process")
+    base_url: str | None = setting(None, min_length=1, remedy="name the endpoint of backend=openai, ending in /v1")
+    chat: bool = setting(False, remedy="true sends prompts as messages of a chat, for backend=openai")
+    concurrency: int = setting(8, ge=1, remedy="how many requests of backend=openai are under way at a time")
+    requests_per_minute: float | None = setting(None, gt=0, remedy="null sets no limit")
+    timeout: float = setting(300.0, gt=0, remedy="seconds for one request of backend=openai")
+
+    def rule_faults(self) -> list[str]:
+        faults, fields = [], type(self).model_fields
+        if self.backend == "openai" and self.base_url is None:
+            faults.append("Missing base_url: backend=openai asks an endpoint; base_url=http://HOST:PORT/v1 names it.")
+        if self.backend != "openai":
+            faults += [
+                f"Invalid {key}={getattr(self, key)} with backend={self.backend}: backend=openai reads it; drop it."
+                for key in ("base_url", "chat", "concurrency", "requests_per_minute", "timeout")
+                if getattr(self, key) != fields[key].default
+            ]
+        if self.backend != "hf" and self.device != "auto":
+            faults.append(
+                f"Invalid device={self.device} with backend={self.backend}: it has a device of its own; drop it."
+            )
+        return faults
 
 
 @dataclass(frozen=True)
@@ -93,10 +125,10 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     if not words or words[0].startswith("-") or "=" in words[0]:
         raise ConfigError([(module.__doc__ or "").strip()])
 
-    def locate() -> Place:
-        return _locate(words[0], benchmark)
-
     target, given, word_faults = _parse_words(module, words[1:])
+
+    def locate() -> Place:
+        return _locate(words[0], benchmark, served=target is not None and target.backend == "openai")
 
     def check_words() -> None:
         if word_faults:
@@ -121,7 +153,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     )
     if target.score_only:
         return module.score_file(folder / "predictions.jsonl", config)
-    return evaluate(benchmark, _load(place, device, config.batch_size, module.KIND), rows, folder, config)
+    return evaluate(benchmark, _backend(place, target, device, config.batch_size, module), rows, folder, config)
 
 
 def evaluate(
@@ -174,6 +206,7 @@ def _parse_words(module: ModuleType, words: Sequence[str]) -> tuple[Target | Non
     given = {key: value for key, value in values.items() if key not in Target.model_fields}
     try:
         target = Target.model_validate({key: value for key, value in values.items() if key not in given})
+        faults += target.rule_faults()
     except ValidationError as error:
         target = None
         faults += [_describe(Target, detail) for detail in error.errors()]
@@ -213,8 +246,11 @@ def _describe(cls: type[Section], detail: Mapping[str, Any]) -> str:
     return f"Invalid {key}={detail['input']!r}: {rule[0].lower()}{rule[1:]}" + (f"; {remedy}." if remedy else ".")
 
 
-def _locate(name: str, benchmark: str) -> Place:
+def _locate(name: str, benchmark: str, served: bool = False) -> Place:
+    """`served`: the name is one that an endpoint knows, whatever it looks like."""
     path = Path(name)
+    if served:
+        return Place(name)
     if not path.is_dir():
         if path.exists() or name.startswith((".", "/")) or name.count("/") > 1:
             raise ConfigError(
@@ -298,6 +334,11 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
     return Place(weights, run, model, trainer.autocast, settings, saved["dataset"], saved.get("data_root"))
 
 
+def _served(target: Target) -> str:
+    """Suffix of the output folder for another backend than the run's own."""
+    return "" if target.backend == "hf" else f"-backend={target.backend}"
+
+
 def _output_folder(
     name: str, target: Target, given: Mapping[str, Any], locate: Callable[[], Place], benchmark: str
 ) -> Path:
@@ -305,7 +346,8 @@ def _output_folder(
         return _writable(Path(target.out))
     place, path = locate(), Path(name)
     own = place.run / "eval" / benchmark if place.run else None
-    benchmark += _label(target, given, place.scored_with) + (_machine_label(target, place, own) if own else "")
+    benchmark += _label(target, given, place.scored_with) + _served(target)
+    benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
     if place.run is None:
         return _writable((path / "eval" / benchmark) if path.is_dir() else Path("results") / "eval" / path / benchmark)
     inside = path.resolve().relative_to(place.run.resolve()).parts
@@ -350,7 +392,7 @@ def _writable(folder: Path) -> Path:
 
 
 def _choose_device(target: Target) -> torch.device | None:
-    if target.score_only:
+    if target.score_only or target.backend != "hf":
         return None
     if target.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["Invalid device=cuda: torch sees no GPU here; use device=cpu or device=auto."])
@@ -419,6 +461,45 @@ def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[Labe
             [f"Invalid dataset in the run's config.yaml: {error} is missing; {_OTHER_VERSION}."]
         ) from error
     return read_images(source, **columns, data_root=data_root), dataset.get("test_rows")
+
+
+def _backend(
+    place: Place, target: Target, device: torch.device | None, batch_size: int, module: ModuleType
+) -> Backend | ImageBackend | Generator:
+    """Who answers.
+
+    Raises:
+        ConfigError: a backend that cannot do what the benchmark asks, or is not installed.
+    """
+    if target.backend == "hf":
+        return _load(place, device, batch_size, module.KIND)
+    if module.KIND == "image" or not module.GENERATES:
+        raise ConfigError(
+            [f"Invalid backend={target.backend}: it answers in words, and this benchmark weighs; use backend=hf."]
+        )
+    if target.backend == "openai":
+        endpoint = Endpoint(
+            target.base_url,
+            place.weights,
+            concurrency=target.concurrency,
+            requests_per_minute=target.requests_per_minute,
+            timeout_s=target.timeout,
+        )
+        return OpenAIBackend(endpoint, batch_size=max(batch_size, target.concurrency), chat=target.chat)
+    folder = Path(place.weights)
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    if adapter is not None and (folder / MOVED).is_file():
+        raise ConfigError(
+            [f"Invalid backend=vllm for {folder}: this checkpoint needs its run's start taken off; score the adapter/."]
+        )
+    model = place.model or model_of(place.weights)
+    return VLLMBackend(
+        place.weights if place.model and adapter is None else backbone_source(model),
+        adapter,
+        batch_size=batch_size,
+        dtype=model.dtype,
+        identity={"weights": weights_sha256(folder) if folder.is_dir() else place.weights},
+    )
 
 
 def _load(place: Place, device: torch.device, batch_size: int, kind: str) -> Backend | ImageBackend:

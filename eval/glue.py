@@ -23,6 +23,7 @@ from flatlora.config import ConfigError, Section, setting
 from flatlora.rows import prompt_text
 
 KIND = "text"
+GENERATES = False
 OWN_ROWS = False
 SCORER_VERSION = 1
 HEADLINE = "accuracy"

@@ -28,6 +28,7 @@ from flatlora.rows import Source, prompt_text, read_rows
 from flatlora.templates import prompt
 
 KIND = "text"
+GENERATES = True
 OWN_ROWS = False
 SCORER_VERSION = 1
 HEADLINE = "exact_match"

@@ -37,6 +37,7 @@ KIND = "text"
 SCORER_VERSION = 1
 HEADLINE = "pass@1"
 ROW_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "text")
+GENERATES = True
 OWN_ROWS = True  # asked of every model, whatever its data set
 FIELDS: predictions.Fields = {
     **predictions.GENERATED,

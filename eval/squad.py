@@ -20,6 +20,7 @@ from flatlora.config import ConfigError, Section, setting
 from flatlora.rows import Source, prompt_text, read_rows
 
 KIND = "text"
+GENERATES = True
 OWN_ROWS = False
 SCORER_VERSION = 1
 HEADLINE = "f1"

@@ -318,7 +318,7 @@ def load_for_inference(
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
     base = None
     if model_config is None:
-        model_config = _guess_model_config(_base_name(adapter) if adapter else path)
+        model_config = model_of(path)
     elif adapter is None:
         base = model_config
         # A whole model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
@@ -349,6 +349,12 @@ def _trained_classifier(path: str, base: CLIPImageClassifier, dtype: str) -> CLI
     if base.head == "text":
         model.class_embeddings, model.temperature = base.class_embeddings, base.temperature
     return model.to(base.device)
+
+
+def model_of(path: str) -> ModelConfig:
+    """The backbone of an adapter's folder, or the whole model of a folder or hub id, which no run describes."""
+    adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
+    return _guess_model_config(_base_name(adapter) if adapter else path)
 
 
 def _base_name(adapter: Path) -> str:

@@ -1,0 +1,127 @@
+"""Answers with vLLM in this process: the whole batch at once, an adapter by LoRARequest, nothing merged.
+
+vLLM pins its own torch and numba: it has an environment of its own, made by `make vllm`, in which the commands of
+`eval` run as in any other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.backends import Completion, Sampling
+from flatlora.config import ConfigError
+
+
+class VLLMBackend:
+    """Answers with a model that vLLM serves in this process.
+
+    Args:
+        weights: folder or hub id of the backbone, or of a whole model.
+        adapter: folder of a PEFT adapter on it.
+        dtype: of weights and products.
+        context: tokens of the longest prompt with its answer; None takes the model's own limit.
+
+    Raises:
+        ConfigError: vLLM is not installed here, or takes no such adapter.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        adapter: Path | None = None,
+        *,
+        batch_size: int,
+        dtype: str = "auto",
+        context: int | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                [
+                    "Invalid backend=vllm: vLLM is not installed in this environment; make vllm makes one that has it, "
+                    "and .venv-vllm/bin/python -m eval.NAME … backend=vllm uses it. backend=hf needs nothing."
+                ]
+            )
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        self.batch_size, self.identity = batch_size, identity or {}
+        lora = {}
+        self._adapter = None
+        if adapter is not None:
+            lora = {"enable_lora": True, "max_lora_rank": _rank_that_fits(_served_rank(adapter))}
+            self._adapter = LoRARequest("adapter", 1, str(adapter.resolve()))
+        self._dtype = dtype
+        self.llm = LLM(model=weights, dtype=dtype, max_model_len=context, seed=0, disable_log_stats=True, **lora)
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def describe(self) -> dict[str, Any]:
+        import vllm
+
+        return {
+            "backend": "vllm",
+            "version": vllm.__version__,
+            "dtype": self._dtype,
+            "batch_size": self.batch_size,
+            **self.identity,
+        }
+
+    def prompt_length(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt)["input_ids"])
+
+    def generate(
+        self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
+        from vllm import SamplingParams
+
+        drawn = [None] * len(prompts)
+        if seeds is not None and sampling.temperature:
+            drawn = [seed % (1 << 63) for seed in seeds]
+        options = [
+            SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p if sampling.temperature else 1.0,
+                stop=list(sampling.stop) or None,
+                seed=seed,
+            )
+            for seed in drawn
+        ]
+        asked = [{"prompt_token_ids": self.tokenizer(prompt)["input_ids"]} for prompt in prompts]
+        found = self.llm.generate(asked, options, lora_request=self._adapter, use_tqdm=False)
+        return [
+            Completion(one.outputs[0].text, len(one.outputs[0].token_ids), one.outputs[0].finish_reason == "stop")
+            for one in found
+        ]
+
+
+def _served_rank(adapter: Path) -> int:
+    """The largest rank of an adapter.
+
+    Raises:
+        ConfigError: vLLM's LoRA layers cannot compute it.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    fault = None
+    if config.get("use_dora"):
+        fault = "it is DoRA, whose magnitudes are no low-rank term"
+    elif config.get("modules_to_save"):
+        fault = f"it has whole modules ({', '.join(config['modules_to_save'])}) besides"
+    elif config.get("peft_type") != "LORA":
+        fault = f"its kind is {config.get('peft_type')}"
+    if fault:
+        raise ConfigError([f"Invalid backend=vllm for {adapter}: {fault}, which vLLM does not serve; use backend=hf."])
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def _rank_that_fits(rank: int) -> int:
+    """vLLM has layers for some ranks alone; a smaller adapter fits into a larger one."""
+    sizes = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    fitting = [size for size in sizes if size >= rank]
+    if not fitting:
+        raise ConfigError([f"Invalid backend=vllm: the adapter's rank is {rank}, and vLLM serves {sizes[-1]} at most."])
+    return fitting[0]

@@ -1,0 +1,234 @@
+"""The OpenAI backend against a server on loopback that misbehaves as told."""
+
+import itertools
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from eval.backends import Sampling
+from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
+from eval.command import main
+from flatlora.rows import jsonl
+
+pytest.importorskip("openai")
+
+
+class Server(ThreadingHTTPServer):
+    """Answers prompt "… N + M …" by the sum; `script` holds what to do with the next requests instead."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.seen, self.times, self.at_once, self.most_at_once = [], [], [], 0, 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with server.lock:
+            server.seen.append((self.path, body, dict(self.headers)))
+            server.times.append(time.monotonic())
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+            act = server.script.pop(0) if server.script else "answer"
+        time.sleep(0.02)
+        with server.lock:
+            server.at_once -= 1
+        if act == "hang":
+            time.sleep(2.0)
+            return
+        if act == "trickle":
+            self.send_response(200)
+            self.send_header("content-length", "100000")
+            self.end_headers()
+            for _ in range(100):
+                time.sleep(0.05)
+                try:
+                    self.wfile.write(b" ")
+                    self.wfile.flush()
+                except OSError:
+                    return
+            return
+        if act == "drop":
+            self.close_connection = True
+            self.connection.close()
+            return
+        status, content, headers = 200, None, {}
+        if isinstance(act, tuple):
+            status, headers = act
+            content = json.dumps({"error": {"message": f"status {status}"}})
+        elif act == "garbage":
+            content = "<html>no JSON"
+        elif act == "empty":
+            content = json.dumps({"id": "x", "object": "text_completion", "choices": []})
+        elif act == "null":
+            content = json.dumps({"choices": [{"text": None, "message": {"content": None}, "finish_reason": "stop"}]})
+        else:
+            prompt = body.get("prompt") or body["messages"][-1]["content"]
+            numbers = [int(word) for word in prompt.split() if word.isdigit()]
+            text = str(sum(numbers))
+            choice = {"index": 0, "finish_reason": "stop", "text": text}
+            choice["message"] = {"role": "assistant", "content": text}
+            content = json.dumps({"choices": [choice], "usage": {"completion_tokens": 1}})
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(content)))
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(content.encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def backend(server, chat=False, **changes):
+    options = {"first_wait_s": 0.01, "timeout_s": 1.0, **changes}
+    return OpenAIBackend(Endpoint(server.url, "served", **options), batch_size=8, chat=chat)
+
+
+PROMPTS = [f"{i} + 1" for i in range(12)]
+ANSWERS = [str(i + 1) for i in range(12)]
+GREEDY = Sampling(8)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_answers_come_in_order_and_requests_say_what_is_wanted(server, chat):
+    sampling = Sampling(8, temperature=0.8, top_p=0.95, stop=("\n",))
+    found = backend(server, chat).generate(PROMPTS, sampling, range(100, 112))
+    assert [one.text for one in found] == ANSWERS
+    assert all(one.finished and one.tokens == 1 for one in found)
+    path, body, _ = server.seen[0]
+    assert path == ("/v1/chat/completions" if chat else "/v1/completions")
+    assert {
+        "model": "served",
+        "max_tokens": 8,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "stop": ["\n"],
+    }.items() <= body.items()
+    assert {body["seed"] for _, body, _ in server.seen} == set(range(100, 112))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ["garbage", "empty", "null"],
+        [(429, {"retry-after": "0"}), (500, {}), (503, {})],
+        ["drop", "drop"],
+        ["hang"],
+        ["trickle"],
+        [(408, {}), (409, {}), (502, {}), "garbage", "drop"],
+    ],
+)
+def test_what_fails_for_a_moment_is_asked_again(server, script):
+    server.script = list(script)
+    found = backend(server, concurrency=1, timeout_s=0.5).generate(PROMPTS[:3], GREEDY)
+    assert [one.text for one in found] == ANSWERS[:3]
+    assert len(server.seen) == 3 + len(script)
+
+
+def test_a_server_that_says_when_is_asked_then(server):
+    server.script = [(429, {"retry-after": "0.4"})]
+    backend(server, concurrency=1).generate(PROMPTS[:1], GREEDY)
+    assert server.times[1] - server.times[0] >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("act", "tries", "reason"),
+    [
+        ((429, {}), 3, "failed 3 times, the last one: .*status 429"),
+        ("garbage", 3, "failed 3 times, the last one"),
+        ("hang", 2, "no whole answer within 0.3 s"),
+        ((401, {}), 1, "refuses served: .*status 401"),
+        ((404, {}), 1, "refuses served: .*status 404"),
+    ],
+)
+def test_what_keeps_failing_ends_with_its_reason(server, act, tries, reason):
+    server.script = [act] * 50
+    with pytest.raises(EndpointError, match=reason):
+        backend(server, concurrency=1, tries=tries, timeout_s=0.3).generate(PROMPTS[:1], GREEDY)
+    assert len(server.seen) == tries
+
+
+def test_nobody_at_home_is_told():
+    endpoint = Endpoint("http://127.0.0.1:9/v1", "m", tries=2, first_wait_s=0.01)
+    with pytest.raises(EndpointError, match="failed 2 times, the last one: Connection error"):
+        OpenAIBackend(endpoint, batch_size=1).generate(["1"], GREEDY)
+
+
+def test_no_more_are_under_way_than_allowed(server):
+    backend(server, concurrency=3).generate(PROMPTS, GREEDY)
+    assert 1 < server.most_at_once <= 3
+
+
+def test_the_rate_is_kept(server):
+    backend(server, requests_per_minute=600.0).generate(PROMPTS[:6], GREEDY)
+    gaps = [b - a for a, b in itertools.pairwise(sorted(server.times))]
+    assert sum(gaps) >= 0.45  # five gaps of a tenth of a second
+
+
+def test_the_key_comes_from_the_environment(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    one = backend(server)
+    one.generate(PROMPTS[:1], GREEDY)
+    headers = {name.lower(): value for name, value in server.seen[0][2].items()}
+    assert headers["authorization"] == "Bearer secret"
+    assert "secret" not in json.dumps(one.describe())
+
+
+def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(jsonl({"x": f"Q: {i} + 1 ?\nA: ", "y": f"#### {i + 1}"} for i in range(20)))
+    words = ["served", "backend=openai", f"base_url={server.url}", f"rows={rows}", f"out={tmp_path / 'out'}"]
+    words += ["concurrency=4", "batch_size=4", "timeout=2"]
+    server.script = ["answer"] * 9 + [(400, {})] * 4
+    assert main("gsm8k", words) == 1
+    assert "refuses served: " in (told := capsys.readouterr().err)
+    assert "the same command goes on with the answers that are missing" in told
+    asked = len(server.seen)
+    server.script = []
+    assert main("gsm8k", words) == 0
+    assert len(server.seen) - asked == 12  # two batches of four were whole
+    score = json.loads((tmp_path / "out/score.json").read_text())
+    assert score["metrics"]["exact_match"] == 1.0
+    assert json.loads((tmp_path / "out/generation.json").read_text())["backend"] == "openai"
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["backend=openai"], "Missing base_url"),
+        (["base_url=http://x/v1"], "Invalid base_url=http://x/v1 with backend=hf"),
+        (["concurrency=2"], "Invalid concurrency=2 with backend=hf"),
+        (["backend=vllm", "device=cpu"], "Invalid device=cpu with backend=vllm"),
+        (["backend=vllm"], "vLLM is not installed in this environment; make vllm makes one"),
+        (["backend=tgi"], "Invalid backend='tgi': input should be 'hf', 'vllm' or 'openai'"),
+    ],
+)
+def test_settings_of_backends_are_checked(words, fault, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(jsonl([{"x": "Q", "y": "#### 1"}]))
+    assert main("gsm8k", ["HuggingFaceTB/SmolLM2-135M-Instruct", f"rows={rows}", f"out={tmp_path / 'o'}", *words]) == 2
+    assert fault in capsys.readouterr().err
