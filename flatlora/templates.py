@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 Template = Literal["qa", "alpaca"]  # a data set may have "none" too: its rows are prompts as they are
@@ -22,3 +23,17 @@ def prompt(template: str, instruction: str, context: str = "") -> str:
             f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
         )
     return f"{_BEGINNING}. {_REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+def conversation(template: str, turns: Sequence[str], said: Sequence[str]) -> str:
+    """What a model is given to answer the last of several turns, each of the earlier ones with its answer.
+
+    Each turn stands as in training, x and a blank and the answer; the preamble of the Alpaca form comes once.
+    """
+    text = f"{prompt(template, turns[0])} "
+    for answer, turn in zip(said, turns[1:], strict=True):
+        following = prompt(template, turn)
+        if template == "alpaca":
+            following = following.removeprefix(f"{_BEGINNING}. {_REQUEST}\n\n")
+        text += f"{answer.strip()}\n\n{following} "
+    return text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+Messages = Sequence[Mapping[str, str]]  # [{"role", "content"}, …]
 
 
 class Completion(NamedTuple):
@@ -71,6 +73,12 @@ class Generator(Protocol):
         self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
         """One completion for each prompt, in order; `seeds`, one a prompt, decide what is drawn at a temperature."""
+        ...
+
+    def chat(
+        self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """One reply to each chat, in the form that the model's tokenizer has for chats."""
         ...
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from eval.backends import Completion, Sampling, cut_at
+from eval.backends import Completion, Messages, Sampling, cut_at
+from flatlora.config import ConfigError
 
 _IGNORED = -100  # label of a place without an answer's token
 
@@ -54,11 +55,25 @@ class HFBackend:
     def prompt_length(self, prompt: str) -> int:
         return len(self.tokenizer(prompt)["input_ids"])
 
-    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        batch = self.tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(self.device)
+        return self._generate([self.tokenizer(prompt)["input_ids"] for prompt in prompts], sampling, seeds)
+
+    def chat(
+        self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """One reply to each chat.
+
+        Raises:
+            ConfigError: the tokenizer has no form for chats.
+        """
+        return self._generate(chat_ids(self.tokenizer, chats), sampling, seeds)
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
+        input_ids = self._padded(prompts, left=True, fill=self.tokenizer.pad_token_id)
+        mask = self._padded([[1] * len(ids) for ids in prompts], left=True, fill=0)
         greedy = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,  # the draw is made by the processor below: its largest score is the drawn token
@@ -70,13 +85,13 @@ class HFBackend:
         )
         with self._autocast(), _without_own_generation_config(self.model):
             output = self.model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                input_ids=input_ids,
+                attention_mask=mask,
                 generation_config=greedy,
                 logits_processor=LogitsProcessorList([SeededDraw(sampling, seeds)] if sampling.temperature else []),
                 tokenizer=self.tokenizer if sampling.stop else None,
             )
-        start = 1 if self.model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        start = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
         return [self._completion(ids, sampling.stop) for ids in output[:, start:].tolist()]
 
     def first_token(self, choice: str) -> int:
@@ -155,6 +170,20 @@ class HFBackend:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages]) -> list[list[int]]:
+    """Token ids of chats that wait for a reply.
+
+    Raises:
+        ConfigError: the tokenizer has no form for chats.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(
+            [f"Invalid template=chat: {tokenizer.name_or_path}'s tokenizer has no form for chats; use alpaca or qa."]
+        )
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True}
+    return [tokenizer.apply_chat_template(list(chat), **options)["input_ids"] for chat in chats]
 
 
 class SeededDraw(LogitsProcessor):

@@ -15,10 +15,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.backends import Completion, Sampling, cut_at
+from eval.backends import Completion, Messages, Sampling, cut_at
 from flatlora.config import ConfigError
 
-Messages = Sequence[Mapping[str, str]]  # [{"role", "content"}, …]
 _LONGEST_WAIT_S = 60.0
 
 

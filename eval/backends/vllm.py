@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.backends import Completion, Sampling
+from eval.backends import Completion, Messages, Sampling
+from eval.backends.hf import chat_ids
 from flatlora.config import ConfigError
 
 
@@ -76,6 +77,19 @@ class VLLMBackend:
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
+        return self._generate([self.tokenizer(prompt)["input_ids"] for prompt in prompts], sampling, seeds)
+
+    def chat(
+        self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """One reply to each chat.
+
+        Raises:
+            ConfigError: the tokenizer has no form for chats.
+        """
+        return self._generate(chat_ids(self.tokenizer, chats), sampling, seeds)
+
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
         from vllm import SamplingParams
 
         drawn = [None] * len(prompts)
@@ -91,7 +105,7 @@ class VLLMBackend:
             )
             for seed in drawn
         ]
-        asked = [{"prompt_token_ids": self.tokenizer(prompt)["input_ids"]} for prompt in prompts]
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
         found = self.llm.generate(asked, options, lora_request=self._adapter, use_tqdm=False)
         return [
             Completion(one.outputs[0].text, len(one.outputs[0].token_ids), one.outputs[0].finish_reason == "stop")

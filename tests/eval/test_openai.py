@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -12,87 +9,9 @@ from eval.backends import Sampling
 from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
 from eval.command import main
 from flatlora.rows import jsonl
+from tests.loopback import Server
 
 pytest.importorskip("openai")
-
-
-class Server(ThreadingHTTPServer):
-    """Answers prompt "… N + M …" by the sum; `script` holds what to do with the next requests instead."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.seen, self.times, self.at_once, self.most_at_once = [], [], [], 0, 0
-        self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        with server.lock:
-            server.seen.append((self.path, body, dict(self.headers)))
-            server.times.append(time.monotonic())
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
-            act = server.script.pop(0) if server.script else "answer"
-        time.sleep(0.02)
-        with server.lock:
-            server.at_once -= 1
-        if act == "hang":
-            time.sleep(2.0)
-            return
-        if act == "trickle":
-            self.send_response(200)
-            self.send_header("content-length", "100000")
-            self.end_headers()
-            for _ in range(100):
-                time.sleep(0.05)
-                try:
-                    self.wfile.write(b" ")
-                    self.wfile.flush()
-                except OSError:
-                    return
-            return
-        if act == "drop":
-            self.close_connection = True
-            self.connection.close()
-            return
-        status, content, headers = 200, None, {}
-        if isinstance(act, tuple):
-            status, headers = act
-            content = json.dumps({"error": {"message": f"status {status}"}})
-        elif act == "garbage":
-            content = "<html>no JSON"
-        elif act == "empty":
-            content = json.dumps({"id": "x", "object": "text_completion", "choices": []})
-        elif act == "null":
-            content = json.dumps({"choices": [{"text": None, "message": {"content": None}, "finish_reason": "stop"}]})
-        else:
-            prompt = body.get("prompt") or body["messages"][-1]["content"]
-            numbers = [int(word) for word in prompt.split() if word.isdigit()]
-            text = str(sum(numbers))
-            choice = {"index": 0, "finish_reason": "stop", "text": text}
-            choice["message"] = {"role": "assistant", "content": text}
-            content = json.dumps({"choices": [choice], "usage": {"completion_tokens": 1}})
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("content-length", str(len(content)))
-        self.send_header("content-type", "application/json")
-        self.end_headers()
-        self.wfile.write(content.encode())
-
-    def log_message(self, *arguments):
-        pass
 
 
 @pytest.fixture

@@ -1,0 +1,416 @@
+"""MT-Bench (Zheng et al. 2023): 80 questions of two turns, each answer rated from 1 to 10 by a judge model.
+
+    python -m eval.mt_bench PATH judge=NAME judge_url=http://HOST:PORT/v1 folder=DIR [key=value ...]
+
+PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: judge, judge_url, judge_key (the
+environment variable with the key), judge_concurrency, judge_rpm, judge_tries, template (alpaca, qa, none, or chat for
+the tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size, device, backend, out=DIR, score_only=true.
+
+DIR (or data_root/HuggingFaceH4/mt_bench) holds FastChat's own files: question.jsonl, judge_prompts.jsonl and
+reference_gpt-4.jsonl. Single-answer grading with the official prompts; math, reasoning and coding are judged against
+the reference answers. Temperatures are FastChat's, by category; `greedy=true` takes none. A reply without a rating is
+asked for again; what stays without one is counted apart and never as a zero. A score means nothing without its judge:
+its name and the day stand beside it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from eval import predictions
+from eval.backends import Completion, Generator, Sampling
+from eval.backends.openai import Endpoint, OpenAIBackend
+from flatlora.config import ConfigError, Section, setting
+from flatlora.console import counting
+from flatlora.files import write_atomic, write_json
+from flatlora.rows import gather, jsonl, read_jsonl, typed_columns
+from flatlora.templates import conversation
+
+KIND = "text"
+GENERATES = True
+OWN_ROWS = True
+SCORER_VERSION = 1
+HEADLINE = "rating"
+ROW_COLUMNS = {"question_id": "int", "category": "text", "turns": "any", "reference": "any"}
+FIELDS: predictions.Fields = {
+    "index": int,
+    "question_id": int,
+    "category": str,
+    "turns": list,
+    "answers": list,
+    "tokens": list,
+    "finished": list,
+}
+_WITH_REFERENCE = ("math", "reasoning", "coding")
+_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; 0 for the others
+_PROMPTS = {  # (turn, with a reference) → name in judge_prompts.jsonl
+    (1, False): "single-v1",
+    (1, True): "single-math-v1",
+    (2, False): "single-v1-multi-turn",
+    (2, True): "single-math-v1-multi-turn",
+}
+_JUDGE_TOKENS = 2048
+
+
+class Config(Section):
+    judge: str = setting(min_length=1, remedy="name the model that rates, as its endpoint knows it")
+    judge_url: str = setting(min_length=1, remedy="name its OpenAI-compatible endpoint, ending in /v1")
+    judge_key: str = setting("OPENAI_API_KEY", min_length=1, remedy="name the environment variable that holds the key")
+    judge_concurrency: int = setting(8, ge=1)
+    judge_rpm: float | None = setting(None, gt=0, remedy="null sets no limit of requests a minute")
+    judge_tries: int = setting(3, ge=1, remedy="how often a judge is asked that gives no rating")
+    folder: str | None = setting(None, min_length=1, remedy="name the folder with question.jsonl")
+    template: Literal["alpaca", "qa", "none", "chat"] = "alpaca"
+    greedy: bool = False
+    seed: int = setting(42, ge=0, le=2**32 - 1)
+    max_new_tokens: int = setting(1024, ge=1)
+    max_rows: int | None = setting(None, ge=1, remedy="null asks all 80 questions")
+    batch_size: int = setting(16, ge=1, remedy="lower it when memory runs out")
+
+
+def parse_rating(reply: str) -> float | None:
+    """The rating in "[[5]]", or in "[5]" where there is none of those; None when there is none from 1 to 10."""
+    for pattern in (r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", r"\[\s*(\d+(?:\.\d+)?)\s*\]"):
+        if found := re.search(pattern, reply):
+            rating = float(found[1])
+            return rating if 1 <= rating <= 10 else None
+    return None
+
+
+def score(rows: Sequence[dict[str, Any]], judgments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean rating over all answers, by turn and by category.
+
+    Args:
+        rows: {"question_id", "category"} each.
+        judgments: {"question_id", "turn", "rating"}; a rating of None is counted apart.
+    """
+    categories = {row["question_id"]: row["category"] for row in rows}
+
+    def mean(found: list[float]) -> float | None:
+        return sum(found) / len(found) if found else None
+
+    rated = [one for one in judgments if one["rating"] is not None]
+    metrics: dict[str, Any] = {"n": len(rows), HEADLINE: mean([one["rating"] for one in rated])}
+    for turn in (1, 2):
+        metrics[f"turn_{turn}"] = mean([one["rating"] for one in rated if one["turn"] == turn])
+    for category in dict.fromkeys(categories.values()):
+        metrics[category] = mean([one["rating"] for one in rated if categories[one["question_id"]] == category])
+    metrics["unrated"] = len(judgments) - len(rated)
+    return {"scorer": f"mt_bench/{SCORER_VERSION}", "n": len(rows), "metrics": metrics}
+
+
+def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
+    """{(question, turn): rating}, as judgments.jsonl has them; unrated ones are left out."""
+    known = {row["question_id"] for row in rows}
+    return {
+        (one["question_id"], one["turn"]): float(one["rating"])
+        for one in read_jsonl(folder / "judgments.jsonl")
+        if one["question_id"] in known and one["rating"] is not None
+    }
+
+
+def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
+    """See to it that every question has two turns, and a reference where its category is judged by one.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    for number, row in enumerate(rows, start=1):
+        problem = None
+        if not _two_texts(row["turns"]):
+            problem = "two turns are needed"
+        elif row["category"] in _WITH_REFERENCE and not _two_texts(row["reference"]):
+            problem = f"{row['category']} is judged against reference answers, and it has none"
+        if problem:
+            raise ConfigError([f"Invalid question in {source}, row {number}: {problem}; mend it, or leave it out."])
+
+
+def _two_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def run(
+    backend: Generator,
+    rows: Sequence[dict[str, Any]],
+    folder: Path,
+    config: Config,
+    *,
+    on_progress: predictions.OnProgress | None = None,
+) -> dict[str, Any]:
+    """Answer both turns, have them judged, score: predictions.jsonl, judgments.jsonl, score.json and radar.png."""
+    rows = rows[: config.max_rows]
+    prompts = judge_prompts(Path(rows[0]["folder"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "judge_prompts.json", prompts)  # what scores later needs nothing else
+
+    def answer(batch: list[int]) -> list[dict[str, Any]]:
+        first = _answers(backend, [rows[i] for i in batch], [[]] * len(batch), config)
+        second = _answers(backend, [rows[i] for i in batch], [[one.text] for one in first], config)
+        return [
+            {
+                "answers": [one.text, two.text],
+                "tokens": [one.tokens, two.tokens],
+                "finished": [one.finished, two.finished],
+            }
+            for one, two in zip(first, second, strict=True)
+        ]
+
+    path = predictions.collect(
+        [
+            {
+                "question_id": row["question_id"],
+                "category": row["category"],
+                "turns": row["turns"],
+                "reference": row["reference"],
+            }
+            for row in rows
+        ],
+        answer,
+        folder,
+        fields=FIELDS,
+        lengths=predictions.prompt_lengths(backend, [row["turns"][0] for row in rows]),
+        batch_size=backend.batch_size,
+        settings={
+            **backend.describe(),
+            "template": config.template,
+            "greedy": config.greedy,
+            "seed": config.seed,
+            "max_new_tokens": config.max_new_tokens,
+        },
+        on_progress=on_progress,
+    )
+    return score_file(path, config)
+
+
+def _answers(
+    backend: Any, rows: Sequence[dict[str, Any]], said: Sequence[list[str]], config: Config
+) -> list[Completion]:
+    """The next answer of each conversation; rows of one temperature are asked together."""
+    found: dict[int, Completion] = {}
+    temperatures = [0.0 if config.greedy else _TEMPERATURES.get(row["category"], 0.0) for row in rows]
+    for temperature in dict.fromkeys(temperatures):
+        places = [place for place, one in enumerate(temperatures) if one == temperature]
+        stop = () if config.template == "chat" else ("\n### Instruction:", "\nQ: ")
+        sampling = Sampling(config.max_new_tokens, temperature, stop=stop)
+        seeds = [_seed(config.seed, rows[place]["question_id"], len(said[place])) for place in places]
+        turns = [(rows[place]["turns"][: len(said[place]) + 1], said[place]) for place in places]
+        if config.template == "chat":
+            answered = backend.chat([_messages(*one) for one in turns], sampling, seeds)
+        else:
+            answered = backend.generate([conversation(config.template, *one) for one in turns], sampling, seeds)
+        found |= dict(zip(places, answered, strict=True))
+    return [found[place] for place in range(len(rows))]
+
+
+def _messages(turns: Sequence[str], said: Sequence[str]) -> list[dict[str, str]]:
+    told = [{"role": "user", "content": turns[0]}]
+    for answer, turn in zip(said, turns[1:], strict=True):
+        told += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
+    return told
+
+
+def _seed(seed: int, question: int, turn: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{question}/{turn}".encode()).digest()[:6], "little")
+
+
+def score_file(path: Path, config: Config) -> dict[str, Any]:
+    """Have the answers of a finished predictions.jsonl judged, and score them. Answers that have a judgment keep it.
+
+    Raises:
+        ConfigError: the file, or the judge's prompts beside it, are not there or broken.
+        EndpointError: the judge cannot be asked; what it has said is kept.
+    """
+    rows = predictions.read(path, FIELDS)
+    try:
+        prompts = json.loads(path.with_name("judge_prompts.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            [f"Broken file {path.with_name('judge_prompts.json')}: {error}; generate anew (leave out score_only=true)."]
+        ) from error
+    judgments = _judge(rows, prompts, config, path.with_name("judgments.jsonl"))
+    result = score(rows, judgments)
+    result["judge"] = config.judge
+    result["judged"] = sorted({one["day"] for one in judgments})
+    write_json(path.with_name("score.json"), result)
+    plot_categories({config.judge: result["metrics"]}, rows, path.with_name("radar.png"))
+    return result
+
+
+def _judge(
+    rows: Sequence[dict[str, Any]], prompts: Mapping[str, Any], config: Config, path: Path
+) -> list[dict[str, Any]]:
+    """Judgments of both turns of each row: what `path` has, and what the judge says of the others."""
+    wanted = {}
+    for row in rows:
+        for turn in (1, 2):
+            system, text, name = judge_request(row, turn, prompts)
+            about = {"question_id": row["question_id"], "turn": turn}
+            key = hashlib.sha256(json.dumps([config.judge, *about.values(), system, text]).encode()).hexdigest()
+            wanted[key] = {**about, "prompt": name, "system": system, "text": text}
+    known = {one["key"]: one for one in _judgments(path) if one["key"] in wanted}
+    left = [key for key in wanted if key not in known or known[key]["rating"] is None]
+    endpoint = Endpoint(
+        config.judge_url,
+        config.judge,
+        config.judge_key,
+        concurrency=config.judge_concurrency,
+        requests_per_minute=config.judge_rpm,
+    )
+    judge = OpenAIBackend(endpoint, batch_size=config.judge_concurrency)
+    with counting(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
+        for start in range(0, len(left), judge.batch_size):
+            batch = left[start : start + judge.batch_size]
+            for one in _ratings(judge, batch, wanted, config):
+                known[one["key"]] = one
+                file.write(jsonl([one]))
+            file.flush()
+            advance(len(batch))
+    found = [known[key] for key in wanted]
+    write_atomic(path, jsonl(found))
+    return found
+
+
+def _ratings(
+    judge: OpenAIBackend, keys: Sequence[str], wanted: Mapping[str, Mapping[str, Any]], config: Config
+) -> list[dict[str, Any]]:
+    """A judgment of each; those without a rating are asked for again, up to `judge_tries` times."""
+    replies: dict[str, tuple[str, int]] = {}
+    left = list(keys)
+    for attempt in range(1, config.judge_tries + 1):
+        chats = [
+            [{"role": "system", "content": wanted[key]["system"]}, {"role": "user", "content": wanted[key]["text"]}]
+            for key in left
+        ]
+        # The first try is greedy, as the official one is; asked again, a greedy judge would say the same.
+        sampling = Sampling(_JUDGE_TOKENS, 0.0 if attempt == 1 else 0.7)
+        for key, reply in zip(left, judge.chat(chats, sampling, [attempt] * len(left)), strict=True):
+            replies[key] = reply.text, attempt
+        left = [key for key in left if parse_rating(replies[key][0]) is None]
+        if not left:
+            break
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return [
+        {
+            **{name: wanted[key][name] for name in ("question_id", "turn", "prompt")},
+            "reply": replies[key][0],
+            "rating": parse_rating(replies[key][0]),
+            "judge": config.judge,
+            "day": day,
+            "tries": replies[key][1],
+            "key": key,
+        }
+        for key in keys
+    ]
+
+
+def _judgments(path: Path) -> list[dict[str, Any]]:
+    """What an earlier call was told, its last line torn perhaps."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            if {"key", "rating", "question_id", "turn", "day"} <= row.keys():
+                found.append(row)
+        except (ValueError, AttributeError):
+            continue
+    return found
+
+
+def judge_request(row: Mapping[str, Any], turn: int, prompts: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(system prompt, request, the official prompt's name) for one turn of an answered question."""
+    reference = row.get("reference") if row["category"] in _WITH_REFERENCE else None
+    name = _PROMPTS[turn, reference is not None]
+    values = {
+        "question": row["turns"][0],
+        "answer": row["answers"][0],
+        "question_1": row["turns"][0],
+        "answer_1": row["answers"][0],
+        "question_2": row["turns"][1],
+        "answer_2": row["answers"][1],
+        **({"ref_answer_1": reference[0], "ref_answer_2": reference[1]} if reference else {}),
+    }
+    # By hand, not str.format: an answer may hold braces of its own, and so may a reference.
+    text = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), prompts[name]["prompt_template"])
+    return prompts[name]["system_prompt"], text, name
+
+
+def judge_prompts(folder: Path) -> dict[str, dict[str, str]]:
+    """{name: {"system_prompt", "prompt_template"}} of the official prompts for single answers.
+
+    Raises:
+        ConfigError: the file or one of the four is missing.
+    """
+    path = folder / "judge_prompts.jsonl"
+    columns = {"name": "text", "system_prompt": "text", "prompt_template": "text"}
+    found = {row["name"]: row for row in typed_columns(read_jsonl(path), columns, str(path))}
+    missing = [name for name in _PROMPTS.values() if name not in found]
+    if missing:
+        raise ConfigError([f"Missing prompt {', '.join(missing)} in {path}; fetch FastChat's file again."])
+    return {name: {key: found[name][key] for key in list(columns)[1:]} for name in _PROMPTS.values()}
+
+
+def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
+    """The questions, with their reference answers.
+
+    Raises:
+        ConfigError: files are missing or broken; every fault at once.
+    """
+    if config.folder is None and data_root is None:
+        raise ConfigError(
+            [
+                "Missing folder: MT-Bench's questions are on no hub as FastChat has them; put its question.jsonl, "
+                "judge_prompts.jsonl and reference_gpt-4.jsonl in one folder, and name it: folder=DIR "
+                "(eval.mt_bench.folder=DIR)."
+            ]
+        )
+    folder = Path(config.folder) if config.folder else Path(str(data_root)) / "HuggingFaceH4" / "mt_bench"
+    questions, references, _ = gather(
+        lambda: _read(folder / "question.jsonl", {"question_id": "int", "category": "text", "turns": "any"}),
+        lambda: _read(folder / "reference_gpt-4.jsonl", {"question_id": "int", "choices": "any"}),
+        lambda: judge_prompts(folder),
+    )
+    answers = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+    return [{**row, "reference": answers.get(row["question_id"]), "folder": str(folder)} for row in questions]
+
+
+def _read(path: Path, columns: dict[str, Any]) -> list[dict[str, Any]]:
+    return typed_columns(read_jsonl(path), columns, str(path))
+
+
+def plot_categories(metrics: Mapping[str, Mapping[str, Any]], rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A radar of the mean rating in each category, one line for each entry of `metrics`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    categories = list(dict.fromkeys(row["category"] for row in rows))
+    angles = np.linspace(0, 2 * np.pi, len(categories), endpoint=False)
+    figure, axes = plt.subplots(figsize=(6, 6), subplot_kw={"projection": "polar"})
+    for label, found in metrics.items():
+        values = [found[category] if found[category] is not None else np.nan for category in categories]
+        axes.plot([*angles, angles[0]], [*values, values[0]], marker="o", label=f"judged by {label}")
+        axes.fill([*angles, angles[0]], [*values, values[0]], alpha=0.15)
+    axes.set_xticks(angles, categories)
+    axes.set_ylim(0, 10)
+    axes.set_yticks(range(2, 11, 2))
+    axes.set_rlabel_position(180 / max(1, len(categories)))
+    axes.tick_params(axis="x", pad=12)
+    axes.set_title("MT-Bench, mean rating by category", pad=24)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    from eval.command import main
+
+    sys.exit(main("mt_bench", sys.argv[1:]))

@@ -1,0 +1,264 @@
+"""MT-Bench: what is asked, what a judge's reply is worth, a judge that misbehaves, and a resumed evaluation."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import run_exp
+from eval import mt_bench
+from eval.backends import Completion
+from eval.command import main
+from flatlora.config import ConfigError
+from flatlora.rows import jsonl
+from flatlora.templates import conversation
+from tests.conftest import Killed, run_folder
+from tests.loopback import Server
+
+pytest.importorskip("openai")
+CATEGORIES = ("writing", "math", "coding", "stem")
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Four questions with FastChat's columns, and prompts with its names and placeholders."""
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    questions = [
+        {"question_id": 81 + i, "category": category, "turns": [f"First {i}?", f"Then {{question}} {i}?"]}
+        for i, category in enumerate(CATEGORIES)
+    ]
+    references = [
+        {"question_id": 81 + i, "answer_id": "a", "model_id": "gpt-4", "choices": [{"index": 0, "turns": ["R1", "R2"]}]}
+        for i in (1, 2)
+    ]
+    prompts = {
+        "single-v1": "Q {question} A {answer}",
+        "single-math-v1": "Q {question} R {ref_answer_1} A {answer}",
+        "single-v1-multi-turn": "{question_1} {answer_1} {question_2} {answer_2}",
+        "single-math-v1-multi-turn": "{question_1} {ref_answer_1} {question_2} {ref_answer_2} | {answer_1} {answer_2}",
+    }
+    (folder / "question.jsonl").write_text(jsonl(questions))
+    (folder / "reference_gpt-4.jsonl").write_text(jsonl(references))
+    (folder / "judge_prompts.jsonl").write_text(
+        jsonl(
+            {"name": n, "type": "single", "system_prompt": f"S {n}", "prompt_template": t} for n, t in prompts.items()
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def judge():
+    server = Server(lambda prompt: "Good.\nRating: [[7]]")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def config(judge, bench, **changes):
+    return mt_bench.Config(judge="judge", judge_url=judge.url, folder=str(bench), judge_concurrency=1, **changes)
+
+
+class Echo:
+    """Answers with the number of times it was asked and what its temperature was."""
+
+    batch_size = 2
+
+    def __init__(self):
+        self.asked = []
+
+    def describe(self):
+        return {"backend": "echo"}
+
+    def prompt_length(self, prompt):
+        return len(prompt)
+
+    def generate(self, prompts, sampling, seeds=None):
+        self.asked += [(prompt, sampling.temperature, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return [Completion(f"said {len(prompt)}", 2, True) for prompt in prompts]
+
+
+def test_both_turns_are_asked_and_judged(tmp_path, bench, judge):
+    backend, settings = Echo(), config(judge, bench)
+    rows = mt_bench.benchmark_rows(None, settings)
+    mt_bench.check_rows(rows, "here", settings)
+    result = mt_bench.run(backend, rows, tmp_path / "out", settings)
+    metrics = result["metrics"]
+    assert metrics == {
+        "n": 4,
+        "rating": 7.0,
+        "turn_1": 7.0,
+        "turn_2": 7.0,
+        **dict.fromkeys(CATEGORIES, 7.0),
+        "unrated": 0,
+    }
+    assert result["judge"] == "judge"
+    assert len(result["judged"]) == 1
+    assert {prompt.count("### Instruction:") for prompt, *_ in backend.asked} == {1, 2}
+    temperatures = {prompt.split("First ")[1][0]: temperature for prompt, temperature, _ in backend.asked}
+    assert temperatures == {"0": 0.7, "1": 0.0, "2": 0.0, "3": 0.1}
+    assert len({seed for *_, seed in backend.asked}) == 8
+    asked = [body["messages"] for _, body, _ in judge.seen]
+    assert [messages[0]["content"] for messages in asked[:4]] == [
+        "S single-v1",
+        "S single-v1-multi-turn",
+        "S single-math-v1",
+        "S single-math-v1-multi-turn",
+    ]
+    assert asked[0][1]["content"].startswith("Q First 0? A said ")
+    assert "Then {question} 0?" in asked[1][1]["content"]  # braces of a question are left alone
+    assert asked[2][1]["content"].startswith("Q First 1? R R1 A said ")
+    assert {body["temperature"] for _, body, _ in judge.seen} == {0.0}
+    assert (tmp_path / "out/radar.png").stat().st_size > 10_000
+
+
+def test_greedy_takes_no_temperature(tmp_path, bench, judge):
+    backend = Echo()
+    settings = config(judge, bench, greedy=True, max_rows=1)
+    mt_bench.run(backend, mt_bench.benchmark_rows(None, settings), tmp_path, settings)
+    assert {temperature for _, temperature, _ in backend.asked} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("Rating: [[5]]", 5.0),
+        ("[[ 7.5 ]] I say", 7.5),
+        ("first [[3]] then [[9]]", 3.0),
+        ("Rating: [6]", 6.0),
+        ("[[10]]", 10.0),
+        ("[[11]]", None),
+        ("[[0]]", None),
+        ("Rating: 8/10", None),
+        ("[[rating]]", None),
+        ("", None),
+        ("see [1] and then [[4]]", 4.0),
+        ("[[-3]]", None),
+    ],
+)
+def test_ratings_are_read(reply, rating):
+    assert mt_bench.parse_rating(reply) == rating
+
+
+def test_a_judge_without_a_rating_is_asked_again_and_then_counted_apart(tmp_path, bench, judge):
+    settings = config(judge, bench, max_rows=1, judge_tries=3)
+    rows = mt_bench.benchmark_rows(None, settings)
+    judge.script = [{"say": "no rating"}, {"say": "[[4]]"}, *[{"say": "I would rather not"}] * 3]
+    result = mt_bench.run(Echo(), rows, tmp_path, settings)
+    assert result["metrics"] | {} == {
+        "n": 1,
+        "rating": 4.0,
+        "turn_1": 4.0,
+        "turn_2": None,
+        "writing": 4.0,
+        "unrated": 1,
+    }
+    assert [body["temperature"] for _, body, _ in judge.seen] == [0.0, 0.7, 0.0, 0.7, 0.7]
+    told = [json.loads(line) for line in (tmp_path / "judgments.jsonl").read_text().splitlines()]
+    assert [(one["rating"], one["tries"]) for one in told] == [(4.0, 2), (None, 3)]
+    again = mt_bench.score_file(tmp_path / "predictions.jsonl", settings)  # only the one without a rating is asked for
+    assert len(judge.seen) == 6
+    assert again["metrics"]["turn_2"] == 7.0
+
+
+@pytest.mark.parametrize("act", ["hang", "garbage", "empty", "drop", (429, {"retry-after": "0"}), (500, {}), "null"])
+def test_a_judge_that_misbehaves_is_asked_again(tmp_path, bench, judge, act, monkeypatch):
+    monkeypatch.setattr(mt_bench, "Endpoint", lambda *a, **k: quick(mt_bench_endpoint(*a, **k)))
+    settings = config(judge, bench, max_rows=1)
+    judge.script = [act]
+    result = mt_bench.run(Echo(), mt_bench.benchmark_rows(None, settings), tmp_path, settings)
+    assert result["metrics"]["rating"] == 7.0
+    assert len(judge.seen) == 3
+
+
+mt_bench_endpoint = mt_bench.Endpoint
+
+
+def quick(endpoint):
+    from dataclasses import replace
+
+    return replace(endpoint, first_wait_s=0.01, timeout_s=0.5)
+
+
+def test_a_judge_that_ends_on_the_way_leaves_what_it_said(tmp_path, bench, judge):
+    settings = config(judge, bench)
+    rows = mt_bench.benchmark_rows(None, settings)
+    judge.script = [{"say": "[[2]]"}] * 3 + [(401, {})]
+    with pytest.raises(OSError, match="refuses judge"):
+        mt_bench.run(Echo(), rows, tmp_path, settings)
+    kept = (tmp_path / "judgments.jsonl").read_text()
+    assert kept.count("\n") == 3
+    (tmp_path / "judgments.jsonl").write_text(kept + '{"key": "torn')
+    backend = Echo()
+    result = mt_bench.run(backend, rows, tmp_path, settings)
+    assert backend.asked == []
+    assert result["metrics"]["rating"] == (3 * 2 + 5 * 7) / 8
+    assert len(judge.seen) == 9
+
+
+def test_killed_and_resumed_is_never_killed(tmp_path, bench, judge):
+    settings = config(judge, bench)
+    rows = mt_bench.benchmark_rows(None, settings)
+    whole = mt_bench.run(Echo(), rows, tmp_path / "whole", settings)
+
+    def die(done, total, newest):
+        if newest:
+            raise Killed
+
+    with pytest.raises(Killed):
+        mt_bench.run(Echo(), rows, tmp_path / "killed", settings, on_progress=die)
+    backend = Echo()
+    assert mt_bench.run(backend, rows, tmp_path / "killed", settings) == whole
+    assert len(backend.asked) == 4
+    same = [tmp_path / name / "predictions.jsonl" for name in ("whole", "killed")]
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+def test_conversations_stand_as_in_training():
+    turns, said = ["One?", "Two?"], ["It is 1. "]
+    alpaca = conversation("alpaca", turns, said)
+    assert alpaca.startswith("Below is an instruction")
+    assert alpaca.endswith("### Response:\n It is 1.\n\n### Instruction:\nTwo?\n\n### Response:\n ")
+    assert alpaca.count("Below is") == 1
+    assert conversation("qa", turns, said) == "Q: One?\nA:  It is 1.\n\nQ: Two?\nA:  "
+    assert conversation("qa", turns[:1], []) == "Q: One?\nA:  "
+
+
+def test_bad_files_are_faults(tmp_path, bench, judge):
+    def faults(**changes):
+        settings = config(judge, bench).model_copy(update=changes)
+
+        def read():
+            mt_bench.check_rows(mt_bench.benchmark_rows(None, settings), "here", settings)
+
+        with pytest.raises(ConfigError) as caught:
+            read()
+        return caught.value.faults
+
+    assert "Missing folder: MT-Bench's questions" in faults(folder=None)[0]
+    assert len(faults(folder=str(tmp_path / "nope"))) == 3
+    text = (bench / "judge_prompts.jsonl").read_text()
+    (bench / "judge_prompts.jsonl").write_text(text.splitlines()[0] + "\n")
+    assert "Missing prompt single-math-v1, single-v1-multi-turn" in faults()[0]
+    (bench / "judge_prompts.jsonl").write_text(text)
+    (bench / "reference_gpt-4.jsonl").write_text(jsonl([{"question_id": 1, "choices": [{"turns": ["a", "b"]}]}]))
+    assert "row 2: math is judged against reference answers" in faults()[0]
+
+
+def test_a_run_is_judged_at_its_end_and_again(tiny_settings, bench, judge, tmp_path):
+    words = [word for word in tiny_settings if word != "eval=[]"]
+    words += ["eval=[mt_bench]", "eval.mt_bench.judge=j", f"eval.mt_bench.judge_url={judge.url}", "trainer.max_steps=1"]
+    words += [f"eval.mt_bench.folder={bench}", "eval.mt_bench.max_new_tokens=4", "eval.mt_bench.template=qa"]
+    assert run_exp.main(words) == 0
+    folder = run_folder(words)
+    assert json.loads((folder / "run.json").read_text())["metrics"]["mt_bench/rating"] == 7.0
+    seen = len(judge.seen)
+    assert main("mt_bench", [str(folder), "score_only=true"]) == 0
+    assert len(judge.seen) == seen
+    assert main("mt_bench", ["served", "backend=openai", f"base_url={judge.url}", "judge=j", f"judge_url={judge.url}",
+                             f"folder={bench}", "template=chat", f"out={tmp_path / 'out'}"]) == 0  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert rows[0]["answers"] == ["Good.\nRating: [[7]]"] * 2
+    assert main("mt_bench", ["served", "backend=openai", f"base_url={judge.url}"]) == 2
+    assert Path(folder / "eval/mt_bench/radar.png").is_file()
