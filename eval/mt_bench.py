@@ -398,7 +398,8 @@ def plot_categories(metrics: Mapping[str, Mapping[str, Any]], rows: Sequence[dic
     for label, found in metrics.items():
         values = [found[category] if found[category] is not None else np.nan for category in categories]
         axes.plot([*angles, angles[0]], [*values, values[0]], marker="o", label=f"judged by {label}")
-        axes.fill([*angles, angles[0]], [*values, values[0]], alpha=0.15)
+        if not np.isnan(values).any():
+            axes.fill([*angles, angles[0]], [*values, values[0]], alpha=0.15)
     axes.set_xticks(angles, categories)
     axes.set_ylim(0, 10)
     axes.set_yticks(range(2, 11, 2))

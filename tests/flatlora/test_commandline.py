@@ -200,9 +200,14 @@ def partners(group, option, folder):
     if group == "eval":
         corrupted = ["model=clip_tiny", "dataset=digits", f"eval.corruptions.folder={folder}"]
         allowed = ["eval.allow_code_execution=true"]
-        return {"humaneval": allowed, "glue": ["dataset=sst2"], "images": corrupted[:2], "corruptions": corrupted}.get(
-            option, []
-        )
+        judged = ["eval.mt_bench.judge=j", "eval.mt_bench.judge_url=http://127.0.0.1:1/v1"]
+        return {
+            "humaneval": allowed,
+            "mt_bench": judged,
+            "glue": ["dataset=sst2"],
+            "images": corrupted[:2],
+            "corruptions": corrupted,
+        }.get(option, [])
     if group == "model" and option.startswith("clip_"):
         return ["dataset=digits"]
     with open(run_exp.CONF_DIR / group / f"{option}.yaml") as file:

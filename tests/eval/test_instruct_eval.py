@@ -1,0 +1,121 @@
+"""InstructEval by lm-eval on local copies of the tasks' data in the hub's schema."""
+
+import json
+
+import pytest
+
+import run_exp
+from eval import instruct_eval
+from eval.command import main
+from flatlora.config import ConfigError
+from tests.conftest import run_folder, write_split
+
+pytest.importorskip("lm_eval")
+TASKS = ["mmlu_anatomy", "drop", "bbh_navigate"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tasks")
+    questions = [
+        {"question": f"Which is {i}?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": i % 4}
+        for i in range(8)
+    ]
+    for split in ("test", "dev", "validation"):
+        write_split(root, "cais/mmlu", "anatomy", split, questions)
+    date = {"day": "", "month": "", "year": ""}
+    passages = [
+        {
+            "section_id": f"s{i}",
+            "query_id": f"q{i}",
+            "passage": f"They scored {i} points.",
+            "question": "How many?",
+            "answer": {"number": str(i), "date": date, "spans": [], "worker_id": "w", "hit_id": "h"},
+            "validated_answers": {
+                "number": [str(i)],
+                "date": [date],
+                "spans": [[]],
+                "worker_id": ["w"],
+                "hit_id": ["h"],
+            },
+        }
+        for i in range(6)
+    ]
+    for split in ("train", "validation"):
+        write_split(root, "EleutherAI/drop", "default", split, passages)
+    steps = [{"input": f"Take {i} steps. Do you return?", "target": ("Yes", "No")[i % 2]} for i in range(6)]
+    write_split(root, "SaylorTwift/bbh", "navigate", "test", steps)
+    return root
+
+
+def test_a_run_is_scored_at_its_end_and_each_task_is_kept(tiny_settings, root, monkeypatch, tmp_path):
+    words = [word for word in tiny_settings if word != "eval=[]"]
+    words += ["eval=[instruct_eval]", f"data_root={root}", "trainer.max_steps=1", "eval.instruct_eval.max_rows=3"]
+    words += [f"eval.instruct_eval.tasks=[{','.join(TASKS)}]"]
+    assert run_exp.main(words) == 0
+    folder = run_folder(words) / "eval/instruct_eval"
+    score = json.loads((folder / "score.json").read_text())
+    assert score["n"] == 9
+    assert set(score["metrics"]) == {"n", "average", "mmlu", "drop", "bbh"}
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["mmlu_anatomy"] * 3 + ["drop"] * 3 + ["bbh_navigate"] * 3
+    assert score["metrics"]["mmlu"] == sum(row["score"] for row in rows[:3]) / 3
+    asked = []
+    plain = instruct_eval._ask
+    monkeypatch.setattr(instruct_eval, "_ask", lambda *a: asked.append(a[1]) or plain(*a))
+    (folder / "tasks/drop.jsonl").unlink()  # as if it had been killed there
+    before = (folder / "predictions.jsonl").read_bytes()
+    assert main("instruct_eval", [str(run_folder(words)), "device=cpu", f"data_root={root}"]) == 0
+    assert asked == ["drop"]
+    assert (folder / "predictions.jsonl").read_bytes() == before
+
+
+def test_shots_and_metrics_are_instructevals(monkeypatch, root):
+    import lm_eval
+
+    seen = []
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **o: seen.append(o) or {"samples": {}})
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **options: None)
+
+    class Backend:
+        tokenizer = autocast_dtype = None
+
+        class model:
+            class config:
+                is_encoder_decoder = False
+
+    for task in ("mmlu", "drop", "bbh", "mmlu_anatomy", "bbh_navigate"):
+        instruct_eval._ask(Backend, task, instruct_eval.Config(), str(root))
+    told = [(options["tasks"][0], options["num_fewshot"]) for options in seen]
+    expected = [("mmlu", 5), ("drop", 3), ("bbh_fewshot", 3), ("mmlu_anatomy", 5), ("bbh_fewshot_navigate", 3)]
+    assert told == expected
+
+
+def test_scores_are_means_of_groups():
+    rows = [{"task": t, "score": s} for t, s in (("mmlu_a", 1.0), ("mmlu_b", 0.0), ("mmlu_b", 0.0), ("drop", 0.5))]
+    metrics = instruct_eval.score(rows, passes=0.25)["metrics"]
+    assert metrics["mmlu"] == pytest.approx(1 / 3)
+    assert metrics["average"] == pytest.approx((1 / 3 + 0.5 + 0.25) / 3)
+    assert instruct_eval.score([])["metrics"] == {"n": 0, "average": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"tasks": ["gsm8k"]}, "gsm8k is none of mmlu, drop, bbh, humaneval"),
+        ({"tasks": []}, "an empty list is none of"),
+        ({"tasks": ["humaneval"]}, "without eval.allow_code_execution=true"),
+    ],
+)
+def test_tasks_that_are_none_are_faults(changes, fault):
+    (told,) = instruct_eval.Config(**changes).rule_faults()
+    assert fault in told
+
+
+def test_missing_data_are_told(tmp_path):
+    import datasets
+
+    usual = datasets.load_dataset
+    with instruct_eval._data_of(str(tmp_path)), pytest.raises(ConfigError, match=r"SPLIT\.jsonl is not there"):
+        datasets.load_dataset("cais/mmlu", "anatomy")
+    assert datasets.load_dataset is usual
