@@ -47,6 +47,7 @@ class Target(Section):
     rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file with the benchmark's columns")
     data_root: str | None = setting(None, min_length=1, remedy="name a folder with the hub's layout")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", remedy="auto is the model's own")
     out: str | None = setting(None, min_length=1, remedy="name a folder")
     score_only: bool = setting(False, remedy="true scores answers that are there")
     backend: Literal["hf", "vllm", "openai"] = setting("hf", remedy="hf is transformers in this process")
@@ -66,6 +67,8 @@ class Target(Section):
                 for key in ("base_url", "chat", "concurrency", "requests_per_minute", "timeout")
                 if getattr(self, key) != fields[key].default
             ]
+        if self.backend == "openai" and self.dtype != "auto":
+            faults.append(f"Invalid dtype={self.dtype} with backend=openai: the server has its own; drop it.")
         if self.backend != "hf" and self.device != "auto":
             faults.append(
                 f"Invalid device={self.device} with backend={self.backend}: it has a device of its own; drop it."
@@ -335,8 +338,10 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
 
 
 def _served(target: Target) -> str:
-    """Suffix of the output folder for another backend than the run's own."""
-    return "" if target.backend == "hf" else f"-backend={target.backend}"
+    """Suffix of the output folder for another backend or dtype than the run's own."""
+    changed = [f"dtype={target.dtype}"] if target.dtype != "auto" else []
+    changed += [f"backend={target.backend}"] if target.backend != "hf" else []
+    return "".join(f"-{word}" for word in changed)
 
 
 def _output_folder(
@@ -471,8 +476,9 @@ def _backend(
     Raises:
         ConfigError: a backend that cannot do what the benchmark asks, or is not installed.
     """
+    dtype = None if target.dtype == "auto" else target.dtype
     if target.backend == "hf":
-        return _load(place, device, batch_size, module.KIND)
+        return _load(place, device, batch_size, module.KIND, dtype)
     if module.KIND == "image" or not module.GENERATES:
         raise ConfigError(
             [f"Invalid backend={target.backend}: it answers in words, and this benchmark weighs; use backend=hf."]
@@ -497,15 +503,17 @@ def _backend(
         place.weights if place.model and adapter is None else backbone_source(model),
         adapter,
         batch_size=batch_size,
-        dtype=model.dtype,
+        dtype=dtype or model.dtype,
         identity={"weights": weights_sha256(folder) if folder.is_dir() else place.weights},
     )
 
 
-def _load(place: Place, device: torch.device, batch_size: int, kind: str) -> Backend | ImageBackend:
+def _load(
+    place: Place, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
+) -> Backend | ImageBackend:
     try:
         classes = Classes.of_run(place.run) if kind == "image" else None
-        model, processor, _ = load_for_inference(place.weights, place.model, device, classes)
+        model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -514,7 +522,8 @@ def _load(place: Place, device: torch.device, batch_size: int, kind: str) -> Bac
             [f"Cannot load {place.weights}: {_first_line(error)}; name a whole adapter or model, or copy it again."]
         ) from error
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
-    dtype = place.model.dtype if place.model else str(next(model.parameters()).dtype).removeprefix("torch.")
+    if dtype is None:
+        dtype = place.model.dtype if place.model else str(next(model.parameters()).dtype).removeprefix("torch.")
     folder = Path(place.weights)
     return (CLIPBackend if kind == "image" else HFBackend)(
         model,

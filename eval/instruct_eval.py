@@ -3,8 +3,8 @@
     python -m eval.instruct_eval PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: tasks (of mmlu, drop, bbh,
-humaneval, or single lm-eval tasks such as mmlu_anatomy), allow_code_execution (for humaneval), max_rows (of each lm-eval
-task), batch_size, data_root=DIR, device, out=DIR, score_only=true.
+humaneval, or single lm-eval tasks such as mmlu_anatomy), allow_code_execution (for humaneval), max_rows (of each
+lm-eval task), batch_size, data_root=DIR, device, out=DIR, score_only=true.
 
 The tasks' data are the hub's, or DIR/<owner>/<name>/<config>/<split>.jsonl as everywhere: cais/mmlu, EleutherAI/drop,
 SaylorTwift/bbh. Each lm-eval task is kept once it is answered, and not asked again. Needs the extra `instruct`.

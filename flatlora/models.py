@@ -303,7 +303,11 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def load_for_inference(
-    path: str, model_config: ModelConfig | None, device: torch.device, classes: Classes | None = None
+    path: str,
+    model_config: ModelConfig | None,
+    device: torch.device,
+    classes: Classes | None = None,
+    dtype: str | None = None,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model of a folder or hub id, in evaluation mode: a PEFT adapter on its base, or a whole model.
 
@@ -311,6 +315,7 @@ def load_for_inference(
         path: adapter folder (with adapter_config.json), model folder, or hub id.
         model_config: the backbone of the run that `path` belongs to; None takes it from the adapter's own config.
         classes: what a CLIP model tells apart.
+        dtype: of the weights, instead of the model's own.
 
     Returns:
         model, its tokenizer or image processor, and {"base", "adapter"} for the record.
@@ -324,6 +329,8 @@ def load_for_inference(
         # A whole model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
         model_config = model_config.model_copy(update={"hub_id": path, "embedded": None})
         model_config = model_config.model_copy(update={"dtype": _saved_dtype(_described(model_config))})
+    if dtype is not None:
+        model_config = model_config.model_copy(update={"dtype": dtype})
     if model_config.family == "clip":
         processor = load_image_processor(base or model_config)
         model = load_backbone(base or model_config, device, classes)

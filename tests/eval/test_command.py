@@ -126,7 +126,7 @@ class Right:
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A run's folder without weights, answered by `Right`."""
-    monkeypatch.setattr(command, "_load", lambda place, device, batch_size, kind: Right())
+    monkeypatch.setattr(command, "_load", lambda *_: Right())
     folder = tmp_path / "run"
     for weights in (folder / "adapter", folder / "checkpoint-6"):
         weights.mkdir(parents=True)
@@ -297,7 +297,7 @@ FOREIGN = ["{[1]: 2}", "model: {}\nlearning_rate: 1\n", "model: {}\ndataset: {}\
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_foreign_configuration_makes_no_run(tmp_path, capsys, monkeypatch, content, depth):
     places = []
-    monkeypatch.setattr(command, "_load", lambda place, device, batch_size, kind: places.append(place) or Right())
+    monkeypatch.setattr(command, "_load", lambda place, *_: places.append(place) or Right())
     weights = tmp_path / "a" / "b"
     weights.mkdir(parents=True)
     (weights / "config.json").write_text("{}")

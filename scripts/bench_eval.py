@@ -1,0 +1,160 @@
+"""The same questions by three backends: transformers, vLLM in its process, and `vllm serve` behind the OpenAI backend.
+
+    python scripts/bench_eval.py PATH --data-root DIR [--rows 64] [--tokens 256] [--dtype float32]
+
+Each runs `python -m eval.gsm8k` in a process of its own, vLLM in the environment that `make vllm` makes. Prints the
+time of each, how many greedy answers equal those of transformers, and where the others part; adds to
+results/bench/eval.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from eval.predictions import read  # noqa: E402
+from flatlora import files, results  # noqa: E402
+from flatlora.console import console  # noqa: E402
+from flatlora.models import backbone_source, model_of  # noqa: E402
+
+_START_S = 600
+
+
+def main(words: list[str] | None = None) -> int:
+    """Exit code: 0 measured, 1 a backend failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="a run's adapter folder, a model folder or a hub id")
+    parser.add_argument("--data-root", required=True)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="float32", help="BF16 products differ by the order of their sums")
+    parser.add_argument("--python", type=Path, default=PROJECT / ".venv-vllm" / "bin" / "python")
+    parser.add_argument("--port", type=int, default=8431)
+    parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
+    options = parser.parse_args(words)
+    if not options.python.is_file():
+        console.print(f"{options.python} is not there: run make vllm first.", markup=False)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, Path(folder))
+    console.print(table_of(found))
+    path = options.out / "eval.json"
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    label = Path(options.path).name if Path(options.path).is_dir() else options.path
+    report[f"{'adapter' if label == 'adapter' else label}, {options.dtype}"] = {
+        "command": f"python scripts/bench_eval.py PATH --rows {options.rows} --tokens {options.tokens} "
+        f"--dtype {options.dtype}",
+        "env": results.environment(),
+        "git_sha": results.git_sha(),
+        "backends": found,
+    }
+    files.write_json(path, report)
+    console.print(f"written: {path}", soft_wrap=True)
+    return 0
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """{backend: {"seconds", "tokens", "exact_match", "equal", "parts"}}, the answers compared with the first's."""
+    found: dict[str, Any] = {}
+    own = [f"dtype={options.dtype}"]
+    found["hf"] = run(options, sys.executable, options.path, folder / "hf", own)
+    found["vllm"] = run(options, options.python, options.path, folder / "vllm", [*own, "backend=vllm"])
+    server, name = serve(options)
+    try:
+        url = f"http://127.0.0.1:{options.port}/v1"
+        words = ["backend=openai", f"base_url={url}", "concurrency=16"]
+        found["openai (vllm serve)"] = run(options, sys.executable, name, folder / "openai", words)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+    first = read(folder / "hf" / "predictions.jsonl")
+    for backend, name in zip(found, ("hf", "vllm", "openai"), strict=True):
+        rows = read(folder / name / "predictions.jsonl")
+        pairs = [(a["completion"], b["completion"]) for a, b in zip(first, rows, strict=True)]
+        parts = [where_they_part(*pair) for pair in pairs if pair[0] != pair[1]]
+        found[backend] |= {"rows": len(rows), "equal": len(rows) - len(parts), "parts_at_character": parts}
+    return found
+
+
+def where_they_part(a: str, b: str) -> int:
+    """Number of characters that two texts have in common from their beginning."""
+    return next((n for n, (one, two) in enumerate(zip(a, b, strict=False)) if one != two), min(len(a), len(b)))
+
+
+def run(options: argparse.Namespace, python: Any, path: str, out: Path, words: list[str]) -> dict[str, Any]:
+    """One evaluation; the whole command by the clock, and the time from its first answer to its last."""
+    command = [str(python), "-m", "eval.gsm8k", str(path), f"data_root={options.data_root}", f"out={out}", *words]
+    command += [f"max_rows={options.rows}", f"max_new_tokens={options.tokens}", "batch_size=64"]
+    begun = time.monotonic()
+    subprocess.run(command, cwd=PROJECT, check=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
+    seconds = time.monotonic() - begun
+    score = json.loads((out / "score.json").read_text())["metrics"]
+    return {
+        "seconds": seconds,
+        "tokens": score["mean_tokens"] * options.rows,
+        "exact_match": score["exact_match"],
+    }
+
+
+def serve(options: argparse.Namespace) -> tuple[subprocess.Popen, str]:
+    """`vllm serve` on loopback, once it answers; and the name that it serves."""
+    folder, adapter = Path(options.path), []
+    model = backbone_source(model_of(options.path))
+    name = "base"
+    if (folder / "adapter_config.json").is_file():
+        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+        adapter = ["--enable-lora", "--max-lora-rank", str(max(8, rank))]
+        adapter += ["--lora-modules", f"adapter={folder.resolve()}"]
+        name = "adapter"
+    command = [str(options.python.parent / "vllm"), "serve", model, "--port", str(options.port), "--host", "127.0.0.1"]
+    command += ["--dtype", options.dtype, "--served-model-name", "base", "--max-model-len", "2048", *adapter]
+    with open(Path(tempfile.gettempdir()) / "flatlora-vllm-serve.log", "wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{options.port}/health", timeout=2).close()
+            return server, name
+        except (urllib.error.URLError, OSError):
+            time.sleep(1.0)
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+    raise SystemExit(f"vllm serve did not start; its log is {log.name}")
+
+
+def table_of(found: dict[str, Any]) -> Table:
+    """Time, ratio and agreement of each backend."""
+    table = Table(title="GSM8K, the same questions by each backend", title_justify="left")
+    for column in ("", "whole command", "to hf", "tokens", "exact match", "answers equal to hf's", "others part at"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, one in found.items():
+        parts = ", ".join(map(str, sorted(one["parts_at_character"])[:6]))
+        table.add_row(
+            name,
+            f"{one['seconds']:.1f} s",
+            f"{one['seconds'] / found['hf']['seconds']:.2f}",
+            f"{one['tokens']:,.0f}",
+            f"{one['exact_match']:.3f}",
+            f"{one['equal']} of {one['rows']}",
+            f"character {parts}" if parts else "—",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
