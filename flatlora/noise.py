@@ -24,18 +24,16 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from types import ModuleType
 
-import numba
 import numpy as np
 import torch
 
 PHILOX_ROUNDS = 7
 COLUMNS_PER_BLOCK = 8
-_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
-_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _UINT32 = 0xFFFFFFFF
-_BLOCKS_AT_ONCE = 256  # columns are made in segments whose scratch stays in the L1 cache
-_SEGMENT = _BLOCKS_AT_ONCE * COLUMNS_PER_BLOCK
 _ELEMENTS_WORTH_A_THREAD = 32768
 
 
@@ -75,7 +73,7 @@ def fill_normal(
             f"Invalid out={out.dtype} {tuple(out.shape)} on {out.device}: noise is written to a contiguous FP32 CPU "
             "matrix; make one with torch.empty(rows, columns) and convert the result."
         )
-    _over_rows(_fill_rows, out, (out.numpy(),), key, step, stream, row, column)
+    _over_rows(_compiled().fill_rows, out, (out.numpy(),), key, step, stream, row, column)
     return out
 
 
@@ -103,11 +101,18 @@ def add_normal(
         )
     if weight.dtype == torch.bfloat16:
         arrays = (weight.view(torch.uint16).numpy(), c.numpy(), out.view(torch.uint16).numpy())
-        _over_rows(_add_rows_bf16, weight, arrays, key, step, stream, row, column)
+        _over_rows(_compiled().add_rows_bf16, weight, arrays, key, step, stream, row, column)
     else:
         arrays = (weight.numpy(), c.numpy(), out.numpy())
-        _over_rows(_add_rows_fp32, weight, arrays, key, step, stream, row, column)
+        _over_rows(_compiled().add_rows_fp32, weight, arrays, key, step, stream, row, column)
     return out
+
+
+def _compiled() -> ModuleType:
+    """The compiled code; imported when noise is first made on a CPU: a program that makes none needs no compiler."""
+    from flatlora import noise_compiled
+
+    return noise_compiled
 
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)  # of `add_normal`
@@ -176,14 +181,14 @@ def philox_reference(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        product0, product1 = _PHILOX_M0 * c0, _PHILOX_M1 * c2
+        product0, product1 = PHILOX_M0 * c0, PHILOX_M1 * c2
         c0, c1, c2, c3 = (
             (product1 >> 32) ^ c1 ^ k0,
             product1 & _UINT32,
             (product0 >> 32) ^ c3 ^ k1,
             product0 & _UINT32,
         )
-        k0, k1 = (k0 + _PHILOX_W0) & _UINT32, (k1 + _PHILOX_W1) & _UINT32
+        k0, k1 = (k0 + PHILOX_W0) & _UINT32, (k1 + PHILOX_W1) & _UINT32
     return c0, c1, c2, c3
 
 
@@ -202,100 +207,3 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 def _thread_pool(workers: int) -> ThreadPoolExecutor:
     # Plain threads around GIL-free code: a second OpenMP pool beside torch's would spin on the same cores.
     return ThreadPoolExecutor(workers, thread_name_prefix="flatlora-noise")
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _philox_words(words, first_block, count, row, k0, k1, step, stream):
-    """words[w, b] = word w of Philox block first_block + b; a loop that LLVM turns into vector code."""
-    for b in range(count):
-        c0, c1, c2, c3 = np.uint32(first_block + b), row, step, stream
-        key0, key1 = k0, k1
-        for _ in range(PHILOX_ROUNDS):
-            product0 = np.uint64(_PHILOX_M0) * np.uint64(c0)
-            product1 = np.uint64(_PHILOX_M1) * np.uint64(c2)
-            c0, c1, c2, c3 = (
-                np.uint32(product1 >> np.uint64(32)) ^ c1 ^ key0,
-                np.uint32(product1),
-                np.uint32(product0 >> np.uint64(32)) ^ c3 ^ key1,
-                np.uint32(product0),
-            )
-            key0, key1 = np.uint32(key0 + np.uint32(_PHILOX_W0)), np.uint32(key1 + np.uint32(_PHILOX_W1))
-        words[0, b], words[1, b], words[2, b], words[3, b] = c0, c1, c2, c3
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _fill_segment(z, words, row, begin, width, first_column, k0, k1, step, stream, radius, cos_sin):
-    """z[0:width] = columns first_column + begin … of one row, begin on a block boundary of the whole row."""
-    blocks = (width + COLUMNS_PER_BLOCK - 1) // COLUMNS_PER_BLOCK
-    _philox_words(words, (first_column + begin) // COLUMNS_PER_BLOCK, blocks, row, k0, k1, step, stream)
-    for b in range(blocks):
-        for w in range(4):
-            word = words[w, b]
-            r = radius[word & np.uint32(0xFFFF)]
-            direction = word >> np.uint32(16)
-            z[8 * b + 2 * w] = r * cos_sin[direction, 0]
-            z[8 * b + 2 * w + 1] = r * cos_sin[direction, 1]
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _fill_rows(out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
-    """out[start:stop] of the slice whose upper left corner is (first_row, first_column)."""
-    columns = out.shape[1]
-    words = np.empty((4, _BLOCKS_AT_ONCE), np.uint32)
-    z = np.empty(_SEGMENT, np.float32)
-    for i in range(start, stop):
-        row = np.uint32(first_row + np.uint32(i))
-        for begin in range(-(first_column % COLUMNS_PER_BLOCK), columns, _SEGMENT):
-            width = min(_SEGMENT, columns - begin)
-            _fill_segment(z, words, row, begin, width, first_column, k0, k1, step, stream, radius, cos_sin)
-            skip = max(0, -begin)  # the slice may start inside a block
-            out[i, begin + skip : begin + width] = z[skip:width]
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _add_rows_fp32(weight, c, out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
-    """out[start:stop] = weight + c z, FP32."""
-    columns = out.shape[1]
-    words = np.empty((4, _BLOCKS_AT_ONCE), np.uint32)
-    z = np.empty(_SEGMENT, np.float32)
-    for i in range(start, stop):
-        row, scale = np.uint32(first_row + np.uint32(i)), c[i]
-        for begin in range(-(first_column % COLUMNS_PER_BLOCK), columns, _SEGMENT):
-            width = min(_SEGMENT, columns - begin)
-            _fill_segment(z, words, row, begin, width, first_column, k0, k1, step, stream, radius, cos_sin)
-            skip = max(0, -begin)
-            noise, source, target = (
-                z[skip:width],
-                weight[i, begin + skip : begin + width],
-                out[i, begin + skip : begin + width],
-            )
-            for j in range(noise.size):
-                target[j] = source[j] + scale * noise[j]
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _add_rows_bf16(weight, c, out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
-    """out[start:stop] = round(weight + c z), BF16 as 16 bits: the upper half of an FP32, rounded to nearest even."""
-    columns = out.shape[1]
-    words = np.empty((4, _BLOCKS_AT_ONCE), np.uint32)
-    z = np.empty(_SEGMENT, np.float32)
-    bits = np.empty(_SEGMENT, np.uint32)
-    values = bits.view(np.float32)
-    for i in range(start, stop):
-        row, scale = np.uint32(first_row + np.uint32(i)), c[i]
-        for begin in range(-(first_column % COLUMNS_PER_BLOCK), columns, _SEGMENT):
-            width = min(_SEGMENT, columns - begin)
-            _fill_segment(z, words, row, begin, width, first_column, k0, k1, step, stream, radius, cos_sin)
-            skip = max(0, -begin)
-            noise, source, target = (
-                z[skip:width],
-                weight[i, begin + skip : begin + width],
-                out[i, begin + skip : begin + width],
-            )
-            for j in range(noise.size):
-                bits[j] = np.uint32(source[j]) << np.uint32(16)
-            for j in range(noise.size):
-                values[j] += scale * noise[j]
-            for j in range(noise.size):
-                half = np.uint32(0x7FFF) + ((bits[j] >> np.uint32(16)) & np.uint32(1))
-                target[j] = np.uint16((bits[j] + half) >> np.uint32(16))

@@ -22,6 +22,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.table import Table
 
 PROJECT = Path(__file__).parents[1]
@@ -123,6 +124,8 @@ def serve(options: argparse.Namespace) -> tuple[subprocess.Popen, str]:
         name = "adapter"
     command = [str(options.python.parent / "vllm"), "serve", model, "--port", str(options.port), "--host", "127.0.0.1"]
     command += ["--dtype", options.dtype, "--served-model-name", "base", "--max-model-len", "2048", *adapter]
+    memory = psutil.virtual_memory()  # of which vLLM would take nine tenths
+    command += ["--gpu-memory-utilization", f"{0.5 * memory.available / memory.total:.2f}"]
     with open(Path(tempfile.gettempdir()) / "flatlora-vllm-serve.log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + _START_S
