@@ -272,7 +272,7 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
 def _outcomes(tasks: Sequence[sandbox.Task], limits: sandbox.Limits, path: Path) -> list[dict[str, Any]]:
     """{"passed", "error", "key"} of each task: from `path` where it holds them, else by running them."""
     keys = [hashlib.sha256(json.dumps([*task, limits.seconds, limits.memory]).encode()).hexdigest() for task in tasks]
-    known = _known_outcomes(path)
+    known = {row["key"]: row for row in predictions.appended_rows(path) if {"key", "passed", "error"} <= row.keys()}
     left = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}  # each program once
     with counting("run programs", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, outcome in zip(left, sandbox.run_all(list(left.values()), limits), strict=True):
@@ -280,19 +280,7 @@ def _outcomes(tasks: Sequence[sandbox.Task], limits: sandbox.Limits, path: Path)
             file.write(jsonl([known[key]]))
             file.flush()
             advance(1)
-    return [known[key] for key in keys]
-
-
-def _known_outcomes(path: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier scoring found, its last line torn perhaps."""
-    found = {}
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            found[row["key"]] = {"key": row["key"], "passed": row["passed"] is True, "error": str(row["error"])}
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    return [{name: known[key][name] for name in ("key", "passed", "error")} for key in keys]
 
 
 def benchmark_rows(data_root: str | None, config: Config | None = None) -> list[dict[str, Any]]:

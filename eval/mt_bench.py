@@ -57,6 +57,7 @@ _PROMPTS = {  # (turn, with a reference) → name in judge_prompts.jsonl
     (2, True): "single-math-v1-multi-turn",
 }
 _JUDGE_TOKENS = 2048
+_JUDGMENT = {"key", "question_id", "turn", "rating", "judge", "day"}
 
 
 class Config(Section):
@@ -254,7 +255,8 @@ def _judge(
             about = {"question_id": row["question_id"], "turn": turn}
             key = hashlib.sha256(json.dumps([config.judge, *about.values(), system, text]).encode()).hexdigest()
             wanted[key] = {**about, "prompt": name, "system": system, "text": text}
-    known = {one["key"]: one for one in _judgments(path) if one["key"] in wanted}
+    told = [one for one in predictions.appended_rows(path) if one.keys() >= _JUDGMENT]
+    known = {one["key"]: one for one in told if one["key"] in wanted}
     left = [key for key in wanted if key not in known or known[key]["rating"] is None]
     endpoint = Endpoint(
         config.judge_url,
@@ -308,19 +310,6 @@ def _ratings(
         }
         for key in keys
     ]
-
-
-def _judgments(path: Path) -> list[dict[str, Any]]:
-    """What an earlier call was told, its last line torn perhaps."""
-    found = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            if {"key", "rating", "question_id", "turn", "day"} <= row.keys():
-                found.append(row)
-        except (ValueError, AttributeError):
-            continue
-    return found
 
 
 def judge_request(row: Mapping[str, Any], turn: int, prompts: Mapping[str, Any]) -> tuple[str, str, str]:

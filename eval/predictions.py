@@ -183,6 +183,12 @@ def _parse_line(line: bytes) -> Any:
         return None
 
 
+def appended_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that is written line by line, its last line torn perhaps; none where there is no file."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [row for row in map(_parse_line, lines) if isinstance(row, dict)]
+
+
 def _row_problem(row: Any, fields: Fields) -> str | None:
     if not isinstance(row, dict):
         return "is no row"
