@@ -3,7 +3,7 @@
     python -m eval.mt_bench PATH judge=NAME judge_url=http://HOST:PORT/v1 folder=DIR [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: judge, judge_url, judge_key (the
-environment variable with the key), judge_concurrency, judge_rpm, judge_tries, template (alpaca, qa, none, or chat for
+environment variable with the key), judge_concurrency, judge_rpm, judge_tokens, judge_tries, template (alpaca, qa, none, or chat for
 the tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size, device, backend, out=DIR, score_only=true.
 
 DIR (or data_root/HuggingFaceH4/mt_bench) holds FastChat's own files: question.jsonl, judge_prompts.jsonl and
@@ -56,7 +56,6 @@ _PROMPTS = {  # (turn, with a reference) → name in judge_prompts.jsonl
     (2, False): "single-v1-multi-turn",
     (2, True): "single-math-v1-multi-turn",
 }
-_JUDGE_TOKENS = 2048
 _JUDGMENT = {"key", "question_id", "turn", "rating", "judge", "day"}
 
 
@@ -66,6 +65,7 @@ class Config(Section):
     judge_key: str = setting("OPENAI_API_KEY", min_length=1, remedy="name the environment variable that holds the key")
     judge_concurrency: int = setting(8, ge=1)
     judge_rpm: float | None = setting(None, gt=0, remedy="null sets no limit of requests a minute")
+    judge_tokens: int = setting(2048, ge=1, remedy="2048 as the official judge; a reply cut off has no rating")
     judge_tries: int = setting(3, ge=1, remedy="how often a judge is asked that gives no rating")
     folder: str | None = setting(None, min_length=1, remedy="name the folder with question.jsonl")
     template: Literal["alpaca", "qa", "none", "chat"] = "alpaca"
@@ -291,7 +291,7 @@ def _ratings(
             for key in left
         ]
         # The first try is greedy, as the official one is; asked again, a greedy judge would say the same.
-        sampling = Sampling(_JUDGE_TOKENS, 0.0 if attempt == 1 else 0.7)
+        sampling = Sampling(config.judge_tokens, 0.0 if attempt == 1 else 0.7)
         for key, reply in zip(left, judge.chat(chats, sampling, [attempt] * len(left)), strict=True):
             replies[key] = reply.text, attempt
         left = [key for key in left if parse_rating(replies[key][0]) is None]

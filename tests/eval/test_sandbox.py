@@ -16,7 +16,7 @@ from flatlora.config import ConfigError
 
 PROMPT = "def double(x):\n    '''Twice x.'''\n"
 TEST = "def check(candidate):\n    assert candidate(21) == 42\n    assert candidate([1]) == [1, 1]\n"
-LIMITS = sandbox.Limits(seconds=2.0)
+LIMITS = sandbox.Limits(seconds=1.2)
 GOOD = "def double(x):\n    return x * 2\n"
 
 
