@@ -3,8 +3,9 @@
     python -m eval.mt_bench PATH judge=NAME judge_url=http://HOST:PORT/v1 folder=DIR [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: judge, judge_url, judge_key (the
-environment variable with the key), judge_concurrency, judge_rpm, judge_tokens, judge_tries, template (alpaca, qa, none, or chat for
-the tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size, device, backend, out=DIR, score_only=true.
+environment variable with the key), judge_concurrency, judge_rpm, judge_tokens, judge_tries, template (alpaca, qa, none,
+or chat for the tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size, device, backend, out=DIR,
+score_only=true.
 
 DIR (or data_root/HuggingFaceH4/mt_bench) holds FastChat's own files: question.jsonl, judge_prompts.jsonl and
 reference_gpt-4.jsonl. Single-answer grading with the official prompts; math, reasoning and coding are judged against
