@@ -272,7 +272,9 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
 def _outcomes(tasks: Sequence[sandbox.Task], limits: sandbox.Limits, path: Path) -> list[dict[str, Any]]:
     """{"passed", "error", "key"} of each task: from `path` where it holds them, else by running them."""
     keys = [hashlib.sha256(json.dumps([*task, limits.seconds, limits.memory]).encode()).hexdigest() for task in tasks]
-    known = {row["key"]: row for row in predictions.appended_rows(path) if {"key", "passed", "error"} <= row.keys()}
+    rows = [row for row in predictions.appended_rows(path) if {"key", "passed", "error"} <= row.keys()]
+    # A busy machine may have been why one was not in time: that is tried again.
+    known = {row["key"]: row for row in rows if not str(row["error"]).startswith("no verdict")}
     left = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}  # each program once
     with counting("run programs", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, outcome in zip(left, sandbox.run_all(list(left.values()), limits), strict=True):

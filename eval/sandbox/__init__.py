@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import os
+import platform
 import select
 import shutil
 import signal
@@ -31,6 +32,7 @@ from flatlora.config import ConfigError
 _INSIDE = Path(inside.__file__)
 _MIB = 1 << 20
 _FAREWELL_S = 3.0
+_SCOPES_SIGNALS = 6  # the version of Landlock that keeps signals inside
 _FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
 
 
@@ -40,7 +42,7 @@ class Limits:
 
     seconds: float = 10.0  # by the clock, start and tests included
     memory: int = 1024 * _MIB  # of address space, each process
-    file: int = 16 * _MIB  # a file; the folder holds four times that
+    file: int = 16 * _MIB  # a file; with namespaces, all files together may have four times that
     processes: int = 12  # and threads
     open_files: int = 64
 
@@ -95,12 +97,17 @@ def walls() -> Walls:
         if not landlock:
             faults.append("its kernel has no Landlock (5.13, and enabled), which keeps files from a program")
         for namespaces, own_user in ((True, True), (True, False), (False, True), (False, False)):
-            if faults or (own_user and os.geteuid() != 0) or not (namespaces or seccomp):
+            if faults or not seccomp or (own_user and os.geteuid() != 0):
                 continue
+            if not (namespaces or own_user) and landlock < _SCOPES_SIGNALS:
+                continue  # a program could signal the user's other processes
             found = Walls(namespaces, landlock, seccomp, own_user)
-            if _run(_TRIAL, Limits(seconds=20.0), found).passed:
-                return found
-        faults = faults or ["a harmless program did not come through"]
+            with contextlib.suppress(OSError):
+                if _run(_TRIAL, Limits(seconds=20.0), found).passed:
+                    return found
+        if not seccomp:
+            faults.append(f"the system calls of {platform.machine()} are not known here")
+        faults = faults or ["neither namespaces, nor root, nor Landlock's version 6 are to be had"]
     raise ConfigError(
         [
             f"Generated code cannot be run safely on this machine: {'; '.join(faults)}. Score the predictions on "
@@ -122,6 +129,7 @@ def run(task: Task, limits: Limits | None = None) -> Outcome:
 
     Raises:
         ConfigError: as `walls`.
+        OSError: the machine had no room for the sandbox; the program was not run.
     """
     return _run(task, limits or Limits(), walls())
 
@@ -164,9 +172,11 @@ def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
             shutil.rmtree(work, ignore_errors=True)
     if told is None:
         return Outcome(False, f"no verdict within {limits.seconds:g} s")
-    return (
-        Outcome(told["passed"] is True, told["error"]) if told else Outcome(False, "the tests ended without a verdict")
-    )
+    if not told:
+        return Outcome(False, "the tests ended without a verdict")
+    if told["error"].startswith(inside.NO_SANDBOX):
+        raise OSError(told["error"])
+    return Outcome(told["passed"] is True, told["error"])
 
 
 def _order(limits: Limits, held: Walls) -> dict[str, Any]:

@@ -71,11 +71,12 @@ def left_over():
 def test_a_hostile_program_fails_and_leaves_nothing(name, surroundings):
     around, servers = surroundings
     before, open_files = left_over(), len(os.listdir("/proc/self/fd"))
-    begun = time.monotonic()
+    begun, state = time.monotonic(), around["mark"].stat()
     found = outcome(aimed(name, around))
     assert not found.passed
     assert time.monotonic() - begun < LIMITS.seconds + 3
     assert around["mark"].read_text() == "precious"
+    assert around["mark"].stat()[:9] == state[:9]
     assert [path.name for path in around["folder"].iterdir()] == ["mark"]
     assert processes() == []
     assert left_over() == before
@@ -127,6 +128,36 @@ def test_plain_values_come_through_as_they_are(value):
 
 def test_a_number_that_is_none_comes_through_as_well():
     assert str(inside.decode(inside.encode(float("nan")))) == "nan"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "collections.Counter('aab')",
+        "collections.defaultdict(int, {'a': 2, 'b': 1})",
+        "collections.OrderedDict(a=2, b=1)",
+    ],
+)
+def test_dicts_of_the_standard_library_are_compared_as_dicts(made):
+    test = "def check(candidate):\n    assert candidate(1) == {'a': 2, 'b': 1}\n"
+    assert outcome(f"import collections\ndef double(x):\n    return {made}\n", test=test) == (True, "")
+
+
+def test_a_main_block_is_not_run_and_long_numbers_come_through():
+    program = "def double(x):\n    return x * 2\nif __name__ == '__main__':\n    input()\n"
+    assert outcome(program).passed
+    test = "def check(candidate):\n    assert candidate(10**6000) == 2 * 10**6000\n"
+    assert outcome(GOOD, test=test).passed
+
+
+def test_a_sandbox_that_cannot_be_made_is_no_wrong_answer(monkeypatch):
+    held = sandbox.walls()
+    monkeypatch.setattr(sandbox, "_order", lambda limits, held: plain(limits, held) | {"memory": 10**30})
+    with pytest.raises(OSError, match="no sandbox"):
+        sandbox._run(sandbox.Task(GOOD, PROMPT, TEST, "double"), LIMITS, held)
+
+
+plain = sandbox._order
 
 
 def test_subclasses_and_deep_nests_do_not():
