@@ -13,6 +13,8 @@ An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...
     row_scores(rows, config, folder)       {row: score} of the rows of a predictions.jsonl
     FIELDS                                 keys of such a row, and their types
     GENERATES                              whether words are asked for, which every backend has; text alone
+    SCORING                                settings that decide scores and no answer; none by default
+    IS_SHARE                               False where scores are no shares of one; True by default
     OWN_ROWS                               whether a run asks the benchmark's own rows, not its data set's; text alone
     KIND                                   "text" or "image": of the data sets that it scores
     HEADLINE, SCORER_VERSION               the metric of tables; raised whenever the same answers score otherwise

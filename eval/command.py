@@ -351,18 +351,31 @@ def _output_folder(
         return _writable(Path(target.out))
     place, path = locate(), Path(name)
     own = place.run / "eval" / benchmark if place.run else None
-    benchmark += _label(target, given, place.scored_with) + _served(target)
+    benchmark += _label(target, given, place.scored_with, benchmarks.evaluator(benchmark)) + _served(target)
     benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
     if place.run is None:
-        return _writable((path / "eval" / benchmark) if path.is_dir() else Path("results") / "eval" / path / benchmark)
+        return _writable(
+            (path / "eval" / benchmark) if path.is_dir() else Path("results") / "eval" / _safe(name) / benchmark
+        )
     inside = path.resolve().relative_to(place.run.resolve()).parts
     label = benchmark if inside in ((), ("adapter",)) else f"{benchmark}-{'-'.join(inside)}"
     return _writable(place.run / "eval" / label)
 
 
-def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """Suffix of the output folder for settings other than the run's own, whose answers are never overwritten."""
-    changed = [f"{key}={given[key]}" for key in own if key in given and given[key] != own[key]]
+def _safe(name: str) -> str:
+    """A served name or hub id as a path below another: neither absolute nor upwards."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", "..")) or "model"
+
+
+def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], module: ModuleType) -> str:
+    """Suffix of the output folder for settings other than the run's own or the usual ones: no answers are overwritten.
+
+    Settings that decide scores alone (the module's SCORING) leave the folder as it is.
+    """
+    fields, scoring = module.Config.model_fields, getattr(module, "SCORING", ())
+    usual = {key: spec.get_default(call_default_factory=True) for key, spec in fields.items()} | own
+    changed = [key for key in given if key not in scoring and given[key] != usual[key]]
+    changed = [f"{key}={Path(str(given[key])).name}" for key in changed]  # of a path its last part
     return "".join(f"-{word}" for word in changed + ([f"rows={Path(target.rows).stem}"] if target.rows else []))
 
 

@@ -30,7 +30,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Comparison:
-    """B against A on one benchmark; scores and their difference are shares, not per cent."""
+    """B against A on one benchmark; scores and their difference are shares, or ratings."""
 
     benchmark: str
     questions: int
@@ -122,13 +122,15 @@ def print_comparisons(a: str, b: str, found: Sequence[Comparison]) -> None:
     for column in ("benchmark", "questions", "A", "B", "B − A", f"{CONFIDENCE:.0%} interval", "A only", "B only", "p"):
         table.add_column(column, justify="left" if column == "benchmark" else "right", no_wrap=True)
     for one in found:
-        interval = f"{one.interval[0]:+.2%} to {one.interval[1]:+.2%}" if one.interval else "—"
+        share = getattr(benchmarks.evaluator(one.benchmark), "IS_SHARE", True)
+        form = "{:+.2%}" if share else "{:+.2f}"
+        interval = " to ".join(map(form.format, one.interval)) if one.interval else "—"
         table.add_row(
             f"{one.benchmark} {benchmarks.evaluator(one.benchmark).HEADLINE}",
             f"{one.questions:,}" + (f" ({one.left_out} left out)" if one.left_out else ""),
-            f"{one.a:.2%}",
-            f"{one.b:.2%}",
-            f"{one.difference:+.2%}",
+            form.format(one.a).lstrip("+"),
+            form.format(one.b).lstrip("+"),
+            form.format(one.difference),
             interval,
             str(one.only_a),
             str(one.only_b),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from PIL import Image
 
 from eval import predictions
 from eval.backends import ImageBackend
-from eval.images import classify, refuse_unknown_labels
+from eval.images import classify, images_of, refuse_unknown_labels
 from flatlora.config import ConfigError, Section, setting
 
 KIND = "image"
@@ -127,11 +128,13 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
     """{row: 1.0 or 0.0}, of the corruptions that count."""
-    return {
-        (row["corruption"], row["severity"], row["label"], row["index"]): float(row["prediction"] == row["label"])
-        for row in rows
-        if row["corruption"] not in FOR_VALIDATION
-    }
+    pictures, seen, found = images_of(folder), Counter(), {}
+    for row in rows:
+        group = row["corruption"], row["severity"]
+        if row["corruption"] not in FOR_VALIDATION:  # the place in its group: an index depends on max_rows
+            found[pictures, *group, seen[group]] = float(row["prediction"] == row["label"])
+        seen[group] += 1
+    return found
 
 
 def check_rows(rows: Any, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:

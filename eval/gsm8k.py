@@ -30,6 +30,7 @@ from flatlora.templates import prompt
 KIND = "text"
 GENERATES = True
 OWN_ROWS = False
+SCORING = ("parser",)
 SCORER_VERSION = 1
 HEADLINE = "exact_match"
 FIELDS = predictions.GENERATED

@@ -30,7 +30,7 @@ from eval.backends import Generator, Sampling, cut_at
 from flatlora.config import ConfigError, Section, setting
 from flatlora.console import counting
 from flatlora.files import write_atomic, write_json
-from flatlora.rows import Source, jsonl, prompt_text, read_jsonl, read_rows
+from flatlora.rows import Source, jsonl, prompt_text, read_rows
 from flatlora.templates import prompt
 
 KIND = "text"
@@ -38,6 +38,7 @@ SCORER_VERSION = 1
 HEADLINE = "pass@1"
 ROW_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "text")
 GENERATES = True
+SCORING = ("allow_code_execution", "k", "time_limit")
 OWN_ROWS = True  # asked of every model, whatever its data set
 FIELDS: predictions.Fields = {
     **predictions.GENERATED,
@@ -157,12 +158,14 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
     Raises:
         ConfigError: outcomes are missing.
     """
-    known = {row["index"]: row["passed"] for row in read_jsonl(folder / "outcomes.jsonl") if "index" in row}
-    if set(known) != {row["index"] for row in rows}:
+    outcomes = predictions.appended_rows(folder / "outcomes.jsonl")
+    known = {row["program"]: row["passed"] for row in outcomes if {"program", "passed"} <= row.keys()}
+    asked = {row["index"]: _program_sha256(task) for row, task in zip(rows, _tasks(rows), strict=True)}
+    if not set(asked.values()) <= known.keys():
         raise ConfigError([f"{folder / 'outcomes.jsonl'} lacks outcomes: score the run first, with score_only=true."])
     groups: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
-        groups[row["task_id"]].append(known[row["index"]])
+        groups[row["task_id"]].append(known[asked[row["index"]]])
     return {task: sum(passed) / len(passed) for task, passed in groups.items()}
 
 
@@ -248,19 +251,17 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
         raise ConfigError(faults)
     rows = predictions.read(path, FIELDS)
     limits = sandbox.Limits(seconds=config.time_limit)
-    tasks = [
-        sandbox.Task(
-            program(row["code"], row["completion"], row["entry_point"], row["form"]),
-            row["code"],
-            row["test"],
-            row["entry_point"],
-        )
-        for row in rows
-    ]
+    tasks = _tasks(rows)
     outcomes = _outcomes(tasks, limits, path.with_name("outcomes.jsonl"))
     found = [
-        {"index": row["index"], "task_id": row["task_id"], "sample": row["sample"], **outcome}
-        for row, outcome in zip(rows, outcomes, strict=True)
+        {
+            "index": row["index"],
+            "task_id": row["task_id"],
+            "sample": row["sample"],
+            "program": _program_sha256(task),
+            **outcome,
+        }
+        for row, task, outcome in zip(rows, tasks, outcomes, strict=True)
     ]
     write_atomic(path.with_name("outcomes.jsonl"), jsonl(found))
     result = score(rows, [outcome["passed"] for outcome in outcomes], config.k)
@@ -269,12 +270,29 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
     return result
 
 
+def _tasks(rows: Sequence[dict[str, Any]]) -> list[sandbox.Task]:
+    return [
+        sandbox.Task(
+            program(row["code"], row["completion"], row["entry_point"], row["form"]),
+            row["code"],
+            row["test"],
+            row["entry_point"],
+        )
+        for row in rows
+    ]
+
+
+def _program_sha256(task: sandbox.Task) -> str:
+    return hashlib.sha256(json.dumps(list(task)).encode()).hexdigest()
+
+
 def _outcomes(tasks: Sequence[sandbox.Task], limits: sandbox.Limits, path: Path) -> list[dict[str, Any]]:
     """{"passed", "error", "key"} of each task: from `path` where it holds them, else by running them."""
     keys = [hashlib.sha256(json.dumps([*task, limits.seconds, limits.memory]).encode()).hexdigest() for task in tasks]
     rows = [row for row in predictions.appended_rows(path) if {"key", "passed", "error"} <= row.keys()]
     # A busy machine may have been why one was not in time: that is tried again.
     known = {row["key"]: row for row in rows if not str(row["error"]).startswith("no verdict")}
+    write_atomic(path, jsonl(rows))  # without a torn last line, which the first new one would join
     left = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}  # each program once
     with counting("run programs", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, outcome in zip(left, sandbox.run_all(list(left.values()), limits), strict=True):

@@ -11,6 +11,7 @@ every score; the Flat-LoRA paper's tables have the first.
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,16 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
     """{row: 1.0 or 0.0}."""
-    return {(row["label"], row["index"]): float(row["prediction"] == row["label"]) for row in rows}
+    pictures = images_of(folder)
+    return {(pictures, row["label"], row["index"]): float(row["prediction"] == row["label"]) for row in rows}
+
+
+def images_of(folder: Path) -> str | None:
+    """The hash of the pictures that the answers of a folder are about."""
+    try:
+        return json.loads((folder / "generation.json").read_bytes()).get("images_sha256")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def check_rows(rows: LabelledImages, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:

@@ -30,6 +30,7 @@ from flatlora.rows import jsonl, read_jsonl
 KIND = "text"
 GENERATES = False
 OWN_ROWS = True
+SCORING = ("allow_code_execution",)
 SCORER_VERSION = 1
 HEADLINE = "average"
 ROW_COLUMNS = {"task": "text"}

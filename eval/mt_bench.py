@@ -37,8 +37,10 @@ from flatlora.templates import conversation
 KIND = "text"
 GENERATES = True
 OWN_ROWS = True
+SCORING = ("judge", "judge_url", "judge_key", "judge_concurrency", "judge_rpm", "judge_tokens", "judge_tries", "folder")
 SCORER_VERSION = 1
 HEADLINE = "rating"
+IS_SHARE = False  # ratings are from 1 to 10
 ROW_COLUMNS = {"question_id": "int", "category": "text", "turns": "any", "reference": "any"}
 FIELDS: predictions.Fields = {
     "index": int,
@@ -109,13 +111,33 @@ def score(rows: Sequence[dict[str, Any]], judgments: Sequence[Mapping[str, Any]]
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
-    """{(question, turn): rating}, as judgments.jsonl has them; unrated ones are left out."""
-    known = {row["question_id"] for row in rows}
-    return {
-        (one["question_id"], one["turn"]): float(one["rating"])
-        for one in read_jsonl(folder / "judgments.jsonl")
-        if one["question_id"] in known and one["rating"] is not None
+    """{(question, turn, judge): rating}, as judgments.jsonl has them of these answers; unrated ones are left out."""
+    prompts = _kept_prompts(folder)
+    wanted = {
+        _key(judge, row["question_id"], turn, *judge_request(row, turn, prompts)[:2]): (row["question_id"], turn, judge)
+        for judge in {one["judge"] for one in _told(folder / "judgments.jsonl")}
+        for row in rows
+        for turn in (1, 2)
     }
+    told = [one for one in _told(folder / "judgments.jsonl") if one["key"] in wanted and one["rating"] is not None]
+    return {wanted[one["key"]]: float(one["rating"]) for one in told}
+
+
+def _told(path: Path) -> list[dict[str, Any]]:
+    return [one for one in predictions.appended_rows(path) if one.keys() >= _JUDGMENT]
+
+
+def _key(judge: str, question: int, turn: int, system: str, text: str) -> str:
+    """What a judgment is about: this judge, and this very request."""
+    return hashlib.sha256(json.dumps([judge, question, turn, system, text]).encode()).hexdigest()
+
+
+def _kept_prompts(folder: Path) -> dict[str, dict[str, str]]:
+    path = folder / "judge_prompts.json"
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"Broken file {path}: {error}; generate anew (leave out score_only=true)."]) from error
 
 
 def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
@@ -148,7 +170,7 @@ def run(
 ) -> dict[str, Any]:
     """Answer both turns, have them judged, score: predictions.jsonl, judgments.jsonl, score.json and radar.png."""
     rows = rows[: config.max_rows]
-    prompts = judge_prompts(Path(rows[0]["folder"]))
+    prompts = judge_prompts(Path(config.folder or rows[0].get("folder") or "."))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "judge_prompts.json", prompts)  # what scores later needs nothing else
 
@@ -230,12 +252,7 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
         EndpointError: the judge cannot be asked; what it has said is kept.
     """
     rows = predictions.read(path, FIELDS)
-    try:
-        prompts = json.loads(path.with_name("judge_prompts.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            [f"Broken file {path.with_name('judge_prompts.json')}: {error}; generate anew (leave out score_only=true)."]
-        ) from error
+    prompts = _kept_prompts(path.parent)
     judgments = _judge(rows, prompts, config, path.with_name("judgments.jsonl"))
     result = score(rows, judgments)
     result["judge"] = config.judge
@@ -254,8 +271,12 @@ def _judge(
         for turn in (1, 2):
             system, text, name = judge_request(row, turn, prompts)
             about = {"question_id": row["question_id"], "turn": turn}
-            key = hashlib.sha256(json.dumps([config.judge, *about.values(), system, text]).encode()).hexdigest()
-            wanted[key] = {**about, "prompt": name, "system": system, "text": text}
+            wanted[_key(config.judge, *about.values(), system, text)] = {
+                **about,
+                "prompt": name,
+                "system": system,
+                "text": text,
+            }
     told = [one for one in predictions.appended_rows(path) if one.keys() >= _JUDGMENT]
     known = {one["key"]: one for one in told if one["key"] in wanted}
     left = [key for key in wanted if key not in known or known[key]["rating"] is None]
@@ -276,7 +297,8 @@ def _judge(
             file.flush()
             advance(len(batch))
     found = [known[key] for key in wanted]
-    write_atomic(path, jsonl(found))
+    others = [one for one in told if one["key"] not in wanted]  # of another judge: they are paid for
+    write_atomic(path, jsonl([*others, *found]))
     return found
 
 
@@ -366,8 +388,15 @@ def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]
         lambda: _read(folder / "reference_gpt-4.jsonl", {"question_id": "int", "choices": "any"}),
         lambda: judge_prompts(folder),
     )
-    answers = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+    answers = {row["question_id"]: _reference(row) for row in references}
     return [{**row, "reference": answers.get(row["question_id"]), "folder": str(folder)} for row in questions]
+
+
+def _reference(row: Mapping[str, Any]) -> list[str] | None:
+    """The turns of a reference answer; `check_rows` says where one is needed and is none."""
+    choices = row["choices"]
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first.get("turns") if isinstance(first, dict) else None
 
 
 def _read(path: Path, columns: dict[str, Any]) -> list[dict[str, Any]]:

@@ -429,3 +429,21 @@ def test_too_little_memory_names_the_remedy(made, capsys, monkeypatch):
     assert main("gsm8k", [str(made), "device=cpu"]) == 1
     told = capsys.readouterr().err
     assert "The evaluation failed: CUDA out of memory. Tried to allocate 2 GiB. A lower batch_size needs less." in told
+
+
+def test_other_settings_of_a_model_that_no_run_describes_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "_load", lambda *_: Right())
+    (tmp_path / "rows.jsonl").write_text(jsonl(ROWS))
+    for count in (1, 2):
+        words = ["some/model", f"max_new_tokens={count}", "rows=rows.jsonl", "device=cpu", "parser=strict"]
+        assert main("gsm8k", words) == 0
+    made = sorted(path.name for path in (tmp_path / "results/eval/some/model").iterdir())
+    assert made == ["gsm8k-max_new_tokens=1-rows=rows", "gsm8k-max_new_tokens=2-rows=rows"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("/models/llama", "models/llama"), ("../x", "x"), ("a/b", "a/b"), ("/", "model")]
+)
+def test_a_served_name_is_a_folder_below_the_results(name, path):
+    assert command._safe(name) == path

@@ -9,7 +9,7 @@ import pytest
 import run_exp
 from eval import __main__ as command
 from eval import compare as comparing
-from eval import gsm8k, humaneval, squad
+from eval import gsm8k, humaneval, images, squad
 from eval.compare import compare
 from flatlora.config import ConfigError
 from flatlora.rows import jsonl
@@ -108,9 +108,30 @@ def test_rows_of_every_kind_have_scores(tmp_path):
     row = {"index": 0, "prompt": "p", "reference": "#### 5", "completion": "5", "tokens": 1, "finished": True}
     assert gsm8k.row_scores([row], gsm8k.Config(), tmp_path) == {("p", 0): 1.0}
     assert squad.row_scores([row | {"answers": ["5 m"]}], squad.Config(), tmp_path) == {("p", 0): pytest.approx(2 / 3)}
-    rows = [{"index": i, "task_id": f"T/{i // 2}"} for i in range(4)]
-    (tmp_path / "outcomes.jsonl").write_text(jsonl({"index": i, "passed": i < 3} for i in range(4)))
+    task = {"code": "def f():\n", "test": "", "entry_point": "f", "form": "completion"}
+    rows = [{"index": i, "task_id": f"T/{i // 2}", "completion": f"    return {i}", **task} for i in range(4)]
+    keys = [humaneval._program_sha256(one) for one in humaneval._tasks(rows)]
+    (tmp_path / "outcomes.jsonl").write_text(jsonl({"program": key, "passed": key != keys[3]} for key in keys))
     assert humaneval.row_scores(rows, humaneval.Config(), tmp_path) == {"T/0": 1.0, "T/1": 0.5}
+    rows[0]["completion"] = "    return 5"  # another program: what was found of the old one says nothing of it
     with pytest.raises(ConfigError, match="lacks outcomes"):
-        humaneval.row_scores([*rows, {"index": 4, "task_id": "T/2"}], humaneval.Config(), tmp_path)
+        humaneval.row_scores(rows, humaneval.Config(), tmp_path)
+
+
+def test_other_pictures_and_other_judges_are_no_common_questions(tmp_path):
+    rows = [{"index": i, "label": 0, "prediction": 0} for i in range(3)]
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "generation.json").write_text(json.dumps({"images_sha256": name}))
+        found.append(images.row_scores(rows, images.Config(), tmp_path / name))
+    with pytest.raises(ConfigError, match="no question in common"):
+        compare("images", *found)
+
+
+def test_ratings_are_no_shares(capsys):
+    comparing.print_comparisons("a", "b", [compare("mt_bench", {"q": 7.5, "r": 3.0}, {"q": 9.0, "r": 3.0})])
+    told = capsys.readouterr().out
+    assert "+0.75" in told
+    assert "%" not in told.replace("95%", "")
     assert comparing.RESAMPLES >= 1000

@@ -207,7 +207,7 @@ def test_a_finished_run_is_scored_as_it_scored_itself(words, folder, setting):
     assert main("images", [str(run / "checkpoint-2"), "device=cpu"]) == 0
     assert (run / "eval/images-checkpoint-2/predictions.jsonl").read_bytes() == own
     assert main("corruptions", [str(run), "device=cpu", f"folder={folder}"]) == 0
-    assert json.loads((run / "eval/corruptions/score.json").read_text())["n"] == 10
+    assert json.loads((run / "eval/corruptions-folder=c/score.json").read_text())["n"] == 10
 
 
 def test_pictures_of_a_list_are_scored(words, tmp_path):

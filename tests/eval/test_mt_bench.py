@@ -262,3 +262,36 @@ def test_a_run_is_judged_at_its_end_and_again(tiny_settings, bench, judge, tmp_p
     assert rows[0]["answers"] == ["Good.\nRating: [[7]]"] * 2
     assert main("mt_bench", ["served", "backend=openai", f"base_url={judge.url}"]) == 2
     assert Path(folder / "eval/mt_bench/radar.png").is_file()
+
+
+def test_a_judges_words_are_kept_beside_anothers(tmp_path, bench, judge):
+    one = config(judge, bench, max_rows=1)
+    rows = mt_bench.benchmark_rows(None, one)
+    mt_bench.run(Echo(), rows, tmp_path, one)
+    judge.script = [{"say": "[[3]]"}] * 2
+    assert (
+        mt_bench.score_file(tmp_path / "predictions.jsonl", one.model_copy(update={"judge": "other"}))["metrics"][
+            "rating"
+        ]
+        == 3.0
+    )
+    seen = len(judge.seen)
+    assert mt_bench.score_file(tmp_path / "predictions.jsonl", one)["metrics"]["rating"] == 7.0
+    assert len(judge.seen) == seen
+    answered = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert set(mt_bench.row_scores(answered, one, tmp_path)) == {
+        (81, turn, name) for turn in (1, 2) for name in ("judge", "other")
+    }
+
+
+def test_rows_of_a_file_and_empty_references(tmp_path, bench, judge):
+    settings = config(judge, bench)
+    rows = [{key: row[key] for key in mt_bench.ROW_COLUMNS} for row in mt_bench.benchmark_rows(None, settings)]
+    (tmp_path / "rows.jsonl").write_text(jsonl(rows))
+    words = ["served", "backend=openai", f"base_url={judge.url}", "judge=j", f"judge_url={judge.url}", "greedy=true"]
+    assert (
+        main("mt_bench", [*words, f"folder={bench}", f"rows={tmp_path / 'rows.jsonl'}", f"out={tmp_path / 'o'}"]) == 0
+    )
+    (bench / "reference_gpt-4.jsonl").write_text(jsonl([{"question_id": 82, "choices": []}]))
+    with pytest.raises(ConfigError, match="math is judged against reference answers"):
+        mt_bench.check_rows(mt_bench.benchmark_rows(None, settings), "here", settings)
