@@ -33,7 +33,7 @@ from flatlora.clip import RANDOM_VERSION, Classes, CLIPImageClassifier, classifi
 from flatlora.config import ConfigError, ModelConfig
 from flatlora.console import console
 from flatlora.files import cache_folder
-from flatlora.rows import UNREACHABLE, hub_is_reachable
+from flatlora.rows import UNREACHABLE, hub_is_reachable, speaks_of_the_network
 from flatlora.starts import move_as_started, start_of_checkpoint
 
 _AUTO_CLASSES = {"causal_lm": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
@@ -281,7 +281,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
-    reason = str(error).strip().splitlines()[0] if reachable else f"{UNREACHABLE}."
+    unreachable = not reachable and speaks_of_the_network(error)
+    reason = f"{UNREACHABLE}." if unreachable else str(error).strip().splitlines()[0]
     if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
         reason = "it is a file, not a folder." if os.path.isfile(config.hub_id) else "there is no such folder."
     elif os.path.isdir(config.hub_id) and not os.path.isfile(os.path.join(config.hub_id, "config.json")):

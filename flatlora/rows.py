@@ -235,7 +235,7 @@ def _hub_faults(source: Source) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        reason = reason if reachable else UNREACHABLE
+        reason = UNREACHABLE if not reachable and speaks_of_the_network(error) else reason
         raise ConfigError(
             [
                 f"Cannot read {source} from the hub: {reason}. Connect to the network, or set data_root=DIR with "
@@ -245,6 +245,11 @@ def _hub_faults(source: Source) -> Iterator[None]:
 
 
 UNREACHABLE = "the hub cannot be reached from here, and it is not in the hub's cache"
+
+
+def speaks_of_the_network(error: Exception) -> bool:
+    """Whether a library of the hub failed for want of it, and not for a broken file of its cache, say."""
+    return any(word in str(error).lower() for word in ("offline", "couldn't connect", "couldn't reach"))
 
 
 @functools.cache
