@@ -350,10 +350,14 @@ def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ConnectionError("no route to host\n at all"), ": no route to host "),
-        (ValueError(), ": ValueError "),  # an error without a message
+        (ConnectionError("no route to host\n at all"), ": no route to host. "),
+        (ValueError(), ": ValueError. "),  # an error without a message
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer"),
         (datasets.exceptions.DatasetGenerationError("a broken file"), "a broken file"),
+        (
+            ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)"),
+            ": the hub cannot be reached",
+        ),
     ],
 )
 def test_a_hub_out_of_reach_is_a_fault_with_the_local_way(monkeypatch, error, reason):
