@@ -452,8 +452,9 @@ def _pictures(module: ModuleType, target: Target, place: Place, config: Section)
         raise ConfigError(
             [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
         )
-    unread = [key for key in ("rows", "data_root") if getattr(target, key) and (target.rows or not module.ROW_COLUMNS)]
-    unread = [key for key in unread if key != "rows" or not module.ROW_COLUMNS]
+    unread = ["data_root"] if target.rows and target.data_root else []
+    if not module.ROW_COLUMNS:  # the benchmark has pictures of its own
+        unread = [key for key in ("rows", "data_root") if getattr(target, key)]
     if unread:
         raise ConfigError([f"Invalid {' and '.join(unread)}: the pictures are known without; leave the key out."])
     classes, rows, source = Classes.of_run(place.run).names, [], "the benchmark's own pictures"

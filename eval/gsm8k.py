@@ -24,7 +24,7 @@ from eval import predictions
 from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError, Section, setting
 from flatlora.files import write_json
-from flatlora.rows import Source, prompt_text, read_rows
+from flatlora.rows import Source, read_rows
 from flatlora.templates import prompt
 
 KIND = "text"
@@ -161,14 +161,8 @@ def run(
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
     """Answer `rows` ({"x", "y"}) and score them; writes predictions.jsonl and score.json, returns the score."""
-    rows = rows[: config.max_rows]
-    path = predictions.generate(
-        backend,
-        [prompt_text(row["x"]) for row in rows],
-        [row["y"] for row in rows],
-        folder,
-        sampling=Sampling(config.max_new_tokens),
-        on_progress=on_progress,
+    path = predictions.answer_rows(
+        backend, rows[: config.max_rows], folder, Sampling(config.max_new_tokens), on_progress=on_progress
     )
     return score_file(path, config)
 

@@ -112,15 +112,15 @@ def score(rows: Sequence[dict[str, Any]], judgments: Sequence[Mapping[str, Any]]
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
     """{(question, turn, judge): rating}, as judgments.jsonl has them of these answers; unrated ones are left out."""
-    prompts = _kept_prompts(folder)
+    prompts, told = _kept_prompts(folder), _told(folder / "judgments.jsonl")
     wanted = {
         _key(judge, row["question_id"], turn, *judge_request(row, turn, prompts)[:2]): (row["question_id"], turn, judge)
-        for judge in {one["judge"] for one in _told(folder / "judgments.jsonl")}
+        for judge in {one["judge"] for one in told}
         for row in rows
         for turn in (1, 2)
     }
-    told = [one for one in _told(folder / "judgments.jsonl") if one["key"] in wanted and one["rating"] is not None]
-    return {wanted[one["key"]]: float(one["rating"]) for one in told}
+    rated = [one for one in told if one["key"] in wanted and one["rating"] is not None]
+    return {wanted[one["key"]]: float(one["rating"]) for one in rated}
 
 
 def _told(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError
 from flatlora.files import write_atomic, write_json
-from flatlora.rows import jsonl, read_jsonl
+from flatlora.rows import jsonl, prompt_text, read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,27 @@ def generate(
         lengths=prompt_lengths(backend, prompts),
         batch_size=backend.batch_size,
         settings={**backend.describe(), **sampling.describe()},
+        on_progress=on_progress,
+    )
+
+
+def answer_rows(
+    backend: Generator,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    sampling: Sampling,
+    *,
+    keep: Sequence[str] = (),
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """`generate` for rows {"x", "y"} of a data set; columns in `keep` stay with the answers."""
+    return generate(
+        backend,
+        [prompt_text(row["x"]) for row in rows],
+        [row["y"] for row in rows],
+        folder,
+        sampling=sampling,
+        known=[{key: row[key] for key in keep} for row in rows],
         on_progress=on_progress,
     )
 

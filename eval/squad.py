@@ -17,7 +17,7 @@ from typing import Any
 from eval import predictions
 from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError, Section, setting
-from flatlora.rows import Source, prompt_text, read_rows
+from flatlora.rows import Source, read_rows
 
 KIND = "text"
 GENERATES = True
@@ -101,14 +101,12 @@ def run(
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
     """Answer `rows` ({"x", "y", "answers"}) and score them; writes predictions.jsonl and score.json."""
-    rows = rows[: config.max_rows]
-    path = predictions.generate(
+    path = predictions.answer_rows(
         backend,
-        [prompt_text(row["x"]) for row in rows],
-        [row["y"] for row in rows],
+        rows[: config.max_rows],
         folder,
-        sampling=Sampling(config.max_new_tokens),
-        known=[{"answers": row["answers"]} for row in rows],
+        Sampling(config.max_new_tokens),
+        keep=("answers",),
         on_progress=on_progress,
     )
     return score_file(path, config)

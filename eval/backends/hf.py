@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from eval.backends import Completion, Messages, Sampling, cut_at
-from flatlora.config import ConfigError
+from eval.backends import Completion, Sampling, cut_at
+from eval.backends.tokenised import TokenisedBackend
 
 _IGNORED = -100  # label of a place without an answer's token
 
 
-class HFBackend:
+class HFBackend(TokenisedBackend):
     """Answers with a model in memory.
 
     Args:
@@ -51,24 +51,6 @@ class HFBackend:
             "device": self.device.type,
             **self.identity,
         }
-
-    def prompt_length(self, prompt: str) -> int:
-        return len(self.tokenizer(prompt)["input_ids"])
-
-    def generate(
-        self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
-    ) -> list[Completion]:
-        return self._generate([self.tokenizer(prompt)["input_ids"] for prompt in prompts], sampling, seeds)
-
-    def chat(
-        self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
-    ) -> list[Completion]:
-        """One reply to each chat.
-
-        Raises:
-            ConfigError: the tokenizer has no form for chats.
-        """
-        return self._generate(chat_ids(self.tokenizer, chats), sampling, seeds)
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
@@ -172,20 +154,6 @@ class HFBackend:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages]) -> list[list[int]]:
-    """Token ids of chats that wait for a reply.
-
-    Raises:
-        ConfigError: the tokenizer has no form for chats.
-    """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ConfigError(
-            [f"Invalid template=chat: {tokenizer.name_or_path}'s tokenizer has no form for chats; use alpaca or qa."]
-        )
-    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True}
-    return [tokenizer.apply_chat_template(list(chat), **options)["input_ids"] for chat in chats]
-
-
 class SeededDraw(LogitsProcessor):
     """Scores whose largest is a draw from the nucleus of softmax(logits / temperature), by the Gumbel-max trick.
 
@@ -201,7 +169,8 @@ class SeededDraw(LogitsProcessor):
         logits = scores.float() / self.sampling.temperature
         if self.sampling.top_p < 1:
             ordered, places = logits.sort(dim=-1, descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            probabilities = ordered.softmax(-1)
+            before = probabilities.cumsum(-1) - probabilities
             outside = torch.zeros_like(before, dtype=torch.bool).scatter(1, places, before >= self.sampling.top_p)
             logits = logits.masked_fill(outside, -torch.inf)
         uniform = torch.stack([torch.rand(logits.shape[1], generator=one) for one in self.generators])

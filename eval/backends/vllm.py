@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 
-from eval.backends import Completion, Messages, Sampling
-from eval.backends.hf import chat_ids
+from eval.backends import Completion, Sampling
+from eval.backends.tokenised import TokenisedBackend
 from flatlora.config import ConfigError
 
 
-class VLLMBackend:
+class VLLMBackend(TokenisedBackend):
     """Answers with a model that vLLM serves in this process.
 
     Args:
@@ -74,24 +74,6 @@ class VLLMBackend:
             "batch_size": self.batch_size,
             **self.identity,
         }
-
-    def prompt_length(self, prompt: str) -> int:
-        return len(self.tokenizer(prompt)["input_ids"])
-
-    def generate(
-        self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
-    ) -> list[Completion]:
-        return self._generate([self.tokenizer(prompt)["input_ids"] for prompt in prompts], sampling, seeds)
-
-    def chat(
-        self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
-    ) -> list[Completion]:
-        """One reply to each chat.
-
-        Raises:
-            ConfigError: the tokenizer has no form for chats.
-        """
-        return self._generate(chat_ids(self.tokenizer, chats), sampling, seeds)
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
         from vllm import SamplingParams

@@ -9,6 +9,7 @@ from PIL import Image
 
 import run_exp
 from eval import corruptions, images
+from eval.backends.clip import CLIPBackend
 from eval.command import main
 from flatlora.config import ConfigError
 from tests.conftest import run_folder
@@ -197,8 +198,10 @@ def test_corruptions_of_other_classes_are_a_fault_before_training(words, folder,
 @pytest.mark.parametrize(
     "setting", ["model.head=text", "model.head=linear", "peft=full_ft", "peft=pissa", "peft=lora_ga"]
 )
-def test_a_finished_run_is_scored_as_it_scored_itself(words, folder, setting):
-    words = [*words, setting]
+def test_a_finished_run_is_scored_as_it_scored_itself(words, folder, setting, monkeypatch):
+    words, seen = [*words, setting], []
+    plain = CLIPBackend.logits
+    monkeypatch.setattr(CLIPBackend, "logits", lambda self, pixels: seen.append(plain(self, pixels)) or seen[-1])
     assert run_exp.main(words) == 0
     run = run_folder(words)
     own = (run / "eval/images/predictions.jsonl").read_bytes()
@@ -206,6 +209,11 @@ def test_a_finished_run_is_scored_as_it_scored_itself(words, folder, setting):
     assert (run / "again/predictions.jsonl").read_bytes() == own
     assert main("images", [str(run / "checkpoint-2"), "device=cpu"]) == 0
     assert (run / "eval/images-checkpoint-2/predictions.jsonl").read_bytes() == own
+    assert main("images", [str(run / "checkpoint-1"), "device=cpu"]) == 0
+    whole, again, checkpoint, earlier = seen  # every class is the same after two steps: the scores behind it are not
+    assert torch.allclose(again, whole, atol=1e-5)
+    assert torch.allclose(checkpoint, whole, atol=1e-5)
+    assert (earlier - whole).abs().max() > 1e-3
     assert main("corruptions", [str(run), "device=cpu", f"folder={folder}"]) == 0
     assert json.loads((run / "eval/corruptions-folder=c/score.json").read_text())["n"] == 10
 

@@ -164,21 +164,13 @@ def test_a_judge_without_a_rating_is_asked_again_and_then_counted_apart(tmp_path
 
 @pytest.mark.parametrize("act", ["hang", "garbage", "empty", "drop", (429, {"retry-after": "0"}), (500, {}), "null"])
 def test_a_judge_that_misbehaves_is_asked_again(tmp_path, bench, judge, act, monkeypatch):
-    monkeypatch.setattr(mt_bench, "Endpoint", lambda *a, **k: quick(mt_bench_endpoint(*a, **k)))
+    plain = mt_bench.Endpoint
+    monkeypatch.setattr(mt_bench, "Endpoint", lambda *a, **k: plain(*a, **k, first_wait_s=0.01, timeout_s=0.5))
     settings = config(judge, bench, max_rows=1)
     judge.script = [act]
     result = mt_bench.run(Echo(), mt_bench.benchmark_rows(None, settings), tmp_path, settings)
     assert result["metrics"]["rating"] == 7.0
     assert len(judge.seen) == 3
-
-
-mt_bench_endpoint = mt_bench.Endpoint
-
-
-def quick(endpoint):
-    from dataclasses import replace
-
-    return replace(endpoint, first_wait_s=0.01, timeout_s=0.5)
 
 
 def test_a_judge_that_ends_on_the_way_leaves_what_it_said(tmp_path, bench, judge):
