@@ -351,7 +351,10 @@ def _output_folder(
         return _writable(Path(target.out))
     place, path = locate(), Path(name)
     own = place.run / "eval" / benchmark if place.run else None
-    benchmark += _label(target, given, place.scored_with, benchmarks.evaluator(benchmark)) + _served(target)
+    module = benchmarks.evaluator(benchmark)
+    benchmark += _label(target, given, place.scored_with, module) + _served(target)
+    if module.KIND == "image" and target.data_root not in (None, place.data_root):  # other pictures, perhaps
+        benchmark += f"-data_root={Path(target.data_root).name}"
     benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
     if place.run is None:
         return _writable(

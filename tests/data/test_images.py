@@ -13,6 +13,7 @@ from PIL import Image
 
 import run_exp
 from data import images
+from eval import command
 from flatlora import models
 from flatlora.config import ConfigError
 from flatlora.images import ImageRows, LabelledImages, check_images
@@ -385,6 +386,21 @@ def test_both_heads_train_resume_and_load(tmp_path, settings, head, rho, monkeyp
     assert run_exp.main([*again, "resume=true"]) == 0
     assert adapter_bytes(run_folder(again)) == adapter_bytes(whole)
     assert metrics_rows(run_folder(again)) == metrics_rows(whole)
+
+
+def test_a_run_is_scored_on_its_own_pictures_and_on_others_beside_them(tmp_path, settings):
+    write_set(tmp_path, "mnist", (4, 3))
+    words = [*settings, "dataset=mnist", "trainer.max_steps=1"]
+    assert run_exp.main(words) == 0
+    run = run_folder(words)
+    own = (run / "eval/images/predictions.jsonl").read_bytes()
+    assert command.main("images", [str(run), "device=cpu"]) == 0
+    other = tmp_path / "other"
+    write_set(other, "mnist", (4, 5))
+    assert command.main("images", [str(run), "device=cpu", f"data_root={other}"]) == 0
+    assert (run / "eval/images/predictions.jsonl").read_bytes() == own
+    assert not list(run.glob("eval/images/*stale*"))
+    assert json.loads((run / "eval/images-data_root=other/score.json").read_text())["n"] == 5
 
 
 def test_workers_change_nothing(tmp_path, settings):
