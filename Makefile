@@ -38,7 +38,7 @@ $(VENV)/.evals: $(STAMP)
 	@touch $@
 
 test: evals
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: setup
 	@$(BIN)/ruff check .
