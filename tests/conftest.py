@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: threads cost more than they give, and workers share cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices, and workers that share cores
 
 import pytest
 import torch
