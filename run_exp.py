@@ -26,7 +26,7 @@ from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
 from flatlora import acceleration, checkpoint, commandline, console, files, methods, models, results, training
 from flatlora.clip import CLASSES_FILE
-from flatlora.config import ConfigError, Experiment, Section, parse
+from flatlora.config import ConfigError, Experiment, Section, keys_of_validation, parse
 from flatlora.images import collate_images
 from flatlora.results import MetricsLog, RunFolder
 from flatlora.rows import gather, jsonl
@@ -207,7 +207,7 @@ def run(experiment: Experiment) -> int:
 
 
 def _nothing_to_score_from(folder: RunFolder, experiment: Experiment) -> str:
-    names = [f"python -m eval.{name} {folder.path}" for name in experiment.eval if experiment.dataset.kind == "text"]
+    names = [f"python -m eval.{name} {folder.path}" for name in experiment.eval]
     remedy = f"score its adapter with {', '.join(names)}, or say overwrite=true" if names else "say overwrite=true"
     return f"{folder.path} is finished and its checkpoints are gone, so resume=true would train it anew: {remedy}."
 
@@ -237,22 +237,43 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     rows = training.main_process_first(lambda: read(experiment, processor), device)
     known = {"classes": rows.classes.names} if pictures else {"tokenizer": processor}
     gather(
+        lambda: _check_validation(experiment, len(rows.validation)),
         *(
             lambda name=name, config=config: benchmarks.evaluator(name).check_rows(
                 *_asked(experiment, rows.test, name, config), config, **known
             )
             for name, config in experiment.eval.items()
-        )
+        ),
     )
     collate = collate_images if pictures else tokens.collator(experiment.model.family, processor.pad_token_id)
     return Inputs(device, processor, rows, collate, rows.sha256)
 
 
+def _check_validation(experiment: Experiment, left: int) -> None:
+    """Rows that repeat train rows do not validate, which may leave none."""
+    if not left and (keys := keys_of_validation(experiment.optim)):
+        given = ", ".join(f"optim.{key}={getattr(experiment.optim, key)}" for key in keys)
+        raise ConfigError(
+            [
+                f"Invalid {given}: no validation row is left of {experiment.dataset.name}, for all stand among its "
+                "train rows; take fewer train rows, or leave the keys out."
+            ]
+        )
+
+
 def _asked(experiment: Experiment, test: Sequence[Any], name: str, config: Section) -> tuple[Sequence[Any], str]:
     """What a benchmark asks at the end of a run, and where it is from."""
     module = benchmarks.evaluator(name)
-    if module.KIND == "text" and module.OWN_ROWS:
+    if module.KIND == "text" and (module.OWN_ROWS or not test):
         return module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
+    template = getattr(config, "template", None)
+    if template not in (None, getattr(experiment.dataset, "template", template)):
+        raise ConfigError(
+            [
+                f"Invalid eval.{name}.template={template} with dataset={experiment.dataset.name}: its test rows are "
+                f"asked, in dataset.template={experiment.dataset.template}; leave the key out."
+            ]
+        )
     return test, f"dataset {experiment.dataset.name}, test rows"
 
 
@@ -308,7 +329,8 @@ def train_and_score(
 ) -> None:
     """The run itself; fills `record` as it goes."""
     classes = getattr(inputs.rows, "classes", None)
-    if training.is_main_process():  # what scores the run later reads it
+    if training.is_main_process():  # what scores the run later reads all this
+        record["base"] = models.backbone_state(experiment.model)
         if classes is None:
             files.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
         else:
@@ -371,7 +393,9 @@ def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunF
             inputs.processor,
             batch_size=config.batch_size,
             autocast_dtype=models.autocast_dtype(experiment.trainer.autocast, experiment.model.dtype),
-            identity={"weights": checkpoint.weights_sha256(folder.adapter)},
+            identity=models.weights_identity(
+                str(folder.adapter), experiment.model, getattr(inputs.rows, "classes", None)
+            ),
         )
         rows, _ = _asked(experiment, inputs.rows.test, name, config)
         result = evaluate(name, backend, rows, folder.path / "eval" / name, config)
@@ -409,6 +433,7 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.seed,
         "config_sha256": experiment.sha256(),
         "data_sha256": None,
+        "base": None,
         "git_sha": results.git_sha(),
         "env": results.environment(),
         "backbone_sha256": {"before": None, "after": None},

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -18,12 +16,12 @@ import yaml
 from data.selection import ordered, take
 from flatlora.clip import Classes
 from flatlora.config import ConfigError, DatasetConfig, setting
-from flatlora.images import DIGITS, ImageRows, LabelledImages, check_images, read_images
+from flatlora.images import DIGITS, ImageRows, LabelledImages, check_images, name_fault, picture_of, read_images
 from flatlora.rows import Source, gather
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(DatasetConfig):
@@ -99,11 +97,11 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
         raise ConfigError(faults)
     first, scored = gather(*(lambda i=images, j=indices: check_images(i, j) for images, indices in chosen))
     rows = ImageRows(train, places, processor, first[: len(places)])
-    learned, held_out = set(rows.digests), first[len(places) :]
-    fresh = [place for place, digest in enumerate(held_out) if digest not in learned]
+    learned, held_out = set(map(picture_of, rows.digests)), first[len(places) :]
+    fresh = [place for place, digest in enumerate(held_out) if picture_of(digest) not in learned]
     if len(fresh) < len(held_out):
         logger.warning("%d rows stand among the train rows already and do not validate.", len(held_out) - len(fresh))
-    if known := sum(digest in learned for digest in scored):
+    if known := sum(picture_of(digest) in learned for digest in scored):
         logger.warning("%d of %d test rows stand among the train rows, as the data set has them.", known, len(scored))
     return PreparedImages(
         rows,
@@ -155,44 +153,25 @@ def classes_of(entry: str, *splits: LabelledImages) -> Classes:
     Raises:
         ConfigError: no names at all, not equally many, or in another order.
     """
-    listed, own = _class_file()[entry], [images.names for images in splits if images.names]
-    names = listed.get("names") or [name.replace("_", " ") for name in (own[0] if own else ())]
-    fault = None
+    listed, named = _class_file()[entry], [images for images in splits if images.names]
+    names = listed.get("names") or [name.replace("_", " ") for name in (named[0].names if named else ())]
+    where = f"data/class_names.yaml, entry {entry}"
     if not names:
-        fault = "the data set names no classes either; write them there, in the order of the labels"
-    elif other := next((found for found in own if len(found) != len(names)), None):
-        fault = f"{len(names)} names stand there, and the data set has {len(other)} classes; name another entry"
-    elif own[1:] and own[0] != own[1]:
-        place = next(i for i, (one, two) in enumerate(zip(*own[:2], strict=True)) if one != two)
-        fault = (
-            f"label {place} is {own[0][place]} in {splits[0].source} and {own[1][place]} in {splits[1].source}; fetch "
-            "both splits from one revision"
+        raise ConfigError(
+            [
+                f"Invalid dataset.classes={entry}: neither {where} nor the data set names the classes; write them "
+                "there, in the order of the labels."
+            ]
         )
-    elif own and (moved := _moved(own[0], names)):
-        place, elsewhere = moved
-        fault = (
-            f"label {place} is {own[0][place]} in {splits[0].source}, and {names[place]} there, where {own[0][place]} "
-            f"has label {elsewhere}; name the entry that has the data set's order, or write one"
-        )
-    if fault:
-        raise ConfigError([f"Invalid dataset.classes={entry} of data/class_names.yaml: {fault}."])
+    faults = [fault for images in named if (fault := name_fault(images, names, where))]
+    faults = [f"Invalid dataset.classes={entry}: {fault}; name the entry that fits, or write one." for fault in faults]
+    if not faults and named[1:] and named[0].names != named[1].names:
+        label = next(i for i, pair in enumerate(zip(named[0].names, named[1].names, strict=True)) if pair[0] != pair[1])
+        described = " and ".join(f"{images.names[label]} in {images.source}" for images in named)
+        faults = [f"Invalid splits: label {label} is {described}; fetch both from one revision."]
+    if faults:
+        raise ConfigError(faults)
     return Classes(list(names), [[prompt.format(name) for prompt in listed["prompts"]] for name in names])
-
-
-def _moved(own: Sequence[str], names: Sequence[str]) -> tuple[int, int] | None:
-    """A label whose own name stands under another label in `names`, and that label.
-
-    Prompts may word a class otherwise than the data set does; a word that has changed its place is another order.
-    """
-    wanted = [_plain(name) for name in names]
-    for place, name in enumerate(map(_plain, own)):
-        if name != wanted[place] and name in wanted:
-            return place, wanted.index(name)
-    return None
-
-
-def _plain(name: str) -> str:
-    return " ".join(re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
 
 
 def _class_file() -> dict[str, Any]:

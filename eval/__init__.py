@@ -39,4 +39,4 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 
-_SHARED = ("__main__", "backends", "predictions", "command", "compare", "sandbox")
+_SHARED = ("__main__", "backends", "predictions", "command", "compare", "place", "sandbox")

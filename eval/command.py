@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -24,11 +24,11 @@ from eval.backends.clip import CLIPBackend
 from eval.backends.hf import HFBackend
 from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
-from flatlora.checkpoint import weights_sha256
+from eval.place import OTHER_VERSION, YAML_ERRORS, Place, locate_place
 from flatlora.clip import Classes
-from flatlora.config import ConfigError, ModelConfig, Section, TrainerConfig, nearest, setting
+from flatlora.config import ConfigError, Section, nearest, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
-from flatlora.images import ImageRows, LabelledImages, check_images, read_images, read_listed
+from flatlora.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.models import (
     autocast_dtype,
     backbone_source,
@@ -36,15 +36,18 @@ from flatlora.models import (
     load_for_inference,
     load_image_processor,
     model_of,
+    weights_identity,
 )
 from flatlora.rows import Source, gather, read_jsonl, typed_columns
 from flatlora.starts import MOVED
+
+BENCHMARK = "benchmark"  # rows=benchmark: its own rows, also for a run that has test rows
 
 
 class Target(Section):
     """Keys of the command line that every benchmark has."""
 
-    rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file with the benchmark's columns")
+    rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file, or write rows=benchmark")
     data_root: str | None = setting(None, min_length=1, remedy="name a folder with the hub's layout")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", remedy="auto is the model's own")
@@ -74,19 +77,6 @@ class Target(Section):
                 f"Invalid device={self.device} with backend={self.backend}: it has a device of its own; drop it."
             )
         return faults
-
-
-@dataclass(frozen=True)
-class Place:
-    """What the user named: weights, and what the run that they belong to says of them."""
-
-    weights: str  # a folder or a hub id
-    run: Path | None = None
-    model: ModelConfig | None = None
-    autocast: str = "auto"
-    scored_with: dict[str, Any] = field(default_factory=dict)  # the run's own settings of the benchmark
-    dataset: Mapping[str, Any] = field(default_factory=dict)  # the run's, as its config.yaml has it
-    data_root: str | None = None
 
 
 def main(benchmark: str, words: Sequence[str]) -> int:
@@ -131,7 +121,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     target, given, word_faults = _parse_words(module, words[1:])
 
     def locate() -> Place:
-        return _locate(words[0], benchmark, served=target is not None and target.backend == "openai")
+        return locate_place(words[0], benchmark, served=target is not None and target.backend == "openai")
 
     def check_words() -> None:
         if word_faults:
@@ -146,13 +136,14 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         return _config(module, locate, given)
 
     # A step that needs an earlier one takes it again: its faults are told once, and those of all others beside them.
-    place, _, config, folder, device, rows = gather(
+    place, _, _, config, folder, device, rows = gather(
         locate,
+        lambda: _check_kind(module, aim(), locate),
         check_words,
         configure,
         lambda: _output_folder(words[0], aim(), given, locate, benchmark),
         lambda: _choose_device(aim()),
-        lambda: _rows(module, aim(), locate, configure),
+        lambda: _rows(module, aim(), given, locate, configure),
     )
     if target.score_only:
         return module.score_file(folder / "predictions.jsonl", config)
@@ -202,7 +193,7 @@ def _parse_words(module: ModuleType, words: Sequence[str]) -> tuple[Target | Non
         else:
             try:
                 values[key] = yaml.safe_load(text)
-            except _YAML_ERRORS:
+            except YAML_ERRORS:
                 faults.append(
                     f"Cannot read {word!r}: its value is not YAML; write a number, true, false, null or text."
                 )
@@ -238,103 +229,12 @@ def _config(module: ModuleType, locate: Callable[[], Place], given: Mapping[str,
     return config
 
 
-_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # a 13th month is a ValueError
-
-
 def _describe(cls: type[Section], detail: Mapping[str, Any]) -> str:
     key, rule = detail["loc"][0], detail["msg"]
     remedy = (cls.model_fields[key].json_schema_extra or {}).get("remedy")
     if detail["type"] == "missing":
         return f"Missing {key}: write {key}=VALUE" + (f"; {remedy}." if remedy else ".")
     return f"Invalid {key}={detail['input']!r}: {rule[0].lower()}{rule[1:]}" + (f"; {remedy}." if remedy else ".")
-
-
-def _locate(name: str, benchmark: str, served: bool = False) -> Place:
-    """`served`: the name is one that an endpoint knows, whatever it looks like."""
-    path = Path(name)
-    if served:
-        return Place(name)
-    if not path.is_dir():
-        if path.exists() or name.startswith((".", "/")) or name.count("/") > 1:
-            raise ConfigError(
-                [f"Invalid path {name}: no such folder; name a run, checkpoint, adapter or model folder."]
-            )
-        return Place(name)  # a hub id
-    for folder in (path, *path.resolve().parents[:2]):
-        if saved := _saved_config(folder):
-            weights = path if folder != path else path / "adapter"
-            break
-    else:
-        folder, saved, weights = None, None, path
-    if not any((weights / file).is_file() for file in ("adapter_config.json", "config.json")):
-        if weights != path:
-            problem = "this run has no adapter/ yet; finish it, or name one of its checkpoints"
-        else:
-            problem = "neither weights nor a run are in it; name a run, checkpoint, adapter or model folder"
-        raise ConfigError([f"Invalid path {name}: {problem}."])
-    return _place_in_run(str(weights), folder, saved, benchmark) if saved else Place(str(weights))
-
-
-_RUN_SECTIONS = ("model", "dataset", "peft", "rho", "optim", "trainer")
-
-
-def _saved_config(folder: Path) -> dict[str, Any] | None:
-    """config.yaml of a run's folder; None for a folder that is no run's, whatever config.yaml it may have.
-
-    Raises:
-        ConfigError: the folder is a run's, and its config.yaml is broken or lacks a section.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return None
-    try:
-        saved = yaml.safe_load(path.read_bytes())
-    except _YAML_ERRORS:
-        saved = None
-    sections = [name for name in _RUN_SECTIONS if name in saved] if isinstance(saved, dict) else []
-    if len(sections) == len(_RUN_SECTIONS):
-        return saved
-    ran = any((folder / file).is_file() for file in ("run.json", "metrics.jsonl"))
-    if not ran or (saved and isinstance(saved, dict) and not sections):
-        return None  # another program's
-    if sections:
-        missing = ", ".join(name for name in _RUN_SECTIONS if name not in sections)
-        raise ConfigError([f"Invalid {path}: the run's {missing} is missing; {_OTHER_VERSION}."])
-    raise ConfigError(
-        [f"Broken file {path}: it holds no settings; put those back that run.json keeps under experiment."]
-    )
-
-
-_OTHER_VERSION = "score the run with the version of the suite that made it, or mend the file"
-
-
-def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: str) -> Place:
-    path, faults = run / "config.yaml", []
-
-    def section(key: str, cls: type[Section], value: Any) -> Any:
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            for detail in error.errors():
-                name = ".".join([key, *map(str, detail["loc"])])
-                faults.append(f"Invalid {name} in {path}: {detail['msg'].lower()}; {_OTHER_VERSION}.")
-
-    model, trainer = section("model", ModelConfig, saved["model"]), section("trainer", TrainerConfig, saved["trainer"])
-    scored = saved.get("eval") or {}
-    if not isinstance(scored, Mapping):
-        faults.append(f"Invalid eval in {path}: a group of benchmarks is needed; {_OTHER_VERSION}.")
-    elif benchmark in scored:
-        own = section(f"eval.{benchmark}", benchmarks.evaluator(benchmark).Config, scored[benchmark])
-    if faults:
-        raise ConfigError(faults)
-    if benchmark in scored:
-        settings = own.model_dump()
-    else:  # what the run's data set says of any benchmark, such as the task
-        fields = benchmarks.evaluator(benchmark).Config.model_fields
-        settings = {
-            key: saved["dataset"][key] for key in ("task", "template") if key in fields and key in saved["dataset"]
-        }
-    return Place(weights, run, model, trainer.autocast, settings, saved["dataset"], saved.get("data_root"))
 
 
 def _served(target: Target) -> str:
@@ -354,7 +254,7 @@ def _output_folder(
     module = benchmarks.evaluator(benchmark)
     benchmark += _label(target, given, place.scored_with, module) + _served(target)
     if module.KIND == "image" and target.data_root not in (None, place.data_root):  # other pictures, perhaps
-        benchmark += f"-data_root={Path(target.data_root).name}"
+        benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
     benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
     if place.run is None:
         return _writable(
@@ -378,8 +278,18 @@ def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], mod
     fields, scoring = module.Config.model_fields, getattr(module, "SCORING", ())
     usual = {key: spec.get_default(call_default_factory=True) for key, spec in fields.items()} | own
     changed = [key for key in given if key not in scoring and given[key] != usual[key]]
-    changed = [f"{key}={Path(str(given[key])).name}" for key in changed]  # of a path its last part
-    return "".join(f"-{word}" for word in changed + ([f"rows={Path(target.rows).stem}"] if target.rows else []))
+    values = {key: str(given[key]) for key in changed}
+    if target.rows:
+        values["rows"] = target.rows if target.rows == BENCHMARK else os.path.abspath(target.rows)
+    return "".join(f"-{key}={_in_short(value)}" for key, value in values.items())
+
+
+def _in_short(value: str) -> str:
+    """A value as a part of a folder's name: of a path the last part, and what tells it from others of that name."""
+    path = Path(value)
+    if path.name == value:
+        return value
+    return f"{path.stem}-{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:6]}"
 
 
 def _machine_label(target: Target, place: Place, own: Path) -> str:
@@ -420,41 +330,84 @@ def _choose_device(target: Target) -> torch.device | None:
     return choose_device(target.device)
 
 
+def _check_kind(module: ModuleType, target: Target, locate: Callable[[], Place]) -> None:
+    """See to it that model, backend and benchmark are of one kind.
+
+    Raises:
+        ConfigError: they are not, such as words asked of a run that tells pictures apart.
+    """
+    pictures = module.KIND == "image"
+    if target.backend != "hf" and (pictures or not module.GENERATES):
+        asked = "looks at pictures" if pictures else "weighs given answers"
+        raise ConfigError(
+            [f"Invalid backend={target.backend}: it writes answers, and this benchmark {asked}; use backend=hf."]
+        )
+    place = locate()
+    clip = place.model is not None and place.model.family == "clip"
+    if clip and not pictures:
+        raise ConfigError(
+            [f"Invalid path {place.weights}: this run tells pictures apart and has no words; name a language model."]
+        )
+    if pictures and not clip:
+        raise ConfigError(
+            [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
+        )
+
+
 def _rows(
-    module: ModuleType, target: Target, locate: Callable[[], Place], configure: Callable[[], Section]
+    module: ModuleType,
+    target: Target,
+    given: Mapping[str, Any],
+    locate: Callable[[], Place],
+    configure: Callable[[], Section],
 ) -> Sequence[Any]:
     if target.score_only:
         return []
     if module.KIND == "image":
         return _pictures(module, target, locate(), configure())
-    run = None if target.rows or module.OWN_ROWS else locate().run
-    path = Path(target.rows) if target.rows else run / "test.jsonl" if run else None
-    if target.rows and not path.is_file():
-        raise ConfigError(
-            [f"Invalid rows={target.rows}: no such file; name a .jsonl file with {' and '.join(module.ROW_COLUMNS)}."]
-        )
-    if path and path.is_file():
-        if target.data_root:
-            raise ConfigError(
-                [
-                    f"Invalid data_root={target.data_root}: nothing is read there, for the rows are those of {path}; "
-                    "drop it."
-                ]
-            )
+    path = _rows_file(module, target, locate)
+    if path:
+        unread = {"data_root": target.data_root, "template": given.get("template")}
+        if faults := [
+            f"Invalid {key}={value}: nothing reads it, for the rows are those of {path}; drop it."
+            for key, value in unread.items()
+            if value is not None
+        ]:
+            raise ConfigError(faults)
         rows, source = read_jsonl(path), str(path)
         typed_columns(rows, module.ROW_COLUMNS, source)
     else:
-        rows, source = module.benchmark_rows(target.data_root, configure()), "the benchmark's own rows"
+        data_root = target.data_root or locate().data_root
+        rows, source = module.benchmark_rows(data_root, configure()), "the benchmark's own rows"
     module.check_rows(rows, source, configure())
     return rows
+
+
+def _rows_file(module: ModuleType, target: Target, locate: Callable[[], Place]) -> Path | None:
+    """The file whose rows are asked; None for the benchmark's own: no run, or one whose data set has no test rows."""
+    if target.rows == BENCHMARK:
+        return None
+    if target.rows:
+        path = Path(target.rows)
+        if not path.is_file():
+            columns = " and ".join(module.ROW_COLUMNS)
+            raise ConfigError([f"Invalid rows={path}: no such file; name a .jsonl file with {columns}."])
+        return path
+    run = None if module.OWN_ROWS else locate().run
+    if run is None:
+        return None
+    path = run / "test.jsonl"
+    if not path.is_file():  # the benchmark's own prompts would be others than the run's
+        raise ConfigError(
+            [f"Missing file {path}: a run's test rows are in it; copy the run's folder whole, or name rows=FILE."]
+        )
+    return path if path.stat().st_size else None
 
 
 def _pictures(module: ModuleType, target: Target, place: Place, config: Section) -> Sequence[Any]:
     """The pictures of rows=FILE, or of the run's test split; none for a benchmark that has its own."""
     if place.run is None or place.model.family != "clip":
-        raise ConfigError(
-            [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
-        )
+        return []  # `_check_kind` tells it
     unread = ["data_root"] if target.rows and target.data_root else []
     if not module.ROW_COLUMNS:  # the benchmark has pictures of its own
         unread = [key for key in ("rows", "data_root") if getattr(target, key)]
@@ -466,6 +419,8 @@ def _pictures(module: ModuleType, target: Target, place: Place, config: Section)
             images, count = read_listed(Path(target.rows), *module.ROW_COLUMNS), None
         else:
             images, count = _test_split(place.dataset, target.data_root or place.data_root)
+        if fault := name_fault(images, classes, "the run's classes.json"):
+            raise ConfigError([f"Invalid classes of {images.source}: {fault}; name pictures of the same classes."])
         source, places = images.source, range(min(len(images.labels), count or len(images.labels)))
         processor = load_image_processor(place.model)
         rows = ImageRows(images, np.array(places), processor, check_images(images, places))
@@ -480,7 +435,7 @@ def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[Labe
         columns = {"image": dataset["image_column"], "label": dataset["label_column"]}
     except KeyError as error:
         raise ConfigError(
-            [f"Invalid dataset in the run's config.yaml: {error} is missing; {_OTHER_VERSION}."]
+            [f"Invalid dataset in the run's config.yaml: {error} is missing; {OTHER_VERSION}."]
         ) from error
     return read_images(source, **columns, data_root=data_root), dataset.get("test_rows")
 
@@ -496,10 +451,6 @@ def _backend(
     dtype = None if target.dtype == "auto" else target.dtype
     if target.backend == "hf":
         return _load(place, device, batch_size, module.KIND, dtype)
-    if module.KIND == "image" or not module.GENERATES:
-        raise ConfigError(
-            [f"Invalid backend={target.backend}: it answers in words, and this benchmark weighs; use backend=hf."]
-        )
     if target.backend == "openai":
         endpoint = Endpoint(
             target.base_url,
@@ -521,8 +472,25 @@ def _backend(
         adapter,
         batch_size=batch_size,
         dtype=dtype or model.dtype,
-        identity={"weights": weights_sha256(folder) if folder.is_dir() else place.weights},
+        identity=_identity(place),
     )
+
+
+def _identity(place: Place, classes: Classes | None = None) -> dict[str, str]:
+    """
+    Raises:
+        ConfigError: the adapter was trained on another backbone than the one that stands there now.
+    """
+    identity = weights_identity(place.weights, place.model, classes)
+    if place.base and identity.get("base", place.base) != place.base:
+        raise ConfigError(
+            [
+                f"Invalid backbone of {place.weights}: {place.model.hub_id} is {identity['base'][:60]} now, and the "
+                f"run was trained on {place.base[:60]} (base in its run.json); put those weights back, or pin them "
+                "with model.revision."
+            ]
+        )
+    return identity
 
 
 def _load(
@@ -530,6 +498,7 @@ def _load(
 ) -> Backend | ImageBackend:
     try:
         classes = Classes.of_run(place.run) if kind == "image" else None
+        identity = _identity(place, classes)
         model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype)
     except (ConfigError, torch.OutOfMemoryError):
         raise
@@ -541,13 +510,12 @@ def _load(
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
     if dtype is None:
         dtype = place.model.dtype if place.model else str(next(model.parameters()).dtype).removeprefix("torch.")
-    folder = Path(place.weights)
     return (CLIPBackend if kind == "image" else HFBackend)(
         model,
         processor,
         batch_size=batch_size,
         autocast_dtype=autocast_dtype(place.autocast, dtype),
-        identity={"weights": weights_sha256(folder) if folder.is_dir() else place.weights},
+        identity=identity,
     )
 
 

@@ -59,7 +59,7 @@ def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     faults, arrays = [], {}
     for path in files:
         try:
-            arrays[path.stem] = np.load(path, mmap_mode="r", allow_pickle=False)
+            arrays[path.stem] = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as error:
             faults.append(f"Broken file {path}: {str(error).partition(chr(10))[0]}; fetch it again.")
     labels = arrays.pop(LABELS, None)

@@ -4,7 +4,8 @@
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: parser, template (of the
 benchmark's own rows; a run's test rows have its own), max_rows, max_new_tokens, batch_size, rows=FILE.jsonl (rows
-{"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. `parser=strict` reads the number after "####" or else the
+{"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. A run is asked its data set's test rows;
+`rows=benchmark` asks it GSM8K's own, in the run's template. `parser=strict` reads the number after "####" or else the
 last one; `parser=math_verify` reads expressions and LaTeX too, by that package (extra `math`). A score has both.
 A run's own answers stay: other settings, other rows and another device have folders of their own beside eval/gsm8k.
 """

@@ -3,7 +3,7 @@
     python -m eval.squad PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: max_rows, max_new_tokens,
-batch_size, rows=FILE.jsonl (rows {"x", "y", "answers"}), data_root=DIR, device, out=DIR, score_only=true. The first
+batch_size, rows=FILE.jsonl (rows {"x", "y", "answers"}; rows=benchmark: SQuAD's own), data_root=DIR, device, out=DIR, score_only=true. The first
 line of what a model says is its answer; case, punctuation, articles and blanks do not count, as in SQuAD's own script.
 """
 
@@ -18,6 +18,7 @@ from eval import predictions
 from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError, Section, setting
 from flatlora.rows import Source, read_rows
+from flatlora.templates import prompt
 
 KIND = "text"
 GENERATES = True
@@ -121,13 +122,14 @@ def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]
     """SQuAD 1.1's 10,570 validation questions as "Q: … A: ", for models that no run of ours describes."""
     columns = {"context": "text", "question": "text", "answers": "any"}
     rows = read_rows(Source("rajpurkar/squad", "plain_text", "validation"), columns=columns, data_root=data_root)
-    return [
+    accepted = [row["answers"].get("text") if isinstance(row["answers"], dict) else None for row in rows]
+    return [  # answers that are none are `check_rows`' to tell
         {
-            "x": f"Q: {row['question']}\n{row['context']}\nA: ",
-            "y": row["answers"]["text"][0],
-            "answers": list(row["answers"]["text"]),
+            "x": prompt("qa", row["question"], row["context"]),
+            "y": answers[0] if answers else "",
+            "answers": answers,
         }
-        for row in rows
+        for row, answers in zip(rows, accepted, strict=True)
     ]
 
 

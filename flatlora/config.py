@@ -482,13 +482,25 @@ def _unread_keys(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]
                 f"Invalid rho.{key}={getattr(rho, key)} with rho=off: plain LoRA has no perturbation; use rho=flat "
                 "(rho.sigma=0 with it is plain LoRA, bit for bit), or leave the key out.",
             )
+    for key in ("revision", "test_revision"):
+        if experiment.data_root is not None and (pinned := getattr(experiment.dataset, key, None)) is not None:
+            yield (
+                (f"dataset.{key}", "data_root"),
+                f"Invalid dataset.{key}={pinned} with data_root={experiment.data_root}: a folder has one state, and "
+                "revisions are the hub's; leave one of them out.",
+            )
     if getattr(experiment.dataset, "validation_rows", None) == 0:
-        for key in sorted(_changed(optim) & {"eval_steps", "early_stopping_patience", "best_model"}):
+        for key in keys_of_validation(optim):
             yield (
                 (f"optim.{key}", "dataset.validation_rows"),
                 f"Invalid optim.{key}={getattr(optim, key)} with dataset.validation_rows=0: it needs a validation "
                 "loss; set dataset.validation_rows, or leave the key out.",
             )
+
+
+def keys_of_validation(optim: OptimConfig) -> list[str]:
+    """Those of the given settings that need a validation loss."""
+    return sorted(_changed(optim) & {"eval_steps", "early_stopping_patience", "best_model"})
 
 
 def _changed(section: Section) -> set[str]:

@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,12 +30,15 @@ from flatlora.console import counting
 from flatlora.files import cache_folder, write_json
 from flatlora.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
 
+logger = logging.getLogger(__name__)
+
 DIGITS = "scikit-learn/digits"
 _DIGITS_TRAIN = 1437  # of 1,797
 _BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)  # as PIL raises them
 _CHECKERS = 8  # threads: PIL lets go of Python's lock while it reads
 _BAR_FROM = 5000  # pictures; fewer are tried before a bar could be read
 _LARGEST_LABEL = 2**31 - 1
+_PICTURE_BYTES = 16
 
 
 @dataclass
@@ -128,19 +133,26 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _labels(values: Sequence[Any], column: str, source: str) -> np.ndarray:
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST_LABEL:
-            raise ConfigError(
-                [
-                    f"Invalid {column} in {source}, row {number}: a whole number from 0 is needed, not "
-                    f"{str(value)[:40]}; use a split with labels."
-                ]
-            )
+    broken = [
+        number
+        for number, value in enumerate(values, start=1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST_LABEL
+    ]
+    if broken:
+        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise ConfigError(
+            [
+                f"Invalid {column} in {source}, row {broken[0]}{others}: a whole number from 0 is needed, not "
+                f"{str(values[broken[0] - 1])[:40]}; use a split with labels."
+            ]
+        )
     return np.array(values, np.int64)
 
 
 def check_images(images: LabelledImages, indices: Sequence[int]) -> list[bytes]:
     """See that every picture can be decoded, before a model is loaded; returns a digest of each file and its class.
+
+    A digest begins with that of the file, `picture_of`: one picture may stand under two classes.
 
     Decoding a large set takes minutes, so a set that did is remembered by its digests; the files are read all the same.
 
@@ -153,7 +165,9 @@ def check_images(images: LabelledImages, indices: Sequence[int]) -> list[bytes]:
         try:
             return of(index)
         except _BROKEN as error:
-            problems[index] = str(error).partition("\n")[0] or type(error).__name__
+            unknown = isinstance(error, UnidentifiedImageError)  # its own words hold the address of a buffer
+            problems[index] = "no picture of a known format" if unknown else str(error).partition("\n")[0]
+            problems[index] = problems[index] or type(error).__name__
 
     digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
     if problems or not (remembered := _remembered(digests)).is_file():
@@ -183,9 +197,13 @@ def _each(work: Callable[[int], Any], indices: Sequence[int], name: str) -> list
 
 
 def _digest(images: LabelledImages, index: int) -> bytes:
-    hashed = hashlib.blake2b(images.read(index), digest_size=16)
-    hashed.update(int(images.labels[index]).to_bytes(8, "little"))
-    return hashed.digest()
+    picture = hashlib.blake2b(images.read(index), digest_size=_PICTURE_BYTES).digest()
+    return picture + int(images.labels[index]).to_bytes(8, "little")
+
+
+def picture_of(digest: bytes) -> bytes:
+    """What of a digest is the file's, without its class."""
+    return digest[:_PICTURE_BYTES]
 
 
 def _remembered(digests: Sequence[bytes]) -> Path:
@@ -243,6 +261,43 @@ class ImageRows(Dataset):
     @property
     def labels(self) -> list[int]:
         return self.images.labels[self.indices].tolist()
+
+
+def name_fault(images: LabelledImages, names: Sequence[str], where: str) -> str | None:
+    """Why the classes that a data set names are not `names` of `where`; None if they agree or it names none.
+
+    Prompts may word a class otherwise than the data set does. A word that stands at another place is another order;
+    a class that only reads more like another one's name is told as a warning.
+    """
+    if not images.names:
+        return None
+    if len(images.names) != len(names):
+        return f"{where} has {len(names)} names, and {images.source} has {len(images.names)} classes"
+    own, theirs = [_words(name) for name in images.names], [_words(name) for name in names]
+    for label, words in enumerate(own):
+        if words != theirs[label] and words in theirs:
+            return (
+                f"label {label} is {images.names[label]} in {images.source}, and {names[label]} in {where}, where "
+                f"{images.names[label]} has label {theirs.index(words)}"
+            )
+    for label, words in enumerate(own):
+        alike = [_likeness(words, other) for other in theirs]
+        if max(alike) > alike[label]:
+            logger.warning(
+                "Label %d is %s in %s and %s in %s, where label %d reads more like it: see that the order is the same.",
+                *(label, images.names[label], images.source, names[label], where, alike.index(max(alike))),
+            )
+            break
+    return None
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+
+
+def _likeness(one: Sequence[str], other: Sequence[str]) -> float:
+    """Share of their words that two names have in common (Jaccard)."""
+    return len({*one} & {*other}) / len({*one, *other} or {""})
 
 
 def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

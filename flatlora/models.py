@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -29,6 +30,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import has_file
 
+from flatlora.checkpoint import weights_sha256
 from flatlora.clip import RANDOM_VERSION, Classes, CLIPImageClassifier, classifier_of, write_random_clip
 from flatlora.config import ConfigError, ModelConfig
 from flatlora.console import console
@@ -176,6 +178,38 @@ def _hub_faults(config: ModelConfig) -> Iterator[None]:
 def backbone_source(config: ModelConfig) -> str:
     """What `from_pretrained` is to be given: a folder of converted embedded weights, or the hub id."""
     return str(_converted_folder(config.embedded)) if config.embedded else config.hub_id
+
+
+def backbone_state(config: ModelConfig) -> str:
+    """What changes whenever the backbone's weights do: the hash of a folder's weight files, or the hub's commit.
+
+    Raises:
+        ConfigError: there is no such model; with the ways out.
+    """
+    source, _ = _source_and_options(config)
+    if os.path.isdir(source):
+        return f"sha256:{weights_sha256(Path(source))}"
+    return f"{source}@{_described(config)._commit_hash}"
+
+
+def weights_identity(path: str, config: ModelConfig | None, classes: Classes | None = None) -> dict[str, str]:
+    """What decides a model's answers besides how it is asked, for the record of them.
+
+    Args:
+        path: as in `load_for_inference`.
+        config: the backbone of the run that `path` belongs to; None for a model that no run describes.
+        classes: what a CLIP model tells apart, in which words.
+
+    Raises:
+        ConfigError: as `backbone_state`.
+    """
+    folder = Path(path)
+    identity = {"weights": weights_sha256(folder) if folder.is_dir() else backbone_state(model_of(path))}
+    if (folder / "adapter_config.json").is_file() or classes is not None:
+        identity["base"] = backbone_state(config or model_of(path))
+    if classes is not None:
+        identity["classes"] = hashlib.sha256(json.dumps(classes).encode()).hexdigest()
+    return identity
 
 
 def describe_source(config: ModelConfig) -> str:
@@ -366,7 +400,15 @@ def model_of(path: str) -> ModelConfig:
 
 
 def _base_name(adapter: Path) -> str:
-    return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    path = adapter / "adapter_config.json"
+    try:
+        name = json.loads(path.read_bytes())["base_model_name_or_path"]
+        if not (isinstance(name, str) and name):
+            raise ValueError("it names no base model")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = "base_model_name_or_path is missing" if isinstance(error, KeyError) else error
+        raise ConfigError([f"Broken file {path}: {reason}; copy the adapter's folder whole."]) from error
+    return name
 
 
 def _guess_model_config(name: str) -> ModelConfig:

@@ -6,6 +6,7 @@ data_root=DIR reads DIR/<owner>/<name>/<config>/<split>.{jsonl,parquet}; no netw
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -249,7 +250,8 @@ UNREACHABLE = "the hub cannot be reached from here, and it is not in the hub's c
 
 def speaks_of_the_network(error: Exception) -> bool:
     """Whether a library of the hub failed for want of it, and not for a broken file of its cache, say."""
-    return any(word in str(error).lower() for word in ("offline", "couldn't connect", "couldn't reach"))
+    words = ("offline", "couldn't connect", "couldn't reach", "network is unreachable", "no route to host")
+    return any(word in str(error).lower() for word in words)
 
 
 @functools.cache
@@ -266,9 +268,15 @@ def hub_is_reachable() -> bool:
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
     except urllib.error.HTTPError:
         pass  # it answered
+    except ValueError as error:  # no URL
+        raise ConfigError(
+            [f"Invalid HF_ENDPOINT={huggingface_hub.constants.ENDPOINT}: {error}; write https://HOST, or unset it."]
+        ) from error
     except OSError as error:
         # Anything else, such as a certificate that is unknown here, is left to the hub's own client.
-        if isinstance(getattr(error, "reason", error), socket.gaierror | TimeoutError | ConnectionError):
+        reason = getattr(error, "reason", error)
+        unreachable = getattr(reason, "errno", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH)
+        if unreachable or isinstance(reason, socket.gaierror | TimeoutError | ConnectionError):
             huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
             return False
     return True

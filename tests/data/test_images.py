@@ -190,6 +190,28 @@ def test_pictures_that_train_do_not_validate(tmp_path, processor, caplog):
     assert "7 of 8 test rows stand among the train rows" in caplog.text
 
 
+def test_one_picture_under_two_classes_does_not_validate(tmp_path, processor, caplog):
+    hub_id, config, image, label, _ = SETS["mnist"]
+    pictures = [{"bytes": png(i), "path": None} for i in (0, 1, 0, 2)]
+    for split in ("train", "test"):
+        write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, 5, 2]})
+    rows = prepared(tmp_path, "mnist", processor, "dataset.train_rows=2", "dataset.validation_rows=2")
+    assert rows.validation.labels == [2]
+    assert "1 rows stand among the train rows already" in caplog.text
+    assert len(set(rows.test.digests)) == 4
+
+
+def test_no_picture_left_to_validate_is_a_fault_of_early_stopping(tmp_path, settings, capsys):
+    hub_id, config, image, label, _ = SETS["mnist"]
+    for split in ("train", "test"):
+        pictures = [{"bytes": png(i % 2), "path": None} for i in range(6)]
+        write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [i % 2 for i in range(6)]})
+    words = [*settings, "dataset=mnist", "dataset.validation_rows=2", "trainer.max_steps=1"]
+    assert run_exp.main([*words, "optim.early_stopping_patience=2"]) == 2
+    assert "Invalid optim.early_stopping_patience=2: no validation row is left of mnist" in capsys.readouterr().err
+    assert run_exp.main(words) == 0
+
+
 def test_the_hash_sees_files_classes_and_order(tmp_path, processor):
     write_set(tmp_path, "mnist")
     first = prepared(tmp_path, "mnist", processor).sha256
@@ -210,6 +232,8 @@ def test_broken_pictures_are_counted_and_named(tmp_path, processor):
     told = faults(prepared, tmp_path, "mnist", processor)
     assert "train.parquet, row 3 (and 1 more)" in told[0]
     assert "test.parquet, row 3:" in told[1]
+    write_parquet(tmp_path, hub_id, config, "train", {image: whole[4:], label: [0]})
+    assert "row 1: no picture of a known format; fetch" in faults(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_a_label_outside_the_classes_is_named(tmp_path, processor):
@@ -251,7 +275,7 @@ def test_classes_without_names_are_a_fault(tmp_path, processor):
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, 2]})
-    assert "the data set names no classes either" in faults(prepared, tmp_path, "cars", processor)[0]
+    assert "entry cars nor the data set names the classes" in faults(prepared, tmp_path, "cars", processor)[0]
 
 
 def named(*names, source="train"):
@@ -260,7 +284,7 @@ def named(*names, source="train"):
 
 def test_another_number_of_names_is_a_fault():
     told = faults(images.classes_of, "mnist", named("a", "b", "c"))[0]
-    assert "10 names stand there, and the data set has 3" in told
+    assert "entry mnist has 10 names, and train has 3 classes" in told
 
 
 def test_classes_in_another_order_are_a_fault_however_they_are_spelled():
@@ -270,13 +294,31 @@ def test_classes_in_another_order_are_a_fault_however_they_are_spelled():
     assert images.classes_of("cifar10", named(*map(str.title, names))).names == names
     swapped = [*names[:3], "Dog", "deer", "cat", *names[6:]]
     told = faults(images.classes_of, "cifar10", named(*swapped))[0]
-    assert "label 3 is Dog in train, and cat there, where Dog has label 5" in told
+    assert "label 3 is Dog in train, and cat in data/class_names.yaml, entry cifar10, where Dog has label 5" in told
+
+
+def test_classes_in_other_words_are_a_warning_where_another_label_reads_more_alike(caplog):
+    own = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop"]
+    own += ["Residential", "River", "SeaLake"]
+    images.classes_of("eurosat", named(*own))
+    assert not caplog.messages
+    own[0], own[6] = own[6], own[0]
+    images.classes_of("eurosat", named(*own))
+    assert [message.partition(" in ")[0] for message in caplog.messages] == ["Label 0 is PermanentCrop"]
+    assert "where label 6 reads more like it" in caplog.text
 
 
 def test_splits_that_name_other_classes_are_a_fault():
     names = OWN_NAMES["cifar10"]
     told = faults(images.classes_of, "cifar10", named(*names), named(*names[1:], names[0], source="test"))[0]
-    assert "label 0 is airplane in train and automobile in test" in told
+    assert "label 0 is automobile in test, and airplane in data/class_names.yaml, entry cifar10" in told
+    told = faults(images.classes_of, "cars", named("a", "b"), named("a", "c", source="test"))[0]
+    assert "label 1 is b in train and c in test" in told
+
+
+def test_a_folder_has_one_state():
+    told = faults(dataset, "mnist", "dataset.revision=main", "data_root=/d")[0]
+    assert told.startswith("Invalid dataset.revision=main with data_root=/d: ")
 
 
 def test_digits_have_one_state():
@@ -400,7 +442,8 @@ def test_a_run_is_scored_on_its_own_pictures_and_on_others_beside_them(tmp_path,
     assert command.main("images", [str(run), "device=cpu", f"data_root={other}"]) == 0
     assert (run / "eval/images/predictions.jsonl").read_bytes() == own
     assert not list(run.glob("eval/images/*stale*"))
-    assert json.loads((run / "eval/images-data_root=other/score.json").read_text())["n"] == 5
+    (scored,) = run.glob("eval/images-data_root=other-*/score.json")
+    assert json.loads(scored.read_text())["n"] == 5
 
 
 def test_workers_change_nothing(tmp_path, settings):

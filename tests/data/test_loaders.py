@@ -1,6 +1,8 @@
 """Loaders on small files with the hub's columns: format, selection, disjoint splits, and what a broken file says."""
 
+import errno
 import json
+import urllib.error
 
 import datasets
 import pyarrow
@@ -10,7 +12,7 @@ import pytest
 import data
 from data import gsm8k, instructions, meta_math, selection
 from flatlora.config import ConfigError, DatasetConfig
-from flatlora.rows import Source, jsonl, prompt_text, read_jsonl, read_rows
+from flatlora.rows import Source, hub_is_reachable, jsonl, prompt_text, read_jsonl, read_rows
 from tests.conftest import write_split as write
 
 
@@ -350,7 +352,8 @@ def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ConnectionError("no route to host\n at all"), ": no route to host. "),
+        (ConnectionError("reset\n by someone"), ": reset. "),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), ": the hub cannot be reached"),
         (ValueError(), ": ValueError. "),  # an error without a message
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer"),
         (datasets.exceptions.DatasetGenerationError("a broken file"), "a broken file"),
@@ -374,3 +377,30 @@ def test_jsonl_writes_one_line_a_row():
     lines = jsonl(TRICKY).split("\n")
     assert [json.loads(line) for line in lines[:-1]] == TRICKY
     assert lines[-1] == ""
+
+
+def test_an_endpoint_that_is_no_address_is_a_fault(monkeypatch):
+    import huggingface_hub
+
+    hub_is_reachable.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "hub.example")
+    (fault,) = faults(hub_is_reachable)
+    assert fault.startswith("Invalid HF_ENDPOINT=hub.example: ")
+
+
+@pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EHOSTUNREACH])
+def test_no_route_is_no_network(monkeypatch, number):
+    import huggingface_hub
+
+    def fail(*_, **options):
+        raise urllib.error.URLError(OSError(number, "no way"))
+
+    hub_is_reachable.cache_clear()
+    for module, name in ((huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")):
+        monkeypatch.setattr(module, name, False)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    assert hub_is_reachable() is False
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    hub_is_reachable.cache_clear()

@@ -7,6 +7,7 @@ import pytest
 import data
 import run_exp
 from data import codefeedback, glue, wizard_lm
+from eval import command
 from flatlora.config import ConfigError
 from tests.conftest import metrics_rows, run_folder, write_split
 
@@ -299,6 +300,33 @@ def test_a_training_step_on_a_tiny_llama(root, tiny_settings, name):
     folder = run_folder(words)
     assert [row["step"] for row in metrics_rows(folder) if "loss" in row] == [1]
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_set_without_test_rows_is_asked_the_benchmarks_own_in_its_own_template(root, tiny_settings):
+    kept = [w for w in tiny_settings if not w.startswith(("dataset.", "eval"))]
+    words = [*kept, "dataset=alpaca", *small(6), "eval=[gsm8k]", "eval.gsm8k.max_new_tokens=2", "eval.gsm8k.max_rows=2"]
+    words += [f"data_root={root}", "trainer.max_steps=1"]
+    assert run_exp.main(words) == 0
+    folder = run_folder(words)
+    rows = [json.loads(line) for line in (folder / "eval/gsm8k/predictions.jsonl").read_text().splitlines()]
+    assert [row["prompt"].startswith(f"{ALPACA}### Instruction:\n{i} + 1?") for i, row in enumerate(rows)] == [True] * 2
+    assert command.main("gsm8k", [str(folder), "device=cpu"]) == 0  # the same rows, from the run's own data_root
+    assert (folder / "eval/gsm8k/predictions.jsonl").read_text().count("\n") == 2
+    assert not (folder / "eval/gsm8k/predictions.stale.jsonl").is_file()
+
+
+def test_a_benchmarks_template_is_refused_where_the_runs_rows_are_asked(root, tiny_settings, capsys):
+    kept = [w for w in tiny_settings if not w.startswith(("dataset.", "eval"))]
+    words = [
+        *kept,
+        "dataset=gsm8k",
+        *small(6),
+        "dataset.test_rows=2",
+        f"data_root={root}",
+        "eval.gsm8k.template=alpaca",
+    ]
+    assert run_exp.main(words) == 2
+    assert "Invalid eval.gsm8k.template=alpaca with dataset=gsm8k: its test rows are asked" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", glue.TASKS)

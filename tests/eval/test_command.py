@@ -50,6 +50,26 @@ def test_answers_of_another_device_have_their_own_folder(finished):
     assert (other / "score.json").is_file()
 
 
+def test_another_backbone_than_the_runs_is_refused_or_answers_anew(tiny_settings, tiny_model_folder, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_folder, base)
+    settings = [*(word for word in tiny_settings if word != "eval=[]"), *SETTINGS, f"model.hub_id={base}"]
+    assert run_exp.main(settings) == 0
+    run = run_folder(settings)
+    assert json.loads((run / "run.json").read_text())["base"].startswith("sha256:")
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    bare = [str(tmp_path / "adapter"), "device=cpu", f"rows={run / 'test.jsonl'}", f"out={tmp_path / 'o'}"]
+    bare.append("max_new_tokens=6")
+    assert main("gsm8k", bare) == 0
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data.mul_(-1.0)
+    model.save_pretrained(base)
+    (told,) = faults([run, "device=cpu"], capsys)
+    assert told.startswith(f"Invalid backbone of {run}/adapter: {base} is sha256:")
+    assert main("gsm8k", bare) == 0  # nothing records what it was trained on
+    assert (tmp_path / "o/predictions.stale.jsonl").is_file()
+
+
 def test_checkpoints_have_their_own_folder_and_other_weights_their_own_answers(finished, tmp_path):
     assert main("gsm8k", [str(finished / "checkpoint-6"), "device=cpu"]) == 0
     assert (finished / "eval/gsm8k-checkpoint-6/score.json").is_file()
@@ -185,10 +205,10 @@ def test_score_only_means_the_runs_own_answers_unless_a_device_is_named(made, ca
 
 
 @pytest.mark.parametrize(("of_run", "expected"), [("bfloat16", torch.bfloat16), ("float32", None), (None, None)])
-def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, of_run, expected):
+def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, tmp_path, of_run, expected):
     monkeypatch.setattr(command, "load_for_inference", lambda *_: (torch.nn.Linear(2, 2), None, {}))
     model = of_run and ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype=of_run)
-    backend = command._load(command.Place("none", model=model), torch.device("cpu"), 1, "text")
+    backend = command._load(command.Place(str(tmp_path), model=model), torch.device("cpu"), 1, "text")
     assert backend.autocast_dtype == expected
 
 
@@ -202,7 +222,10 @@ def test_whole_numbers_are_printed_whole(capsys):
     ("word", "fault"),
     [
         ("rows=[", "Invalid rows=[: no such file; name a .jsonl file with x and y."),
-        ("rows=", "Invalid rows='': string should have at least 1 character; name a .jsonl file with the benchmark's"),
+        (
+            "rows=",
+            "Invalid rows='': string should have at least 1 character; name a .jsonl file",
+        ),
         ("max_rows=0", "Invalid max_rows=0: input should be greater than or equal to 1; null scores every row"),
         ("max_rows=abc", "Invalid max_rows='abc': input should be a valid integer; null scores every row"),
         ("max_rows=1e400", "Invalid max_rows='1e400': input should be a valid integer;"),
@@ -216,7 +239,7 @@ def test_whole_numbers_are_printed_whole(capsys):
         ("max_rowz=5", "Unknown key max_rowz: did you mean max_rows?"),
         ("=5", "Unknown key : known: "),
         ("max_rows", "Cannot read 'max_rows': a setting is written key=value"),
-        ("data_root=/nope", "Invalid data_root=/nope: nothing is read there, for the rows are those of "),
+        ("data_root=/nope", "Invalid data_root=/nope: nothing reads it, for the rows are those of "),
     ],
 )
 def test_a_bad_word_is_one_fault_with_its_remedy(made, capsys, word, fault):
@@ -249,7 +272,7 @@ def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
         ('{"x": "Q"}', "Missing column y in FILE, row 1: it has x;"),
         ('{"x": "Q", "y": "#### 1"}\n{"x": 5, "y": "#### 1"}', "Invalid x in FILE, row 2: text is needed, not 5;"),
         ('{"x": "Q", "y": "none"}', "Invalid answer in FILE, row 1: gsm8k scores a final number, and 'none' has none;"),
-        ("", "Empty data set: FILE holds no row"),
+        ("\n", "Empty data set: FILE holds no row"),
         ("{", "Broken row in FILE, line 1: not JSON"),
     ],
 )
@@ -262,12 +285,20 @@ def test_rows_that_cannot_be_scored_are_a_fault_before_a_model_is_loaded(made, c
 
 
 def test_the_benchmarks_own_rows_are_checked_too(made, capsys, tmp_path):
-    (made / "test.jsonl").unlink()
     path = tmp_path / "root/openai/gsm8k/main/test.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text(jsonl([{"question": "Q", "answer": "#### none"}]))
-    (told,) = faults([made, f"data_root={tmp_path / 'root'}"], capsys)
+    own = [f"data_root={tmp_path / 'root'}", "template=alpaca"]
+    (told,) = faults([made, *own, "rows=benchmark"], capsys)
     assert told.startswith("Invalid answer in the benchmark's own rows, row 1:")
+    refused = faults([made, *own], capsys)
+    assert [fault.partition("=")[0] for fault in refused] == ["Invalid data_root", "Invalid template"]
+    (made / "test.jsonl").write_text("")  # of a data set without test rows
+    (told,) = faults([made, *own], capsys)
+    assert told.startswith("Invalid answer in the benchmark's own rows, row 1:")
+    (made / "test.jsonl").unlink()
+    (told,) = faults([made, *own], capsys)
+    assert told.startswith(f"Missing file {made}/test.jsonl: a run's test rows are in it;")
 
 
 def test_an_output_folder_that_cannot_be_is_a_fault(made, capsys, monkeypatch):
@@ -305,7 +336,7 @@ def test_a_foreign_configuration_makes_no_run(tmp_path, capsys, monkeypatch, con
     (tmp_path / "rows.jsonl").write_text(jsonl(ROWS))
     assert main("gsm8k", [str(weights), f"rows={tmp_path / 'rows.jsonl'}", "device=cpu"]) == 0
     assert places == [command.Place(str(weights))]
-    assert (weights / "eval/gsm8k-rows=rows/score.json").is_file()
+    assert len(list(weights.glob("eval/gsm8k-rows=rows-*/score.json"))) == 1
 
 
 @pytest.mark.parametrize("name", ["", "adapter", "checkpoint-6"])
@@ -376,7 +407,8 @@ def test_an_adapter_that_cannot_be_loaded_is_a_fault(made, tiny_model_folder, ca
         (folder / name).write_text(content)
     (made / "config.yaml").unlink()
     (told,) = faults([folder, f"rows={made / 'test.jsonl'}", "device=cpu"], capsys)
-    assert told.startswith(f"Cannot load {folder}: ")
+    broken = name == "adapter_config.json"
+    assert told.startswith(f"Broken file {folder}/{name}: " if broken else f"Cannot load {folder}: ")
 
 
 # --- failures on the way
@@ -439,7 +471,7 @@ def test_other_settings_of_a_model_that_no_run_describes_have_folders_of_their_o
         words = ["some/model", f"max_new_tokens={count}", "rows=rows.jsonl", "device=cpu", "parser=strict"]
         assert main("gsm8k", words) == 0
     made = sorted(path.name for path in (tmp_path / "results/eval/some/model").iterdir())
-    assert made == ["gsm8k-max_new_tokens=1-rows=rows", "gsm8k-max_new_tokens=2-rows=rows"]
+    assert [name.rpartition("-")[0] for name in made] == [f"gsm8k-max_new_tokens={count}-rows=rows" for count in (1, 2)]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 import run_exp
-from eval import corruptions, images
+from eval import command, corruptions, images
 from eval.backends.clip import CLIPBackend
 from eval.command import main
 from flatlora.config import ConfigError
+from flatlora.images import LabelledImages
 from tests.conftest import run_folder
 
 
@@ -138,9 +139,10 @@ def test_a_folder_that_does_not_do_is_a_fault_of_the_config(tmp_path, contents, 
 
 def test_a_broken_file_and_a_missing_folder_are_named(tmp_path):
     folder = write_folder(tmp_path / "c", labels=[0] * 5)
-    (folder / "fog.npy").write_bytes(b"no array")
-    with pytest.raises(ConfigError, match=r"Broken file .*fog.npy"):
-        corruptions.read_folder(folder)
+    for write in (lambda path: path.write_bytes(b"no array"), lambda path: np.savez(path.open("wb"), a=[1])):
+        write(folder / "fog.npy")
+        with pytest.raises(ConfigError, match=r"Broken file .*fog.npy"):
+            corruptions.read_folder(folder)
     with pytest.raises(ConfigError, match=r"Missing eval.corruptions.folder"):
         run_exp.experiment_of(["model=clip_tiny", "dataset=digits", "eval=[corruptions]"])
 
@@ -211,11 +213,15 @@ def test_a_finished_run_is_scored_as_it_scored_itself(words, folder, setting, mo
     assert (run / "eval/images-checkpoint-2/predictions.jsonl").read_bytes() == own
     assert main("images", [str(run / "checkpoint-1"), "device=cpu"]) == 0
     whole, again, checkpoint, earlier = seen  # every class is the same after two steps: the scores behind it are not
+    made = [json.loads((run / name / "generation.json").read_text()) for name in ("eval/images", "again")]
+    assert made[0] == made[1]
+    assert {"weights", "base", "classes"} <= made[0].keys()
     assert torch.allclose(again, whole, atol=1e-5)
     assert torch.allclose(checkpoint, whole, atol=1e-5)
     assert (earlier - whole).abs().max() > 1e-3
     assert main("corruptions", [str(run), "device=cpu", f"folder={folder}"]) == 0
-    assert json.loads((run / "eval/corruptions-folder=c/score.json").read_text())["n"] == 10
+    (scored,) = run.glob("eval/corruptions-folder=c-*/score.json")
+    assert json.loads(scored.read_text())["n"] == 10
 
 
 def test_pictures_of_a_list_are_scored(words, tmp_path):
@@ -224,10 +230,11 @@ def test_pictures_of_a_list_are_scored(words, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "label": 3}\n')
     run = str(run_folder(words))
     assert main("images", [run, "device=cpu", f"rows={tmp_path / 'rows.jsonl'}"]) == 0
-    assert json.loads((run_folder(words) / "eval/images-rows=rows/score.json").read_text())["n"] == 1
+    (scored,) = run_folder(words).glob("eval/images-rows=rows-*/score.json")
+    assert json.loads(scored.read_text())["n"] == 1
 
 
-def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys):
+def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys, monkeypatch):
     def told(benchmark, *words):
         capsys.readouterr()
         assert main(benchmark, list(map(str, words))) == 2
@@ -244,5 +251,13 @@ def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys):
     assert "Broken image" in told("images", run, f"rows={tmp_path / 'rows.jsonl'}")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     assert "30 is no class of the model" in told("images", run, f"rows={tmp_path / 'rows.jsonl'}")
+    assert "tells pictures apart and has no words" in told("squad", run, "rows=benchmark")
+    served = ["backend=openai", "base_url=http://127.0.0.1:9/v1"]
+    assert "it writes answers, and this benchmark looks at pictures" in told("images", run, *served)
+    named = [f"digit {name}" for name in json.loads((run / "classes.json").read_text())["names"]]
+    other = LabelledImages("parquet", np.zeros(1, np.int64), lambda _: b"", named[::-1])
+    monkeypatch.setattr(command, "read_images", lambda *_, **options: other)
+    (run / "classes.json").write_text(json.dumps({"names": named, "prompts": [[name] for name in named]}))
+    assert "label 0 is digit 9 in parquet, and digit 0 in the run's classes.json" in told("images", run)
     (run / "classes.json").write_text('{"names": ["a"], "prompts": []}')
     assert "Broken file" in told("images", run)

@@ -78,3 +78,11 @@ def test_a_run_is_scored_and_scored_again(tiny_settings, tmp_path):
     assert main("squad", [str(folder), "score_only=true"]) == 0
     assert main("squad", [str(tmp_path / "results"), f"data_root={tmp_path}"]) == 2
     assert len(squad.benchmark_rows(str(tmp_path), squad.Config())) == 8
+
+
+def test_broken_answers_of_squad_itself_are_named(tmp_path, capsys):
+    good = {"context": "c", "question": "q", "answers": {"text": ["42"], "answer_start": [0]}}
+    rows = [good, good | {"answers": {"text": []}}, good | {"answers": None}]
+    write_split(tmp_path, "rajpurkar/squad", "plain_text", "validation", rows)
+    assert main("squad", ["some/model", f"data_root={tmp_path}"]) == 2
+    assert "Invalid answers in the benchmark's own rows, row 2 (and 1 more)" in capsys.readouterr().err
