@@ -3,8 +3,9 @@
     python -m eval.squad PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: max_rows, max_new_tokens,
-batch_size, rows=FILE.jsonl (rows {"x", "y", "answers"}; rows=benchmark: SQuAD's own), data_root=DIR, device, out=DIR, score_only=true. The first
-line of what a model says is its answer; case, punctuation, articles and blanks do not count, as in SQuAD's own script.
+batch_size, rows=FILE.jsonl (rows {"x", "y", "answers"}; rows=benchmark asks a run SQuAD's own), data_root=DIR, device,
+out=DIR, score_only=true. The first line of what a model says is its answer; case, punctuation, articles and blanks do
+not count, as in SQuAD's own script.
 """
 
 from __future__ import annotations

