@@ -138,7 +138,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     # A step that needs an earlier one takes it again: its faults are told once, and those of all others beside them.
     place, _, _, config, folder, device, rows = gather(
         locate,
-        lambda: _check_kind(module, aim(), locate),
+        lambda: _check_kind(module, aim(), given, locate),
         check_words,
         configure,
         lambda: _output_folder(words[0], aim(), given, locate, benchmark),
@@ -330,7 +330,7 @@ def _choose_device(target: Target) -> torch.device | None:
     return choose_device(target.device)
 
 
-def _check_kind(module: ModuleType, target: Target, locate: Callable[[], Place]) -> None:
+def _check_kind(module: ModuleType, target: Target, given: Mapping[str, Any], locate: Callable[[], Place]) -> None:
     """See to it that model, backend and benchmark are of one kind.
 
     Raises:
@@ -341,6 +341,13 @@ def _check_kind(module: ModuleType, target: Target, locate: Callable[[], Place])
         asked = "looks at pictures" if pictures else "weighs given answers"
         raise ConfigError(
             [f"Invalid backend={target.backend}: it writes answers, and this benchmark {asked}; use backend=hf."]
+        )
+    if target.backend == "openai" and "batch_size" in given:
+        raise ConfigError(
+            [
+                f"Invalid batch_size={given['batch_size']} with backend=openai: requests go out one by one, and "
+                "concurrency says how many at a time; drop it."
+            ]
         )
     place = locate()
     clip = place.model is not None and place.model.family == "clip"
@@ -459,7 +466,7 @@ def _backend(
             requests_per_minute=target.requests_per_minute,
             timeout_s=target.timeout,
         )
-        return OpenAIBackend(endpoint, batch_size=max(batch_size, target.concurrency), chat=target.chat)
+        return OpenAIBackend(endpoint, chat=target.chat)
     folder = Path(place.weights)
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     if adapter is not None and (folder / MOVED).is_file():

@@ -201,6 +201,7 @@ def run(
         fields=FIELDS,
         lengths=predictions.prompt_lengths(backend, [row["turns"][0] for row in rows]),
         batch_size=backend.batch_size,
+        each=getattr(backend, "each", None),
         settings={
             **backend.describe(),
             "template": config.template,
@@ -287,52 +288,36 @@ def _judge(
         concurrency=config.judge_concurrency,
         requests_per_minute=config.judge_rpm,
     )
-    judge = OpenAIBackend(endpoint, batch_size=config.judge_concurrency)
+    judge = OpenAIBackend(endpoint)
     with counting(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
-        for start in range(0, len(left), judge.batch_size):
-            batch = left[start : start + judge.batch_size]
-            for one in _ratings(judge, batch, wanted, config):
-                known[one["key"]] = one
-                file.write(jsonl([one]))
+        for key, judgment in judge.each(lambda key: _judgment(judge, wanted[key], config), left):
+            known[key] = {**judgment, "key": key}
+            file.write(jsonl([known[key]]))
             file.flush()
-            advance(len(batch))
+            advance(1)
     found = [known[key] for key in wanted]
     others = [one for one in told if one["key"] not in wanted]  # of another judge: they are paid for
     write_atomic(path, jsonl([*others, *found]))
     return found
 
 
-def _ratings(
-    judge: OpenAIBackend, keys: Sequence[str], wanted: Mapping[str, Mapping[str, Any]], config: Config
-) -> list[dict[str, Any]]:
-    """A judgment of each; those without a rating are asked for again, up to `judge_tries` times."""
-    replies: dict[str, tuple[str, int]] = {}
-    left = list(keys)
+def _judgment(judge: OpenAIBackend, request: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """What the judge says of one answer; a reply without a rating is asked for again, up to `judge_tries` times."""
+    messages = [{"role": "system", "content": request["system"]}, {"role": "user", "content": request["text"]}]
     for attempt in range(1, config.judge_tries + 1):
-        chats = [
-            [{"role": "system", "content": wanted[key]["system"]}, {"role": "user", "content": wanted[key]["text"]}]
-            for key in left
-        ]
         # The first try is greedy, as the official one is; asked again, a greedy judge would say the same.
         sampling = Sampling(config.judge_tokens, 0.0 if attempt == 1 else 0.7)
-        for key, reply in zip(left, judge.chat(chats, sampling, [attempt] * len(left)), strict=True):
-            replies[key] = reply.text, attempt
-        left = [key for key in left if parse_rating(replies[key][0]) is None]
-        if not left:
+        reply = judge.chat([messages], sampling, [attempt])[0].text
+        if (rating := parse_rating(reply)) is not None:
             break
-    day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return [
-        {
-            **{name: wanted[key][name] for name in ("question_id", "turn", "prompt")},
-            "reply": replies[key][0],
-            "rating": parse_rating(replies[key][0]),
-            "judge": config.judge,
-            "day": day,
-            "tries": replies[key][1],
-            "key": key,
-        }
-        for key in keys
-    ]
+    return {
+        **{name: request[name] for name in ("question_id", "turn", "prompt")},
+        "reply": reply,
+        "rating": rating,
+        "judge": config.judge,
+        "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "tries": attempt,
+    }
 
 
 def judge_request(row: Mapping[str, Any], turn: int, prompts: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from flatlora.rows import jsonl, prompt_text, read_jsonl
 
 logger = logging.getLogger(__name__)
 
+Each = Callable[[Callable[[int], Any], Sequence[int]], Iterator[tuple[int, Any]]]
 OnProgress = Callable[[int, int, list[dict[str, Any]]], None]  # (rows done, of how many, rows of the newest batch)
 Fields = Mapping[str, type]
 
@@ -64,6 +65,7 @@ def generate(
         fields=GENERATED,
         lengths=prompt_lengths(backend, prompts),
         batch_size=backend.batch_size,
+        each=getattr(backend, "each", None),
         settings={**backend.describe(), **sampling.describe()},
         on_progress=on_progress,
     )
@@ -113,6 +115,7 @@ def collect(
     lengths: Sequence[int],
     batch_size: int,
     settings: Mapping[str, Any],
+    each: Each | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
     """Answer every row into `folder`/predictions.jsonl, in the rows' order; returns that path.
@@ -126,6 +129,7 @@ def collect(
         answer: indices of a batch → what is added to each of its rows.
         fields: keys of a whole row, and their types.
         settings: what decides the answers besides the rows; kept in generation.json.
+        each: how to ask row by row, several at a time, as `eval.backends.Generator` has it; None asks in batches.
 
     Raises:
         OSError: as the file system says (full, read-only); a later call goes on.
@@ -139,18 +143,27 @@ def collect(
         write_atomic(partial, jsonl(done.values()))  # without a torn last line, which an append would run into
     write_json(folder / "generation.json", settings)
     order = sorted(range(len(asked)), key=lambda i: (-lengths[i], i))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     if on_progress:
         on_progress(len(done), len(asked), [])
-    for batch in batches:
-        if any(index not in done for index in batch):
-            answers = answer(batch)
-            rows = [{"index": i, **asked[i], **answered} for i, answered in zip(batch, answers, strict=True)]
-            done |= {row["index"]: row for row in rows}
-            with open(partial, "a", encoding="utf-8") as file:
-                file.write(jsonl(rows))
+
+    def keep(batch: Sequence[int], answers: Sequence[Mapping[str, Any]]) -> None:
+        rows = [{"index": i, **asked[i], **answered} for i, answered in zip(batch, answers, strict=True)]
+        done.update({row["index"]: row for row in rows})
+        with open(partial, "a", encoding="utf-8") as file:
+            file.write(jsonl(rows))
+
+    def tell(batch: Sequence[int]) -> None:
         if on_progress:
             on_progress(len(done), len(asked), [done[index] for index in batch])
+
+    if each:
+        for index, answers in each(lambda i: answer([i]), [i for i in order if i not in done]):
+            keep([index], answers)
+            tell([index])
+    for batch in () if each else [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
+        if any(index not in done for index in batch):
+            keep(batch, answer(batch))
+        tell(batch)
     write_atomic(path, jsonl(done[index] for index in range(len(asked))))
     partial.unlink(missing_ok=True)
     return path

@@ -72,9 +72,9 @@ def main(words: list[str] | None = None) -> int:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """{backend: {"seconds", "answering", "tokens", "exact_match", "rows", "equal", "parts_at_character"}}."""
     found: dict[str, Any] = {}
-    own = [f"dtype={options.dtype}"]
-    found["hf"] = run(options, sys.executable, options.path, folder / "hf", own)
-    found["vllm"] = run(options, options.python, options.path, folder / "vllm", [*own, "backend=vllm"])
+    local = [f"dtype={options.dtype}", "batch_size=64"]
+    found["hf"] = run(options, sys.executable, options.path, folder / "hf", local)
+    found["vllm"] = run(options, options.python, options.path, folder / "vllm", [*local, "backend=vllm"])
     server, name = serve(options)
     try:
         url = f"http://127.0.0.1:{options.port}/v1"
@@ -100,7 +100,7 @@ def where_they_part(a: str, b: str) -> int:
 def run(options: argparse.Namespace, python: Any, path: str, out: Path, words: list[str]) -> dict[str, Any]:
     """One evaluation: the whole command by the clock, and what of it was answering, by the dates of its files."""
     command = [str(python), "-m", "eval.gsm8k", str(path), f"data_root={options.data_root}", f"out={out}", *words]
-    command += [f"max_rows={options.rows}", f"max_new_tokens={options.tokens}", "batch_size=64"]
+    command += [f"max_rows={options.rows}", f"max_new_tokens={options.tokens}"]
     begun = time.monotonic()
     subprocess.run(command, cwd=PROJECT, check=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
     seconds = time.monotonic() - begun

@@ -57,7 +57,11 @@ class ImageBackend(Protocol):
 
 
 class Generator(Protocol):
-    """Text generation."""
+    """Text generation.
+
+    A backend whose answers depend on their own prompts alone, such as an endpoint, may have `each(work, items)` too:
+    (item, what `work` makes of it) as they end, several at a time. Its rows are then asked one by one, not in batches.
+    """
 
     batch_size: int
 

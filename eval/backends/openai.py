@@ -1,8 +1,8 @@
 """Answers of any OpenAI-compatible endpoint, such as `vllm serve` in an environment of its own.
 
-Requests of a batch go out together, so many at a time and so many a minute; what fails for a moment (no connection,
-408, 409, 429, 5xx, silence, an answer that is none) is tried again after a wait that doubles, or as long as the server
-says. What keeps failing ends the evaluation; earlier batches are kept, and the same command goes on from there.
+So many requests are under way at a time, and so many begin a minute; what fails for a moment (no connection, 408, 409,
+429, 5xx, silence, an answer that is none) is tried again after a wait that doubles, or as long as the server says. What
+keeps failing ends the evaluation; every answer that came is kept, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from eval.backends import Completion, Messages, Sampling, cut_at
 from flatlora.config import ConfigError
 
 _LONGEST_WAIT_S = 60.0
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class EndpointError(OSError):
@@ -50,18 +55,23 @@ class OpenAIBackend:
         identity: what the record says besides.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, *, batch_size: int, chat: bool = False, identity: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, *, chat: bool = False, identity: Mapping[str, Any] | None = None) -> None:
         try:
-            import openai  # noqa: F401
+            import openai
         except ImportError as error:
             raise ConfigError(
                 ["Invalid backend=openai: the package openai is not installed; run pip install 'openai>=2'."]
             ) from error
-        self.endpoint, self.batch_size, self.as_chat = endpoint, batch_size, chat
+        self.endpoint, self.batch_size, self.as_chat = endpoint, endpoint.concurrency, chat
         self.identity = dict(identity or {})
         self._next_slot = 0.0
+        self._given_up = threading.Event()
+        key = os.environ.get(endpoint.key_variable) or "none"
+        self._client = openai.AsyncOpenAI(base_url=endpoint.url, api_key=key, max_retries=0)
+        # A loop in a thread of its own: a request has a deadline as a whole, which only a coroutine can be held to.
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="requests", daemon=True).start()
+        weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     def describe(self) -> dict[str, Any]:
         """Without the address: a server that moved is the same model."""
@@ -69,7 +79,6 @@ class OpenAIBackend:
             "backend": "openai",
             "model": self.endpoint.model,
             "chat": self.as_chat,
-            "batch_size": self.batch_size,
             **self.identity,
         }
 
@@ -82,12 +91,10 @@ class OpenAIBackend:
     ) -> list[Completion]:
         if self.as_chat:
             return self.chat([[{"role": "user", "content": prompt}] for prompt in prompts], sampling, seeds)
-        options = _options(sampling)
+        options, create = _options(sampling), self._client.completions.create
 
-        async def ask(client: Any, index: int) -> Completion:
-            found = await client.completions.create(
-                model=self.endpoint.model, prompt=prompts[index], **options, **_seed(seeds, index)
-            )
+        async def ask(index: int) -> Completion:
+            found = await create(model=self.endpoint.model, prompt=prompts[index], **options, **_seed(seeds, index))
             return _completion(found, lambda choice: choice.text, sampling)
 
         return self._all(ask, len(prompts))
@@ -100,47 +107,77 @@ class OpenAIBackend:
         Raises:
             EndpointError: as the module says.
         """
-        options = _options(sampling)
+        options, create = _options(sampling), self._client.chat.completions.create
 
-        async def ask(client: Any, index: int) -> Completion:
-            found = await client.chat.completions.create(
-                model=self.endpoint.model, messages=list(chats[index]), **options, **_seed(seeds, index)
-            )
+        async def ask(index: int) -> Completion:
+            messages = list(chats[index])
+            found = await create(model=self.endpoint.model, messages=messages, **options, **_seed(seeds, index))
             return _completion(found, lambda choice: choice.message.content, sampling)
 
         return self._all(ask, len(chats))
 
-    def _all(self, ask: Callable[[Any, int], Coroutine[Any, Any, Completion]], count: int) -> list[Completion]:
-        async def work() -> list[Completion]:
-            import openai
+    def each(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R]]:
+        """(item, what `work` makes of it) in the order in which they end; `concurrency` are under way at a time.
 
-            key = os.environ.get(self.endpoint.key_variable) or "none"
-            client = openai.AsyncOpenAI(base_url=self.endpoint.url, api_key=key, max_retries=0)
-            gate = asyncio.Semaphore(self.endpoint.concurrency)
-            async with client, asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._one(gate, lambda i=index: ask(client, i))) for index in range(count)]
-            return [task.result() for task in tasks]
+        Once one has failed no other begins or is tried again, and what those under way bring is still given.
 
-        try:
-            return asyncio.run(work())
-        except* EndpointError as errors:
-            raise errors.exceptions[0] from None
+        Raises:
+            EndpointError: the first failure.
+        """
+        self._given_up.clear()
+        failures: list[Exception] = []
 
-    async def _one(self, gate: asyncio.Semaphore, ask: Callable[[], Awaitable[Completion]]) -> Completion:
-        reason = ""
-        async with gate:
-            for attempt in range(self.endpoint.tries):
-                await self._slot()
-                try:
-                    return await asyncio.wait_for(ask(), self.endpoint.timeout_s)
-                except Exception as error:
-                    reason, wait = _reason(error, self.endpoint), _retry_after(error)
-                    if wait is None and not _may_pass(error):
-                        raise EndpointError(f"{self.endpoint.url} refuses {self.endpoint.model}: {reason}") from error
-                if attempt + 1 < self.endpoint.tries:
-                    doubled = self.endpoint.first_wait_s * 2**attempt * random.uniform(0.75, 1.25)
-                    await asyncio.sleep(min(wait if wait is not None else doubled, _LONGEST_WAIT_S))
-        raise EndpointError(f"{self.endpoint.url} failed {self.endpoint.tries} times, the last one: {reason}")
+        def begin(item: T) -> R | None:
+            if self._given_up.is_set():
+                return None
+            try:
+                return work(item)
+            except Exception as error:
+                self._given_up.set()
+                failures.append(error)
+                raise
+
+        with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
+            futures = {pool.submit(begin, item): item for item in items}
+            try:
+                for future in as_completed(futures):
+                    if future.exception() is None and future.result() is not None:
+                        yield futures[future], future.result()
+            except BaseException:  # an interrupt, or nobody wants the rest: what is under way is not waited for
+                self._given_up.set()
+                self._loop.call_soon_threadsafe(self._cancel_requests)
+                raise
+        if failures:
+            raise failures[0]
+
+    def _cancel_requests(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+    def _all(self, ask: Callable[[int], Awaitable[Completion]], count: int) -> list[Completion]:
+        def one(index: int) -> Completion:
+            return asyncio.run_coroutine_threadsafe(self._one(lambda: ask(index)), self._loop).result()
+
+        if count == 1:  # from a thread of `each`, perhaps
+            return [one(0)]
+        found = dict(self.each(one, range(count)))
+        return [found[index] for index in range(count)]
+
+    async def _one(self, ask: Callable[[], Awaitable[Completion]]) -> Completion:
+        for attempt in range(1, self.endpoint.tries + 1):
+            await self._slot()
+            try:
+                return await asyncio.wait_for(ask(), self.endpoint.timeout_s)
+            except Exception as error:
+                reason, wait = _reason(error, self.endpoint), _retry_after(error)
+                if wait is None and not _may_pass(error):
+                    raise EndpointError(f"{self.endpoint.url} refuses {self.endpoint.model}: {reason}") from error
+            if self._given_up.is_set():
+                break
+            if attempt < self.endpoint.tries:
+                doubled = self.endpoint.first_wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+                await asyncio.sleep(min(wait if wait is not None else doubled, _LONGEST_WAIT_S))
+        raise EndpointError(f"{self.endpoint.url} failed {attempt} times, the last one: {reason}")
 
     async def _slot(self) -> None:
         """Wait until the rate allows one more request."""

@@ -32,6 +32,8 @@ from flatlora.config import ConfigError
 _INSIDE = Path(inside.__file__)
 _MIB = 1 << 20
 _FAREWELL_S = 3.0
+_LOOK_S = 0.1
+_BLOCK = 4096  # bytes that an empty file counts for: there is no end of those either
 _SCOPES_SIGNALS = 6  # the version of Landlock that keeps signals inside
 _FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
 
@@ -42,7 +44,8 @@ class Limits:
 
     seconds: float = 10.0  # by the clock, start and tests included
     memory: int = 1024 * _MIB  # of address space, each process
-    file: int = 16 * _MIB  # a file; with namespaces, all files together may have four times that
+    file: int = 16 * _MIB  # a file
+    files: int = 64 * _MIB  # all of them; without namespaces looked at ten times a second
     processes: int = 12  # and threads
     open_files: int = 64
 
@@ -162,14 +165,14 @@ def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
             processes.append(_start(role, handles, order, work))
         while theirs:  # each is closed once: its number may be another thread's file a moment later
             os.close(theirs.pop())
-        told = _hear(verdict_read, deadline)
+        told = _hear(verdict_read, deadline, [] if held.namespaces else works, limits.files)
     finally:
         for process in processes:
             _end(process)
         for handle in [*theirs, verdict_read]:
             os.close(handle)
         for work in works:
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work)
     if told is None:
         return Outcome(False, f"no verdict within {limits.seconds:g} s")
     if not told:
@@ -186,6 +189,7 @@ def _order(limits: Limits, held: Walls) -> dict[str, Any]:
         "memory": limits.memory,
         "cpu_s": int(limits.seconds) + 1,
         "file": limits.file,
+        "files": limits.files,
         "processes": limits.processes,
         "open_files": limits.open_files,
         "uid": _FIRST_UID + (os.getpid() * 1000 + next(_uids)) % 100_000_000 if held.own_user else None,
@@ -211,17 +215,49 @@ def _start(role: str, handles: list[int], order: Mapping[str, Any], work: str) -
     return process
 
 
-def _hear(handle: int, deadline: float) -> dict[str, Any] | None:
-    """The verdict; {} when the checker ended without one, None at the deadline."""
+def _hear(handle: int, deadline: float, works: list[str], files: int) -> dict[str, Any] | None:
+    """The verdict; {} when the checker ended without one, None at the deadline.
+
+    Args:
+        works: folders to be watched, which may hold so many bytes in `files`.
+    """
     data = b""
     while (left := deadline - time.monotonic()) > 0:
-        if not select.select([handle], [], [], left)[0]:
-            break
+        if not select.select([handle], [], [], min(left, _LOOK_S) if works else left)[0]:
+            if any(_is_larger(work, files) for work in works):
+                return {"passed": False, "error": f"more than {files // _MIB} MiB of files"}
+            continue
         part = os.read(handle, 65536)
         if not part:
             return json.loads(data) if data else {}
         data += part
     return None
+
+
+def _is_larger(folder: str, most: int) -> bool:
+    found, left = 0, [folder]
+    while left and found <= most:
+        try:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    found += max(_BLOCK, entry.stat(follow_symlinks=False).st_blocks * 512)
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                    if found > most:
+                        break
+        except FileNotFoundError:
+            continue  # gone meanwhile
+        except OSError:  # a path that is too long, or closed: no program needs such
+            return True
+    return found > most
+
+
+def _remove(folder: str) -> None:
+    """Also one that is nested deeper than Python recurses."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except RecursionError:
+        subprocess.run(["/bin/rm", "-rf", "--", folder], check=False, stderr=subprocess.DEVNULL)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -31,7 +31,7 @@ def enter(limits, work):
     """Namespaces, limits, Landlock and seccomp, in this order; returns in the process that is to run the program.
 
     Args:
-        limits: {"namespaces", "memory", "cpu_s", "file", "processes", "open_files", "uid", "readable"}.
+        limits: {"namespaces", "memory", "cpu_s", "file", "files", "processes", "open_files", "uid", "readable"}.
         work: an empty folder that becomes the one place to write to.
     """
     root = os.geteuid() == 0
@@ -47,7 +47,7 @@ def enter(limits, work):
         if limits["uid"] is not None:
             _open_private_folders([os.path.realpath(path) for path in limits["readable"]])
         os.makedirs(work, exist_ok=True)
-        options = f"size={limits['file'] * 4},mode=0777".encode()
+        options = f"size={limits['files']},mode=0777".encode()
         _mount(b"tmpfs", work.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options)
         _mount(b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     else:

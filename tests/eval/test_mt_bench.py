@@ -180,7 +180,7 @@ def test_a_judge_that_ends_on_the_way_leaves_what_it_said(tmp_path, bench, judge
     with pytest.raises(OSError, match="refuses judge"):
         mt_bench.run(Echo(), rows, tmp_path, settings)
     kept = (tmp_path / "judgments.jsonl").read_text()
-    assert kept.count("\n") == 3
+    assert kept.count("\n") == len(judge.seen) - 1 >= 3  # what was under way beside it is kept too
     (tmp_path / "judgments.jsonl").write_text(kept + '{"key": "torn')
     backend = Echo()
     result = mt_bench.run(backend, rows, tmp_path, settings)

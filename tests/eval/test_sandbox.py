@@ -174,6 +174,12 @@ def test_several_run_at_once_in_order():
     assert [one.passed for one in sandbox.run_all(tasks, LIMITS, workers=4)] == [True, False, True, False]
 
 
+@pytest.fixture
+def before():
+    """What other tests have there at this moment."""
+    return set(Path(tempfile.gettempdir()).glob("flatlora-sandbox-*"))
+
+
 def test_walls_without_namespaces_hold_too(surroundings):
     around, _ = surroundings
     held = sandbox.Walls(False, inside.landlock_version(), True, False)
@@ -182,6 +188,24 @@ def test_walls_without_namespaces_hold_too(surroundings):
         assert not sandbox._run(task, LIMITS, held).passed
     assert sandbox._run(sandbox.Task(GOOD, PROMPT, TEST, "double"), LIMITS, held).passed
     assert processes() == []
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("for n in range(99): open(str(n), 'wb').write(bytes(1 << 20))", "more than 8 MiB of files"),
+        ("for n in range(99999): open(str(n), 'w')", "more than 8 MiB of files"),
+        ("for n in range(1500): os.mkdir('d'), os.chdir('d')", ""),  # deeper than Python removes
+    ],
+)
+def test_files_are_counted_where_there_is_no_file_system_for_them(body, error, before):
+    held = sandbox.Walls(False, inside.landlock_version(), True, False)
+    program = f"import os, time\ndef double(x):\n    {body}\n    time.sleep(60)\n"
+    limits = sandbox.Limits(seconds=4.0, files=8 << 20)
+    outcome = sandbox._run(sandbox.Task(program, PROMPT, TEST, "double"), limits, held)
+    assert not outcome.passed
+    assert error in outcome.error
+    assert set(Path(tempfile.gettempdir()).glob("flatlora-sandbox-*")) == before
 
 
 def test_a_machine_that_cannot_keep_a_program_in_is_told_so(monkeypatch):
