@@ -290,7 +290,7 @@ def _judge(
     )
     judge = OpenAIBackend(endpoint)
     with counting(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
-        for key, judgment in judge.each(lambda key: _judgment(judge, wanted[key], config), left):
+        for key, judgment in judge.each(lambda key: _ask_judge(judge, wanted[key], config), left):
             known[key] = {**judgment, "key": key}
             file.write(jsonl([known[key]]))
             file.flush()
@@ -301,7 +301,7 @@ def _judge(
     return found
 
 
-def _judgment(judge: OpenAIBackend, request: Mapping[str, Any], config: Config) -> dict[str, Any]:
+def _ask_judge(judge: OpenAIBackend, request: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """What the judge says of one answer; a reply without a rating is asked for again, up to `judge_tries` times."""
     messages = [{"role": "system", "content": request["system"]}, {"role": "user", "content": request["text"]}]
     for attempt in range(1, config.judge_tries + 1):
