@@ -93,10 +93,13 @@ class VLLMBackend(TokenisedBackend):
         ]
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         found = self.llm.generate(asked, options, lora_request=self._adapter, use_tqdm=False)
-        return [
-            Completion(one.outputs[0].text, len(one.outputs[0].token_ids), one.outputs[0].finish_reason == "stop")
-            for one in found
-        ]
+        return [_completion(one.outputs[0]) for one in found]
+
+
+def _completion(output: Any) -> Completion:
+    finished = output.finish_reason == "stop"
+    by_token = finished and output.stop_reason is None  # the end of the sequence, which is no token of the answer
+    return Completion(output.text, len(output.token_ids) - by_token, finished)
 
 
 def _memory() -> dict[str, float]:
