@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -24,22 +25,35 @@ from data import cache, images, tokens
 from eval.backends.clip import CLIPBackend
 from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
-from flatlora import acceleration, checkpoint, commandline, console, files, methods, models, results, training
+from flatlora import (
+    acceleration,
+    checkpoint,
+    commandline,
+    console,
+    distributed,
+    files,
+    methods,
+    models,
+    results,
+    training,
+)
 from flatlora.clip import CLASSES_FILE
 from flatlora.config import ConfigError, Experiment, Section, keys_of_validation, parse
 from flatlora.images import collate_images
+from flatlora.preemption import Preempted
 from flatlora.results import MetricsLog, RunFolder
 from flatlora.rows import gather, jsonl
 
 CONF_DIR = Path(__file__).parent / "conf"
-EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130  # 75: try again later (sysexits.h)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a run failed, 2 a fault of the configuration, 130 interrupted."""
+    """Exit code: 0 done, 1 a run failed, 2 a fault of the configuration, 75 preempted, 130 interrupted."""
     words = list(sys.argv[1:] if words is None else words)
     console.quiet_libraries()
     try:
+        words = [word for word in words if not word.startswith("--local_rank")]  # deepspeed's launcher adds it
         flags, words = commandline.split_flags(words)
         sweep = "-m" in flags or "--multirun" in flags
         settings, notes = commandline.rewrite(words)
@@ -54,9 +68,9 @@ def main(words: Sequence[str] | None = None) -> int:
         experiments = experiments_of(jobs)
         if sweep and not all(experiment.dry_run for experiment in experiments):
             return run_sweep(flags, settings, experiments)
-        return max(run(experiment) for experiment in experiments)
+        return max(run(experiment, job) for experiment, job in zip(experiments, jobs, strict=True))
     except ConfigError as error:
-        if training.is_main_process():
+        if distributed.is_main_process():
             console.report_faults(error)
         return EXIT_CONFIG
     except KeyboardInterrupt:
@@ -88,7 +102,7 @@ def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequen
     except KeyboardInterrupt:
         interrupted = True
         console.console.print("Sweep interrupted: the same command with resume=true does what is left.")
-    if not training.is_main_process():
+    if not distributed.is_main_process():
         return 0  # what became of the jobs is the main process's to say
     states, jobs = [], []
     for folder, (finished, old) in zip(folders, before, strict=True):
@@ -169,8 +183,11 @@ def _eval_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]
 REGISTRY = OptionRegistry()
 
 
-def run(experiment: Experiment) -> int:
+def run(experiment: Experiment, settings: Sequence[str]) -> int:
     """Run one validated experiment, or show it for a dry run; returns the exit code.
+
+    Args:
+        settings: the words that the experiment was made of, for processes that this one starts.
 
     Raises:
         ConfigError: data, model or folder do not fit the experiment; no weight was loaded and nothing written.
@@ -178,22 +195,33 @@ def run(experiment: Experiment) -> int:
     if experiment.dry_run:
         console.print_pairs("Dry run: nothing is loaded or written", describe(experiment))
         return 0
-    training.check_launch(experiment)
+    if distributed.must_launch(experiment.trainer):
+        return distributed.launch(experiment.trainer, Path(__file__), settings)
+    distributed.check_launch(experiment)
     device = models.choose_device(experiment.trainer.device)
+    distributed.initialise(experiment, device)
+    distributed.check_agreement(
+        {"the configuration": experiment.sha256(), "the project's code": distributed.code_sha256()},
+        "Start every node with the same command and the same checkout.",
+    )
     folder = RunFolder.of(experiment)
-    if training.from_main_process(lambda: folder.is_finished(experiment), device):
+    if distributed.from_main_process(lambda: folder.is_finished(experiment)):
         console.console.print(
             f"{folder.path} is finished already; overwrite=true runs it anew.", markup=False, soft_wrap=True
         )
         return 0
     inputs = prepare(experiment, device)
+    distributed.check_agreement(
+        {"the training data": inputs.data_sha256}, "Give every node the same files, or pin dataset.revision."
+    )
 
     def claim() -> Path | None:
         """The checkpoint to go on from. Whatever refuses the folder does so before anything in it is changed."""
         folder.open(experiment)
         newest = None
         if not experiment.overwrite:
-            newest = checkpoint.latest_good(folder.path, experiment.sha256(), inputs.data_sha256, training.world_size())
+            origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
+            newest = checkpoint.latest_good(folder.path, *origin)
             if newest is None and folder.is_trained:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
         folder.begin(experiment)
@@ -201,7 +229,7 @@ def run(experiment: Experiment) -> int:
         return newest
 
     try:
-        return execute(experiment, folder, inputs, training.from_main_process(claim, device))
+        return execute(experiment, folder, inputs, distributed.from_main_process(claim))
     finally:
         folder.close()
 
@@ -234,7 +262,7 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft)
     models.check_weights(experiment.model, device)
     read = read_images if pictures else read_text
-    rows = training.main_process_first(lambda: read(experiment, processor), device)
+    rows = distributed.main_process_first(lambda: read(experiment, processor))
     known = {"classes": rows.classes.names} if pictures else {"tokenizer": processor}
     gather(
         lambda: _check_validation(experiment, len(rows.validation)),
@@ -292,13 +320,17 @@ def read_images(experiment: Experiment, processor: Any) -> images.PreparedImages
 def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> int:
     """Train, evaluate and record; whatever happens is in run.json. Returns the exit code."""
     results.reset_peak_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is recorded as interrupted
-    record, code = _new_record(experiment), 0
+    for polite in (signal.SIGTERM, signal.SIGUSR1):  # recorded as interrupted; while it trains, see flatlora.preemption
+        signal.signal(polite, signal.default_int_handler)
+    record, code, hand_on = _new_record(experiment), 0, None
     try:
         train_and_score(experiment, folder, inputs, resume_from, record)
     except KeyboardInterrupt:
         record["status"], code = "interrupted", EXIT_INTERRUPTED
         console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
+    except Preempted as error:
+        record["status"], code, hand_on = "interrupted", EXIT_PREEMPTED, error.hand_on
+        console.console.print("Told to end: a checkpoint is written, and the same command with resume=true goes on.")
     except ConfigError as error:  # found only with the weights at hand
         record |= {"status": "failed", "error": str(error)}
         code = EXIT_CONFIG
@@ -310,7 +342,7 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
             error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")
         console.report_failure(error)
     record["memory"] = results.peak_memory_gib()
-    if training.is_main_process():
+    if distributed.is_main_process():
         try:
             files.write_json(folder.path / "run.json", record)
             if code == 0:
@@ -321,6 +353,8 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
         except OSError as error:  # a full disk: what was there stays, and the run can be resumed
             console.report_failure(error)
             code = EXIT_FAILED
+    if hand_on is not None:
+        hand_on()
     return code
 
 
@@ -329,7 +363,7 @@ def train_and_score(
 ) -> None:
     """The run itself; fills `record` as it goes."""
     classes = getattr(inputs.rows, "classes", None)
-    if training.is_main_process():  # what scores the run later reads all this
+    if distributed.is_main_process():  # what scores the run later reads all this
         record["base"] = models.backbone_state(experiment.model)
         if classes is None:
             files.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
@@ -345,6 +379,13 @@ def train_and_score(
     record["data_sha256"] = inputs.data_sha256
     record["params"] = models.parameter_counts(model)
     record["backbone_sha256"]["before"] = checkpoint.backbone_sha256(model)
+    distributed.check_agreement(
+        {
+            "the backbone": record["backbone_sha256"]["before"],
+            "the adapter's start": checkpoint.trainable_sha256(model),
+        },
+        "Give every node the same weights, or pin model.revision.",
+    )
     with results.tracking(experiment, folder.path, record["metrics"]) as tracker:
         outcome = training.train(
             experiment,
@@ -357,14 +398,19 @@ def train_and_score(
             data_sha256=record["data_sha256"],
             log=MetricsLog(folder.path / "metrics.jsonl", tracker),
             resume_from=resume_from,
-            progress=console.ProgressBar(f"train {experiment.run_name()}") if training.is_main_process() else None,
+            progress=console.ProgressBar(f"train {experiment.run_name()}") if distributed.is_main_process() else None,
         )
         record["backbone_sha256"]["after"] = checkpoint.backbone_sha256(model)
         record["adapter_sha256"] = checkpoint.trainable_sha256(model)
         record |= {"timing": outcome.timing, "perturbation": outcome.perturbation, "resumed_from": outcome.resumed_from}
+        record["distributed"] = {
+            "processes": distributed.world_size(),
+            "zero": experiment.trainer.zero,
+            "dtypes": outcome.dtypes,
+        }
         record["metrics"].update(outcome.metrics)
         training.check_invariants(experiment, model, record["backbone_sha256"])
-        if training.is_main_process():
+        if distributed.is_main_process():
             with files.write_folder(folder.adapter) as staging:
                 method.save(model, experiment.peft, staging, start)
                 inputs.processor.save_pretrained(staging)
@@ -377,8 +423,8 @@ def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fro
         experiment.seed,
         folder.path / "start",
         training.calibration_batches(experiment, inputs.rows.train, inputs.collate, inputs.device),
-        rank=training.rank(),
-        world_size=training.world_size(),
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
         resumed=resume_from is not None,
     )
 
@@ -444,6 +490,7 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
         "timing": None,
         "perturbation": None,
         "resumed_from": None,
+        "distributed": None,
         "memory": None,
     }
 
@@ -461,11 +508,12 @@ _exit_codes: list[int] = []  # of the jobs that ran in this process: Hydra drops
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def _hydra_job(config: DictConfig) -> int:
     try:
-        code = run(parse(OmegaConf.to_container(config, resolve=True), REGISTRY))
+        settings = list(HydraConfig.get().overrides.task)
+        code = run(parse(OmegaConf.to_container(config, resolve=True), REGISTRY), settings)
     except ConfigError as error:
         console.report_faults(error)
         code = EXIT_CONFIG
-    if code == EXIT_INTERRUPTED:
+    if code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
         raise KeyboardInterrupt  # the jobs after this one are not wanted either
     _exit_codes.append(code)
     return code

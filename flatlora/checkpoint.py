@@ -28,13 +28,13 @@ MANIFEST = "checkpoint.json"
 _STEP = re.compile(r"checkpoint-[0-9]+")  # and no copy that a user made, such as checkpoint-40-best
 
 
-def seal(folder: Path, *, step: int, config_sha256: str, data_sha256: str, world_size: int = 1) -> None:
+def seal(folder: Path, *, step: int, config_sha256: str, data_sha256: str, world_size: int = 1, zero: int = 0) -> None:
     """Flush every file of a checkpoint to disk, then write the manifest that makes it count."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         files[str(path.relative_to(folder))] = {"sha256": _file_sha256(path, flush=True), "bytes": path.stat().st_size}
     fsync_folder(folder)
-    origin = {"config_sha256": config_sha256, "data_sha256": data_sha256, "world_size": world_size}
+    origin = {"config_sha256": config_sha256, "data_sha256": data_sha256, "world_size": world_size, "zero": zero}
     manifest = {"step": step, **origin, "files": files}
     write_json(folder / MANIFEST, manifest)
     fsync_folder(folder.parent)
@@ -65,7 +65,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
-def latest_good(run: Path, config_sha256: str, data_sha256: str, world_size: int = 1) -> Path | None:
+def latest_good(run: Path, config_sha256: str, data_sha256: str, world_size: int = 1, zero: int = 0) -> Path | None:
     """Newest whole checkpoint; broken ones above it are named in the log. Nothing is changed.
 
     Raises:
@@ -74,7 +74,7 @@ def latest_good(run: Path, config_sha256: str, data_sha256: str, world_size: int
     for folder in reversed(checkpoints(run)):
         fault = fault_of(folder)
         if fault is None:
-            _refuse_other_origin(folder, config_sha256, data_sha256, world_size)
+            _refuse_other_origin(folder, config_sha256, data_sha256, world_size, zero)
             return folder
         logger.warning("Ignoring %s: %s.", folder, fault)
     return None
@@ -93,7 +93,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _refuse_other_origin(folder: Path, config_sha256: str, data_sha256: str, world_size: int) -> None:
+def _refuse_other_origin(folder: Path, config_sha256: str, data_sha256: str, world_size: int, zero: int) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     faults = [
         f"{folder} is a checkpoint of {what} ({key} {str(manifest.get(key))[:12]}…, here {wanted[:12]}…): take it out "
@@ -108,6 +108,11 @@ def _refuse_other_origin(folder: Path, config_sha256: str, data_sha256: str, wor
         faults.append(
             f"{folder} was written by {manifest.get('world_size')} processes and there are {world_size} now: their "
             "random generators would differ; start as many as before, or say overwrite=true."
+        )
+    if manifest.get("zero", 0) != zero:
+        faults.append(
+            f"{folder} was written with trainer.zero={manifest.get('zero', 0)} and this run has {zero}: the optimizer "
+            "is kept in other files; go on with the trainer of before, or say overwrite=true."
         )
     if faults:
         raise ConfigError(faults)

@@ -160,6 +160,10 @@ class TrainerConfig(Section):
     deterministic: bool = False
     kernels: Literal["auto", "off"] = setting("auto", remedy="off runs PEFT's and transformers' own code")  # on a GPU
     num_workers: int = setting(0, ge=0)  # of the data loader
+    gpus: int | None = setting(None, ge=1, remedy="null starts no processes: torchrun did, or there is one")
+    zero: Literal[0, 2] = setting(0, remedy="2 shares gradients and optimizer among processes, by DeepSpeed")
+    offload: bool = False  # with zero: the optimizer's state lives in the host's memory
+    timeout_s: int = setting(1800, ge=10, remedy="seconds after which a process that waits for the others gives up")
 
 
 class WandbConfig(Section):
@@ -223,7 +227,8 @@ def identity_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     scoring = ("generated_test_rows", "test_rows", "answer_tokens")
     for section in ("model", "dataset"):
         identity[section] = {key: value for key, value in raw[section].items() if key not in scoring}
-    unread = ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch")
+    unread = ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch", "gpus", "zero")
+    unread += ("offload", "timeout_s")
     identity["trainer"] = {key: value for key, value in raw["trainer"].items() if key not in unread}
     if raw["rho"]["method"] == "off" or raw["rho"]["sigma"] == 0:
         identity["rho"] = {"method": "off"}
@@ -464,6 +469,23 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             ("resume", "rho.mode"),
             "Invalid resume=true with rho.mode=inplace: the drifted backbone is in no checkpoint, so the run cannot be "
             "continued; use rho.mode=copy or recompute, or overwrite=true.",
+        )
+    if trainer.offload and not trainer.zero:
+        yield (
+            ("trainer.offload", "trainer.zero"),
+            "Invalid trainer.offload=true with trainer.zero=0: it is ZeRO's optimizer that is moved to the host; use "
+            "trainer=zero2_offload, or leave the key out.",
+        )
+    if trainer.zero and optim.optimizer != "adamw":
+        yield (
+            ("trainer.zero", "optim.optimizer"),
+            f"Invalid optim.optimizer={optim.optimizer} with trainer={trainer.name}: ZeRO keeps FP32 masters and "
+            "moments, a share in each process; use optim.optimizer=adamw, or trainer=ddp.",
+        )
+    if trainer.gpus is not None and trainer.launch == "single" and trainer.gpus > 1:
+        yield (
+            ("trainer.gpus", "trainer.launch"),
+            f"Invalid trainer.gpus={trainer.gpus} with trainer={trainer.name}: it is one process; use trainer=ddp.",
         )
     if experiment.resume and experiment.overwrite:
         yield (

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
-import os
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -35,14 +32,15 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from flatlora import checkpoint, methods
 from flatlora.acceleration import IGNORED, GraphedMicroStep
-from flatlora.config import ConfigError, Experiment
+from flatlora.config import Experiment
+from flatlora.distributed import deepspeed_settings, is_main_process, rank, world_size, zero_dtypes
 from flatlora.files import write_json
 from flatlora.methods import AdapterMethod, Regulariser, Training
 from flatlora.models import autocast_dtype
+from flatlora.preemption import Preempted, Preemption
 from flatlora.results import MetricsLog, RunFolder
 from flatlora.starts import load_adapter, mark_checkpoint
 
-T = TypeVar("T")
 Processor = PreTrainedTokenizerBase | BaseImageProcessor  # saved with every checkpoint
 
 
@@ -81,6 +79,7 @@ class TrainingResult:
     steps: int
     perturbation: dict[str, Any] | None
     resumed_from: int | None = None
+    dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds, where it does
 
 
 @dataclass
@@ -303,6 +302,7 @@ class FlatTrainer(Trainer):
                 config_sha256=self.experiment.sha256(),
                 data_sha256=self.data_sha256,
                 world_size=self.args.world_size,
+                zero=self.experiment.trainer.zero,
             )
             checkpoint.rotate(folder.parent, self.experiment.trainer.save_total_limit)
 
@@ -318,6 +318,7 @@ class StepRecorder(TrainerCallback):
     trainer: FlatTrainer | None = None
     step_seconds: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
+    dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
 
     def effort(self) -> Effort:
         """All time up to now, that of the processes before included."""
@@ -332,6 +333,9 @@ class StepRecorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._train_started = time.perf_counter()
+        if args.deepspeed:
+            self.dtypes = zero_dtypes(self.trainer.model_wrapped)
+            check_dtypes(self.dtypes)
         state.save_steps, state.logging_steps = args.save_steps, args.logging_steps  # may change when a run is resumed
         self._steps_per_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
         if state.is_world_process_zero:
@@ -477,6 +481,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss or a weight is NaN or infinite.
+        Preempted: a signal asked for an end; the newest checkpoint is whole.
     """
     method, regulariser = methods.method(experiment.peft.method), None
     if experiment.regularised:
@@ -490,6 +495,7 @@ def train(
     callbacks = [one for one in (recorder, best, *of_method, regulariser) if one]  # best before what asks for a save
     if optim.early_stopping_patience and has_validation:
         callbacks += [EarlyStoppingCallback(optim.early_stopping_patience), SaveAtStop()]
+    preemption = Preemption()
     trainer = FlatTrainer(
         model=model,
         args=arguments,
@@ -497,7 +503,7 @@ def train(
         eval_dataset=validation_rows if has_validation else None,
         data_collator=collate,
         processing_class=processor,
-        callbacks=callbacks,
+        callbacks=[*callbacks, preemption],
         experiment=experiment,
         method=method,
         data_sha256=data_sha256,
@@ -505,9 +511,12 @@ def train(
     )
     for unwanted in (PrinterCallback, TqdmCallback):
         trainer.remove_callback(unwanted)
-    recorder.trainer = trainer
+    recorder.trainer, preemption.accelerator = trainer, trainer.accelerator
     try:
-        trainer.train_or_load(resume_from)
+        with preemption:
+            trainer.train_or_load(resume_from)
+        if preemption.stopped:
+            raise Preempted(preemption.hand_on)
         effort = recorder.effort()
         if best:
             best_step = best.restore(model)
@@ -531,6 +540,7 @@ def train(
         steps=trainer.state.global_step,
         perturbation=effort.perturbation,
         resumed_from=checkpoint.step_of(resume_from) if resume_from else None,
+        dtypes=recorder.dtypes,
     )
 
 
@@ -624,8 +634,10 @@ def training_arguments(
         logging_nan_inf_filter=False,
         dataloader_num_workers=machine.num_workers,
         dataloader_pin_memory=on_gpu,
-        accelerator_config={"non_blocking": on_gpu},
+        accelerator_config={"non_blocking": on_gpu, "use_configured_state": bool(machine.zero)},
         ddp_find_unused_parameters=False,
+        ddp_timeout=machine.timeout_s,
+        deepspeed=deepspeed_settings(machine),
         remove_unused_columns=False,
         prediction_loss_only=True,
         disable_tqdm=True,
@@ -663,91 +675,15 @@ def _timing(effort: Effort, log: MetricsLog) -> dict[str, float | None]:
     }
 
 
-def world_size() -> int:
-    """Number of processes; torchrun sets WORLD_SIZE."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """Number of this process; torchrun sets RANK."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_main_process() -> bool:
-    """Whether this process writes."""
-    return rank() == 0
-
-
-def from_main_process(compute: Callable[[], T], device: torch.device) -> T:
-    """What `compute` returns on rank 0, on every rank; the others wait for it. A fault there is a fault everywhere."""
-    if world_size() == 1:
-        return compute()
-    PartialState(cpu=device.type == "cpu")
-    answer: list[Any] = [None, None]
-    if is_main_process():
-        try:
-            answer[0] = compute()
-        except ConfigError as error:
-            answer[1] = error
-        except BaseException as error:  # the others must not wait for an answer that never comes
-            answer[1] = RuntimeError(f"the main process failed: {type(error).__name__}: {error}")
-            torch.distributed.broadcast_object_list(answer, src=0)
-            raise
-    torch.distributed.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
-def main_process_first(work: Callable[[], T], device: torch.device) -> T:
-    """What `work` returns, on every rank; the main process does it before the others, which find what it left."""
-    if world_size() == 1:
-        return work()
-    first: list[T] = []
-    from_main_process(lambda: first.append(work()), device)
-    return first[0] if first else work()
-
-
-def check_launch(experiment: Experiment) -> None:
-    """Hold the number of processes that torchrun started against the config.
+def check_dtypes(found: Mapping[str, list[str]]) -> None:
+    """What ZeRO holds of the trained parameters is FP32.
 
     Raises:
-        ConfigError: it does not divide the batch, or trainer=single and ddp are launched the other's way.
+        RuntimeError: something is not.
     """
-    processes, machine, batch = world_size(), experiment.trainer, experiment.optim.batch_size
-    faults = []
-    if batch % (machine.micro_batch_size * processes):
-        faults.append(
-            f"Invalid optim.batch_size={batch}: {processes} processes with micro-batches of "
-            f"{machine.micro_batch_size} do not divide it; change trainer.micro_batch_size or the number of processes."
-        )
-    if machine.launch == "single" and processes > 1:
-        faults.append(f"Invalid trainer={machine.name} with {processes} processes: use trainer=ddp, or one process.")
-    if machine.launch == "torchrun" and "WORLD_SIZE" not in os.environ:
-        faults.append(
-            f"Invalid trainer={machine.name} without processes: start it by torchrun --nproc_per_node N run_exp.py "
-            f"trainer={machine.name} ..., or use trainer=auto."
-        )
-    if optimizer := _optimizer_fault(experiment):
-        faults.append(optimizer)
-    if faults:
-        raise ConfigError(faults)
-
-
-def _optimizer_fault(experiment: Experiment) -> str | None:
-    if experiment.optim.optimizer != "adamw_8bit":
-        return None
-    if experiment.trainer.device == "cpu" or not torch.cuda.is_available():
-        return (
-            "Invalid optim.optimizer=adamw_8bit on a CPU: bitsandbytes keeps 8-bit moments on a CUDA GPU alone; use "
-            "optim.optimizer=adamw."
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return (
-            "Invalid optim.optimizer=adamw_8bit: the package bitsandbytes is not installed; run pip install "
-            "bitsandbytes, or use optim.optimizer=adamw."
-        )
-    return None
+    lowered = {name: found[name] for name in ("trained", "masters", "gradients") if found[name] != ["float32"]}
+    if lowered:
+        raise RuntimeError(f"ZeRO does not keep what is trained in FP32 ({lowered}): use another DeepSpeed.")
 
 
 def check_invariants(experiment: Experiment, model: nn.Module, backbone_sha256: dict[str, str | None]) -> None:

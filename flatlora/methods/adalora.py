@@ -61,6 +61,7 @@ class AdaLoraMethodConfig(LoraMethodConfig):
 @register("adalora")
 class AdaLora(Lora):
     Config = AdaLoraMethodConfig
+    reads_gradients = True  # its ranks follow from them
     refuses: ClassVar = {
         "nbar": _BAR,
         "obar": _BAR,

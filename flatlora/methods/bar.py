@@ -24,12 +24,16 @@ from flatlora.methods.lora_pro import Pair, lora_pairs
 
 @register_rho("nbar")
 class NBar(RhoMethod):
+    reads_gradients = True
+
     def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
         return BarRegulariser(lora_pairs(model), config.sigma, by="gradient")
 
 
 @register_rho("obar")
 class OBar(RhoMethod):
+    reads_gradients = True
+
     def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
         return BarRegulariser(lora_pairs(model), config.sigma, by="norm")
 

@@ -66,6 +66,7 @@ class AdapterMethod:
     Config: ClassVar[type[PeftConfig]] = PeftConfig
     refuses: ClassVar[Mapping[str, str]] = {}
     has_optimizer: ClassVar[bool] = False  # one of its own, which optim.optimizer does not choose
+    reads_gradients: ClassVar[bool] = False  # whole ones, of every parameter, between backward and optimizer step
     needs_dense: ClassVar[bool] = False  # it computes with W, moves or trains it: a packed backbone will not do
 
     def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
@@ -142,6 +143,7 @@ class RhoMethod:
     """A registered regulariser: its config, and how one is made for a run."""
 
     Config: ClassVar[type[RhoConfig]] = RhoConfig
+    reads_gradients: ClassVar[bool] = False  # as `AdapterMethod.reads_gradients`
 
     def prepare(self, model: nn.Module, config: RhoConfig, seed: int) -> None:
         """Add to the adapted model what the method trains besides; before a checkpoint is loaded."""
@@ -232,6 +234,18 @@ def combination_faults(experiment: Experiment) -> list[tuple[tuple[str, ...], st
                 "peft=lora.",
             )
         )
+    readers = [("peft", peft.name, method(peft.method).reads_gradients)]
+    readers += [("rho", rho_section.name, rho(rho_section.method).reads_gradients)] if experiment.regularised else []
+    for section, name, reads in readers:
+        if reads and experiment.trainer.zero:
+            faults.append(
+                (
+                    (section, f"{section}.method", "trainer", "trainer.zero"),
+                    f"Invalid trainer={experiment.trainer.name} with {section}={name}: that method reads the whole "
+                    "gradient of each parameter before the optimizer step, and ZeRO leaves each process a share of it; "
+                    "use trainer=ddp.",
+                )
+            )
     if optim.optimizer != "adamw" and method(peft.method).has_optimizer:
         faults.append(
             (

@@ -21,6 +21,8 @@ from flatlora.methods.base import Regulariser, RhoMethod, register_rho
 
 @register_rho("sam")
 class Sam(RhoMethod):
+    reads_gradients = True
+
     def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
         return SamRegulariser(config.sigma)
 

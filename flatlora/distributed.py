@@ -1,0 +1,240 @@
+"""Several processes of one run: how they are started, who is who, what they tell each other, and ZeRO-2's settings."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.util
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import DistributedType, PartialState
+
+from flatlora.config import ConfigError, Experiment, TrainerConfig
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes; torchrun sets WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Number of this process; torchrun sets RANK."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes."""
+    return rank() == 0
+
+
+def must_launch(machine: TrainerConfig) -> bool:
+    """Whether this process is to start those of the run: `trainer.gpus` are asked for, and torchrun started none."""
+    return machine.gpus is not None and "WORLD_SIZE" not in os.environ
+
+
+def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
+    """Run `script` in so many processes on this machine, as torchrun does; returns the exit code of the first failure.
+
+    When one fails or this process is told to end, the others are told so, and killed 30 s later.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):  # tables of what the process has told itself
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=machine.gpus,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machine.gpus)))
+    try:
+        elastic_launch(config, sys.executable)("-u", str(script), *words)
+        return 0
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)  # a negative one is a signal
+    except SignalException:
+        return 130
+
+
+def initialise(experiment: Experiment, device: torch.device) -> None:
+    """Join the other processes; harmless where there are none.
+
+    A process that waits for another longer than trainer.timeout_s gives up, and torchrun ends the others.
+    """
+    machine = experiment.trainer
+    if world_size() > 1 or machine.zero:
+        if machine.zero:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # read by accelerate, now and when Trainer asks it
+        on_cpu = device.type == "cpu"
+        state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(seconds=machine.timeout_s))
+        if machine.zero and on_cpu:  # accelerate itself has DeepSpeed on accelerators alone
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend=state.backend, auto_mpi_discovery=False)
+            state.distributed_type = DistributedType.DEEPSPEED
+
+
+def check_agreement(facts: Mapping[str, str | None], remedy: str) -> None:
+    """See to it that every process has the same facts.
+
+    Raises:
+        ConfigError: on every process, with each fact that differs and what each rank has.
+    """
+    if world_size() == 1:
+        return
+    told: list[dict[str, str | None]] = [{}] * world_size()
+    torch.distributed.all_gather_object(told, dict(facts))
+    faults = []
+    for name in facts:
+        values = [one.get(name) for one in told]
+        if len(set(values)) > 1:
+            each = {value: [str(i) for i, other in enumerate(values) if other == value] for value in values}
+            described = "; ".join(f"{str(value)[:12]} on rank {', '.join(ranks)}" for value, ranks in each.items())
+            faults.append(f"The processes differ in {name}: {described}. {remedy}")
+    if faults:
+        raise ConfigError(faults)
+
+
+def code_sha256() -> str:
+    """Hash of this project's source files: two nodes with two versions of it would train two models."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    folders = ("flatlora", "data", "eval")
+    for path in [root / "run_exp.py", *(path for name in folders for path in sorted((root / name).rglob("*.py")))]:
+        if path.is_file():
+            digest.update(f"{path.relative_to(root)}|".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def deepspeed_settings(machine: TrainerConfig) -> dict[str, Any] | None:
+    """DeepSpeed's own config for trainer.zero; None without it.
+
+    Neither its bf16 nor its fp16 is on: they would cast the FP32 adapters. The backbone is loaded in BF16, the products
+    run under autocast, and what is trained stays FP32 in weights, gradients, masters and moments.
+    """
+    if not machine.zero:
+        return None
+    place = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if machine.offload else {}
+    return {
+        "zero_optimization": {"stage": machine.zero, "contiguous_gradients": True, "overlap_comm": False, **place},
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def zero_dtypes(engine: Any) -> dict[str, list[str]]:
+    """Dtypes of what ZeRO holds: {"backbone", "trained", "masters", "gradients"}; of each those that occur."""
+
+    def names(tensors: Any) -> list[str]:
+        return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor is not None})
+
+    optimizer = engine.optimizer
+    return {
+        "backbone": names(p for p in engine.module.parameters() if not p.requires_grad and p.is_floating_point()),
+        "trained": names(p for p in engine.module.parameters() if p.requires_grad),
+        "masters": names(optimizer.single_partition_of_fp32_groups),
+        "gradients": [str(optimizer.gradient_accumulation_dtype).removeprefix("torch.")],
+    }
+
+
+def from_main_process(compute: Callable[[], T]) -> T:
+    """What `compute` returns on rank 0, on every rank; the others wait for it. A fault there is a fault everywhere."""
+    if world_size() == 1:
+        return compute()
+    answer: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            answer[0] = compute()
+        except ConfigError as error:
+            answer[1] = error
+        except BaseException as error:  # the others must not wait for an answer that never comes
+            answer[1] = RuntimeError(f"the main process failed: {type(error).__name__}: {error}")
+            torch.distributed.broadcast_object_list(answer, src=0)
+            raise
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def main_process_first(work: Callable[[], T]) -> T:
+    """What `work` returns, on every rank; the main process does it before the others, which find what it left."""
+    if world_size() == 1:
+        return work()
+    first: list[T] = []
+    from_main_process(lambda: first.append(work()))
+    return first[0] if first else work()
+
+
+def check_launch(experiment: Experiment) -> None:
+    """Hold the number of processes that torchrun started against the config.
+
+    Raises:
+        ConfigError: it does not divide the batch, or trainer=single and ddp are launched the other's way.
+    """
+    processes, machine, batch = world_size(), experiment.trainer, experiment.optim.batch_size
+    faults = []
+    if batch % (machine.micro_batch_size * processes):
+        faults.append(
+            f"Invalid optim.batch_size={batch}: {processes} processes with micro-batches of "
+            f"{machine.micro_batch_size} do not divide it; change trainer.micro_batch_size or the number of processes."
+        )
+    if machine.launch == "single" and processes > 1:
+        faults.append(f"Invalid trainer={machine.name} with {processes} processes: use trainer=ddp, or one process.")
+    if machine.launch == "torchrun" and "WORLD_SIZE" not in os.environ:
+        faults.append(
+            f"Invalid trainer={machine.name} without processes: set trainer.gpus=N, start it by torchrun "
+            f"--nproc_per_node N run_exp.py trainer={machine.name} ..., or use trainer=auto."
+        )
+    if machine.gpus is not None and processes not in (1, machine.gpus):
+        faults.append(
+            f"Invalid trainer.gpus={machine.gpus} with {processes} processes: torchrun started them already; leave the "
+            "key out."
+        )
+    if machine.zero and importlib.util.find_spec("deepspeed") is None:
+        faults.append(
+            f"Invalid trainer={machine.name}: the package deepspeed is not installed; run pip install deepspeed ninja, "
+            "or use trainer=ddp."
+        )
+    if optimizer := _optimizer_fault(experiment):
+        faults.append(optimizer)
+    if faults:
+        raise ConfigError(faults)
+
+
+def _optimizer_fault(experiment: Experiment) -> str | None:
+    if experiment.optim.optimizer != "adamw_8bit":
+        return None
+    if experiment.trainer.device == "cpu" or not torch.cuda.is_available():
+        return (
+            "Invalid optim.optimizer=adamw_8bit on a CPU: bitsandbytes keeps 8-bit moments on a CUDA GPU alone; use "
+            "optim.optimizer=adamw."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return (
+            "Invalid optim.optimizer=adamw_8bit: the package bitsandbytes is not installed; run pip install "
+            "bitsandbytes, or use optim.optimizer=adamw."
+        )
+    return None

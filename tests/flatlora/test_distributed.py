@@ -1,0 +1,218 @@
+"""Several processes over gloo: ZeRO-2 in FP32, one answer for all, what ends when one dies, and preemption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatlora import checkpoint, distributed
+from flatlora.config import ConfigError, TrainerConfig
+from tests.conftest import adapter_bytes, metrics_rows, run_folder
+
+PROJECT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(settings, **environment):
+    return subprocess.Popen(
+        [sys.executable, "run_exp.py", *settings],
+        cwd=PROJECT,
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, seconds=240):
+    told, _ = process.communicate(timeout=seconds)
+    return process.returncode, told
+
+
+def wait_for_step(settings, step, process):
+    """Until metrics.jsonl has that step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in Path(settings[-1].partition("=")[2]).glob("*/*/*/metrics.jsonl"):
+            if path.read_text().count("\n") >= step:
+                return path.parent
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {process.communicate()[0][-2000:] if process.poll() is not None else ''}")
+
+
+def processes_of(folder):
+    """Commands of living processes that name the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(folder) in command and "run_exp.py" in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture
+def settings(tiny_settings):
+    """Results root last; BF16 backbone, 20 steps of two rows on each of two processes."""
+    kept = [
+        word for word in tiny_settings if not word.startswith(("model.dtype", "dataset.train_rows", "results_root"))
+    ]
+    (root,) = [word for word in tiny_settings if word.startswith("results_root")]
+    return [*kept, "model.dtype=bfloat16", "dataset.train_rows=80", "rho=flat", "rho.sigma=0.1", root]
+
+
+def at(settings, name):
+    return [*settings[:-1], f"{settings[-1]}/{name}"]
+
+
+TWO = ["trainer.gpus=2"]
+
+
+@pytest.mark.slow
+def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings):
+    """Invariants 4, 6 and 7 under DeepSpeed."""
+    pytest.importorskip("deepspeed")
+    whole, one, killed = at(settings, "whole"), at(settings, "one"), at(settings, "killed")
+    zero = ["trainer=zero2", *TWO, "trainer.save_steps=4"]
+    code, told = finish(start([*zero, *whole]))
+    assert code == 0, told[-3000:]
+    assert finish(start(one))[0] == 0
+    record = json.loads((run_folder(whole) / "run.json").read_text())
+    fp32 = ["float32"]
+    held = {"backbone": ["bfloat16"], "trained": fp32, "masters": fp32, "gradients": fp32}
+    assert record["distributed"] == {"processes": 2, "zero": 2, "dtypes": held}
+    assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
+    states = sorted((run_folder(whole) / "checkpoint-20/global_step20").glob("*optim_states.pt"))
+    assert len(states) == 2
+    for path in states:
+        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+        moments = [value for group in state["base_optimizer_state"]["state"].values() for value in group.values()]
+        assert {t.dtype for t in [*state["single_partition_of_fp32_groups"], *moments]} == {torch.float32}
+    rows = metrics_rows(run_folder(whole))
+    assert len(rows) == 20
+    for left, right in zip(rows, metrics_rows(run_folder(one)), strict=True):
+        assert left["sigma"] == right["sigma"]
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+    process = start([*zero, *killed])
+    folder = wait_for_step(killed, 10, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in processes_of(folder.parents[2]):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    code, told = finish(start([*zero, "resume=true", *killed]))
+    assert code == 0, told[-3000:]
+    assert json.loads((folder / "run.json").read_text())["resumed_from"] >= 4
+    assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
+    code, told = finish(start(["trainer=ddp", *TWO, "overwrite=false", "resume=true", *killed]))
+    assert code == 0
+    assert "is finished already" in told
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
+    whole, hurt = at(settings, "whole"), at(settings, "hurt")
+    ddp = ["trainer=ddp", *TWO, "trainer.save_steps=3"]
+    assert finish(start([*ddp, *whole]))[0] == 0
+    process = start([*ddp, *hurt])
+    folder = wait_for_step(hurt, 7, process)
+    workers = [pid for pid in processes_of(folder.parents[2]) if pid != process.pid]
+    os.kill(max(workers), signal.SIGKILL)
+    begun = time.monotonic()
+    code, told = finish(process, 90)
+    assert code != 0
+    assert time.monotonic() - begun < 60
+    assert processes_of(folder.parents[2]) == []
+    assert checkpoint.fault_of(checkpoint.checkpoints(folder)[-1]) is None
+    code, told = finish(start([*ddp, "resume=true", *hurt]))
+    assert code == 0, told[-3000:]
+    assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preempted_run_has_a_checkpoint_of_that_moment(settings, number):
+    whole, told_to_end = at(settings, "whole"), at(settings, "told")
+    assert finish(start(whole))[0] == 0
+    process = start(told_to_end)
+    folder = wait_for_step(told_to_end, 5, process)
+    process.send_signal(number)
+    code, told = finish(process)
+    assert code == 75, told[-2000:]
+    assert "the same command with resume=true goes on" in " ".join(told.split())
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    (newest,) = checkpoint.checkpoints(folder)
+    assert checkpoint.step_of(newest) == len(metrics_rows(folder)) >= 5
+    code, told = finish(start(["resume=true", *told_to_end]))
+    assert code == 0, told[-2000:]
+    assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
+    assert metrics_rows(folder) == metrics_rows(run_folder(whole))
+
+
+def ranks(settings, port, *differing):
+    """Two processes as two nodes would start them, each with its own words."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "1"}
+    return [
+        start([*words, *settings], RANK=str(rank), LOCAL_RANK="0", **common) for rank, words in enumerate(differing)
+    ]
+
+
+@pytest.mark.slow
+def test_nodes_that_differ_stop_with_what_differs(settings, tmp_path):
+    base = ["trainer=ddp", "trainer.timeout_s=60"]
+    told = [
+        finish(process)
+        for process in ranks(settings, 29531, [*base, "optim.weight_decay=0.1"], [*base, "optim.weight_decay=0.2"])
+    ]
+    assert [code for code, _ in told] == [2, 2], told
+    assert "The processes differ in the configuration:" in " ".join(told[0][1].split())
+    assert "Start every node with the same command and the same checkout" in " ".join(told[0][1].split())
+    assert "The processes differ" not in told[1][1]  # once is enough
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_differs_is_told_by_rank(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+
+    def gather(into, mine):
+        into[:] = [mine, {"a": "x", "b": "1"}, {"a": "x", "b": "2"}]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    distributed.check_agreement({"a": "x"}, "Do so.")
+    with pytest.raises(ConfigError) as caught:
+        distributed.check_agreement({"a": "x", "b": "2"}, "Do so.")
+    assert caught.value.faults == ["The processes differ in b: 2 on rank 0, 2; 1 on rank 1. Do so."]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (["trainer=zero2", "peft=lora_pro"], "Invalid trainer=zero2 with peft=lora_pro: that method reads the whole"),
+        (["trainer=zero2", "rho=sam"], "Invalid trainer=zero2 with rho=sam: that method reads the whole"),
+        (["trainer=zero2", "optim.optimizer=adamw_8bit"], "Invalid optim.optimizer=adamw_8bit with trainer=zero2"),
+        (["trainer=ddp", "trainer.offload=true"], "Invalid trainer.offload=true with trainer.zero=0"),
+        (["trainer=single", "trainer.gpus=2"], "Invalid trainer.gpus=2 with trainer=single: it is one process"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, fault):
+    import run_exp
+
+    with pytest.raises(ConfigError) as caught:
+        run_exp.experiment_of(settings)
+    assert any(told.startswith(fault) for told in caught.value.faults), caught.value.faults
+
+
+def test_zero_is_told_neither_bf16_nor_fp16():
+    machine = TrainerConfig(name="zero2_offload", zero=2, offload=True)
+    found = distributed.deepspeed_settings(machine)
+    assert found["bf16"] == found["fp16"] == {"enabled": "auto"}  # TrainingArguments.bf16 is off: it becomes false
+    assert found["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert distributed.deepspeed_settings(TrainerConfig(name="ddp")) is None
