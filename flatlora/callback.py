@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -34,6 +35,7 @@ class FlatLoraCallback(TrainerCallback):
     def __init__(self, sigma: float, *, seed: int | None = None, **settings: Any) -> None:
         self.sigma, self.seed, self.settings = sigma, seed, settings
         self.perturbation: WeightPerturbation | None = None
+        self.noise_sha256: list[str] | None = None  # of each process's first layer, where there are several
         self._micro_batch = 0
 
     def on_train_begin(
@@ -61,6 +63,19 @@ class FlatLoraCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._micro_batch = 0
         self.perturbation.begin(state.global_step)
+        if args.world_size > 1 and self.noise_sha256 is None and self.perturbation.perturbed:
+            self._compare_noise(args.world_size)
+
+    def _compare_noise(self, world_size: int) -> None:
+        """Hash what each process reads in the first layer: shared noise is the same everywhere, or the run is void."""
+        told: list[str] = [""] * world_size
+        torch.distributed.all_gather_object(told, self.perturbation.weight_sha256(0))
+        if not self.perturbation.per_rank and len(set(told)) > 1:
+            raise RuntimeError(
+                f"The processes perturb {self.perturbation.layers[0].name} by different noise ({told}), which is to be "
+                "shared: they run on machines that compute differently; use alike ones, or rho.per_rank=true."
+            )
+        self.noise_sha256 = told
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._micro_batch += 1

@@ -16,6 +16,7 @@ Only a seed and the m row norms of each layer describe ε; `noise.py` makes it a
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -259,6 +260,13 @@ class WeightPerturbation:
     def perturbed(self) -> bool:
         """Whether layers read W + ε now; not before begin() and after end(), and never where σ_t = 0."""
         return self._draws is not None
+
+    def weight_sha256(self, index: int) -> str:
+        """Hash of what layer number `index` reads in a perturbed step: equal on two machines if they drew alike."""
+        inplace = self.mode == "inplace" or self._draws is None
+        weight = self.layers[index].weight if inplace else Reading(self, index, self._draws[index]).weight()
+        stored = weight.detach().contiguous().cpu().view(torch.uint8)
+        return hashlib.sha256(stored.numpy()).hexdigest()
 
     def reading(self, index: int) -> Reading | None:
         """What layer number `index` reads now; None while it reads W."""

@@ -4,6 +4,7 @@
     python scripts/bench.py data
     python scripts/bench.py gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
     python scripts/bench.py methods [--shapes 2x1024x16] [--steps 3]
+    python scripts/bench.py processes [--gpus 2] [--steps 8]
 
 cpu  1. one optimizer step of LoRA and of Flat-LoRA in each mode on SmolLM2-135M, in turn, round after round: medians
         and ratios to LoRA (a noisy machine slows all contenders of a round alike);
@@ -11,7 +12,8 @@ cpu  1. one optimizer step of LoRA and of Flat-LoRA in each mode on SmolLM2-135M
 data     see bench_data.py: tokenising 100,000 rows, and starting from the cache.
 gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape against PEFT's.
 methods  see bench_methods.py: an optimizer step of every method against LoRA's, Llama-2-7B's shape, on a GPU.
-Writes results/bench/{cpu,data,gpu,methods}.json, and a plot for cpu and gpu.
+processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
+Writes results/bench/{cpu,data,gpu,methods,processes}.json, and a plot for cpu and gpu.
 """
 
 from __future__ import annotations
@@ -55,13 +57,14 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=["cpu", "data", "gpu", "methods"])
+    parser.add_argument("device", choices=["cpu", "data", "gpu", "methods", "processes"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--drift-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
     parser.add_argument("--shapes", help="gpu: micro-batch x length x accumulation, comma-separated")
     parser.add_argument("--steps", type=int, default=5, help="gpu: optimizer steps timed for each contender")
     parser.add_argument("--layers", type=int, default=32, help="gpu: decoder layers; 32 is the 7B model")
+    parser.add_argument("--gpus", type=int, default=2, help="processes: how many")
     options = parser.parse_args()
     quiet_libraries()
     logging.getLogger("flatlora.perturbation").setLevel(logging.ERROR)  # that inplace drifts is what is measured here
@@ -76,7 +79,10 @@ def main() -> int:
                 "runs."
             )
             return 2
-        from scripts import bench_gpu, bench_methods
+        from scripts import bench_gpu, bench_methods, bench_processes
+
+        if options.device == "processes":
+            return bench_processes.run(options.gpus, layers=options.layers, steps=options.steps, out=options.out)
 
         bench = bench_gpu if options.device == "gpu" else bench_methods
         shapes = (options.shapes or ",".join(bench.SHAPES)).split(",")

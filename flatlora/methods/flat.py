@@ -46,4 +46,9 @@ class FlatRegulariser(FlatLoraCallback, Regulariser):
         perturbation = self.perturbation
         if perturbation is None:
             return {}
-        return {"mode": perturbation.mode, "layers": len(perturbation.layers), "drift": perturbation.drift()}
+        return {
+            "mode": perturbation.mode,
+            "layers": len(perturbation.layers),
+            "drift": perturbation.drift(),
+            "noise_sha256": self.noise_sha256,
+        }

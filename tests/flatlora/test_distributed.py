@@ -91,6 +91,8 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     held = {"backbone": ["bfloat16"], "trained": fp32, "masters": fp32, "gradients": fp32}
     assert record["distributed"] == {"processes": 2, "zero": 2, "dtypes": held}
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
+    assert len(record["perturbation"]["noise_sha256"]) == 2
+    assert len(set(record["perturbation"]["noise_sha256"])) == 1
     states = sorted((run_folder(whole) / "checkpoint-20/global_step20").glob("*optim_states.pt"))
     assert len(states) == 2
     for path in states:
@@ -112,6 +114,10 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     assert code == 0, told[-3000:]
     assert json.loads((folder / "run.json").read_text())["resumed_from"] >= 4
     assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
+    own = at(settings, "own")
+    assert finish(start(["trainer=zero2", *TWO, "trainer.max_steps=4", "rho.per_rank=true", *own]))[0] == 0
+    record = json.loads((run_folder(own) / "run.json").read_text())
+    assert len(set(record["perturbation"]["noise_sha256"])) == 2
     code, told = finish(start(["trainer=ddp", *TWO, "overwrite=false", "resume=true", *killed]))
     assert code == 0
     assert "is finished already" in told
