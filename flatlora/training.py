@@ -202,16 +202,24 @@ class FlatTrainer(Trainer):
         self.step_units += _units(inputs).to(self.step_units.device)
         loss = self._micro_step(model, inputs, num_items_in_batch)
         self.step_loss += loss
+        last = self.accelerator.gradient_state.sync_gradients
+        if last:
+            self._sum_gradients()
         if self.regulariser and self.regulariser.second_gradient:
             self._micro_batches.append(inputs)
-            if self.accelerator.gradient_state.sync_gradients:
+            if last:
                 self._take_gradient_anew(model, num_items_in_batch)
         return loss
+
+    def _sum_gradients(self) -> None:
+        """Over the processes, once a step: graphed micro-steps leave theirs in one buffer, past DDP's hooks."""
+        if self.graphed is not None and self.args.world_size > 1:
+            torch.distributed.all_reduce(self.graphed.gradient)
 
     def _micro_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         """Loss of a micro-batch, its gradients added to the parameters'."""
         if self.graphed is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, self._without_mask(inputs), num_items_in_batch)
         return self._graphed_training_step(model, inputs, num_items_in_batch)
 
     def _take_gradient_anew(self, model: nn.Module, num_items_in_batch: Any) -> None:
@@ -227,6 +235,7 @@ class FlatTrainer(Trainer):
             last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 self._micro_step(model, inputs, num_items_in_batch)
+        self._sum_gradients()
         self.regulariser.descend()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -246,13 +255,21 @@ class FlatTrainer(Trainer):
             load_adapter(self.model, folder, name)
 
     def _graphed_micro_step(self) -> GraphedMicroStep | None:
-        """Replayed micro-steps where nothing in them needs the host: one process, one GPU, a decoder-only model."""
+        """Replayed micro-steps where nothing in them needs the host: a decoder-only model on GPUs, and no ZeRO."""
         machine = self.experiment.trainer
-        usable = machine.kernels == "auto" and not machine.gradient_checkpointing
-        alone = self.args.device.type == "cuda" and self.args.world_size == 1
-        if not (usable and alone and self.experiment.model.family == "causal_lm"):
+        if not self._needs_no_mask or machine.gradient_checkpointing or machine.zero:
             return None
         return GraphedMicroStep(self._micro_loss, self.model)
+
+    @property
+    def _needs_no_mask(self) -> bool:
+        """Rows are padded on the right, so that a causal model needs no mask: no token with a loss sees the padding."""
+        on_gpu = self.experiment.trainer.kernels == "auto" and self.args.device.type == "cuda"
+        return on_gpu and self.experiment.model.family == "causal_lm"
+
+    def _without_mask(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On a GPU, where transformers would look at the mask on the host and wait for the device."""
+        return {key: inputs[key] for key in ("input_ids", "labels")} if self._needs_no_mask else inputs
 
     def _micro_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.autocast_smart_context_manager():
@@ -261,7 +278,7 @@ class FlatTrainer(Trainer):
             ).loss
 
     def _graphed_training_step(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
-        """Rows are padded on the right, so that a causal model needs no mask: no token with a loss sees the padding."""
+        """A micro-step of `GraphedMicroStep`; lengths are rounded up, which `_needs_no_mask` allows."""
         if not model.training:
             model.train()
         inputs = self._prepare_inputs(inputs)
@@ -271,7 +288,8 @@ class FlatTrainer(Trainer):
             "labels": nn.functional.pad(inputs["labels"], (0, missing), value=IGNORED),
             "items": torch.as_tensor(items, device=self.args.device),
         }
-        return self.graphed(static, state=self.regulariser.state if self.regulariser else None)
+        loss = self.graphed(static, state=self.regulariser.state if self.regulariser else None)
+        return loss * self.args.world_size  # as Trainer has it, whose mean over processes is that of all tokens
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
