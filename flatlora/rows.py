@@ -172,8 +172,17 @@ def prompt_text(x: str) -> str:
 
 
 def jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    """The text that `read_jsonl` reads back."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """The text that `read_jsonl` reads back; a row with half a character in it, which no file holds, is escaped."""
+    return "".join(_line(row) + "\n" for row in rows)
+
+
+def _line(row: dict[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return text
 
 
 def local_file(source: Source, data_root: str) -> Path:

@@ -19,7 +19,7 @@ import signal
 import struct
 import sys
 
-NO_SANDBOX = "no sandbox"  # how an error begins that is not the program's
+LONGEST_ERROR = 300  # characters
 _LONGEST = 1 << 24  # bytes of one message
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,7 +31,8 @@ def enter(limits, work):
     """Namespaces, limits, Landlock and seccomp, in this order; returns in the process that is to run the program.
 
     Args:
-        limits: {"namespaces", "memory", "cpu_s", "file", "files", "processes", "open_files", "uid", "readable"}.
+        limits: {"namespaces", "memory", "cpu_s", "file", "files", "processes", "open_files", "uid", "readable",
+            "granted"}: folders that a user of its own must be able to reach, and what of them may be opened.
         work: an empty folder that becomes the one place to write to.
     """
     root = os.geteuid() == 0
@@ -42,12 +43,11 @@ def enter(limits, work):
             signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
             os.waitpid(child, 0)
             os._exit(0)
-        _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
         _mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
         if limits["uid"] is not None:
             _open_private_folders([os.path.realpath(path) for path in limits["readable"]])
         os.makedirs(work, exist_ok=True)
-        options = f"size={limits['files']},mode=0777".encode()
+        options = f"size={limits['files']},nr_inodes={limits['files'] // 4096},mode=0777".encode()
         _mount(b"tmpfs", work.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options)
         _mount(b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     else:
@@ -68,15 +68,20 @@ def enter(limits, work):
         os.setresuid(limits["uid"], limits["uid"], limits["uid"])
     else:
         _drop_capabilities()
+    _die_with_parent()  # again: changing the user has undone it
     resource.setrlimit(resource.RLIMIT_NPROC, (limits["processes"], limits["processes"]))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    _landlock([work], limits["readable"])
+    _landlock([work], limits["granted"])
     _seccomp()
 
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 _CLONE = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000}
+
+
+def _die_with_parent():
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
 
 
 def _check(result, what):
@@ -195,11 +200,13 @@ _REFUSED = {
         *(41, 101, 155, 161, 165, 166, 246, 248, 250, 272, 298, 308, 310, 311, 321, 323, 425, 429, 430, 442),
         *(29, 64, 68, 319, 447),  # shmget, semget, msgget, memfd_create, memfd_secret
         *(76, 90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452, 463, 466),
+        *(141, 142, 144, 203, 251, 314),  # priority, scheduler, cores: of other processes of the user too
     },
     "aarch64": {
         *(198, 117, 39, 40, 41, 51, 97, 104, 217, 219, 241, 268, 270, 271, 280, 282, 425, 429, 430, 442),
         *(194, 190, 186, 279, 447),
         *(45, 52, 53, 54, 55, 5, 6, 7, 14, 15, 16, 88, 452, 463, 466),
+        *(140, 118, 119, 122, 30, 274),
     },
 }
 _CLONE_NUMBER = {"x86_64": 56, "aarch64": 220}
@@ -336,7 +343,11 @@ class ProgramError(Exception):
 
 
 def checker(line, task):
-    """The tests on a stand-in that asks the candidate; returns (whether they passed, why not)."""
+    """The tests on a stand-in that asks the candidate; returns (whether they passed, why not).
+
+    Raises:
+        OSError: the candidate's process did not come up; there was no program yet.
+    """
 
     def ask(*arguments, **named):
         line.tell(encode((arguments, named)))
@@ -347,8 +358,8 @@ def checker(line, task):
 
     try:
         line.hear()  # said before there is a program
-    except EOFError:
-        return False, f"{NO_SANDBOX}: the program's process did not come up"
+    except EOFError as error:
+        raise OSError("the program's process did not come up") from error
     scope = {"__name__": "__check__"}
     exec(compile(task["prompt"], "<prompt>", "exec"), scope)  # helpers that the tests may call, from the task itself
     exec(compile(task["test"], "<test>", "exec"), scope)
@@ -369,7 +380,7 @@ def checker(line, task):
 
 
 def _told(error):
-    return f"{type(error).__name__}: {_first_line(error)}"[:300]
+    return f"{type(error).__name__}: {_first_line(error)}"[:LONGEST_ERROR]
 
 
 def _first_line(error):
@@ -381,7 +392,10 @@ def _first_line(error):
 
 def main():
     role, reading, writing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    _die_with_parent()
     order = json.loads(sys.stdin.buffer.read())
+    if os.getppid() != order["parent"]:  # it died before it could be followed
+        os._exit(3)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
@@ -389,18 +403,27 @@ def main():
     try:
         enter(order["limits"], order["work"])
     except Exception as error:  # whatever it is, no program may run without its walls
-        if verdict is not None:
-            os.write(verdict, json.dumps({"passed": False, "error": f"{NO_SANDBOX}: {error}"}).encode())
-        os._exit(3)
+        _tell_no_sandbox(verdict, error)
     line = Line(reading, writing)
     if role == "candidate":
         line.tell({"inside": True})
         with contextlib.suppress(EOFError, Unspeakable, ValueError, OSError):
             candidate(line)
         os._exit(0)
-    passed, error = checker(line, order["task"])
-    os.write(verdict, json.dumps({"passed": passed, "error": error}).encode())
+    try:
+        passed, error = checker(line, order["task"])
+    except OSError as error:
+        _tell_no_sandbox(verdict, error)
+    os.write(verdict, json.dumps({"passed": passed, "error": str(error)[:LONGEST_ERROR]}).encode())
     os._exit(0)
+
+
+def _tell_no_sandbox(verdict, error):
+    """A key of its own: what an error says is the program's to choose."""
+    if verdict is not None:
+        told = {"sandbox": False, "error": f"{type(error).__name__}: {error}"[:LONGEST_ERROR]}
+        os.write(verdict, json.dumps(told).encode())
+    os._exit(3)
 
 
 if __name__ == "__main__":

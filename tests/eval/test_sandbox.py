@@ -3,12 +3,15 @@
 import os
 import re
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from eval import sandbox
 from eval.sandbox import inside
@@ -27,6 +30,17 @@ def outcome(program, limits=LIMITS, test=TEST):
 # What a program must not get away with; MARK is a file in FOLDER, PORT a server that listens here, PID this process.
 TEXT = (Path(__file__).parent / "hostile.txt").read_text(encoding="utf-8")
 HOSTILE = dict(part.split("\n", 1) for part in re.split(r"^# ", TEXT, flags=re.MULTILINE)[1:])
+
+
+@pytest.fixture(autouse=True)
+def own_room(monkeypatch):
+    """Folders of this test's sandboxes, which others may run beside; below /tmp, for another user must reach it."""
+    room = Path(tempfile.mkdtemp(prefix="flatlora-test-"))
+    room.chmod(0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(room))
+    yield room
+    monkeypatch.undo()
+    room.rmdir()  # nothing is left
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +67,25 @@ def aimed(name, around):
 
 
 def processes():
-    """Commands of all processes that a sandbox started."""
+    """Commands of all processes that this test's sandboxes started: their home is in its room."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            found.append(path.read_bytes())
+            if tempfile.gettempdir().encode() in (path / "environ").read_bytes():
+                found.append((path / "cmdline").read_bytes())
         except OSError:
             continue
-    return [command for command in found if str(inside.__file__).encode() in command]
+    return found
 
 
 def left_over():
-    return list(Path(tempfile.gettempdir()).glob("flatlora-sandbox-*"))
+    return list(Path(tempfile.gettempdir()).iterdir())
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_fails_and_leaves_nothing(name, surroundings):
     around, servers = surroundings
-    before, open_files = left_over(), len(os.listdir("/proc/self/fd"))
+    open_files, nice = len(os.listdir("/proc/self/fd")), os.nice(0)
     begun, state = time.monotonic(), around["mark"].stat()
     found = outcome(aimed(name, around))
     assert not found.passed
@@ -79,7 +94,8 @@ def test_a_hostile_program_fails_and_leaves_nothing(name, surroundings):
     assert around["mark"].stat()[:9] == state[:9]
     assert [path.name for path in around["folder"].iterdir()] == ["mark"]
     assert processes() == []
-    assert left_over() == before
+    assert left_over() == []
+    assert os.nice(0) == nice
     assert len(os.listdir("/proc/self/fd")) == open_files
     for server in servers:
         with pytest.raises(BlockingIOError):
@@ -174,12 +190,6 @@ def test_several_run_at_once_in_order():
     assert [one.passed for one in sandbox.run_all(tasks, LIMITS, workers=4)] == [True, False, True, False]
 
 
-@pytest.fixture
-def before():
-    """What other tests have there at this moment."""
-    return set(Path(tempfile.gettempdir()).glob("flatlora-sandbox-*"))
-
-
 def test_walls_without_namespaces_hold_too(surroundings):
     around, _ = surroundings
     held = sandbox.Walls(False, inside.landlock_version(), True, False)
@@ -198,14 +208,40 @@ def test_walls_without_namespaces_hold_too(surroundings):
         ("for n in range(1500): os.mkdir('d'), os.chdir('d')", ""),  # deeper than Python removes
     ],
 )
-def test_files_are_counted_where_there_is_no_file_system_for_them(body, error, before):
+def test_files_are_counted_where_there_is_no_file_system_for_them(body, error):
     held = sandbox.Walls(False, inside.landlock_version(), True, False)
     program = f"import os, time\ndef double(x):\n    {body}\n    time.sleep(60)\n"
     limits = sandbox.Limits(seconds=4.0, files=8 << 20)
     outcome = sandbox._run(sandbox.Task(program, PROMPT, TEST, "double"), limits, held)
     assert not outcome.passed
     assert error in outcome.error
-    assert set(Path(tempfile.gettempdir()).glob("flatlora-sandbox-*")) == before
+    assert left_over() == []
+
+
+def test_nothing_outlives_an_evaluation_that_is_killed(own_room):
+    program = "import time\ndef double(x):\n    time.sleep(100)\n"
+    task = f"sandbox.Task({program!r}, {PROMPT!r}, {TEST!r}, 'double')"
+    script = f"from eval import sandbox\nsandbox.run({task}, sandbox.Limits(seconds=90.0))"
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(own_room)})
+    deadline = time.monotonic() + 90
+    while len(processes()) < 5 and time.monotonic() < deadline:  # it, candidate, checker and who waits for each
+        time.sleep(0.05)
+    assert len(processes()) == 5
+    process.kill()
+    process.wait()
+    while processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes() == []
+    for folder in left_over():  # the one thing that a killed process cannot take away
+        folder.rmdir()
+
+
+def test_the_packages_of_this_machine_are_closed_and_numpy_is_not():
+    folder = str(Path(yaml.__file__).parent)
+    program = f"import numpy, os\ndef double(x):\n    return [numpy.int64(1).item(), os.listdir({folder!r})]\n"
+    assert "PermissionError" in outcome(program, sandbox.Limits(seconds=10.0)).error
+    program = "import numpy, zoneinfo, sqlite3\ndef double(x):\n    return x * 2\n"
+    assert outcome(program, sandbox.Limits(seconds=10.0)) == (True, "")
 
 
 def test_a_machine_that_cannot_keep_a_program_in_is_told_so(monkeypatch):

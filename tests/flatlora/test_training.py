@@ -255,7 +255,7 @@ def test_a_resumed_runs_record_has_the_time_of_all_processes(tiny_settings, monk
     assert record["timing"]["train_s"] == pytest.approx(effort["train_s"], abs=1e-3)
     assert record["timing"]["train_s"] >= sum(effort["step_s"])
     assert record["timing"]["perturb_s"] == pytest.approx(effort["perturb_s"], abs=1e-3)
-    assert record["perturbation"] == {"mode": "recompute", "layers": 14, "drift": None}
+    assert record["perturbation"] == {"mode": "recompute", "layers": 14, "drift": None, "noise_sha256": None}
 
 
 @pytest.mark.parametrize("part", ["safetensors.torch.save_file", "torch.save", "flatlora.training.checkpoint.seal"])
