@@ -22,7 +22,7 @@ import eval as benchmarks
 from eval.backends import Backend, Generator, ImageBackend
 from eval.backends.clip import CLIPBackend
 from eval.backends.hf import HFBackend
-from eval.backends.openai import Endpoint, OpenAIBackend
+from eval.backends.openai import Endpoint, OpenAIBackend, url_fault
 from eval.backends.vllm import VLLMBackend
 from eval.place import OTHER_VERSION, YAML_ERRORS, Place, locate_place
 from flatlora.clip import Classes
@@ -64,6 +64,8 @@ class Target(Section):
         faults, fields = [], type(self).model_fields
         if self.backend == "openai" and self.base_url is None:
             faults.append("Missing base_url: backend=openai asks an endpoint; base_url=http://HOST:PORT/v1 names it.")
+        elif self.backend == "openai" and (fault := url_fault("base_url", self.base_url)):
+            faults.append(fault)
         if self.backend != "openai":
             faults += [
                 f"Invalid {key}={getattr(self, key)} with backend={self.backend}: backend=openai reads it; drop it."
@@ -79,10 +81,17 @@ class Target(Section):
         return faults
 
 
+_SHARED_HELP = """
+Every benchmark besides: rows, data_root, device (auto, cpu, cuda), dtype (auto, float32, bfloat16, float16), out,
+score_only. Those that ask for words: backend (hf, vllm, openai); with backend=openai PATH is the name that the endpoint
+serves, and base_url, chat, concurrency, requests_per_minute and timeout (seconds of a request) say how it is asked."""
+
+
 def main(benchmark: str, words: Sequence[str]) -> int:
     """Exit code: 0 scored, 1 failed on the way, 2 a fault of the command line or of what it names, 130 interrupted."""
     if words and words[0] in ("-h", "--help"):
         print((benchmarks.evaluator(benchmark).__doc__ or "").strip())
+        print(_SHARED_HELP)
         return 0
     quiet_libraries()
     try:

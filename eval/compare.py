@@ -111,9 +111,21 @@ def main(words: Sequence[str]) -> None:
     ]
     if missing:
         raise ConfigError(missing)
+    gather(*(lambda name=name: _check_alike(name, a[name], b[name]) for name in wanted))
     print_comparisons(
         words[0], words[1], [compare(name, _scores(name, a[name]), _scores(name, b[name])) for name in wanted]
     )
+
+
+def _check_alike(benchmark: str, a: Path, b: Path) -> None:
+    parsers = [getattr(_settings(benchmarks.evaluator(benchmark), folder), "parser", None) for folder in (a, b)]
+    if parsers[0] != parsers[1]:
+        raise ConfigError(
+            [
+                f"Invalid pair for {benchmark}: {a} was scored by parser={parsers[0]} and {b} by parser={parsers[1]}; "
+                f"score one anew, with python -m eval.{benchmark} PATH score_only=true parser={parsers[0]}."
+            ]
+        )
 
 
 def print_comparisons(a: str, b: str, found: Sequence[Comparison]) -> None:
@@ -151,7 +163,9 @@ def _answered(folder: Path) -> dict[str, Path]:
         found = {name: folder / "eval" / name for name in benchmarks.names()}
         found = {name: path for name, path in found.items() if (path / "predictions.jsonl").is_file()}
     if not found:
-        raise ConfigError([f"No answers in {folder}: score it first, as with python -m eval.gsm8k {folder}."])
+        others = sorted(str(path.parent) for path in folder.glob("eval/*/predictions.jsonl"))
+        there = f" (there are {', '.join(others)}, which can be named themselves)" if others else ""
+        raise ConfigError([f"No answers in {folder}{there}: score it first, as with python -m eval.gsm8k {folder}."])
     return found
 
 

@@ -90,7 +90,7 @@ def is_right(row: Mapping[str, Any], parser: str) -> bool:
         return parse_answer(row["completion"]) == wanted
     from math_verify import parse, verify
 
-    said, mark, rest = row["completion"].partition("####")
+    said, mark, rest = row["completion"].replace("−", "-").partition("####")
     return verify(parse(str(wanted)), parse(rest.partition("\n")[0] if mark else said))
 
 

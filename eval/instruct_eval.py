@@ -13,6 +13,7 @@ SaylorTwift/bbh. Each lm-eval task is kept once it is answered, and not asked ag
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -139,9 +140,9 @@ def run(
     }
     kept = folder / "tasks"
     kept.mkdir(parents=True, exist_ok=True)
-    if _settings(folder) != settings:  # answers of another model, or of other settings
-        for path in kept.glob("*.jsonl"):
-            path.unlink()
+    if _settings(folder) != settings and any(kept.iterdir()):  # answers of another model, or of other settings
+        kept.rename(predictions.free_name(folder / "tasks.stale"))
+        kept.mkdir()
     write_json(folder / "generation.json", settings)
     names = [row["task"] for row in rows if row["task"] != "humaneval"]
     found: list[dict[str, Any]] = []
@@ -149,8 +150,10 @@ def run(
         if on_progress:
             on_progress(done, len(names), [])
         path = kept / f"{task}.jsonl"
-        if not path.is_file():
-            write_atomic(path, jsonl(_ask(backend, task, config, _root(rows))))
+        if not _is_answered(path, _root(rows)):
+            answers, read = _ask(backend, task, config, _root(rows))
+            write_atomic(path, jsonl(answers))
+            write_json(path.with_suffix(".read.json"), read)
         found += read_jsonl(path)
     if on_progress:
         on_progress(len(names), len(names), [])
@@ -162,6 +165,23 @@ def run(
     return score_file(path, config)
 
 
+def _is_answered(path: Path, data_root: str | None) -> bool:
+    """Whether a task's answers are there, and its data are those that it was asked."""
+    try:
+        read = json.loads(path.with_suffix(".read.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    alike = bool(read) == (data_root is not None)
+    return path.is_file() and alike and all(read[name] == _sha256(Path(data_root) / name) for name in read)
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _settings(folder: Path) -> Any:
     try:
         return json.loads((folder / "generation.json").read_bytes())
@@ -169,8 +189,11 @@ def _settings(folder: Path) -> Any:
         return None
 
 
-def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list[dict[str, Any]]:
-    """{"task", "doc", "score"} of every row of one lm-eval task or group.
+def _ask(
+    backend: Any, task: str, config: Config, data_root: str | None
+) -> tuple[list[dict[str, Any]], dict[str, str | None]]:
+    """Rows {"task", "doc", "prompt", "answer", "target", "score"} of one lm-eval task or group, as lm-eval scores them;
+    and the files below `data_root` that they are from, with their hashes.
 
     Raises:
         ConfigError: the task's data, or a task of that name, are not to be had.
@@ -187,7 +210,7 @@ def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list
         mixed_precision_dtype=backend.autocast_dtype,
         backend="seq2seq" if backend.model.config.is_encoder_decoder else "causal",
     )
-    with _data_of(data_root):
+    with _data_of(data_root) as files:
         try:
             results = lm_eval.simple_evaluate(
                 model=model, tasks=[name], num_fewshot=shots, limit=config.max_rows, bootstrap_iters=0
@@ -196,18 +219,27 @@ def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError([f"Cannot ask {name} of lm-eval: {str(error).partition(chr(10))[0]}."]) from error
-    return [
-        {"task": part.replace("bbh_fewshot", "bbh"), "doc": sample["doc_id"], "score": float(sample[metric])}
+    rows = [
+        {
+            "task": part.replace("bbh_fewshot", "bbh"),
+            "doc": sample["doc_id"],
+            "prompt": str(sample["arguments"][0][0]),  # of its first request; the others differ in the choice alone
+            "answer": json.dumps(sample["filtered_resps"], default=str, ensure_ascii=False),
+            "target": str(sample["target"]),
+            "score": float(sample[metric]),
+        }
         for part, samples in sorted(results["samples"].items())
         for sample in sorted(samples, key=lambda one: one["doc_id"])
     ]
+    return rows, {str(path.relative_to(data_root)): _sha256(path) for path in files}
 
 
 @contextlib.contextmanager
-def _data_of(data_root: str | None) -> Iterator[None]:
-    """Let lm-eval read data_root/<owner>/<name>/<config>/<split>.jsonl instead of the hub."""
+def _data_of(data_root: str | None) -> Iterator[set[Path]]:
+    """Let lm-eval read data_root/<owner>/<name>/<config>/<split>.jsonl instead of the hub; gives the files it read."""
+    read: set[Path] = set()
     if data_root is None:
-        yield
+        yield read
         return
     import datasets
 
@@ -221,11 +253,12 @@ def _data_of(data_root: str | None) -> Iterator[None]:
                     "such files with the hub's columns, or leave data_root out to read the hub."
                 ]
             )
+        read.update(files)
         return datasets.DatasetDict({file.stem: datasets.Dataset.from_list(read_jsonl(file)) for file in files})
 
     usual, datasets.load_dataset = datasets.load_dataset, load
     try:
-        yield
+        yield read
     finally:
         datasets.load_dataset = usual
 

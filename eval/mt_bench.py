@@ -3,9 +3,9 @@
     python -m eval.mt_bench PATH judge=NAME judge_url=http://HOST:PORT/v1 folder=DIR [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: judge, judge_url, judge_key (the
-environment variable with the key), judge_concurrency, judge_rpm, judge_tokens, judge_tries, template (alpaca, qa, none,
-or chat for the tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size, device, backend, out=DIR,
-score_only=true.
+environment variable with the key), judge_concurrency, judge_rpm, judge_tokens, judge_tries, judge_timeout,
+template (alpaca, qa, none, or chat for the tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size,
+device, backend, out=DIR, score_only=true.
 
 DIR (or data_root/HuggingFaceH4/mt_bench) holds FastChat's own files: question.jsonl, judge_prompts.jsonl and
 reference_gpt-4.jsonl. Single-answer grading with the official prompts; math, reasoning and coding are judged against
@@ -22,12 +22,13 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from eval import predictions
 from eval.backends import Completion, Generator, Sampling
-from eval.backends.openai import Endpoint, OpenAIBackend
+from eval.backends.openai import Endpoint, OpenAIBackend, url_fault
 from flatlora.config import ConfigError, Section, setting
 from flatlora.console import counting
 from flatlora.files import write_atomic, write_json
@@ -37,7 +38,8 @@ from flatlora.templates import conversation
 KIND = "text"
 GENERATES = True
 OWN_ROWS = True
-SCORING = ("judge", "judge_url", "judge_key", "judge_concurrency", "judge_rpm", "judge_tokens", "judge_tries", "folder")
+_JUDGE_KEYS = ("url", "key", "concurrency", "rpm", "tokens", "tries", "timeout")
+SCORING = ("folder", "judge", *(f"judge_{name}" for name in _JUDGE_KEYS))
 SCORER_VERSION = 1
 HEADLINE = "rating"
 IS_SHARE = False  # ratings are from 1 to 10
@@ -70,6 +72,7 @@ class Config(Section):
     judge_rpm: float | None = setting(None, gt=0, remedy="null sets no limit of requests a minute")
     judge_tokens: int = setting(2048, ge=1, remedy="2048 as the official judge; a reply cut off has no rating")
     judge_tries: int = setting(3, ge=1, remedy="how often a judge is asked that gives no rating")
+    judge_timeout: float = setting(300.0, gt=0, remedy="seconds for one request")
     folder: str | None = setting(None, min_length=1, remedy="name the folder with question.jsonl")
     template: Literal["alpaca", "qa", "none", "chat"] = "alpaca"
     greedy: bool = False
@@ -77,6 +80,10 @@ class Config(Section):
     max_new_tokens: int = setting(1024, ge=1)
     max_rows: int | None = setting(None, ge=1, remedy="null asks all 80 questions")
     batch_size: int = setting(16, ge=1, remedy="lower it when memory runs out")
+
+    def rule_faults(self) -> list[str]:
+        fault = url_fault("eval.mt_bench.judge_url", self.judge_url)
+        return [fault] if fault else []
 
 
 def parse_rating(reply: str) -> float | None:
@@ -174,44 +181,44 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "judge_prompts.json", prompts)  # what scores later needs nothing else
 
-    def answer(batch: list[int]) -> list[dict[str, Any]]:
-        first = _answers(backend, [rows[i] for i in batch], [[]] * len(batch), config)
-        second = _answers(backend, [rows[i] for i in batch], [[one.text] for one in first], config)
-        return [
-            {
-                "answers": [one.text, two.text],
-                "tokens": [one.tokens, two.tokens],
-                "finished": [one.finished, two.finished],
-            }
-            for one, two in zip(first, second, strict=True)
-        ]
-
-    path = predictions.collect(
-        [
-            {
-                "question_id": row["question_id"],
-                "category": row["category"],
-                "turns": row["turns"],
-                "reference": row["reference"],
-            }
-            for row in rows
-        ],
-        answer,
-        folder,
-        fields=FIELDS,
-        lengths=predictions.prompt_lengths(backend, [row["turns"][0] for row in rows]),
-        batch_size=backend.batch_size,
-        each=getattr(backend, "each", None),
-        settings={
-            **backend.describe(),
-            "template": config.template,
-            "greedy": config.greedy,
-            "seed": config.seed,
-            "max_new_tokens": config.max_new_tokens,
-        },
-        on_progress=on_progress,
-    )
+    asked = [{key: row[key] for key in ("question_id", "category", "turns", "reference")} for row in rows]
+    told: list[dict[str, Any]] = [{"answers": [], "tokens": [], "finished": []} for _ in rows]
+    for turn, place in enumerate((folder / "first_turn", folder)):
+        path = predictions.collect(
+            asked if turn == 0 else [{**row, "first": one["answers"][0]} for row, one in zip(asked, told, strict=True)],
+            partial(_next_answers, backend, rows, told, config),
+            place,
+            fields=FIELDS,
+            lengths=predictions.prompt_lengths(backend, [row["turns"][turn] for row in rows]),
+            batch_size=backend.batch_size,
+            each=getattr(backend, "each", None),
+            settings={
+                **backend.describe(),
+                "template": config.template,
+                "greedy": config.greedy,
+                "seed": config.seed,
+                "max_new_tokens": config.max_new_tokens,
+            },
+            on_progress=on_progress,
+        )
+        told = predictions.read(path, FIELDS)
     return score_file(path, config)
+
+
+def _next_answers(
+    backend: Generator, rows: Sequence[dict[str, Any]], told: Sequence[dict[str, Any]], config: Config, batch: list[int]
+) -> list[dict[str, Any]]:
+    """The next answer of each row of a batch, behind those in `told`."""
+    before = [told[i] for i in batch]
+    found = _answers(backend, [rows[i] for i in batch], [one["answers"] for one in before], config)
+    return [
+        {
+            "answers": [*known["answers"], one.text],
+            "tokens": [*known["tokens"], one.tokens],
+            "finished": [*known["finished"], one.finished],
+        }
+        for known, one in zip(before, found, strict=True)
+    ]
 
 
 def _answers(
@@ -287,6 +294,7 @@ def _judge(
         config.judge_key,
         concurrency=config.judge_concurrency,
         requests_per_minute=config.judge_rpm,
+        timeout_s=config.judge_timeout,
     )
     judge = OpenAIBackend(endpoint)
     with counting(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:

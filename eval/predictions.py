@@ -137,7 +137,7 @@ def collect(
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
     hashed = hashlib.sha256(json.dumps(list(asked), default=str).encode()).hexdigest()
-    settings = {**settings, "prompts_sha256": hashed}
+    settings = {**settings, "rows": len(asked), "prompts_sha256": hashed}
     done = _finished_rows(folder, [path, partial], settings, asked, fields)
     if partial.is_file():
         write_atomic(partial, jsonl(done.values()))  # without a torn last line, which an append would run into
@@ -190,10 +190,16 @@ def _finished_rows(
         if found is not None:
             rows |= {row["index"]: row for row in found}
             continue
-        stale = path.with_name(path.name.replace(".jsonl", ".stale.jsonl"))
+        stale = free_name(path.with_name(path.name.replace(".jsonl", ".stale.jsonl")))
         logger.warning("%s %s: kept as %s.", path, "is damaged" if same else problem, stale.name)
         path.replace(stale)
     return rows
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or where it is taken the first of NAME-2, NAME-3, …: what was put aside before is not written over."""
+    names = [path, *(path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(2, 1000))]
+    return next(name for name in names if not name.exists())
 
 
 def _whole_lines(path: Path, asked: Sequence[Mapping[str, Any]], fields: Fields) -> list[dict[str, Any]] | None:
@@ -232,6 +238,14 @@ def _row_problem(row: Any, fields: Fields) -> str | None:
     return None if row["index"] >= 0 else "has a negative index"
 
 
+def _rows_asked(folder: Path) -> int | None:
+    """As generation.json says; None where it is not there, or from before it did."""
+    try:
+        return json.loads((folder / "generation.json").read_bytes()).get("rows")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None
+
+
 def score_file(path: Path, fields: Fields, score: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
     """Score a predictions file and write score.json beside it.
 
@@ -251,7 +265,19 @@ def read(path: Path, fields: Fields = GENERATED) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ConfigError([f"{path} is not there: generate the answers first (leave out score_only=true)."])
-    rows = read_jsonl(path)
+    try:
+        rows = read_jsonl(path)
+    except ConfigError as error:
+        remedy = "the same command without score_only=true answers what is missing"
+        raise ConfigError([f"{fault.rstrip('.')}, or {remedy}." for fault in error.faults]) from error
+    wanted = _rows_asked(path.parent)
+    if wanted is not None and len(rows) != wanted:
+        raise ConfigError(
+            [
+                f"Broken file {path}: it has {len(rows)} of {wanted} rows; the same command without score_only=true "
+                "answers what is missing."
+            ]
+        )
     for place, row in enumerate(rows):
         problem = _row_problem(row, fields) or (
             f"has index {row['index']}, not {place}" if row["index"] != place else None

@@ -12,6 +12,7 @@ import os
 import random
 import threading
 import time
+import urllib.parse
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,6 +29,16 @@ R = TypeVar("R")
 
 class EndpointError(OSError):
     """The endpoint cannot be used, or not for now: what was asked and why it failed."""
+
+
+def url_fault(key: str, url: str) -> str | None:
+    """Why no endpoint can be there, for `key` of the command line; None where one may."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fits = False
+    return None if fits else f"Invalid {key}={url}: an address is needed, such as http://HOST:PORT/v1."
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,7 @@ class OpenAIBackend:
                 self._given_up.set()
                 self._loop.call_soon_threadsafe(self._cancel_requests)
                 raise
+        self._given_up.clear()
         if failures:
             raise failures[0]
 
@@ -172,11 +184,14 @@ class OpenAIBackend:
                 reason, wait = _reason(error, self.endpoint), _retry_after(error)
                 if wait is None and not _may_pass(error):
                     raise EndpointError(f"{self.endpoint.url} refuses {self.endpoint.model}: {reason}") from error
+                last = error
             if self._given_up.is_set():
                 break
             if attempt < self.endpoint.tries:
                 doubled = self.endpoint.first_wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
                 await asyncio.sleep(min(wait if wait is not None else doubled, _LONGEST_WAIT_S))
+        if isinstance(last, _NoWords) and attempt == self.endpoint.tries:
+            return Completion("", 0, False)  # it will not say more: a filter's answer, and no reason to end the rest
         raise EndpointError(f"{self.endpoint.url} failed {attempt} times, the last one: {reason}")
 
     async def _slot(self) -> None:
@@ -191,6 +206,10 @@ class OpenAIBackend:
 
 class _NoAnswer(Exception):
     """A reply of the right status without what was asked for."""
+
+
+class _NoWords(_NoAnswer):
+    """A reply in its form whose text is null, as filters give it."""
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:
@@ -214,7 +233,7 @@ def _completion(found: Any, text_of: Callable[[Any], str | None], sampling: Samp
     except (AttributeError, IndexError, TypeError) as error:
         raise _NoAnswer(f"a reply without an answer ({str(found)[:100]!r})") from error
     if not isinstance(text, str):
-        raise _NoAnswer("a reply whose answer is no text")
+        raise (_NoWords if text is None else _NoAnswer)("a reply whose answer is no text")
     text, stopped = cut_at(text, sampling.stop)
     tokens = getattr(getattr(found, "usage", None), "completion_tokens", None)
     return Completion(text, tokens if isinstance(tokens, int) else 0, finished or stopped)

@@ -356,7 +356,7 @@ def test_a_runs_broken_configuration_is_a_fault(made, capsys, content, name):
             "Invalid FILE: the run's peft, rho, optim, trainer is missing;",
         ),
         ({"model": {"name": "tiny"}}, "Invalid model.hub_id in FILE: field required; score the run with the version"),
-        ({"trainer": {"name": "cpu", "gpus": 1}}, "Invalid trainer.gpus in FILE: extra inputs are not permitted;"),
+        ({"trainer": {"name": "cpu", "nodes": 1}}, "Invalid trainer.nodes in FILE: extra inputs are not permitted;"),
         ({"trainer": [1]}, "Invalid trainer in FILE:"),
         ({"eval": {"gsm8k": {"max_tokens": 5}}}, "Invalid eval.gsm8k.max_tokens in FILE:"),
         ({"eval": {"gsm8k": None}}, "Invalid eval.gsm8k in FILE:"),

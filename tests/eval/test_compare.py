@@ -99,6 +99,13 @@ def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
     assert "Invalid path /nope: no such folder" in both
     assert f"No answers in {tmp_path}" in both
     assert f"No answers to squad in {runs[0]}" in told("compare", *runs, "squad")
+    path = runs[1] / "eval/gsm8k/score.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parser": "math_verify"}))
+    assert "was scored by parser=strict and" in told("compare", *runs)
+    (runs[1] / "eval/gsm8k").rename(runs[1] / "eval/gsm8k-max_rows=2")
+    assert "eval/gsm8k-max_rows=2, which can be named themselves" in told("compare", *runs)
+    (runs[1] / "eval/gsm8k-max_rows=2").rename(runs[1] / "eval/gsm8k")
+    path.unlink()
     (runs[1] / "eval/gsm8k/predictions.jsonl").write_text("{")
     assert "Broken row" in told("compare", *runs)
     assert command.main([]) == 0

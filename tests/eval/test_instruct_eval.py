@@ -1,6 +1,7 @@
 """InstructEval by lm-eval on local copies of the tasks' data in the hub's schema."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,6 +9,7 @@ import run_exp
 from eval import instruct_eval
 from eval.command import main
 from flatlora.config import ConfigError
+from flatlora.rows import read_jsonl
 from tests.conftest import run_folder, write_split
 
 pytest.importorskip("lm_eval")
@@ -68,6 +70,17 @@ def test_a_run_is_scored_at_its_end_and_each_task_is_kept(tiny_settings, root, m
     assert main("instruct_eval", [str(run_folder(words)), "device=cpu", f"data_root={root}"]) == 0
     assert asked == ["drop"]
     assert (folder / "predictions.jsonl").read_bytes() == before
+    assert rows[0]["prompt"].count("Which is") == 6  # five shots and the question
+    assert json.loads(rows[3]["answer"])[0] is not None
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    write_split(other, "EleutherAI/drop", "default", "validation", read_jsonl(root / DROP)[1:])
+    asked.clear()
+    assert main("instruct_eval", [str(run_folder(words)), "device=cpu", f"data_root={other}"]) == 0
+    assert asked == ["drop"]  # other rows
+
+
+DROP = "EleutherAI/drop/default/validation.jsonl"
 
 
 def test_shots_and_metrics_are_instructevals(monkeypatch, root):

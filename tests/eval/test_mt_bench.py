@@ -165,7 +165,7 @@ def test_a_judge_without_a_rating_is_asked_again_and_then_counted_apart(tmp_path
 @pytest.mark.parametrize("act", ["hang", "garbage", "empty", "drop", (429, {"retry-after": "0"}), (500, {}), "null"])
 def test_a_judge_that_misbehaves_is_asked_again(tmp_path, bench, judge, act, monkeypatch):
     plain = mt_bench.Endpoint
-    monkeypatch.setattr(mt_bench, "Endpoint", lambda *a, **k: plain(*a, **k, first_wait_s=0.01, timeout_s=0.5))
+    monkeypatch.setattr(mt_bench, "Endpoint", lambda *a, **k: plain(*a, **k | {"first_wait_s": 0.01, "timeout_s": 0.5}))
     settings = config(judge, bench, max_rows=1)
     judge.script = [act]
     result = mt_bench.run(Echo(), mt_bench.benchmark_rows(None, settings), tmp_path, settings)
@@ -202,9 +202,28 @@ def test_killed_and_resumed_is_never_killed(tmp_path, bench, judge):
         mt_bench.run(Echo(), rows, tmp_path / "killed", settings, on_progress=die)
     backend = Echo()
     assert mt_bench.run(backend, rows, tmp_path / "killed", settings) == whole
-    assert len(backend.asked) == 4
+    assert len(backend.asked) == 6  # of eight: the first batch of first turns was whole
     same = [tmp_path / name / "predictions.jsonl" for name in ("whole", "killed")]
     assert same[0].read_bytes() == same[1].read_bytes()
+
+
+def test_killed_between_the_turns_no_first_answer_is_asked_twice(tmp_path, bench, judge):
+    settings, calls = config(judge, bench), []
+    rows = mt_bench.benchmark_rows(None, settings)
+
+    def die(done, total, newest):
+        calls.append(done)
+        if calls.count(total) == 1 and done == 0 and len(calls) > 2:
+            raise Killed
+
+    first = Echo()
+    with pytest.raises(Killed):
+        mt_bench.run(first, rows, tmp_path, settings, on_progress=die)
+    assert len(first.asked) == 4
+    second = Echo()
+    mt_bench.run(second, rows, tmp_path, settings)
+    assert len(second.asked) == 4
+    assert not {prompt for prompt, *_ in first.asked} & {prompt for prompt, *_ in second.asked}
 
 
 def test_conversations_stand_as_in_training():

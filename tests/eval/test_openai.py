@@ -183,3 +183,16 @@ def test_settings_of_backends_are_checked(words, fault, tmp_path, capsys):
     rows.write_text(jsonl([{"x": "Q", "y": "#### 1"}]))
     assert main("gsm8k", ["HuggingFaceTB/SmolLM2-135M-Instruct", f"rows={rows}", f"out={tmp_path / 'o'}", *words]) == 2
     assert fault in capsys.readouterr().err
+
+
+def test_an_answer_that_stays_null_is_an_empty_one(server):
+    server.script = ["null"] * 3
+    found = backend(server, concurrency=1, tries=3).generate(PROMPTS[:2], GREEDY)
+    assert [one.text for one in found] == ["", ANSWERS[1]]
+    assert not found[0].finished
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:80/v1", "", "ftp://x/v1", "http://[bad/v1", "http:///v1"])
+def test_no_address_is_a_fault(url, capsys):
+    assert main("gsm8k", ["m", "backend=openai", f"base_url={url}", "rows=/nope"]) == 2
+    assert "base_url" in capsys.readouterr().err.splitlines()[1]

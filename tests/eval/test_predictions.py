@@ -220,3 +220,34 @@ def test_what_made_the_file_is_recorded(tmp_path):
 def test_a_missing_file_is_a_fault(tmp_path):
     with pytest.raises(ConfigError, match="generate the answers first"):
         predictions.read(tmp_path / "predictions.jsonl")
+
+
+def test_rows_that_are_gone_are_missed(tmp_path, whole):
+    """A cut at a line's end leaves a file that looks whole."""
+    path = generate(tmp_path / "cut", Backend())
+    lines = [f"{line}\n" for line in path.read_text().split("\n")[:-1]]
+    for kept in (lines[:-1], []):
+        path.write_text("".join(kept))
+        with pytest.raises(ConfigError, match=rf"has {len(kept)} of {len(lines)} rows; the same command without"):
+            predictions.read(path)
+    path.write_text("".join(lines)[:-5])
+    with pytest.raises(ConfigError, match=r"mend it, or the same command without score_only=true answers what is"):
+        predictions.read(path)
+    assert generate(tmp_path / "cut", Backend()).read_text() == "".join(lines)
+
+
+def test_what_was_put_aside_is_not_written_over(tmp_path):
+    for limit in (5, 6, 7):
+        generate(tmp_path, Backend(), max_new_tokens=limit)
+    assert sorted(path.name for path in tmp_path.glob("*stale*")) == [
+        "predictions.stale-2.jsonl",
+        "predictions.stale.jsonl",
+    ]
+
+
+def test_half_a_character_is_kept(tmp_path):
+    class Half(Backend):
+        def generate(self, prompts, sampling, seeds=None):
+            return [Completion("\ud800 is half", 1, True) for _ in prompts]
+
+    assert predictions.read(generate(tmp_path, Half()))[0]["completion"] == "\ud800 is half"
