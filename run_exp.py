@@ -508,7 +508,10 @@ _exit_codes: list[int] = []  # of the jobs that ran in this process: Hydra drops
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def _hydra_job(config: DictConfig) -> int:
     try:
-        settings = list(HydraConfig.get().overrides.task)
+        hydra_config = HydraConfig.get()
+        if hydra_config.runtime.choices.get("hydra/launcher") in ("joblib", "ray"):  # several workers on one machine
+            distributed.claim_gpu(distributed.gpu_count())
+        settings = list(hydra_config.overrides.task)
         code = run(parse(OmegaConf.to_container(config, resolve=True), REGISTRY), settings)
     except ConfigError as error:
         console.report_faults(error)

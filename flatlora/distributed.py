@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import importlib.util
 import logging
 import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +72,40 @@ def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
         return max(1, error.get_first_failure()[1].exitcode)  # a negative one is a signal
     except SignalException:
         return 130
+
+
+_claimed: list[Any] = []  # the lock of this process's GPU, held to its end
+
+
+def claim_gpu(count: int, folder: Path | None = None) -> int | None:
+    """The number of a GPU that no other process of this machine has claimed, for as long as this one lives.
+
+    For workers that take one job of a sweep after the other: each sees its own GPU alone from then on. Waits for none:
+    None when all are taken, or where there are fewer than two.
+    """
+    if count < 2 or _claimed:
+        return None
+    folder = folder or Path(tempfile.gettempdir())
+    for number in range(count):
+        lock = open(folder / f"flatlora-gpu-{number}.lock", "a")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        _claimed.append(lock)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+        return number
+    return None
+
+
+def gpu_count() -> int:
+    """GPUs that this process may see, without waking one: what is claimed afterwards must still be its first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip()])
+    return torch.cuda.device_count()  # by NVML, which makes no context
 
 
 def initialise(experiment: Experiment, device: torch.device) -> None:

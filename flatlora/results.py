@@ -80,7 +80,7 @@ class RunFolder:
         """
         if not (self.path / "config.yaml").is_file():
             return False
-        if self._is_locked():
+        if self.in_use:
             raise ConfigError([self._in_use()])
         if experiment.overwrite:
             return False
@@ -122,7 +122,8 @@ class RunFolder:
     def _in_use(self) -> str:
         return f"{self.path} is in use: another process trains this run; wait for it, or give wandb.name or seed."
 
-    def _is_locked(self) -> bool:
+    @property
+    def in_use(self) -> bool:
         """Whether another process has the folder now."""
         try:
             with open(self.path / ".lock") as lock:

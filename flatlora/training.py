@@ -156,7 +156,7 @@ class FlatTrainer(Trainer):
         self.model_accepts_loss_kwargs = experiment.model.family == "causal_lm"
         self.experiment, self.data_sha256, self.recorder = experiment, data_sha256, recorder
         self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
-        self.step_units = torch.zeros((), device=self.args.device)  # tokens, or images
+        self.step_units = torch.zeros((), device=self.args.device)  # tokens, or images, since the newest row
         self._epoch_sampler: EpochSampler | None = None
         self._micro_batches: list[dict[str, Any]] = []  # of the running step, where its gradient is taken twice
         self.graphed = self._graphed_micro_step()
@@ -337,6 +337,7 @@ class StepRecorder(TrainerCallback):
     step_seconds: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
+    _window_started: float | None = None  # when the first step after the newest row began
 
     def effort(self) -> Effort:
         """All time up to now, that of the processes before included."""
@@ -366,8 +367,10 @@ class StepRecorder(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.step_loss.zero_()
-        self.trainer.step_units.zero_()
         self._step_started = time.perf_counter()
+        if self._window_started is None:
+            self._window_started, self._window_step = self._step_started, state.global_step
+            self.trainer.step_units.zero_()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.step_seconds.append(time.perf_counter() - self._step_started)
@@ -402,6 +405,10 @@ class StepRecorder(TrainerCallback):
         totals = torch.stack([self.trainer.step_loss, self.trainer.step_units]).double()
         totals = self.trainer.accelerator.reduce(totals, "sum") if args.world_size > 1 else totals
         loss, units = totals[0].item() / args.world_size, totals[1].item()
+        # Only now, with the numbers on the host, has the device done what the steps since the last row gave it.
+        seconds = time.perf_counter() - self._window_started
+        steps, self._window_started = state.global_step - self._window_step, None
+        self.step_seconds[-steps:] = [seconds / steps] * steps
         rate = "images_per_s" if self.trainer.experiment.model.family == "clip" else "tokens_per_s"
         sigma = self.regulariser.sigma_at(state.global_step - 1) if self.regulariser else 0.0
         return {
@@ -411,7 +418,7 @@ class StepRecorder(TrainerCallback):
             "lr": logs["learning_rate"],
             "grad_norm": float(logs["grad_norm"]),
             "sigma": sigma,
-            rate: round(units / self.step_seconds[-1], 1),
+            rate: round(units / seconds, 1),
         }
 
 

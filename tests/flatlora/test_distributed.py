@@ -222,3 +222,47 @@ def test_zero_is_told_neither_bf16_nor_fp16():
     assert found["bf16"] == found["fp16"] == {"enabled": "auto"}  # TrainingArguments.bf16 is off: it becomes false
     assert found["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert distributed.deepspeed_settings(TrainerConfig(name="ddp")) is None
+
+
+def test_workers_claim_a_gpu_each(tmp_path):
+    script = """
+import sys, os
+from pathlib import Path
+from flatlora import distributed
+print(distributed.claim_gpu(3, Path(sys.argv[1])), distributed.claim_gpu(3, Path(sys.argv[1])), end=" ")
+print(os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+sys.stdin.read()
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)],
+            cwd=PROJECT,
+            env=environment | {"CUDA_VISIBLE_DEVICES": "4,5,7"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    told = sorted(worker.stdout.readline().split() for worker in workers)
+    assert [line[0] for line in told] == ["0", "1", "2", "None"]
+    assert [line[1] for line in told] == ["None"] * 4  # one is enough
+    assert [line[2] for line in told] == ["4", "5", "7", "4,5,7"]
+    for worker in workers:
+        worker.communicate("")
+    assert distributed.claim_gpu(1) is None
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(settings):
+    hung = at(settings, "hung")
+    process = start(["trainer=ddp", *TWO, "trainer.timeout_s=10", *hung])
+    folder = wait_for_step(hung, 3, process)
+    workers = [pid for pid in processes_of(folder.parents[2]) if pid != process.pid]
+    os.kill(max(workers), signal.SIGSTOP)
+    begun = time.monotonic()
+    code, _ = finish(process, 120)
+    assert code != 0
+    assert time.monotonic() - begun < 75  # the time to notice, and 30 s until what does not listen is killed
+    assert processes_of(folder.parents[2]) == []

@@ -303,6 +303,34 @@ def test_ranks_draw_their_own_noise_only_when_asked():
     assert not torch.equal(weight_of(0, per_rank=True), weight_of(1, per_rank=True))
 
 
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 1), (1, 3), (2, 2), (4, 2)])
+def test_variance_of_the_gradient_falls_with_ranks_and_micro_batches(ranks, micro_batches):
+    """That of ‖(W + ε)x − y‖² by x, averaged over R ranks × k micro-batches: its variance is 1/(R·k) of one's."""
+    steps, x, y = 300, torch.linspace(-1.0, 1.0, 20), torch.ones(6)
+
+    def gradients(rank: int, world_size: int, parts: int) -> torch.Tensor:
+        layer = linear_layer(bias=False)
+        own = {"per_rank": world_size > 1, "resample": "micro_batch" if parts > 1 else "step"}
+        perturbation = perturb([layer], "copy", rank=rank, world_size=world_size, total_steps=steps, **own)
+        found = []
+        for step in range(steps):
+            perturbation.begin(step)
+            for part in range(parts):
+                perturbation.next_micro_batch(part)
+                place = x.clone().requires_grad_()
+                ((layer.module(place) - y) ** 2).sum().backward()
+                found.append(place.grad)
+            perturbation.end()
+        return torch.stack(found).view(steps, parts, -1).mean(dim=1)
+
+    def variance(averaged: torch.Tensor) -> float:
+        return averaged.var(dim=0).sum().item()
+
+    averaged = torch.stack([gradients(rank, ranks, micro_batches) for rank in range(ranks)]).mean(dim=0)
+    ratio = variance(averaged) / variance(gradients(0, 1, 1))
+    assert ratio == pytest.approx(1 / (ranks * micro_batches), rel=0.2)
+
+
 def test_nan_in_a_weight_is_named():
     layer = linear_layer()
     layer.weight.data[2, 3] = float("nan")

@@ -1,0 +1,194 @@
+"""What has become of a sweep, and the Slurm file of a run on several nodes.
+
+    python scripts/sweep.py status [-m] WORDS …        the words of run_exp.py, as they were given
+    python scripts/sweep.py sbatch [--nodes 2] [--gpus 8] [--time 24:00:00] [--partition P] [--python PATH] WORDS …
+
+status  one row a run: done, running, interrupted, failed (with its reason) or missing; how far it is, and time left.
+        Those that are not done are what the same sweep with resume=true does next. Exit code 0 when all are done.
+sbatch  prints a file for `sbatch`: torchrun on every node with one rendezvous, SIGTERM two minutes before the end, and
+        a run that it interrupted is queued again; it goes on from the checkpoint that it wrote then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import run_exp  # noqa: E402
+from flatlora import commandline  # noqa: E402
+from flatlora.config import ConfigError, Experiment  # noqa: E402
+from flatlora.console import quiet_libraries, report_faults  # noqa: E402
+from flatlora.results import MetricsLog, RunFolder  # noqa: E402
+
+PORT = 29500
+
+
+class State(NamedTuple):
+    """Of one run: what became of it, the share of its training that is behind it, seconds left, why it failed."""
+
+    name: str
+    share: float | None
+    seconds_left: float | None
+    reason: str
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit code: 0 all done (or printed), 1 something is left, 2 a fault of the words."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    status = commands.add_parser("status")
+    status.add_argument("-m", "--multirun", action="store_true", help="as in run_exp.py; a sweep is meant anyway")
+    sbatch = commands.add_parser("sbatch")
+    sbatch.add_argument("--nodes", type=int, default=1)
+    sbatch.add_argument("--gpus", type=int, default=8, help="of each node")
+    sbatch.add_argument("--time", default="24:00:00")
+    sbatch.add_argument("--partition")
+    sbatch.add_argument("--python", default=sys.executable)
+    options, rest = parser.parse_known_args(words)
+    quiet_libraries()
+    try:
+        if options.command == "status":
+            return print_status(rest)
+        print(sbatch_file(rest, options.nodes, options.gpus, options.time, options.partition, options.python))
+        return 0
+    except ConfigError as error:
+        report_faults(error)
+        return 2
+
+
+def experiments(words: Sequence[str]) -> list[Experiment]:
+    """Those that run_exp.py would run for the words of a sweep.
+
+    Raises:
+        ConfigError: every fault of every one.
+    """
+    _, words = commandline.split_flags(list(words))
+    settings, _ = commandline.rewrite(words)
+    settings, _ = commandline.name_jobs(settings)
+    return run_exp.experiments_of(commandline.expand_sweep(settings))
+
+
+def print_status(words: Sequence[str]) -> int:
+    folders = [(RunFolder.of(experiment), experiment) for experiment in experiments(words)]
+    table = Table(title_justify="left")
+    for column in ("state", "run", "trained", "time left", "why"):
+        justify = "right" if column in ("trained", "time left") else "left"
+        table.add_column(column, justify=justify, no_wrap=column == "state")
+    found = []
+    for folder, experiment in folders:
+        state = state_of(folder, experiment)
+        found.append(state.name)
+        share = "—" if state.share is None else f"{state.share:.0%}"
+        left = "—" if state.seconds_left is None else _duration(state.seconds_left)
+        table.add_row(state.name, Text(str(folder.path)), share, left, Text(state.reason))
+    table.title = f"Sweep: {found.count('done')} of {len(found)} done"
+    printer = Console(highlight=False)
+    (printer if printer.is_terminal else Console(highlight=False, width=170)).print(table)
+    return 0 if set(found) == {"done"} else 1
+
+
+def state_of(folder: RunFolder, experiment: Experiment) -> State:
+    """What became of one run, by its own files."""
+    if not (folder.path / "config.yaml").is_file():
+        return State("missing", None, None, "")
+    running = folder.in_use
+    try:
+        record = folder.record or {}
+    except ConfigError as error:
+        return State("failed", None, None, error.faults[0])
+    share = _share(folder.path, experiment)
+    if running:
+        begun = (folder.path / "config.yaml").stat().st_mtime
+        spent = time.time() - begun
+        return State("running", share, spent / share - spent if share else None, "")
+    if record.get("status") == "finished":
+        return State("done", 1.0, None, "")
+    if record.get("status") == "failed":
+        return State("failed", share, None, str(record.get("error", "")))
+    return State("interrupted", share, None, "" if record else "it was killed: there is no record")
+
+
+def _share(path: Path, experiment: Experiment) -> float:
+    rows = MetricsLog(path / "metrics.jsonl").rows()
+    if not rows:
+        return 0.0
+    if experiment.trainer.max_steps is not None:
+        return min(1.0, rows[-1]["step"] / experiment.trainer.max_steps)
+    return min(1.0, rows[-1]["epoch"] / experiment.optim.epochs)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def sbatch_file(
+    words: Sequence[str], nodes: int, gpus: int, limit: str, partition: str | None, python: str = sys.executable
+) -> str:
+    """A Slurm batch file of one run on nodes × gpus processes.
+
+    Raises:
+        ConfigError: the words do not make one run, which several processes share.
+    """
+    found = experiments(words)
+    if len(found) != 1:
+        raise ConfigError([f"Invalid words: they make {len(found)} runs; a batch file has one, so print one for each."])
+    experiment, processes = found[0], nodes * gpus
+    faults = []
+    if experiment.trainer.launch == "single" or experiment.trainer.gpus is not None:
+        faults.append("Invalid trainer: torchrun starts the processes here; use trainer=ddp or zero2, no trainer.gpus.")
+    if experiment.optim.batch_size % (experiment.trainer.micro_batch_size * processes):
+        faults.append(
+            f"Invalid optim.batch_size={experiment.optim.batch_size}: {nodes} nodes of {gpus} GPUs with micro-batches "
+            f"of {experiment.trainer.micro_batch_size} do not divide it; change one of them."
+        )
+    if faults:
+        raise ConfigError(faults)
+    kept = [word for word in words if not word.startswith("resume=")]
+    command = " ".join(shlex.quote(word) for word in ["run_exp.py", *kept, "resume=true"])
+    record = shlex.quote(str(RunFolder.of(experiment).path / "run.json"))
+    settings = [
+        f"--job-name={experiment.run_name()}",
+        f"--nodes={nodes}",
+        "--ntasks-per-node=1",
+        f"--gpus-per-node={gpus}",
+        f"--time={limit}",
+        *([f"--partition={partition}"] if partition else []),
+        "--signal=TERM@120",
+        "--requeue",
+        "--open-mode=append",
+    ]
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {setting}" for setting in settings),
+        "set -u",
+        f"cd {shlex.quote(str(PROJECT))}",
+        'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+        f"srun --kill-on-bad-exit=1 {shlex.quote(python)} -m torch.distributed.run \\",
+        f'    --nnodes="$SLURM_NNODES" --nproc_per_node={gpus} --rdzv_backend=c10d \\',
+        f'    --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$MASTER_ADDR:{PORT}" \\',
+        f"    {command}",
+        "code=$?",
+        "# Told to end before it was done: its newest checkpoint is whole, and the next start goes on from it.",
+        f'if [ $code -ne 0 ] && grep -q \'"status": "interrupted"\' {record}; then',
+        '    scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        "exit $code",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
