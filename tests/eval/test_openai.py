@@ -155,7 +155,7 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
     assert "refuses served: " in (told := capsys.readouterr().err)
     assert "the same command goes on with the answers that are missing" in told
     asked = len(server.seen)
-    assert 10 <= asked <= 14
+    assert 10 <= asked < 20
     kept = (tmp_path / "out/predictions.partial.jsonl").read_text().count("\n")
     assert kept == asked - 1
     server.script = []
