@@ -96,7 +96,7 @@ def test_a_hostile_program_fails_and_leaves_nothing(name, surroundings):
     assert processes() == []
     assert left_over() == []
     assert os.nice(0) == nice
-    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert len(os.listdir("/proc/self/fd")) <= open_files
     for server in servers:
         with pytest.raises(BlockingIOError):
             server.accept() if server.type == socket.SOCK_STREAM else server.recv(1)
