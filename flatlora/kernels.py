@@ -20,7 +20,7 @@ from contextlib import nullcontext
 
 import torch
 
-from flatlora.noise import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, refuse_counter
+from flatlora.noise import refuse_counter
 from flatlora.noise_torch import (
     add_normal_unchecked,
     one_device,
@@ -32,6 +32,7 @@ from flatlora.noise_torch import (
     refuse_unequal_lengths,
     squared_row_norms,
 )
+from flatlora.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS
 
 try:
     import triton
