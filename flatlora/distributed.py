@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -10,6 +11,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from accelerate import DistributedType, PartialState
 from flatlora.config import ConfigError, Experiment, TrainerConfig
 
 T = TypeVar("T")
+_LONGEST_BUILD_S = 600  # DeepSpeed's own take half a minute
 
 
 def world_size() -> int:
@@ -119,11 +122,24 @@ def initialise(experiment: Experiment, device: torch.device) -> None:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # read by accelerate, now and when Trainer asks it
         on_cpu = device.type == "cpu"
         state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(seconds=machine.timeout_s))
+        if machine.zero:
+            _free_stale_builds()
         if machine.zero and on_cpu:  # accelerate itself has DeepSpeed on accelerators alone
             import deepspeed
 
             deepspeed.init_distributed(dist_backend=state.backend, auto_mpi_discovery=False)
             state.distributed_type = DistributedType.DEEPSPEED
+
+
+def _free_stale_builds() -> None:
+    """Take away the locks of extension builds that were killed: torch waits for whoever holds one, for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/lock"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_S:
+                lock.unlink()
 
 
 def check_agreement(facts: Mapping[str, str | None], remedy: str) -> None:

@@ -263,3 +263,14 @@ def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(settings):
     assert code != 0
     assert time.monotonic() - begun < 75  # the time to notice, and 30 s until what does not listen is killed
     assert processes_of(folder.parents[2]) == []
+
+
+def test_the_lock_of_a_killed_build_is_taken_away_and_that_of_a_running_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name, age in (("old", 3600), ("new", 5)):
+        lock = tmp_path / "py" / name / "lock"
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    distributed._free_stale_builds()
+    assert [path.parent.name for path in tmp_path.glob("**/lock")] == ["new"]
