@@ -414,7 +414,7 @@ def train_and_score(
             with files.write_folder(folder.adapter) as staging:
                 method.save(model, experiment.peft, staging, start)
                 inputs.processor.save_pretrained(staging)
-            record["metrics"].update(score(experiment, model, inputs, folder))
+            record["metrics"].update(score(experiment, model, inputs, folder, record["base"]))
     record["status"] = "finished"
 
 
@@ -429,9 +429,11 @@ def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fro
     )
 
 
-def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunFolder) -> dict[str, Any]:
+def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunFolder, base: str) -> dict[str, Any]:
     """Every benchmark of `eval=[...]` on the data set's test rows: {"<benchmark>/<metric>": value}."""
     metrics = {}
+    classes = getattr(inputs.rows, "classes", None)
+    identity = models.weights_identity(str(folder.adapter), experiment.model, classes, base) if experiment.eval else {}
     backend_class = CLIPBackend if experiment.dataset.kind == "image" else HFBackend
     for name, config in experiment.eval.items():
         backend = backend_class(
@@ -439,9 +441,7 @@ def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunF
             inputs.processor,
             batch_size=config.batch_size,
             autocast_dtype=models.autocast_dtype(experiment.trainer.autocast, experiment.model.dtype),
-            identity=models.weights_identity(
-                str(folder.adapter), experiment.model, getattr(inputs.rows, "classes", None)
-            ),
+            identity=identity,
         )
         rows, _ = _asked(experiment, inputs.rows.test, name, config)
         result = evaluate(name, backend, rows, folder.path / "eval" / name, config)

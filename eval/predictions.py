@@ -146,24 +146,23 @@ def collect(
     if on_progress:
         on_progress(len(done), len(asked), [])
 
-    def keep(batch: Sequence[int], answers: Sequence[Mapping[str, Any]]) -> None:
-        rows = [{"index": i, **asked[i], **answered} for i, answered in zip(batch, answers, strict=True)]
-        done.update({row["index"]: row for row in rows})
-        with open(partial, "a", encoding="utf-8") as file:
-            file.write(jsonl(rows))
+    def in_batches() -> Iterator[tuple[Sequence[int], Sequence[Mapping[str, Any]] | None]]:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            yield batch, None if all(index in done for index in batch) else answer(batch)
 
-    def tell(batch: Sequence[int]) -> None:
+    def one_by_one() -> Iterator[tuple[Sequence[int], Sequence[Mapping[str, Any]]]]:
+        for index, answers in each(lambda i: answer([i]), [i for i in order if i not in done]):
+            yield [index], answers
+
+    for batch, answers in one_by_one() if each else in_batches():
+        if answers is not None:
+            rows = [{"index": i, **asked[i], **answered} for i, answered in zip(batch, answers, strict=True)]
+            done.update({row["index"]: row for row in rows})
+            with open(partial, "a", encoding="utf-8") as file:
+                file.write(jsonl(rows))
         if on_progress:
             on_progress(len(done), len(asked), [done[index] for index in batch])
-
-    if each:
-        for index, answers in each(lambda i: answer([i]), [i for i in order if i not in done]):
-            keep([index], answers)
-            tell([index])
-    for batch in () if each else [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
-        if any(index not in done for index in batch):
-            keep(batch, answer(batch))
-        tell(batch)
     write_atomic(path, jsonl(done[index] for index in range(len(asked))))
     partial.unlink(missing_ok=True)
     return path

@@ -192,13 +192,16 @@ def backbone_state(config: ModelConfig) -> str:
     return f"{source}@{_described(config)._commit_hash}"
 
 
-def weights_identity(path: str, config: ModelConfig | None, classes: Classes | None = None) -> dict[str, str]:
+def weights_identity(
+    path: str, config: ModelConfig | None, classes: Classes | None = None, base: str | None = None
+) -> dict[str, str]:
     """What decides a model's answers besides how it is asked, for the record of them.
 
     Args:
         path: as in `load_for_inference`.
         config: the backbone of the run that `path` belongs to; None for a model that no run describes.
         classes: what a CLIP model tells apart, in which words.
+        base: the backbone's state where it is known, for hashing it reads all of its files.
 
     Raises:
         ConfigError: as `backbone_state`.
@@ -206,7 +209,7 @@ def weights_identity(path: str, config: ModelConfig | None, classes: Classes | N
     folder = Path(path)
     identity = {"weights": weights_sha256(folder) if folder.is_dir() else backbone_state(model_of(path))}
     if (folder / "adapter_config.json").is_file() or classes is not None:
-        identity["base"] = backbone_state(config or model_of(path))
+        identity["base"] = base or backbone_state(config or model_of(path))
     if classes is not None:
         identity["classes"] = hashlib.sha256(json.dumps(classes).encode()).hexdigest()
     return identity

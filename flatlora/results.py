@@ -81,7 +81,7 @@ class RunFolder:
         if not (self.path / "config.yaml").is_file():
             return False
         if self.in_use:
-            raise ConfigError([self._in_use()])
+            raise ConfigError([self._in_use_fault()])
         if experiment.overwrite:
             return False
         self._refuse_other_run(experiment)
@@ -119,7 +119,7 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def _in_use(self) -> str:
+    def _in_use_fault(self) -> str:
         return f"{self.path} is in use: another process trains this run; wait for it, or give wandb.name or seed."
 
     @property
@@ -143,7 +143,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.close()
-            raise ConfigError([self._in_use()]) from error
+            raise ConfigError([self._in_use_fault()]) from error
         except OSError as error:
             self.close()
             self._remove(missing)

@@ -62,7 +62,7 @@ def main(words: list[str] | None = None) -> int:
         root = Path(folder)
         settings = [*SETTINGS, *options.settings]
         begun = time.monotonic()
-        code, told = start(settings, root / "whole").end()
+        code, told = Job(settings, root / "whole").end()
         if code:
             print(told[-2000:])
             return 1
@@ -128,13 +128,9 @@ class Job:
             return True
 
 
-def start(settings: list[str], place: Path) -> Job:
-    return Job(settings, place)
-
-
 def one_round(settings: list[str], place: Path, harm, draw: random.Random, span: float) -> tuple[int, str]:
     """(number of starts, hash of the adapter at the end, or why there is none)."""
-    job = start(settings, place)
+    job = Job(settings, place)
     if job.wait(draw.uniform(0.3, 1.0) * span):
         harm(job, draw)
     else:
@@ -142,7 +138,7 @@ def one_round(settings: list[str], place: Path, harm, draw: random.Random, span:
     for starts in range(2, TRIES):
         if _is_finished(place):
             return starts - 1, adapter_sha256(place)
-        code, told = start([*settings, "resume=true"], place).end()
+        code, told = Job([*settings, "resume=true"], place).end()
         if code and "Traceback" in told:
             return starts, f"a traceback: {told.strip().splitlines()[-1]}"
     return TRIES, "not finished"

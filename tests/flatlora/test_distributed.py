@@ -60,6 +60,11 @@ def processes_of(folder):
     return found
 
 
+def hurt_a_rank(process, folder, number):
+    """Send a signal to one of the processes that train."""
+    os.kill(max(pid for pid in processes_of(folder.parents[2]) if pid != process.pid), number)
+
+
 @pytest.fixture
 def settings(tiny_settings):
     """Results root last; BF16 backbone, 20 steps of two rows on each of two processes."""
@@ -115,7 +120,7 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     assert json.loads((folder / "run.json").read_text())["resumed_from"] >= 4
     assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
     own = at(settings, "own")
-    assert finish(start(["trainer=zero2", *TWO, "trainer.max_steps=4", "rho.per_rank=true", *own]))[0] == 0
+    assert finish(start(["trainer=zero2_offload", *TWO, "trainer.max_steps=4", "rho.per_rank=true", *own]))[0] == 0
     record = json.loads((run_folder(own) / "run.json").read_text())
     assert len(set(record["perturbation"]["noise_sha256"])) == 2
 
@@ -127,8 +132,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
     assert finish(start([*ddp, *whole]))[0] == 0
     process = start([*ddp, *hurt])
     folder = wait_for_step(hurt, 7, process)
-    workers = [pid for pid in processes_of(folder.parents[2]) if pid != process.pid]
-    os.kill(max(workers), signal.SIGKILL)
+    hurt_a_rank(process, folder, signal.SIGKILL)
     begun = time.monotonic()
     code, told = finish(process, 90)
     assert code != 0
@@ -256,8 +260,7 @@ def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(settings):
     hung = at(settings, "hung")
     process = start(["trainer=ddp", *TWO, "trainer.timeout_s=10", *hung])
     folder = wait_for_step(hung, 3, process)
-    workers = [pid for pid in processes_of(folder.parents[2]) if pid != process.pid]
-    os.kill(max(workers), signal.SIGSTOP)
+    hurt_a_rank(process, folder, signal.SIGSTOP)
     begun = time.monotonic()
     code, _ = finish(process, 120)
     assert code != 0
