@@ -6,27 +6,31 @@ PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Ke
 humaneval, or single lm-eval tasks such as mmlu_anatomy), allow_code_execution (for humaneval), max_rows (of each
 lm-eval task), batch_size, data_root=DIR, device, out=DIR, score_only=true.
 
-The tasks' data are the hub's, or DIR/<owner>/<name>/<config>/<split>.jsonl as everywhere: cais/mmlu, EleutherAI/drop,
-SaylorTwift/bbh. Each lm-eval task is kept once it is answered, and not asked again. Needs the extra `instruct`.
+The tasks' data are the hub's, or DIR/<owner>/<name>/<config>/<split>.jsonl (or .parquet) as everywhere: cais/mmlu,
+EleutherAI/drop, SaylorTwift/bbh. Each of MMLU's 57 subjects and BBH's 27 tasks is kept once it is answered, and not
+asked again. Needs the extra `instruct`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from eval import humaneval, predictions
 from eval.backends import Backend
-from flatlora.config import ConfigError, Section, setting
+from flatlora.config import ConfigError, Section, nearest, setting
 from flatlora.files import write_atomic, write_json
-from flatlora.rows import jsonl, read_jsonl
+from flatlora.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 KIND = "text"
 GENERATES = False
@@ -36,8 +40,12 @@ SCORER_VERSION = 1
 HEADLINE = "average"
 ROW_COLUMNS = {"task": "text"}
 FIELDS: predictions.Fields = {"index": int, "task": str, "doc": int, "score": float}
-# (lm-eval's name, shots, the metric of a row)
-_GROUPS = {"mmlu": ("mmlu", 5, "acc"), "drop": ("drop", 3, "f1"), "bbh": ("bbh_fewshot", 3, "exact_match")}
+# (lm-eval's name, its folder there, shots, the metric of a row)
+_GROUPS = {
+    "mmlu": ("mmlu", "mmlu/default", 5, "acc"),
+    "drop": ("drop", "drop", 3, "f1"),
+    "bbh": ("bbh_fewshot", "bbh/fewshot", 3, "exact_match"),
+}
 
 
 class Config(Section):
@@ -56,11 +64,16 @@ class Config(Section):
                 "Invalid eval.instruct_eval: the package lm_eval is not installed; run pip install lm_eval, or leave "
                 "the benchmark out."
             )
-        unknown = [name for name in self.tasks if name != "humaneval" and _group(name) is None]
-        if unknown or not self.tasks:
+        elif unknown := [name for name in self.tasks if name != "humaneval" and not _parts(name)]:
+            near = [close for name in unknown if (close := nearest(name, ["humaneval", *_known_tasks()]))]
             faults.append(
-                f"Invalid eval.instruct_eval.tasks={self.tasks}: {', '.join(unknown) or 'an empty list'} is none of "
-                "mmlu, drop, bbh, humaneval, nor a part of them such as mmlu_anatomy; name some."
+                f"Invalid eval.instruct_eval.tasks={self.tasks}: {', '.join(unknown)} is none of mmlu, drop, bbh, "
+                "humaneval, nor a part of them such as mmlu_anatomy"
+                + (f"; did you mean {', '.join(near)}?" if near else "; name some.")
+            )
+        if not self.tasks:
+            faults.append(
+                "Invalid eval.instruct_eval.tasks=[]: there is nothing to ask; name mmlu, drop, bbh or humaneval."
             )
         if "humaneval" in self.tasks:
             faults += self.humaneval().rule_faults()
@@ -79,25 +92,77 @@ class Config(Section):
 
 
 def _group(task: str) -> str | None:
-    """mmlu, drop or bbh: what an lm-eval task is part of."""
+    """mmlu, drop or bbh: what a task is part of."""
     return next((name for name in _GROUPS if task == name or task.startswith(f"{name}_")), None)
 
 
-def score(rows: Sequence[dict[str, Any]], passes: float | None = None) -> dict[str, Any]:
+@functools.cache
+def _task_manager() -> TaskManager:
+    """lm-eval's index of the three groups; that of all its tasks takes it 10 s to make."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    return lm_eval.tasks.TaskManager(
+        include_defaults=False, include_path=[root / folder for _, folder, _, _ in _GROUPS.values()]
+    )
+
+
+def _known_tasks() -> list[str]:
+    return [part for group in _GROUPS for part in (group, *_parts(group))]
+
+
+def _parts(task: str) -> list[str]:
+    """The tasks that a name stands for, mmlu's subjects say, in lm-eval's order; none for a name that lm-eval lacks."""
+    from lm_eval.tasks._index import Kind
+
+    index = _task_manager().task_index
+
+    def walk(name: str) -> Iterator[str]:
+        entry = index.get(name)
+        if entry is None:
+            return
+        if entry.kind is Kind.TASK:
+            yield name
+        for child in sorted(entry.tags) if entry.kind is Kind.TAG else (entry.cfg or {}).get("task", []):
+            if child != name and entry.kind is not Kind.TASK:
+                yield from walk(child)
+
+    return [part.replace("bbh_fewshot", "bbh") for part in dict.fromkeys(walk(_name(task)))]
+
+
+def _name(task: str) -> str:
+    """lm-eval's name of a task."""
+    return task if task.startswith("bbh_fewshot") else task.replace("bbh", "bbh_fewshot")
+
+
+def _sources(task: str) -> list[Source]:
+    """The splits that lm-eval reads for a task: questions and shots."""
+    entry = _task_manager().task_index[_name(task)].cfg
+    splits = [entry.get(f"{use}_split") for use in ("test", "validation", "training", "fewshot")]
+    config = entry.get("dataset_name") or "default"
+    return [Source(entry["dataset_path"], config, split) for split in dict.fromkeys(splits) if split]
+
+
+def score(rows: Sequence[dict[str, Any]], programs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The mean over the rows of each group, and the average over groups.
 
     Args:
         rows: {"task", "score"} each; a score is 1 or 0, or DROP's F1.
-        passes: HumanEval's pass@1, where it was asked.
+        programs: HumanEval's score, where it was asked.
     """
     found: dict[str, list[float]] = {}
     for row in rows:
         found.setdefault(_group(row["task"]) or row["task"], []).append(row["score"])
-    shares = {name: sum(values) / len(values) for name, values in found.items()}
-    shares |= {} if passes is None else {"humaneval": passes}
+    shares, asked = {name: sum(values) / len(values) for name, values in found.items()}, len(rows)
+    if programs is not None:
+        shares["humaneval"] = programs["metrics"][humaneval.HEADLINE]
+        asked += programs["n"]
     average = sum(shares.values()) / len(shares) if shares else None
-    metrics = {"n": len(rows), HEADLINE: average, **shares}
-    return {"scorer": f"instruct_eval/{SCORER_VERSION}", "n": len(rows), "metrics": metrics}
+    return {
+        "scorer": f"instruct_eval/{SCORER_VERSION}",
+        "n": asked,
+        "metrics": {"n": asked, HEADLINE: average, **shares},
+    }
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
@@ -106,18 +171,47 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 
 
 def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
-    """See to it that HumanEval, if asked, can be tried on this machine.
+    """See to it that every task's data are there, and that HumanEval, if asked, can be tried on this machine.
 
     Raises:
-        ConfigError: as `humaneval.check_rows`.
+        ConfigError: a split that is not below data_root; a data set that the hub does not give; as
+            `humaneval.check_rows`.
     """
-    if "humaneval" in config.tasks:
-        humaneval.check_rows(humaneval.benchmark_rows(_root(rows)), "humaneval's own rows", config.humaneval())
+    root = _root(rows)
+
+    def check_programs() -> None:
+        humaneval.check_rows(humaneval.benchmark_rows(root), "humaneval's own rows", config.humaneval())
+
+    names = [row["task"] for row in rows if row["task"] != "humaneval"]
+    by_data_set: dict[str, list[Source]] = {}
+    for one in (source for name in names for source in _sources(name)):
+        by_data_set.setdefault(one.hub_id, []).append(one)
+    gather(
+        *(lambda sources=sources: _check_data(sources, root) for sources in by_data_set.values()),
+        *([check_programs] if "humaneval" in config.tasks else []),
+    )
+
+
+def _check_data(sources: Sequence[Source], data_root: str | None) -> None:
+    """The hub is asked for one of a data set's parts alone: MMLU has 57."""
+    if data_root is None:
+        fingerprint(sources[0])
+        return
+    faults = []
+    for source in sources:
+        try:
+            local_file(source, data_root)
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        more = len(dict.fromkeys(faults)) - 1
+        raise ConfigError([faults[0] + (f" {more} more files of {sources[0].hub_id} are missing." if more else "")])
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
-    """One row a task; lm-eval reads the tasks' own rows when it comes to them."""
-    return [{"task": task, "data_root": data_root} for task in config.tasks]
+    """One row a task that is kept by itself; lm-eval reads the tasks' own rows when it comes to them."""
+    names = [part for task in config.tasks for part in ([task] if task == "humaneval" else _parts(task))]
+    return [{"task": name, "data_root": data_root} for name in dict.fromkeys(names)]
 
 
 def _root(rows: Sequence[dict[str, Any]]) -> str | None:
@@ -150,9 +244,9 @@ def run(
         if on_progress:
             on_progress(done, len(names), [])
         path = kept / f"{task}.jsonl"
-        if not _is_answered(path, _root(rows)):
-            answers, read = _ask(backend, task, config, _root(rows))
-            write_atomic(path, jsonl(answers))
+        if not _is_answered(path, task, _root(rows)):
+            read = _files(task, _root(rows))
+            write_atomic(path, jsonl(_ask(backend, task, config, _root(rows))))
             write_json(path.with_suffix(".read.json"), read)
         found += read_jsonl(path)
     if on_progress:
@@ -165,21 +259,20 @@ def run(
     return score_file(path, config)
 
 
-def _is_answered(path: Path, data_root: str | None) -> bool:
+def _is_answered(path: Path, task: str, data_root: str | None) -> bool:
     """Whether a task's answers are there, and its data are those that it was asked."""
     try:
         read = json.loads(path.with_suffix(".read.json").read_bytes())
     except (OSError, ValueError):
         return False
-    alike = bool(read) == (data_root is not None)
-    return path.is_file() and alike and all(read[name] == _sha256(Path(data_root) / name) for name in read)
+    return path.is_file() and read == _files(task, data_root)
 
 
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _files(task: str, data_root: str | None) -> dict[str, str]:
+    """The files below `data_root` that a task is asked from, with their hashes; none for the hub's."""
+    if data_root is None:
+        return {}
+    return {f"{one.hub_id}/{one.config}/{one.split}": fingerprint(one, data_root) for one in _sources(task)}
 
 
 def _settings(folder: Path) -> Any:
@@ -189,20 +282,17 @@ def _settings(folder: Path) -> Any:
         return None
 
 
-def _ask(
-    backend: Any, task: str, config: Config, data_root: str | None
-) -> tuple[list[dict[str, Any]], dict[str, str | None]]:
-    """Rows {"task", "doc", "prompt", "answer", "target", "score"} of one lm-eval task or group, as lm-eval scores them;
-    and the files below `data_root` that they are from, with their hashes.
+def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list[dict[str, Any]]:
+    """Rows {"task", "doc", "prompt", "answer", "target", "score"} of one lm-eval task, as lm-eval scores them.
 
     Raises:
-        ConfigError: the task's data, or a task of that name, are not to be had.
+        OSError: lm-eval cannot ask the task, for want of its data mostly.
     """
     import lm_eval
+    from jinja2 import TemplateError
     from lm_eval.models.huggingface import HFLM
 
-    group, shots, metric = _GROUPS[_group(task)]
-    name = group if task in _GROUPS else f"{group}{task[len(_group(task)) :]}"
+    _, _, shots, metric = _GROUPS[_group(task)]
     model = HFLM(
         pretrained=backend.model,
         tokenizer=backend.tokenizer,
@@ -210,55 +300,53 @@ def _ask(
         mixed_precision_dtype=backend.autocast_dtype,
         backend="seq2seq" if backend.model.config.is_encoder_decoder else "causal",
     )
-    with _data_of(data_root) as files:
-        try:
+    try:
+        with _data_of(task, data_root):
             results = lm_eval.simple_evaluate(
-                model=model, tasks=[name], num_fewshot=shots, limit=config.max_rows, bootstrap_iters=0
+                model=model,
+                tasks=[_name(task)],
+                num_fewshot=shots,
+                limit=config.max_rows,
+                bootstrap_iters=0,
+                task_manager=_task_manager(),
             )
-        except (KeyError, ValueError, OSError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError([f"Cannot ask {name} of lm-eval: {str(error).partition(chr(10))[0]}."]) from error
-    rows = [
+    except (
+        KeyError,
+        ValueError,
+        OSError,
+        TemplateError,
+    ) as error:  # a ConfigError too: weights are loaded, and answers are kept
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise OSError(f"lm-eval cannot ask {_name(task)}: {reason or type(error).__name__}") from error
+    return [
         {
-            "task": part.replace("bbh_fewshot", "bbh"),
+            "task": task,
             "doc": sample["doc_id"],
             "prompt": str(sample["arguments"][0][0]),  # of its first request; the others differ in the choice alone
             "answer": json.dumps(sample["filtered_resps"], default=str, ensure_ascii=False),
             "target": str(sample["target"]),
             "score": float(sample[metric]),
         }
-        for part, samples in sorted(results["samples"].items())
-        for sample in sorted(samples, key=lambda one: one["doc_id"])
+        for sample in sorted(results["samples"][_name(task)], key=lambda one: one["doc_id"])
     ]
-    return rows, {str(path.relative_to(data_root)): _sha256(path) for path in files}
 
 
 @contextlib.contextmanager
-def _data_of(data_root: str | None) -> Iterator[set[Path]]:
-    """Let lm-eval read data_root/<owner>/<name>/<config>/<split>.jsonl instead of the hub; gives the files it read."""
-    read: set[Path] = set()
+def _data_of(task: str, data_root: str | None) -> Iterator[None]:
+    """Let lm-eval read a task's splits from data_root instead of the hub."""
     if data_root is None:
-        yield read
+        yield
         return
     import datasets
 
-    def load(path: str, name: str | None = None, **_: Any) -> Any:
-        folder = Path(data_root) / path / (name or "default")
-        files = sorted(folder.glob("*.jsonl"))
-        if not files:
-            raise ConfigError(
-                [
-                    f"Invalid data_root={data_root}: {folder}/SPLIT.jsonl is not there; put the splits of {path} in "
-                    "such files with the hub's columns, or leave data_root out to read the hub."
-                ]
-            )
-        read.update(files)
-        return datasets.DatasetDict({file.stem: datasets.Dataset.from_list(read_jsonl(file)) for file in files})
+    def load(*_: Any, **options: Any) -> Any:
+        return datasets.DatasetDict(
+            {one.split: datasets.Dataset.from_list(read_file(local_file(one, data_root))) for one in _sources(task)}
+        )
 
     usual, datasets.load_dataset = datasets.load_dataset, load
     try:
-        yield read
+        yield
     finally:
         datasets.load_dataset = usual
 
@@ -269,11 +357,10 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: a file is not there, or broken.
     """
-    passes = None
+    programs = None
     if "humaneval" in config.tasks:
-        found = humaneval.score_file(path.parent / "humaneval" / "predictions.jsonl", config.humaneval())
-        passes = found["metrics"][humaneval.HEADLINE]
-    result = score(predictions.read(path, FIELDS), passes)
+        programs = humaneval.score_file(path.parent / "humaneval" / "predictions.jsonl", config.humaneval())
+    result = score(predictions.read(path, FIELDS), programs)
     write_json(path.with_name("score.json"), result)
     return result
 

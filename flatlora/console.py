@@ -176,5 +176,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try again is a warning of three lines
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # four warnings for each of a benchmark's 85 tasks
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", module="(torch|transformers|peft|accelerate|numba|gguf|hydra)")

@@ -47,7 +47,7 @@ def read_rows(source: Source, *, columns: Columns, data_root: str | None = None)
     if data_root is None:
         return typed_columns(hub_data(source).to_list(), columns, str(source))
     path = local_file(source, data_root)
-    return typed_columns(read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path), columns, str(path))
+    return typed_columns(read_file(path), columns, str(path))
 
 
 def fingerprint(source: Source, data_root: str | None = None) -> str:
@@ -92,6 +92,15 @@ def gather(*steps: Callable[[], Any]) -> list[Any]:
     if faults:
         raise ConfigError(faults)
     return results
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """All rows of a .jsonl or .parquet file, with every column.
+
+    Raises:
+        ConfigError: it cannot be read, or is broken.
+    """
+    return read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
