@@ -253,7 +253,7 @@ class GraphedMicroStep:
 
     At small micro-batches the host cannot launch kernels as fast as the GPU runs them; a replay is one launch. The
     gradients live in one flat buffer whose address the graphs know, and what changes with an optimizer step alone is
-    done once a step.
+    done once a step. On a CPU there is the buffer and no graph.
 
     Args:
         compute: micro-batch (dict of tensors) → loss; must not wait for the host.
@@ -270,8 +270,10 @@ class GraphedMicroStep:
         parts = flat.split([p.numel() for p in self.parameters])
         self._gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
         self._graphs: dict[Hashable, _Captured | None] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(flat.device)  # of all trials and captures
+        self._captures = flat.is_cuda
+        if self._captures:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(flat.device)  # of all trials and captures
 
     def __call__(self, inputs: dict[str, torch.Tensor], state: Hashable = None) -> torch.Tensor:
         """Loss of a micro-batch, its gradients added to the parameters'.
@@ -284,7 +286,7 @@ class GraphedMicroStep:
         key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
         if key not in self._graphs:
             tokens = max(tensor.numel() for tensor in inputs.values())
-            if tokens > _GRAPH_TOKENS or len(self._graphs) >= _GRAPHS:
+            if not self._captures or tokens > _GRAPH_TOKENS or len(self._graphs) >= _GRAPHS:
                 return self._run(inputs).detach()
             self._graphs[key] = self._try_capture(inputs)
         if self._graphs[key] is None:

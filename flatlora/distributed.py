@@ -193,7 +193,24 @@ def deepspeed_settings(machine: TrainerConfig) -> dict[str, Any] | None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every micro-step
     }
+
+
+def zero_step(engine: Any, gradient: torch.Tensor) -> None:
+    """ZeRO's optimizer step on gradients that stand in the parameters' `.grad` already; they are reduced here, once.
+
+    Args:
+        gradient: the flat buffer that holds them all, this process's share of a sum over the processes.
+    """
+    gradient.mul_(world_size())  # ZeRO takes the mean
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.detach()  # ZeRO moves what it is given; the buffer's own views must stay
+    with engine.coalesce_grad_reduction():
+        pass  # what the block leaves in .grad is reduced at its end, and no backward of the engine's own is needed
+    engine.set_gradient_accumulation_boundary(True)
+    engine.step()
 
 
 def zero_dtypes(engine: Any) -> dict[str, list[str]]:

@@ -61,6 +61,13 @@ def groups_of(model: nn.Module) -> list[LayerGroup]:
     return list(dict.fromkeys(forward.group for forward in forwards if isinstance(forward, FusedForward)))
 
 
+def fused_throughout(model: nn.Module) -> bool:
+    """Whether everything that is trained is a factor of a fused layer."""
+    members = [member for group in groups_of(model) for member in group.members if member.covers()]
+    factors = {id(factor) for member in members for factor in member.factors}
+    return bool(members) and all(id(p) in factors for p in model.parameters() if p.requires_grad)
+
+
 def unfuse(model: nn.Module) -> None:
     """Give all layers PEFT's own forward back."""
     for module in model.modules():
@@ -153,7 +160,7 @@ class LayerGroup:
 
     `managed` says that a training loop calls `refresh` before each optimizer step and keeps `.grad` allocated. Then the
     factors are cast to the products' dtype once a step, and their gradients are added to `.grad` by the product itself,
-    in FP32; hooks of the parameters (DDP's) do not see them.
+    in FP32; hooks of the parameters (DDP's, ZeRO's) do not run.
     """
 
     def __init__(self, members: Sequence[FusedForward]) -> None:
@@ -197,9 +204,18 @@ class LayerGroup:
             _Branch(member.base, member.reading(), member.scaling, B)
             for member, B in zip(members, cast.Bs, strict=True)
         ]
-        call = _Call(branches, cast.A, dtype, members[0].dropout if len(members) == 1 else 0.0, managed)
+        factors = [factor for member in members for factor in member.factors]
+        trained = [factor for factor in factors if factor.requires_grad]
+        adds = managed and bool(trained) and all(factor.grad is not None for factor in trained)
+        dropout = members[0].dropout if len(members) == 1 else 0.0
+        call = _Call(branches, factors, cast.A, dtype, dropout, adds)
         with torch.autocast(device, enabled=False):  # every cast below is meant
-            return _FusedLora.apply(x, call, *(factor for member in members for factor in member.factors))
+            return _FusedLora.apply(x, call, *([_ANCHOR] if adds else factors))
+
+
+# Stands for factors that autograd is not to see: their hooks would run, with or without a gradient. It is a tensor of
+# the CPU, whose gradient no stream waits for.
+_ANCHOR = torch.zeros((), requires_grad=True)
 
 
 class _Cast:
@@ -235,10 +251,11 @@ class _Branch(NamedTuple):
 
 class _Call(NamedTuple):
     branches: list[_Branch]
-    A: torch.Tensor  # of all branches, stacked
+    factors: list[torch.Tensor]  # A, B of each
+    A: torch.Tensor  # of all branches, stacked, in the products' dtype
     dtype: torch.dtype
     dropout: float
-    managed: bool
+    adds: bool  # gradients of the factors are added to their `.grad`
 
 
 def remake(norm: nn.Module) -> None:
@@ -265,27 +282,27 @@ class _FusedLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, call: _Call, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx, x: torch.Tensor, call: _Call, *tracked: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1]).to(call.dtype)
         dropped, mask = torch.native_dropout(rows, call.dropout, True) if call.dropout else (rows, None)
         h, ys = dropped @ call.A.t(), []
-        for branch, own in zip(call.branches, h.split(_ranks(factors), dim=1), strict=True):
+        for branch, own in zip(call.branches, h.split(_ranks(call.factors), dim=1), strict=True):
             bias = branch.base.bias
             y = own @ branch.B.t() if bias is None else torch.addmm(bias.to(call.dtype), own, branch.B.t())
             y.addmm_(rows, branch.weight(call.dtype).t())  # the base product adds to what is there as it is written
             ys.append(y.view(*x.shape[:-1], -1))
         ctx.make, kept = getattr(x, "_made_by", None), getattr(x, "_made_from", x)
-        if not any(A.requires_grad for A in factors[0::2]):
+        if not any(A.requires_grad for A in call.factors[0::2]):
             ctx.make = kept = None
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.save_for_backward(kept, h, mask, call.A, *(branch.B for branch in call.branches))
-        ctx.call, ctx.factors = call, factors
+        ctx.call = call
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *grad_ys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, h, mask, A, *Bs = ctx.saved_tensors
-        call, ranks = ctx.call, _ranks(ctx.factors)
+        call, ranks = ctx.call, _ranks(ctx.call.factors)
         if ctx.make is not None:
             x = ctx.make(x.detach())
         grads = [grad.reshape(-1, grad.shape[-1]).to(call.dtype) for grad in grad_ys]
@@ -296,13 +313,13 @@ class _FusedLora(torch.autograd.Function):
             kept = kept if mask is None else kept * mask / (1 - call.dropout)
         grad_factors: list[torch.Tensor | None] = []
         for k, (branch, grad) in enumerate(zip(call.branches, grads, strict=True)):
-            A_k, B_k = ctx.factors[2 * k : 2 * k + 2]
+            A_k, B_k = call.factors[2 * k : 2 * k + 2]
             own = slice(sum(ranks[:k]), sum(ranks[: k + 1]))
             A_grad = B_grad = None
             if A_k.requires_grad:
-                A_grad = _product(grad_h[:, own].t(), kept, 1.0, A_k, call.managed)
+                A_grad = _product(grad_h[:, own].t(), kept, 1.0, A_k, call.adds)
             if B_k.requires_grad:
-                B_grad = _product(grad.t(), h[:, own], branch.scaling, B_k, call.managed)
+                B_grad = _product(grad.t(), h[:, own], branch.scaling, B_k, call.adds)
             grad_factors += [A_grad, B_grad]
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -312,7 +329,7 @@ class _FusedLora(torch.autograd.Function):
             for branch, grad in zip(call.branches, grads, strict=True):
                 grad_x.addmm_(grad, branch.weight(call.dtype))
             grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
-        return grad_x, None, *grad_factors
+        return grad_x, None, *([None] if call.adds else grad_factors)
 
 
 def _ranks(factors: Sequence[torch.Tensor]) -> list[int]:
@@ -321,10 +338,10 @@ def _ranks(factors: Sequence[torch.Tensor]) -> list[int]:
 
 
 def _product(
-    left: torch.Tensor, right: torch.Tensor, scaling: float, factor: torch.Tensor, managed: bool
+    left: torch.Tensor, right: torch.Tensor, scaling: float, factor: torch.Tensor, adds: bool
 ) -> torch.Tensor | None:
     """scaling · left · right, the gradient of a factor; None where it has been added to `factor.grad`."""
-    if managed and factor.grad is not None:
+    if adds:
         if left.is_cuda and left.dtype != factor.grad.dtype:  # summed in FP32 by the product itself
             torch.addmm(factor.grad, left, right, out_dtype=factor.grad.dtype, alpha=scaling, out=factor.grad)
         else:

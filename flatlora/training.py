@@ -33,8 +33,9 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from flatlora import checkpoint, methods
 from flatlora.acceleration import IGNORED, GraphedMicroStep
 from flatlora.config import Experiment
-from flatlora.distributed import deepspeed_settings, is_main_process, rank, world_size, zero_dtypes
+from flatlora.distributed import deepspeed_settings, is_main_process, rank, world_size, zero_dtypes, zero_step
 from flatlora.files import write_json
+from flatlora.lora_linear import fused_throughout
 from flatlora.methods import AdapterMethod, Regulariser, Training
 from flatlora.models import autocast_dtype
 from flatlora.preemption import Preempted, Preemption
@@ -181,6 +182,7 @@ class FlatTrainer(Trainer):
     def train_or_load(self, resume_from: Path | None) -> None:
         """Train to the end, or only read a checkpoint that was written there: `train` would run one step more."""
         if resume_from is None or not _is_complete(resume_from):
+            self.model.train()  # loaded for inference, and PEFT's wrapper alone says otherwise
             self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             return
         self._load_from_checkpoint(str(resume_from))
@@ -204,16 +206,20 @@ class FlatTrainer(Trainer):
         self.step_loss += loss
         last = self.accelerator.gradient_state.sync_gradients
         if last:
-            self._sum_gradients()
+            self._sum_gradients(model)
         if self.regulariser and self.regulariser.second_gradient:
             self._micro_batches.append(inputs)
             if last:
                 self._take_gradient_anew(model, num_items_in_batch)
         return loss
 
-    def _sum_gradients(self) -> None:
-        """Over the processes, once a step: graphed micro-steps leave theirs in one buffer, past DDP's hooks."""
-        if self.graphed is not None and self.args.world_size > 1:
+    def _sum_gradients(self, model: nn.Module) -> None:
+        """Over the processes, once a step: graphed micro-steps leave theirs in one buffer, past all hooks."""
+        if self.graphed is None:
+            return
+        if self.experiment.trainer.zero:
+            zero_step(model, self.graphed.gradient)
+        elif self.args.world_size > 1:
             torch.distributed.all_reduce(self.graphed.gradient)
 
     def _micro_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
@@ -235,7 +241,7 @@ class FlatTrainer(Trainer):
             last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 self._micro_step(model, inputs, num_items_in_batch)
-        self._sum_gradients()
+        self._sum_gradients(model)
         self.regulariser.descend()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -255,9 +261,14 @@ class FlatTrainer(Trainer):
             load_adapter(self.model, folder, name)
 
     def _graphed_micro_step(self) -> GraphedMicroStep | None:
-        """Replayed micro-steps where nothing in them needs the host: a decoder-only model on GPUs, and no ZeRO."""
+        """Replayed micro-steps where nothing in them needs the host: a decoder-only model on GPUs.
+
+        ZeRO listens to every parameter whose gradient autograd adds up: it must be none.
+        """
         machine = self.experiment.trainer
-        if not self._needs_no_mask or machine.gradient_checkpointing or machine.zero:
+        if not self._needs_no_mask or machine.gradient_checkpointing:
+            return None
+        if machine.zero and not fused_throughout(self.model):
             return None
         return GraphedMicroStep(self._micro_loss, self.model)
 
@@ -279,7 +290,7 @@ class FlatTrainer(Trainer):
 
     def _graphed_training_step(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
         """A micro-step of `GraphedMicroStep`; lengths are rounded up, which `_needs_no_mask` allows."""
-        if not model.training:
+        if not self.model.training:  # after an evaluation; DDP's own flag would not tell
             model.train()
         inputs = self._prepare_inputs(inputs)
         missing = -inputs["input_ids"].shape[1] % _GRAPH_LENGTHS

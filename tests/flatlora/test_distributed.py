@@ -125,6 +125,37 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     assert len(set(record["perturbation"]["noise_sha256"])) == 2
 
 
+FUSED_ON_A_CPU = """
+import sys
+from flatlora import acceleration, training
+training.FlatTrainer._needs_no_mask = property(lambda trainer: True)
+acceleration.accelerate = lambda model, device: [f"{acceleration.fuse(model)} fused LoRA layers"]
+import run_exp
+sys.exit(run_exp.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_zero2_steps_on_gradients_of_one_buffer(settings, tmp_path):
+    """As on GPUs: fused layers add their gradients to a buffer past ZeRO's hooks, which is reduced once a step."""
+    pytest.importorskip("deepspeed")
+    script = tmp_path / "fused.py"
+    script.write_text(FUSED_ON_A_CPU)
+    settings = [*settings[:-1], "optim.batch_size=8", "trainer.max_steps=10", "trainer.autocast=none", settings[-1]]
+    zero, one = at(settings, "zero"), at(settings, "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    for command in ([*torchrun, "trainer=zero2", *zero], [sys.executable, str(script), *one]):
+        subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT | {"PYTHONPATH": str(PROJECT)}, check=True, timeout=240)
+    record = json.loads((run_folder(zero) / "run.json").read_text())
+    assert record["kernels"][0].endswith("fused LoRA layers")
+    assert record["distributed"]["processes"] == 2
+    rows = metrics_rows(run_folder(zero))
+    assert len(rows) == 10
+    for left, right in zip(rows, metrics_rows(run_folder(one)), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
     whole, hurt = at(settings, "whole"), at(settings, "hurt")

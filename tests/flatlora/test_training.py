@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 import run_exp
 from data.tokens import TokenRows
 from flatlora import training
+from flatlora.lora_linear import fuse
 from flatlora.training import EpochSampler
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 
@@ -243,6 +244,28 @@ def test_a_finished_run_is_scored_anew_without_a_step(tiny_settings, monkeypatch
     before = contents(folder)
     assert run_exp.main([*scored, "eval.gsm8k.max_new_tokens=6"]) == 2
     assert contents(folder) == before
+
+
+def test_buffered_micro_steps_are_the_plain_ones_from_the_first_to_the_last(tiny_settings, monkeypatch):
+    """As on a GPU: noise is read from the first step, before and after the model was evaluated."""
+    settings = [word for word in tiny_settings if not word.startswith("dataset.validation_rows")]
+    settings += [
+        "dataset.validation_rows=4",
+        "optim.eval_steps=2",
+        "rho=flat",
+        "rho.sigma=0.5",
+        "trainer.autocast=none",
+    ]
+    assert run_exp.main([*settings, "wandb.name=plain"]) == 0
+    monkeypatch.setattr(training.FlatTrainer, "_needs_no_mask", property(lambda trainer: True))
+    monkeypatch.setattr(run_exp.acceleration, "accelerate", lambda model, device: [str(fuse(model))])
+    assert run_exp.main([*settings, "wandb.name=buffered"]) == 0
+    (root,) = [word.partition("=")[2] for word in settings if word.startswith("results_root=")]
+    plain, buffered = (metrics_rows(next(Path(root).glob(f"*/{name}/*/"))) for name in ("plain", "buffered"))
+    assert len(plain) == 6 + 3
+    for left, right in zip(plain, buffered, strict=True):
+        for key in left.keys() & {"loss", "eval_loss", "grad_norm"}:
+            assert left[key] == pytest.approx(right[key], rel=2e-5)
 
 
 def test_a_resumed_runs_record_has_the_time_of_all_processes(tiny_settings, monkeypatch):
