@@ -338,7 +338,7 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
     except Exception as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         code = EXIT_FAILED
-        if files.disk_is_full(folder.path):  # safetensors, tokenizers and torch each have their own error for it
+        if not isinstance(error, OSError) and files.out_of_space(error, folder.path):
             error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")
         console.report_failure(error)
     record["memory"] = results.peak_memory_gib()

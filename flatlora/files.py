@@ -68,6 +68,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def out_of_space(error: Exception, folder: Path) -> bool:
+    """Whether an error is that of a full disk: safetensors, tokenizers and torch each have their own for it."""
+    return "no space left" in str(error).lower() or disk_is_full(folder)
+
+
 def disk_is_full(folder: Path) -> bool:
     """Whether less than a mebibyte is left for files in `folder`."""
     return folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,18 +29,20 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from flatlora import checkpoint, methods
 from flatlora.acceleration import IGNORED, GraphedMicroStep
 from flatlora.config import Experiment
 from flatlora.distributed import deepspeed_settings, is_main_process, rank, world_size, zero_dtypes, zero_step
-from flatlora.files import write_json
+from flatlora.files import out_of_space, write_json
 from flatlora.lora_linear import fused_throughout
 from flatlora.methods import AdapterMethod, Regulariser, Training
 from flatlora.models import autocast_dtype
 from flatlora.preemption import Preempted, Preemption
 from flatlora.results import MetricsLog, RunFolder
+from flatlora.saving import BackgroundWriter, to_host
 from flatlora.starts import load_adapter, mark_checkpoint
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor  # saved with every checkpoint
@@ -160,6 +163,8 @@ class FlatTrainer(Trainer):
         self.step_units = torch.zeros((), device=self.args.device)  # tokens, or images, since the newest row
         self._epoch_sampler: EpochSampler | None = None
         self._micro_batches: list[dict[str, Any]] = []  # of the running step, where its gradient is taken twice
+        self.writer = BackgroundWriter()
+        self._left_to_write: list[Callable[[], None]] = []  # of the checkpoint that is being made
         self.graphed = self._graphed_micro_step()
         self._autocast_dtype = autocast_dtype(experiment.trainer.autocast, experiment.model.dtype)
 
@@ -183,7 +188,11 @@ class FlatTrainer(Trainer):
         """Train to the end, or only read a checkpoint that was written there: `train` would run one step more."""
         if resume_from is None or not _is_complete(resume_from):
             self.model.train()  # loaded for inference, and PEFT's wrapper alone says otherwise
-            self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            try:
+                self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            finally:
+                self.writer.join()
+            self.writer.check()
             return
         self._load_from_checkpoint(str(resume_from))
         self.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
@@ -201,6 +210,7 @@ class FlatTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.writer.check()
         self.step_units += _units(inputs).to(self.step_units.device)
         loss = self._micro_step(model, inputs, num_items_in_batch)
         self.step_loss += loss
@@ -303,37 +313,73 @@ class FlatTrainer(Trainer):
         return loss * self.args.world_size  # as Trainer has it, whose mean over processes is that of all tokens
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint of this moment, which counts once the writer has sealed it; training goes on meanwhile."""
+        self.writer.wait()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         consolidate = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "consolidate_state_dict", None)
-        try:
+        with self._removed_if_broken(folder):
             if consolidate is not None:
                 consolidate()
             super()._save_checkpoint(model, trial)
-            self._complete(folder)
-        except BaseException:
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its room back
-            raise
+                self.recorder.effort().write(folder)
+                for callback in self.callback_handler.callbacks:
+                    if hasattr(callback, "save_state"):
+                        callback.save_state(folder)
+                mark_checkpoint(folder, folder.parent / "start")
+            self.accelerator.wait_for_everyone()
+        left, self._left_to_write = self._left_to_write, []
+        if self.args.should_save:
+            self.writer.start(functools.partial(self._finish_checkpoint, folder, left))
 
-    def _complete(self, folder: Path) -> None:
-        """Add what is ours to a checkpoint and make it count."""
-        if self.args.should_save:
-            self.recorder.effort().write(folder)
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "save_state"):
-                    callback.save_state(folder)
-            mark_checkpoint(folder, folder.parent / "start")
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+    def _finish_checkpoint(self, folder: Path, left: Sequence[Callable[[], None]]) -> None:
+        """In the writer's thread: the large files, from copies on the host, and the seal that makes them all count."""
+        with self._removed_if_broken(folder):
+            for write in left:
+                write()
             checkpoint.seal(
                 folder,
-                step=self.state.global_step,
+                step=checkpoint.step_of(folder),
                 config_sha256=self.experiment.sha256(),
                 data_sha256=self.data_sha256,
                 world_size=self.args.world_size,
                 zero=self.experiment.trainer.zero,
             )
             checkpoint.rotate(folder.parent, self.experiment.trainer.save_total_limit)
+
+    @contextlib.contextmanager
+    def _removed_if_broken(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            full = isinstance(error, Exception) and out_of_space(error, folder)
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its room back
+            if full:
+                raise OSError(f"no space left for {folder}; free some, then go on with resume=true") from error
+            raise
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Every process has whole weights, also under ZeRO-2, for which Trainer would copy all of them to the host."""
+        if self.args.should_save:
+            self._save(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if isinstance(self.model, PeftModel):  # small, and what its file holds depends on more than tensors
+            super()._save(output_dir, state_dict)
+            return
+        weights, folder = to_host(self.model.state_dict()), Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.processing_class.save_pretrained(folder)
+        self._left_to_write.append(lambda: self.model.save_pretrained(folder, state_dict=weights))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:  # each process's engine writes its own share
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            state, folder = to_host(self.optimizer.state_dict()), Path(output_dir)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+            self._left_to_write.append(lambda: torch.save(state, folder / OPTIMIZER_NAME))
 
 
 @dataclass

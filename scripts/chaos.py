@@ -4,8 +4,9 @@
 
 Each round is a run of its own that is hurt at a random moment: a rank is killed, the whole job is killed, the newest
 checkpoint is corrupted while the job is down, or its disk is full for a while (`--disk` names an empty folder on a
-small file system, such as a tmpfs; without it that harm is left out). Then it is resumed until it ends. Prints the harm
-of each round and whether its adapter equals the undisturbed one; exit code 1 when one does not.
+small file system, such as a tmpfs, with room for twice the run's folder; without it that harm is left out). Then it is
+resumed until it ends. Prints the harm of each round and whether its adapter equals the undisturbed one; exit code 1
+when one does not.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PATIENCE_S = 600
 
 
 def main(words: list[str] | None = None) -> int:
-    """Exit code: 0 all rounds ended with the undisturbed adapter, 1 one did not."""
+    """Exit code: 0 all rounds ended with the undisturbed adapter, 1 one did not, 2 a disk that is too small."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of harms and moments; printed")
@@ -67,6 +68,9 @@ def main(words: list[str] | None = None) -> int:
             print(told[-2000:])
             return 1
         span, wanted = time.monotonic() - begun, adapter_sha256(root / "whole")
+        if options.disk and (fault := _too_small(options.disk, root / "whole")):
+            print(fault)
+            return 2
         print(f"undisturbed: {span:.0f} s, adapter {wanted[:12]}", flush=True)
         harms = [kill_a_rank, kill_all, corrupt] + ([fill_the_disk] if options.disk else [])
         for number in range(1, options.rounds + 1):
@@ -75,7 +79,7 @@ def main(words: list[str] | None = None) -> int:
             starts, found = one_round(settings, place, harm, draw, span)
             same = found == wanted
             failed += not same
-            result = "equal" if same else f"DIFFERS: {found[:12]}"
+            result = "equal" if same else f"DIFFERS: {found}"
             print(f"round {number}: {harm.__name__.replace('_', ' ')}, {starts} starts, adapter {result}", flush=True)
             shutil.rmtree(place, ignore_errors=True)
     print(f"{options.rounds} rounds, {failed} failures")
@@ -140,8 +144,19 @@ def one_round(settings: list[str], place: Path, harm, draw: random.Random, span:
             return starts - 1, adapter_sha256(place)
         code, told = Job([*settings, "resume=true"], place).end()
         if code and "Traceback" in told:
-            return starts, f"a traceback: {told.strip().splitlines()[-1]}"
+            return starts, f"a traceback:\n{told[-3000:]}"
     return TRIES, "not finished"
+
+
+def _too_small(disk: Path, run: Path) -> str | None:
+    need = 2 * sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    free = shutil.disk_usage(disk).free
+    if free >= need:
+        return None
+    return (
+        f"Invalid --disk={disk}: {free >> 20} MiB are free there, and twice the run's folder is {need >> 20}; take a "
+        "larger one."
+    )
 
 
 def kill_a_rank(job: Job, draw: random.Random) -> None:

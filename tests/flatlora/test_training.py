@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,33 @@ def test_a_resumed_runs_record_has_the_time_of_all_processes(tiny_settings, monk
     assert record["perturbation"] == {"mode": "recompute", "layers": 14, "drift": None, "noise_sha256": None}
 
 
+@pytest.mark.parametrize("method", ["lora", "full_ft"])
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_settings, monkeypatch, method):
+    """And what is written is of the step at which it was saved."""
+    settings = [*tiny_settings, "trainer.save_steps=2", "trainer.save_total_limit=3", f"peft={method}"]
+    settings = [word for word in settings if method == "lora" or not word.startswith("peft.lora_r")]
+    whole = run(in_folder(settings, "whole"))
+    further, write, step = threading.Event(), torch.save, training.FlatTrainer.training_step
+
+    def wait_and_write(value, path, *args, **kwargs):
+        if Path(path).parent.name == "checkpoint-2" and Path(path).name == "optimizer.pt":
+            assert further.wait(60)
+        return write(value, path, *args, **kwargs)
+
+    def go_on(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:  # a step has changed weights and moments since
+            further.set()
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", wait_and_write)
+    monkeypatch.setattr(training.FlatTrainer, "training_step", go_on)
+    folder = run(in_folder(settings, "waiting"))
+    weights = "model.safetensors" if method == "full_ft" else "adapter_model.safetensors"
+    for name in (weights, "optimizer.pt"):
+        assert (folder / "checkpoint-2" / name).read_bytes() == (whole / "checkpoint-2" / name).read_bytes()
+    assert training.checkpoint.fault_of(folder / "checkpoint-2") is None
+
+
 @pytest.mark.parametrize("part", ["safetensors.torch.save_file", "torch.save", "flatlora.training.checkpoint.seal"])
 def test_a_disk_that_fills_up_in_mid_save(tiny_settings, monkeypatch, capsys, part):
     settings = [*tiny_settings, "trainer.save_steps=2"]
@@ -421,7 +449,7 @@ def test_the_best_of_a_time_after_the_checkpoint_is_forgotten(tiny_settings, mon
     settings += ["dataset.validation_rows=8", "optim.eval_steps=1", "trainer.save_steps=2", "optim.best_model=true"]
     whole = run(in_folder(settings, "whole"))
     steps = [best["step"] for best in json.loads((whole / "best/best.json").read_text())]
-    monkeypatch.setattr(training.FlatTrainer, "_complete", lambda self, folder: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(training, "mark_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
     killed = killed_and_resumed(settings, monkeypatch)  # before any checkpoint, after two evaluations
     assert [best["step"] for best in json.loads((killed / "best/best.json").read_text())] == steps
     assert adapter_bytes(killed) == adapter_bytes(whole)
