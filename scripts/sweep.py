@@ -12,6 +12,7 @@ sbatch  prints a file for `sbatch`: torchrun on every node with one rendezvous, 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -82,18 +83,19 @@ def experiments(words: Sequence[str]) -> list[Experiment]:
 
 def print_status(words: Sequence[str]) -> int:
     folders = [(RunFolder.of(experiment), experiment) for experiment in experiments(words)]
+    parent = Path(os.path.commonpath([folder.path.parent.parent for folder, _ in folders]))
     table = Table(title_justify="left")
     for column in ("state", "run", "trained", "time left", "why"):
         justify = "right" if column in ("trained", "time left") else "left"
-        table.add_column(column, justify=justify, no_wrap=column == "state")
+        table.add_column(column, justify=justify, no_wrap=column == "state", overflow="fold")
     found = []
     for folder, experiment in folders:
         state = state_of(folder, experiment)
         found.append(state.name)
         share = "—" if state.share is None else f"{state.share:.0%}"
         left = "—" if state.seconds_left is None else _duration(state.seconds_left)
-        table.add_row(state.name, Text(str(folder.path)), share, left, Text(state.reason))
-    table.title = f"Sweep: {found.count('done')} of {len(found)} done"
+        table.add_row(state.name, Text(str(folder.path.relative_to(parent))), share, left, Text(state.reason))
+    table.title = f"Sweep: {found.count('done')} of {len(found)} done, under {parent}"
     printer = Console(highlight=False)
     (printer if printer.is_terminal else Console(highlight=False, width=170)).print(table)
     return 0 if set(found) == {"done"} else 1
