@@ -50,7 +50,17 @@ def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
     """Run `script` in so many processes on this machine, as torchrun does; returns the exit code of the first failure.
 
     When one fails or this process is told to end, the others are told so, and killed 30 s later.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes.
     """
+    if machine.device != "cpu" and (there := gpu_count()) < machine.gpus:
+        raise ConfigError(
+            [
+                f"Invalid trainer.gpus={machine.gpus}: this machine has {there}; ask for fewer, or set "
+                "trainer.device=cpu for processes on the CPU."
+            ]
+        )
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

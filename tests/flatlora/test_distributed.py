@@ -230,6 +230,41 @@ def test_what_differs_is_told_by_rank(monkeypatch):
     assert caught.value.faults == ["The processes differ in b: 2 on rank 0, 2; 1 on rank 1. Do so."]
 
 
+def test_more_gpus_than_there_are_are_refused_before_a_process_is_started(settings):
+    words = [word for word in settings if word != "trainer.device=cpu"]
+    code, told = finish(start(["trainer=ddp", "trainer.gpus=3", *words]))
+    assert code == 2
+    assert "Invalid trainer.gpus=3: this machine has 0" in " ".join(told.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "starter",
+    [
+        [
+            "accelerate",
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+        ],
+        ["deepspeed", "--num_gpus", "2"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_starters_start_zero2_as_torchrun_does(settings, starter):
+    pytest.importorskip("deepspeed")
+    path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+    words = [*starter, "run_exp.py", "trainer=zero2", "trainer.max_steps=2", *settings]
+    subprocess.run(words, cwd=PROJECT, env=ENVIRONMENT | {"PATH": path}, check=True, timeout=240)
+    record = json.loads((run_folder(settings) / "run.json").read_text())
+    assert (record["status"], record["distributed"]["processes"], record["distributed"]["zero"]) == ("finished", 2, 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
