@@ -1,0 +1,153 @@
+"""Tables from records of runs: what fills a cell, what is left out and named, and the committed study."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+import run_exp
+from flatlora.config import ConfigError
+from scripts import tables
+
+PROJECT = Path(__file__).parents[2]
+COLUMN = tables.Column(title="CoLA", words=["dataset=cola"], metric="glue/accuracy", scale=100)
+
+
+def write_run(results, words, accuracy, folder=None, **changes):
+    """A finished run's record, as run_exp writes it, with one metric."""
+    experiment = run_exp.experiment_of(words)
+    record = {
+        "status": "finished",
+        "experiment": experiment.model_dump(mode="json"),
+        "metrics": {"glue/accuracy": accuracy},
+        "timing": {"train_s": 3600.0},
+    }
+    path = results / (folder or f"{experiment.run_name()}/{experiment.seed}") / "run.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record | changes))
+    return path.parent
+
+
+def made_of(results, name="table1"):
+    layouts = tables.read_layouts(PROJECT / "results/tables.yaml")
+    runs, problems = tables.read_runs(results)
+    (made,), more = tables.make({name: layouts[name]}, tables.read_paper(PROJECT / "results/paper.yaml"), runs)
+    return made, [*problems, *more]
+
+
+def words(row, seed, *more):
+    return [f"experiment=table1/{row}", "dataset=cola", f"seed={seed}", *more]
+
+
+def test_runs_fill_the_cell_of_their_setting_and_no_other(tmp_path):
+    for seed, accuracy in enumerate((0.83, 0.84, 0.85)):
+        write_run(tmp_path, words("lora_r8", seed), accuracy)
+    write_run(tmp_path, words("lora_r8", 3, "optim.lr=1e-3"), 0.99)  # another setting
+    write_run(tmp_path, words("lora_r8", 4, "trainer.micro_batch_size=16"), 0.99)
+    write_run(tmp_path, words("lora_r8", 5, "dataset.test_rows=10"), 0.99)  # other rows are scored
+    write_run(tmp_path, words("lora_r8", 6, "eval.glue.metric=published"), 0.99)
+    made, problems = made_of(tmp_path)
+    cell = made.cells["lora_r8", "cola"]
+    assert cell.by_seed == {0: pytest.approx(83), 1: pytest.approx(84), 2: pytest.approx(85)}
+    assert (cell.paper, cell.mean, cell.std) == (82.87, pytest.approx(84), pytest.approx(1))
+    assert problems == []
+    assert {key for key, one in made.cells.items() if one.by_seed} == {("lora_r8", "cola")}
+    text = tables.markdown(made)
+    assert "| LoRA (r = 8), ours | missing | missing | 84.00 ± 1.00 (3) | missing | missing | — |" in text
+    assert "| LoRA (r = 8), paper | 86.24 | 94.25 | 82.87 | 93.06 | 88.56 | 89.00 |" in text
+    assert "| LoRA (r = 8), difference | — | — | +1.13 | — | — | — |" in text
+    assert r"84.00 $\pm$ 1.00 (3)" in tables.latex(made)
+    (line,) = [
+        line for line in tables.as_csv(made, tmp_path).splitlines() if line.startswith("table1,LoRA (r = 8),cola")
+    ]
+    assert line.split(",")[3:9] == ["84.0000", "1.0000", "3", "0 1 2", "82.87", "1.1300"]
+    assert line.count("/run") == 0
+    assert len(line.split(",")[10].split()) == 3
+
+
+def test_what_is_broken_unfinished_or_contradictory_is_named_and_left_out(tmp_path):
+    write_run(tmp_path, words("lora_r8", 0), 0.80)
+    write_run(tmp_path, words("lora_r8", 0), 0.81, folder="again")
+    write_run(tmp_path, words("lora_r8", 1), 0.82)
+    write_run(tmp_path, words("lora_r8", 1), 0.82, folder="copied")
+    write_run(tmp_path, words("lora_r8", 2), 0.83, status="interrupted")
+    torn = write_run(tmp_path, words("lora_r8", 3), 0.84)
+    (torn / "run.json").write_text('{"status": "fin')
+    unknown = write_run(tmp_path, words("lora_r8", 4), 0.85, experiment={"model": {"nme": "x"}})
+    made, problems = made_of(tmp_path)
+    assert made.cells["lora_r8", "cola"].by_seed == {1: pytest.approx(82)}
+    assert len(problems) == 4
+    assert any("seed 0 of glue/accuracy" in one and "has 0.8;" in one and "has 0.81," in one for one in problems)
+    assert any("is interrupted" in one for one in problems)
+    assert any(str(torn) in one for one in problems)
+    assert any(str(unknown) in one for one in problems)
+
+
+def test_the_best_is_bold_only_where_the_difference_is_no_chance(tmp_path):
+    for seed, noise in enumerate((0.001, -0.002, 0.0015, 0.0)):
+        write_run(tmp_path, words("lora_r8", seed), 0.80 + noise)
+        write_run(tmp_path, words("flat_lora_r8", seed), 0.82 - noise)
+    made, _ = made_of(tmp_path)
+    assert made.best == {"cola": "flat_lora_r8"}
+    assert "**81.99 ± 0.15 (4)**" in tables.markdown(made)
+    write_run(tmp_path, words("lora_r16", 0), 0.81)  # one seed: nothing can be said against it
+    made, _ = made_of(tmp_path)
+    assert made.best == {}
+
+
+def test_paired_differences_are_scipys():
+    left, right = {0: 1.0, 1: 2.5, 2: 3.0, 7: 9.0}, {0: 0.5, 1: 2.75, 2: 2.0, 8: 1.0}
+    mean, low, high, p, seeds = tables.paired(left, right)
+    expected = stats.ttest_rel([1.0, 2.5, 3.0], [0.5, 2.75, 2.0])
+    assert (p, seeds) == (pytest.approx(expected.pvalue), 3)
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert mean == pytest.approx((0.5 - 0.25 + 1.0) / 3)
+    assert tables.paired(left, {0: 1.0, 1: 2.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda raw: raw["tables"]["table1"].update(source="X"), "Invalid source of table1"),
+        (lambda raw: raw["tables"]["table1"].pop("source"), "paper.table1.source"),
+        (lambda raw: raw["tables"]["table1"]["values"]["lora_r8"].update(mnli="high"), "mnli"),
+    ],
+)
+def test_a_published_number_without_a_source_is_a_fault(tmp_path, change, fault):
+    raw = yaml.safe_load((PROJECT / "results/paper.yaml").read_text())
+    change(raw)
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=fault):
+        tables.read_paper(tmp_path / "paper.yaml")
+
+
+def test_a_published_number_of_no_cell_is_a_fault():
+    layout = tables.Layout(rows={"lora_r8": "LoRA"}, columns={"cola": COLUMN})
+    paper = tables.Published(title="t", setting="s", source="S4", values={"lora_r9": {"cola": 1.0}})
+    with pytest.raises(ConfigError, match="lora_r9, cola is no cell"):
+        tables.make({"table1": layout}, {"table1": paper}, [])
+
+
+def test_the_committed_tables_are_those_of_the_committed_runs(tmp_path, capsys):
+    assert tables.main(["--out", str(tmp_path)]) == 0
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_bytes() == (PROJECT / "results/tables" / path.name).read_bytes(), path.name
+    assert tables.main(["status", "study", "--seeds", "5"]) == 0
+    told = capsys.readouterr().out
+    assert "hours of training" in told
+    assert tables.main(["tabel1"]) == 2
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PROJECT / "conf/experiment").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_every_experiment_composes_as_its_first_comment_says(path):
+    if path.stem == "base":
+        return
+    (command,) = [line for line in path.read_text().splitlines() if line.startswith("# python run_exp.py")]
+    words = [word for word in command.split()[4:] if not word.startswith("data_root=")]
+    assert words[0] == f"experiment={path.parent.name}/{path.stem}"
+    for experiment in run_exp.experiments_of(run_exp.commandline.expand_sweep(words)):
+        assert experiment.seed < 5
