@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import wandb
@@ -379,6 +380,8 @@ def test_the_tracker_is_fed_the_rows_of_metrics_jsonl(experiment, tmp_path):
     assert [row["loss"] for row in log.rows()] == [2.8125, 1.5625]
     assert wandb.run is None  # closed: the next run of this process has a page of its own
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    recorded = file.read_bytes()
-    for text in ("run-42", "2.8125", "0.00048828125", "1.5625", "0.171875", '"lora_r":8'):
-        assert text.encode() in recorded, text
+    texts = [text.encode() for text in ("run-42", "2.8125", "0.00048828125", "1.5625", "0.171875", '"lora_r":8')]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not all(text in file.read_bytes() for text in texts):
+        time.sleep(0.1)  # a process of wandb's own writes the file
+    assert [text for text in texts if text not in file.read_bytes()] == []
