@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -49,7 +50,8 @@ def must_launch(machine: TrainerConfig) -> bool:
 def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
     """Run `script` in so many processes on this machine, as torchrun does; returns the exit code of the first failure.
 
-    When one fails or this process is told to end, the others are told so, and killed 30 s later.
+    When one fails or this process is told to end, by a signal of `flatlora.preemption` too, the others are told so, and
+    killed `_patience_s` later. 75 is the answer to such a signal, as that of a run without processes.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
@@ -67,7 +69,9 @@ def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
 
     for name in ("torch.distributed.elastic", "torch.distributed.run"):  # tables of what the process has told itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_patience_s(machine))
     config = LaunchConfig(
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=machine.gpus,
@@ -83,8 +87,13 @@ def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
         return 0
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)  # a negative one is a signal
-    except SignalException:
-        return 130
+    except SignalException as error:
+        return 130 if error.sigval in (signal.SIGINT, signal.SIGQUIT) else 75
+
+
+def _patience_s(machine: TrainerConfig) -> int:
+    """Seconds from a signal to SIGKILL: for the running step and a checkpoint, within Slurm's two minutes."""
+    return min(110, max(30, int(machine.timeout_s)))
 
 
 _claimed: list[Any] = []  # the lock of this process's GPU, held to its end

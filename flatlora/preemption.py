@@ -15,6 +15,8 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
+from flatlora import distributed
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -32,7 +34,8 @@ class Preempted(BaseException):
 class Preemption(TrainerCallback):
     """Turns those signals into a checkpoint and a stop, for as long as the block lasts.
 
-    A second signal interrupts at once, as it does outside.
+    A second signal interrupts at once, as it does outside; not one of several processes, which hear of it from the
+    cluster and from their launcher.
     """
 
     def __init__(self) -> None:
@@ -51,19 +54,19 @@ class Preemption(TrainerCallback):
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._told is not None:
+        if self._told is not None and distributed.world_size() == 1:
             raise KeyboardInterrupt
-        self._told = number
+        self._told = self._told or number
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._asked(args):
+        if self.asked(args):
             self.stopped = control.should_save = True
 
     def on_save(self, args, state, control, **kwargs) -> None:
         # Not before: a checkpoint that holds this word would be taken for that of a finished training.
         control.should_training_stop |= self.stopped
 
-    def _asked(self, args) -> bool:
+    def asked(self, args) -> bool:
         """Whether any process was told: signals reach them at different moments, and all must stop at one step."""
         told = self._told is not None
         if args.world_size == 1:

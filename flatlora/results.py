@@ -109,6 +109,8 @@ class RunFolder:
         """Make an opened folder this experiment's: emptied for overwrite=true, with the config in it."""
         if experiment.overwrite:
             self._clear()
+        if not self.is_trained:  # what a killed start leaves is no record, and not that of an earlier one
+            (self.path / "run.json").unlink(missing_ok=True)
         for left in self.path.glob(".*-????????"):  # half-written when a process was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
@@ -259,7 +261,17 @@ class MetricsLog:
             self.tracker.log(row)
 
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        """All rows but a torn last one, which a kill leaves or a running process is writing."""
+        if not self.path.is_file():
+            return []
+        lines, rows = self.path.read_text(errors="replace").splitlines(), []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise
+        return rows
 
 
 class Tracker:

@@ -597,8 +597,9 @@ def train(
     try:
         with preemption:
             trainer.train_or_load(resume_from)
-        if preemption.stopped:
-            raise Preempted(preemption.hand_on)
+            trainer.accelerator.wait_for_everyone()  # none ends before the newest checkpoint is sealed
+            if preemption.stopped or preemption.asked(arguments):  # after the last step too: scoring may take hours
+                raise Preempted(preemption.hand_on)
         effort = recorder.effort()
         if best:
             best_step = best.restore(model)

@@ -75,8 +75,7 @@ def experiments(words: Sequence[str]) -> list[Experiment]:
     Raises:
         ConfigError: every fault of every one.
     """
-    _, words = commandline.split_flags(list(words))
-    settings, _ = commandline.rewrite(words)
+    settings, _ = commandline.rewrite(commandline.split_flags(list(words))[1])
     settings, _ = commandline.name_jobs(settings)
     return run_exp.experiments_of(commandline.expand_sweep(settings))
 
@@ -144,7 +143,10 @@ def sbatch_file(
     Raises:
         ConfigError: the words do not make one run, which several processes share.
     """
-    found = experiments(words)
+    if nodes < 1 or gpus < 1:
+        raise ConfigError([f"Invalid --nodes={nodes} --gpus={gpus}: a run has at least one of each."])
+    words = [word for word in commandline.split_flags(list(words))[1] if not word.startswith("resume=")]
+    found = experiments([*words, "resume=true"])
     if len(found) != 1:
         raise ConfigError([f"Invalid words: they make {len(found)} runs; a batch file has one, so print one for each."])
     experiment, processes = found[0], nodes * gpus
@@ -158,8 +160,7 @@ def sbatch_file(
         )
     if faults:
         raise ConfigError(faults)
-    kept = [word for word in words if not word.startswith("resume=")]
-    command = " ".join(shlex.quote(word) for word in ["run_exp.py", *kept, "resume=true"])
+    command = " ".join(shlex.quote(word) for word in ["run_exp.py", *words, "resume=true"])
     record = shlex.quote(str(RunFolder.of(experiment).path / "run.json"))
     settings = [
         f"--job-name={experiment.run_name()}",
@@ -176,6 +177,7 @@ def sbatch_file(
         "#!/bin/bash",
         *(f"#SBATCH {setting}" for setting in settings),
         "set -u",
+        "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # seconds from SIGTERM to SIGKILL: for a step and a checkpoint",
         f"cd {shlex.quote(str(PROJECT))}",
         'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
         f"srun --kill-on-bad-exit=1 {shlex.quote(python)} -m torch.distributed.run \\",

@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
-from flatlora.config import ConfigError, Experiment, Section, build_section, parse  # noqa: E402
+from flatlora.config import ConfigError, Experiment, Section, build_section, parse, setting  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.files import write_atomic  # noqa: E402
 
@@ -53,6 +54,7 @@ class Layout(Section):
     columns: dict[str, Column]
     title: str | None = None  # the published table's by default
     average: bool = True
+    against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows compared; else all with the first LoRA row
 
 
 class Published(Section):
@@ -109,6 +111,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of each cell, for status")
     options = parser.parse_args(words)
     quiet_libraries()
+    if not options.results.is_dir():
+        report_faults(ConfigError([f"Invalid --results={options.results}: no such folder; name one that runs are in."]))
+        return 2
     status = options.names[:1] == ["status"]
     names = options.names[1:] if status else options.names
     try:
@@ -180,7 +185,10 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
                 problems.append(f"{path.parent} is {record['status']}.")
                 continue
             experiment = parse(record["experiment"], run_exp.REGISTRY)
-            runs.append(Run(path.parent, experiment, record["metrics"], record["timing"]["train_s"]))
+            metrics = {name: value for name, value in record["metrics"].items() if value is not None}
+            if not all(math.isfinite(value) for value in metrics.values()):
+                raise ValueError("a metric is not finite")
+            runs.append(Run(path.parent, experiment, metrics, float(record["timing"]["train_s"])))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # ConfigError is a ValueError
             problems.append(f"{path.parent} has no good run.json ({type(error).__name__}: {str(error)[:120]}).")
     return runs, problems
@@ -236,7 +244,8 @@ def _scored_alike(run: Experiment, wanted: Experiment, metric: str) -> bool:
 
     def asked(experiment: Experiment) -> Any:
         config = experiment.eval.get(benchmark)
-        settings = config.model_dump(mode="json", exclude={"batch_size"}) if config else None
+        how = {"batch_size", "judge_url"}  # and where the judge is: no answer depends on them
+        settings = config.model_dump(mode="json", exclude=how) if config else None
         rows = getattr(experiment.model, "generated_test_rows", None), getattr(experiment.dataset, "test_rows", None)
         return settings, rows
 
@@ -328,7 +337,7 @@ def lines_of(made: Made) -> list[tuple[str, list[str], set[int]]]:
         average = [_mean(cell.mean for cell in cells)] if layout.average else []
         lines.append((f"{label}, ours" if made.published else label, [*map(_ours, cells), *average], bold))
         if any(cell.paper is not None for cell in cells):
-            average = [_mean(cell.paper for cell in cells)] if layout.average else []
+            average = ["—"] if layout.average else []  # a mean of ours of published numbers is not published
             papers = ["—" if cell.paper is None else f"{cell.paper:.2f}" for cell in cells]
             lines.append((f"{label}, paper", [*papers, *average], set()))
             differences = [*map(_difference, cells), *(["—"] if layout.average else [])]
@@ -347,17 +356,17 @@ def _notes(made: Made) -> list[str]:
 
 
 def comparisons(made: Made) -> list[list[str]]:
-    """Each row against the first that is no full fine-tuning, over the seeds that both have: one line a column."""
-    rows = [row for row in made.layout.rows if not row.startswith("full_ft")]
+    """Each row against its `against`, over the seeds that both have: one line a column."""
+    first, *others = [row for row in made.layout.rows if not row.startswith("full_ft")]
     lines = []
-    for row in rows[1:]:
+    for row, baseline in (made.layout.against or dict.fromkeys(others, first)).items():
         for key, column in made.layout.columns.items():
-            test = paired(made.cells[row, key].by_seed, made.cells[rows[0], key].by_seed)
+            test = paired(made.cells[row, key].by_seed, made.cells[baseline, key].by_seed)
             if test is not None:
                 mean, low, high, p, seeds = test
                 interval = f"{low:+.2f} to {high:+.2f}"
                 told = [f"{mean:+.2f}", interval, "< 0.001" if p < 0.001 else f"{p:.3f}", str(seeds)]
-                names = [f"{made.layout.rows[row]} − {made.layout.rows[rows[0]]}", column.title]
+                names = [f"{made.layout.rows[row]} − {made.layout.rows[baseline]}", column.title]
                 lines.append([*names, *(text.replace("-", "−") for text in told)])
     return lines
 
@@ -437,13 +446,16 @@ def print_status(made: Sequence[Made], runs: Sequence[Run], seeds: int) -> None:
         shown.add_column(
             column, justify="right" if column in ("seeds", "missing", "hours") else "left", overflow="fold"
         )
-    total, unknown = 0.0, 0
+    total, unknown, counted = 0.0, 0, set()
     for one in made:
         for (row, key), cell in one.cells.items():
             missing = max(0, seeds - len(cell.by_seed))
             hours = _hours(one, row, key, runs) if missing else 0.0
-            unknown += missing if hours is None else 0
-            total += missing * (hours or 0.0)
+            words = tuple(words_of(one.name, row, one.layout.columns[key]))
+            if words not in counted:  # several columns may show the same runs
+                unknown += missing if hours is None else 0
+                total += missing * (hours or 0.0)
+            counted.add(words)
             told = "—" if not missing else "?" if hours is None else f"{missing * hours:.2f}"
             shown.add_row(
                 one.name,
@@ -465,8 +477,9 @@ def _hours(made: Made, row: str, key: str, runs: Sequence[Run]) -> float | None:
     alike = [
         run
         for run in runs
-        if (run.experiment.model, run.experiment.dataset.name, run.experiment.optim.epochs)
-        == (experiment.model, experiment.dataset.name, experiment.optim.epochs)
+        if (run.experiment.model, run.experiment.dataset, run.experiment.optim.epochs, run.experiment.peft.name)
+        == (experiment.model, experiment.dataset, experiment.optim.epochs, experiment.peft.name)
+        and run.experiment.trainer.max_steps == experiment.trainer.max_steps
     ]
     exact = [run for run in alike if _setting(run.experiment) == _setting(experiment)]
     times = [run.train_s for run in exact or alike]

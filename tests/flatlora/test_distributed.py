@@ -176,8 +176,11 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_preempted_run_has_a_checkpoint_of_that_moment(settings, number):
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGTERM, []), (signal.SIGUSR1, ["trainer=ddp", *TWO])], ids=["one", "two"]
+)
+def test_a_preempted_run_has_a_checkpoint_of_that_moment(settings, number, words):
+    settings = [*words, *settings]
     whole, told_to_end = at(settings, "whole"), at(settings, "told")
     assert finish(start(whole))[0] == 0
     process = start(told_to_end)

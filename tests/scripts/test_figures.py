@@ -13,7 +13,7 @@ PROJECT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def study():
     layouts = tables.read_layouts(PROJECT / "results/tables.yaml")
-    runs, problems = tables.read_runs(PROJECT / "results")
+    runs, problems = tables.read_runs(PROJECT / "results/study")
     assert problems == []
     (made,), _ = tables.make({"study": layouts["study"]}, {}, runs)
     return made
@@ -41,7 +41,7 @@ def test_curves_are_of_every_seed(study):
 
 def test_they_are_the_same_each_time_and_left_out_without_runs(tmp_path, capsys):
     for name in ("one", "two"):
-        assert figures.main(["--out", str(tmp_path / name)]) == 0
+        assert figures.main(["--results", str(PROJECT / "results/study"), "--out", str(tmp_path / name)]) == 0
     drawn = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert drawn == [f"{name}.{kind}" for name in ("sigma_sweep", "training_curves") for kind in ("pdf", "png")]
     for name in drawn:

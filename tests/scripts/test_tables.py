@@ -1,6 +1,7 @@
 """Tables from records of runs: what fills a cell, what is left out and named, and the committed study."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_runs_fill_the_cell_of_their_setting_and_no_other(tmp_path):
     assert {key for key, one in made.cells.items() if one.by_seed} == {("lora_r8", "cola")}
     text = tables.markdown(made)
     assert "| LoRA (r = 8), ours | missing | missing | 84.00 ± 1.00 (3) | missing | missing | — |" in text
-    assert "| LoRA (r = 8), paper | 86.24 | 94.25 | 82.87 | 93.06 | 88.56 | 89.00 |" in text
+    assert "| LoRA (r = 8), paper | 86.24 | 94.25 | 82.87 | 93.06 | 88.56 | — |" in text
     assert "| LoRA (r = 8), difference | — | — | +1.13 | — | — | — |" in text
     assert r"84.00 $\pm$ 1.00 (3)" in tables.latex(made)
     (line,) = [
@@ -130,14 +131,47 @@ def test_a_published_number_of_no_cell_is_a_fault():
         tables.make({"table1": layout}, {"table1": paper}, [])
 
 
-def test_the_committed_tables_are_those_of_the_committed_runs(tmp_path, capsys):
-    assert tables.main(["--out", str(tmp_path)]) == 0
-    for path in sorted(tmp_path.iterdir()):
-        assert path.read_bytes() == (PROJECT / "results/tables" / path.name).read_bytes(), path.name
-    assert tables.main(["status", "study", "--seeds", "5"]) == 0
-    told = capsys.readouterr().out
-    assert "hours of training" in told
+@pytest.fixture
+def results(tmp_path):
+    """The committed runs alone: a developer's results/ may hold others."""
+    shutil.copytree(PROJECT / "results/study", tmp_path / "results/study")
+    return tmp_path / "results"
+
+
+def test_the_committed_tables_are_those_of_the_committed_runs(results, capsys):
+    assert tables.main(["--results", str(results)]) == 0
+    made = {path.name for path in (results / "tables").iterdir()}
+    assert made == {f"{t}.{s}" for t in ("table1", "table2", "table3", "table4", "study") for s in ("md", "tex", "csv")}
+    for name in sorted(made):
+        assert (results / "tables" / name).read_bytes() == (PROJECT / "results/tables" / name).read_bytes(), name
+    assert tables.main(["status", "study", "--results", str(results), "--seeds", "5"]) == 0
+    assert "35 runs of a kind" not in capsys.readouterr().out
     assert tables.main(["tabel1"]) == 2
+    assert tables.main(["--results", str(results / "none")]) == 2
+
+
+def test_every_column_asks_the_benchmark_of_its_metric_and_runs_of_its_command_fill_it(tmp_path):
+    layouts = tables.read_layouts(PROJECT / "results/tables.yaml")
+    for name, layout in layouts.items():
+        for column in layout.columns.values():
+            row = next(iter(layout.rows))
+            experiment = run_exp.experiment_of([*tables.words_of(name, row, column), "seed=0"])
+            assert column.metric.partition("/")[0] in experiment.eval
+    column = layouts["table4"].columns["mmlu"]
+    command = [*tables.words_of("table4", "lora", column), "seed=0", "eval.instruct_eval.batch_size=2"]
+    metrics = {"instruct_eval/mmlu": 0.5, "instruct_eval/bbh": None}
+    write_run(tmp_path, command, 0.0, metrics=metrics)
+    made, problems = made_of(tmp_path, "table4")
+    assert {key[1] for key, cell in made.cells.items() if cell.by_seed} == {"mmlu"}
+    assert problems == []
+
+
+def test_records_that_hold_no_numbers_are_left_out(tmp_path):
+    for seed, changes in enumerate(({"metrics": {"glue/accuracy": float("nan")}}, {"metrics": [1]}, {"timing": {}})):
+        write_run(tmp_path, words("lora_r8", seed), 0.8, **changes)
+    made, problems = made_of(tmp_path)
+    assert len(problems) == 3
+    assert not made.cells["lora_r8", "cola"].by_seed
 
 
 @pytest.mark.parametrize(
