@@ -18,6 +18,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class RunFolder:
         """Whether another process has the folder now."""
         try:
             with open(self.path / ".lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:  # no lock file, or not ours to read: `open` will tell
@@ -142,7 +143,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until close()
             self._probe_space()
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_folder()
         except BlockingIOError as error:
             self.close()
             raise ConfigError([self._in_use_fault()]) from error
@@ -156,6 +157,17 @@ class RunFolder:
                     f"{remedy}, or set results_root=DIR to a folder that takes files."
                 ]
             ) from error
+
+    def _lock_folder(self) -> None:
+        """Try for half a second: somebody who only asks `in_use` has the lock for a moment."""
+        deadline = time.monotonic() + 0.5
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
     def _remove(self, created: list[Path]) -> None:
         """Leave nothing behind in folders that this call made, innermost first."""

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -385,3 +386,26 @@ def test_the_tracker_is_fed_the_rows_of_metrics_jsonl(experiment, tmp_path):
     while time.monotonic() < deadline and not all(text in file.read_bytes() for text in texts):
         time.sleep(0.1)  # a process of wandb's own writes the file
     assert [text for text in texts if text not in file.read_bytes()] == []
+
+
+def test_asking_whether_a_folder_is_in_use_keeps_no_run_from_starting(experiment, tmp_path):
+    one = experiment(f"results_root={tmp_path}")
+    first = RunFolder.of(one)
+    first.open(one)
+    first.close()
+    stop, seen = threading.Event(), []
+
+    def ask():
+        while not stop.is_set():
+            seen.append(RunFolder.of(one).in_use)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for _ in range(50):
+            first.open(one)
+            first.close()
+    finally:
+        stop.set()
+        asking.join()
+    assert seen
