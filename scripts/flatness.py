@@ -1,0 +1,204 @@
+"""Measures how flat the loss of finished runs is, on their merged weights; writes flatness.json into each run's folder.
+
+    python scripts/flatness.py RUN [RUN ...] [--data-root DIR] [--rows 512] [--parts rise,hessian,landscape]
+
+RUN is a folder below results/ with an adapter in it. What is measured, and along which shared directions, stands in
+flatlora/flatness.py; the loss is that of some of its training rows. Runs that have these measures already are passed
+over, so an interrupted start goes on; scripts/tables.py and scripts/figures.py read the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import run_exp  # noqa: E402
+from flatlora import files, flatness, models, results  # noqa: E402
+from flatlora.clip import Classes  # noqa: E402
+from flatlora.config import ConfigError, Experiment, parse  # noqa: E402
+from flatlora.console import console, counting, quiet_libraries, report_faults  # noqa: E402
+from flatlora.layers import PerturbedLayer, find_lora_layers  # noqa: E402
+from flatlora.methods.lora import find_targets  # noqa: E402
+from flatlora.results import RunFolder  # noqa: E402
+
+FILE = "flatness.json"
+PARTS = ("rise", "hessian", "landscape")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit code: 0 measured, 2 a run that cannot be, before any has been."""
+    options = _options(words)
+    quiet_libraries()
+    try:
+        runs = [(Path(run), _experiment(Path(run), options.data_root)) for run in options.runs]
+        device = models.choose_device(options.device)
+        for run, experiment in runs:
+            measure(run, experiment, device, options)
+    except ConfigError as error:
+        report_faults(error)
+        return 2
+    return 0
+
+
+def _options(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--data-root", help="instead of the run's own")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--parts", type=_parts, default=PARTS, help="some of " + ",".join(PARTS))
+    parser.add_argument("--rows", type=_positive, default=512, help="training rows that the loss is of")
+    parser.add_argument("--batch-size", type=_positive, default=64)
+    parser.add_argument("--sigmas", type=_numbers, default=(0.01, 0.05, 0.1, 0.15, 0.2), help="of the expected rise")
+    parser.add_argument("--draws", type=_positive, default=16, help="of ε at each σ")
+    parser.add_argument("--probes", type=_positive, default=16, help="of the trace")
+    parser.add_argument("--radius", type=float, default=0.5, help="of the landscape; 1 is as long as each row of W'")
+    parser.add_argument("--points", type=_positive, default=21, help="of the landscape, a side")
+    parser.add_argument("--seed", type=int, default=0, help="of directions, draws and probes, not the run's")
+    return parser.parse_args(words)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a number of 1 or more is needed")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in text.split(","))
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    words = tuple(text.split(","))
+    if unknown := [word for word in words if word not in PARTS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: known are {', '.join(PARTS)}")
+    return words
+
+
+def _experiment(run: Path, data_root: str | None) -> Experiment:
+    """
+    Raises:
+        ConfigError: no finished run with weights of its own, or one whose weights are packed.
+    """
+    record = RunFolder(run).record
+    if record is None or record["status"] != "finished" or not (run / "adapter").is_dir():
+        raise ConfigError([f"Invalid run {run}: a finished run with its adapter/ is needed; name another, or end it."])
+    experiment = parse(record["experiment"], run_exp.REGISTRY)
+    if experiment.model.quantize != "none":
+        raise ConfigError(
+            [f"Invalid run {run}: its backbone is packed (model.quantize), and small steps would be lost."]
+        )
+    changed = {"eval": {}} | ({"data_root": data_root} if data_root else {})
+    return experiment.model_copy(update=changed)
+
+
+def measure(run: Path, experiment: Experiment, device: torch.device, options: argparse.Namespace) -> None:
+    """The parts that the run's file does not have yet; written after each.
+
+    Raises:
+        ConfigError: model or data cannot be had.
+    """
+    record = RunFolder(run).record
+    asked = {key: getattr(options, key) for key in ("rows", "seed")}
+    how = {
+        "rise": asked | {"sigmas": list(options.sigmas), "draws": options.draws},
+        "hessian": asked | {"probes": options.probes},
+        "landscape": asked | {"radius": options.radius, "points": options.points},
+    }
+    found = {"adapter_sha256": record["adapter_sha256"], "parts": {}}
+    if (run / FILE).is_file() and (kept := json.loads((run / FILE).read_bytes()))["adapter_sha256"] == record[
+        "adapter_sha256"
+    ]:
+        found = kept
+    left = [part for part in options.parts if found["parts"].get(part, {}).get("how") != how[part]]
+    if not left:
+        console.print(f"{run}: measured already", markup=False, soft_wrap=True)
+        return
+    model, layers, batches = _loaded(run, experiment, device, options)
+    for part in left:
+        begun = time.monotonic()
+        values = _MEASURES[part](model, layers, batches, options)
+        found["parts"][part] = {"how": how[part], **values, "seconds": round(time.monotonic() - begun, 1)}
+        found |= {
+            "loss": flatness.mean_loss(model, batches),
+            "git_sha": results.git_sha(),
+            "env": results.environment(),
+        }
+        files.write_json(run / FILE, found)
+    console.print(f"written: {run / FILE}", markup=False, soft_wrap=True)
+
+
+def _loaded(
+    run: Path, experiment: Experiment, device: torch.device, options: argparse.Namespace
+) -> tuple[nn.Module, list[PerturbedLayer], list[flatness.Batch]]:
+    """The merged model in FP32 and evaluation mode, the layers that adapters act on, and the training rows."""
+    inputs = run_exp.prepare(experiment, device)
+    classes = Classes.of_run(run) if experiment.dataset.kind == "image" else None
+    eager = experiment.model.model_copy(update={"attn": "eager"})  # the one attention with a second derivative
+    model, _, told = models.load_for_inference(str(run / "adapter"), eager, device, classes)
+    model = model.float()
+    if told["adapter"]:
+        names = [layer.name for layer in find_lora_layers(model)]
+        model = model.merge_and_unload()
+    else:
+        names = find_targets(model, "all")
+    model.requires_grad_(False)
+    rows = inputs.rows.train
+    chosen = random.Random(options.seed).sample(range(len(rows)), min(options.rows, len(rows)))
+    chosen.sort(key=lambda index: rows.lengths[index])  # little padding
+    batches = []
+    for first in range(0, len(chosen), options.batch_size):
+        batch = inputs.collate([rows[index] for index in chosen[first : first + options.batch_size]])
+        batches.append({key: value.to(device) for key, value in batch.items()})
+    return model.eval(), flatness.plain_layers(model, names), batches
+
+
+def _rise(model, layers, batches, options) -> dict[str, Any]:
+    draws = {}
+    with counting("expected rise", options.draws * len(options.sigmas)) as told:
+        for sigma in options.sigmas:
+            draws[f"{sigma:g}"] = flatness.expected_rises(
+                model, layers, batches, sigma, draws=options.draws, seed=options.seed, told=told
+            )
+    return {"draws": draws}
+
+
+def _hessian(model, layers, batches, options) -> dict[str, Any]:
+    hessian = flatness.Hessian(model, layers, batches)
+    with counting("top eigenvalue", None) as told:
+        top = hessian.top_eigenvalue(seed=options.seed, told=told)
+    with counting("trace", options.probes) as told:
+        samples = hessian.trace_samples(seed=options.seed, probes=options.probes, told=told)
+    return {
+        "top_eigenvalue": top.value,
+        "iterations": top.iterations,
+        "residual": top.residual,
+        "trace_samples": samples,
+    }
+
+
+def _landscape(model, layers, batches, options) -> dict[str, Any]:
+    at = torch.linspace(-options.radius, options.radius, options.points).tolist()
+    settings = {"seed": options.seed}
+    with counting("landscape", options.points + options.points**2) as told:
+        line = flatness.landscape(model, layers, batches, at, dimensions=1, told=told, **settings)
+        plane = flatness.landscape(model, layers, batches, at, dimensions=2, told=told, **settings)
+    return {"at": at, "line": line.tolist(), "plane": plane.tolist()}
+
+
+_MEASURES: Mapping[str, Callable[..., dict[str, Any]]] = {"rise": _rise, "hessian": _hessian, "landscape": _landscape}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
