@@ -160,6 +160,26 @@ def test_hessian_products_eigenvalue_and_trace_are_those_of_the_whole_matrix(mod
     assert abs(samples.mean() - whole.trace()) < 4 * spread
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_measures_what_the_host_does(model, layers):
+    def measured(batches):
+        found = flatness.plain_layers(model, NAMES)
+        hessian = flatness.Hessian(model, found, batches)
+        return [
+            *flatness.expected_rises(model, found, batches, 0.5, draws=3, seed=1),
+            *flatness.landscape(model, found, batches, [-0.5, 0.25], dimensions=2, seed=1).flatten().tolist(),
+            hessian.top_eigenvalue(seed=1, iterations=100, tolerance=1e-6).value,
+            *hessian.trace_samples(seed=1, probes=2),
+        ]
+
+    here, before = measured(batches()), stored(layers)
+    model.cuda()
+    there = measured([{key: value.cuda() for key, value in batch.items()} for batch in batches()])
+    assert there == pytest.approx(here, rel=1e-3, abs=1e-5)
+    assert all(torch.equal(layer.weight.cpu(), old) for layer, old in zip(layers, before, strict=True))
+
+
 def test_weights_that_are_too_coarse_are_refused(model):
-    with pytest.raises(ValueError, match="bfloat16.*model.float"):
+    with pytest.raises(ValueError, match=r"bfloat16.*model\.float"):
         flatness.plain_layers(model.bfloat16(), NAMES)
