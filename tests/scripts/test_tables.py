@@ -173,16 +173,3 @@ def test_records_that_hold_no_numbers_are_left_out(tmp_path):
     made, problems = made_of(tmp_path)
     assert len(problems) == 3
     assert not made.cells["lora_r8", "cola"].by_seed
-
-
-@pytest.mark.parametrize(
-    "path", sorted((PROJECT / "conf/experiment").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
-)
-def test_every_experiment_composes_as_its_first_comment_says(path):
-    if path.stem == "base":
-        return
-    (command,) = [line for line in path.read_text().splitlines() if line.startswith("# python run_exp.py")]
-    words = [word for word in command.split()[4:] if not word.startswith("data_root=")]
-    assert words[0] == f"experiment={path.parent.name}/{path.stem}"
-    for experiment in run_exp.experiments_of(run_exp.commandline.expand_sweep(words)):
-        assert experiment.seed < 5
