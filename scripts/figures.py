@@ -1,23 +1,32 @@
-"""The figures of the study, from the records that the tables are made of: PDF and PNG.
+"""The figures of the study and of the papers' measures, from the records that the tables are made of: PDF and PNG.
 
-    python scripts/figures.py [--results DIR] [--out DIR]
+    python scripts/figures.py [NAME ...] [--results DIR] [--out DIR]
 
 sigma_sweep      score against σ of Flat-LoRA, mean and sample standard deviation over seeds; LoRA is σ = 0
+rank_sweep       score against the rank, LoRA and Flat-LoRA, in the same way
 training_curves  loss of training against the step, mean over seeds and their range, smoothed over 5 logged rows
+sharpness        rise of the training loss under the noise of training at several σ, on merged weights, over seeds
+landscape        training loss along shared random directions of the full weight space, merged weights, one seed
+severity         accuracy on corrupted images against the severity, of models trained on clean ones
+cost             time of a step and peak memory, as results/bench/gpu.json has them
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import stats
 
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -25,7 +34,7 @@ sys.path.insert(0, str(PROJECT))
 from flatlora.config import ConfigError  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.results import MetricsLog  # noqa: E402
-from scripts import tables  # noqa: E402
+from scripts import cells  # noqa: E402
 
 STYLE = {
     "font.size": 9,
@@ -42,23 +51,27 @@ SMOOTHED_ROWS = 5
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 drawn, 2 a layout that is not in order."""
+    """Exit code: 0 drawn, 2 a layout that is not in order or a figure that there is none of."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(FIGURES)}; all by default")
     parser.add_argument("--results", type=Path, default=PROJECT / "results")
     parser.add_argument("--out", type=Path, help="RESULTS/tables by default")
     options = parser.parse_args(words)
     quiet_libraries()
     try:
-        layouts = tables.read_layouts(PROJECT / "results/tables.yaml")
-        runs, _ = tables.read_runs(options.results)
-        (study,), _ = tables.make({"study": layouts["study"]}, {}, runs)
+        if unknown := [name for name in options.names if name not in FIGURES]:
+            raise ConfigError([f"Unknown figure {name}: known are {', '.join(FIGURES)}." for name in unknown])
+        layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
+        runs, _ = cells.read_runs(options.results)  # what is wrong with them, scripts/tables.py tells
+        made, _ = cells.make({name: layouts[name] for name in LAYOUTS}, {}, runs)
     except ConfigError as error:
         report_faults(error)
         return 2
-    out = options.out or options.results / "tables"
+    tables, out = {one.name: one for one in made}, options.out or options.results / "tables"
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        for name, figure in (("sigma_sweep", sigma_sweep(study)), ("training_curves", training_curves(study))):
+        for name in options.names or FIGURES:
+            figure = FIGURES[name](tables, options.results)
             if figure is None:
                 print(f"left out: {name}, for which there are too few runs", file=sys.stderr)
                 continue
@@ -83,27 +96,82 @@ def sigma_of(row: str) -> float | None:
     return float(given[0]) if given else 0.05 if name == "flat_lora" else None
 
 
-def sigma_sweep(study: tables.Made) -> plt.Figure | None:
+def sigma_sweep(study: cells.Made) -> plt.Figure | None:
     """One panel a column that has three σ or more; None where there is none."""
     panels = {}
     for key, column in study.layout.columns.items():
-        cells = [(sigma_of(row), study.cells[row, key]) for row in study.layout.rows if sigma_of(row) is not None]
-        points = sorted((sigma, cell.mean, cell.std or 0.0, len(cell.by_seed)) for sigma, cell in cells if cell.by_seed)
-        if len(points) >= 3:
-            panels[column.title] = np.array(points)
+        found = {sigma_of(row): study.cells[row, key] for row in study.layout.rows if sigma_of(row) is not None}
+        if (points := points_of(found)).shape[0] >= 3:
+            panels[column.title] = points
     if not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.6), squeeze=False, layout="constrained")
-    for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = panels_of(len(panels))
+    for axis, (title, points) in zip(axes, panels.items(), strict=True):
         axis.errorbar(points[:, 0], points[:, 1], yerr=points[:, 2], marker="o", capsize=3, color=COLOURS[0])
         axis.set(title=title, xlabel="σ (0 is LoRA)", ylabel="per cent")
         axis.set_xticks(points[:, 0], [f"{sigma:g}" for sigma in points[:, 0]], rotation=45)
-    seeds = sorted({int(count) for points in panels.values() for count in points[:, 3]})
-    figure.suptitle(f"Flat-LoRA's σ, SmolLM2-135M: mean ± std of {'–'.join(map(str, seeds))} seeds", fontsize=9)
+    told = seeds_told(list(panels.values()))
+    figure.suptitle(f"Flat-LoRA's σ, {SMALL}: mean ± std of {told} seeds", fontsize=9)
     return figure
 
 
-def training_curves(study: tables.Made) -> plt.Figure | None:
+def rank_sweep(ablation: cells.Made) -> plt.Figure | None:
+    """LoRA and Flat-LoRA against r in one panel; None for fewer than three ranks of either."""
+    lines = {}
+    for label, of_method in (("LoRA", ranks_of("rho=off")), ("Flat-LoRA (σ = 0.05)", ranks_of(None))):
+        found = {of_method(row): ablation.cells[row, "cola"] for row in ablation.layout.rows if of_method(row)}
+        lines[label] = points_of(found)
+    if any(points.shape[0] < 3 for points in lines.values()):
+        return None
+    figure, (axis,) = panels_of(1, width=4.2)
+    for (label, points), colour, shift in zip(lines.items(), COLOURS, (0.98, 1.02), strict=False):
+        style = {"marker": "o", "capsize": 3, "color": colour, "label": label}
+        axis.errorbar(points[:, 0] * shift, points[:, 1], yerr=points[:, 2], **style)  # aside, so that bars show
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(points[:, 0], [f"{rank:g}" for rank in points[:, 0]])
+    axis.minorticks_off()
+    axis.set(
+        title=f"CoLA, {SMALL}, mean ± std of {seeds_told(lines.values())} seeds", xlabel="rank r", ylabel="per cent"
+    )
+    axis.title.set_fontsize(9)
+    axis.legend()
+    return figure
+
+
+def ranks_of(rho: str | None) -> Callable[[str], int | None]:
+    """Row of the ablations → its rank, if it is of plain LoRA (rho=off) or, for None, of Flat-LoRA as published."""
+
+    def rank(row: str) -> int | None:
+        name, *more = row.split()
+        given = [int(word.partition("=")[2]) for word in more if word.startswith("peft.lora_r=")]
+        others = [word for word in more if not word.startswith("peft.lora_r=")]
+        of_method = name in ("rank", "sigma") and not others if rho is None else others == [rho]
+        return (given[0] if given else 8) if of_method else None
+
+    return rank
+
+
+def points_of(found: Mapping[float, cells.Cell]) -> np.ndarray:
+    """(places × 4): place, mean, sample standard deviation, seeds; places in order, those without runs left out."""
+    rows = [(place, cell.mean, cell.std or 0.0, len(cell.by_seed)) for place, cell in found.items() if cell.by_seed]
+    return np.array(sorted(rows)) if rows else np.empty((0, 4))
+
+
+def seeds_told(points: Iterable[np.ndarray]) -> str:
+    """How many seeds points are of: 5, or 3–5."""
+    counts = {int(count) for one in points for count in one[:, 3]}
+    return "–".join(str(count) for count in sorted({min(counts), max(counts)}))
+
+
+def panels_of(count: int, width: float = 3.4, height: float = 2.6) -> tuple[plt.Figure, list[plt.Axes]]:
+    """A figure with so many panels in a row."""
+    figure, axes = plt.subplots(
+        1, count, figsize=(max(width * count, 4.2), height), squeeze=False, layout="constrained"
+    )
+    return figure, list(axes[0])
+
+
+def training_curves(study: cells.Made) -> plt.Figure | None:
     """One panel a data set, one line a method (Flat-LoRA at the paper's σ); None where no run has metrics."""
     panels: dict[str, Mapping[str, np.ndarray]] = {}
     for key, column in study.layout.columns.items():
@@ -115,16 +183,16 @@ def training_curves(study: tables.Made) -> plt.Figure | None:
             panels[column.title] = lines
     if not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False, layout="constrained")
+    figure, axes = panels_of(len(panels), height=2.8)
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for label, line in lines.items():
             colour = COLOURS[labels.index(label)]
             steps, losses = line[0, :, 0], line[:, :, 1]
             axis.plot(steps, losses.mean(0), color=colour, label=label, linewidth=1.2)
             axis.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="optimizer step", ylabel="training loss", yscale="log")
-    handles = {text: line for axis in axes[0] for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
 
@@ -141,6 +209,134 @@ def curves_of(paths: Sequence[Path]) -> np.ndarray:
         curves.append(np.stack([[row["step"] for row in rows][SMOOTHED_ROWS - 1 :], smooth], axis=1))
     alike = len({curve[:, 0].tobytes() for curve in curves}) == 1
     return np.stack(curves) if alike else np.empty((0, 0, 2))
+
+
+def sharpness(flatness: cells.Made) -> plt.Figure | None:
+    """Expected rise against σ, one line a row: mean over seeds, and the 95 % interval of it; None without measures."""
+    lines = {}
+    for row, label in flatness.layout.rows.items():
+        seeds = [measures_of(path)["rise"]["draws"] for path in flatness.cells[row, "rise05"].paths]
+        if len(seeds) > 1:
+            sigmas = sorted(seeds[0], key=float)
+            lines[label] = np.array([(float(sigma), *mean_and_interval(seeds, sigma)) for sigma in sigmas])
+    if not lines:
+        return None
+    figure, (axis,) = panels_of(1, width=4.2, height=3.0)
+    for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
+        axis.errorbar(
+            points[:, 0],
+            points[:, 1],
+            yerr=points[:, 2],
+            marker="o",
+            capsize=3,
+            color=colour,
+            label=label,
+            linewidth=1.2,
+        )
+    axis.set_yscale("symlog", linthresh=0.01)
+    axis.set(xlabel="σ of the noise that is added", ylabel="rise of the training loss")
+    axis.set_title(f"CoLA, {SMALL}: mean of {len(seeds)} seeds, 95 % interval", fontsize=9)
+    axis.legend()
+    return figure
+
+
+def mean_and_interval(seeds: Sequence[Mapping[str, list[float]]], sigma: str) -> tuple[float, float]:
+    """Mean over seeds of a rise, and half the width of its 95 % interval (Student's t)."""
+    rises = [statistics.fmean(draws[sigma]) for draws in seeds]
+    half = stats.t.ppf(0.975, len(rises) - 1) * statistics.stdev(rises) / len(rises) ** 0.5
+    return statistics.fmean(rises), half
+
+
+def landscape(flatness: cells.Made) -> plt.Figure | None:
+    """A panel of lines and one of contours a row, of the first seed that all rows have been measured at; else None."""
+    by_row = {}
+    for row, label in flatness.layout.rows.items():
+        cell = flatness.cells[row, "rise05"]
+        found = {seed: measures_of(path) for seed, path in zip(cell.by_seed, cell.paths, strict=True)}
+        by_row[label] = {seed: parts["landscape"] for seed, parts in found.items() if "landscape" in parts}
+    shared = set.intersection(*(set(found) for found in by_row.values())) if by_row else set()
+    if not shared or len({json.dumps(found[min(shared)]["how"]) for found in by_row.values()}) > 1:
+        return None
+    found = {label: seeds[min(shared)] for label, seeds in by_row.items()}
+    figure, (first, *axes) = panels_of(1 + len(found), width=2.6, height=2.9)
+    for (label, one), colour in zip(found.items(), COLOURS, strict=False):
+        first.plot(one["at"], one["line"], color=colour, label=label, linewidth=1.2)
+    first.set(xlabel="along d₁", ylabel="training loss", yscale="log")
+    first.legend(fontsize=7)
+    planes = [np.array(one["plane"]) for one in found.values()]
+    levels = np.geomspace(min(plane.min() for plane in planes), max(plane.max() for plane in planes), 13)
+    for axis, (label, one), plane in zip(axes, found.items(), planes, strict=True):
+        lines = axis.contour(one["at"], one["at"], plane.T, levels=levels, cmap="viridis", linewidths=0.9, norm="log")
+        axis.clabel(lines, levels[::3], fmt="%.2f", fontsize=6)
+        axis.plot(0, 0, "+", color="black", markersize=5)
+        axis.set(xlabel="along d₁", ylabel="along d₂", aspect="equal")
+        axis.set_title(label, fontsize=9)
+    seed = min(shared)
+    figure.suptitle(
+        f"CoLA, {SMALL}, seed {seed}: shared filter-normalised directions, 1 is the length of W'", fontsize=9
+    )
+    return figure
+
+
+def measures_of(path: Path) -> dict[str, Any]:
+    """The parts of a run's flatness.json."""
+    return json.loads((path / "flatness.json").read_bytes())["parts"]
+
+
+def severity(corruptions: cells.Made) -> plt.Figure | None:
+    """Accuracy against severity, one line a row, the clean accuracy at 0; None where no row has all of them."""
+    lines = {}
+    for row, label in corruptions.layout.rows.items():
+        points = points_of({place: corruptions.cells[row, key] for place, key in enumerate(corruptions.layout.columns)})
+        if len(points) == len(corruptions.layout.columns):
+            lines[label] = points
+    if not lines:
+        return None
+    figure, (axis,) = panels_of(1, width=4.2, height=3.0)
+    for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
+        axis.errorbar(points[:, 0], points[:, 1], yerr=points[:, 2], marker="o", capsize=3, color=colour, label=label)
+    axis.set_xticks(points[:, 0], ["clean", *(f"{place:g}" for place in points[1:, 0])])
+    axis.set(xlabel="severity", ylabel="top-1, per cent")
+    axis.set_title(f"{corruptions.layout.title}: mean ± std of {seeds_told(lines.values())} seeds", fontsize=9)
+    axis.legend()
+    return figure
+
+
+def cost(results: Path) -> plt.Figure | None:
+    """Median time of a step and peak memory of each way to train, a group of bars a shape; None without the record."""
+    path = results / "bench/gpu.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_bytes())
+    shapes, ways = record["steps"], [way for way in WAYS if all(way in one for one in record["steps"].values())]
+    figure, (time, memory) = panels_of(2, width=4.0, height=3.0)
+    for number, (way, colour) in enumerate(zip(ways, COLOURS, strict=False)):
+        places = np.arange(len(shapes)) + (number - (len(ways) - 1) / 2) * 0.8 / len(ways)
+        style = {"width": 0.8 / len(ways), "color": colour, "label": way, "zorder": 2}
+        time.bar(places, [statistics.median(one[way]["step_s"]) for one in shapes.values()], **style)
+        memory.bar(places, [one[way]["peak_gib"] for one in shapes.values()], **style)
+    for axis, label in ((time, "seconds an optimizer step, median"), (memory, "peak memory, GiB")):
+        axis.set_xticks(range(len(shapes)), [name.replace("x", "×") for name in shapes])
+        axis.set(xlabel="micro-batch × tokens × accumulation", ylabel=label)
+        axis.grid(axis="x", visible=False)
+    (gpu, *_) = record["env"]["hardware"]["gpus"]
+    figure.suptitle(f"{record['model']}; {gpu}", fontsize=9)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+SMALL = "SmolLM2-135M"
+WAYS = ("PEFT", "PEFT+Liger", "published", "LoRA", "Flat-LoRA copy", "Flat-LoRA recompute")
+LAYOUTS = ("study", "ablation", "flatness", "corruptions")
+FIGURES: Mapping[str, Callable[[Mapping[str, cells.Made], Path], plt.Figure | None]] = {
+    "sigma_sweep": lambda tables, results: sigma_sweep(tables["study"]),
+    "rank_sweep": lambda tables, results: rank_sweep(tables["ablation"]),
+    "training_curves": lambda tables, results: training_curves(tables["study"]),
+    "sharpness": lambda tables, results: sharpness(tables["flatness"]),
+    "landscape": lambda tables, results: landscape(tables["flatness"]),
+    "severity": lambda tables, results: severity(tables["corruptions"]),
+    "cost": lambda tables, results: cost(results),
+}
 
 
 if __name__ == "__main__":

@@ -116,11 +116,7 @@ def measure(run: Path, experiment: Experiment, device: torch.device, options: ar
         "hessian": asked | {"probes": options.probes},
         "landscape": asked | {"radius": options.radius, "points": options.points},
     }
-    found = {"adapter_sha256": record["adapter_sha256"], "parts": {}}
-    if (run / FILE).is_file() and (kept := json.loads((run / FILE).read_bytes()))["adapter_sha256"] == record[
-        "adapter_sha256"
-    ]:
-        found = kept
+    found = _kept(run, record["adapter_sha256"])
     left = [part for part in options.parts if found["parts"].get(part, {}).get("how") != how[part]]
     if not left:
         console.print(f"{run}: measured already", markup=False, soft_wrap=True)
@@ -129,14 +125,19 @@ def measure(run: Path, experiment: Experiment, device: torch.device, options: ar
     for part in left:
         begun = time.monotonic()
         values = _MEASURES[part](model, layers, batches, options)
-        found["parts"][part] = {"how": how[part], **values, "seconds": round(time.monotonic() - begun, 1)}
-        found |= {
-            "loss": flatness.mean_loss(model, batches),
-            "git_sha": results.git_sha(),
-            "env": results.environment(),
-        }
+        told = {"how": how[part], **values, "loss": flatness.mean_loss(model, batches)}
+        told |= {"git_sha": results.git_sha(), "env": results.environment()}
+        found = _kept(run, record["adapter_sha256"])  # another process may have measured another part by now
+        found["parts"][part] = told | {"seconds": round(time.monotonic() - begun, 1)}
         files.write_json(run / FILE, found)
     console.print(f"written: {run / FILE}", markup=False, soft_wrap=True)
+
+
+def _kept(run: Path, adapter_sha256: str) -> dict[str, Any]:
+    """What the run's file has of this adapter."""
+    if (run / FILE).is_file() and (kept := json.loads((run / FILE).read_bytes()))["adapter_sha256"] == adapter_sha256:
+        return kept
+    return {"adapter_sha256": adapter_sha256, "parts": {}}
 
 
 def _loaded(

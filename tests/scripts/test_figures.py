@@ -5,17 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts import figures, tables
+from scripts import cells, figures
 
 PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def study():
-    layouts = tables.read_layouts(PROJECT / "results/tables.yaml")
-    runs, problems = tables.read_runs(PROJECT / "results/study")
+    layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
+    runs, problems = cells.read_runs(PROJECT / "results/study")
     assert problems == []
-    (made,), _ = tables.make({"study": layouts["study"]}, {}, runs)
+    (made,), _ = cells.make({"study": layouts["study"]}, {}, runs)
     return made
 
 

@@ -10,10 +10,10 @@ from scipy import stats
 
 import run_exp
 from flatlora.config import ConfigError
-from scripts import tables
+from scripts import cells, table_formats, tables
 
 PROJECT = Path(__file__).parents[2]
-COLUMN = tables.Column(title="CoLA", words=["dataset=cola"], metric="glue/accuracy", scale=100)
+COLUMN = cells.Column(title="CoLA", words=["dataset=cola"], metric="glue/accuracy", scale=100)
 
 
 def write_run(results, words, accuracy, folder=None, **changes):
@@ -32,9 +32,9 @@ def write_run(results, words, accuracy, folder=None, **changes):
 
 
 def made_of(results, name="table1"):
-    layouts = tables.read_layouts(PROJECT / "results/tables.yaml")
-    runs, problems = tables.read_runs(results)
-    (made,), more = tables.make({name: layouts[name]}, tables.read_paper(PROJECT / "results/paper.yaml"), runs)
+    layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
+    runs, problems = cells.read_runs(results)
+    (made,), more = cells.make({name: layouts[name]}, cells.read_paper(PROJECT / "results/paper.yaml"), runs)
     return made, [*problems, *more]
 
 
@@ -55,13 +55,15 @@ def test_runs_fill_the_cell_of_their_setting_and_no_other(tmp_path):
     assert (cell.paper, cell.mean, cell.std) == (82.87, pytest.approx(84), pytest.approx(1))
     assert problems == []
     assert {key for key, one in made.cells.items() if one.by_seed} == {("lora_r8", "cola")}
-    text = tables.markdown(made)
+    text = table_formats.markdown(made)
     assert "| LoRA (r = 8), ours | missing | missing | 84.00 ± 1.00 (3) | missing | missing | — |" in text
     assert "| LoRA (r = 8), paper | 86.24 | 94.25 | 82.87 | 93.06 | 88.56 | — |" in text
     assert "| LoRA (r = 8), difference | — | — | +1.13 | — | — | — |" in text
-    assert r"84.00 $\pm$ 1.00 (3)" in tables.latex(made)
+    assert r"84.00 $\pm$ 1.00 (3)" in table_formats.latex(made)
     (line,) = [
-        line for line in tables.as_csv(made, tmp_path).splitlines() if line.startswith("table1,LoRA (r = 8),cola")
+        line
+        for line in table_formats.as_csv(made, tmp_path).splitlines()
+        if line.startswith("table1,LoRA (r = 8),cola")
     ]
     assert line.split(",")[3:9] == ["84.0000", "1.0000", "3", "0 1 2", "82.87", "1.1300"]
     assert line.count("/run") == 0
@@ -92,7 +94,7 @@ def test_the_best_is_bold_only_where_the_difference_is_no_chance(tmp_path):
         write_run(tmp_path, words("flat_lora_r8", seed), 0.82 - noise)
     made, _ = made_of(tmp_path)
     assert made.best == {"cola": "flat_lora_r8"}
-    assert "**81.99 ± 0.15 (4)**" in tables.markdown(made)
+    assert "**81.99 ± 0.15 (4)**" in table_formats.markdown(made)
     write_run(tmp_path, words("lora_r16", 0), 0.81)  # one seed: nothing can be said against it
     made, _ = made_of(tmp_path)
     assert made.best == {}
@@ -100,12 +102,12 @@ def test_the_best_is_bold_only_where_the_difference_is_no_chance(tmp_path):
 
 def test_paired_differences_are_scipys():
     left, right = {0: 1.0, 1: 2.5, 2: 3.0, 7: 9.0}, {0: 0.5, 1: 2.75, 2: 2.0, 8: 1.0}
-    mean, low, high, p, seeds = tables.paired(left, right)
+    mean, low, high, p, seeds = cells.paired(left, right)
     expected = stats.ttest_rel([1.0, 2.5, 3.0], [0.5, 2.75, 2.0])
     assert (p, seeds) == (pytest.approx(expected.pvalue), 3)
     assert (low, high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
     assert mean == pytest.approx((0.5 - 0.25 + 1.0) / 3)
-    assert tables.paired(left, {0: 1.0, 1: 2.0}) is None
+    assert cells.paired(left, {0: 1.0, 1: 2.0}) is None
 
 
 @pytest.mark.parametrize(
@@ -121,14 +123,14 @@ def test_a_published_number_without_a_source_is_a_fault(tmp_path, change, fault)
     change(raw)
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(ConfigError, match=fault):
-        tables.read_paper(tmp_path / "paper.yaml")
+        cells.read_paper(tmp_path / "paper.yaml")
 
 
 def test_a_published_number_of_no_cell_is_a_fault():
-    layout = tables.Layout(rows={"lora_r8": "LoRA"}, columns={"cola": COLUMN})
-    paper = tables.Published(title="t", setting="s", source="S4", values={"lora_r9": {"cola": 1.0}})
+    layout = cells.Layout(rows={"lora_r8": "LoRA"}, columns={"cola": COLUMN})
+    paper = cells.Published(title="t", setting="s", source="S4", values={"lora_r9": {"cola": 1.0}})
     with pytest.raises(ConfigError, match="lora_r9, cola is no cell"):
-        tables.make({"table1": layout}, {"table1": paper}, [])
+        cells.make({"table1": layout}, {"table1": paper}, [])
 
 
 @pytest.fixture
@@ -152,7 +154,7 @@ def test_the_committed_tables_are_those_of_the_committed_runs(results, capsys):
 
 
 def test_every_column_asks_the_benchmark_of_its_metric_and_runs_of_its_command_fill_it(tmp_path):
-    layouts = tables.read_layouts(PROJECT / "results/tables.yaml")
+    layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
     for name, layout in layouts.items():
         for column in layout.columns.values():
             row = next(iter(layout.rows))

@@ -1,0 +1,325 @@
+"""What stands in a table: cells of rows and columns, and the runs and published numbers that fill them.
+
+A run counts for a cell if its configuration is the cell's, whatever the seed; what is broken, unfinished, doubled or of
+another setting is named and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from scipy import stats
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import eval as benchmarks  # noqa: E402
+import run_exp  # noqa: E402
+from flatlora.config import ConfigError, Experiment, Section, build_section, parse, setting  # noqa: E402
+
+SIGNIFICANT = 0.05
+NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ that hold no run
+
+
+class Column(Section):
+    """One column: what is added to a row's words, and which metric of run.json is shown, times `scale`."""
+
+    title: str
+    words: list[str]
+    metric: str
+    scale: float
+    digits: int = 2
+    lower: bool = False  # whether less is better
+
+    @property
+    def dataset(self) -> str:
+        """Option name of the data set."""
+        return next(word.partition("=")[2] for word in self.words if word.startswith("dataset="))
+
+    def rule_faults(self) -> list[str]:
+        if any(word.startswith("dataset=") for word in self.words):
+            return []
+        return [f"Invalid words={self.words} of column {self.title}: they must say which data set; write dataset=NAME."]
+
+
+class Layout(Section):
+    """One table. A row is a file of conf/experiment/EXPERIMENTS/, perhaps with more words behind it."""
+
+    rows: dict[str, str]
+    columns: dict[str, Column]
+    title: str | None = None  # the published table's by default
+    experiments: str | None = None  # the table's name by default
+    average: bool = True
+    against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows compared; else all with the first LoRA row
+    measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # how flatness.json must be
+
+
+class Published(Section):
+    """The published side of a table."""
+
+    title: str
+    setting: str
+    source: str | None
+    values: dict[str, dict[str, float]]
+
+
+class Run(NamedTuple):
+    """A finished run as its record tells it."""
+
+    path: Path
+    experiment: Experiment
+    metrics: Mapping[str, float]  # those of flatness.json too
+    train_s: float
+    measured: Mapping[str, Mapping[str, Any]]  # how each part of flatness.json was
+
+
+class Cell(NamedTuple):
+    """What runs and paper say of one row and column, in the column's scale."""
+
+    by_seed: dict[int, float]
+    paths: list[Path]
+    paper: float | None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.by_seed.values()) if self.by_seed else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
+
+
+class Made(NamedTuple):
+    """One table with all that stands in it."""
+
+    name: str
+    layout: Layout
+    published: Published | None
+    cells: dict[tuple[str, str], Cell]
+    best: dict[str, str]  # column → the row that is better than all others
+
+    def words_of(self, row: str, column: str) -> list[str]:
+        """The command line of a cell, less the seed."""
+        return _words(self.name, self.layout, row, self.layout.columns[column])
+
+
+def read_layouts(path: Path) -> dict[str, Layout]:
+    """The tables of tables.yaml.
+
+    Raises:
+        ConfigError: every key that is missing, unknown or of another kind.
+    """
+    return {name: build_section(f"tables.{name}", Layout, raw) for name, raw in _yaml(path).items()}
+
+
+def read_paper(path: Path) -> dict[str, Published]:
+    """The published side of each table.
+
+    Raises:
+        ConfigError: a number without a source that is listed, or what `read_layouts` refuses.
+    """
+    raw = _yaml(path)
+    found = {name: build_section(f"paper.{name}", Published, one) for name, one in raw.get("tables", {}).items()}
+    faults = [
+        f"Invalid source of {name} in {path}: {one.source} is none of {', '.join(raw['sources'])}; a published number "
+        "needs one."
+        for name, one in found.items()
+        if one.values and one.source not in raw["sources"]
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError([f"Cannot read {path}: {str(error).splitlines()[0]}; mend it."]) from error
+
+
+def read_runs(results: Path) -> tuple[list[Run], list[str]]:
+    """Finished runs below a folder, in the order of their paths, and what is wrong with the others."""
+    runs, problems = [], []
+    for path in sorted(results.rglob("run.json")):
+        if path.relative_to(results).parts[0] in NOT_RUNS:
+            continue
+        try:
+            record = json.loads(path.read_bytes())
+            if record["status"] != "finished":
+                problems.append(f"{path.parent} is {record['status']}.")
+                continue
+            experiment = parse(record["experiment"], run_exp.REGISTRY)
+            metrics = {name: value for name, value in record["metrics"].items() if value is not None}
+            if not all(math.isfinite(value) for value in metrics.values()):
+                raise ValueError("a metric is not finite")
+            train_s, adapter = float(record["timing"]["train_s"]), record.get("adapter_sha256")
+        except _BROKEN as error:
+            problems.append(f"{path.parent} has no good run.json ({type(error).__name__}: {str(error)[:120]}).")
+            continue
+        try:
+            measured, more = _flatness(path.with_name("flatness.json"), adapter)
+        except _BROKEN as error:
+            measured, more = {}, {}
+            told = f"{type(error).__name__}: {str(error)[:120]}"
+            problems.append(f"{path.parent} has no good flatness.json ({told}); its other numbers count.")
+        runs.append(Run(path.parent, experiment, metrics | more, train_s, measured))
+    return runs, problems
+
+
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # ConfigError is a ValueError
+
+
+def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], dict[str, float]]:
+    """How each part was measured, and {"flatness/<measure>": value}; nothing of a run that was not.
+
+    Raises:
+        ValueError: the file is of other weights, or holds no numbers.
+    """
+    if not path.is_file():
+        return {}, {}
+    found = json.loads(path.read_bytes())
+    if found["adapter_sha256"] != adapter_sha256:
+        raise ValueError("it was measured on another adapter; measure this one with scripts/flatness.py")
+    parts = found["parts"]
+    rises = parts.get("rise", {}).get("draws", {})
+    metrics = {f"flatness/rise_{sigma}": statistics.fmean(draws) for sigma, draws in rises.items()}
+    if "hessian" in parts:
+        metrics["flatness/top_eigenvalue"] = parts["hessian"]["top_eigenvalue"]
+        metrics["flatness/trace"] = statistics.fmean(parts["hessian"]["trace_samples"])
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise ValueError("a measure is not finite")
+    return {part: values["how"] for part, values in parts.items()}, metrics
+
+
+def make(
+    layouts: Mapping[str, Layout], papers: Mapping[str, Published], runs: Sequence[Run]
+) -> tuple[list[Made], list[str]]:
+    """The tables, and the runs of a cell that contradict each other.
+
+    Raises:
+        ConfigError: words that do not compose, of a row and column that runs may fill; a published number of no cell.
+    """
+    made, problems, faults = [], [], []
+    datasets = {run.experiment.dataset.name for run in runs}
+    by_identity: dict[str, list[Run]] = {}
+    for run in runs:
+        by_identity.setdefault(setting_of(run.experiment), []).append(run)
+    for name, layout in layouts.items():
+        published = papers.get(name)
+        faults += _unplaced(name, layout, published)
+        cells = {}
+        for row in layout.rows:
+            for key, column in layout.columns.items():
+                found = []
+                if column.dataset in datasets:  # composing takes a while
+                    experiment = experiment_of(tuple(_words(name, layout, row, column)))
+                    alike = [run for run in by_identity.get(setting_of(experiment), []) if column.metric in run.metrics]
+                    found = [run for run in alike if _scored_alike(run, experiment, column.metric, layout)]
+                by_seed, paths, doubled = _one_a_seed(found, column)
+                problems += doubled
+                paper = published.values.get(row, {}).get(key) if published else None
+                cells[row, key] = Cell(by_seed, paths, paper)
+        made.append(Made(name, layout, published, cells, best_rows(layout, cells)))
+    if faults:
+        raise ConfigError(faults)
+    return made, list(dict.fromkeys(problems))
+
+
+def _words(name: str, layout: Layout, row: str, column: Column) -> list[str]:
+    experiment, *more = row.split()
+    return [f"experiment={layout.experiments or name}/{experiment}", *more, *column.words]
+
+
+@cache  # columns may show several metrics of the same runs
+def experiment_of(words: tuple[str, ...]) -> Experiment:
+    """The experiment of a cell's words, of seed 0."""
+    return run_exp.experiment_of([*words, "seed=0"])
+
+
+def setting_of(experiment: Experiment) -> str:
+    return json.dumps({key: value for key, value in experiment.identity().items() if key != "seed"}, sort_keys=True)
+
+
+def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> bool:
+    """Whether the metric's benchmark asked the same rows in the same way; how many at a time does not matter."""
+    benchmark = metric.partition("/")[0]
+    if benchmark == "flatness":
+        part = "rise" if metric.startswith("flatness/rise") else "hessian"
+        return layout.measured.get(part, {}).items() <= run.measured[part].items()
+
+    def asked(experiment: Experiment) -> Any:
+        config = experiment.eval.get(benchmark)
+        how = {"batch_size", "judge_url", "folder"}  # and where judge or pictures are: no answer depends on them
+        usual = benchmarks.evaluator(benchmark).Config.model_construct()  # a folder that nobody named is not looked for
+        settings = (config or usual).model_dump(mode="json", exclude=how)
+        rows = getattr(experiment.model, "generated_test_rows", None), getattr(experiment.dataset, "test_rows", None)
+        return settings, rows
+
+    return asked(run.experiment) == asked(wanted)
+
+
+def _one_a_seed(found: Sequence[Run], column: Column) -> tuple[dict[int, float], list[Path], list[str]]:
+    """{seed: value}, the runs that gave them, and seeds that are left out: their runs differ."""
+    seeds: dict[int, list[Run]] = {}
+    for run in found:
+        seeds.setdefault(run.experiment.seed, []).append(run)
+    by_seed, paths, problems = {}, [], []
+    for seed, same in sorted(seeds.items()):
+        values = {run.metrics[column.metric] for run in same}
+        if len(values) > 1:
+            told = ", ".join(f"{run.path} has {run.metrics[column.metric]}" for run in same)
+            problems.append(f"seed {seed} of {column.metric}: {told}; take one away.")
+            continue
+        by_seed[seed] = values.pop() * column.scale
+        paths.append(same[-1].path)
+    return by_seed, paths, problems
+
+
+def _unplaced(name: str, layout: Layout, published: Published | None) -> list[str]:
+    if published is None:
+        return []
+    return [
+        f"Invalid paper.{name}: {row}, {column} is no cell of tables.{name}; name a row and a column of it."
+        for row, values in published.values.items()
+        for column in values
+        if row not in layout.rows or column not in layout.columns
+    ]
+
+
+def paired(left: Mapping[int, float], right: Mapping[int, float]) -> tuple[float, float, float, float, int] | None:
+    """left − right over shared seeds: (mean, 95 % interval from, to, p of the paired t-test, seeds).
+
+    None for fewer than three seeds, or where all differences are equal.
+    """
+    shared = sorted(left.keys() & right.keys())
+    differences = [left[seed] - right[seed] for seed in shared]
+    if len(shared) < 3 or statistics.stdev(differences) == 0:
+        return None
+    found = stats.ttest_1samp(differences, 0.0)
+    low, high = found.confidence_interval(0.95)
+    return statistics.fmean(differences), float(low), float(high), float(found.pvalue), len(shared)
+
+
+def best_rows(layout: Layout, cells: Mapping[tuple[str, str], Cell]) -> dict[str, str]:
+    """{column: row} where one row is better than every other one that has runs, and not by chance."""
+    best = {}
+    for column in layout.columns:
+        filled = [row for row in layout.rows if cells[row, column].by_seed]
+        if len(filled) < 2:
+            continue
+        sign = -1 if layout.columns[column].lower else 1
+        first = max(filled, key=lambda row: sign * cells[row, column].mean)
+        tests = [paired(cells[first, column].by_seed, cells[row, column].by_seed) for row in filled if row != first]
+        if all(test is not None and sign * test[0] > 0 and test[3] < SIGNIFICANT for test in tests):
+            best[column] = first
+    return best

@@ -1,0 +1,142 @@
+"""A table as Markdown, LaTeX (booktabs) and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from scripts.cells import Cell, Column, Made, paired
+
+
+def _title(made: Made) -> str:
+    return made.layout.title or (made.published.title if made.published else made.name)
+
+
+def _ours(cell: Cell, column: Column) -> str:
+    if cell.mean is None:
+        return "missing"
+    spread = f" ± {cell.std:.{column.digits}f}" if cell.std is not None else ""
+    return f"{cell.mean:.{column.digits}f}{spread} ({len(cell.by_seed)})".replace("-", "−")
+
+
+def _difference(cell: Cell) -> str:
+    return "—" if cell.mean is None or cell.paper is None else f"{cell.mean - cell.paper:+.2f}".replace("-", "−")
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    found = list(values)
+    return "—" if not found or None in found else f"{statistics.fmean(found):.2f}"
+
+
+def lines_of(made: Made) -> list[tuple[str, list[str], set[int]]]:
+    """(label, one text a column, columns in bold): of each row ours, then the paper's and the difference."""
+    layout, lines = made.layout, []
+    for row, label in layout.rows.items():
+        cells = [made.cells[row, column] for column in layout.columns]
+        bold = {place for place, column in enumerate(layout.columns) if made.best.get(column) == row}
+        average = [_mean(cell.mean for cell in cells)] if layout.average else []
+        lines.append(
+            (
+                f"{label}, ours" if made.published else label,
+                [*map(_ours, cells, layout.columns.values()), *average],
+                bold,
+            )
+        )
+        if any(cell.paper is not None for cell in cells):
+            average = ["—"] if layout.average else []  # a mean of ours of published numbers is not published
+            papers = ["—" if cell.paper is None else f"{cell.paper:.2f}" for cell in cells]
+            lines.append((f"{label}, paper", [*papers, *average], set()))
+            differences = [*map(_difference, cells), *(["—"] if layout.average else [])]
+            lines.append((f"{label}, difference", differences, set()))
+    return lines
+
+
+def _notes(made: Made) -> list[str]:
+    notes = [
+        "Ours: mean ± sample standard deviation over seeds (their number); bold: better than every other row, p < 0.05."
+    ]
+    if made.published:
+        source = f" Paper: {made.published.source}, as results/paper.yaml has it." if made.published.source else ""
+        notes.append(f"Setting: {made.published.setting}.{source}")
+    return notes
+
+
+def comparisons(made: Made) -> list[list[str]]:
+    """Each row against its `against`, over the seeds that both have: one line a column."""
+    first, *others = [row for row in made.layout.rows if not row.startswith("full_ft")]
+    lines = []
+    for row, baseline in (made.layout.against or dict.fromkeys(others, first)).items():
+        for key, column in made.layout.columns.items():
+            test = paired(made.cells[row, key].by_seed, made.cells[baseline, key].by_seed)
+            if test is not None:
+                mean, low, high, p, seeds = test
+                mean, low, high = (f"{value:+.{column.digits}f}" for value in (mean, low, high))
+                told = [mean, f"{low} to {high}", "< 0.001" if p < 0.001 else f"{p:.3f}", str(seeds)]
+                names = [f"{made.layout.rows[row]} − {made.layout.rows[baseline]}", column.title]
+                lines.append([*names, *(text.replace("-", "−") for text in told)])
+    return lines
+
+
+def markdown(made: Made) -> str:
+    """The table, and the paired differences below it."""
+    titles = [column.title for column in made.layout.columns.values()] + (["avg"] if made.layout.average else [])
+    lines = [f"# {_title(made)}", "", _md_row(["", *titles]), _md_row(["---", *["---:"] * len(titles)])]
+    for label, texts, bold in lines_of(made):
+        lines.append(_md_row([label, *(f"**{text}**" if place in bold else text for place, text in enumerate(texts))]))
+    lines += ["", *(f"{note}  " for note in _notes(made))]
+    if found := comparisons(made):
+        head = ["paired over seeds", "", "difference", "95 % interval", "p", "seeds"]
+        lines += ["", _md_row(head), _md_row(["---", "---", *["---:"] * 4]), *map(_md_row, found)]
+    return "\n".join(lines) + "\n"
+
+
+def _md_row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def latex(made: Made) -> str:
+    """A table environment for booktabs."""
+    titles = [column.title for column in made.layout.columns.values()] + (["avg"] if made.layout.average else [])
+    lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(titles)}}}", r"\toprule"]
+    lines += [" & ".join(["", *map(_tex, titles)]) + r" \\", r"\midrule"]
+    for label, texts, bold in lines_of(made):
+        shown = [rf"\textbf{{{_tex(text)}}}" if place in bold else _tex(text) for place, text in enumerate(texts)]
+        lines.append(" & ".join([_tex(label), *shown]) + r" \\")
+    notes = " ".join(_tex(note) for note in _notes(made))
+    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex(_title(made))}. {notes}}}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+_TEX = {"±": r"$\pm$", "−": "$-$", "—": "--", "σ": r"$\sigma$", "α": r"$\alpha$", "<": "$<$", "%": r"\%", "_": r"\_"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(character, character) for character in text)
+
+
+def as_csv(made: Made, results: Path) -> str:
+    """One line a cell, with the runs that made it."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["table", "row", "column", "mean", "std", "n", "seeds", "paper", "difference", "best", "runs"])
+    for (row, column), cell in made.cells.items():
+        both = cell.mean is not None and cell.paper is not None
+        runs = [str(path.relative_to(results)) if path.is_relative_to(results) else str(path) for path in cell.paths]
+        writer.writerow(
+            [
+                made.name,
+                made.layout.rows[row],
+                column,
+                *("" if value is None else f"{value:.4f}" for value in (cell.mean, cell.std)),
+                len(cell.by_seed),
+                " ".join(map(str, cell.by_seed)),
+                "" if cell.paper is None else cell.paper,
+                f"{cell.mean - cell.paper:.4f}" if both else "",
+                made.best.get(column) == row,
+                " ".join(runs),
+            ]
+        )
+    return buffer.getvalue()
