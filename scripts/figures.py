@@ -17,7 +17,9 @@ import argparse
 import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ STYLE = {
 }
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#000000")  # told apart by all
 SMOOTHED_ROWS = 5
+STACKED: ContextVar[bool] = ContextVar("STACKED", default=False)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -61,13 +64,11 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if unknown := [name for name in options.names if name not in FIGURES]:
             raise ConfigError([f"Unknown figure {name}: known are {', '.join(FIGURES)}." for name in unknown])
-        layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
-        runs, _ = cells.read_runs(options.results)  # what is wrong with them, scripts/tables.py tells
-        made, _ = cells.make({name: layouts[name] for name in LAYOUTS}, {}, runs)
+        tables = tables_of(options.results)
     except ConfigError as error:
         report_faults(error)
         return 2
-    tables, out = {one.name: one for one in made}, options.out or options.results / "tables"
+    out = options.out or options.results / "tables"
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         for name in options.names or FIGURES:
@@ -78,6 +79,18 @@ def main(words: Sequence[str] | None = None) -> int:
             save(figure, out / name)
             print(f"written: {out / name}.pdf, .png")
     return 0
+
+
+def tables_of(results: Path) -> dict[str, cells.Made]:
+    """What the figures are drawn of.
+
+    Raises:
+        ConfigError: a layout that is not in order.
+    """
+    layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
+    runs, _ = cells.read_runs(results)  # what is wrong with them, scripts/tables.py tells
+    made, _ = cells.make({name: layouts[name] for name in LAYOUTS}, {}, runs)
+    return {one.name: one for one in made}
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -111,7 +124,7 @@ def sigma_sweep(study: cells.Made) -> plt.Figure | None:
         axis.set(title=title, xlabel="σ (0 is LoRA)", ylabel="per cent")
         axis.set_xticks(points[:, 0], [f"{sigma:g}" for sigma in points[:, 0]], rotation=45)
     told = seeds_told(list(panels.values()))
-    figure.suptitle(f"Flat-LoRA's σ, {SMALL}: mean ± std of {told} seeds", fontsize=9)
+    title_of(figure, f"Flat-LoRA's σ, {SMALL}: mean ± std of {told} seeds")
     return figure
 
 
@@ -164,11 +177,25 @@ def seeds_told(points: Iterable[np.ndarray]) -> str:
 
 
 def panels_of(count: int, width: float = 3.4, height: float = 2.6) -> tuple[plt.Figure, list[plt.Axes]]:
-    """A figure with so many panels in a row."""
-    figure, axes = plt.subplots(
-        1, count, figsize=(max(width * count, 4.2), height), squeeze=False, layout="constrained"
-    )
-    return figure, list(axes[0])
+    """A figure with so many panels in a row; one below the other where `STACKED` says so, for narrow screens."""
+    if STACKED.get():
+        shape, size = (count, 1), (4.2, height * count)
+    else:
+        shape, size = (1, count), (max(width * count, 4.2), height)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    return figure, list(axes.flat)
+
+
+def title_of(figure: plt.Figure, text: str) -> None:
+    """A title above all panels, as wide as they are."""
+    figure.suptitle(textwrap.fill(text, int(figure.get_figwidth() * 15)), fontsize=9)
+
+
+def legend_below(figure: plt.Figure, axes: Iterable[plt.Axes]) -> None:
+    """One legend of what any of the panels shows."""
+    handles = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    columns = max(2, int(figure.get_figwidth() / 2))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, len(handles)))
 
 
 def training_curves(study: cells.Made) -> plt.Figure | None:
@@ -192,8 +219,7 @@ def training_curves(study: cells.Made) -> plt.Figure | None:
             axis.plot(steps, losses.mean(0), color=colour, label=label, linewidth=1.2)
             axis.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="optimizer step", ylabel="training loss", yscale="log")
-    handles = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    legend_below(figure, axes)
     return figure
 
 
@@ -234,6 +260,7 @@ def sharpness(flatness: cells.Made) -> plt.Figure | None:
             linewidth=1.2,
         )
     axis.set_yscale("symlog", linthresh=0.01)
+    axis.set_xticks(points[:, 0], [f"{sigma:g}" for sigma in points[:, 0]])
     axis.set(xlabel="σ of the noise that is added", ylabel="rise of the training loss")
     axis.set_title(f"CoLA, {SMALL}: mean of {len(seeds)} seeds, 95 % interval", fontsize=9)
     axis.legend()
@@ -261,20 +288,19 @@ def landscape(flatness: cells.Made) -> plt.Figure | None:
     figure, (first, *axes) = panels_of(1 + len(found), width=2.6, height=2.9)
     for (label, one), colour in zip(found.items(), COLOURS, strict=False):
         first.plot(one["at"], one["line"], color=colour, label=label, linewidth=1.2)
-    first.set(xlabel="along d₁", ylabel="training loss", yscale="log")
-    first.legend(fontsize=7)
+    ticks = [min(one["at"]), 0, max(one["at"])]
+    first.set(xlabel="along d₁", ylabel="training loss", yscale="log", xticks=ticks)
     planes = [np.array(one["plane"]) for one in found.values()]
     levels = np.geomspace(min(plane.min() for plane in planes), max(plane.max() for plane in planes), 13)
     for axis, (label, one), plane in zip(axes, found.items(), planes, strict=True):
         lines = axis.contour(one["at"], one["at"], plane.T, levels=levels, cmap="viridis", linewidths=0.9, norm="log")
         axis.clabel(lines, levels[::3], fmt="%.2f", fontsize=6)
         axis.plot(0, 0, "+", color="black", markersize=5)
-        axis.set(xlabel="along d₁", ylabel="along d₂", aspect="equal")
+        axis.set(xlabel="along d₁", ylabel="along d₂", aspect="equal", xticks=ticks, yticks=ticks)
         axis.set_title(label, fontsize=9)
+    legend_below(figure, [first])
     seed = min(shared)
-    figure.suptitle(
-        f"CoLA, {SMALL}, seed {seed}: shared filter-normalised directions, 1 is the length of W'", fontsize=9
-    )
+    title_of(figure, f"CoLA, {SMALL}, seed {seed}: shared filter-normalised directions, 1 is the length of W'")
     return figure
 
 
@@ -315,13 +341,13 @@ def cost(results: Path) -> plt.Figure | None:
         style = {"width": 0.8 / len(ways), "color": colour, "label": way, "zorder": 2}
         time.bar(places, [statistics.median(one[way]["step_s"]) for one in shapes.values()], **style)
         memory.bar(places, [one[way]["peak_gib"] for one in shapes.values()], **style)
-    for axis, label in ((time, "seconds an optimizer step, median"), (memory, "peak memory, GiB")):
+    for axis, label in ((time, "s per step, median"), (memory, "peak memory, GiB")):
         axis.set_xticks(range(len(shapes)), [name.replace("x", "×") for name in shapes])
         axis.set(xlabel="micro-batch × tokens × accumulation", ylabel=label)
         axis.grid(axis="x", visible=False)
     (gpu, *_) = record["env"]["hardware"]["gpus"]
-    figure.suptitle(f"{record['model']}; {gpu}", fontsize=9)
-    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    title_of(figure, f"{record['model']}; {gpu}")
+    legend_below(figure, [time])
     return figure
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from scripts.cells import Cell, Column, Made, paired
 
 
-def _title(made: Made) -> str:
+def title_of(made: Made) -> str:
+    """The layout's own, or the published table's."""
     return made.layout.title or (made.published.title if made.published else made.name)
 
 
@@ -29,6 +30,11 @@ def _difference(cell: Cell) -> str:
 def _mean(values: Iterable[float | None]) -> str:
     found = list(values)
     return "—" if not found or None in found else f"{statistics.fmean(found):.2f}"
+
+
+def titles_of(made: Made) -> list[str]:
+    """Of the columns."""
+    return [column.title for column in made.layout.columns.values()] + (["avg"] if made.layout.average else [])
 
 
 def lines_of(made: Made) -> list[tuple[str, list[str], set[int]]]:
@@ -54,7 +60,8 @@ def lines_of(made: Made) -> list[tuple[str, list[str], set[int]]]:
     return lines
 
 
-def _notes(made: Made) -> list[str]:
+def notes_of(made: Made) -> list[str]:
+    """What stands below a table."""
     notes = [
         "Ours: mean ± sample standard deviation over seeds (their number); bold: better than every other row, p < 0.05."
     ]
@@ -62,6 +69,9 @@ def _notes(made: Made) -> list[str]:
         source = f" Paper: {made.published.source}, as results/paper.yaml has it." if made.published.source else ""
         notes.append(f"Setting: {made.published.setting}.{source}")
     return notes
+
+
+COMPARED = ["paired over seeds", "", "difference", "95 % interval", "p", "seeds"]
 
 
 def comparisons(made: Made) -> list[list[str]]:
@@ -82,14 +92,13 @@ def comparisons(made: Made) -> list[list[str]]:
 
 def markdown(made: Made) -> str:
     """The table, and the paired differences below it."""
-    titles = [column.title for column in made.layout.columns.values()] + (["avg"] if made.layout.average else [])
-    lines = [f"# {_title(made)}", "", _md_row(["", *titles]), _md_row(["---", *["---:"] * len(titles)])]
+    titles = titles_of(made)
+    lines = [f"# {title_of(made)}", "", _md_row(["", *titles]), _md_row(["---", *["---:"] * len(titles)])]
     for label, texts, bold in lines_of(made):
         lines.append(_md_row([label, *(f"**{text}**" if place in bold else text for place, text in enumerate(texts))]))
-    lines += ["", *(f"{note}  " for note in _notes(made))]
+    lines += ["", *(f"{note}  " for note in notes_of(made))]
     if found := comparisons(made):
-        head = ["paired over seeds", "", "difference", "95 % interval", "p", "seeds"]
-        lines += ["", _md_row(head), _md_row(["---", "---", *["---:"] * 4]), *map(_md_row, found)]
+        lines += ["", _md_row(COMPARED), _md_row(["---", "---", *["---:"] * 4]), *map(_md_row, found)]
     return "\n".join(lines) + "\n"
 
 
@@ -99,14 +108,14 @@ def _md_row(texts: Sequence[str]) -> str:
 
 def latex(made: Made) -> str:
     """A table environment for booktabs."""
-    titles = [column.title for column in made.layout.columns.values()] + (["avg"] if made.layout.average else [])
+    titles = titles_of(made)
     lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(titles)}}}", r"\toprule"]
     lines += [" & ".join(["", *map(_tex, titles)]) + r" \\", r"\midrule"]
     for label, texts, bold in lines_of(made):
         shown = [rf"\textbf{{{_tex(text)}}}" if place in bold else _tex(text) for place, text in enumerate(texts)]
         lines.append(" & ".join([_tex(label), *shown]) + r" \\")
-    notes = " ".join(_tex(note) for note in _notes(made))
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex(_title(made))}. {notes}}}", r"\end{table}"]
+    notes = " ".join(_tex(note) for note in notes_of(made))
+    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex(title_of(made))}. {notes}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
 

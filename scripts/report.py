@@ -1,0 +1,156 @@
+"""One HTML page of everything under results/: tables, figures, and each run's configuration and environment.
+
+    python scripts/report.py [--results DIR] [--out FILE]     writes RESULTS/tables/report.html
+
+The page holds all it shows and opens without a network; its links lead to the raw files beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from flatlora.config import ConfigError  # noqa: E402
+from flatlora.console import quiet_libraries, report_faults  # noqa: E402
+from flatlora.files import write_atomic  # noqa: E402
+from scripts import cells, figures  # noqa: E402
+from scripts.table_formats import COMPARED, comparisons, lines_of, notes_of, title_of, titles_of  # noqa: E402
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+SECTIONS = ("model", "dataset", "peft", "rho", "optim", "trainer")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit code: 0 written, 2 a layout or published number that is not in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=PROJECT / "results")
+    parser.add_argument("--out", type=Path, help="RESULTS/tables/report.html by default")
+    options = parser.parse_args(words)
+    quiet_libraries()
+    out = options.out or options.results / "tables/report.html"
+    try:
+        page = render(options.results, out.parent)
+    except ConfigError as error:
+        report_faults(error)
+        return 2
+    write_atomic(out, page)
+    print(f"written: {out}")
+    return 0
+
+
+def render(results: Path, home: Path) -> str:
+    """The page; `home` is the folder that it will lie in.
+
+    Raises:
+        ConfigError: a layout or published number that is not in order.
+    """
+    layouts, papers = (
+        cells.read_layouts(PROJECT / "results/tables.yaml"),
+        cells.read_paper(PROJECT / "results/paper.yaml"),
+    )
+    runs, problems = cells.read_runs(results)
+    made, more = cells.make(layouts, papers, runs)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        tables=[table_of(one) for one in made],
+        figures=pictures({one.name: one for one in made}, results),
+        groups=groups_of(runs, home),
+        problems=[*problems, *more],
+        count=len(runs),
+    )
+
+
+def table_of(made: cells.Made) -> dict[str, Any]:
+    """What the template shows of one table."""
+    return {
+        "name": made.name,
+        "title": title_of(made),
+        "columns": titles_of(made),
+        "lines": lines_of(made),
+        "notes": notes_of(made),
+        "compared": COMPARED,
+        "comparisons": comparisons(made),
+        "filled": any(cell.by_seed for cell in made.cells.values()),
+    }
+
+
+def pictures(tables: Mapping[str, cells.Made], results: Path) -> list[dict[str, str]]:
+    """Each figure twice, as data URIs: panels in a row, and one below the other for narrow screens."""
+    captions = dict(line.split(maxsplit=1) for line in (figures.__doc__ or "").splitlines() if line[:1].islower())
+    found = []
+    for name, draw in figures.FIGURES.items():
+        shapes = [_picture(draw, tables, results, stacked=stacked) for stacked in (False, True)]
+        if None not in shapes:
+            found.append({"name": name, "wide": shapes[0], "narrow": shapes[1], "caption": captions[name]})
+    return found
+
+
+def _picture(draw: Any, tables: Mapping[str, cells.Made], results: Path, *, stacked: bool) -> str | None:
+    token = figures.STACKED.set(stacked)
+    try:
+        with figures.plt.rc_context(figures.STYLE):
+            figure = draw(tables, results)
+            if figure is None:
+                return None
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", bbox_inches="tight", dpi=160, metadata={"Software": None})
+            figures.plt.close(figure)
+    finally:
+        figures.STACKED.reset(token)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
+    """Runs of one configuration together: what it is, and each seed's numbers, code, machine and files."""
+    groups: dict[Path, dict[str, Any]] = {}
+    for run in runs:
+        record = json.loads((run.path / "run.json").read_bytes())
+        experiment = run.experiment
+        group = groups.setdefault(
+            run.path.parent,
+            {
+                "title": f"{experiment.dataset.name}: {experiment.run_name()}",
+                "config": yaml.safe_dump({name: record["experiment"][name] for name in SECTIONS}, sort_keys=False),
+                "environment": yaml.safe_dump(record["env"], sort_keys=False),
+                "runs": [],
+            },
+        )
+        headline = {name: value for name, value in run.metrics.items() if "/" in name and isinstance(value, float)}
+        group["runs"].append(
+            {
+                "seed": experiment.seed,
+                "metrics": ", ".join(f"{name} {value:.4g}" for name, value in headline.items()),
+                "loss": f"{run.metrics['train_loss']:.4f}" if "train_loss" in run.metrics else "—",
+                "minutes": f"{run.train_s / 60:.1f}",
+                "code": record["git_sha"],
+                "adapter": (record["adapter_sha256"] or "—")[:12],
+                "files": _links(run.path, home),
+            }
+        )
+    return list(groups.values())
+
+
+def _links(run: Path, home: Path) -> list[tuple[str, str]]:
+    """(name, address relative to the page) of what is there of a run's raw files."""
+    names = ("run.json", "metrics.jsonl", "flatness.json", "config.yaml")
+    there = [name for name in names if (run / name).is_file()]
+    return [(name, Path(os.path.relpath(run / name, home)).as_posix()) for name in there]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
