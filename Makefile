@@ -1,7 +1,7 @@
 # make setup   everything into .venv (does nothing when up to date)
 # make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; ten minutes on two cores
 # make evals   the packages of all benchmarks into .venv
-# make tables  the papers' tables and figures from the records under results/
+# make tables  the papers' tables, figures and the report page from the records under results/
 # make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`
 # make test    the whole test suite            make lint   ruff check and format check
 PYTHON ?= python3
@@ -38,10 +38,11 @@ $(VENV)/.evals: $(STAMP)
 	@echo "benchmarks' packages";        $(BIN)/python -m pip install -qq -e '.[eval]'
 	@touch $@
 
-# The tables and figures of the records that are kept in results/study/ and of your own runs.
+# The tables, figures and report page of the records that are kept in results/study/ and of your own runs.
 tables: setup
 	@$(BIN)/python scripts/tables.py
 	@$(BIN)/python scripts/figures.py
+	@$(BIN)/python scripts/report.py
 
 test: evals
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal

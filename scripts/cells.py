@@ -44,11 +44,6 @@ class Column(Section):
         """Option name of the data set."""
         return next(word.partition("=")[2] for word in self.words if word.startswith("dataset="))
 
-    def rule_faults(self) -> list[str]:
-        if any(word.startswith("dataset=") for word in self.words):
-            return []
-        return [f"Invalid words={self.words} of column {self.title}: they must say which data set; write dataset=NAME."]
-
 
 class Layout(Section):
     """One table. A row is a file of conf/experiment/EXPERIMENTS/, perhaps with more words behind it."""
@@ -60,6 +55,13 @@ class Layout(Section):
     average: bool = True
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows compared; else all with the first LoRA row
     measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # how flatness.json must be
+
+    def rule_faults(self) -> list[str]:
+        return [
+            f"Invalid words={column.words} of column {key}: they must say which data set; write dataset=NAME."
+            for key, column in self.columns.items()
+            if not any(word.startswith("dataset=") for word in column.words)
+        ]
 
 
 class Published(Section):

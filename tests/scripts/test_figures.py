@@ -1,51 +1,127 @@
-"""The figures of the committed study: what they show is what the records say, and they are the same each time."""
+"""The figures of the committed records: what they show is what the records say, and they are the same each time."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from scripts import cells, figures
+import run_exp
+from scripts import figures
 
 PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def study():
-    layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
-    runs, problems = cells.read_runs(PROJECT / "results/study")
-    assert problems == []
-    (made,), _ = cells.make({"study": layouts["study"]}, {}, runs)
-    return made
+def tables():
+    return figures.tables_of(PROJECT / "results/study")
 
 
-def test_the_sweep_shows_the_means_of_the_table(study):
+def test_the_sweep_of_sigma_shows_the_means_of_the_table(tables):
+    study = tables["study"]
     figure = figures.sigma_sweep(study)
     axis = figure.axes[0]
     (line,) = [one for one in axis.lines if one.get_marker() == "o"]
     assert line.get_xdata().tolist() == [0, 0.01, 0.05, 0.1, 0.15, 0.2]
     assert line.get_ydata()[0] == pytest.approx(study.cells["lora", "cola"].mean)
     assert line.get_ydata()[2] == pytest.approx(study.cells["flat_lora", "cola"].mean)
-    assert "5 seeds" in figure.get_suptitle()
+    assert "5–10 seeds" in figure.get_suptitle()
 
 
-def test_curves_are_of_every_seed(study):
+def test_the_sweep_of_ranks_has_a_line_a_method(tables):
+    (axis,) = figures.rank_sweep(tables["ablation"]).axes
+    plain, flat = [one for one in axis.lines if one.get_marker() == "o"]
+    assert np.round(plain.get_xdata()).tolist() == np.round(flat.get_xdata()).tolist() == [2, 8, 16]
+    assert plain.get_ydata()[1] == pytest.approx(tables["study"].cells["lora", "cola"].mean)
+    assert flat.get_ydata()[2] == pytest.approx(tables["ablation"].cells["rank peft.lora_r=16", "cola"].mean)
+    assert figures.ranks_of("rho=off")("sam rho=off") == 8
+    assert figures.ranks_of(None)("sigma") == 8
+    assert figures.ranks_of(None)("noise rho=flat_iid") is None
+
+
+def test_curves_are_of_every_seed(tables):
+    study = tables["study"]
     curves = figures.curves_of(study.cells["lora", "cola"].paths)
-    assert curves.shape[0] == 5
+    assert curves.shape[0] == 10
     assert curves[0, -1, 0] == 804  # three epochs of 268 steps
     assert np.isfinite(curves).all()
     figure = figures.training_curves(study)
-    assert [axis.get_title() for axis in figure.axes] == ["CoLA", "SST-2"]
+    assert [axis.get_title() for axis in figure.axes] == ["CoLA", "SST-2", "GSM8K"]
     assert [text.get_text() for text in figure.legends[0].texts][:2] == ["LoRA", "Flat-LoRA (σ = 0.05)"]
 
 
-def test_they_are_the_same_each_time_and_left_out_without_runs(tmp_path, capsys):
+def test_sharpness_is_the_mean_over_seeds_with_students_interval(tables):
+    flatness = tables["flatness"]
+    (axis,) = figures.sharpness(flatness).axes
+    line = [one for one in axis.lines if one.get_marker() == "o"][1]
+    rises = list(flatness.cells["flat_lora", "rise05"].by_seed.values())
+    assert line.get_ydata()[1] == pytest.approx(np.mean(rises))
+    low, _ = stats.t.interval(0.95, len(rises) - 1, np.mean(rises), stats.sem(rises))
+    seeds = [{"0.05": [rise]} for rise in rises]
+    assert figures.mean_and_interval(seeds, "0.05") == pytest.approx((np.mean(rises), np.mean(rises) - low))
+
+
+def test_the_landscape_is_of_one_seed_of_every_row_and_stacks_for_narrow_screens(tables):
+    figure = figures.landscape(tables["flatness"])
+    first, *planes = figure.axes
+    path = tables["flatness"].cells["lora", "rise05"].paths[0]
+    record = json.loads((path / "flatness.json").read_bytes())["parts"]["landscape"]
+    assert first.lines[0].get_ydata().tolist() == record["line"]
+    assert len(planes) == len(first.lines) == 3
+    token = figures.STACKED.set(True)
+    try:
+        stacked = figures.landscape(tables["flatness"])
+    finally:
+        figures.STACKED.reset(token)
+    assert stacked.get_figheight() > 2 * stacked.get_figwidth() > 2 * 4
+    assert figure.get_figwidth() > 2 * figure.get_figheight()
+
+
+def test_severity_is_drawn_of_runs_that_have_it(tmp_path):
+    assert figures.severity(figures.tables_of(PROJECT / "results/study")["corruptions"]) is None
+    for seed in (0, 1):
+        experiment = run_exp.experiment_of(["experiment=table2/lora_r8", "dataset=cifar100", f"seed={seed}"])
+        metrics = {"images/top1": 0.9} | {f"corruptions/severity_{level}": 0.9 - 0.1 * level for level in range(1, 6)}
+        record = {"status": "finished", "experiment": experiment.model_dump(mode="json"), "metrics": metrics}
+        path = tmp_path / experiment.run_name() / str(seed) / "run.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(record | {"timing": {"train_s": 1.0}}))
+    (axis,) = figures.severity(figures.tables_of(tmp_path)["corruptions"]).axes
+    (line,) = [one for one in axis.lines if one.get_marker() == "o"]
+    assert line.get_ydata().tolist() == pytest.approx([90, 80, 70, 60, 50, 40])
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["clean", "1", "2", "3", "4", "5"]
+
+
+def test_cost_shows_the_records_medians():
+    time, memory = figures.cost(PROJECT / "results").axes
+    record = json.loads((PROJECT / "results/bench/gpu.json").read_bytes())["steps"]
+    bars = {container.get_label(): container.patches[0].get_height() for container in time.containers}
+    assert bars["Flat-LoRA copy"] == pytest.approx(np.median(record["2x1024x16"]["Flat-LoRA copy"]["step_s"]))
+    assert memory.containers[0].patches[1].get_height() == record["8x1024x4"]["PEFT"]["peak_gib"]
+
+
+@pytest.fixture
+def results(tmp_path):
+    """The committed records alone: a developer's results/ may hold others."""
+    for name in ("study", "bench"):
+        shutil.copytree(PROJECT / "results" / name, tmp_path / "results" / name)
+    return tmp_path / "results"
+
+
+def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_path, capsys):
+    """PNG by PNG where this matplotlib made them, and twice the same bytes anywhere."""
     for name in ("one", "two"):
-        assert figures.main(["--results", str(PROJECT / "results/study"), "--out", str(tmp_path / name)]) == 0
+        assert figures.main(["--results", str(results), "--out", str(tmp_path / name)]) == 0
     drawn = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert drawn == [f"{name}.{kind}" for name in ("sigma_sweep", "training_curves") for kind in ("pdf", "png")]
+    assert drawn == sorted(
+        f"{name}.{kind}" for name in figures.FIGURES if name != "severity" for kind in ("pdf", "png")
+    )
     for name in drawn:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert (PROJECT / "results/tables" / name).is_file()
     assert figures.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path / "three")]) == 0
     assert list((tmp_path / "three").iterdir()) == []
     assert "too few runs" in capsys.readouterr().err
+    assert figures.main(["sigma_swep"]) == 2

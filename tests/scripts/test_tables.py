@@ -13,6 +13,7 @@ from flatlora.config import ConfigError
 from scripts import cells, table_formats, tables
 
 PROJECT = Path(__file__).parents[2]
+LAYOUTS = PROJECT / "results/tables.yaml"
 COLUMN = cells.Column(title="CoLA", words=["dataset=cola"], metric="glue/accuracy", scale=100)
 
 
@@ -32,7 +33,7 @@ def write_run(results, words, accuracy, folder=None, **changes):
 
 
 def made_of(results, name="table1"):
-    layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
+    layouts = cells.read_layouts(LAYOUTS)
     runs, problems = cells.read_runs(results)
     (made,), more = cells.make({name: layouts[name]}, cells.read_paper(PROJECT / "results/paper.yaml"), runs)
     return made, [*problems, *more]
@@ -143,25 +144,30 @@ def results(tmp_path):
 def test_the_committed_tables_are_those_of_the_committed_runs(results, capsys):
     assert tables.main(["--results", str(results)]) == 0
     made = {path.name for path in (results / "tables").iterdir()}
-    assert made == {f"{t}.{s}" for t in ("table1", "table2", "table3", "table4", "study") for s in ("md", "tex", "csv")}
+    assert made == {f"{t}.{s}" for t in cells.read_layouts(LAYOUTS) for s in ("md", "tex", "csv")}
     for name in sorted(made):
         assert (results / "tables" / name).read_bytes() == (PROJECT / "results/tables" / name).read_bytes(), name
-    assert tables.main(["status", "study", "--results", str(results), "--seeds", "5"]) == 0
-    # GSM8K of all eight rows, SST-2 of LoRA-GA and LoRA-Pro; CoLA's two columns show the same runs
-    assert "50 runs of a kind that never was" in capsys.readouterr().out
+    assert tables.main(["status", "study", "--results", str(results), "--seeds", "3"]) == 0
+    # Three seeds of SST-2 and GSM8K of two LoRA-GA rows and LoRA-Pro; CoLA's two columns show the same runs.
+    assert "18 runs of a kind that never was" in capsys.readouterr().out
     assert tables.main(["tabel1"]) == 2
     assert tables.main(["--results", str(results / "none")]) == 2
 
 
-def test_every_column_asks_the_benchmark_of_its_metric_and_runs_of_its_command_fill_it(tmp_path):
-    layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
+def test_every_row_and_column_composes_and_every_column_asks_the_benchmark_of_its_metric(tmp_path):
+    layouts = cells.read_layouts(LAYOUTS)
     for name, layout in layouts.items():
-        for column in layout.columns.values():
-            row = next(iter(layout.rows))
-            experiment = run_exp.experiment_of([*tables.words_of(name, row, column), "seed=0"])
-            assert column.metric.partition("/")[0] in experiment.eval
-    column = layouts["table4"].columns["mmlu"]
-    command = [*tables.words_of("table4", "lora", column), "seed=0", "eval.instruct_eval.batch_size=2"]
+        made = cells.Made(name, layout, None, {}, {})
+        first, column = next(iter(layout.rows)), next(iter(layout.columns))
+        for row in layout.rows:
+            cells.experiment_of(tuple(made.words_of(row, column)))
+        for key, one in layout.columns.items():
+            asked = cells.experiment_of(tuple(made.words_of(first, key))).eval
+            benchmark = one.metric.partition("/")[0]
+            assert benchmark in asked or benchmark in ("flatness", "corruptions")  # asked besides, by the user
+        assert set(layout.against) | set(layout.against.values()) <= set(layout.rows)
+    made = cells.Made("table4", layouts["table4"], None, {}, {})
+    command = [*made.words_of("lora", "mmlu"), "seed=0", "eval.instruct_eval.batch_size=2"]
     metrics = {"instruct_eval/mmlu": 0.5, "instruct_eval/bbh": None}
     write_run(tmp_path, command, 0.0, metrics=metrics)
     made, problems = made_of(tmp_path, "table4")
@@ -175,3 +181,45 @@ def test_records_that_hold_no_numbers_are_left_out(tmp_path):
     made, problems = made_of(tmp_path)
     assert len(problems) == 3
     assert not made.cells["lora_r8", "cola"].by_seed
+
+
+def measured(adapter, rises, **how):
+    """A flatness.json as scripts/flatness.py writes it, with one part."""
+    part = {"how": {"rows": 512, "draws": 16, "seed": 0} | how, "draws": {"0.05": rises}}
+    return json.dumps({"adapter_sha256": adapter, "parts": {"rise": part}})
+
+
+def test_flatness_fills_cells_if_it_is_of_the_runs_adapter_and_measured_as_the_table_says(tmp_path):
+    for seed, changes in enumerate(({}, {}, {}, {"rows": 8}, {})):
+        for row, offset in (("lora", 0.02), ("flat_lora", 0.01)):
+            own = [f"experiment=study/{row}", "dataset=cola", f"seed={seed}"]
+            folder = write_run(tmp_path, own, 0.8, adapter_sha256=f"{row}{seed}")
+            rises = [offset, offset + 0.001 * (seed + 1) * (2 if row == "lora" else 1)]
+            (folder / "flatness.json").write_text(measured(f"{row}{seed}" if seed < 4 else "other", rises, **changes))
+    made, problems = made_of(tmp_path, "flatness")
+    cell = made.cells["lora", "rise05"]
+    assert list(cell.by_seed) == [0, 1, 2]  # not the one of 8 rows, not the one of another adapter
+    assert cell.by_seed[1] == pytest.approx(0.022)
+    assert made.best == {"rise05": "flat_lora"}  # less is better
+    assert len(problems) == 2
+    assert all("another adapter" in problem for problem in problems)
+    assert "| LoRA | 0.0220 ± 0.0010 (3) | missing |" in table_formats.markdown(made)
+
+
+def test_a_broken_flatness_file_costs_its_numbers_alone(tmp_path):
+    for seed, text in enumerate(
+        ("{", "[]", json.dumps({"adapter_sha256": "a", "parts": {"rise": {"draws": {"0.05": []}}}}))
+    ):
+        own = ["experiment=study/lora", "dataset=cola", f"seed={seed}"]
+        (write_run(tmp_path, own, 0.8, adapter_sha256="a") / "flatness.json").write_text(text)
+    made, problems = made_of(tmp_path, "study")
+    assert len(made.cells["lora", "cola"].by_seed) == 3
+    assert len(problems) == 3
+    assert all("its other numbers count" in problem for problem in problems)
+
+
+def test_a_column_without_a_data_set_is_a_fault(tmp_path):
+    raw = {"t": {"rows": {"lora": "LoRA"}, "columns": {"a": {"title": "A", "words": [], "metric": "m", "scale": 1}}}}
+    (tmp_path / "tables.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match="write dataset=NAME"):
+        cells.read_layouts(tmp_path / "tables.yaml")
