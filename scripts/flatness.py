@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -32,6 +33,7 @@ from flatlora.console import console, counting, quiet_libraries, report_faults  
 from flatlora.layers import PerturbedLayer, find_lora_layers  # noqa: E402
 from flatlora.methods.lora import find_targets  # noqa: E402
 from flatlora.results import RunFolder  # noqa: E402
+from flatlora.rows import gather  # noqa: E402
 
 FILE = "flatness.json"
 PARTS = ("rise", "hessian", "landscape")
@@ -42,14 +44,24 @@ def main(words: Sequence[str] | None = None) -> int:
     options = _options(words)
     quiet_libraries()
     try:
-        runs = [(Path(run), _experiment(Path(run), options.data_root)) for run in options.runs]
         device = models.choose_device(options.device)
-        for run, experiment in runs:
-            measure(run, experiment, device, options)
+        runs = [(run, experiment, run_exp.prepare(experiment, device)) for run, experiment in _experiments(options)]
+        for run, experiment, inputs in runs:
+            measure(run, experiment, inputs, options)
     except ConfigError as error:
         report_faults(error)
         return 2
     return 0
+
+
+def _experiments(options: argparse.Namespace) -> list[tuple[Path, Experiment]]:
+    """
+    Raises:
+        ConfigError: what is wrong with any of the runs.
+    """
+    runs = [Path(run) for run in options.runs]
+    found = gather(*(lambda run=run: _experiment(run, options.data_root) for run in runs))
+    return list(zip(runs, found, strict=True))
 
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:
@@ -63,20 +75,31 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sigmas", type=_numbers, default=(0.01, 0.05, 0.1, 0.15, 0.2), help="of the expected rise")
     parser.add_argument("--draws", type=_positive, default=16, help="of ε at each σ")
     parser.add_argument("--probes", type=_positive, default=16, help="of the trace")
-    parser.add_argument("--radius", type=float, default=0.5, help="of the landscape; 1 is as long as each row of W'")
+    parser.add_argument("--iterations", type=_positive, default=50, help="of the power iteration, at most")
+    parser.add_argument("--radius", type=_number, default=0.5, help="of the landscape; 1 is as long as each row of W'")
     parser.add_argument("--points", type=_positive, default=21, help="of the landscape, a side")
     parser.add_argument("--seed", type=int, default=0, help="of directions, draws and probes, not the run's")
     return parser.parse_args(words)
 
 
 def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number of 1 or more is needed")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number of 1 or more is needed")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is needed")
     return value
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in text.split(","))
+    return tuple(_number(word) for word in text.split(","))
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -103,7 +126,7 @@ def _experiment(run: Path, data_root: str | None) -> Experiment:
     return experiment.model_copy(update=changed)
 
 
-def measure(run: Path, experiment: Experiment, device: torch.device, options: argparse.Namespace) -> None:
+def measure(run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: argparse.Namespace) -> None:
     """The parts that the run's file does not have yet; written after each.
 
     Raises:
@@ -121,7 +144,7 @@ def measure(run: Path, experiment: Experiment, device: torch.device, options: ar
     if not left:
         console.print(f"{run}: measured already", markup=False, soft_wrap=True)
         return
-    model, layers, batches = _loaded(run, experiment, device, options)
+    model, layers, batches = _loaded(run, experiment, inputs, options)
     for part in left:
         begun = time.monotonic()
         values = _MEASURES[part](model, layers, batches, options)
@@ -135,16 +158,22 @@ def measure(run: Path, experiment: Experiment, device: torch.device, options: ar
 
 def _kept(run: Path, adapter_sha256: str) -> dict[str, Any]:
     """What the run's file has of this adapter."""
-    if (run / FILE).is_file() and (kept := json.loads((run / FILE).read_bytes()))["adapter_sha256"] == adapter_sha256:
-        return kept
+    try:
+        kept = json.loads((run / FILE).read_bytes())
+        if kept["adapter_sha256"] == adapter_sha256 and all("how" in part for part in kept["parts"].values()):
+            return kept
+    except FileNotFoundError:
+        pass  # nothing has been measured yet
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        console.print(f"{run / FILE} is broken ({error}): measured anew", markup=False, soft_wrap=True)
     return {"adapter_sha256": adapter_sha256, "parts": {}}
 
 
 def _loaded(
-    run: Path, experiment: Experiment, device: torch.device, options: argparse.Namespace
+    run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: argparse.Namespace
 ) -> tuple[nn.Module, list[PerturbedLayer], list[flatness.Batch]]:
     """The merged model in FP32 and evaluation mode, the layers that adapters act on, and the training rows."""
-    inputs = run_exp.prepare(experiment, device)
+    device = inputs.device
     classes = Classes.of_run(run) if experiment.dataset.kind == "image" else None
     eager = experiment.model.model_copy(update={"attn": "eager"})  # the one attention with a second derivative
     model, _, told = models.load_for_inference(str(run / "adapter"), eager, device, classes)
@@ -178,7 +207,7 @@ def _rise(model, layers, batches, options) -> dict[str, Any]:
 def _hessian(model, layers, batches, options) -> dict[str, Any]:
     hessian = flatness.Hessian(model, layers, batches)
     with counting("top eigenvalue", None) as told:
-        top = hessian.top_eigenvalue(seed=options.seed, told=told)
+        top = hessian.top_eigenvalue(seed=options.seed, iterations=options.iterations, told=told)
     with counting("trace", options.probes) as told:
         samples = hessian.trace_samples(seed=options.seed, probes=options.probes, told=told)
     return {
