@@ -194,7 +194,7 @@ class Hessian:
             before, value = value, _dot(vector, product)  # Rayleigh's quotient
             rest = [p - value * v for p, v in zip(product, vector, strict=True)]
             told(1)
-            if abs(value - before) <= tolerance * abs(value):
+            if value == 0 or abs(value - before) <= tolerance * abs(value):
                 break
             vector = _unit(product)
         return TopEigenvalue(value, iteration, math.sqrt(_dot(rest, rest)) / max(abs(value), 1e-30))

@@ -7,7 +7,7 @@ another setting is named and left out.
 from __future__ import annotations
 
 import json
-import math
+import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,8 @@ import eval as benchmarks  # noqa: E402
 import run_exp  # noqa: E402
 from flatlora.config import ConfigError, Experiment, Section, build_section, parse, setting  # noqa: E402
 
+LAYOUTS = PROJECT / "results/tables.yaml"
+PAPER = PROJECT / "results/paper.yaml"
 SIGNIFICANT = 0.05
 NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ that hold no run
 
@@ -114,6 +116,23 @@ class Made(NamedTuple):
         return _words(self.name, self.layout, row, self.layout.columns[column])
 
 
+def check_folders(results: Path, out: Path) -> None:
+    """See to it that there is something to read and somewhere to write.
+
+    Raises:
+        ConfigError: no folder of runs, or a place that nothing can be written to.
+    """
+    faults = []
+    if not results.is_dir():
+        faults.append(f"Invalid --results={results}: no such folder; name one that runs are in.")
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        problem = "cannot be written to" if nearest.is_dir() else "is a file"
+        faults.append(f"Invalid --out={out}: {nearest} {problem}; name another folder.")
+    if faults:
+        raise ConfigError(faults)
+
+
 def read_layouts(path: Path) -> dict[str, Layout]:
     """The tables of tables.yaml.
 
@@ -123,30 +142,65 @@ def read_layouts(path: Path) -> dict[str, Layout]:
     return {name: build_section(f"tables.{name}", Layout, raw) for name, raw in _yaml(path).items()}
 
 
-def read_paper(path: Path) -> dict[str, Published]:
-    """The published side of each table.
+def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
+    """The published side of each table, and which numbers are left out of it: without a source, or none.
 
     Raises:
-        ConfigError: a number without a source that is listed, or what `read_layouts` refuses.
+        ConfigError: the file cannot be read.
     """
     raw = _yaml(path)
-    found = {name: build_section(f"paper.{name}", Published, one) for name, one in raw.get("tables", {}).items()}
-    faults = [
-        f"Invalid source of {name} in {path}: {one.source} is none of {', '.join(raw['sources'])}; a published number "
-        "needs one."
-        for name, one in found.items()
-        if one.values and one.source not in raw["sources"]
-    ]
-    if faults:
-        raise ConfigError(faults)
-    return found
+    sources, tables = raw.get("sources"), raw.get("tables")
+    if not isinstance(sources, dict) or not isinstance(tables, dict):
+        raise ConfigError([f"Invalid {path}: two groups are needed, sources and tables; mend it."])
+    found, problems = {}, []
+    for name, one in tables.items():
+        values = one.get("values") if isinstance(one, dict) else None
+        try:
+            published = build_section(f"paper.{name}", Published, one | {"values": {}} if values else one)
+        except ConfigError as error:
+            problems += error.faults
+            continue
+        numbers, told = _published_numbers(name, values or {})
+        if numbers and published.source not in sources:
+            told.append(
+                f"Invalid source of paper.{name}: {published.source} is none of {', '.join(sources)}, and a published "
+                "number needs one; name where it is from."
+            )
+            numbers = {}
+        problems += told
+        found[name] = published.model_copy(update={"values": numbers})
+    return found, problems
+
+
+def _published_numbers(name: str, values: Any) -> tuple[dict[str, dict[str, float]], list[str]]:
+    numbers, problems = {}, []
+    for row, by_column in values.items() if isinstance(values, dict) else [("values", values)]:
+        if not isinstance(by_column, dict):
+            problems.append(f"Invalid paper.{name}.{row}={by_column!r}: numbers by column are needed; mend it.")
+            continue
+        for column, value in by_column.items():
+            if _is_number(value):
+                numbers.setdefault(row, {})[column] = float(value)
+            else:
+                problems.append(f"Invalid paper.{name}.{row}.{column}={value!r}: a number is needed; mend it.")
+    return numbers, problems
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no yes or no."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300 and value == value
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([f"Cannot read {path}: {str(error).splitlines()[0]}; mend it."]) from error
+    if not isinstance(found, dict):
+        raise ConfigError([f"Invalid {path}: it must hold groups by name; mend it."])
+    return found
 
 
 def read_runs(results: Path) -> tuple[list[Run], list[str]]:
@@ -161,16 +215,20 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
                 problems.append(f"{path.parent} is {record['status']}.")
                 continue
             experiment = parse(record["experiment"], run_exp.REGISTRY)
-            metrics = {name: value for name, value in record["metrics"].items() if value is not None}
-            if not all(math.isfinite(value) for value in metrics.values()):
-                raise ValueError("a metric is not finite")
+            metrics = {
+                name: value
+                for name, value in record["metrics"].items()
+                if value is not None and not name.startswith("flatness/")  # those are flatness.json's
+            }
+            if wrong := [name for name, value in metrics.items() if not _is_number(value)]:
+                raise ValueError(f"{wrong[0]} is no finite number")
             train_s, adapter = float(record["timing"]["train_s"]), record.get("adapter_sha256")
-        except _BROKEN as error:
+        except BROKEN as error:
             problems.append(f"{path.parent} has no good run.json ({type(error).__name__}: {str(error)[:120]}).")
             continue
         try:
             measured, more = _flatness(path.with_name("flatness.json"), adapter)
-        except _BROKEN as error:
+        except BROKEN as error:
             measured, more = {}, {}
             told = f"{type(error).__name__}: {str(error)[:120]}"
             problems.append(f"{path.parent} has no good flatness.json ({told}); its other numbers count.")
@@ -178,7 +236,8 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
     return runs, problems
 
 
-_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # ConfigError is a ValueError
+# ConfigError is a ValueError
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], dict[str, float]]:
@@ -193,32 +252,45 @@ def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], d
     if found["adapter_sha256"] != adapter_sha256:
         raise ValueError("it was measured on another adapter; measure this one with scripts/flatness.py")
     parts = found["parts"]
-    rises = parts.get("rise", {}).get("draws", {})
-    metrics = {f"flatness/rise_{sigma}": statistics.fmean(draws) for sigma, draws in rises.items()}
+    how = {part: dict(values["how"]) for part, values in parts.items()}
+    metrics = {}
+    for sigma, draws in parts["rise"]["draws"].items() if "rise" in parts else ():
+        _refuse_other_than_numbers(f"rise at σ = {float(sigma):g}", draws)
+        metrics[f"flatness/rise_{sigma}"] = statistics.fmean(draws)
     if "hessian" in parts:
-        metrics["flatness/top_eigenvalue"] = parts["hessian"]["top_eigenvalue"]
-        metrics["flatness/trace"] = statistics.fmean(parts["hessian"]["trace_samples"])
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise ValueError("a measure is not finite")
-    return {part: values["how"] for part, values in parts.items()}, metrics
+        top, samples = parts["hessian"]["top_eigenvalue"], parts["hessian"]["trace_samples"]
+        _refuse_other_than_numbers("hessian", [top, *samples])
+        metrics |= {"flatness/top_eigenvalue": top, "flatness/trace": statistics.fmean(samples)}
+    if "landscape" in parts:
+        at, line, plane = (parts["landscape"][key] for key in ("at", "line", "plane"))
+        for numbers in (at, line, *plane):
+            _refuse_other_than_numbers("landscape", numbers)
+        if {len(at)} != {len(line), len(plane), *map(len, plane)}:
+            raise ValueError(f"its landscape has {len(at)} places, and losses of another number")
+    return how, metrics
+
+
+def _refuse_other_than_numbers(name: str, values: Any) -> None:
+    if not isinstance(values, list) or not values or not all(map(_is_number, values)):
+        raise ValueError(f"{name}: finite numbers are needed")
 
 
 def make(
     layouts: Mapping[str, Layout], papers: Mapping[str, Published], runs: Sequence[Run]
 ) -> tuple[list[Made], list[str]]:
-    """The tables, and the runs of a cell that contradict each other.
+    """The tables, and what is left out: runs of a cell that are doubled, published numbers of no cell.
 
     Raises:
-        ConfigError: words that do not compose, of a row and column that runs may fill; a published number of no cell.
+        ConfigError: words that do not compose, of a row and column that runs may fill.
     """
-    made, problems, faults = [], [], []
+    made, problems = [], []
     datasets = {run.experiment.dataset.name for run in runs}
     by_identity: dict[str, list[Run]] = {}
     for run in runs:
         by_identity.setdefault(setting_of(run.experiment), []).append(run)
     for name, layout in layouts.items():
         published = papers.get(name)
-        faults += _unplaced(name, layout, published)
+        problems += _unplaced(name, layout, published)
         cells = {}
         for row in layout.rows:
             for key, column in layout.columns.items():
@@ -232,8 +304,6 @@ def make(
                 paper = published.values.get(row, {}).get(key) if published else None
                 cells[row, key] = Cell(by_seed, paths, paper)
         made.append(Made(name, layout, published, cells, best_rows(layout, cells)))
-    if faults:
-        raise ConfigError(faults)
     return made, list(dict.fromkeys(problems))
 
 
@@ -257,7 +327,8 @@ def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> 
     benchmark = metric.partition("/")[0]
     if benchmark == "flatness":
         part = "rise" if metric.startswith("flatness/rise") else "hessian"
-        return layout.measured.get(part, {}).items() <= run.measured[part].items()
+        measured = run.measured.get(part, {})
+        return all(measured.get(key) == value for key, value in layout.measured.get(part, {}).items())
 
     def asked(experiment: Experiment) -> Any:
         config = experiment.eval.get(benchmark)
@@ -282,6 +353,9 @@ def _one_a_seed(found: Sequence[Run], column: Column) -> tuple[dict[int, float],
             told = ", ".join(f"{run.path} has {run.metrics[column.metric]}" for run in same)
             problems.append(f"seed {seed} of {column.metric}: {told}; take one away.")
             continue
+        if len(same) > 1:
+            told = ", ".join(str(run.path) for run in same)
+            problems.append(f"seed {seed} stands in several folders that say the same: {told}; counted once.")
         by_seed[seed] = values.pop() * column.scale
         paths.append(same[-1].path)
     return by_seed, paths, problems
@@ -305,11 +379,23 @@ def paired(left: Mapping[int, float], right: Mapping[int, float]) -> tuple[float
     """
     shared = sorted(left.keys() & right.keys())
     differences = [left[seed] - right[seed] for seed in shared]
-    if len(shared) < 3 or statistics.stdev(differences) == 0:
+    largest = max((abs(side[seed]) for side in (left, right) for seed in shared), default=0.0)
+    if len(shared) < 3 or statistics.stdev(differences) <= 1e-12 * largest:  # equal but for rounding
         return None
     found = stats.ttest_1samp(differences, 0.0)
     low, high = found.confidence_interval(0.95)
     return statistics.fmean(differences), float(low), float(high), float(found.pvalue), len(shared)
+
+
+def unused(made: Sequence[Made], runs: Sequence[Run]) -> list[str]:
+    """Runs whose setting is none of the tables'."""
+    settings = {
+        setting_of(run.experiment) for run in runs if any(run.path in c.paths for o in made for c in o.cells.values())
+    }
+    others = [run.path for run in runs if setting_of(run.experiment) not in settings]
+    if not others:
+        return []
+    return [f"{len(others)} runs are of other settings than these tables' cells: {', '.join(map(str, others[:5]))} …"]
 
 
 def best_rows(layout: Layout, cells: Mapping[tuple[str, str], Cell]) -> dict[str, str]:

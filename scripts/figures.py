@@ -14,6 +14,7 @@ cost             time of a step and peak memory, as results/bench/gpu.json has t
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import sys
@@ -35,6 +36,7 @@ sys.path.insert(0, str(PROJECT))
 
 from flatlora.config import ConfigError  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
+from flatlora.files import write_atomic  # noqa: E402
 from flatlora.results import MetricsLog  # noqa: E402
 from scripts import cells  # noqa: E402
 
@@ -61,20 +63,20 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="RESULTS/tables by default")
     options = parser.parse_args(words)
     quiet_libraries()
+    out = options.out or options.results / "tables"
     try:
+        cells.check_folders(options.results, out)
         if unknown := [name for name in options.names if name not in FIGURES]:
             raise ConfigError([f"Unknown figure {name}: known are {', '.join(FIGURES)}." for name in unknown])
         tables = tables_of(options.results)
     except ConfigError as error:
         report_faults(error)
         return 2
-    out = options.out or options.results / "tables"
-    out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         for name in options.names or FIGURES:
-            figure = FIGURES[name](tables, options.results)
+            figure, problem = drawn(name, tables, options.results)
             if figure is None:
-                print(f"left out: {name}, for which there are too few runs", file=sys.stderr)
+                print(f"left out: {name}, {problem}", file=sys.stderr)
                 continue
             save(figure, out / name)
             print(f"written: {out / name}.pdf, .png")
@@ -87,17 +89,33 @@ def tables_of(results: Path) -> dict[str, cells.Made]:
     Raises:
         ConfigError: a layout that is not in order.
     """
-    layouts = cells.read_layouts(PROJECT / "results/tables.yaml")
+    layouts = cells.read_layouts(cells.LAYOUTS)
     runs, _ = cells.read_runs(results)  # what is wrong with them, scripts/tables.py tells
     made, _ = cells.make({name: layouts[name] for name in LAYOUTS}, {}, runs)
     return {one.name: one for one in made}
 
 
+def drawn(name: str, tables: Mapping[str, cells.Made], results: Path) -> tuple[plt.Figure | None, str]:
+    """A figure, or why there is none: too few runs, or a record that is not what a run writes."""
+    try:
+        return FIGURES[name](tables, results), "for which there are too few runs"
+    except cells.BROKEN as error:
+        plt.close("all")
+        return None, f"for a record of it is broken ({type(error).__name__}: {str(error)[:120]})"
+
+
 def save(figure: plt.Figure, path: Path) -> None:
     """PDF and PNG, the same bytes each time."""
-    figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None, "Producer": None})
-    figure.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=200, metadata={"Software": None})
+    for kind, more in (("pdf", {"CreationDate": None, "Producer": None}), ("png", {"Software": None})):
+        write_atomic(path.with_suffix(f".{kind}"), as_bytes(figure, kind, more))
     plt.close(figure)
+
+
+def as_bytes(figure: plt.Figure, kind: str, metadata: Mapping[str, None], dpi: int = 200) -> bytes:
+    """A file of the figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, bbox_inches="tight", dpi=dpi, metadata=metadata)
+    return buffer.getvalue()
 
 
 def sigma_of(row: str) -> float | None:
@@ -239,30 +257,26 @@ def curves_of(paths: Sequence[Path]) -> np.ndarray:
 
 def sharpness(flatness: cells.Made) -> plt.Figure | None:
     """Expected rise against σ, one line a row: mean over seeds, and the 95 % interval of it; None without measures."""
-    lines = {}
+    lines, counts = {}, set()
     for row, label in flatness.layout.rows.items():
         seeds = [measures_of(path)["rise"]["draws"] for path in flatness.cells[row, "rise05"].paths]
-        if len(seeds) > 1:
-            sigmas = sorted(seeds[0], key=float)
-            lines[label] = np.array([(float(sigma), *mean_and_interval(seeds, sigma)) for sigma in sigmas])
+        if len(seeds) < 2:
+            continue
+        shared = sorted(set.intersection(*map(set, seeds)), key=float)  # the σ that every seed was measured at
+        lines[label] = np.array([(float(sigma), *mean_and_interval(seeds, sigma)) for sigma in shared])
+        counts.add(len(seeds))
     if not lines:
         return None
     figure, (axis,) = panels_of(1, width=4.2, height=3.0)
     for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
-        axis.errorbar(
-            points[:, 0],
-            points[:, 1],
-            yerr=points[:, 2],
-            marker="o",
-            capsize=3,
-            color=colour,
-            label=label,
-            linewidth=1.2,
-        )
+        style = {"marker": "o", "capsize": 3, "color": colour, "label": label, "linewidth": 1.2}
+        axis.errorbar(points[:, 0], points[:, 1], yerr=points[:, 2], **style)
     axis.set_yscale("symlog", linthresh=0.01)
-    axis.set_xticks(points[:, 0], [f"{sigma:g}" for sigma in points[:, 0]])
+    sigmas = sorted({float(sigma) for points in lines.values() for sigma in points[:, 0]})
+    axis.set_xticks(sigmas, [f"{sigma:g}" for sigma in sigmas])
     axis.set(xlabel="σ of the noise that is added", ylabel="rise of the training loss")
-    axis.set_title(f"CoLA, {SMALL}: mean of {len(seeds)} seeds, 95 % interval", fontsize=9)
+    told = "–".join(map(str, sorted({min(counts), max(counts)})))
+    axis.set_title(f"CoLA, {SMALL}: mean of {told} seeds, 95 % interval", fontsize=9)
     axis.legend()
     return figure
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import sys
 import time
@@ -34,9 +33,11 @@ from flatlora.layers import PerturbedLayer, find_lora_layers  # noqa: E402
 from flatlora.methods.lora import find_targets  # noqa: E402
 from flatlora.results import RunFolder  # noqa: E402
 from flatlora.rows import gather  # noqa: E402
+from scripts.arguments import above_zero, odd, positive, several_above_zero  # noqa: E402
 
 FILE = "flatness.json"
 PARTS = ("rise", "hessian", "landscape")
+WELL_SETTLED = 0.05  # residual of the top eigenvalue
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -45,7 +46,8 @@ def main(words: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         device = models.choose_device(options.device)
-        runs = [(run, experiment, run_exp.prepare(experiment, device)) for run, experiment in _experiments(options)]
+        experiments = _experiments(options)
+        runs = gather(*(lambda run=run, one=one: (run, one, _inputs(run, one, device)) for run, one in experiments))
         for run, experiment, inputs in runs:
             measure(run, experiment, inputs, options)
     except ConfigError as error:
@@ -64,42 +66,42 @@ def _experiments(options: argparse.Namespace) -> list[tuple[Path, Experiment]]:
     return list(zip(runs, found, strict=True))
 
 
+def _inputs(run: Path, experiment: Experiment, device: torch.device) -> run_exp.Inputs:
+    """
+    Raises:
+        ConfigError: the data cannot be had, or are not those that the run was trained on.
+    """
+    inputs, trained_on = run_exp.prepare(experiment, device), RunFolder(run).record["data_sha256"]
+    if inputs.data_sha256 != trained_on:
+        raise ConfigError(
+            [
+                f"Invalid data of {run}: its training rows are {inputs.data_sha256[:12]} now, and it was trained on "
+                f"{trained_on[:12]} (data_sha256 in its run.json); name where those are with --data-root."
+            ]
+        )
+    return inputs
+
+
 def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--data-root", help="instead of the run's own")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--parts", type=_parts, default=PARTS, help="some of " + ",".join(PARTS))
-    parser.add_argument("--rows", type=_positive, default=512, help="training rows that the loss is of")
-    parser.add_argument("--batch-size", type=_positive, default=64)
-    parser.add_argument("--sigmas", type=_numbers, default=(0.01, 0.05, 0.1, 0.15, 0.2), help="of the expected rise")
-    parser.add_argument("--draws", type=_positive, default=16, help="of ε at each σ")
-    parser.add_argument("--probes", type=_positive, default=16, help="of the trace")
-    parser.add_argument("--iterations", type=_positive, default=50, help="of the power iteration, at most")
-    parser.add_argument("--radius", type=_number, default=0.5, help="of the landscape; 1 is as long as each row of W'")
-    parser.add_argument("--points", type=_positive, default=21, help="of the landscape, a side")
+    parser.add_argument("--rows", type=positive, default=512, help="training rows that the loss is of")
+    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument(
+        "--sigmas", type=several_above_zero, default=(0.01, 0.05, 0.1, 0.15, 0.2), help="of the expected rise"
+    )
+    parser.add_argument("--draws", type=positive, default=16, help="of ε at each σ")
+    parser.add_argument("--probes", type=positive, default=16, help="of the trace")
+    parser.add_argument("--iterations", type=positive, default=50, help="of the power iteration, at most")
+    parser.add_argument(
+        "--radius", type=above_zero, default=0.5, help="of the landscape; 1 is as long as each row of W'"
+    )
+    parser.add_argument("--points", type=odd, default=21, help="of the landscape, a side")
     parser.add_argument("--seed", type=int, default=0, help="of directions, draws and probes, not the run's")
     return parser.parse_args(words)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number of 1 or more is needed")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is needed")
-    return value
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_number(word) for word in text.split(","))
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -132,14 +134,14 @@ def measure(run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: 
     Raises:
         ConfigError: model or data cannot be had.
     """
-    record = RunFolder(run).record
-    asked = {key: getattr(options, key) for key in ("rows", "seed")}
+    asked = {"rows": min(options.rows, len(inputs.rows.train)), "seed": options.seed}
     how = {
         "rise": asked | {"sigmas": list(options.sigmas), "draws": options.draws},
         "hessian": asked | {"probes": options.probes},
         "landscape": asked | {"radius": options.radius, "points": options.points},
     }
-    found = _kept(run, record["adapter_sha256"])
+    adapter = RunFolder(run).record["adapter_sha256"]
+    found = _kept(run, adapter)
     left = [part for part in options.parts if found["parts"].get(part, {}).get("how") != how[part]]
     if not left:
         console.print(f"{run}: measured already", markup=False, soft_wrap=True)
@@ -150,7 +152,7 @@ def measure(run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: 
         values = _MEASURES[part](model, layers, batches, options)
         told = {"how": how[part], **values, "loss": flatness.mean_loss(model, batches)}
         told |= {"git_sha": results.git_sha(), "env": results.environment()}
-        found = _kept(run, record["adapter_sha256"])  # another process may have measured another part by now
+        found = _kept(run, adapter)  # another process may have measured another part by now
         found["parts"][part] = told | {"seconds": round(time.monotonic() - begun, 1)}
         files.write_json(run / FILE, found)
     console.print(f"written: {run / FILE}", markup=False, soft_wrap=True)
@@ -208,6 +210,9 @@ def _hessian(model, layers, batches, options) -> dict[str, Any]:
     hessian = flatness.Hessian(model, layers, batches)
     with counting("top eigenvalue", None) as told:
         top = hessian.top_eigenvalue(seed=options.seed, iterations=options.iterations, told=told)
+    if top.residual > WELL_SETTLED:
+        told = f"‖Hv − λv‖ / |λ| is {top.residual:.3f} after {top.iterations} iterations"
+        console.print(f"the top eigenvalue has not settled: {told}; more come with --iterations", soft_wrap=True)
     with counting("trace", options.probes) as told:
         samples = hessian.trace_samples(seed=options.seed, probes=options.probes, told=told)
     return {

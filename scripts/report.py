@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import base64
-import io
 import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import yaml
@@ -42,6 +42,9 @@ def main(words: Sequence[str] | None = None) -> int:
     quiet_libraries()
     out = options.out or options.results / "tables/report.html"
     try:
+        cells.check_folders(options.results, out.parent)
+        if out.is_dir():
+            raise ConfigError([f"Invalid --out={out}: it is a folder; name a file, such as {out / 'report.html'}."])
         page = render(options.results, out.parent)
     except ConfigError as error:
         report_faults(error)
@@ -57,10 +60,7 @@ def render(results: Path, home: Path) -> str:
     Raises:
         ConfigError: a layout or published number that is not in order.
     """
-    layouts, papers = (
-        cells.read_layouts(PROJECT / "results/tables.yaml"),
-        cells.read_paper(PROJECT / "results/paper.yaml"),
-    )
+    layouts, (papers, left_out) = cells.read_layouts(cells.LAYOUTS), cells.read_paper(cells.PAPER)
     runs, problems = cells.read_runs(results)
     made, more = cells.make(layouts, papers, runs)
     environment = jinja2.Environment(
@@ -70,7 +70,7 @@ def render(results: Path, home: Path) -> str:
         tables=[table_of(one) for one in made],
         figures=pictures({one.name: one for one in made}, results),
         groups=groups_of(runs, home),
-        problems=[*problems, *more],
+        problems=[*left_out, *problems, *more, *cells.unused(made, runs)],
         count=len(runs),
     )
 
@@ -93,26 +93,25 @@ def pictures(tables: Mapping[str, cells.Made], results: Path) -> list[dict[str, 
     """Each figure twice, as data URIs: panels in a row, and one below the other for narrow screens."""
     captions = dict(line.split(maxsplit=1) for line in (figures.__doc__ or "").splitlines() if line[:1].islower())
     found = []
-    for name, draw in figures.FIGURES.items():
-        shapes = [_picture(draw, tables, results, stacked=stacked) for stacked in (False, True)]
+    for name in figures.FIGURES:
+        shapes = [_picture(name, tables, results, stacked=stacked) for stacked in (False, True)]
         if None not in shapes:
             found.append({"name": name, "wide": shapes[0], "narrow": shapes[1], "caption": captions[name]})
     return found
 
 
-def _picture(draw: Any, tables: Mapping[str, cells.Made], results: Path, *, stacked: bool) -> str | None:
+def _picture(name: str, tables: Mapping[str, cells.Made], results: Path, *, stacked: bool) -> str | None:
     token = figures.STACKED.set(stacked)
     try:
         with figures.plt.rc_context(figures.STYLE):
-            figure = draw(tables, results)
+            figure, _ = figures.drawn(name, tables, results)  # scripts/figures.py says why there is none
             if figure is None:
                 return None
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", bbox_inches="tight", dpi=160, metadata={"Software": None})
+            content = figures.as_bytes(figure, "png", {"Software": None}, dpi=160)
             figures.plt.close(figure)
     finally:
         figures.STACKED.reset(token)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
@@ -126,7 +125,7 @@ def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
             {
                 "title": f"{experiment.dataset.name}: {experiment.run_name()}",
                 "config": yaml.safe_dump({name: record["experiment"][name] for name in SECTIONS}, sort_keys=False),
-                "environment": yaml.safe_dump(record["env"], sort_keys=False),
+                "environment": yaml.safe_dump(record.get("env"), sort_keys=False),
                 "runs": [],
             },
         )
@@ -137,8 +136,8 @@ def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
                 "metrics": ", ".join(f"{name} {value:.4g}" for name, value in headline.items()),
                 "loss": f"{run.metrics['train_loss']:.4f}" if "train_loss" in run.metrics else "—",
                 "minutes": f"{run.train_s / 60:.1f}",
-                "code": record["git_sha"],
-                "adapter": (record["adapter_sha256"] or "—")[:12],
+                "code": record.get("git_sha") or "—",
+                "adapter": str(record.get("adapter_sha256") or "—")[:12],
                 "files": _links(run.path, home),
             }
         )
@@ -149,7 +148,7 @@ def _links(run: Path, home: Path) -> list[tuple[str, str]]:
     """(name, address relative to the page) of what is there of a run's raw files."""
     names = ("run.json", "metrics.jsonl", "flatness.json", "config.yaml")
     there = [name for name in names if (run / name).is_file()]
-    return [(name, Path(os.path.relpath(run / name, home)).as_posix()) for name in there]
+    return [(name, quote(Path(os.path.relpath(run / name, home)).as_posix())) for name in there]
 
 
 if __name__ == "__main__":

@@ -119,7 +119,18 @@ def latex(made: Made) -> str:
     return "\n".join(lines) + "\n"
 
 
-_TEX = {"±": r"$\pm$", "−": "$-$", "—": "--", "σ": r"$\sigma$", "α": r"$\alpha$", "<": "$<$", "%": r"\%", "_": r"\_"}
+_TEX = {
+    "±": r"$\pm$",
+    "−": "$-$",
+    "—": "--",
+    "σ": r"$\sigma$",
+    "α": r"$\alpha$",
+    "<": "$<$",
+    "%": r"\%",
+    "_": r"\_",
+    "ε": r"$\varepsilon$",
+}
+_TEX |= {character: rf"\{character}" for character in "&#$"}
 
 
 def _tex(text: str) -> str:

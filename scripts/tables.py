@@ -25,7 +25,21 @@ sys.path.insert(0, str(PROJECT))
 from flatlora.config import ConfigError  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.files import write_atomic  # noqa: E402
-from scripts.cells import Made, Run, experiment_of, make, read_layouts, read_paper, read_runs, setting_of  # noqa: E402
+from scripts.arguments import positive  # noqa: E402
+from scripts.cells import (  # noqa: E402
+    LAYOUTS,
+    PAPER,
+    Made,
+    Run,
+    check_folders,
+    experiment_of,
+    make,
+    read_layouts,
+    read_paper,
+    read_runs,
+    setting_of,
+    unused,
+)
 from scripts.table_formats import as_csv, latex, markdown  # noqa: E402
 
 
@@ -35,16 +49,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="all tables by default; the word status shows what is missing")
     parser.add_argument("--results", type=Path, default=PROJECT / "results")
     parser.add_argument("--out", type=Path, help="RESULTS/tables by default")
-    parser.add_argument("--seeds", type=int, default=3, help="of each cell, for status")
+    parser.add_argument("--seeds", type=positive, default=3, help="of each cell, for status")
     options = parser.parse_args(words)
     quiet_libraries()
-    if not options.results.is_dir():
-        report_faults(ConfigError([f"Invalid --results={options.results}: no such folder; name one that runs are in."]))
-        return 2
     status = options.names[:1] == ["status"]
     names = options.names[1:] if status else options.names
+    out = options.out or options.results / "tables"
     try:
-        layouts, papers = read_layouts(PROJECT / "results/tables.yaml"), read_paper(PROJECT / "results/paper.yaml")
+        check_folders(options.results, out)
+        layouts, (papers, left_out) = read_layouts(LAYOUTS), read_paper(PAPER)
         if unknown := [name for name in names if name not in layouts]:
             raise ConfigError([f"Unknown table {name}: known are {', '.join(layouts)}." for name in unknown])
         runs, problems = read_runs(options.results)
@@ -52,23 +65,16 @@ def main(words: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         report_faults(error)
         return 2
-    for problem in [*problems, *more, *_unused(made, runs)]:
+    for problem in [*left_out, *problems, *more, *unused(made, runs)]:
         print(f"left out: {problem}", file=sys.stderr)
     if status:
         print_status(made, runs, options.seeds)
         return 0
-    out = options.out or options.results / "tables"
     for one in made:
         for suffix, text in (("md", markdown(one)), ("tex", latex(one)), ("csv", as_csv(one, options.results))):
             write_atomic(out / f"{one.name}.{suffix}", text)
         print(f"written: {out / one.name}.md, .tex, .csv")
     return 0
-
-
-def _unused(made: Sequence[Made], runs: Sequence[Run]) -> list[str]:
-    used = {path for one in made for cell in one.cells.values() for path in cell.paths}
-    others = [run.path for run in runs if run.path not in used]
-    return [f"{len(others)} runs are of other settings than these tables' cells, {others[0]} first."] if others else []
 
 
 def print_status(made: Sequence[Made], runs: Sequence[Run], seeds: int) -> None:

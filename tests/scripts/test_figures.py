@@ -121,7 +121,15 @@ def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_p
     for name in drawn:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
         assert (PROJECT / "results/tables" / name).is_file()
+    capsys.readouterr()
+    (tmp_path / "none/bench").mkdir(parents=True)
+    (tmp_path / "none/bench/gpu.json").write_text("{}")
     assert figures.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path / "three")]) == 0
-    assert list((tmp_path / "three").iterdir()) == []
-    assert "too few runs" in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()
+    told = capsys.readouterr().err
+    assert told.count("too few runs") == len(figures.FIGURES) - 1
+    assert "left out: cost, for a record of it is broken (KeyError: 'steps')" in told.replace("\n", " ")
+    (tmp_path / "file").write_text("")
+    assert figures.main(["--results", str(tmp_path / "nowhere"), "--out", str(tmp_path / "file")]) == 2
+    assert "2 faults" in capsys.readouterr().err
     assert figures.main(["sigma_swep"]) == 2

@@ -83,11 +83,21 @@ def test_a_broken_file_is_measured_anew(run, capsys):
 
 def test_runs_that_cannot_be_measured_are_told_all_at_once_before_any_is(run, tmp_path, capsys):
     record = json.loads((run / "run.json").read_bytes())
+    (run / "run.json").write_text(json.dumps(record | {"data_sha256": "of other rows"}))
+    assert flatness.main([str(run), *QUICK]) == 2
+    assert "trained on of other row" in " ".join(capsys.readouterr().err.split())
     (run / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
     assert flatness.main([str(run), str(tmp_path), *QUICK]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert told.count("a finished run with its adapter/ is needed") == 2
-    for words in (["--sigmas", "0.1,-1"], ["--rows", "0"], ["--radius", "nan"], ["--parts", "rize"], ["--points", "x"]):
+    for words in (
+        ["--sigmas", "0.1,-1"],
+        ["--sigmas", "0.2,0.2"],
+        ["--rows", "0"],
+        ["--radius", "nan"],
+        ["--parts", "rize"],
+        ["--points", "4"],
+    ):
         with pytest.raises(SystemExit):
             flatness.main([str(run), *words])
         assert words[1].split(",")[-1] in capsys.readouterr().err

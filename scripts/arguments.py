@@ -1,0 +1,42 @@
+"""Types of command-line options, for argparse: what is no such value is told with its rule."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number of 1 or more is needed")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is needed")
+    return value
+
+
+def several_above_zero(text: str) -> tuple[float, ...]:
+    """Different finite numbers above 0, with commas between them."""
+    values = tuple(above_zero(word) for word in text.split(","))
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: a number stands there twice")
+    return values
+
+
+def odd(text: str) -> int:
+    """An odd whole number of 3 or more."""
+    value = positive(text)
+    if value < 3 or value % 2 == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text}: an odd number of 3 or more is needed, so that the middle is one of them"
+        )
+    return value
