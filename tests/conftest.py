@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config,
 from data import cache
 from flatlora import images, models
 from flatlora.rows import jsonl
+
+gc.freeze()  # what is imported by now stays: each run collects garbage, and need not look through it every time
 
 TINY_SHAPE = {
     "hidden_size": 32,

@@ -31,6 +31,7 @@ def root(tiny_settings):
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_twelve_runs_over_two_workers_one_of_which_fails(tiny_settings, root, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     seeds = ",".join(map(str, range(12)))
@@ -63,6 +64,7 @@ def test_twelve_runs_over_two_workers_one_of_which_fails(tiny_settings, root, tm
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_a_job_of_submitit_is_queued_again_and_goes_on_where_it_was(tiny_settings, root, tmp_path):
     pytest.importorskip("submitit")
     words = ["hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path / 'm'}", "seed=0", "resume=true"]

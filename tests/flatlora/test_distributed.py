@@ -177,7 +177,11 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "words"), [(signal.SIGTERM, []), (signal.SIGUSR1, ["trainer=ddp", *TWO])], ids=["one", "two"]
+    ("number", "words"),
+    [
+        pytest.param(signal.SIGTERM, [], id="one"),
+        pytest.param(signal.SIGUSR1, ["trainer=ddp", *TWO], id="two", marks=pytest.mark.extra),
+    ],
 )
 def test_a_preempted_run_has_a_checkpoint_of_that_moment(settings, number, words):
     settings = [*words, *settings]
@@ -241,6 +245,7 @@ def test_more_gpus_than_there_are_are_refused_before_a_process_is_started(settin
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 @pytest.mark.parametrize(
     "starter",
     [
@@ -325,6 +330,7 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(settings):
     hung = at(settings, "hung")
     process = start(["trainer=ddp", *TWO, "trainer.timeout_s=10", *hung])

@@ -121,7 +121,7 @@ RESUME_VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", RESUME_VARIANTS)
-@pytest.mark.parametrize("killed_at", [4, 7])
+@pytest.mark.parametrize("killed_at", [pytest.param(4, marks=pytest.mark.extra), 7])
 def test_killed_and_resumed_is_never_killed(tiny_settings, variant, killed_at, monkeypatch):
     """18 rows in batches of 4: epochs of 5 steps, the last one short; checkpoints every 2 steps."""
     settings = [w for w in tiny_settings if not w.startswith(("dataset.", "peft.lora_r"))]

@@ -284,7 +284,7 @@ print("equal")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moments", ["float32", pytest.param("bfloat16", marks=pytest.mark.extra)])
 def test_two_processes_share_the_moments_and_give_the_same_bytes(moments, tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)

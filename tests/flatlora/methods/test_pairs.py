@@ -44,8 +44,16 @@ def test_every_method_has_an_option_of_its_name():
     assert set(methods.rho_names()) < set(RHO)
 
 
+IN_EXPERIMENTS = ("lora", "rslora", "dora", "pissa", "adalora", "lora_plus", "lora_ga", "lora_pro")
+
+
+def cost_of(peft, rho):
+    """Marks of a pair: tests/test_experiments.py trains these too, by the rows of the papers' tables."""
+    return [pytest.mark.extra] if peft in IN_EXPERIMENTS and rho in ("off", "flat") else []
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("peft", "rho"), PAIRS)
+@pytest.mark.parametrize(("peft", "rho"), [pytest.param(*pair, marks=cost_of(*pair)) for pair in PAIRS])
 def test_a_pair_runs_a_step_or_is_refused(peft, rho, tiny_settings):
     words = words_of(tiny_settings, peft, rho, "trainer.max_steps=1", "dataset.train_rows=4")
     words += [] if rho == "off" else ["rho.sigma=0.1"]
@@ -151,7 +159,11 @@ def test_lora_plus_and_lora_fa_train_what_they_say(tiny_settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("port", "swept"), [(29521, ["peft=lora_pro,lora_ga,adalora", "rho=off"]), (29522, ["rho=bi_lora,sam,off"])]
+    ("port", "swept"),
+    [
+        (29521, ["peft=lora_pro,lora_ga,adalora", "rho=off"]),
+        pytest.param(29522, ["rho=bi_lora,sam,off"], marks=pytest.mark.extra),
+    ],
 )
 def test_two_processes_agree_with_accumulation(port, swept, tiny_settings):
     """Invariant 7 for what has an optimizer, a start or a second gradient of its own."""
