@@ -19,6 +19,7 @@ import json
 import statistics
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -242,17 +243,37 @@ def training_curves(study: cells.Made) -> plt.Figure | None:
 
 
 def curves_of(paths: Sequence[Path]) -> np.ndarray:
-    """(seeds × rows × 2) of steps and smoothed losses; empty where the runs did not log the same steps."""
-    curves = []
+    """(seeds × rows × 2) of steps and smoothed losses.
+
+    Runs whose metrics are broken, too short, or of other steps than most of the others' are named and left out.
+    """
+    curves: dict[Path, np.ndarray] = {}
     for path in paths:
-        rows = [row for row in MetricsLog(path / "metrics.jsonl").rows() if "loss" in row]
-        losses = np.array([row["loss"] for row in rows])
-        if len(losses) < SMOOTHED_ROWS:
-            return np.empty((0, 0, 2))
-        smooth = np.convolve(losses, np.ones(SMOOTHED_ROWS) / SMOOTHED_ROWS, mode="valid")
-        curves.append(np.stack([[row["step"] for row in rows][SMOOTHED_ROWS - 1 :], smooth], axis=1))
-    alike = len({curve[:, 0].tobytes() for curve in curves}) == 1
-    return np.stack(curves) if alike else np.empty((0, 0, 2))
+        try:
+            curves[path] = _curve(path / "metrics.jsonl")
+        except cells.BROKEN as error:
+            print(f"left out: the curve of {path} ({type(error).__name__}: {str(error)[:120]})", file=sys.stderr)
+    if not curves:
+        return np.empty((0, 0, 2))
+    (steps, _), *_ = Counter(curve[:, 0].tobytes() for curve in curves.values()).most_common()
+    for path in [path for path, curve in curves.items() if curve[:, 0].tobytes() != steps]:
+        print(f"left out: the curve of {path}, which has other steps than the other seeds'", file=sys.stderr)
+        del curves[path]
+    return np.stack(list(curves.values()))
+
+
+def _curve(path: Path) -> np.ndarray:
+    """(rows × 2) of one run.
+
+    Raises:
+        ValueError: too few rows, or rows without numbers.
+    """
+    rows = [(float(row["step"]), float(row["loss"])) for row in MetricsLog(path).rows() if "loss" in row]
+    if len(rows) < SMOOTHED_ROWS:
+        raise ValueError(f"{len(rows)} rows with a loss, {SMOOTHED_ROWS} are needed")
+    steps, losses = np.array(rows).T
+    smooth = np.convolve(losses, np.ones(SMOOTHED_ROWS) / SMOOTHED_ROWS, mode="valid")
+    return np.stack([steps[SMOOTHED_ROWS - 1 :], smooth], axis=1)
 
 
 def sharpness(flatness: cells.Made) -> plt.Figure | None:

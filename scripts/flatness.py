@@ -26,6 +26,7 @@ sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
 from flatlora import files, flatness, models, results  # noqa: E402
+from flatlora.checkpoint import weights_sha256  # noqa: E402
 from flatlora.clip import Classes  # noqa: E402
 from flatlora.config import ConfigError, Experiment, parse  # noqa: E402
 from flatlora.console import console, counting, quiet_libraries, report_faults  # noqa: E402
@@ -142,7 +143,13 @@ def measure(run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: 
     }
     adapter = RunFolder(run).record["adapter_sha256"]
     found = _kept(run, adapter)
-    left = [part for part in options.parts if found["parts"].get(part, {}).get("how") != how[part]]
+    weights = weights_sha256(run / "adapter")  # the record's hash is of what was trained, whatever lies there now
+
+    def is_done(part: str) -> bool:
+        kept = found["parts"].get(part, {})
+        return kept.get("how") == how[part] and kept.get("weights_sha256", weights) == weights
+
+    left = [part for part in options.parts if not is_done(part)]
     if not left:
         console.print(f"{run}: measured already", markup=False, soft_wrap=True)
         return
@@ -151,7 +158,7 @@ def measure(run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: 
         begun = time.monotonic()
         values = _MEASURES[part](model, layers, batches, options)
         told = {"how": how[part], **values, "loss": flatness.mean_loss(model, batches)}
-        told |= {"git_sha": results.git_sha(), "env": results.environment()}
+        told |= {"weights_sha256": weights, "git_sha": results.git_sha(), "env": results.environment()}
         found = _kept(run, adapter)  # another process may have measured another part by now
         found["parts"][part] = told | {"seconds": round(time.monotonic() - begun, 1)}
         files.write_json(run / FILE, found)

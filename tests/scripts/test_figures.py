@@ -52,6 +52,21 @@ def test_curves_are_of_every_seed(tables):
     assert [text.get_text() for text in figure.legends[0].texts][:2] == ["LoRA", "Flat-LoRA (σ = 0.05)"]
 
 
+def test_a_broken_curve_costs_its_seed_and_is_named(tables, tmp_path, capsys):
+    paths = []
+    for seed, path in enumerate(tables["study"].cells["lora", "cola"].paths[:6]):
+        paths.append(tmp_path / str(seed))
+        shutil.copytree(path, paths[-1])
+    (paths[0] / "metrics.jsonl").write_text('{"step": 1,\n{}\n')
+    (paths[1] / "metrics.jsonl").unlink()
+    (paths[2] / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    rows = (paths[3] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (paths[3] / "metrics.jsonl").write_text("".join(rows[:20]))
+    assert figures.curves_of(paths).shape[0] == 2
+    told = capsys.readouterr().err
+    assert [told.count(f"the curve of {path}") for path in paths] == [1, 1, 1, 1, 0, 0]
+
+
 def test_sharpness_is_the_mean_over_seeds_with_students_interval(tables):
     flatness = tables["flatness"]
     (axis,) = figures.sharpness(flatness).axes

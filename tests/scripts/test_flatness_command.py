@@ -74,6 +74,18 @@ def test_the_merged_model_is_measured_and_not_the_backbone(run, monkeypatch):
     assert torch.allclose(change, update * config["lora_alpha"] / config["r"], atol=1e-6)
 
 
+def test_an_adapter_that_was_changed_is_measured_anew(run):
+    from safetensors.torch import load_file, save_file
+
+    assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 0
+    before, path = parts_of(run)["rise"], run / "adapter/adapter_model.safetensors"
+    save_file({name: 9 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 0
+    after = parts_of(run)["rise"]
+    assert after["weights_sha256"] != before["weights_sha256"]
+    assert after["loss"] != before["loss"]
+
+
 def test_a_broken_file_is_measured_anew(run, capsys):
     (run / flatness.FILE).write_text("{")
     assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 0
