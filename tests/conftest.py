@@ -32,6 +32,10 @@ TINY_SHAPE = {
 }
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries that look for leaks when the interpreter ends would find what is frozen
+
+
 @pytest.fixture(autouse=True)
 def repeatable_draws() -> None:
     """What a test draws from torch's global generator is the same in every run, whatever ran before it."""
