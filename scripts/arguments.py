@@ -1,9 +1,18 @@
-"""Types of command-line options, for argparse: what is no such value is told with its rule."""
+"""Options that several scripts have, and types of options: what is no such value is told with its rule."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def add_folders(parser: argparse.ArgumentParser, out: str) -> None:
+    """--results and --out of what reads runs; `out` says what --out is by default."""
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help=f"{out} by default")
 
 
 def positive(text: str) -> int:

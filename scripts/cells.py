@@ -389,13 +389,14 @@ def paired(left: Mapping[int, float], right: Mapping[int, float]) -> tuple[float
 
 def unused(made: Sequence[Made], runs: Sequence[Run]) -> list[str]:
     """Runs whose setting is none of the tables'."""
-    settings = {
-        setting_of(run.experiment) for run in runs if any(run.path in c.paths for o in made for c in o.cells.values())
-    }
-    others = [run.path for run in runs if setting_of(run.experiment) not in settings]
+    shown = {path for one in made for cell in one.cells.values() for path in cell.paths}
+    settings = {run.path: setting_of(run.experiment) for run in runs}
+    of_cells = {settings[path] for path in shown}
+    others = [path for path, setting in settings.items() if setting not in of_cells]
     if not others:
         return []
-    return [f"{len(others)} runs are of other settings than these tables' cells: {', '.join(map(str, others[:5]))} …"]
+    first = ", ".join(map(str, others[:5])) + (" …" if len(others) > 5 else "")
+    return [f"{len(others)} runs are of other settings than these tables' cells: {first}"]
 
 
 def best_rows(layout: Layout, cells: Mapping[tuple[str, str], Cell]) -> dict[str, str]:

@@ -40,6 +40,7 @@ from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.files import write_atomic  # noqa: E402
 from flatlora.results import MetricsLog  # noqa: E402
 from scripts import cells  # noqa: E402
+from scripts.arguments import add_folders  # noqa: E402
 
 STYLE = {
     "font.size": 9,
@@ -60,8 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Exit code: 0 drawn, 2 a layout that is not in order or a figure that there is none of."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(FIGURES)}; all by default")
-    parser.add_argument("--results", type=Path, default=PROJECT / "results")
-    parser.add_argument("--out", type=Path, help="RESULTS/tables by default")
+    add_folders(parser, "RESULTS/tables")
     options = parser.parse_args(words)
     quiet_libraries()
     out = options.out or options.results / "tables"

@@ -27,6 +27,7 @@ from flatlora.config import ConfigError  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.files import write_atomic  # noqa: E402
 from scripts import cells, figures  # noqa: E402
+from scripts.arguments import add_folders  # noqa: E402
 from scripts.table_formats import COMPARED, comparisons, lines_of, notes_of, title_of, titles_of  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -36,8 +37,7 @@ SECTIONS = ("model", "dataset", "peft", "rho", "optim", "trainer")
 def main(words: Sequence[str] | None = None) -> int:
     """Exit code: 0 written, 2 a layout or published number that is not in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=PROJECT / "results")
-    parser.add_argument("--out", type=Path, help="RESULTS/tables/report.html by default")
+    add_folders(parser, "RESULTS/tables/report.html")
     options = parser.parse_args(words)
     quiet_libraries()
     out = options.out or options.results / "tables/report.html"

@@ -25,7 +25,7 @@ sys.path.insert(0, str(PROJECT))
 from flatlora.config import ConfigError  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.files import write_atomic  # noqa: E402
-from scripts.arguments import positive  # noqa: E402
+from scripts.arguments import add_folders, positive  # noqa: E402
 from scripts.cells import (  # noqa: E402
     LAYOUTS,
     PAPER,
@@ -47,8 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Exit code: 0 made or shown, 2 a layout or published number that is not in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="all tables by default; the word status shows what is missing")
-    parser.add_argument("--results", type=Path, default=PROJECT / "results")
-    parser.add_argument("--out", type=Path, help="RESULTS/tables by default")
+    add_folders(parser, "RESULTS/tables")
     parser.add_argument("--seeds", type=positive, default=3, help="of each cell, for status")
     options = parser.parse_args(words)
     quiet_libraries()

@@ -160,6 +160,10 @@ def test_one_run_in_two_folders_is_counted_once_and_named(tmp_path):
     assert "seed 0 stands in several folders that say the same" in problems[0]
     runs, _ = cells.read_runs(tmp_path)
     assert cells.unused([made], runs) == []
+    other = write_run(tmp_path, words("lora_r8", 0, "optim.lr=1e-3"), 0.8)
+    assert cells.unused([made], cells.read_runs(tmp_path)[0]) == [
+        f"1 runs are of other settings than these tables' cells: {other}"
+    ]
 
 
 def test_differences_that_are_equal_but_for_rounding_are_no_evidence():
