@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 import data
 import eval as benchmarks
-from data import cache, images, tokens
+from data import cache, images, text_to_image, tokens
 from eval.backends.clip import CLIPBackend
+from eval.backends.diffusion import DiffusionBackend
 from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
 from flatlora import (
@@ -40,6 +41,7 @@ from flatlora import (
 from flatlora.clip import CLASSES_FILE
 from flatlora.config import ConfigError, Experiment, Section, keys_of_validation, parse
 from flatlora.images import collate_images
+from flatlora.latents import collate_latents
 from flatlora.preemption import Preempted
 from flatlora.results import MetricsLog, RunFolder
 from flatlora.rows import gather, jsonl
@@ -245,8 +247,8 @@ class Inputs:
     """All that a run reads besides weights."""
 
     device: torch.device
-    processor: training.Processor  # a tokenizer, or an image processor
-    rows: tokens.Prepared | images.PreparedImages
+    processor: training.Processor  # a tokenizer, an image processor, or none
+    rows: tokens.Prepared | images.PreparedImages | text_to_image.PreparedCaptioned
     collate: Callable[[list[Any]], dict[str, torch.Tensor]]
     data_sha256: str  # of all that training and validation read
 
@@ -257,13 +259,13 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     Raises:
         ConfigError: model, method, data or benchmarks do not fit; nothing has been written.
     """
-    pictures = experiment.dataset.kind == "image"
-    processor = (models.load_image_processor if pictures else models.load_tokenizer)(experiment.model)
+    kind = experiment.dataset.kind
+    processor = _PROCESSORS[kind](experiment.model)
     methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft)
     models.check_weights(experiment.model, device)
-    read = read_images if pictures else read_text
-    rows = distributed.main_process_first(lambda: read(experiment, processor))
-    known = {"classes": rows.classes.names} if pictures else {"tokenizer": processor}
+    rows = distributed.main_process_first(lambda: _READERS[kind](experiment, processor))
+    known = {"image": lambda: {"classes": rows.classes.names}, "text": lambda: {"tokenizer": processor}}
+    known = known.get(kind, dict)()
     gather(
         lambda: _check_validation(experiment, len(rows.validation)),
         *(
@@ -273,7 +275,7 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
             for name, config in experiment.eval.items()
         ),
     )
-    collate = collate_images if pictures else tokens.collator(experiment.model.family, processor.pad_token_id)
+    collate = _COLLATORS[kind](experiment.model, processor)
     return Inputs(device, processor, rows, collate, rows.sha256)
 
 
@@ -315,6 +317,35 @@ def read_text(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> tok
 def read_images(experiment: Experiment, processor: Any) -> images.PreparedImages:
     """Pictures of an image data set."""
     return images.prepared(experiment.dataset, experiment.data_root, processor)
+
+
+def read_captioned(experiment: Experiment, processor: None) -> text_to_image.PreparedCaptioned:
+    """Pictures with prompts, of sizes that the model takes, as many as a batch has.
+
+    Raises:
+        ConfigError: every fault of them.
+    """
+    rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
+    batch, count = experiment.optim.batch_size, len(rows.train)
+    faults = models.size_faults(experiment.model, rows.train.sizes)
+    if count < batch:
+        faults.append(
+            f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} pictures to "
+            "train on, fewer than a batch; lower optim.batch_size, or set dataset.repeats."
+        )
+    if faults:
+        raise ConfigError(faults)
+    return rows
+
+
+# By kind of data set: what makes its rows ready, and the micro-batches of them.
+_PROCESSORS = {"text": models.load_tokenizer, "image": models.load_image_processor, "captioned": lambda model: None}
+_READERS = {"text": read_text, "image": read_images, "captioned": read_captioned}
+_COLLATORS = {
+    "text": lambda model, tokenizer: tokens.collator(model.family, tokenizer.pad_token_id),
+    "image": lambda model, processor: collate_images,
+    "captioned": lambda model, processor: collate_latents,
+}
 
 
 def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> int:
@@ -363,12 +394,13 @@ def train_and_score(
 ) -> None:
     """The run itself; fills `record` as it goes."""
     classes = getattr(inputs.rows, "classes", None)
+    record["base"] = distributed.from_main_process(lambda: models.backbone_state(experiment.model))
     if distributed.is_main_process():  # what scores the run later reads all this
-        record["base"] = models.backbone_state(experiment.model)
-        if classes is None:
+        if experiment.dataset.kind == "text":
             files.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
-        else:
+        if classes is not None:
             files.write_json(folder.path / CLASSES_FILE, classes._asdict())
+    inputs = encode(experiment, inputs, record["base"])
     backbone = models.load_backbone(experiment.model, inputs.device, classes)
     method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)
     model = method.apply(backbone, experiment.peft, start)
@@ -413,9 +445,29 @@ def train_and_score(
         if distributed.is_main_process():
             with files.write_folder(folder.adapter) as staging:
                 method.save(model, experiment.peft, staging, start)
-                inputs.processor.save_pretrained(staging)
+                if inputs.processor is not None:
+                    inputs.processor.save_pretrained(staging)
+                models.complete_adapter(experiment.model, staging)
             record["metrics"].update(score(experiment, model, inputs, folder, record["base"]))
     record["status"] = "finished"
+
+
+def encode(experiment: Experiment, inputs: Inputs, base: str) -> Inputs:
+    """Inputs whose rows are what the model reads; pictures with prompts are encoded before it is loaded.
+
+    Args:
+        base: state of the backbone's weights.
+    """
+    if experiment.dataset.kind != "captioned":
+        return inputs
+
+    def encoded() -> text_to_image.PreparedCaptioned:
+        source = models.backbone_source(experiment.model)
+        return text_to_image.encode(
+            inputs.rows, experiment.dataset, experiment.model, source, inputs.device, state=base, seed=experiment.seed
+        )
+
+    return replace(inputs, rows=distributed.main_process_first(encoded))
 
 
 def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> methods.Start:
@@ -434,7 +486,7 @@ def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunF
     metrics = {}
     classes = getattr(inputs.rows, "classes", None)
     identity = models.weights_identity(str(folder.adapter), experiment.model, classes, base) if experiment.eval else {}
-    backend_class = CLIPBackend if experiment.dataset.kind == "image" else HFBackend
+    backend_class = _BACKENDS[experiment.dataset.kind]
     for name, config in experiment.eval.items():
         backend = backend_class(
             model,
@@ -442,12 +494,23 @@ def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunF
             batch_size=config.batch_size,
             autocast_dtype=models.autocast_dtype(experiment.trainer.autocast, experiment.model.dtype),
             identity=identity,
+            **_of_backend(experiment),
         )
         rows, _ = _asked(experiment, inputs.rows.test, name, config)
         result = evaluate(name, backend, rows, folder.path / "eval" / name, config)
         print_score(name, result)
         metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
     return metrics
+
+
+_BACKENDS = {"text": HFBackend, "image": CLIPBackend, "captioned": DiffusionBackend}
+
+
+def _of_backend(experiment: Experiment) -> dict[str, Any]:
+    """What a backend needs besides the trained model: the parts of a pipeline that were let go of."""
+    if experiment.dataset.kind != "captioned":
+        return {}
+    return {"config": experiment.model, "source": models.backbone_source(experiment.model)}
 
 
 def describe(experiment: Experiment) -> list[tuple[str, str]]:

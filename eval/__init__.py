@@ -16,7 +16,7 @@ An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...
     SCORING                                settings that decide scores and no answer; none by default
     IS_SHARE                               False where scores are no shares of one; True by default
     OWN_ROWS                               whether a run asks the benchmark's own rows, not its data set's; text alone
-    KIND                                   "text" or "image": of the data sets that it scores
+    KIND                                   "text", "image" or "captioned": of the data sets that it scores
     HEADLINE, SCORER_VERSION               the metric of tables; raised whenever the same answers score otherwise
 """
 
@@ -39,4 +39,15 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 
-_SHARED = ("__main__", "backends", "predictions", "command", "compare", "place", "sandbox")
+_SHARED = (
+    "__main__",
+    "backends",
+    "predictions",
+    "command",
+    "compare",
+    "picture_grid",
+    "place",
+    "prompts",
+    "sandbox",
+    "similarity",
+)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 import eval as benchmarks
-from flatlora.config import ConfigError, ModelConfig, Section, TrainerConfig
+from flatlora.config import ConfigError, ModelConfig, Section, TrainerConfig, model_section
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # a 13th month is a ValueError
 OTHER_VERSION = "score the run with the version of the suite that made it, or mend the file"
@@ -97,7 +97,8 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
                 name = ".".join([key, *map(str, detail["loc"])])
                 faults.append(f"Invalid {name} in {path}: {detail['msg'].lower()}; {OTHER_VERSION}.")
 
-    model, trainer = section("model", ModelConfig, saved["model"]), section("trainer", TrainerConfig, saved["trainer"])
+    model = section("model", model_section(saved["model"]), saved["model"])
+    trainer = section("trainer", TrainerConfig, saved["trainer"])
     scored = saved.get("eval") or {}
     if not isinstance(scored, Mapping):
         faults.append(f"Invalid eval in {path}: a group of benchmarks is needed; {OTHER_VERSION}.")

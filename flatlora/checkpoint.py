@@ -141,10 +141,11 @@ def trainable_sha256(model: nn.Module) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the weight files of an adapter or model folder, in name order."""
+    """SHA-256 over the weight files of an adapter, model or pipeline folder, in name order."""
     digest = hashlib.sha256()
-    for path in sorted(path for suffix in ("safetensors", "bin") for path in folder.glob(f"*.{suffix}")):
-        digest.update(f"{path.name}|{_file_sha256(path)}|".encode())
+    parts = "*/" if (folder / "model_index.json").is_file() else ""  # a pipeline of diffusers: one folder a part
+    for path in sorted(path for suffix in ("safetensors", "bin") for path in folder.glob(f"{parts}*.{suffix}")):
+        digest.update(f"{path.relative_to(folder)}|{_file_sha256(path)}|".encode())
     return digest.hexdigest()
 
 

@@ -15,19 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import BPE
 from torch import nn
 from torch.nn import functional
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from flatlora.config import ConfigError
@@ -130,39 +120,3 @@ def class_embeddings(
 
 def _longest(clip: CLIPModel) -> int:
     return clip.config.text_config.max_position_embeddings
-
-
-RANDOM_VERSION = 1  # raised whenever the weights below would be others
-
-
-def write_random_clip(folder: Path) -> None:
-    """A whole CLIP of random weights, seed 0: 32 × 32 pixels, four layers, a tokenizer of bytes; not pretrained."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: i for i, text in enumerate([*alphabet, start, end])}
-    backend = Tokenizer(BPE(vocabulary, [], unk_token=end))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=start, eos_token=end, pad_token=end, unk_token=end, model_max_length=77
-    )
-    tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
-    text = {"vocab_size": len(vocabulary), "bos_token_id": vocabulary[start], "eos_token_id": vocabulary[end]}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = CLIPModel(
-            CLIPConfig(
-                text_config=tower | text | {"pad_token_id": vocabulary[end]},
-                vision_config=tower | {"image_size": 32, "patch_size": 4},
-                projection_dim=64,
-            )
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    size = {"shortest_edge": 32}
-    crop = {"height": 32, "width": 32}
-    getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)(
-        size=size, crop_size=crop
-    ).save_pretrained(folder)

@@ -122,10 +122,13 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
         if (faults := _option_faults(conf_dir, override))
     }
     known = [override.input_line for override in overrides if override.key_or_group.split(".")[0] not in unknown]
+    deleted = {"peft"} if "~peft" in known else set()  # by hand: conf/optim_of follows it, and would not compose
+    kept = [word for word in known if word.removeprefix("~") not in deleted]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
-            plain = OmegaConf.to_container(compose("config", overrides=lenient(known)), resolve=True)
+            plain = OmegaConf.to_container(compose("config", overrides=lenient(kept)), resolve=True)
+            plain = {key: value for key, value in plain.items() if key not in deleted}
             return plain | _unchosen_benchmarks(conf_dir, known) | unknown
     except (HydraException, OmegaConfBaseException) as error:
         faults = [fault for section in unknown.values() for fault in section.faults]

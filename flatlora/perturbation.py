@@ -324,12 +324,16 @@ class PerturbedForward:
         if reading is None:
             return self.plain(x)
         if self.perturbation.mode == "copy":
-            return _apply_linear(self.layer.module, x, reading.weight())
+            return _apply(self.layer.module, x, reading.weight())
+        if isinstance(self.layer.module, nn.Conv2d):
+            return _recomputed_convolution(x, self.layer, reading)
         return _RecomputedLinear.apply(x, self.layer.module.bias, self.layer, reading)
 
 
-def _apply_linear(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The module's own forward with another weight."""
+    if isinstance(module, nn.Conv2d):
+        return module._conv_forward(x, weight, module.bias)
     if isinstance(module, Conv1D):
         rows = torch.addmm(module.bias, x.reshape(-1, x.shape[-1]), weight)
         return rows.view(*x.shape[:-1], module.nf)
@@ -350,7 +354,7 @@ class _RecomputedLinear(torch.autograd.Function):
         ctx, x: torch.Tensor, bias: torch.Tensor | None, layer: PerturbedLayer, reading: Reading
     ) -> torch.Tensor:
         ctx.layer, ctx.reading, ctx.input_dtype = layer, reading, x.dtype
-        return _apply_linear(layer.module, x, reading.weight())
+        return _apply(layer.module, x, reading.weight())
 
     @staticmethod
     def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
@@ -361,6 +365,56 @@ class _RecomputedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad_rows.sum(dim=0).to(ctx.layer.module.bias.dtype)
         return grad_x, grad_bias, None, None
+
+
+def _recomputed_convolution(x: torch.Tensor, layer: PerturbedLayer, reading: Reading) -> torch.Tensor:
+    module, padding = layer.module, layer.module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):  # what convolutions pad by themselves is zeros
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode), (0, 0)
+    return _RecomputedConvolution.apply(x, module.bias, layer, reading, padding)
+
+
+class _RecomputedConvolution(torch.autograd.Function):
+    """y = x ∗ (W + ε) + b, as `_RecomputedLinear`: W + ε is made once forward and once backward, x is not kept."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        layer: PerturbedLayer,
+        reading: Reading,
+        padding: tuple[int, int],
+    ) -> torch.Tensor:
+        ctx.layer, ctx.reading, ctx.padding, ctx.input_dtype = layer, reading, padding, x.dtype
+        ctx.input_layout = x.shape, x.stride()
+        module = layer.module
+        return functional.conv2d(x, reading.weight(), bias, module.stride, padding, module.dilation)
+
+    @staticmethod
+    def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        module, grad_x, grad_bias = ctx.layer.module, None, None
+        if ctx.needs_input_grad[0]:
+            # What autograd itself calls; of x it reads the layout alone, which decides how the product is made.
+            like_x = torch.empty_strided(*ctx.input_layout, dtype=grad_y.dtype, device=grad_y.device)
+            grad_x, _, _ = torch.ops.aten.convolution_backward(
+                grad_y,
+                like_x,
+                ctx.reading.weight().to(grad_y.dtype),
+                None,
+                module.stride,
+                ctx.padding,
+                module.dilation,
+                False,
+                (0, 0),
+                module.groups,
+                (True, False, False),
+            )
+            grad_x = grad_x.to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_y.sum(dim=(0, 2, 3)).to(module.bias.dtype)
+        return grad_x, grad_bias, None, None, None
 
 
 class _Stopwatch:

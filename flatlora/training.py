@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import AutocastKwargs
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -45,13 +48,13 @@ from flatlora.results import MetricsLog, RunFolder
 from flatlora.saving import BackgroundWriter, to_host
 from flatlora.starts import load_adapter, mark_checkpoint
 
-Processor = PreTrainedTokenizerBase | BaseImageProcessor  # saved with every checkpoint
+Processor = PreTrainedTokenizerBase | BaseImageProcessor | None  # saved with every checkpoint
 
 
 def _units(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens of a micro-batch without its padding, or its images."""
+    """Tokens of a micro-batch without its padding, or its pictures."""
     mask = inputs.get("attention_mask")
-    return torch.tensor(len(inputs["labels"])) if mask is None else mask.sum()
+    return torch.tensor(len(next(iter(inputs.values())))) if mask is None else mask.sum()
 
 
 class SizedRows(Protocol):
@@ -138,6 +141,36 @@ class EpochSampler(Sampler[int]):
         return [index for group in shuffled + short for index in group]  # a short group last keeps the others aligned
 
 
+class BucketSampler(EpochSampler):
+    """`EpochSampler` whose micro-batches are of rows of one bucket each: of pictures of one size, that is.
+
+    Where a bucket's rows do not fill the last of its micro-batches, the first of that epoch's order are taken again.
+    """
+
+    def __init__(self, buckets: Sequence[Hashable], seed: int, micro_batch: int) -> None:
+        super().__init__([1] * len(buckets), seed)
+        self.buckets, self.micro_batch = buckets, micro_batch
+
+    def __len__(self) -> int:
+        return sum(self._filled(count) for count in Counter(self.buckets).values())
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__())
+        by_bucket: dict[Hashable, list[int]] = {}
+        for row in order:
+            by_bucket.setdefault(self.buckets[row], []).append(row)
+        batches = []
+        for rows in by_bucket.values():
+            filled = list(itertools.islice(itertools.cycle(rows), self._filled(len(rows))))
+            batches += [filled[i : i + self.micro_batch] for i in range(0, len(filled), self.micro_batch)]
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        for place in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[place]
+
+    def _filled(self, rows: int) -> int:
+        return -(-rows // self.micro_batch) * self.micro_batch
+
+
 _GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured graph for each
 
 
@@ -163,6 +196,8 @@ class FlatTrainer(Trainer):
         self.step_units = torch.zeros((), device=self.args.device)  # tokens, or images, since the newest row
         self._epoch_sampler: EpochSampler | None = None
         self._micro_batches: list[dict[str, Any]] = []  # of the running step, where its gradient is taken twice
+        if self.args.fp16:
+            self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # the scaler alone is wanted
         self.writer = BackgroundWriter()
         self._left_to_write: list[Callable[[], None]] = []  # of the checkpoint that is being made
         self.graphed = self._graphed_micro_step()
@@ -170,6 +205,10 @@ class FlatTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if len(set(getattr(dataset, "buckets", ()))) > 1:
+            micro_batch = self.experiment.trainer.micro_batch_size
+            self._epoch_sampler = BucketSampler(dataset.buckets, self.args.seed, micro_batch)
+            return self._epoch_sampler
         group = self.experiment.optim.batch_size if self.experiment.optim.group_by_length else 1
         self._epoch_sampler = EpochSampler(dataset.lengths, self.args.seed, group)
         return self._epoch_sampler
@@ -177,6 +216,8 @@ class FlatTrainer(Trainer):
     def set_epoch(self, epoch: int) -> None:
         """Tell the sampler directly: accelerate does not reach it through a resumed, sharded loader."""
         self._epoch_sampler.set_epoch(epoch)
+        if hasattr(self.train_dataset, "begin_epoch"):  # rows that draw something anew in each
+            self.train_dataset.begin_epoch(epoch)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         """Autocast around the loss alone: TrainingArguments' bf16 would copy all logits to FP32 besides."""
@@ -466,7 +507,7 @@ class StepRecorder(TrainerCallback):
         seconds = time.perf_counter() - self._window_started
         steps, self._window_started = state.global_step - self._window_step, None
         self.step_seconds[-steps:] = [seconds / steps] * steps
-        rate = "images_per_s" if self.trainer.experiment.model.family == "clip" else "tokens_per_s"
+        rate = "tokens_per_s" if self.trainer.experiment.dataset.kind == "text" else "images_per_s"
         sigma = self.regulariser.sigma_at(state.global_step - 1) if self.regulariser else 0.0
         return {
             "step": state.global_step,
@@ -570,6 +611,8 @@ def train(
         regulariser = methods.rho(experiment.rho.method).regulariser(model, experiment.rho, experiment.seed)
     optim, has_validation = experiment.optim, len(validation_rows) > 0
     arguments = training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation)
+    if len(set(getattr(validation_rows, "buckets", ()))) > 1:
+        arguments.per_device_eval_batch_size = 1  # pictures of several sizes make no batch
     keeps_best = optim.best_model and has_validation
     best = BestModel(run.path / "best", experiment.trainer.save_total_limit) if keeps_best else None
     recorder = StepRecorder(log, progress, Effort.read(resume_from), regulariser)
@@ -658,8 +701,7 @@ def calibration_batches(
             shares = [order]  # so few rows that every rank looks at all of them
         for share in shares[:count]:
             batch = collate([rows[i] for i in share])
-            kept = ("input_ids", "attention_mask", "labels", "pixel_values")
-            yield {key: batch[key].to(device) for key in kept if key in batch}
+            yield {key: value.to(device) for key, value in batch.items()}
 
     return batches
 
@@ -723,6 +765,8 @@ def training_arguments(
         deepspeed=deepspeed_settings(machine),
         remove_unused_columns=False,
         prediction_loss_only=True,
+        label_names=["noise"] if experiment.dataset.kind == "captioned" else None,  # what marks a row that has a loss
+        fp16=on_gpu and experiment.model.family == "sdxl" and experiment.model.dtype == "float16",  # for its GradScaler
         disable_tqdm=True,
         report_to=[],
     )

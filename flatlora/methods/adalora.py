@@ -61,6 +61,8 @@ class AdaLoraMethodConfig(LoraMethodConfig):
 @register("adalora")
 class AdaLora(Lora):
     Config = AdaLoraMethodConfig
+    takes_convolutions = False
+    not_of_diffusion = "diffusers reads pairs A and B, and AdaLoRA's adapter has a third factor"
     reads_gradients = True  # its ranks follow from them
     refuses: ClassVar = {
         "nbar": _BAR,

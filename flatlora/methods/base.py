@@ -68,6 +68,7 @@ class AdapterMethod:
     has_optimizer: ClassVar[bool] = False  # one of its own, which optim.optimizer does not choose
     reads_gradients: ClassVar[bool] = False  # whole ones, of every parameter, between backward and optimizer step
     needs_dense: ClassVar[bool] = False  # it computes with W, moves or trains it: a packed backbone will not do
+    not_of_diffusion: ClassVar[str | None] = None  # why it does not go with a diffusion model
 
     def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
         """Try the config on the architecture without weights.
@@ -232,6 +233,14 @@ def combination_faults(experiment: Experiment) -> list[tuple[tuple[str, ...], st
                 f"Invalid model.quantize={experiment.model.quantize} with peft={peft.name}: that method computes its "
                 "start from W, moves part of it or trains it, which 4 bits cannot hold; use model.quantize=none, or "
                 "peft=lora.",
+            )
+        )
+    if experiment.model.family == "sdxl" and (reason := method(peft.method).not_of_diffusion):
+        faults.append(
+            (
+                ("peft", "peft.method", "model.family"),
+                f"Invalid peft={peft.name} with model={experiment.model.name} (sdxl): {reason}; use peft=lora, or "
+                "another of the methods that python -m flatlora.methods lists.",
             )
         )
     readers = [("peft", peft.name, method(peft.method).reads_gradients)]

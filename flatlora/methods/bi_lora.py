@@ -85,7 +85,7 @@ class BiLoraRegulariser(Regulariser):
         squares = [
             layer.scaling[ASCENT] ** 2 * ((B.mT @ B) * (A @ A.mT)).sum()
             for layer in self.layers()
-            for A, B in [(layer.lora_A[ASCENT].weight, layer.lora_B[ASCENT].weight)]
+            for A, B in [(layer.lora_A[ASCENT].weight.flatten(1), layer.lora_B[ASCENT].weight.flatten(1))]
         ]
         norm = torch.stack(squares).sum().clamp_min(0.0).sqrt()
         shrink = (self.radius / norm.clamp_min(1e-30)).clamp_max(1.0).sqrt()  # half of it on either factor

@@ -28,10 +28,11 @@ class ComputedStart(Lora):
 
     moves_weights = True
     needs_dense = True
+    takes_convolutions = False
 
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         super().check(skeleton, config)
-        if getattr(skeleton.config, "quantization_config", None):
+        if getattr(getattr(skeleton, "config", None), "quantization_config", None):
             raise ConfigError([_quantised(config.name, "its config.json has a quantization_config")])
 
     def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:

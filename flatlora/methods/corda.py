@@ -29,6 +29,7 @@ class CordaMethodConfig(LoraMethodConfig):
 @register("corda")
 class Corda(LayerwiseStart):
     Config = CordaMethodConfig
+    not_of_diffusion = "PEFT's CorDA takes covariances over the tokens of one row of text"
 
     def check(self, skeleton: nn.Module, config: CordaMethodConfig) -> None:
         super().check(skeleton, config)

@@ -23,6 +23,7 @@ class EvaMethodConfig(LoraMethodConfig):
 class Eva(ComputedStart):
     Config = EvaMethodConfig
     moves_weights = False
+    not_of_diffusion = "PEFT's EVA looks at the tokens of a text that have a label"
 
     def check(self, skeleton: nn.Module, config: EvaMethodConfig) -> None:
         super().check(skeleton, config)

@@ -18,6 +18,7 @@ from flatlora.methods.lora import Lora, LoraMethodConfig
 
 @register("lora_fa")
 class LoraFA(Lora):
+    takes_convolutions = False
     refuses: ClassVar = {
         "nbar": "BAR rescales A and B against each other, and LoRA-FA's A is frozen",
         "obar": "BAR rescales A and B against each other, and LoRA-FA's A is frozen",

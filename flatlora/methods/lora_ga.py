@@ -140,14 +140,16 @@ def _rows_and_columns(layer: nn.Module) -> Sequence[int]:
 
 @contextlib.contextmanager
 def _gradients_flow(model: nn.Module) -> Iterator[None]:
-    """All parameters are frozen: what the embeddings put out begins the graph instead."""
+    """All parameters are frozen: what the embeddings, or a model's `first_layers`, put out begins the graph instead."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
+    embeddings = [
+        m for m in model.modules() if isinstance(m, nn.Embedding)
+    ]  # an encoder-decoder has one on either side
     handles = [
         module.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)  # an encoder-decoder has one on either side
+        for module in [*embeddings, *getattr(model, "first_layers", ())]
     ]
     try:
         yield

@@ -407,6 +407,7 @@ class LoraProConfig(LoraMethodConfig):
 @register("lora_pro")
 class LoraPro(Lora):
     Config = LoraProConfig
+    takes_convolutions = False
     reads_gradients = True  # it rewrites those of a pair together
     refuses: ClassVar = {
         "bi_lora": "LoRA-Pro's optimizer moves one pair a layer, and Bi-LoRA has two that pull apart",

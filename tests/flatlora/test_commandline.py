@@ -170,7 +170,7 @@ def test_unreadable_words_are_one_fault_each(function):
         (["model=lama"], ["Unknown option model=lama: did you mean model=llama?"]),
         (
             ["model=lama", "peft=loar"],
-            ["Unknown option model=lama:", "Unknown option peft=loar: did you mean peft=lora?"],
+            ["Unknown option peft=loar: did you mean peft=lora?", "Unknown option model=lama:"],
         ),
         (["model=lama", "rhoo=0.05"], ["Unknown option model=lama:", "Unknown key rhoo: did you mean rho?"]),
         (
@@ -205,13 +205,16 @@ def partners(group, option, folder):
             "humaneval": allowed,
             "mt_bench": judged,
             "glue": ["dataset=sst2"],
+            "text_to_image": ["model=sdxl_tiny", "dataset=shapes"],
             "images": corrupted[:2],
             "corruptions": corrupted,
         }.get(option, [])
-    if group == "model" and option.startswith("clip_"):
-        return ["dataset=digits"]
-    with open(run_exp.CONF_DIR / group / f"{option}.yaml") as file:
-        return ["model=clip_tiny"] if group == "dataset" and "loader: images" in file.read() else []
+    if group == "model" and option.startswith(("clip_", "sdxl")):
+        return ["dataset=digits" if option.startswith("clip_") else "dataset=shapes"]
+    text = (run_exp.CONF_DIR / group / f"{option}.yaml").read_text()
+    if group == "dataset" and "loader: text_to_image" in text:
+        return ["model=sdxl_tiny", *([f"dataset.folder={folder}"] if option == "pictures" else [])]
+    return ["model=clip_tiny"] if group == "dataset" and "loader: images" in text else []
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -226,10 +229,21 @@ def test_every_option_file_composes_and_parses(group, option, tmp_path):
         assert getattr(found, group).name == option
 
 
-@pytest.mark.parametrize("words", [["model=clip_b32"], ["dataset=cifar10"]])
+@pytest.mark.parametrize(
+    "words", [["model=clip_b32"], ["dataset=cifar10"], ["model=sdxl"], ["model=sdxl", "dataset=sst2"]]
+)
 def test_pictures_and_text_do_not_mix(words):
     (fault,) = faults(run_exp.experiment_of, words)
-    assert "CLIP takes image data sets, language models text" in fault
+    assert "CLIP takes image data sets, SDXL captioned ones, language models text" in fault
+
+
+def test_a_model_chooses_the_layers_and_the_rank_of_its_paper():
+    words = ["model=sdxl", "dataset=icons3d", "rho=flat"]
+    found = run_exp.experiment_of(words)
+    assert (found.peft.lora_r, found.peft.lora_alpha, found.peft.target_modules) == (4, 4, "attention")
+    assert (found.rho.sigma, found.optim.lr, found.trainer.max_steps) == (0.1, 1e-4, 500)
+    named = run_exp.experiment_of([*words, "peft=lora"]).peft
+    assert (named.lora_r, named.target_modules) == (8, "all")
 
 
 def test_there_are_option_files():

@@ -443,7 +443,7 @@ def test_all_faults_at_once():
     with pytest.raises(ValueError, match="twice"):
         perturb([linear_layer(), linear_layer()])
     with pytest.raises(TypeError, match=r"nn\.Linear"):
-        PerturbedLayer("conv", nn.Conv2d(3, 3, 3))
+        PerturbedLayer("table", nn.Embedding(3, 3))
 
 
 def test_auto_takes_copy_only_where_memory_allows(monkeypatch):

@@ -40,7 +40,7 @@ PAIRS += [
 
 
 def test_every_method_has_an_option_of_its_name():
-    assert {*methods.names(), "qv"} == set(PEFT)
+    assert {*methods.names(), "qv", "attention"} == set(PEFT)
     assert set(methods.rho_names()) < set(RHO)
 
 

@@ -1,0 +1,218 @@
+"""Pictures with prompts for a text-to-image model, and prior preservation (DreamBooth, CVPR 2023, section 3.2).
+
+DreamBooth's loss is that of the pictures plus `prior_weight` times that of pictures of the class at large, which the
+model itself made before (`class_prompt`, `class_images`), or which lie in `class_folder`. There is no test split: what
+is scored are pictures that the trained model makes, against those that it was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+
+from data.selection import ordered, take
+from flatlora import latents
+from flatlora.captioned import SHAPES, CaptionedImages, CaptionedRows, read_captioned, read_folder, rows_of
+from flatlora.config import DatasetConfig, DiffusionModelConfig, setting
+from flatlora.rows import Source, gather
+
+VERSION = 1
+
+
+class Config(DatasetConfig):
+    kind: ClassVar[Literal["text", "image", "captioned"]] = "captioned"
+    hub_id: str | None = setting(None, remedy="null reads dataset.folder")
+    hub_config: str = "default"
+    split: str = "train"
+    image_column: str = "image"
+    prompt_column: str | None = "prompt"
+    folder: str | None = setting(None, min_length=1, remedy="null reads dataset.hub_id")
+    prompt: str | None = setting(None, min_length=1, remedy="null takes each picture's own")  # of every picture
+    resolution: int = setting(1024, ge=16, remedy="the side of a square in pixels, 1024 for SDXL")
+    min_side: int = setting(256, ge=1, remedy="smaller pictures are refused")
+    flip: bool = False  # each picture mirrored in half of its steps
+    buckets: bool = False  # cut to the nearest of several aspect ratios instead of a square
+    bucket_step: int = setting(64, ge=8, remedy="sides of buckets are multiples of it")
+    repeats: int = setting(1, ge=1, remedy="how often an epoch goes through each picture")
+    train_rows: int | None = setting(None, ge=1, remedy="null takes all pictures")
+    validation_rows: int = setting(0, ge=0)
+    subset: Literal["first", "shuffled"] = "first"
+    revision: str | None = None
+    class_prompt: str | None = setting(None, min_length=1, remedy="null is training without prior preservation")
+    class_folder: str | None = setting(None, min_length=1, remedy="null lets the model make dataset.class_images")
+    class_images: int | None = setting(None, ge=1, remedy="100 are usual")
+    class_steps: int = setting(30, ge=1, remedy="denoising steps of a picture that the model makes")
+    prior_weight: float = setting(1.0, ge=0)
+
+    def rule_faults(self) -> list[str]:
+        faults = []
+        if (self.hub_id is None) == (self.folder is None):
+            faults.append(
+                f"Invalid dataset.hub_id={self.hub_id} with dataset.folder={self.folder}: exactly one of them says "
+                "where the pictures are; set dataset.folder=DIR with dataset=pictures, or choose another data set."
+            )
+        if self.hub_id is not None and self.prompt_column is None and self.prompt is None:
+            faults.append("Missing dataset.prompt: without dataset.prompt_column it is the prompt of every picture.")
+        if self.revision is not None and self.hub_id in (None, SHAPES):
+            faults.append(
+                f"Invalid dataset.revision={self.revision} with dataset={self.name}: only the hub has revisions; leave "
+                "the key out."
+            )
+        if self.buckets and self.class_prompt is not None:
+            faults.append(
+                f"Invalid dataset.buckets=true with dataset.class_prompt={self.class_prompt}: a picture and one of its "
+                "class make a row, so they must have one size; leave one of the keys out."
+            )
+        return faults + self._prior_faults()
+
+    def _prior_faults(self) -> list[str]:
+        if self.class_prompt is None:
+            given = {"class_folder": None, "class_images": None, "class_steps": 30, "prior_weight": 1.0}
+            return [
+                f"Invalid dataset.{key}={getattr(self, key)} without dataset.class_prompt: it is of prior "
+                'preservation; set dataset.class_prompt="a photo of a dog", or leave the key out.'
+                for key, plain in given.items()
+                if getattr(self, key) != plain
+            ]
+        if (self.class_folder is None) == (self.class_images is None):
+            return [
+                f"Invalid dataset.class_images={self.class_images} with dataset.class_folder={self.class_folder}: "
+                "exactly one of them says where the pictures of dataset.class_prompt come from; set class_images=100 "
+                "to let the model make them, or name a folder."
+            ]
+        return []
+
+
+class ClassPictures(NamedTuple):
+    """What is asked of the untrained model for prior preservation: pictures of a prompt."""
+
+    prompt: str
+    count: int
+    steps: int
+
+
+class PreparedCaptioned(NamedTuple):
+    """What a run on captioned pictures reads."""
+
+    train: CaptionedRows
+    validation: CaptionedRows
+    test: CaptionedRows  # what pictures are compared with: those of training, each once
+    prior: CaptionedRows | ClassPictures | None
+
+    @property
+    def sha256(self) -> str:
+        """Of the files and prompts of all rows that training and validation read, in order."""
+        digest = hashlib.sha256()
+        for rows in (self.train, self.validation, self.prior):
+            if isinstance(rows, CaptionedRows):
+                digest.update(len(rows).to_bytes(8, "little"))
+                for one in rows.digests:
+                    digest.update(len(one).to_bytes(8, "little") + one)
+        return digest.hexdigest()
+
+
+def sources(config: Config) -> list[Source]:
+    if config.hub_id in (None, SHAPES):
+        return []
+    return [Source(config.hub_id, config.hub_config, config.split, config.revision)]
+
+
+def read(config: Config, data_root: str | None) -> CaptionedImages:
+    """The pictures of a data set's config.
+
+    Raises:
+        ConfigError: they are not there; with the way out.
+    """
+    if config.folder is not None:
+        return read_folder(config.folder, config.prompt)
+    return read_captioned(
+        Source(config.hub_id, config.hub_config, config.split, config.revision),
+        image=config.image_column,
+        prompt=config.prompt_column,
+        fixed=config.prompt,
+        data_root=data_root,
+    )
+
+
+def prepared(config: Config, data_root: str | None) -> PreparedCaptioned:
+    """Rows of a run; every picture that will be read has been tried.
+
+    Raises:
+        ConfigError: files, columns, sizes or pictures do not do; every fault at once.
+    """
+
+    def own() -> tuple[CaptionedRows, CaptionedRows]:
+        images = read(config, data_root)
+        chosen, held_out = _places(config, len(images.prompts))
+        return tuple(gather(lambda: _rows(images, chosen, config), lambda: _rows(images, held_out, config)))
+
+    (train, validation), prior = gather(own, lambda: _prior(config))
+    repeated = CaptionedRows(
+        train.images, [*train.indices] * config.repeats, train.digests * config.repeats, train.sizes * config.repeats
+    )
+    return PreparedCaptioned(repeated, validation, train, prior)
+
+
+def _rows(images: CaptionedImages, places: Sequence[int], config: Config) -> CaptionedRows:
+    step = config.bucket_step if config.buckets else None
+    return rows_of(images, places, resolution=config.resolution, bucket_step=step, min_side=config.min_side)
+
+
+def _places(config: Config, count: int) -> tuple[list[int], list[int]]:
+    """Pictures to train on, and to validate with."""
+    order = ordered(range(count), config.subset)
+    wanted = config.train_rows or max(1, count - config.validation_rows)
+    chosen, held_out = gather(
+        lambda: take(order, wanted, name="dataset.train_rows"),
+        lambda: take(order[wanted:], config.validation_rows, name="dataset.validation_rows", remedy="lower it"),
+    )
+    return list(chosen), list(held_out)
+
+
+def encode(
+    rows: PreparedCaptioned,
+    config: Config,
+    model: DiffusionModelConfig,
+    source: str,
+    device: torch.device,
+    *,
+    state: str,
+    seed: int,
+) -> PreparedCaptioned:
+    """The rows as latents and prompts; pictures of the class are made first, where they are asked of the model.
+
+    Args:
+        source, state: of the pipeline, as `latents.encoded` has them.
+
+    Raises:
+        ConfigError: the VAE makes NaN of a picture.
+    """
+    common = (model, source, device)
+    prior = rows.prior
+    if isinstance(prior, ClassPictures):
+        made = latents.class_pictures(*prior, config.resolution, *common, state=state)
+        prior = _rows(made, range(prior.count), config)
+    train = latents.encoded(rows.train, *common, state=state, seed=seed, flip=config.flip)
+    if prior is not None:
+        train.prior = latents.encoded(prior, *common, state=state, seed=seed, flip=config.flip, name="prior")
+        train.prior.weight = config.prior_weight
+    validation = latents.encoded(rows.validation, *common, state=state, seed=seed, name="validation")
+    return rows._replace(train=train, validation=validation)
+
+
+def _prior(config: Config) -> CaptionedRows | ClassPictures | None:
+    if config.class_prompt is None:
+        return None
+    if config.class_folder is None:
+        return ClassPictures(config.class_prompt, config.class_images, config.class_steps)
+    images = read_folder(config.class_folder, config.class_prompt)
+    return _rows(images, range(len(images.prompts)), config)
+
+
+def describe(config: Config) -> Any:
+    where = config.folder or f"{config.hub_id} ({config.split})"
+    cut = "buckets" if config.buckets else "squares"
+    return f"{where}, {cut} of {config.resolution} pixels"

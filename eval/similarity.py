@@ -1,0 +1,51 @@
+"""Cosines between pictures and texts in CLIP's space, and what a captioning model says of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from flatlora.models import load_captioner, load_clip
+
+
+class Similarity:
+    """A CLIP in memory, FP32. Features are unit rows, so that their products are cosines."""
+
+    def __init__(self, clip: str, device: torch.device) -> None:
+        self.device = device
+        self.model, self.tokenizer, self.processor = load_clip(clip, device)
+
+    @torch.inference_mode()
+    def of_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """B × d, FP32, on the host."""
+        limit = self.model.config.text_config.max_position_embeddings
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        pooled = self.model.text_model(
+            input_ids=batch["input_ids"].to(self.device), attention_mask=batch["attention_mask"].to(self.device)
+        ).pooler_output
+        return functional.normalize(self.model.text_projection(pooled).float(), dim=-1).cpu()
+
+    @torch.inference_mode()
+    def of_pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """B × d, FP32, on the host."""
+        pixels = self.processor(list(pictures), return_tensors="pt")["pixel_values"].to(self.device)
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1).cpu()
+
+
+class Captioner:
+    """A model that says in words what is in a picture, greedily."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.device = device
+        self.model, self.processor = load_captioner(name, device)
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
+        batch: Any = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
+        ids = self.model.generate(**batch, max_new_tokens=40, do_sample=False)
+        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]

@@ -1,0 +1,251 @@
+"""Pictures with prompts, cut to the sizes that a diffusion model is trained at.
+
+They are a split of a public data set (the hub, or `data_root`), or a folder: images, with a metadata.jsonl of rows
+{"file_name", "prompt"} where each has a prompt of its own. `flatlora/shapes`, eight shapes, is drawn here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from flatlora.config import ConfigError
+from flatlora.images import bytes_of, check_images, open_image, parquet_table, png_of, with_bytes
+from flatlora.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
+
+SHAPES = "flatlora/shapes"
+METADATA = "metadata.jsonl"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_WIDEST = 2.0  # of buckets: aspect ratios from 1:2 to 2:1
+
+
+@dataclass
+class CaptionedImages:
+    """Pictures as files, read one by one, and the prompt of each."""
+
+    source: str
+    prompts: list[str]
+    read: Callable[[int], bytes]
+
+    def tag(self, index: int) -> bytes:
+        """What belongs to a picture besides its file: its prompt."""
+        return self.prompts[index].encode()
+
+
+class View(NamedTuple):
+    """A picture as a model is given it."""
+
+    pixels: torch.Tensor  # 3 × H × W, FP32, −1 to 1
+    time_ids: torch.Tensor  # 6, FP32: height and width of the whole picture, top and left of the crop, H and W
+
+
+@dataclass
+class CaptionedRows:
+    """Some pictures of a set, with the size (H, W) that each is cut to.
+
+    Args:
+        indices: places in `images`.
+        digests: of each row's file and prompt.
+    """
+
+    images: CaptionedImages
+    indices: Sequence[int]
+    digests: list[bytes]
+    sizes: list[tuple[int, int]]
+    lengths: list[int] = field(init=False)  # a sampler that groups by length finds all alike
+
+    def __post_init__(self) -> None:
+        self.lengths = [1] * len(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def prompt(self, row: int) -> str:
+        return self.images.prompts[self.indices[row]]
+
+    def view(self, row: int, *, flipped: bool = False) -> View:
+        """One picture: scaled until it covers its size, then cut in the middle."""
+        picture = picture_of(self.images, self.indices[row])
+        original = picture.size
+        picture = ImageOps.mirror(picture) if flipped else picture
+        cut, top, left = cover(picture, self.sizes[row])
+        pixels = torch.from_numpy(np.asarray(cut, np.float32).transpose(2, 0, 1).copy()) / 127.5 - 1.0
+        place = (original[1], original[0], top, left, *self.sizes[row])
+        return View(pixels, torch.tensor(place, dtype=torch.float32))
+
+
+def picture_of(images: CaptionedImages, index: int) -> Image.Image:
+    """One picture in RGB, upright as its camera says."""
+    return ImageOps.exif_transpose(open_image(images, index))
+
+
+def cover(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, int, int]:
+    """(the middle of a picture that was scaled to cover H × W, its top, its left)."""
+    height, width = size
+    scale = max(height / picture.height, width / picture.width)
+    scaled = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    picture = picture.resize(scaled, Image.Resampling.LANCZOS)
+    top, left = (picture.height - height) // 2, (picture.width - width) // 2
+    return picture.crop((left, top, left + width, top + height)), top, left
+
+
+def rows_of(
+    images: CaptionedImages,
+    indices: Sequence[int],
+    *,
+    resolution: int,
+    bucket_step: int | None = None,
+    min_side: int = 1,
+) -> CaptionedRows:
+    """Rows whose pictures have all been tried, each with its size.
+
+    Args:
+        resolution: side of a square, in pixels.
+        bucket_step: cut each picture to the size, of about as many pixels, that is nearest to its aspect ratio; sides
+            are multiples of this. None cuts squares.
+        min_side: the smaller side that a picture must have.
+
+    Raises:
+        ConfigError: pictures that cannot be decoded, or are too small.
+    """
+    digests = check_images(images, indices)
+    shapes = [picture_of(images, index).size for index in indices]
+    small = [place for place, shape in enumerate(shapes) if min(shape) < min_side]
+    if small:
+        width, height = shapes[small[0]]
+        others = f" (and {len(small) - 1} more)" if small[1:] else ""
+        raise ConfigError(
+            [
+                f"Invalid picture in {images.source}, row {indices[small[0]] + 1}{others}: it is {width} × {height} "
+                f"pixels, and dataset.min_side={min_side} is the smaller side that it must have; take larger pictures, "
+                "leave it out, or lower dataset.min_side."
+            ]
+        )
+    known = bucket_sizes(resolution, bucket_step) if bucket_step else [(resolution, resolution)]
+    return CaptionedRows(images, list(indices), digests, [_nearest(known, width / height) for width, height in shapes])
+
+
+def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """Sizes (H, W) of at most resolution² pixels whose sides are multiples of `step`, from 1:2 to 2:1."""
+    sizes = {(resolution, resolution)}
+    for width in range(step, int(resolution * math.sqrt(_WIDEST)) + step, step):
+        height = resolution**2 // width // step * step
+        if height and 1 / _WIDEST <= width / height <= _WIDEST:
+            sizes.add((height, width))
+    return sorted(sizes)
+
+
+def _nearest(sizes: Sequence[tuple[int, int]], aspect: float) -> tuple[int, int]:
+    """The size whose aspect ratio is nearest; of two, the one of more pixels."""
+    return min(sizes, key=lambda size: (abs(math.log(size[1] / size[0] / aspect)), -size[0] * size[1]))
+
+
+def read_captioned(
+    source: Source, *, image: str, prompt: str | None, fixed: str | None, data_root: str | None
+) -> CaptionedImages:
+    """The pictures of a split.
+
+    Args:
+        image, prompt: columns; no prompt column, or `fixed`, gives every picture that one prompt.
+
+    Raises:
+        ConfigError: no such file, no network, or a column that is missing or holds something else; with the way out.
+    """
+    if source.hub_id == SHAPES:
+        return _shapes(fixed)
+    others = (prompt,) if prompt and fixed is None else ()
+    if data_root is None:
+        return _of_table(hub_data(source), image, others, str(source), fixed)
+    path = local_file(source, data_root)
+    if path.suffix == ".jsonl":
+        return _listed(path, image, others, fixed)
+    return _of_table(parquet_table(path, fingerprint(source, data_root)), image, others, str(path), fixed)
+
+
+def _of_table(table, image: str, others: tuple[str, ...], source: str, fixed: str | None) -> CaptionedImages:
+    table = with_bytes(table, image, others, source)
+    rows = [{others[0]: text} for text in table[others[0]][:]] if others else [{}] * len(table)
+    return CaptionedImages(source, _prompts(rows, others, fixed, source), bytes_of(table, image))
+
+
+def _listed(path: Path, image: str, others: tuple[str, ...], fixed: str | None) -> CaptionedImages:
+    """Pictures beside a JSON-lines file that names them."""
+    rows = typed_columns(read_jsonl(path), [image, *others], str(path))
+    prompts = _prompts(rows, others, fixed, str(path))
+    return CaptionedImages(str(path), prompts, lambda index: (path.parent / rows[index][image]).read_bytes())
+
+
+def _prompts(rows: Sequence[dict], others: tuple[str, ...], fixed: str | None, source: str) -> list[str]:
+    if not others:
+        return [fixed] * len(rows)
+    typed = typed_columns(rows, others, source)
+    return [row[others[0]] for row in typed]
+
+
+def read_folder(folder: str, fixed: str | None) -> CaptionedImages:
+    """The pictures of a folder in the order of their names, or in that of its metadata.jsonl.
+
+    Raises:
+        ConfigError: no folder, no picture, or no prompt for them; with the way out.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ConfigError([f"Invalid dataset.folder={folder}: there is no such folder; name one with pictures in it."])
+    if (path / METADATA).is_file():
+        rows = read_jsonl(path / METADATA)
+        key = "text" if rows and "prompt" not in rows[0] and "text" in rows[0] else "prompt"  # as datasets has it
+        return _listed(path / METADATA, "file_name", () if fixed is not None else (key,), fixed)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+    if not files:
+        kinds = ", ".join(_SUFFIXES)
+        raise ConfigError([f"Invalid dataset.folder={folder}: no picture is in it ({kinds}); put some there."])
+    if fixed is None:
+        raise ConfigError(
+            [
+                f'Missing dataset.prompt: {folder} has no {METADATA}; set dataset.prompt="a photo of …" for all of its '
+                'pictures, or write that file with rows {"file_name", "prompt"}.'
+            ]
+        )
+    return CaptionedImages(str(path), [fixed] * len(files), lambda index: files[index].read_bytes())
+
+
+# --- eight shapes
+
+_SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "bar", "hexagon")
+_COLOURS = ("red", "green", "blue", "orange", "purple", "teal", "gold", "navy")
+_SIDE, _SMOOTH = 64, 4  # drawn at four times the size
+
+
+def _shapes(fixed: str | None) -> CaptionedImages:
+    prompts = [f"a {colour} {shape}" for colour, shape in zip(_COLOURS, _SHAPES, strict=True)]
+    if fixed is not None:
+        prompts = [fixed] * len(prompts)
+    return CaptionedImages(SHAPES, prompts, lambda index: png_of(_drawn(_SHAPES[index], _COLOURS[index])))
+
+
+def _drawn(shape: str, colour: str) -> np.ndarray:
+    side = _SIDE * _SMOOTH
+    picture = Image.new("RGB", (side, side), "white")
+    draw, middle, reach = ImageDraw.Draw(picture), side / 2, side * 0.36
+    box = (middle - reach, middle - reach, middle + reach, middle + reach)
+    thick = reach * 0.4
+    corners = {"square": (4, 45), "triangle": (3, 0), "diamond": (4, 0), "hexagon": (6, 0)}
+    if shape in corners:
+        sides, turn = corners[shape]
+        draw.regular_polygon((middle, middle, reach), sides, rotation=turn, fill=colour)
+    elif shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "ring":
+        draw.ellipse(box, outline=colour, width=int(thick))
+    else:
+        draw.rectangle((box[0], middle - thick, box[2], middle + thick), fill=colour)
+        if shape == "cross":
+            draw.rectangle((middle - thick, box[1], middle + thick, box[3]), fill=colour)
+    return np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS))
