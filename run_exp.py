@@ -38,6 +38,7 @@ from flatlora import (
     results,
     training,
 )
+from flatlora.captioned import PICTURES_FILE
 from flatlora.clip import CLASSES_FILE
 from flatlora.config import ConfigError, Experiment, Section, keys_of_validation, parse
 from flatlora.images import collate_images
@@ -400,6 +401,8 @@ def train_and_score(
             files.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
         if classes is not None:
             files.write_json(folder.path / CLASSES_FILE, classes._asdict())
+        if experiment.dataset.kind == "captioned":
+            files.write_json(folder.path / PICTURES_FILE, {"indices": list(inputs.rows.test.indices)})
     inputs = encode(experiment, inputs, record["base"])
     backbone = models.load_backbone(experiment.model, inputs.device, classes)
     method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)

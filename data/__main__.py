@@ -23,7 +23,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 import data
-from data import cache, images
+from data import cache, images, text_to_image
 from data.tokens import Prepared, TokenRows
 from flatlora.commandline import compose_config
 from flatlora.config import ConfigError, DatasetConfig, ModelConfig, NoSection, build_section
@@ -85,6 +85,11 @@ def _show(settings: list[str], count: int) -> None:
     model, data_root = raw["model"], raw["data_root"]
     if config.kind == "image" and model["family"] != "clip":
         model = compose_config(CONF_DIR, [*settings, "model=clip_tiny"])["model"]
+    if config.kind == "captioned":
+        _show_captioned(config, text_to_image.prepared(config, data_root), count)
+        for source in loader.sources(config):
+            console.print(f"source       {source}: {fingerprint(source, data_root)}", soft_wrap=True)
+        return
     model = build_section("model", ModelConfig, model)
     if config.kind == "image":
         _show_images(config, images.prepared(config, data_root, load_image_processor(model)), count)
@@ -168,6 +173,22 @@ def _show_images(config: DatasetConfig, rows: images.PreparedImages, count: int)
     most = labels.most_common(_BARS)
     title = f"{len(rows.classes.names)} classes" + (f", the {_BARS} largest" if len(labels) > _BARS else "")
     console.print(_bars(title, {rows.classes.names[label]: number for label, number in most}))
+    console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
+
+
+def _show_captioned(config: DatasetConfig, rows: text_to_image.PreparedCaptioned, count: int) -> None:
+    console.print(_sizes(config, rows))
+    shown = Table(title="train rows", title_justify="left")
+    for column in ("row", "picture", "cut to", "prompt"):
+        shown.add_column(column)
+    for number in range(min(count, len(rows.train))):
+        height, width, *_ = rows.train.view(number).time_ids.int().tolist()
+        cut = rows.train.sizes[number]
+        cells = (str(number + 1), f"{width} × {height}", f"{cut[1]} × {cut[0]}", rows.train.prompt(number))
+        shown.add_row(*map(Text, cells))
+    console.print(shown)
+    if len(sizes := Counter(rows.train.sizes)) > 1:
+        console.print(_bars("pictures by size", {f"{w} × {h}": number for (h, w), number in sorted(sizes.items())}))
     console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
 
 

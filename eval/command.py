@@ -21,12 +21,14 @@ from safetensors import SafetensorError
 import eval as benchmarks
 from eval.backends import Backend, Generator, ImageBackend
 from eval.backends.clip import CLIPBackend
+from eval.backends.diffusion import DiffusionBackend
 from eval.backends.hf import HFBackend
 from eval.backends.openai import Endpoint, OpenAIBackend, url_fault
 from eval.backends.vllm import VLLMBackend
 from eval.place import OTHER_VERSION, YAML_ERRORS, Place, locate_place
+from flatlora.captioned import pictures_of_run
 from flatlora.clip import Classes
-from flatlora.config import ConfigError, Section, nearest, setting
+from flatlora.config import KINDS, ConfigError, Section, nearest, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
 from flatlora.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.models import (
@@ -262,7 +264,7 @@ def _output_folder(
     own = place.run / "eval" / benchmark if place.run else None
     module = benchmarks.evaluator(benchmark)
     benchmark += _label(target, given, place.scored_with, module) + _served(target)
-    if module.KIND == "image" and target.data_root not in (None, place.data_root):  # other pictures, perhaps
+    if module.KIND != "text" and target.data_root not in (None, place.data_root):  # other pictures, perhaps
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
     benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
     if place.run is None:
@@ -345,7 +347,7 @@ def _check_kind(module: ModuleType, target: Target, given: Mapping[str, Any], lo
     Raises:
         ConfigError: they are not, such as words asked of a run that tells pictures apart.
     """
-    pictures = module.KIND == "image"
+    pictures = module.KIND != "text"
     if target.backend != "hf" and (pictures or not module.GENERATES):
         asked = "looks at pictures" if pictures else "weighs given answers"
         raise ConfigError(
@@ -359,15 +361,25 @@ def _check_kind(module: ModuleType, target: Target, given: Mapping[str, Any], lo
             ]
         )
     place = locate()
-    clip = place.model is not None and place.model.family == "clip"
-    if clip and not pictures:
-        raise ConfigError(
-            [f"Invalid path {place.weights}: this run tells pictures apart and has no words; name a language model."]
-        )
-    if pictures and not clip:
+    kind = KINDS[place.model.family] if place.model else None  # of a model that no run describes, nobody knows yet
+    if kind is None and module.KIND == "image":
         raise ConfigError(
             [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
         )
+    if kind not in (None, module.KIND):
+        has, needed = _KIND_WORDS[kind][0], _KIND_WORDS[module.KIND][1]
+        raise ConfigError([f"Invalid path {place.weights}: this run {has}; name {needed}."])
+
+
+# kind: what a run of it does, and what its benchmarks score
+_KIND_WORDS = {
+    "text": ("writes words", "a language model"),
+    "image": (
+        "tells pictures apart and has no words",
+        "a run that says which classes of pictures there are",
+    ),
+    "captioned": ("makes pictures and has no words", "a text-to-image model"),
+}
 
 
 def _rows(
@@ -381,6 +393,8 @@ def _rows(
         return []
     if module.KIND == "image":
         return _pictures(module, target, locate(), configure())
+    if module.KIND == "captioned":
+        return _training_pictures(module, target, locate(), configure())
     path = _rows_file(module, target, locate)
     if path:
         unread = {"data_root": target.data_root, "template": given.get("template")}
@@ -441,6 +455,19 @@ def _pictures(module: ModuleType, target: Target, place: Place, config: Section)
         processor = load_image_processor(place.model)
         rows = ImageRows(images, np.array(places), processor, check_images(images, places))
     module.check_rows(rows, source, config, classes=classes)
+    return rows
+
+
+def _training_pictures(module: ModuleType, target: Target, place: Place, config: Section) -> Sequence[Any]:
+    """The pictures that a run was trained on; none where no run says which."""
+    if target.rows:
+        raise ConfigError(
+            [f"Invalid rows={target.rows}: prompts=FILE.yaml says what is drawn, and the run what it is compared with."]
+        )
+    rows: Sequence[Any] = []
+    if place.run is not None and KINDS[place.model.family] == "captioned":
+        rows = pictures_of_run(place.run, place.dataset, target.data_root or place.data_root)
+    module.check_rows(rows, "the run's training pictures", config)
     return rows
 
 
@@ -526,13 +553,21 @@ def _load(
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
     if dtype is None:
         dtype = place.model.dtype if place.model else str(next(model.parameters()).dtype).removeprefix("torch.")
-    return (CLIPBackend if kind == "image" else HFBackend)(
+    parts = {}
+    if kind == "captioned":
+        config = place.model or model_of(place.weights)
+        parts = {"config": config, "source": backbone_source(config)}
+    return _BACKENDS[kind](
         model,
         processor,
         batch_size=batch_size,
         autocast_dtype=autocast_dtype(place.autocast, dtype),
         identity=identity,
+        **parts,
     )
+
+
+_BACKENDS = {"text": HFBackend, "image": CLIPBackend, "captioned": DiffusionBackend}
 
 
 def _first_line(error: Exception) -> str:

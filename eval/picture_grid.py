@@ -8,52 +8,59 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 from PIL import Image
 
 from flatlora.files import write_atomic
 
 Shown = tuple[str, Path, Sequence[Mapping[str, Any]]]  # (name of a model, folder, its rows {"prompt", "seed", "file"})
-_CELL_INCHES, _TITLE_INCHES, _DPI = 1.6, 0.62, 150
+_CELL, _ABOVE, _LINE, _GAP = 1.5, 0.26, 0.2, 0.08  # inches: a picture, its caption, a line of its prompt, between
+_LARGEST = 512  # pixels of a side that are kept
+_DPI = 150
 
 
 def write_grid(path: Path, models: Sequence[Shown]) -> None:
-    """Draw the pictures that all models have as a PNG: prompts down, seeds across and within each the models.
+    """Draw `grid_figure` as a PNG: the same bytes for the same pictures."""
+    buffer = io.BytesIO()
+    grid_figure(models).savefig(buffer, dpi=_DPI, format="png", metadata={"Software": None})
+    write_atomic(path, buffer.getvalue())
+
+
+def grid_figure(models: Sequence[Shown]) -> matplotlib.figure.Figure:
+    """The pictures that all models have: prompts down, seeds across, and within each seed the models.
 
     Raises:
         ValueError: no prompt and seed that all of them drew.
     """
-    write_atomic(path, grid_png(models))
-
-
-def grid_png(models: Sequence[Shown]) -> bytes:
-    """As `write_grid`, the file's bytes: the same for the same pictures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     known = [{(row["prompt"], row["seed"]): folder / row["file"] for row in rows} for _, folder, rows in models]
     shared = [key for key in known[0] if all(key in files for files in known[1:])]
     if not shared:
         raise ValueError("No prompt was drawn with one seed by all models: nothing can stand side by side.")
     prompts, seeds = (list(dict.fromkeys(key[place] for key in shared)) for place in (0, 1))
     columns = [(seed, number) for seed in seeds for number in range(len(models))]
-    size = (_CELL_INCHES * len(columns), (_CELL_INCHES + _TITLE_INCHES) * len(prompts) + 0.3)
-    figure, axes = pyplot.subplots(len(prompts), len(columns), figsize=size, squeeze=False, layout="constrained")
-    for row, prompt in enumerate(prompts):
-        for column, (seed, number) in enumerate(columns):
-            axis = axes[row, column]
+    width = max(len(columns) * (_CELL + _GAP) + _GAP, 3.0)
+    texts = ["\n".join(textwrap.wrap(prompt, int(width * 12))) for prompt in prompts]
+    heights = [_LINE * (text.count("\n") + 1) + _ABOVE + _CELL + 2 * _GAP for text in texts]
+    whole = sum(heights) + _GAP
+    figure = matplotlib.figure.Figure(figsize=(width, whole))
+    top = whole  # inches above the lower edge
+    for prompt, text, height in zip(prompts, texts, heights, strict=True):
+        figure.text(_GAP / width, (top - _GAP) / whole, text, fontsize=9, weight="bold", va="top")
+        for place, (seed, number) in enumerate(columns):
+            if (prompt, seed) not in shared:
+                continue
+            left, low = _GAP + place * (_CELL + _GAP), top - height + _GAP
+            axis = figure.add_axes((left / width, low / whole, _CELL / width, _CELL / whole))
             axis.set_axis_off()
-            if (file := known[number].get((prompt, seed))) is not None and (prompt, seed) in shared:
-                with Image.open(file) as picture:
-                    axis.imshow(picture.convert("RGB"), interpolation="nearest")
-            name = models[number][0]
-            axis.set_title("\n".join(filter(None, [name, f"seed {seed}"])), fontsize=7)
-        text = "\n".join(textwrap.wrap(prompt, int(11 * len(columns) * _CELL_INCHES)))
-        axes[row, 0].text(
-            0, 1.32 if models[0][0] else 1.2, text, transform=axes[row, 0].transAxes, fontsize=8, fontweight="bold"
-        )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=_DPI, format="png", metadata={"Software": None})
-    pyplot.close(figure)
-    return buffer.getvalue()
+            axis.imshow(_picture(known[number][prompt, seed]), interpolation="nearest")
+            caption = ", ".join(filter(None, [models[number][0], f"seed {seed}"]))
+            axis.set_title(caption, fontsize=7, pad=3)
+        top -= height
+    return figure
+
+
+def _picture(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        shown = picture.convert("RGB")
+        shown.thumbnail((_LARGEST, _LARGEST))
+        return shown

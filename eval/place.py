@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 import eval as benchmarks
 from flatlora.config import ConfigError, ModelConfig, Section, TrainerConfig, model_section
+from flatlora.diffusion import INDEX
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # a 13th month is a ValueError
 OTHER_VERSION = "score the run with the version of the suite that made it, or mend the file"
@@ -50,7 +51,7 @@ def locate_place(name: str, benchmark: str, served: bool = False) -> Place:
             break
     else:
         folder, saved, weights = None, None, path
-    if not any((weights / file).is_file() for file in ("adapter_config.json", "config.json")):
+    if not any((weights / file).is_file() for file in ("adapter_config.json", "config.json", INDEX)):
         if weights != path:
             problem = "this run has no adapter/ yet; finish it, or name one of its checkpoints"
         else:

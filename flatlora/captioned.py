@@ -6,11 +6,12 @@ They are a split of a public data set (the hub, or `data_root`), or a folder: im
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -214,6 +215,46 @@ def read_folder(folder: str, fixed: str | None) -> CaptionedImages:
             ]
         )
     return CaptionedImages(str(path), [fixed] * len(files), lambda index: files[index].read_bytes())
+
+
+PICTURES_FILE = "pictures.json"  # of a run's folder: which pictures of its data set it was trained on
+
+
+def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None) -> CaptionedRows:
+    """The pictures that a run was trained on.
+
+    Args:
+        dataset: that section of the run's config.yaml.
+
+    Raises:
+        ConfigError: the run does not say which, or they are not there any more.
+    """
+    path = run / PICTURES_FILE
+    try:
+        indices = json.loads(path.read_bytes())["indices"]
+        settings = {key: dataset[key] for key in ("resolution", "min_side")}
+        folder, fixed = dataset["folder"], dataset["prompt"]
+        where = [dataset[key] for key in ("hub_id", "hub_config", "split", "revision")]
+        columns = {"image": dataset["image_column"], "prompt": dataset["prompt_column"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            [
+                f"Broken run {run}: {path.name} or the dataset of its config.yaml is not what a run writes ({error}); "
+                "copy the run's folder whole."
+            ]
+        ) from error
+    if folder is not None:
+        images = read_folder(folder, fixed)
+    else:
+        images = read_captioned(Source(*where), **columns, fixed=fixed, data_root=data_root)
+    if beyond := [index for index in indices if not 0 <= index < len(images.prompts)]:
+        raise ConfigError(
+            [
+                f"Invalid pictures of {run}: {images.source} has {len(images.prompts)}, and the run was trained "
+                f"on number {beyond[0] + 1}; name with data_root where those are that it was trained on."
+            ]
+        )
+    return rows_of(images, indices, **settings)
 
 
 # --- eight shapes

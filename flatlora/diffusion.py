@@ -308,7 +308,7 @@ def token_ids(
     """Ids of both tokenizers, B × their limit. Prompts that are longer are cut, which is said once."""
     ids = []
     for tokenizer in tokenizers:
-        whole = [len(one) for one in tokenizer(list(prompts), truncation=False)["input_ids"]]
+        whole = [len(one) for one in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
         long = [prompt for prompt, length in zip(prompts, whole, strict=True) if length > tokenizer.model_max_length]
         if long and tokenizer is tokenizers[0]:
             logger.warning(

@@ -8,6 +8,7 @@ training_curves  loss of training against the step, mean over seeds and their ra
 sharpness        rise of the training loss under the noise of training at several σ, on merged weights, over seeds
 landscape        training loss along shared random directions of the full weight space, merged weights, one seed
 severity         accuracy on corrupted images against the severity, of models trained on clean ones
+pictures         what LoRA and Flat-LoRA make of the same prompts and seeds, of one seed of training
 cost             time of a step and peak memory, as results/bench/gpu.json has them
 """
 
@@ -35,6 +36,7 @@ from scipy import stats
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
+from eval.picture_grid import grid_figure  # noqa: E402
 from flatlora.config import ConfigError  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.files import write_atomic  # noqa: E402
@@ -363,6 +365,23 @@ def severity(corruptions: cells.Made) -> plt.Figure | None:
     return figure
 
 
+def pictures(sdxl: cells.Made) -> plt.Figure | None:
+    """Every row's pictures, of the smallest seed that all rows with pictures have; None where that is one row, or none.
+
+    Pictures are no part of a kept record: only runs whose folder is whole have them.
+    """
+    folders: dict[str, dict[int, Path]] = {}
+    for row, label in sdxl.layout.rows.items():
+        paths = {int(path.name): path / "eval/text_to_image" for path in sdxl.cells[row, "image_text"].paths}
+        if whole := {seed: path for seed, path in paths.items() if (path / "images").is_dir()}:
+            folders[label] = whole
+    shared = set.intersection(*map(set, folders.values())) if len(folders) > 1 else set()
+    if not shared:
+        return None
+    shown = [(label, found[min(shared)]) for label, found in folders.items()]
+    return grid_figure([(label, path, MetricsLog(path / "predictions.jsonl").rows()) for label, path in shown])
+
+
 def cost(results: Path) -> plt.Figure | None:
     """Median time of a step and peak memory of each way to train, a group of bars a shape; None without the record."""
     path = results / "bench/gpu.json"
@@ -388,7 +407,7 @@ def cost(results: Path) -> plt.Figure | None:
 
 SMALL = "SmolLM2-135M"
 WAYS = ("PEFT", "PEFT+Liger", "published", "LoRA", "Flat-LoRA copy", "Flat-LoRA recompute")
-LAYOUTS = ("study", "ablation", "flatness", "corruptions")
+LAYOUTS = ("study", "ablation", "flatness", "corruptions", "sdxl")
 FIGURES: Mapping[str, Callable[[Mapping[str, cells.Made], Path], plt.Figure | None]] = {
     "sigma_sweep": lambda tables, results: sigma_sweep(tables["study"]),
     "rank_sweep": lambda tables, results: rank_sweep(tables["ablation"]),
@@ -396,6 +415,7 @@ FIGURES: Mapping[str, Callable[[Mapping[str, cells.Made], Path], plt.Figure | No
     "sharpness": lambda tables, results: sharpness(tables["flatness"]),
     "landscape": lambda tables, results: landscape(tables["flatness"]),
     "severity": lambda tables, results: severity(tables["corruptions"]),
+    "pictures": lambda tables, results: pictures(tables["sdxl"]),
     "cost": lambda tables, results: cost(results),
 }
 

@@ -72,6 +72,13 @@ def _inputs(run: Path, experiment: Experiment, device: torch.device) -> run_exp.
     Raises:
         ConfigError: the data cannot be had, or are not those that the run was trained on.
     """
+    if experiment.dataset.kind == "captioned":
+        raise ConfigError(
+            [
+                f"Invalid run {run}: the loss of a diffusion model is a mean over noise and timesteps, and flatness is "
+                "measured of losses that are functions of their rows; name runs of language or image models."
+            ]
+        )
     inputs, trained_on = run_exp.prepare(experiment, device), RunFolder(run).record["data_sha256"]
     if inputs.data_sha256 != trained_on:
         raise ConfigError(

@@ -1,0 +1,338 @@
+"""The denoiser against diffusers' own parts: noising, weights, embeddings, latents, adapters; and what is refused."""
+
+import logging
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.training_utils import compute_snr
+from peft import PeftModel
+
+import run_exp
+from data import text_to_image
+from flatlora import diffusion, latents, methods, models
+from flatlora.config import ConfigError, DiffusionModelConfig
+from flatlora.latents import LatentRows, collate_latents
+from flatlora.methods import Start
+from flatlora.training import BucketSampler
+
+CPU = torch.device("cpu")
+
+
+def config_of(**changes):
+    settings = {"name": "sdxl_tiny", "hub_id": models.RANDOM_SDXL, "family": "sdxl", "embedded": "random-sdxl"}
+    return DiffusionModelConfig(**settings | {"dtype": "float32", "captioner": None} | changes)
+
+
+@pytest.fixture(autouse=True)
+def own_latents(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def source():
+    return models.backbone_source(config_of())
+
+
+def shapes(*words):
+    return text_to_image.prepared(run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", *words]).dataset, None)
+
+
+def encoded(source, *words, config=None, seed=1):
+    experiment = run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", *words])
+    rows = text_to_image.prepared(experiment.dataset, None)
+    config = config or experiment.model
+    return text_to_image.encode(rows, experiment.dataset, config, source, CPU, state="s", seed=seed).train
+
+
+def adapted(config, **changes):
+    section = run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]).peft.model_copy(update=changes)
+    model = methods.method("lora").apply(models.load_backbone(config, CPU), section, Start(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model, section
+
+
+# --- the loss
+
+
+def reference_loss(pipeline, batch, gamma=None):
+    """Slow twin of `Denoiser.forward`: diffusers' scheduler noises, its functions weigh, one row at a time."""
+    schedule, total = DDPMScheduler.from_config(pipeline.scheduler.config), 0.0
+    for row in range(len(batch["latents"])):
+        one = {key: value[row : row + 1] for key, value in batch.items()}
+        noisy = schedule.add_noise(one["latents"], one["noise"], one["timesteps"])
+        conditions = {"text_embeds": one["pooled"], "time_ids": one["time_ids"]}
+        found = pipeline.unet(noisy, one["timesteps"], one["prompt_embeds"], added_cond_kwargs=conditions).sample
+        predicts = schedule.config.prediction_type
+        target = one["noise"]
+        if predicts == "v_prediction":
+            target = schedule.get_velocity(one["latents"], one["noise"], one["timesteps"])
+        weight = 1.0
+        if gamma is not None:
+            snr = compute_snr(schedule, one["timesteps"])
+            weight = snr.clamp(max=gamma) / (snr + (predicts == "v_prediction"))
+        total = total + one["weights"] * weight * torch.nn.functional.mse_loss(found, target)
+    return total
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@torch.no_grad()
+def test_the_loss_is_diffusers(source, prediction, gamma):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
+    pipeline.scheduler.register_to_config(prediction_type=prediction)
+    denoiser = diffusion.Denoiser(pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config), (), gamma)
+    rows = encoded(source)
+    batch = collate_latents([rows[0], rows[3], rows[5]])
+    wanted = reference_loss(pipeline, batch, gamma)
+    torch.testing.assert_close(denoiser(**batch).loss, wanted.squeeze(), rtol=1e-5, atol=1e-6)
+    if gamma is not None:
+        assert denoiser(**batch).loss != reference_loss(pipeline, batch)
+
+
+def test_other_predictions_are_refused(source):
+    unet = models.load_backbone(config_of(), CPU).unet
+    schedule = DDPMScheduler(prediction_type="sample")
+    with pytest.raises(ConfigError, match="prediction_type=sample"):
+        diffusion.Denoiser(unet, schedule)
+
+
+@torch.no_grad()
+def test_embeddings_and_latents_are_the_pipelines(source):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
+    rows, shown = encoded(source), shapes().train
+    embeds, _, pooled, _ = pipeline.encode_prompt("a green square", device=CPU, do_classifier_free_guidance=False)
+    torch.testing.assert_close(rows[1]["prompt_embeds"], embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows[1]["pooled"], pooled, rtol=1e-4, atol=1e-5)
+    found = pipeline.vae.encode(shown.view(1).pixels[None]).latent_dist
+    torch.testing.assert_close(rows.means[1], found.mean * pipeline.vae.config.scaling_factor)
+    torch.testing.assert_close(rows.stds[1], found.std * pipeline.vae.config.scaling_factor)
+    decoded = diffusion.decode(pipeline.vae, rows.means[1])
+    whole = pipeline.vae.decode(found.mean).sample
+    torch.testing.assert_close(decoded, (whole / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_latents_with_a_mean_and_std_of_each_channel(source):
+    vae = diffusion.load_vae(config_of(), source, CPU)
+    vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
+    scale, latent = diffusion.Scale(vae), torch.randn(4, 8, 8)
+    torch.testing.assert_close(scale.to_vae(scale.to_model(latent)), latent)
+    wanted = (latent[2] - 0.3) * vae.config.scaling_factor / 3.0
+    torch.testing.assert_close(scale.to_model(latent)[2], wanted)
+
+
+# --- rows
+
+
+def test_draws_are_a_function_of_seed_epoch_and_row(source):
+    rows = encoded(source, "dataset.flip=true")
+    first = rows[2]
+    assert first["latents"].shape == first["noise"].shape == (1, 4, 32, 32)
+    state = torch.get_rng_state()
+    assert all(torch.equal(first[key], rows[2][key]) for key in first)
+    assert torch.equal(torch.get_rng_state(), state)
+    rows.begin_epoch(1)
+    assert not torch.equal(first["noise"], rows[2]["noise"])
+    rows.begin_epoch(0)
+    assert torch.equal(first["noise"], rows[2]["noise"])
+    assert not torch.equal(first["noise"], rows[3]["noise"])
+    assert not torch.equal(first["noise"], encoded(source, "dataset.flip=true", seed=2)[2]["noise"])
+
+
+def test_flips_are_drawn_and_normals_are_normal(source):
+    rows = encoded(source, "dataset.flip=true")
+    assert rows.means[0].shape == (2, 4, 32, 32)
+    rows.stds = [torch.zeros_like(std) for std in rows.stds]  # what is drawn is the mean
+    drawn, noises, times = [], [], []
+    for epoch in range(40):
+        rows.begin_epoch(epoch)
+        row = rows[7]
+        drawn.append(torch.equal(row["latents"][0], rows.means[7][1]))
+        noises.append(row["noise"])
+        times.append(int(row["timesteps"]))
+    assert 8 < sum(drawn) < 32
+    noise = torch.stack(noises)
+    assert noise.mean().abs() < 0.01
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+    assert len(set(times)) > 30
+    assert 0 <= min(times) <= max(times) < 1000
+
+
+def test_rows_of_the_class_ride_along(source, tmp_path):
+    words = ("dataset.class_prompt=a shape", "dataset.class_images=3", "dataset.class_steps=2")
+    rows = encoded(source, *words, "dataset.prior_weight=0.5")
+    row = rows[4]
+    assert row["latents"].shape[0] == 2
+    assert row["weights"].tolist() == [1.0, 0.5]
+    assert torch.equal(row["prompt_embeds"][1], rows.prior[1]["prompt_embeds"][0])
+    assert len(list((tmp_path / "cache/class_images").rglob("*.png"))) == 3
+    batch = collate_latents([rows[0], rows[1]])
+    assert batch["weights"].tolist() == [0.5, 0.25, 0.5, 0.25]
+
+
+def test_the_cache_is_used_and_a_broken_file_made_anew(source, tmp_path, monkeypatch, caplog):
+    first = encoded(source)
+    (file,) = (tmp_path / "cache/latents").glob("*.safetensors")
+    monkeypatch.setattr(diffusion, "load_vae", lambda *args: pytest.fail("encoded again"))
+    again = encoded(source)
+    assert all(torch.equal(a, b) for a, b in zip(first.means, again.means, strict=True))
+    with pytest.raises(pytest.fail.Exception, match="encoded again"):
+        encoded(source, "dataset.resolution=32")
+    monkeypatch.undo()
+    monkeypatch.setattr(latents, "cache_folder", lambda: tmp_path / "cache")
+    file.write_bytes(file.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        anew = encoded(source)
+    assert "Broken cache file" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(first.means, anew.means, strict=True))
+
+
+def test_long_prompts_are_cut_and_that_is_said_once(source, caplog):
+    tokenizers = diffusion.load_tokenizers(config_of(), source)
+    with caplog.at_level(logging.WARNING):
+        ids = diffusion.token_ids(tokenizers, ["x" * 200, "y" * 100, "short"])
+    assert [one.shape for one in ids] == [(3, 77), (3, 77)]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "2 of 3 prompts are longer than 77 tokens" in told
+
+
+def test_a_vae_that_makes_nan_names_the_remedy(source):
+    vae = diffusion.load_vae(config_of(vae_dtype="float16"), source, CPU)
+    with torch.no_grad():
+        next(vae.parameters()).mul_(float("inf"))
+    for act in (
+        lambda: diffusion.moments(vae, torch.zeros(3, 64, 64)),
+        lambda: diffusion.refuse_broken(vae, torch.tensor(float("nan"))),
+    ):
+        with pytest.raises(ConfigError, match=r"vae_dtype=float16.*model\.vae_dtype=float32"):
+            act()
+
+
+def test_buckets_fill_whole_micro_batches():
+    buckets = ["a"] * 5 + ["b"] * 3 + ["c"]
+    sampler = BucketSampler(buckets, seed=0, micro_batch=2)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 6 + 4 + 2
+    assert set(order) == set(range(9))  # every picture, some of them twice
+    for start in range(0, len(order), 2):
+        assert len({buckets[row] for row in order[start : start + 2]}) == 1
+    assert list(sampler) == order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+# --- adapters
+
+
+@pytest.mark.parametrize(
+    ("train_text", "changes"),
+    [
+        (False, {}),
+        (False, {"target_modules": "all_conv", "lora_alpha": 16.0}),
+        (True, {"lora_r": 3}),
+    ],
+)
+def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_text, changes):
+    config = config_of(train_text_encoders=train_text)
+    model, section = adapted(config, **changes)
+    methods.method("lora").save(model, section, tmp_path, Start(0))
+    models.complete_adapter(config, tmp_path)
+    settings = {
+        "prompt": ["a red circle"],
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+    }
+
+    def drawn(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(generator=[torch.Generator().manual_seed(3)], **settings).images
+
+    ours = drawn(diffusion.pipeline_of(model.eval().get_base_model(), config, source, CPU))
+    plain = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
+    untouched = drawn(plain)
+    plain.load_lora_weights(tmp_path)
+    torch.testing.assert_close(drawn(plain), ours, rtol=1e-4, atol=1e-4)
+    assert (ours - untouched).abs().max() > 0.1
+    again = PeftModel.from_pretrained(models.load_backbone(config, CPU), tmp_path).eval()
+    peft_drew = drawn(diffusion.pipeline_of(again.get_base_model(), config, source, CPU))
+    torch.testing.assert_close(peft_drew, ours, rtol=1e-4, atol=1e-4)
+    loaded, processor, told = models.load_for_inference(str(tmp_path), None, CPU)
+    assert processor is None
+    assert told["base"] == models.RANDOM_SDXL
+    if not train_text:  # an adapter of the text encoders needs the run that says so
+        drew = drawn(diffusion.pipeline_of(loaded.get_base_model(), config, source, CPU))
+        torch.testing.assert_close(drew, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_modules": ["to_q", "to_w"]}, "to_w matches no layer of Denoiser"),
+        ({"target_modules": "qv"}, "qv matches no layer"),
+        ({"lora_r": 500}, "lora_r=500"),
+        ({"lora_r": None, "lora_relative_r": 0.5}, "many widths"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused_on_the_skeleton(changes, words):
+    section = run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]).peft.model_copy(update=changes)
+    with pytest.raises(ConfigError, match=words):
+        methods.method("lora").check(models.skeleton(config_of()), section)
+
+
+def test_trained_text_encoders_need_layers_of_theirs():
+    section = run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]).peft
+    skeleton = models.skeleton(config_of(train_text_encoders=True))
+    assert skeleton.parts == ["unet", "text_encoder", "text_encoder_2"]
+    methods.method("lora").check(skeleton, section)
+    only_unet = section.model_copy(update={"target_modules": ["to_q"]})
+    with pytest.raises(ConfigError, match="no layer of the text_encoder is among them"):
+        methods.method("lora").check(skeleton, only_unet)
+
+
+@pytest.mark.parametrize("peft", ["adalora", "eva", "corda", "full_ft"])
+def test_methods_that_are_not_of_diffusion_say_why(peft):
+    with pytest.raises(ConfigError, match=rf"Invalid peft={peft} with model=sdxl_tiny \(sdxl\)"):
+        run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", f"peft={peft}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "head"),
+    [
+        (["model.quantize=nf4"], "Invalid model.quantize=nf4 with model=sdxl_tiny (sdxl)"),
+        (["model.attn=eager"], "Invalid model.attn=eager with model=sdxl_tiny (sdxl)"),
+        (["model.dtype=float16", "trainer=cpu"], "Invalid model.dtype=float16 with trainer=cpu"),
+        (["model.snr_gamma=0"], "Invalid model.snr_gamma=0: it must be > 0"),
+        (["model.vae_dtyp=float16"], "Unknown key model.vae_dtyp: did you mean model.vae_dtype?"),
+    ],
+)
+def test_settings_of_a_diffusion_model_are_checked(words, head):
+    with pytest.raises(ConfigError) as caught:
+        run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", *words])
+    assert [fault for fault in caught.value.faults if fault.startswith(head)], caught.value.faults
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"model_index\.json"):
+        models.skeleton(config_of(embedded=None, hub_id=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"pip install 'flatlora-suite\[diffusion\]'"):
+        _without_diffusers()
+
+
+def _without_diffusers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        diffusion.require_diffusers()
+
+
+def test_sizes_that_the_parts_cannot_halve_are_refused():
+    (fault,) = models.size_faults(config_of(), [(64, 64), (64, 62)])
+    assert "pictures of 64 × 62 pixels, and both sides must be multiples of 4" in fault
+
+
+def test_an_empty_set_has_no_rows():
+    assert len(LatentRows([], [], [], [], timesteps=1, seed=0)) == 0
