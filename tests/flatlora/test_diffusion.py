@@ -146,6 +146,7 @@ def test_flips_are_drawn_and_normals_are_normal(source):
     rows = encoded(source, "dataset.flip=true")
     assert rows.means[0].shape == (2, 4, 32, 32)
     rows.stds = [torch.zeros_like(std) for std in rows.stds]  # what is drawn is the mean
+    rows.means = [torch.randn_like(mean) for mean in rows.means]  # the eight shapes are their own mirror images
     drawn, noises, times = [], [], []
     for epoch in range(40):
         rows.begin_epoch(epoch)
