@@ -37,6 +37,7 @@ class Config(DatasetConfig):
     buckets: bool = False  # cut to the nearest of several aspect ratios instead of a square
     bucket_step: int = setting(64, ge=8, remedy="sides of buckets are multiples of it")
     repeats: int = setting(1, ge=1, remedy="how often an epoch goes through each picture")
+    drawn: str = "training"  # prompts that are drawn at the end: eval.text_to_image.prompts, unless that is given
     train_rows: int | None = setting(None, ge=1, remedy="null takes all pictures")
     validation_rows: int = setting(0, ge=0)
     subset: Literal["first", "shuffled"] = "first"

@@ -9,8 +9,8 @@ as images/NNNN.png, and grid.png shows all of them. Scores are mean cosines in t
     text_text     prompt and what `captioner` says of the picture; left out with captioner=null
     image_image   picture and each of the pictures that the run was trained on; left out where no run says which
 
-Keys: prompts=NAME or FILE.yaml (prompts and seeds), steps, guidance, negative_prompt, resolution, clip, captioner,
-max_rows, batch_size, device, out=DIR, score_only=true.
+Keys: prompts=NAME, FILE.yaml (prompts and seeds) or training (the pictures' own), steps, guidance, negative_prompt,
+resolution, clip, captioner, max_rows, batch_size, device, out=DIR, score_only=true.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ ROW_COLUMNS: dict[str, str] = {}
 SCORES = ("image_text", "text_text", "image_image")
 FIELDS: predictions.Fields = {"index": int, "prompt": str, "seed": int, "file": str, "image_text": float}
 IS_SHARE = False
+_TRAINING_PROMPTS, _TRAINING_SEEDS = 8, [0, 1, 2, 3]
 PROMPTS = Path(__file__).parent / "prompts"
 GRID = "grid.png"
 
 
 class Config(Section):
-    prompts: str = setting("icons3d", min_length=1, remedy="name a file of eval/prompts, or one of your own")
+    prompts: str = setting("training", min_length=1, remedy="training, a file of eval/prompts, or one of your own")
     steps: int = setting(30, ge=1)
     guidance: float = setting(5.0, ge=0, remedy="5 is SDXL's; 1 and less draws without guidance")
     negative_prompt: str = ""
@@ -69,12 +70,15 @@ class Prompts(NamedTuple):
     seeds: list[int]
 
 
-def read_prompts(name: str) -> Prompts:
-    """The prompts and seeds of a file of eval/prompts, or of one's own.
+def read_prompts(name: str, rows: CaptionedRows | Sequence[Any] = ()) -> Prompts:
+    """The prompts and seeds of a file of eval/prompts, or of one's own; "training": those of the first pictures.
 
     Raises:
         ConfigError: it is not there, or holds something else; with what is needed.
     """
+    if name == "training" and len(rows):
+        own = dict.fromkeys(rows.prompt(row) for row in range(len(rows)))
+        return Prompts(list(own)[:_TRAINING_PROMPTS], _TRAINING_SEEDS)
     path = PROMPTS / f"{name}.yaml" if (PROMPTS / f"{name}.yaml").is_file() else Path(name)
     needed = 'prompts: ["a 3d icon of a boat"] and seeds: [0, 1]'
     try:
@@ -106,7 +110,7 @@ def check_rows(rows: CaptionedRows | Sequence[Any], source: str, config: Config,
         ConfigError: prompts that cannot be read, or models that score which are not there.
     """
     gather(
-        lambda: read_prompts(config.prompts),
+        lambda: read_prompts(config.prompts, rows),
         lambda: check_clip(config.clip),
         lambda: check_captioner(config.captioner) if config.captioner else None,
     )
@@ -139,7 +143,7 @@ def run(
     Args:
         rows: the training pictures; none where no run says which.
     """
-    wanted = read_prompts(config.prompts)
+    wanted = read_prompts(config.prompts, rows)
     asked = [{"prompt": prompt, "seed": seed} for prompt in wanted.prompts for seed in wanted.seeds][: config.max_rows]
     measure = _Measure(config, rows, backend.device)
     drawn = {key: getattr(config, key) for key in ("steps", "guidance", "negative_prompt")}

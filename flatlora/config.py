@@ -256,7 +256,7 @@ def identity_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`Experiment.identity` of a config as config.yaml keeps it."""
     unread = ("wandb", "results_root", "data_root", "dry_run", "resume", "overwrite", "eval")
     identity = {key: value for key, value in raw.items() if key not in unread}
-    scoring = ("generated_test_rows", "test_rows", "answer_tokens", "scorer", "captioner")
+    scoring = ("generated_test_rows", "test_rows", "answer_tokens", "scorer", "captioner", "drawn")
     for section in ("model", "dataset"):
         identity[section] = {key: value for key, value in raw[section].items() if key not in scoring}
     unread = ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch", "gpus", "zero")

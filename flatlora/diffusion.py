@@ -87,10 +87,11 @@ class Denoiser(nn.Module):
     def device(self) -> torch.device:
         return self.alphas_cumprod.device
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """As transformers' models have it; diffusers' UNet checkpoints each of its blocks, without reentrance."""
         self.unet.enable_gradient_checkpointing()
         for name in self.parts[1:]:
-            getattr(self, name).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+            getattr(self, name).gradient_checkpointing_enable(**settings)
 
     def forward(
         self,

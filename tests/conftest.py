@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from data import cache
-from flatlora import images, models
+from flatlora import images, latents, models
 from flatlora.rows import jsonl
 
 gc.freeze()  # what is imported by now stays: each run collects garbage, and need not look through it every time
@@ -45,7 +45,7 @@ def repeatable_draws() -> None:
 @pytest.fixture(autouse=True)
 def own_data_cache(tmp_path_factory, monkeypatch) -> None:
     """Prepared rows and pictures of tests are not kept among the user's."""
-    for module in (cache, images):
+    for module in (cache, images, latents):
         monkeypatch.setattr(module, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
 
 

@@ -53,6 +53,7 @@ def tiny_words(request, tiny_model_folder, tiny_t5_folder, cola):
     return {
         "seq2seq": [f"model.hub_id={tiny_t5_folder}", *local, "dataset=cola", f"data_root={cola}"],
         "clip": ["model=clip_tiny", "dataset=digits", "dataset.test_rows=4"],
+        "sdxl": ["model=sdxl_tiny", "dataset=shapes"],
         "causal_lm": [f"model.hub_id={tiny_model_folder}", *local, "dataset=word_math", "dataset.test_rows=2"],
     }
 

@@ -1,0 +1,320 @@
+"""A tiny SDXL pipeline of random weights trains on eight pictures: LoRA and Flat-LoRA, killed and resumed, scored."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+
+import run_exp
+from data import text_to_image as text_to_image_data
+from eval import command, predictions, text_to_image
+from eval.picture_grid import grid_figure
+from flatlora import latents, methods, models
+from flatlora.config import ConfigError
+from flatlora.random_weights import byte_tokenizer
+from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder
+
+STEPS = 20
+
+
+def words(tmp_path, *more, scored=False):
+    settings = ["model=sdxl_tiny", "dataset=shapes", f"results_root={tmp_path / 'results'}", "wandb.mode=disabled"]
+    settings += ["trainer=cpu", f"trainer.max_steps={STEPS}", "trainer.save_steps=5", "seed=3", "wandb.name=run"]
+    return [*settings, *([] if scored else ["eval=[]"]), *more]
+
+
+def trained(tmp_path, *more, scored=False):
+    settings = words(tmp_path, *more, scored=scored)
+    assert run_exp.main(settings) == 0
+    folder = run_folder(settings)
+    return folder, json.loads((folder / "run.json").read_bytes())
+
+
+def drawn(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+    return pipeline("a red circle", generator=torch.Generator().manual_seed(0), **settings).images
+
+
+@pytest.mark.parametrize("rho", ["off", "flat"])
+def test_it_learns_leaves_the_backbone_and_loads_in_diffusers(tmp_path, rho):
+    folder, record = trained(tmp_path, f"rho={rho}")
+    losses = [row["loss"] for row in metrics_rows(folder)]
+    assert len(losses) == STEPS
+    assert all(math.isfinite(loss) for loss in losses)
+    assert record["metrics"]["train_loss"] < losses[0]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
+    assert record["timing"]["images_per_s"] > 0
+    assert (record["perturbation"] is None) == (rho == "off")
+    source = models.backbone_source(run_exp.experiment_of(words(tmp_path)).model)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
+    untouched = drawn(pipeline)
+    pipeline.load_lora_weights(folder / "adapter")
+    assert not torch.equal(drawn(pipeline), untouched)
+
+
+def test_sigma_zero_is_plain_lora_and_modes_are_one(tmp_path):
+    runs = {
+        name: adapter_bytes(trained(tmp_path / name, "trainer.max_steps=4", *more)[0])
+        for name, more in {
+            "off": ["rho=off"],
+            "zero": ["rho=flat", "rho.sigma=0"],
+            "copy": ["rho=flat", "rho.mode=copy", "rho.ramp=constant"],
+            "recompute": ["rho=flat", "rho.mode=recompute", "rho.ramp=constant"],
+            "checkpointed": ["rho=flat", "rho.mode=copy", "rho.ramp=constant", "trainer.gradient_checkpointing=true"],
+        }.items()
+    }
+    assert runs["off"] == runs["zero"] != runs["copy"]
+    assert runs["copy"] == runs["recompute"]
+    assert runs["copy"] == runs["checkpointed"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("rho=flat",),
+        pytest.param(
+            (
+                "rho=flat",
+                "peft.target_modules=all_conv",
+                "dataset.flip=true",
+                "model.snr_gamma=5",
+                "dataset.class_prompt=a shape",
+                "dataset.class_images=2",
+                "dataset.class_steps=1",
+            ),
+            marks=pytest.mark.extra,
+        ),
+    ],
+)
+def test_killed_and_resumed_is_never_killed(tmp_path, monkeypatch, more):
+    whole, _ = trained(tmp_path / "whole", *more)
+    settings = words(tmp_path / "killed", *more)
+    with monkeypatch.context() as patch:
+        die_at(13, patch)
+        with pytest.raises(Killed):
+            run_exp.main(settings)
+    assert run_exp.main([*settings, "resume=true"]) == 0
+    folder = run_folder(settings)
+    assert json.loads((folder / "run.json").read_bytes())["resumed_from"] == 10
+    assert adapter_bytes(folder) == adapter_bytes(whole)
+    assert metrics_rows(folder) == metrics_rows(whole)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("model.train_text_encoders=true",),
+        ("peft.target_modules=all_conv", "model.dtype=bfloat16"),
+        ("dataset.buckets=true", "dataset.bucket_step=16", "dataset.validation_rows=2", "optim.eval_steps=2"),
+        ("rho=sam",),
+        ("peft=pissa", "peft.lora_r=2"),
+        ("peft=lora_ga", "peft.lora_r=2", "peft.target_modules=attention", "peft.ga_batches=2"),
+        ("peft=lora_pro", "peft.lora_r=2", "peft.target_modules=attention"),
+        ("optim.batch_size=4",),
+    ],
+    ids=lambda more: more[0],
+)
+def test_options_take_steps(tmp_path, more):
+    folder, record = trained(tmp_path, "rho=flat", *more, "trainer.max_steps=3")
+    assert record["status"] == "finished"
+    assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
+    rows = metrics_rows(folder)
+    assert all(math.isfinite(row.get("loss", row.get("eval_loss"))) for row in rows)
+    assert (folder / "adapter/pytorch_lora_weights.safetensors").is_file()
+    if any(word.startswith("dataset.validation_rows") for word in more):
+        assert [row["step"] for row in rows if "eval_loss" in row] == [2, 3]
+
+
+def test_accumulation_is_a_larger_batch(tmp_path):
+    """Draws belong to rows, so two micro-batches of two are a batch of four up to rounding."""
+    settings = ("optim.batch_size=4", "trainer.max_steps=2")
+    one, _ = trained(tmp_path / "one", *settings, "trainer.micro_batch_size=4")
+    two, _ = trained(tmp_path / "two", *settings, "trainer.micro_batch_size=2")
+    for left, right in zip(metrics_rows(one), metrics_rows(two), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "head"),
+    [
+        (["optim.batch_size=16", "trainer.micro_batch_size=16"], "Invalid optim.batch_size=16 with dataset=shapes"),
+        (["dataset.resolution=66"], "Invalid dataset.resolution or dataset.bucket_step"),
+        (["peft.target_modules=[to_w]"], "Invalid peft.target_modules"),
+        (["dataset.min_side=80"], "Invalid picture in flatlora/shapes, row 1 (and 7 more)"),
+        (["model.embedded=null", "model.hub_id=./nowhere"], "Cannot load model.hub_id=./nowhere"),
+    ],
+)
+def test_faults_are_told_before_a_weight_is_loaded(tmp_path, monkeypatch, capsys, more, head):
+    monkeypatch.setattr(models, "load_backbone", lambda *args: pytest.fail("loaded"))
+    assert run_exp.main(words(tmp_path, *more)) == 2
+    assert head in " ".join(capsys.readouterr().err.split() or capsys.readouterr().out.split())
+
+
+# --- pictures and scores
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory):
+    """A BLIP of random weights, which says something of every picture."""
+    folder, tower = (
+        tmp_path_factory.mktemp("blip"),
+        {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+    )
+    tokenizer = byte_tokenizer()
+    text = tower | {"vocab_size": len(tokenizer), "num_attention_heads": 2, "encoder_hidden_size": 32}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "sep_token_id": tokenizer.eos_token_id}
+    vision = tower | {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model.save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    BlipProcessor(BlipImageProcessor(size=size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, captioner):
+    """Runs of LoRA and Flat-LoRA with pictures."""
+    root, runs = tmp_path_factory.mktemp("scored"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "cache_folder", lambda: root / "cache")
+        for rho in ("off", "flat"):
+            more = [f"rho={rho}", "trainer.max_steps=4", f"model.captioner={captioner}", "eval.text_to_image.steps=2"]
+            runs[rho] = trained(root / rho, *more, "eval.text_to_image.batch_size=3", scored=True)
+    return runs
+
+
+def test_pictures_scores_and_grid_are_in_the_run(scored):
+    folder, record = scored["flat"]
+    place = folder / "eval/text_to_image"
+    rows = predictions.read(place / "predictions.jsonl", text_to_image.FIELDS)
+    wanted = text_to_image.read_prompts("shapes")
+    assert [(row["prompt"], row["seed"]) for row in rows] == [(p, s) for p in wanted.prompts for s in wanted.seeds]
+    for row in rows:
+        with Image.open(place / row["file"]) as picture:
+            assert picture.size == (64, 64)
+    for key in text_to_image.SCORES:
+        mean = np.mean([row[key] for row in rows])
+        assert record["metrics"][f"text_to_image/{key}"] == pytest.approx(mean)
+        assert -1 <= mean <= 1
+    assert all(isinstance(row["caption"], str) for row in rows)
+    with Image.open(place / "grid.png") as grid:
+        assert grid.size[0] > 400
+        assert grid.size[1] > grid.size[0]  # four prompts down, two seeds across
+    assert (folder / "pictures.json").is_file()
+
+
+def test_scores_are_cosines_of_clip(scored):
+    """A picture and its prompt, by transformers' own CLIPModel."""
+    folder, _ = scored["off"]
+    row = predictions.read(folder / "eval/text_to_image/predictions.jsonl", text_to_image.FIELDS)[2]
+    model, tokenizer, processor = models.load_clip("flatlora/random-clip", torch.device("cpu"))
+    with Image.open(folder / "eval/text_to_image" / row["file"]) as picture, torch.no_grad():
+        batch = {**tokenizer([row["prompt"]], return_tensors="pt"), **processor([picture], return_tensors="pt")}
+        cosine = model(**batch).logits_per_image / model.logit_scale.exp()
+    assert row["image_text"] == pytest.approx(cosine.item(), abs=1e-5)
+
+
+def test_the_command_draws_the_same_pictures(scored, captioner):
+    folder, record = scored["flat"]
+    words = [str(folder), f"out={folder}/again"]
+    score = command.score_path("text_to_image", words)
+    for key in text_to_image.SCORES:
+        assert score["metrics"][key] == pytest.approx(record["metrics"][f"text_to_image/{key}"], abs=1e-6)
+    first, again = (folder / part / "images/0003.png" for part in ("eval/text_to_image", "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_a_killed_evaluation_goes_on(scored, tmp_path, monkeypatch):
+    folder, _ = scored["off"]
+    words = [str(folder), f"out={tmp_path}", "captioner=null"]
+    plain, calls = text_to_image._Measure.__call__, []
+
+    def die(measure, pictures, prompts):
+        calls.append(list(prompts))
+        if len(calls) == 2:
+            raise Killed
+        return plain(measure, pictures, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_to_image._Measure, "__call__", die)
+        with pytest.raises(Killed):
+            command.score_path("text_to_image", words)
+    kept = (tmp_path / "images/0000.png").stat().st_mtime_ns
+    score = command.score_path("text_to_image", words)
+    assert score["metrics"]["text_text"] is None
+    assert score["n"] == 8
+    assert (tmp_path / "images/0000.png").stat().st_mtime_ns == kept
+
+
+def test_a_whole_pipeline_is_scored_without_a_run(tmp_path):
+    words = [models.RANDOM_SDXL, f"out={tmp_path}", "clip=flatlora/random-clip", "captioner=null", "prompts=shapes"]
+    score = command.score_path("text_to_image", [*words, "resolution=64", "steps=1", "max_rows=2", "device=cpu"])
+    assert score["n"] == 2
+    assert score["metrics"]["image_image"] is None
+
+
+def test_own_prompts_and_their_faults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"prompts": ["a", "b"], "seeds": [7]}))
+    assert text_to_image.read_prompts(str(path)) == (["a", "b"], [7])
+    for content, heads in {
+        "prompts: []\nseeds: [0]": ["Invalid prompts"],
+        "prompts: [a, 3]\nseeds: [-1]": ["Invalid prompts", "Invalid seeds"],
+        "prompts: [a, a]\nseeds: [0]\nsteps: 3": ["Invalid prompts", "Unknown key steps"],
+        "- a": ["Invalid prompts", "Invalid seeds"],
+        "a: [": ["Invalid eval.text_to_image.prompts"],
+    }.items():
+        path.write_text(content)
+        with pytest.raises(ConfigError) as caught:
+            text_to_image.read_prompts(str(path))
+        assert [fault.startswith(head) for fault, head in zip(caught.value.faults, heads, strict=True)] == [True] * len(
+            heads
+        )
+    with pytest.raises(ConfigError, match="name one of icons3d, shapes"):
+        text_to_image.read_prompts("icons")
+    with pytest.raises(ConfigError, match="name one of icons3d, shapes"):
+        text_to_image.read_prompts("training")  # of a model that no run describes
+
+
+def test_a_set_without_prompts_of_its_own_draws_those_it_learned():
+    rows = text_to_image_data.prepared(run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]).dataset, None).test
+    assert text_to_image.read_prompts("training", rows).prompts[:2] == ["a red circle", "a green square"]
+
+
+def test_grids_stand_side_by_side(scored):
+    shown = []
+    for name, rho in (("LoRA", "off"), ("Flat-LoRA", "flat")):
+        folder = scored[rho][0] / "eval/text_to_image"
+        shown.append((name, folder, predictions.read(folder / "predictions.jsonl", text_to_image.FIELDS)))
+    figure = grid_figure(shown)
+    captions = [axis.get_title() for axis in figure.axes]
+    assert captions[:4] == ["LoRA, seed 0", "Flat-LoRA, seed 0", "LoRA, seed 1", "Flat-LoRA, seed 1"]
+    assert len(captions) == 4 * 4
+    assert [text.get_text() for text in figure.texts] == text_to_image.read_prompts("shapes").prompts
+    lefts = [axis.get_position().x0 for axis in figure.axes]
+    lows = [axis.get_position().y0 for axis in figure.axes]
+    assert lefts[:4] == sorted(lefts[:4])
+    assert lows[0] > lows[4] > lows[8] > lows[12]
+    # What stands where it says: the second model's first picture.
+    with Image.open(shown[1][1] / "images/0000.png") as picture:
+        assert np.array_equal(figure.axes[1].images[0].get_array(), np.asarray(picture))
+    with pytest.raises(ValueError, match="No prompt was drawn"):
+        grid_figure([shown[0], ("other", shown[1][1], [])])
+
+
+def test_other_benchmarks_and_runs_do_not_mix(scored):
+    folder, _ = scored["off"]
+    for benchmark in ("gsm8k", "images"):
+        with pytest.raises(ConfigError, match="makes pictures and has no words"):
+            command.score_path(benchmark, [str(folder)])
+    assert methods.method("lora").not_of_diffusion is None
