@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -41,6 +41,8 @@ def accelerate(model: nn.Module, device: torch.device) -> list[str]:
     if fused := fuse(model):
         done.append(f"{fused} fused LoRA layers")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        return done  # a diffusion model: Liger and the rest are of language models
     if importlib.util.find_spec("liger_kernel") is None:
         logger.warning("liger-kernel is not installed: norms, rotary embeddings and the head run as transformers does.")
         return done
@@ -258,9 +260,15 @@ class GraphedMicroStep:
     Args:
         compute: micro-batch (dict of tensors) → loss; must not wait for the host.
         model: what is trained; its fused layers add their gradients to the buffer themselves.
+        largest: elements of the largest input of a micro-step that is captured; None captures all.
     """
 
-    def __init__(self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], model: nn.Module) -> None:
+    def __init__(
+        self,
+        compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        model: nn.Module,
+        largest: int | None = _GRAPH_TOKENS,
+    ) -> None:
         self.compute, self.parameters = compute, [p for p in model.parameters() if p.requires_grad]
         self._groups = groups_of(model)
         for group in self._groups:
@@ -270,7 +278,7 @@ class GraphedMicroStep:
         parts = flat.split([p.numel() for p in self.parameters])
         self._gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
         self._graphs: dict[Hashable, _Captured | None] = {}
-        self._captures = flat.is_cuda
+        self._captures, self._largest = flat.is_cuda, largest
         if self._captures:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(flat.device)  # of all trials and captures
@@ -285,8 +293,9 @@ class GraphedMicroStep:
             self.restart()
         key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
         if key not in self._graphs:
-            tokens = max(tensor.numel() for tensor in inputs.values())
-            if not self._captures or tokens > _GRAPH_TOKENS or len(self._graphs) >= _GRAPHS:
+            size = max(tensor.numel() for tensor in inputs.values())
+            too_large = self._largest is not None and size > self._largest
+            if not self._captures or too_large or len(self._graphs) >= _GRAPHS:
                 return self._run(inputs).detach()
             self._graphs[key] = self._try_capture(inputs)
         if self._graphs[key] is None:

@@ -27,7 +27,14 @@ from flatlora.perturbation import PerturbedForward, Reading
 logger = logging.getLogger(__name__)
 
 # Leaf names of layers that read one input, in the order in which their parent calls them.
-SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"))
+SHARED_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
+)
+_CROSS_ATTENTION = ".attn2"  # of diffusers' blocks: keys and values read the prompt
 
 
 def fuse(model: nn.Module) -> int:
@@ -99,6 +106,7 @@ def _families(names: Sequence[str]) -> list[list[str]]:
         if "EncDec" in parent or "cross" in parent.lower():
             continue  # keys and values come from the encoder
         for family in SHARED_INPUT:
+            family = family[1:] if parent.endswith(_CROSS_ATTENTION) else family
             found = [leaves[leaf] for leaf in family if leaf in leaves]
             if len(found) > 1:
                 families.append(found)

@@ -312,22 +312,27 @@ class FlatTrainer(Trainer):
             load_adapter(self.model, folder, name)
 
     def _graphed_micro_step(self) -> GraphedMicroStep | None:
-        """Replayed micro-steps where nothing in them needs the host: a decoder-only model on GPUs.
+        """Replayed micro-steps where nothing in them needs the host: a decoder-only or a diffusion model on GPUs.
 
         ZeRO listens to every parameter whose gradient autograd adds up: it must be none.
         """
-        machine = self.experiment.trainer
-        if not self._needs_no_mask or machine.gradient_checkpointing:
-            return None
+        machine, diffusion = self.experiment.trainer, self._on_gpu and self.experiment.model.family == "sdxl"
+        if not (self._needs_no_mask or diffusion) or machine.gradient_checkpointing or self.args.fp16:
+            return None  # GradScaler wants each loss before its backward
         if machine.zero and not fused_throughout(self.model):
             return None
+        if diffusion:
+            return GraphedMicroStep(self._denoising_loss, self.model, largest=None)
         return GraphedMicroStep(self._micro_loss, self.model)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.experiment.trainer.kernels == "auto" and self.args.device.type == "cuda"
 
     @property
     def _needs_no_mask(self) -> bool:
         """Rows are padded on the right, so that a causal model needs no mask: no token with a loss sees the padding."""
-        on_gpu = self.experiment.trainer.kernels == "auto" and self.args.device.type == "cuda"
-        return on_gpu and self.experiment.model.family == "causal_lm"
+        return self._on_gpu and self.experiment.model.family == "causal_lm"
 
     def _without_mask(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On a GPU, where transformers would look at the mask on the host and wait for the device."""
@@ -339,19 +344,32 @@ class FlatTrainer(Trainer):
                 input_ids=inputs["input_ids"], labels=inputs["labels"], num_items_in_batch=inputs["items"]
             ).loss
 
+    def _denoising_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self.autocast_smart_context_manager():
+            return self.model(**inputs).loss
+
     def _graphed_training_step(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
-        """A micro-step of `GraphedMicroStep`; lengths are rounded up, which `_needs_no_mask` allows."""
+        """A micro-step of `GraphedMicroStep`."""
         if not self.model.training:  # after an evaluation; DDP's own flag would not tell
             model.train()
-        inputs = self._prepare_inputs(inputs)
+        static = self._static_inputs(self._prepare_inputs(inputs), items)
+        loss = self.graphed(static, state=self.regulariser.state if self.regulariser else None)
+        return loss * self.args.world_size  # as Trainer has it, whose mean over processes is that of all tokens
+
+    def _static_inputs(self, inputs: dict[str, Any], items: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a captured micro-step reads, the step's mean in it.
+
+        Rows of a diffusion model are weighted. Lengths of text are rounded up, which `_needs_no_mask` allows.
+        """
+        if self.experiment.model.family == "sdxl":
+            shares = self.current_gradient_accumulation_steps * self.args.world_size
+            return {**inputs, "weights": inputs["weights"] / shares}
         missing = -inputs["input_ids"].shape[1] % _GRAPH_LENGTHS
-        static = {
+        return {
             "input_ids": nn.functional.pad(inputs["input_ids"], (0, missing)),
             "labels": nn.functional.pad(inputs["labels"], (0, missing), value=IGNORED),
             "items": torch.as_tensor(items, device=self.args.device),
         }
-        loss = self.graphed(static, state=self.regulariser.state if self.regulariser else None)
-        return loss * self.args.world_size  # as Trainer has it, whose mean over processes is that of all tokens
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint of this moment, which counts once the writer has sealed it; training goes on meanwhile."""

@@ -5,6 +5,7 @@
     python scripts/bench.py gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
     python scripts/bench.py methods [--shapes 2x1024x16] [--steps 3]
     python scripts/bench.py processes [--gpus 2] [--steps 8]
+    python scripts/bench.py sdxl [--steps 10] [--rounds 3]
 
 cpu  1. one optimizer step of LoRA and of Flat-LoRA in each mode on SmolLM2-135M, in turn, round after round: medians
         and ratios to LoRA (a noisy machine slows all contenders of a round alike);
@@ -13,7 +14,8 @@ data     see bench_data.py: tokenising 100,000 rows, and starting from the cache
 gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape against PEFT's.
 methods  see bench_methods.py: an optimizer step of every method against LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
-Writes results/bench/{cpu,data,gpu,methods,processes}.json, and a plot for cpu and gpu.
+sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, against that of diffusers' example.
+Writes results/bench/{cpu,data,gpu,methods,processes,sdxl}.json, and a plot for cpu and gpu.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=["cpu", "data", "gpu", "methods", "processes"])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("device", choices=["cpu", "data", "gpu", "methods", "processes", "sdxl"])
+    parser.add_argument("--rounds", type=int, default=7, help="cpu, sdxl: turns that each contender takes")
     parser.add_argument("--drift-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
     parser.add_argument("--shapes", help="gpu: micro-batch x length x accumulation, comma-separated")
@@ -79,7 +81,11 @@ def main() -> int:
                 "runs."
             )
             return 2
-        from scripts import bench_gpu, bench_methods, bench_processes
+        from scripts import bench_gpu, bench_methods, bench_processes, bench_sdxl
+
+        if options.device == "sdxl":
+            command = f"python scripts/bench.py sdxl --steps {options.steps} --rounds {options.rounds}"
+            return bench_sdxl.run(steps=options.steps, rounds=options.rounds, out=options.out, command=command)
 
         if options.device == "processes":
             return bench_processes.run(options.gpus, layers=options.layers, steps=options.steps, out=options.out)

@@ -318,3 +318,63 @@ def test_other_benchmarks_and_runs_do_not_mix(scored):
         with pytest.raises(ConfigError, match="makes pictures and has no words"):
             command.score_path(benchmark, [str(folder)])
     assert methods.method("lora").not_of_diffusion is None
+
+
+# --- on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_modes_are_one_and_a_killed_run_goes_on(tmp_path, monkeypatch):
+    settings = ("trainer=single", "trainer.deterministic=true", "rho=flat", "rho.ramp=constant", "model.dtype=bfloat16")
+    copy, record = trained(tmp_path / "copy", *settings, "rho.mode=copy")
+    recompute, _ = trained(tmp_path / "recompute", *settings, "rho.mode=recompute")
+    assert adapter_bytes(copy) == adapter_bytes(recompute)
+    assert any("fused LoRA layers" in one for one in record["kernels"])
+    assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
+    stopped = words(tmp_path / "killed", *settings, "rho.mode=copy")
+    with monkeypatch.context() as patch:
+        die_at(13, patch)
+        with pytest.raises(Killed):
+            run_exp.main(stopped)
+    assert run_exp.main([*stopped, "resume=true"]) == 0
+    assert adapter_bytes(run_folder(stopped)) == adapter_bytes(copy)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("more", [("peft.target_modules=all_conv",), ("optim.batch_size=4", "trainer.max_steps=7")])
+def test_on_a_gpu_kernels_change_nothing_but_time(tmp_path, more):
+    losses = {}
+    for kernels in ("auto", "off"):
+        settings = ("trainer=single", "rho=flat", f"trainer.kernels={kernels}", *more)
+        folder, _ = trained(tmp_path / kernels, *settings)
+        losses[kernels] = [row["loss"] for row in metrics_rows(folder)]
+    assert losses["auto"] == pytest.approx(losses["off"], rel=2e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_fp16_is_scaled_against_underflow(tmp_path):
+    half, record = trained(tmp_path / "half", "trainer=single", "rho=flat", "model.dtype=float16")
+    whole, _ = trained(tmp_path / "whole", "trainer=single", "rho=flat", "model.dtype=float32")
+    assert record["status"] == "finished"
+    first, second = ([row["loss"] for row in metrics_rows(folder)] for folder in (half, whole))
+    assert first == pytest.approx(second, rel=5e-2)
+    assert (half / "checkpoint-20/scaler.pt").is_file()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_pictures_are_those_of_the_host(tmp_path):
+    """Noise is drawn on the host, so that a prompt and seed begin alike everywhere."""
+    seen = {}
+    for device in ("cuda", "cpu"):
+        asked = [models.RANDOM_SDXL, f"out={tmp_path / device}", "clip=flatlora/random-clip", "captioner=null"]
+        asked += ["prompts=shapes", "resolution=64", "steps=2", "max_rows=2", f"device={device}"]
+        command.score_path("text_to_image", asked)
+        with Image.open(tmp_path / device / "images/0001.png") as picture:
+            seen[device] = np.asarray(picture).astype(float)
+    assert np.abs(seen["cuda"] - seen["cpu"]).mean() < 2  # of 255

@@ -1,0 +1,245 @@
+"""`python scripts/bench.py sdxl`: an optimizer step of SDXL-base's UNet, 1024 px, batch 1, random weights.
+
+    diffusers    the step of diffusers' own DreamBooth example: its UNet with PEFT's LoRA under BF16 autocast, AdamW
+    LoRA, Flat-LoRA copy / recompute      this suite: fused layers, products in BF16, replayed micro-steps
+
+All read the same BF16 weights, r = α = 4 on attention's projections, latents and prompts that were encoded before. A
+step is one picture, clipping, AdamW and zero_grad. The contenders take turns, round after round; each begins anew.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from rich.table import Table
+from torch import nn
+from torch.nn import functional
+
+from flatlora import files, methods, results
+from flatlora.acceleration import GraphedMicroStep, accelerate
+from flatlora.diffusion import Denoiser
+from flatlora.layers import find_lora_layers
+from flatlora.methods import Start
+from flatlora.methods.lora import LoraMethodConfig
+from flatlora.perturbation import WeightPerturbation
+from scripts.bench_gpu import GIB, SEED, console, free_memory, gpu_state
+
+UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+CONTENDERS = ("diffusers", "LoRA", "Flat-LoRA copy", "Flat-LoRA recompute")
+SIGMA, RANK = 0.1, 4
+Batch = dict[str, torch.Tensor]
+
+
+def run(*, steps: int, rounds: int, out: Path, command: str) -> int:
+    """Measure, print, write `sdxl.json` into `out`."""
+    device = torch.device("cuda")
+    unet, schedule, batch = random_unet(device), noise_schedule(), random_batch(device)
+    count = sum(p.numel() for p in unet.parameters())
+    report: dict[str, Any] = {
+        "command": command,
+        "env": results.environment(),
+        "git_sha": results.git_sha(),
+        "model": f"SDXL-base's UNet, {count / 1e9:.3f} billion random weights, BF16, r = α = {RANK} on attention",
+        "micro_step": "one picture of 1024 × 1024",
+        "rounds": [],
+    }
+    for number in range(rounds):
+        rows: dict[str, dict[str, Any]] = {}
+        for name in CONTENDERS:
+            rows[name] = measure(unet, schedule, name, batch, steps)
+            console.print(f"  round {number + 1}, {name}: {describe(rows[name])}", soft_wrap=True)
+        report["rounds"].append(rows)
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_json(out / "sdxl.json", report)  # after each: what is measured is kept
+    console.print(table_of(report["rounds"]))
+    console.print(f"written: {out / 'sdxl.json'}", soft_wrap=True)
+    return 0
+
+
+def random_unet(device: torch.device, **changes: Any) -> nn.Module:
+    """SDXL-base's UNet with random weights in BF16."""
+    import diffusers
+
+    torch.manual_seed(SEED)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            unet = diffusers.UNet2DConditionModel(**UNET | changes)
+    finally:
+        torch.set_default_dtype(default)
+    return unet.requires_grad_(False)
+
+
+def noise_schedule() -> Any:
+    """SDXL's, as training has it."""
+    import diffusers
+
+    return diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def random_batch(device: torch.device, side: int = 128, width: int = 2048, pooled: int = 1280) -> Batch:
+    """Latents, noise and an encoded prompt of one picture; side in latents, an eighth of the pixels."""
+    generator = torch.Generator().manual_seed(SEED)
+    batch = {
+        "latents": torch.randn(1, 4, side, side, generator=generator),
+        "noise": torch.randn(1, 4, side, side, generator=generator),
+        "timesteps": torch.randint(1000, (1,), generator=generator),
+        "weights": torch.ones(1),
+        "time_ids": torch.tensor([[8.0 * side, 8.0 * side, 0.0, 0.0, 8.0 * side, 8.0 * side]]),
+        "prompt_embeds": torch.randn(1, 77, width, generator=generator).bfloat16(),
+        "pooled": torch.randn(1, pooled, generator=generator).bfloat16(),
+    }
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def measure(unet: nn.Module, schedule: Any, name: str, batch: Batch, steps: int) -> dict[str, Any]:
+    """Seconds of each step and the peak memory, the first step, which compiles and captures, in the latter alone."""
+    free_memory()
+    torch.cuda.reset_peak_memory_stats()
+    shared = shell_of(unet)
+    step, close = (diffusers_step if name == "diffusers" else our_step)(shared, schedule, name)
+    seconds = []
+    for number in range(steps + 1):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        loss = step(number, batch)
+        state = gpu_state() if number == steps else ""
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    row = {
+        "step_s": seconds[1:],
+        "first_loss": loss,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,  # with the pool of a graph between replays
+        "clock_and_power": state,
+    }
+    close()
+    return row
+
+
+def shell_of(unet: nn.Module) -> nn.Module:
+    """A UNet of its own around the same weights: adapters of one are not in another."""
+    with torch.device("meta"):
+        shell = type(unet).from_config(unet.config)
+    for name, parameter in unet.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        shell.get_submodule(owner)._parameters[leaf] = parameter
+    return shell
+
+
+Step = Callable[[int, Batch], float]
+
+
+def diffusers_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Callable[[], None]]:
+    """As in examples/dreambooth/train_dreambooth_lora_sdxl.py, with cached latents and prompts, without accelerate."""
+    adapter = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS)
+    unet.add_adapter(adapter)
+    unet.train()
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimizer, device = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-4), trained[0].device
+
+    def step(number: int, batch: Batch) -> float:
+        noisy = schedule.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+        conditions = {"time_ids": batch["time_ids"], "text_embeds": batch["pooled"]}
+        with torch.autocast(device.type, torch.bfloat16):
+            found = unet(
+                noisy.bfloat16(),
+                batch["timesteps"],
+                batch["prompt_embeds"],
+                added_cond_kwargs=conditions,
+                return_dict=False,
+            )[0]
+            loss = functional.mse_loss(found.float(), batch["noise"].float(), reduction="mean")
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach().item()  # which the example logs at every step
+
+    return step, lambda: None
+
+
+def our_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Callable[[], None]]:
+    """What FlatTrainer does with a diffusion model, without the Trainer around."""
+    config = LoraMethodConfig(
+        name="attention", method="lora", lora_r=RANK, lora_alpha=float(RANK), target_modules="attention"
+    )
+    denoiser, device = Denoiser(unet, schedule).requires_grad_(False), next(unet.parameters()).device
+    denoiser.alphas_cumprod = denoiser.alphas_cumprod.to(device)
+    model = methods.method("lora").apply(denoiser, config, Start(SEED)).train()
+    accelerate(model, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
+    graphed = GraphedMicroStep(lambda inputs: model(**inputs).loss, model, largest=None)
+    perturbation = None
+    if name.startswith("Flat-LoRA"):
+        layers, mode = find_lora_layers(model), name.split()[1]
+        settings = {"sigma": SIGMA, "total_steps": 500, "seed": SEED, "ramp": "constant", "training_only": True}
+        perturbation = WeightPerturbation(layers, mode=mode, **settings)
+
+    def step(number: int, batch: Batch) -> float:
+        if perturbation is not None:
+            perturbation.begin(number)
+        loss = graphed(batch, state=perturbation is not None and perturbation.perturbed)
+        if perturbation is not None:
+            perturbation.end()
+        nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def close() -> None:
+        if perturbation is not None:
+            perturbation.close()
+        graphed.close()
+
+    return step, close
+
+
+def describe(row: dict[str, Any]) -> str:
+    median, peak = statistics.median(row["step_s"]), row["peak_gib"]
+    return f"{median:.4f} s; {peak:.2f} GiB; loss {row['first_loss']:.4f}; {row['clock_and_power']}"
+
+
+def ratios(rounds: list[dict[str, dict[str, Any]]], name: str, other: str) -> list[float]:
+    """Of the medians of each round."""
+    return [statistics.median(one[name]["step_s"]) / statistics.median(one[other]["step_s"]) for one in rounds]
+
+
+def table_of(rounds: list[dict[str, dict[str, Any]]]) -> Table:
+    table = Table(title="one optimizer step, SDXL-base's UNet, 1024 px, batch 1; medians", title_justify="left")
+    for column in ("", "step", "to diffusers", "to our LoRA", "peak GiB", "reserved GiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in CONTENDERS:
+        numbers = [statistics.median(statistics.median(one[name]["step_s"]) for one in rounds)]
+        numbers += [statistics.median(ratios(rounds, name, other)) for other in ("diffusers", "LoRA")]
+        memory = [max(one[name][key] for one in rounds) for key in ("peak_gib", "reserved_gib")]
+        table.add_row(
+            name,
+            f"{numbers[0]:.4f} s",
+            *(f"{number:.3f}" for number in numbers[1:]),
+            *(f"{number:.2f}" for number in memory),
+        )
+    return table
