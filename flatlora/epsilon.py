@@ -112,8 +112,10 @@ class DeviceEpsilon:
         self._rows, self._columns = ([layer.shape[axis] for layer in layers] for axis in (0, 1))
         self._largest = max(math.prod(layer.shape) for layer in layers)
         self._c = torch.zeros(sum(self._rows), device=self.device)
-        self._heights = torch.tensor(self._rows, device=self.device)
-        self._fan_in = torch.tensor(self._columns, device=self.device).double().rsqrt()  # 1/√n of each layer
+        self._views = list(self._c.split(self._rows))
+        fan_in = torch.tensor(self._columns, device=self.device).double().rsqrt()
+        heights = torch.tensor(self._rows, device=self.device)
+        self._fan_in = torch.repeat_interleave(fan_in, heights, output_size=self._c.numel())  # 1/√n of each row
         self._counter = torch.zeros(2, dtype=torch.int64, device=self.device)
         self._counted: tuple[int, int] | None = None  # what the counter holds
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -128,17 +130,16 @@ class DeviceEpsilon:
         if scale == "iid":
             squares = torch.cat([part.mean().expand_as(part) for part in squares.split(self._rows)])
         factors = (sigma * self._fan_in if fan_in else torch.full_like(self._fan_in, sigma)).float()
-        factors = torch.repeat_interleave(factors, self._heights, output_size=self._c.numel())
         torch.mul(squares.clamp(min=0.0).sqrt_(), factors, out=self._c)
-        return list(self._c.split(self._rows))
+        return self._views
 
     def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         self._c.copy_(torch.cat([c.to(self.device) for c in coefficients]))
-        return list(self._c.split(self._rows))
+        return self._views
 
     def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
         self._count(draws[0])
-        self._pass(range(len(self.layers)), [layer.dense() for layer in self.layers], outs).launch(sign)
+        self._pass(range(len(self.layers)), [layer.weight for layer in self.layers], outs).launch(sign)
 
     def aim(self, draws: Sequence[Draw]) -> None:
         self._count(draws[0])
@@ -174,7 +175,7 @@ class DeviceEpsilon:
         if address not in self._passes:
             layers, c = [self.layers[i] for i in indices], self._c.split(self._rows)
             self._passes[address] = kernels.NoisePass(
-                [layer.as_rows(weight) for layer, weight in zip(layers, weights, strict=True)],
+                [layer.as_rows(weight.detach()) for layer, weight in zip(layers, weights, strict=True)],
                 [layer.as_rows(out) for layer, out in zip(layers, outs, strict=True)],
                 self._c if len(layers) == len(self.layers) else c[indices[0]],
                 [self.keys[i] for i in indices],
@@ -185,17 +186,16 @@ class DeviceEpsilon:
     @torch.no_grad()
     def _merged_squares(self) -> torch.Tensor:
         """‖W'_i‖² of the rows of all layers, Σ m, FP32."""
-        terms = [list(layer.adapters()) for layer in self.layers]
         if self._squared is None:
             weights = (layer.as_rows(layer.dense()) for layer in self.layers)  # unpacked one at a time
             self._squared = torch.cat([noise_torch.squared_row_norms(weight) for weight in weights]).float()
-        if any(len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms):
-            return self._merged_squares_of(terms)
-        pairs = [each[0] for each in terms]
-        # What passes have to be built anew for: a factor that moved to another place, another scaling.
-        state = tuple((term.A.data_ptr(), term.B.data_ptr(), term.scaling) for term in pairs)
+        # What passes have to be built anew for: a factor that moved to another place, another scaling or adapter.
+        state = [layer.state() for layer in self.layers]
         if self._norms is None or self._norms[0] != state:
-            self._norms = state, self._norm_passes(pairs)
+            terms = [list(layer.adapters()) for layer in self.layers]
+            if any(len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms):
+                return self._merged_squares_of(terms)
+            self._norms = state, self._norm_passes([each[0] for each in terms])
         for indices, norm_pass in self._norms[1]:
             for index in indices:
                 self._readable(index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ class PerturbedLayer:
     module: nn.Module
     adapters: Callable[[], Sequence[AdapterTerm]] = tuple
     enabled: Callable[[], bool] = lambda: True
+    changes: Callable[[], Hashable] | None = None  # as `state`, where it can be had without the terms
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
@@ -66,6 +67,12 @@ class PerturbedLayer:
                 f"Invalid groups={self.module.groups} of {self.name}: an adapter of a grouped convolution is no "
                 "product of two matrices, so W' has no row norms; take it out of the targets."
             )
+
+    def state(self) -> Hashable:
+        """What differs whenever `adapters()` would give other tensors or scalings; cheap, as it is asked every step."""
+        if self.changes is not None:
+            return self.changes()
+        return tuple((term.A.data_ptr(), term.B.data_ptr(), term.scaling) for term in self.adapters())
 
     @property
     def quantised(self) -> bool:
@@ -129,6 +136,7 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
                     module.get_base_layer(),
                     adapters=_adapter_terms(module),
                     enabled=lambda module=module: not module.disable_adapters,
+                    changes=_adapter_state(module),
                 )
             )
     return layers
@@ -148,6 +156,24 @@ def _adapter_terms(module: nn.Module) -> Callable[[], list[AdapterTerm]]:
         return [_term(module, name) for name in module.active_adapters if name in module.lora_A]
 
     return terms
+
+
+def _adapter_state(module: nn.Module) -> Callable[[], Hashable]:
+    """Past all properties of PEFT's and torch's modules: a model of 560 layers asks so many times a step."""
+
+    def state() -> Hashable:
+        if hasattr(module, "lora_E"):  # made anew at every call
+            return object()
+        active = module._active_adapter
+        factors = [
+            (A._parameters["weight"].data_ptr(), B._parameters["weight"].data_ptr(), module.scaling[name])
+            for name in ([active] if isinstance(active, str) else active)
+            if (A := module.lora_A._modules.get(name)) is not None
+            and (B := module.lora_B._modules.get(name)) is not None
+        ]
+        return module._disable_adapters, len(module.merged_adapters), *factors
+
+    return state
 
 
 def _term(module: nn.Module, name: str) -> AdapterTerm:

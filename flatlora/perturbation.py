@@ -97,7 +97,7 @@ class WeightPerturbation:
         self._coefficients: list[torch.Tensor] = []  # c of every layer, from the step that drew them
         self._drawn_step: int | None = None
         self._sigma_drawn = 0.0
-        self._draws: list[Draw] | None = None  # what the layers read now; None while they read W
+        self._draws: _Draws | None = None  # what the layers read now; None while they read W
         self._written: tuple[int, int] | None = None  # (drawn step, stream) that the copies hold
         self._copies: list[torch.Tensor] = []
         self._originals: list[torch.Tensor] = []
@@ -223,7 +223,7 @@ class WeightPerturbation:
             self._coefficients = [layer.weight.new_zeros(layer.shape[0], dtype=torch.float32) for layer in self.layers]
 
     def _apply(self, micro_batch: int) -> None:
-        draws = [self.draw(index, micro_batch) for index in range(len(self.layers))]
+        draws = _Draws(self, micro_batch)
         if self.mode == "copy":
             self._write_copies(draws)
         elif self.mode == "recompute":
@@ -237,7 +237,7 @@ class WeightPerturbation:
             self._epsilon.write(self._draws, [layer.weight.detach() for layer in self.layers], sign=-1.0)
         self._draws = None
 
-    def _write_copies(self, draws: list[Draw]) -> None:
+    def _write_copies(self, draws: _Draws) -> None:
         if not self._copies:
             self._copies = [torch.empty_like(layer.weight, requires_grad=False) for layer in self.layers]
         wanted = (draws[0].step, draws[0].stream)
@@ -274,6 +274,19 @@ class WeightPerturbation:
         if self._draws is None or not layer.enabled() or (self.training_only and not layer.module.training):
             return None
         return Reading(self, index, self._draws[index])
+
+
+class _Draws(Sequence):
+    """ε of every layer in one micro-batch, made when it is asked for: replayed steps ask for the first alone."""
+
+    def __init__(self, perturbation: WeightPerturbation, micro_batch: int) -> None:
+        self._perturbation, self._micro_batch = perturbation, micro_batch
+
+    def __len__(self) -> int:
+        return len(self._perturbation.layers)
+
+    def __getitem__(self, index: int) -> Draw:
+        return self._perturbation.draw(index, self._micro_batch)
 
 
 class Reading(NamedTuple):
