@@ -46,6 +46,7 @@ UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 CONTENDERS = ("diffusers", "LoRA", "Flat-LoRA copy", "Flat-LoRA recompute")
 SIGMA, RANK = 0.1, 4
+WINDOWS = 3  # of `steps` steps each, in every round
 Batch = dict[str, torch.Tensor]
 
 
@@ -113,22 +114,30 @@ def random_batch(device: torch.device, side: int = 128, width: int = 2048, poole
 
 
 def measure(unet: nn.Module, schedule: Any, name: str, batch: Batch, steps: int) -> dict[str, Any]:
-    """Seconds of each step and the peak memory, the first step, which compiles and captures, in the latter alone."""
+    """Seconds of a step and the peak memory; the first step, which compiles and captures, is in the latter alone.
+
+    A time is that of `steps` steps, between two waits for the device, as between two logged rows of a run.
+    """
     free_memory()
     torch.cuda.reset_peak_memory_stats()
     shared = shell_of(unet)
     step, close = (diffusers_step if name == "diffusers" else our_step)(shared, schedule, name)
-    seconds = []
-    for number in range(steps + 1):
+    first, seconds, number = float(step(0, batch)), [], 1
+    for _ in range(WINDOWS):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        loss = step(number, batch)
-        state = gpu_state() if number == steps else ""
+        for _ in range(steps):
+            step(number, batch)
+            number += 1
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append((time.perf_counter() - began) / steps)
+    for _ in range(3):
+        step(number, batch)
+    state = gpu_state()  # while the GPU still works on them
+    torch.cuda.synchronize()
     row = {
-        "step_s": seconds[1:],
-        "first_loss": loss,
+        "step_s": seconds,
+        "first_loss": first,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,  # with the pool of a graph between replays
         "clock_and_power": state,
@@ -147,7 +156,7 @@ def shell_of(unet: nn.Module) -> nn.Module:
     return shell
 
 
-Step = Callable[[int, Batch], float]
+Step = Callable[[int, Batch], torch.Tensor]
 
 
 def diffusers_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Callable[[], None]]:
@@ -160,7 +169,7 @@ def diffusers_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Cal
         parameter.data = parameter.data.float()
     optimizer, device = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-4), trained[0].device
 
-    def step(number: int, batch: Batch) -> float:
+    def step(number: int, batch: Batch) -> torch.Tensor:
         noisy = schedule.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
         conditions = {"time_ids": batch["time_ids"], "text_embeds": batch["pooled"]}
         with torch.autocast(device.type, torch.bfloat16):
@@ -176,7 +185,7 @@ def diffusers_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Cal
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach().item()  # which the example logs at every step
+        return loss.detach()
 
     return step, lambda: None
 
@@ -199,7 +208,7 @@ def our_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Callable[
         settings = {"sigma": SIGMA, "total_steps": 500, "seed": SEED, "ramp": "constant", "training_only": True}
         perturbation = WeightPerturbation(layers, mode=mode, **settings)
 
-    def step(number: int, batch: Batch) -> float:
+    def step(number: int, batch: Batch) -> torch.Tensor:
         if perturbation is not None:
             perturbation.begin(number)
         loss = graphed(batch, state=perturbation is not None and perturbation.perturbed)
@@ -208,7 +217,7 @@ def our_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Callable[
         nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss
 
     def close() -> None:
         if perturbation is not None:

@@ -38,7 +38,7 @@ def tiny_batch():
 def steps_of(unet, name, count=3):
     make = bench_sdxl.diffusers_step if name == "diffusers" else bench_sdxl.our_step
     step, close = make(bench_sdxl.shell_of(unet), bench_sdxl.noise_schedule(), name)
-    losses = [step(number, tiny_batch()) for number in range(count)]
+    losses = [float(step(number, tiny_batch())) for number in range(count)]
     close()
     return losses
 
