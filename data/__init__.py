@@ -10,7 +10,8 @@ A loader module has
 
 Rows of text are {"x", "y"}: the prompt and the answer to be learned; the text of a row is x + " " + y +
 end-of-sequence, with the loss on y. A row to be scored by the likelihood of its possible answers also has "choices".
-`images` is the loader of all pictures; its rows are made by `images.prepared`, and it has no `load`.
+`images` is the loader of all labelled pictures and `text_to_image` of those with prompts; their rows are made by
+`prepared` of theirs, and they have no `load`.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def test_every_loader_has_the_contract(name):
     module = data.loader(name)
     assert issubclass(module.Config, DatasetConfig)
     assert callable(module.sources)
-    assert callable(module.prepared if module.Config.kind == "image" else module.load)
+    assert callable(module.load if module.Config.kind == "text" else module.prepared)
     assert isinstance(module.VERSION, int)
     assert isinstance(module.__doc__, str)
 

@@ -193,8 +193,8 @@ def test_there_are_benchmarks():
 def test_every_benchmark_has_the_contract(name):
     module = benchmarks.evaluator(name)
     assert {"max_rows", "batch_size"} <= module.Config.model_fields.keys()
-    assert module.KIND in ("text", "image")
-    alone = ("benchmark_rows",) if module.KIND == "text" else ()  # pictures come with a run
+    assert module.KIND in ("text", "image", "captioned")
+    alone = () if module.KIND == "image" else ("benchmark_rows",)  # labelled pictures come with a run
     for function in ("check_rows", "run", "score_file", *alone):
         assert callable(getattr(module, function))
     assert isinstance(module.HEADLINE, str)
