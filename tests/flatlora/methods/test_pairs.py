@@ -161,8 +161,7 @@ def test_lora_plus_and_lora_fa_train_what_they_say(tiny_settings):
 @pytest.mark.parametrize(
     ("port", "swept"),
     [
-        (29521, ["peft=lora_pro", "rho=off"]),
-        pytest.param(29523, ["peft=lora_ga,adalora", "rho=off"], marks=pytest.mark.extra),
+        (29521, ["peft=lora_pro,lora_ga,adalora", "rho=off"]),
         pytest.param(29522, ["rho=bi_lora,sam,off"], marks=pytest.mark.extra),
     ],
 )
