@@ -671,15 +671,9 @@ def train(
             regulariser.close()  # whatever went wrong, the backbone is W again
         if trainer.graphed:
             trainer.graphed.close()
-    metrics = {
-        "first_loss": next((row["loss"] for row in log.rows() if "loss" in row), None),
-        "train_loss": _mean_of_last_losses(log),
-        "eval_loss": _last(log, "eval_loss"),
-    }
-    if best:
-        metrics |= {"best_step": best_step, "eval_loss": best.read()["eval_loss"]}
+    kept = {"best_step": best_step, "eval_loss": best.read()["eval_loss"]} if best else {}
     return TrainingResult(
-        metrics={name: value for name, value in metrics.items() if value is not None},
+        metrics=_metrics(log) | kept,
         timing=_timing(effort, log),
         steps=trainer.state.global_step,
         perturbation=effort.perturbation,
@@ -794,6 +788,16 @@ def training_arguments(
 
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # as transformers names them
+
+
+def _metrics(log: MetricsLog) -> dict[str, float]:
+    """What a run's rows come to."""
+    found = {
+        "first_loss": next((row["loss"] for row in log.rows() if "loss" in row), None),
+        "train_loss": _mean_of_last_losses(log),
+        "eval_loss": _last(log, "eval_loss"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _last(log: MetricsLog, key: str) -> float | None:
