@@ -139,7 +139,8 @@ class DeviceEpsilon:
 
     def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
         self._count(draws[0])
-        self._pass(range(len(self.layers)), [layer.weight for layer in self.layers], outs).launch(sign)
+        weights = [layer.dense() if layer.quantised else layer.weight for layer in self.layers]
+        self._pass(range(len(self.layers)), weights, outs).launch(sign)
 
     def aim(self, draws: Sequence[Draw]) -> None:
         self._count(draws[0])
