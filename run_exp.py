@@ -36,6 +36,7 @@ from flatlora import (
     methods,
     models,
     results,
+    sources,
     training,
 )
 from flatlora.captioned import PICTURES_FILE
@@ -465,7 +466,7 @@ def encode(experiment: Experiment, inputs: Inputs, base: str) -> Inputs:
         return inputs
 
     def encoded() -> text_to_image.PreparedCaptioned:
-        source = models.backbone_source(experiment.model)
+        source = sources.backbone_source(experiment.model)
         return text_to_image.encode(
             inputs.rows, experiment.dataset, experiment.model, source, inputs.device, state=base, seed=experiment.seed
         )
@@ -513,7 +514,7 @@ def _of_backend(experiment: Experiment) -> dict[str, Any]:
     """What a backend needs besides the trained model: the parts of a pipeline that were let go of."""
     if experiment.dataset.kind != "captioned":
         return {}
-    return {"config": experiment.model, "source": models.backbone_source(experiment.model)}
+    return {"config": experiment.model, "source": sources.backbone_source(experiment.model)}
 
 
 def describe(experiment: Experiment) -> list[tuple[str, str]]:
@@ -522,7 +523,7 @@ def describe(experiment: Experiment) -> list[tuple[str, str]]:
     source = f" from {experiment.data_root or 'hub'}" if loader.sources(experiment.dataset) else ""  # else generated
     return [
         ("run folder", str(RunFolder.of(experiment).path)),
-        ("model", models.describe_source(experiment.model)),
+        ("model", sources.describe_source(experiment.model)),
         ("dataset", f"{experiment.dataset.name}: {loader.describe(experiment.dataset)}{source}"),
         ("peft", _settings(experiment.peft)),
         ("rho", _settings(experiment.rho) if experiment.regularised else "off: no perturbation"),

@@ -33,7 +33,6 @@ from flatlora.console import ProgressBar, console, quiet_libraries, report_fault
 from flatlora.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.models import (
     autocast_dtype,
-    backbone_source,
     choose_device,
     load_for_inference,
     load_image_processor,
@@ -41,6 +40,7 @@ from flatlora.models import (
     weights_identity,
 )
 from flatlora.rows import Source, gather, read_jsonl, typed_columns
+from flatlora.sources import backbone_source
 from flatlora.starts import MOVED
 
 BENCHMARK = "benchmark"  # rows=benchmark: its own rows, also for a run that has test rows

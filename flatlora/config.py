@@ -57,6 +57,7 @@ FOLDER_NAME = r"^[^/\s\x00.][^/\s\x00]{0,99}$"
 
 
 class ModelConfig(Section):
+    index_file: ClassVar[str] = "config.json"  # of a model's folder: says what the model is
     name: str = setting(pattern=FOLDER_NAME)
     hub_id: str  # hub repository or local folder
     revision: str | None = None
@@ -95,6 +96,7 @@ class ModelConfig(Section):
 class DiffusionModelConfig(ModelConfig):
     """A text-to-image pipeline of diffusers; `hub_id` is a repository or folder with a model_index.json."""
 
+    index_file: ClassVar[str] = "model_index.json"
     family: Literal["sdxl"]
     # Of the UNet and the text encoders. FP16 is scaled against underflow by torch's GradScaler.
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"

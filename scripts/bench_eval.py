@@ -31,7 +31,8 @@ sys.path.insert(0, str(PROJECT))
 from eval.predictions import read  # noqa: E402
 from flatlora import files, results  # noqa: E402
 from flatlora.console import console  # noqa: E402
-from flatlora.models import backbone_source, model_of  # noqa: E402
+from flatlora.models import model_of  # noqa: E402
+from flatlora.sources import backbone_source  # noqa: E402
 
 _START_S = 600
 

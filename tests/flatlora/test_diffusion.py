@@ -10,7 +10,7 @@ from peft import PeftModel
 
 import run_exp
 from data import text_to_image
-from flatlora import diffusion, latents, methods, models
+from flatlora import diffusion, latents, methods, models, sources
 from flatlora.config import ConfigError, DiffusionModelConfig
 from flatlora.latents import LatentRows, collate_latents
 from flatlora.methods import Start
@@ -31,7 +31,7 @@ def own_latents(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def source():
-    return models.backbone_source(config_of())
+    return sources.backbone_source(config_of())
 
 
 def shapes(*words):

