@@ -247,6 +247,17 @@ def zero_dtypes(engine: Any) -> dict[str, list[str]]:
     }
 
 
+def check_dtypes(found: Mapping[str, list[str]]) -> None:
+    """What ZeRO holds of the trained parameters is FP32.
+
+    Raises:
+        RuntimeError: something is not.
+    """
+    lowered = {name: found[name] for name in ("trained", "masters", "gradients") if found[name] != ["float32"]}
+    if lowered:
+        raise RuntimeError(f"ZeRO does not keep what is trained in FP32 ({lowered}): use another DeepSpeed.")
+
+
 def from_main_process(compute: Callable[[], T]) -> T:
     """What `compute` returns on rank 0, on every rank; the others wait for it. A fault there is a fault everywhere."""
     if world_size() == 1:

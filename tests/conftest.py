@@ -26,6 +26,7 @@ from transformers import (
 
 from data import cache
 from flatlora import images, latents, models, sources
+from flatlora.recorder import StepRecorder
 from flatlora.rows import jsonl
 
 gc.freeze()  # what is imported by now stays: each run collects garbage, and need not look through it every time
@@ -169,16 +170,15 @@ class Killed(BaseException):
 
 def die_at(step: int, monkeypatch) -> None:
     """Let training end with `Killed` when it has done so many steps."""
-    from flatlora import training
 
-    plain = training.StepRecorder.on_step_end
+    plain = StepRecorder.on_step_end
 
     def die(recorder, args, state, control, **kwargs):
         plain(recorder, args, state, control, **kwargs)
         if state.global_step == step:
             raise Killed
 
-    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    monkeypatch.setattr(StepRecorder, "on_step_end", die)
 
 
 def run_folder(settings: list[str]) -> Path:

@@ -14,7 +14,7 @@ from flatlora import diffusion, latents, methods, models, sources
 from flatlora.config import ConfigError, DiffusionModelConfig
 from flatlora.latents import LatentRows, collate_latents
 from flatlora.methods import Start
-from flatlora.training import BucketSampler
+from flatlora.samplers import BucketSampler
 
 CPU = torch.device("cpu")
 

@@ -127,8 +127,8 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
 
 FUSED_ON_A_CPU = """
 import sys
-from flatlora import acceleration, training
-training.FlatTrainer._needs_no_mask = property(lambda trainer: True)
+from flatlora import acceleration, trainer
+trainer.FlatTrainer._needs_no_mask = property(lambda trainer: True)
 acceleration.accelerate = lambda model, device: [f"{acceleration.fuse(model)} fused LoRA layers"]
 import run_exp
 sys.exit(run_exp.main(sys.argv[1:]))

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 
 import run_exp
 from data.tokens import TokenRows
-from flatlora import training
+from flatlora import checkpoint, trainer, training
 from flatlora.lora_linear import fuse
-from flatlora.training import EpochSampler
+from flatlora.recorder import SaveAtStop, StepRecorder
+from flatlora.samplers import EpochSampler
+from flatlora.trainer import FlatTrainer
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 
 PROJECT = Path(__file__).parents[2]
@@ -131,14 +133,14 @@ def test_killed_and_resumed_is_never_killed(tiny_settings, variant, killed_at, m
         settings = ["peft.lora_dropout=0.2", "peft.lora_r=4", *settings]
     whole = run(in_folder(settings, "whole"))
 
-    step = training.StepRecorder.on_step_end
+    step = StepRecorder.on_step_end
 
     def die(self, args, state, control, **kwargs):
         step(self, args, state, control, **kwargs)
         if state.global_step == killed_at:
             raise Killed  # like SIGKILL, nothing of ours runs after it
 
-    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    monkeypatch.setattr(StepRecorder, "on_step_end", die)
     settings = in_folder(settings, "killed")
     with pytest.raises(Killed):
         run_exp.main(settings)
@@ -170,14 +172,14 @@ def test_killed_in_the_evaluation_at_an_epochs_end(tiny_settings, monkeypatch):
     settings = [*tiny_settings, "optim.epochs=3", "trainer.save_steps=3", "optim.best_model=true"]
     settings = [*(w for w in settings if "validation_rows" not in w), "dataset.validation_rows=4"]
     whole = run(in_folder(settings, "whole"))
-    evaluate = training.FlatTrainer.evaluate
+    evaluate = FlatTrainer.evaluate
 
     def die(self, *args, **kwargs):
         if self.state.global_step == 6:
             raise Killed
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.FlatTrainer, "evaluate", die)
+    monkeypatch.setattr(FlatTrainer, "evaluate", die)
     killed = killed_and_resumed(settings, monkeypatch)
     assert metrics_rows(killed) == metrics_rows(whole)
     assert [row["step"] for row in metrics_rows(whole) if "eval_loss" in row] == [6, 12, 18]
@@ -224,7 +226,7 @@ def test_a_foreign_checkpoint_is_refused_and_nothing_is_changed(tiny_settings, c
 def test_a_finished_run_is_scored_anew_without_a_step(tiny_settings, monkeypatch):
     folder = run(tiny_settings)
     adapter, first = adapter_bytes(folder), json.loads((folder / "run.json").read_text())
-    monkeypatch.setattr(training.FlatTrainer, "training_step", lambda *_: pytest.fail("trained a step more"))
+    monkeypatch.setattr(FlatTrainer, "training_step", lambda *_: pytest.fail("trained a step more"))
     scored = [word for word in tiny_settings if word != "eval=[]"] + ["eval.gsm8k.max_new_tokens=4", "resume=true"]
     assert run_exp.main(scored) == 0
     record = json.loads((folder / "run.json").read_text())
@@ -258,7 +260,7 @@ def test_buffered_micro_steps_are_the_plain_ones_from_the_first_to_the_last(tiny
         "trainer.autocast=none",
     ]
     assert run_exp.main([*settings, "wandb.name=plain"]) == 0
-    monkeypatch.setattr(training.FlatTrainer, "_needs_no_mask", property(lambda trainer: True))
+    monkeypatch.setattr(FlatTrainer, "_needs_no_mask", property(lambda trainer: True))
     monkeypatch.setattr(run_exp.acceleration, "accelerate", lambda model, device: [str(fuse(model))])
     assert run_exp.main([*settings, "wandb.name=buffered"]) == 0
     (root,) = [word.partition("=")[2] for word in settings if word.startswith("results_root=")]
@@ -288,7 +290,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_settings, monkeypat
     settings = [*tiny_settings, "trainer.save_steps=2", "trainer.save_total_limit=3", f"peft={method}"]
     settings = [word for word in settings if method == "lora" or not word.startswith("peft.lora_r")]
     whole = run(in_folder(settings, "whole"))
-    further, write, step = threading.Event(), torch.save, training.FlatTrainer.training_step
+    further, write, step = threading.Event(), torch.save, FlatTrainer.training_step
 
     def wait_and_write(value, path, *args, **kwargs):
         if Path(path).parent.name == "checkpoint-2" and Path(path).name == "optimizer.pt":
@@ -301,20 +303,20 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_settings, monkeypat
         return step(trainer, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", wait_and_write)
-    monkeypatch.setattr(training.FlatTrainer, "training_step", go_on)
+    monkeypatch.setattr(FlatTrainer, "training_step", go_on)
     folder = run(in_folder(settings, "waiting"))
     weights = "model.safetensors" if method == "full_ft" else "adapter_model.safetensors"
     for name in (weights, "optimizer.pt"):
         assert (folder / "checkpoint-2" / name).read_bytes() == (whole / "checkpoint-2" / name).read_bytes()
-    assert training.checkpoint.fault_of(folder / "checkpoint-2") is None
+    assert checkpoint.fault_of(folder / "checkpoint-2") is None
 
 
-@pytest.mark.parametrize("part", ["safetensors.torch.save_file", "torch.save", "flatlora.training.checkpoint.seal"])
+@pytest.mark.parametrize("part", ["safetensors.torch.save_file", "torch.save", "flatlora.checkpoint.seal"])
 def test_a_disk_that_fills_up_in_mid_save(tiny_settings, monkeypatch, capsys, part):
     settings = [*tiny_settings, "trainer.save_steps=2"]
     whole = run(in_folder(settings, "whole"))
     module, _, name = part.rpartition(".")
-    owner = pytest.importorskip(module) if not module.startswith("flatlora") else training.checkpoint
+    owner = pytest.importorskip(module) if not module.startswith("flatlora") else checkpoint
     write = getattr(owner, name)
 
     def fail(*args, **kwargs):
@@ -367,13 +369,13 @@ def test_resume_on_other_data_is_refused(tiny_settings, tmp_path, capsys):
 
 
 def test_a_touched_backbone_fails_the_run(tiny_settings, monkeypatch):
-    step = training.FlatTrainer.training_step
+    step = FlatTrainer.training_step
 
     def touch(self, model, *args, **kwargs):
         next(p for p in model.parameters() if not p.requires_grad).data.add_(1e-3)
         return step(self, model, *args, **kwargs)
 
-    monkeypatch.setattr(training.FlatTrainer, "training_step", touch)
+    monkeypatch.setattr(FlatTrainer, "training_step", touch)
     assert run_exp.main(tiny_settings) == 1
     assert "backbone changed" in json.loads((run_folder(tiny_settings) / "run.json").read_text())["error"]
 
@@ -418,7 +420,7 @@ def test_a_run_that_ends_in_nan_does_not_count_as_finished(tiny_settings, monkey
         with torch.no_grad():
             next(p for p in model.parameters() if p.requires_grad).mul_(float("nan"))
 
-    monkeypatch.setattr(training.SaveAtStop, "on_step_end", poison, raising=False)
+    monkeypatch.setattr(SaveAtStop, "on_step_end", poison, raising=False)
     settings = [w for w in tiny_settings if "validation_rows" not in w] + ["dataset.validation_rows=4", *logged]
     assert run_exp.main([*settings, "optim.early_stopping_patience=9"]) == 1
     record = json.loads((run_folder(settings) / "run.json").read_text())
@@ -428,14 +430,14 @@ def test_a_run_that_ends_in_nan_does_not_count_as_finished(tiny_settings, monkey
 
 def test_saving_and_logging_may_change_on_resume(tiny_settings, monkeypatch):
     settings = [*tiny_settings, "trainer.save_steps=3", "trainer.logging_steps=1"]
-    end = training.StepRecorder.on_step_end
+    end = StepRecorder.on_step_end
 
     def die(self, args, state, control, **kwargs):
         end(self, args, state, control, **kwargs)
         if state.global_step == 4:
             raise Killed
 
-    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    monkeypatch.setattr(StepRecorder, "on_step_end", die)
     with pytest.raises(Killed):
         run_exp.main(settings)
     monkeypatch.undo()
@@ -449,7 +451,7 @@ def test_the_best_of_a_time_after_the_checkpoint_is_forgotten(tiny_settings, mon
     settings += ["dataset.validation_rows=8", "optim.eval_steps=1", "trainer.save_steps=2", "optim.best_model=true"]
     whole = run(in_folder(settings, "whole"))
     steps = [best["step"] for best in json.loads((whole / "best/best.json").read_text())]
-    monkeypatch.setattr(training, "mark_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(trainer, "mark_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
     killed = killed_and_resumed(settings, monkeypatch)  # before any checkpoint, after two evaluations
     assert [best["step"] for best in json.loads((killed / "best/best.json").read_text())] == steps
     assert adapter_bytes(killed) == adapter_bytes(whole)
@@ -515,7 +517,7 @@ def test_interrupt_is_recorded(tiny_settings, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.FlatTrainer, "training_step", interrupt)
+    monkeypatch.setattr(FlatTrainer, "training_step", interrupt)
     assert run_exp.main(tiny_settings) == 130
     assert json.loads((run_folder(tiny_settings) / "run.json").read_text())["status"] == "interrupted"
 

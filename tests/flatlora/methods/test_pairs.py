@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import run_exp
-from flatlora import methods, training
+from flatlora import methods
 from flatlora.config import ConfigError
 from flatlora.methods.__main__ import matrix
+from flatlora.recorder import StepRecorder
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 
 PROJECT = Path(__file__).parents[3]
@@ -101,14 +102,14 @@ def test_killed_and_resumed_is_never_killed(peft, rho, tiny_settings, monkeypatc
         pass
 
     whole = run("whole")
-    step = training.StepRecorder.on_step_end
+    step = StepRecorder.on_step_end
 
     def die(recorder, args, state, control, **kwargs):
         step(recorder, args, state, control, **kwargs)
         if state.global_step == 5:
             raise Killed
 
-    monkeypatch.setattr(training.StepRecorder, "on_step_end", die)
+    monkeypatch.setattr(StepRecorder, "on_step_end", die)
     with pytest.raises(Killed):
         run("killed")
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from flatlora.methods.bar import BarRegulariser
 from flatlora.methods.bi_lora import ASCENT, BiLoraConfig
 from flatlora.methods.lora_pro import Pair, lora_pairs
 from flatlora.methods.sam import SamRegulariser
-from flatlora.training import FlatTrainer
+from flatlora.trainer import FlatTrainer
 from tests.conftest import adapter_bytes, metrics_rows, run_folder, tiny_lora
 from tests.methods_toolbox import batches_of, logits
 

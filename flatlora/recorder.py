@@ -1,0 +1,215 @@
+"""What is kept of a training while it goes on: a row of metrics a step, its time, and the best adapter so far."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from flatlora import checkpoint
+from flatlora.distributed import check_dtypes, zero_dtypes
+from flatlora.files import write_json
+from flatlora.methods import Regulariser
+from flatlora.results import MetricsLog
+
+
+class Progress(Protocol):
+    """Where the training shows how far it is; see `flatlora.console.ProgressBar`."""
+
+    def start(self, total_steps: int, step: int) -> None: ...
+
+    def update(self, step: int, row: dict[str, Any]) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Effort:
+    """Time that training has taken so far; kept in each checkpoint, so that a resumed run's record has all of it."""
+
+    train_s: float = 0.0
+    perturb_s: float = 0.0
+    step_s: list[float] = field(default_factory=list)  # of the newest steps
+    perturbation: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, checkpoint_folder: Path | None) -> Effort:
+        return cls(**json.loads((checkpoint_folder / _EFFORT_FILE).read_text())) if checkpoint_folder else cls()
+
+    def write(self, checkpoint_folder: Path) -> None:
+        write_json(checkpoint_folder / _EFFORT_FILE, asdict(self))
+
+
+_EFFORT_FILE = "effort.json"
+_STEPS_TIMED = 1000  # median over the newest; a checkpoint of a long run stays small
+
+
+@dataclass
+class StepRecorder(TrainerCallback):
+    """One row of metrics.jsonl a logged step, step times, the progress display, and the stop at a broken loss."""
+
+    log: MetricsLog
+    progress: Progress | None
+    before: Effort  # of the processes before this one
+    regulariser: Regulariser | None = None
+    trainer: Trainer | None = None  # a FlatTrainer, which counts losses and units for the rows
+    step_seconds: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+    dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
+    _window_started: float | None = None  # when the first step after the newest row began
+
+    def effort(self) -> Effort:
+        """All time up to now, that of the processes before included."""
+        if not self.step_seconds:
+            return self.before  # a finished training, read back
+        return Effort(
+            train_s=self.before.train_s + time.perf_counter() - self._train_started,
+            perturb_s=self.before.perturb_s + (self.regulariser.seconds if self.regulariser else 0.0),
+            step_s=[*self.before.step_s, *self.step_seconds][-_STEPS_TIMED:],
+            perturbation=self.regulariser.record() if self.regulariser else None,
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._train_started = time.perf_counter()
+        if args.deepspeed:
+            self.dtypes = zero_dtypes(self.trainer.model_wrapped)
+            check_dtypes(self.dtypes)
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps  # may change when a run is resumed
+        self._steps_per_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
+        if state.is_world_process_zero:
+            self.log.rewind(state.global_step)
+        if self.progress:
+            self.progress.start(state.max_steps, state.global_step)
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.set_epoch(state.global_step // self._steps_per_epoch)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.step_loss.zero_()
+        self._step_started = time.perf_counter()
+        if self._window_started is None:
+            self._window_started, self._window_step = self._step_started, state.global_step
+            self.trainer.step_units.zero_()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.step_seconds.append(time.perf_counter() - self._step_started)
+        if state.global_step >= state.max_steps:  # the last step is logged and evaluated, wherever it falls
+            control.should_log = True
+            control.should_evaluate |= self.trainer.eval_dataset is not None
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in logs:
+            row = self._training_row(args, state, logs)
+        elif "eval_loss" in logs:
+            row = {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"]}
+        else:
+            return
+        if state.is_world_process_zero:
+            self.log.append(row)
+        self.last |= row
+        if self.progress:
+            self.progress.update(state.global_step, self.last)
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(row.get(key, 0.0)):
+                raise FloatingPointError(
+                    f"The {key} of step {state.global_step} is {row[key]}: training has diverged; lower optim.lr or "
+                    "rho.sigma, or set trainer.autocast=none."
+                )
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def _training_row(self, args, state, logs: dict[str, float]) -> dict[str, Any]:
+        totals = torch.stack([self.trainer.step_loss, self.trainer.step_units]).double()
+        totals = self.trainer.accelerator.reduce(totals, "sum") if args.world_size > 1 else totals
+        loss, units = totals[0].item() / args.world_size, totals[1].item()
+        # Only now, with the numbers on the host, has the device done what the steps since the last row gave it.
+        seconds = time.perf_counter() - self._window_started
+        steps, self._window_started = state.global_step - self._window_step, None
+        self.step_seconds[-steps:] = [seconds / steps] * steps
+        rate = "tokens_per_s" if self.trainer.experiment.dataset.kind == "text" else "images_per_s"
+        sigma = self.regulariser.sigma_at(state.global_step - 1) if self.regulariser else 0.0
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "loss": loss,
+            "lr": logs["learning_rate"],
+            "grad_norm": float(logs["grad_norm"]),
+            "sigma": sigma,
+            rate: round(units / seconds, 1),
+        }
+
+
+class BestModel(TrainerCallback):
+    """Keeps the adapter of the lowest validation loss in `best/`; ties go to the earlier step.
+
+    Those that were best before it are kept for as long as a checkpoint is there that was written in their time: a run
+    resumed from it must find the best of then.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep  # checkpoints that the run keeps
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if args.should_save:
+            self._write([best for best in self._bests() if best["step"] <= state.global_step])
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs) -> None:
+        bests = self._bests()
+        if not args.should_save or (bests and bests[-1]["eval_loss"] <= metrics["eval_loss"]):
+            return
+        self.folder.mkdir(exist_ok=True)
+        name = f"step-{state.global_step}.safetensors"
+        tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(tensors, self.folder / name)
+        bests.append({"step": state.global_step, "eval_loss": metrics["eval_loss"], "file": name})
+        kept = checkpoint.checkpoints(self.folder.parent)[-self.keep :]
+        oldest = checkpoint.step_of(kept[0]) if kept else 0
+        newest_then = max((i for i, best in enumerate(bests) if best["step"] <= oldest), default=0)
+        self._write(bests[newest_then:])
+
+    def read(self) -> dict[str, Any] | None:
+        """{"step", "eval_loss", "file"} of the best so far."""
+        bests = self._bests()
+        return bests[-1] if bests else None
+
+    def restore(self, model: nn.Module) -> int | None:
+        """Put the best parameters back; returns their step."""
+        best = self.read()
+        if best is None:
+            return None
+        tensors = load_file(self.folder / best["file"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name])
+        return best["step"]
+
+    def _bests(self) -> list[dict[str, Any]]:
+        path = self.folder / "best.json"
+        return json.loads(path.read_text()) if path.is_file() else []
+
+    def _write(self, bests: list[dict[str, Any]]) -> None:
+        if not self.folder.is_dir():
+            return
+        write_json(self.folder / "best.json", bests)
+        names = {best["file"] for best in bests}
+        for file in self.folder.glob("step-*.safetensors"):
+            if file.name not in names:
+                file.unlink()
+
+
+class SaveAtStop(TrainerCallback):
+    """A checkpoint where early stopping ends the training: a kill while scoring must not cost the whole of it."""
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        control.should_save |= control.should_training_stop
