@@ -262,10 +262,16 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
         ConfigError: model, method, data or benchmarks do not fit; nothing has been written.
     """
     kind = experiment.dataset.kind
-    processor = _PROCESSORS[kind](experiment.model)
-    methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft)
-    models.check_weights(experiment.model, device)
-    rows = distributed.main_process_first(lambda: _READERS[kind](experiment, processor))
+
+    def read() -> tuple[Any, Any]:
+        processor = _PROCESSORS[kind](experiment.model)
+        return processor, distributed.main_process_first(lambda: _READERS[kind](experiment, processor))
+
+    _, _, (processor, rows) = gather(
+        lambda: methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft),
+        lambda: models.check_weights(experiment.model, device),
+        read,
+    )
     known = {"image": lambda: {"classes": rows.classes.names}, "text": lambda: {"tokenizer": processor}}
     known = known.get(kind, dict)()
     gather(

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import yaml
 
-from data.selection import ordered, take
+from data.selection import fresh_places, ordered, take
 from flatlora.clip import Classes
 from flatlora.config import ConfigError, DatasetConfig, setting
 from flatlora.images import DIGITS, ImageRows, LabelledImages, check_images, name_fault, picture_of, read_images
@@ -98,9 +98,7 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
     first, scored = gather(*(lambda i=images, j=indices: check_images(i, j) for images, indices in chosen))
     rows = ImageRows(train, places, processor, first[: len(places)])
     learned, held_out = set(map(picture_of, rows.digests)), first[len(places) :]
-    fresh = [place for place, digest in enumerate(held_out) if picture_of(digest) not in learned]
-    if len(fresh) < len(held_out):
-        logger.warning("%d rows stand among the train rows already and do not validate.", len(held_out) - len(fresh))
+    fresh = fresh_places([picture_of(digest) for digest in held_out], learned)
     if known := sum(picture_of(digest) in learned for digest in scored):
         logger.warning("%d of %d test rows stand among the train rows, as the data set has them.", known, len(scored))
     return PreparedImages(

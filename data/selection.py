@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
@@ -67,9 +67,21 @@ def split_train_validation(
         )
     take(train, train_rows, name="dataset.train_rows")
     take(enough, validation_rows, name="dataset.validation_rows", remedy="lower it")
-    if repeated:
-        logger.warning("%d rows stand among the train rows already and do not validate.", len(repeated))
+    _tell_repeated(len(repeated))
     return train, kept
+
+
+def fresh_places(held_out: Sequence[Hashable], train: Iterable[Hashable]) -> list[int]:
+    """Places of the held-out rows that repeat no train row, by what two rows have in common that do."""
+    seen = set(train)
+    places = [place for place, key in enumerate(held_out) if key not in seen]
+    _tell_repeated(len(held_out) - len(places))
+    return places
+
+
+def _tell_repeated(count: int) -> None:
+    if count:
+        logger.warning("%d rows stand among the train rows already and do not validate.", count)
 
 
 def _unseen(

@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from data.selection import ordered, take
+from data.selection import fresh_places, ordered, take
 from flatlora import latents
 from flatlora.captioned import SHAPES, CaptionedImages, CaptionedRows, read_captioned, read_folder, rows_of
 from flatlora.config import DatasetConfig, DiffusionModelConfig, setting
+from flatlora.images import picture_of
 from flatlora.rows import Source, gather
 
 VERSION = 1
@@ -150,10 +151,9 @@ def prepared(config: Config, data_root: str | None) -> PreparedCaptioned:
         chosen, held_out = _places(config, len(images.prompts))
         return tuple(gather(lambda: _rows(images, chosen, config), lambda: _rows(images, held_out, config)))
 
-    (train, validation), prior = gather(own, lambda: _prior(config))
-    repeated = CaptionedRows(
-        train.images, [*train.indices] * config.repeats, train.digests * config.repeats, train.sizes * config.repeats
-    )
+    (train, held_out), prior = gather(own, lambda: _prior(config))
+    validation = held_out.only(fresh_places(*(list(map(picture_of, rows.digests)) for rows in (held_out, train))))
+    repeated = train.only([*range(len(train))] * config.repeats)
     return PreparedCaptioned(repeated, validation, train, prior)
 
 

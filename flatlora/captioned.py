@@ -68,6 +68,13 @@ class CaptionedRows:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def only(self, places: Sequence[int]) -> CaptionedRows:
+        """These rows, in this order."""
+        indices, digests, sizes = (
+            [values[place] for place in places] for values in (self.indices, self.digests, self.sizes)
+        )
+        return CaptionedRows(self.images, indices, digests, sizes)
+
     def prompt(self, row: int) -> str:
         return self.images.prompts[self.indices[row]]
 

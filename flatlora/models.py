@@ -294,6 +294,11 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
             f"Invalid model.attn=flash_attention_2 on {device.type}: the package flash-attn is not usable here; use "
             "model.attn=auto, which takes torch's own kernels."
         )
+    if config.family == "sdxl" and config.dtype == "float16" and device.type == "cpu":
+        faults.append(
+            "Invalid model.dtype=float16 on cpu: a diffusion model is trained in FP16 on a GPU alone, where its loss "
+            "is scaled; use model.dtype=bfloat16 or float32."
+        )
     if config.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
         faults.append(
             f"Invalid model.quantize={config.quantize}: the package bitsandbytes is not installed; run pip install "

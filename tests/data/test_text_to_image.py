@@ -142,6 +142,14 @@ def test_splits_repeats_and_hash(tmp_path):
     assert shuffled != [0, 1, 2, 3, 4]
 
 
+def test_a_copy_of_a_picture_does_not_validate(tmp_path, caplog):
+    root = folder_of(tmp_path / "own")
+    (root / "1b.png").write_bytes((root / "0.png").read_bytes())
+    rows = prepared(root, "dataset.prompt=x", "dataset.validation_rows=2")
+    assert [list(part.indices) for part in (rows.train, rows.validation)] == [[0, 1], [3]]
+    assert "1 rows stand among the train rows already and do not validate." in caplog.text
+
+
 def test_a_class_folder_gives_the_prior(tmp_path):
     own, others = folder_of(tmp_path / "own"), folder_of(tmp_path / "class", sizes=((50, 50), (70, 50)))
     rows = prepared(own, "dataset.prompt=sks", "dataset.class_prompt=a dog", f"dataset.class_folder={others}")

@@ -317,6 +317,11 @@ def test_settings_of_a_diffusion_model_are_checked(words, head):
     assert [fault for fault in caught.value.faults if fault.startswith(head)], caught.value.faults
 
 
+def test_half_precision_needs_a_gpu_also_where_the_machine_chooses():
+    with pytest.raises(ConfigError, match=r"Invalid model\.dtype=float16 on cpu.*use model\.dtype=bfloat16 or float32"):
+        models.check_weights(config_of(dtype="float16"), CPU)
+
+
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"model_index\.json"):
         models.skeleton(config_of(embedded=None, hub_id=str(tmp_path)))
