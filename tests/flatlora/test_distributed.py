@@ -119,9 +119,14 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     assert code == 0, told[-3000:]
     assert json.loads((folder / "run.json").read_text())["resumed_from"] >= 4
     assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
-    own = at(settings, "own")
-    assert finish(start(["trainer=zero2_offload", *TWO, "trainer.max_steps=4", "rho.per_rank=true", *own]))[0] == 0
-    record = json.loads((run_folder(own) / "run.json").read_text())
+
+
+@pytest.mark.slow
+def test_each_rank_may_have_noise_of_its_own_and_moments_may_stay_on_the_host(settings):
+    pytest.importorskip("deepspeed")
+    code, told = finish(start(["trainer=zero2_offload", *TWO, "trainer.max_steps=4", "rho.per_rank=true", *settings]))
+    assert code == 0, told[-3000:]
+    record = json.loads((run_folder(settings) / "run.json").read_text())
     assert len(set(record["perturbation"]["noise_sha256"])) == 2
 
 
