@@ -28,6 +28,7 @@ from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
 from flatlora import (
     acceleration,
+    captioned,
     checkpoint,
     commandline,
     console,
@@ -39,7 +40,6 @@ from flatlora import (
     sources,
     training,
 )
-from flatlora.captioned import PICTURES_FILE
 from flatlora.clip import CLASSES_FILE
 from flatlora.config import ConfigError, Experiment, Section, keys_of_validation, parse
 from flatlora.images import collate_images
@@ -409,7 +409,7 @@ def train_and_score(
         if classes is not None:
             files.write_json(folder.path / CLASSES_FILE, classes._asdict())
         if experiment.dataset.kind == "captioned":
-            files.write_json(folder.path / PICTURES_FILE, {"indices": list(inputs.rows.test.indices)})
+            files.write_json(folder.path / captioned.PICTURES_FILE, captioned.identities(inputs.rows.test))
     inputs = encode(experiment, inputs, record["base"])
     backbone = models.load_backbone(experiment.model, inputs.device, classes)
     method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)

@@ -58,6 +58,11 @@ class Config(DatasetConfig):
             )
         if self.hub_id is not None and self.prompt_column is None and self.prompt is None:
             faults.append("Missing dataset.prompt: without dataset.prompt_column it is the prompt of every picture.")
+        if self.buckets and self.bucket_step > self.resolution:
+            faults.append(
+                f"Invalid dataset.bucket_step={self.bucket_step} with dataset.resolution={self.resolution}: sides of "
+                "buckets are multiples of the step and about as long as the resolution; lower the step."
+            )
         if self.revision is not None and self.hub_id in (None, SHAPES):
             faults.append(
                 f"Invalid dataset.revision={self.revision} with dataset={self.name}: only the hub has revisions; leave "
@@ -195,7 +200,7 @@ def encode(
     prior = rows.prior
     if isinstance(prior, ClassPictures):
         made = latents.class_pictures(*prior, config.resolution, *common, state=state)
-        prior = _rows(made, range(prior.count), config)
+        prior = rows_of(made, range(prior.count), resolution=config.resolution)
     train = latents.encoded(rows.train, *common, state=state, seed=seed, flip=config.flip)
     if prior is not None:
         train.prior = latents.encoded(prior, *common, state=state, seed=seed, flip=config.flip, name="prior")
@@ -209,7 +214,7 @@ def _prior(config: Config) -> CaptionedRows | ClassPictures | None:
         return None
     if config.class_folder is None:
         return ClassPictures(config.class_prompt, config.class_images, config.class_steps)
-    images = read_folder(config.class_folder, config.class_prompt)
+    images = read_folder(config.class_folder, config.class_prompt, key="dataset.class_folder")
     return _rows(images, range(len(images.prompts)), config)
 
 

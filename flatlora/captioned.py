@@ -6,7 +6,9 @@ They are a split of a public data set (the hub, or `data_root`), or a folder: im
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from flatlora.config import ConfigError
-from flatlora.images import bytes_of, check_images, open_image, parquet_table, png_of, with_bytes
-from flatlora.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
+from flatlora.images import BROKEN, bytes_of, check_images, decoded, parquet_table, png_of, row_name, with_bytes
+from flatlora.rows import Source, fingerprint, gather, hub_data, local_file, read_jsonl, typed_columns
+
+logger = logging.getLogger(__name__)
 
 SHAPES = "flatlora/shapes"
 METADATA = "metadata.jsonl"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_NO_PICTURES = (METADATA, "README.md", "LICENSE")  # of a folder: nobody expects them to be read
 _WIDEST = 2.0  # of buckets: aspect ratios from 1:2 to 2:1
 
 
@@ -34,6 +39,7 @@ class CaptionedImages:
     source: str
     prompts: list[str]
     read: Callable[[int], bytes]
+    names: Sequence[str] | None = None  # of the files, for who has to find one
 
     def tag(self, index: int) -> bytes:
         """What belongs to a picture besides its file: its prompt."""
@@ -90,8 +96,21 @@ class CaptionedRows:
 
 
 def picture_of(images: CaptionedImages, index: int) -> Image.Image:
-    """One picture in RGB, upright as its camera says."""
-    return ImageOps.exif_transpose(open_image(images, index))
+    """One picture in RGB, upright as its camera says; what is transparent is white, not the colour under it."""
+    picture = ImageOps.exif_transpose(decoded(images, index))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def shape_of(images: CaptionedImages, index: int) -> tuple[int, int]:
+    """Width and height of a picture that stands upright, of its file's head alone."""
+    with Image.open(io.BytesIO(images.read(index))) as picture:
+        turned = (
+            picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5 and picture.format != "TIFF"
+        )  # PIL turns those
+        return picture.size[::-1] if turned else picture.size
 
 
 def cover(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, int, int]:
@@ -123,21 +142,38 @@ def rows_of(
     Raises:
         ConfigError: pictures that cannot be decoded, or are too small.
     """
-    digests = check_images(images, indices)
-    shapes = [picture_of(images, index).size for index in indices]
-    small = [place for place, shape in enumerate(shapes) if min(shape) < min_side]
+    digests, shapes = gather(
+        lambda: check_images(images, indices), lambda: _shapes_from(images, indices, min_side=min_side)
+    )
+    known = bucket_sizes(resolution, bucket_step) if bucket_step else [(resolution, resolution)]
+    return CaptionedRows(images, list(indices), digests, [_nearest(known, width / height) for width, height in shapes])
+
+
+def _shapes_from(images: CaptionedImages, indices: Sequence[int], *, min_side: int) -> list[tuple[int, int]]:
+    """(width, height) of each picture that has a head.
+
+    Raises:
+        ConfigError: some are too small.
+    """
+    shapes, small = [], []
+    for index in indices:
+        try:
+            shapes.append(shape_of(images, index))
+        except BROKEN:
+            continue  # `check_images` tells it
+        if min(shapes[-1]) < min_side:
+            small.append((index, shapes[-1]))
     if small:
-        width, height = shapes[small[0]]
+        index, (width, height) = small[0]
         others = f" (and {len(small) - 1} more)" if small[1:] else ""
         raise ConfigError(
             [
-                f"Invalid picture in {images.source}, row {indices[small[0]] + 1}{others}: it is {width} × {height} "
+                f"Invalid picture in {images.source}, {row_name(images, index)}{others}: it is {width} × {height} "
                 f"pixels, and dataset.min_side={min_side} is the smaller side that it must have; take larger pictures, "
                 "leave it out, or lower dataset.min_side."
             ]
         )
-    known = bucket_sizes(resolution, bucket_step) if bucket_step else [(resolution, resolution)]
-    return CaptionedRows(images, list(indices), digests, [_nearest(known, width / height) for width, height in shapes])
+    return shapes
 
 
 def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
@@ -186,34 +222,56 @@ def _of_table(table, image: str, others: tuple[str, ...], source: str, fixed: st
 def _listed(path: Path, image: str, others: tuple[str, ...], fixed: str | None) -> CaptionedImages:
     """Pictures beside a JSON-lines file that names them."""
     rows = typed_columns(read_jsonl(path), [image, *others], str(path))
-    prompts = _prompts(rows, others, fixed, str(path))
-    return CaptionedImages(str(path), prompts, lambda index: (path.parent / rows[index][image]).read_bytes())
+    prompts, names = _prompts(rows, others, fixed, str(path)), [row[image] for row in rows]
+    if twice := len(names) - len(set(names)):
+        logger.warning("%s names %d pictures more than once: each of its rows is trained on.", path, twice)
+    return CaptionedImages(str(path), prompts, lambda index: (path.parent / names[index]).read_bytes(), names)
 
 
 def _prompts(rows: Sequence[dict], others: tuple[str, ...], fixed: str | None, source: str) -> list[str]:
     if not others:
         return [fixed] * len(rows)
-    typed = typed_columns(rows, others, source)
-    return [row[others[0]] for row in typed]
+    prompts = [row[others[0]] for row in typed_columns(rows, others, source)]
+    if blank := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+        more = f" (and {len(blank) - 1} more)" if blank[1:] else ""
+        raise ConfigError(
+            [
+                f"Invalid {others[0]} in {source}, row {blank[0]}{more}: it is blank; write one, or set dataset.prompt "
+                "for all pictures."
+            ]
+        )
+    return prompts
 
 
-def read_folder(folder: str, fixed: str | None) -> CaptionedImages:
+def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> CaptionedImages:
     """The pictures of a folder in the order of their names, or in that of its metadata.jsonl.
 
     Raises:
-        ConfigError: no folder, no picture, or no prompt for them; with the way out.
+        ConfigError: no folder, no picture, or no prompt for them; with the way out. `key` names the setting.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise ConfigError([f"Invalid dataset.folder={folder}: there is no such folder; name one with pictures in it."])
+    try:
+        found = sorted(path.iterdir())
+    except OSError as error:
+        reason = {FileNotFoundError: "there is no such folder", NotADirectoryError: "it is a file, not a folder"}
+        reason = reason.get(type(error), error.strerror)
+        raise ConfigError([f"Invalid {key}={folder}: {reason}; name one with pictures in it."]) from error
     if (path / METADATA).is_file():
         rows = read_jsonl(path / METADATA)
         key = "text" if rows and "prompt" not in rows[0] and "text" in rows[0] else "prompt"  # as datasets has it
         return _listed(path / METADATA, "file_name", () if fixed is not None else (key,), fixed)
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+    files = [file for file in found if file.suffix.lower() in _SUFFIXES]
+    passed = [f for f in found if f not in files and f.name not in _NO_PICTURES and not f.name.startswith(".")]
+    kinds = ", ".join(_SUFFIXES)
     if not files:
-        kinds = ", ".join(_SUFFIXES)
-        raise ConfigError([f"Invalid dataset.folder={folder}: no picture is in it ({kinds}); put some there."])
+        there = f", but {passed[0].name}" if passed else ""
+        raise ConfigError(
+            [f"Invalid {key}={folder}: no picture is in it ({kinds}){there}; put some there, not in folders of it."]
+        )
+    if passed:
+        logger.warning(
+            "%d things in %s are not read, %s among them: pictures are %s.", len(passed), path, passed[0].name, kinds
+        )
     if fixed is None:
         raise ConfigError(
             [
@@ -221,10 +279,16 @@ def read_folder(folder: str, fixed: str | None) -> CaptionedImages:
                 'pictures, or write that file with rows {"file_name", "prompt"}.'
             ]
         )
-    return CaptionedImages(str(path), [fixed] * len(files), lambda index: files[index].read_bytes())
+    names = [file.name for file in files]
+    return CaptionedImages(str(path), [fixed] * len(files), lambda index: files[index].read_bytes(), names)
 
 
 PICTURES_FILE = "pictures.json"  # of a run's folder: which pictures of its data set it was trained on
+
+
+def identities(rows: CaptionedRows) -> dict[str, list[Any]]:
+    """What PICTURES_FILE holds: places in the set, and digests of files and prompts."""
+    return {"indices": list(rows.indices), "digests": [one.hex() for one in rows.digests]}
 
 
 def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None) -> CaptionedRows:
@@ -234,11 +298,12 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
         dataset: that section of the run's config.yaml.
 
     Raises:
-        ConfigError: the run does not say which, or they are not there any more.
+        ConfigError: the run does not say which, or they are others, or not there any more.
     """
     path = run / PICTURES_FILE
     try:
-        indices = json.loads(path.read_bytes())["indices"]
+        saved = json.loads(path.read_bytes())
+        indices, digests = saved["indices"], saved["digests"]
         settings = {key: dataset[key] for key in ("resolution", "min_side")}
         folder, fixed = dataset["folder"], dataset["prompt"]
         where = [dataset[key] for key in ("hub_id", "hub_config", "split", "revision")]
@@ -261,7 +326,16 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
                 f"on number {beyond[0] + 1}; name with data_root where those are that it was trained on."
             ]
         )
-    return rows_of(images, indices, **settings)
+    rows = rows_of(images, indices, **settings)
+    if others := [row for row, one in enumerate(rows.digests) if one.hex() != digests[row]]:
+        raise ConfigError(
+            [
+                f"Invalid pictures of {run}: {row_name(images, indices[others[0]])} of {images.source} is not the "
+                f"picture, or has not the prompt, that the run was trained on ({len(others)} of {len(indices)}); put "
+                "them back, or name with data_root where they are."
+            ]
+        )
+    return rows
 
 
 # --- eight shapes

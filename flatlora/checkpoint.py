@@ -140,11 +140,31 @@ def trainable_sha256(model: nn.Module) -> str:
     return _tensors_sha256({plain_name(name): p for name, p in model.named_parameters() if p.requires_grad})
 
 
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+_PART_FILES = (*_WEIGHT_FILES, "*.json", "*.txt", "*.model")  # of a pipeline, whose parts' settings decide as much
+
+
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the weight files of an adapter, model or pipeline folder, in name order."""
+    """SHA-256 over the weight files of an adapter or model folder, in name order.
+
+    Of a pipeline of diffusers, and of one of its parts, settings and vocabularies count too: the scale of a VAE or the
+    number of timesteps stands in no weight.
+    """
+    if (folder / "model_index.json").is_file():  # one folder a part
+        patterns = ["model_index.json", *(f"*/{pattern}" for pattern in _PART_FILES)]
+    else:
+        patterns = _WEIGHT_FILES
+    return _files_sha256(folder, patterns)
+
+
+def part_sha256(folder: Path) -> str:
+    """As `weights_sha256`, of one part of a pipeline that has a folder of its own."""
+    return _files_sha256(folder, _PART_FILES)
+
+
+def _files_sha256(folder: Path, patterns: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    parts = "*/" if (folder / "model_index.json").is_file() else ""  # a pipeline of diffusers: one folder a part
-    for path in sorted(path for suffix in ("safetensors", "bin") for path in folder.glob(f"{parts}*.{suffix}")):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(f"{path.relative_to(folder)}|{_file_sha256(path)}|".encode())
     return digest.hexdigest()
 

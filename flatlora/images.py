@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 DIGITS = "scikit-learn/digits"
 _DIGITS_TRAIN = 1437  # of 1,797
-_BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)  # as PIL raises them
+BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)  # as PIL raises them
 _CHECKERS = 8  # threads: PIL lets go of Python's lock while it reads
 _BAR_FROM = 5000  # pictures; fewer are tried before a bar could be read
 _LARGEST_LABEL = 2**31 - 1
@@ -196,7 +196,7 @@ def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
     def tried(index: int, of: Callable[[int], Any]) -> Any:
         try:
             return of(index)
-        except _BROKEN as error:
+        except BROKEN as error:
             unknown = isinstance(error, UnidentifiedImageError)  # its own words hold the address of a buffer
             problems[index] = "no picture of a known format" if unknown else str(error).partition("\n")[0]
             problems[index] = problems[index] or type(error).__name__
@@ -210,8 +210,8 @@ def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
         first = min(problems)
         raise ConfigError(
             [
-                f"Broken image in {images.source}, row {first + 1}{others}: {problems[first]}; fetch the file again, "
-                "or leave the row out."
+                f"Broken image in {images.source}, {row_name(images, first)}{others}: {problems[first]}; fetch the "
+                "file again, or leave the row out."
             ]
         )
     if not remembered.is_file():
@@ -247,8 +247,19 @@ def _remember(path: Path, count: int) -> None:
         write_json(path, {"pictures": count, "pillow": PIL.__version__})
 
 
+def row_name(images: Pictures, index: int) -> str:
+    """How an error names one picture: by its file, where there is one."""
+    names = getattr(images, "names", None)
+    return f"row {index + 1}" + (f" ({names[index]})" if names else "")
+
+
 def open_image(images: Pictures, index: int) -> Image.Image:
-    """One picture in RGB. Wider greys are scaled to 8 bits, where PIL alone would cut them off at 255."""
+    """One picture in RGB."""
+    return decoded(images, index).convert("RGB")
+
+
+def decoded(images: Pictures, index: int) -> Image.Image:
+    """One picture in the mode of its file. Wider greys are scaled to 8 bits: PIL alone would cut them off at 255."""
     with Image.open(io.BytesIO(images.read(index))) as picture:
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of no known range")
@@ -256,8 +267,11 @@ def open_image(images: Pictures, index: int) -> Image.Image:
             wide = np.asarray(picture).astype(np.int64)
             if wide.min() < 0 or wide.max() > 65535:
                 raise ValueError("its grey is wider than 16 bits")
-            picture = Image.fromarray((wide / 257).round().astype(np.uint8))
-        return picture.convert("RGB")
+            grey = Image.fromarray((wide / 257).round().astype(np.uint8))
+            grey.info = picture.info  # how it is turned
+            return grey
+        picture.load()
+        return picture
 
 
 @dataclass

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch.utils.data import Dataset
 
 from flatlora import diffusion
 from flatlora.captioned import CaptionedImages, CaptionedRows
-from flatlora.checkpoint import weights_sha256
+from flatlora.checkpoint import part_sha256
 from flatlora.config import DiffusionModelConfig
 from flatlora.console import counting
 from flatlora.files import cache_folder, write_atomic
@@ -130,7 +131,8 @@ def encoded(
     """
     if not len(rows):
         return LatentRows([], [], [], [], timesteps=1, seed=seed, name=name)
-    path = cache_folder() / "latents" / f"{_key(rows, config, state, device, flip)}.safetensors"
+    key = _key(config, state, device, **_key_of_rows(rows, config, flip))
+    path = cache_folder() / "latents" / f"{key}.safetensors"
     tensors = _read(path) if path.is_file() else None
     if tensors is None:
         tensors = _encode(rows, config, source, device, flip)
@@ -148,21 +150,28 @@ def encoded(
     )
 
 
-def _key(rows: CaptionedRows, config: DiffusionModelConfig, state: str, device: torch.device, flip: bool) -> str:
+def _key(config: DiffusionModelConfig, state: str, device: torch.device, **more: Any) -> str:
+    """Of all that makes a cached file: the models, the machine, the packages, and `more`."""
     own_vae = config.vae_id is not None and Path(config.vae_id).is_dir()
     told = {
         "version": VERSION,
+        "model": state,
+        "vae": [config.vae_id, part_sha256(Path(config.vae_id)) if own_vae else None, config.vae_dtype],
+        "dtype": config.dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "packages": [importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "pillow")],
+        **more,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _key_of_rows(rows: CaptionedRows, config: DiffusionModelConfig, flip: bool) -> dict[str, Any]:
+    return {
         "pictures": [[place, one.hex()] for place, one in zip(rows.indices, rows.digests, strict=True)],
         "sizes": rows.sizes,
         "flip": flip,
-        "model": state,
-        "vae": [config.vae_id, weights_sha256(Path(config.vae_id)) if own_vae else None, config.vae_dtype],
-        "dtype": config.dtype,
         "text": not config.train_text_encoders,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "packages": [importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "pillow")],
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:
@@ -239,20 +248,35 @@ def class_pictures(
     Raises:
         ConfigError: the VAE makes NaN of one.
     """
-    told = json.dumps([VERSION, prompt, steps, size, state, config.vae_id, config.vae_dtype, config.dtype])
-    folder = cache_folder() / "class_images" / hashlib.sha256(told.encode()).hexdigest()[:40]
-    files = [folder / f"{number:05d}.png" for number in range(count)]
-    if missing := [number for number, file in enumerate(files) if not file.is_file()]:
+    folder = cache_folder() / "class_images" / _key(config, state, device, prompt=prompt, steps=steps, size=size)
+    files = [_kept_picture(folder, number) for number in range(count)]
+    if missing := [number for number, file in enumerate(files) if file is None]:
         pipeline = diffusion.pipeline_of(diffusion.load_denoiser(config, source, device), config, source, device)
         with counting(f"make pictures of {prompt!r}", len(missing)) as advance:
             for number in missing:
                 made = diffusion.sample(pipeline, [prompt], [number], size=size, steps=steps, guidance=CLASS_GUIDANCE)
-                write_atomic(files[number], png_of((made[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)))
+                png = png_of((made[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+                files[number] = folder / f"{number:05d}-{_sha256(png)}.png"
+                write_atomic(files[number], png)
                 advance(1)
         del pipeline
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return CaptionedImages(f"pictures of {prompt!r}", [prompt] * count, lambda index: files[index].read_bytes())
+
+
+def _kept_picture(folder: Path, number: int) -> Path | None:
+    """A picture that was made before and is still what its name says: training reads no other."""
+    for file in folder.glob(f"{number:05d}-*.png"):
+        if file.stem.partition("-")[2] == _sha256(file.read_bytes()):
+            return file
+        logger.warning("Broken cache file %s: it is made anew.", file)
+        file.unlink()
+    return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 CLASS_GUIDANCE = 5.0  # diffusers' default for SDXL

@@ -29,7 +29,18 @@ import yaml
 from flatlora.config import ConfigError, Experiment, identity_of
 from flatlora.files import write_atomic
 
-_RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numba", "numpy", "safetensors", "tokenizers")
+_RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "numba",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "pillow",
+    "diffusers",
+)
 
 
 class RunFolder:
@@ -325,7 +336,9 @@ def _has_wandb_key() -> bool:
 def environment() -> dict[str, Any]:
     """Versions and hardware of this process, for the record."""
     versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
+    for name in _RECORDED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # diffusers is an extra
+            versions[name] = importlib.metadata.version(name)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": versions,

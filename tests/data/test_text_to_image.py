@@ -1,5 +1,6 @@
 """Pictures with prompts: where they are read from, how they are cut, and what is refused before a model is loaded."""
 
+import io
 import json
 
 import numpy as np
@@ -10,7 +11,17 @@ from PIL import Image
 import run_exp
 from data import text_to_image
 from data.__main__ import main as show
-from flatlora.captioned import bucket_sizes, cover, picture_of, pictures_of_run, read_captioned, rows_of
+from flatlora.captioned import (
+    CaptionedImages,
+    bucket_sizes,
+    cover,
+    identities,
+    picture_of,
+    pictures_of_run,
+    read_captioned,
+    rows_of,
+    shape_of,
+)
 from flatlora.config import ConfigError
 from flatlora.rows import Source
 from tests.conftest import write_split
@@ -100,6 +111,42 @@ def test_a_picture_stands_upright_as_its_camera_says(tmp_path):
     assert prepared(root, "dataset.prompt=p").train.view(0).time_ids[:2].tolist() == [80, 60]
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "I;16", "RGBA"])
+def test_size_and_turn_of_a_file_are_those_of_its_picture(kind, mode):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    buffer = io.BytesIO()
+    try:
+        Image.new(mode, (120, 80)).save(buffer, kind, exif=turned)
+    except (OSError, ValueError):
+        pytest.skip(f"{kind} holds no {mode}")
+    images = CaptionedImages("one", ["p"], lambda index: buffer.getvalue())
+    upright = picture_of(images, 0)
+    assert shape_of(images, 0) == upright.size == (80, 120)
+    assert upright.getpixel((40, 60)) == ((255, 255, 255) if mode == "RGBA" else (0, 0, 0))  # transparent is white
+
+
+def test_what_a_folder_holds_besides_pictures_is_told(tmp_path, caplog):
+    root = folder_of(tmp_path / "own")
+    (root / "other.heic").write_bytes(b"")
+    assert len(prepared(root, "dataset.prompt=p").train) == 3
+    assert "1 things in" in caplog.text
+    assert "other.heic" in caplog.text
+    (tmp_path / "deep" / "inner").mkdir(parents=True)
+    assert "but inner; put some there" in faults(prepared, tmp_path / "deep", "dataset.prompt=p")[0]
+    assert "it is a file, not a folder" in faults(prepared, root / "0.png", "dataset.prompt=p")[0]
+
+
+def test_a_metadata_file_has_a_prompt_a_row_and_may_name_a_picture_twice(tmp_path, caplog):
+    rows = [{"file_name": "0.png", "prompt": "a"}, {"file_name": "0.png", "prompt": "b"}]
+    assert len(prepared(folder_of(tmp_path / "twice", metadata=rows)).train) == 2
+    assert "names 1 pictures more than once" in caplog.text
+    rows[1]["prompt"] = "  "
+    (fault,) = faults(prepared, folder_of(tmp_path / "blank", metadata=rows))
+    assert fault.endswith("row 2: it is blank; write one, or set dataset.prompt for all pictures.")
+
+
 def test_cover_cuts_the_middle():
     wide = Image.fromarray(np.arange(8, dtype=np.uint8)[None].repeat(4, 0) * 30)
     cut, top, left = cover(wide, (4, 4))
@@ -162,10 +209,20 @@ def test_a_class_folder_gives_the_prior(tmp_path):
 def test_the_pictures_of_a_run_are_found_again(tmp_path):
     own = folder_of(tmp_path / "own")
     words = (f"dataset.folder={own}", "dataset.prompt=p", "dataset.resolution=32")
-    (tmp_path / "pictures.json").write_text('{"indices": [2, 0]}')
     section = dataset(*words).model_dump()
+    trained = prepared(own, "dataset.prompt=p").train.only([2, 0])
+    (tmp_path / "pictures.json").write_text(json.dumps(identities(trained)))
     rows = pictures_of_run(tmp_path, section, None)
     assert list(rows.indices) == [2, 0]
+    whole = (own / "2.png").read_bytes()
+    picture(77).save(own / "2.png")
+    (fault,) = faults(pictures_of_run, tmp_path, section, None)
+    assert "row 3 (2.png) of" in fault
+    assert "that the run was trained on (1 of 2)" in fault
+    (own / "2.png").write_bytes(whole)
+    picture(78).save(own / "0a.png")  # the places of all others move
+    assert "(1 of 2)" in faults(pictures_of_run, tmp_path, section, None)[0]
+    (own / "0a.png").unlink()
     (own / "2.png").unlink()
     assert "has 2, and the run was trained on number 3" in faults(pictures_of_run, tmp_path, section, None)[0]
     (tmp_path / "pictures.json").unlink()
@@ -181,7 +238,7 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
         (["dataset.prompt=p", "dataset.train_rows=9"], ["Invalid dataset.train_rows=9: only 3 rows"]),
         (
             ["dataset.prompt=p", "dataset.train_rows=9", "dataset.class_prompt=c", "dataset.class_folder=nowhere"],
-            ["Invalid dataset.train_rows=9:", "Invalid dataset.folder=nowhere"],
+            ["Invalid dataset.train_rows=9:", "Invalid dataset.class_folder=nowhere: there is no such folder"],
         ),
     ],
 )
@@ -196,11 +253,11 @@ def test_bad_pictures_are_told(tmp_path, words, heads):
 def test_small_and_broken_pictures_are_named(tmp_path):
     root = folder_of(tmp_path / "own", sizes=((80, 60), (12, 90), (9, 9)))
     (fault,) = faults(prepared, root, "dataset.prompt=p")
-    assert "row 2 (and 1 more): it is 12 × 90 pixels" in fault
+    assert "row 2 (1.png) (and 1 more): it is 12 × 90 pixels" in fault
     (root / "0.png").write_bytes(b"no picture")
-    (fault,) = faults(prepared, root, "dataset.prompt=p")
-    assert "row 1" in fault
-    assert "no picture of a known format" in fault
+    broken, small = faults(prepared, root, "dataset.prompt=p")
+    assert "row 1 (0.png): no picture of a known format" in broken
+    assert "row 2 (1.png) (and 1 more)" in small
     (tmp_path / "empty").mkdir()
     assert "no picture is in it" in faults(prepared, tmp_path / "empty", "dataset.prompt=p")[0]
 
@@ -217,6 +274,10 @@ def test_small_and_broken_pictures_are_named(tmp_path):
         (
             ["dataset=shapes", "dataset.class_prompt=c", "dataset.class_images=2", "dataset.buckets=true"],
             "Invalid dataset.buckets=true with dataset.class_prompt=c",
+        ),
+        (
+            ["dataset=shapes", "dataset.buckets=true", "dataset.bucket_step=128"],
+            "Invalid dataset.bucket_step=128 with dataset.resolution=64",
         ),
         (["dataset=shapes", "dataset.resolution=8", "eval=[]"], "Invalid dataset.resolution=8: it must be ≥ 16"),
     ],
@@ -262,4 +323,4 @@ def test_rows_of_says_which_row_of_the_set(tmp_path):
     write_split(tmp_path, *SOURCE[:3], [{"image": f"{n}.png", "prompt": "p"} for n in range(2)])
     images = read_captioned(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
     assert len(rows_of(images, [0], resolution=32, min_side=16)) == 1
-    assert "row 2: it is 5 × 5" in faults(lambda: rows_of(images, [1], resolution=32, min_side=16))[0]
+    assert "row 2 (1.png): it is 5 × 5" in faults(lambda: rows_of(images, [1], resolution=32, min_side=16))[0]
