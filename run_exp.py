@@ -272,8 +272,11 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
         lambda: models.check_weights(experiment.model, device),
         read,
     )
-    known = {"image": lambda: {"classes": rows.classes.names}, "text": lambda: {"tokenizer": processor}}
-    known = known.get(kind, dict)()
+    known = {
+        "image": lambda: {"classes": rows.classes.names},
+        "text": lambda: {"tokenizer": processor},
+        "captioned": lambda: {"model": experiment.model},
+    }[kind]()
     gather(
         lambda: _check_validation(experiment, len(rows.validation)),
         *(
@@ -336,6 +339,8 @@ def read_captioned(experiment: Experiment, processor: None) -> text_to_image.Pre
     rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
     batch, count = experiment.optim.batch_size, len(rows.train)
     faults = models.size_faults(experiment.model, rows.train.sizes)
+    prompts = [part.prompt(row) for part in (rows.test, rows.validation) for row in range(len(part))]
+    models.tell_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
     if count < batch:
         faults.append(
             f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} pictures to "

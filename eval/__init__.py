@@ -4,7 +4,7 @@ An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...
 
     Config                                 its config section, with `max_rows` and `batch_size`
     ROW_COLUMNS                            what a row has, as `flatlora.rows.Columns`; empty if it asks rows of its own
-    check_rows(rows, source, config, tokenizer=None, classes=None)
+    check_rows(rows, source, config, tokenizer=None, classes=None, model=None)
                                            ConfigError for rows that cannot be scored; no model is needed. What is
                                            known of the model by then is its tokenizer, or its classes' names
     run(backend, rows, folder, config)     answers and scores rows; returns the score, {"scorer", "n", "metrics"}
@@ -14,7 +14,8 @@ An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...
     FIELDS                                 keys of such a row, and their types
     GENERATES                              whether words are asked for, which every backend has; text alone
     SCORING                                settings that decide scores and no answer; none by default
-    IS_SHARE                               False where scores are no shares of one; True by default
+    IS_SHARE, DIGITS                       False where scores are no shares of one, and how many decimals they are then
+                                           shown with; True and 2 by default
     OWN_ROWS                               whether a run asks the benchmark's own rows, not its data set's; text alone
     KIND                                   "text", "image" or "captioned": of the data sets that it scores
     HEADLINE, SCORER_VERSION               the metric of tables; raised whenever the same answers score otherwise

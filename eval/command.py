@@ -467,7 +467,8 @@ def _training_pictures(module: ModuleType, target: Target, place: Place, config:
     rows: Sequence[Any] = []
     if place.run is not None and KINDS[place.model.family] == "captioned":
         rows = pictures_of_run(place.run, place.dataset, target.data_root or place.data_root)
-    module.check_rows(rows, "the run's training pictures", config)
+    model = place.model or model_of(place.weights)
+    module.check_rows(rows, "the run's training pictures", config, model=model)
     return rows
 
 
@@ -555,7 +556,7 @@ def _load(
         dtype = place.model.dtype if place.model else str(next(model.parameters()).dtype).removeprefix("torch.")
     parts = {}
     if kind == "captioned":
-        config = place.model or model_of(place.weights)
+        config = (place.model or model_of(place.weights)).model_copy(update={"dtype": dtype})
         parts = {"config": config, "source": backbone_source(config)}
     return _BACKENDS[kind](
         model,

@@ -131,11 +131,12 @@ def _check_alike(benchmark: str, a: Path, b: Path) -> None:
 def print_comparisons(a: str, b: str, found: Sequence[Comparison]) -> None:
     """One table on standard output."""
     table = Table(title=f"A = {a}\nB = {b}", title_justify="left")
-    for column in ("benchmark", "questions", "A", "B", "B − A", f"{CONFIDENCE:.0%} interval", "A only", "B only", "p"):
+    interval = f"{CONFIDENCE:.0%} interval"
+    for column in ("benchmark", "questions", "A", "B", "B − A", interval, "A better", "B better", "p"):
         table.add_column(column, justify="left" if column == "benchmark" else "right", no_wrap=True)
     for one in found:
         share = getattr(benchmarks.evaluator(one.benchmark), "IS_SHARE", True)
-        form = "{:+.2%}" if share else "{:+.2f}"
+        form = "{:+.2%}" if share else f"{{:+.{getattr(benchmarks.evaluator(one.benchmark), 'DIGITS', 2)}f}}"
         interval = " to ".join(map(form.format, one.interval)) if one.interval else "—"
         table.add_row(
             f"{one.benchmark} {benchmarks.evaluator(one.benchmark).HEADLINE}",

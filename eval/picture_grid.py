@@ -45,7 +45,7 @@ def grid_figure(models: Sequence[Shown]) -> matplotlib.figure.Figure:
     figure = matplotlib.figure.Figure(figsize=(width, whole))
     top = whole  # inches above the lower edge
     for prompt, text, height in zip(prompts, texts, heights, strict=True):
-        figure.text(_GAP / width, (top - _GAP) / whole, text, fontsize=9, weight="bold", va="top")
+        figure.text(_GAP / width, (top - _GAP) / whole, text, fontsize=9, weight="bold", va="top", parse_math=False)
         for place, (seed, number) in enumerate(columns):
             if (prompt, seed) not in shared:
                 continue
@@ -54,7 +54,7 @@ def grid_figure(models: Sequence[Shown]) -> matplotlib.figure.Figure:
             axis.set_axis_off()
             axis.imshow(_picture(known[number][prompt, seed]), interpolation="nearest")
             caption = ", ".join(filter(None, [models[number][0], f"seed {seed}"]))
-            axis.set_title(caption, fontsize=7, pad=3)
+            axis.set_title(caption, fontsize=7, pad=3, parse_math=False)
         top -= height
     return figure
 

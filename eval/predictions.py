@@ -117,6 +117,7 @@ def collect(
     settings: Mapping[str, Any],
     each: Each | None = None,
     on_progress: OnProgress | None = None,
+    still: Callable[[Mapping[str, Any]], bool] = lambda row: True,
 ) -> Path:
     """Answer every row into `folder`/predictions.jsonl, in the rows' order; returns that path.
 
@@ -129,6 +130,7 @@ def collect(
         answer: indices of a batch → what is added to each of its rows.
         fields: keys of a whole row, and their types.
         settings: what decides the answers besides the rows; kept in generation.json.
+        still: whether what a row names is still there; others are answered anew.
         each: how to ask row by row, several at a time, as `eval.backends.Generator` has it; None asks in batches.
 
     Raises:
@@ -139,6 +141,7 @@ def collect(
     hashed = hashlib.sha256(json.dumps(list(asked), default=str).encode()).hexdigest()
     settings = {**settings, "rows": len(asked), "prompts_sha256": hashed}
     done = _finished_rows(folder, [path, partial], settings, asked, fields)
+    done = {index: row for index, row in done.items() if still(row)}
     if partial.is_file():
         write_atomic(partial, jsonl(done.values()))  # without a torn last line, which an append would run into
     write_json(folder / "generation.json", settings)

@@ -16,6 +16,7 @@ resolution, clip, captioner, max_rows, batch_size, device, out=DIR, score_only=t
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,13 +30,16 @@ from PIL import Image
 from eval import predictions
 from eval.backends.diffusion import DiffusionBackend
 from eval.picture_grid import write_grid
+from eval.place import YAML_ERRORS
 from eval.similarity import Captioner, Similarity
 from flatlora.captioned import CaptionedRows, picture_of
-from flatlora.config import ConfigError, Section, setting
+from flatlora.config import ConfigError, DiffusionModelConfig, Section, setting
 from flatlora.files import write_atomic
 from flatlora.images import png_of
-from flatlora.models import check_captioner, check_clip
+from flatlora.models import check_captioner, check_clip, size_factor, tell_long_prompts
 from flatlora.rows import gather
+
+logger = logging.getLogger(__name__)
 
 KIND = "captioned"
 SCORER_VERSION = 1
@@ -43,7 +47,7 @@ HEADLINE = "image_text"
 ROW_COLUMNS: dict[str, str] = {}
 SCORES = ("image_text", "text_text", "image_image")
 FIELDS: predictions.Fields = {"index": int, "prompt": str, "seed": int, "file": str, "image_text": float}
-IS_SHARE = False
+IS_SHARE, DIGITS = False, 4
 _TRAINING_PROMPTS, _TRAINING_SEEDS = 8, [0, 1, 2, 3]
 PROMPTS = Path(__file__).parent / "prompts"
 GRID = "grid.png"
@@ -83,17 +87,17 @@ def read_prompts(name: str, rows: CaptionedRows | Sequence[Any] = ()) -> Prompts
     needed = 'prompts: ["a 3d icon of a boat"] and seeds: [0, 1]'
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *YAML_ERRORS) as error:
         known = ", ".join(sorted(file.stem for file in PROMPTS.glob("*.yaml")))
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise ConfigError(
             [f"Invalid eval.text_to_image.prompts={name}: {reason}; name one of {known}, or a YAML file with {needed}."]
         ) from error
     faults = []
-    for key, kind, words in (("prompts", str, "texts"), ("seeds", int, "whole numbers from 0")):
+    for key, kind, words in (("prompts", str, "texts"), ("seeds", int, "whole numbers from 0 to 2^63 − 1")):
         values = found.get(key) if isinstance(found, dict) else None
         good = isinstance(values, list) and values and all(type(value) is kind for value in values)
-        if not good or (kind is int and min(values) < 0):
+        if not good or (kind is int and not 0 <= min(values) <= max(values) < 2**63):
             faults.append(f"Invalid {key} in {path}: a list of {words} is needed, as in {needed}.")
         elif len(set(values)) < len(values):
             faults.append(f"Invalid {key} in {path}: one of them stands there twice; every picture is drawn once.")
@@ -104,16 +108,35 @@ def read_prompts(name: str, rows: CaptionedRows | Sequence[Any] = ()) -> Prompts
     return Prompts(found["prompts"], found["seeds"])
 
 
-def check_rows(rows: CaptionedRows | Sequence[Any], source: str, config: Config, **known: Any) -> None:
+def check_rows(
+    rows: CaptionedRows | Sequence[Any], source: str, config: Config, *, model: DiffusionModelConfig, **known: Any
+) -> None:
     """
+    Args:
+        model: what draws.
+
     Raises:
-        ConfigError: prompts that cannot be read, or models that score which are not there.
+        ConfigError: prompts that cannot be read, a size that cannot be drawn, or models that score which are not there.
     """
-    gather(
+    wanted, *_ = gather(
         lambda: read_prompts(config.prompts, rows),
+        lambda: _refuse_size(config.resolution, model),
         lambda: check_clip(config.clip),
         lambda: check_captioner(config.captioner) if config.captioner else None,
     )
+    if config.prompts != "training":  # whoever read the pictures has spoken of theirs
+        tell_long_prompts(model, wanted.prompts)
+
+
+def _refuse_size(resolution: int, model: DiffusionModelConfig) -> None:
+    factor = size_factor(model, drawn=True)
+    if resolution % factor:
+        raise ConfigError(
+            [
+                f"Invalid eval.text_to_image.resolution={resolution}: {model.hub_id} draws pictures whose sides are "
+                f"multiples of {factor}; choose {resolution // factor * factor or factor}."
+            ]
+        )
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -173,6 +196,7 @@ def run(
             "compared_with": _pictures_sha256(rows),
         },
         on_progress=on_progress,
+        still=lambda row: (folder / row["file"]).is_file(),
     )
     return score_file(path, config)
 
@@ -223,7 +247,10 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
     """As `predictions.score_file`; draws grid.png too, of pictures that are there."""
     result = predictions.score_file(path, FIELDS, score)
     rows = predictions.read(path, FIELDS)
-    if all((path.parent / row["file"]).is_file() for row in rows):
+    if lost := [row["file"] for row in rows if not (path.parent / row["file"]).is_file()]:
+        logger.warning("%d pictures of %s are not there, %s among them: no grid.", len(lost), path.parent, lost[0])
+        (path.parent / GRID).unlink(missing_ok=True)
+    else:
         write_grid(path.parent / GRID, [("", path.parent, rows)])
     return result
 

@@ -57,6 +57,7 @@ FOLDER_NAME = r"^[^/\s\x00.][^/\s\x00]{0,99}$"
 
 
 class ModelConfig(Section):
+    hub_setting: ClassVar[str] = "model.hub_id"  # what faults call `hub_id`
     index_file: ClassVar[str] = "config.json"  # of a model's folder: says what the model is
     name: str = setting(pattern=FOLDER_NAME)
     hub_id: str  # hub repository or local folder
@@ -76,10 +77,10 @@ class ModelConfig(Section):
 
     def counting_with(self, name: str) -> ModelConfig:
         """The model whose tokenizer `dataset.limit_tokenizer` names: a hub id or a folder."""
-        return self.model_copy(update={"hub_id": name, "revision": None, "embedded": None})
+        return _CountingConfig(**self.model_dump() | {"hub_id": name, "revision": None, "embedded": None})
 
     def rule_faults(self) -> list[str]:
-        faults = []
+        faults = self._revision_faults()
         if self.quantize != "none" and self.family == "clip":
             faults.append(
                 f"Invalid model.quantize={self.quantize} with model={self.name} (clip): its text tower is read once "
@@ -91,6 +92,18 @@ class ModelConfig(Section):
                 "leave the key out, or choose a CLIP model."
             )
         return faults
+
+    def _revision_faults(self) -> list[str]:
+        if self.revision is None or self.embedded is None:
+            return []
+        return [
+            f"Invalid model.revision={self.revision} with model.embedded={self.embedded}: only the hub has revisions; "
+            "leave the key out."
+        ]
+
+
+class _CountingConfig(ModelConfig):
+    hub_setting: ClassVar[str] = "dataset.limit_tokenizer"
 
 
 class DiffusionModelConfig(ModelConfig):
@@ -111,7 +124,7 @@ class DiffusionModelConfig(ModelConfig):
 
     def rule_faults(self) -> list[str]:
         unread = {"attn": "auto", "quantize": "none", "head": "text", "generated_test_rows": None}
-        return [
+        return self._revision_faults() + [
             f"Invalid model.{key}={getattr(self, key)} with model={self.name} (sdxl): nothing reads it for a diffusion "
             "model; leave the key out."
             for key, plain in unread.items()
@@ -506,6 +519,12 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             ("model.dtype", "trainer.device"),
             f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
             "model.dtype=bfloat16 or float32.",
+        )
+    if experiment.dataset.kind == "captioned" and optim.group_by_length:
+        yield (
+            ("dataset.kind", "optim.group_by_length"),
+            f"Invalid optim.group_by_length=true with dataset={experiment.dataset.name}: pictures have no length; "
+            "leave the key out (dataset.buckets=true puts pictures of one shape together).",
         )
     if experiment.resume and experiment.flat and rho.mode == "inplace":
         yield (

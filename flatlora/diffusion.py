@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import ModelOutput
 
-from flatlora.config import ConfigError, DiffusionModelConfig
+from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
+from flatlora.rows import hub_is_reachable
+from flatlora.sources import hub_faults
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class DenoisingOutput(ModelOutput):
 
 class Denoiser(nn.Module):
     """latents, noise, timesteps and prompts of a micro-batch → its loss.
+
+    min-SNR weighs rows of prior preservation as all others.
 
     Args:
         unet: a UNet2DConditionModel.
@@ -222,12 +226,28 @@ def load_vae(config: DiffusionModelConfig, source: str, device: torch.device) ->
     """The VAE in `config.vae_dtype`: the pipeline's own, or `config.vae_id`."""
     import diffusers
 
-    own = config.vae_id is None
-    options = {"subfolder": "vae", "variant": config.variant, **options_of(config, source)} if own else {}
-    dtype = getattr(torch, config.vae_dtype)
-    with _quiet_diffusers():
-        vae = diffusers.AutoencoderKL.from_pretrained(source if own else config.vae_id, torch_dtype=dtype, **options)
+    name, options = _vae_place(config, source)
+    with _quiet_diffusers(), _vae_faults(config):
+        vae = diffusers.AutoencoderKL.from_pretrained(name, torch_dtype=getattr(torch, config.vae_dtype), **options)
     return vae.requires_grad_(False).eval().to(device)
+
+
+class _VAEConfig(ModelConfig):
+    hub_setting: ClassVar[str] = "model.vae_id"
+
+
+def _vae_place(config: DiffusionModelConfig, source: str) -> tuple[str, dict[str, Any]]:
+    """Where the VAE is, and the keywords that say so."""
+    if config.vae_id is not None:
+        return config.vae_id, {}
+    return source, {"subfolder": "vae", "variant": config.variant, **options_of(config, source)}
+
+
+def _vae_faults(config: DiffusionModelConfig) -> contextlib.AbstractContextManager:
+    """Faults of a VAE that is not the pipeline's, by its own setting's name."""
+    if config.vae_id is None:
+        return contextlib.nullcontext()
+    return hub_faults(_VAEConfig(name="vae", hub_id=config.vae_id, family="sdxl"))
 
 
 def load_text_encoders(config: DiffusionModelConfig, source: str, device: torch.device) -> list[nn.Module]:
@@ -250,32 +270,39 @@ def _quiet_diffusers() -> Iterator[None]:
     """No bars and notes of the library: what matters is said by this suite."""
     import diffusers
 
-    level = diffusers.utils.logging.get_verbosity()
+    level, bars = diffusers.utils.logging.get_verbosity(), diffusers.utils.logging.is_progress_bar_enabled()
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
         diffusers.utils.logging.set_verbosity(level)
+        if bars:
+            diffusers.utils.logging.enable_progress_bar()
+
+
+DRAWN_FACTOR = 8  # of sides, in diffusers' pipeline
 
 
 def size_factor(config: DiffusionModelConfig, source: str) -> int:
     """What both sides of a picture must be multiples of: how often VAE and UNet halve it."""
     import diffusers
 
-    own = config.vae_id is None
-    options = {"subfolder": "vae", **options_of(config, source)} if own else {}
-    vae = diffusers.AutoencoderKL.load_config(source if own else config.vae_id, **options)
+    name, options = _vae_place(config, source)
+    options.pop("variant", None)
+    with _vae_faults(config):
+        vae = diffusers.AutoencoderKL.load_config(name, **options)
     unet = diffusers.UNet2DConditionModel.load_config(source, subfolder=UNET, **options_of(config, source))
     return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
 
 
-def weight_files(config: DiffusionModelConfig) -> list[str]:
-    """Names that the UNet's weights may have, one of which is there."""
+def weight_files(config: DiffusionModelConfig, part: str = UNET) -> list[str]:
+    """Names that the weights of a part may have, one of which is there."""
+    stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
     variant = f".{config.variant}" if config.variant else ""
-    names = [f"diffusion_pytorch_model{variant}.safetensors", f"diffusion_pytorch_model{variant}.bin"]
-    names.append(f"diffusion_pytorch_model.safetensors.index{variant}.json")
-    return [f"{UNET}/{name}" for name in names]
+    names = [f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"]
+    names += ["pytorch_model.bin"] if part in TEXT_ENCODERS else [f"{stem}{variant}.bin"]
+    return [f"{part}/{name}" for name in names]
 
 
 def commit_hash(config: DiffusionModelConfig, source: str) -> str:
@@ -291,12 +318,16 @@ def part_faults(config: DiffusionModelConfig, source: str) -> list[str]:
     """What a pipeline lacks of its parts; nothing is loaded."""
     from transformers.utils.hub import has_file
 
-    files = [INDEX, "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
-    files += [f"{name}/config.json" for name in TEXT_ENCODERS]
+    weighed = [*TEXT_ENCODERS, *(["vae"] if config.vae_id is None else [])]  # the UNet's own are looked for elsewhere
+    files = [[INDEX], ["scheduler/scheduler_config.json"], *([f"{name}/config.json"] for name in (UNET, *weighed))]
+    files += [[f"{name}/tokenizer_config.json"] for name in _TOKENIZERS]
+    files += [weight_files(config, name) for name in weighed]
     options = options_of(config, source)
-    missing = [name for name in files if not has_file(source, name, **options)]
+    missing = [names[0] for names in files if not any(has_file(source, name, **options) for name in names)]
     if not missing:
         return []
+    if not os.path.isdir(source) and not hub_is_reachable():
+        raise OSError("offline")  # what speaks_of_the_network knows
     return [
         f"Invalid model.hub_id={config.hub_id}: {', '.join(missing)} is not there, so it is no SDXL pipeline; name a "
         "repository or folder in diffusers' layout, made by save_pretrained or `hf download`."
@@ -306,26 +337,31 @@ def part_faults(config: DiffusionModelConfig, source: str) -> list[str]:
 def token_ids(
     tokenizers: Sequence[transformers.PreTrainedTokenizerBase], prompts: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of both tokenizers, B × their limit. Prompts that are longer are cut, which is said once."""
-    ids = []
+    """Ids of both tokenizers, B × their limit; `tell_long_prompts` speaks of those that are cut."""
+    return tuple(
+        tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )["input_ids"]
+        for tokenizer in tokenizers
+    )
+
+
+def tell_long_prompts(tokenizers: Sequence[transformers.PreTrainedTokenizerBase], prompts: Sequence[str]) -> None:
+    """Warn, once for all of them, of prompts that are longer than a tokenizer's limit."""
+    texts = list(dict.fromkeys(prompts))
     for tokenizer in tokenizers:
-        whole = [len(one) for one in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
-        long = [prompt for prompt, length in zip(prompts, whole, strict=True) if length > tokenizer.model_max_length]
-        if long and tokenizer is tokenizers[0]:
+        lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]] if texts else []
+        limit = tokenizer.model_max_length
+        if long := [text for text, length in zip(texts, lengths, strict=True) if length > limit]:
             logger.warning(
                 "%d of %d prompts are longer than %d tokens and are cut there; the first: %.60s…",
-                *(len(set(long)), len(set(prompts)), tokenizer.model_max_length, long[0]),
+                *(len(long), len(texts), limit, long[0]),
             )
-        ids.append(
-            tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )["input_ids"]
-        )
-    return tuple(ids)
+            return
 
 
 # --- between pictures and latents
@@ -405,7 +441,7 @@ def pipeline_of(denoiser: Denoiser, config: DiffusionModelConfig, source: str, d
     encoders = (
         [getattr(denoiser, name) for name in TEXT_ENCODERS] if plain else load_text_encoders(config, source, device)
     )
-    scheduler = json.loads(_scheduler_file(config, source).read_bytes())["_class_name"]
+    scheduler = _described(config, source, "scheduler", "scheduler_config.json")["_class_name"]
     with _quiet_diffusers():
         pipeline = diffusers.StableDiffusionXLPipeline(
             vae=load_vae(config, source, device),
@@ -418,15 +454,22 @@ def pipeline_of(denoiser: Denoiser, config: DiffusionModelConfig, source: str, d
                 source, subfolder="scheduler", **options_of(config, source)
             ),
             add_watermarker=False,
+            **_pipeline_settings(config, source),
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _scheduler_file(config: DiffusionModelConfig, source: str) -> Path:
+def _pipeline_settings(config: DiffusionModelConfig, source: str) -> dict[str, bool]:
+    """What a pipeline says of itself besides its parts."""
+    described = _described(config, source, "", INDEX)
+    return {key: described[key] for key in ("force_zeros_for_empty_prompt",) if key in described}
+
+
+def _described(config: DiffusionModelConfig, source: str, part: str, file: str) -> dict[str, Any]:
     from transformers.utils import cached_file
 
-    return Path(cached_file(source, "scheduler_config.json", subfolder="scheduler", **options_of(config, source)))
+    return json.loads(Path(cached_file(source, file, subfolder=part, **options_of(config, source))).read_bytes())
 
 
 @torch.no_grad()
@@ -442,6 +485,8 @@ def sample(
 ) -> torch.Tensor:
     """Pictures (B × 3 × size × size, FP32, 0 to 1, host); each depends on its own prompt and seed alone.
 
+    Denoising follows the caller's autocast; the VAE keeps its own dtype.
+
     Raises:
         ConfigError: as `moments`.
     """
@@ -456,7 +501,8 @@ def sample(
             guidance_scale=guidance,
             output_type="latent",
         ).images
-    return decode(pipeline.vae, latents)
+    with torch.autocast(latents.device.type, enabled=False):
+        return decode(pipeline.vae, latents)
 
 
 # --- adapters for diffusers

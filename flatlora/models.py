@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import transformers
@@ -224,19 +225,30 @@ def load_image_processor(config: ModelConfig) -> Any:
         return cls.from_pretrained(source, **options)
 
 
-def clip_config(name: str) -> ModelConfig:
+class _ScorerConfig(ModelConfig):
+    hub_setting: ClassVar[str] = "eval.text_to_image.clip"
+
+
+class _CaptionerConfig(ModelConfig):
+    hub_setting: ClassVar[str] = "eval.text_to_image.captioner"
+
+
+def scorer_config(name: str) -> ModelConfig:
     """A whole CLIP by its hub id or folder."""
     embedded = "random-clip" if name == "flatlora/random-clip" else None
-    return ModelConfig(name="clip", hub_id=name, family="clip", dtype="float32", embedded=embedded)
+    return _ScorerConfig(name="clip", hub_id=name, family="clip", dtype="float32", embedded=embedded)
 
 
 def check_clip(name: str) -> None:
-    """See that `load_clip` will find weights.
+    """See that `load_clip` will find all that it reads.
 
     Raises:
         ConfigError: as `check_weights`.
     """
-    check_weights(clip_config(name), torch.device("cpu"))
+    config = scorer_config(name)
+    check_weights(config, torch.device("cpu"))
+    load_tokenizer(config)
+    load_image_processor(config)
 
 
 def load_clip(name: str, device: torch.device) -> tuple[CLIPModel, PreTrainedTokenizerBase, Any]:
@@ -245,7 +257,7 @@ def load_clip(name: str, device: torch.device) -> tuple[CLIPModel, PreTrainedTok
     Raises:
         ConfigError: they cannot be had; with the ways out.
     """
-    config = clip_config(name)
+    config = scorer_config(name)
     source, options = source_and_options(config)
     with hub_faults(config):
         model = transformers.CLIPModel.from_pretrained(source, dtype=torch.float32, **options)
@@ -253,16 +265,18 @@ def load_clip(name: str, device: torch.device) -> tuple[CLIPModel, PreTrainedTok
 
 
 def _captioner_config(name: str) -> ModelConfig:
-    return ModelConfig(name="captioner", hub_id=name, family="causal_lm", dtype="float32")
+    return _CaptionerConfig(name="captioner", hub_id=name, family="causal_lm", dtype="float32")
 
 
 def check_captioner(name: str) -> None:
-    """See that `load_captioner` will find weights.
+    """See that `load_captioner` will find all that it reads.
 
     Raises:
         ConfigError: as `check_weights`.
     """
     check_weights(_captioner_config(name), torch.device("cpu"))
+    with hub_faults(_captioner_config(name)):
+        transformers.AutoProcessor.from_pretrained(name)
 
 
 def load_captioner(name: str, device: torch.device) -> tuple[nn.Module, Any]:
@@ -309,7 +323,7 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
     with hub_faults(config):
         if not any(has_file(source, name, **options) for name in files):
             faults.append(
-                f"Invalid model.hub_id={config.hub_id}: it holds no weights, or they cannot be reached "
+                f"Invalid {config.hub_setting}={config.hub_id}: it holds no weights, or they cannot be reached "
                 f"({', '.join(files)}); connect to the network, or name a whole model, made by save_pretrained "
                 "or `hf download`."
             )
@@ -394,10 +408,31 @@ def autocast_dtype(setting: str, backbone: str) -> torch.dtype | None:
     return torch.bfloat16 if wanted else None
 
 
-def size_faults(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]]) -> list[str]:
-    """Sizes of pictures (H, W) that the parts of a pipeline cannot halve as often as they do."""
+def size_factor(config: DiffusionModelConfig, *, drawn: bool = False) -> int:
+    """What both sides of a picture must be multiples of: of a drawn one, of what diffusers asks for besides.
+
+    Raises:
+        ConfigError: the pipeline cannot be had; with the ways out.
+    """
     with hub_faults(config):
         factor = diffusion.size_factor(config, backbone_source(config))
+    return math.lcm(factor, diffusion.DRAWN_FACTOR) if drawn else factor
+
+
+def tell_long_prompts(config: DiffusionModelConfig, prompts: Sequence[str]) -> None:
+    """Warn of prompts that are longer than the model's tokenizers allow: they are cut.
+
+    Raises:
+        ConfigError: the tokenizers cannot be had; with the ways out.
+    """
+    with hub_faults(config):
+        tokenizers = diffusion.load_tokenizers(config, backbone_source(config))
+    diffusion.tell_long_prompts(tokenizers, prompts)
+
+
+def size_faults(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """Sizes of pictures (H, W) that the parts of a pipeline cannot halve as often as they do."""
+    factor = size_factor(config)
     odd = sorted({size for size in sizes if size[0] % factor or size[1] % factor})
     return [
         f"Invalid dataset.resolution or dataset.bucket_step: pictures of {height} × {width} pixels, and both sides "

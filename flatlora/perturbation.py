@@ -381,11 +381,20 @@ class _RecomputedLinear(torch.autograd.Function):
 
 
 def _recomputed_convolution(x: torch.Tensor, layer: PerturbedLayer, reading: Reading) -> torch.Tensor:
-    module, padding = layer.module, layer.module.padding
-    if module.padding_mode != "zeros" or isinstance(padding, str):  # what convolutions pad by themselves is zeros
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x, padding = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode), (0, 0)
-    return _RecomputedConvolution.apply(x, module.bias, layer, reading, padding)
+    module, single = layer.module, x.dim() == 3
+    x, padding = _padded(x[None] if single else x, module)
+    y = _RecomputedConvolution.apply(x, module.bias, layer, reading, padding)
+    return y[0] if single else y
+
+
+def _padded(x: torch.Tensor, module: nn.Conv2d) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The input, and the zeros that the convolution itself puts around it, as torch shares the two out."""
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    if module.padding_mode != "zeros":
+        return functional.pad(x, (left, right, top, bottom), mode=module.padding_mode), (0, 0)
+    if (left, top) != (right, bottom):  # padding="same" of an even kernel: one more at the end
+        x = functional.pad(x, (0, right - left, 0, bottom - top))
+    return x, (top, left)
 
 
 class _RecomputedConvolution(torch.autograd.Function):
@@ -407,26 +416,24 @@ class _RecomputedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        module, grad_x, grad_bias = ctx.layer.module, None, None
-        if ctx.needs_input_grad[0]:
-            # What autograd itself calls; of x it reads the layout alone, which decides how the product is made.
-            like_x = torch.empty_strided(*ctx.input_layout, dtype=grad_y.dtype, device=grad_y.device)
-            grad_x, _, _ = torch.ops.aten.convolution_backward(
-                grad_y,
-                like_x,
-                ctx.reading.weight().to(grad_y.dtype),
-                None,
-                module.stride,
-                ctx.padding,
-                module.dilation,
-                False,
-                (0, 0),
-                module.groups,
-                (True, False, False),
-            )
-            grad_x = grad_x.to(ctx.input_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad_y.sum(dim=(0, 2, 3)).to(module.bias.dtype)
+        module, (of_x, of_bias) = ctx.layer.module, ctx.needs_input_grad[:2]
+        # What autograd itself calls; of x it reads the layout alone, which decides how the product is made.
+        like_x = torch.empty_strided(*ctx.input_layout, dtype=grad_y.dtype, device=grad_y.device)
+        grad_x, _, grad_bias = torch.ops.aten.convolution_backward(
+            grad_y,
+            like_x,
+            ctx.reading.weight().to(grad_y.dtype),
+            [len(module.bias)] if of_bias else None,
+            module.stride,
+            ctx.padding,
+            module.dilation,
+            False,
+            (0, 0),
+            module.groups,
+            (of_x, False, of_bias),
+        )
+        grad_x = grad_x.to(ctx.input_dtype) if of_x else None
+        grad_bias = grad_bias.to(module.bias.dtype) if of_bias else None
         return grad_x, grad_bias, None, None, None
 
 

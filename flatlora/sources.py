@@ -93,8 +93,8 @@ def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
     if "gated" in str(error).lower() or "401" in reason or "403" in reason:
         remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
     else:
-        remedy = "connect to the network, or set model.hub_id=FOLDER to a local copy made with `hf download`"
-    return f"Cannot load model.hub_id={config.hub_id}: {reason} To go on, {remedy}."
+        remedy = f"connect to the network, or set {config.hub_setting}=FOLDER to a local copy made with `hf download`"
+    return f"Cannot load {config.hub_setting}={config.hub_id}: {reason} To go on, {remedy}."
 
 
 def _converted_folder(name: str) -> Path:

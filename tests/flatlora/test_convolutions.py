@@ -75,6 +75,43 @@ def test_modes_are_bit_identical(dtype, autocast):
         assert torch.equal(one, third)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("layout", ["one picture", "contiguous", "channels last"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 3, "padding": "same", "dilation": 2},
+        {"kernel_size": (2, 3), "padding": "same"},
+        {"kernel_size": 3, "padding": (1, 0), "stride": 2},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    ],
+    ids=lambda settings: "-".join(f"{key}={value}" for key, value in settings.items()),
+)
+def test_recomputed_convolutions_take_all_that_copies_take(settings, layout):
+    """Also a trained bias: loss and all gradients have the same bits."""
+
+    def gradients(mode):
+        torch.manual_seed(3)
+        model = get_peft_model(
+            nn.Sequential(nn.Conv2d(4, 6, **settings)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        )
+        (layer,) = find_lora_layers(model)
+        layer.module.bias.requires_grad_(True)
+        x = torch.randn(2, 4, 9, 9).contiguous(
+            memory_format=torch.channels_last if layout == "channels last" else torch.contiguous_format
+        )
+        x = (x[0] if layout == "one picture" else x).requires_grad_()
+        perturbation = WeightPerturbation([layer], mode=mode, sigma=0.3, total_steps=10, seed=1, ramp="constant")
+        perturbation.begin(2)
+        y = model(x)
+        y.square().mean().backward()
+        perturbation.close()
+        return [y.detach(), x.grad, layer.module.bias.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    for one, other in zip(gradients("copy"), gradients("recompute"), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("mode", ["copy", "recompute"])
 def test_the_backbone_stays_and_sigma_zero_is_plain(mode):
     model = adapted()
