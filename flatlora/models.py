@@ -28,7 +28,7 @@ from flatlora import diffusion
 from flatlora.checkpoint import weights_sha256
 from flatlora.clip import Classes, CLIPImageClassifier, classifier_of
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
-from flatlora.rows import hub_is_reachable
+from flatlora.rows import gather, hub_is_reachable
 from flatlora.sources import backbone_source, described, hub_faults, source_and_options
 from flatlora.starts import move_as_started, start_of_checkpoint
 
@@ -165,8 +165,9 @@ class Denoisers:
     """SDXL's UNet, and its text encoders where they are trained; rows are made of its pipeline's other parts."""
 
     def skeleton(self, config: DiffusionModelConfig) -> nn.Module:
-        with hub_faults(config):
-            return diffusion.skeleton(config, backbone_source(config))
+        source = backbone_source(config)
+        with hub_faults(config):  # and a VAE of its own is looked for, whatever else is wrong
+            return gather(lambda: diffusion.skeleton(config, source), lambda: diffusion.size_factor(config, source))[0]
 
     def weight_files(self, config: DiffusionModelConfig) -> Sequence[str]:
         return diffusion.weight_files(config)

@@ -14,7 +14,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProc
 import run_exp
 from data import text_to_image as text_to_image_data
 from eval import command, predictions, text_to_image
-from eval.picture_grid import grid_figure
+from eval.picture_grid import grid_figure, write_grid
 from flatlora import latents, methods, models, sources
 from flatlora.config import ConfigError
 from flatlora.random_weights import byte_tokenizer
@@ -148,14 +148,29 @@ def test_accumulation_is_a_larger_batch(tmp_path):
         (["optim.batch_size=16", "trainer.micro_batch_size=16"], "Invalid optim.batch_size=16 with dataset=shapes"),
         (["dataset.resolution=66"], "Invalid dataset.resolution or dataset.bucket_step"),
         (["peft.target_modules=[to_w]"], "Invalid peft.target_modules"),
+        (["eval.text_to_image.resolution=66"], "Invalid eval.text_to_image.resolution=66: flatlora/random-sdxl draws"),
+        (["dataset.resolution=68"], "Invalid eval.text_to_image.resolution=68"),
         (["dataset.min_side=80"], "Invalid picture in flatlora/shapes, row 1 (and 7 more)"),
         (["model.embedded=null", "model.hub_id=./nowhere"], "Cannot load model.hub_id=./nowhere"),
     ],
 )
 def test_faults_are_told_before_a_weight_is_loaded(tmp_path, monkeypatch, capsys, more, head):
     monkeypatch.setattr(models, "load_backbone", lambda *args: pytest.fail("loaded"))
-    assert run_exp.main(words(tmp_path, *more)) == 2
+    assert run_exp.main(words(tmp_path, *more, scored=any("resolution=6" in word for word in more))) == 2
     assert head in " ".join(capsys.readouterr().err.split() or capsys.readouterr().out.split())
+
+
+def test_a_long_prompt_is_spoken_of_once_in_every_run(tmp_path, capsys):
+    own = tmp_path / "mine.yaml"
+    own.write_text(yaml.safe_dump({"prompts": ["y" * 90], "seeds": [0]}))
+    more = ["dataset.prompt=" + "x" * 100, "dataset.validation_rows=2", "trainer.max_steps=1"]
+    more += [f"eval.text_to_image.prompts={own}", "eval.text_to_image.steps=1", "model.captioner=null"]
+    for name in ("cold", "warm"):
+        trained(tmp_path / name, *more, scored=True)
+        printed = " ".join("".join(capsys.readouterr()).split())
+        assert printed.count("1 of 1 prompts are longer than 77 tokens and are cut there; the first: xxx") == 1
+        assert printed.count("1 of 1 prompts are longer than 77 tokens and are cut there; the first: yyy") == 1
+        assert printed.count("longer than") == 2
 
 
 # --- pictures and scores
@@ -234,6 +249,45 @@ def test_the_command_draws_the_same_pictures(scored, captioner):
     assert first.read_bytes() == again.read_bytes()
 
 
+def test_plain_diffusers_draws_the_runs_pictures(scored):
+    folder, _ = scored["flat"]
+    place = folder / "eval/text_to_image"
+    row = predictions.read(place / "predictions.jsonl", text_to_image.FIELDS)[3]
+    source = sources.backbone_source(run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]).model)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
+    pipeline.load_lora_weights(folder / "adapter")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(row["seed"])
+    drawn = pipeline(
+        row["prompt"], generator=generator, height=64, width=64, num_inference_steps=2, guidance_scale=5.0
+    ).images[0]
+    with Image.open(place / row["file"]) as kept:
+        apart = np.abs(np.asarray(kept).astype(int) - np.asarray(drawn).astype(int))
+    assert apart.max() <= 1
+
+
+def test_another_dtype_draws_too(scored, tmp_path):
+    folder, _ = scored["off"]
+    words = [str(folder), f"out={tmp_path}", "captioner=null", "dtype=bfloat16", "max_rows=1"]
+    assert command.score_path("text_to_image", words)["n"] == 1
+
+
+def test_a_lost_picture_is_drawn_anew(scored, tmp_path, caplog):
+    folder, _ = scored["off"]
+    words = [str(folder), f"out={tmp_path}", "captioner=null", "max_rows=3", "batch_size=1"]
+    command.score_path("text_to_image", words)
+    lost, kept = tmp_path / "images/0001.png", tmp_path / "images/0002.png"
+    before, written = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    command.score_path("text_to_image", [*words, "score_only=true"])
+    assert "1 pictures of" in caplog.text
+    assert not (tmp_path / "grid.png").exists()
+    command.score_path("text_to_image", words)
+    assert lost.read_bytes() == before
+    assert kept.stat().st_mtime_ns == written
+    assert (tmp_path / "grid.png").is_file()
+
+
 def test_a_killed_evaluation_goes_on(scored, tmp_path, monkeypatch):
     folder, _ = scored["off"]
     words = [str(folder), f"out={tmp_path}", "captioner=null"]
@@ -273,6 +327,8 @@ def test_own_prompts_and_their_faults(tmp_path):
         "prompts: [a, a]\nseeds: [0]\nsteps: 3": ["Invalid prompts", "Unknown key steps"],
         "- a": ["Invalid prompts", "Invalid seeds"],
         "a: [": ["Invalid eval.text_to_image.prompts"],
+        "prompts: [a]\nseeds: [2001-99-99]": ["Invalid eval.text_to_image.prompts"],
+        f"prompts: [a]\nseeds: [{2**63}]": ["Invalid seeds"],
     }.items():
         path.write_text(content)
         with pytest.raises(ConfigError) as caught:
@@ -310,6 +366,14 @@ def test_grids_stand_side_by_side(scored):
         assert np.array_equal(figure.axes[1].images[0].get_array(), np.asarray(picture))
     with pytest.raises(ValueError, match="No prompt was drawn"):
         grid_figure([shown[0], ("other", shown[1][1], [])])
+
+
+def test_a_caption_is_written_as_it_is(tmp_path):
+    rows = [{"prompt": prompt, "seed": 0, "file": "one.png"} for prompt in ("a toy for $5 and one for $6", "a $\\foo$")]
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    write_grid(tmp_path / "grid.png", [("$x$", tmp_path, rows)])
+    figure = grid_figure([("$x$", tmp_path, rows)])
+    assert not any(text.get_parse_math() for text in [*figure.texts, *(axis.title for axis in figure.axes)])
 
 
 def test_other_benchmarks_and_runs_do_not_mix(scored):

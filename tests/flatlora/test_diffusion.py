@@ -1,6 +1,8 @@
 """The denoiser against diffusers' own parts: noising, weights, embeddings, latents, adapters; and what is refused."""
 
+import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -195,6 +197,8 @@ def test_long_prompts_are_cut_and_that_is_said_once(source, caplog):
     tokenizers = diffusion.load_tokenizers(config_of(), source)
     with caplog.at_level(logging.WARNING):
         ids = diffusion.token_ids(tokenizers, ["x" * 200, "y" * 100, "short"])
+        assert not caplog.records
+        diffusion.tell_long_prompts(tokenizers, ["x" * 200, "y" * 100, "short", "short", "x" * 200])
     assert [one.shape for one in ids] == [(3, 77), (3, 77)]
     (told,) = [record.getMessage() for record in caplog.records]
     assert "2 of 3 prompts are longer than 77 tokens" in told
@@ -210,6 +214,77 @@ def test_a_vae_that_makes_nan_names_the_remedy(source):
     ):
         with pytest.raises(ConfigError, match=r"vae_dtype=float16.*model\.vae_dtype=float32"):
             act()
+
+
+def test_the_vae_keeps_its_dtype_under_autocast(source):
+    config = config_of()
+    pipeline = diffusion.pipeline_of(models.load_backbone(config, CPU), config, source, CPU)
+    seen = []
+    pipeline.unet.conv_in.register_forward_hook(lambda module, args, out: seen.append(("unet", out.dtype)))
+    pipeline.vae.decoder.conv_in.register_forward_hook(lambda module, args, out: seen.append(("vae", out.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        diffusion.sample(pipeline, ["a"], [0], size=64, steps=1, guidance=1.0)
+    assert dict(seen) == {"unet": torch.bfloat16, "vae": torch.float32}
+
+
+def test_loading_leaves_diffusers_bars_as_they_were(source):
+    from diffusers.utils import logging as diffusers_logging
+
+    for wanted in (True, False):
+        (diffusers_logging.enable_progress_bar if wanted else diffusers_logging.disable_progress_bar)()
+        diffusion.load_unet(config_of(), source)
+        assert diffusers_logging.is_progress_bar_enabled() is wanted
+    diffusers_logging.enable_progress_bar()
+
+
+# --- caches
+
+
+@pytest.fixture
+def own_pipeline(tmp_path, source):
+    """A copy that may be changed, and its config."""
+    folder = shutil.copytree(source, tmp_path / "pipeline")
+    return folder, config_of(embedded=None, hub_id=str(folder))
+
+
+def changed(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_settings_of_a_pipeline_belong_to_its_state(own_pipeline):
+    folder, config = own_pipeline
+    states = [models.backbone_state(config)]
+    changed(folder / "vae/config.json", scaling_factor=1.0)
+    states.append(models.backbone_state(config))
+    changed(folder / "scheduler/scheduler_config.json", num_train_timesteps=500)
+    states.append(models.backbone_state(config))
+    assert len(set(states)) == 3
+
+
+def test_a_vae_of_its_own_belongs_to_the_latents(own_pipeline):
+    folder, config = own_pipeline
+    config = config.model_copy(update={"vae_id": str(folder / "vae")})
+    before = encoded(str(folder), config=config).means[0]
+    changed(folder / "vae/config.json", scaling_factor=1.0)
+    assert not torch.equal(encoded(str(folder), config=config).means[0], before)  # `encoded` names one state
+
+
+def test_class_pictures_are_what_the_model_made_or_made_anew(source, tmp_path, caplog):
+    words = ("dataset.class_prompt=a shape", "dataset.class_images=2", "dataset.class_steps=1", "dataset.min_side=64")
+    before = encoded(source, *words).prior
+    first, second = sorted((tmp_path / "cache/class_images").glob("*/*.png"))
+    whole = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(second.read_bytes()[:100])
+    again = encoded(source, *words).prior
+    assert first.read_bytes() == whole
+    assert all(torch.equal(one, other) for one, other in zip(before.means, again.means, strict=True))
+    assert sum("it is made anew" in record.getMessage() for record in caplog.records) == 2
+
+
+def test_pictures_of_the_class_may_be_small(source):
+    words = ("dataset.class_prompt=a", "dataset.class_images=1", "dataset.class_steps=1", "dataset.resolution=32")
+    assert len(encoded(source, *words, "dataset.min_side=60").prior) == 1
 
 
 def test_buckets_fill_whole_micro_batches():
@@ -308,6 +383,8 @@ def test_methods_that_are_not_of_diffusion_say_why(peft):
         (["model.attn=eager"], "Invalid model.attn=eager with model=sdxl_tiny (sdxl)"),
         (["model.dtype=float16", "trainer=cpu"], "Invalid model.dtype=float16 with trainer=cpu"),
         (["model.snr_gamma=0"], "Invalid model.snr_gamma=0: it must be > 0"),
+        (["model.revision=main"], "Invalid model.revision=main with model.embedded=random-sdxl"),
+        (["optim.group_by_length=true"], "Invalid optim.group_by_length=true with dataset=shapes"),
         (["model.vae_dtyp=float16"], "Unknown key model.vae_dtyp: did you mean model.vae_dtype?"),
     ],
 )
@@ -327,6 +404,40 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
         models.skeleton(config_of(embedded=None, hub_id=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"pip install 'flatlora-suite\[diffusion\]'"):
         _without_diffusers()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder_2/config.json",
+        "tokenizer/tokenizer_config.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_a_part_that_is_missing_is_named_before_anything_is_loaded(own_pipeline, part):
+    folder, config = own_pipeline
+    (folder / part).unlink()
+    with pytest.raises(ConfigError, match=rf"Invalid model\.hub_id=.*{part} is not there"):
+        models.skeleton(config)
+
+
+def test_a_hub_that_is_out_of_reach_is_no_broken_pipeline(monkeypatch):
+    for module in (diffusion, sources):
+        monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
+    config = config_of(embedded=None, hub_id="stabilityai/stable-diffusion-xl-base-1.0")
+    with pytest.raises(ConfigError, match=r"Cannot load model\.hub_id=stabilityai.*the hub cannot be reached"):
+        models.skeleton(config)
+
+
+def test_faults_name_the_setting_that_was_given(tmp_path):
+    with pytest.raises(ConfigError, match=r"Cannot load model\.vae_id=\./nope: there is no such folder"):
+        models.size_faults(config_of(vae_id="./nope"), [(64, 64)])
+    with pytest.raises(ConfigError, match=r"eval\.text_to_image\.clip=\./nope"):
+        models.check_clip("./nope")
+    with pytest.raises(ConfigError, match=r"eval\.text_to_image\.captioner=\./nope"):
+        models.check_captioner("./nope")
 
 
 def _without_diffusers():
