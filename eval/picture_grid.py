@@ -14,7 +14,7 @@ from PIL import Image
 from flatlora.files import write_atomic
 
 Shown = tuple[str, Path, Sequence[Mapping[str, Any]]]  # (name of a model, folder, its rows {"prompt", "seed", "file"})
-_CELL, _ABOVE, _LINE, _GAP = 1.5, 0.26, 0.2, 0.08  # inches: a picture, its caption, a line of its prompt, between
+_CELL, _ABOVE, _LINE, _GAP = 1.5, 0.2, 0.2, 0.08  # inches: a picture, its caption, a line of its prompt, between
 _LARGEST = 512  # pixels of a side that are kept
 _DPI = 150
 
