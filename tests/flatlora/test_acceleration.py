@@ -128,10 +128,6 @@ class TestGraph:
     pytestmark = gpu
 
     @pytest.fixture(autouse=True)
-    def eager_on_demand(self, monkeypatch):
-        self.only_eager = lambda: monkeypatch.setattr(acceleration, "_GRAPH_TOKENS", 0)
-
-    @pytest.fixture(autouse=True)
     def repeatable(self, monkeypatch):
         """The backward of cuDNN's and Flash's attention adds up in any order unless it is told not to."""
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -139,7 +135,7 @@ class TestGraph:
         yield
         torch.use_deterministic_algorithms(False)
 
-    def micro_steps(self, model, *, mode=None, steps=3):
+    def micro_steps(self, model, *, mode=None, steps=3, **more):
         """Losses and last gradients of steps with three micro-batches of two lengths."""
         trained = [p for p in model.parameters() if p.requires_grad]
         generator = torch.Generator(CUDA).manual_seed(0)
@@ -152,7 +148,7 @@ class TestGraph:
         if mode:
             settings = {"sigma": 0.3, "total_steps": steps, "seed": 1, "resample": "micro_batch"}
             perturbation = WeightPerturbation(find_lora_layers(model), mode=mode, **settings)
-        micro_step = GraphedMicroStep(loss_of, model)
+        micro_step = GraphedMicroStep(loss_of, model, **more)
         optimizer = torch.optim.SGD(trained, lr=0.05)
         losses = []
         for step in range(steps):
@@ -179,14 +175,13 @@ class TestGraph:
     @pytest.mark.parametrize("dropout", [0.0, 0.2])
     def test_replays_are_the_eager_steps(self, mode, dropout):
         results = []
-        for prepare in (lambda: None, self.only_eager):
-            prepare()
+        for settings in ({}, {"largest": 0}):  # 0 captures none
             model = tiny_lora(torch.bfloat16, dropout=dropout).to(CUDA).train()
             accelerate(model, CUDA)
             torch.cuda.manual_seed(5)
-            results.append(self.micro_steps(model, mode=mode))
+            results.append(self.micro_steps(model, mode=mode, **settings))
             # two lengths; with a ramp from σ = 0 the first step reads W, and is another graph
-            assert self.captured == (0 if acceleration._GRAPH_TOKENS == 0 else 2 if mode is None else 4)
+            assert self.captured == (0 if settings else 2 if mode is None else 4)
         (graph_losses, graph_gradients), (losses, gradients) = results
         if dropout == 0:  # a replayed dropout draws from the generator in another way
             assert graph_losses == losses
