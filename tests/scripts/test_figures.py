@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 import run_exp
@@ -117,6 +118,32 @@ def test_cost_shows_the_records_medians():
     bars = {container.get_label(): container.patches[0].get_height() for container in time.containers}
     assert bars["Flat-LoRA copy"] == pytest.approx(np.median(record["2x1024x16"]["Flat-LoRA copy"]["step_s"]))
     assert memory.containers[0].patches[1].get_height() == record["8x1024x4"]["PEFT"]["peak_gib"]
+
+
+def write_pictures(results, row, seed, colour, score):
+    """A finished run of SDXL's table with one picture, as run_exp and the evaluation write it."""
+    experiment = run_exp.experiment_of([f"experiment=sdxl/{row}", "dataset=icons3d", f"seed={seed}"])
+    folder = results / experiment.run_name() / str(seed)
+    place = folder / "eval/text_to_image"
+    (place / "images").mkdir(parents=True)
+    Image.new("RGB", (16, 16), colour).save(place / "images/0000.png")
+    asked = {"index": 0, "prompt": "a 3d icon", "seed": 0, "file": "images/0000.png", "image_text": score}
+    (place / "predictions.jsonl").write_text(json.dumps(asked) + "\n")
+    metrics = {f"text_to_image/{key}": score for key in ("image_text", "text_text", "image_image")}
+    record = {"status": "finished", "experiment": experiment.model_dump(mode="json"), "metrics": metrics}
+    (folder / "run.json").write_text(json.dumps(record | {"timing": {"train_s": 1.0}}))
+
+
+def test_pictures_stand_side_by_side_and_their_scores_in_the_table(tmp_path):
+    for row, seed, colour in (("lora", 0, "red"), ("lora", 1, "red"), ("flat_lora", 1, "blue")):
+        write_pictures(tmp_path, row, seed, colour, 0.25 + seed / 100)
+    sdxl = figures.tables_of(tmp_path)["sdxl"]
+    assert sdxl.cells["lora", "image_text"].mean == pytest.approx(0.255)
+    assert sdxl.cells["flat_lora", "text_text"].by_seed == {1: pytest.approx(0.26)}
+    figure = figures.pictures(sdxl)  # of seed 1, the smallest that both have
+    assert [axis.get_title() for axis in figure.axes] == ["LoRA, seed 0", "Flat-LoRA, seed 0"]
+    assert [axis.images[0].get_array()[0, 0].tolist() for axis in figure.axes] == [[255, 0, 0], [0, 0, 255]]
+    assert figures.pictures(figures.tables_of(PROJECT / "results/study")["sdxl"]) is None
 
 
 @pytest.fixture
