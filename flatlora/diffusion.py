@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import ModelOutput
 
+from flatlora.checkpoint import part_sha256
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
 from flatlora.rows import hub_is_reachable
 from flatlora.sources import hub_faults
@@ -241,6 +242,23 @@ def _vae_place(config: DiffusionModelConfig, source: str) -> tuple[str, dict[str
     if config.vae_id is not None:
         return config.vae_id, {}
     return source, {"subfolder": "vae", "variant": config.variant, **options_of(config, source)}
+
+
+def vae_state(config: DiffusionModelConfig) -> str | None:
+    """What changes whenever `config.vae_id` does: its folder's hash, or the hub's commit; None for the pipeline's own.
+
+    Raises:
+        ConfigError: it cannot be had; with the ways out.
+    """
+    import diffusers
+
+    if config.vae_id is None:
+        return None
+    if os.path.isdir(config.vae_id):
+        return f"sha256:{part_sha256(Path(config.vae_id))}"
+    with _vae_faults(config):
+        _, commit = diffusers.AutoencoderKL.load_config(config.vae_id, return_commit_hash=True)
+    return f"{config.vae_id}@{commit}"
 
 
 def _vae_faults(config: DiffusionModelConfig) -> contextlib.AbstractContextManager:

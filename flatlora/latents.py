@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 
 from flatlora import diffusion
 from flatlora.captioned import CaptionedImages, CaptionedRows
-from flatlora.checkpoint import part_sha256
 from flatlora.config import DiffusionModelConfig
 from flatlora.console import counting
 from flatlora.files import cache_folder, write_atomic
@@ -152,11 +151,10 @@ def encoded(
 
 def _key(config: DiffusionModelConfig, state: str, device: torch.device, **more: Any) -> str:
     """Of all that makes a cached file: the models, the machine, the packages, and `more`."""
-    own_vae = config.vae_id is not None and Path(config.vae_id).is_dir()
     told = {
         "version": VERSION,
         "model": state,
-        "vae": [config.vae_id, part_sha256(Path(config.vae_id)) if own_vae else None, config.vae_dtype],
+        "vae": [diffusion.vae_state(config), config.vae_dtype],
         "dtype": config.dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "packages": [importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "pillow")],

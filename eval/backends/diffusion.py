@@ -46,7 +46,7 @@ class DiffusionBackend:
             "backend": "diffusion",
             "batch_size": self.batch_size,
             "autocast": str(self.autocast_dtype),
-            "vae": [self.config.vae_id, self.config.vae_dtype],
+            "vae": [diffusion.vae_state(self.config), self.config.vae_dtype],
             "device": self.device.type,
             **self.identity,
         }
