@@ -46,7 +46,7 @@ from flatlora.images import collate_images
 from flatlora.latents import collate_latents
 from flatlora.preemption import Preempted
 from flatlora.results import MetricsLog, RunFolder
-from flatlora.rows import gather, jsonl
+from flatlora.rows import fingerprint, gather, jsonl
 
 CONF_DIR = Path(__file__).parent / "conf"
 EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130  # 75: try again later (sysexits.h)
@@ -259,19 +259,12 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     """Make the rows ready and try the method on the model's skeleton; no weight is loaded.
 
     Raises:
-        ConfigError: model, method, data or benchmarks do not fit; nothing has been written.
+        ConfigError: model, method and data, or then the benchmarks, do not fit; nothing has been written.
     """
     kind = experiment.dataset.kind
-
-    def read() -> tuple[Any, Any]:
-        processor = _PROCESSORS[kind](experiment.model)
-        return processor, distributed.main_process_first(lambda: _READERS[kind](experiment, processor))
-
-    _, _, (processor, rows) = gather(
-        lambda: methods.method(experiment.peft.method).check(models.skeleton(experiment.model), experiment.peft),
-        lambda: models.check_weights(experiment.model, device),
-        read,
-    )
+    _, (processor, rows) = gather(lambda: _check_model(experiment, device), lambda: _read(experiment))
+    if kind == "captioned":
+        models.tell_long_prompts(experiment.model, _prompts(experiment, rows))
     known = {
         "image": lambda: {"classes": rows.classes.names},
         "text": lambda: {"tokenizer": processor},
@@ -288,6 +281,44 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     )
     collate = _COLLATORS[kind](experiment.model, processor)
     return Inputs(device, processor, rows, collate, rows.sha256)
+
+
+def _check_model(experiment: Experiment, device: torch.device) -> None:
+    skeleton = models.skeleton(experiment.model)
+    gather(
+        lambda: methods.method(experiment.peft.method).check(skeleton, experiment.peft),
+        lambda: models.check_weights(experiment.model, device),
+    )
+
+
+def _read(experiment: Experiment) -> tuple[Any, Any]:
+    """What turns rows into tensors, and the rows; where the one cannot be had, the files of the others are looked for.
+
+    Raises:
+        ConfigError: processor or data are not there, or do not fit.
+    """
+    kind = experiment.dataset.kind
+    try:
+        processor = _PROCESSORS[kind](experiment.model)
+    except ConfigError as error:
+        raise ConfigError([*error.faults, *_file_faults(experiment)]) from error
+    return processor, distributed.main_process_first(lambda: _READERS[kind](experiment, processor))
+
+
+def _file_faults(experiment: Experiment) -> list[str]:
+    """Files of the data set that are not there, or a hub out of reach."""
+    known = data.loader(experiment.dataset.loader).sources(experiment.dataset)
+    try:
+        gather(*(lambda source=source: fingerprint(source, experiment.data_root) for source in known))
+    except ConfigError as error:
+        return error.faults
+    return []
+
+
+def _prompts(experiment: Experiment, rows: text_to_image.PreparedCaptioned) -> list[str]:
+    """All that the model is trained with."""
+    found = [part.prompt(row) for part in (rows.test, rows.validation) for row in range(len(part))]
+    return [*found, *filter(None, [experiment.dataset.class_prompt])]
 
 
 def _check_validation(experiment: Experiment, left: int) -> None:
@@ -339,8 +370,6 @@ def read_captioned(experiment: Experiment, processor: None) -> text_to_image.Pre
     rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
     batch, count = experiment.optim.batch_size, len(rows.train)
     faults = models.size_faults(experiment.model, rows.train.sizes)
-    prompts = [part.prompt(row) for part in (rows.test, rows.validation) for row in range(len(part))]
-    models.tell_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
     if count < batch:
         faults.append(
             f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} pictures to "

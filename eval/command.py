@@ -529,12 +529,16 @@ def _identity(place: Place, classes: Classes | None = None) -> dict[str, str]:
     if place.base and identity.get("base", place.base) != place.base:
         raise ConfigError(
             [
-                f"Invalid backbone of {place.weights}: {place.model.hub_id} is {identity['base'][:60]} now, and the "
-                f"run was trained on {place.base[:60]} (base in its run.json); put those weights back, or pin them "
-                "with model.revision."
+                f"Invalid backbone of {place.weights}: {place.model.hub_id} is {_short(identity['base'])} now, and "
+                f"the run was trained on {_short(place.base)} (base in its run.json); put those weights back, or pin "
+                "them with model.revision."
             ]
         )
     return identity
+
+
+def _short(state: str) -> str:
+    return " + ".join(part[:60] for part in state.split("+"))
 
 
 def _load(
@@ -542,7 +546,7 @@ def _load(
 ) -> Backend | ImageBackend:
     try:
         classes = Classes.of_run(place.run) if kind == "image" else None
-        identity = _identity(place, classes)
+        identity = _identity(place, classes) | ({"dtype": dtype} if dtype else {})
         model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype)
     except (ConfigError, torch.OutOfMemoryError):
         raise

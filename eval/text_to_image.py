@@ -133,7 +133,8 @@ def _refuse_size(resolution: int, model: DiffusionModelConfig) -> None:
     if resolution % factor:
         raise ConfigError(
             [
-                f"Invalid eval.text_to_image.resolution={resolution}: {model.hub_id} draws pictures whose sides are "
+                f"Invalid eval.text_to_image.resolution={resolution} (dataset.resolution where it is not given): "
+                f"{model.hub_id} draws pictures whose sides are "
                 f"multiples of {factor}; choose {resolution // factor * factor or factor}."
             ]
         )

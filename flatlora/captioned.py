@@ -97,7 +97,9 @@ class CaptionedRows:
 
 def picture_of(images: CaptionedImages, index: int) -> Image.Image:
     """One picture in RGB, upright as its camera says; what is transparent is white, not the colour under it."""
-    picture = ImageOps.exif_transpose(decoded(images, index))
+    picture = decoded(images, index)
+    if (turn := _turn_of(picture)) is not None:
+        picture = picture.transpose(turn)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -107,10 +109,28 @@ def picture_of(images: CaptionedImages, index: int) -> Image.Image:
 def shape_of(images: CaptionedImages, index: int) -> tuple[int, int]:
     """Width and height of a picture that stands upright, of its file's head alone."""
     with Image.open(io.BytesIO(images.read(index))) as picture:
-        turned = (
-            picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5 and picture.format != "TIFF"
-        )  # PIL turns those
-        return picture.size[::-1] if turned else picture.size
+        return picture.size[::-1] if _turn_of(picture) in _QUARTER_TURNS else picture.size
+
+
+_TURNS = {
+    number: Image.Transpose[name]
+    for number, name in enumerate(
+        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+        start=2,
+    )
+}
+_QUARTER_TURNS = [_TURNS[number] for number in (5, 6, 7, 8)]
+
+
+def _turn_of(picture: Image.Image) -> Image.Transpose | None:
+    """What puts a picture upright, as its camera wrote down; None where it stands so, or says nothing readable."""
+    if picture.format == "TIFF":  # PIL turns those itself
+        return None
+    try:
+        written = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever PIL makes of broken tags, which say nothing then: the pixels are whole
+        return None
+    return _TURNS.get(written) if isinstance(written, int) else None
 
 
 def cover(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, int, int]:
@@ -160,7 +180,7 @@ def _shapes_from(images: CaptionedImages, indices: Sequence[int], *, min_side: i
         try:
             shapes.append(shape_of(images, index))
         except BROKEN:
-            continue  # `check_images` tells it
+            continue  # `check_images` opens it too, and tells it
         if min(shapes[-1]) < min_side:
             small.append((index, shapes[-1]))
     if small:
@@ -258,8 +278,11 @@ def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> 
         raise ConfigError([f"Invalid {key}={folder}: {reason}; name one with pictures in it."]) from error
     if (path / METADATA).is_file():
         rows = read_jsonl(path / METADATA)
-        key = "text" if rows and "prompt" not in rows[0] and "text" in rows[0] else "prompt"  # as datasets has it
-        return _listed(path / METADATA, "file_name", () if fixed is not None else (key,), fixed)
+        column = "text" if rows and "prompt" not in rows[0] and "text" in rows[0] else "prompt"  # as datasets has it
+        images = _listed(path / METADATA, "file_name", () if fixed is not None else (column,), fixed)
+        if left := [f.name for f in found if f.suffix.lower() in _SUFFIXES and f.name not in images.names]:
+            logger.warning("%d pictures are left out that %s does not name: %s …", len(left), path / METADATA, left[0])
+        return images
     files = [file for file in found if file.suffix.lower() in _SUFFIXES]
     passed = [f for f in found if f not in files and f.name not in _NO_PICTURES and not f.name.startswith(".")]
     kinds = ", ".join(_SUFFIXES)
@@ -304,6 +327,8 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
     try:
         saved = json.loads(path.read_bytes())
         indices, digests = saved["indices"], saved["digests"]
+        if [*map(type, indices)] != [int] * len(digests):
+            raise ValueError("a place and a digest of each picture are needed")
         settings = {key: dataset[key] for key in ("resolution", "min_side")}
         folder, fixed = dataset["folder"], dataset["prompt"]
         where = [dataset[key] for key in ("hub_id", "hub_config", "split", "revision")]

@@ -33,9 +33,7 @@ logger = logging.getLogger(__name__)
 
 UNET, TEXT_ENCODERS = "unet", ("text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
-_PARTS = (UNET, "vae", *TEXT_ENCODERS, *_TOKENIZERS, "scheduler")
 INDEX = DiffusionModelConfig.index_file
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
 
 
 @dataclass
@@ -347,7 +345,7 @@ def part_faults(config: DiffusionModelConfig, source: str) -> list[str]:
     if not os.path.isdir(source) and not hub_is_reachable():
         raise OSError("offline")  # what speaks_of_the_network knows
     return [
-        f"Invalid model.hub_id={config.hub_id}: {', '.join(missing)} is not there, so it is no SDXL pipeline; name a "
+        f"Invalid model.hub_id={config.hub_id}: it has no {', '.join(missing)}, so it is no SDXL pipeline; name a "
         "repository or folder in diffusers' layout, made by save_pretrained or `hf download`."
     ]
 

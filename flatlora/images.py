@@ -250,7 +250,8 @@ def _remember(path: Path, count: int) -> None:
 def row_name(images: Pictures, index: int) -> str:
     """How an error names one picture: by its file, where there is one."""
     names = getattr(images, "names", None)
-    return f"row {index + 1}" + (f" ({names[index]})" if names else "")
+    name = "".join(letter if letter.isprintable() else "?" for letter in names[index][:80]) if names else ""
+    return f"row {index + 1}" + (f" ({name})" if name else "")
 
 
 def open_image(images: Pictures, index: int) -> Image.Image:

@@ -7,6 +7,7 @@ Latents are kept as mean and std, and drawn anew in every epoch, with the noise 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -266,10 +267,11 @@ def class_pictures(
 def _kept_picture(folder: Path, number: int) -> Path | None:
     """A picture that was made before and is still what its name says: training reads no other."""
     for file in folder.glob(f"{number:05d}-*.png"):
-        if file.stem.partition("-")[2] == _sha256(file.read_bytes()):
-            return file
-        logger.warning("Broken cache file %s: it is made anew.", file)
-        file.unlink()
+        with contextlib.suppress(OSError):  # another process has found it broken too
+            if file.stem.partition("-")[2] == _sha256(file.read_bytes()):
+                return file
+            logger.warning("Broken cache file %s: it is made anew.", file)
+            file.unlink()
     return None
 
 

@@ -353,13 +353,16 @@ def quantisation(config: ModelConfig) -> transformers.BitsAndBytesConfig:
 def backbone_state(config: ModelConfig) -> str:
     """What changes whenever the backbone's weights do: the hash of a folder's weight files, or the hub's commit.
 
+    Of a pipeline with another VAE, that one's stands behind a "+".
+
     Raises:
         ConfigError: there is no such model; with the ways out.
     """
     source, _ = source_and_options(config)
-    if os.path.isdir(source):
-        return f"sha256:{weights_sha256(Path(source))}"
-    return f"{source}@{FAMILIES[config.family].commit(config)}"
+    folder = os.path.isdir(source)
+    state = f"sha256:{weights_sha256(Path(source))}" if folder else f"{source}@{FAMILIES[config.family].commit(config)}"
+    vae = diffusion.vae_state(config) if isinstance(config, DiffusionModelConfig) else None
+    return f"{state}+{vae}" if vae else state
 
 
 def weights_identity(

@@ -269,6 +269,7 @@ UNREACHABLE = "the hub cannot be reached from here, and it is not in the hub's c
 def speaks_of_the_network(error: Exception) -> bool:
     """Whether a library of the hub failed for want of it, and not for a broken file of its cache, say."""
     words = ("offline", "couldn't connect", "couldn't reach", "network is unreachable", "no route to host")
+    words += ("if you were trying to load it from",)  # transformers, of a tokenizer or processor that no cache has
     return any(word in str(error).lower() for word in words)
 
 

@@ -92,6 +92,8 @@ def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
         reason = f"the folder holds no {index}, so no model."
     if "gated" in str(error).lower() or "401" in reason or "403" in reason:
         remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
+    elif os.path.exists(config.hub_id) or config.hub_id.startswith(("/", ".", "~")):
+        remedy = "name the folder of a whole model, made by save_pretrained or `hf download`"
     else:
         remedy = f"connect to the network, or set {config.hub_setting}=FOLDER to a local copy made with `hf download`"
     return f"Cannot load {config.hub_setting}={config.hub_id}: {reason} To go on, {remedy}."

@@ -148,7 +148,10 @@ def test_accumulation_is_a_larger_batch(tmp_path):
         (["optim.batch_size=16", "trainer.micro_batch_size=16"], "Invalid optim.batch_size=16 with dataset=shapes"),
         (["dataset.resolution=66"], "Invalid dataset.resolution or dataset.bucket_step"),
         (["peft.target_modules=[to_w]"], "Invalid peft.target_modules"),
-        (["eval.text_to_image.resolution=66"], "Invalid eval.text_to_image.resolution=66: flatlora/random-sdxl draws"),
+        (
+            ["eval.text_to_image.resolution=66"],
+            "flatlora/random-sdxl draws pictures whose sides are multiples of 8; choose 64",
+        ),
         (["dataset.resolution=68"], "Invalid eval.text_to_image.resolution=68"),
         (["dataset.min_side=80"], "Invalid picture in flatlora/shapes, row 1 (and 7 more)"),
         (["model.embedded=null", "model.hub_id=./nowhere"], "Cannot load model.hub_id=./nowhere"),
@@ -269,7 +272,10 @@ def test_plain_diffusers_draws_the_runs_pictures(scored):
 def test_another_dtype_draws_too(scored, tmp_path):
     folder, _ = scored["off"]
     words = [str(folder), f"out={tmp_path}", "captioner=null", "dtype=bfloat16", "max_rows=1"]
-    assert command.score_path("text_to_image", words)["n"] == 1
+    score = command.score_path("text_to_image", words)
+    assert score["n"] == 1
+    again = command.score_path("text_to_image", [word for word in words if not word.startswith("dtype")])
+    assert again["metrics"]["image_text"] != score["metrics"]["image_text"]  # no answers of the other dtype
 
 
 def test_a_lost_picture_is_drawn_anew(scored, tmp_path, caplog):

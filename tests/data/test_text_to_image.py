@@ -127,6 +127,33 @@ def test_size_and_turn_of_a_file_are_those_of_its_picture(kind, mode):
     assert upright.getpixel((40, 60)) == ((255, 255, 255) if mode == "RGBA" else (0, 0, 0))  # transparent is white
 
 
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"junkjunkjunk",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x05\0\0\0",  # a turn in letters, cut off
+        b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\x3b\x01\x05\0\x01\0\0\0\x26\0\0\0"
+        b"\0\0\0\0\x01\0\0\0\x02\0\0\0",  # turned, by an artist who is a fraction
+    ],
+    ids=["no tags", "letters", "a fraction"],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_broken_tags_of_a_camera_break_no_picture(exif, kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (120, 80)).save(buffer, kind, exif=exif)
+    images = CaptionedImages("one", ["p"] * 2, lambda index: buffer.getvalue())
+    rows = rows_of(images, [0, 1], resolution=32)
+    assert len(rows.sizes) == len(rows) == 2
+    assert shape_of(images, 0) == picture_of(images, 0).size
+    assert rows.view(0).pixels.shape == (3, 32, 32)
+
+
+def test_pictures_that_no_row_names_are_told(tmp_path, caplog):
+    root = folder_of(tmp_path / "own", metadata=[{"file_name": "0.png", "prompt": "a"}])
+    assert len(prepared(root).train) == 1
+    assert "2 pictures are left out" in caplog.text
+
+
 def test_what_a_folder_holds_besides_pictures_is_told(tmp_path, caplog):
     root = folder_of(tmp_path / "own")
     (root / "other.heic").write_bytes(b"")
@@ -220,6 +247,11 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
     assert "row 3 (2.png) of" in fault
     assert "that the run was trained on (1 of 2)" in fault
     (own / "2.png").write_bytes(whole)
+    kept = (tmp_path / "pictures.json").read_text()
+    for broken in ('{"indices": [2, 0], "digests": ["a"]}', '{"indices": [2.0], "digests": ["a"]}', "[]", "null"):
+        (tmp_path / "pictures.json").write_text(broken)
+        assert "is not what a run writes" in faults(pictures_of_run, tmp_path, section, None)[0]
+    (tmp_path / "pictures.json").write_text(kept)
     picture(78).save(own / "0a.png")  # the places of all others move
     assert "(1 of 2)" in faults(pictures_of_run, tmp_path, section, None)[0]
     (own / "0a.png").unlink()

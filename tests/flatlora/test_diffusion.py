@@ -258,7 +258,11 @@ def test_settings_of_a_pipeline_belong_to_its_state(own_pipeline):
     states.append(models.backbone_state(config))
     changed(folder / "scheduler/scheduler_config.json", num_train_timesteps=500)
     states.append(models.backbone_state(config))
-    assert len(set(states)) == 3
+    with_vae = config.model_copy(update={"vae_id": str(folder / "vae")})
+    states.append(models.backbone_state(with_vae))
+    changed(folder / "vae/config.json", scaling_factor=2.0)
+    states.append(models.backbone_state(with_vae))
+    assert len(set(states)) == 5
 
 
 def test_a_vae_of_its_own_belongs_to_the_latents(own_pipeline):
@@ -276,6 +280,7 @@ def test_class_pictures_are_what_the_model_made_or_made_anew(source, tmp_path, c
     whole = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(second.read_bytes()[:100])
+    first.with_name("00000-0.png").mkdir()  # nobody's picture
     again = encoded(source, *words).prior
     assert first.read_bytes() == whole
     assert all(torch.equal(one, other) for one, other in zip(before.means, again.means, strict=True))
@@ -419,7 +424,7 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
 def test_a_part_that_is_missing_is_named_before_anything_is_loaded(own_pipeline, part):
     folder, config = own_pipeline
     (folder / part).unlink()
-    with pytest.raises(ConfigError, match=rf"Invalid model\.hub_id=.*{part} is not there"):
+    with pytest.raises(ConfigError, match=rf"Invalid model\.hub_id=.*it has no {part}"):
         models.skeleton(config)
 
 

@@ -5,6 +5,7 @@ import importlib.util
 from importlib.machinery import ModuleSpec
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from flatlora import models, sources
@@ -84,3 +85,20 @@ def test_a_hub_id_too_long_for_a_path_is_no_traceback():
     config = ModelConfig(name="long", hub_id="a" * 5000, family="causal_lm", revision="main")
     assert "(hub, revision main" in sources.describe_source(config)
     assert fault(models.load_tokenizer, config).startswith("Cannot load model.hub_id=")
+
+
+@pytest.mark.parametrize(
+    ("words", "heads"),
+    [
+        (["model=clip_b32", "dataset=cifar100"], ["Cannot load model.hub_id=openai/clip", "Invalid data_root="]),
+        (["model=t5base", "dataset=cola"], ["Cannot load model.hub_id=google-t5/t5-base", "Invalid data_root="]),
+    ],
+)
+def test_a_model_out_of_reach_is_told_once_and_with_it_what_the_data_lack(monkeypatch, tmp_path, words, heads):
+    import run_exp
+
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: False)
+    experiment = run_exp.experiment_of([*words, f"data_root={tmp_path / 'nowhere'}"])
+    with pytest.raises(ConfigError) as caught:
+        run_exp.prepare(experiment, torch.device("cpu"))
+    assert [fault[: len(head)] for fault, head in zip(caught.value.faults, heads, strict=True)] == heads
