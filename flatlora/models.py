@@ -476,8 +476,13 @@ def load_for_inference(
 
     Returns:
         model, its tokenizer or image processor (None of a diffusion model), and {"base", "adapter"} for the record.
+
+    Raises:
+        ConfigError: weights cannot be had; with the ways out.
     """
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
+    if adapter is not None and not any(adapter.glob("adapter_model.*")):
+        raise ConfigError([f"Missing file {adapter}/adapter_model.safetensors: copy the adapter's folder whole."])
     config = model_config or model_of(path)
     family = FAMILIES[config.family]
     if model_config is not None and adapter is None:

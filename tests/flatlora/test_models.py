@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from flatlora import models
-from flatlora.config import ModelConfig
+from flatlora.config import ConfigError, ModelConfig
 from tests.conftest import tiny_llama
 
 CPU = torch.device("cpu")
@@ -25,3 +25,11 @@ def test_a_whole_model_keeps_the_dtype_that_it_was_saved_in(tiny_model_folder, t
         for name, tensor in weights.items():
             assert found[name].dtype == tensor.dtype == getattr(torch, saved)
             assert torch.equal(found[name], tensor), name
+
+
+def test_an_adapter_without_weights_is_no_hub_id(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"Missing file .*adapter_model\.safetensors: copy the adapter's folder whole"
+    ):
+        models.load_for_inference(str(tmp_path), None, CPU)
