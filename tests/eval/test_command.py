@@ -407,8 +407,11 @@ def test_an_adapter_that_cannot_be_loaded_is_a_fault(made, tiny_model_folder, ca
         (folder / name).write_text(content)
     (made / "config.yaml").unlink()
     (told,) = faults([folder, f"rows={made / 'test.jsonl'}", "device=cpu"], capsys)
-    broken = name == "adapter_config.json"
-    assert told.startswith(f"Broken file {folder}/{name}: " if broken else f"Cannot load {folder}: ")
+    if content is None:
+        assert told.startswith(f"Missing file {folder}/{name}: ")
+    else:
+        broken = name == "adapter_config.json"
+        assert told.startswith(f"Broken file {folder}/{name}: " if broken else f"Cannot load {folder}: ")
 
 
 # --- failures on the way
