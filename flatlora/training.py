@@ -105,22 +105,7 @@ def train(
     for unwanted in (PrinterCallback, TqdmCallback):
         trainer.remove_callback(unwanted)
     recorder.trainer, preemption.accelerator = trainer, trainer.accelerator
-    try:
-        with preemption:
-            trainer.train_or_load(resume_from)
-            trainer.accelerator.wait_for_everyone()  # none ends before the newest checkpoint is sealed
-            if preemption.stopped or preemption.asked(arguments):  # after the last step too: scoring may take hours
-                raise Preempted(preemption.hand_on)
-        effort = recorder.effort()
-        if best:
-            best_step = best.restore(model)
-    finally:
-        if progress:
-            progress.stop()
-        if regulariser:
-            regulariser.close()  # whatever went wrong, the backbone is W again
-        if trainer.graphed:
-            trainer.graphed.close()
+    effort, best_step = _run_to_the_end(trainer, model, best, preemption, resume_from)
     kept = {"best_step": best_step, "eval_loss": best.read()["eval_loss"]} if best else {}
     return TrainingResult(
         metrics=_metrics(log) | kept,
@@ -130,6 +115,27 @@ def train(
         resumed_from=checkpoint.step_of(resume_from) if resume_from else None,
         dtypes=recorder.dtypes,
     )
+
+
+def _run_to_the_end(
+    trainer: FlatTrainer, model: nn.Module, best: BestModel | None, preemption: Preemption, resume_from: Path | None
+) -> tuple[Effort, int | None]:
+    """What it took, and the step of the best parameters where they were put back."""
+    recorder = trainer.recorder
+    try:
+        with preemption:
+            trainer.train_or_load(resume_from)
+            trainer.accelerator.wait_for_everyone()  # none ends before the newest checkpoint is sealed
+            if preemption.stopped or preemption.asked(trainer.args):  # after the last step too: scoring may take hours
+                raise Preempted(preemption.hand_on)
+        return recorder.effort(), best.restore(model) if best else None
+    finally:
+        if recorder.progress:
+            recorder.progress.stop()
+        if recorder.regulariser:
+            recorder.regulariser.close()  # whatever went wrong, the backbone is W again
+        if trainer.graphed:
+            trainer.graphed.close()
 
 
 def calibration_batches(
