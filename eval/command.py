@@ -127,7 +127,12 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     """
     module = benchmarks.evaluator(benchmark)
     if not words or words[0].startswith("-") or "=" in words[0]:
-        raise ConfigError([(module.__doc__ or "").strip()])
+        given = f" before {words[0]}" if words else ""
+        raise ConfigError(
+            [
+                f"Missing PATH{given}: python -m eval.{benchmark} PATH [key=value ...] scores what it names; --help tells more."
+            ]
+        )
 
     target, given, word_faults = _parse_words(module, words[1:])
 

@@ -87,13 +87,21 @@ def compare(benchmark: str, a: Mapping[Any, float], b: Mapping[Any, float]) -> C
 
 
 def main(words: Sequence[str]) -> None:
-    """Print one row a benchmark.
+    """Print one row a benchmark, or the help that is asked for.
 
     Raises:
         ConfigError: folders without answers, or answers that cannot be compared; every fault at once.
     """
+    if {"-h", "--help"} & set(words):
+        print((__doc__ or "").strip())
+        return
     if len(words) < 2:
-        raise ConfigError([(__doc__ or "").strip()])
+        raise ConfigError(
+            [
+                f"Missing {' and '.join(['RUN_A', 'RUN_B'][len(words) :])}: two runs are compared, as python -m eval "
+                "compare RUN_A RUN_B [BENCHMARK ...]; --help tells more."
+            ]
+        )
     a, b = gather(*(lambda name=name: _answered(Path(name)) for name in words[:2]))
     wanted = list(words[2:]) or [name for name in a if name in b]
     if not wanted:

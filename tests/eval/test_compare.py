@@ -94,7 +94,8 @@ def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "Unknown command compar: " in told("compar", *runs)
-    assert "python -m eval compare RUN_A RUN_B" in told("compare", runs[0])
+    assert "Missing RUN_A and RUN_B: two runs are compared, as python -m eval compare RUN_A RUN_B" in told("compare")
+    assert "Missing RUN_B: two runs are compared" in told("compare", runs[0])
     both = told("compare", "/nope", tmp_path)
     assert "Invalid path /nope: no such folder" in both
     assert f"No answers in {tmp_path}" in both
@@ -109,6 +110,9 @@ def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
     (runs[1] / "eval/gsm8k/predictions.jsonl").write_text("{")
     assert "Broken row" in told("compare", *runs)
     assert command.main([]) == 0
+    capsys.readouterr()
+    assert command.main(["compare", "--help"]) == 0
+    assert "its bootstrap interval" in capsys.readouterr().out
 
 
 def test_rows_of_every_kind_have_scores(tmp_path):
