@@ -45,7 +45,7 @@ from flatlora.config import ConfigError, Experiment, Section, keys_of_validation
 from flatlora.images import collate_images
 from flatlora.latents import collate_latents
 from flatlora.preemption import Preempted
-from flatlora.results import MetricsLog, RunFolder
+from flatlora.results import MetricsLog, RunFolder, Tracker
 from flatlora.rows import fingerprint, gather, jsonl
 
 CONF_DIR = Path(__file__).parent / "conf"
@@ -492,7 +492,7 @@ def train_and_score(
                 if inputs.processor is not None:
                     inputs.processor.save_pretrained(staging)
                 models.complete_adapter(experiment.model, staging)
-            record["metrics"].update(score(experiment, model, inputs, folder, record["base"]))
+            record["metrics"].update(score(experiment, model, inputs, folder, record["base"], tracker))
     record["status"] = "finished"
 
 
@@ -525,7 +525,9 @@ def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fro
     )
 
 
-def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunFolder, base: str) -> dict[str, Any]:
+def score(
+    experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunFolder, base: str, tracker: Tracker | None
+) -> dict[str, Any]:
     """Every benchmark of `eval=[...]` on the data set's test rows: {"<benchmark>/<metric>": value}."""
     metrics = {}
     classes = getattr(inputs.rows, "classes", None)
@@ -543,6 +545,9 @@ def score(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunF
         rows, _ = _asked(experiment, inputs.rows.test, name, config)
         result = evaluate(name, backend, rows, folder.path / "eval" / name, config)
         print_score(name, result)
+        picture = folder.path / "eval" / name / getattr(benchmarks.evaluator(name), "PICTURE", "")
+        if tracker is not None and picture.is_file():
+            tracker.show(f"{name}/pictures", picture)
         metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
     return metrics
 

@@ -17,6 +17,7 @@ An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...
     IS_SHARE, DIGITS                       False where scores are no shares of one, and how many decimals they are then
                                            shown with; True and 2 by default
     OWN_ROWS                               whether a run asks the benchmark's own rows, not its data set's; text alone
+    PICTURE                                a file beside the answers that shows them; none by default
     KIND                                   "text", "image" or "captioned": of the data sets that it scores
     HEADLINE, SCORER_VERSION               the metric of tables; raised whenever the same answers score otherwise
 """

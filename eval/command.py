@@ -130,7 +130,8 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         given = f" before {words[0]}" if words else ""
         raise ConfigError(
             [
-                f"Missing PATH{given}: python -m eval.{benchmark} PATH [key=value ...] scores what it names; --help tells more."
+                f"Missing PATH{given}: python -m eval.{benchmark} PATH [key=value ...] scores what it names; --help "
+                "tells more."
             ]
         )
 

@@ -50,7 +50,7 @@ FIELDS: predictions.Fields = {"index": int, "prompt": str, "seed": int, "file": 
 IS_SHARE, DIGITS = False, 4
 _TRAINING_PROMPTS, _TRAINING_SEEDS = 8, [0, 1, 2, 3]
 PROMPTS = Path(__file__).parent / "prompts"
-GRID = "grid.png"
+PICTURE = "grid.png"
 
 
 class Config(Section):
@@ -250,9 +250,9 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
     rows = predictions.read(path, FIELDS)
     if lost := [row["file"] for row in rows if not (path.parent / row["file"]).is_file()]:
         logger.warning("%d pictures of %s are not there, %s among them: no grid.", len(lost), path.parent, lost[0])
-        (path.parent / GRID).unlink(missing_ok=True)
+        (path.parent / PICTURE).unlink(missing_ok=True)
     else:
-        write_grid(path.parent / GRID, [("", path.parent, rows)])
+        write_grid(path.parent / PICTURE, [("", path.parent, rows)])
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -481,8 +482,8 @@ def load_for_inference(
         ConfigError: weights cannot be had; with the ways out.
     """
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
-    if adapter is not None and not any(adapter.glob("adapter_model.*")):
-        raise ConfigError([f"Missing file {adapter}/adapter_model.safetensors: copy the adapter's folder whole."])
+    if adapter is not None:
+        _check_adapter(adapter)
     config = model_config or model_of(path)
     family = FAMILIES[config.family]
     if model_config is not None and adapter is None:
@@ -503,6 +504,26 @@ def load_for_inference(
     return model.eval(), processor, {"base": whole, "adapter": str(adapter) if adapter else None}
 
 
+def _check_adapter(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: weights that are missing, or of a kind that this PEFT does not know.
+    """
+    from peft import PeftType
+
+    faults = []
+    if not any(folder.glob("adapter_model.*")):
+        faults.append(f"Missing file {folder}/adapter_model.safetensors: copy the adapter's folder whole.")
+    kind = _adapter_config(folder).get("peft_type")
+    if kind not in list(PeftType):
+        faults.append(
+            f"Invalid peft_type {kind} in {folder}/adapter_config.json: PEFT {importlib.metadata.version('peft')} does "
+            "not know it; install the version that saved the adapter, or copy its folder whole."
+        )
+    if faults:
+        raise ConfigError(faults)
+
+
 def model_of(path: str) -> ModelConfig:
     """The backbone of an adapter's folder, or the whole model of a folder or hub id, which no run describes."""
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
@@ -510,15 +531,26 @@ def model_of(path: str) -> ModelConfig:
 
 
 def _base_name(adapter: Path) -> str:
+    name = _adapter_config(adapter).get("base_model_name_or_path")
+    if not (isinstance(name, str) and name):
+        raise ConfigError(
+            [
+                f"Broken file {adapter}/adapter_config.json: base_model_name_or_path is {name}, no base model's name; "
+                "copy the adapter's folder whole."
+            ]
+        )
+    return name
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     try:
-        name = json.loads(path.read_bytes())["base_model_name_or_path"]
-        if not (isinstance(name, str) and name):
-            raise ValueError("it names no base model")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = "base_model_name_or_path is missing" if isinstance(error, KeyError) else error
-        raise ConfigError([f"Broken file {path}: {reason}; copy the adapter's folder whole."]) from error
-    return name
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no keys")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError([f"Broken file {path}: {error}; copy the adapter's folder whole."]) from error
+    return found
 
 
 def _guess_model_config(name: str) -> ModelConfig:

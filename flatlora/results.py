@@ -320,6 +320,12 @@ class Tracker:
     def log(self, row: dict[str, Any]) -> None:
         self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
+    def show(self, name: str, picture: Path) -> None:
+        """Put an image file on the page."""
+        import wandb
+
+        self._run.log({name: wandb.Image(str(picture))})
+
     def finish(self, metrics: dict[str, Any], *, failed: bool = False) -> None:
         """Close the page, or the next run of this process would write on it."""
         self._run.summary.update(metrics)

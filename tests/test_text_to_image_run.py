@@ -207,6 +207,7 @@ def scored(tmp_path_factory, captioner):
         patch.setattr(latents, "cache_folder", lambda: root / "cache")
         for rho in ("off", "flat"):
             more = [f"rho={rho}", "trainer.max_steps=4", f"model.captioner={captioner}", "eval.text_to_image.steps=2"]
+            more.append(f"wandb.mode={'offline' if rho == 'flat' else 'disabled'}")
             runs[rho] = trained(root / rho, *more, "eval.text_to_image.batch_size=3", scored=True)
     return runs
 
@@ -228,6 +229,8 @@ def test_pictures_scores_and_grid_are_in_the_run(scored):
     with Image.open(place / "grid.png") as grid:
         assert grid.size[0] > 400
         assert grid.size[1] > grid.size[0]  # four prompts down, two seeds across
+    (shown,) = folder.glob("wandb/offline-run-*/files/media/images/text_to_image/pictures_*.png")
+    assert shown.read_bytes() == (place / "grid.png").read_bytes()
     assert (folder / "pictures.json").is_file()
 
 

@@ -1,5 +1,6 @@
 """Models are loaded as they were saved."""
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,8 +29,17 @@ def test_a_whole_model_keeps_the_dtype_that_it_was_saved_in(tiny_model_folder, t
 
 
 def test_an_adapter_without_weights_is_no_hub_id(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(
         ConfigError, match=r"Missing file .*adapter_model\.safetensors: copy the adapter's folder whole"
     ):
         models.load_for_inference(str(tmp_path), None, CPU)
+
+
+def test_an_adapter_of_a_kind_that_peft_does_not_know_is_told_with_the_weights_that_are_missing(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORAX"}')
+    with pytest.raises(ConfigError) as told:
+        models.load_for_inference(str(tmp_path), None, CPU)
+    missing, unknown = told.value.faults
+    assert missing.startswith("Missing file ")
+    assert f"Invalid peft_type LORAX in {tmp_path}/adapter_config.json: PEFT {peft.__version__} does not" in unknown

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import wandb
+from PIL import Image
 
 import run_exp
 from flatlora import results
@@ -377,10 +378,14 @@ def test_the_tracker_is_fed_the_rows_of_metrics_jsonl(experiment, tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", tracker)
     log.append({"step": 1, "loss": 2.8125, "lr": 0.00048828125})
     log.append({"step": 2, "loss": 1.5625})
+    Image.new("RGB", (3, 2)).save(tmp_path / "grid.png")
+    tracker.show("text_to_image/pictures", tmp_path / "grid.png")
     tracker.finish({"gsm8k/exact_match": 0.171875})
     assert [row["loss"] for row in log.rows()] == [2.8125, 1.5625]
     assert wandb.run is None  # closed: the next run of this process has a page of its own
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (shown,) = tmp_path.glob("wandb/offline-run-*/files/media/images/text_to_image/pictures_*.png")
+    assert shown.read_bytes() == (tmp_path / "grid.png").read_bytes()
     texts = [text.encode() for text in ("run-42", "2.8125", "0.00048828125", "1.5625", "0.171875", '"lora_r":8')]
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not all(text in file.read_bytes() for text in texts):
