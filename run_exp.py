@@ -251,6 +251,7 @@ class Inputs:
     device: torch.device
     processor: training.Processor  # a tokenizer, an image processor, or none
     rows: tokens.Prepared | images.PreparedImages | text_to_image.PreparedCaptioned
+    asked: dict[str, Sequence[Any]]  # rows of each benchmark
     collate: Callable[[list[Any]], dict[str, torch.Tensor]]
     data_sha256: str  # of all that training and validation read
 
@@ -259,10 +260,16 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     """Make the rows ready and try the method on the model's skeleton; no weight is loaded.
 
     Raises:
-        ConfigError: model, method and data, or then the benchmarks, do not fit; nothing has been written.
+        ConfigError: model, method, data and benchmarks, or then the rows that are asked, do not fit; nothing has been
+            written.
     """
     kind = experiment.dataset.kind
-    _, (processor, rows) = gather(lambda: _check_model(experiment, device), lambda: _read(experiment))
+    _, (processor, rows), _, own = gather(
+        lambda: _check_model(experiment, device),
+        lambda: _read(experiment),
+        lambda: _check_benchmarks(experiment),
+        lambda: _own_rows(experiment),
+    )
     if kind == "captioned":
         models.tell_long_prompts(experiment.model, _prompts(experiment, rows))
     known = {
@@ -270,17 +277,17 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
         "text": lambda: {"tokenizer": processor},
         "captioned": lambda: {"model": experiment.model},
     }[kind]()
-    gather(
+    _, *asked = gather(
         lambda: _check_validation(experiment, len(rows.validation)),
         *(
-            lambda name=name, config=config: benchmarks.evaluator(name).check_rows(
-                *_asked(experiment, rows.test, name, config), config, **known
-            )
-            for name, config in experiment.eval.items()
+            lambda name=name: _test_rows(experiment, rows.test, name, known)
+            for name in experiment.eval
+            if name not in own
         ),
     )
+    asked = own | dict(zip((name for name in experiment.eval if name not in own), asked, strict=True))
     collate = _COLLATORS[kind](experiment.model, processor)
-    return Inputs(device, processor, rows, collate, rows.sha256)
+    return Inputs(device, processor, rows, asked, collate, rows.sha256)
 
 
 def _check_model(experiment: Experiment, device: torch.device) -> None:
@@ -333,20 +340,49 @@ def _check_validation(experiment: Experiment, left: int) -> None:
         )
 
 
-def _asked(experiment: Experiment, test: Sequence[Any], name: str, config: Section) -> tuple[Sequence[Any], str]:
-    """What a benchmark asks at the end of a run, and where it is from."""
-    module = benchmarks.evaluator(name)
-    if module.KIND == "text" and (module.OWN_ROWS or not test):
-        return module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
+def _check_benchmarks(experiment: Experiment) -> None:
+    found = [(benchmarks.evaluator(name), config) for name, config in experiment.eval.items()]
+    gather(
+        *(
+            lambda module=module, config=config: module.check_settings(config, experiment.model)
+            for module, config in found
+            if hasattr(module, "check_settings")
+        )
+    )
+
+
+def _own_rows(experiment: Experiment) -> dict[str, Sequence[Any]]:
+    """Rows of the benchmarks that ask their own, whatever the data set is."""
+    names = [name for name in experiment.eval if getattr(benchmarks.evaluator(name), "OWN_ROWS", False)]
+    rows = gather(*(lambda name=name: _test_rows(experiment, [], name, {}) for name in names))
+    return dict(zip(names, rows, strict=True))
+
+
+def _test_rows(experiment: Experiment, test: Sequence[Any], name: str, known: Mapping[str, Any]) -> Sequence[Any]:
+    """What a benchmark asks at the end of a run.
+
+    Args:
+        test: the data set's test rows.
+        known: of the model, for `check_rows`.
+
+    Raises:
+        ConfigError: they are not there, or cannot be scored.
+    """
+    module, config = benchmarks.evaluator(name), experiment.eval[name]
     template = getattr(config, "template", None)
-    if template not in (None, getattr(experiment.dataset, "template", template)):
+    if module.KIND == "text" and (module.OWN_ROWS or not test):
+        rows, source = module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
+    elif template not in (None, getattr(experiment.dataset, "template", template)):
         raise ConfigError(
             [
                 f"Invalid eval.{name}.template={template} with dataset={experiment.dataset.name}: its test rows are "
                 f"asked, in dataset.template={experiment.dataset.template}; leave the key out."
             ]
         )
-    return test, f"dataset {experiment.dataset.name}, test rows"
+    else:
+        rows, source = test, f"dataset {experiment.dataset.name}, test rows"
+    module.check_rows(rows, source, config, **known)
+    return rows
 
 
 def read_text(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> tokens.Prepared:
@@ -542,8 +578,7 @@ def score(
             identity=identity,
             **_of_backend(experiment),
         )
-        rows, _ = _asked(experiment, inputs.rows.test, name, config)
-        result = evaluate(name, backend, rows, folder.path / "eval" / name, config)
+        result = evaluate(name, backend, inputs.asked[name], folder.path / "eval" / name, config)
         print_score(name, result)
         picture = folder.path / "eval" / name / getattr(benchmarks.evaluator(name), "PICTURE", "")
         if tracker is not None and picture.is_file():

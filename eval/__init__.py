@@ -7,6 +7,7 @@ An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...
     check_rows(rows, source, config, tokenizer=None, classes=None, model=None)
                                            ConfigError for rows that cannot be scored; no model is needed. What is
                                            known of the model by then is its tokenizer, or its classes' names
+    check_settings(config, model)          ConfigError for settings that no rows could make good; none by default
     run(backend, rows, folder, config)     answers and scores rows; returns the score, {"scorer", "n", "metrics"}
     score_file(path, config)               scores a finished predictions.jsonl
     benchmark_rows(data_root, config)      the benchmark's own rows, for a model that no run describes; text alone

@@ -474,7 +474,10 @@ def _training_pictures(module: ModuleType, target: Target, place: Place, config:
     if place.run is not None and KINDS[place.model.family] == "captioned":
         rows = pictures_of_run(place.run, place.dataset, target.data_root or place.data_root)
     model = place.model or model_of(place.weights)
-    module.check_rows(rows, "the run's training pictures", config, model=model)
+    gather(
+        lambda: module.check_settings(config, model),
+        lambda: module.check_rows(rows, "the run's training pictures", config, model=model),
+    )
     return rows
 
 

@@ -108,6 +108,23 @@ def read_prompts(name: str, rows: CaptionedRows | Sequence[Any] = ()) -> Prompts
     return Prompts(found["prompts"], found["seeds"])
 
 
+def check_settings(config: Config, model: DiffusionModelConfig) -> None:
+    """What can be said without the training pictures.
+
+    Args:
+        model: what draws.
+
+    Raises:
+        ConfigError: prompts that cannot be read, a size that cannot be drawn, or models that score which are not there.
+    """
+    gather(
+        lambda: read_prompts(config.prompts) if config.prompts != "training" else None,
+        lambda: _refuse_size(config.resolution, model),
+        lambda: check_clip(config.clip),
+        lambda: check_captioner(config.captioner) if config.captioner else None,
+    )
+
+
 def check_rows(
     rows: CaptionedRows | Sequence[Any], source: str, config: Config, *, model: DiffusionModelConfig, **known: Any
 ) -> None:
@@ -116,14 +133,9 @@ def check_rows(
         model: what draws.
 
     Raises:
-        ConfigError: prompts that cannot be read, a size that cannot be drawn, or models that score which are not there.
+        ConfigError: prompts that cannot be read.
     """
-    wanted, *_ = gather(
-        lambda: read_prompts(config.prompts, rows),
-        lambda: _refuse_size(config.resolution, model),
-        lambda: check_clip(config.clip),
-        lambda: check_captioner(config.captioner) if config.captioner else None,
-    )
+    wanted = read_prompts(config.prompts, rows)
     if config.prompts != "training":  # whoever read the pictures has spoken of theirs
         tell_long_prompts(model, wanted.prompts)
 

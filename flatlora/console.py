@@ -178,4 +178,4 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try again is a warning of three lines
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # four warnings for each of a benchmark's 85 tasks
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module="(torch|transformers|peft|accelerate|numba|gguf|hydra)")
+    warnings.filterwarnings("ignore", module="(torch|transformers|peft|accelerate|numba|gguf|hydra|huggingface_hub)")

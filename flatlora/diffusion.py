@@ -172,9 +172,7 @@ def options_of(config: DiffusionModelConfig, source: str) -> dict[str, Any]:
 
 def skeleton(config: DiffusionModelConfig, source: str) -> Denoiser:
     """The denoiser without weights (meta device)."""
-    require_diffusers()
-    if faults := part_faults(config, source):
-        raise ConfigError(faults)
+    check_parts(config, source)
     import diffusers
 
     options = options_of(config, source)
@@ -302,13 +300,14 @@ DRAWN_FACTOR = 8  # of sides, in diffusers' pipeline
 
 def size_factor(config: DiffusionModelConfig, source: str) -> int:
     """What both sides of a picture must be multiples of: how often VAE and UNet halve it."""
+    check_parts(config, source)
     import diffusers
 
+    unet = diffusers.UNet2DConditionModel.load_config(source, subfolder=UNET, **options_of(config, source))
     name, options = _vae_place(config, source)
     options.pop("variant", None)
     with _vae_faults(config):
         vae = diffusers.AutoencoderKL.load_config(name, **options)
-    unet = diffusers.UNet2DConditionModel.load_config(source, subfolder=UNET, **options_of(config, source))
     return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
 
 
@@ -330,8 +329,14 @@ def commit_hash(config: DiffusionModelConfig, source: str) -> str:
     return found
 
 
-def part_faults(config: DiffusionModelConfig, source: str) -> list[str]:
-    """What a pipeline lacks of its parts; nothing is loaded."""
+def check_parts(config: DiffusionModelConfig, source: str) -> None:
+    """See to it that a pipeline has all of its parts; nothing is loaded.
+
+    Raises:
+        ConfigError: some are missing, or diffusers is.
+        OSError: the hub is out of reach.
+    """
+    require_diffusers()
     from transformers.utils.hub import has_file
 
     weighed = [*TEXT_ENCODERS, *(["vae"] if config.vae_id is None else [])]  # the UNet's own are looked for elsewhere
@@ -341,13 +346,15 @@ def part_faults(config: DiffusionModelConfig, source: str) -> list[str]:
     options = options_of(config, source)
     missing = [names[0] for names in files if not any(has_file(source, name, **options) for name in names)]
     if not missing:
-        return []
+        return
     if not os.path.isdir(source) and not hub_is_reachable():
         raise OSError("offline")  # what speaks_of_the_network knows
-    return [
-        f"Invalid model.hub_id={config.hub_id}: it has no {', '.join(missing)}, so it is no SDXL pipeline; name a "
-        "repository or folder in diffusers' layout, made by save_pretrained or `hf download`."
-    ]
+    raise ConfigError(
+        [
+            f"Invalid model.hub_id={config.hub_id}: it has no {', '.join(missing)}, so it is no SDXL pipeline; name a "
+            "repository or folder in diffusers' layout, made by save_pretrained or `hf download`."
+        ]
+    )
 
 
 def token_ids(

@@ -163,6 +163,15 @@ def test_faults_are_told_before_a_weight_is_loaded(tmp_path, monkeypatch, capsys
     assert head in " ".join(capsys.readouterr().err.split() or capsys.readouterr().out.split())
 
 
+def test_faults_of_model_data_and_scores_are_told_at_once(tmp_path, capsys):
+    more = ["peft.target_modules=[to_w]", "dataset.min_side=80", "eval.text_to_image.prompts=nofile"]
+    assert run_exp.main(words(tmp_path, *more, "eval.text_to_image.resolution=66", scored=True)) == 2
+    told = capsys.readouterr().err
+    heads = ("peft.target_modules", "picture in flatlora/shapes", "eval.text_to_image.prompts=nofile")
+    assert [f"Invalid {head}" in told for head in heads] == [True] * 3
+    assert "Invalid eval.text_to_image.resolution=66" in told
+
+
 def test_a_long_prompt_is_spoken_of_once_in_every_run(tmp_path, capsys):
     own = tmp_path / "mine.yaml"
     own.write_text(yaml.safe_dump({"prompts": ["y" * 90], "seeds": [0]}))
