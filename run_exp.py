@@ -405,7 +405,8 @@ def read_captioned(experiment: Experiment, processor: None) -> text_to_image.Pre
     """
     rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
     batch, count = experiment.optim.batch_size, len(rows.train)
-    faults = models.size_faults(experiment.model, rows.train.sizes)
+    drawn = isinstance(rows.prior, text_to_image.ClassPictures)  # in that size
+    faults = models.size_faults(experiment.model, rows.train.sizes, drawn=drawn)
     if count < batch:
         faults.append(
             f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} pictures to "

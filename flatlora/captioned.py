@@ -229,7 +229,7 @@ def read_captioned(
         return _of_table(hub_data(source), image, others, str(source), fixed)
     path = local_file(source, data_root)
     if path.suffix == ".jsonl":
-        return _listed(path, image, others, fixed)
+        return _listed(path, read_jsonl(path), image, others, fixed)
     return _of_table(parquet_table(path, fingerprint(source, data_root)), image, others, str(path), fixed)
 
 
@@ -239,9 +239,11 @@ def _of_table(table, image: str, others: tuple[str, ...], source: str, fixed: st
     return CaptionedImages(source, _prompts(rows, others, fixed, source), bytes_of(table, image))
 
 
-def _listed(path: Path, image: str, others: tuple[str, ...], fixed: str | None) -> CaptionedImages:
-    """Pictures beside a JSON-lines file that names them."""
-    rows = typed_columns(read_jsonl(path), [image, *others], str(path))
+def _listed(
+    path: Path, rows: Sequence[dict], image: str, others: tuple[str, ...], fixed: str | None
+) -> CaptionedImages:
+    """Pictures beside a JSON-lines file whose rows name them."""
+    rows = typed_columns(rows, [image, *others], str(path))
     prompts, names = _prompts(rows, others, fixed, str(path)), [row[image] for row in rows]
     if twice := len(names) - len(set(names)):
         logger.warning("%s names %d pictures more than once: each of its rows is trained on.", path, twice)
@@ -278,8 +280,8 @@ def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> 
         raise ConfigError([f"Invalid {key}={folder}: {reason}; name one with pictures in it."]) from error
     if (path / METADATA).is_file():
         rows = read_jsonl(path / METADATA)
-        column = "text" if rows and "prompt" not in rows[0] and "text" in rows[0] else "prompt"  # as datasets has it
-        images = _listed(path / METADATA, "file_name", () if fixed is not None else (column,), fixed)
+        rows = [{"prompt": row["text"], **row} if "text" in row else row for row in rows]  # as datasets has it
+        images = _listed(path / METADATA, rows, "file_name", () if fixed is not None else ("prompt",), fixed)
         if left := [f.name for f in found if f.suffix.lower() in _SUFFIXES and f.name not in images.names]:
             logger.warning("%d pictures are left out that %s does not name: %s …", len(left), path / METADATA, left[0])
         return images

@@ -417,7 +417,7 @@ def moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """
     found = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
     mean, std = found.mean[0].float().cpu(), found.std[0].float().cpu()
-    refuse_broken(vae, mean)
+    refuse_broken(vae, torch.stack([mean, std]))
     scale = Scale(vae)
     return scale.to_model(mean), std * scale.factor
 
@@ -443,14 +443,38 @@ def refuse_broken(vae: nn.Module, found: torch.Tensor) -> None:
         ConfigError: what a VAE made is not finite.
     """
     if not found.isfinite().all():
-        dtype = str(vae.dtype).removeprefix("torch.")
-        raise ConfigError(
-            [
-                f"Invalid model.vae_dtype={dtype}: the VAE makes NaN or infinity of a picture in it; use "
-                "model.vae_dtype=float32, or a VAE that was mended for FP16, such as "
-                "model.vae_id=madebyollin/sdxl-vae-fp16-fix."
-            ]
+        dtype = _dtype_name(vae)
+        remedy = (
+            "its weights are broken: fetch them again, or name another VAE with model.vae_id"
+            if dtype == "float32"
+            else "use model.vae_dtype=float32, or a VAE that was mended for FP16, such as "
+            "model.vae_id=madebyollin/sdxl-vae-fp16-fix"
         )
+        raise ConfigError(
+            [f"Invalid model.vae_dtype={dtype}: the VAE makes NaN or infinity of a picture in it; {remedy}."]
+        )
+
+
+def _refuse_broken_latents(denoiser: nn.Module, latents: torch.Tensor, prompts: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: what a denoiser made is not finite.
+    """
+    broken = [prompt for one, prompt in zip(latents, prompts, strict=True) if not one.isfinite().all()]
+    if broken:
+        dtype = _dtype_name(denoiser)
+        remedy = (
+            "its weights or the adapter's are broken, or the training diverged"
+            if dtype == "float32"
+            else "bfloat16 and float32 have a wider range, and broken weights make it in every dtype"
+        )
+        raise ConfigError(
+            [f"Invalid model.dtype={dtype}: the denoiser makes NaN or infinity of {broken[0]!r} in it; {remedy}."]
+        )
+
+
+def _dtype_name(model: nn.Module) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 # --- sampling
@@ -511,7 +535,7 @@ def sample(
     Denoising follows the caller's autocast; the VAE keeps its own dtype.
 
     Raises:
-        ConfigError: as `moments`.
+        ConfigError: latents or pictures are not finite.
     """
     with _quiet_diffusers():
         latents = pipeline(
@@ -524,6 +548,7 @@ def sample(
             guidance_scale=guidance,
             output_type="latent",
         ).images
+    _refuse_broken_latents(pipeline.unet, latents, prompts)
     with torch.autocast(latents.device.type, enabled=False):
         return decode(pipeline.vae, latents)
 

@@ -197,9 +197,13 @@ def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
         try:
             return of(index)
         except BROKEN as error:
-            unknown = isinstance(error, UnidentifiedImageError)  # its own words hold the address of a buffer
-            problems[index] = "no picture of a known format" if unknown else str(error).partition("\n")[0]
-            problems[index] = problems[index] or type(error).__name__
+            reasons = {
+                UnidentifiedImageError: "no picture of a known format",  # its own words hold the address of a buffer
+                FileNotFoundError: "there is no such file",
+                IsADirectoryError: "it names a folder, not a file",
+            }
+            reason = reasons.get(type(error), str(error).partition("\n")[0])
+            problems[index] = reason or type(error).__name__
 
     digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
     if problems or not (remembered := _remembered(digests)).is_file():
@@ -264,10 +268,10 @@ def decoded(images: Pictures, index: int) -> Image.Image:
     with Image.open(io.BytesIO(images.read(index))) as picture:
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of no known range")
+        if picture.mode == "I" and picture.format != "PNG":  # a PNG's are 16 bits wide
+            raise ValueError("its pixels are 32-bit integers of no known range")
         if picture.mode.startswith("I"):
             wide = np.asarray(picture).astype(np.int64)
-            if wide.min() < 0 or wide.max() > 65535:
-                raise ValueError("its grey is wider than 16 bits")
             grey = Image.fromarray((wide / 257).round().astype(np.uint8))
             grey.info = picture.info  # how it is turned
             return grey

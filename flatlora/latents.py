@@ -77,11 +77,12 @@ class LatentRows(Dataset):
     def __len__(self) -> int:
         return len(self.means)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        own = self._draw(index, index)
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        """A row, or from `len(self)` on the same ones again with other draws, as `samplers.BucketSampler` asks for."""
+        own = self._draw(row % len(self), row)
         if self.prior is None:
             return own
-        other = self.prior._draw((index + self.epoch * len(self)) % len(self.prior), index)
+        other = self.prior._draw((row + self.epoch * len(self)) % len(self.prior), row)
         return {key: torch.cat([own[key], other[key]]) for key in own}
 
     def _draw(self, index: int, row: int) -> dict[str, torch.Tensor]:

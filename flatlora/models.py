@@ -435,9 +435,10 @@ def tell_long_prompts(config: DiffusionModelConfig, prompts: Sequence[str]) -> N
     diffusion.tell_long_prompts(tokenizers, prompts)
 
 
-def size_faults(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]]) -> list[str]:
-    """Sizes of pictures (H, W) that the parts of a pipeline cannot halve as often as they do."""
-    factor = size_factor(config)
+def size_faults(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]], *, drawn: bool = False) -> list[str]:
+    """Sizes of pictures (H, W) that the parts of a pipeline cannot halve as often as they do; `drawn` as `size_factor`
+    has it."""
+    factor = size_factor(config, drawn=drawn)
     odd = sorted({size for size in sizes if size[0] % factor or size[1] % factor})
     return [
         f"Invalid dataset.resolution or dataset.bucket_step: pictures of {height} × {width} pixels, and both sides "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -44,7 +43,8 @@ class EpochSampler(Sampler[int]):
 class BucketSampler(EpochSampler):
     """`EpochSampler` whose micro-batches are of rows of one bucket each: of pictures of one size, that is.
 
-    Where a bucket's rows do not fill the last of its micro-batches, the first of that epoch's order are taken again.
+    Where a bucket's rows do not fill the last of its micro-batches, the first of that epoch's order are taken again, as
+    row + k · (number of rows) for the k-th time, which tells a data set to draw anew for them.
     """
 
     def __init__(self, buckets: Sequence[Hashable], seed: int, micro_batch: int) -> None:
@@ -61,7 +61,8 @@ class BucketSampler(EpochSampler):
             by_bucket.setdefault(self.buckets[row], []).append(row)
         batches = []
         for rows in by_bucket.values():
-            filled = list(itertools.islice(itertools.cycle(rows), self._filled(len(rows))))
+            turns = [divmod(place, len(rows)) for place in range(self._filled(len(rows)))]
+            filled = [rows[place] + turn * len(self.buckets) for turn, place in turns]
             batches += [filled[i : i + self.micro_batch] for i in range(0, len(filled), self.micro_batch)]
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
         for place in torch.randperm(len(batches), generator=generator).tolist():

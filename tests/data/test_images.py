@@ -371,9 +371,10 @@ def test_wide_greys_are_scaled_and_floats_refused(tmp_path, processor):
     wide = np.linspace(0, 65535, 48).reshape(8, 6).astype(np.uint16)
     narrow = (wide / 257).round().astype(np.uint8)
     buffers = []
-    for pixels in (wide, narrow, narrow.astype(np.float32)):
+    unknown = narrow.astype(np.float32), narrow.astype(np.int32)
+    for pixels in (wide, narrow, *unknown):
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "TIFF" if pixels.dtype == np.float32 else "PNG")
+        Image.fromarray(pixels).save(buffer, "TIFF" if pixels.dtype.itemsize == 4 else "PNG")
         buffers.append({"bytes": buffer.getvalue(), "path": None})
     for count in (2, 3):
         for split in ("train", "test"):
@@ -383,7 +384,12 @@ def test_wide_greys_are_scaled_and_floats_refused(tmp_path, processor):
             rows = prepared(tmp_path, "mnist", processor)
             assert torch.equal(rows.train[0]["pixel_values"], rows.train[1]["pixel_values"])
             assert rows.train[0]["pixel_values"].std() > 0.5
-    assert "row 3: its pixels are floating-point numbers" in faults(prepared, tmp_path, "mnist", processor)[0]
+        if count == 3:
+            assert "row 3: its pixels are floating-point numbers" in faults(prepared, tmp_path, "mnist", processor)[0]
+    for split in ("train", "test"):
+        columns = {"image": [*buffers[:2], buffers[3]], "label": [0, 1, 2]}
+        write_parquet(tmp_path, "ylecun/mnist", "mnist", split, columns)
+    assert "row 3: its pixels are 32-bit integers" in faults(prepared, tmp_path, "mnist", processor)[0]
 
 
 # --- runs

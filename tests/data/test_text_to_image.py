@@ -73,8 +73,13 @@ def test_each_picture_may_have_a_prompt_of_its_own(tmp_path):
     rows = [{"file_name": f"{n}.png", "prompt": f"number {n}"} for n in (2, 0)]
     found = prepared(folder_of(tmp_path / "own", metadata=rows))
     assert [found.train.prompt(row) for row in range(2)] == ["number 2", "number 0"]
-    named_text = [{"file_name": "1.png", "text": "as datasets has it"}]
-    assert prepared(folder_of(tmp_path / "text", metadata=named_text)).train.prompt(0) == "as datasets has it"
+    named = [{"file_name": "1.png", "text": "as datasets has it"}, {"file_name": "0.png", "prompt": "p", "text": "t"}]
+    found = prepared(folder_of(tmp_path / "text", metadata=named))
+    assert [found.train.prompt(row) for row in range(2)] == ["as datasets has it", "p"]
+    lost = folder_of(tmp_path / "lost", metadata=[{"file_name": "9.png", "prompt": "p"}])
+    assert "row 1 (9.png): there is no such file" in faults(lambda: prepared(lost))[0]
+    lost = folder_of(tmp_path / "none", metadata=[{"file_name": "", "prompt": "p"}])
+    assert "it names a folder, not a file" in faults(lambda: prepared(lost))[0]
 
 
 def test_the_hubs_columns_from_a_data_root(tmp_path):

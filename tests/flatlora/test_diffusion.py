@@ -216,6 +216,22 @@ def test_a_vae_that_makes_nan_names_the_remedy(source):
             act()
 
 
+def test_a_vae_that_makes_nan_in_fp32_is_broken(source):
+    vae = diffusion.load_vae(config_of(), source, CPU)
+    with pytest.raises(ConfigError, match=r"vae_dtype=float32.*its weights are broken"):
+        diffusion.refuse_broken(vae, torch.tensor(float("inf")))
+
+
+@pytest.mark.parametrize(("dtype", "remedy"), [("float32", "the training diverged"), ("bfloat16", "wider range")])
+def test_a_denoiser_that_makes_nan_is_told_from_its_vae(source, dtype, remedy):
+    config = config_of(dtype=dtype)
+    pipeline = diffusion.pipeline_of(models.load_backbone(config, CPU), config, source, CPU)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ConfigError, match=rf"Invalid model\.dtype={dtype}: the denoiser makes NaN.* of 'a'.*{remedy}"):
+        diffusion.sample(pipeline, ["a"], [0], size=64, steps=1, guidance=1.0)
+
+
 def test_the_vae_keeps_its_dtype_under_autocast(source):
     config = config_of()
     pipeline = diffusion.pipeline_of(models.load_backbone(config, CPU), config, source, CPU)
@@ -295,14 +311,24 @@ def test_pictures_of_the_class_may_be_small(source):
 def test_buckets_fill_whole_micro_batches():
     buckets = ["a"] * 5 + ["b"] * 3 + ["c"]
     sampler = BucketSampler(buckets, seed=0, micro_batch=2)
-    order = list(sampler)
-    assert len(order) == len(sampler) == 6 + 4 + 2
+    again = list(sampler)
+    assert len(set(again)) == len(again) == len(sampler) == 6 + 4 + 2
+    order = [row % 9 for row in again]
     assert set(order) == set(range(9))  # every picture, some of them twice
+    assert sorted(row for row in again if row >= 9)[-1] == 8 + 9
     for start in range(0, len(order), 2):
         assert len({buckets[row] for row in order[start : start + 2]}) == 1
-    assert list(sampler) == order
+    assert list(sampler) == again
     sampler.set_epoch(1)
-    assert list(sampler) != order
+    assert list(sampler) != again
+
+
+def test_a_row_that_is_taken_again_is_drawn_anew(source):
+    rows = encoded(source)
+    once, again = rows[3], rows[3 + len(rows)]
+    assert not torch.equal(once["noise"], again["noise"])
+    assert not torch.equal(once["latents"], again["latents"])
+    assert torch.equal(once["pooled"], again["pooled"])  # of the same picture
 
 
 # --- adapters
@@ -452,6 +478,8 @@ def _without_diffusers():
 
 
 def test_sizes_that_the_parts_cannot_halve_are_refused():
+    assert models.size_faults(config_of(), [(68, 68)]) == []
+    assert "multiples of 8" in models.size_faults(config_of(), [(68, 68)], drawn=True)[0]
     (fault,) = models.size_faults(config_of(), [(64, 64), (64, 62)])
     assert "pictures of 64 × 62 pixels, and both sides must be multiples of 4" in fault
 
