@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from flatlora.config import ConfigError, NoSection, nearest
 
@@ -112,7 +112,14 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
     """
     overrides = _parse_all(words)
     faults = [
-        f"Several values in {override.input_line}: a sweep needs -m." for override in overrides if _is_sweep(override)
+        f"Several values in {override.input_line}: a sweep needs -m"
+        + (
+            "; a text with a comma stands in quotes of its own, as \"KEY='a, b'\"."
+            if ", " in override.input_line
+            else "."
+        )
+        for override in overrides
+        if _is_sweep(override)
     ]
     if faults:
         raise ConfigError(faults)
@@ -132,7 +139,12 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
             return plain | _unchosen_benchmarks(conf_dir, known) | unknown
     except (HydraException, OmegaConfBaseException) as error:
         faults = [fault for section in unknown.values() for fault in section.faults]
-        faults.append(f"The configuration does not compose: {str(error).strip().splitlines()[0]}")
+        reason = str(error).strip().splitlines()[0]
+        if isinstance(error, InterpolationResolutionError):
+            reason += (
+                r"; ${KEY} takes the value of another key: name one that is there, or write \${…} for a text with it."
+            )
+        faults.append(f"The configuration does not compose: {reason}")
         raise ConfigError(faults) from error
 
 

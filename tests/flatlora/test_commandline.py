@@ -141,6 +141,18 @@ def test_several_values_without_a_sweep_are_faults():
     assert told == [f"Several values in {word}: a sweep needs -m." for word in ("model=llama,smollm", "seed=1,2")]
 
 
+def test_texts_that_hydra_would_read_as_more_are_told_how_to_be_written():
+    def prompt(word):
+        return run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", word]).dataset.prompt
+
+    (told,) = faults(prompt, "dataset.prompt=a dog, sitting")
+    assert told.endswith("""a text with a comma stands in quotes of its own, as "KEY='a, b'".""")
+    assert prompt("dataset.prompt='a dog, sitting'") == "a dog, sitting"
+    (told,) = faults(prompt, "dataset.prompt=a ${x} dog")
+    assert "'x' not found; ${KEY} takes the value of another key" in told
+    assert prompt(r"dataset.prompt=a \${x} dog") == "a ${x} dog"
+
+
 def test_every_fault_of_every_job_is_told():
     told = faults(run_exp.experiments_of, [["peft=loar"], ["seed=1"], ["peft=lroa"], ["peft=loar"]])
     assert [fault.partition(":")[0] for fault in told] == ["Unknown option peft=loar", "Unknown option peft=lroa"]
