@@ -103,9 +103,8 @@ def print_status(made: Sequence[Made], runs: Sequence[Run], seeds: int) -> None:
                 told,
             )
     Console(highlight=False).print(shown)
-    print(
-        f"{total:.2f} hours of training for cells whose kind was measured; {unknown} runs of a kind that never was (?)."
-    )
+    never = f"; {unknown} runs of a kind that never was (?)" if unknown else ""
+    print(f"{total:.2f} hours of training for cells whose kind was measured{never}.")
 
 
 def _hours(made: Made, row: str, key: str, runs: Sequence[Run]) -> float | None:
