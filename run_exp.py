@@ -277,15 +277,12 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
         "text": lambda: {"tokenizer": processor},
         "captioned": lambda: {"model": experiment.model},
     }[kind]()
-    _, *asked = gather(
+    names = [name for name in experiment.eval if name not in own]
+    _, *found = gather(
         lambda: _check_validation(experiment, len(rows.validation)),
-        *(
-            lambda name=name: _test_rows(experiment, rows.test, name, known)
-            for name in experiment.eval
-            if name not in own
-        ),
+        *(lambda name=name: _test_rows(experiment, rows.test, name, known) for name in names),
     )
-    asked = own | dict(zip((name for name in experiment.eval if name not in own), asked, strict=True))
+    asked = own | dict(zip(names, found, strict=True))
     collate = _COLLATORS[kind](experiment.model, processor)
     return Inputs(device, processor, rows, asked, collate, rows.sha256)
 

@@ -9,6 +9,7 @@ named as in the pipeline (unet, text_encoder, text_encoder_2), so that an adapte
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -337,14 +338,11 @@ def check_parts(config: DiffusionModelConfig, source: str) -> None:
         OSError: the hub is out of reach.
     """
     require_diffusers()
-    from transformers.utils.hub import has_file
-
     weighed = [*TEXT_ENCODERS, *(["vae"] if config.vae_id is None else [])]  # the UNet's own are looked for elsewhere
     files = [[INDEX], ["scheduler/scheduler_config.json"], *([f"{name}/config.json"] for name in (UNET, *weighed))]
     files += [[f"{name}/tokenizer_config.json"] for name in _TOKENIZERS]
     files += [weight_files(config, name) for name in weighed]
-    options = options_of(config, source)
-    missing = [names[0] for names in files if not any(has_file(source, name, **options) for name in names)]
+    missing = [names[0] for names in files if not any(_holds(config, source, name) for name in names)]
     if not missing:
         return
     if not os.path.isdir(source) and not hub_is_reachable():
@@ -355,6 +353,17 @@ def check_parts(config: DiffusionModelConfig, source: str) -> None:
             "repository or folder in diffusers' layout, made by save_pretrained or `hf download`."
         ]
     )
+
+
+def _holds(config: DiffusionModelConfig, source: str, name: str) -> bool:
+    return (Path(source) / name).is_file() if os.path.isdir(source) else _hub_holds(source, name, config.revision)
+
+
+@functools.cache  # a request each, and everything that reads a pipeline's settings looks for its parts first
+def _hub_holds(repository: str, name: str, revision: str | None) -> bool:
+    from transformers.utils.hub import has_file
+
+    return has_file(repository, name, revision=revision)
 
 
 def token_ids(
