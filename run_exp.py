@@ -44,6 +44,7 @@ from flatlora.clip import CLASSES_FILE
 from flatlora.config import ConfigError, Experiment, Section, keys_of_validation, parse
 from flatlora.images import collate_images
 from flatlora.latents import collate_latents
+from flatlora.precision import Precision, choose_precision
 from flatlora.preemption import Preempted
 from flatlora.results import MetricsLog, RunFolder, Tracker
 from flatlora.rows import fingerprint, gather, jsonl
@@ -479,7 +480,11 @@ def train_and_score(
         if experiment.dataset.kind == "captioned":
             files.write_json(folder.path / captioned.PICTURES_FILE, captioned.identities(inputs.rows.test))
     inputs = encode(experiment, inputs, record["base"])
-    backbone = models.load_backbone(experiment.model, inputs.device, classes)
+    precision = choose_precision(experiment.trainer.autocast, experiment.model.dtype, inputs.device)
+    record["precision"] = precision.record()
+    if distributed.is_main_process():
+        console.console.print(f"precision: {precision}", markup=False, soft_wrap=True)
+    backbone = models.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
     method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)
     model = method.apply(backbone, experiment.peft, start)
     if experiment.regularised:
@@ -572,7 +577,7 @@ def score(
             model,
             inputs.processor,
             batch_size=config.batch_size,
-            autocast_dtype=models.autocast_dtype(experiment.trainer.autocast, experiment.model.dtype),
+            precision=choose_precision(experiment.trainer.autocast, experiment.model.dtype, inputs.device),
             identity=identity,
             **_of_backend(experiment),
         )
@@ -607,10 +612,17 @@ def describe(experiment: Experiment) -> list[tuple[str, str]]:
         ("rho", _settings(experiment.rho) if experiment.regularised else "off: no perturbation"),
         ("optim", _settings(optim)),
         ("trainer", _settings(experiment.trainer)),
+        ("precision", str(_precision(experiment))),
         ("eval", ", ".join(f"{name} ({_settings(config)})" for name, config in experiment.eval.items()) or "none"),
         ("seed", str(experiment.seed)),
         ("config", f"sha256 {experiment.sha256()}"),
     ]
+
+
+def _precision(experiment: Experiment) -> Precision:
+    """How a run on this machine would compute; of a GPU that is asked for and is not here, too."""
+    on_gpu = experiment.trainer.device == "cuda" or (experiment.trainer.device == "auto" and torch.cuda.is_available())
+    return choose_precision(experiment.trainer.autocast, experiment.model.dtype, "cuda" if on_gpu else "cpu")
 
 
 def _settings(section: Section) -> str:
@@ -630,6 +642,7 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
         "backbone_sha256": {"before": None, "after": None},
         "adapter_sha256": None,
         "params": None,
+        "precision": None,
         "kernels": [],
         "metrics": {},
         "timing": None,

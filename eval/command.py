@@ -32,13 +32,13 @@ from flatlora.config import KINDS, ConfigError, Section, nearest, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
 from flatlora.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.models import (
-    autocast_dtype,
     choose_device,
     load_for_inference,
     load_image_processor,
     model_of,
     weights_identity,
 )
+from flatlora.precision import choose_precision, stored_dtype
 from flatlora.rows import Source, gather, read_jsonl, typed_columns
 from flatlora.sources import backbone_source
 from flatlora.starts import MOVED
@@ -320,7 +320,7 @@ def _machine_label(target: Target, place: Place, own: Path) -> str:
     device = target.device
     if device == "auto":
         device = None if target.score_only else choose_device("auto").type
-    planned = {"device": device, "autocast": str(autocast_dtype(place.autocast, place.model.dtype))}
+    planned = {"device": device, "autocast": choose_precision(place.autocast, place.model.dtype, device or "cpu").label}
     try:
         made = json.loads((own / "generation.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -556,7 +556,7 @@ def _load(
     try:
         classes = Classes.of_run(place.run) if kind == "image" else None
         identity = _identity(place, classes) | ({"dtype": dtype} if dtype else {})
-        model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype)
+        model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype, place.autocast)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -566,7 +566,7 @@ def _load(
         ) from error
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
     if dtype is None:
-        dtype = place.model.dtype if place.model else str(next(model.parameters()).dtype).removeprefix("torch.")
+        dtype = place.model.dtype if place.model else str(stored_dtype(next(model.parameters()))).removeprefix("torch.")
     parts = {}
     if kind == "captioned":
         config = (place.model or model_of(place.weights)).model_copy(update={"dtype": dtype})
@@ -575,7 +575,7 @@ def _load(
         model,
         processor,
         batch_size=batch_size,
-        autocast_dtype=autocast_dtype(place.autocast, dtype),
+        precision=choose_precision(place.autocast, dtype, device),
         identity=identity,
         **parts,
     )

@@ -297,7 +297,7 @@ def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list
         pretrained=backend.model,
         tokenizer=backend.tokenizer,
         batch_size=config.batch_size,
-        mixed_precision_dtype=backend.autocast_dtype,
+        mixed_precision_dtype=backend.precision and backend.precision.autocast,
         backend="seq2seq" if backend.model.config.is_encoder_decoder else "causal",
     )
     try:

@@ -1,7 +1,8 @@
-"""The rest of the training step on a GPU: Liger's kernels, a head that never holds all logits, replayed micro-steps.
+"""What makes the training step fast besides the noise.
 
-`accelerate` puts in place what a model and machine allow, behind `trainer.kernels=auto`. Weights, names and checkpoints
-stay as they are; what cannot be used is named once in the log.
+Fused LoRA layers, and a head that never holds all logits; on a GPU Liger's kernels and replayed micro-steps, on a CPU
+batches without padding. `accelerate` puts in place what a model and machine allow, behind `trainer.kernels=auto`.
+Weights, names and checkpoints stay as they are; what cannot be used is named once in the log.
 """
 
 from __future__ import annotations
@@ -20,27 +21,28 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flatlora import kernels
+from flatlora.head import forward_without_logits, has_frozen_linear_head
 from flatlora.lora_linear import fuse, groups_of, remake
+from flatlora.packing import attends_to_all_before, remove_padding
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label of a token without loss, as transformers has it
-_HEAD_ROWS = 1024  # tokens whose logits are in memory at a time
 _GRAPHS = 16  # shapes of micro-batches that are captured; further ones run without a graph
 _GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
 
 
 def accelerate(model: nn.Module, device: torch.device) -> list[str]:
     """Make the layers of a PEFT model fast on `device`; what was put in place, for the record."""
-    if not kernels.available(device):
+    if device.type != "cpu" and not kernels.available(device):
         return []
     done = []
     if fused := fuse(model):
         done.append(f"{fused} fused LoRA layers")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if device.type == "cpu":
+        return done + remove_padding(base)
     if not isinstance(base, PreTrainedModel):
         return done  # a diffusion model: Liger and the rest are of language models
     if importlib.util.find_spec("liger_kernel") is None:
@@ -48,11 +50,11 @@ def accelerate(model: nn.Module, device: torch.device) -> list[str]:
         return done
     if _apply_liger(base):
         done.append("Liger RMSNorm, RoPE and SwiGLU")
-    if _attends_to_all_before(base):
+    if attends_to_all_before(base) and base.config._attn_implementation == "sdpa":
         base.model.forward = _forward_without_mask(base.model)
         done.append("causal attention without a mask")
-    if _has_frozen_linear_head(base):
-        base.forward = _forward_without_logits(base)
+    if has_frozen_linear_head(base):
+        base.forward = forward_without_logits(base)
         done.append("chunked cross entropy")
     return done
 
@@ -107,15 +109,6 @@ _MASKLESS = "flatlora_sdpa_without_mask"
 AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
 
 
-def _attends_to_all_before(base: nn.Module) -> bool:
-    """Whether every layer is causal attention by torch's kernels, without a window or chunks."""
-    config = base.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    plain = kinds == {"full_attention"} and not windowed and not getattr(config, "is_encoder_decoder", False)
-    return plain and config._attn_implementation == "sdpa" and isinstance(getattr(base, "model", None), nn.Module)
-
-
 def _forward_without_mask(decoder: nn.Module) -> Callable[..., Any]:
     original = decoder.forward
 
@@ -133,121 +126,6 @@ def _forward_without_mask(decoder: nn.Module) -> Callable[..., Any]:
             config._attn_implementation = usual
 
     return forward
-
-
-def _has_frozen_linear_head(base: nn.Module) -> bool:
-    head = getattr(base, "lm_head", None)
-    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-    return plain and hasattr(base, "model") and not base.config.is_encoder_decoder
-
-
-def _forward_without_logits(base: nn.Module) -> Callable[..., Any]:
-    original = base.forward
-
-    @functools.wraps(original)  # generate() and Trainer look at the signature
-    def forward(
-        *args: Any,
-        labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
-        logits_to_keep: torch.Tensor | int = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if not base.training or (labels is None and shift_labels is None):
-            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            kwargs |= {name: value for name, value in given.items() if value is not None}
-            return original(*args, logits_to_keep=logits_to_keep, **kwargs)
-        hidden = base.model(*args, **kwargs | {"use_cache": False}).last_hidden_state
-        if isinstance(logits_to_keep, torch.Tensor):
-            hidden = hidden[:, logits_to_keep]
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        return CausalLMOutputWithPast(
-            loss=linear_cross_entropy(hidden, base.lm_head.weight, shift_labels, num_items_in_batch)
-        )
-
-    return forward
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Cross entropy of hidden (… × H) times a frozen head (V × H), the logits in memory only a thousand rows at a time.
-
-    Args:
-        labels: …, INT64; -100 has no loss.
-        items: what the sum of losses is divided by; the number of labels with a loss when None. Nothing waits for the
-            host.
-    """
-    labels = labels.reshape(-1)
-    total = _HeadLoss.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels)
-    return total / ((labels != IGNORED).sum() if items is None else items)
-
-
-def linear_cross_entropy_reference(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Slow twin of `linear_cross_entropy`: all logits at once, in FP32."""
-    logits = hidden.reshape(-1, hidden.shape[-1]).float() @ weight.float().t()
-    total = nn.functional.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
-    return total / ((labels != IGNORED).sum() if items is None else items)
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Sum of the losses; the gradient is made in the forward, where the logits are."""
-
-    @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
-
-        losses = torch.zeros(labels.shape[0], device=hidden.device)
-        grad_hidden = torch.empty_like(hidden, dtype=weight.dtype)
-        columns = weight.shape[0]
-        block = min(1 << 15, 1 << (columns - 1).bit_length())
-        for start in range(0, labels.shape[0], _HEAD_ROWS):
-            rows = slice(start, min(start + _HEAD_ROWS, labels.shape[0]))
-            logits, target, loss = hidden[rows].to(weight.dtype) @ weight.t(), labels[rows], losses[rows]
-            # Leaves each row's loss in `loss` and the gradient of its logits in the logits' place.
-            liger_cross_entropy_kernel[(logits.shape[0],)](
-                X_ptr=logits,
-                X_stride=logits.stride(0),
-                Y_ptr=target,
-                Y_stride=1,
-                weight_ptr=None,
-                loss_ptr=loss,
-                z_loss_ptr=None,
-                loss_stride=1,
-                token_accuracy_ptr=None,
-                token_accuracy_stride=0,
-                predicted_tokens_ptr=None,
-                predicted_tokens_stride=0,
-                n_cols=columns,
-                n_non_ignore=1.0,
-                sum_non_ignore_weight=1.0,
-                weight_sum=0.0,
-                ignore_index=IGNORED,
-                lse_square_scale=0.0,
-                label_smoothing=0.0,
-                reduction="sum",
-                softcap=None,
-                RETURN_Z_LOSS=False,
-                RETURN_TOKEN_ACCURACY=False,
-                RETURN_PREDICTED_TOKENS=False,
-                HAS_WEIGHT=False,
-                HAS_SOFTCAPPING=False,
-                HAS_GRADIENTS=True,
-                BLOCK_SIZE=block,
-                num_warps=32,
-            )
-            torch.mm(logits, weight, out=grad_hidden[rows])
-        ctx.save_for_backward(grad_hidden)
-        ctx.dtype = hidden.dtype
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad_hidden,) = ctx.saved_tensors
-        return (grad_hidden * grad).to(ctx.dtype), None, None
 
 
 class GraphedMicroStep:

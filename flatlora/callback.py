@@ -10,15 +10,20 @@ rho.mode=inplace, where an interrupted step leaves ε in the weights until `clos
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flatlora.layers import find_lora_layers
 from flatlora.perturbation import WeightPerturbation
+from flatlora.precision import bf16_support, cpu_features, slow_bf16_warning
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "flatlora.safetensors"
 
@@ -47,6 +52,7 @@ class FlatLoraCallback(TrainerCallback):
                 f"FlatLoraCallback found no LoRA layer in {type(model).__name__}: wrap the model with "
                 "peft.get_peft_model(model, LoraConfig(...)) before you give it to the Trainer."
             )
+        self._warn_of_slow_products(model, layers[0].weight, args)
         self.perturbation = WeightPerturbation(
             layers,
             sigma=self.sigma,
@@ -59,6 +65,15 @@ class FlatLoraCallback(TrainerCallback):
         )
         if state.global_step % self.perturbation.every:
             self.perturbation.load_state_dict(load_file(checkpoint_file(args, state, STATE_FILE)))
+
+    @staticmethod
+    def _warn_of_slow_products(model: nn.Module, weight: torch.Tensor, args: TrainingArguments) -> None:
+        """Name what makes a CPU compute in BF16 that has no instructions for it."""
+        setting = "bf16=True" if args.bf16 else f"dtype={str(weight.dtype).removeprefix('torch.')}"
+        in_bf16 = args.bf16 or weight.dtype == torch.bfloat16
+        if in_bf16 and weight.is_cpu and not bf16_support(cpu_features())[0]:
+            remedy = "load the backbone with dtype=flatlora.fast_dtype() and leave bf16 out of TrainingArguments"
+            logger.warning("%s", slow_bf16_warning(model, setting, remedy))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._micro_batch = 0

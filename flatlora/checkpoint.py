@@ -21,6 +21,7 @@ from torch import nn
 from flatlora.config import ConfigError
 from flatlora.files import fsync_folder, write_json
 from flatlora.layers import plain_name
+from flatlora.precision import as_stored
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def backbone_sha256(model: nn.Module) -> str | None:
     """SHA-256 over name, dtype, shape and bytes of every frozen parameter, in name order; None when there is none.
 
     Names are those of the model without PEFT, and an adapter's frozen half (LoRA-FA's A) is left out, so the hash does
-    not depend on the adapter.
+    not depend on the adapter. A weight that is held in a wider tensor is hashed in the dtype it is stored in, so that
+    the hash is the same on every machine.
     """
     parameters = ((plain_name(name), p) for name, p in model.named_parameters() if not p.requires_grad)
     frozen = {name: p for name, p in parameters if ".lora_" not in name and ".ranknum." not in name}
@@ -172,7 +174,7 @@ def _files_sha256(folder: Path, patterns: Iterable[str]) -> str:
 def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
+        tensor = as_stored(tensors[name])
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         for piece in _byte_pieces(tensor):
             digest.update(piece)

@@ -21,13 +21,13 @@ from rich.text import Text
 from flatlora.config import ConfigError
 
 console = Console(stderr=True, highlight=False)
-_SECONDS_BETWEEN_LINES = 20.0
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressBar:
     """A named bar over units, None where nobody knows how many; `update` takes the count done and numbers to show.
 
-    Where the output is no terminal, a plain line every 20 s says the same.
+    Where the output is no terminal, a plain line every 5 s says the same.
     """
 
     def __init__(self, name: str) -> None:

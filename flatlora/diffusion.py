@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from flatlora.checkpoint import part_sha256
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
+from flatlora.precision import choose_precision, hold
 from flatlora.rows import hub_is_reachable
 from flatlora.sources import hub_faults
 
@@ -266,11 +267,15 @@ def _vae_faults(config: DiffusionModelConfig) -> contextlib.AbstractContextManag
 
 
 def load_text_encoders(config: DiffusionModelConfig, source: str, device: torch.device) -> list[nn.Module]:
-    """Both text encoders in `config.dtype`."""
+    """Both text encoders, their weights those of `config.dtype`."""
     options = {"dtype": getattr(torch, config.dtype), "variant": config.variant, **options_of(config, source)}
     encoders = [
         cls.from_pretrained(source, subfolder=name, **options) for name, cls in _text_classes(config, always=True)
     ]
+    precision = choose_precision("auto", config.dtype, device)
+    for encoder in encoders:
+        if precision.held != precision.stored:
+            hold(encoder, precision.held)
     return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
 
 

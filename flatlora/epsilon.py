@@ -8,6 +8,7 @@ one launch for all layers of a model. Both read the same stream of normals.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,8 +83,11 @@ class HostEpsilon:
         return list(coefficients)
 
     def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
-        for layer, draw, out in zip(self.layers, draws, outs, strict=True):
-            write_perturbed(layer.as_rows(layer.dense()), draw, layer.as_rows(out), self._scratch, sign=sign)
+        def write(layer: PerturbedLayer, draw: Draw, out: torch.Tensor) -> None:
+            weight, stored = layer.as_rows(layer.dense()), layer.stored_dtype
+            write_perturbed(weight, draw, layer.as_rows(out), sign=sign, stored=stored)
+
+        noise.share([functools.partial(write, *each) for each in zip(self.layers, draws, outs, strict=True)])
 
     def aim(self, draws: Sequence[Draw]) -> None:
         """Nothing to set: each call brings its own draw."""
@@ -92,7 +96,8 @@ class HostEpsilon:
         layer = self.layers[index]
         stored = self._scratch.get("weight", layer.stored_shape, layer.dtype, layer.weight.device)
         weight = layer.dense(stored)  # a packed weight is unpacked into the buffer, and ε added to it there
-        write_perturbed(layer.as_rows(weight), draw, layer.as_rows(stored), self._scratch)
+        rows, dtype = layer.as_rows(weight), layer.stored_dtype
+        write_perturbed(rows, draw, layer.as_rows(stored), self._scratch, stored=dtype)
         return stored
 
     def check(self) -> None:
@@ -298,15 +303,23 @@ class _Scratch:
 
 @torch.no_grad()
 def write_perturbed(
-    weight: torch.Tensor, draw: Draw, out: torch.Tensor, scratch: _Scratch | None = None, *, sign: float = 1.0
+    weight: torch.Tensor,
+    draw: Draw,
+    out: torch.Tensor,
+    scratch: _Scratch | None = None,
+    *,
+    sign: float = 1.0,
+    stored: torch.dtype | None = None,
 ) -> None:
     """out = round(W + sign · c_i z_ij), W and out m × n of one floating dtype; out may be W.
 
-    The sum is made in FP32 (FP64 for an FP64 weight) and rounded once to the weight's dtype.
+    The sum is made in FP32 (FP64 for an FP64 weight) and rounded once, to `stored` (the weight's dtype when None).
     """
     rows, columns = weight.shape
-    if weight.dtype in noise.FUSED_DTYPES and weight.is_contiguous() and out.is_contiguous() and weight.is_cpu:
-        noise.add_normal(weight, sign * draw.c, out, draw.key, draw.step, draw.stream)
+    rounded = stored == torch.bfloat16 and weight.dtype == torch.float32
+    fused = weight.dtype in noise.FUSED_DTYPES and (rounded or stored in (None, weight.dtype))
+    if fused and weight.is_contiguous() and out.is_contiguous() and weight.is_cpu:
+        noise.add_normal(weight, sign * draw.c, out, draw.key, draw.step, draw.stream, rounded=rounded)
         return
     scratch = scratch or _Scratch()
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -317,7 +330,7 @@ def write_perturbed(
         total = scratch.get("sum", (stop - start, columns), wide, weight.device)
         total.copy_(weight[start:stop])
         total.addcmul_(z.to(weight.device, wide), c[start:stop, None])
-        out[start:stop].copy_(total)
+        out[start:stop].copy_(total if stored is None else total.to(stored))
 
 
 @torch.no_grad()
@@ -365,7 +378,8 @@ def merged_row_norms(
     if terms:
         A = torch.cat([term.A.detach() for term in terms]).float()
         B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).double()
-        projected = torch.cat([weight[i:j].float() @ A.t() for i, j in _row_chunks(*weight.shape)])
+        parts = _row_chunks(*weight.shape) if weight.dtype != torch.float32 else [(0, len(weight))]
+        projected = torch.cat([weight[i:j].float() @ A.t() for i, j in parts])
         gram = A.double() @ A.double().t()
         squared = squared + (2.0 * projected.double() * B + (B @ gram) * B).sum(dim=1)
     return squared.clamp_min(0.0).sqrt().float()

@@ -29,6 +29,7 @@ from flatlora.config import DiffusionModelConfig
 from flatlora.console import counting
 from flatlora.files import cache_folder, write_atomic
 from flatlora.images import png_of
+from flatlora.precision import choose_precision
 
 logger = logging.getLogger(__name__)
 
@@ -153,11 +154,12 @@ def encoded(
 
 def _key(config: DiffusionModelConfig, state: str, device: torch.device, **more: Any) -> str:
     """Of all that makes a cached file: the models, the machine, the packages, and `more`."""
+    precision = choose_precision("auto", config.dtype, device)
     told = {
         "version": VERSION,
         "model": state,
         "vae": [diffusion.vae_state(config), config.vae_dtype],
-        "dtype": config.dtype,
+        "dtype": config.dtype if precision.products == precision.stored else f"{config.dtype} in {precision.products}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "packages": [importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "pillow")],
         **more,

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from flatlora.precision import stored_dtype
+
 PERTURBED_TYPES = (nn.Linear, nn.Conv2d, Conv1D)
 
 
@@ -88,6 +90,11 @@ class PerturbedLayer:
     def dtype(self) -> torch.dtype:
         """Dtype of `dense()`."""
         return self.weight.quant_state.dtype if self.quantised else self.weight.dtype
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype that W + ε is rounded to: narrower than `dtype` where the weight is held in a wider tensor."""
+        return self.dtype if self.quantised else stored_dtype(self.weight)
 
     @property
     def shape(self) -> tuple[int, int]:

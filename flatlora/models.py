@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -29,9 +30,12 @@ from flatlora import diffusion
 from flatlora.checkpoint import weights_sha256
 from flatlora.clip import Classes, CLIPImageClassifier, classifier_of
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
+from flatlora.precision import choose_precision, hold, slow_bf16_warning, use_physical_cores
 from flatlora.rows import gather, hub_is_reachable
 from flatlora.sources import backbone_source, described, hub_faults, source_and_options
 from flatlora.starts import move_as_started, start_of_checkpoint
+
+logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 RANDOM_SDXL = "flatlora/random-sdxl"
@@ -61,7 +65,13 @@ class Family(Protocol):
         ...
 
     def trained_whole(
-        self, path: str, config: ModelConfig, device: torch.device, dtype: str | None, classes: Classes | None
+        self,
+        path: str,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: str | None,
+        classes: Classes | None,
+        autocast: str,
     ) -> tuple[nn.Module, Any]:
         """Model and processor of a folder where a run saved all of `config`'s parameters; `dtype` as they were saved,
         if None."""
@@ -116,12 +126,18 @@ class LanguageModels:
         return load_tokenizer(config)
 
     def trained_whole(
-        self, path: str, config: ModelConfig, device: torch.device, dtype: str | None, classes: Classes | None
+        self,
+        path: str,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: str | None,
+        classes: Classes | None,
+        autocast: str,
     ) -> tuple[nn.Module, Any]:
         # A whole model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
         config = config.model_copy(update={"hub_id": path, "embedded": None, "revision": None})
         config = config.model_copy(update={"dtype": dtype or _saved_dtype(config)})
-        return load_backbone(config, device), self.processor(config)
+        return load_backbone(config, device, autocast=autocast), self.processor(config)
 
     def complete_adapter(self, folder: Path) -> None:
         """Nothing: PEFT's own files are what everyone reads."""
@@ -146,10 +162,16 @@ class CLIPClassifiers(LanguageModels):
         return load_image_processor(config)
 
     def trained_whole(
-        self, path: str, config: ModelConfig, device: torch.device, dtype: str | None, classes: Classes | None
+        self,
+        path: str,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: str | None,
+        classes: Classes | None,
+        autocast: str,
     ) -> tuple[nn.Module, Any]:
         """With the head that the backbone's text tower makes: no file holds that."""
-        base = load_backbone(config, device, classes)
+        base = load_backbone(config, device, classes, autocast)
         saved = config.model_copy(update={"hub_id": path, "embedded": None, "revision": None})
         model = CLIPImageClassifier.from_pretrained(
             path,
@@ -157,6 +179,9 @@ class CLIPClassifiers(LanguageModels):
             head=base.head,
             dtype=getattr(torch, dtype or _saved_dtype(saved)),
         )
+        precision = choose_precision(autocast, dtype or _saved_dtype(saved), device)
+        if precision.held != precision.stored:
+            hold(model, precision.held)
         if base.head == "text":
             model.class_embeddings, model.temperature = base.class_embeddings, base.temperature
         return model.to(base.device), self.processor(config)
@@ -185,7 +210,13 @@ class Denoisers:
         return None
 
     def trained_whole(
-        self, path: str, config: ModelConfig, device: torch.device, dtype: str | None, classes: Classes | None
+        self,
+        path: str,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: str | None,
+        classes: Classes | None,
+        autocast: str,
     ) -> tuple[nn.Module, Any]:
         raise ConfigError([f"Invalid model folder {path}: of a diffusion model only adapters are trained; name one."])
 
@@ -333,13 +364,28 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
         raise ConfigError(faults)
 
 
-def load_backbone(config: ModelConfig, device: torch.device, classes: Classes | None = None) -> nn.Module:
-    """Frozen backbone in `config.dtype` on `device`; `classes` are what a CLIP model tells apart.
+def load_backbone(
+    config: ModelConfig, device: torch.device, classes: Classes | None = None, autocast: str = "auto"
+) -> nn.Module:
+    """Frozen backbone on `device`, its weights those of `config.dtype`.
+
+    On a CPU that is slow in that dtype they are held in FP32; see `flatlora.precision`.
+
+    Args:
+        classes: what a CLIP model tells apart.
+        autocast: the setting of that name, auto, bfloat16 or none.
 
     Raises:
         ConfigError: the weights cannot be had; with the ways out.
     """
+    if device.type == "cpu":
+        use_physical_cores()
     model = FAMILIES[config.family].load(config, device, classes)
+    precision = choose_precision(autocast, config.dtype, device)
+    if precision.held != precision.stored:
+        hold(model, precision.held)
+    if precision.slow:
+        logger.warning("%s", slow_bf16_warning(model, "autocast=bfloat16", "autocast=auto computes in FP32 here"))
     model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
     return model.requires_grad_(False)
 
@@ -407,12 +453,6 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def autocast_dtype(setting: str, backbone: str) -> torch.dtype | None:
-    """Dtype of the matrix products; auto is BF16 on a BF16 backbone and none on others."""
-    wanted = setting == "bfloat16" or (setting == "auto" and backbone == "bfloat16")
-    return torch.bfloat16 if wanted else None
-
-
 def size_factor(config: DiffusionModelConfig, *, drawn: bool = False) -> int:
     """What both sides of a picture must be multiples of: of a drawn one, of what diffusers asks for besides.
 
@@ -467,6 +507,7 @@ def load_for_inference(
     device: torch.device,
     classes: Classes | None = None,
     dtype: str | None = None,
+    autocast: str = "auto",
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model of a folder or hub id, in evaluation mode: a PEFT adapter on its base, or a whole model.
 
@@ -475,6 +516,7 @@ def load_for_inference(
         model_config: the backbone of the run that `path` belongs to; None takes it from the adapter's own config.
         classes: what a CLIP model tells apart.
         dtype: of the weights, instead of the model's own.
+        autocast: the setting of that name.
 
     Returns:
         model, its tokenizer or image processor (None of a diffusion model), and {"base", "adapter"} for the record.
@@ -488,10 +530,10 @@ def load_for_inference(
     config = model_config or model_of(path)
     family = FAMILIES[config.family]
     if model_config is not None and adapter is None:
-        model, processor = family.trained_whole(path, config, device, dtype, classes)
+        model, processor = family.trained_whole(path, config, device, dtype, classes, autocast)
     else:
         config = config.model_copy(update={"dtype": dtype}) if dtype else config
-        model, processor = load_backbone(config, device, classes), family.processor(config)
+        model, processor = load_backbone(config, device, classes, autocast), family.processor(config)
     if adapter is not None:
         from peft import PeftModel
 

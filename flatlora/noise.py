@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from types import ModuleType
@@ -33,6 +34,8 @@ from flatlora.philox import COLUMNS_PER_BLOCK, PHILOX_M0, PHILOX_M1, PHILOX_ROUN
 
 _UINT32 = 0xFFFFFFFF
 _ELEMENTS_WORTH_A_THREAD = 32768
+_JOBS_WORTH_A_THREAD = 4  # fewer are not shared out evenly
+_thread = threading.local()  # `shares` in a thread that makes whole matrices alone
 
 
 def layer_key(seed: int, layer: str) -> tuple[int, int]:
@@ -85,12 +88,14 @@ def add_normal(
     *,
     row: int = 0,
     column: int = 0,
+    rounded: bool = False,
 ) -> torch.Tensor:
     """out_ij = round(weight_ij + c_i z_ij), summed in FP32 and rounded once (to nearest even), in one pass.
 
     Args:
         weight, out: m × n, both FP32 or both BF16, contiguous, CPU; `out` may be `weight`.
         c: m, FP32.
+        rounded: round to BF16 also where weight and out are FP32, which then hold BF16 values.
     """
     if weight.dtype not in FUSED_DTYPES or out.dtype != weight.dtype or not _is_plain_matrix(weight, out):
         raise ValueError(
@@ -100,6 +105,9 @@ def add_normal(
     if weight.dtype == torch.bfloat16:
         arrays = (weight.view(torch.uint16).numpy(), c.numpy(), out.view(torch.uint16).numpy())
         _over_rows(_compiled().add_rows_bf16, weight, arrays, key, step, stream, row, column)
+    elif rounded:
+        arrays = (weight.view(torch.uint32).numpy(), c.numpy(), out.view(torch.uint32).numpy())
+        _over_rows(_compiled().add_rows_rounded, weight, arrays, key, step, stream, row, column)
     else:
         arrays = (weight.numpy(), c.numpy(), out.numpy())
         _over_rows(_compiled().add_rows_fp32, weight, arrays, key, step, stream, row, column)
@@ -135,7 +143,7 @@ def _over_rows(
     refuse_counter(step=step, stream=stream, row=row + rows)
     words = tuple(np.uint32(word) for word in (*key, step, stream, row))
     workers = min(torch.get_num_threads(), max(1, matrix.numel() // _ELEMENTS_WORTH_A_THREAD))
-    if workers == 1:
+    if workers == 1 or getattr(_thread, "shares", False):
         kernel(*arrays, *words, column, 0, rows, *_tables())
         return
     bounds = np.linspace(0, rows, workers + 1).astype(int).tolist()
@@ -147,6 +155,31 @@ def _over_rows(
     kernel(*arrays, *words, column, 0, bounds[1], *_tables())
     for job in jobs:
         job.result()
+
+
+def share(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run independent jobs, each in one of torch's number of threads.
+
+    A model has hundreds of layers, and waking a thread for each costs more than the noise of a small one.
+    """
+    workers = min(torch.get_num_threads(), len(jobs) // _JOBS_WORTH_A_THREAD)
+    if workers <= 1:
+        for job in jobs:
+            job()
+        return
+
+    def run(first: int) -> None:
+        _thread.shares = True
+        try:
+            for job in jobs[first::workers]:
+                job()
+        finally:
+            _thread.shares = False
+
+    others = [_thread_pool(workers - 1).submit(run, first) for first in range(1, workers)]
+    run(0)
+    for other in others:
+        other.result()
 
 
 def refuse_counter(**words: int) -> None:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora.config import ConfigError
 from flatlora.files import write_json
+from flatlora.precision import stored_dtype
 
 MOVED = "moved.json"  # in a start folder: W has lost what the initial adapter holds; in a checkpoint: which start
 ADAPTER = "adapter_model.safetensors"
@@ -42,7 +43,8 @@ def move_weights(model: nn.Module) -> None:
         base = layer.get_base_layer()
         moved = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
         moved = moved.t() if isinstance(base, Conv1D) else moved
-        base.weight.data = (base.weight.float() - moved).to(base.weight.dtype)
+        rounded = (base.weight.float() - moved).to(stored_dtype(base.weight))
+        base.weight.data = rounded.to(base.weight.dtype)
 
 
 def move_as_started(backbone: nn.Module, folder: Path) -> None:

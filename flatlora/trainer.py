@@ -18,13 +18,14 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from flatlora import checkpoint
-from flatlora.acceleration import IGNORED, GraphedMicroStep
+from flatlora.acceleration import GraphedMicroStep
 from flatlora.config import Experiment
 from flatlora.distributed import is_main_process, zero_step
 from flatlora.files import out_of_space
+from flatlora.head import IGNORED
 from flatlora.lora_linear import fused_throughout
 from flatlora.methods import AdapterMethod, Training
-from flatlora.models import autocast_dtype
+from flatlora.precision import autocast, choose_precision
 from flatlora.recorder import StepRecorder
 from flatlora.samplers import BucketSampler, EpochSampler
 from flatlora.saving import BackgroundWriter, to_host
@@ -60,7 +61,7 @@ class FlatTrainer(Trainer):
         self.writer = BackgroundWriter()
         self._left_to_write: list[Callable[[], None]] = []  # of the checkpoint that is being made
         self.graphed = self._graphed_micro_step()
-        self._autocast_dtype = autocast_dtype(experiment.trainer.autocast, experiment.model.dtype)
+        self._precision = choose_precision(experiment.trainer.autocast, experiment.model.dtype, self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -80,9 +81,7 @@ class FlatTrainer(Trainer):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         """Autocast around the loss alone: TrainingArguments' bf16 would copy all logits to FP32 besides."""
-        if self._autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.args.device.type, self._autocast_dtype, cache_enabled=cache_enabled)
+        return autocast(self.args.device, self._precision, cache_enabled)
 
     def train_or_load(self, resume_from: Path | None) -> None:
         """Train to the end, or only read a checkpoint that was written there: `train` would run one step more."""

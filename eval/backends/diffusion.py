@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from flatlora import diffusion
 from flatlora.config import DiffusionModelConfig
+from flatlora.precision import Precision, autocast
 
 
 class DiffusionBackend:
@@ -20,7 +20,7 @@ class DiffusionBackend:
         model: a `diffusion.Denoiser`, with or without a PEFT adapter (never merged: a merge rounds).
         processor: none.
         config, source: of the pipeline that it is part of.
-        autocast_dtype: dtype of the matrix products, None for the weights' own.
+        precision: how the model computes; None: without autocast, in the weights' own dtype.
         identity: what the record says of the model, such as hashes.
     """
 
@@ -32,11 +32,11 @@ class DiffusionBackend:
         config: DiffusionModelConfig,
         source: str,
         batch_size: int,
-        autocast_dtype: torch.dtype | None = None,
+        precision: Precision | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.config, self.source, self.batch_size = model.eval(), config, source, batch_size
-        self.autocast_dtype, self.identity = autocast_dtype, identity or {}
+        self.precision, self.identity = precision, identity or {}
         self.denoiser = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device = self.denoiser.device
         self._pipeline: Any = None
@@ -45,7 +45,7 @@ class DiffusionBackend:
         return {
             "backend": "diffusion",
             "batch_size": self.batch_size,
-            "autocast": str(self.autocast_dtype),
+            "autocast": self.precision.label if self.precision else "None",
             "vae": [diffusion.vae_state(self.config), self.config.vae_dtype],
             "device": self.device.type,
             **self.identity,
@@ -55,6 +55,5 @@ class DiffusionBackend:
         """B × 3 × H × W, FP32, 0 to 1, on the host; `settings` as `diffusion.sample` has them."""
         if self._pipeline is None:
             self._pipeline = diffusion.pipeline_of(self.denoiser, self.config, self.source, self.device)
-        plain = contextlib.nullcontext()
-        with torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else plain:
+        with autocast(self.device, self.precision):
             return diffusion.sample(self._pipeline, prompts, seeds, **settings)

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from eval.backends import Completion, Sampling, cut_at
 from eval.backends.tokenised import TokenisedBackend
+from flatlora.precision import Precision, autocast
 
 _IGNORED = -100  # label of a place without an answer's token
 
@@ -26,7 +27,7 @@ class HFBackend(TokenisedBackend):
 
     Args:
         model: causal or encoder-decoder model, with or without a PEFT adapter (never merged: a merge rounds).
-        autocast_dtype: dtype of the matrix products, None for the weights' own.
+        precision: how the model computes; None: without autocast, in the weights' own dtype.
         identity: what the record says of the model, such as hashes.
     """
 
@@ -36,18 +37,18 @@ class HFBackend(TokenisedBackend):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int,
-        autocast_dtype: torch.dtype | None = None,
+        precision: Precision | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        self.autocast_dtype, self.identity = autocast_dtype, identity or {}
+        self.precision, self.identity = precision, identity or {}
         self.device = next(model.parameters()).device
 
     def describe(self) -> dict[str, Any]:
         return {
             "backend": "hf",
             "batch_size": self.batch_size,
-            "autocast": str(self.autocast_dtype),
+            "autocast": self.precision.label if self.precision else "None",
             "device": self.device.type,
             **self.identity,
         }
@@ -149,9 +150,7 @@ class HFBackend(TokenisedBackend):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        return autocast(self.device, self.precision)
 
 
 class SeededDraw(LogitsProcessor):

@@ -14,6 +14,7 @@ import run_exp
 from eval import command, predictions
 from eval.backends import Completion
 from eval.command import main
+from flatlora import precision
 from flatlora.config import ModelConfig
 from flatlora.rows import jsonl
 from tests.conftest import run_folder
@@ -172,10 +173,17 @@ def test_a_run_made_by_hand_is_scored_with_its_own_settings(made):
     assert main("gsm8k", [str(made), "score_only=true"]) == 0
 
 
+@pytest.fixture
+def fast_in_bf16(monkeypatch):
+    """A CPU with BF16 instructions, whatever this one has."""
+    monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(True, True, False, True))
+
+
 @pytest.mark.parametrize(
     ("made_with", "words", "name"),
     [
         ({"device": "cpu", "autocast": "torch.bfloat16"}, [], "gsm8k"),
+        ({"device": "cpu", "autocast": "torch.float32"}, [], "gsm8k-autocast=bfloat16"),
         ({"device": "cuda", "autocast": "torch.bfloat16"}, [], "gsm8k-device=cpu"),
         ({"device": "cpu", "autocast": "None"}, [], "gsm8k-autocast=bfloat16"),
         ({"device": "cuda", "autocast": "None"}, ["max_rows=2"], "gsm8k-max_rows=2-device=cpu-autocast=bfloat16"),
@@ -183,6 +191,7 @@ def test_a_run_made_by_hand_is_scored_with_its_own_settings(made):
         ([], [], "gsm8k"),
     ],
 )
+@pytest.mark.usefixtures("fast_in_bf16")
 def test_another_device_or_autocast_has_its_own_folder(made, made_with, words, name):
     own = made / "eval/gsm8k"
     own.mkdir(parents=True)
@@ -204,12 +213,22 @@ def test_score_only_means_the_runs_own_answers_unless_a_device_is_named(made, ca
     assert told.startswith(f"{made}/eval/gsm8k-device=cpu/predictions.jsonl is not there")
 
 
+def test_answers_of_a_slow_cpu_are_told_from_those_of_a_fast_one(made, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(False, False, False, False))
+    own = made / "eval/gsm8k"
+    own.mkdir(parents=True)
+    (own / "generation.json").write_text(json.dumps({"device": "cpu", "autocast": "torch.bfloat16"}))
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    assert (made / "eval/gsm8k-autocast=float32/score.json").is_file()
+
+
+@pytest.mark.usefixtures("fast_in_bf16")
 @pytest.mark.parametrize(("of_run", "expected"), [("bfloat16", torch.bfloat16), ("float32", None), (None, None)])
 def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, tmp_path, of_run, expected):
     monkeypatch.setattr(command, "load_for_inference", lambda *_: (torch.nn.Linear(2, 2), None, {}))
     model = of_run and ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype=of_run)
     backend = command._load(command.Place(str(tmp_path), model=model), torch.device("cpu"), 1, "text")
-    assert backend.autocast_dtype == expected
+    assert backend.precision.autocast == expected
 
 
 def test_whole_numbers_are_printed_whole(capsys):

@@ -14,9 +14,8 @@ from flatlora import acceleration
 from flatlora.acceleration import (
     GraphedMicroStep,
     accelerate,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
 )
+from flatlora.head import linear_cross_entropy, linear_cross_entropy_reference
 from flatlora.layers import find_lora_layers
 from flatlora.perturbation import WeightPerturbation
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, tiny_lora
@@ -25,10 +24,9 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 CUDA = torch.device("cuda")
 
 
-def test_nothing_is_put_in_place_on_a_cpu():
-    model = tiny_lora()
-    assert accelerate(model, torch.device("cpu")) == []
-    assert "forward" not in model.get_base_model().__dict__
+def test_a_cpu_gets_what_needs_no_gpu():
+    done = accelerate(tiny_lora(), torch.device("cpu"))
+    assert done == ["14 fused LoRA layers", "batches without padding", "chunked cross entropy"]
 
 
 @pytest.mark.gpu
@@ -65,7 +63,7 @@ class TestWithoutMask:
     def test_no_mask_is_built_and_nothing_else_changes(self, masks):
         model, ids = tiny_lora().train(), torch.arange(3, 19)[None]
         base = model.get_base_model()
-        assert acceleration._attends_to_all_before(base)
+        assert acceleration.attends_to_all_before(base)
         expected = model(ids, labels=ids).loss
         base.model.forward = acceleration._forward_without_mask(base.model)
         masks.clear()
@@ -94,11 +92,9 @@ class TestWithoutMask:
     def test_windows_and_other_kernels_keep_theirs(self):
         base = tiny_lora().get_base_model()
         base.config.sliding_window = 8
-        assert not acceleration._attends_to_all_before(base)
+        assert not acceleration.attends_to_all_before(base)
         base.config.sliding_window, base.config.layer_types = None, ["full_attention", "sliding_attention"]
-        assert not acceleration._attends_to_all_before(base)
-        base.config.layer_types, base.config._attn_implementation = None, "eager"
-        assert not acceleration._attends_to_all_before(base)
+        assert not acceleration.attends_to_all_before(base)
 
 
 class TestHead:

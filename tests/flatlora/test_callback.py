@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from flatlora import FlatLoraCallback
+from flatlora import FlatLoraCallback, callback, precision
 from flatlora.checkpoint import backbone_sha256
 from tests.conftest import tiny_llama, tiny_lora
 
@@ -145,3 +145,19 @@ def test_an_interrupted_training_can_be_evaluated_and_run_again(tmp_path, mode):
     assert all(torch.equal(p, adapter[name]) for name, p in model.named_parameters() if p.requires_grad)
     again = train(tmp_path, [FlatLoraCallback(sigma=0.3, mode=mode)], model=model)[1]  # the cell, run again
     assert same(again, train(tmp_path, [FlatLoraCallback(sigma=0.3, mode=mode)])[1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast", "warned"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, 0)]
+)
+def test_slow_products_are_named_once(tmp_path, monkeypatch, caplog, dtype, fast, warned):
+    features = precision.CPUFeatures(*[fast] * 4)
+    for module in (precision, callback):
+        monkeypatch.setattr(module, "cpu_features", lambda: features)
+    model = tiny_lora(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    train(tmp_path, [FlatLoraCallback(sigma=0.05)], model=model, num_train_epochs=1)
+    told = [record.getMessage() for record in caplog.records if "BF16 product takes" in record.getMessage()]
+    assert len(told) == warned
+    if warned:
+        assert told[0].startswith("dtype=bfloat16: ")
+        assert "flatlora.fast_dtype()" in told[0]

@@ -53,14 +53,15 @@ def test_drift_is_zero_but_in_place(tmp_path):
 def test_step_times_take_every_contender_and_each_reads_its_own_weights(monkeypatch):
     ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids}
-    model = tiny_lora(torch.bfloat16).train()
-    read = {}
+    model, peft = tiny_lora(torch.bfloat16).train(), tiny_lora(torch.bfloat16).train()
+    read, taken = {}, []
 
     def loss():
         with torch.no_grad():
             return model(**batch).loss.item()
 
-    def spy(model, batch, optimizer, perturbation, number):
+    def spy(contender, batch, optimizer, perturbation, number):
+        taken.append(contender)
         plain = loss()
         if perturbation:
             perturbation.begin(number)
@@ -70,10 +71,15 @@ def test_step_times_take_every_contender_and_each_reads_its_own_weights(monkeypa
 
     monkeypatch.setattr(bench, "optimizer_step", spy)
     monkeypatch.setattr(bench, "SIGMA", 0.5)
-    seconds = bench.step_times(model, batch, rounds=3)
-    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(("lora", *bench.MODES), 3)
+    seconds = bench.step_times(peft, model, batch, rounds=3)
+    contenders = ("peft", "kernels_off", "lora", *bench.MODES)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(contenders, 3)
+    assert (taken.count(peft), taken.count(model)) == (8, 16)
     assert read == {"lora": {False}, "copy": {True}, "recompute": {True}, "inplace": {True}}
-    text = text_of(bench.step_table({"lora": [1.0, 2.0, 4.0], "copy": [1.1, 2.4, 4.0]}))
+    seconds = {"peft": [2.0, 3.0, 8.0], "lora": [1.0, 2.0, 4.0], "copy": [1.1, 2.4, 4.0]}
+    text = text_of(bench.step_table(seconds, tokens=1200))
+    assert "500" in text  # tokens/s of the copy
+    assert "0.550" in text  # median of the copy's ratios to PEFT: 0.55, 0.8, 0.5
     assert "1.100" in text  # median of the ratios 1.1, 1.2, 1.0
     assert "2.400 s" in text
 

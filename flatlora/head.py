@@ -1,0 +1,171 @@
+"""The output head of a causal model: cross entropy without the logits of a whole batch in memory.
+
+For a frozen head W (V × H) the gradient of the loss is known where the logits are: softmax(h Wᵀ) − onehot, times W. So
+the forward makes it a few rows at a time, by Liger's kernel on a GPU and by torch's operations in place on a CPU, and
+the logits of one step are overwritten by those of the next.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+IGNORED = -100  # label of a token without loss, as transformers has it
+_GPU_ROWS = 1024  # tokens whose logits are in memory at a time
+_CPU_ROWS = 128
+
+
+def has_frozen_linear_head(base: nn.Module) -> bool:
+    """Whether a causal model's logits are hidden · Wᵀ with a frozen W and nothing after it."""
+    head = getattr(base, "lm_head", None)
+    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    config = base.config
+    changed = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _CHANGES_LOGITS)
+    with_router_loss = getattr(config, "output_router_logits", False)
+    return plain and hasattr(base, "model") and not (config.is_encoder_decoder or changed or with_router_loss)
+
+
+# What models call the cap or the scale of their logits.
+_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def forward_without_logits(base: nn.Module) -> Callable[..., Any]:
+    """A forward for training that returns the loss alone and never holds the logits of a whole batch."""
+    original = base.forward
+
+    @functools.wraps(original)  # generate() and Trainer look at the signature
+    def forward(
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        logits_to_keep: torch.Tensor | int = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not base.training or (labels is None and shift_labels is None):
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            kwargs |= {name: value for name, value in given.items() if value is not None}
+            return original(*args, logits_to_keep=logits_to_keep, **kwargs)
+        hidden = base.model(*args, **kwargs | {"use_cache": False}).last_hidden_state
+        if isinstance(logits_to_keep, torch.Tensor):
+            hidden = hidden[:, logits_to_keep]
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        return CausalLMOutputWithPast(
+            loss=linear_cross_entropy(hidden, base.lm_head.weight, shift_labels, num_items_in_batch)
+        )
+
+    return forward
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross entropy of hidden (… × H) times a frozen head (V × H), the logits in memory only some rows at a time.
+
+    Args:
+        labels: …, INT64; -100 has no loss.
+        items: what the sum of losses is divided by; the number of labels with a loss when None. Nothing waits for the
+            host.
+    """
+    labels = labels.reshape(-1)
+    total = _HeadLoss.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels)
+    return total / ((labels != IGNORED).sum() if items is None else items)
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Slow twin of `linear_cross_entropy`: all logits at once, in FP32."""
+    logits = hidden.reshape(-1, hidden.shape[-1]).float() @ weight.float().t()
+    total = nn.functional.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    return total / ((labels != IGNORED).sum() if items is None else items)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum of the losses; the gradient is made in the forward, where the logits are."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss, grad_hidden = (_on_gpu if hidden.is_cuda else _on_cpu)(hidden, weight, labels)
+        ctx.save_for_backward(grad_hidden)
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * grad).to(ctx.dtype), None, None
+
+
+def _on_cpu(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the losses, and its gradient for hidden (rows × H); products in autocast's dtype where it is on."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    grad_hidden, total = torch.empty_like(hidden, dtype=dtype), torch.zeros(())
+    with torch.autocast("cpu", enabled=False):
+        weight = weight.to(dtype)
+        for start in range(0, labels.shape[0], _CPU_ROWS):
+            rows = slice(start, start + _CPU_ROWS)
+            target, scores = labels[rows], (hidden[rows].to(dtype) @ weight.t()).float()
+            with_loss = (target != IGNORED)[:, None]
+            target = target.clamp_min(0)[:, None]
+            scores.sub_(scores.amax(1, keepdim=True))
+            chosen = scores.gather(1, target)
+            sums = scores.exp_().sum(1, keepdim=True)
+            total += ((sums.log() - chosen) * with_loss).sum()
+            scores.mul_(with_loss / sums)  # softmax
+            scores.scatter_add_(1, target, -with_loss.float())
+            torch.mm(scores.to(dtype), weight, out=grad_hidden[rows])
+    return total, grad_hidden
+
+
+def _on_gpu(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_on_cpu`, by Liger's kernel, products in the weight's dtype."""
+    from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
+
+    losses = torch.zeros(labels.shape[0], device=hidden.device)
+    grad_hidden = torch.empty_like(hidden, dtype=weight.dtype)
+    columns = weight.shape[0]
+    block = min(1 << 15, 1 << (columns - 1).bit_length())
+    for start in range(0, labels.shape[0], _GPU_ROWS):
+        rows = slice(start, min(start + _GPU_ROWS, labels.shape[0]))
+        logits, target, loss = hidden[rows].to(weight.dtype) @ weight.t(), labels[rows], losses[rows]
+        # Leaves each row's loss in `loss` and the gradient of its logits in the logits' place.
+        liger_cross_entropy_kernel[(logits.shape[0],)](
+            X_ptr=logits,
+            X_stride=logits.stride(0),
+            Y_ptr=target,
+            Y_stride=1,
+            weight_ptr=None,
+            loss_ptr=loss,
+            z_loss_ptr=None,
+            loss_stride=1,
+            token_accuracy_ptr=None,
+            token_accuracy_stride=0,
+            predicted_tokens_ptr=None,
+            predicted_tokens_stride=0,
+            n_cols=columns,
+            n_non_ignore=1.0,
+            sum_non_ignore_weight=1.0,
+            weight_sum=0.0,
+            ignore_index=IGNORED,
+            lse_square_scale=0.0,
+            label_smoothing=0.0,
+            reduction="sum",
+            softcap=None,
+            RETURN_Z_LOSS=False,
+            RETURN_TOKEN_ACCURACY=False,
+            RETURN_PREDICTED_TOKENS=False,
+            HAS_WEIGHT=False,
+            HAS_SOFTCAPPING=False,
+            HAS_GRADIENTS=True,
+            BLOCK_SIZE=block,
+            num_warps=32,
+        )
+        torch.mm(logits, weight, out=grad_hidden[rows])
+    return losses.sum(), grad_hidden
