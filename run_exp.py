@@ -206,8 +206,12 @@ def run(experiment: Experiment, settings: Sequence[str]) -> int:
     device = models.choose_device(experiment.trainer.device)
     distributed.initialise(experiment, device)
     distributed.check_agreement(
-        {"the configuration": experiment.sha256(), "the project's code": distributed.code_sha256()},
-        "Start every node with the same command and the same checkout.",
+        {
+            "the configuration": experiment.sha256(),
+            "the project's code": distributed.code_sha256(),
+            "the dtype of matrix products": str(_precision(experiment).products),
+        },
+        "Start every node with the same command and the same checkout, on CPUs of one kind.",
     )
     folder = RunFolder.of(experiment)
     if distributed.from_main_process(lambda: folder.is_finished(experiment)):

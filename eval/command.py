@@ -571,11 +571,13 @@ def _load(
     if kind == "captioned":
         config = (place.model or model_of(place.weights)).model_copy(update={"dtype": dtype})
         parts = {"config": config, "source": backbone_source(config)}
+    precision = choose_precision(place.autocast, dtype, device)
+    console.print(f"precision: {precision}", markup=False, soft_wrap=True)
     return _BACKENDS[kind](
         model,
         processor,
         batch_size=batch_size,
-        precision=choose_precision(place.autocast, dtype, device),
+        precision=precision,
         identity=identity,
         **parts,
     )
