@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from typing import Any, NamedTuple
 
-import joblib
 import torch
 from torch import nn
 
@@ -157,6 +156,8 @@ def use_physical_cores() -> None:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
+    import joblib  # of the commands alone: whoever uses the library sets threads as they like
+
     cores = joblib.cpu_count(only_physical_cores=True)  # of those that affinity and cgroups allow
     if cores < torch.get_num_threads():
         torch.set_num_threads(cores)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -172,7 +173,7 @@ class TestHeldBackbone:
 
 def test_threads_are_the_physical_cores(monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(precision.joblib, "cpu_count", lambda **_: 1)
+    monkeypatch.setattr(joblib, "cpu_count", lambda **_: 1)
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         torch.set_num_threads(2)
@@ -181,7 +182,7 @@ def test_threads_are_the_physical_cores(monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS")
         precision.use_physical_cores()
         assert torch.get_num_threads() == 1
-        monkeypatch.setattr(precision.joblib, "cpu_count", lambda **_: 64)
+        monkeypatch.setattr(joblib, "cpu_count", lambda **_: 64)
         precision.use_physical_cores()
         assert torch.get_num_threads() == 1  # never more
     finally:
