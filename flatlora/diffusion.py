@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from flatlora.checkpoint import part_sha256
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
-from flatlora.precision import choose_precision, hold
+from flatlora.precision import choose_precision, hold, stored_dtype
 from flatlora.rows import hub_is_reachable
 from flatlora.sources import hub_faults
 
@@ -488,7 +488,8 @@ def _refuse_broken_latents(denoiser: nn.Module, latents: torch.Tensor, prompts: 
 
 
 def _dtype_name(model: nn.Module) -> str:
-    return str(model.dtype).removeprefix("torch.")
+    """Of the weights as they are stored, which is what the settings name."""
+    return str(stored_dtype(next(model.parameters()))).removeprefix("torch.")
 
 
 # --- sampling

@@ -263,7 +263,7 @@ def test_the_command_draws_the_same_pictures(scored, captioner):
     words = [str(folder), f"out={folder}/again"]
     score = command.score_path("text_to_image", words)
     for key in text_to_image.SCORES:
-        assert score["metrics"][key] == pytest.approx(record["metrics"][f"text_to_image/{key}"], abs=1e-6)
+        assert score["metrics"][key] == pytest.approx(record["metrics"][f"text_to_image/{key}"], abs=1e-5)
     first, again = (folder / part / "images/0003.png" for part in ("eval/text_to_image", "again"))
     assert first.read_bytes() == again.read_bytes()
 

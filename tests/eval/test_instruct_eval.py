@@ -91,7 +91,7 @@ def test_shots_and_metrics_are_instructevals(monkeypatch, root):
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **options: None)
 
     class Backend:
-        tokenizer = autocast_dtype = None
+        tokenizer = precision = None
 
         class model:
             class config:

@@ -13,6 +13,7 @@ import torch
 
 from flatlora import checkpoint, distributed
 from flatlora.config import ConfigError, TrainerConfig
+from flatlora.precision import choose_precision
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 
 PROJECT = Path(__file__).parents[2]
@@ -93,7 +94,8 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     assert finish(start(one))[0] == 0
     record = json.loads((run_folder(whole) / "run.json").read_text())
     fp32 = ["float32"]
-    held = {"backbone": ["bfloat16"], "trained": fp32, "masters": fp32, "gradients": fp32}
+    backbone = str(choose_precision("auto", "bfloat16", "cpu").held).removeprefix("torch.")
+    held = {"backbone": [backbone], "trained": fp32, "masters": fp32, "gradients": fp32}
     assert record["distributed"] == {"processes": 2, "zero": 2, "dtypes": held}
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
     assert len(record["perturbation"]["noise_sha256"]) == 2

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatlora import models
+from flatlora import models, precision
 from flatlora.config import ConfigError, ModelConfig
 from tests.conftest import tiny_llama
 
@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("saved", "of_run"), [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_a_whole_model_keeps_the_dtype_that_it_was_saved_in(tiny_model_folder, tmp_path, saved, of_run):
+def test_a_whole_model_keeps_the_dtype_that_it_was_saved_in(tiny_model_folder, tmp_path, saved, of_run, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(True, True, False, True))
     tokenizer = models.load_tokenizer(ModelConfig(name="tiny", hub_id=str(tiny_model_folder), family="causal_lm"))
     tiny_llama(vocab_size=len(tokenizer)).to(getattr(torch, saved)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
