@@ -1,5 +1,5 @@
 # make setup   everything into .venv (does nothing when up to date)
-# make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; at most ten minutes on two cores
+# make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; nine minutes on two slow cores
 # make evals   the packages of all benchmarks into .venv
 # make tables  the papers' tables, figures and the report page from the records under results/
 # make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`

@@ -205,7 +205,7 @@ class TrainerConfig(Section):
     gradient_checkpointing: bool = False
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     deterministic: bool = False
-    kernels: Literal["auto", "off"] = setting("auto", remedy="off runs PEFT's and transformers' own code")  # on a GPU
+    kernels: Literal["auto", "off"] = setting("auto", remedy="off runs PEFT's and transformers' own code")
     num_workers: int = setting(0, ge=0)  # of the data loader
     gpus: int | None = setting(None, ge=1, remedy="null starts no processes: torchrun did, or there is one")
     zero: Literal[0, 2] = setting(0, remedy="2 shares gradients and optimizer among processes, by DeepSpeed")

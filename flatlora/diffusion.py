@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from flatlora.checkpoint import part_sha256
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
-from flatlora.precision import choose_precision, hold, stored_dtype
+from flatlora.precision import choose_precision, hold_as_computed, stored_dtype
 from flatlora.rows import hub_is_reachable
 from flatlora.sources import hub_faults
 
@@ -274,8 +274,7 @@ def load_text_encoders(config: DiffusionModelConfig, source: str, device: torch.
     ]
     precision = choose_precision("auto", config.dtype, device)
     for encoder in encoders:
-        if precision.held != precision.stored:
-            hold(encoder, precision.held)
+        hold_as_computed(encoder, precision)
     return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
 
 

@@ -30,7 +30,7 @@ from flatlora import diffusion
 from flatlora.checkpoint import weights_sha256
 from flatlora.clip import Classes, CLIPImageClassifier, classifier_of
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
-from flatlora.precision import choose_precision, hold, slow_bf16_warning, use_physical_cores
+from flatlora.precision import choose_precision, hold_as_computed, slow_bf16_warning, use_physical_cores
 from flatlora.rows import gather, hub_is_reachable
 from flatlora.sources import backbone_source, described, hub_faults, source_and_options
 from flatlora.starts import move_as_started, start_of_checkpoint
@@ -179,9 +179,7 @@ class CLIPClassifiers(LanguageModels):
             head=base.head,
             dtype=getattr(torch, dtype or _saved_dtype(saved)),
         )
-        precision = choose_precision(autocast, dtype or _saved_dtype(saved), device)
-        if precision.held != precision.stored:
-            hold(model, precision.held)
+        hold_as_computed(model, choose_precision(autocast, dtype or _saved_dtype(saved), device))
         if base.head == "text":
             model.class_embeddings, model.temperature = base.class_embeddings, base.temperature
         return model.to(base.device), self.processor(config)
@@ -382,8 +380,7 @@ def load_backbone(
         use_physical_cores()
     model = FAMILIES[config.family].load(config, device, classes)
     precision = choose_precision(autocast, config.dtype, device)
-    if precision.held != precision.stored:
-        hold(model, precision.held)
+    hold_as_computed(model, precision)
     if precision.slow:
         logger.warning("%s", slow_bf16_warning(model, "autocast=bfloat16", "autocast=auto computes in FP32 here"))
     model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine

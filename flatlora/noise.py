@@ -105,12 +105,10 @@ def add_normal(
     if weight.dtype == torch.bfloat16:
         arrays = (weight.view(torch.uint16).numpy(), c.numpy(), out.view(torch.uint16).numpy())
         _over_rows(_compiled().add_rows_bf16, weight, arrays, key, step, stream, row, column)
-    elif rounded:
-        arrays = (weight.view(torch.uint32).numpy(), c.numpy(), out.view(torch.uint32).numpy())
-        _over_rows(_compiled().add_rows_rounded, weight, arrays, key, step, stream, row, column)
     else:
         arrays = (weight.numpy(), c.numpy(), out.numpy())
-        _over_rows(_compiled().add_rows_fp32, weight, arrays, key, step, stream, row, column)
+        kernel = _compiled().add_rows_rounded if rounded else _compiled().add_rows_fp32
+        _over_rows(kernel, weight, arrays, key, step, stream, row, column)
     return out
 
 

@@ -83,30 +83,13 @@ def add_rows_fp32(weight, c, out, k0, k1, step, stream, first_row, first_column,
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def add_rows_rounded(weight, c, out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
-    """As `add_rows_bf16`, for a weight of BF16 values in FP32, and into such an `out`; both as 32 bits."""
-    columns = out.shape[1]
-    words = np.empty((4, _BLOCKS_AT_ONCE), np.uint32)
-    z = np.empty(_SEGMENT, np.float32)
-    bits = np.empty(_SEGMENT, np.uint32)
-    values = bits.view(np.float32)
+    """As `add_rows_fp32`, rounded to BF16: the bits of `add_rows_bf16`, for BF16 values that FP32 tensors hold."""
+    add_rows_fp32(weight, c, out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin)
+    bits = out.view(np.uint32)
     for i in range(start, stop):
-        row, scale = np.uint32(first_row + np.uint32(i)), c[i]
-        for begin in range(-(first_column % COLUMNS_PER_BLOCK), columns, _SEGMENT):
-            width = min(_SEGMENT, columns - begin)
-            _fill_segment(z, words, row, begin, width, first_column, k0, k1, step, stream, radius, cos_sin)
-            skip = max(0, -begin)
-            noise, source, target = (
-                z[skip:width],
-                weight[i, begin + skip : begin + width],
-                out[i, begin + skip : begin + width],
-            )
-            for j in range(noise.size):
-                bits[j] = source[j]
-            for j in range(noise.size):
-                values[j] += scale * noise[j]
-            for j in range(noise.size):
-                half = np.uint32(0x7FFF) + ((bits[j] >> np.uint32(16)) & np.uint32(1))
-                target[j] = (bits[j] + half) & np.uint32(0xFFFF0000)
+        for j in range(bits.shape[1]):
+            half = np.uint32(0x7FFF) + ((bits[i, j] >> np.uint32(16)) & np.uint32(1))
+            bits[i, j] = (bits[i, j] + half) & np.uint32(0xFFFF0000)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

@@ -1,7 +1,8 @@
 """The dtype of matrix products: BF16 where the device computes fast in it, FP32 elsewhere.
 
-A CPU without BF16 instructions (AVX512_BF16, AMX or Arm's BF16) takes 10 to 40 times as long for a BF16 product as for
-an FP32 one. There the values of a BF16 backbone are kept in FP32 tensors, converted once when the model is loaded:
+A CPU without BF16 instructions (AVX512_BF16, AMX or Arm's BF16) takes many times as long for a BF16 product as for an
+FP32 one (`measured_ratio`). There the values of a BF16 backbone are kept in FP32 tensors, converted once when the model
+is loaded:
 
 - each value stays one that BF16 can represent, so `backbone_sha256` is the same on every machine;
 - W + ε is rounded to BF16 as well, so a step of Flat-LoRA reads the same weights on every machine.
@@ -53,11 +54,9 @@ def cpu_features() -> CPUFeatures:
 
 
 def _query(owner: Any, name: str) -> Any:
-    """Answer of a query that other versions of torch may lack, and builds without oneDNN do; None there."""
-    try:
-        return getattr(owner, name)()
-    except (AttributeError, NotImplementedError):
-        return None
+    """Answer of a query; None where this version or build of torch has no such query."""
+    query = getattr(owner, name, None)
+    return query() if query else None
 
 
 def bf16_support(features: CPUFeatures) -> tuple[bool, str]:
@@ -181,6 +180,12 @@ def hold(model: nn.Module, dtype: torch.dtype) -> None:
         packed = getattr(getattr(module, "weight", None), "quant_state", None)
         if packed is not None:
             packed.dtype = module.compute_dtype = dtype
+
+
+def hold_as_computed(model: nn.Module, precision: Precision) -> None:
+    """`hold` a model in the dtype of its products where that is wider than the stored one, else leave it."""
+    if precision.held != precision.stored:
+        hold(model, precision.held)
 
 
 def stored_dtype(weight: torch.Tensor) -> torch.dtype:

@@ -16,7 +16,8 @@ gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's sha
 methods  see bench_methods.py: an optimizer step of every method against LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
 sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, against that of diffusers' example.
-Writes results/bench/{cpu,data,gpu,methods,processes,sdxl}.json, and a plot for cpu and gpu.
+Writes results/bench/{cpu,data,gpu,methods,processes,sdxl}.json (cpu_fp32.json on a CPU that computes in FP32), and a
+plot for cpu and gpu.
 """
 
 from __future__ import annotations
