@@ -14,13 +14,16 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from scripts.forked import ForkedRun, start_server  # noqa: E402
+
 DEFAULTS = [
     "rho=flat",
     "trainer.max_steps=12",
@@ -45,6 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="kill-resume-"))
     try:
+        start_server()  # the moments are drawn from how long a start takes
         whole, killed = root / "whole", root / "killed"
         startup_s, total_s = undisturbed([*DEFAULTS, *options.settings, f"results_root={whole}"], whole)
         print(f"undisturbed run: {total_s:.0f} s, {startup_s:.0f} s of it before the first step is recorded")
@@ -79,7 +83,7 @@ def undisturbed(settings: list[str], root: Path) -> tuple[float, float]:
         if not startup_s and list(root.glob("*/*/*/metrics.jsonl")):
             startup_s = time.monotonic() - started
         time.sleep(0.2)
-    _refuse_failure(process, root)
+    _refuse_failure(process)
     return startup_s, time.monotonic() - started
 
 
@@ -90,11 +94,10 @@ def kill_and_resume(settings: list[str], root: Path, moments: list[tuple[int, fl
         process = _command([*settings, "resume=true"], root)
         while process.poll() is None and _rows_written(root) < row:
             time.sleep(0.01)
-        try:
-            process.wait(timeout=delay_s)
+        if process.wait(delay_s) is not None:
             print(f"  {number}. ended by itself before row {row} and {delay_s:.2f} s")
-            _refuse_failure(process, root)
-        except subprocess.TimeoutExpired:
+            _refuse_failure(process)
+        else:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
@@ -103,7 +106,7 @@ def kill_and_resume(settings: list[str], root: Path, moments: list[tuple[int, fl
             print(f"  {number}. SIGKILL {delay_s:.2f} s after row {row}; there then: {found}")
     process = _command([*settings, "resume=true"], root)
     process.wait()
-    _refuse_failure(process, root)
+    _refuse_failure(process)
     return kills
 
 
@@ -118,15 +121,14 @@ def report(whole: Path, killed: Path, kills: int, wanted: int) -> int:
     return 0 if same_adapter and same_metrics and kills == wanted else 1
 
 
-def _command(settings: list[str], root: Path) -> subprocess.Popen:
-    with open(root.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen([sys.executable, str(PROJECT / "run_exp.py"), *settings], cwd=PROJECT, stderr=log)
+def _command(settings: list[str], root: Path) -> ForkedRun:
+    return ForkedRun(settings, root.with_suffix(".log"))
 
 
-def _refuse_failure(process: subprocess.Popen, root: Path) -> None:
-    if process.returncode:
-        tail = root.with_suffix(".log").read_text(errors="replace")[-2000:]
-        raise SystemExit(f"the run ended with exit code {process.returncode}:\n{tail}")
+def _refuse_failure(process: ForkedRun) -> None:
+    if process.poll():
+        tail = process.log.read_text(errors="replace")[-2000:]
+        raise SystemExit(f"the run ended with exit code {process.poll()}:\n{tail}")
 
 
 def _rows_written(root: Path) -> int:

@@ -11,30 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatlora import checkpoint, distributed
+from flatlora import acceleration, checkpoint, distributed, trainer
 from flatlora.config import ConfigError, TrainerConfig
 from flatlora.precision import choose_precision
+from scripts.forked import SERVER
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
-
-PROJECT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def start(settings, **environment):
-    return subprocess.Popen(
-        [sys.executable, "run_exp.py", *settings],
-        cwd=PROJECT,
-        env=ENVIRONMENT | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process, seconds=240):
-    told, _ = process.communicate(timeout=seconds)
-    return process.returncode, told
+from tests.processes import ENVIRONMENT, PROJECT, end_well, finish, fork, fork_two, start
 
 
 def wait_for_step(settings, step, process):
@@ -45,7 +27,7 @@ def wait_for_step(settings, step, process):
             if path.read_text().count("\n") >= step:
                 return path.parent
         time.sleep(0.02)
-    raise AssertionError(f"no step {step}: {process.communicate()[0][-2000:] if process.poll() is not None else ''}")
+    raise AssertionError(f"no step {step} of {settings[-1]}")
 
 
 def processes_of(folder):
@@ -89,9 +71,8 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     pytest.importorskip("deepspeed")
     whole, one, killed = at(settings, "whole"), at(settings, "one"), at(settings, "killed")
     zero = ["trainer=zero2", *TWO, "trainer.save_steps=4"]
-    code, told = finish(start([*zero, *whole]))
-    assert code == 0, told[-3000:]
-    assert finish(start(one))[0] == 0
+    end_well(*fork_two([*zero, *whole]))
+    end_well(fork(one))
     record = json.loads((run_folder(whole) / "run.json").read_text())
     fp32 = ["float32"]
     backbone = str(choose_precision("auto", "bfloat16", "cpu").held).removeprefix("torch.")
@@ -117,8 +98,7 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     for pid in processes_of(folder.parents[2]):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    code, told = finish(start([*zero, "resume=true", *killed]))
-    assert code == 0, told[-3000:]
+    end_well(*fork_two([*zero, "resume=true", *killed]))
     assert json.loads((folder / "run.json").read_text())["resumed_from"] >= 4
     assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
 
@@ -126,33 +106,28 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
 @pytest.mark.slow
 def test_each_rank_may_have_noise_of_its_own_and_moments_may_stay_on_the_host(settings):
     pytest.importorskip("deepspeed")
-    code, told = finish(start(["trainer=zero2_offload", *TWO, "trainer.max_steps=4", "rho.per_rank=true", *settings]))
-    assert code == 0, told[-3000:]
+    end_well(*fork_two(["trainer=zero2_offload", *TWO, "trainer.max_steps=4", "rho.per_rank=true", *settings]))
     record = json.loads((run_folder(settings) / "run.json").read_text())
     assert len(set(record["perturbation"]["noise_sha256"])) == 2
 
 
-FUSED_ON_A_CPU = """
-import sys
-from flatlora import acceleration, trainer
-trainer.FlatTrainer._needs_no_mask = property(lambda trainer: True)
-acceleration.accelerate = lambda model, device: [f"{acceleration.fuse(model)} fused LoRA layers"]
-import run_exp
-sys.exit(run_exp.main(sys.argv[1:]))
-"""
+def with_fused_layers_alone(words):
+    """`run_exp.main` with the micro-steps of a GPU."""
+    import run_exp
+
+    trainer.FlatTrainer._needs_no_mask = property(lambda _: True)
+    acceleration.accelerate = lambda model, device: [f"{acceleration.fuse(model)} fused LoRA layers"]
+    return run_exp.main(words)
 
 
 @pytest.mark.slow
-def test_zero2_steps_on_gradients_of_one_buffer(settings, tmp_path):
+def test_zero2_steps_on_gradients_of_one_buffer(settings):
     """As on GPUs: fused layers add their gradients to a buffer past ZeRO's hooks, which is reduced once a step."""
     pytest.importorskip("deepspeed")
-    script = tmp_path / "fused.py"
-    script.write_text(FUSED_ON_A_CPU)
     settings = [*settings[:-1], "optim.batch_size=8", "trainer.max_steps=10", "trainer.autocast=none", settings[-1]]
     zero, one = at(settings, "zero"), at(settings, "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
-    for command in ([*torchrun, "trainer=zero2", *zero], [sys.executable, str(script), *one]):
-        subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT | {"PYTHONPATH": str(PROJECT)}, check=True, timeout=240)
+    end_well(*fork_two(["trainer=zero2", *zero], entry=with_fused_layers_alone))
+    end_well(fork(one, with_fused_layers_alone))
     record = json.loads((run_folder(zero) / "run.json").read_text())
     assert record["kernels"][0].endswith("fused LoRA layers")
     assert record["distributed"]["processes"] == 2
@@ -167,18 +142,17 @@ def test_zero2_steps_on_gradients_of_one_buffer(settings, tmp_path):
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
     whole, hurt = at(settings, "whole"), at(settings, "hurt")
     ddp = ["trainer=ddp", *TWO, "trainer.save_steps=3"]
-    assert finish(start([*ddp, *whole]))[0] == 0
+    end_well(*fork_two([*ddp, *whole]))
     process = start([*ddp, *hurt])
     folder = wait_for_step(hurt, 7, process)
     hurt_a_rank(process, folder, signal.SIGKILL)
     begun = time.monotonic()
-    code, told = finish(process, 90)
+    code, _ = finish(process, 90)
     assert code != 0
     assert time.monotonic() - begun < 60
     assert processes_of(folder.parents[2]) == []
     assert checkpoint.fault_of(checkpoint.checkpoints(folder)[-1]) is None
-    code, told = finish(start([*ddp, "resume=true", *hurt]))
-    assert code == 0, told[-3000:]
+    end_well(*fork_two([*ddp, "resume=true", *hurt]))
     assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
 
 
@@ -193,7 +167,8 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
 def test_a_preempted_run_has_a_checkpoint_of_that_moment(settings, number, words):
     settings = [*words, *settings]
     whole, told_to_end = at(settings, "whole"), at(settings, "told")
-    assert finish(start(whole))[0] == 0
+    undisturbed = fork_two(whole) if words else [fork(whole)]
+    end_well(*undisturbed)
     process = start(told_to_end)
     folder = wait_for_step(told_to_end, 5, process)
     process.send_signal(number)
@@ -203,31 +178,21 @@ def test_a_preempted_run_has_a_checkpoint_of_that_moment(settings, number, words
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     (newest,) = checkpoint.checkpoints(folder)
     assert checkpoint.step_of(newest) == len(metrics_rows(folder)) >= 5
-    code, told = finish(start(["resume=true", *told_to_end]))
-    assert code == 0, told[-2000:]
+    again = ["resume=true", *told_to_end]
+    end_well(*(fork_two(again) if words else [fork(again)]))
     assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
     assert metrics_rows(folder) == metrics_rows(run_folder(whole))
 
 
-def ranks(settings, port, *differing):
-    """Two processes as two nodes would start them, each with its own words."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "1"}
-    return [
-        start([*words, *settings], RANK=str(rank), LOCAL_RANK="0", **common) for rank, words in enumerate(differing)
-    ]
-
-
 @pytest.mark.slow
 def test_nodes_that_differ_stop_with_what_differs(settings, tmp_path):
-    base = ["trainer=ddp", "trainer.timeout_s=60"]
-    told = [
-        finish(process)
-        for process in ranks(settings, 29531, [*base, "optim.weight_decay=0.1"], [*base, "optim.weight_decay=0.2"])
-    ]
-    assert [code for code, _ in told] == [2, 2], told
-    assert "The processes differ in the configuration:" in " ".join(told[0][1].split())
-    assert "Start every node with the same command and the same checkout" in " ".join(told[0][1].split())
-    assert "The processes differ" not in told[1][1]  # once is enough
+    words = ["trainer=ddp", "trainer.timeout_s=60", *settings]
+    runs = fork_two(words, ["optim.weight_decay=0.1"], ["optim.weight_decay=0.2"])
+    assert [run.wait(240) for run in runs] == [2, 2]
+    told = [" ".join(run.log.read_text().split()) for run in runs]
+    assert "The processes differ in the configuration:" in told[0]
+    assert "Start every node with the same command and the same checkout" in told[0]
+    assert "The processes differ" not in told[1]  # once is enough
     assert not (tmp_path / "results").exists()
 
 
@@ -246,9 +211,9 @@ def test_what_differs_is_told_by_rank(monkeypatch):
 
 def test_more_gpus_than_there_are_are_refused_before_a_process_is_started(settings):
     words = [word for word in settings if word != "trainer.device=cpu"]
-    code, told = finish(start(["trainer=ddp", "trainer.gpus=3", *words]))
-    assert code == 2
-    assert "Invalid trainer.gpus=3: this machine has 0" in " ".join(told.split())
+    asked = fork(["trainer=ddp", "trainer.gpus=3", *words])
+    assert asked.wait(240) == 2
+    assert "Invalid trainer.gpus=3: this machine has 0" in " ".join(asked.log.read_text().split())
 
 
 @pytest.mark.slow
@@ -306,33 +271,25 @@ def test_zero_is_told_neither_bf16_nor_fp16():
     assert distributed.deepspeed_settings(TrainerConfig(name="ddp")) is None
 
 
+def claim_twice(folder, told, leave):
+    os.environ["CUDA_VISIBLE_DEVICES"] = "4,5,7"
+    claimed = [distributed.claim_gpu(3, folder) for _ in range(2)]
+    told.put((*claimed, os.environ["CUDA_VISIBLE_DEVICES"]))
+    leave.wait()
+
+
 def test_workers_claim_a_gpu_each(tmp_path):
-    script = """
-import sys, os
-from pathlib import Path
-from flatlora import distributed
-print(distributed.claim_gpu(3, Path(sys.argv[1])), distributed.claim_gpu(3, Path(sys.argv[1])), end=" ")
-print(os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
-sys.stdin.read()
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path)],
-            cwd=PROJECT,
-            env=environment | {"CUDA_VISIBLE_DEVICES": "4,5,7"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    told = sorted(worker.stdout.readline().split() for worker in workers)
-    assert [line[0] for line in told] == ["0", "1", "2", "None"]
-    assert [line[1] for line in told] == ["None"] * 4  # one is enough
-    assert [line[2] for line in told] == ["4", "5", "7", "4,5,7"]
+    told, leave = SERVER.Queue(), SERVER.Event()
+    workers = [SERVER.Process(target=claim_twice, args=(tmp_path, told, leave)) for _ in range(4)]
     for worker in workers:
-        worker.communicate("")
+        worker.start()
+    found = sorted((told.get(timeout=60) for _ in workers), key=str)
+    leave.set()
+    for worker in workers:
+        worker.join()
+    assert [first for first, _, _ in found] == [0, 1, 2, None]
+    assert [second for _, second, _ in found] == [None] * 4  # one is enough
+    assert [visible for _, _, visible in found] == ["4", "5", "7", "4,5,7"]
     assert distributed.claim_gpu(1) is None
 
 

@@ -1,10 +1,7 @@
 """Whole runs of a tiny model through `run_exp.main`: DESIGN's invariants, resume, and the record."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from flatlora.recorder import SaveAtStop, StepRecorder
 from flatlora.samplers import EpochSampler
 from flatlora.trainer import FlatTrainer
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
+from tests.processes import end_well, fork, fork_two
 
 PROJECT = Path(__file__).parents[2]
 
@@ -523,11 +521,11 @@ def test_interrupt_is_recorded(tiny_settings, monkeypatch):
 
 
 def test_sweep_runs_every_job_in_its_own_folder(tiny_settings):
-    command = [sys.executable, "run_exp.py", "-m", *tiny_settings, "++rho=0,0.3", "++seed=0,1"]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "++rho=0,0.3 → rho=flat rho.sigma=0,0.3" in result.stderr
-    assert "wandb.name=run → wandb.name=run-${rho.sigma}" in result.stderr
+    sweep = fork(["-m", *tiny_settings, "++rho=0,0.3", "++seed=0,1"])
+    end_well(sweep)
+    told = sweep.log.read_text()
+    assert "++rho=0,0.3 → rho=flat rho.sigma=0,0.3" in told
+    assert "wandb.name=run → wandb.name=run-${rho.sigma}" in told
     root = next(word.partition("=")[2] for word in tiny_settings if word.startswith("results_root="))
     assert {path.name for path in Path(root).glob("*_word_math/*")} == {"run-0", "run-0.3"}
     runs = [json.loads(path.read_text()) for path in Path(root).glob("*/*/*/run.json")]
@@ -536,12 +534,12 @@ def test_sweep_runs_every_job_in_its_own_folder(tiny_settings):
 
 
 def test_a_job_that_fails_does_not_end_the_sweep(tiny_settings):
-    command = [sys.executable, "run_exp.py", "-m", *tiny_settings, "optim.lr=1e30,0.01", "optim.max_grad_norm=0"]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1, result.stderr[-3000:]
-    assert "Traceback" not in result.stderr
-    assert "Sweep: 1 of 2 finished" in result.stdout
-    rows = [line.split() for line in result.stdout.splitlines() if "│ f" in line]
+    sweep = fork(["-m", *tiny_settings, "optim.lr=1e30,0.01", "optim.max_grad_norm=0"])
+    assert sweep.wait(240) == 1
+    told = sweep.log.read_text()
+    assert "Traceback" not in told
+    assert "Sweep: 1 of 2 finished" in told
+    rows = [line.split() for line in told.splitlines() if "│ f" in line]
     assert [row[1] for row in rows] == ["failed", "finished"]
     assert rows[1][-2] == "unchanged"
 
@@ -562,18 +560,8 @@ def test_two_processes_agree_with_accumulation(tiny_settings):
     """Invariant 7: shared noise, 2 processes × 1 micro-batch against 1 process × 2, over gloo."""
     settings = [*tiny_settings, "rho=flat", "rho.sigma=0.3", "dataset.train_rows=32"]
     one = metrics_rows(run(in_folder(settings, "one")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     two_settings = in_folder(settings, "two")
-    result = subprocess.run(
-        [*torchrun, "run_exp.py", *two_settings, "trainer=ddp"],
-        cwd=PROJECT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    end_well(*fork_two([*two_settings, "trainer=ddp"]))
     two = metrics_rows(run_folder(two_settings))
     assert len(one) == len(two) == 8
     for left, right in zip(one, two, strict=True):

@@ -1,9 +1,6 @@
 """Every peft × rho pair runs a step or is refused with its reason; every method resumes exactly."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from flatlora.config import ConfigError
 from flatlora.methods.__main__ import matrix
 from flatlora.recorder import StepRecorder
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
+from tests.processes import end_well, fork_two
 
 PROJECT = Path(__file__).parents[3]
 PEFT = sorted(path.stem for path in (PROJECT / "conf" / "peft").glob("*.yaml") if path.stem != "all")
@@ -160,13 +158,13 @@ def test_lora_plus_and_lora_fa_train_what_they_say(tiny_settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("port", "swept"),
+    "swept",
     [
-        (29521, ["peft=lora_pro,lora_ga,adalora", "rho=off"]),
-        pytest.param(29522, ["rho=bi_lora,sam,off"], marks=pytest.mark.extra),
+        ["peft=lora_pro,lora_ga,adalora", "rho=off"],
+        pytest.param(["rho=bi_lora,sam,off"], marks=pytest.mark.extra),
     ],
 )
-def test_two_processes_agree_with_accumulation(port, swept, tiny_settings):
+def test_two_processes_agree_with_accumulation(swept, tiny_settings):
     """Invariant 7 for what has an optimizer, a start or a second gradient of its own."""
     replaced = ("dataset.train_rows=24", "wandb.name=run")
     words = [*(word for word in tiny_settings if word not in replaced), "dataset.train_rows=16", "wandb.name=n", "-m"]
@@ -182,17 +180,7 @@ def test_two_processes_agree_with_accumulation(port, swept, tiny_settings):
         return {path.parts[-3]: metrics_rows(path.parent) for path in found}
 
     assert run_exp.main(own("one")) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*torchrun, "run_exp.py", *own("two", "trainer=ddp", "trainer.device=cpu")],
-        cwd=PROJECT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    end_well(*fork_two(own("two", "trainer=ddp", "trainer.device=cpu")))
     one, two = rows_of(own("one")), rows_of(own("two"))
     assert one.keys() == two.keys()
     assert len(one) == 3

@@ -1,0 +1,59 @@
+"""Runs in processes of their own: as a user starts them, or forked, where the start is not what is tested."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts.forked import ForkedRun
+
+PROJECT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(settings: list[str], **environment: str) -> subprocess.Popen:
+    """`python run_exp.py SETTINGS`, the leader of a session."""
+    return subprocess.Popen(
+        [sys.executable, "run_exp.py", *settings],
+        cwd=PROJECT,
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:
+    told, _ = process.communicate(timeout=seconds)
+    return process.returncode, told
+
+
+Entry = Callable[[list[str]], int] | None
+
+
+def fork(settings: list[str], entry: Entry = None, **environment: str) -> ForkedRun:
+    """The same, ten seconds sooner; `entry` stands for run_exp.main."""
+    (root,) = [Path(word.partition("=")[2]) for word in settings if word.startswith("results_root=")]
+    log = root.with_name(f"{root.name}-{environment.get('RANK', 0)}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return ForkedRun(settings, log, entry, **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment)
+
+
+def fork_two(settings: list[str], *differing: list[str], entry: Entry = None) -> list[ForkedRun]:
+    """Two processes as torchrun starts them on one machine; each may have words of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = differing or ([], [])
+    return [fork([*own[rank], *settings], entry, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+
+
+def end_well(*runs: ForkedRun, seconds: float = 240) -> None:
+    for run in runs:
+        assert run.wait(seconds) == 0, run.log.read_text()[-3000:]
