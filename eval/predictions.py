@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -49,13 +50,22 @@ def generate(
         known: what else a scorer will want to read of each row.
         seeds: one a row where something is drawn; kept in the rows.
     """
-    known = known or [{}] * len(prompts)
+    known, done = known or [{}] * len(prompts), 0
     if seeds is not None:
         known = [{**more, "seed": seed} for more, seed in zip(known, seeds, strict=True)]
 
+    def count(rows: int, total: int, newest: list[dict[str, Any]]) -> None:
+        nonlocal done
+        done = rows
+        on_progress(rows, total, newest)
+
     def answer(batch: list[int]) -> list[dict[str, Any]]:
+        def tell(token: int) -> None:  # a batch can take a minute: its tokens move the bar, too
+            on_progress(done + len(batch) * token // (sampling.max_new_tokens + 1), len(prompts), [])
+
         drawn = [seeds[index] for index in batch] if seeds is not None else None
-        completions = backend.generate([prompts[index] for index in batch], sampling, drawn)
+        with _on_token(backend, tell if on_progress else None):
+            completions = backend.generate([prompts[index] for index in batch], sampling, drawn)
         return [{"completion": one.text, "tokens": one.tokens, "finished": one.finished} for one in completions]
 
     return collect(
@@ -67,8 +77,21 @@ def generate(
         batch_size=backend.batch_size,
         each=getattr(backend, "each", None),
         settings={**backend.describe(), **sampling.describe()},
-        on_progress=on_progress,
+        on_progress=count if on_progress else None,
     )
+
+
+@contextlib.contextmanager
+def _on_token(backend: Generator, report: Callable[[int], None] | None) -> Iterator[None]:
+    """Have the backend report its tokens meanwhile, if it can."""
+    if not hasattr(backend, "on_token"):
+        yield
+        return
+    backend.on_token = report
+    try:
+        yield
+    finally:
+        backend.on_token = None
 
 
 def answer_rows(

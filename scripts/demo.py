@@ -30,8 +30,8 @@ from scripts import bench  # noqa: E402
 
 FOLDER = Path("results") / "flatlora-demo_word_math"
 STEPS, TEST_ROWS, SEED = 12, 200, 42
-ANSWERS = ["max_new_tokens=32", "batch_size=25"]  # solutions have at most 31 tokens, and an end
-ANSWERING_STEPS = 28  # three times 200 problems take as long as so many LoRA steps of training
+ANSWERS = ["max_new_tokens=32", "batch_size=50"]  # solutions have at most 31 tokens, and an end
+ANSWERING_STEPS = 33  # three times 200 problems take as long as so many LoRA steps of training
 SETTINGS = [
     "wandb.project=flatlora-demo",
     "wandb.mode=disabled",

@@ -61,6 +61,7 @@ class Generator(Protocol):
 
     A backend whose answers depend on their own prompts alone, such as an endpoint, may have `each(work, items)` too:
     (item, what `work` makes of it) as they end, several at a time. Its rows are then asked one by one, not in batches.
+    One that makes a batch's answers token by token may have `on_token`, to be set: called with the number of each.
     """
 
     batch_size: int

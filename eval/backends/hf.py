@@ -8,12 +8,13 @@ answer does not hang on the rows beside it, and a resumed evaluation goes on as 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from eval.backends import Completion, Sampling, cut_at
 from eval.backends.tokenised import TokenisedBackend
@@ -43,6 +44,7 @@ class HFBackend(TokenisedBackend):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.precision, self.identity = precision, identity or {}
         self.device = next(model.parameters()).device
+        self.on_token: Callable[[int], None] | None = None
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_contiguous)
 
@@ -75,6 +77,7 @@ class HFBackend(TokenisedBackend):
                 generation_config=greedy,
                 logits_processor=LogitsProcessorList([SeededDraw(sampling, seeds)] if sampling.temperature else []),
                 tokenizer=self.tokenizer if sampling.stop else None,
+                streamer=TokenCounter(self.on_token) if self.on_token else None,
             )
         start = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
         return [self._completion(ids, sampling.stop) for ids in output[:, start:].tolist()]
@@ -158,6 +161,21 @@ class HFBackend(TokenisedBackend):
 def _contiguous(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The last places of hidden states are a view, for which torch would copy the head's weight once a row."""
     return (arguments[0].contiguous(), *arguments[1:])
+
+
+class TokenCounter(BaseStreamer):
+    """Reports the number of each token of a batch as it is made."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        self.report, self.tokens = report, -1  # what `generate` streams first is the prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += 1
+        if self.tokens:
+            self.report(self.tokens)
+
+    def end(self) -> None:
+        """Nothing is left to report."""
 
 
 class SeededDraw(LogitsProcessor):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from eval import predictions
 from eval.backends import Sampling, cut_at
 from eval.backends.hf import HFBackend, SeededDraw
 from tests.conftest import tiny_llama, tiny_lora
@@ -111,3 +112,37 @@ def test_generation_stops_at_a_stop(tokenizer):
     assert found.finished
     assert found.tokens < whole.tokens or whole.text.endswith(stop)
     assert other.tokens == 8
+
+
+def test_tokens_move_the_count_of_rows(tokenizer, tmp_path):
+    told = []
+    backend = HFBackend(tiny_llama(vocab_size=len(tokenizer)), tokenizer, batch_size=2)
+    predictions.generate(
+        backend,
+        ["Q: 1", "Q: 2", "Q: 3"],
+        ["1", "2", "3"],
+        tmp_path,
+        sampling=Sampling(4),
+        on_progress=lambda done, total, _: told.append((done, total)),
+    )
+    done = [count for count, _ in told]
+    assert done == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3]  # before; ⅖ … 8⁄5 of two rows, then two; ⅕ … ⅘ of one, then three
+    assert {total for _, total in told} == {3}
+    assert backend.on_token is None
+
+
+def test_the_head_s_weight_is_not_copied_for_each_row(tokenizer):
+    """torch would expand it to rows × d × V for a last place that is a view."""
+    model = tiny_llama(vocab_size=len(tokenizer))
+    backend = HFBackend(model, tokenizer, batch_size=8)
+    ids = torch.arange(40).view(8, 5)
+    with torch.inference_mode(), torch.profiler.profile(record_shapes=True) as profile:
+        logits = backend.model(input_ids=ids, logits_to_keep=1).logits
+    products = [
+        event.input_shapes
+        for event in profile.events()
+        if event.name in ("aten::mm", "aten::bmm") and any(len(tokenizer) in shape for shape in event.input_shapes)
+    ]
+    assert [sorted(map(len, shapes)) for shapes in products] == [[2, 2]]
+    with torch.inference_mode():
+        torch.testing.assert_close(logits[:, 0], model(input_ids=ids).logits[:, -1])
