@@ -61,7 +61,8 @@ def main() -> int:
     console = Console(highlight=False)
     with console.status("Measuring a step of training on this machine"):
         seconds, how = measured_steps()
-    console.print(f"[bold]Flat-LoRA demo[/]: about {expected_minutes(seconds):.0f} minutes on this machine ({how}).")
+    minutes = (time.monotonic() - started) / 60 + expected_minutes(seconds)
+    console.print(f"[bold]Flat-LoRA demo[/]: about {minutes:.0f} minutes on this machine ({how}).")
     console.print(
         "SmolLM2-135M (a small model) on generated two-step word problems, LoRA and Flat-LoRA on the same seed. Not a "
         "paper's setting: it shows that a run works, repeats, and leaves the backbone alone.\n"
@@ -80,8 +81,7 @@ def main() -> int:
     console.print(
         comparison({name: _read(path / "run.json") for name, path in folders.items()}, _read(zero_shot / "score.json"))
     )
-    minutes = (time.monotonic() - started) / 60
-    console.print(f"{minutes:.1f} minutes. Records: {FOLDER}/<name>/{SEED}/run.json")
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes. Records: {FOLDER}/<name>/{SEED}/run.json")
     return 0
 
 
@@ -111,7 +111,7 @@ def measured_steps() -> tuple[dict[str, float], str]:
 
 
 def expected_minutes(seconds: dict[str, float]) -> float:
-    """Minutes of the whole demo from measured seconds a step."""
+    """Minutes of all training and answering from measured seconds a step."""
     return (STEPS * (seconds["LoRA"] + seconds["Flat-LoRA"]) + ANSWERING_STEPS * seconds["LoRA"]) / 60
 
 
