@@ -9,8 +9,9 @@ for any X; the X that keeps gA and gB nearest to g_A and g_B solves BᵀB·X + X
 
 mode="sgd" steps along (gA, gB). mode="adamw", the published full adjustment, keeps Adam's two moments of the equivalent
 gradient g̃ = s·B·gA + s·gB·A (m×n), and brings Adam's direction D back to A and B by the same closed form, with s Bᵀ D
-and s D Aᵀ in the place of the gradients. Inverses are damped by 1e-8, as published; at B = 0 that is the
-pseudo-inverse, so the first step is exact.
+and s D Aᵀ in the place of the gradients. Inverses are damped by 1e-8, as published, and are pseudo-inverses: an
+eigenvalue of BᵀB or AAᵀ up to r·eps·λ_max, eps of the factors' dtype, is rounding, and its direction takes no part. So
+the first step is exact at B = 0, and a step stays the nearest one where B or A has a rank below r.
 
 Deviations: moments may be BF16, rounded stochastically (half the memory); under several processes each pair's moments
 live on one of them; weight decay is decoupled and acts on A and B.
@@ -66,7 +67,7 @@ class LoRAPro(torch.optim.Optimizer):
         mode: "adamw" or "sgd".
         moments: dtype of Adam's moments of the m×n equivalent gradient: "float32" (8 bytes a weight of the backbone) or
             "bfloat16", rounded stochastically (4 bytes).
-        damping: added to the eigenvalues of BᵀB and AAᵀ.
+        damping: added to the eigenvalues of BᵀB and AAᵀ that are inverted.
         seed: of the stochastic rounding, which is a function of (seed, step, name).
         others: trained parameters that are no pairs, as (name, parameter); they get AdamW with FP32 moments.
         shard: with several processes, keep and update each pair on one of them and send the result to all. Gradients
@@ -147,8 +148,8 @@ class LoRAPro(torch.optim.Optimizer):
             left, right = frame.equivalent_gradient(A_grads, B_grads)
             for k, pair in enumerate(pairs):
                 direction = self._adam_direction(pair, left[k] @ right[k], group)
-                torch.mm(frame.B[k].mT, direction, out=A_grads[k]).mul_(pair.scaling)
-                torch.mm(direction, frame.A[k].mT, out=B_grads[k]).mul_(pair.scaling)
+                torch.mm(pair.B.mT, direction, out=A_grads[k]).mul_(pair.scaling)
+                torch.mm(direction, pair.A.mT, out=B_grads[k]).mul_(pair.scaling)
         A_updates, B_updates = frame.nearest(A_grads, B_grads)
         for pair, A_update, B_update in zip(pairs, A_updates, B_updates, strict=True):
             for factor, update in ((pair.A, A_update), (pair.B, B_update)):
@@ -267,7 +268,11 @@ class LoRAPro(torch.optim.Optimizer):
 
 
 class _Frame(NamedTuple):
-    """k pairs of one shape with the eigendecompositions of BᵀB and AAᵀ (k × r × r), made in FP64."""
+    """k pairs of one shape with the eigendecompositions of BᵀB and AAᵀ (k × r × r).
+
+    All of it is FP64, as is what is computed with it before it is returned: these matrices are thin, and inverses of
+    r × r Gram matrices multiply rounding errors by their condition number.
+    """
 
     A: torch.Tensor  # k × r × n
     B: torch.Tensor  # k × m × r
@@ -281,41 +286,60 @@ class _Frame(NamedTuple):
     @classmethod
     def of(cls, pairs: Sequence[Pair], damping: float) -> _Frame:
         A, B = torch.stack([pair.A.detach() for pair in pairs]), torch.stack([pair.B.detach() for pair in pairs])
-        scaling = torch.tensor([pair.scaling for pair in pairs], dtype=A.dtype, device=A.device).view(-1, 1, 1)
-        decompositions = []
-        for gram in (B.mT @ B, A @ A.mT):
-            values, vectors = torch.linalg.eigh(gram.double())
-            decompositions += [values.clamp_min(0.0), vectors]
-        return cls(A, B, scaling, *decompositions, damping)
-
-    def B_inverse(self) -> torch.Tensor:
-        """(BᵀB)⁻¹, damped."""
-        return _inverse(self.B_values, self.B_vectors, self.damping).to(self.A.dtype)
+        scaling = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64, device=A.device).view(-1, 1, 1)
+        try:
+            decompositions = *_spectrum(B), *_spectrum(A.mT)
+        except torch.linalg.LinAlgError as error:
+            broken = [pair.name for pair in pairs if not (pair.A.isfinite().all() and pair.B.isfinite().all())]
+            if not broken:
+                raise
+            raise FloatingPointError(
+                f"A or B of {broken[0]} holds NaN or infinity: training has diverged; lower the learning rate."
+            ) from error
+        return cls(A.double(), B.double(), scaling, *decompositions, damping)
 
     def free_parts(self, A_grads: torch.Tensor, B_grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gA and gB for X = 0."""
-        B_inverse = self.B_inverse()
-        A_inverse = _inverse(self.A_values, self.A_vectors, self.damping).to(self.A.dtype)
+        """gA and gB for X = 0, FP64."""
+        A_grads, B_grads = A_grads.double(), B_grads.double()
+        B_inverse = _inverse(self.B_values, self.B_vectors, self.damping)
+        A_inverse = _inverse(self.A_values, self.A_vectors, self.damping)
         outside = B_grads - self.B @ (B_inverse @ (self.B.mT @ B_grads))
         return B_inverse @ A_grads / self.scaling**2, outside @ A_inverse / self.scaling**2
 
     def equivalent_gradient(self, A_grads: torch.Tensor, B_grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """g̃ as left (k × m × 2r) times right (k × 2r × n); X takes no part in it."""
+        """g̃ as left (k × m × 2r) times right (k × 2r × n), of the gradients' dtype; X takes no part in it."""
         gA, gB = self.free_parts(A_grads, B_grads)
-        return torch.cat([self.scaling * self.B, self.scaling * gB], dim=2), torch.cat([gA, self.A], dim=1)
+        left, right = torch.cat([self.scaling * self.B, self.scaling * gB], dim=2), torch.cat([gA, self.A], dim=1)
+        return left.to(B_grads.dtype), right.to(A_grads.dtype)
 
     def nearest(self, A_grads: torch.Tensor, B_grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gA (k × r × n) and gB (k × m × r) with the X of the Sylvester equation."""
+        """gA (k × r × n) and gB (k × m × r) with the X of the Sylvester equation, of the gradients' dtype."""
         gA, gB = self.free_parts(A_grads, B_grads)
-        right = -(gA.double() @ self.A.mT.double())
-        rotated = self.B_vectors.mT @ right @ self.A_vectors
-        sums = self.B_values[:, :, None] + self.A_values[:, None, :] + self.damping
-        X = (self.B_vectors @ (rotated / sums) @ self.A_vectors.mT).to(self.A.dtype)
-        return gA + X @ self.A, gB - self.B @ X
+        rotated = self.B_vectors.mT @ -(gA @ self.A.mT) @ self.A_vectors
+        B_values, A_values = self.B_values[:, :, None], self.A_values[:, None, :]
+        spanned = (B_values > 0) & (A_values > 0)  # elsewhere the right side is zero, and so is X
+        solved = torch.where(spanned, rotated / (B_values + A_values + self.damping), 0.0)
+        X = self.B_vectors @ solved @ self.A_vectors.mT
+        return (gA + X @ self.A).to(A_grads.dtype), (gB - self.B @ X).to(B_grads.dtype)
+
+
+def _spectrum(factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (k × r) and eigenvectors (k × r × r) of FᵀF of each factor F (k × m × r), FP64.
+
+    Eigenvalues up to r·eps·λ_max are set to zero: at the precision of F they are rounding. So are those up to the
+    rounding of FᵀF itself, which counts where F is FP64.
+    """
+    wide = factors.double()  # sums over m rows in FP32 would be rounded to more than the limit
+    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    rows, rank = factors.shape[-2:]
+    limit = max(rank * torch.finfo(factors.dtype).eps, rows * torch.finfo(torch.float64).eps) * values[:, -1:]
+    return torch.where(values > limit, values, 0.0), vectors
 
 
 def _inverse(values: torch.Tensor, vectors: torch.Tensor, damping: float) -> torch.Tensor:
-    return (vectors / (values + damping)[:, None, :]) @ vectors.mT
+    """The damped pseudo-inverse."""
+    inverted = torch.where(values > 0, 1.0 / (values + damping), 0.0)
+    return (vectors * inverted[:, None, :]) @ vectors.mT
 
 
 def nearest_update_reference(
