@@ -31,7 +31,7 @@ class PerturbedLayer:
     `module` owns the weight and is called by the model (nn.Linear: m × n; GPT-2's Conv1D: stored n × m; nn.Conv2d:
     stored m × c × kh × kw, a row is an output channel and n = c·kh·kw); `adapters` returns the low-rank terms that act
     on it at the time of the call; while `enabled` says no, the layer reads W (in copy and recompute), as a reference
-    model made by PEFT's `disable_adapter()` should.
+    model made by PEFT's `disable_adapter()` should. `readers` are other modules whose forward reads the weight: DoRA's.
     """
 
     name: str
@@ -39,6 +39,7 @@ class PerturbedLayer:
     adapters: Callable[[], Sequence[AdapterTerm]] = tuple
     enabled: Callable[[], bool] = lambda: True
     changes: Callable[[], Hashable] | None = None  # as `state`, where it can be had without the terms
+    readers: Sequence[nn.Module] = ()
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
@@ -47,6 +48,12 @@ class PerturbedLayer:
             raise TypeError(
                 f"Invalid layer {self.name}={type(self.module).__name__}: a perturbed layer must be nn.Linear, "
                 "nn.Conv2d or Conv1D; take it out of the targets."
+            )
+        if "weight" not in self.module._parameters:
+            raise TypeError(
+                f"Invalid layer {self.name}={type(self.module).__name__}: its weight is computed from other tensors "
+                "(torch.nn.utils.parametrize or weight_norm), so there is none that noise could be added to; call "
+                "torch.nn.utils.parametrize.remove_parametrizations, or take the layer out of the targets."
             )
         self.weight = self.module.weight
         if isinstance(self.module, nn.Conv2d):
@@ -144,6 +151,7 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
                     adapters=_adapter_terms(module),
                     enabled=lambda module=module: not module.disable_adapters,
                     changes=_adapter_state(module),
+                    readers=list(getattr(module, "lora_magnitude_vector", {}).values()),
                 )
             )
     return layers
