@@ -25,11 +25,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.adalora import AdaLoraLayer
 from torch import nn
 
-from flatlora.config import setting
-from flatlora.layers import plain_name
+from flatlora.config import ConfigError, setting
+from flatlora.layers import named_lora_layers
 from flatlora.methods.base import Training, register
 from flatlora.methods.lora import Lora, LoraMethodConfig
 
@@ -46,15 +46,40 @@ class Pair(NamedTuple):
     scaling: float
 
 
-def lora_pairs(model: nn.Module) -> list[Pair]:
-    """The trained pairs of a PEFT model, by the names that the layers have without PEFT."""
-    return [
-        Pair(plain_name(name), module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter])
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        for adapter in module.active_adapters
-        if adapter in module.lora_A and module.lora_A[adapter].weight.requires_grad
-    ]
+class Pairs(list[Pair]):
+    """The pairs of a model, and in `others` what is trained besides, as (name, parameter)."""
+
+    def __init__(self, pairs: Iterable[Pair], others: Iterable[tuple[str, nn.Parameter]]) -> None:
+        super().__init__(pairs)
+        self.others = list(others)
+
+
+def lora_pairs(model: nn.Module) -> Pairs:
+    """The trained pairs of a PEFT model, by the names that the layers have without PEFT.
+
+    Adapters of embeddings, DoRA's magnitudes, biases, and whole modules that are trained besides are no pairs: they are
+    among the others.
+
+    Raises:
+        ConfigError: an adapter is no s·B·A on the weight of its layer: AdaLoRA's, PEFT's `target_parameters`, and some
+            variants of LoRA.
+    """
+    pairs = []
+    for name, module in named_lora_layers(model):
+        if isinstance(module, AdaLoraLayer):
+            raise ConfigError(
+                [
+                    f"Invalid adapter of {name}: AdaLoRA's is s·B·diag(E)·A, three factors and no pair; use plain "
+                    "LoRA, rsLoRA or DoRA."
+                ]
+            )
+        for adapter in module.active_adapters:
+            if adapter in module.lora_A and module.lora_A[adapter].weight.requires_grad:
+                A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                pairs.append(Pair(name, A, B, module.scaling[adapter]))
+    factors = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
+    others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
+    return Pairs(pairs, others)
 
 
 class LoRAPro(torch.optim.Optimizer):
@@ -63,13 +88,15 @@ class LoRAPro(torch.optim.Optimizer):
         optimizer = LoRAPro(lora_pairs(peft_model), lr=1e-4)
 
     Args:
-        params_pairs: `Pair`s, or (name, A, B, scaling) tuples; names must differ, since state is kept by name.
+        params_pairs: `lora_pairs` of a model, or `Pair`s or (name, A, B, scaling) tuples; names must differ, since
+            state is kept by name.
         mode: "adamw" or "sgd".
         moments: dtype of Adam's moments of the m×n equivalent gradient: "float32" (8 bytes a weight of the backbone) or
             "bfloat16", rounded stochastically (4 bytes).
         damping: added to the eigenvalues of BᵀB and AAᵀ that are inverted.
         seed: of the stochastic rounding, which is a function of (seed, step, name).
-        others: trained parameters that are no pairs, as (name, parameter); they get AdamW with FP32 moments.
+        others: trained parameters that are no pairs, as (name, parameter); they get AdamW with FP32 moments. None takes
+            those that `lora_pairs` found in its model.
         shard: with several processes, keep and update each pair on one of them and send the result to all. Gradients
             must be averaged already (DDP does). Call `consolidate_state_dict()` on all before `state_dict()` on one.
 
@@ -89,9 +116,11 @@ class LoRAPro(torch.optim.Optimizer):
         moments: Literal["float32", "bfloat16"] = "float32",
         damping: float = 1e-8,
         seed: int = 0,
-        others: Iterable[tuple[str, nn.Parameter]] = (),
+        others: Iterable[tuple[str, nn.Parameter]] | None = None,
         shard: bool = False,
     ) -> None:
+        if others is None:
+            others = params_pairs.others if isinstance(params_pairs, Pairs) else ()
         pairs, others = [Pair(*pair) for pair in params_pairs], list(others)
         _refuse_faults(pairs, lr, betas, eps, weight_decay, mode, moments, damping)
         self.mode, self.moments, self.damping, self.seed = mode, _MOMENTS[moments], damping, seed
@@ -440,12 +469,9 @@ class LoraPro(Lora):
     has_optimizer = True
 
     def optimizer(self, model: nn.Module, config: LoraProConfig, training: Training) -> LoRAPro:
-        pairs = lora_pairs(model)
-        factors = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
-        others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
         optim = training.optim
         return LoRAPro(
-            pairs,
+            lora_pairs(model),
             optim.lr,
             betas=(optim.adam_beta1, optim.adam_beta2),
             eps=optim.adam_epsilon,
@@ -454,6 +480,5 @@ class LoraPro(Lora):
             moments=config.moments,
             damping=config.damping,
             seed=training.seed,
-            others=others,
             shard=config.shard_moments and training.world_size > 1,
         )

@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from torch import nn
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import noise
 from flatlora.checkpoint import backbone_sha256
+from flatlora.config import ConfigError
 from flatlora.epsilon import (
     Draw,
     HostEpsilon,
@@ -24,6 +26,7 @@ from flatlora.epsilon import (
     noise_coefficients,
 )
 from flatlora.layers import AdapterTerm, PerturbedLayer, find_lora_layers, plain_name
+from flatlora.methods.lora_pro import lora_pairs
 from flatlora.perturbation import WeightPerturbation, choose_mode
 from tests.conftest import tiny_llama, tiny_lora
 
@@ -653,6 +656,58 @@ def test_names_are_those_of_the_untouched_model():
     for layer in find_lora_layers(tiny_lora()):
         assert layer.name in names
     assert plain_name("module.base_model.model.h.0.attn.base_layer.weight") == "h.0.attn.weight"
+
+
+def tiny_mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+    )
+    return MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "parameter", "name"),
+    [
+        (tiny_llama, "q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+        (tiny_mixtral, "experts.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj"),
+    ],
+)
+@pytest.mark.parametrize("find", [find_lora_layers, lora_pairs])
+def test_adapters_of_parameters_are_refused_by_name(find, make, parameter, name):
+    config = LoraConfig(r=2, target_modules=["k_proj"], target_parameters=[parameter])
+    with pytest.raises(ConfigError, match=rf"Invalid target_parameters={name} \(\d in all\): .* name linear layers"):
+        find(get_peft_model(make(), config))
+
+
+@pytest.mark.parametrize("find", [find_lora_layers, lora_pairs])
+def test_variants_that_add_no_product_are_refused_by_name(find):
+    config = LoraConfig(r=4, target_modules=["q_proj"], kasa_config=KasaConfig())
+    with pytest.raises(ConfigError, match=r"Invalid LoRA variant of model\.layers\.0\.self_attn\.q_proj \(KasaLinear"):
+        find(get_peft_model(tiny_llama(), config))
+
+
+def test_adapters_that_noise_passes_over_are_named(caplog):
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
+    layers = find_lora_layers(get_peft_model(tiny_llama(), config))
+    assert len(layers) == 2
+    assert "LoRA layers without noise: 1 around Embedding." in caplog.text
+    caplog.clear()
+    find_lora_layers(tiny_lora())
+    assert not caplog.text
+
+
+def test_attention_that_reads_its_weights_itself_is_refused():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ConfigError, match=r"Invalid target_modules=0: it is an nn.MultiheadAttention"):
+        find_lora_layers(adapted)
 
 
 def test_layers_on_several_devices_are_perturbed_as_on_one():
