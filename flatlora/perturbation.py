@@ -54,7 +54,9 @@ class WeightPerturbation:
         seed: the run's seed; ranks must agree on it.
         ramp: cosine | linear | constant.
         mode: auto | copy | recompute | inplace. auto is copy where the buffer takes at most half of the free memory.
-        every: draw a new ε only every so many optimizer steps (the paper's T), σ_t and row norms included.
+        every: draw a new ε only every so many optimizer steps, σ_t and row norms included, and train all steps of the
+            window on it. Not the published code's T: there ε is taken away after the window's first step, and the other
+            T − 1 are trained on W.
         resample: "step" keeps one ε for all micro-batches of a step, "micro_batch" draws one for each.
         per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
         scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
