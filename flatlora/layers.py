@@ -142,6 +142,17 @@ class PerturbedLayer:
         return rows.t() if isinstance(self.module, Conv1D) else rows.view(self.stored_shape)
 
 
+def has_standard_forward(module: nn.Module) -> bool:
+    """Whether a linear or convolution layer computes W x + b: its class may be a subclass with a forward of its own."""
+    standard: dict[type[nn.Module], tuple[str, ...]] = {
+        nn.Linear: ("forward",),
+        nn.Conv2d: ("forward", "_conv_forward"),
+        Conv1D: ("forward",),
+    }
+    base = next(kind for kind in standard if isinstance(module, kind))
+    return all(getattr(type(module), name) is getattr(base, name) for name in standard[base])
+
+
 def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
     """Every linear or convolution layer that PEFT wrapped with a LoRA adapter, named as without PEFT and DDP.
 

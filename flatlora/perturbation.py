@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora import noise
 from flatlora.epsilon import Draw, epsilon_of
-from flatlora.layers import PerturbedLayer
+from flatlora.layers import PerturbedLayer, has_standard_forward
 from flatlora.schedule import RAMPS, sigma_at
 
 logger = logging.getLogger(__name__)
@@ -360,7 +360,7 @@ class PerturbedForward(_Wrapper):
 
     def __init__(self, perturbation: WeightPerturbation, index: int, module: nn.Module) -> None:
         super().__init__(perturbation, index, module)
-        self.is_standard = self.layer.quantised or (self.replaced is None and _has_standard_forward(module))
+        self.is_standard = self.layer.quantised or (self.replaced is None and has_standard_forward(module))
         self._checked = self.is_standard
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -432,17 +432,6 @@ def _holding(module: nn.Module, weight: torch.Tensor | None) -> Iterator[None]:
         yield
     finally:
         parameters["weight"] = own
-
-
-def _has_standard_forward(module: nn.Module) -> bool:
-    """Whether a module computes what `_apply` does: its class may be a subclass with a forward of its own."""
-    standard: dict[type[nn.Module], tuple[str, ...]] = {
-        nn.Linear: ("forward",),
-        nn.Conv2d: ("forward", "_conv_forward"),
-        Conv1D: ("forward",),
-    }
-    base = next(kind for kind in standard if isinstance(module, kind))
-    return all(getattr(type(module), name) is getattr(base, name) for name in standard[base])
 
 
 def _is_capturing() -> bool:
