@@ -6,13 +6,15 @@ With W' the merged weights of the layers that adapters act on (paper § 3.1), L 
     landscape       L(W' + a·d₁ + b·d₂),  d random, each row of it as long as that row of W' (Li et al. 2018, § 4)
     top eigenvalue  of ∇² L by power iteration; trace of ∇² L by Hutchinson's probes
 
-Every random number is noise.py's, keyed by seed and layer: two models of one architecture are measured along the same
-directions, draws and probes, so that their differences are paired. Weights are put back after each measure.
+Every random number is noise.py's, keyed by seed and layer, in streams of their own: two models of one architecture are
+measured along the same directions, draws and probes, so that their differences are paired, and no model is measured on
+an ε that it was trained on. Weights are put back after each measure.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ from flatlora.noise_torch import fill_normal_torch
 from flatlora.perturbation import WeightPerturbation
 
 Batch = Mapping[str, torch.Tensor]
-_DIRECTION, _PROBE, _START = 1, 2, 3  # streams: 0 is the training noise's, which expected rises are drawn from
+_RISE, _DIRECTION, _PROBE, _START = (noise.RESERVED_STREAMS + number for number in range(4))
 
 
 def plain_layers(model: nn.Module, names: Sequence[str]) -> list[PerturbedLayer]:
@@ -75,7 +77,7 @@ def expected_rises(
 ) -> list[float]:
     """L(W' + ε) − L(W') of each draw of ε; their mean estimates the expected rise. `told(1)` is called after each."""
     at_rest = mean_loss(model, batches)
-    perturbation = WeightPerturbation(layers, sigma=sigma, total_steps=draws, seed=seed, ramp="constant")
+    perturbation = _MeasuringPerturbation(layers, sigma=sigma, total_steps=draws, seed=seed, ramp="constant")
     rises = []
     try:
         for step in range(draws):
@@ -86,6 +88,13 @@ def expected_rises(
     finally:
         perturbation.close()
     return rises
+
+
+class _MeasuringPerturbation(WeightPerturbation):
+    """ε as in training, from a stream that no training draws from, whatever its seed."""
+
+    def draw(self, index: int, micro_batch: int = 0) -> Draw:
+        return dataclasses.replace(super().draw(index, micro_batch), stream=_RISE)
 
 
 def landscape(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,7 +13,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from flatlora.config import ConfigError
 from flatlora.precision import stored_dtype
+
+logger = logging.getLogger(__name__)
 
 PERTURBED_TYPES = (nn.Linear, nn.Conv2d, Conv1D)
 
@@ -31,7 +36,7 @@ class PerturbedLayer:
     `module` owns the weight and is called by the model (nn.Linear: m × n; GPT-2's Conv1D: stored n × m; nn.Conv2d:
     stored m × c × kh × kw, a row is an output channel and n = c·kh·kw); `adapters` returns the low-rank terms that act
     on it at the time of the call; while `enabled` says no, the layer reads W (in copy and recompute), as a reference
-    model made by PEFT's `disable_adapter()` should.
+    model made by PEFT's `disable_adapter()` should. `readers` are other modules whose forward reads the weight: DoRA's.
     """
 
     name: str
@@ -39,6 +44,7 @@ class PerturbedLayer:
     adapters: Callable[[], Sequence[AdapterTerm]] = tuple
     enabled: Callable[[], bool] = lambda: True
     changes: Callable[[], Hashable] | None = None  # as `state`, where it can be had without the terms
+    readers: Sequence[nn.Module] = ()
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
@@ -47,6 +53,12 @@ class PerturbedLayer:
             raise TypeError(
                 f"Invalid layer {self.name}={type(self.module).__name__}: a perturbed layer must be nn.Linear, "
                 "nn.Conv2d or Conv1D; take it out of the targets."
+            )
+        if "weight" not in self.module._parameters:
+            raise TypeError(
+                f"Invalid layer {self.name}={type(self.module).__name__}: its weight is computed from other tensors "
+                "(torch.nn.utils.parametrize or weight_norm), so there is none that noise could be added to; call "
+                "torch.nn.utils.parametrize.remove_parametrizations, or take the layer out of the targets."
             )
         self.weight = self.module.weight
         if isinstance(self.module, nn.Conv2d):
@@ -130,23 +142,91 @@ class PerturbedLayer:
         return rows.t() if isinstance(self.module, Conv1D) else rows.view(self.stored_shape)
 
 
-def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
-    """Every linear or convolution layer that PEFT wrapped with a LoRA adapter, named as without PEFT and DDP."""
-    from peft.tuners.lora import LoraLayer
+def has_standard_forward(module: nn.Module) -> bool:
+    """Whether a linear or convolution layer computes W x + b: its class may be a subclass with a forward of its own."""
+    standard: dict[type[nn.Module], tuple[str, ...]] = {
+        nn.Linear: ("forward",),
+        nn.Conv2d: ("forward", "_conv_forward"),
+        Conv1D: ("forward",),
+    }
+    base = next(kind for kind in standard if isinstance(module, kind))
+    return all(getattr(type(module), name) is getattr(base, name) for name in standard[base])
 
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), PERTURBED_TYPES):
+
+def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
+    """Every linear or convolution layer that PEFT wrapped with a LoRA adapter, named as without PEFT and DDP.
+
+    LoRA layers of other kinds (embeddings, for example) are trained without noise, and are named in a warning.
+
+    Raises:
+        ConfigError: an adapter is no s·B·A on the weight of its layer, see `named_lora_layers`; or is around
+            nn.MultiheadAttention, which reads its weights past the forward of any layer.
+    """
+    layers, others = [], Counter()
+    for name, module in named_lora_layers(model):
+        if isinstance(module.get_base_layer(), nn.MultiheadAttention):
+            raise ConfigError(
+                [
+                    f"Invalid target_modules={name}: it is an nn.MultiheadAttention, which reads its weights past the "
+                    "forward of any layer, so noise would not act; leave it out of target_modules."
+                ]
+            )
+        if not isinstance(module.get_base_layer(), PERTURBED_TYPES):
+            others[type(module.get_base_layer()).__name__] += 1
+        else:
             layers.append(
                 PerturbedLayer(
-                    plain_name(name),
+                    name,
                     module.get_base_layer(),
                     adapters=_adapter_terms(module),
                     enabled=lambda module=module: not module.disable_adapters,
                     changes=_adapter_state(module),
+                    readers=list(module.lora_magnitude_vector.values()),
                 )
             )
+    if others:
+        kinds = ", ".join(f"{count} around {kind}" for kind, count in others.items())
+        logger.warning("LoRA layers without noise: %s. Linear layers and 2-d convolutions alone are perturbed.", kinds)
     return layers
+
+
+# Variants of LoRA in PEFT whose change of the weight is another function of A and B than s·B·A.
+_UNLIKE_A_PRODUCT = ("ArrowLinear", "QALoraLinear", "BdLoraLinear", "MontecloraLinear", "KasaLinear")
+
+
+def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """PEFT's LoRA layers by the names that their layers have without PEFT and DDP.
+
+    Raises:
+        ConfigError: an adapter that is trained or active is no s·B·A (r × n, m × r) on the weight of its layer: PEFT's
+            `target_parameters`, whose factors may be of a whole bank of experts, and some variants of LoRA.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    found = [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    wrapped = [f"{name}.{module.parameter_name}" for name, module in found if isinstance(module, ParamWrapper)]
+    variants = [
+        f"{name} ({kind})"
+        for name, module in found
+        for variant in module.lora_variant.values()
+        if (kind := type(variant).__name__.removesuffix("Variant")) in _UNLIKE_A_PRODUCT
+    ]
+    faults = []
+    if wrapped:
+        faults.append(
+            f"Invalid target_parameters={wrapped[0]} ({len(wrapped)} in all): an adapter of a parameter has no layer "
+            "that noise could act on, and the factors of a bank of experts are no single B·A; name linear layers in "
+            "target_modules and leave target_parameters out."
+        )
+    if variants:
+        faults.append(
+            f"Invalid LoRA variant of {variants[0]} ({len(variants)} layers in all): it does not add s·B·A to the "
+            "weight, so row norms and closed forms of B·A do not hold; use plain LoRA, rsLoRA or DoRA."
+        )
+    if faults:
+        raise ConfigError(faults)
+    yield from found
 
 
 def plain_name(name: str) -> str:

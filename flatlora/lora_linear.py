@@ -127,14 +127,20 @@ class FusedForward:
         return self.group.call(self, x)
 
     def covers(self) -> bool:
-        """Whether the layer is, at this moment, one plain adapter on a frozen floating-point weight."""
-        module, forward = self.module, self.base.__dict__.get("forward")
+        """Whether the layer is, at this moment, one plain adapter on a frozen floating-point weight.
+
+        Not where another library wrapped or hooked the base layer, which the fused forward does not call.
+        """
+        module, own = self.module, self.base.__dict__
+        forward = own.get("forward")
         return (
             not module.disable_adapters
             and not module.merged
             and len(module.active_adapters) == 1
             and module.active_adapters[0] in module.lora_A
-            and (forward is None or isinstance(forward, PerturbedForward))
+            and (forward is None or (isinstance(forward, PerturbedForward) and forward.replaced is None))
+            and not own["_forward_hooks"]
+            and not own["_forward_pre_hooks"]
             and not self.base.weight.requires_grad
             and (self.base.bias is None or not self.base.bias.requires_grad)
         )

@@ -33,6 +33,7 @@ import torch
 from flatlora.philox import COLUMNS_PER_BLOCK, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
 
 _UINT32 = 0xFFFFFFFF
+RESERVED_STREAMS = 0xFFFF0000  # from here on: for measures, whose noise must be none that a training drew
 _ELEMENTS_WORTH_A_THREAD = 32768
 _JOBS_WORTH_A_THREAD = 4  # fewer are not shared out evenly
 _thread = threading.local()  # `shares` in a thread that makes whole matrices alone
@@ -47,8 +48,9 @@ def layer_key(seed: int, layer: str) -> tuple[int, int]:
 def noise_stream(rank: int, micro_batch: int, world_size: int, *, per_rank: bool, per_micro_batch: bool) -> int:
     """Counter word that says who shares a draw: 0 is shared by all ranks and micro-batches of a step.
 
-    With both switches on, the stream is 1 + the index of the micro-batch in the global batch, so k ranks with one
-    micro-batch each and one rank with k micro-batches average the gradient over the same k draws.
+    Always below `RESERVED_STREAMS`. With both switches on, the stream is 1 + the index of the micro-batch in the global
+    batch, so k ranks with one micro-batch each and one rank with k micro-batches average the gradient over the same k
+    draws.
     """
     if per_rank and per_micro_batch:
         return 1 + micro_batch * world_size + rank

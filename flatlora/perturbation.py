@@ -9,29 +9,33 @@ read W + ε give the same bits in loss and gradients:
 - recompute:  W + ε is made in one scratch buffer in each layer's forward and again in its backward. No extra memory.
 - inplace:    the published way: W += ε, later W −= ε. Rounding makes a BF16 backbone drift; kept for comparison.
 
-In the first two the parameter itself is W at all times: whatever hashes, saves or merges weights in mid-step sees W.
+In the first two the parameter itself is W whenever no forward of its layer runs: whatever hashes, saves or merges
+weights in mid-step sees W. A layer with a forward of its own, and a DoRA module, which takes the norm of the layer's
+weight, run that very code, and find W + ε where they read the weight.
 
 Only a seed and the m row norms of each layer describe ε; `noise.py` makes it again wherever it is needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 import time
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import noise
 from flatlora.epsilon import Draw, epsilon_of
-from flatlora.layers import PerturbedLayer
+from flatlora.layers import PerturbedLayer, has_standard_forward
 from flatlora.schedule import RAMPS, sigma_at
 
 logger = logging.getLogger(__name__)
@@ -50,7 +54,9 @@ class WeightPerturbation:
         seed: the run's seed; ranks must agree on it.
         ramp: cosine | linear | constant.
         mode: auto | copy | recompute | inplace. auto is copy where the buffer takes at most half of the free memory.
-        every: draw a new ε only every so many optimizer steps (the paper's T), σ_t and row norms included.
+        every: draw a new ε only every so many optimizer steps, σ_t and row norms included, and train all steps of the
+            window on it. Not the published code's T: there ε is taken away after the window's first step, and the other
+            T − 1 are trained on W.
         resample: "step" keeps one ε for all micro-batches of a step, "micro_batch" draws one for each.
         per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
         scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
@@ -107,7 +113,9 @@ class WeightPerturbation:
         for index, layer in enumerate(self.layers):
             layer.module.__dict__[_HOLDER] = self
             if self.mode != "inplace":
-                PerturbedForward.attach(self, index)
+                PerturbedForward(self, index, layer.module).attach()
+                for reader in layer.readers:
+                    PerturbedReader(self, index, reader).attach()
 
     def begin(self, step: int, micro_batch: int = 0) -> None:
         """Perturb the layers for optimizer step `step` (counted from 0), first micro-batch."""
@@ -146,7 +154,8 @@ class WeightPerturbation:
         for layer in self.layers:
             if layer.module.__dict__.get(_HOLDER) is self:
                 del layer.module.__dict__[_HOLDER]
-                PerturbedForward.detach(layer.module)
+                for module in (layer.module, *layer.readers):
+                    _Wrapper.detach(module)
         self._copies, self._written = [], None
         self._epsilon = epsilon_of(self.layers, self._keys)
 
@@ -303,28 +312,26 @@ class Reading(NamedTuple):
         return self.perturbation._epsilon.materialise(self.index, self.draw)
 
 
-class PerturbedForward:
-    """The forward of a layer in copy and recompute mode: reads W + ε while there is a `reading`, else W.
+class _Wrapper:
+    """Stands for the forward of a module that reads the weight of layer number `index`.
 
-    Wrapping the call rather than swapping the parameter leaves W to everything else that reads it: tied weights,
-    hashes, checkpoints, merges, and an evaluation after an interrupted step.
+    Wrapping the call rather than replacing the parameter for good leaves W to everything else that reads it: tied
+    weights, hashes, checkpoints, merges, and an evaluation after an interrupted step.
     """
 
-    def __init__(self, perturbation: WeightPerturbation, index: int) -> None:
-        self.perturbation, self.index = perturbation, index
+    def __init__(self, perturbation: WeightPerturbation, index: int, module: nn.Module) -> None:
+        self.perturbation, self.index, self.module = perturbation, index, module
         self.layer = perturbation.layers[index]
-        module = self.layer.module
         self.replaced = module.__dict__.get("forward")  # accelerate's hooks sit there too
         self.plain = self.replaced or type(module).forward.__get__(module)
 
-    @classmethod
-    def attach(cls, perturbation: WeightPerturbation, index: int) -> None:
-        perturbation.layers[index].module.forward = cls(perturbation, index)
+    def attach(self) -> None:
+        self.module.forward = self
 
     @staticmethod
     def detach(module: nn.Module) -> None:
         wrapper = module.__dict__.get("forward")
-        if isinstance(wrapper, PerturbedForward):
+        if isinstance(wrapper, _Wrapper):
             del module.forward
             if wrapper.replaced is not None:
                 module.forward = wrapper.replaced
@@ -332,19 +339,108 @@ class PerturbedForward:
     def reading(self) -> Reading | None:
         return self.perturbation.reading(self.index)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def run_plain(self, reading: Reading, *args: Any, keeps_weight: bool, **kwargs: Any) -> torch.Tensor:
+        """The module's own forward, which finds W + ε in the layer.
+
+        `keeps_weight` says that autograd keeps the weight for the backward: in recompute mode, where the next layer
+        overwrites it, the forward then runs again in the backward.
+        """
+
+        def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with _holding(self.layer.module, reading.weight()):
+                return self.plain(*args, **kwargs)
+
+        if self.perturbation.mode == "copy" or not keeps_weight:
+            return run(*args, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=not _is_capturing(), **kwargs)
+
+
+class PerturbedForward(_Wrapper):
+    """The forward of a layer in copy and recompute mode: reads W + ε while there is a `reading`, else W."""
+
+    def __init__(self, perturbation: WeightPerturbation, index: int, module: nn.Module) -> None:
+        super().__init__(perturbation, index, module)
+        self.is_standard = self.layer.quantised or (self.replaced is None and has_standard_forward(module))
+        self._checked = self.is_standard
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         reading = self.reading()
         if reading is None:
-            return self.plain(x)
+            return self.plain(x, *args, **kwargs)
+        if not self.is_standard or args or kwargs:
+            self._check_own_forward(x, *args, **kwargs)
+            return self.run_plain(reading, x, *args, keeps_weight=True, **kwargs)
         if self.perturbation.mode == "copy":
             return _apply(self.layer.module, x, reading.weight())
         if isinstance(self.layer.module, nn.Conv2d):
             return _recomputed_convolution(x, self.layer, reading)
         return _RecomputedLinear.apply(x, self.layer.module.bias, self.layer, reading)
 
+    @torch.no_grad()
+    def _check_own_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Try a forward that is not torch's at σ → 0, and with another weight, when it is called first.
+
+        Raises:
+            TypeError: its output is not its own, or does not follow from the weight that it is given.
+        """
+        if self._checked or _is_capturing() or not x.any():
+            return
+        self._checked, weight = True, self.layer.weight.detach()
+        own, same, other = self._outputs([None, weight, -weight], (x, *args), kwargs)
+        tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(own.abs().max()), "equal_nan": True}
+        if torch.allclose(own, same, **tolerance) and not (torch.equal(own, other) and own.any()):
+            return
+        raise TypeError(
+            f"Invalid layer {self.layer.name}={type(self.module).__name__}: its forward does not compute with the "
+            "weight that it holds when it is called (a copy of it, or one that a hook loads), so that noise would "
+            "change its output wrongly or not at all; take the layer out of the adapter's target_modules."
+        )
+
+    def _outputs(
+        self, weights: Sequence[torch.Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[torch.Tensor]:
+        """What the layer's own forward makes of each weight (None: as it is); generators and buffers stay."""
+        devices = [self.layer.weight.device] if self.layer.weight.is_cuda else []
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        found = []
+        for weight in weights:
+            with torch.random.fork_rng(devices=devices), _holding(self.layer.module, weight):
+                found.append(self.plain(*args, **kwargs).clone())
+            for name, buffer in buffers.items():
+                self.module.get_buffer(name).copy_(buffer)
+        return found
+
+
+class PerturbedReader(_Wrapper):
+    """The forward of PEFT's DoRA module of a layer: ‖W + ε + s·B·A‖ is its norm, as it is where W itself is moved."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        reading = self.reading()
+        if reading is None:
+            return self.plain(*args, **kwargs)
+        # The norm is detached. With dropout there is no base_result, and the module multiplies by the weight itself.
+        return self.run_plain(reading, *args, keeps_weight=kwargs.get("base_result") is None, **kwargs)
+
+
+@contextlib.contextmanager
+def _holding(module: nn.Module, weight: torch.Tensor | None) -> Iterator[None]:
+    """Let a module hold another weight for the time of a call; None leaves it its own."""
+    parameters, own = module._parameters, module._parameters["weight"]
+    if weight is not None:
+        parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    try:
+        yield
+    finally:
+        parameters["weight"] = own
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is captured, in which nothing may ask the device for a value."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
 
 def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The module's own forward with another weight."""
+    """The forward of torch's own class, or transformers' Conv1D, with another weight."""
     if isinstance(module, nn.Conv2d):
         return module._conv_forward(x, weight, module.bias)
     if isinstance(module, Conv1D):

@@ -5,13 +5,15 @@ from the Trainer: ranks stay at `init_r` for the first `tinit_ratio` of the step
 average, every `delta_t` steps, and are fixed for the last `tfinal_ratio`. s is `lora_alpha`, r̂ `init_r`, as in PEFT.
 
 The training loss holds the penalty that keeps A and B near orthogonal, an evaluation's does not. Deviation from PEFT in
-a Trainer: the penalty is divided by the number of micro-batches, so that gradient accumulation does not strengthen it.
+a Trainer: the penalty is divided by the number of micro-batches that a step has (fewer at an epoch's end), so that
+gradient accumulation does not strengthen it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -141,10 +143,16 @@ class RankSchedule(TrainerCallback):
         if not self._shrinks:
             logger.warning("AdaLoRA cannot shrink ranks within %d steps: they stay at peft.init_r.", steps)
         if self.training.token_mean:  # then the Trainer adds the micro-batches' losses up, each with the penalty
-            parts = self.training.accumulation * self.training.world_size
-            adapter.orth_reg_weight = self.config.orth_reg_weight / parts
+            device = next(parameter.device for parameter in self.model.parameters() if parameter.requires_grad)
+            adapter.orth_reg_weight = _SharedWeight(self.config.orth_reg_weight, device)
+            adapter.orth_reg_weight.share_out(self.training.accumulation * self.training.world_size)
         if state.global_step:
             self._load(load_file(checkpoint_file(args, state, STATE_FILE)))
+
+    def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        if self.training.token_mean:
+            count = micro_batches_of(state.global_step, len(train_dataloader), self.training.accumulation)
+            self._adapter.orth_reg_weight.share_out(count * self.training.world_size)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         if not self._shrinks:
@@ -185,6 +193,32 @@ class RankSchedule(TrainerCallback):
                 target = allocator.exp_avg_ipt if table == "mean" else allocator.exp_avg_unc
                 target[name] = value.to(parameters[name].device)
                 allocator.ipt.setdefault(name, torch.zeros_like(target[name]))
+
+
+class _SharedWeight(float):
+    """The penalty's weight, which acts on each micro-batch of a step by its share.
+
+    To PEFT, and in adapter_config.json, it is the configured number. The share is on the device, so that a micro-step
+    captured as a CUDA graph reads the one of its own step.
+    """
+
+    def __new__(cls, value: float, device: torch.device | None = None) -> _SharedWeight:
+        return super().__new__(cls, value)
+
+    def __init__(self, value: float, device: torch.device | None = None) -> None:
+        self._share = torch.tensor(float(value), device=device)
+
+    def share_out(self, parts: int) -> None:
+        self._share.fill_(float(self) / parts)
+
+    def __mul__(self, penalty: torch.Tensor) -> torch.Tensor:
+        return penalty * self._share
+
+
+def micro_batches_of(step: int, epoch_micro_batches: int, accumulation: int) -> int:
+    """Micro-batches of optimizer step `step` (from 0) in a Trainer: the last step of an epoch takes what is left."""
+    steps = math.ceil(epoch_micro_batches / accumulation)
+    return min(accumulation, epoch_micro_batches - step % steps * accumulation)
 
 
 def allocator_parameters(model: nn.Module):

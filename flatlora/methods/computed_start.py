@@ -18,6 +18,7 @@ from torch import nn
 
 from flatlora.config import ConfigError
 from flatlora.files import write_folder, write_json
+from flatlora.layers import has_standard_forward
 from flatlora.methods.base import Start
 from flatlora.methods.lora import Lora, LoraMethodConfig, find_targets, seeded
 from flatlora.starts import ADAPTER, MOVED, load_adapter, lora_layers, move_weights
@@ -34,6 +35,8 @@ class ComputedStart(Lora):
         super().check(skeleton, config)
         if getattr(getattr(skeleton, "config", None), "quantization_config", None):
             raise ConfigError([_quantised(config.name, "its config.json has a quantization_config")])
+        if self.moves_weights:
+            refuse_own_forwards(skeleton, find_targets(skeleton, config.target_modules), config.name)
 
     def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
         refuse_quantised(model, find_targets(model, config.target_modules), config.name)
@@ -121,6 +124,24 @@ def add_trained_modules(model: nn.Module, folder: Path) -> None:
     trained = {name: tensor for name, tensor in get_peft_model_state_dict(model).items() if "lora_" not in name}
     if trained.keys() - kept.keys():
         save_file({**kept, **{n: t.contiguous().cpu() for n, t in trained.items()}}, path, metadata={"format": "pt"})
+
+
+def refuse_own_forwards(model: nn.Module, targets: list[str], name: str) -> None:
+    """Refuse to move part of a weight that its layer does not read as W x + b: the start would change the model.
+
+    Raises:
+        ConfigError: with the first such layer.
+    """
+    own = [target for target in targets if not has_standard_forward(model.get_submodule(target))]
+    if own:
+        kind = type(model.get_submodule(own[0])).__name__
+        raise ConfigError(
+            [
+                f"Invalid peft={name} with {own[0]}={kind} ({len(own)} in all): that method moves part of W into the "
+                "adapter, and the layer has a forward of its own, whose output would change; use peft=lora, or leave "
+                "such layers out of peft.target_modules."
+            ]
+        )
 
 
 def refuse_quantised(model: nn.Module, targets: list[str], name: str) -> None:

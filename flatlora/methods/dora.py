@@ -1,7 +1,8 @@
 """DoRA (ICML 2024): W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖ by rows, m trained (PEFT's code).
 
-The noise of rho=flat lies on W, so it is scaled by m/‖W + s·B·A‖ with it, and one entry's std is σ/√n · m_i: m_i is the
-norm of that row of W', as the method asks.
+The noise of rho=flat lies on W, and the norm is that of W + ε + s·B·A in every rho.mode, as in the published code that
+moves W itself. Noise is scaled with W by m/‖W + ε + s·B·A‖, so one entry's std is σ/√n · m_i up to a factor of
+1/√(1 + σ²): m_i is the norm of that row of W', as the method asks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """LoRA-FA (2023): A stays frozen and B's gradient becomes s⁻² g_B (AAᵀ)⁻¹, the nearest to the full one.
 
-PEFT's optimizer, which multiplies with (AAᵀ)⁻¹ under BF16 autocast where the machine has it.
+PEFT's optimizer, which multiplies with (AAᵀ)⁻¹ under BF16 autocast where the machine has it. Its eps is not
+bias-corrected: it divides by √v + eps before the correction, where AdamW divides by √(v/(1 − β₂ᵗ)) + eps. After t steps
+that is AdamW with an eps of eps/√(1 − β₂ᵗ): 32 times `optim.adam_epsilon` at first, and soon the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""LoRA+ (ICML 2024): LoRA whose B learns `lr_ratio` times faster than A (PEFT's groups, torch's AdamW)."""
+"""LoRA+ (ICML 2024): LoRA whose B learns `lr_ratio` times faster than A (PEFT's groups, torch's AdamW).
+
+Deviation from PEFT: vectors that are trained besides, such as the bias of a linear head, learn as fast as A. PEFT gives
+them B's rate.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ class LoraPlus(Lora):
     has_optimizer = True
 
     def optimizer(self, model: nn.Module, config: LoraPlusConfig, training: Training) -> torch.optim.Optimizer:
-        return create_loraplus_optimizer(
+        optimizer = create_loraplus_optimizer(
             model,
             torch.optim.AdamW,
             lr=training.optim.lr,
@@ -29,3 +33,15 @@ class LoraPlus(Lora):
             loraplus_weight_decay=training.optim.weight_decay,
             **training.adamw_settings(),
         )
+        _move_vectors(optimizer, model, training.optim.lr)
+        return optimizer
+
+
+def _move_vectors(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> None:
+    """Give vectors that are no part of an adapter's B a group with the plain rate; PEFT's own has no weight decay."""
+    vectors = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 1 and "lora_B" not in n]
+    if vectors:
+        moved = {id(vector) for vector in vectors}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in moved]
+        optimizer.add_param_group({"params": vectors, "lr": lr, "weight_decay": 0.0})

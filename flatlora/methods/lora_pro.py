@@ -9,8 +9,9 @@ for any X; the X that keeps gA and gB nearest to g_A and g_B solves BᵀB·X + X
 
 mode="sgd" steps along (gA, gB). mode="adamw", the published full adjustment, keeps Adam's two moments of the equivalent
 gradient g̃ = s·B·gA + s·gB·A (m×n), and brings Adam's direction D back to A and B by the same closed form, with s Bᵀ D
-and s D Aᵀ in the place of the gradients. Inverses are damped by 1e-8, as published; at B = 0 that is the
-pseudo-inverse, so the first step is exact.
+and s D Aᵀ in the place of the gradients. Inverses are damped by 1e-8, as published, and are pseudo-inverses: an
+eigenvalue of BᵀB or AAᵀ up to r·eps·λ_max, eps of the factors' dtype, is rounding, and its direction takes no part. So
+the first step is exact at B = 0, and a step stays the nearest one where B or A has a rank below r.
 
 Deviations: moments may be BF16, rounded stochastically (half the memory); under several processes each pair's moments
 live on one of them; weight decay is decoupled and acts on A and B.
@@ -24,11 +25,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.adalora import AdaLoraLayer
 from torch import nn
 
-from flatlora.config import setting
-from flatlora.layers import plain_name
+from flatlora.config import ConfigError, setting
+from flatlora.layers import named_lora_layers
 from flatlora.methods.base import Training, register
 from flatlora.methods.lora import Lora, LoraMethodConfig
 
@@ -45,15 +46,40 @@ class Pair(NamedTuple):
     scaling: float
 
 
-def lora_pairs(model: nn.Module) -> list[Pair]:
-    """The trained pairs of a PEFT model, by the names that the layers have without PEFT."""
-    return [
-        Pair(plain_name(name), module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter])
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        for adapter in module.active_adapters
-        if adapter in module.lora_A and module.lora_A[adapter].weight.requires_grad
-    ]
+class Pairs(list[Pair]):
+    """The pairs of a model, and in `others` what is trained besides, as (name, parameter)."""
+
+    def __init__(self, pairs: Iterable[Pair], others: Iterable[tuple[str, nn.Parameter]]) -> None:
+        super().__init__(pairs)
+        self.others = list(others)
+
+
+def lora_pairs(model: nn.Module) -> Pairs:
+    """The trained pairs of a PEFT model, by the names that the layers have without PEFT.
+
+    Adapters of embeddings, DoRA's magnitudes, biases, and whole modules that are trained besides are no pairs: they are
+    among the others.
+
+    Raises:
+        ConfigError: an adapter is no s·B·A on the weight of its layer: AdaLoRA's, PEFT's `target_parameters`, and some
+            variants of LoRA.
+    """
+    pairs = []
+    for name, module in named_lora_layers(model):
+        if isinstance(module, AdaLoraLayer):
+            raise ConfigError(
+                [
+                    f"Invalid adapter of {name}: AdaLoRA's is s·B·diag(E)·A, three factors and no pair; use plain "
+                    "LoRA, rsLoRA or DoRA."
+                ]
+            )
+        for adapter in module.active_adapters:
+            if adapter in module.lora_A and module.lora_A[adapter].weight.requires_grad:
+                A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                pairs.append(Pair(name, A, B, module.scaling[adapter]))
+    factors = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
+    others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
+    return Pairs(pairs, others)
 
 
 class LoRAPro(torch.optim.Optimizer):
@@ -62,13 +88,15 @@ class LoRAPro(torch.optim.Optimizer):
         optimizer = LoRAPro(lora_pairs(peft_model), lr=1e-4)
 
     Args:
-        params_pairs: `Pair`s, or (name, A, B, scaling) tuples; names must differ, since state is kept by name.
+        params_pairs: `lora_pairs` of a model, or `Pair`s or (name, A, B, scaling) tuples; names must differ, since
+            state is kept by name.
         mode: "adamw" or "sgd".
         moments: dtype of Adam's moments of the m×n equivalent gradient: "float32" (8 bytes a weight of the backbone) or
             "bfloat16", rounded stochastically (4 bytes).
-        damping: added to the eigenvalues of BᵀB and AAᵀ.
+        damping: added to the eigenvalues of BᵀB and AAᵀ that are inverted.
         seed: of the stochastic rounding, which is a function of (seed, step, name).
-        others: trained parameters that are no pairs, as (name, parameter); they get AdamW with FP32 moments.
+        others: trained parameters that are no pairs, as (name, parameter); they get AdamW with FP32 moments. None takes
+            those that `lora_pairs` found in its model.
         shard: with several processes, keep and update each pair on one of them and send the result to all. Gradients
             must be averaged already (DDP does). Call `consolidate_state_dict()` on all before `state_dict()` on one.
 
@@ -88,9 +116,11 @@ class LoRAPro(torch.optim.Optimizer):
         moments: Literal["float32", "bfloat16"] = "float32",
         damping: float = 1e-8,
         seed: int = 0,
-        others: Iterable[tuple[str, nn.Parameter]] = (),
+        others: Iterable[tuple[str, nn.Parameter]] | None = None,
         shard: bool = False,
     ) -> None:
+        if others is None:
+            others = params_pairs.others if isinstance(params_pairs, Pairs) else ()
         pairs, others = [Pair(*pair) for pair in params_pairs], list(others)
         _refuse_faults(pairs, lr, betas, eps, weight_decay, mode, moments, damping)
         self.mode, self.moments, self.damping, self.seed = mode, _MOMENTS[moments], damping, seed
@@ -147,8 +177,8 @@ class LoRAPro(torch.optim.Optimizer):
             left, right = frame.equivalent_gradient(A_grads, B_grads)
             for k, pair in enumerate(pairs):
                 direction = self._adam_direction(pair, left[k] @ right[k], group)
-                torch.mm(frame.B[k].mT, direction, out=A_grads[k]).mul_(pair.scaling)
-                torch.mm(direction, frame.A[k].mT, out=B_grads[k]).mul_(pair.scaling)
+                torch.mm(pair.B.mT, direction, out=A_grads[k]).mul_(pair.scaling)
+                torch.mm(direction, pair.A.mT, out=B_grads[k]).mul_(pair.scaling)
         A_updates, B_updates = frame.nearest(A_grads, B_grads)
         for pair, A_update, B_update in zip(pairs, A_updates, B_updates, strict=True):
             for factor, update in ((pair.A, A_update), (pair.B, B_update)):
@@ -267,7 +297,11 @@ class LoRAPro(torch.optim.Optimizer):
 
 
 class _Frame(NamedTuple):
-    """k pairs of one shape with the eigendecompositions of BᵀB and AAᵀ (k × r × r), made in FP64."""
+    """k pairs of one shape with the eigendecompositions of BᵀB and AAᵀ (k × r × r).
+
+    All of it is FP64, as is what is computed with it before it is returned: these matrices are thin, and inverses of
+    r × r Gram matrices multiply rounding errors by their condition number.
+    """
 
     A: torch.Tensor  # k × r × n
     B: torch.Tensor  # k × m × r
@@ -281,41 +315,60 @@ class _Frame(NamedTuple):
     @classmethod
     def of(cls, pairs: Sequence[Pair], damping: float) -> _Frame:
         A, B = torch.stack([pair.A.detach() for pair in pairs]), torch.stack([pair.B.detach() for pair in pairs])
-        scaling = torch.tensor([pair.scaling for pair in pairs], dtype=A.dtype, device=A.device).view(-1, 1, 1)
-        decompositions = []
-        for gram in (B.mT @ B, A @ A.mT):
-            values, vectors = torch.linalg.eigh(gram.double())
-            decompositions += [values.clamp_min(0.0), vectors]
-        return cls(A, B, scaling, *decompositions, damping)
-
-    def B_inverse(self) -> torch.Tensor:
-        """(BᵀB)⁻¹, damped."""
-        return _inverse(self.B_values, self.B_vectors, self.damping).to(self.A.dtype)
+        scaling = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64, device=A.device).view(-1, 1, 1)
+        try:
+            decompositions = *_spectrum(B), *_spectrum(A.mT)
+        except torch.linalg.LinAlgError as error:
+            broken = [pair.name for pair in pairs if not (pair.A.isfinite().all() and pair.B.isfinite().all())]
+            if not broken:
+                raise
+            raise FloatingPointError(
+                f"A or B of {broken[0]} holds NaN or infinity: training has diverged; lower the learning rate."
+            ) from error
+        return cls(A.double(), B.double(), scaling, *decompositions, damping)
 
     def free_parts(self, A_grads: torch.Tensor, B_grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gA and gB for X = 0."""
-        B_inverse = self.B_inverse()
-        A_inverse = _inverse(self.A_values, self.A_vectors, self.damping).to(self.A.dtype)
+        """gA and gB for X = 0, FP64."""
+        A_grads, B_grads = A_grads.double(), B_grads.double()
+        B_inverse = _inverse(self.B_values, self.B_vectors, self.damping)
+        A_inverse = _inverse(self.A_values, self.A_vectors, self.damping)
         outside = B_grads - self.B @ (B_inverse @ (self.B.mT @ B_grads))
         return B_inverse @ A_grads / self.scaling**2, outside @ A_inverse / self.scaling**2
 
     def equivalent_gradient(self, A_grads: torch.Tensor, B_grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """g̃ as left (k × m × 2r) times right (k × 2r × n); X takes no part in it."""
+        """g̃ as left (k × m × 2r) times right (k × 2r × n), of the gradients' dtype; X takes no part in it."""
         gA, gB = self.free_parts(A_grads, B_grads)
-        return torch.cat([self.scaling * self.B, self.scaling * gB], dim=2), torch.cat([gA, self.A], dim=1)
+        left, right = torch.cat([self.scaling * self.B, self.scaling * gB], dim=2), torch.cat([gA, self.A], dim=1)
+        return left.to(B_grads.dtype), right.to(A_grads.dtype)
 
     def nearest(self, A_grads: torch.Tensor, B_grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gA (k × r × n) and gB (k × m × r) with the X of the Sylvester equation."""
+        """gA (k × r × n) and gB (k × m × r) with the X of the Sylvester equation, of the gradients' dtype."""
         gA, gB = self.free_parts(A_grads, B_grads)
-        right = -(gA.double() @ self.A.mT.double())
-        rotated = self.B_vectors.mT @ right @ self.A_vectors
-        sums = self.B_values[:, :, None] + self.A_values[:, None, :] + self.damping
-        X = (self.B_vectors @ (rotated / sums) @ self.A_vectors.mT).to(self.A.dtype)
-        return gA + X @ self.A, gB - self.B @ X
+        rotated = self.B_vectors.mT @ -(gA @ self.A.mT) @ self.A_vectors
+        B_values, A_values = self.B_values[:, :, None], self.A_values[:, None, :]
+        spanned = (B_values > 0) & (A_values > 0)  # elsewhere the right side is zero, and so is X
+        solved = torch.where(spanned, rotated / (B_values + A_values + self.damping), 0.0)
+        X = self.B_vectors @ solved @ self.A_vectors.mT
+        return (gA + X @ self.A).to(A_grads.dtype), (gB - self.B @ X).to(B_grads.dtype)
+
+
+def _spectrum(factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (k × r) and eigenvectors (k × r × r) of FᵀF of each factor F (k × m × r), FP64.
+
+    Eigenvalues up to r·eps·λ_max are set to zero: at the precision of F they are rounding. So are those up to the
+    rounding of FᵀF itself, which counts where F is FP64.
+    """
+    wide = factors.double()  # sums over m rows in FP32 would be rounded to more than the limit
+    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    rows, rank = factors.shape[-2:]
+    limit = max(rank * torch.finfo(factors.dtype).eps, rows * torch.finfo(torch.float64).eps) * values[:, -1:]
+    return torch.where(values > limit, values, 0.0), vectors
 
 
 def _inverse(values: torch.Tensor, vectors: torch.Tensor, damping: float) -> torch.Tensor:
-    return (vectors / (values + damping)[:, None, :]) @ vectors.mT
+    """The damped pseudo-inverse."""
+    inverted = torch.where(values > 0, 1.0 / (values + damping), 0.0)
+    return (vectors * inverted[:, None, :]) @ vectors.mT
 
 
 def nearest_update_reference(
@@ -416,12 +469,9 @@ class LoraPro(Lora):
     has_optimizer = True
 
     def optimizer(self, model: nn.Module, config: LoraProConfig, training: Training) -> LoRAPro:
-        pairs = lora_pairs(model)
-        factors = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
-        others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
         optim = training.optim
         return LoRAPro(
-            pairs,
+            lora_pairs(model),
             optim.lr,
             betas=(optim.adam_beta1, optim.adam_beta2),
             eps=optim.adam_epsilon,
@@ -430,6 +480,5 @@ class LoraPro(Lora):
             moments=config.moments,
             damping=config.damping,
             seed=training.seed,
-            others=others,
             shard=config.shard_moments and training.world_size > 1,
         )

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from flatlora import flatness
+from flatlora import flatness, noise
 from flatlora.layers import PerturbedLayer, find_lora_layers
-from flatlora.perturbation import WeightPerturbation
 from tests.conftest import tiny_llama, tiny_lora
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -99,14 +98,28 @@ def test_an_interrupted_measure_puts_the_weights_back(model, layers):
         assert flatness.mean_loss(model, batches()) == at_rest
 
 
-def test_expected_rises_are_those_of_the_noise_of_training(model, layers):
+def test_expected_rises_are_those_of_noise_that_no_training_draws(model, layers):
+    """ε_ij = σ/√n ‖W_i‖ z_ij by hand; z of a stream that is no rank's and no micro-batch's, with the run's own seed."""
+    model.double()  # the rises of so small a model are of FP32's last digits
+    layers = flatness.plain_layers(model, NAMES)
     found = flatness.expected_rises(model, layers, batches(), 0.3, draws=3, seed=4)
-    at_rest = flatness.mean_loss(model, batches())
-    perturbation = WeightPerturbation(layers, sigma=0.3, total_steps=3, seed=4, ramp="constant", mode="inplace")
+    at_rest, before = flatness.mean_loss(model, batches()), stored(layers)
+    trained = {
+        noise.noise_stream(rank, part, 8, per_rank=per_rank, per_micro_batch=per_micro_batch)
+        for rank in range(8)
+        for part in range(64)
+        for per_rank in (False, True)
+        for per_micro_batch in (False, True)
+    }
+    assert not trained & {flatness._RISE, flatness._DIRECTION, flatness._PROBE, flatness._START}
     for step, rise in enumerate(found):
-        perturbation.begin(step)
-        assert rise == pytest.approx(flatness.mean_loss(model, batches()) - at_rest, abs=1e-6)
-        perturbation.end()
+        for stream, equal in ((flatness._RISE, True), *((stream, False) for stream in range(4))):
+            with flatness.restored(layers), torch.no_grad():
+                for layer, weight in zip(layers, before, strict=True):
+                    z = noise.normal(4, step, stream, layer.name, tuple(weight.shape))
+                    layer.weight += 0.3 / weight.shape[1] ** 0.5 * weight.norm(dim=1, keepdim=True) * z
+                by_hand = flatness.mean_loss(model, batches()) - at_rest
+            assert (rise == pytest.approx(by_hand, rel=1e-3, abs=1e-7)) == equal
     assert len(set(found)) == 3
     assert flatness.expected_rises(model, layers, batches(), 0.0, draws=1, seed=4) == [0.0]
 

@@ -113,6 +113,35 @@ def test_layers_of_one_input_are_computed_together(device, monkeypatch):
     assert torch.equal(again[:, :16], left)
 
 
+@pytest.mark.parametrize("way", ["forward", "hook", "pre-hook"])
+def test_a_base_layer_that_another_library_wraps_is_called(device, way):
+    """As PEFT calls it, also while a perturbation stands around the wrapped forward."""
+    model = siblings(torch.float64, device)
+    base = model.base_model.model.k_proj.base_layer
+    if way == "forward":
+        plain = base.forward
+        base.forward = lambda x: 3 * plain(x)
+    elif way == "hook":
+        base.register_forward_hook(lambda module, inputs, y: 3 * y)
+    else:
+        base.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0],))
+    x = torch.randn(2, 5, 24, dtype=torch.float64, device=device)
+    results = []
+    for fused in (False, True):
+        if fused:
+            fuse(model)
+        perturbation = WeightPerturbation(find_lora_layers(model), sigma=0.2, total_steps=4, seed=1, mode="copy")
+        results.append(outputs_and_gradients(model, x))
+        perturbation.begin(3)
+        results.append(outputs_and_gradients(model, x))
+        perturbation.close()
+    for plain, found in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(found[0], plain[0], rtol=1e-12, atol=1e-12)
+        for name, gradient in plain[1].items():
+            torch.testing.assert_close(found[1][name], gradient, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(results[0][0], results[1][0])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_dropout_acts_on_the_branch_alone_and_its_gradient_sees_the_same_mask(device, dropout):
     model = siblings(torch.float64, device, lora_dropout=dropout, target_modules=["q_proj"]).train()

@@ -1,17 +1,22 @@
 """WeightPerturbation: the modes agree bit for bit, the backbone stays, the noise is the paper's."""
 
+import copy
 import logging
 import math
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers.integrations.bitnet import AutoBitLinear
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import noise
 from flatlora.checkpoint import backbone_sha256
+from flatlora.config import ConfigError
 from flatlora.epsilon import (
     Draw,
     HostEpsilon,
@@ -21,8 +26,9 @@ from flatlora.epsilon import (
     noise_coefficients,
 )
 from flatlora.layers import AdapterTerm, PerturbedLayer, find_lora_layers, plain_name
+from flatlora.methods.lora_pro import lora_pairs
 from flatlora.perturbation import WeightPerturbation, choose_mode
-from tests.conftest import tiny_lora
+from tests.conftest import tiny_llama, tiny_lora
 
 MODES = ("copy", "recompute", "inplace")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,11 +49,39 @@ def conv1d_layer(dtype=torch.float32) -> PerturbedLayer:
     return PerturbedLayer("w", Conv1D(6, 20).to(dtype).requires_grad_(False))
 
 
-def tiny_gpt2() -> nn.Module:
+def tiny_gpt2(**changes) -> nn.Module:
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64)
     model = GPT2LMHeadModel(config)
-    return get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **changes))
+
+
+def tiny_dora(dtype=torch.float32, *, dropout: float = 0.0, bias: bool = False) -> nn.Module:
+    """`tiny_lora` with DoRA, FP32 factors and magnitudes."""
+    torch.manual_seed(8)
+    model = tiny_llama(attention_bias=bias).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.normal_(parameter)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", use_dora=True)
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def perturbed_by_hand(layer: PerturbedLayer, step: int, sigma: float = 0.3, seed: int = 3) -> torch.Tensor:
+    """W + ε in the stored layout, by the paper's formula with W' formed as a whole."""
+    merged = layer.as_rows(layer.weight.detach()).double()
+    for term in layer.adapters():
+        merged = merged + term.scaling * (term.B.detach().double() @ term.A.detach().double())
+    c = sigma / math.sqrt(merged.shape[1]) * merged.norm(dim=1)
+    z = noise.normal(seed, step, 0, layer.name, tuple(merged.shape)).double()
+    weight = layer.as_rows(layer.weight.detach()).double() + c[:, None] * z
+    return layer.as_stored(weight).to(layer.weight.dtype)
 
 
 def weight_read(layer: PerturbedLayer) -> torch.Tensor:
@@ -116,6 +150,166 @@ def test_modes_agree_on_conv1d():
     results = [loss_and_gradients(tiny_gpt2(), mode) for mode in MODES]
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny_dora,
+        lambda: tiny_dora(torch.bfloat16),
+        lambda: tiny_dora(bias=True),
+        lambda: tiny_dora(dropout=0.3, bias=True),
+        lambda: tiny_gpt2(use_dora=True, lora_dropout=0.3),
+    ],
+    ids=["plain", "bfloat16", "bias", "dropout", "conv1d"],
+)
+def test_modes_agree_on_dora(make):
+    """Its norm is that of W + ε + s·B·A in each, and with dropout its product is one with W + ε."""
+    results = [loss_and_gradients(make(), mode) for mode in MODES]
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+    assert any("lora_magnitude_vector" in name for name in results[0][1])
+    assert_same(results[1], loss_and_gradients(make(), "recompute", checkpointing=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dora_s_norm_holds_the_noise_as_in_the_published_code(mode):
+    """PEFT alone, on a backbone whose weights were moved by hand."""
+    twin = tiny_dora().train()
+    layers = find_lora_layers(twin)
+    for layer, weight in zip(layers, [perturbed_by_hand(layer, 4) for layer in layers], strict=True):
+        layer.weight.data = weight
+    torch.manual_seed(1)
+    ids = torch.randint(3, 96, (3, 12))
+    expected = twin(input_ids=ids, labels=ids).loss
+    expected.backward()
+    (loss,), gradients = loss_and_gradients(tiny_dora(), mode)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in twin.named_parameters():
+        if parameter.requires_grad:
+            assert (gradients[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+    plain = loss_and_gradients(tiny_dora(), mode, sigma=0.0)
+    assert abs(plain[0][0] - loss) > 1e-3
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, factor=0.5):
+        return factor * functional.linear(x, self.weight, self.bias)
+
+
+class FakeQuantized(nn.Linear):
+    """Ternary weights, and an observer that counts its calls."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        scale = self.weight.abs().mean()
+        return functional.linear(x, (self.weight / scale).round().clamp(-1, 1) * scale, self.bias)
+
+
+OWN_FORWARDS = {
+    "scaled": Scaled,
+    "fake-quantized": FakeQuantized,
+    "bitnet, online": lambda *sizes: AutoBitLinear(*sizes, online_quant=True),
+    "bitnet, offline": lambda *sizes: AutoBitLinear(*sizes, use_rms_norm=True),
+}
+
+
+@pytest.fixture
+def without_compiler():
+    """transformers compiles what quantizes BitNet's weights."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def own_forward_layer(kind: str) -> PerturbedLayer:
+    torch.manual_seed(0)
+    module = OWN_FORWARDS[kind](20, 6).requires_grad_(False)
+    module.bias.requires_grad_()
+    return PerturbedLayer("w", module)
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("kind", OWN_FORWARDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_with_a_forward_of_its_own_computes_by_it(kind, mode):
+    """Against a copy of the layer whose weight is W + ε, or W for σ → 0."""
+    x = torch.randn(5, 20, generator=torch.Generator().manual_seed(1))
+    for sigma in (1e-7, 0.3):
+        layer = own_forward_layer(kind)
+        twin = copy.deepcopy(layer.module)
+        if sigma == 0.3:
+            twin.weight.data = perturbed_by_hand(layer, 2)
+        outputs = []
+        perturbation = perturb([layer], mode, sigma=sigma)
+        perturbation.begin(2)
+        for module in (layer.module, twin):
+            inputs = x.clone().requires_grad_()
+            y = module(inputs)
+            (y * torch.linspace(-1, 1, 6)).sum().backward()
+            outputs.append((y.detach(), inputs.grad, module.bias.grad))
+        perturbation.close()
+        for found, expected in zip(*outputs, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        plain = own_forward_layer(kind).module(x).detach()
+        assert torch.allclose(outputs[0][0], plain, atol=1e-5) == (sigma < 0.3)
+
+
+def llama_with_own_forwards() -> nn.Module:
+    torch.manual_seed(0)
+    model = tiny_llama()
+    for block in model.model.layers:
+        for parent, name in ((block.self_attn, "q_proj"), (block.mlp, "down_proj")):
+            plain = getattr(parent, name)
+            module = Scaled(plain.in_features, plain.out_features, bias=False)
+            module.load_state_dict(plain.state_dict())
+            setattr(parent, name, module)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def test_modes_agree_on_layers_with_forwards_of_their_own():
+    results = [loss_and_gradients(llama_with_own_forwards(), mode, autocast=True) for mode in MODES]
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+    for mode in ("copy", "recompute"):
+        checkpointed = loss_and_gradients(llama_with_own_forwards(), mode, autocast=True, checkpointing=True)
+        assert_same(results[0], checkpointed)
+
+
+def test_trying_a_forward_leaves_no_trace():
+    layer = own_forward_layer("fake-quantized")
+    perturbation, before = perturb([layer]), torch.get_rng_state()
+    perturbation.begin(1)
+    layer.module(torch.ones(2, 20))
+    assert layer.module.calls == 1
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
+def test_a_forward_that_does_not_read_the_weight_is_refused(mode):
+    class Cached(nn.Linear):
+        def forward(self, x):
+            return functional.linear(x, self.kept, self.bias)
+
+    layer = PerturbedLayer("w", Cached(20, 6).requires_grad_(False))
+    layer.module.kept = layer.weight.clone()
+    perturbation = perturb([layer], mode)
+    perturbation.begin(1)
+    with pytest.raises(TypeError, match=r"Invalid layer w=Cached: its forward does not compute with the weight"):
+        layer.module(torch.ones(2, 20))
+
+
+def test_a_weight_that_is_computed_from_others_is_refused():
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(20, 6))
+    with pytest.raises(TypeError, match=r"Invalid layer w=ParametrizedLinear: its weight is computed from other"):
+        PerturbedLayer("w", module)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -430,6 +624,8 @@ def test_a_forward_that_another_library_wrapped_is_kept():
     wrapped = layer.module.forward
     perturbation = perturb([layer])
     assert torch.equal(weight_read(layer), 2 * layer.weight)
+    perturbation.begin(2)
+    torch.testing.assert_close(weight_read(layer), 2 * perturbed_by_hand(layer, 2))
     perturbation.close()
     assert layer.module.forward is wrapped
 
@@ -460,6 +656,58 @@ def test_names_are_those_of_the_untouched_model():
     for layer in find_lora_layers(tiny_lora()):
         assert layer.name in names
     assert plain_name("module.base_model.model.h.0.attn.base_layer.weight") == "h.0.attn.weight"
+
+
+def tiny_mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+    )
+    return MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "parameter", "name"),
+    [
+        (tiny_llama, "q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+        (tiny_mixtral, "experts.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj"),
+    ],
+)
+@pytest.mark.parametrize("find", [find_lora_layers, lora_pairs])
+def test_adapters_of_parameters_are_refused_by_name(find, make, parameter, name):
+    config = LoraConfig(r=2, target_modules=["k_proj"], target_parameters=[parameter])
+    with pytest.raises(ConfigError, match=rf"Invalid target_parameters={name} \(\d in all\): .* name linear layers"):
+        find(get_peft_model(make(), config))
+
+
+@pytest.mark.parametrize("find", [find_lora_layers, lora_pairs])
+def test_variants_that_add_no_product_are_refused_by_name(find):
+    config = LoraConfig(r=4, target_modules=["q_proj"], kasa_config=KasaConfig())
+    with pytest.raises(ConfigError, match=r"Invalid LoRA variant of model\.layers\.0\.self_attn\.q_proj \(KasaLinear"):
+        find(get_peft_model(tiny_llama(), config))
+
+
+def test_adapters_that_noise_passes_over_are_named(caplog):
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
+    layers = find_lora_layers(get_peft_model(tiny_llama(), config))
+    assert len(layers) == 2
+    assert "LoRA layers without noise: 1 around Embedding." in caplog.text
+    caplog.clear()
+    find_lora_layers(tiny_lora())
+    assert not caplog.text
+
+
+def test_attention_that_reads_its_weights_itself_is_refused():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ConfigError, match=r"Invalid target_modules=0: it is an nn.MultiheadAttention"):
+        find_lora_layers(adapted)
 
 
 def test_layers_on_several_devices_are_perturbed_as_on_one():

@@ -12,6 +12,7 @@ from flatlora import methods
 from flatlora.config import ConfigError
 from flatlora.epsilon import merged_row_norms
 from flatlora.layers import find_lora_layers
+from flatlora.methods.adalora import micro_batches_of
 from tests.conftest import metrics_rows, run_folder, tiny_llama
 from tests.methods_toolbox import logits, nudge
 
@@ -56,14 +57,26 @@ def test_saved_logits_are_those_of_the_trained_model(adapt, tmp_path):
     torch.testing.assert_close(logits(reloaded), trained, rtol=1e-4, atol=1e-5)
 
 
-def test_penalty_does_not_grow_with_accumulation(tiny_settings):
+@pytest.mark.parametrize("rows", [24, 21])
+def test_penalty_does_not_grow_with_accumulation(rows, tiny_settings):
+    """Steps of four micro-batches, the last of an epoch with one of 21 rows alone, as steps of one micro-batch."""
     losses = []
     for size in (1, 4):
         words = [f"{word}-{size}" if word.startswith("results_root=") else word for word in tiny_settings]
-        words = [word for word in words if "lora_r" not in word] + SCHEDULE
-        assert run_exp.main([*words, f"trainer.micro_batch_size={size}", "peft.orth_reg_weight=5.0"]) == 0
-        losses.append([row["loss"] for row in metrics_rows(run_folder(words))])
+        words = [word for word in words if "lora_r" not in word and word != "dataset.train_rows=24"] + SCHEDULE
+        words += [f"dataset.train_rows={rows}", f"trainer.micro_batch_size={size}", "peft.orth_reg_weight=5.0"]
+        assert run_exp.main(words) == 0
+        folder = run_folder(words)
+        losses.append([row["loss"] for row in metrics_rows(folder)])
+        config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        assert config["orth_reg_weight"] == 5.0
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("batches", "accumulation"), [(12, 4), (11, 4), (3, 4), (5, 1), (9, 4)])
+def test_micro_batches_of_a_step_are_those_that_the_trainer_takes(batches, accumulation):
+    taken = [len(range(batches)[i : i + accumulation]) for i in range(0, batches, accumulation)]
+    assert [micro_batches_of(step, batches, accumulation) for step in range(2 * len(taken))] == 2 * taken
 
 
 def test_an_evaluation_has_no_penalty(tiny_settings):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 
+from flatlora.config import ConfigError
 from flatlora.methods.lora_pro import (
     LoRAPro,
     Pair,
@@ -20,7 +22,7 @@ from flatlora.methods.lora_pro import (
     nearest_update_reference,
     round_stochastically,
 )
-from tests.conftest import tiny_lora
+from tests.conftest import tiny_llama, tiny_lora
 
 PROJECT = Path(__file__).parents[3]
 
@@ -78,6 +80,97 @@ def test_start_at_zero_b_is_exact():
     projector = torch.linalg.pinv(A) @ A
     torch.testing.assert_close(pair.scaling * (B - pair.B) @ A, G @ projector, rtol=1e-6, atol=1e-6)
     assert pair.B.isfinite().all()
+
+
+def deficient_pair(m, n, r, B_rank, A_rank, dtype, scaling=2.0):
+    """A pair whose factors have ranks below r, and the full gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(rows, columns, rank):
+        shapes = (rows, rank), (rank, columns)
+        left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        return nn.Parameter((left @ right).to(dtype))
+
+    A, B = factor(r, n, A_rank), factor(m, r, B_rank)
+    G = torch.randn(m, n, generator=generator).to(dtype)
+    A.grad, B.grad = scaling * B.detach().mT @ G, scaling * G @ A.detach().mT
+    return Pair("layer", A, B, scaling), G
+
+
+def span(matrix, rank):
+    """The projector on the column space of a matrix of known rank, by its SVD in FP64."""
+    U = torch.linalg.svd(matrix.double(), full_matrices=False).U[:, :rank]
+    return U @ U.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("m", "n", "r", "B_rank", "A_rank"),
+    [(256, 256, 8, 5, 8), (256, 256, 8, 8, 3), (256, 256, 8, 5, 3), (4096, 16, 8, 2, 7), (5, 6, 8, 5, 6)],
+)
+def test_factors_below_their_rank_have_the_best_equivalent_gradient(m, n, r, B_rank, A_rank, dtype):
+    """The nearest matrix to G among s·B·X + s·Y·A is G less what lies outside of both spans (Eckart and Young)."""
+    pair, G = deficient_pair(m, n, r, B_rank, A_rank, dtype)
+    frame = _Frame.of([pair], 1e-8)
+    left, right = frame.equivalent_gradient(pair.A.grad[None], pair.B.grad[None])
+    G, eye_m, eye_n = G.double(), torch.eye(m, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    best = G - (eye_m - span(pair.B.detach(), B_rank)) @ G @ (eye_n - span(pair.A.detach().mT, A_rank))
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-5
+    assert ((left.double() @ right.double())[0] - best).norm() <= tolerance * G.norm()
+    A_update, B_update = (part[0].double() for part in frame.nearest(pair.A.grad[None], pair.B.grad[None]))
+    change = pair.scaling * (pair.B.detach().double() @ A_update + B_update @ pair.A.detach().double())
+    assert (change - best).norm() <= tolerance * G.norm()
+
+
+@pytest.mark.parametrize(("B_rank", "A_rank"), [(2, 4), (4, 1), (2, 3)])
+def test_factors_below_their_rank_move_as_little_as_the_least_squares_solution(B_rank, A_rank):
+    pair, G = deficient_pair(7, 9, 4, B_rank, A_rank, torch.float64)
+    updates = _Frame.of([pair], 0.0).nearest(pair.A.grad[None], pair.B.grad[None])
+    expected = nearest_update_reference(pair.A.detach(), pair.B.detach(), pair.scaling, G)
+    for (got,), wanted in zip(updates, expected, strict=True):
+        assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_fewer_tokens_than_ranks_train_in_fp32_as_in_fp64():
+    """Three tokens give B at most three directions: every step of SGD meets null eigenvalues."""
+    generator = torch.Generator().manual_seed(1)
+    X, W, Y = (torch.randn(*shape, generator=generator) for shape in ((3, 16), (12, 16), (3, 12)))
+    A_start, lr, scaling = torch.randn(6, 16, generator=generator), 3e-3, 2.0
+
+    def trained(dtype):
+        A, B = nn.Parameter(A_start.to(dtype, copy=True)), nn.Parameter(torch.zeros(12, 6, dtype=dtype))
+        optimizer, losses = LoRAPro([("layer", A, B, scaling)], lr=lr, mode="sgd", damping=0.0), []
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = 0.5 * (X.to(dtype) @ (W.to(dtype) + scaling * B @ A).mT - Y.to(dtype)).square().sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def plain():
+        """The steps as least squares over all updates, FP64."""
+        A, B, losses = A_start.double(), torch.zeros(12, 6, dtype=torch.float64), []
+        for _ in range(40):
+            error = X.double() @ (W.double() + scaling * B @ A).mT - Y.double()
+            losses.append(0.5 * error.square().sum().item())
+            A_update, B_update = nearest_update_reference(A, B, scaling, error.mT @ X.double())
+            A, B = A - lr * A_update, B - lr * B_update
+        return losses
+
+    found, expected = trained(torch.float32), plain()
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert trained(torch.float64) == pytest.approx(expected, rel=1e-6)
+    assert expected[-1] < 0.5 * expected[0]
+
+
+def test_a_diverged_pair_is_named():
+    pairs = some_pairs()
+    pairs[1].B.data.fill_(math.inf)
+    for pair in pairs:
+        pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
+    with pytest.raises(FloatingPointError, match="A or B of layer1 holds NaN or infinity"):
+        LoRAPro(pairs).step()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -245,6 +338,70 @@ def test_pairs_of_a_model_have_the_backbone_s_names():
     assert len(pairs) == 14
     assert pairs[0].name == "model.layers.0.self_attn.q_proj"
     assert pairs[0].scaling == 2.0
+
+
+def adapted(**changes):
+    """A tiny Llama with biases, adapted as asked."""
+    torch.manual_seed(0)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} | changes
+    model = get_peft_model(tiny_llama(attention_bias=True), LoraConfig(**config))
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, {"lora_embedding_A", "lora_embedding_B"}),
+        ({"modules_to_save": ["lm_head"]}, {"modules_to_save"}),
+        ({"use_dora": True}, {"lora_magnitude_vector"}),
+        ({"bias": "lora_only"}, {"bias"}),
+        ({}, set()),
+    ],
+)
+def test_what_a_model_trains_besides_its_pairs_moves_as_adamw_moves_it(changes, kinds):
+    model, ids = adapted(**changes), torch.arange(3, 15)[None]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    twins = {
+        name: nn.Parameter(p.detach().clone())
+        for name, p in trained.items()
+        if ".lora_A." not in name and ".lora_B." not in name
+    }
+    assert all(any(kind in name for kind in kinds) for name in twins)
+    assert bool(twins) == bool(kinds)
+    ours = LoRAPro(lora_pairs(model), lr=0.01)  # as README has it
+    plain = torch.optim.AdamW(twins.values(), lr=0.01, weight_decay=0.0) if twins else None
+    for _ in range(3):
+        ours.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        for name, twin in twins.items():
+            twin.grad = trained[name].grad.clone()
+        ours.step()
+        if plain:
+            plain.step()
+    for name, twin in twins.items():
+        torch.testing.assert_close(trained[name], twin, rtol=1e-5, atol=1e-7)
+    still = [name for name, p in trained.items() if torch.equal(p, before[name])]
+    assert not still
+
+
+def test_others_may_be_named_or_left_out():
+    model = adapted(modules_to_save=["lm_head"])
+    assert len(LoRAPro(lora_pairs(model)).param_groups) == 2
+    assert len(LoRAPro(lora_pairs(model), others=[]).param_groups) == 1
+
+
+def test_adapters_that_are_no_pair_are_refused_by_name():
+    adalora = get_peft_model(
+        tiny_llama(), AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
+    )
+    with pytest.raises(ConfigError, match=r"Invalid adapter of model.layers.0.self_attn.q_proj: AdaLoRA's"):
+        lora_pairs(adalora)
+    of_parameters = adapted(target_modules=[], target_parameters=["q_proj.weight"])
+    with pytest.raises(
+        ConfigError, match=r"Invalid target_parameters=model.layers.0.self_attn.q_proj.weight \(2 in all"
+    ):
+        lora_pairs(of_parameters)
 
 
 SHARDED = """

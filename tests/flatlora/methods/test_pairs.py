@@ -149,6 +149,16 @@ def test_lora_plus_and_lora_fa_train_what_they_say(tiny_settings):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates[id(parameter)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3)
+    headed = tiny_llama()
+    headed.score, headed.trained_modules = nn.Linear(4, 3), ["score"]
+    model = methods.method("lora_plus").apply(headed, experiment.peft, methods.Start(0))
+    optimizer = methods.method("lora_plus").optimizer(model, experiment.peft, settings)
+    head, before = model.base_model.model.score.modules_to_save["default"], {}
+    for name, parameter in head.named_parameters():
+        parameter.grad, before[name] = torch.ones_like(parameter), parameter.detach().clone()
+    optimizer.step()
+    for name, parameter in head.named_parameters():  # Adam's first step is lr·sign(g)
+        torch.testing.assert_close(before[name] - parameter, torch.full_like(parameter, 1e-3), rtol=1e-3, atol=1e-6)
     experiment = run_exp.experiment_of([*tiny_settings, "peft=lora_fa", "optim.adam_beta1=0.8"])
     model = methods.method("lora_fa").apply(tiny_llama(), experiment.peft, methods.Start(0))
     assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"lora_B"}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 
 from flatlora import methods, models, starts
 from flatlora.config import ConfigError
@@ -189,3 +190,16 @@ def test_eva_refuses_batches_that_it_would_wait_for_for_ever(tmp_path):
 
     with pytest.raises(ConfigError, match=r"peft\.lora_r=4: none of 2 micro-batches has so many tokens with a label"):
         methods.method("eva").apply(tiny_llama(), config_of("eva", eva_batches=2), methods.Start(0, batches=short))
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_layers_with_forwards_of_their_own_are_refused_where_w_moves(name, tmp_path):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj = Scaled(32, 56, bias=False)
+    with pytest.raises(ConfigError, match=rf"Invalid peft={name} with model.layers.1.mlp.up_proj=Scaled \(1 in all\)"):
+        methods.method(name).check(model, config_of(name))
+    methods.method("eva").check(model, config_of("eva"))
