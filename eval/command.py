@@ -28,7 +28,7 @@ from eval.backends.vllm import VLLMBackend
 from eval.place import OTHER_VERSION, YAML_ERRORS, Place, locate_place
 from flatlora.captioned import pictures_of_run
 from flatlora.clip import Classes
-from flatlora.config import KINDS, ConfigError, Section, nearest, setting
+from flatlora.config import KINDS, ConfigError, Section, nearest, reason_of, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
 from flatlora.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.models import (
@@ -114,8 +114,7 @@ def main(benchmark: str, words: Sequence[str]) -> int:
 
 
 def _report_failure(error: Exception, remedy: str) -> int:
-    reason = _first_line(error).rstrip(".")
-    console.print(f"The evaluation failed: {reason}. {remedy}", markup=False, soft_wrap=True)
+    console.print(f"The evaluation failed: {reason_of(error)}. {remedy}", markup=False, soft_wrap=True)
     return 1
 
 
@@ -562,7 +561,7 @@ def _load(
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         # a torn file, a config.json that is none, an adapter for another backbone: each library has its own way
         raise ConfigError(
-            [f"Cannot load {place.weights}: {_first_line(error)}; name a whole adapter or model, or copy it again."]
+            [f"Cannot load {place.weights}: {reason_of(error)}; name a whole adapter or model, or copy it again."]
         ) from error
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
     if dtype is None:
@@ -584,10 +583,6 @@ def _load(
 
 
 _BACKENDS = {"text": HFBackend, "image": CLIPBackend, "captioned": DiffusionBackend}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 if __name__ == "__main__":

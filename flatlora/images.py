@@ -25,7 +25,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from flatlora.config import ConfigError
+from flatlora.config import ConfigError, reason_of
 from flatlora.console import counting
 from flatlora.files import cache_folder, write_json
 from flatlora.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
@@ -97,8 +97,7 @@ def parquet_table(path: Path, sha256: str) -> Any:
     try:
         return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder() / "images" / sha256[:20]))
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError([f"Broken file {path}: not Parquet ({reason}); fetch it again."]) from error
+        raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); fetch it again."]) from error
 
 
 def _of_table(table: Any, image: str, label: str, source: str) -> LabelledImages:
@@ -202,8 +201,7 @@ def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
                 FileNotFoundError: "there is no such file",
                 IsADirectoryError: "it names a folder, not a file",
             }
-            reason = reasons.get(type(error), str(error).partition("\n")[0])
-            problems[index] = reason or type(error).__name__
+            problems[index] = reasons.get(type(error)) or reason_of(error)
 
     digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
     if problems or not (remembered := _remembered(digests)).is_file():

@@ -482,7 +482,7 @@ def test_too_little_memory_names_the_remedy(made, capsys, monkeypatch):
     monkeypatch.setattr(Right, "generate", full)
     assert main("gsm8k", [str(made), "device=cpu"]) == 1
     told = capsys.readouterr().err
-    assert "The evaluation failed: CUDA out of memory. Tried to allocate 2 GiB. A lower batch_size needs less." in told
+    assert "The evaluation failed: CUDA out of memory. Tried to allocate 2 GiB. more. A lower batch_size" in told
 
 
 def test_other_settings_of_a_model_that_no_run_describes_have_folders_of_their_own(tmp_path, monkeypatch):
