@@ -30,6 +30,7 @@ from flatlora.captioned import pictures_of_run
 from flatlora.clip import Classes
 from flatlora.config import KINDS, ConfigError, Section, nearest, reason_of, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
+from flatlora.files import write_json
 from flatlora.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.models import (
     choose_device,
@@ -169,7 +170,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
 def evaluate(
     benchmark: str, backend: Backend | ImageBackend, rows: Sequence[Any], folder: Path, config: Section
 ) -> dict[str, Any]:
-    """Run one benchmark with a progress bar."""
+    """Run one benchmark with a progress bar; adapted.json says what an endpoint's model would not be sent."""
     bar, begun = ProgressBar(benchmark), False
 
     def show(done: int, total: int, _: Any) -> None:
@@ -180,7 +181,10 @@ def evaluate(
         bar.update(done)
 
     try:
-        return benchmarks.evaluator(benchmark).run(backend, rows, folder, config, on_progress=show)
+        found = benchmarks.evaluator(benchmark).run(backend, rows, folder, config, on_progress=show)
+        if adapted := getattr(backend, "adapted", None):
+            write_json(folder / "adapted.json", adapted)
+        return found
     finally:
         bar.stop()
 
