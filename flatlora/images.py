@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import PIL
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from flatlora.config import ConfigError, reason_of
@@ -257,12 +257,20 @@ def row_name(images: Pictures, index: int) -> str:
 
 
 def open_image(images: Pictures, index: int) -> Image.Image:
-    """One picture in RGB."""
+    """One picture in RGB, upright: what transformers' `load_image` gives a processor."""
     return decoded(images, index).convert("RGB")
 
 
 def decoded(images: Pictures, index: int) -> Image.Image:
-    """One picture in the mode of its file. Wider greys are scaled to 8 bits: PIL alone would cut them off at 255."""
+    """One picture in the mode of its file, upright as its camera says. Wider greys are scaled to 8 bits: PIL alone
+    would cut them off at 255.
+    """
+    picture = _read_picture(images, index)
+    turn = turn_of(picture)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _read_picture(images: Pictures, index: int) -> Image.Image:
     with Image.open(io.BytesIO(images.read(index))) as picture:
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of no known range")
@@ -275,6 +283,27 @@ def decoded(images: Pictures, index: int) -> Image.Image:
             return grey
         picture.load()
         return picture
+
+
+_TURNS = {
+    number: Image.Transpose[name]
+    for number, name in enumerate(
+        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+        start=2,
+    )
+}
+QUARTER_TURNS = [_TURNS[number] for number in (5, 6, 7, 8)]
+
+
+def turn_of(picture: Image.Image) -> Image.Transpose | None:
+    """What puts a picture upright, as its camera wrote down; None where it stands so, or says nothing readable."""
+    if picture.format == "TIFF":  # PIL turns those itself
+        return None
+    try:
+        written = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever PIL makes of broken tags, which say nothing then: the pixels are whole
+        return None
+    return _TURNS.get(written) if isinstance(written, int) else None
 
 
 @dataclass
