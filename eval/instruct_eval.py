@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eval import humaneval, predictions
 from eval.backends import Backend
+from eval.backends.hf import adapted_model
 from flatlora.config import ConfigError, Section, nearest, reason_of, setting
 from flatlora.files import write_atomic, write_json
 from flatlora.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
@@ -294,7 +295,7 @@ def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list
 
     _, _, shots, metric = _GROUPS[_group(task)]
     model = HFLM(
-        pretrained=backend.model,
+        pretrained=adapted_model(backend.model),
         tokenizer=backend.tokenizer,
         batch_size=config.batch_size,
         mixed_precision_dtype=backend.precision and backend.precision.autocast,
