@@ -115,7 +115,7 @@ def test_a_base_that_moved_is_named(with_own_base, tmp_path, capsys):
     assert told.startswith(f"Invalid backbone of {run}/adapter: {moved} is sha256:")
 
 
-def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_path, monkeypatch, caplog):
+def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_path, monkeypatch, capsys):
     run, base = with_own_base
     adapter = tmp_path / "moved" / "adapter"
     shutil.copytree(run / "adapter", adapter)
@@ -132,7 +132,8 @@ def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_pat
     assert completions(tmp_path / "beside") == expected
     shutil.copytree(tmp_path / "moved/models/base", tmp_path / "some/models/base")  # where PEFT itself would look
     assert main("gsm8k", [*words, f"out={tmp_path / 'working'}"]) == 0
-    assert "Of two folders ../models/base the one in the working directory is taken" in caplog.text
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Of two folders ../models/base the one in the working directory is taken" in told
     shutil.rmtree(tmp_path / "some/models")
     (tmp_path / "moved/models/base").rename(tmp_path / "third")
     assert main("gsm8k", [*words, f"out={tmp_path / 'named'}", f"base={tmp_path / 'third'}"]) == 0
