@@ -20,7 +20,12 @@ CPU = torch.device("cpu")
 CLASSES = Classes(["a", "b", "c"], [["an a"], ["a b"], ["a c"]])
 PROMPTS, CHOICES = ["one: ", "a longer one: "], [["yes", "no"], ["a", "b", "neither"]]
 SETTINGS = {"lora_ga": ["peft.ga_batches=2"], "eva": ["peft.eva_batches=4"], "corda": ["peft.corda_batches=4"]}
-REFUSED = {("eva", "seq2seq"), *((name, "sdxl") for name in ("adalora", "eva", "corda", "full_ft"))}
+REFUSED = {
+    ("eva", "seq2seq"),
+    ("eva", "clip"),
+    ("corda", "clip"),
+    *((name, "sdxl") for name in ("adalora", "eva", "corda", "full_ft")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,8 @@ def batches(family, latent_batch):
     if family == "sdxl":
         return lambda count: iter([latent_batch] * count)
     if family == "clip":
-        return lambda count: ({"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 2])} for _ in range(count))
+        pixels = torch.randn(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+        return lambda count: ({"pixel_values": pixels[one], "labels": torch.tensor([0, 2])} for one in range(count))
     if family == "seq2seq":
         return lambda count: ({**one, "labels": one["labels"][:, :6].contiguous()} for one in batches_of(count))
     return batches_of
@@ -70,6 +76,7 @@ def test_a_saved_model_answers_as_the_trained_one(name, family, words, latent_ba
         experiment = run_exp.experiment_of([*words[family], f"peft={name}", *SETTINGS.get(name, [])])
         config, section = experiment.model, experiment.peft
         section = section.model_copy(update={"lora_r": 4} if hasattr(section, "lora_r") else {})
+        methods.method(name).check(models.skeleton(config), section)
         start = methods.Start(1, tmp_path / "start", batches(family, latent_batch))
         backbone = models.load_backbone(config, CPU, CLASSES if family == "clip" else None)
         return methods.method(name).apply(backbone, section, start), config, section, start
@@ -79,7 +86,7 @@ def test_a_saved_model_answers_as_the_trained_one(name, family, words, latent_ba
             trained()
         return
     model, config, section, start = trained()
-    nudge(model)
+    nudge(model, std=0.1)
     processor = models.FAMILIES[family].processor(config)
     expected = answers(family, model, processor, latent_batch)
     methods.method(name).save(model, section, tmp_path / "adapter", start)

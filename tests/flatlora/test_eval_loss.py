@@ -40,18 +40,24 @@ def settings(request, tiny_settings, tiny_t5_folder, tmp_path):
     if request.param == "causal_lm":
         words = [word for word in tiny_settings if not word.startswith("dataset.validation_rows")]
         return [*words, f"dataset.validation_rows={VALIDATION_ROWS}", "trainer.max_steps=2"]
-    kept = [word for word in tiny_settings if not word.startswith(("model.", "dataset."))]
+    kept = [word for word in tiny_settings if not word.startswith(("model.", "dataset.", "optim.batch_size"))]
     if request.param == "seq2seq":
         rows = [{"sentence": f"s {i}", "label": i % 2, "idx": i} for i in range(24)]
         for split in ("train", "validation"):
             write_split(tmp_path, "nyu-mll/glue", "cola", split, rows)
         own = [f"model.hub_id={tiny_t5_folder}", "model=t5small", "model.dtype=float32", "dataset=cola"]
-        own += [f"data_root={tmp_path}", "dataset.train_rows=12"]
+        own += [f"data_root={tmp_path}", "dataset.train_rows=12", "optim.batch_size=4"]
     elif request.param == "clip":
-        own = ["model=clip_tiny", "dataset=digits", "dataset.test_rows=4", "dataset.train_rows=12"]
+        own = [
+            "model=clip_tiny",
+            "dataset=digits",
+            "dataset.test_rows=4",
+            "dataset.train_rows=12",
+            "optim.batch_size=4",
+        ]
     else:
         own = ["model=sdxl_tiny", "dataset=shapes", "optim.batch_size=2"]
-    return [*kept, *own, f"dataset.validation_rows={VALIDATION_ROWS}", "trainer.max_steps=2", "eval=[]"]
+    return [*kept, *own, f"dataset.validation_rows={VALIDATION_ROWS}", "trainer.max_steps=2"]
 
 
 def test_any_batch_size_gives_the_mean_over_all_labels(settings, monkeypatch):
