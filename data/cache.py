@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 import data
 from data.selection import row_key
 from data.tokens import Encoder, Prepared, TokenRows, prepare
-from flatlora.config import DatasetConfig, TextDatasetConfig
+from flatlora.config import DatasetConfig, TextDatasetConfig, reason_of
 from flatlora.console import counting
 from flatlora.files import cache_folder, write_atomic
 from flatlora.rows import fingerprint, gather
@@ -144,7 +144,7 @@ def _read(path: Path, key: str) -> Prepared | None:
         problem = None if metadata == told else "does not hold what its name says"
         notes = json.loads(notes)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        problem = f"is broken ({str(error).partition(chr(10))[0]})"
+        problem = f"is broken ({reason_of(error)})"
     if problem is None:
         for note in notes:
             logger.warning("%s", note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +26,12 @@ from eval.backends.diffusion import DiffusionBackend
 from eval.backends.hf import HFBackend
 from eval.backends.openai import Endpoint, OpenAIBackend, url_fault
 from eval.backends.vllm import VLLMBackend
-from eval.place import OTHER_VERSION, YAML_ERRORS, Place, locate_place
+from eval.place import OTHER_VERSION, YAML_ERRORS, Place, base_faults, locate_place
 from flatlora.captioned import pictures_of_run
 from flatlora.clip import Classes
-from flatlora.config import KINDS, ConfigError, Section, nearest, setting
+from flatlora.config import KINDS, ConfigError, Section, nearest, reason_of, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
+from flatlora.files import write_json
 from flatlora.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.models import (
     choose_device,
@@ -43,6 +45,8 @@ from flatlora.rows import Source, gather, read_jsonl, typed_columns
 from flatlora.sources import backbone_source
 from flatlora.starts import MOVED
 
+logger = logging.getLogger(__name__)
+
 BENCHMARK = "benchmark"  # rows=benchmark: its own rows, also for a run that has test rows
 
 
@@ -51,6 +55,7 @@ class Target(Section):
 
     rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file, or write rows=benchmark")
     data_root: str | None = setting(None, min_length=1, remedy="name a folder with the hub's layout")
+    base: str | None = setting(None, min_length=1, remedy="name the adapter's base model: a folder or a hub id")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", remedy="auto is the model's own")
     out: str | None = setting(None, min_length=1, remedy="name a folder")
@@ -76,6 +81,8 @@ class Target(Section):
             ]
         if self.backend == "openai" and self.dtype != "auto":
             faults.append(f"Invalid dtype={self.dtype} with backend=openai: the server has its own; drop it.")
+        if self.backend == "openai" and self.base is not None:
+            faults.append(f"Invalid base={self.base} with backend=openai: the server has its own; drop it.")
         if self.backend != "hf" and self.device != "auto":
             faults.append(
                 f"Invalid device={self.device} with backend={self.backend}: it has a device of its own; drop it."
@@ -84,9 +91,10 @@ class Target(Section):
 
 
 _SHARED_HELP = """
-Every benchmark besides: rows, data_root, device (auto, cpu, cuda), dtype (auto, float32, bfloat16, float16), out,
-score_only. Those that ask for words: backend (hf, vllm, openai); with backend=openai PATH is the name that the endpoint
-serves, and base_url, chat, concurrency, requests_per_minute and timeout (seconds of a request) say how it is asked."""
+Every benchmark besides: rows, data_root, base (where an adapter's base model is, if it moved), device (auto, cpu,
+cuda), dtype (auto, float32, bfloat16, float16), out, score_only. Those that ask for words: backend (hf, vllm, openai);
+with backend=openai PATH is the name that the endpoint serves, and base_url, chat, concurrency, requests_per_minute and
+timeout (seconds of a request) say how it is asked."""
 
 
 def main(benchmark: str, words: Sequence[str]) -> int:
@@ -114,8 +122,7 @@ def main(benchmark: str, words: Sequence[str]) -> int:
 
 
 def _report_failure(error: Exception, remedy: str) -> int:
-    reason = _first_line(error).rstrip(".")
-    console.print(f"The evaluation failed: {reason}. {remedy}", markup=False, soft_wrap=True)
+    console.print(f"The evaluation failed: {reason_of(error)}. {remedy}", markup=False, soft_wrap=True)
     return 1
 
 
@@ -138,7 +145,8 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     target, given, word_faults = _parse_words(module, words[1:])
 
     def locate() -> Place:
-        return locate_place(words[0], benchmark, served=target is not None and target.backend == "openai")
+        served = target is not None and target.backend == "openai"
+        return locate_place(words[0], benchmark, served, None if target is None else target.base)
 
     def check_words() -> None:
         if word_faults:
@@ -149,12 +157,18 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(word_faults)
         return target
 
+    def check_base() -> None:
+        loads = target is not None and not target.score_only and target.backend != "openai"
+        if loads and (faults := base_faults(locate(), target.base)):
+            raise ConfigError(faults)
+
     def configure() -> Section:
         return _config(module, locate, given)
 
     # A step that needs an earlier one takes it again: its faults are told once, and those of all others beside them.
-    place, _, _, config, folder, device, rows = gather(
+    place, _, _, _, config, folder, device, rows = gather(
         locate,
+        check_base,
         lambda: _check_kind(module, aim(), given, locate),
         check_words,
         configure,
@@ -170,7 +184,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
 def evaluate(
     benchmark: str, backend: Backend | ImageBackend, rows: Sequence[Any], folder: Path, config: Section
 ) -> dict[str, Any]:
-    """Run one benchmark with a progress bar."""
+    """Run one benchmark with a progress bar; adapted.json says what an endpoint's model would not be sent."""
     bar, begun = ProgressBar(benchmark), False
 
     def show(done: int, total: int, _: Any) -> None:
@@ -181,7 +195,10 @@ def evaluate(
         bar.update(done)
 
     try:
-        return benchmarks.evaluator(benchmark).run(backend, rows, folder, config, on_progress=show)
+        found = benchmarks.evaluator(benchmark).run(backend, rows, folder, config, on_progress=show)
+        if adapted := getattr(backend, "adapted", None):
+            write_json(folder / "adapted.json", adapted)
+        return found
     finally:
         bar.stop()
 
@@ -272,6 +289,8 @@ def _output_folder(
     benchmark += _label(target, given, place.scored_with, module) + _served(target)
     if module.KIND != "text" and target.data_root not in (None, place.data_root):  # other pictures, perhaps
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
+    if target.base and place.base and not _is_hash(place.base):  # whether it is the run's, nobody can tell
+        benchmark += f"-base={_in_short(target.base)}"
     benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
     if place.run is None:
         return _writable(
@@ -367,7 +386,7 @@ def _check_kind(module: ModuleType, target: Target, given: Mapping[str, Any], lo
             ]
         )
     place = locate()
-    kind = KINDS[place.model.family] if place.model else None  # of a model that no run describes, nobody knows yet
+    kind = KINDS[place.model.family] if place.run else None  # of a model that no run describes, nobody knows yet
     if kind is None and module.KIND == "image":
         raise ConfigError(
             [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
@@ -535,15 +554,27 @@ def _identity(place: Place, classes: Classes | None = None) -> dict[str, str]:
         ConfigError: the adapter was trained on another backbone than the one that stands there now.
     """
     identity = weights_identity(place.weights, place.model, classes)
-    if place.base and identity.get("base", place.base) != place.base:
+    state = identity.get("base", place.base)
+    if place.base_named and state != place.base and not (place.base and _is_hash(place.base) == _is_hash(state)):
+        recorded = _short(place.base) if place.base else "nothing"
+        logger.warning(
+            "Whether base=%s is what %s was trained on cannot be told: its record has %s, and this is %s.",
+            *(place.model.hub_id, place.weights, recorded, _short(state)),
+        )
+    elif place.base and state != place.base:
         raise ConfigError(
             [
                 f"Invalid backbone of {place.weights}: {place.model.hub_id} is {_short(identity['base'])} now, and "
-                f"the run was trained on {_short(place.base)} (base in its run.json); put those weights back, or pin "
-                "them with model.revision."
+                f"the run was trained on {_short(place.base)} (base in its run.json); put those weights back, name "
+                "them with base=PATH, or pin them with model.revision."
             ]
         )
     return identity
+
+
+def _is_hash(state: str) -> bool:
+    """Whether a backbone's state is of a folder's bytes, and not a commit of the hub."""
+    return state.startswith("sha256:")
 
 
 def _short(state: str) -> str:
@@ -562,7 +593,7 @@ def _load(
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         # a torn file, a config.json that is none, an adapter for another backbone: each library has its own way
         raise ConfigError(
-            [f"Cannot load {place.weights}: {_first_line(error)}; name a whole adapter or model, or copy it again."]
+            [f"Cannot load {place.weights}: {reason_of(error)}; name a whole adapter or model, or copy it again."]
         ) from error
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
     if dtype is None:
@@ -584,10 +615,6 @@ def _load(
 
 
 _BACKENDS = {"text": HFBackend, "image": CLIPBackend, "captioned": DiffusionBackend}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 if __name__ == "__main__":

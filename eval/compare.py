@@ -2,9 +2,9 @@
 
     python -m eval compare RUN_A RUN_B [BENCHMARK ...]
 
-A and B are run folders, or folders of answers such as RUN/eval/gsm8k-max_rows=100. Every benchmark that both have
-answered is compared on the questions that both were asked. The gains of the papers are of the size of the noise that a
-few hundred questions leave, which an interval shows and two numbers do not.
+A and B are run folders, or folders of answers such as RUN/eval/gsm8k-max_rows=100 or what out=DIR named. Every
+benchmark that both have answered is compared on the questions that both were asked. The gains of the papers are of the
+size of the noise that a few hundred questions leave, which an interval shows and two numbers do not.
 """
 
 from __future__ import annotations
@@ -166,16 +166,36 @@ def _answered(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ConfigError([f"Invalid path {folder}: no such folder; name a run that was scored."])
     if (folder / "predictions.jsonl").is_file():
-        name = folder.name.partition("-")[0]
-        found = {name: folder} if name in benchmarks.names() else {}
-    else:
-        found = {name: folder / "eval" / name for name in benchmarks.names()}
-        found = {name: path for name, path in found.items() if (path / "predictions.jsonl").is_file()}
+        return {_benchmark_of(folder): folder}
+    found = {name: folder / "eval" / name for name in benchmarks.names()}
+    found = {name: path for name, path in found.items() if (path / "predictions.jsonl").is_file()}
     if not found:
         others = sorted(str(path.parent) for path in folder.glob("eval/*/predictions.jsonl"))
         there = f" (there are {', '.join(others)}, which can be named themselves)" if others else ""
         raise ConfigError([f"No answers in {folder}{there}: score it first, as with python -m eval.gsm8k {folder}."])
     return found
+
+
+def _benchmark_of(folder: Path) -> str:
+    """Whose answers a folder holds: its score says so, for out=DIR may have named it anything.
+
+    Raises:
+        ConfigError: neither its score nor its name does.
+    """
+    try:
+        scorer = str(json.loads((folder / "score.json").read_bytes())["scorer"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        scorer = folder.name.partition("-")[0]  # RUN/eval/NAME-key=value
+    name = scorer.partition("/")[0]
+    if name not in benchmarks.names():
+        raise ConfigError(
+            [
+                f"Invalid path {folder}: it holds answers, and neither its score.json nor its name says to which "
+                f"benchmark; score them with python -m eval.NAME PATH out={folder} score_only=true, where NAME is one "
+                f"of {', '.join(benchmarks.names())}."
+            ]
+        )
+    return name
 
 
 def _scores(benchmark: str, folder: Path) -> dict[Any, float]:

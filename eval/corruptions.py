@@ -24,7 +24,7 @@ from PIL import Image
 from eval import predictions
 from eval.backends import ImageBackend
 from eval.images import classify, images_of, refuse_unknown_labels
-from flatlora.config import ConfigError, Section, setting
+from flatlora.config import ConfigError, Section, reason_of, setting
 
 KIND = "image"
 SCORER_VERSION = 2
@@ -61,7 +61,7 @@ def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         try:
             arrays[path.stem] = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as error:
-            faults.append(f"Broken file {path}: {str(error).partition(chr(10))[0]}; fetch it again.")
+            faults.append(f"Broken file {path}: {reason_of(error)}; fetch it again.")
     labels = arrays.pop(LABELS, None)
     if labels is not None and (
         labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu" or labels.min() < 0

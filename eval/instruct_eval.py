@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eval import humaneval, predictions
 from eval.backends import Backend
-from flatlora.config import ConfigError, Section, nearest, setting
+from eval.backends.hf import adapted_model
+from flatlora.config import ConfigError, Section, nearest, reason_of, setting
 from flatlora.files import write_atomic, write_json
 from flatlora.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
 
@@ -294,7 +295,7 @@ def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list
 
     _, _, shots, metric = _GROUPS[_group(task)]
     model = HFLM(
-        pretrained=backend.model,
+        pretrained=adapted_model(backend.model),
         tokenizer=backend.tokenizer,
         batch_size=config.batch_size,
         mixed_precision_dtype=backend.precision and backend.precision.autocast,
@@ -316,8 +317,7 @@ def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list
         OSError,
         TemplateError,
     ) as error:  # a ConfigError too: weights are loaded, and answers are kept
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise OSError(f"lm-eval cannot ask {_name(task)}: {reason or type(error).__name__}") from error
+        raise OSError(f"lm-eval cannot ask {_name(task)}: {reason_of(error)}") from error
     return [
         {
             "task": task,

@@ -9,9 +9,10 @@ device, backend, out=DIR, score_only=true.
 
 DIR (or data_root/HuggingFaceH4/mt_bench) holds FastChat's own files: question.jsonl, judge_prompts.jsonl and
 reference_gpt-4.jsonl. Single-answer grading with the official prompts; math, reasoning and coding are judged against
-the reference answers. Temperatures are FastChat's, by category; `greedy=true` takes none. A reply without a rating is
-asked for again; what stays without one is counted apart and never as a zero. A score means nothing without its judge:
-its name and the day stand beside it.
+the reference answers. Temperatures are FastChat's, by category; `greedy=true` takes none. A judge's verdict is the last
+rating of its reply (deviation: FastChat takes the first, which may be a quotation of its prompt). A reply without a
+rating is asked for again; what stays without one, or is refused by the judge's filter, is counted apart and never as a
+zero. A score means nothing without its judge: its name and the day stand beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,12 +37,14 @@ from flatlora.files import write_atomic, write_json
 from flatlora.rows import gather, jsonl, read_jsonl, typed_columns
 from flatlora.templates import conversation
 
+logger = logging.getLogger(__name__)
+
 KIND = "text"
 GENERATES = True
 OWN_ROWS = True
 _JUDGE_KEYS = ("url", "key", "concurrency", "rpm", "tokens", "tries", "timeout")
 SCORING = ("folder", "judge", *(f"judge_{name}" for name in _JUDGE_KEYS))
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 HEADLINE = "rating"
 IS_SHARE = False  # ratings are from 1 to 10
 ROW_COLUMNS = {"question_id": "int", "category": "text", "turns": "any", "reference": "any"}
@@ -61,7 +65,7 @@ _PROMPTS = {  # (turn, with a reference) → name in judge_prompts.jsonl
     (2, False): "single-v1-multi-turn",
     (2, True): "single-math-v1-multi-turn",
 }
-_JUDGMENT = {"key", "question_id", "turn", "rating", "judge", "day"}
+_JUDGMENT = {"key", "question_id", "turn", "reply", "rating", "judge", "day"}
 
 
 class Config(Section):
@@ -86,11 +90,26 @@ class Config(Section):
         return [fault] if fault else []
 
 
+# An index, as in x[[0]], is no rating; nor is a link, as in [1](address).
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_RATINGS = (
+    re.compile(rf"(?:(?<=rating)|(?<![\w\])]))\[\[{_NUMBER}\]\]", re.IGNORECASE),
+    re.compile(rf"(?:(?<=rating)|(?<![\w\])[]))\[{_NUMBER}\](?![\](])", re.IGNORECASE),
+)
+_THINKING = r"think|thinking|thought|reasoning"
+
+
 def parse_rating(reply: str) -> float | None:
-    """The rating in "[[5]]", or in "[5]" where there is none of those; None when there is none from 1 to 10."""
-    for pattern in (r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", r"\[\s*(\d+(?:\.\d+)?)\s*\]"):
-        if found := re.search(pattern, reply):
-            rating = float(found[1])
+    """The last rating "[[5]]" of the verdict, or "[5]" where there is none of those; None if it is not from 1 to 10.
+
+    The verdict is what follows a thinking part; one that does not end has none.
+    """
+    verdict = re.split(rf"</(?:{_THINKING})>", reply, flags=re.IGNORECASE)[-1]
+    if re.match(rf"\s*<(?:{_THINKING})>", verdict, re.IGNORECASE):
+        return None
+    for pattern in _RATINGS:
+        if found := pattern.findall(verdict):
+            rating = float(found[-1])
             return rating if 1 <= rating <= 10 else None
     return None
 
@@ -131,7 +150,9 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 
 
 def _told(path: Path) -> list[dict[str, Any]]:
-    return [one for one in predictions.appended_rows(path) if one.keys() >= _JUDGMENT]
+    """The judgments of a file, each rated by its reply: what an older version read of it may be another number."""
+    told = [one for one in predictions.appended_rows(path) if one.keys() >= _JUDGMENT]
+    return [one | {"rating": parse_rating(one["reply"])} for one in told]
 
 
 def _key(judge: str, question: int, turn: int, system: str, text: str) -> str:
@@ -265,6 +286,10 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
     result = score(rows, judgments)
     result["judge"] = config.judge
     result["judged"] = sorted({one["day"] for one in judgments})
+    if adapted := [one["adapted"] for one in judgments if "adapted" in one]:
+        result["adapted"] = adapted[-1]
+    if refused := [one for one in judgments if "refusal" in one]:
+        result["refused"] = [{key: one[key] for key in ("question_id", "turn", "refusal")} for one in refused]
     write_json(path.with_name("score.json"), result)
     plot_categories({config.judge: result["metrics"]}, rows, path.with_name("radar.png"))
     return result
@@ -285,7 +310,7 @@ def _judge(
                 "system": system,
                 "text": text,
             }
-    told = [one for one in predictions.appended_rows(path) if one.keys() >= _JUDGMENT]
+    told = _told(path)
     known = {one["key"]: one for one in told if one["key"] in wanted}
     left = [key for key in wanted if key not in known or known[key]["rating"] is None]
     endpoint = Endpoint(
@@ -310,18 +335,27 @@ def _judge(
 
 
 def _ask_judge(judge: OpenAIBackend, request: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """What the judge says of one answer; a reply without a rating is asked for again, up to `judge_tries` times."""
+    """What the judge says of one answer; a reply without a rating is asked for again, up to `judge_tries` times.
+
+    "adapted" is what the judge's model was not sent, or by another name; "refusal" is why it says nothing.
+    """
     messages = [{"role": "system", "content": request["system"]}, {"role": "user", "content": request["text"]}]
     for attempt in range(1, config.judge_tries + 1):
         # The first try is greedy, as the official one is; asked again, a greedy judge would say the same.
         sampling = Sampling(config.judge_tokens, 0.0 if attempt == 1 else 0.7)
-        reply = judge.chat([messages], sampling, [attempt])[0].text
-        if (rating := parse_rating(reply)) is not None:
+        reply = judge.chat([messages], sampling, [attempt])[0]
+        rating = parse_rating(reply.text)
+        if rating is not None or reply.refusal:
             break
+    if reply.refusal:
+        about = f"turn {request['turn']} of question {request['question_id']}"
+        logger.warning("%s does not judge %s, which is unrated: %s.", config.judge, about, reply.refusal)
     return {
         **{name: request[name] for name in ("question_id", "turn", "prompt")},
-        "reply": reply,
+        "reply": reply.text,
         "rating": rating,
+        **({"refusal": reply.refusal} if reply.refusal else {}),
+        **({"adapted": dict(judge.adapted)} if judge.adapted else {}),
         "judge": config.judge,
         "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "tries": attempt,

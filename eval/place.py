@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
 import eval as benchmarks
-from flatlora.config import ConfigError, ModelConfig, Section, TrainerConfig, model_section
+from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig, Section, TrainerConfig, model_section
 from flatlora.diffusion import INDEX
+from flatlora.models import model_of
+
+logger = logging.getLogger(__name__)
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # a 13th month is a ValueError
 OTHER_VERSION = "score the run with the version of the suite that made it, or mend the file"
@@ -32,10 +37,24 @@ class Place:
     dataset: Mapping[str, Any] = field(default_factory=dict)  # the run's, as its config.yaml has it
     data_root: str | None = None
     base: str | None = None  # the backbone's state that the run's record has, see `flatlora.models.backbone_state`
+    base_named: bool = False  # whether base=... says where the backbone is
 
 
-def locate_place(name: str, benchmark: str, served: bool = False) -> Place:
-    """`served`: the name is one that an endpoint knows, whatever it looks like."""
+class _BaseModel(ModelConfig):
+    hub_setting: ClassVar[str] = "base"
+
+
+class _BasePipeline(DiffusionModelConfig):
+    hub_setting: ClassVar[str] = "base"
+
+
+def locate_place(name: str, benchmark: str, served: bool = False, base: str | None = None) -> Place:
+    """
+    Args:
+        served: the name is one that an endpoint knows, whatever it looks like.
+        base: where the base model of an adapter is; None: where its run or its own config says. `base_faults` tells of
+            one that is not there.
+    """
     path = Path(name)
     if served:
         return Place(name)
@@ -57,7 +76,77 @@ def locate_place(name: str, benchmark: str, served: bool = False) -> Place:
         else:
             problem = "neither weights nor a run are in it; name a run, checkpoint, adapter or model folder"
         raise ConfigError([f"Invalid path {name}: {problem}."])
-    return _place_in_run(str(weights), folder, saved, benchmark) if saved else Place(str(weights))
+    place = _place_in_run(str(weights), folder, saved, benchmark) if saved else Place(str(weights))
+    return _with_base(place, base)
+
+
+def _with_base(place: Place, base: str | None) -> Place:
+    """The place with the model that `base` names, else with its own, looked for beside its adapter too."""
+    known, own = _known_base(place), place.model
+    if known is None:
+        return place
+    found = os.path.expanduser(base) if base is not None else _beside(known, place)
+    if own is None and (found == known or _folder_problem(found)):
+        return place  # an adapter's own config says where, or nothing does
+    if own is None:
+        fields = model_of(found).model_dump()
+    else:
+        moved = {"hub_id": found, "revision": None, "embedded": None} if found != own.hub_id else {}
+        fields = own.model_dump() | moved
+    cls = _BasePipeline if fields["family"] == "sdxl" else _BaseModel
+    return replace(place, model=cls(**fields), base_named=base is not None)
+
+
+def _known_base(place: Place) -> str | None:
+    """The name that a run's config, or an adapter's own, has of its base model; None where there is none to be read."""
+    if place.model is not None:
+        return place.model.hub_id
+    try:
+        name = json.loads((Path(place.weights) / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, RecursionError, AttributeError):  # no adapter, or a broken one, which loading tells
+        return None
+    return name if isinstance(name, str) and name else None
+
+
+def _beside(name: str, place: Place) -> str:
+    """A relative path from the working directory, as PEFT has it, else from the folder of the adapter or of its run."""
+    if os.path.isabs(name) or (place.model is not None and place.model.embedded):
+        return name
+    folders = [os.path.join(folder, name) for folder in (place.weights, place.run) if folder]
+    found = next(filter(os.path.isdir, folders), None)
+    if found is None or not os.path.isdir(name):
+        return found or name
+    if not os.path.samefile(name, found):
+        logger.warning(
+            "Of two folders %s the one in the working directory is taken; base=%s names the other.", name, found
+        )
+    return name
+
+
+def base_faults(place: Place, base: str | None) -> list[str]:
+    """Why a base model cannot be where `base` says, or where the run or the adapter does."""
+    adapter = (Path(place.weights) / "adapter_config.json").is_file()
+    if not (adapter or (place.model is not None and place.model.family == "clip")):  # whose head the base makes
+        return [f"Invalid base={base}: {place.weights} is no adapter, and reads none; drop it."] if base else []
+    name = base or _known_base(place)
+    if name is None or (base is None and place.model is not None and place.model.embedded):
+        return []
+    problem = _folder_problem(os.path.expanduser(name))
+    if problem is None:
+        return []
+    if base is not None:
+        return [f"Invalid base={base}: {problem}; name the folder of a whole model, or a hub id."]
+    return [f"Invalid base model {name} of {place.weights}: {problem}; say where it is now with base=PATH."]
+
+
+def _folder_problem(name: str) -> str | None:
+    """Why no model can be there; None for one, and for what may be a hub id."""
+    if os.path.isdir(name):
+        held = any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", INDEX))
+        return None if held else "the folder holds no model"
+    if os.path.exists(name):
+        return "it is a file, not a folder"
+    return "there is no such folder" if name.startswith((".", "/", "~")) or name.count("/") > 1 else None
 
 
 def _saved_config(folder: Path) -> dict[str, Any] | None:

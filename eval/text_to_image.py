@@ -33,7 +33,7 @@ from eval.picture_grid import write_grid
 from eval.place import YAML_ERRORS
 from eval.similarity import Captioner, Similarity
 from flatlora.captioned import CaptionedRows, picture_of
-from flatlora.config import ConfigError, DiffusionModelConfig, Section, setting
+from flatlora.config import ConfigError, DiffusionModelConfig, Section, reason_of, setting
 from flatlora.files import write_atomic
 from flatlora.images import png_of
 from flatlora.models import check_captioner, check_clip, size_factor, tell_long_prompts
@@ -89,7 +89,7 @@ def read_prompts(name: str, rows: CaptionedRows | Sequence[Any] = ()) -> Prompts
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, *YAML_ERRORS) as error:
         known = ", ".join(sorted(file.stem for file in PROMPTS.glob("*.yaml")))
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise ConfigError(
             [f"Invalid eval.text_to_image.prompts={name}: {reason}; name one of {known}, or a YAML file with {needed}."]
         ) from error

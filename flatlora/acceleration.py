@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flatlora import kernels
+from flatlora.config import reason_of
 from flatlora.head import forward_without_logits, has_frozen_linear_head
 from flatlora.lora_linear import fuse, groups_of, remake
 from flatlora.packing import attends_to_all_before, remove_padding
@@ -235,7 +236,7 @@ class GraphedMicroStep:
         except torch.AcceleratorError as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
             cause = error.__context__ or error  # the end of a broken capture says only that it is broken
-            logger.warning("No CUDA graph of %s: %s", shapes, str(cause).partition("\n")[0])
+            logger.warning("No CUDA graph of %s: %s", shapes, reason_of(cause))
             captured = None
             torch.cuda.set_stream(caller)  # a capture that fails leaves its own stream behind, and its pool half open
             self._pool = torch.cuda.graph_pool_handle()

@@ -17,10 +17,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from flatlora.config import ConfigError
-from flatlora.images import BROKEN, bytes_of, check_images, decoded, parquet_table, png_of, row_name, with_bytes
+from flatlora.images import (
+    BROKEN,
+    QUARTER_TURNS,
+    bytes_of,
+    check_images,
+    decoded,
+    parquet_table,
+    png_of,
+    row_name,
+    turn_of,
+    with_bytes,
+)
 from flatlora.rows import Source, fingerprint, gather, hub_data, local_file, read_jsonl, typed_columns
 
 logger = logging.getLogger(__name__)
@@ -98,8 +109,6 @@ class CaptionedRows:
 def picture_of(images: CaptionedImages, index: int) -> Image.Image:
     """One picture in RGB, upright as its camera says; what is transparent is white, not the colour under it."""
     picture = decoded(images, index)
-    if (turn := _turn_of(picture)) is not None:
-        picture = picture.transpose(turn)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -109,28 +118,7 @@ def picture_of(images: CaptionedImages, index: int) -> Image.Image:
 def shape_of(images: CaptionedImages, index: int) -> tuple[int, int]:
     """Width and height of a picture that stands upright, of its file's head alone."""
     with Image.open(io.BytesIO(images.read(index))) as picture:
-        return picture.size[::-1] if _turn_of(picture) in _QUARTER_TURNS else picture.size
-
-
-_TURNS = {
-    number: Image.Transpose[name]
-    for number, name in enumerate(
-        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
-        start=2,
-    )
-}
-_QUARTER_TURNS = [_TURNS[number] for number in (5, 6, 7, 8)]
-
-
-def _turn_of(picture: Image.Image) -> Image.Transpose | None:
-    """What puts a picture upright, as its camera wrote down; None where it stands so, or says nothing readable."""
-    if picture.format == "TIFF":  # PIL turns those itself
-        return None
-    try:
-        written = picture.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever PIL makes of broken tags, which say nothing then: the pixels are whole
-        return None
-    return _TURNS.get(written) if isinstance(written, int) else None
+        return picture.size[::-1] if turn_of(picture) in QUARTER_TURNS else picture.size
 
 
 def cover(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, int, int]:

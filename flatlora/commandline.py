@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from flatlora.config import ConfigError, NoSection, nearest
+from flatlora.config import ConfigError, NoSection, nearest, reason_of
 
 GROUPS = ("model", "dataset", "peft", "rho", "trainer", "eval", "experiment")
 _RENAMED_GROUPS = {"dataset_name": "dataset"}
@@ -139,7 +139,7 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
             return plain | _unchosen_benchmarks(conf_dir, known) | unknown
     except (HydraException, OmegaConfBaseException) as error:
         faults = [fault for section in unknown.values() for fault in section.faults]
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         if isinstance(error, InterpolationResolutionError):
             reason += (
                 r"; ${KEY} takes the value of another key: name one that is there, or write \${…} for a text with it."

@@ -28,6 +28,20 @@ class ConfigError(ValueError):
         return type(self), (self.faults,)  # to travel between ranks: unpickling passes the text, not the list
 
 
+_LONGEST_REASON = 1000  # characters
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says of its error, on one line: the cause often stands in the last of several.
+
+    Of a very long one, such as a list of all tensors that do not fit, the beginning and the end.
+    """
+    reason, half = " ".join(str(error).split()), _LONGEST_REASON // 2
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:half]} … {reason[-half:]}"
+    return reason.rstrip(".") or type(error).__name__
+
+
 @dataclass(frozen=True)
 class NoSection:
     """Stands in raw data where a section should be, and says why there is none."""

@@ -22,10 +22,10 @@ from typing import Any, Protocol
 import numpy as np
 import PIL
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from flatlora.config import ConfigError
+from flatlora.config import ConfigError, reason_of
 from flatlora.console import counting
 from flatlora.files import cache_folder, write_json
 from flatlora.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
@@ -97,8 +97,7 @@ def parquet_table(path: Path, sha256: str) -> Any:
     try:
         return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder() / "images" / sha256[:20]))
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError([f"Broken file {path}: not Parquet ({reason}); fetch it again."]) from error
+        raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); fetch it again."]) from error
 
 
 def _of_table(table: Any, image: str, label: str, source: str) -> LabelledImages:
@@ -202,8 +201,7 @@ def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
                 FileNotFoundError: "there is no such file",
                 IsADirectoryError: "it names a folder, not a file",
             }
-            reason = reasons.get(type(error), str(error).partition("\n")[0])
-            problems[index] = reason or type(error).__name__
+            problems[index] = reasons.get(type(error)) or reason_of(error)
 
     digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
     if problems or not (remembered := _remembered(digests)).is_file():
@@ -259,12 +257,20 @@ def row_name(images: Pictures, index: int) -> str:
 
 
 def open_image(images: Pictures, index: int) -> Image.Image:
-    """One picture in RGB."""
+    """One picture in RGB, upright: what transformers' `load_image` gives a processor."""
     return decoded(images, index).convert("RGB")
 
 
 def decoded(images: Pictures, index: int) -> Image.Image:
-    """One picture in the mode of its file. Wider greys are scaled to 8 bits: PIL alone would cut them off at 255."""
+    """One picture in the mode of its file, upright as its camera says. Wider greys are scaled to 8 bits: PIL alone
+    would cut them off at 255.
+    """
+    picture = _read_picture(images, index)
+    turn = turn_of(picture)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _read_picture(images: Pictures, index: int) -> Image.Image:
     with Image.open(io.BytesIO(images.read(index))) as picture:
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of no known range")
@@ -277,6 +283,27 @@ def decoded(images: Pictures, index: int) -> Image.Image:
             return grey
         picture.load()
         return picture
+
+
+_TURNS = {
+    number: Image.Transpose[name]
+    for number, name in enumerate(
+        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+        start=2,
+    )
+}
+QUARTER_TURNS = [_TURNS[number] for number in (5, 6, 7, 8)]
+
+
+def turn_of(picture: Image.Image) -> Image.Transpose | None:
+    """What puts a picture upright, as its camera wrote down; None where it stands so, or says nothing readable."""
+    if picture.format == "TIFF":  # PIL turns those itself
+        return None
+    try:
+        written = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever PIL makes of broken tags, which say nothing then: the pixels are whole
+        return None
+    return _TURNS.get(written) if isinstance(written, int) else None
 
 
 @dataclass

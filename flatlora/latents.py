@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from flatlora import diffusion
 from flatlora.captioned import CaptionedImages, CaptionedRows
-from flatlora.config import DiffusionModelConfig
+from flatlora.config import DiffusionModelConfig, reason_of
 from flatlora.console import counting
 from flatlora.files import cache_folder, write_atomic
 from flatlora.images import png_of
@@ -180,7 +180,7 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        logger.warning("Broken cache file %s (%s): it is made anew.", path, str(error).partition("\n")[0])
+        logger.warning("Broken cache file %s (%s): it is made anew.", path, reason_of(error))
         return None
 
 

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from flatlora.config import reason_of
 from flatlora.head import IGNORED, forward_without_logits, has_frozen_linear_head
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _reason_against(base: nn.Module, original: Callable[..., Any]) -> str | None
         base.training = True  # of the model alone: what its layers drop in training they keep here
         packed = base.forward(**batch).loss
     except (TypeError, KeyError, RuntimeError, ValueError, AttributeError) as error:
-        return f"it takes no packed rows ({str(error).partition(chr(10))[0]})"
+        return f"it takes no packed rows ({reason_of(error)})"
     finally:
         for module, mode in modes:
             module.training = mode

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from flatlora.config import ConfigError
+from flatlora.config import ConfigError, reason_of
 
 
 class Source(NamedTuple):
@@ -228,8 +228,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         with open(path, "rb") as file:  # the path itself would be read as a data set of many files, with other rules
             return pyarrow.parquet.ParquetFile(file).read().to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # a broken page is an OSError, a broken text neither
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError([f"Broken file {path}: not Parquet ({reason}); fetch it again."]) from error
+        raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); fetch it again."]) from error
 
 
 def hub_data(source: Source) -> Any:
@@ -253,8 +252,7 @@ def _hub_faults(source: Source) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        reason = UNREACHABLE if not reachable and speaks_of_the_network(error) else reason
+        reason = UNREACHABLE if not reachable and speaks_of_the_network(error) else reason_of(error)
         raise ConfigError(
             [
                 f"Cannot read {source} from the hub: {reason}. Connect to the network, or set data_root=DIR with "

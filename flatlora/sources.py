@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from flatlora.config import ConfigError, ModelConfig
+from flatlora.config import ConfigError, ModelConfig, reason_of
 from flatlora.console import console
 from flatlora.files import cache_folder
 from flatlora.random_weights import RANDOM_VERSION, write_random_clip, write_random_sdxl
@@ -85,7 +85,7 @@ def describe_source(config: ModelConfig) -> str:
 
 def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
     unreachable = not reachable and speaks_of_the_network(error)
-    reason = f"{UNREACHABLE}." if unreachable else str(error).strip().splitlines()[0]
+    reason = f"{UNREACHABLE if unreachable else reason_of(error)}."
     if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
         reason = "it is a file, not a folder." if os.path.isfile(config.hub_id) else "there is no such folder."
     elif os.path.isdir(config.hub_id) and not os.path.isfile(os.path.join(config.hub_id, index := config.index_file)):
@@ -113,12 +113,11 @@ def _converted_folder(name: str) -> Path:
             target, write = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}", partial(_convert_gguf, gguf)
         return target if target.is_dir() else _write_once(name, write, target)
     except (OSError, SafetensorError) as error:  # closed, read-only or full
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigError(
             [
                 f"Cannot keep the converted weights of {name} in the cache folder "
-                f"{os.environ.get('FLATLORA_CACHE') or '~/.cache/flatlora'}: {reason}; set FLATLORA_CACHE=DIR to a "
-                "folder that can be written to, with 0.6 GB free."
+                f"{os.environ.get('FLATLORA_CACHE') or '~/.cache/flatlora'}: {reason_of(error)}; set "
+                "FLATLORA_CACHE=DIR to a folder that can be written to, with 0.6 GB free."
             ]
         ) from error
 

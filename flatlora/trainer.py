@@ -14,8 +14,10 @@ import torch
 from accelerate.utils import AutocastKwargs
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
 from flatlora import checkpoint
 from flatlora.acceleration import GraphedMicroStep
@@ -160,6 +162,42 @@ class FlatTrainer(Trainer):
                     stack.enter_context(callback.evaluating())
             return super().evaluate(*args, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Each row in one process alone: accelerate repeats rows until all processes have equally many batches."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(
+            Subset(rows, range(self.args.process_index, len(rows), self.args.world_size)),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # seeds the workers; torch's own generator is the training's
+        )
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The sum of all losses over their number: the same for any number of processes and any batch size.
+
+        Deviation from transformers, which takes the mean of the batches' means.
+        """
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, their number
+        for batch in dataloader:
+            if count := _losses_of(batch):
+                with self.compute_loss_context_manager():
+                    mean = self.model(**self._prepare_inputs(batch)).loss
+                totals[0] += mean.double() * count
+                totals[1] += count
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, "sum")
+        metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
+        rows = len(dataloader.dataset.dataset)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights of all adapters, and nothing else: Trainer reads one of several, and may change what is trained."""
         if not isinstance(self.model, PeftModel):
@@ -303,6 +341,12 @@ def _units(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Tokens of a micro-batch without its padding, or its pictures."""
     mask = inputs.get("attention_mask")
     return torch.tensor(len(next(iter(inputs.values())))) if mask is None else mask.sum()
+
+
+def _losses_of(batch: Mapping[str, torch.Tensor]) -> int:
+    """How many losses a model's loss is the mean of: tokens with a label, or rows."""
+    labels = batch.get("shift_labels", batch.get("labels"))
+    return len(next(iter(batch.values()))) if labels is None else int((labels != IGNORED).sum())
 
 
 def _is_complete(folder: Path) -> bool:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(PROJECT))
 
 import eval as benchmarks  # noqa: E402
 import run_exp  # noqa: E402
-from flatlora.config import ConfigError, Experiment, Section, build_section, parse, setting  # noqa: E402
+from flatlora.config import ConfigError, Experiment, Section, build_section, parse, reason_of, setting  # noqa: E402
 
 LAYOUTS = PROJECT / "results/tables.yaml"
 PAPER = PROJECT / "results/paper.yaml"
@@ -197,7 +197,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError([f"Cannot read {path}: {str(error).splitlines()[0]}; mend it."]) from error
+        raise ConfigError([f"Cannot read {path}: {reason_of(error)}; mend it."]) from error
     if not isinstance(found, dict):
         raise ConfigError([f"Invalid {path}: it must hold groups by name; mend it."])
     return found

@@ -15,7 +15,7 @@ def sum_of_numbers(prompt: str) -> str:
 
 class Server(ThreadingHTTPServer):
     """Answers prompts by `answer`; `script` holds what to do with the next requests instead: a name of `Handler.act`,
-    a (status, headers), or {"say": text}.
+    a (status, headers), or {"say": text}. `refuse` makes of a request's body the error of a 400, or None.
     """
 
     daemon_threads = True
@@ -23,6 +23,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, answer=sum_of_numbers):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = answer
+        self.refuse = lambda body: None
         self.script, self.seen, self.times, self.at_once, self.most_at_once = [], [], [], 0, 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -67,7 +68,9 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         status, content, headers = 200, None, {}
-        if isinstance(act, tuple):
+        if act == "answer" and (error := server.refuse(body)):
+            status, content = 400, json.dumps({"error": error})
+        elif isinstance(act, tuple):
             status, headers = act
             content = json.dumps({"error": {"message": f"status {status}"}})
         elif act == "garbage":
@@ -92,3 +95,34 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+def refuse_as_gpt_5(body: dict) -> dict | None:
+    """What OpenAI's API says to parameters that its reasoning models do not take."""
+    if "max_tokens" in body:
+        told = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
+        return {
+            "message": told,
+            "type": "invalid_request_error",
+            "param": "max_tokens",
+            "code": "unsupported_parameter",
+        }
+    if body.get("temperature", 1) != 1:
+        told = "Unsupported value: 'temperature' does not support 0 with this model. "
+        told += "Only the default (1) value is supported."
+        return {"message": told, "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value"}
+    if "seed" in body:
+        told = "Unsupported parameter: 'seed' is not supported with this model."
+        return {"message": told, "type": "invalid_request_error", "param": "seed", "code": "unsupported_parameter"}
+    return None
+
+
+FILTERED = {  # Azure's words
+    "message": "The response was filtered due to the prompt triggering Azure OpenAI's content management policy.",
+    "type": None,
+    "param": "prompt",
+    "code": "content_filter",
+    "status": 400,
+}

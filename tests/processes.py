@@ -46,12 +46,19 @@ def fork(settings: list[str], entry: Entry = None, **environment: str) -> Forked
 
 def fork_two(settings: list[str], *differing: list[str], entry: Entry = None) -> list[ForkedRun]:
     """Two processes as torchrun starts them on one machine; each may have words of its own."""
+    return fork_ranks(2, settings, *differing, entry=entry)
+
+
+def fork_ranks(count: int, settings: list[str], *differing: list[str], entry: Entry = None) -> list[ForkedRun]:
+    """So many of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    own = differing or ([], [])
-    return [fork([*own[rank], *settings], entry, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    size = str(count)
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = differing or [[]] * count
+    ranks = range(count)
+    return [fork([*own[rank], *settings], entry, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in ranks]
 
 
 def end_well(*runs: ForkedRun, seconds: float = 240) -> None:

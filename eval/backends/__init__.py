@@ -17,6 +17,7 @@ class Completion(NamedTuple):
     text: str
     tokens: int
     finished: bool  # ended by itself, not by the limit
+    refusal: str | None = None  # why an endpoint does not answer this request, in its own words
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -115,7 +117,7 @@ class HFBackend(TokenisedBackend):
         if self.model.config.is_encoder_decoder:
             input_ids = self._padded(prompts, left=False, fill=self.tokenizer.pad_token_id)
             mask = self._padded([[1] * len(ids) for ids in prompts], left=False, fill=0)
-            logits = self.model(input_ids=input_ids, attention_mask=mask, labels=labels).logits
+            logits = adapted_model(self.model)(input_ids=input_ids, attention_mask=mask, labels=labels).logits
         else:
             # Padded on the left, so that every answer ends at the last place: the logits before it are all it takes.
             joined = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
@@ -156,6 +158,16 @@ class HFBackend(TokenisedBackend):
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.precision)
+
+
+def adapted_model(model: nn.Module) -> nn.Module:
+    """The model itself, with the layers that PEFT put into it.
+
+    AdaLoRA's wrapper adds a penalty of its training wherever there are labels, and fails where the adapter is loaded to
+    answer alone.
+    """
+    wrapped = isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
+    return model.base_model.model if wrapped else model
 
 
 def _contiguous(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

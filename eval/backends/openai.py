@@ -3,13 +3,19 @@
 So many requests are under way at a time, and so many begin a minute; what fails for a moment (no connection, 408, 409,
 429, 5xx, silence, an answer that is none) is tried again after a wait that doubles, or as long as the server says. What
 keeps failing ends the evaluation; every answer that came is kept, and the same command goes on from there.
+
+Models differ in the parameters that they take: GPT-5 and the o-series refuse max_tokens, temperature=0 and seed. What a
+400 names as unsupported is left out, or renamed, from then on, with a warning; `OpenAIBackend.adapted` records it. A
+request whose content is refused by a filter has an empty answer with its `refusal`, and the rest goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
+import re
 import threading
 import time
 import urllib.parse
@@ -17,10 +23,16 @@ import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval.backends import Completion, Messages, Sampling, cut_at
-from flatlora.config import ConfigError
+from flatlora.config import ConfigError, reason_of
+
+if TYPE_CHECKING:
+    import openai
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 60.0
 T = TypeVar("T")
@@ -77,6 +89,7 @@ class OpenAIBackend:
         self.identity = dict(identity or {})
         self._next_slot = 0.0
         self._given_up = threading.Event()
+        self.adapted: dict[str, str | None] = {}  # parameter that the model refuses → its other name; None: left out
         key = os.environ.get(endpoint.key_variable) or "none"
         self._client = openai.AsyncOpenAI(base_url=endpoint.url, api_key=key, max_retries=0)
         # A loop in a thread of its own: a request has a deadline as a whole, which only a coroutine can be held to.
@@ -105,7 +118,7 @@ class OpenAIBackend:
         options, create = _options(sampling), self._client.completions.create
 
         async def ask(index: int) -> Completion:
-            found = await create(model=self.endpoint.model, prompt=prompts[index], **options, **_seed(seeds, index))
+            found = await self._request(partial(create, prompt=prompts[index]), options | _seed(seeds, index))
             return _completion(found, lambda choice: choice.text, sampling)
 
         return self._all(ask, len(prompts))
@@ -122,7 +135,7 @@ class OpenAIBackend:
 
         async def ask(index: int) -> Completion:
             messages = list(chats[index])
-            found = await create(model=self.endpoint.model, messages=messages, **options, **_seed(seeds, index))
+            found = await self._request(partial(create, messages=messages), options | _seed(seeds, index))
             return _completion(found, lambda choice: choice.message.content, sampling)
 
         return self._all(ask, len(chats))
@@ -175,6 +188,38 @@ class OpenAIBackend:
         found = dict(self.each(one, range(count)))
         return [found[index] for index in range(count)]
 
+    async def _request(self, create: Callable[..., Awaitable[Any]], options: Mapping[str, Any]) -> Any:
+        """The reply to one request, with the parameters that the model takes."""
+        import openai
+
+        while True:
+            sent = self._taken(options)
+            try:
+                # Another name is in the body alone: the client's methods have arguments for those that it knows.
+                own, renamed = ({k: v for k, v in sent.items() if (k in options) is known} for known in (True, False))
+                return await create(model=self.endpoint.model, **own, extra_body=renamed or None)
+            except openai.APIStatusError as error:
+                if (refused := _unsupported(error, sent)) is None:
+                    raise
+                if refused not in self.adapted:  # a request beside this one may have been told the same
+                    self._adapt(refused, error)
+
+    def _taken(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        taken = {}
+        for name, value in options.items():
+            while name in self.adapted:
+                name = self.adapted[name]
+            if name is not None:
+                taken[name] = value
+        return taken
+
+    def _adapt(self, refused: str, error: openai.APIStatusError) -> None:
+        other = re.search(r"use ['`\"](\w+)['`\"] instead", _server_message(error), re.IGNORECASE)
+        name = other[1] if other else _OTHER_NAMES.get(refused)
+        self.adapted[refused] = name if name != refused and name not in self.adapted else None
+        done = f"{self.adapted[refused]} is sent instead" if self.adapted[refused] else "it is left out"
+        logger.warning("%s does not take %s (%s): %s.", self.endpoint.model, refused, _server_message(error), done)
+
     async def _one(self, ask: Callable[[], Awaitable[Completion]]) -> Completion:
         for attempt in range(1, self.endpoint.tries + 1):
             await self._slot()
@@ -182,6 +227,9 @@ class OpenAIBackend:
                 return await asyncio.wait_for(ask(), self.endpoint.timeout_s)
             except Exception as error:
                 reason, wait = _reason(error, self.endpoint), _retry_after(error)
+                if _is_filtered(error):
+                    logger.warning("%s refuses a request: %s.", self.endpoint.model, reason)
+                    return Completion("", 0, False, refusal=reason)
                 if wait is None and not _may_pass(error):
                     raise EndpointError(f"{self.endpoint.url} refuses {self.endpoint.model}: {reason}") from error
                 last = error
@@ -191,7 +239,9 @@ class OpenAIBackend:
                 doubled = self.endpoint.first_wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
                 await asyncio.sleep(min(wait if wait is not None else doubled, _LONGEST_WAIT_S))
         if isinstance(last, _NoWords) and attempt == self.endpoint.tries:
-            return Completion("", 0, False)  # it will not say more: a filter's answer, and no reason to end the rest
+            return Completion(
+                "", 0, False, refusal=reason
+            )  # it will not say more: a filter's answer, and no reason to end the rest
         raise EndpointError(f"{self.endpoint.url} failed {attempt} times, the last one: {reason}")
 
     async def _slot(self) -> None:
@@ -212,6 +262,41 @@ class _NoWords(_NoAnswer):
     """A reply in its form whose text is null, as filters give it."""
 
 
+class _Filtered(_NoAnswer):
+    """A reply that ends because of a filter, before a word."""
+
+
+# What a model may do without or take by another name; anything else decides what is asked.
+_ADAPTABLE = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop")
+_OTHER_NAMES = {"max_tokens": "max_completion_tokens"}
+_UNSUPPORTED = re.compile(
+    r"unsupported|not support|unknown (?:parameter|field|argument)|unrecognized|inputs are not permitted|deprecated",
+    re.IGNORECASE,
+)
+_FILTER_CODES = ("content_filter", "content_policy_violation", "invalid_prompt", "ResponsibleAIPolicyViolation")
+_FILTER_WORDS = ("content management policy", "content filter", "content_filter", "usage policy")
+
+
+def _unsupported(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str | None:
+    """The parameter of a request that its model does not take, or not with this value."""
+    if error.status_code not in (400, 422) or not _UNSUPPORTED.search(str(error)):
+        return None
+    named = [error.param, *re.findall(r"['`\"](\w+)['`\"]", str(error))]
+    return next((name for name in named if name in sent and name in _ADAPTABLE), None)
+
+
+def _is_filtered(error: Exception) -> bool:
+    """Whether it is the content of this one request that is refused."""
+    if isinstance(error, _Filtered):
+        return True
+    import openai
+
+    if not isinstance(error, openai.BadRequestError):
+        return False
+    message = _server_message(error).lower()
+    return error.code in _FILTER_CODES or any(words in message for words in _FILTER_WORDS)
+
+
 def _options(sampling: Sampling) -> dict[str, Any]:
     options: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
     if sampling.temperature:
@@ -229,14 +314,16 @@ def _completion(found: Any, text_of: Callable[[Any], str | None], sampling: Samp
     try:
         choice = found.choices[0]
         text = text_of(choice)
-        finished = choice.finish_reason == "stop"
+        ended = choice.finish_reason
     except (AttributeError, IndexError, TypeError) as error:
         raise _NoAnswer(f"a reply without an answer ({str(found)[:100]!r})") from error
+    if not text and ended == "content_filter":
+        raise _Filtered("the server's filter ends the answer before its first word")
     if not isinstance(text, str):
         raise (_NoWords if text is None else _NoAnswer)("a reply whose answer is no text")
     text, stopped = cut_at(text, sampling.stop)
     tokens = getattr(getattr(found, "usage", None), "completion_tokens", None)
-    return Completion(text, tokens if isinstance(tokens, int) else 0, finished or stopped)
+    return Completion(text, tokens if isinstance(tokens, int) else 0, ended == "stop" or stopped)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -260,4 +347,12 @@ def _retry_after(error: Exception) -> float | None:
 def _reason(error: Exception, endpoint: Endpoint) -> str:
     if isinstance(error, TimeoutError):
         return f"no whole answer within {endpoint.timeout_s:g} s"
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
+    return _server_message(error)
+
+
+def _server_message(error: Exception) -> str:
+    """What the server itself says, behind the status; else the client's words."""
+    body = getattr(error, "body", None)
+    message = body.get("message") or body.get("detail") if isinstance(body, Mapping) else None
+    status = f"status {error.status_code}: " if hasattr(error, "status_code") else ""
+    return status + reason_of(ValueError(message)) if message else reason_of(error)

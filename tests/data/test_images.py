@@ -10,11 +10,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import load_image
 
 import run_exp
 from data import images
 from eval import command
 from flatlora import models, sources
+from flatlora.captioned import CaptionedImages, picture_of
 from flatlora.config import ConfigError
 from flatlora.images import ImageRows, LabelledImages, check_images
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, write_split
@@ -143,6 +145,29 @@ def test_grey_and_transparent_pictures_are_read_as_rgb(tmp_path, processor):
         write_parquet(tmp_path, "ylecun/mnist", "mnist", split, {"image": buffers, "label": [0, 1, 2]})
     rows = prepared(tmp_path, "mnist", processor)
     assert all(rows.train[i]["pixel_values"].shape == (3, 32, 32) for i in range(3))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_turned_picture_is_read_upright_as_transformers_reads_it(tmp_path, processor, kind):
+    """All eight ways that a camera may be held, against CLIP's own preprocessing of the file."""
+    pictures, files = [], []
+    for orientation in range(1, 9):
+        tags = Image.Exif()
+        tags[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{kind.lower()}"
+        Image.open(io.BytesIO(png(7, (40, 64)))).save(path, kind, exif=tags)
+        files.append(path)
+        pictures.append({"bytes": path.read_bytes(), "path": path.name})
+    for split in ("train", "test"):
+        write_parquet(tmp_path, "ylecun/mnist", "mnist", split, {"image": pictures, "label": list(range(8))})
+    rows = prepared(tmp_path, "mnist", processor).train
+    captioned = CaptionedImages("the same", ["p"] * 8, lambda index: files[index].read_bytes())
+    pixels = [rows[place]["pixel_values"] for place in range(8)]
+    for place, path in enumerate(files):
+        own = load_image(str(path))
+        assert torch.equal(pixels[place], processor(own, return_tensors="pt")["pixel_values"][0])
+        assert picture_of(captioned, place).tobytes() == own.tobytes()
+    assert not any(torch.equal(pixels[0], other) for other in pixels[1:])
 
 
 def test_a_list_of_files_is_read_as_parquet_is(tmp_path, processor):

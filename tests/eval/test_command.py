@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_exp
 from eval import command, predictions
@@ -16,7 +16,7 @@ from eval.backends import Completion
 from eval.command import main
 from flatlora import precision
 from flatlora.config import ModelConfig
-from flatlora.rows import jsonl
+from flatlora.rows import jsonl, prompt_text
 from tests.conftest import run_folder
 
 SETTINGS = ("eval=[gsm8k]", "eval.gsm8k.max_new_tokens=6", "eval.gsm8k.batch_size=4")
@@ -69,6 +69,98 @@ def test_another_backbone_than_the_runs_is_refused_or_answers_anew(tiny_settings
     assert told.startswith(f"Invalid backbone of {run}/adapter: {base} is sha256:")
     assert main("gsm8k", bare) == 0  # nothing records what it was trained on
     assert (tmp_path / "o/predictions.stale.jsonl").is_file()
+
+
+@pytest.fixture
+def with_own_base(tiny_settings, tiny_model_folder, tmp_path):
+    """A finished run, and the folder of its base model."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_folder, base)
+    settings = [*(word for word in tiny_settings if word != "eval=[]"), *SETTINGS, f"model.hub_id={base}"]
+    assert run_exp.main(settings) == 0
+    return run_folder(settings), base
+
+
+def completions(folder):
+    return [json.loads(line)["completion"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def plain_completions(base, adapter, rows):
+    """By transformers and PEFT alone, one row at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    found = []
+    for row in map(json.loads, rows.read_text().splitlines()):
+        ids = tokenizer(prompt_text(row["x"]), return_tensors="pt")["input_ids"]
+        out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        found.append(tokenizer.decode(out, skip_special_tokens=True))
+    return found
+
+
+def test_a_base_that_moved_is_named(with_own_base, tmp_path, capsys):
+    run, base = with_own_base
+    moved, own = tmp_path / "elsewhere", run / "eval/gsm8k"
+    base.rename(moved)
+    (told,) = faults([run, "device=cpu"], capsys)
+    wanted = f"Invalid base model {base} of {run}/adapter: there is no such folder; say where it is now with base=PATH."
+    assert told == wanted
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    assert main("gsm8k", [str(run), "device=cpu", f"base={moved}"]) == 0
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before  # of the same bytes: the same model
+    assert completions(own) == plain_completions(moved, run / "adapter", run / "test.jsonl")
+    other = AutoModelForCausalLM.from_pretrained(moved)
+    other.lm_head.weight.data.mul_(-1.0)
+    other.save_pretrained(moved)
+    (told,) = faults([run, "device=cpu", f"base={moved}"], capsys)
+    assert told.startswith(f"Invalid backbone of {run}/adapter: {moved} is sha256:")
+
+
+def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_path, monkeypatch, capsys):
+    run, base = with_own_base
+    adapter = tmp_path / "moved" / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    shutil.copytree(base, tmp_path / "moved" / "models" / "base")
+    shutil.rmtree(base)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "../models/base"}))
+    expected = plain_completions(tmp_path / "moved/models/base", adapter, run / "test.jsonl")
+    words = [str(adapter), "device=cpu", f"rows={run / 'test.jsonl'}", "max_new_tokens=6"]
+    elsewhere = tmp_path / "some" / "where"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    assert main("gsm8k", [*words, f"out={tmp_path / 'beside'}"]) == 0
+    assert completions(tmp_path / "beside") == expected
+    shutil.copytree(tmp_path / "moved/models/base", tmp_path / "some/models/base")  # where PEFT itself would look
+    assert main("gsm8k", [*words, f"out={tmp_path / 'working'}"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Of two folders ../models/base the one in the working directory is taken" in told
+    shutil.rmtree(tmp_path / "some/models")
+    (tmp_path / "moved/models/base").rename(tmp_path / "third")
+    assert main("gsm8k", [*words, f"out={tmp_path / 'named'}", f"base={tmp_path / 'third'}"]) == 0
+    assert completions(tmp_path / "named") == expected
+
+
+def test_a_base_that_nothing_reads_or_that_is_none_is_a_fault(made, tiny_model_folder, tmp_path, capsys):
+    (told,) = faults([made, "base=/nope"], capsys)
+    assert told == "Invalid base=/nope: there is no such folder; name the folder of a whole model, or a hub id."
+    (told,) = faults([made, f"base={tmp_path}"], capsys)
+    assert told.startswith(f"Invalid base={tmp_path}: the folder holds no model;")
+    (told,) = faults([tiny_model_folder, "base=some/model", f"rows={made / 'test.jsonl'}"], capsys)
+    assert told == f"Invalid base=some/model: {tiny_model_folder} is no adapter, and reads none; drop it."
+    served = ["served", "backend=openai", "base_url=http://127.0.0.1:9/v1", "base=some/model"]
+    (told,) = faults([*served, f"rows={made / 'test.jsonl'}", f"out={tmp_path / 'o'}"], capsys)
+    assert told == "Invalid base=some/model with backend=openai: the server has its own; drop it."
+
+
+@pytest.mark.parametrize(
+    ("base", "recorded", "label"),
+    [("b/c", "b/c@0123", "gsm8k-base=c-"), ("b/c", "sha256:01", "gsm8k"), (None, "b/c@0123", "gsm8k")],
+)
+def test_answers_on_a_base_that_the_record_cannot_tell_have_their_own_folder(made, base, recorded, label):
+    (made / "run.json").write_text(json.dumps({"base": recorded}))
+    assert main("gsm8k", [str(made), "device=cpu", *([f"base={base}"] if base else [])]) == 0
+    (folder,) = (made / "eval").iterdir()
+    assert folder.name.startswith(label)
 
 
 def test_checkpoints_have_their_own_folder_and_other_weights_their_own_answers(finished, tmp_path):
@@ -482,7 +574,7 @@ def test_too_little_memory_names_the_remedy(made, capsys, monkeypatch):
     monkeypatch.setattr(Right, "generate", full)
     assert main("gsm8k", [str(made), "device=cpu"]) == 1
     told = capsys.readouterr().err
-    assert "The evaluation failed: CUDA out of memory. Tried to allocate 2 GiB. A lower batch_size needs less." in told
+    assert "The evaluation failed: CUDA out of memory. Tried to allocate 2 GiB. more. A lower batch_size" in told
 
 
 def test_other_settings_of_a_model_that_no_run_describes_have_folders_of_their_own(tmp_path, monkeypatch):

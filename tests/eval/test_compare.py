@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 import run_exp
 from eval import __main__ as command
+from eval import command as score
 from eval import compare as comparing
 from eval import gsm8k, humaneval, images, squad
 from eval.compare import compare
@@ -85,6 +87,26 @@ def test_two_runs_are_compared(runs, capsys):
     assert "+75.00%" in told
     assert command.main(["compare", *map(str, runs), "gsm8k"]) == 0
     assert command.main(["compare", str(runs[0] / "eval/gsm8k"), str(runs[1])]) == 0
+
+
+def test_answers_of_any_folder_are_compared(runs, tmp_path, capsys):
+    """As out=DIR names it; what they are answers to stands in their score."""
+    out = tmp_path / "mine"
+    assert score.main("gsm8k", [str(runs[1]), "device=cpu", f"out={out}"]) == 0
+    capsys.readouterr()
+    for pair in ((runs[0], out), (out, runs[1] / "eval/gsm8k")):
+        assert command.main(["compare", *map(str, pair)]) == 0
+        assert "gsm8k exact_match" in capsys.readouterr().out
+    other = tmp_path / "squad-of-a-user"  # a benchmark's name that is not its own
+    shutil.copytree(out, other)
+    assert command.main(["compare", str(out), str(other)]) == 0
+    (other / "score.json").unlink()
+    (out / "score.json").unlink()
+    capsys.readouterr()
+    assert command.main(["compare", str(out), str(runs[1])]) == 2
+    assert (
+        f"Invalid path {out}: it holds answers, and neither its score.json nor its name says" in capsys.readouterr().err
+    )
 
 
 def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):

@@ -13,7 +13,7 @@ from flatlora.config import ConfigError
 from flatlora.rows import jsonl
 from flatlora.templates import conversation
 from tests.conftest import Killed, run_folder
-from tests.loopback import Server
+from tests.loopback import FILTERED, Server, refuse_as_gpt_5
 
 pytest.importorskip("openai")
 CATEGORIES = ("writing", "math", "coding", "stem")
@@ -125,7 +125,7 @@ def test_greedy_takes_no_temperature(tmp_path, bench, judge):
     [
         ("Rating: [[5]]", 5.0),
         ("[[ 7.5 ]] I say", 7.5),
-        ("first [[3]] then [[9]]", 3.0),
+        ("first [[3]] then [[9]]", 9.0),
         ("Rating: [6]", 6.0),
         ("[[10]]", 10.0),
         ("[[11]]", None),
@@ -135,6 +135,19 @@ def test_greedy_takes_no_temperature(tmp_path, bench, judge):
         ("", None),
         ("see [1] and then [[4]]", 4.0),
         ("[[-3]]", None),
+        ('The format is "Rating: [[5]]".\nRating: [[9]]', 9.0),
+        ("x[[0]] raises an error there. Rating: [[3]]", 3.0),
+        ("Rating: [[3]], for x[[0]] raises an error", 3.0),
+        ("The list [[0]] is read wrongly. **Rating: [[7]]**", 7.0),
+        ("<think>Perhaps [[2]].</think>\nRating: [[8]]", 8.0),
+        ("Perhaps [[2]].</think>\nRating: [[8]]", 8.0),
+        ("<think>Perhaps [[2]].</think>\nI cannot say.", None),
+        ("<think>Perhaps [[2]], but", None),  # cut off
+        ("Rating: [[7]]. No: Rating: [[12]]", None),
+        ("Rating[[7]]", 7.0),
+        ("x[[2]] is no rating", None),
+        ("as in [1](https://x) and a[2], [4]", 4.0),
+        ("Rating: [6] (see a[3])", 6.0),
     ],
 )
 def test_ratings_are_read(reply, rating):
@@ -306,3 +319,38 @@ def test_rows_of_a_file_and_empty_references(tmp_path, bench, judge):
     (bench / "reference_gpt-4.jsonl").write_text(jsonl([{"question_id": 82, "choices": []}]))
     with pytest.raises(ConfigError, match="math is judged against reference answers"):
         mt_bench.check_rows(mt_bench.benchmark_rows(None, settings), "here", settings)
+
+
+def test_a_question_that_the_judges_filter_refuses_is_unrated_and_the_rest_goes_on(tmp_path, bench, judge, caplog):
+    judge.refuse = lambda body: FILTERED if "First 2?" in body["messages"][-1]["content"] else None
+    settings = config(judge, bench)
+    result = mt_bench.run(Echo(), mt_bench.benchmark_rows(None, settings), tmp_path, settings)
+    assert result["metrics"]["unrated"] == 2
+    assert result["metrics"]["rating"] == 7.0
+    assert result["metrics"]["coding"] is None
+    assert [(one["question_id"], one["turn"]) for one in result["refused"]] == [(83, 1), (83, 2)]
+    assert "judge does not judge turn 1 of question 83, which is unrated: status 400: The response was" in caplog.text
+    assert len(judge.seen) == 8  # a filter is not asked again
+
+
+def test_a_reasoning_judge_is_sent_what_it_takes_and_the_record_says_so(tmp_path, bench, judge):
+    judge.refuse = refuse_as_gpt_5
+    settings = config(judge, bench)
+    result = mt_bench.run(Echo(), mt_bench.benchmark_rows(None, settings), tmp_path, settings)
+    assert result["metrics"]["rating"] == 7.0
+    assert result["metrics"]["unrated"] == 0
+    assert result["adapted"] == {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+    assert len(judge.seen) == 8 + 3
+    again = mt_bench.score_file(tmp_path / "predictions.jsonl", settings)
+    assert again == result
+    assert len(judge.seen) == 8 + 3
+
+
+def test_kept_replies_are_read_by_the_parser_of_today(tmp_path, bench, judge):
+    settings = config(judge, bench, max_rows=1)
+    mt_bench.run(Echo(), mt_bench.benchmark_rows(None, settings), tmp_path, settings)
+    path = tmp_path / "judgments.jsonl"
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(jsonl(one | {"reply": "As in [[2]]: Rating: [[9]]", "rating": 2.0} for one in told))
+    assert mt_bench.score_file(tmp_path / "predictions.jsonl", settings)["metrics"]["rating"] == 9.0
+    assert len(judge.seen) == 2

@@ -10,7 +10,7 @@ from eval.backends import Sampling
 from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
 from eval.command import main
 from flatlora.rows import jsonl
-from tests.loopback import Server
+from tests.loopback import FILTERED, Server, refuse_as_gpt_5
 
 pytest.importorskip("openai")
 
@@ -196,3 +196,83 @@ def test_an_answer_that_stays_null_is_an_empty_one(server):
 def test_no_address_is_a_fault(url, capsys):
     assert main("gsm8k", ["m", "backend=openai", f"base_url={url}", "rows=/nope"]) == 2
     assert "base_url" in capsys.readouterr().err.splitlines()[1]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_model_is_not_sent_twice_what_it_refuses(server, chat, caplog):
+    server.refuse = refuse_as_gpt_5
+    one = backend(server, chat, concurrency=1)
+    found = one.generate(PROMPTS, GREEDY, range(12))
+    assert [answer.text for answer in found] == ANSWERS
+    assert len(server.seen) == 12 + 3  # each parameter is refused once
+    kept = [body.keys() & {"max_tokens", "max_completion_tokens", "temperature", "seed"} for _, body, _ in server.seen]
+    assert kept[3:] == [{"max_completion_tokens"}] * 12
+    assert server.seen[-1][1]["max_completion_tokens"] == GREEDY.max_new_tokens
+    assert one.adapted == {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3
+    assert "served does not take max_tokens" in told[0]
+    assert "max_completion_tokens is sent instead" in told[0]
+    assert "Only the default (1) value is supported): it is left out" in told[1]
+
+
+def test_requests_side_by_side_learn_it_too(server):
+    server.refuse = refuse_as_gpt_5
+    found = backend(server, chat=True, concurrency=6).generate(PROMPTS, GREEDY, range(12))
+    assert [answer.text for answer in found] == ANSWERS
+    assert len(server.seen) <= 12 + 3 * 6
+
+
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [
+        ({"message": "[{'loc': ('body', 'seed'), 'msg': 'Extra inputs are not permitted'}]"}, "seed"),
+        ({"message": "Unrecognized request argument supplied: seed", "param": "seed"}, "seed"),
+        ({"message": "`temperature` is deprecated for this model.", "type": "invalid_request_error"}, "temperature"),
+    ],
+)
+def test_other_servers_word_it_otherwise(server, error, left):
+    server.refuse = lambda body: error if left in body else None
+    one = backend(server, chat=True, concurrency=1)
+    assert one.generate(PROMPTS[:1], GREEDY, [3])[0].text == ANSWERS[0]
+    assert one.adapted == {left: None}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "max_tokens is too large: 9000. This model supports at most 4096.", "param": "max_tokens"},
+        {"message": "The model `served` does not support this API.", "param": "model"},
+        {"message": "This model's maximum context length is 4096 tokens.", "code": "context_length_exceeded"},
+    ],
+)
+def test_the_servers_own_reason_is_told(server, error):
+    server.refuse = lambda body: error
+    with pytest.raises(EndpointError) as caught:
+        backend(server, chat=True, concurrency=1).generate(PROMPTS[:1], GREEDY)
+    assert str(caught.value).endswith(f"refuses served: status 400: {error['message'].rstrip('.')}")
+    assert len(server.seen) == 1
+
+
+def test_a_filtered_request_has_an_empty_answer_and_the_rest_goes_on(server, caplog):
+    server.refuse = lambda body: FILTERED if body["messages"][-1]["content"] == PROMPTS[3] else None
+    found = backend(server, chat=True).generate(PROMPTS, GREEDY)
+    assert [one.text for one in found] == [*ANSWERS[:3], "", *ANSWERS[4:]]
+    assert found[3].refusal == f"status 400: {FILTERED['message'].rstrip('.')}"
+    assert not found[3].finished
+    assert [one.refusal for one in found if one.text] == [None] * 11
+    assert len(server.seen) == 12
+    assert "content management policy" in caplog.text
+
+
+def test_what_an_endpoint_was_not_sent_stands_beside_its_answers(server, tmp_path):
+    server.refuse = refuse_as_gpt_5
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(jsonl({"x": f"Q: {i} + 1 ?\nA: ", "y": f"#### {i + 1}"} for i in range(3)))
+    words = ["served", "backend=openai", f"base_url={server.url}", f"rows={rows}", f"out={tmp_path / 'out'}"]
+    assert main("gsm8k", words) == 0
+    adapted = json.loads((tmp_path / "out/adapted.json").read_text())
+    assert adapted == {"max_tokens": "max_completion_tokens", "temperature": None}
+    seen = len(server.seen)
+    assert main("gsm8k", words) == 0  # the same answers: what was left out makes no other settings of them
+    assert len(server.seen) == seen

@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 import run_exp
-from flatlora.config import ConfigError, Experiment, identity_of, parse
+from flatlora.config import ConfigError, Experiment, identity_of, parse, reason_of
 
 
 def experiment(*settings: str) -> Experiment:
@@ -366,3 +366,18 @@ def test_messages_that_name_the_way_out(setting, told):
 def test_faults_survive_the_way_between_processes():
     error = pickle.loads(pickle.dumps(ConfigError(["one fault", "another"])))
     assert error.faults == ["one fault", "another"]
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (
+            "Couldn't make it from one of:\n(1) a file,\n(2) a class.\n",
+            "Couldn't make it from one of: (1) a file, (2) a class",
+        ),
+        ("", "ValueError"),
+        (f"Error(s):\n\t{'x' * 5000}\n\tsize mismatch", f"Error(s): {'x' * 490} … {'x' * 486} size mismatch"),
+    ],
+)
+def test_a_reason_is_the_whole_message_on_one_line(told, reason):
+    assert reason_of(ValueError(told)) == reason

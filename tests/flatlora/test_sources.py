@@ -7,6 +7,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 from safetensors import SafetensorError
+from transformers import AutoTokenizer
 
 from flatlora import models, sources
 from flatlora.config import ConfigError, ModelConfig
@@ -102,3 +103,17 @@ def test_a_model_out_of_reach_is_told_once_and_with_it_what_the_data_lack(monkey
     with pytest.raises(ConfigError) as caught:
         run_exp.prepare(experiment, torch.device("cpu"))
     assert [fault[: len(head)] for fault, head in zip(caught.value.faults, heads, strict=True)] == heads
+
+
+def test_all_that_a_library_says_is_told(tiny_model_folder, tmp_path):
+    """transformers names what is missing in the last line of several."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny_model_folder / "config.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises((OSError, ValueError)) as caught:
+        AutoTokenizer.from_pretrained(folder)
+    lines = [line.strip().rstrip(".") for line in str(caught.value).strip().splitlines()]
+    assert len(lines) > 1
+    told = fault(models.load_tokenizer, ModelConfig(name="m", hub_id=str(folder), family="causal_lm"))
+    assert all(line in told for line in lines)
