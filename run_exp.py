@@ -391,7 +391,10 @@ def read_text(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> tok
     """Token ids of a text data set."""
     counting = getattr(experiment.dataset, "limit_tokenizer", None)
     counting = models.load_tokenizer(experiment.model.counting_with(counting)) if counting else None
-    return cache.prepared(experiment.dataset, experiment.data_root, tokenizer, counting)
+    encoder_decoder = experiment.model.family == "seq2seq"
+    return cache.prepared(
+        experiment.dataset, experiment.data_root, tokenizer, counting, encoder_decoder=encoder_decoder
+    )
 
 
 def read_images(experiment: Experiment, processor: Any) -> images.PreparedImages:

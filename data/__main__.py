@@ -97,8 +97,9 @@ def _show(settings: list[str], count: int) -> None:
         tokenizer = load_tokenizer(model)
         limit = getattr(config, "limit_tokenizer", None)
         counting = load_tokenizer(model.counting_with(limit)) if limit else None
-        _show_text(config, cache.prepared(config, data_root, tokenizer, counting), tokenizer, count)
-        key = cache.cache_key(loader, config, data_root, tokenizer, counting)
+        reader = {"encoder_decoder": model.family == "seq2seq"}
+        _show_text(config, cache.prepared(config, data_root, tokenizer, counting, **reader), tokenizer, count)
+        key = cache.cache_key(loader, config, data_root, tokenizer, counting, **reader)
         console.print(f"cache        {cache.cache_path(config, key)}", soft_wrap=True)
     for source in loader.sources(config):
         console.print(f"source       {source}: {fingerprint(source, data_root)}", soft_wrap=True)

@@ -29,7 +29,7 @@ from flatlora.rows import fingerprint, gather
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raised whenever the same key would hold something else: the file's form, templates, tokens, selection
+FORMAT = 3  # raised whenever the same key would hold something else: the file's form, templates, tokens, selection
 _BAR_FROM = 5000  # rows; fewer are done before a bar could be read
 
 
@@ -38,17 +38,20 @@ def prepared(
     data_root: str | None,
     tokenizer: PreTrainedTokenizerBase,
     limit_tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    encoder_decoder: bool = False,
 ) -> Prepared:
     """The data set's rows as token ids: from the cache, else made and put there.
 
     Args:
         limit_tokenizer: counts for `max_tokens`; None counts with `tokenizer`.
+        encoder_decoder: whether an encoder reads the prompts, as its tokenizer ends them.
 
     Raises:
         ConfigError: files, rows or sizes do not do; every fault at once.
     """
     loader = data.loader(config.loader)
-    key = cache_key(loader, config, data_root, tokenizer, limit_tokenizer)
+    key = cache_key(loader, config, data_root, tokenizer, limit_tokenizer, encoder_decoder=encoder_decoder)
     path = cache_path(config, key)
     if path.is_file() and (found := _read(path, key)) is not None:
         return found
@@ -57,7 +60,7 @@ def prepared(
         _warn_of_known_test_rows(splits)
         rows = len(splits.train) + len(splits.validation)
         with counting(f"tokenise {config.name}", rows, least=_BAR_FROM) as advance:
-            made = prepare(splits, tokenizer, config.max_length, advance)
+            made = prepare(splits, tokenizer, config.max_length, advance, encoder_decoder=encoder_decoder)
     _write(path, key, made, notes)
     return made
 
@@ -95,6 +98,8 @@ def cache_key(
     data_root: str | None,
     tokenizer: PreTrainedTokenizerBase,
     limit_tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    encoder_decoder: bool = False,
 ) -> str:
     """SHA-256 of all that decides the prepared rows.
 
@@ -107,6 +112,7 @@ def cache_key(
         "config": config.model_dump(mode="json"),
         "sources": gather(*(lambda s=source: fingerprint(s, data_root) for source in loader.sources(config))),
         "tokenizers": [one and tokenizer_sha256(one) for one in (tokenizer, limit_tokenizer)],
+        "encoder_decoder": encoder_decoder,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

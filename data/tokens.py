@@ -2,13 +2,17 @@
 
 The prompt (x and a blank) and the answer (y and end-of-sequence) are tokenised apart and joined, so that an evaluator,
 which tokenises the prompt alone, continues from exactly the ids that training saw. Deviation from the published code,
-which tokenises the joined text: there the blank may fuse with the answer's first token.
+which tokenises the joined text: there the blank may fuse with the answer's first token. Names of special tokens in a
+row are text, and the end that a tokenizer puts behind every text is no part of a decoder's prompt
+(`flatlora.tokenizing`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +27,7 @@ from data.byte_level import ChunkMemory, packed
 from data.selection import batched
 from flatlora.config import ConfigError
 from flatlora.rows import prompt_text
+from flatlora.tokenizing import appended_ends, special_tokens, text_ids
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +115,8 @@ class Encoder:
     def __call__(self, texts: Sequence[str], *, special: bool = True) -> list[bytes]:
         """INT32 ids of each text, `special` tokens (a beginning of the sequence) included if asked."""
         if not self.tokenizer.is_fast:
-            return [packed(ids) for ids in self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+            return [packed(text_ids(self.tokenizer, text, special=special)) for text in texts]
+        self.tokenizer.backend_tokenizer.encode_special_tokens = True  # the tokenizer's own call sets it as it needs it
         found = [self._memory.encode(text, special) if self._memory else None for text in texts]
         left = [place for place, ids in enumerate(found) if ids is None]
         backend = self.tokenizer.backend_tokenizer
@@ -129,13 +135,22 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     on_progress: Callable[[int], None] = lambda done: None,
+    *,
+    encoder_decoder: bool = False,
 ) -> TokenRows:
-    """Ids of all rows, cut at `max_length` tokens (prompt + answer); `on_progress` gets the number of rows done."""
+    """Ids of all rows, cut at `max_length` tokens (prompt + answer); `on_progress` gets the number of rows done.
+
+    Args:
+        encoder_decoder: whether an encoder reads the prompts, as its tokenizer ends them.
+    """
     parts, cut, dropped, encode = [], 0, 0, Encoder(tokenizer)
     end, most = packed([tokenizer.eos_token_id]), max_length * _ID_BYTES
+    appended = 0 if encoder_decoder else appended_ends(tokenizer) * _ID_BYTES
+    names = _SpecialNames(tokenizer, encode)
     for batch in batched(rows, _ROWS_AT_ONCE):
-        prompts = encode([prompt_text(row["x"]) for row in batch])
+        prompts = [ids[: len(ids) - appended] for ids in encode([prompt_text(row["x"]) for row in batch])]
         answers = encode([row["y"] for row in batch], special=False)
+        names.look(batch)
         for prompt, answer in zip(prompts, answers, strict=True):
             room = most - len(prompt)
             cut += len(answer) + _ID_BYTES > room
@@ -152,15 +167,50 @@ def tokenise(
             cut - dropped,
             dropped,
         )
+    names.warn()
     return TokenRows.of_bytes(parts, cut=cut, dropped=dropped)
 
 
+class _SpecialNames:
+    """Counts the rows whose text holds the name of a special token, such as "<s>" in HTML.
+
+    It is read as text, except by tokenizers whose vocabulary has the name among its pieces of text (Unigram's, and
+    those of whole words).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encode: Encoder) -> None:
+        self.ids, self.encode = special_tokens(tokenizer), encode
+        self.pattern = re.compile("|".join(map(re.escape, self.ids)) or r"(?!)")
+        self.as_text: Counter[str] = Counter()
+        self.as_token: Counter[str] = Counter()
+
+    def look(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            text = f"{row['x']}\n{row['y']}"
+            if not (found := set(self.pattern.findall(text))):
+                continue
+            ids = set(np.frombuffer(self.encode([text], special=False)[0], "<i4").tolist())
+            for name in found:
+                (self.as_token if self.ids[name] in ids else self.as_text)[name] += 1
+
+    def warn(self) -> None:
+        for counts, reading in (
+            (self.as_text, "they are read as the text that they are, not as the tokens"),
+            (self.as_token, "this tokenizer can read them as the tokens alone; take them out of the rows"),
+        ):
+            if counts:
+                told = ", ".join(f"{name} in {count} rows" for name, count in sorted(counts.items()))
+                logger.warning("Names of special tokens stand in the text of rows (%s): %s.", told, reading)
+
+
 def tokenise_reference(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:
-    """Slow twin of `tokenise`: one call of the tokenizer for each prompt and each answer."""
+    """Slow twin of `tokenise` for a decoder-only model: one call of the tokenizer for each prompt and each answer."""
     pairs = []
     for row in rows:
-        prompt = tokenizer(prompt_text(row["x"]))["input_ids"]
-        answer = [*tokenizer(row["y"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        prompt = tokenizer(prompt_text(row["x"]), split_special_tokens=True)["input_ids"]
+        prompt = prompt[: len(prompt) - appended_ends(tokenizer)]
+        answer = tokenizer(row["y"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        answer = [*answer, tokenizer.eos_token_id]
         pairs.append((prompt, answer[: max(0, max_length - len(prompt))], len(prompt) + len(answer) > max_length))
     kept = [(prompt, answer) for prompt, answer, _ in pairs if answer]
     cut = sum(longer for _, _, longer in pairs)
@@ -237,8 +287,10 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     on_progress: Callable[[int], None] = lambda done: None,
+    *,
+    encoder_decoder: bool = False,
 ) -> Prepared:
-    """Tokenise the train and validation rows.
+    """Tokenise the train and validation rows; `encoder_decoder` as `tokenise` has it.
 
     Raises:
         ConfigError: no train row is left, or none of the validation rows that there are; or answers cannot end.
@@ -251,7 +303,8 @@ def prepare(
             ]
         )
     train, validation = (
-        tokenise(rows, tokenizer, max_length, on_progress) for rows in (splits.train, splits.validation)
+        tokenise(rows, tokenizer, max_length, on_progress, encoder_decoder=encoder_decoder)
+        for rows in (splits.train, splits.validation)
     )
     faults = [
         f"Empty data set: none of {len(rows)} {name} rows is left at dataset.max_length={max_length}; raise it, or "

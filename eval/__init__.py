@@ -44,6 +44,7 @@ def names() -> list[str]:
 
 _SHARED = (
     "__main__",
+    "answers",
     "backends",
     "predictions",
     "command",

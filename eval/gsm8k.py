@@ -7,6 +7,7 @@ benchmark's own rows; a run's test rows have its own), max_rows, max_new_tokens,
 {"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. A run is asked its data set's test rows;
 `rows=benchmark` asks it GSM8K's own, in the run's template. `parser=strict` reads the number after "####" or else the
 last one; `parser=math_verify` reads expressions and LaTeX too, by that package (extra `math`). A score has both.
+References are numbers under both: a row whose reference is a fraction, a root or a range is refused.
 A run's own answers stay: other settings, other rows and another device have folders of their own beside eval/gsm8k.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval import predictions
+from eval.answers import without_draft
 from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError, Section, setting
 from flatlora.files import write_json
@@ -32,7 +34,7 @@ KIND = "text"
 GENERATES = True
 OWN_ROWS = False
 SCORING = ("parser",)
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 HEADLINE = "exact_match"
 FIELDS = predictions.GENERATED
 ROW_COLUMNS = {"x": "text", "y": "text"}
@@ -40,6 +42,32 @@ ROW_COLUMNS = {"x": "text", "y": "text"}
 # A number as people write it: sign, dollar sign, thousands separators, decimals; "42." ends a sentence. A sign touches
 # its number and follows no other, so that "5-3", "10 - 7" and the dash of a list are not negative.
 _NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\$\s?)?[-−]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_WORD = r"[^\W\d_]+"
+# LaTeX and Markdown that dress a number, and how each is read; what else they have, such as \frac, makes it no number.
+_DRESS = [
+    (re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile(r"\\[()\[\],;!]"), " "),
+    (re.compile(r"\\(?:times|cdot)\b|(?<=[\d)]) ?x ?(?=[\d($])"), "×"),
+    (re.compile(r"(?<!\d)\*\*|\*\*(?!\d)|__"), " "),
+    (re.compile(r"\s+"), " "),
+]
+# What makes a number beside it a part of something else: of a sum, a fraction, a power, a root, a range, a time.
+_JOINED_BEFORE = re.compile(r"(?:[/^×÷·√+*\\{}]|[\d)] ?[-−:]) ?\$?$")
+_JOINED_AFTER = re.compile(r" ?(?:[×÷·√+^\\{]|(?:\*\*|[/*−-]) ?[\d($\\]|[:_]\d)")
+# From a number to the "=" of the sum that it begins: "3 + 4 =", "$3 a day * 2 days =".
+_SUM = re.compile(rf"%?(?:{_WORD})?(?: {_WORD}){{0,2}}[ )]*[-−+*/×÷·^][^=]*=")
+_ANNOUNCED = re.compile(r"[:=]|\b(?:is|are|equals)\b")  # in "The answer is 18", "Total for 3 days: 42"
+_WORDS_FIRST = re.compile(r"[\W_]*[^\W\d_]")
+# Headings of a longer answer, which announce no number: "Step 2: …", "1. Add" (in their order), "Solution".
+_STEP = re.compile(
+    r"\W*(?:step|part|problem|question|example|case|method|option|phase|stage|section|approach|way|task|day|week|month"
+    r"|year|hour|round|scenario|person)s? ?#?\d",
+    re.IGNORECASE,
+)
+_NUMBERED = re.compile(r"\W*(\d{1,2})[.):] [^\W\d_]")
+_TITLE = re.compile(r"\W*[A-Z]\D*$")
+_ALONE = re.compile(rf"[ *_$=:(]*{_NUMBER.pattern}[ %]*(?:{_WORD})?(?: {_WORD}){{0,2}}[ *_.!)$]*$")
 
 
 class Config(Section):
@@ -63,18 +91,94 @@ def _has_math_verify() -> bool:
 
 
 def parse_answer(text: str) -> Decimal | None:
-    """The number on the line of the first "####", else the last number of the text; None when there is none.
+    """The number on the first line that "####" marks as an answer, else the last number of the text; None without one.
 
     Reads 1,000 · -5 · $42.50 · 42. · +7 as people mean them, exactly, however long; digits of every script count, and
-    there are no exponents: 1e400 is 1, as 18kg is 18. The first mark counts, for a base model rambles on with
-    questions and answers of its own. A mark without a number on its line is no answer.
+    there are no exponents: 1e400 is 1, as 18kg is 18. A draft in <think>…</think> is not read. Of a marked line:
+
+    - Its first number counts; where that begins a sum, "3 + 4 = 7", what the sum comes to; and where words come first,
+      the first number behind their colon, "=" or "is". One that is part of something else (1/2, 3^2, 2:30) is none.
+    - Alone on its line, a mark announces the number that is alone on the next one.
+    - A heading ("#### Step 1: …", "#### 1. Add", "#### Solution" over more text) is passed over.
+    - The first line that is no heading decides, for a base model rambles on with questions and answers of its own; one
+      without a number is no answer.
+
+    lm-eval's flexible-extract, which takes the last number of all and compares texts, differs in this alone: in marked
+    lines and drafts; 42.0 is not 42 there; and it takes the dash of "5-3" for a sign, "1,00" for 100, "A18" for 18 and
+    bare punctuation such as "..." for a number.
     """
-    _, mark, rest = text.partition("####")
-    if mark:
-        number = _NUMBER.search(rest.partition("\n")[0])
-        return _to_decimal(number[0]) if number else None
+    text = without_draft(text)
+    line = _marked_line(text)
+    if line is not None:
+        return _value(line, _announced(line))
     numbers = _NUMBER.findall(text)
     return _to_decimal(numbers[-1]) if numbers else None
+
+
+def parse_reference(text: str) -> Decimal | None:
+    """The number that a reference gives; None where there is none, or several, or a part of something else.
+
+    A reference is read whole or not at all: "1/2" cut to 1 would take 1/3 for right.
+    """
+    text = without_draft(text)
+    line = _marked_line(text)
+    if line is None:
+        line = _undressed(text)
+        *_, number = [None, *_NUMBER.finditer(line)]
+    else:
+        number = _announced(line) if "=" in line or len(_NUMBER.findall(line)) == 1 else None
+    if number is None or line[number.end() :][:1].isalpha():  # 5x, 1e5
+        return None
+    return _value(line, number)
+
+
+def _marked_line(text: str) -> str | None:
+    """What the first "####" that is no heading announces, undressed; None where there is none."""
+    lines, numbered = text.split("\n"), 0
+    last = max((place for place, line in enumerate(lines) if line.strip()), default=0)
+    for place, line in enumerate(lines):
+        _, mark, said = line.partition("####")
+        if not mark:
+            continue
+        said = _undressed(said.lstrip("#").partition("####")[0])
+        if not said.strip():
+            following = next((_undressed(one) for one in lines[place + 1 :] if one.strip()), "")
+            return following if _ALONE.match(following) else ""
+        if (item := _NUMBERED.match(said)) and int(item[1]) == numbered + 1:
+            numbered += 1
+        elif not _STEP.match(said) and not (place < last and _TITLE.match(said)):
+            return said
+    return None
+
+
+def _undressed(line: str) -> str:
+    for pattern, plain in _DRESS:
+        line = pattern.sub(plain, line)
+    return line
+
+
+def _announced(line: str) -> re.Match[str] | None:
+    """The number that a marked line announces."""
+    number = _NUMBER.search(line)
+    if _WORDS_FIRST.match(line) and (word := _ANNOUNCED.search(line)):
+        number = _NUMBER.search(line, word.end()) or number
+    place, opened = 0, 0
+    while number and (total := _SUM.match(line, number.end())):
+        opened += line.count("(", place, total.end()) - line.count(")", place, total.end())
+        place = total.end()
+        if opened or not (result := _NUMBER.search(line, place)):  # "5 (for 2 + 3 = 5)" is no sum that 5 begins
+            break
+        number = result
+    return number
+
+
+def _value(line: str, number: re.Match[str] | None) -> Decimal | None:
+    return _to_decimal(number[0]) if number and _stands_alone(line, number) else None
+
+
+def _stands_alone(line: str, number: re.Match[str]) -> bool:
+    before = line[: number.start()].lstrip(" *_>#+")  # of a list, emphasis, a sign
+    return not (_JOINED_BEFORE.search(before) or _JOINED_AFTER.match(line, number.end()))
 
 
 def is_right(row: Mapping[str, Any], parser: str) -> bool:
@@ -83,15 +187,16 @@ def is_right(row: Mapping[str, Any], parser: str) -> bool:
     Raises:
         ValueError: a reference without a number: the data set is broken, and a score of it would mean nothing.
     """
-    wanted = parse_answer(row["reference"])
+    wanted = parse_reference(row["reference"])
     if wanted is None:
         raise ValueError(f"Row {row.get('index')} has no number in its reference {row['reference'][-60:]!r}.")
     if parser == "strict":
         return parse_answer(row["completion"]) == wanted
     from math_verify import parse, verify
 
-    said, mark, rest = row["completion"].replace("−", "-").partition("####")
-    return verify(parse(str(wanted)), parse(rest.partition("\n")[0] if mark else said))
+    text = without_draft(row["completion"]).replace("−", "-")
+    line = _marked_line(text)
+    return verify(parse(str(wanted)), parse(text if line is None else line))
 
 
 def _to_decimal(number: str) -> Decimal:
@@ -142,13 +247,14 @@ def check_rows(rows: Sequence[dict[str, str]], source: str, config: Config, **kn
     Raises:
         ConfigError: an answer without a number; `source` says in the fault where the rows are from.
     """
-    broken = [number for number, row in enumerate(rows, start=1) if parse_answer(row["y"]) is None]
+    broken = [number for number, row in enumerate(rows, start=1) if parse_reference(row["y"]) is None]
     if broken:
         others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise ConfigError(
             [
                 f"Invalid answer in {source}, row {broken[0]}{others}: gsm8k scores a final number, and "
-                f'{rows[broken[0] - 1]["y"][-60:]!r} has none; end it in "#### NUMBER", or leave the row out.'
+                f'{rows[broken[0] - 1]["y"][-60:]!r} has none; end it in "#### NUMBER", or leave the row out. A '
+                "fraction, a power, a root or a range is no number here."
             ]
         )
 

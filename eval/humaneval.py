@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from eval import predictions, sandbox
+from eval import answers, predictions, sandbox
 from eval.backends import Generator, Sampling, cut_at
 from flatlora.config import ConfigError, Section, setting
 from flatlora.console import counting
@@ -34,7 +34,7 @@ from flatlora.rows import Source, jsonl, prompt_text, read_rows
 from flatlora.templates import prompt
 
 KIND = "text"
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 HEADLINE = "pass@1"
 ROW_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "text")
 GENERATES = True
@@ -115,20 +115,15 @@ def program(code: str, completion: str, entry_point: str, form: str) -> str:
     """
     if form == "completion":
         return code + cut_at(completion, _STOPS)[0]
-    text = _block(completion)
-    defined = re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", text, re.MULTILINE)
-    if not defined:
-        return code + text  # its body alone, as a completion would have it
+    text = answers.without_draft(completion)
+    written = answers.function_in(text, entry_point)
+    if written is None:
+        body = answers.body_in(text, code, entry_point)
+        return code + (answers.blocks(text)[0] if body is None else body)
     before = re.split(rf"^def\s+{re.escape(entry_point)}\b", code, maxsplit=1, flags=re.MULTILINE)[0]
-    return f"{before}\n{text}"
-
-
-def _block(completion: str) -> str:
-    """The code of an answer that began inside a block of code, or opened one of its own."""
-    fence = re.search(r"```(python|py\b)?[^\n]*\n?", completion, re.IGNORECASE)
-    if fence and fence[1]:
-        completion = completion[fence.end() :]
-    return completion.partition("```")[0]
+    lines = written.splitlines(keepends=True)
+    future = [line for line in lines if line.startswith("from __future__ ")]  # they come first, or not at all
+    return "".join([*future, before, "\n", *lines[len(future) :]])
 
 
 def score(rows: Sequence[dict[str, Any]], passed: Sequence[bool], ks: Sequence[int] = (1,)) -> dict[str, Any]:
@@ -203,7 +198,7 @@ def run(
         config.max_new_tokens,
         config.temperature,
         config.top_p,
-        stop=_STOPS if form == "completion" else ("\n```\n",),  # a block that opens goes on with its language
+        stop=_STOPS if form == "completion" else (),  # a fence may close a block, open one or stand in a docstring
     )
     path = predictions.generate(
         backend,

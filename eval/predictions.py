@@ -68,12 +68,15 @@ def generate(
             completions = backend.generate([prompts[index] for index in batch], sampling, drawn)
         return [{"completion": one.text, "tokens": one.tokens, "finished": one.finished} for one in completions]
 
+    lengths = prompt_lengths(backend, prompts)
+    if check := getattr(backend, "check_lengths", None):
+        check(lengths, sampling.max_new_tokens)
     return collect(
         [{"prompt": p, "reference": r, **more} for p, r, more in zip(prompts, references, known, strict=True)],
         answer,
         folder,
         fields=GENERATED,
-        lengths=prompt_lengths(backend, prompts),
+        lengths=lengths,
         batch_size=backend.batch_size,
         each=getattr(backend, "each", None),
         settings={**backend.describe(), **sampling.describe()},

@@ -63,6 +63,8 @@ class Generator(Protocol):
     A backend whose answers depend on their own prompts alone, such as an endpoint, may have `each(work, items)` too:
     (item, what `work` makes of it) as they end, several at a time. Its rows are then asked one by one, not in batches.
     One that makes a batch's answers token by token may have `on_token`, to be set: called with the number of each.
+    One that knows the model's context may have `check_lengths(lengths of prompts, new tokens)`, a ConfigError where the
+    model cannot take them; it is called before the first batch.
     """
 
     batch_size: int

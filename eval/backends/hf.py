@@ -8,6 +8,7 @@ answer does not hang on the rows beside it, and a resumed evaluation goes on as 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,14 +16,23 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from eval.backends import Completion, Sampling, cut_at
-from eval.backends.tokenised import TokenisedBackend
+from eval.backends.tokenised import Context, TokenisedBackend, end_ids
 from flatlora.precision import Precision, autocast
+from flatlora.tokenizing import text_ids
 
 _IGNORED = -100  # label of a place without an answer's token
+_MARGIN = 4  # tokens more than a stop can have: the first blank of what is decoded may be lost
 
 
 class HFBackend(TokenisedBackend):
@@ -47,6 +57,10 @@ class HFBackend(TokenisedBackend):
         self.precision, self.identity = precision, identity or {}
         self.device = next(model.parameters()).device
         self.on_token: Callable[[int], None] | None = None
+        self.encoder_decoder = model.config.is_encoder_decoder
+        own = getattr(model, "generation_config", None)  # often a list, as of chat models
+        self.ends = end_ids(tokenizer.eos_token_id, getattr(own, "eos_token_id", None))
+        self.context = context_of(model)
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_contiguous)
 
@@ -56,19 +70,22 @@ class HFBackend(TokenisedBackend):
             "batch_size": self.batch_size,
             "autocast": self.precision.label if self.precision else "None",
             "device": self.device.type,
+            "ends": sorted(self.ends),
             **self.identity,
         }
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
+        self.check_lengths([len(prompt) for prompt in prompts], sampling.max_new_tokens)
         input_ids = self._padded(prompts, left=True, fill=self.tokenizer.pad_token_id)
         mask = self._padded([[1] * len(ids) for ids in prompts], left=True, fill=0)
+        start = 1 if self.encoder_decoder else input_ids.shape[1]
+        stops = StopTexts(len(prompts), start, lambda row, ids: self._is_stopped(prompts[row], ids, sampling.stop))
         greedy = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,  # the draw is made by the processor below: its largest score is the drawn token
-            stop_strings=list(sampling.stop) or None,
             use_cache=True,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=sorted(self.ends) or None,
             pad_token_id=self.tokenizer.pad_token_id,
             decoder_start_token_id=self._decoder_start(),
         )
@@ -78,11 +95,19 @@ class HFBackend(TokenisedBackend):
                 attention_mask=mask,
                 generation_config=greedy,
                 logits_processor=LogitsProcessorList([SeededDraw(sampling, seeds)] if sampling.temperature else []),
-                tokenizer=self.tokenizer if sampling.stop else None,
                 streamer=TokenCounter(self.on_token) if self.on_token else None,
+                stopping_criteria=StoppingCriteriaList([stops] if sampling.stop else []),
             )
-        start = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
-        return [self._completion(ids, sampling.stop) for ids in output[:, start:].tolist()]
+        answers = [ids[:length] for ids, length in zip(output[:, start:].tolist(), stops.lengths, strict=True)]
+        return [self._completion(*pair, sampling.stop) for pair in zip(prompts, answers, strict=True)]
+
+    def _is_stopped(self, prompt: list[int], answer: list[int], stop: Sequence[str]) -> bool:
+        """Whether a stop stands in an answer that had none before its last token."""
+        kept = self._before_end(answer)
+        newest = max(len(one.encode()) for one in stop) + _MARGIN  # tokens, a byte each at least
+        if len(kept) > newest and not cut_at(self._decode(kept[-newest:]), stop)[1]:
+            return False
+        return cut_at(self._text(prompt, kept), stop)[1]
 
     def first_token(self, choice: str) -> int:
         return self._choice_ids(choice, first_token=True)[0]
@@ -96,7 +121,7 @@ class HFBackend(TokenisedBackend):
         `first_token` takes the first token of each choice alone, without an end.
         """
         pairs = [(prompt, choice) for prompt, offered in zip(prompts, choices, strict=True) for choice in offered]
-        asked = {prompt: self.tokenizer(prompt)["input_ids"] for prompt in prompts}
+        asked = {prompt: self._prompt_ids(prompt) for prompt in prompts}
         answers = {choice: self._choice_ids(choice, first_token) for _, choice in pairs}
         found: list[float] = []
         for start in range(0, len(pairs), self.batch_size):
@@ -107,14 +132,15 @@ class HFBackend(TokenisedBackend):
         return [[next(scores) for _ in offered] for offered in choices]
 
     def _choice_ids(self, choice: str, first_token: bool) -> list[int]:
-        ids = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
+        ids = text_ids(self.tokenizer, choice, special=False)
         return ids[:1] if first_token else [*ids, self.tokenizer.eos_token_id]
 
     def _sequence_scores(self, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
         """Σ log p of the answers' tokens, one number a pair."""
         width = max(map(len, answers))
-        labels = self._padded(answers, left=not self.model.config.is_encoder_decoder, fill=_IGNORED)
-        if self.model.config.is_encoder_decoder:
+        self.check_lengths([len(prompt) for prompt in prompts], width + 1)
+        labels = self._padded(answers, left=not self.encoder_decoder, fill=_IGNORED)
+        if self.encoder_decoder:
             input_ids = self._padded(prompts, left=False, fill=self.tokenizer.pad_token_id)
             mask = self._padded([[1] * len(ids) for ids in prompts], left=False, fill=0)
             logits = adapted_model(self.model)(input_ids=input_ids, attention_mask=mask, labels=labels).logits
@@ -143,18 +169,6 @@ class HFBackend(TokenisedBackend):
         own = getattr(self.model, "generation_config", None)
         found = [getattr(config, "decoder_start_token_id", None) for config in (own, self.model.config)]
         return next((token for token in found if token is not None), None)
-
-    def _completion(self, ids: list[int], stop: Sequence[str]) -> Completion:
-        eos = self.tokenizer.eos_token_id
-        finished = eos in ids
-        kept = ids[: ids.index(eos)] if finished else ids
-        text, stopped = cut_at(self._text(kept), stop)
-        if stopped:  # what was padded while other rows went on is no token of this one
-            kept = kept[: next(n for n in range(1, len(kept) + 1) if cut_at(self._text(kept[:n]), stop)[1])]
-        return Completion(text, len(kept), finished or stopped)
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.precision)
@@ -188,6 +202,47 @@ class TokenCounter(BaseStreamer):
 
     def end(self) -> None:
         """Nothing is left to report."""
+
+
+_TABLE = re.compile(r"(wpe|\w*positions?|\w*position_embeddings?)$")  # of learned or fixed positions, one a row
+
+
+def context_of(model: nn.Module) -> Context | None:
+    """What a model's positions reach to; None where they are relative, or unbounded."""
+    parts = ((name.removesuffix(".base_layer").rpartition(".")[2], module) for name, module in model.named_modules())
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)  # OPT's and BART's begin at the third row
+        for name, module in parts
+        if isinstance(module, nn.Embedding) and _TABLE.match(name) and "relative" not in name
+    ]
+    tables += [len(table) for name, table in model.named_buffers() if name.endswith(".embed_positions")]  # GPT-J
+    if tables:
+        return Context(min(tables), "learned")
+    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if model.config.is_encoder_decoder or getattr(model.config, "alibi", False) or not isinstance(trained, int):
+        return None
+    return Context(trained, "rotary") if trained > 0 else None
+
+
+class StopTexts(StoppingCriteria):
+    """Ends a row at the token that completes a stop in its own answer, whatever its prompt ends in.
+
+    Args:
+        start: places of `input_ids` that are no answer's.
+        is_stopped: (row, ids of its answer) → whether a stop stands there.
+
+    `lengths` has how many tokens of each row's answer there were by then; None where no stop came.
+    """
+
+    def __init__(self, rows: int, start: int, is_stopped: Callable[[int, list[int]], bool]) -> None:
+        self.lengths: list[int | None] = [None] * rows
+        self.start, self.is_stopped = start, is_stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for row, ids in enumerate(input_ids[:, self.start :].tolist()):
+            if self.lengths[row] is None and self.is_stopped(row, ids):
+                self.lengths[row] = len(ids)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 
 
 class SeededDraw(LogitsProcessor):

@@ -1,27 +1,81 @@
-"""What backends share that have the model's own tokenizer: prompts and chats become token ids in one way."""
+"""What backends share that have the model's own tokenizer: how prompts and chats become token ids, and how those that
+the model adds become an answer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from eval.backends import Completion, Messages, Sampling
+from eval.backends import Completion, Messages, Sampling, cut_at
 from flatlora.config import ConfigError
+from flatlora.tokenizing import appended_ends, text_ids
+
+logger = logging.getLogger(__name__)
+
+
+class Context(NamedTuple):
+    """How many tokens a model takes, prompt and answer together (an encoder-decoder model: each by itself).
+
+    Beyond `limit`, "learned" positions do not exist, "rotary" ones were never trained, and a "served" answer is cut.
+    """
+
+    limit: int
+    kind: Literal["learned", "rotary", "served"]
 
 
 class TokenisedBackend:
-    """Generation by token ids; a subclass has `tokenizer` and `_generate`."""
+    """Generation by token ids; a subclass has `tokenizer`, `ends` and `_generate`.
+
+    `ends` are the tokens that each end an answer.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+    encoder_decoder = False
+    context: Context | None = None
+    _warned_of_context = False
 
     def prompt_length(self, prompt: str) -> int:
-        return len(self.tokenizer(prompt)["input_ids"])
+        return len(self._prompt_ids(prompt))
+
+    def check_lengths(self, lengths: Sequence[int], new_tokens: int) -> None:
+        """See to it that the model can read prompts of these lengths and `new_tokens` after each; warns once.
+
+        Raises:
+            ConfigError: it cannot; with how many there are of those.
+        """
+        if self.context is None or not lengths:
+            return
+        limit, kind = self.context
+        # The last new token is an answer's, and read by nobody.
+        read = [max(length, new_tokens) if self.encoder_decoder else length + new_tokens - 1 for length in lengths]
+        beyond, alone, longest = sum(n > limit for n in read), sum(n > limit for n in lengths), max(lengths)
+        if (kind == "learned" and beyond) or (kind == "served" and longest >= limit):
+            raise ConfigError(
+                [
+                    f"Too long for the model: {beyond} of {len(lengths)} prompts, the longest of {longest} tokens, "
+                    f"with up to {new_tokens} tokens of an answer; it has positions for {limit} tokens and none "
+                    "beyond. Lower max_new_tokens, leave those rows out, or use a model with a longer context."
+                ]
+            )
+        if beyond and not self._warned_of_context:
+            self._warned_of_context = True
+            logger.warning(
+                "%d of %d prompts and their answers of up to %d tokens may be longer than the %d tokens of the model's"
+                " context (%d prompts by themselves, the longest of %d tokens): %s.",
+                *(beyond, len(lengths), new_tokens, limit, alone, longest),
+                _BEYOND[kind],
+            )
 
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        return self._generate([self.tokenizer(prompt)["input_ids"] for prompt in prompts], sampling, seeds)
+        return self._generate([self._prompt_ids(prompt) for prompt in prompts], sampling, seeds)
 
     def chat(
         self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
@@ -43,3 +97,47 @@ class TokenisedBackend:
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
         """One completion for each list of token ids, in order."""
         raise NotImplementedError
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        ids = text_ids(self.tokenizer, prompt)
+        return ids[: len(ids) - self._appended_ends]
+
+    @functools.cached_property
+    def _appended_ends(self) -> int:
+        return 0 if self.encoder_decoder else appended_ends(self.tokenizer)
+
+    def _completion(self, prompt: list[int], ids: list[int], stop: Sequence[str]) -> Completion:
+        """The answer in the ids that the model put behind `prompt`: up to its first end, and before its first stop."""
+        kept = self._before_end(ids)
+        text, stopped = cut_at(self._text(prompt, kept), stop)
+        return Completion(text, len(kept), len(kept) < len(ids) or stopped)
+
+    def _before_end(self, ids: list[int]) -> list[int]:
+        return ids[: next((place for place, token in enumerate(ids) if token in self.ends), len(ids))]
+
+    def _text(self, prompt: list[int], answer: list[int]) -> str:
+        """What an answer adds to its prompt's text.
+
+        SentencePiece's decoders take the first blank off a text, so an answer decoded by itself would lose its own.
+        """
+        before = [] if self.encoder_decoder else prompt
+        head, whole = self._decode(before), self._decode([*before, *answer])
+        return whole.removeprefix(head) if whole.startswith(head) else self._decode(answer)
+
+    def _decode(self, ids: list[int]) -> str:
+        """Never "cleaned up", which would take blanks before punctuation away."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+_BEYOND = {
+    "rotary": "it was not trained on positions beyond, and what it says there is worth little; nothing is cut",
+    "served": "an answer that reaches the limit is cut there, and counts as unfinished",
+}
+
+
+def end_ids(*declared: int | Iterable[int] | None) -> frozenset[int]:
+    """All end-of-sequence ids of a tokenizer and a generation config, which may have one, several or none."""
+    found: set[int] = set()
+    for one in declared:
+        found |= set() if one is None else {one} if isinstance(one, int) else set(one)
+    return frozenset(found)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from eval.backends import Completion, Sampling
-from eval.backends.tokenised import TokenisedBackend
+from eval.backends.tokenised import Context, TokenisedBackend, end_ids
 from flatlora.config import ConfigError
 
 
@@ -63,6 +63,9 @@ class VLLMBackend(TokenisedBackend):
             model=weights, dtype=dtype, max_model_len=context, seed=0, disable_log_stats=True, **lora, **_memory()
         )
         self.tokenizer = self.llm.get_tokenizer()
+        served = self.llm.llm_engine.model_config
+        self.ends = end_ids(self.tokenizer.eos_token_id, served.try_get_generation_config().get("eos_token_id"))
+        self.context = Context(served.max_model_len, "served")
 
     def describe(self) -> dict[str, Any]:
         import vllm
@@ -72,12 +75,14 @@ class VLLMBackend(TokenisedBackend):
             "version": vllm.__version__,
             "dtype": self._dtype,
             "batch_size": self.batch_size,
+            "ends": sorted(self.ends),
             **self.identity,
         }
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
         from vllm import SamplingParams
 
+        self.check_lengths([len(prompt) for prompt in prompts], sampling.max_new_tokens)
         drawn = [None] * len(prompts)
         if seeds is not None and sampling.temperature:
             drawn = [seed % (1 << 63) for seed in seeds]
@@ -87,19 +92,20 @@ class VLLMBackend(TokenisedBackend):
                 temperature=sampling.temperature,
                 top_p=sampling.top_p if sampling.temperature else 1.0,
                 stop=list(sampling.stop) or None,
+                stop_token_ids=sorted(self.ends),
                 seed=seed,
             )
             for seed in drawn
         ]
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         found = self.llm.generate(asked, options, lora_request=self._adapter, use_tqdm=False)
-        return [_completion(one.outputs[0]) for one in found]
+        outputs = [one.outputs[0] for one in found]
+        return [self._said(*pair, sampling.stop) for pair in zip(prompts, outputs, strict=True)]
 
-
-def _completion(output: Any) -> Completion:
-    finished = output.finish_reason == "stop"
-    by_token = finished and output.stop_reason is None  # the end of the sequence, which is no token of the answer
-    return Completion(output.text, len(output.token_ids) - by_token, finished)
+    def _said(self, prompt: list[int], output: Any, stop: Sequence[str]) -> Completion:
+        """The text is made of the tokens as for backend=hf, so that the same tokens are the same answer."""
+        answer = self._completion(prompt, list(output.token_ids), stop)
+        return answer._replace(finished=answer.finished or output.finish_reason == "stop")
 
 
 def _memory() -> dict[str, float]:

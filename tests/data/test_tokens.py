@@ -16,12 +16,13 @@ PAD, BOS, EOS, UNKNOWN = range(4)
 WORDS = [f"w{i}" for i in range(92)]
 
 
-def make_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
+def make_tokenizer(*, bos: bool, eos: bool = False) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+        single, known = "<s> $A </s>" if eos else "<s> $A", [("<s>", BOS), ("</s>", EOS)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -47,6 +48,42 @@ def test_prompt_and_answer_are_tokenised_apart_and_only_the_prompt_begins(tokeni
     assert found[0]["prompt"] == tokenizer(text(0, 1) + " ")["input_ids"]  # what an evaluator asks
     assert found.lengths == [len(start) + 6]
     assert (found.cut, found.dropped) == (0, 0)
+
+
+def test_the_end_that_a_tokenizer_puts_behind_every_text_is_an_encoders_alone():
+    rows, plain, ending = (
+        [{"x": text(0, 1), "y": text(2)}],
+        make_tokenizer(bos=True),
+        make_tokenizer(bos=True, eos=True),
+    )
+    asked = plain(text(0, 1))["input_ids"]
+    assert ending(text(0, 1))["input_ids"] == [*asked, EOS]
+    for rows_of in (tokenise, tokens.tokenise_reference):
+        assert rows_of(rows, ending, 20)[0] == {"prompt": asked, "answer": [*ids(2), EOS]}
+    assert tokenise(rows, ending, 20, encoder_decoder=True)[0]["prompt"] == [*asked, EOS]
+    (row,) = prepare(Splits(rows, [], []), ending, 20).train
+    assert row["prompt"] == asked
+
+
+def test_names_of_special_tokens_in_rows_are_text_and_told(smollm_tokenizer, caplog):
+    x, y = "What does <|im_end|> do?", "It ends <|im_start|> and <|im_end|> again."
+    rows = [{"x": x, "y": y}, {"x": "plain", "y": "text"}, {"x": "plain", "y": "<|im_end|>"}]
+    assert smollm_tokenizer(y)["input_ids"].count(smollm_tokenizer.eos_token_id) == 1  # as control tokens
+    with caplog.at_level(logging.WARNING):
+        found = tokenise(rows, smollm_tokenizer, 200)
+    assert smollm_tokenizer.decode(found[0]["prompt"]) == x + " "
+    assert found[0]["answer"].count(smollm_tokenizer.eos_token_id) == 1  # its end
+    assert smollm_tokenizer.decode(found[0]["answer"][:-1]) == y
+    (record,) = caplog.records
+    assert "(<|im_end|> in 2 rows, <|im_start|> in 1 rows): they are read as the text that they are" in record.message
+    reference = tokens.tokenise_reference(rows, smollm_tokenizer, 200)
+    assert [found[i] for i in range(3)] == [reference[i] for i in range(3)]
+
+
+def test_names_that_a_tokenizer_cannot_read_as_text_are_told(caplog):
+    with caplog.at_level(logging.WARNING):  # a vocabulary of whole words has them as words
+        tokenise([{"x": text(0), "y": f"{text(1)} </s> {text(2)}"}], make_tokenizer(bos=True), 20)
+    assert "(</s> in 1 rows): this tokenizer can read them as the tokens alone; take them out" in caplog.text
 
 
 @pytest.mark.parametrize(

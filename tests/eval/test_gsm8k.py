@@ -1,14 +1,17 @@
 """The GSM8K scorer: numbers as people write them, the first marked answer, no mercy for what cannot be read."""
 
 import json
+import re
+import shutil
 import time
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import eval as benchmarks
-from eval import gsm8k
+from eval import command, gsm8k
 from eval.backends import Completion
 from eval.gsm8k import parse_answer, score
 from flatlora.config import ConfigError
@@ -55,6 +58,47 @@ MARKED = [
     ("#### 18\n\nQ: Tom has 3 pens. How many?\nA: #### 3", "18"),
     ("#### 18 #### 3", "18"),
     ("#### 18\n5 more", "18"),
+    # A sum comes to what stands behind its last "=".
+    ("#### 3 + 4 = 7", "7"),
+    ("#### $3 + $4 = $7 per day", "7"),
+    ("#### 3 apples + 4 apples = 7 apples", "7"),
+    ("#### (3 + 4) * 2 = 14", "14"),
+    ("#### 3 + 4 = 7 + 2 = 9", "9"),
+    ("#### $1,000 / 4 = $250", "250"),
+    (r"#### 3 \times 4 = 12", "12"),
+    ("#### 5 (because 2 + 2 = 4)", "5"),
+    # Words come first: what they announce.
+    ("#### Total = 3 + 4 = 7", "7"),
+    ("#### Total for 3 days: 42", "42"),
+    ("#### The total for 3 days is 42 dollars", "42"),
+    ("#### Answer: 18 (it is 3 each)", "18"),
+    ("#### **Answer:** 18", "18"),
+    (r"#### \boxed{18}", "18"),
+    (r"#### \(18\)", "18"),
+    (r"#### 18\text{ apples}", "18"),
+    (r"#### \$18", "18"),
+    ("#### $18/hour", "18"),
+    # A part of something else is no number.
+    ("#### 1/2", None),
+    (r"#### \frac{1}{2}", None),
+    (r"#### $2\sqrt{3}$", None),
+    ("#### 3^2", None),
+    ("#### 2**3", None),
+    ("#### 2:30", None),
+    ("#### 10-15", None),
+    ("#### 3 + 4", None),
+    # Alone on its line, a mark announces what is alone on the next.
+    ("####\n42", "42"),
+    ("####\n\n**$42.00**\n\nQ: 5?", "42"),
+    # Headings of a longer answer announce nothing.
+    ("#### Step 1: Add 3 and 4\n3 + 4 = 7\n#### 7", "7"),
+    ("#### Step 1: Add 3 and 4\nShe has 7 apples.", "7"),
+    ("#### 1. Count\n5\n#### 2. Add\n6\n#### 11", "11"),
+    ("#### Solution\n3 * 4 = 12\n#### 12\n\n#### 13", "12"),
+    ("#### Final Answer\n\nThe final answer is 42.", "42"),
+    # A draft is no answer.
+    ("<think>\n#### 5\n</think>\n#### 6", "6"),
+    ("<think>\n#### 5", None),
     # A mark that announces nothing is no answer, whatever stands around it.
     ("#### ", None),
     ("5 + 5 = 10\n####", None),
@@ -118,10 +162,15 @@ def test_a_number_of_ten_thousand_digits_is_read_exactly(mark, sign):
     assert read != parse_answer(mark + sign + near)
 
 
-@pytest.mark.parametrize("piece", ["1,", "1,111", "-", "$ ", "9", ".", " ", "####"])
-def test_a_long_answer_is_read_in_time_that_grows_with_its_length(piece):
+@pytest.mark.parametrize("mark", ["", "#### "])
+@pytest.mark.parametrize(
+    "piece",
+    ["1,", "1,111", "-", "$ ", "9", ".", " ", "####", "#### A\n", "a ", "1+1=", "**", r"\boxed{", "1 x ", "<think>"],
+)
+def test_a_long_answer_is_read_in_time_that_grows_with_its_length(piece, mark):
     started = time.process_time()
-    parse_answer(piece * 100_000)
+    parse_answer(mark + piece * 100_000)
+    gsm8k.parse_reference(mark + piece * 100_000)
     assert time.process_time() - started < 5  # quadratic time would be minutes
 
 
@@ -137,6 +186,99 @@ def test_text_around_a_number_changes_nothing(number):
         f"= {number}.",
     ):
         assert parse_answer(text) == plain, text
+
+
+def lm_eval_flexible(text):
+    """lm-eval's flexible-extract and what its exact_match takes off, as its gsm8k.yaml has them."""
+    import lm_eval
+    import yaml
+    from lm_eval.filters.extraction import RegexFilter
+
+    folder = Path(lm_eval.__file__).parent / "tasks/gsm8k"
+    settings = yaml.safe_load((folder / "gsm8k.yaml").read_text())
+    (filters,) = [one["filter"] for one in settings["filter_list"] if one["name"] == "flexible-extract"]
+    options = {key: value for key, value in filters[0].items() if key != "function"}
+    ((found,),) = RegexFilter(**options).apply([[text]], [{}])
+    for pattern in settings["metric_list"][0]["regexes_to_ignore"]:
+        found = re.sub(pattern, "", found)
+    return found
+
+
+ORDINARY = [
+    ("The answer is 18.", "18"),
+    ("So she has 3 + 4 = 7 apples.", "7"),
+    ("That is $1,234.50.", "1234.50"),
+    ("x = -5", "-5"),
+    ("10 - 7", "7"),
+    ("1/2", "2"),
+    ("It takes 2:30", "30"),
+    (r"\boxed{18}", "18"),
+    ("#### 42", "42"),
+    ("#### 1,000", "1000"),
+    ("#### 3 + 4 = 7", "7"),
+    ("####\n42", "42"),
+    ("#### Step 1: Add\n3 + 4 = 7\n#### 7", "7"),
+    ("#### Step 1: Add 3\nShe has 7", "7"),
+    ("no number", None),
+]
+DOCUMENTED = [  # text, ours, lm-eval's
+    ("#### 18\n\nQ: 5 pens?\nA: 3", "18", "3"),
+    ("10\n#### ten", None, "10"),
+    ("#### 1/2", None, "2"),
+    ("<think>5", None, "5"),
+    ("5-3", "3", "-3"),
+    ("1,00", "0", "100"),
+    ("A18", None, "18"),
+    ("It is 5...", "5", "5.."),
+    ("5 and so on ...", "5", ".."),
+]
+
+
+def test_lm_evals_flexible_filter_differs_where_it_is_documented():
+    pytest.importorskip("lm_eval")
+    for text, number in ORDINARY:
+        assert lm_eval_flexible(text) == (number or "[invalid]"), text
+        assert parse_answer(text) == (None if number is None else Decimal(number)), text
+    for text, ours, theirs in DOCUMENTED:
+        assert lm_eval_flexible(text) == theirs, text
+        assert parse_answer(text) == (None if ours is None else Decimal(ours)), text
+
+
+REFERENCES = [
+    ("#### 18", "18"),
+    ("#### -1,234.50", "-1234.50"),
+    ("#### 18 apples", "18"),
+    ("#### 3 + 4 = 7", "7"),
+    ("The answer is 42.", "42"),
+    (r"so $x = \boxed{18}$", "18"),
+    ("50%", "50"),
+    ("#### 1/2", None),
+    ("#### 1 1/2", None),
+    ("#### 18 and 7", None),
+    (r"$2\sqrt{3}$", None),
+    (r"The answer is \boxed{\frac{1}{2}}", None),
+    ("#### 2:30", None),
+    ("10-15", None),
+    ("3^2", None),
+    ("x^2+3", None),
+    ("5x", None),
+    ("#### 1e400", None),
+    (r"3\pi", None),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), REFERENCES)
+def test_a_reference_is_read_whole_or_refused(text, number):
+    assert gsm8k.parse_reference(text) == (None if number is None else Decimal(number))
+    rows = [{"x": "Q", "y": text}]
+    if number is not None:
+        gsm8k.check_rows(rows, "FILE", gsm8k.Config())
+        return
+    with pytest.raises(ConfigError, match="Invalid answer in FILE, row 1: gsm8k scores a final number"):
+        gsm8k.check_rows(rows, "FILE", gsm8k.Config())
+    for parser in ("strict", "math_verify"):
+        with pytest.raises(ValueError, match="has no number in its reference"):
+            gsm8k.is_right(row(text, "#### 1/3"), parser)
 
 
 def row(reference, completion, *, finished=True, tokens=4):
@@ -278,7 +420,8 @@ def test_every_real_reference_is_read_and_right_against_itself(split):
     answers = [one["answer"] for one in read_jsonl(REAL_TEST.with_name(f"{split}.jsonl"))]
     assert len(answers) == {"train": 7473, "test": 1319}[split]
     for answer in answers:  # a second, plain reading: all after the mark, without separators
-        assert parse_answer(answer) == Decimal(answer.split("####")[1].strip().replace(",", "")), answer
+        number = Decimal(answer.split("####")[1].strip().replace(",", ""))
+        assert parse_answer(answer) == gsm8k.parse_reference(answer) == number, answer
     result = score([row(answer, answer) for answer in answers])
     assert result["metrics"]["exact_match"] == 1.0
     assert result["metrics"]["unparsed"] == 0.0
@@ -297,6 +440,9 @@ def test_every_real_reference_is_read_and_right_against_itself(split):
         ("#### none of these\n1000", False, False),
         ("1000.0", True, True),
         ("-1000", False, False),
+        ("#### Step 1: 5 + 5 = 10\n#### 1000", True, True),
+        ("####\n1000", True, True),
+        ("<think>#### 1000</think>#### 5", False, False),
     ],
 )
 def test_both_parsers_read_the_same_answers(completion, strict, lenient):
@@ -322,3 +468,32 @@ def test_own_rows_have_the_template_that_is_asked_for(tmp_path):
     for template, beginning in (("qa", "Q: 1 + 1?"), ("alpaca", "Below is"), ("none", "1 + 1?")):
         (asked,) = gsm8k.benchmark_rows(str(tmp_path), gsm8k.Config(template=template))
         assert asked["x"].startswith(beginning)
+
+
+def test_a_model_whose_ends_are_a_list_answers_as_transformers_ends_it(tiny_model_folder, tmp_path):
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = tokenizer("Q: n = 1\nA:  ", return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": tokenizer.pad_token_id}
+
+    def said():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        return model.generate(**asked, **options)[0, asked["input_ids"].shape[1] :].tolist()
+
+    whole = said()
+    GenerationConfig(eos_token_id=[tokenizer.eos_token_id, whole[3]]).save_pretrained(folder)
+    cut = said()
+    assert len(cut) < len(whole) == 8
+    (tmp_path / "rows.jsonl").write_text(jsonl([{"x": "Q: n = 1\nA: ", "y": "#### 1"}]))
+    words = [
+        str(folder),
+        f"rows={tmp_path / 'rows.jsonl'}",
+        f"out={tmp_path / 'out'}",
+        "device=cpu",
+        "max_new_tokens=8",
+    ]
+    assert command.main("gsm8k", words) == 0
+    (answer,) = read_jsonl(tmp_path / "out/predictions.jsonl")
+    assert (answer["tokens"], answer["finished"]) == (len(cut) - 1, True)
+    made = json.loads((tmp_path / "out/generation.json").read_text())
+    assert made["ends"] == sorted({tokenizer.eos_token_id, whole[3]})

@@ -1,15 +1,33 @@
 """Greedy decoding is the largest logit at every step, whatever the model's own generation config asks for."""
 
 import json
+import logging
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5ForConditionalGeneration,
+)
 
 from eval import predictions
-from eval.backends import Sampling, cut_at
-from eval.backends.hf import HFBackend, SeededDraw
+from eval.backends import Completion, Sampling, cut_at
+from eval.backends.hf import HFBackend, SeededDraw, context_of
+from eval.backends.tokenised import end_ids
+from flatlora.config import ConfigError
 from tests.conftest import tiny_llama, tiny_lora
+from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer
 
 OWN = {
     "repetition penalty": {"repetition_penalty": 1e-3},  # below 1 it rewards, which a model that repeats nothing shows
@@ -146,3 +164,140 @@ def test_the_head_s_weight_is_not_copied_for_each_row(tokenizer):
     assert [sorted(map(len, shapes)) for shapes in products] == [[2, 2]]
     with torch.inference_mode():
         torch.testing.assert_close(logits[:, 0], model(input_ids=ids).logits[:, -1])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_every_end_that_the_model_declares_ends_an_answer(tokenizer, adapted):
+    model = (tiny_lora if adapted else tiny_llama)(vocab_size=len(tokenizer)).eval()
+    prompt = "Q: 3 + 4?\nA: "
+    asked = tokenizer(prompt, return_tensors="pt")
+    said = largest_logits(model, asked["input_ids"][0].tolist(), 8)
+    for module in model.modules():
+        if "generation_config" in vars(module):
+            module.generation_config = GenerationConfig(eos_token_id=[said[3], tokenizer.eos_token_id])
+    end = said.index(said[3])
+    # As transformers itself ends it.
+    (whole,) = model.generate(**asked, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
+    assert whole[asked["input_ids"].shape[1] :] == said[: end + 1]
+    backend = HFBackend(model, tokenizer, batch_size=2)
+    (answer, other) = backend.generate([prompt, "Q"], Sampling(8))
+    before = asked["input_ids"][0].tolist()
+    expected = tokenizer.decode(before + said[:end]).removeprefix(tokenizer.decode(before))
+    assert answer == Completion(expected, end, True)
+    assert backend.describe()["ends"] == sorted({said[3], tokenizer.eos_token_id})
+    assert other.tokens <= 8
+
+
+def test_ends_are_all_that_are_declared():
+    assert end_ids(2, [7, 8]) == {2, 7, 8}
+    assert end_ids(None, 2) == {2}
+    assert end_ids(None, None) == frozenset()
+
+
+@pytest.fixture(scope="module")
+def llama2_like(tmp_path_factory):
+    lines = ["def f(x):", "    return [y for y in x]", "Q: 3 + 4?", "The answer is 7 .", "            deep"] * 20
+    return llama2_like_tokenizer(tmp_path_factory.mktemp("llama2-like"), lines, pieces=320)
+
+
+def said(tokenizer, prompt, answer, *, stop=(), end=True):
+    ids = continuation(tokenizer, prompt, answer)
+    ids += [tokenizer.eos_token_id] if end else []
+    model = ScriptedLM({tuple(tokenizer(prompt)["input_ids"]): ids}, len(tokenizer), tokenizer.eos_token_id)
+    (found,) = HFBackend(model, tokenizer, batch_size=1).generate([prompt], Sampling(64, stop=stop))
+    return found, len(ids) - end
+
+
+@pytest.mark.parametrize(
+    "answer", ["    return x\n", " 7 .\n", "            deep", "7", "\n\n    x", "é ü", "  ", "\tx", "<s> is text"]
+)
+def test_an_answer_keeps_the_blanks_that_it_begins_with(llama2_like, answer):
+    prompt = "def f(x):\n"
+    found, tokens = said(llama2_like, prompt, answer)
+    assert found == Completion(answer, tokens, True)
+    assert llama2_like.decode(continuation(llama2_like, prompt, answer)) != answer or not answer.startswith(" ")
+
+
+def test_stops_are_looked_for_in_the_answer_alone(llama2_like):
+    prompt, stop = "Q: 3 + 4?\n", "\nQ:"
+    # Prompt and answer together have the stop, the answer has not; then it has.
+    found, tokens = said(llama2_like, prompt, "Q: is 7", stop=(stop,))
+    assert found == Completion("Q: is 7", tokens, True)
+    found, tokens = said(llama2_like, prompt, " The answer is 7\nQ: 3 + 4?\nThe answer", stop=(stop,))
+    assert (found.text, found.finished) == (" The answer is 7", True)
+    assert found.tokens == len(continuation(llama2_like, prompt, " The answer is 7\nQ:"))
+    found, tokens = said(llama2_like, prompt, " 7", stop=(" 7",))  # the blank is the stop's
+    assert found == Completion("", tokens, True)
+
+
+def test_a_tokenizers_own_end_is_no_part_of_a_prompt(llama2_like, tmp_path):
+    llama2_like.save_pretrained(tmp_path)
+    ending = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True, add_eos_token=True)
+    assert ending("Q").input_ids == [*llama2_like("Q").input_ids, ending.eos_token_id]
+    model = tiny_llama(vocab_size=len(ending))
+    plain, same = (HFBackend(model, one, batch_size=1) for one in (llama2_like, ending))
+    assert plain.prompt_length("Q: 3") == same.prompt_length("Q: 3")
+    assert plain.generate(["Q: 3"], Sampling(6)) == same.generate(["Q: 3"], Sampling(6))
+    assert plain.log_likelihoods(["Q: 3"], [["7", "8"]]) == same.log_likelihoods(["Q: 3"], [["7", "8"]])
+
+
+SMALL = {"vocab_size": 4096, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+
+
+def opt():
+    return OPTForCausalLM(OPTConfig(**SMALL, max_position_embeddings=16, ffn_dim=8, word_embed_proj_dim=8))
+
+
+def gptj():
+    return GPTJForCausalLM(GPTJConfig(vocab_size=4096, n_positions=16, n_embd=8, n_layer=1, n_head=1, rotary_dim=4))
+
+
+@pytest.mark.parametrize("make", [gpt2, opt, gptj])
+def test_prompts_beyond_learned_positions_are_refused(tokenizer, make):
+    model = make().eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.full((1, 9), 5)
+    # What transformers itself takes: 9 tokens and 8 more, the last of which is not read.
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    model.generate(ids, max_new_tokens=8, **options)
+    with pytest.raises((IndexError, RuntimeError)):
+        model.generate(ids, max_new_tokens=9, **options)
+    backend = HFBackend(model, tokenizer, batch_size=1)
+    assert backend.context == (16, "learned")
+    backend.check_lengths([3, 9], 8)
+    with pytest.raises(
+        ConfigError, match="Too long for the model: 1 of 2 prompts, the longest of 9 tokens, with up to 9"
+    ):
+        backend.check_lengths([3, 9], 9)
+    with pytest.raises(ConfigError, match="Too long for the model: 1 of 1 prompts"):
+        backend.generate(["w " * 40], Sampling(2))
+    with pytest.raises(ConfigError, match="Too long for the model: 1 of 1 prompts"):
+        backend.log_likelihoods(["w " * 40], [["a", "b"]])
+
+
+def test_positions_that_were_not_trained_are_told_once(tokenizer, caplog):
+    backend = HFBackend(tiny_llama(vocab_size=len(tokenizer)), tokenizer, batch_size=1)
+    assert backend.context == (512, "rotary")
+    with caplog.at_level(logging.WARNING):
+        backend.check_lengths([500, 500], 13)
+        assert not caplog.records
+        backend.check_lengths([3, 500, 600], 14)
+        backend.check_lengths([3, 500, 600], 14)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "2 of 3 prompts and their answers of up to 14 tokens may be longer than the 512 tokens of the model's context "
+        "(1 prompts by themselves, the longest of 600 tokens)"
+    )
+
+
+def test_contexts_are_those_of_the_architecture(tiny_t5_folder):
+    assert context_of(T5ForConditionalGeneration.from_pretrained(tiny_t5_folder)) is None  # relative
+    assert context_of(BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=8, n_layer=1, n_head=1))) is None
+    parts = {f"{side}_{key}": 1 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+    bart = BartConfig(vocab_size=96, d_model=8, max_position_embeddings=16, **parts)
+    assert context_of(BartForConditionalGeneration(bart)) == (16, "learned")
+    assert context_of(tiny_lora()) == (512, "rotary")

