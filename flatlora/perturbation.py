@@ -16,11 +16,12 @@ Only a seed and the m row norms of each layer describe ε; `noise.py` makes it a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import psutil
@@ -55,8 +56,9 @@ class WeightPerturbation:
         per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
         scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
         fan_in: divide the variance by n (the paper's 1/n); off only for the ablation.
-        training_only: layers in evaluation mode read W even inside a step (not in inplace), so that an interrupted
-            step or a generation within one does not evaluate W + ε. Needs a loop that calls `model.train()`.
+        training_only: layers in evaluation mode, and in passes without gradients, read W even inside a step (not in
+            inplace), so that an interrupted step or a generation within one does not evaluate W + ε. Needs a loop that
+            calls `model.train()`, and `within_pass` around reentrant checkpoints.
 
     Layers that another perturbation still holds, left behind by an interrupted loop, are taken over from it.
 
@@ -98,6 +100,7 @@ class WeightPerturbation:
         self._drawn_step: int | None = None
         self._sigma_drawn = 0.0
         self._draws: _Draws | None = None  # what the layers read now; None while they read W
+        self._pass_gradients: bool | None = None  # of the pass around a checkpoint; None: torch's own flag says it
         self._written: tuple[int, int] | None = None  # (drawn step, stream) that the copies hold
         self._copies: list[torch.Tensor] = []
         self._originals: list[torch.Tensor] = []
@@ -271,9 +274,27 @@ class WeightPerturbation:
     def reading(self, index: int) -> Reading | None:
         """What layer number `index` reads now; None while it reads W."""
         layer = self.layers[index]
-        if self._draws is None or not layer.enabled() or (self.training_only and not layer.module.training):
+        if self._draws is None or not layer.enabled() or (self.training_only and not self._trains(layer)):
             return None
         return Reading(self, index, self._draws[index])
+
+    def _trains(self, layer: PerturbedLayer) -> bool:
+        """Whether a forward of this layer is one of a training pass: generation, say, may leave it in training mode."""
+        gradients = torch.is_grad_enabled() if self._pass_gradients is None else self._pass_gradients
+        return layer.module.training and gradients
+
+    @contextlib.contextmanager
+    def within_pass(self, *, gradients: bool) -> Iterator[None]:
+        """Around the first forward of a reentrant checkpoint, which torch runs without gradients in any pass.
+
+        Args:
+            gradients: whether the pass around it takes them; it reads W + ε then, as its recomputation will.
+        """
+        before, self._pass_gradients = self._pass_gradients, gradients
+        try:
+            yield
+        finally:
+            self._pass_gradients = before
 
 
 class _Draws(Sequence):

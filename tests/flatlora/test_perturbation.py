@@ -407,6 +407,28 @@ def test_training_only_leaves_evaluation_alone_even_inside_a_step(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
+def test_training_only_leaves_passes_without_gradients_alone(mode):
+    model, ids = tiny_lora().train(), torch.arange(3, 15)[None]
+    plain = model(ids).logits
+    perturbation = perturb(find_lora_layers(model), mode, training_only=True)
+    perturbation.begin(4)
+    perturbed = model(ids).logits
+    assert not torch.equal(perturbed, plain)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain)
+        with perturbation.within_pass(gradients=True):  # the first forward of a reentrant checkpoint
+            assert torch.equal(model(ids).logits, perturbed)
+        assert torch.equal(model(ids).logits, plain)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, plain)
+    perturbation.close()
+    asked = perturb(find_lora_layers(model), mode)  # a measure of W + ε takes no gradients
+    asked.begin(4)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, perturbed)
+
+
 def test_an_interrupted_perturbation_is_taken_over(mode):
     layer = linear_layer(bias=False)
     weight = layer.weight.detach().clone()
