@@ -4,8 +4,9 @@
 
 ε is put on at the start of each optimizer step, before its first micro-batch, and taken away after its last backward,
 before the optimizer moves the adapter; evaluation, checkpoints and the saved adapter see the untouched backbone. So
-does an evaluation after an interrupted step, and a reference model made by `disable_adapter()` inside one; not in
-rho.mode=inplace, where an interrupted step leaves ε in the weights until `close()` or the next training.
+do, inside a step, all passes without gradients (generation, a policy's old log-probabilities, a reference model) and
+an evaluation after an interrupted step; not in rho.mode=inplace, where they read W + ε, and where an interrupted step
+leaves ε in the weights until `close()` or the next training.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class FlatLoraCallback(TrainerCallback):
         self.perturbation: WeightPerturbation | None = None
         self.noise_sha256: list[str] | None = None  # of each process's first layer, where there are several
         self._micro_batch = 0
+        self._checkpointing: list[tuple[nn.Module, Any]] = []  # modules whose checkpointing is wrapped, with their own
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
@@ -53,6 +55,7 @@ class FlatLoraCallback(TrainerCallback):
                 "peft.get_peft_model(model, LoraConfig(...)) before you give it to the Trainer."
             )
         self._warn_of_slow_products(model, layers[0].weight, args)
+        self.close()  # of a training that was interrupted
         self.perturbation = WeightPerturbation(
             layers,
             sigma=self.sigma,
@@ -63,6 +66,7 @@ class FlatLoraCallback(TrainerCallback):
             training_only=True,
             **self.settings,
         )
+        self._see_through_checkpointing(model)
         if state.global_step % self.perturbation.every:
             self.perturbation.load_state_dict(load_file(checkpoint_file(args, state, STATE_FILE)))
 
@@ -74,6 +78,17 @@ class FlatLoraCallback(TrainerCallback):
         if in_bf16 and weight.is_cpu and not bf16_support(cpu_features())[0]:
             remedy = "load the backbone with dtype=flatlora.fast_dtype() and leave bf16 out of TrainingArguments"
             logger.warning("%s", slow_bf16_warning(model, setting, remedy))
+
+    def _see_through_checkpointing(self, model: nn.Module) -> None:
+        """Let layers inside reentrant checkpoints read what the pass around them reads.
+
+        torch runs the first forward of such a checkpoint without gradients, which elsewhere means W.
+        """
+        for module in model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                self._checkpointing.append((module, function))
+                module._gradient_checkpointing_func = _ReentrantCheckpoint(function, self.perturbation)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._micro_batch = 0
@@ -115,6 +130,9 @@ class FlatLoraCallback(TrainerCallback):
 
     def close(self) -> None:
         """Take ε away and free the buffers, wherever training stopped; harmless at any time."""
+        for module, function in self._checkpointing:
+            module._gradient_checkpointing_func = function
+        self._checkpointing = []
         if self.perturbation:
             self.perturbation.close()
 
@@ -123,6 +141,17 @@ class FlatLoraCallback(TrainerCallback):
         tensors = self.perturbation.state_dict() if self.perturbation else {}
         if tensors and not (folder / STATE_FILE).exists():
             save_file(tensors, folder / STATE_FILE)
+
+
+class _ReentrantCheckpoint:
+    """A module's `_gradient_checkpointing_func` whose layers know whether the pass around it takes gradients."""
+
+    def __init__(self, function: Any, perturbation: WeightPerturbation) -> None:
+        self.function, self.perturbation = function, perturbation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.perturbation.within_pass(gradients=torch.is_grad_enabled()):
+            return self.function(*args, **kwargs)
 
 
 def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
