@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from flatlora.precision import stored_dtype
@@ -82,6 +83,15 @@ class PerturbedLayer:
         return getattr(self.weight, "quant_state", None) is not None
 
     @property
+    def elsewhere(self) -> str | None:
+        """Why the module's parameter is not the whole W on a device; None where it is."""
+        if self.weight.is_meta:
+            return "offloaded: it is on its device for the time of a forward alone"
+        if isinstance(self.weight, DTensor) or not self.weight.numel():
+            return "sharded: this process holds a piece of it"
+        return None
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of `dense()`."""
         return tuple(self.weight.quant_state.shape if self.quantised else self.weight.shape)
@@ -131,9 +141,18 @@ class PerturbedLayer:
 
 
 def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
-    """Every linear or convolution layer that PEFT wrapped with a LoRA adapter, named as without PEFT and DDP."""
+    """Every linear or convolution layer that PEFT wrapped with a LoRA adapter, named as without PEFT and DDP.
+
+    Raises:
+        TypeError: FSDP holds the weights; a layer reads pieces that come and go.
+    """
     from peft.tuners.lora import LoraLayer
 
+    if any("_fsdp_wrapped_module" in name.split(".") for name, _ in model.named_modules()):
+        raise TypeError(
+            f"Invalid model {type(model).__name__}: FSDP shards its weights, whose row norms no process can then read; "
+            "train by DDP or DeepSpeed's ZeRO-2, which leave each process the whole backbone."
+        )
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), PERTURBED_TYPES):
@@ -149,8 +168,12 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
     return layers
 
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and checkpoint wrappers put into names
+
+
 def plain_name(name: str) -> str:
     """A module or parameter name as the untouched backbone has it."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)
     return name.replace(".base_layer.", ".").removesuffix(".base_layer")

@@ -353,6 +353,7 @@ class PerturbedForward:
     def reading(self) -> Reading | None:
         return self.perturbation.reading(self.index)
 
+    @torch.compiler.disable  # what is read changes from step to step: torch.compile must break its graph here
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         reading = self.reading()
         if reading is None:
@@ -530,6 +531,13 @@ def _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scal
         faults.append(
             f"Invalid layers: the weights of {len(trained)} of them are trained, {trained[0]} among them; Flat-LoRA "
             "perturbs a frozen backbone: call requires_grad_(False) on them, as PEFT does."
+        )
+    elsewhere = {layer.name: reason for layer in layers if (reason := layer.elsewhere)}
+    if elsewhere:
+        name, reason = next(iter(elsewhere.items()))
+        faults.append(
+            f"Invalid layers: the weights of {len(elsewhere)} of them are not here, {name} among them ({reason}); load "
+            "the model without device_map='auto' or offloading, and train by DDP or ZeRO-2 instead of FSDP or ZeRO-3."
         )
     packed = [layer.name for layer in layers if layer.quantised]
     if packed and mode in ("copy", "inplace"):
