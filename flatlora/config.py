@@ -533,6 +533,13 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             "continued; use rho.mode=copy or recompute, or overwrite=true.",
         )
     if trainer.offload and not trainer.zero:
+    if experiment.model.family != "sdxl" and experiment.model.dtype == "float16":
+        yield (
+            ("model.dtype", "model.family"),
+            f"Invalid model.dtype=float16 with model={experiment.model.name} ({experiment.model.family}): its loss is "
+            "not scaled, and small gradients of an adapter underflow to 0 in FP16; use model.dtype=bfloat16 or float32 "
+            "(FP16 is for scoring).",
+        )
         yield (
             ("trainer.offload", "trainer.zero"),
             "Invalid trainer.offload=true with trainer.zero=0: it is ZeRO's optimizer that is moved to the host; use "

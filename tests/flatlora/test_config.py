@@ -363,6 +363,19 @@ def test_messages_that_name_the_way_out(setting, told):
     assert told in fault
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["model=llama"], ["model=t5small", "dataset=sst2"], ["model=clip_b32", "dataset=cifar10"], ["model.quantize=nf4"]],
+)
+def test_fp16_is_trained_where_its_loss_is_scaled_alone(words):
+    told = faults(*words, "model.dtype=float16")
+    assert len(told) == 1
+    assert told[0].startswith("Invalid model.dtype=float16 with model=")
+    assert "underflow to 0 in FP16; use model.dtype=bfloat16 or float32" in told[0]
+    assert experiment(*words, "model.dtype=bfloat16").model.dtype == "bfloat16"
+    assert experiment("model=sdxl", "dataset=icons3d", "model.dtype=float16").model.dtype == "float16"
+
+
 def test_faults_survive_the_way_between_processes():
     error = pickle.loads(pickle.dumps(ConfigError(["one fault", "another"])))
     assert error.faults == ["one fault", "another"]
