@@ -130,6 +130,16 @@ class RunFolder:
     def close(self) -> None:
         """Let other processes have the folder."""
         if self._lock:
+    def check_writable(self) -> None:
+        """See that `open` will find the disk ready; leaves nothing behind.
+
+        Raises:
+            ConfigError: the folder takes no files, or another process has it.
+        """
+        missing = self._acquire()
+        self.close()
+        self._remove(missing)
+
             self._lock.close()
             self._lock = None
 
@@ -148,7 +158,8 @@ class RunFolder:
             return False
         return False
 
-    def _acquire(self) -> None:
+    def _acquire(self) -> list[Path]:
+        """Make and lock the folder; those that were made for it, innermost first."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -171,6 +182,7 @@ class RunFolder:
 
     def _lock_folder(self) -> None:
         """Try for half a second: somebody who only asks `in_use` has the lock for a moment."""
+        return missing
         deadline = time.monotonic() + 0.5
         while True:
             try:

@@ -569,6 +569,18 @@ def test_a_job_that_fails_does_not_end_the_sweep(tiny_settings):
     assert rows[1][-2] == "unchanged"
 
 
+def test_a_sweep_into_a_folder_that_takes_no_files_is_refused_before_it_starts(tiny_settings, tmp_path, capsys):
+    (tmp_path / "results").write_text("a file, where the folder would be")
+    before = contents(tmp_path)
+    assert run_exp.main(["-m", *tiny_settings, "seed=0,1"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "1 fault: nothing was loaded or written." in error
+    assert f"Cannot write to results_root: Not a directory ({tmp_path / 'results'}" in error
+    assert "set results_root=DIR" in error
+    assert "Traceback" not in error
+    assert contents(tmp_path) == before
+
+
 def test_a_sweep_is_refused_as_a_whole_when_one_folder_is_taken(tiny_settings, capsys, tmp_path):
     folder = run(tiny_settings, "wandb.name=run-1", "seed=1")
     before = contents(tmp_path / "results")
