@@ -218,6 +218,17 @@ class WandbConfig(Section):
     name: str | None = setting(None, pattern=FOLDER_NAME, remedy="null derives a name")
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
 
+    def rule_faults(self) -> list[str]:
+        if self.mode == "disabled" or not set(self.project) & set(_REFUSED_BY_WANDB):
+            return []
+        return [
+            f"Invalid wandb.project={self.project!r}: W&B takes no project with one of {' '.join(_REFUSED_BY_WANDB)} "
+            "in its name; choose another, or set wandb.mode=disabled."
+        ]
+
+
+_REFUSED_BY_WANDB = "\\#?%:"  # in names of projects, besides the slash
+
 
 class Experiment(Section):
     """One run: model × dataset × peft × rho × optim × trainer × eval."""

@@ -3,11 +3,12 @@
 import pickle
 
 import pytest
+import wandb
 import yaml
 from pydantic import ValidationError
 
 import run_exp
-from flatlora.config import ConfigError, Experiment, identity_of, parse
+from flatlora.config import ConfigError, Experiment, WandbConfig, identity_of, parse
 
 
 def experiment(*settings: str) -> Experiment:
@@ -374,6 +375,24 @@ def test_fp16_is_trained_where_its_loss_is_scaled_alone(words):
     assert "underflow to 0 in FP16; use model.dtype=bfloat16 or float32" in told[0]
     assert experiment(*words, "model.dtype=bfloat16").model.dtype == "bfloat16"
     assert experiment("model=sdxl", "dataset=icons3d", "model.dtype=float16").model.dtype == "float16"
+
+
+def test_projects_are_those_that_wandb_takes():
+    """Against wandb's own settings, sign by sign."""
+    for sign in map(chr, range(0x21, 0x7F)):
+        if sign == "/":
+            continue  # no folder's name
+        project = f"a{sign}b"
+        try:
+            wandb.Settings(project=project)
+            refused = False
+        except wandb.errors.UsageError:
+            refused = True
+        faults = WandbConfig(project=project).rule_faults()
+        assert bool(faults) == refused, project
+        assert all("choose another, or set wandb.mode=disabled" in fault for fault in faults)
+        assert WandbConfig(project=project, mode="disabled").rule_faults() == []
+    wandb.Settings(project="x" * 100)  # as many as a folder's name may have
 
 
 def test_faults_survive_the_way_between_processes():
