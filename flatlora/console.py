@@ -177,5 +177,6 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try again is a warning of three lines
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # four warnings for each of a benchmark's 85 tasks
+    logging.getLogger("wandb").setLevel(logging.CRITICAL)  # tracebacks of its service; results.Tracker names the error
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", module="(torch|transformers|peft|accelerate|numba|gguf|hydra|huggingface_hub)")

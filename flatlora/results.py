@@ -349,6 +349,8 @@ class Tracker:
             yield
         except Exception as error:
             self._run = None
+            if isinstance(error, ConnectionError):
+                _forget_dead_service()
             reason = str(error).strip() or type(error).__name__
             logger.warning(
                 "W&B %s (%s): the run goes on without it. metrics.jsonl has every row; wandb.mode=offline needs no "
@@ -376,6 +378,14 @@ class Tracker:
             with self._named_once("could not be closed"):
                 self._run.summary.update(metrics)
                 self._run.finish(exit_code=int(failed))
+
+
+def _forget_dead_service() -> None:
+    """Let wandb drop its service, which it would ask once more as the interpreter ends; the next run starts another."""
+    import wandb
+
+    with contextlib.suppress(Exception):  # it says again that nobody answers
+        wandb.teardown()
 
 
 def _has_wandb_key() -> bool:
