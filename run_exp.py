@@ -101,6 +101,9 @@ def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequen
             faults += error.faults
     if faults:
         raise ConfigError(faults)
+    for folder, (finished, _) in zip(folders, before, strict=True):
+        if not finished and distributed.is_main_process():
+            folder.check_writable()  # Hydra makes folders there before any job does; the first fault stands for all
     try:
         _hand_to_hydra(flags, settings)
         interrupted = False

@@ -4,18 +4,21 @@
 
 ε is put on at the start of each optimizer step, before its first micro-batch, and taken away after its last backward,
 before the optimizer moves the adapter; evaluation, checkpoints and the saved adapter see the untouched backbone. So
-does an evaluation after an interrupted step, and a reference model made by `disable_adapter()` inside one; not in
-rho.mode=inplace, where an interrupted step leaves ε in the weights until `close()` or the next training.
+do, inside a step, all passes without gradients (generation, a policy's old log-probabilities, a reference model) and
+an evaluation after an interrupted step; not in rho.mode=inplace, where they read W + ε, and where an interrupted step
+leaves ε in the weights until `close()` or the next training.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -25,7 +28,7 @@ from flatlora.precision import bf16_support, cpu_features, slow_bf16_warning
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "flatlora.safetensors"
+_DRAW = "flatlora_draw"  # key of TrainerState.stateful_callbacks, and no class: Trainer must not rebuild us by it
 
 
 class FlatLoraCallback(TrainerCallback):
@@ -41,7 +44,8 @@ class FlatLoraCallback(TrainerCallback):
         self.sigma, self.seed, self.settings = sigma, seed, settings
         self.perturbation: WeightPerturbation | None = None
         self.noise_sha256: list[str] | None = None  # of each process's first layer, where there are several
-        self._micro_batch = 0
+        self._micro_batch, self._step = 0, 0
+        self._checkpointing: list[tuple[nn.Module, Any]] = []  # modules whose checkpointing is wrapped, with their own
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
@@ -53,18 +57,27 @@ class FlatLoraCallback(TrainerCallback):
                 "peft.get_peft_model(model, LoraConfig(...)) before you give it to the Trainer."
             )
         self._warn_of_slow_products(model, layers[0].weight, args)
+        self._warn_of_unscaled_fp16(layers[0].weight, args)
+        self.close()  # of a training that was interrupted
         self.perturbation = WeightPerturbation(
             layers,
             sigma=self.sigma,
             total_steps=state.max_steps,
-            seed=args.seed if self.seed is None else self.seed,
+            seed=self._seed(args),
             rank=args.process_index,
             world_size=args.world_size,
             training_only=True,
             **self.settings,
         )
+        self._warn_of_no_noise(state.max_steps)
+        self._see_through_checkpointing(model)
         if state.global_step % self.perturbation.every:
-            self.perturbation.load_state_dict(load_file(checkpoint_file(args, state, STATE_FILE)))
+            self._restore_draw(args, state)
+        else:
+            state.stateful_callbacks.pop(_DRAW, None)  # of a window that is over
+
+    def _seed(self, args: TrainingArguments) -> int:
+        return args.seed if self.seed is None else self.seed
 
     @staticmethod
     def _warn_of_slow_products(model: nn.Module, weight: torch.Tensor, args: TrainingArguments) -> None:
@@ -75,9 +88,45 @@ class FlatLoraCallback(TrainerCallback):
             remedy = "load the backbone with dtype=flatlora.fast_dtype() and leave bf16 out of TrainingArguments"
             logger.warning("%s", slow_bf16_warning(model, setting, remedy))
 
+    @staticmethod
+    def _warn_of_unscaled_fp16(weight: torch.Tensor, args: TrainingArguments) -> None:
+        if weight.dtype == torch.float16 and args.mixed_precision != "fp16":
+            logger.warning(
+                "The backbone is float16 and TrainingArguments has no fp16=True: without loss scaling small gradients "
+                "of the adapter underflow to 0; load the backbone with dtype=torch.bfloat16, or set fp16=True."
+            )
+
+    def _warn_of_no_noise(self, total_steps: int) -> None:
+        """Every ramp rises: where the last window has no noise, none has."""
+        perturbation = self.perturbation
+        if self.sigma > 0 and perturbation.sigma_at(total_steps - 1) == 0:
+            logger.warning(
+                "sigma=%g perturbs nothing in this training: the %s ramp begins at 0, and with every=%d all %d steps "
+                "take its first value; train for more steps, lower `every`, or use ramp=constant.",
+                self.sigma,
+                perturbation.ramp,
+                perturbation.every,
+                total_steps,
+            )
+
+    def _see_through_checkpointing(self, model: nn.Module) -> None:
+        """Let layers inside reentrant checkpoints read what the pass around them reads.
+
+        torch runs the first forward of such a checkpoint without gradients, which elsewhere means W.
+        """
+        for module in model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                self._checkpointing.append((module, function))
+                module._gradient_checkpointing_func = _ReentrantCheckpoint(function, self.perturbation)
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._micro_batch = 0
+        if self.perturbation.active and state.global_step == self._step:
+            return  # an epoch of streamed rows ended inside the window: what follows adds to the same step's gradient
+        self._micro_batch, self._step = 0, state.global_step
         self.perturbation.begin(state.global_step)
+        if state.global_step % self.perturbation.every == 0:
+            self._keep_draw(args, state)
         if args.world_size > 1 and self.noise_sha256 is None and self.perturbation.perturbed:
             self._compare_noise(args.world_size)
 
@@ -105,28 +154,82 @@ class FlatLoraCallback(TrainerCallback):
         if self.perturbation:
             self.perturbation.check_finite()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            self.save_state(folder)
-
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.close()
 
     def close(self) -> None:
         """Take ε away and free the buffers, wherever training stopped; harmless at any time."""
+        for module, function in self._checkpointing:
+            module._gradient_checkpointing_func = function
+        self._checkpointing = []
         if self.perturbation:
             self.perturbation.close()
 
-    def save_state(self, folder: Path) -> None:
-        """Write what a resume inside an `every` window needs; nothing when there is nothing to keep."""
-        tensors = self.perturbation.state_dict() if self.perturbation else {}
-        if tensors and not (folder / STATE_FILE).exists():
-            save_file(tensors, folder / STATE_FILE)
+    def _keep_draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Put the ε of a window into the Trainer's state, and so into every checkpoint that is written in the window.
+
+        Not into a file of its own: a callback is not told which folder a training is resumed from, and an earlier
+        training may have left another file where this one would be looked for.
+        """
+        tensors = self.perturbation.state_dict()
+        if tensors:
+            packed = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+            state.stateful_callbacks[_DRAW] = {
+                "settings": self._settings_of_draw(args),
+                "sha256": hashlib.sha256(packed).hexdigest(),
+                "tensors": base64.b64encode(packed).decode(),
+            }
+
+    def _settings_of_draw(self, args: TrainingArguments) -> dict[str, Any]:
+        """What a window's later steps share with its first."""
+        names = ("sigma", "ramp", "every", "resample", "per_rank", "scale", "fan_in")
+        return {"seed": self._seed(args), **{name: getattr(self.perturbation, name) for name in names}}
+
+    def _restore_draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Go on with the ε of the window that a checkpoint was written in.
+
+        Raises:
+            ValueError: the checkpoint has none, or that of other settings or layers.
+        """
+        kept, here = state.stateful_callbacks.get(_DRAW), self._settings_of_draw(args)
+        if kept is None:
+            raise self._cannot_resume(state, "the checkpoint holds no draw of it (flatlora_draw in trainer_state.json)")
+        there = kept["settings"]
+        if differing := [name for name in here if there.get(name) != here[name]]:
+            changes = ", ".join(f"{name} was {there.get(name)!r} and is {here[name]!r}" for name in differing)
+            raise self._cannot_resume(state, f"it was drawn by other settings ({changes})")
+        packed = base64.b64decode(kept["tensors"])
+        if hashlib.sha256(packed).hexdigest() != kept["sha256"]:
+            raise self._cannot_resume(state, "the draw in the checkpoint is broken")
+        tensors = load(packed)
+        if int(tensors["step"]) != state.global_step - state.global_step % self.perturbation.every:
+            raise self._cannot_resume(state, f"the draw in the checkpoint is that of step {int(tensors['step'])}")
+        rows = {layer.name: (layer.shape[0],) for layer in self.perturbation.layers}
+        if rows != {name: tuple(c.shape) for name, c in tensors.items() if name != "step"}:
+            raise self._cannot_resume(state, "it was drawn for other layers")
+        self.perturbation.load_state_dict(tensors)
+
+    def _cannot_resume(self, state: TrainerState, reason: str) -> ValueError:
+        every = self.perturbation.every
+        return ValueError(
+            f"Cannot resume at step {state.global_step}, inside a window of every={every} steps that share one ε: "
+            f"{reason}; resume with the settings of before, or from a checkpoint whose step is a multiple of {every}."
+        )
+
+
+class _ReentrantCheckpoint:
+    """A module's `_gradient_checkpointing_func` whose layers know whether the pass around it takes gradients."""
+
+    def __init__(self, function: Any, perturbation: WeightPerturbation) -> None:
+        self.function, self.perturbation = function, perturbation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.perturbation.within_pass(gradients=torch.is_grad_enabled()):
+            return self.function(*args, **kwargs)
 
 
 def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
-    """A callback's own file in the checkpoint that a training goes on from.
+    """A callback's own file in the checkpoint that a training of this suite goes on from.
 
     Raises:
         FileNotFoundError: it is not there; with where it was looked for.
@@ -139,6 +242,5 @@ def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> 
             return folder / name
     raise FileNotFoundError(
         f"Resuming at step {state.global_step} needs {name}, which is in none of {', '.join(map(str, folders))}: set "
-        "args.resume_from_checkpoint to the checkpoint's folder, or resume from another one (with rho.every, a step "
-        "that is a multiple of it needs none)."
+        "args.resume_from_checkpoint to the checkpoint's folder, or resume from another one."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -92,16 +93,48 @@ def _parse_all(words: Iterable[str]) -> list[Override | None]:
             if word.lstrip("+~").startswith("="):
                 raise HydraException("no key")
             parsed.append(None if word.startswith("-") else parser.parse_override(word))
+            if not word.startswith("-") and _loses_blanks(parsed[-1]):
+                raise HydraException("blanks around a text")
         except HydraException:
-            key, separator, value = word.partition("=")
-            if separator and key and value.isprintable() and not value.isascii():
-                remedy = f"a value with other letters than a-z stands in two kinds of quotes, as {key}=\"'{value}'\""
-            else:
-                remedy = "a setting is written key=value, such as seed=42 or rho.sigma=0.05"
-            faults.append(f"Cannot read {word!r}: {remedy}.")
+            faults.append(_unreadable(word))
     if faults:
         raise ConfigError(faults)
     return parsed
+
+
+def _loses_blanks(override: Override) -> bool:
+    """Whether Hydra drops blanks at the ends of a text, where they may belong to a folder's name."""
+    value = override.input_line.partition("=")[2]
+    return value != value.strip() and value.strip()[:1] not in ("'", '"') and isinstance(override.value(), str)
+
+
+def _unreadable(word: str) -> str:
+    key, _, value = word.partition("=")
+    quoted = _quoted(key, value)
+    if quoted is None:
+        remedy = "a setting is written key=value, such as seed=42 or rho.sigma=0.05"
+    elif value == "~" or value.startswith("~/"):
+        remedy = f"a shell knows ~ at the start of a word alone; write {key}=$HOME{value[1:]}, or the whole path"
+    else:
+        remedy = (
+            "a value with other signs than a-z, A-Z, 0-9 and _ - + . / \\ : $ % * @ ? |, or blanks at its ends, stands "
+            f"in two kinds of quotes, as {quoted}"
+        )
+    return f"Cannot read {word!r}: {remedy}."
+
+
+def _quoted(key: str, value: str) -> str | None:
+    """A word for the shell by which a key takes this very text; None where there is none, as of no key."""
+    if not (key and value and value.isprintable()):
+        return None
+    text = value if re.search(r"\$\{[^}]+\}", value) else value.replace("${", r"\${")  # the start of no interpolation
+    inner = QuotedString(text, Quote.single if "'" not in text else Quote.double).with_quotes()
+    try:
+        if OverridesParser.create().parse_override(f"{key}={inner}").value() != text:
+            return None
+    except HydraException:
+        return None
+    return shlex.quote(f"{key}={inner}") if re.search(r'["$`\\!]', inner) else f'{key}="{inner}"'
 
 
 def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
@@ -111,16 +144,7 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
         ConfigError: words that do not compose.
     """
     overrides = _parse_all(words)
-    faults = [
-        f"Several values in {override.input_line}: a sweep needs -m"
-        + (
-            "; a text with a comma stands in quotes of its own, as \"KEY='a, b'\"."
-            if ", " in override.input_line
-            else "."
-        )
-        for override in overrides
-        if _is_sweep(override)
-    ]
+    faults = [_sweep_fault(override) for override in overrides if _is_sweep(override)]
     if faults:
         raise ConfigError(faults)
     unknown = {
@@ -146,6 +170,15 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
             )
         faults.append(f"The configuration does not compose: {reason}")
         raise ConfigError(faults) from error
+
+
+def _sweep_fault(override: Override) -> str:
+    sweep, fault = override.value(), f"Several values in {override.input_line}: a sweep needs -m"
+    texts = isinstance(sweep, ChoiceSweep) and any(isinstance(value, str | QuotedString) for value in sweep.list)
+    quoted = _quoted(override.key_or_group, override.input_line.partition("=")[2])
+    if not texts or quoted is None or override.key_or_group in GROUPS:
+        return f"{fault}."
+    return f"{fault}; a text with a comma stands in quotes of its own, as {quoted}."
 
 
 ALLOW_CODE = "eval.allow_code_execution"
@@ -234,12 +267,19 @@ def name_jobs(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if override.key_or_group == "wandb.name" and swept and not _is_sweep(override) and "${" not in line:
             labels = [_job_label(one) for one in swept]
             faults += [_label_fault(line, one) for one, label in zip(swept, labels, strict=True) if label is None]
-            line = "-".join([line, *filter(None, labels)])
+            line = _appended(line, [label for label in labels if label])
             notes.append(f"{override.input_line} → {line} (each job has its own folder)")
         named.append(line)
     if faults:
         raise ConfigError(faults)
     return named, notes
+
+
+def _appended(line: str, labels: Sequence[str]) -> str:
+    """A setting whose text goes on with labels, within its quotes where it has some."""
+    line = line.rstrip()
+    quote = line[-1] if line.partition("=")[2].lstrip()[:1] in ("'", '"') else ""
+    return "-".join([line.removesuffix(quote), *labels]) + quote
 
 
 _UNNAMED = ("seed", "eval", "experiment")

@@ -232,6 +232,17 @@ class WandbConfig(Section):
     name: str | None = setting(None, pattern=FOLDER_NAME, remedy="null derives a name")
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
 
+    def rule_faults(self) -> list[str]:
+        if self.mode == "disabled" or not set(self.project) & set(_REFUSED_BY_WANDB):
+            return []
+        return [
+            f"Invalid wandb.project={self.project!r}: W&B takes no project with one of {' '.join(_REFUSED_BY_WANDB)} "
+            "in its name; choose another, or set wandb.mode=disabled."
+        ]
+
+
+_REFUSED_BY_WANDB = "\\#?%:"  # in names of projects, besides the slash
+
 
 class Experiment(Section):
     """One run: model × dataset × peft × rho × optim × trainer × eval."""
@@ -482,6 +493,8 @@ def _describe(key: str, cls: type[Section], detail: Mapping[str, Any], value: An
     remedy = ((field.json_schema_extra or {}) if field else {}).get("remedy", "")
     if detail["type"] == "string_type" and isinstance(value, int | float):
         remedy = f"""on the command line a number is text in two kinds of quotes: {key}="'{value}'\""""
+    if detail["type"] == "string_type" and isinstance(value, list | Mapping):
+        remedy = f"""on the command line text with brackets or braces stands in two kinds of quotes: {key}="'[…]'\""""
     return f"Invalid {key}={value!r}: {rule}" + (f"; {remedy}." if remedy else ".")
 
 
@@ -533,6 +546,13 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             ("model.dtype", "trainer.device"),
             f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
             "model.dtype=bfloat16 or float32.",
+        )
+    if experiment.model.family != "sdxl" and experiment.model.dtype == "float16":
+        yield (
+            ("model.dtype", "model.family"),
+            f"Invalid model.dtype=float16 with model={experiment.model.name} ({experiment.model.family}): its loss is "
+            "not scaled, and small gradients of an adapter underflow to 0 in FP16; use model.dtype=bfloat16 or float32 "
+            "(FP16 is for scoring).",
         )
     if experiment.dataset.kind == "captioned" and optim.group_by_length:
         yield (

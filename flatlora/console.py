@@ -20,7 +20,7 @@ from rich.text import Text
 
 from flatlora.config import ConfigError
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)  # a name such as a:on:b stays as it is
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -39,10 +39,10 @@ class ProgressBar:
     def start(self, total_steps: int | None, step: int = 0) -> None:
         self._total, self._last_line = total_steps, time.monotonic()
         if not console.is_terminal:
-            console.print(f"{self.name}: {self._count(step)}", soft_wrap=True)
+            console.print(f"{self.name}: {self._count(step)}", markup=False, soft_wrap=True)
             return
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -60,7 +60,7 @@ class ProgressBar:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif step == self._total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            console.print(f"{self.name}: {self._count(step)}  {numbers}", soft_wrap=True)
+            console.print(f"{self.name}: {self._count(step)}  {numbers}", markup=False, soft_wrap=True)
 
     def _count(self, step: int) -> str:
         return str(step) if self._total is None else f"{step}/{self._total}"
@@ -133,7 +133,7 @@ def print_sweep(title: str, jobs: Iterable[tuple[str, Path, dict[str, Any] | Non
     """One row a job of a sweep, (state, folder, record), on standard output; every number is read from the record."""
     jobs = list(jobs)
     parent = Path(os.path.commonpath([folder.parent.parent for _, folder, _ in jobs]))
-    table = Table(title=f"{title}, under {parent}", title_justify="left")
+    table = Table(title=Text(f"{title}, under {parent}"), title_justify="left")
     table.add_column("state", no_wrap=True)
     table.add_column("run", overflow="fold")
     for column in ("first loss", "last losses", "score", "step", "peak memory", "backbone"):
@@ -177,5 +177,6 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try again is a warning of three lines
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # four warnings for each of a benchmark's 85 tasks
+    logging.getLogger("wandb").setLevel(logging.CRITICAL)  # tracebacks of its service; results.Tracker names the error
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", module="(torch|transformers|peft|accelerate|numba|gguf|hydra|huggingface_hub)")

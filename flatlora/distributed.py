@@ -23,6 +23,8 @@ from accelerate import DistributedType, PartialState
 
 from flatlora.config import ConfigError, Experiment, TrainerConfig
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 _LONGEST_BUILD_S = 600  # DeepSpeed's own take half a minute
 
@@ -319,8 +321,59 @@ def check_launch(experiment: Experiment) -> None:
         )
     if optimizer := _optimizer_fault(experiment):
         faults.append(optimizer)
+    faults += _accelerate_faults(machine)
     if faults:
         raise ConfigError(faults)
+    _name_what_is_ignored(experiment)
+
+
+_OTHER_WAYS = {"FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a parallelism config"}
+
+
+def _accelerate_faults(machine: TrainerConfig) -> list[str]:
+    """What `accelerate launch`, or its default_config.yaml, sets up against the config and cannot be ignored."""
+    launched = "accelerate launch (or its default_config.yaml)"
+    faults = [
+        f"Invalid ACCELERATE_USE_{name}={os.environ[f'ACCELERATE_USE_{name}']}: {launched} asks for {what}, which this "
+        "suite does not train with; unset it, and use trainer=ddp or trainer=zero2."
+        for name, what in _OTHER_WAYS.items()
+        if _is_set(f"ACCELERATE_USE_{name}")
+    ]
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and not machine.zero:
+        faults.append(
+            f"Invalid trainer={machine.name} with ACCELERATE_USE_DEEPSPEED=true: {launched} asks for DeepSpeed, and "
+            "trainer.zero=0 for none; use trainer=zero2, or unset the variable."
+        )
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if machine.zero and stage not in (None, str(machine.zero)):
+        faults.append(
+            f"Invalid ACCELERATE_DEEPSPEED_ZERO_STAGE={stage} with trainer.zero={machine.zero}: {launched} asks for "
+            "another stage of ZeRO; unset it."
+        )
+    if _is_set("ACCELERATE_USE_CPU") and machine.device != "cpu" and torch.cuda.is_available():
+        faults.append(
+            f"Invalid trainer.device={machine.device} with ACCELERATE_USE_CPU=true: {launched} asks for the CPU; use "
+            "trainer.device=cpu, or unset the variable."
+        )
+    return faults
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def _name_what_is_ignored(experiment: Experiment) -> None:
+    """Settings of accelerate's that would change what is computed: the config alone decides that."""
+    remedies = {
+        "ACCELERATE_MIXED_PRECISION": f"trainer.autocast={experiment.trainer.autocast} and "
+        f"model.dtype={experiment.model.dtype} say how this run computes",
+        "ACCELERATE_DYNAMO_BACKEND": "this suite does not compile models",
+    }
+    for name, remedy in remedies.items():
+        value = os.environ.get(name, "no")
+        if value.lower() not in ("no", "") and is_main_process():
+            source = "accelerate launch (or its default_config.yaml)"
+            logger.warning("%s=%s of %s is ignored: %s.", name, value, source, remedy)
 
 
 def _optimizer_fault(experiment: Experiment) -> str | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from flatlora.config import ConfigError
@@ -94,6 +95,15 @@ class PerturbedLayer:
         return getattr(self.weight, "quant_state", None) is not None
 
     @property
+    def elsewhere(self) -> str | None:
+        """Why the module's parameter is not the whole W on a device; None where it is."""
+        if self.weight.is_meta:
+            return "offloaded: it is on its device for the time of a forward alone"
+        if isinstance(self.weight, DTensor) or not self.weight.numel():
+            return "sharded: this process holds a piece of it"
+        return None
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of `dense()`."""
         return tuple(self.weight.quant_state.shape if self.quantised else self.weight.shape)
@@ -161,7 +171,13 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
     Raises:
         ConfigError: an adapter is no s·B·A on the weight of its layer, see `named_lora_layers`; or is around
             nn.MultiheadAttention, which reads its weights past the forward of any layer.
+        TypeError: FSDP holds the weights; a layer reads pieces that come and go.
     """
+    if any("_fsdp_wrapped_module" in name.split(".") for name, _ in model.named_modules()):
+        raise TypeError(
+            f"Invalid model {type(model).__name__}: FSDP shards its weights, whose row norms no process can then read; "
+            "train by DDP or DeepSpeed's ZeRO-2, which leave each process the whole backbone."
+        )
     layers, others = [], Counter()
     for name, module in named_lora_layers(model):
         if isinstance(module.get_base_layer(), nn.MultiheadAttention):
@@ -229,8 +245,12 @@ def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from found
 
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and checkpoint wrappers put into names
+
+
 def plain_name(name: str) -> str:
     """A module or parameter name as the untouched backbone has it."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)
     return name.replace(".base_layer.", ".").removesuffix(".base_layer")

@@ -61,8 +61,9 @@ class WeightPerturbation:
         per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
         scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
         fan_in: divide the variance by n (the paper's 1/n); off only for the ablation.
-        training_only: layers in evaluation mode read W even inside a step (not in inplace), so that an interrupted
-            step or a generation within one does not evaluate W + ε. Needs a loop that calls `model.train()`.
+        training_only: layers in evaluation mode, and in passes without gradients, read W even inside a step (not in
+            inplace), so that an interrupted step or a generation within one does not evaluate W + ε. Needs a loop that
+            calls `model.train()`, and `within_pass` around reentrant checkpoints.
 
     Layers that another perturbation still holds, left behind by an interrupted loop, are taken over from it.
 
@@ -104,6 +105,7 @@ class WeightPerturbation:
         self._drawn_step: int | None = None
         self._sigma_drawn = 0.0
         self._draws: _Draws | None = None  # what the layers read now; None while they read W
+        self._pass_gradients: bool | None = None  # of the pass around a checkpoint; None: torch's own flag says it
         self._written: tuple[int, int] | None = None  # (drawn step, stream) that the copies hold
         self._copies: list[torch.Tensor] = []
         self._originals: list[torch.Tensor] = []
@@ -280,9 +282,27 @@ class WeightPerturbation:
     def reading(self, index: int) -> Reading | None:
         """What layer number `index` reads now; None while it reads W."""
         layer = self.layers[index]
-        if self._draws is None or not layer.enabled() or (self.training_only and not layer.module.training):
+        if self._draws is None or not layer.enabled() or (self.training_only and not self._trains(layer)):
             return None
         return Reading(self, index, self._draws[index])
+
+    def _trains(self, layer: PerturbedLayer) -> bool:
+        """Whether a forward of this layer is one of a training pass: generation, say, may leave it in training mode."""
+        gradients = torch.is_grad_enabled() if self._pass_gradients is None else self._pass_gradients
+        return layer.module.training and gradients
+
+    @contextlib.contextmanager
+    def within_pass(self, *, gradients: bool) -> Iterator[None]:
+        """Around the first forward of a reentrant checkpoint, which torch runs without gradients in any pass.
+
+        Args:
+            gradients: whether the pass around it takes them; it reads W + ε then, as its recomputation will.
+        """
+        before, self._pass_gradients = self._pass_gradients, gradients
+        try:
+            yield
+        finally:
+            self._pass_gradients = before
 
 
 class _Draws(Sequence):
@@ -363,6 +383,7 @@ class PerturbedForward(_Wrapper):
         self.is_standard = self.layer.quantised or (self.replaced is None and has_standard_forward(module))
         self._checked = self.is_standard
 
+    @torch.compiler.disable  # what is read changes from step to step: torch.compile must break its graph here
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         reading = self.reading()
         if reading is None:
@@ -414,6 +435,7 @@ class PerturbedForward(_Wrapper):
 class PerturbedReader(_Wrapper):
     """The forward of PEFT's DoRA module of a layer: ‖W + ε + s·B·A‖ is its norm, as it is where W itself is moved."""
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         reading = self.reading()
         if reading is None:
@@ -605,6 +627,13 @@ def _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scal
         faults.append(
             f"Invalid layers: the weights of {len(trained)} of them are trained, {trained[0]} among them; Flat-LoRA "
             "perturbs a frozen backbone: call requires_grad_(False) on them, as PEFT does."
+        )
+    elsewhere = {layer.name: reason for layer in layers if (reason := layer.elsewhere)}
+    if elsewhere:
+        name, reason = next(iter(elsewhere.items()))
+        faults.append(
+            f"Invalid layers: the weights of {len(elsewhere)} of them are not here, {name} among them ({reason}); load "
+            "the model without device_map='auto' or offloading, and train by DDP or ZeRO-2 instead of FSDP or ZeRO-3."
         )
     packed = [layer.name for layer in layers if layer.quantised]
     if packed and mode in ("copy", "inplace"):

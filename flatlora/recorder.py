@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,8 @@ from flatlora.distributed import check_dtypes, zero_dtypes
 from flatlora.files import write_json
 from flatlora.methods import Regulariser
 from flatlora.results import MetricsLog
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -86,6 +89,11 @@ class StepRecorder(TrainerCallback):
         self._steps_per_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
         if state.is_world_process_zero:
             self.log.rewind(state.global_step)
+        if state.is_world_process_zero and state.max_steps == 1 and args.get_warmup_steps(1):
+            logger.warning(
+                "The only optimizer step has a learning rate of 0, for the warm-up begins there: nothing is trained. "
+                "Set optim.warmup_ratio=0, or train for more steps (trainer.max_steps, optim.epochs)."
+            )
         if self.progress:
             self.progress.start(state.max_steps, state.global_step)
 

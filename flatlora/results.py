@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -28,6 +29,8 @@ import yaml
 
 from flatlora.config import ConfigError, Experiment, identity_of
 from flatlora.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 _RECORDED_PACKAGES = (
     "torch",
@@ -127,6 +130,16 @@ class RunFolder:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
 
+    def check_writable(self) -> None:
+        """See that `open` will find the disk ready; leaves nothing behind.
+
+        Raises:
+            ConfigError: the folder takes no files, or another process has it.
+        """
+        missing = self._acquire()
+        self.close()
+        self._remove(missing)
+
     def close(self) -> None:
         """Let other processes have the folder."""
         if self._lock:
@@ -148,7 +161,8 @@ class RunFolder:
             return False
         return False
 
-    def _acquire(self) -> None:
+    def _acquire(self) -> list[Path]:
+        """Make and lock the folder; those that were made for it, innermost first."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -168,6 +182,7 @@ class RunFolder:
                     f"{remedy}, or set results_root=DIR to a folder that takes files."
                 ]
             ) from error
+        return missing
 
     def _lock_folder(self) -> None:
         """Try for half a second: somebody who only asks `in_use` has the lock for a moment."""
@@ -298,15 +313,24 @@ class MetricsLog:
 
 
 class Tracker:
-    """Weights & Biases, fed with the rows of metrics.jsonl. Offline unless the user has a key."""
+    """Weights & Biases, fed with the rows of metrics.jsonl. Offline unless the user has a key.
+
+    No error of W&B ends a training: the first one is named, and nothing more is sent.
+    """
 
     def __init__(self, experiment: Experiment, folder: Path) -> None:
+        self._run: Any = None
+        with self._named_once("could not be started"):
+            self._run = self._start(experiment, folder)
+
+    @staticmethod
+    def _start(experiment: Experiment, folder: Path) -> Any:
         import wandb
 
         mode = experiment.wandb.mode
         if mode == "auto":
             mode = "online" if _has_wandb_key() else "offline"
-        self._run = wandb.init(
+        return wandb.init(
             project=experiment.wandb.project,
             name=f"{experiment.run_name()}-{experiment.seed}",
             config=experiment.model_dump(mode="json"),
@@ -314,22 +338,54 @@ class Tracker:
             mode=mode,
             id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12],  # a resumed run goes on in its page
             resume="allow",
+            reinit="create_new",  # never the page of an earlier run of this process that could not be closed
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
 
+    @contextlib.contextmanager
+    def _named_once(self, what: str) -> Iterator[None]:
+        """Around every use of W&B, whose errors are of its service, its server, the network and the disk."""
+        try:
+            yield
+        except Exception as error:
+            self._run = None
+            if isinstance(error, ConnectionError):
+                _forget_dead_service()
+            reason = str(error).strip() or type(error).__name__
+            logger.warning(
+                "W&B %s (%s): the run goes on without it. metrics.jsonl has every row; wandb.mode=offline needs no "
+                "server, wandb.mode=disabled no W&B.",
+                what,
+                " ".join(reason.split()),
+            )
+
     def log(self, row: dict[str, Any]) -> None:
-        self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        if self._run is not None:
+            with self._named_once("took no more rows"):
+                self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
     def show(self, name: str, picture: Path) -> None:
         """Put an image file on the page."""
-        import wandb
+        if self._run is not None:
+            with self._named_once("took no picture"):
+                import wandb
 
-        self._run.log({name: wandb.Image(str(picture))})
+                self._run.log({name: wandb.Image(str(picture))})
 
     def finish(self, metrics: dict[str, Any], *, failed: bool = False) -> None:
         """Close the page, or the next run of this process would write on it."""
-        self._run.summary.update(metrics)
-        self._run.finish(exit_code=int(failed))
+        if self._run is not None:
+            with self._named_once("could not be closed"):
+                self._run.summary.update(metrics)
+                self._run.finish(exit_code=int(failed))
+
+
+def _forget_dead_service() -> None:
+    """Let wandb drop its service, which it would ask once more as the interpreter ends; the next run starts another."""
+    import wandb
+
+    with contextlib.suppress(Exception):  # it says again that nobody answers
+        wandb.teardown()
 
 
 def _has_wandb_key() -> bool:

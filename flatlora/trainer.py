@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, TorchDynamoPlugin
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -64,6 +64,10 @@ class FlatTrainer(Trainer):
         self._left_to_write: list[Callable[[], None]] = []  # of the checkpoint that is being made
         self.graphed = self._graphed_micro_step()
         self._precision = choose_precision(experiment.trainer.autocast, experiment.model.dtype, self.args.device)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """No torch.compile that $ACCELERATE_DYNAMO_BACKEND alone asks for."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset

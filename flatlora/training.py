@@ -219,6 +219,9 @@ def training_arguments(
         disable_tqdm=True,
         report_to=[],
     )
+    # $ACCELERATE_MIXED_PRECISION, of `accelerate launch` or its default_config.yaml, would put all of the model under
+    # autocast; `FlatTrainer` has its own around the loss, as trainer.autocast says.
+    arguments.mixed_precision = "fp16" if arguments.fp16 else "no"
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process is one device: Trainer would wrap the model in nn.DataParallel
     return arguments

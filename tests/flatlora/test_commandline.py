@@ -146,11 +146,53 @@ def test_texts_that_hydra_would_read_as_more_are_told_how_to_be_written():
         return run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", word]).dataset.prompt
 
     (told,) = faults(prompt, "dataset.prompt=a dog, sitting")
-    assert told.endswith("""a text with a comma stands in quotes of its own, as "KEY='a, b'".""")
+    assert told.endswith("""a text with a comma stands in quotes of its own, as dataset.prompt="'a dog, sitting'".""")
     assert prompt("dataset.prompt='a dog, sitting'") == "a dog, sitting"
     (told,) = faults(prompt, "dataset.prompt=a ${x} dog")
     assert "'x' not found; ${KEY} takes the value of another key" in told
     assert prompt(r"dataset.prompt=a \${x} dog") == "a ${x} dog"
+
+
+SIGNS = [*" !\"#$%&'()*+,-.:;<=>?@[\\]^_`{|}~", "é", "漢", "模型", "😀"]
+
+
+def text_of(key, words):
+    """What a key is when the words of a shell are given."""
+    words, _ = commandline.rewrite(words)
+    found = commandline.compose_config(run_exp.CONF_DIR, words)
+    for part in key.split("."):
+        found = found[part]
+    return found
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize(("key", "form"), [("data_root", "{}b"), ("model.hub_id", "/a/b{}c"), ("wandb.name", "a{}")])
+def test_a_folder_of_any_name_can_be_given(key, form, sign):
+    """As typed, or as the error says; the shell itself reads what it says."""
+    name = form.format(sign)
+    try:
+        found = text_of(key, [f"{key}={name}"])
+        assert found == name
+    except ConfigError as error:
+        (fault,) = error.faults
+        quoted = fault.rpartition(", as ")[2].removesuffix(".")
+        assert text_of(key, shlex.split(quoted)) == name
+
+
+def test_names_with_several_signs_reach_the_run():
+    name = "a=b(c)[d]#%:'{e},漢😀~"
+    (fault,) = faults(commandline.rewrite, [f"wandb.name={name}"])
+    words = shlex.split(fault.rpartition(", as ")[2].removesuffix("."))
+    found = experiment(*words, "wandb.mode=disabled")
+    assert found.run_name() == name
+    settings, _ = commandline.name_jobs([*words, "rho=flat", "rho.sigma=0,0.05"])
+    jobs = run_exp.experiments_of(commandline.expand_sweep(settings))
+    assert [job.run_name() for job in jobs] == [f"{name}-0", f"{name}-0.05"]
+
+
+def test_a_home_folder_is_written_for_the_shell():
+    (fault,) = faults(commandline.rewrite, ["data_root=~/sets"])
+    assert fault.endswith("write data_root=$HOME/sets, or the whole path.")
 
 
 def test_every_fault_of_every_job_is_told():

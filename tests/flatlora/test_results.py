@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 import wandb
 from PIL import Image
@@ -391,6 +392,52 @@ def test_the_tracker_is_fed_the_rows_of_metrics_jsonl(experiment, tmp_path):
     while time.monotonic() < deadline and not all(text in file.read_bytes() for text in texts):
         time.sleep(0.1)  # a process of wandb's own writes the file
     assert [text for text in texts if text not in file.read_bytes()] == []
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), wandb.errors.CommError("timed out")])
+def test_wandb_never_ends_a_training(experiment, tmp_path, monkeypatch, caplog, broken, error):
+    class Page:
+        def __init__(self):
+            self.summary = {}
+            if broken != "init":
+                setattr(self, broken, raising(error))
+
+        def log(self, *args, **kwargs): ...
+
+        def finish(self, *args, **kwargs): ...
+
+    monkeypatch.setattr(wandb, "init", raising(error) if broken == "init" else lambda **_: Page())
+    rows = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    with results.tracking(experiment("wandb.mode=offline"), tmp_path, {"score": 1.0}) as tracker:
+        log = MetricsLog(tmp_path / "metrics.jsonl", tracker)
+        for row in rows:
+            log.append(row)
+        if broken != "finish":
+            tracker.show("picture", tmp_path / "none.png")
+    assert log.rows() == rows
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "flatlora.results"]  # once
+    assert told.startswith("W&B ")
+    assert f"({error})" in told
+    assert "wandb.mode=offline needs no server" in told
+
+
+@pytest.mark.slow
+def test_a_service_of_wandb_that_dies_is_named_once(experiment, tmp_path, caplog):
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
+    with results.tracking(experiment("wandb.mode=offline"), tmp_path, {}) as tracker:
+        log = MetricsLog(tmp_path / "metrics.jsonl", tracker)
+        log.append(rows[0])
+        children = psutil.Process().children(recursive=True)
+        (service,) = [child for child in children if "wandb-core" in " ".join(child.cmdline())]
+        service.kill()
+        service.wait()
+        for row in rows[1:]:
+            log.append(row)
+            time.sleep(0.2)
+    assert log.rows() == rows
+    assert len([record for record in caplog.records if record.getMessage().startswith("W&B ")]) == 1
+    wandb.teardown()
 
 
 def test_asking_whether_a_folder_is_in_use_keeps_no_run_from_starting(experiment, tmp_path):

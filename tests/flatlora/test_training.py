@@ -79,6 +79,31 @@ def test_same_command_gives_the_same_bytes_and_another_seed_does_not(tiny_settin
     assert adapter_bytes(run(in_folder(settings, "c"), "seed=1")) != first
 
 
+def test_the_config_decides_what_is_computed_and_not_accelerates(tiny_settings, monkeypatch, capsys):
+    """`accelerate launch --mixed_precision bf16 --dynamo_backend eager` sets these variables."""
+    plain = run(in_folder(tiny_settings, "plain"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("the model was compiled"))
+    capsys.readouterr()
+    launched = run(in_folder(tiny_settings, "launched"))
+    assert adapter_bytes(launched) == adapter_bytes(plain)
+    assert metrics_rows(launched) == metrics_rows(plain)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "ACCELERATE_MIXED_PRECISION=bf16 of accelerate launch (or its default_config.yaml) is ignored" in told
+    assert "trainer.autocast=auto and model.dtype=float32 say how this run computes" in told
+    assert "ACCELERATE_DYNAMO_BACKEND=EAGER" in told
+
+
+@pytest.mark.parametrize(("warmup", "trained"), [("0.03", False), ("0", True)])
+def test_a_single_step_of_warm_up_says_that_it_trains_nothing(tiny_settings, capsys, warmup, trained):
+    folder = run(tiny_settings, "trainer.max_steps=1", f"optim.warmup_ratio={warmup}")
+    told = " ".join(capsys.readouterr().err.split())
+    assert ("The only optimizer step has a learning rate of 0" in told) != trained
+    tensors = load_file(folder / "adapter/adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name) == trained  # 0 at the start
+
+
 def test_off_is_sigma_zero_is_plain_and_flat_is_not(tiny_settings):
     off = adapter_bytes(run(in_folder(tiny_settings, "off"), "rho=off"))
     assert adapter_bytes(run(in_folder(tiny_settings, "zero"), "rho=flat", "rho.sigma=0")) == off
@@ -542,6 +567,18 @@ def test_a_job_that_fails_does_not_end_the_sweep(tiny_settings):
     rows = [line.split() for line in told.splitlines() if "│ f" in line]
     assert [row[1] for row in rows] == ["failed", "finished"]
     assert rows[1][-2] == "unchanged"
+
+
+def test_a_sweep_into_a_folder_that_takes_no_files_is_refused_before_it_starts(tiny_settings, tmp_path, capsys):
+    (tmp_path / "results").write_text("a file, where the folder would be")
+    before = contents(tmp_path)
+    assert run_exp.main(["-m", *tiny_settings, "seed=0,1"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "1 fault: nothing was loaded or written." in error
+    assert f"Cannot write to results_root: Not a directory ({tmp_path / 'results'}" in error
+    assert "set results_root=DIR" in error
+    assert "Traceback" not in error
+    assert contents(tmp_path) == before
 
 
 def test_a_sweep_is_refused_as_a_whole_when_one_folder_is_taken(tiny_settings, capsys, tmp_path):
