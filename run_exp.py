@@ -224,13 +224,15 @@ def run(experiment: Experiment, settings: Sequence[str]) -> int:
         {"the training data": inputs.data_sha256}, "Give every node the same files, or pin dataset.revision."
     )
 
+    base = distributed.from_main_process(lambda: models.backbone_state(experiment.model))
+
     def claim() -> Path | None:
         """The checkpoint to go on from. Whatever refuses the folder does so before anything in it is changed."""
         folder.open(experiment)
         newest = None
         if not experiment.overwrite:
             origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
-            newest = checkpoint.latest_good(folder.path, *origin)
+            newest = checkpoint.latest_good(folder.path, *origin, base=base)
             if newest is None and folder.is_trained:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
         folder.begin(experiment)
@@ -238,7 +240,7 @@ def run(experiment: Experiment, settings: Sequence[str]) -> int:
         return newest
 
     try:
-        return execute(experiment, folder, inputs, distributed.from_main_process(claim))
+        return execute(experiment, folder, inputs, distributed.from_main_process(claim), base)
     finally:
         folder.close()
 
@@ -429,12 +431,16 @@ _COLLATORS = {
 }
 
 
-def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> int:
-    """Train, evaluate and record; whatever happens is in run.json. Returns the exit code."""
+def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None, base: str) -> int:
+    """Train, evaluate and record; whatever happens is in run.json. Returns the exit code.
+
+    Args:
+        base: state of the backbone's weights, as `models.backbone_state` has it.
+    """
     results.reset_peak_memory()
     for polite in (signal.SIGTERM, signal.SIGUSR1):  # recorded as interrupted; while it trains, see flatlora.preemption
         signal.signal(polite, signal.default_int_handler)
-    record, code, hand_on = _new_record(experiment), 0, None
+    record, code, hand_on = _new_record(experiment) | {"base": base}, 0, None
     try:
         train_and_score(experiment, folder, inputs, resume_from, record)
     except KeyboardInterrupt:
@@ -475,7 +481,6 @@ def train_and_score(
 ) -> None:
     """The run itself; fills `record` as it goes."""
     classes = getattr(inputs.rows, "classes", None)
-    record["base"] = distributed.from_main_process(lambda: models.backbone_state(experiment.model))
     if distributed.is_main_process():  # what scores the run later reads all this
         if experiment.dataset.kind == "text":
             files.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
@@ -515,6 +520,7 @@ def train_and_score(
             inputs.collate,
             folder,
             data_sha256=record["data_sha256"],
+            base=record["base"],
             log=MetricsLog(folder.path / "metrics.jsonl", tracker),
             resume_from=resume_from,
             progress=console.ProgressBar(f"train {experiment.run_name()}") if distributed.is_main_process() else None,
