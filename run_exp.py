@@ -16,6 +16,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,7 @@ from flatlora import (
     console,
     distributed,
     files,
+    fit,
     methods,
     models,
     results,
@@ -44,6 +46,7 @@ from flatlora.clip import CLASSES_FILE
 from flatlora.config import ConfigError, Experiment, Section, keys_of_validation, parse
 from flatlora.images import collate_images
 from flatlora.latents import collate_latents
+from flatlora.methods.lora import find_targets
 from flatlora.precision import Precision, choose_precision
 from flatlora.preemption import Preempted
 from flatlora.results import MetricsLog, RunFolder, Tracker
@@ -227,13 +230,15 @@ def run(experiment: Experiment, settings: Sequence[str]) -> int:
         {"the training data": inputs.data_sha256}, "Give every node the same files, or pin dataset.revision."
     )
 
+    base = distributed.from_main_process(lambda: models.backbone_state(experiment.model))
+
     def claim() -> Path | None:
         """The checkpoint to go on from. Whatever refuses the folder does so before anything in it is changed."""
         folder.open(experiment)
         newest = None
         if not experiment.overwrite:
             origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
-            newest = checkpoint.latest_good(folder.path, *origin)
+            newest = checkpoint.latest_good(folder.path, *origin, base=base)
             if newest is None and folder.is_trained:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
         folder.begin(experiment)
@@ -241,7 +246,7 @@ def run(experiment: Experiment, settings: Sequence[str]) -> int:
         return newest
 
     try:
-        return execute(experiment, folder, inputs, distributed.from_main_process(claim))
+        return execute(experiment, folder, inputs, distributed.from_main_process(claim), base)
     finally:
         folder.close()
 
@@ -272,7 +277,7 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
             written.
     """
     kind = experiment.dataset.kind
-    _, (processor, rows), _, own = gather(
+    skeleton, (processor, rows), _, own = gather(
         lambda: _check_model(experiment, device),
         lambda: _read(experiment),
         lambda: _check_benchmarks(experiment),
@@ -286,8 +291,9 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
         "captioned": lambda: {"model": experiment.model},
     }[kind]()
     names = [name for name in experiment.eval if name not in own]
-    _, *found = gather(
+    _, _, *found = gather(
         lambda: _check_validation(experiment, len(rows.validation)),
+        lambda: _check_tokens(experiment, skeleton, processor, rows),
         *(lambda name=name: _test_rows(experiment, rows.test, name, known) for name in names),
     )
     asked = own | dict(zip(names, found, strict=True))
@@ -295,12 +301,73 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     return Inputs(device, processor, rows, asked, collate, rows.sha256)
 
 
-def _check_model(experiment: Experiment, device: torch.device) -> None:
+def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:
+    """The architecture without weights, which has what the experiment asks for."""
     skeleton = models.skeleton(experiment.model)
     gather(
         lambda: methods.method(experiment.peft.method).check(skeleton, experiment.peft),
         lambda: models.check_weights(experiment.model, device),
+        lambda: _refuse(fit.attention_faults(experiment.model, skeleton)),
+        lambda: _refuse(
+            fit.packing_faults(experiment.model, skeleton, reads_weights=_reads_weights(experiment)),
+        ),
+        lambda: _refuse(_position_faults(experiment, skeleton)),
     )
+    _refuse(_peft_faults(experiment, skeleton))
+    return skeleton
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise ConfigError(faults)
+
+
+def _reads_weights(experiment: Experiment) -> str | None:
+    """The setting that reads, moves or trains W itself; None where a run only multiplies by it."""
+    if methods.method(experiment.peft.method).needs_dense:
+        return f"peft={experiment.peft.name}"
+    if experiment.flat and experiment.rho.mode in ("copy", "inplace"):
+        return f"rho.mode={experiment.rho.mode}"
+    return f"rho={experiment.rho.name}" if experiment.regularised else None
+
+
+def _position_faults(experiment: Experiment, skeleton: nn.Module) -> list[str]:
+    longest = getattr(experiment.dataset, "max_length", None)
+    return [] if longest is None else fit.position_faults(experiment.model, skeleton, longest)
+
+
+def _peft_faults(experiment: Experiment, skeleton: nn.Module) -> list[str]:
+    """What PEFT says against an adapter around the experiment's layers, tried on a skeleton that it changes."""
+    wanted = getattr(experiment.peft, "target_modules", None)
+    if wanted is None:
+        return []
+    targets = find_targets(skeleton, wanted)
+    try:
+        get_peft_model(skeleton, LoraConfig(r=1, target_modules=targets))
+    except ValueError as error:
+        return [f"Invalid peft.target_modules={wanted} with {experiment.model.hub_id}: {error}"]
+    return []
+
+
+def _check_tokens(experiment: Experiment, skeleton: nn.Module, processor: Any, rows: Any) -> None:
+    """See that every token of the rows, and those that batches are padded with, has an embedding.
+
+    Raises:
+        ConfigError: some have none.
+    """
+    if experiment.dataset.kind != "text":
+        return
+    name, parts = experiment.model.hub_id, (rows.train, rows.validation)
+    faults = fit.vocabulary_faults(processor, skeleton, name)
+    largest = max((int(part.ids.max()) for part in parts if len(part.ids)), default=0)
+    known = fit.embedding_rows(skeleton)
+    if largest >= known and not faults:
+        token = processor.convert_ids_to_tokens(largest)
+        faults.append(
+            f"Invalid tokenizer of {name}: rows of {experiment.dataset.name} hold {token} ({largest}), and the model "
+            f"has {known} embeddings; give the folder the tokenizer that the model was trained with."
+        )
+    _refuse(faults)
 
 
 def _read(experiment: Experiment) -> tuple[Any, Any]:
@@ -435,12 +502,16 @@ _COLLATORS = {
 }
 
 
-def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> int:
-    """Train, evaluate and record; whatever happens is in run.json. Returns the exit code."""
+def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None, base: str) -> int:
+    """Train, evaluate and record; whatever happens is in run.json. Returns the exit code.
+
+    Args:
+        base: state of the backbone's weights, as `models.backbone_state` has it.
+    """
     results.reset_peak_memory()
     for polite in (signal.SIGTERM, signal.SIGUSR1):  # recorded as interrupted; while it trains, see flatlora.preemption
         signal.signal(polite, signal.default_int_handler)
-    record, code, hand_on = _new_record(experiment), 0, None
+    record, code, hand_on = _new_record(experiment) | {"base": base}, 0, None
     try:
         train_and_score(experiment, folder, inputs, resume_from, record)
     except KeyboardInterrupt:
@@ -481,7 +552,6 @@ def train_and_score(
 ) -> None:
     """The run itself; fills `record` as it goes."""
     classes = getattr(inputs.rows, "classes", None)
-    record["base"] = distributed.from_main_process(lambda: models.backbone_state(experiment.model))
     if distributed.is_main_process():  # what scores the run later reads all this
         if experiment.dataset.kind == "text":
             files.write_atomic(folder.path / "test.jsonl", jsonl(inputs.rows.test))
@@ -521,6 +591,7 @@ def train_and_score(
             inputs.collate,
             folder,
             data_sha256=record["data_sha256"],
+            base=record["base"],
             log=MetricsLog(folder.path / "metrics.jsonl", tracker),
             resume_from=resume_from,
             progress=console.ProgressBar(f"train {experiment.run_name()}") if distributed.is_main_process() else None,

@@ -26,7 +26,7 @@ import data
 from data import cache, images, text_to_image
 from data.tokens import Prepared, TokenRows
 from flatlora.commandline import compose_config
-from flatlora.config import ConfigError, DatasetConfig, ModelConfig, NoSection, build_section
+from flatlora.config import ConfigError, DatasetConfig, ModelConfig, NoSection, build_section, own_weights
 from flatlora.console import quiet_libraries, report_faults
 from flatlora.models import load_image_processor, load_tokenizer
 from flatlora.rows import fingerprint
@@ -90,7 +90,7 @@ def _show(settings: list[str], count: int) -> None:
         for source in loader.sources(config):
             console.print(f"source       {source}: {fingerprint(source, data_root)}", soft_wrap=True)
         return
-    model = build_section("model", ModelConfig, model)
+    model = build_section("model", ModelConfig, own_weights(model))
     if config.kind == "image":
         _show_images(config, images.prepared(config, data_root, load_image_processor(model)), count)
     else:

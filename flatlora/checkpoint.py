@@ -29,13 +29,27 @@ MANIFEST = "checkpoint.json"
 _STEP = re.compile(r"checkpoint-[0-9]+")  # and no copy that a user made, such as checkpoint-40-best
 
 
-def seal(folder: Path, *, step: int, config_sha256: str, data_sha256: str, world_size: int = 1, zero: int = 0) -> None:
-    """Flush every file of a checkpoint to disk, then write the manifest that makes it count."""
+def seal(
+    folder: Path,
+    *,
+    step: int,
+    config_sha256: str,
+    data_sha256: str,
+    world_size: int = 1,
+    zero: int = 0,
+    base: str | None = None,
+) -> None:
+    """Flush every file of a checkpoint to disk, then write the manifest that makes it count.
+
+    Args:
+        base: state of the backbone's weights, as `flatlora.models.backbone_state` has it.
+    """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         files[str(path.relative_to(folder))] = {"sha256": _file_sha256(path, flush=True), "bytes": path.stat().st_size}
     fsync_folder(folder)
     origin = {"config_sha256": config_sha256, "data_sha256": data_sha256, "world_size": world_size, "zero": zero}
+    origin["base"] = base
     manifest = {"step": step, **origin, "files": files}
     write_json(folder / MANIFEST, manifest)
     fsync_folder(folder.parent)
@@ -66,16 +80,22 @@ def step_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
-def latest_good(run: Path, config_sha256: str, data_sha256: str, world_size: int = 1, zero: int = 0) -> Path | None:
+def latest_good(
+    run: Path, config_sha256: str, data_sha256: str, world_size: int = 1, zero: int = 0, *, base: str | None = None
+) -> Path | None:
     """Newest whole checkpoint; broken ones above it are named in the log. Nothing is changed.
 
+    Args:
+        base: as in `seal`; None compares no backbones.
+
     Raises:
-        ConfigError: the newest whole one was made by another experiment, on other data or by more or fewer processes.
+        ConfigError: the newest whole one was made by another experiment, on another backbone or other data, or by more
+            or fewer processes.
     """
     for folder in reversed(checkpoints(run)):
         fault = fault_of(folder)
         if fault is None:
-            _refuse_other_origin(folder, config_sha256, data_sha256, world_size, zero)
+            _refuse_other_origin(folder, config_sha256, data_sha256, world_size, zero, base)
             return folder
         logger.warning("Ignoring %s: %s.", folder, fault)
     return None
@@ -94,7 +114,9 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _refuse_other_origin(folder: Path, config_sha256: str, data_sha256: str, world_size: int, zero: int) -> None:
+def _refuse_other_origin(
+    folder: Path, config_sha256: str, data_sha256: str, world_size: int, zero: int, base: str | None
+) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     faults = [
         f"{folder} is a checkpoint of {what} ({key} {str(manifest.get(key))[:12]}…, here {wanted[:12]}…): take it out "
@@ -105,6 +127,14 @@ def _refuse_other_origin(folder: Path, config_sha256: str, data_sha256: str, wor
         )
         if manifest.get(key) != wanted
     ]
+    trained_on = manifest.get("base")
+    if base is not None and trained_on is None:
+        logger.warning("%s does not say which backbone it was trained on: an earlier version wrote it.", folder)
+    elif base is not None and trained_on != base:
+        faults.append(
+            f"{folder} was trained on other weights of the backbone ({trained_on[:60]}, here {base[:60]}): put those "
+            "weights back, pin them with model.revision, or say overwrite=true."
+        )
     if manifest.get("world_size") != world_size:
         faults.append(
             f"{folder} was written by {manifest.get('world_size')} processes and there are {world_size} now: their "

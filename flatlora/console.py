@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -164,19 +165,70 @@ def _sweep_cells(record: dict[str, Any]) -> list[str]:
     return [text.format(value) if value is not None else "—" for value, text in numbers] + [backbone]
 
 
+_LIBRARIES = r"(torch|transformers|peft|accelerate|numba|gguf|hydra|huggingface_hub|diffusers)"
+# Warnings of these libraries that say nothing of a result, by the beginning of their text.
+_NOISE = (
+    "Could not find a config file in ",  # PEFT, of a base model out of reach: the vocabulary was not changed
+    "Unable to fetch remote file",
+    "'pin_memory' argument is set as true",
+    "User provided device_type of 'cuda', but CUDA is not available",
+    "Was asked to gather along dimension 0",
+    "The PyTorch API of nested tensors",
+    "The TBB threading layer requires",
+    "Setting `save_embedding_layers` to `True`",
+    "fan_in_fan_out is set to ",
+)
+# Warnings after which a model is not the one that was saved: never gone on from.
+_WRONG_RESULT = (
+    "Found missing adapter keys while loading the checkpoint",
+    "Some weights of .* were not initialized from the model checkpoint",
+    "Adapter .* tensor\\(s\\) have invalid shape",
+)
+# What transformers only logs, and what decides whether a model and its tokenizer compute what they were made for.
+_DECIDES = re.compile(
+    r"incorrect regex pattern|will NOT tie them|checkpoint seem corrupted|rope_parameters|rope_scaling"
+    r"|instantiate a model of type|must be `None` or an integer within the vocabulary|is unrecognized"
+    r"|right-padding was detected|Automatically falling back to"
+)
+
+
 def quiet_libraries() -> None:
-    """Warnings of this project and of libraries as single readable lines; no progress bars but ours."""
+    """Warnings of this project and of libraries as single readable lines; no progress bars but ours.
+
+    Of libraries, what is about their interfaces, and what is named here as noise, is left out; what says that a model
+    was not read as it was saved is raised; the rest is shown.
+    """
     import datasets
     import transformers
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     logging.captureWarnings(True)
-    transformers.utils.logging.set_verbosity_error()
+    warnings.formatwarning = _one_line
+    _show_decisive(transformers.utils.logging, handler)
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try again is a warning of three lines
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # four warnings for each of a benchmark's 85 tasks
     logging.getLogger("wandb").setLevel(logging.CRITICAL)  # tracebacks of its service; results.Tracker names the error
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module="(torch|transformers|peft|accelerate|numba|gguf|hydra|huggingface_hub)")
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning):
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+    for text in _NOISE:
+        warnings.filterwarnings("ignore", message=re.escape(text))
+    for pattern in _WRONG_RESULT:
+        warnings.filterwarnings("error", message=pattern)
+
+
+def _show_decisive(library: Any, handler: logging.Handler) -> None:
+    """Let transformers log errors, and of its warnings those that decide a result."""
+    own = logging.getLogger("transformers")
+    library.set_verbosity_warning()
+    shown = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    shown.setFormatter(handler.formatter)
+    shown.addFilter(lambda record: record.levelno >= logging.ERROR or bool(_DECIDES.search(record.getMessage())))
+    own.handlers = [shown]
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    return f"{category.__name__}: {' '.join(str(message).split())}"

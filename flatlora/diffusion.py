@@ -29,7 +29,7 @@ from flatlora.checkpoint import part_sha256
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
 from flatlora.precision import choose_precision, hold_as_computed, stored_dtype
 from flatlora.rows import hub_is_reachable
-from flatlora.sources import hub_faults
+from flatlora.sources import hub_faults, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,9 @@ def load_unet(config: DiffusionModelConfig, source: str) -> nn.Module:
     import diffusers
 
     with _quiet_diffusers():
-        return diffusers.UNet2DConditionModel.from_pretrained(
+        return load_whole(
+            config,
+            diffusers.UNet2DConditionModel,
             source,
             subfolder=UNET,
             torch_dtype=getattr(torch, config.dtype),
@@ -226,8 +228,9 @@ def load_vae(config: DiffusionModelConfig, source: str, device: torch.device) ->
     import diffusers
 
     name, options = _vae_place(config, source)
-    with _quiet_diffusers(), _vae_faults(config):
-        vae = diffusers.AutoencoderKL.from_pretrained(name, torch_dtype=getattr(torch, config.vae_dtype), **options)
+    owner = config if config.vae_id is None else _vae_config(config.vae_id)
+    with _quiet_diffusers():
+        vae = load_whole(owner, diffusers.AutoencoderKL, name, torch_dtype=getattr(torch, config.vae_dtype), **options)
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -263,14 +266,18 @@ def _vae_faults(config: DiffusionModelConfig) -> contextlib.AbstractContextManag
     """Faults of a VAE that is not the pipeline's, by its own setting's name."""
     if config.vae_id is None:
         return contextlib.nullcontext()
-    return hub_faults(_VAEConfig(name="vae", hub_id=config.vae_id, family="sdxl"))
+    return hub_faults(_vae_config(config.vae_id))
+
+
+def _vae_config(name: str) -> _VAEConfig:
+    return _VAEConfig(name="vae", hub_id=name, family="sdxl")
 
 
 def load_text_encoders(config: DiffusionModelConfig, source: str, device: torch.device) -> list[nn.Module]:
     """Both text encoders, their weights those of `config.dtype`."""
     options = {"dtype": getattr(torch, config.dtype), "variant": config.variant, **options_of(config, source)}
     encoders = [
-        cls.from_pretrained(source, subfolder=name, **options) for name, cls in _text_classes(config, always=True)
+        load_whole(config, cls, source, subfolder=name, **options) for name, cls in _text_classes(config, always=True)
     ]
     precision = choose_precision("auto", config.dtype, device)
     for encoder in encoders:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -30,9 +30,17 @@ from flatlora import diffusion
 from flatlora.checkpoint import weights_sha256
 from flatlora.clip import Classes, CLIPImageClassifier, classifier_of
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
+from flatlora.fit import (
+    attention_implementation,
+    described_in_family,
+    embedding_rows,
+    packing_of,
+    vocabulary_faults,
+)
 from flatlora.precision import choose_precision, hold_as_computed, slow_bf16_warning, use_physical_cores
 from flatlora.rows import gather, hub_is_reachable
-from flatlora.sources import backbone_source, described, hub_faults, source_and_options
+from flatlora.saved_adapters import base_name, check_adapter, holds_tensors_of, with_adapter
+from flatlora.sources import backbone_source, described, hub_faults, load_whole, not_finite, source_and_options
 from flatlora.starts import move_as_started, start_of_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -77,6 +85,10 @@ class Family(Protocol):
         if None."""
         ...
 
+    def holds_processor(self, folder: Path) -> bool:
+        """Whether a processor was saved in a folder."""
+        ...
+
     def complete_adapter(self, folder: Path) -> None:
         """Write beside a saved adapter what users of that kind of model load it by, if not by PEFT."""
         ...
@@ -89,8 +101,8 @@ class LanguageModels:
         self.auto = auto
 
     def skeleton(self, config: ModelConfig) -> nn.Module:
-        known = described(config)
-        with torch.device("meta"):
+        known = described_in_family(config)
+        with hub_faults(config), torch.device("meta"):
             return self.auto.from_config(known)
 
     def weight_files(self, config: ModelConfig) -> Sequence[str]:
@@ -101,20 +113,24 @@ class LanguageModels:
 
     def load(self, config: ModelConfig, device: torch.device, classes: Classes | None = None) -> nn.Module:
         model = self.read(config, device)
-        return model if config.quantize != "none" else model.to(device)  # packed weights are where they were loaded to
+        return model if getattr(model, "is_quantized", False) else model.to(device)  # packed: where it was loaded to
 
     def read(self, config: ModelConfig, device: torch.device) -> nn.Module:
         """The weights, on the host unless they are packed, with the attention that `device` is best at."""
+        known = described_in_family(config)
         source, options = source_and_options(config)
         if config.quantize != "none":
-            options |= {"quantization_config": quantisation(config), "device_map": {"": device}}
-        with hub_faults(config):
-            model = self.auto.from_pretrained(
-                source,
-                dtype=getattr(torch, config.dtype),
-                attn_implementation=attention_implementation(config.attn, device),
-                **options,
-            )
+            options |= {"quantization_config": quantisation(config)}
+        if config.quantize != "none" or packing_of(known):
+            options |= {"device_map": {"": device}}
+        model = load_whole(
+            config,
+            self.auto,
+            source,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention_implementation(config, known, device),
+            **options,
+        )
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes would pack W in another order at its first evaluation on such a CPU, where nothing that
@@ -135,9 +151,12 @@ class LanguageModels:
         autocast: str,
     ) -> tuple[nn.Module, Any]:
         # A whole model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
-        config = config.model_copy(update={"hub_id": path, "embedded": None, "revision": None})
+        config = _at(config, path)
         config = config.model_copy(update={"dtype": dtype or _saved_dtype(config)})
         return load_backbone(config, device, autocast=autocast), self.processor(config)
+
+    def holds_processor(self, folder: Path) -> bool:
+        return (folder / "tokenizer_config.json").is_file()
 
     def complete_adapter(self, folder: Path) -> None:
         """Nothing: PEFT's own files are what everyone reads."""
@@ -150,7 +169,7 @@ class CLIPClassifiers(LanguageModels):
         super().__init__(CLIPModel)
 
     def skeleton(self, config: ModelConfig) -> nn.Module:
-        known = described(config)
+        known = described_in_family(config)
         with torch.device("meta"):
             return CLIPImageClassifier(known.vision_config, head=config.head)
 
@@ -172,17 +191,23 @@ class CLIPClassifiers(LanguageModels):
     ) -> tuple[nn.Module, Any]:
         """With the head that the backbone's text tower makes: no file holds that."""
         base = load_backbone(config, device, classes, autocast)
-        saved = config.model_copy(update={"hub_id": path, "embedded": None, "revision": None})
-        model = CLIPImageClassifier.from_pretrained(
+        saved = _at(config, path)
+        model = load_whole(
+            saved,
+            CLIPImageClassifier,
             path,
             classes=len(base.class_embeddings) if base.head == "text" else base.classifier.out_features,
             head=base.head,
             dtype=getattr(torch, dtype or _saved_dtype(saved)),
         )
+        _refuse_not_finite(model, path)
         hold_as_computed(model, choose_precision(autocast, dtype or _saved_dtype(saved), device))
         if base.head == "text":
             model.class_embeddings, model.temperature = base.class_embeddings, base.temperature
-        return model.to(base.device), self.processor(config)
+        return model.to(base.device), self.processor(saved if self.holds_processor(Path(path)) else config)
+
+    def holds_processor(self, folder: Path) -> bool:
+        return (folder / "preprocessor_config.json").is_file()
 
 
 class Denoisers:
@@ -217,6 +242,9 @@ class Denoisers:
         autocast: str,
     ) -> tuple[nn.Module, Any]:
         raise ConfigError([f"Invalid model folder {path}: of a diffusion model only adapters are trained; name one."])
+
+    def holds_processor(self, folder: Path) -> bool:
+        return False
 
     def complete_adapter(self, folder: Path) -> None:
         diffusion.export_adapter(folder)
@@ -290,8 +318,7 @@ def load_clip(name: str, device: torch.device) -> tuple[CLIPModel, PreTrainedTok
     """
     config = scorer_config(name)
     source, options = source_and_options(config)
-    with hub_faults(config):
-        model = transformers.CLIPModel.from_pretrained(source, dtype=torch.float32, **options)
+    model = load_whole(config, transformers.CLIPModel, source, dtype=torch.float32, **options)
     return model.requires_grad_(False).eval().to(device), load_tokenizer(config), load_image_processor(config)
 
 
@@ -316,8 +343,9 @@ def load_captioner(name: str, device: torch.device) -> tuple[nn.Module, Any]:
     Raises:
         ConfigError: they cannot be had; with the ways out.
     """
-    with hub_faults(_captioner_config(name)):
-        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+    config = _captioner_config(name)
+    model = load_whole(config, transformers.AutoModelForImageTextToText, name, dtype=torch.float32)
+    with hub_faults(config):
         processor = transformers.AutoProcessor.from_pretrained(name)
     return model.eval().to(device), processor
 
@@ -383,8 +411,16 @@ def load_backbone(
     hold_as_computed(model, precision)
     if precision.slow:
         logger.warning("%s", slow_bf16_warning(model, "autocast=bfloat16", "autocast=auto computes in FP32 here"))
+    _refuse_not_finite(model, config.hub_id)
     model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
     return model.requires_grad_(False)
+
+
+def _refuse_not_finite(model: nn.Module, name: str) -> None:
+    if broken := not_finite(model.state_dict()):
+        raise ConfigError(
+            [f"Invalid weights of {name}: {broken[0]}; copy the model again, or use the last one that was whole."]
+        )
 
 
 def quantisation(config: ModelConfig) -> transformers.BitsAndBytesConfig:
@@ -430,11 +466,6 @@ def weights_identity(
     if classes is not None:
         identity["classes"] = hashlib.sha256(json.dumps(classes).encode()).hexdigest()
     return identity
-
-
-def attention_implementation(wanted: str, device: torch.device) -> str:
-    """auto: SDPA on a GPU; eager on a CPU, whose SDPA backward is slower at the lengths that a CPU can train."""
-    return wanted if wanted != "auto" else ("sdpa" if device.type == "cuda" else "eager")
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -523,74 +554,63 @@ def load_for_inference(
     """
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
     if adapter is not None:
-        _check_adapter(adapter)
+        check_adapter(adapter)
     config = model_config or model_of(path)
     family = FAMILIES[config.family]
     if model_config is not None and adapter is None:
         model, processor = family.trained_whole(path, config, device, dtype, classes, autocast)
     else:
         config = config.model_copy(update={"dtype": dtype}) if dtype else config
-        model, processor = load_backbone(config, device, classes, autocast), family.processor(config)
+        saved = _saved_processor(family, adapter) if adapter else None
+        processor = family.processor(_at(config, str(saved)) if saved else config)
+        model = load_backbone(config, device, classes, autocast)
     if adapter is not None:
-        from peft import PeftModel
-
         if start := start_of_checkpoint(adapter):
             move_as_started(model, start)
-        model = PeftModel.from_pretrained(model, str(adapter))
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
+        model = with_adapter(model, adapter, family=config.family, name=config.hub_id)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        _check_vocabulary(processor, model, path, config if adapter is not None else None)
     whole = path if model_config is not None and adapter is None else config.hub_id
     return model.eval(), processor, {"base": whole, "adapter": str(adapter) if adapter else None}
 
 
-def _check_adapter(folder: Path) -> None:
-    """
-    Raises:
-        ConfigError: weights that are missing, or of a kind that this PEFT does not know.
-    """
-    from peft import PeftType
+def _at(config: ModelConfig, path: str) -> ModelConfig:
+    """The same kind of model in another folder."""
+    return config.model_copy(update={"hub_id": path, "embedded": None, "revision": None})
 
-    faults = []
-    if not any(folder.glob("adapter_model.*")):
-        faults.append(f"Missing file {folder}/adapter_model.safetensors: copy the adapter's folder whole.")
-    kind = _adapter_config(folder).get("peft_type")
-    if kind not in list(PeftType):
-        faults.append(
-            f"Invalid peft_type {kind} in {folder}/adapter_config.json: PEFT {importlib.metadata.version('peft')} does "
-            "not know it; install the version that saved the adapter, or copy its folder whole."
-        )
-    if faults:
+
+def _saved_processor(family: Family, adapter: Path) -> Path | None:
+    """Where the processor was saved that an adapter was trained with: beside it, or in its training's folder."""
+    return next((folder for folder in (adapter, adapter.parent) if family.holds_processor(folder)), None)
+
+
+def _check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: nn.Module, path: str, base: ModelConfig | None
+) -> None:
+    """
+    Args:
+        base: the backbone of an adapter: tokens beyond the embeddings that its own tokenizer has too are in no text.
+
+    Raises:
+        ConfigError: the tokenizer gives tokens that the model has no embedding for.
+    """
+    rows = embedding_rows(model)
+    added = [token for token, number in tokenizer.get_added_vocab().items() if number >= rows] if base else []
+    if added:
+        with contextlib.suppress(ConfigError):  # a backbone that has none
+            own = load_tokenizer(base).get_vocab()
+            added = [token for token in added if token not in own]
+    if faults := vocabulary_faults(tokenizer, model, path, added):
         raise ConfigError(faults)
 
 
 def model_of(path: str) -> ModelConfig:
     """The backbone of an adapter's folder, or the whole model of a folder or hub id, which no run describes."""
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
-    return _guess_model_config(_base_name(adapter) if adapter else path)
-
-
-def _base_name(adapter: Path) -> str:
-    name = _adapter_config(adapter).get("base_model_name_or_path")
-    if not (isinstance(name, str) and name):
-        raise ConfigError(
-            [
-                f"Broken file {adapter}/adapter_config.json: base_model_name_or_path is {name}, no base model's name; "
-                "copy the adapter's folder whole."
-            ]
-        )
-    return name
-
-
-def _adapter_config(adapter: Path) -> dict[str, Any]:
-    path = adapter / "adapter_config.json"
-    try:
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError("it holds no keys")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError([f"Broken file {path}: {error}; copy the adapter's folder whole."]) from error
-    return found
+    config = _guess_model_config(base_name(adapter) if adapter else path)
+    if adapter is not None and config.family == "sdxl":  # else the encoders' share of it would have no place
+        return config.model_copy(update={"train_text_encoders": holds_tensors_of(adapter, diffusion.TEXT_ENCODERS[0])})
+    return config
 
 
 def _guess_model_config(name: str) -> ModelConfig:

@@ -6,16 +6,20 @@ import contextlib
 import importlib.util
 import io
 import os
+import pickle
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 
 from flatlora.config import ConfigError, ModelConfig, reason_of
 from flatlora.console import console
@@ -59,6 +63,85 @@ def described(config: ModelConfig) -> transformers.PreTrainedConfig:
         return transformers.AutoConfig.from_pretrained(source, **options)
 
 
+# Constants that older versions of transformers saved with the weights; models compute them when they are made.
+_CONSTANTS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|causal_mask|(attn|attention)\.bias)$")
+
+
+def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) -> nn.Module:
+    """`loader.from_pretrained(source, ...)` of transformers or diffusers, with every weight read from the files.
+
+    Both libraries draw what the files lack at random and leave out what the model has no place for, with a warning.
+
+    Args:
+        config: says what the weights are called in validation errors.
+
+    Raises:
+        ConfigError: weights are missing, left over or of another shape, or a file is broken; tied weights need not be
+            in the files.
+    """
+    with hub_faults(config):
+        try:
+            # Shapes that differ are refused below, by name: what the library raises has no names.
+            model, found = loader.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+            raise ConfigError(
+                [
+                    f"Cannot load {config.hub_setting}={config.hub_id}: {error}; its weight files are broken or "
+                    "another model's: copy the folder again, or name another."
+                ]
+            ) from error
+    if faults := _incomplete(found):
+        raise ConfigError(
+            [
+                f"Invalid {config.hub_setting}={config.hub_id}: its weights do not make a whole "
+                f"{type(model).__name__}: {'; '.join(faults)}. What is missing would be drawn at random; name a folder "
+                "or repository that save_pretrained made of such a model, and copy it whole."
+            ]
+        )
+    return model
+
+
+def _incomplete(found: Mapping[str, Any]) -> list[str]:
+    """What a loading report of transformers or diffusers says of weights that were not read as they were saved."""
+    shapes = {name: f"{name} ({_shape(saved)} for {_shape(own)})" for name, saved, own in found["mismatched_keys"]}
+    parts = {
+        "missing": set(found["missing_keys"]) - set(shapes),
+        "left over": {name for name in found["unexpected_keys"] if not _CONSTANTS.search(name)},
+        "of another shape": shapes.values(),
+    }
+    return [f"{in_short(names)} {what}" for what, names in parts.items() if names]
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Floating-point tensors that hold NaN or infinity, as one validation error; none where all are finite."""
+    names = [name for name, tensor in tensors.items() if tensor.dtype in _PLAIN and not _is_finite(tensor)]
+    return [f"{in_short(names)} with NaN or infinity"] if names else []
+
+
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # A sum reads the tensor once and makes no other of its size; a finite one may overflow it, hence the second look.
+    narrow = tensor.dtype in (torch.bfloat16, torch.float16)
+    total = tensor.sum(dtype=torch.float32 if narrow else None)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+def in_short(names: Iterable[str], shown: int = 5) -> str:
+    """A count and the first few of some names."""
+    ordered = sorted(names)
+    return f"{len(ordered)} ({', '.join(ordered[:shown])}{', …' if len(ordered) > shown else ''})"
+
+
+def _shape(size: Iterable[int]) -> str:
+    return "×".join(map(str, size)) or "scalar"
+
+
 @contextlib.contextmanager
 def hub_faults(config: ModelConfig) -> Iterator[None]:
     """Missing repository, no network, gated or broken folder: as a fault of the configuration."""
@@ -88,7 +171,7 @@ def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
     reason = f"{UNREACHABLE if unreachable else reason_of(error)}."
     if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
         reason = "it is a file, not a folder." if os.path.isfile(config.hub_id) else "there is no such folder."
-    elif os.path.isdir(config.hub_id) and not os.path.isfile(os.path.join(config.hub_id, index := config.index_file)):
+    elif os.path.isdir(config.hub_id) and not _holds(config.hub_id, index := config.index_file, "adapter_config.json"):
         reason = f"the folder holds no {index}, so no model."
     if "gated" in str(error).lower() or "401" in reason or "403" in reason:
         remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
@@ -97,6 +180,11 @@ def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
     else:
         remedy = f"connect to the network, or set {config.hub_setting}=FOLDER to a local copy made with `hf download`"
     return f"Cannot load {config.hub_setting}={config.hub_id}: {reason} To go on, {remedy}."
+
+
+def _holds(folder: str, *files: str) -> bool:
+    """Whether one of some files is in a folder."""
+    return any(os.path.isfile(os.path.join(folder, file)) for file in files)
 
 
 def _converted_folder(name: str) -> Path:

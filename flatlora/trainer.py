@@ -45,6 +45,7 @@ class FlatTrainer(Trainer):
         experiment: Experiment,
         method: AdapterMethod,
         data_sha256: str,
+        base: str,
         recorder: StepRecorder,
         **kwargs: Any,
     ) -> None:
@@ -53,7 +54,7 @@ class FlatTrainer(Trainer):
         # An encoder-decoder's forward takes any keyword and ignores the token count of the whole batch: its loss is the
         # mean of a micro-batch, which Trainer must then divide by the number of micro-batches.
         self.model_accepts_loss_kwargs = experiment.model.family == "causal_lm"
-        self.experiment, self.data_sha256, self.recorder = experiment, data_sha256, recorder
+        self.experiment, self.data_sha256, self.base, self.recorder = experiment, data_sha256, base, recorder
         self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
         self.step_units = torch.zeros((), device=self.args.device)  # tokens, or images, since the newest row
         self._epoch_sampler: EpochSampler | None = None
@@ -303,6 +304,7 @@ class FlatTrainer(Trainer):
                 data_sha256=self.data_sha256,
                 world_size=self.args.world_size,
                 zero=self.experiment.trainer.zero,
+                base=self.base,
             )
             checkpoint.rotate(folder.parent, self.experiment.trainer.save_total_limit)
 

@@ -64,11 +64,15 @@ def train(
     run: RunFolder,
     *,
     data_sha256: str,
+    base: str,
     log: MetricsLog,
     resume_from: Path | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Train `model` in place to the end, from the checkpoint `resume_from` if there is one.
+
+    Args:
+        data_sha256, base: of the rows and of the backbone's weights, which a resumed run must have again.
 
     Raises:
         FloatingPointError: the loss or a weight is NaN or infinite.
@@ -100,6 +104,7 @@ def train(
         experiment=experiment,
         method=method,
         data_sha256=data_sha256,
+        base=base,
         recorder=recorder,
     )
     for unwanted in (PrinterCallback, TqdmCallback):

