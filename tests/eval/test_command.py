@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from eval.command import main
 from flatlora import precision
 from flatlora.config import ModelConfig
 from flatlora.rows import jsonl
-from tests.conftest import run_folder
+from tests.conftest import run_folder, tiny_llama
 
 SETTINGS = ("eval=[gsm8k]", "eval.gsm8k.max_new_tokens=6", "eval.gsm8k.batch_size=4")
 
@@ -225,7 +226,7 @@ def test_answers_of_a_slow_cpu_are_told_from_those_of_a_fast_one(made, monkeypat
 @pytest.mark.usefixtures("fast_in_bf16")
 @pytest.mark.parametrize(("of_run", "expected"), [("bfloat16", torch.bfloat16), ("float32", None), (None, None)])
 def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, tmp_path, of_run, expected):
-    monkeypatch.setattr(command, "load_for_inference", lambda *_: (torch.nn.Linear(2, 2), None, {}))
+    monkeypatch.setattr(command, "load_for_inference", lambda *_: (tiny_llama(), SimpleNamespace(eos_token_id=2), {}))
     model = of_run and ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype=of_run)
     backend = command._load(command.Place(str(tmp_path), model=model), torch.device("cpu"), 1, "text")
     assert backend.precision.autocast == expected
