@@ -30,7 +30,8 @@ from flatlora.noise_torch import fill_normal_torch
 from flatlora.perturbation import WeightPerturbation
 
 Batch = Mapping[str, torch.Tensor]
-_RISE, _DIRECTION, _PROBE, _START = (noise.RESERVED_STREAMS + number for number in range(4))
+FIRST_STREAM = noise.RESERVED_STREAMS  # kept with what was measured: other streams, other draws
+_RISE, _DIRECTION, _PROBE, _START = (FIRST_STREAM + number for number in range(4))
 
 
 def plain_layers(model: nn.Module, names: Sequence[str]) -> list[PerturbedLayer]:

@@ -142,7 +142,7 @@ def measure(run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: 
     Raises:
         ConfigError: model or data cannot be had.
     """
-    asked = {"rows": min(options.rows, len(inputs.rows.train)), "seed": options.seed}
+    asked = {"rows": min(options.rows, len(inputs.rows.train)), "seed": options.seed, "streams": flatness.FIRST_STREAM}
     how = {
         "rise": asked | {"sigmas": list(options.sigmas), "draws": options.draws},
         "hessian": asked | {"probes": options.probes},
