@@ -352,7 +352,7 @@ def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ConnectionError("reset\n by someone"), ": reset. "),
+        (ConnectionError("reset\n by someone"), ": reset by someone. "),
         (OSError(errno.ENETUNREACH, "Network is unreachable"), ": the hub cannot be reached"),
         (ValueError(), ": ValueError. "),  # an error without a message
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer"),

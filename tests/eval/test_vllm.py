@@ -8,7 +8,7 @@ import types
 import pytest
 from transformers import AutoTokenizer
 
-from eval.backends import Sampling
+from eval.backends import Completion, Sampling
 from eval.backends.hf import HFBackend
 from eval.backends.vllm import VLLMBackend
 from flatlora.config import ConfigError
@@ -77,11 +77,11 @@ def test_every_end_that_is_declared_ends_an_answer(served, tokenizer):
     ids = [*continuation(tokenizer, PROMPT, "    3"), other]
     backend, engine = served(ids, "stop", [other, tokenizer.eos_token_id])
     (answer,) = backend.generate([PROMPT], Sampling(9))
-    assert answer == ("    3", len(ids) - 1, True)
+    assert answer == Completion("    3", len(ids) - 1, True)
     ends = sorted({other, tokenizer.eos_token_id})
     assert engine.options[0]["stop_token_ids"] == ends == backend.describe()["ends"]
     cut, _ = served(ids[:-1], "length", other)
-    assert cut.generate([PROMPT], Sampling(9)) == [("    3", len(ids) - 1, False)]
+    assert cut.generate([PROMPT], Sampling(9)) == [Completion("    3", len(ids) - 1, False)]
 
 
 def test_prompts_are_those_of_training(served, tokenizer, tmp_path):

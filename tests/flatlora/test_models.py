@@ -90,8 +90,8 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_refused_with_the_names(nam
             load()
         (fault,) = told.value.faults
         assert fault.startswith(f"Invalid model.hub_id={folder}: its weights do not make a whole LlamaForCausalLM: ")
-        assert any(key in fault for key in wrong)
-        assert str(len(wrong)) in fault
+        shown = [key for key in wrong if key in fault]
+        assert shown == wrong or (shown and str(len(wrong)) in fault)
 
 
 def test_a_training_on_an_incomplete_checkpoint_is_refused(tiny_model_folder, tiny_settings, tmp_path, capsys):
