@@ -45,6 +45,7 @@ evals: $(VENV)/.evals
 
 $(VENV)/.evals: $(STAMP)
 	@echo "benchmarks' packages";        $(INSTALL) -e '.[eval]'
+	@# Templates in some packages are no Python: what does not compile is left as it is.
 	@echo "compiling to bytecode";       $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 

@@ -558,17 +558,12 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
     """(keys that a rule reads, fault) of every choice that does not go with another."""
     rho, optim, trainer = experiment.rho, experiment.optim, experiment.trainer
     yield from _unread_keys(experiment)
+    yield from _dtype_faults(experiment)
     if isinstance(rho, FlatConfig) and rho.every > 1 and rho.resample == "micro_batch":
         yield (
             ("rho.every", "rho.resample"),
             f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "
             "several a step; drop one of them.",
-        )
-    if experiment.model.quantize != "none" and experiment.flat and rho.mode in ("copy", "inplace"):
-        yield (
-            ("model.quantize", "rho.mode"),
-            f"Invalid rho.mode={rho.mode} with model.quantize={experiment.model.quantize}: a copy would undo what the "
-            "weights are packed for, and noise cannot be added to 4 bits; use rho.mode=recompute (or auto).",
         )
     if optim.batch_size % trainer.micro_batch_size:
         yield (
@@ -582,19 +577,6 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
             f"Invalid dataset={experiment.dataset.name} ({experiment.dataset.kind}) with model="
             f"{experiment.model.name} ({experiment.model.family}): CLIP takes image data sets, SDXL captioned ones, "
             "language models text; change one of them.",
-        )
-    if experiment.model.family == "sdxl" and experiment.model.dtype == "float16" and trainer.device == "cpu":
-        yield (
-            ("model.dtype", "trainer.device"),
-            f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
-            "model.dtype=bfloat16 or float32.",
-        )
-    if experiment.model.family != "sdxl" and experiment.model.dtype == "float16":
-        yield (
-            ("model.dtype", "model.family"),
-            f"Invalid model.dtype=float16 with model={experiment.model.name} ({experiment.model.family}): its loss is "
-            "not scaled, and small gradients of an adapter underflow to 0 in FP16; use model.dtype=bfloat16 or float32 "
-            "(FP16 is for scoring).",
         )
     if experiment.dataset.kind == "captioned" and optim.group_by_length:
         yield (
@@ -629,6 +611,30 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
         yield (
             ("resume", "overwrite"),
             "Invalid resume=true with overwrite=true: one continues the run, the other deletes it; choose one.",
+        )
+
+
+def _dtype_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+    """Weights that are stored as neither the noise nor the loss of the experiment can have them."""
+    model, rho, trainer = experiment.model, experiment.rho, experiment.trainer
+    if model.quantize != "none" and experiment.flat and rho.mode in ("copy", "inplace"):
+        yield (
+            ("model.quantize", "rho.mode"),
+            f"Invalid rho.mode={rho.mode} with model.quantize={model.quantize}: a copy would undo what the "
+            "weights are packed for, and noise cannot be added to 4 bits; use rho.mode=recompute (or auto).",
+        )
+    if model.family == "sdxl" and model.dtype == "float16" and trainer.device == "cpu":
+        yield (
+            ("model.dtype", "trainer.device"),
+            f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
+            "model.dtype=bfloat16 or float32.",
+        )
+    if model.family != "sdxl" and model.dtype == "float16":
+        yield (
+            ("model.dtype", "model.family"),
+            f"Invalid model.dtype=float16 with model={model.name} ({model.family}): its loss is "
+            "not scaled, and small gradients of an adapter underflow to 0 in FP16; use model.dtype=bfloat16 or float32 "
+            "(FP16 is for scoring).",
         )
 
 

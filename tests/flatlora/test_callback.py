@@ -164,18 +164,15 @@ class Generating(Trainer):
         return loss
 
 
+def quiet_arguments(folder, **changes):
+    quiet = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    return TrainingArguments(str(folder), learning_rate=1e-2, **quiet, **changes)
+
+
 @pytest.mark.parametrize("mode", ["copy", "recompute"])
 def test_what_a_step_generates_is_the_models_without_noise(tmp_path, mode):
     flat = FlatLoraCallback(sigma=1.0, ramp="constant", mode=mode)
-    args = TrainingArguments(
-        str(tmp_path),
-        max_steps=3,
-        learning_rate=1e-2,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    args = quiet_arguments(tmp_path, max_steps=3)
     trainer = Generating(tiny_lora(), args, train_dataset=ROWS, callbacks=[flat])
     trainer.seen, trainer.losses = [], []
     trainer.train()
@@ -217,17 +214,7 @@ STREAMING = {"max_steps": 8, "lr_scheduler_type": "constant", "max_grad_norm": 0
 
 
 def stream(folder, callbacks):
-    args = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=3,
-        learning_rate=1e-2,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        **STREAMING,
-    )
+    args = quiet_arguments(folder, per_device_train_batch_size=2, gradient_accumulation_steps=3, **STREAMING)
     model = tiny_lora()
     Trainer(model, args, train_dataset=Streamed(), callbacks=callbacks).train()
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

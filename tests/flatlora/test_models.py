@@ -113,7 +113,11 @@ def test_tied_weights_need_not_be_in_the_files(tiny_model_folder, tmp_path):
 def test_constants_that_old_versions_saved_are_no_weights(tiny_model_folder, tmp_path):
     constants = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     folder = rewritten(tiny_model_folder, tmp_path / "old", lambda tensors: tensors | constants)
-    models.load_backbone(model_config(folder), CPU)
+    loaded, plain = (models.load_backbone(model_config(path), CPU) for path in (folder, tiny_model_folder))
+    read, expected = loaded.state_dict(), plain.state_dict()
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)  # made from the config
 
 
 def test_weights_that_are_not_finite_are_refused(tiny_model_folder, tmp_path):
