@@ -224,6 +224,7 @@ def _show_decisive(library: Any, handler: logging.Handler) -> None:
     """Let transformers log errors, and of its warnings those that decide a result."""
     own = logging.getLogger("transformers")
     library.set_verbosity_warning()
+    own.propagate = False  # where CI is set, transformers lets all of it through to the root logger besides
     shown = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     shown.setFormatter(handler.formatter)
     shown.addFilter(lambda record: record.levelno >= logging.ERROR or bool(_DECIDES.search(record.getMessage())))

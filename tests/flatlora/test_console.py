@@ -17,6 +17,7 @@ def quieted():
     loggers = [logging.getLogger(name) for name in (None, "transformers", "huggingface_hub", "lm_eval", "datasets")]
     before = [(one, one.handlers[:], one.level, one.propagate) for one in loggers]
     shown = warnings.formatwarning
+    logging.getLogger("transformers").propagate = True  # as transformers itself sets it where CI is set
     with warnings.catch_warnings():
         console.quiet_libraries()
         yield
