@@ -10,69 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import run_exp
 from flatlora import fit
 from flatlora.config import ConfigError
-from tests.saved_models import CPU, model_config
-
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
-ARCHITECTURES = {
-    "llama": SHAPE,
-    "llama rope3": SHAPE
-    | {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 1e4,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        }
-    },
-    "mistral": SHAPE | {"sliding_window": 8},
-    "qwen2": SHAPE | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "qwen3": SHAPE,
-    "gemma": SHAPE,
-    "gemma2": SHAPE | {"sliding_window": 8, "query_pre_attn_scalar": 8},
-    "gemma3_text": SHAPE | {"sliding_window": 8, "query_pre_attn_scalar": 8},
-    "phi3": SHAPE | {"sliding_window": 8},
-    "gpt2": GPT | {"scale_attn_by_inverse_layer_idx": True},
-    "gpt_neox": SHAPE,
-    "mixtral": SHAPE | EXPERTS,
-    "qwen2_moe": SHAPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "bitnet": SHAPE,
-    "gpt_oss": SHAPE | EXPERTS | {"sliding_window": 8},
-    "gptj": GPT | {"rotary_dim": 4},
-    "gpt_neo": {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "max_position_embeddings": 64,
-        "attention_types": [[["global", "local"], 1]],
-        "window_size": 8,
-        "pad_token_id": 0,
-    },
-    "bloom": {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
-    "mpt": {"vocab_size": 96, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "pad_token_id": 0},
-    "codegen": GPT | {"rotary_dim": 4},
-    "xglm": {"vocab_size": 96, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "pad_token_id": 0},
-    "opt": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
-    | {"max_position_embeddings": 64, "word_embed_proj_dim": 32, "pad_token_id": 0},
-    "cohere2": SHAPE | {"sliding_window": 8},
-    "stablelm": SHAPE,
-    "t5": {"vocab_size": 96, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
-    | {"pad_token_id": 0, "decoder_start_token_id": 0},
-}
+from tests.saved_models import ARCHITECTURES, CPU, GPT, model_config
 
 
 def loss_with_large_logits(described, attn):
