@@ -31,6 +31,7 @@ VERSION = 1  # raise it whenever the same arguments give other rows; a cache of 
 SPLITS = {"train": range(80), "validation": range(80, 90), "test": range(90, 100)}  # percent of the hash space
 STEPS = (2, 5)
 MOST_ROWS = 100_000  # a minute's work
+LEAST_DRAWS = 100_000  # before a split is said to have no more problems
 SMALLEST_BOUND = 5  # below 5, kinds such as fuel (5 - 2 * 2) have no problem left
 
 NAMES = (
@@ -145,12 +146,12 @@ def generate(
     A smaller `count` gives a prefix of the rows of a larger one. No two rows share kind, operators and numbers. Steps
     are drawn evenly from min_steps..max_steps, kinds about evenly. `max_value` bounds the numbers in the questions,
     `max_answer` (default max_value**2) every result; below about 20 it leaves out the kinds with long products.
-    ValueError: bad arguments (all of them named), or too few problems found within max(100_000, 100 * count) draws.
+    ValueError: bad arguments (all of them named), or too few problems found within max(LEAST_DRAWS, 100 * count) draws.
     """
     check_arguments(split, count, min_steps, max_steps, max_value, max_answer)
     settings = {"seed": seed, "min_steps": min_steps, "max_steps": max_steps}
     settings |= {"max_value": max_value, "max_answer": max_answer}
-    draws = max(100_000, 100 * count)
+    draws = max(LEAST_DRAWS, 100 * count)
     found = itertools.islice(problems(split, draws, **settings), count)
     rows = [{"question": problem.question, "answer": problem.answer} for problem in found]
     if len(rows) < count:

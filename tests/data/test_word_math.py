@@ -100,7 +100,7 @@ def test_a_range_of_steps_is_used_whole():
 def test_splits_are_disjoint_across_seeds_lengths_and_sizes():
     # Small numbers, so that without the rule the splits would overlap widely.
     keys, texts = {}, {}
-    for split, share in (("train", 1500), ("validation", 200), ("test", 200)):
+    for split, share in (("train", 500), ("validation", 100), ("test", 100)):
         runs = itertools.product((0, 1, 7), ((2, 2), (2, 3), (4, 5)), (6, 8))
         rows = [
             row
@@ -252,9 +252,10 @@ def test_all_bad_arguments_are_named_at_once():
     assert len(str(caught.value).splitlines()) == 7
 
 
-def test_too_few_problems_is_an_error_with_the_remedy():
-    with pytest.raises(ValueError, match=r"only \d+ distinct test problems exist within 100,000 draws") as caught:
-        word_math.generate("test", 900, max_value=5, max_answer=5)
+def test_too_few_problems_is_an_error_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(word_math, "LEAST_DRAWS", 5000)
+    with pytest.raises(ValueError, match=r"only \d+ distinct test problems exist within 10,000 draws") as caught:
+        word_math.generate("test", 100, max_value=5, max_answer=5)
     message = str(caught.value)
     assert "max_value=5" in message
     assert "raise dataset.max_value or dataset.max_answer, or lower dataset.test_rows" in message

@@ -70,8 +70,9 @@ TWO = ["trainer.gpus=2"]
 def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings):
     """Invariants 4, 6 and 7 under DeepSpeed."""
     pytest.importorskip("deepspeed")
+    settings = [*settings[:-1], "trainer.max_steps=10", settings[-1]]
     whole, one, killed = at(settings, "whole"), at(settings, "one"), at(settings, "killed")
-    zero = ["trainer=zero2", *TWO, "trainer.save_steps=4"]
+    zero = ["trainer=zero2", *TWO, "trainer.save_steps=2"]
     end_well(*fork_two([*zero, *whole]))
     end_well(fork(one))
     record = json.loads((run_folder(whole) / "run.json").read_text())
@@ -82,25 +83,24 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
     assert len(record["perturbation"]["noise_sha256"]) == 2
     assert len(set(record["perturbation"]["noise_sha256"])) == 1
-    states = sorted((run_folder(whole) / "checkpoint-20/global_step20").glob("*optim_states.pt"))
+    states = sorted((run_folder(whole) / "checkpoint-10/global_step10").glob("*optim_states.pt"))
     assert len(states) == 2
     for path in states:
         state = torch.load(path, weights_only=False)["optimizer_state_dict"]
         moments = [value for group in state["base_optimizer_state"]["state"].values() for value in group.values()]
         assert {t.dtype for t in [*state["single_partition_of_fp32_groups"], *moments]} == {torch.float32}
     rows = metrics_rows(run_folder(whole))
-    assert len(rows) == 20
+    assert len(rows) == 10
     for left, right in zip(rows, metrics_rows(run_folder(one)), strict=True):
         assert left["sigma"] == right["sigma"]
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
-    process = start([*zero, *killed])
-    folder = wait_for_step(killed, 10, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    for pid in processes_of(folder.parents[2]):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    ranks = fork_two([*zero, *killed])
+    folder = wait_for_step(killed, 6, ranks[0])
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    assert [rank.wait(60) for rank in ranks] == [-signal.SIGKILL] * 2
     end_well(*fork_two([*zero, "resume=true", *killed]))
-    assert json.loads((folder / "run.json").read_text())["resumed_from"] >= 4
+    assert json.loads((folder / "run.json").read_text())["resumed_from"] >= 2
     assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
 
 
@@ -170,10 +170,10 @@ def test_a_preempted_run_has_a_checkpoint_of_that_moment(settings, number, words
     whole, told_to_end = at(settings, "whole"), at(settings, "told")
     undisturbed = fork_two(whole) if words else [fork(whole)]
     end_well(*undisturbed)
-    process = start(told_to_end)
+    process = start(told_to_end) if words else fork(told_to_end)
     folder = wait_for_step(told_to_end, 5, process)
     process.send_signal(number)
-    code, told = finish(process)
+    code, told = finish(process) if words else (process.wait(240), process.log.read_text())
     assert code == 75, told[-2000:]
     assert "the same command with resume=true goes on" in " ".join(told.split())
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
