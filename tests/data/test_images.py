@@ -444,7 +444,9 @@ def test_a_training_step_and_a_score_of_every_set(tmp_path, settings, name):
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
 
 
-@pytest.mark.parametrize(("head", "rho"), [("text", "flat"), ("linear", "flat"), ("linear", "sam")])
+@pytest.mark.parametrize(
+    ("head", "rho"), [("text", "flat"), pytest.param("linear", "flat", marks=pytest.mark.extra), ("linear", "sam")]
+)
 def test_both_heads_train_resume_and_load(tmp_path, settings, head, rho, monkeypatch):
     settings = [*settings, "dataset=digits", "dataset.train_rows=24", "dataset.validation_rows=4", f"model.head={head}"]
     settings += ["dataset.test_rows=5", f"rho={rho}", "trainer.save_steps=2", "optim.epochs=1"]

@@ -101,7 +101,7 @@ def in_process(program, test, entry_point):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", ["", "python"])
+@pytest.mark.parametrize("label", ["", pytest.param("python", marks=pytest.mark.extra)])
 def test_all_164_pass_as_whole_functions_in_fences(problems, llama2_like, tmp_path, monkeypatch, label):
     config = humaneval.Config(**ALLOWED, prompt="instruction", max_new_tokens=2048)
     answers = {

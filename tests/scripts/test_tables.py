@@ -195,6 +195,7 @@ def test_the_committed_tables_are_those_of_the_committed_runs(results, capsys):
     assert tables.main(["--results", str(results / "none")]) == 2
 
 
+@pytest.mark.extra  # the experiments' own launch commands compose in tests/test_experiments.py
 def test_every_row_and_column_composes_and_every_column_asks_the_benchmark_of_its_metric(tmp_path):
     layouts = cells.read_layouts(cells.LAYOUTS)
     for name, layout in layouts.items():

@@ -75,10 +75,17 @@ def test_the_readme_has_the_matrix_that_the_code_prints():
     assert matrix() in (PROJECT / "README.md").read_text()
 
 
+SETTINGS_ALONE = ("attention", "rslora")  # plain LoRA with other targets or another scaling
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("peft", "rho"),
-    [(peft, "flat") for peft in PEFT if peft not in ("full_ft", "qv")]
+    [
+        pytest.param(peft, "flat", marks=pytest.mark.extra if peft in SETTINGS_ALONE else ())
+        for peft in PEFT
+        if peft not in ("full_ft", "qv")
+    ]
     + [("full_ft", "off"), *(("lora", rho) for rho in ("sam", "nbar", "obar", "bi_lora")), ("lora_pro", "nbar")],
 )
 def test_killed_and_resumed_is_never_killed(peft, rho, tiny_settings, monkeypatch):
