@@ -8,8 +8,6 @@ import io
 import os
 import pickle
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +19,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from flatlora.caches import cache_fault, kept_folder
 from flatlora.config import ConfigError, ModelConfig, reason_of
 from flatlora.console import console
 from flatlora.files import cache_folder
@@ -199,15 +198,14 @@ def _converted_folder(name: str) -> Path:
             target, write = cache_folder() / f"{name}-{RANDOM_VERSION}", RANDOM[name]
         else:
             target, write = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}", partial(_convert_gguf, gguf)
-        return target if target.is_dir() else _write_once(name, write, target)
+        return kept_folder(target, partial(_make_slowly, name, write))
     except (OSError, SafetensorError) as error:  # closed, read-only or full
-        raise ConfigError(
-            [
-                f"Cannot keep the converted weights of {name} in the cache folder "
-                f"{os.environ.get('FLATLORA_CACHE') or '~/.cache/flatlora'}: {reason_of(error)}; set "
-                "FLATLORA_CACHE=DIR to a folder that can be written to, with 0.6 GB free."
-            ]
-        ) from error
+        raise cache_fault(f"the converted weights of {name}", error, cache_folder()) from error
+
+
+def _make_slowly(name: str, write: Callable[[Path], None], folder: Path) -> None:
+    with console.status(f"making the embedded weights of {name} once (20 s)"):
+        write(folder)
 
 
 def _gguf_file(name: str) -> Path:
@@ -223,21 +221,6 @@ def _gguf_file(name: str) -> Path:
         if os.path.isfile(Path(folder) / embedded.file):
             return Path(folder) / embedded.file
     raise ConfigError([f"Invalid package {name}: the one installed here has no {embedded.file}; {remedy}."])
-
-
-def _write_once(name: str, write: Callable[[Path], None], target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        with console.status(f"making the embedded weights of {name} once (20 s)"):
-            write(staging)
-        staging.rename(target)
-    except OSError:
-        if not target.is_dir():  # another process may have finished first; anything else is a real failure
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return target
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
