@@ -100,7 +100,7 @@ def _show(settings: list[str], count: int) -> None:
         reader = {"encoder_decoder": model.family == "seq2seq"}
         _show_text(config, cache.prepared(config, data_root, tokenizer, counting, **reader), tokenizer, count)
         key = cache.cache_key(loader, config, data_root, tokenizer, counting, **reader)
-        console.print(f"cache        {cache.cache_path(config, key)}", soft_wrap=True)
+        console.print(f"cache        {cache.find(config, key) or 'not kept'}", soft_wrap=True)
     for source in loader.sources(config):
         console.print(f"source       {source}: {fingerprint(source, data_root)}", soft_wrap=True)
 

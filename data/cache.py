@@ -1,7 +1,6 @@
 """Prepared rows, kept under the hash of all that made them: files, config, loader, tokenizers.
 
-A file is written beside its place and renamed, so that several processes may make the same one, and carries the hashes
-that it must have; whatever is broken or belongs elsewhere is made anew.
+Several processes may make the same file; what is broken or belongs elsewhere is made anew, see `flatlora.caches`.
 """
 
 from __future__ import annotations
@@ -15,21 +14,22 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 from transformers import PreTrainedTokenizerBase
 
 import data
 from data.selection import row_key
 from data.tokens import Encoder, Prepared, TokenRows, prepare
-from flatlora.config import DatasetConfig, TextDatasetConfig, reason_of
+from flatlora import caches
+from flatlora.config import DatasetConfig, TextDatasetConfig
 from flatlora.console import counting
-from flatlora.files import cache_folder, write_atomic
+from flatlora.files import cache_folder
 from flatlora.rows import fingerprint, gather
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # raised whenever the same key would hold something else: the file's form, templates, tokens, selection
+FORMAT = 4  # raised whenever the same key would hold something else: the file's form, templates, tokens, selection
 _BAR_FROM = 5000  # rows; fewer are done before a bar could be read
 
 
@@ -52,16 +52,15 @@ def prepared(
     """
     loader = data.loader(config.loader)
     key = cache_key(loader, config, data_root, tokenizer, limit_tokenizer, encoder_decoder=encoder_decoder)
-    path = cache_path(config, key)
-    if path.is_file() and (found := _read(path, key)) is not None:
-        return found
+    if (path := find(config, key)) is not None:
+        return _read(path)
     with _noted() as notes:
         splits = _load(loader, config, data_root, Encoder(limit_tokenizer or tokenizer))
         _warn_of_known_test_rows(splits)
         rows = len(splits.train) + len(splits.validation)
         with counting(f"tokenise {config.name}", rows, least=_BAR_FROM) as advance:
             made = prepare(splits, tokenizer, config.max_length, advance, encoder_decoder=encoder_decoder)
-    _write(path, key, made, notes)
+    _write(config, key, made, notes)
     return made
 
 
@@ -128,55 +127,39 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def cache_path(config: DatasetConfig, key: str) -> Path:
-    """Where prepared rows of this key are kept: $FLATLORA_CACHE/data, else ~/.cache/flatlora/data."""
-    return cache_folder() / "data" / f"{config.name}-{key[:20]}.safetensors"
+def find(config: DatasetConfig, key: str) -> Path | None:
+    """The file of prepared rows of this key, whole: in $FLATLORA_CACHE/data, else in ~/.cache/flatlora/data."""
+    return caches.find(*_place(config, key))
 
 
-def _read(path: Path, key: str) -> Prepared | None:
-    """What a cache file holds; None, with a warning, for one that is broken or belongs to another key."""
-    try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        test = arrays.pop("test").tobytes()
-        parts = [
-            TokenRows.from_arrays({name: arrays[f"{split}.{name}"] for name in _ARRAYS})
-            for split in ("train", "validation")
-        ]
-        found = Prepared(*parts, json.loads(test))
-        notes = metadata.pop("notes")
-        told = {"key": key, "sha256": found.sha256, "test_sha256": hashlib.sha256(test).hexdigest()}
-        problem = None if metadata == told else "does not hold what its name says"
-        notes = json.loads(notes)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        problem = f"is broken ({reason_of(error)})"
-    if problem is None:
-        for note in notes:
-            logger.warning("%s", note)
-        return found
-    logger.warning("The cache file %s %s: it is made anew.", path, problem)
-    return None
+def _place(config: DatasetConfig, key: str) -> tuple[Path, str, str]:
+    return cache_folder() / "data", f"{config.name}-{key[:20]}", ".safetensors"
+
+
+def _read(path: Path) -> Prepared:
+    with safe_open(path, "np") as file:
+        notes = json.loads(file.metadata()["notes"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for note in notes:
+        logger.warning("%s", note)
+    parts = (
+        TokenRows.from_arrays({name: arrays[f"{split}.{name}"] for name in _ARRAYS})
+        for split in ("train", "validation")
+    )
+    return Prepared(*parts, json.loads(arrays["test"].tobytes()))
 
 
 _ARRAYS = ("ids", "prompt_lengths", "answer_lengths", "counts")
 
 
-def _write(path: Path, key: str, rows: Prepared, notes: Sequence[str]) -> None:
-    """Atomically; a cache that cannot be written costs the next run its time, so it is only a warning."""
-    test = json.dumps(rows.test, ensure_ascii=False).encode()
+def _write(config: DatasetConfig, key: str, rows: Prepared, notes: Sequence[str]) -> None:
     arrays = {
         f"{split}.{name}": array
         for split, part in (("train", rows.train), ("validation", rows.validation))
         for name, array in part.arrays().items()
     }
-    arrays["test"] = np.frombuffer(test, np.uint8)
-    metadata = {"key": key, "sha256": rows.sha256, "test_sha256": hashlib.sha256(test).hexdigest()}
-    metadata["notes"] = json.dumps(list(notes))
-    try:
-        write_atomic(path, save(arrays, metadata=metadata))
-    except OSError as error:
-        logger.warning("The prepared rows cannot be kept in %s: %s.", path.parent, error.strerror or error)
+    arrays["test"] = np.frombuffer(json.dumps(rows.test, ensure_ascii=False).encode(), np.uint8)
+    caches.keep(*_place(config, key), save(arrays, metadata={"notes": json.dumps(list(notes))}))
 
 
 def _warn_of_known_test_rows(splits: data.Splits) -> None:

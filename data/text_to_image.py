@@ -15,7 +15,15 @@ import torch
 
 from data.selection import fresh_places, ordered, take
 from flatlora import latents
-from flatlora.captioned import SHAPES, CaptionedImages, CaptionedRows, read_captioned, read_folder, rows_of
+from flatlora.captioned import (
+    LONGEST_PROMPT,
+    SHAPES,
+    CaptionedImages,
+    CaptionedRows,
+    read_captioned,
+    read_folder,
+    rows_of,
+)
 from flatlora.config import DatasetConfig, DiffusionModelConfig, setting
 from flatlora.images import picture_of
 from flatlora.rows import Source, gather
@@ -31,7 +39,9 @@ class Config(DatasetConfig):
     image_column: str = "image"
     prompt_column: str | None = "prompt"
     folder: str | None = setting(None, min_length=1, remedy="null reads dataset.hub_id")
-    prompt: str | None = setting(None, min_length=1, remedy="null takes each picture's own")  # of every picture
+    prompt: str | None = setting(
+        None, min_length=1, max_length=LONGEST_PROMPT, remedy="null takes each picture's own"
+    )  # of every picture
     resolution: int = setting(1024, ge=16, remedy="the side of a square in pixels, 1024 for SDXL")
     min_side: int = setting(256, ge=1, remedy="smaller pictures are refused")
     flip: bool = False  # each picture mirrored in half of its steps
@@ -43,7 +53,9 @@ class Config(DatasetConfig):
     validation_rows: int = setting(0, ge=0)
     subset: Literal["first", "shuffled"] = "first"
     revision: str | None = None
-    class_prompt: str | None = setting(None, min_length=1, remedy="null is training without prior preservation")
+    class_prompt: str | None = setting(
+        None, min_length=1, max_length=LONGEST_PROMPT, remedy="null is training without prior preservation"
+    )
     class_folder: str | None = setting(None, min_length=1, remedy="null lets the model make dataset.class_images")
     class_images: int | None = setting(None, ge=1, remedy="100 are usual")
     class_steps: int = setting(30, ge=1, remedy="denoising steps of a picture that the model makes")

@@ -25,6 +25,7 @@ from eval import predictions
 from eval.backends import ImageBackend
 from eval.images import classify, images_of, refuse_unknown_labels
 from flatlora.config import ConfigError, Section, reason_of, setting
+from flatlora.plain_files import open_plain
 
 KIND = "image"
 SCORER_VERSION = 2
@@ -59,6 +60,7 @@ def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     faults, arrays = [], {}
     for path in files:
         try:
+            open_plain(path).close()  # a pipe would be waited for
             arrays[path.stem] = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as error:
             faults.append(f"Broken file {path}: {reason_of(error)}; fetch it again.")

@@ -12,6 +12,7 @@ import matplotlib.figure
 from PIL import Image
 
 from flatlora.files import write_atomic
+from flatlora.images import head_of
 
 Shown = tuple[str, Path, Sequence[Mapping[str, Any]]]  # (name of a model, folder, its rows {"prompt", "seed", "file"})
 _CELL, _ABOVE, _LINE, _GAP = 1.5, 0.2, 0.2, 0.08  # inches: a picture, its caption, a line of its prompt, between
@@ -60,7 +61,7 @@ def grid_figure(models: Sequence[Shown]) -> matplotlib.figure.Figure:
 
 
 def _picture(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
+    with head_of(file.read_bytes()) as picture:
         shown = picture.convert("RGB")
         shown.thumbnail((_LARGEST, _LARGEST))
         return shown

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from flatlora.images import middle_of
 from flatlora.models import load_captioner, load_clip
 
 
@@ -32,7 +33,7 @@ class Similarity:
     @torch.inference_mode()
     def of_pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """B × d, FP32, on the host."""
-        pixels = self.processor(list(pictures), return_tensors="pt")["pixel_values"].to(self.device)
+        pixels = self.processor(list(map(middle_of, pictures)), return_tensors="pt")["pixel_values"].to(self.device)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1).cpu()
 

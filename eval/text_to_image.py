@@ -32,11 +32,12 @@ from eval.backends.diffusion import DiffusionBackend
 from eval.picture_grid import write_grid
 from eval.place import YAML_ERRORS
 from eval.similarity import Captioner, Similarity
-from flatlora.captioned import CaptionedRows, picture_of
+from flatlora.captioned import CaptionedRows, long_prompts, picture_of
 from flatlora.config import ConfigError, DiffusionModelConfig, Section, reason_of, setting
 from flatlora.files import write_atomic
 from flatlora.images import png_of
 from flatlora.models import check_captioner, check_clip, size_factor, tell_long_prompts
+from flatlora.plain_files import place_inside, read_plain
 from flatlora.rows import gather
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ IS_SHARE, DIGITS = False, 4
 _TRAINING_PROMPTS, _TRAINING_SEEDS = 8, [0, 1, 2, 3]
 PROMPTS = Path(__file__).parent / "prompts"
 PICTURE = "grid.png"
+_MOST_PROMPT_BYTES = 1 << 24  # of a file of them
 
 
 class Config(Section):
@@ -86,7 +88,7 @@ def read_prompts(name: str, rows: CaptionedRows | Sequence[Any] = ()) -> Prompts
     path = PROMPTS / f"{name}.yaml" if (PROMPTS / f"{name}.yaml").is_file() else Path(name)
     needed = 'prompts: ["a 3d icon of a boat"] and seeds: [0, 1]'
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(read_plain(path, _MOST_PROMPT_BYTES).decode())
     except (OSError, *YAML_ERRORS) as error:
         known = ", ".join(sorted(file.stem for file in PROMPTS.glob("*.yaml")))
         reason = getattr(error, "strerror", None) or reason_of(error)
@@ -101,6 +103,8 @@ def read_prompts(name: str, rows: CaptionedRows | Sequence[Any] = ()) -> Prompts
             faults.append(f"Invalid {key} in {path}: a list of {words} is needed, as in {needed}.")
         elif len(set(values)) < len(values):
             faults.append(f"Invalid {key} in {path}: one of them stands there twice; every picture is drawn once.")
+        elif kind is str:
+            faults += long_prompts(values, f"{key} in {path}")
     if isinstance(found, dict) and (unknown := sorted(found.keys() - {"prompts", "seeds"}, key=str)):
         faults.append(f"Unknown key {unknown[0]} in {path}: it has {needed}.")
     if faults:
@@ -209,7 +213,7 @@ def run(
             "compared_with": _pictures_sha256(rows),
         },
         on_progress=on_progress,
-        still=lambda row: (folder / row["file"]).is_file(),
+        still=lambda row: _is_drawn(folder, row["file"]),
     )
     return score_file(path, config)
 
@@ -260,12 +264,20 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
     """As `predictions.score_file`; draws grid.png too, of pictures that are there."""
     result = predictions.score_file(path, FIELDS, score)
     rows = predictions.read(path, FIELDS)
-    if lost := [row["file"] for row in rows if not (path.parent / row["file"]).is_file()]:
+    if lost := [row["file"] for row in rows if not _is_drawn(path.parent, row["file"])]:
         logger.warning("%d pictures of %s are not there, %s among them: no grid.", len(lost), path.parent, lost[0])
         (path.parent / PICTURE).unlink(missing_ok=True)
     else:
         write_grid(path.parent / PICTURE, [("", path.parent, rows)])
     return result
+
+
+def _is_drawn(folder: Path, name: str) -> bool:
+    """Whether a picture is there that a row names, in the row's own folder."""
+    try:
+        return place_inside(folder, name).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[Any]:

@@ -6,7 +6,6 @@ They are a split of a public data set (the hub, or `data_root`), or a folder: im
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -26,6 +25,8 @@ from flatlora.images import (
     bytes_of,
     check_images,
     decoded,
+    file_in,
+    open_head,
     parquet_table,
     png_of,
     row_name,
@@ -40,6 +41,8 @@ SHAPES = "flatlora/shapes"
 METADATA = "metadata.jsonl"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _NO_PICTURES = (METADATA, "README.md", "LICENSE")  # of a folder: nobody expects them to be read
+_MOST_SCALED = 16  # times the size that it is cut to: a picture that would be larger is cut before it is scaled
+LONGEST_PROMPT = 10_000  # letters; text encoders read 77 tokens, and a tokenizer would take minutes for megabytes
 _WIDEST = 2.0  # of buckets: aspect ratios from 1:2 to 2:1
 
 
@@ -117,7 +120,7 @@ def picture_of(images: CaptionedImages, index: int) -> Image.Image:
 
 def shape_of(images: CaptionedImages, index: int) -> tuple[int, int]:
     """Width and height of a picture that stands upright, of its file's head alone."""
-    with Image.open(io.BytesIO(images.read(index))) as picture:
+    with open_head(images, index) as picture:
         return picture.size[::-1] if turn_of(picture) in QUARTER_TURNS else picture.size
 
 
@@ -126,9 +129,31 @@ def cover(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, int
     height, width = size
     scale = max(height / picture.height, width / picture.width)
     scaled = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    top, left = (scaled[1] - height) // 2, (scaled[0] - width) // 2
+    if scaled[0] * scaled[1] > _MOST_SCALED * height * width:
+        return _scaled_part(picture, scaled, (left, top, left + width, top + height)), top, left
     picture = picture.resize(scaled, Image.Resampling.LANCZOS)
-    top, left = (picture.height - height) // 2, (picture.width - width) // 2
     return picture.crop((left, top, left + width, top + height)), top, left
+
+
+_REACH = 3  # of Lanczos' kernel, in pixels of the coarser grid
+
+
+def _scaled_part(picture: Image.Image, scaled: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """`picture.resize(scaled).crop(box)` up to rounding, of a whole that would not fit into memory."""
+    for axis in (0, 1):
+        step = picture.size[axis] / scaled[axis]
+        begin, end = box[axis] * step, min(box[axis + 2] * step, picture.size[axis])
+        reach = math.ceil(_REACH * max(step, 1.0)) + 1
+        first, last = max(math.floor(begin) - reach, 0), min(math.ceil(end) + reach, picture.size[axis])
+        size, window, part = list(picture.size), [0, 0, *picture.size], [0, 0, *picture.size]
+        size[axis], window[axis::2], part[axis::2] = (
+            box[axis + 2] - box[axis],
+            (first, last),
+            (begin - first, end - first),
+        )
+        picture = picture.crop(tuple(window)).resize(tuple(size), Image.Resampling.LANCZOS, box=tuple(part))
+    return picture
 
 
 def rows_of(
@@ -214,17 +239,20 @@ def read_captioned(
         return _shapes(fixed)
     others = (prompt,) if prompt and fixed is None else ()
     if data_root is None:
-        return _of_table(hub_data(source), image, others, str(source), fixed)
+        return _of_table(hub_data(source), image, others, str(source), fixed, None)
     path = local_file(source, data_root)
     if path.suffix == ".jsonl":
         return _listed(path, read_jsonl(path), image, others, fixed)
-    return _of_table(parquet_table(path, fingerprint(source, data_root)), image, others, str(path), fixed)
+    table = parquet_table(path, fingerprint(source, data_root))
+    return _of_table(table, image, others, str(path), fixed, path.parent)
 
 
-def _of_table(table, image: str, others: tuple[str, ...], source: str, fixed: str | None) -> CaptionedImages:
+def _of_table(
+    table, image: str, others: tuple[str, ...], source: str, fixed: str | None, folder: Path | None
+) -> CaptionedImages:
     table = with_bytes(table, image, others, source)
     rows = [{others[0]: text} for text in table[others[0]][:]] if others else [{}] * len(table)
-    return CaptionedImages(source, _prompts(rows, others, fixed, source), bytes_of(table, image))
+    return CaptionedImages(source, _prompts(rows, others, fixed, source), bytes_of(table, image, folder))
 
 
 def _listed(
@@ -235,7 +263,7 @@ def _listed(
     prompts, names = _prompts(rows, others, fixed, str(path)), [row[image] for row in rows]
     if twice := len(names) - len(set(names)):
         logger.warning("%s names %d pictures more than once: each of its rows is trained on.", path, twice)
-    return CaptionedImages(str(path), prompts, lambda index: (path.parent / names[index]).read_bytes(), names)
+    return CaptionedImages(str(path), prompts, lambda index: file_in(path.parent, names[index]), names)
 
 
 def _prompts(rows: Sequence[dict], others: tuple[str, ...], fixed: str | None, source: str) -> list[str]:
@@ -250,7 +278,21 @@ def _prompts(rows: Sequence[dict], others: tuple[str, ...], fixed: str | None, s
                 "for all pictures."
             ]
         )
+    if faults := long_prompts(prompts, f"{others[0]} in {source}"):
+        raise ConfigError(faults)
     return prompts
+
+
+def long_prompts(prompts: Sequence[str], what: str) -> list[str]:
+    """The first of some prompts that is longer than any prompt, as one validation error."""
+    long = [number for number, prompt in enumerate(prompts, start=1) if len(prompt) > LONGEST_PROMPT]
+    if not long:
+        return []
+    more = f" (and {len(long) - 1} more)" if long[1:] else ""
+    return [
+        f"Invalid {what}, row {long[0]}{more}: it has {len(prompts[long[0] - 1]):,} letters, and a prompt has at most "
+        f"{LONGEST_PROMPT:,}; shorten it: a text encoder reads no more than its first 77 tokens."
+    ]
 
 
 def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> CaptionedImages:
@@ -293,7 +335,7 @@ def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> 
             ]
         )
     names = [file.name for file in files]
-    return CaptionedImages(str(path), [fixed] * len(files), lambda index: files[index].read_bytes(), names)
+    return CaptionedImages(str(path), [fixed] * len(files), lambda index: file_in(path, names[index]), names)
 
 
 PICTURES_FILE = "pictures.json"  # of a run's folder: which pictures of its data set it was trained on

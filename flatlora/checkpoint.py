@@ -22,6 +22,7 @@ from flatlora.config import ConfigError
 from flatlora.files import fsync_folder, write_json
 from flatlora.layers import plain_name
 from flatlora.precision import as_stored
+from flatlora.staging import obey_umask
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def seal(
     Args:
         base: state of the backbone's weights, as `flatlora.models.backbone_state` has it.
     """
+    obey_umask(folder)
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         files[str(path.relative_to(folder))] = {"sha256": _file_sha256(path, flush=True), "bytes": path.stat().st_size}

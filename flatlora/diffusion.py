@@ -29,7 +29,7 @@ from flatlora.checkpoint import part_sha256
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig
 from flatlora.precision import choose_precision, hold_as_computed, stored_dtype
 from flatlora.rows import hub_is_reachable
-from flatlora.sources import hub_faults, load_whole
+from flatlora.sources import NO_FOREIGN_CODE, count_faults, hub_faults, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +179,8 @@ def skeleton(config: DiffusionModelConfig, source: str) -> Denoiser:
 
     options = options_of(config, source)
     described = diffusers.UNet2DConditionModel.load_config(source, subfolder=UNET, **options)
+    if faults := count_faults(described, f"{UNET}/config.json of {config.hub_id}"):
+        raise ConfigError(faults)
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(described)
         encoders = [
@@ -288,6 +290,7 @@ def load_text_encoders(config: DiffusionModelConfig, source: str, device: torch.
 def load_tokenizers(config: DiffusionModelConfig, source: str) -> list[transformers.PreTrainedTokenizerBase]:
     """Both tokenizers."""
     options = options_of(config, source)
+    options |= NO_FOREIGN_CODE
     return [transformers.AutoTokenizer.from_pretrained(source, subfolder=name, **options) for name in _TOKENIZERS]
 
 

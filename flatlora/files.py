@@ -6,10 +6,11 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from flatlora.staging import obey_umask, staging
 
 
 def cache_folder() -> Path:
@@ -18,24 +19,17 @@ def cache_folder() -> Path:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: temporary file in the same folder, fsync, rename.
+    """Write a whole file or nothing: temporary file in the same folder, fsync, rename; with the mode of the umask.
 
     Raises:
         OSError: as the file system says (read-only, full); `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with staging(path) as temporary:
+        with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
     fsync_folder(path.parent)
 
 
@@ -51,15 +45,11 @@ def fsync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `path` when the block ends well: whole or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
+    with staging(path, folder=True) as fresh:
+        yield fresh
+        obey_umask(fresh)
         shutil.rmtree(path, ignore_errors=True)
-        staging.rename(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        fresh.rename(path)
     fsync_folder(path.parent)
 
 

@@ -8,12 +8,17 @@ an image is the hub's {"bytes", "path"}; in a JSON-lines file it is a path besid
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import logging
+import os
 import re
-from collections.abc import Callable, Sequence
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,16 +30,27 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from flatlora import caches
+from flatlora.caches import cache_fault, kept_folder
 from flatlora.config import ConfigError, reason_of
 from flatlora.console import counting
-from flatlora.files import cache_folder, write_json
+from flatlora.files import cache_folder
+from flatlora.plain_files import place_inside, read_plain
 from flatlora.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
+from flatlora.staging import remove
 
 logger = logging.getLogger(__name__)
 
 DIGITS = "scikit-learn/digits"
 _DIGITS_TRAIN = 1437  # of 1,797
-BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)  # as PIL raises them
+# As PIL raises them, of files that were made to break it, too.
+BROKEN = (OSError, SyntaxError, ValueError, LookupError, ArithmeticError, EOFError, MemoryError, TypeError)
+BROKEN += (RuntimeError, AttributeError, AssertionError, Image.DecompressionBombError, struct.error, zlib.error)
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # none that runs a program
+_MOST_BYTES = 1 << 28
+_MOST_PIXELS = 160_000_000  # the largest cameras make 151 million
+_LARGE_PIXELS = 1 << 24  # such pictures are tried one at a time: they are many times larger in memory than as files
+_LONGEST = 32  # times as long as wide
 _CHECKERS = 8  # threads: PIL lets go of Python's lock while it reads
 _BAR_FROM = 5000  # pictures; fewer are tried before a bar could be read
 _LARGEST_LABEL = 2**31 - 1
@@ -76,11 +92,11 @@ def read_images(source: Source, *, image: str, label: str, data_root: str | None
     if source.hub_id == DIGITS:
         return _digits(source.split)
     if data_root is None:
-        return _of_table(hub_data(source), image, label, str(source))
+        return _of_table(hub_data(source), image, label, str(source), None)
     path = local_file(source, data_root)
     if path.suffix == ".jsonl":
         return read_listed(path, image, label)
-    return _of_table(parquet_table(path, fingerprint(source, data_root)), image, label, str(path))
+    return _of_table(parquet_table(path, fingerprint(source, data_root)), image, label, str(path), path.parent)
 
 
 def parquet_table(path: Path, sha256: str) -> Any:
@@ -94,16 +110,30 @@ def parquet_table(path: Path, sha256: str) -> Any:
     import datasets
     import pyarrow
 
+    def convert(folder: Path) -> None:
+        try:
+            table = datasets.Dataset.from_parquet(str(path), cache_dir=str(folder / "made"))
+        except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); fetch it again."]) from error
+        for number, shard in enumerate(table.cache_files):
+            os.replace(shard["filename"], folder / f"{number:05d}.arrow")
+        remove(folder / "made")
+
+    folder = cache_folder() / "images" / sha256[:20]
     try:
-        return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder() / "images" / sha256[:20]))
-    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); fetch it again."]) from error
+        kept_folder(folder, convert)
+    except OSError as error:
+        raise cache_fault("the memory-mapped copy of a Parquet file", error, cache_folder()) from error
+    return datasets.concatenate_datasets(
+        [datasets.Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))]
+    )
 
 
-def _of_table(table: Any, image: str, label: str, source: str) -> LabelledImages:
+def _of_table(table: Any, image: str, label: str, source: str, folder: Path | None) -> LabelledImages:
     table = with_bytes(table, image, (label,), source)
     names = getattr(table.features[label], "names", None)
-    return LabelledImages(source, _labels(table[label][:], label, source), bytes_of(table, image), names)
+    labels = _labels(table[label][:], label, source)
+    return LabelledImages(source, labels, bytes_of(table, image, folder), names)
 
 
 def with_bytes(table: Any, image: str, others: Sequence[str], source: str) -> Any:
@@ -124,13 +154,17 @@ def with_bytes(table: Any, image: str, others: Sequence[str], source: str) -> An
     return table
 
 
-def bytes_of(table: Any, image: str) -> Callable[[int], bytes]:
-    """Row of a table that `with_bytes` gave → its picture's file."""
+def bytes_of(table: Any, image: str, folder: Path | None) -> Callable[[int], bytes]:
+    """Row of a table that `with_bytes` gave → its picture's file.
+
+    Args:
+        folder: of the table, where the files lie that rows name; None: in the caches of the hub's libraries.
+    """
 
     def read(index: int) -> bytes:
         value = table[index][image]
         if isinstance(value, dict):
-            value = value.get("bytes") or (Path(value["path"]).read_bytes() if value.get("path") else None)
+            value = value.get("bytes") or (_named_file(value["path"], folder) if value.get("path") else None)
         if not isinstance(value, bytes):
             raise OSError("the row holds no image")
         return value
@@ -138,11 +172,31 @@ def bytes_of(table: Any, image: str) -> Callable[[int], bytes]:
     return read
 
 
+def _named_file(name: str, folder: Path | None) -> bytes:
+    if folder is not None:
+        return file_in(folder, name)
+    import datasets
+    import huggingface_hub
+
+    known = datasets.config
+    others = (known.DOWNLOADED_DATASETS_PATH, known.EXTRACTED_DATASETS_PATH, huggingface_hub.constants.HF_HUB_CACHE)
+    return read_plain(place_inside(Path(known.HF_DATASETS_CACHE), name, *others), _MOST_BYTES)
+
+
+def file_in(folder: Path, name: str) -> bytes:
+    """A picture's file by its name in a folder.
+
+    Raises:
+        OSError: it is not there, lies elsewhere after links, is no plain file, or is too large for a picture.
+    """
+    return read_plain(place_inside(folder, name), _MOST_BYTES)
+
+
 def read_listed(path: Path, image: str, label: str) -> LabelledImages:
     """Pictures beside a JSON-lines file that names them."""
     rows = typed_columns(read_jsonl(path), {image: "text", label: "int"}, str(path))
     labels = _labels([row[label] for row in rows], label, str(path))
-    return LabelledImages(str(path), labels, lambda index: (path.parent / rows[index][image]).read_bytes())
+    return LabelledImages(str(path), labels, lambda index: file_in(path.parent, rows[index][image]))
 
 
 def _digits(split: str) -> LabelledImages:
@@ -197,28 +251,32 @@ def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
             return of(index)
         except BROKEN as error:
             reasons = {
-                UnidentifiedImageError: "no picture of a known format",  # its own words hold the address of a buffer
+                # Its own words hold the address of a buffer.
+                UnidentifiedImageError: f"no picture of a known format ({', '.join(_FORMATS)})",
                 FileNotFoundError: "there is no such file",
                 IsADirectoryError: "it names a folder, not a file",
             }
             problems[index] = reasons.get(type(error)) or reason_of(error)
 
     digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
-    if problems or not (remembered := _remembered(digests)).is_file():
+    folder, key = cache_folder() / "decoded", "" if problems else _key_of(digests)
+    if problems or caches.find(folder, key, ".json") is None:
         left = [index for index in indices if index not in problems]
-        _each(lambda i: tried(i, lambda j: open_image(images, j)), left, f"try {images.source}")
-    if problems:
-        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        first = min(problems)
-        raise ConfigError(
-            [
-                f"Broken image in {images.source}, {row_name(images, first)}{others}: {problems[first]}; fetch the "
-                "file again, or leave the row out."
-            ]
-        )
-    if not remembered.is_file():
-        _remember(remembered, len(indices))
+        _each(lambda i: tried(i, lambda j: _try(images, j)), left, f"try {images.source}")
+        if problems:
+            raise ConfigError([_broken(images, problems)])
+        told = {"pictures": len(indices), "pillow": PIL.__version__}
+        caches.keep(folder, key, ".json", json.dumps(told).encode())
     return digests
+
+
+def _broken(images: Pictures, problems: Mapping[int, str]) -> str:
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    first = min(problems)
+    return (
+        f"Broken image in {images.source}, {row_name(images, first)}{others}: {problems[first]}; fetch the file again, "
+        "or leave the row out."
+    )
 
 
 def _each(work: Callable[[int], Any], indices: Sequence[int], name: str) -> list[Any]:
@@ -239,14 +297,18 @@ def picture_of(digest: bytes) -> bytes:
     return digest[:_PICTURE_BYTES]
 
 
-def _remembered(digests: Sequence[bytes]) -> Path:
-    key = hashlib.sha256(json.dumps(PIL.__version__).encode() + b"".join(sorted(digests))).hexdigest()
-    return cache_folder() / "decoded" / f"{key[:32]}.json"
+def _key_of(digests: Sequence[bytes]) -> str:
+    return hashlib.sha256(json.dumps(PIL.__version__).encode() + b"".join(sorted(digests))).hexdigest()[:32]
 
 
-def _remember(path: Path, count: int) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next run its time, no more
-        write_json(path, {"pictures": count, "pillow": PIL.__version__})
+_one_large = threading.Lock()
+
+
+def _try(images: Pictures, index: int) -> None:
+    picture = open_head(images, index)
+    large = picture.width * picture.height > _LARGE_PIXELS
+    with _one_large if large else contextlib.nullcontext():
+        _decode(picture).convert("RGB")
 
 
 def row_name(images: Pictures, index: int) -> str:
@@ -265,13 +327,56 @@ def decoded(images: Pictures, index: int) -> Image.Image:
     """One picture in the mode of its file, upright as its camera says. Wider greys are scaled to 8 bits: PIL alone
     would cut them off at 255.
     """
-    picture = _read_picture(images, index)
+    return _decode(open_head(images, index))
+
+
+def open_head(images: Pictures, index: int) -> Image.Image:
+    """One picture of which no pixel is decoded yet: its format, its size, how it is turned.
+
+    Raises:
+        BROKEN: it is no picture, of another format, or larger than any camera's.
+    """
+    return head_of(images.read(index))
+
+
+def head_of(file: bytes) -> Image.Image:
+    """The same of a picture's file."""
+    if len(file) > _MOST_BYTES:
+        raise ValueError(f"it has {len(file) / 2**20:,.0f} MiB, and at most {_MOST_BYTES / 2**20:,.0f} are read")
+    picture = Image.open(io.BytesIO(file), formats=_known_formats())
+    if (pixels := picture.width * picture.height) > _MOST_PIXELS:
+        raise ValueError(
+            f"it has {picture.width} × {picture.height} pixels, {pixels / 1e6:.0f} million, and at most "
+            f"{_MOST_PIXELS / 1e6:.0f} are decoded"
+        )
+    return picture
+
+
+@functools.cache
+def _known_formats() -> list[str]:
+    """Those of `_FORMATS` that this PIL was built with."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def middle_of(picture: Image.Image) -> Image.Image:
+    """A picture, and of one that is longer than any photograph the middle: a model sees no more of it, and scaling it
+    whole to a model's height would need gigabytes.
+    """
+    width, height = (min(side, _LONGEST * min(picture.size)) for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    whole = (width, height) == picture.size
+    return picture if whole else picture.crop((left, top, left + width, top + height))
+
+
+def _decode(picture: Image.Image) -> Image.Image:
+    picture = _pixels_of(picture)
     turn = turn_of(picture)
     return picture if turn is None else picture.transpose(turn)
 
 
-def _read_picture(images: Pictures, index: int) -> Image.Image:
-    with Image.open(io.BytesIO(images.read(index))) as picture:
+def _pixels_of(picture: Image.Image) -> Image.Image:
+    with picture:
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of no known range")
         if picture.mode == "I" and picture.format != "PNG":  # a PNG's are 16 bits wide
@@ -332,7 +437,7 @@ class ImageRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = int(self.indices[index])
-        pixels = self.processor(open_image(self.images, place), return_tensors="pt")["pixel_values"][0]
+        pixels = self.processor(middle_of(open_image(self.images, place)), return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": int(self.images.labels[place])}
 
     @property

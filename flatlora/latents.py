@@ -7,11 +7,9 @@ Latents are kept as mean and std, and drawn anew in every epoch, with the noise 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch.utils.data import Dataset
 
-from flatlora import diffusion
+from flatlora import caches, diffusion
 from flatlora.captioned import CaptionedImages, CaptionedRows
-from flatlora.config import DiffusionModelConfig, reason_of
+from flatlora.config import DiffusionModelConfig
 from flatlora.console import counting
-from flatlora.files import cache_folder, write_atomic
+from flatlora.files import cache_folder
 from flatlora.images import png_of
 from flatlora.precision import choose_precision
-
-logger = logging.getLogger(__name__)
 
 VERSION = 1  # raised whenever the same pictures and models would be encoded otherwise
 _BAR_FROM = 16  # pictures; fewer are encoded before a bar could be read
@@ -134,11 +129,12 @@ def encoded(
     if not len(rows):
         return LatentRows([], [], [], [], timesteps=1, seed=seed, name=name)
     key = _key(config, state, device, **_key_of_rows(rows, config, flip))
-    path = cache_folder() / "latents" / f"{key}.safetensors"
-    tensors = _read(path) if path.is_file() else None
-    if tensors is None:
+    folder = cache_folder() / "latents"
+    if (kept := caches.find(folder, key, ".safetensors")) is not None:
+        tensors = load_file(kept)
+    else:
         tensors = _encode(rows, config, source, device, flip)
-        write_atomic(path, save(tensors))
+        caches.keep(folder, key, ".safetensors", save(tensors))
     ids = _ids_of_prompts(rows, config, source) if config.train_text_encoders else None
     return LatentRows(
         means=[tensors[f"mean.{place}"] for place in rows.indices],
@@ -174,14 +170,6 @@ def _key_of_rows(rows: CaptionedRows, config: DiffusionModelConfig, flip: bool) 
         "flip": flip,
         "text": not config.train_text_encoders,
     }
-
-
-def _read(path: Path) -> dict[str, torch.Tensor] | None:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        logger.warning("Broken cache file %s (%s): it is made anew.", path, reason_of(error))
-        return None
 
 
 def _encode(
@@ -251,35 +239,25 @@ def class_pictures(
         ConfigError: the VAE makes NaN of one.
     """
     folder = cache_folder() / "class_images" / _key(config, state, device, prompt=prompt, steps=steps, size=size)
-    files = [_kept_picture(folder, number) for number in range(count)]
-    if missing := [number for number, file in enumerate(files) if file is None]:
+    names = [f"{number:05d}" for number in range(count)]
+    pictures: list[Path | bytes | None] = [caches.find(folder, name, ".png") for name in names]
+    if missing := [number for number, picture in enumerate(pictures) if picture is None]:
         pipeline = diffusion.pipeline_of(diffusion.load_denoiser(config, source, device), config, source, device)
         with counting(f"make pictures of {prompt!r}", len(missing)) as advance:
             for number in missing:
                 made = diffusion.sample(pipeline, [prompt], [number], size=size, steps=steps, guidance=CLASS_GUIDANCE)
                 png = png_of((made[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-                files[number] = folder / f"{number:05d}-{_sha256(png)}.png"
-                write_atomic(files[number], png)
+                pictures[number] = caches.keep(folder, names[number], ".png", png) or png
                 advance(1)
         del pipeline
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return CaptionedImages(f"pictures of {prompt!r}", [prompt] * count, lambda index: files[index].read_bytes())
 
+    def read(index: int) -> bytes:
+        picture = pictures[index]
+        return picture.read_bytes() if isinstance(picture, Path) else picture
 
-def _kept_picture(folder: Path, number: int) -> Path | None:
-    """A picture that was made before and is still what its name says: training reads no other."""
-    for file in folder.glob(f"{number:05d}-*.png"):
-        with contextlib.suppress(OSError):  # another process has found it broken too
-            if file.stem.partition("-")[2] == _sha256(file.read_bytes()):
-                return file
-            logger.warning("Broken cache file %s: it is made anew.", file)
-            file.unlink()
-    return None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    return CaptionedImages(f"pictures of {prompt!r}", [prompt] * count, read)
 
 
 CLASS_GUIDANCE = 5.0  # diffusers' default for SDXL

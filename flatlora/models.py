@@ -40,7 +40,15 @@ from flatlora.fit import (
 from flatlora.precision import choose_precision, hold_as_computed, slow_bf16_warning, use_physical_cores
 from flatlora.rows import gather, hub_is_reachable
 from flatlora.saved_adapters import base_name, check_adapter, holds_tensors_of, with_adapter
-from flatlora.sources import backbone_source, described, hub_faults, load_whole, not_finite, source_and_options
+from flatlora.sources import (
+    NO_FOREIGN_CODE,
+    backbone_source,
+    described,
+    hub_faults,
+    load_whole,
+    not_finite,
+    source_and_options,
+)
 from flatlora.starts import move_as_started, start_of_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -103,7 +111,7 @@ class LanguageModels:
     def skeleton(self, config: ModelConfig) -> nn.Module:
         known = described_in_family(config)
         with hub_faults(config), torch.device("meta"):
-            return self.auto.from_config(known)
+            return self.auto.from_config(known, **NO_FOREIGN_CODE)
 
     def weight_files(self, config: ModelConfig) -> Sequence[str]:
         return _WEIGHT_FILES
@@ -127,6 +135,7 @@ class LanguageModels:
             config,
             self.auto,
             source,
+            **NO_FOREIGN_CODE,
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention_implementation(config, known, device),
             **options,
@@ -266,7 +275,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     source, options = source_and_options(config)
     with hub_faults(config):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **NO_FOREIGN_CODE, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -334,7 +343,7 @@ def check_captioner(name: str) -> None:
     """
     check_weights(_captioner_config(name), torch.device("cpu"))
     with hub_faults(_captioner_config(name)):
-        transformers.AutoProcessor.from_pretrained(name)
+        transformers.AutoProcessor.from_pretrained(name, **NO_FOREIGN_CODE)
 
 
 def load_captioner(name: str, device: torch.device) -> tuple[nn.Module, Any]:
@@ -344,9 +353,10 @@ def load_captioner(name: str, device: torch.device) -> tuple[nn.Module, Any]:
         ConfigError: they cannot be had; with the ways out.
     """
     config = _captioner_config(name)
-    model = load_whole(config, transformers.AutoModelForImageTextToText, name, dtype=torch.float32)
+    auto = transformers.AutoModelForImageTextToText
+    model = load_whole(config, auto, name, dtype=torch.float32, **NO_FOREIGN_CODE)
     with hub_faults(config):
-        processor = transformers.AutoProcessor.from_pretrained(name)
+        processor = transformers.AutoProcessor.from_pretrained(name, **NO_FOREIGN_CODE)
     return model.eval().to(device), processor
 
 

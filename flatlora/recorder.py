@@ -20,6 +20,7 @@ from flatlora.distributed import check_dtypes, zero_dtypes
 from flatlora.files import write_json
 from flatlora.methods import Regulariser
 from flatlora.results import MetricsLog
+from flatlora.staging import obey_umask
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ class BestModel(TrainerCallback):
         name = f"step-{state.global_step}.safetensors"
         tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
         save_file(tensors, self.folder / name)
+        obey_umask(self.folder / name)
         bests.append({"step": state.global_step, "eval_loss": metrics["eval_loss"], "file": name})
         kept = checkpoint.checkpoints(self.folder.parent)[-self.keep :]
         oldest = checkpoint.step_of(kept[0]) if kept else 0

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import nn
 
-from flatlora.config import ConfigError
+from flatlora.config import ConfigError, reason_of
+from flatlora.plain_files import irregular_files
 from flatlora.sources import in_short, not_finite
+from flatlora.time_limit import time_limit
 
 
 def check_adapter(folder: Path) -> None:
@@ -33,8 +39,47 @@ def check_adapter(folder: Path) -> None:
             f"Invalid peft_type {kind} in {folder}/adapter_config.json: PEFT {importlib.metadata.version('peft')} does "
             "not know it; install the version that saved the adapter, or copy its folder whole."
         )
+    if irregular := irregular_files(folder):
+        faults.append(f"Invalid adapter {folder}: not all in it are files: {in_short(irregular)}; copy it again.")
+    if not faults:
+        faults += _number_faults(folder)
     if faults:
         raise ConfigError(faults)
+
+
+_MOST_RANK = 1024  # that needs no tensor to show it
+
+
+def _number_faults(folder: Path) -> list[str]:
+    """Ranks and scalings of adapter_config.json that its tensors cannot have: PEFT would make layers of such sizes."""
+    config = adapter_config(folder)
+    kind, ranks, alphas = config.get("peft_type"), {}, {}
+    if kind == PeftType.LORA:
+        ranks, alphas = {"r": config.get("r", 8)}, {"lora_alpha": config.get("lora_alpha", 8)}
+        for pattern, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            given = config.get(pattern) or {}
+            named = given.items() if isinstance(given, dict) else [("?", given)]
+            values |= {f"{pattern}.{layer}": one for layer, one in named}
+    elif kind == PeftType.ADALORA:
+        ranks, alphas = {"init_r": config.get("init_r", 12)}, {"lora_alpha": config.get("lora_alpha", 8)}
+    wrong = {name: one for name, one in ranks.items() if type(one) is not int or one < 1}
+    if large := {name: one for name, one in ranks.items() if name not in wrong and one > _MOST_RANK}:
+        most = max([0, *(len(tensor) for name, tensor in _weights(folder).items() if ".lora_A" in name)])
+        wrong |= {name: one for name, one in large.items() if one > most}
+    wrong |= {name: one for name, one in alphas.items() if type(one) not in (int, float) or not math.isfinite(one)}
+    return [
+        f"Invalid {_short(name)}={_short(one)} in {folder}/adapter_config.json: ranks are whole numbers from 1 that "
+        f"its tensors have, and alphas are numbers; {_COPY}."
+        for name, one in wrong.items()
+    ]
+
+
+_COPY = "copy the adapter's folder whole"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def base_name(adapter: Path) -> str:
@@ -92,6 +137,7 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
     if faults:
         raise ConfigError(faults)
     _resize_embeddings(backbone, weights)
+    _try_patterns(folder, [name for name, _ in backbone.named_modules()])
     try:
         # As PeftModel.from_pretrained, which drops what the report says.
         config = PeftConfig.from_pretrained(str(folder))
@@ -101,7 +147,7 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
         report = adapted.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ConfigError([_misfit(folder, name, f"{type(error).__name__}: {error}")]) from error
     parts = {"missing": report.missing_keys, "left over": report.unexpected_keys}
     if config.is_prompt_learning:  # loaded by code of its own, of which load_state_dict knows nothing
@@ -112,6 +158,44 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
         if "lora_" in key:
             parameter.data = parameter.data.float()
     return adapted
+
+
+_PATTERN_SECONDS = 20.0
+
+
+def _try_patterns(folder: Path, names: Sequence[str]) -> None:
+    """Match every layer's name with an adapter's patterns as PEFT will, in bounded time.
+
+    Raises:
+        ConfigError: one is no regular expression, or takes time that grows exponentially.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        patterns = [*(getattr(config, "rank_pattern", None) or {}), *(getattr(config, "alpha_pattern", None) or {})]
+        has_targets = hasattr(config, "target_modules")
+        if has_targets and config.target_modules is None:
+            config.target_modules = []  # PEFT knows those of the model; the other patterns act all the same
+        with time_limit(_PATTERN_SECONDS):
+            for name in names:
+                if has_targets:
+                    check_target_module_exists(config, name)
+                get_pattern_key(patterns, name)
+    except TimeoutError as error:
+        reason = f"matching them with the names of its layers takes more than {_PATTERN_SECONDS:.0f} s"
+        raise ConfigError([_bad_patterns(folder, reason)]) from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError([_bad_patterns(folder, reason_of(error))]) from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            [f"Invalid {folder}/adapter_config.json: PEFT cannot read it ({reason_of(error)}); {_COPY}."]
+        ) from error
+
+
+def _bad_patterns(folder: Path, reason: str) -> str:
+    return (
+        f"Invalid patterns in {folder}/adapter_config.json (target_modules, exclude_modules, rank_pattern, "
+        f"alpha_pattern and the like): {reason}; write names of modules instead."
+    )
 
 
 def _misfit(folder: Path, name: str, reason: str) -> str:

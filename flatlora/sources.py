@@ -8,8 +8,6 @@ import io
 import os
 import pickle
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +19,11 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from flatlora.caches import cache_fault, kept_folder
 from flatlora.config import ConfigError, ModelConfig, reason_of
 from flatlora.console import console
 from flatlora.files import cache_folder
+from flatlora.plain_files import irregular_files
 from flatlora.random_weights import RANDOM_VERSION, write_random_clip, write_random_sdxl
 from flatlora.rows import UNREACHABLE, hub_is_reachable, speaks_of_the_network
 
@@ -52,6 +52,10 @@ def source_and_options(config: ModelConfig) -> tuple[str, dict[str, str]]:
     return source, {"revision": config.revision} if config.revision and not os.path.isdir(source) else {}
 
 
+NO_FOREIGN_CODE = {"trust_remote_code": False}
+"""For every Auto class of transformers, which would ask on stdin whether to run a repository's own code."""
+
+
 def described(config: ModelConfig) -> transformers.PreTrainedConfig:
     """What a model of transformers says of itself in its config.json.
 
@@ -60,7 +64,32 @@ def described(config: ModelConfig) -> transformers.PreTrainedConfig:
     """
     with hub_faults(config):
         source, options = source_and_options(config)
-        return transformers.AutoConfig.from_pretrained(source, **options)
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(source, **options)
+        if faults := count_faults(raw, f"the {config.index_file} of {config.hub_id}"):
+            raise ConfigError(faults)
+        return transformers.AutoConfig.from_pretrained(source, **NO_FOREIGN_CODE, **options)
+
+
+_COUNTED = re.compile(r"layer|block|expert")
+_MOST_COUNTED = 10_000
+
+
+def count_faults(raw: Any, where: str, key: str = "") -> list[str]:
+    """Numbers of layers, blocks and experts in a model's settings that no model has: to build them would take for ever.
+
+    Args:
+        raw: the settings, or a value in them, whose name is `key`.
+    """
+    if isinstance(raw, Mapping):
+        return [fault for name, value in raw.items() for fault in count_faults(value, where, str(name))]
+    if isinstance(raw, list):
+        return [fault for value in raw for fault in count_faults(value, where, key)]
+    if not isinstance(raw, int | float) or raw <= _MOST_COUNTED or not _COUNTED.search(key):
+        return []
+    return [
+        f"Invalid {key}={raw} in {where}: no model has more than {_MOST_COUNTED:,} of them; copy the folder again, or "
+        "name another model."
+    ]
 
 
 # Constants that older versions of transformers saved with the weights; models compute them when they are made.
@@ -145,13 +174,20 @@ def _shape(size: Iterable[int]) -> str:
 @contextlib.contextmanager
 def hub_faults(config: ModelConfig) -> Iterator[None]:
     """Missing repository, no network, gated or broken folder: as a fault of the configuration."""
-    local = config.embedded or os.path.isdir(config.hub_id)
-    reachable = local or hub_is_reachable()
+    folder = not config.embedded and os.path.isdir(config.hub_id)
+    if folder and (irregular := irregular_files(Path(config.hub_id))):
+        raise ConfigError(
+            [
+                f"Cannot load {config.hub_setting}={config.hub_id}: not all in it are files: {in_short(irregular)}; "
+                "take them out, or copy the folder again."
+            ]
+        )
+    reachable = config.embedded or folder or hub_is_reachable()
     try:
         yield
-    except ConfigError:  # a ValueError, with a remedy of its own
+    except (ConfigError, torch.OutOfMemoryError):  # with a remedy of its own
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a broken file, transformers, tokenizers and diffusers raise whatever it led to
         raise ConfigError([_load_fault(config, error, reachable)]) from error
 
 
@@ -168,12 +204,16 @@ def describe_source(config: ModelConfig) -> str:
 
 def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
     unreachable = not reachable and speaks_of_the_network(error)
-    reason = f"{UNREACHABLE if unreachable else reason_of(error)}."
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    reason = f"{UNREACHABLE if unreachable else kind + reason_of(error)}."
     if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
         reason = "it is a file, not a folder." if os.path.isfile(config.hub_id) else "there is no such folder."
     elif os.path.isdir(config.hub_id) and not _holds(config.hub_id, index := config.index_file, "adapter_config.json"):
         reason = f"the folder holds no {index}, so no model."
-    if "gated" in str(error).lower() or "401" in reason or "403" in reason:
+    if "trust_remote_code" in str(error):
+        reason = "it brings Python code of its own, which this suite never runs (trust_remote_code is False)."
+        remedy = "name a model whose architecture is transformers' own"
+    elif "gated" in str(error).lower() or "401" in reason or "403" in reason:
         remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
     elif os.path.exists(config.hub_id) or config.hub_id.startswith(("/", ".", "~")):
         remedy = "name the folder of a whole model, made by save_pretrained or `hf download`"
@@ -199,15 +239,14 @@ def _converted_folder(name: str) -> Path:
             target, write = cache_folder() / f"{name}-{RANDOM_VERSION}", RANDOM[name]
         else:
             target, write = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}", partial(_convert_gguf, gguf)
-        return target if target.is_dir() else _write_once(name, write, target)
+        return kept_folder(target, partial(_make_slowly, name, write))
     except (OSError, SafetensorError) as error:  # closed, read-only or full
-        raise ConfigError(
-            [
-                f"Cannot keep the converted weights of {name} in the cache folder "
-                f"{os.environ.get('FLATLORA_CACHE') or '~/.cache/flatlora'}: {reason_of(error)}; set "
-                "FLATLORA_CACHE=DIR to a folder that can be written to, with 0.6 GB free."
-            ]
-        ) from error
+        raise cache_fault(f"the converted weights of {name}", error, cache_folder()) from error
+
+
+def _make_slowly(name: str, write: Callable[[Path], None], folder: Path) -> None:
+    with console.status(f"making the embedded weights of {name} once (20 s)"):
+        write(folder)
 
 
 def _gguf_file(name: str) -> Path:
@@ -223,21 +262,6 @@ def _gguf_file(name: str) -> Path:
         if os.path.isfile(Path(folder) / embedded.file):
             return Path(folder) / embedded.file
     raise ConfigError([f"Invalid package {name}: the one installed here has no {embedded.file}; {remedy}."])
-
-
-def _write_once(name: str, write: Callable[[Path], None], target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        with console.status(f"making the embedded weights of {name} once (20 s)"):
-            write(staging)
-        staging.rename(target)
-    except OSError:
-        if not target.is_dir():  # another process may have finished first; anything else is a real failure
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return target
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from scripts.forked import ForkedRun
@@ -64,3 +66,29 @@ def fork_ranks(count: int, settings: list[str], *differing: list[str], entry: En
 def end_well(*runs: ForkedRun, seconds: float = 240) -> None:
     for run in runs:
         assert run.wait(seconds) == 0, run.log.read_text()[-3000:]
+
+
+@contextlib.contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """Another umask for a while."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """What became of a forked process that does `work`: its wait status."""
+    if (child := os.fork()) == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def die(folder: Path) -> None:
+    """Be killed with half of the work done."""
+    (folder / "half").write_bytes(b"\0" * 1000)
+    os.kill(os.getpid(), signal.SIGKILL)

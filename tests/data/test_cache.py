@@ -160,7 +160,7 @@ def test_a_broken_file_is_made_anew_with_a_warning(root, tokenizer, damage, capl
     (path,) = files(root)
     damage(path)
     assert same(prepared(root, tokenizer), first)
-    assert f"The cache file {path}" in caplog.text
+    assert f"The cache file {path} is broken" in caplog.text
     assert "made anew" in caplog.text
     caplog.clear()
     assert same(prepared(root, tokenizer), first)
@@ -179,7 +179,7 @@ def test_a_file_under_anothers_name_is_not_taken(root, tokenizer, caplog):
 
 
 def test_a_second_maker_of_the_same_file_does_no_harm(root, tokenizer, monkeypatch):
-    monkeypatch.setattr(cache, "_read", lambda path, key: None)  # neither sees that the other has made it
+    monkeypatch.setattr(cache, "find", lambda config, key: None)  # neither sees that the other has made it
     assert same(prepared(root, tokenizer), prepared(root, tokenizer))
     assert len(files(root)) == 1  # no staging file is left
 

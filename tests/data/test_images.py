@@ -258,7 +258,7 @@ def test_broken_pictures_are_counted_and_named(tmp_path, processor):
     assert "train.parquet, row 3 (and 1 more)" in told[0]
     assert "test.parquet, row 3:" in told[1]
     write_parquet(tmp_path, hub_id, config, "train", {image: whole[4:], label: [0]})
-    assert "row 1: no picture of a known format; fetch" in faults(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 1: no picture of a known format (PNG, JPEG" in faults(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_a_label_outside_the_classes_is_named(tmp_path, processor):
@@ -369,7 +369,7 @@ def test_pictures_that_were_decoded_once_are_read_and_not_decoded_again(tmp_path
     monkeypatch.setattr("flatlora.images.cache_folder", lambda: tmp_path)
     opened, files = [], {0: png(0), 1: png(1)}
     plain = Image.open
-    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or plain(file))
+    monkeypatch.setattr(Image, "open", lambda file, **more: opened.append(file) or plain(file, **more))
     pictures = LabelledImages("here", np.array([0, 1]), lambda index: files[index])
     first = check_images(pictures, [0, 1])
     assert len(opened) == 2

@@ -1,6 +1,7 @@
 """Scores of pictures: accuracy over rows and over classes, corruption folders, and what in them is refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -143,6 +144,10 @@ def test_a_broken_file_and_a_missing_folder_are_named(tmp_path):
         write(folder / "fog.npy")
         with pytest.raises(ConfigError, match=r"Broken file .*fog.npy"):
             corruptions.read_folder(folder)
+    (folder / "fog.npy").unlink()
+    os.mkfifo(folder / "fog.npy")
+    with pytest.raises(ConfigError, match=r"Broken file .*fog.npy: it is a pipe"):
+        corruptions.read_folder(folder)
     with pytest.raises(ConfigError, match=r"Missing eval.corruptions.folder"):
         run_exp.experiment_of(["model=clip_tiny", "dataset=digits", "eval=[corruptions]"])
 

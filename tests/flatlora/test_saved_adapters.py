@@ -1,6 +1,9 @@
 """Adapters are whole or refused, and what was saved with them is what scores them."""
 
 import json
+import os
+import shutil
+import time
 
 import peft
 import pytest
@@ -8,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flatlora import models
+from flatlora import models, saved_adapters
 from flatlora.config import ConfigError
 from tests.saved_models import CPU, model_config, without
 
@@ -152,3 +155,95 @@ def test_a_missing_trained_head_is_refused_by_name(tiny_model_folder, tmp_path):
     save_file(without("lm_head")(load_file(path)), path)
     with pytest.raises(ConfigError, match="lm_head"):
         models.load_for_inference(str(tmp_path), None, CPU)
+
+
+# --- adapters that nobody vouches for
+
+
+def with_keys(**keys):
+    def change(config):
+        return config | keys
+
+    return change
+
+
+INVALID = [
+    (with_keys(r=-1), "Invalid r=-1"),
+    (with_keys(r="8"), "Invalid r=8"),
+    (with_keys(r=10**9), "Invalid r=1000000000"),
+    (with_keys(lora_alpha=float("nan")), "Invalid lora_alpha=nan"),
+    (with_keys(lora_alpha=None), "Invalid lora_alpha=None"),
+    (with_keys(rank_pattern={"q_proj": 10**9}), "Invalid rank_pattern.q_proj=1000000000"),
+    (with_keys(rank_pattern={"q_proj": -4}), "Invalid rank_pattern.q_proj=-4"),
+    (with_keys(rank_pattern={"q_proj": "many"}), "Invalid rank_pattern.q_proj=many"),
+    (with_keys(rank_pattern=[1, 2]), "Invalid rank_pattern.?=[1, 2]"),
+    (with_keys(alpha_pattern={"q_proj": {}}), "Invalid alpha_pattern.q_proj={}"),
+    (with_keys(alpha_pattern="x" * 10**6), "Invalid alpha_pattern.?=xxx"),
+    (with_keys(rank_pattern={"(": 4}), "Invalid patterns"),
+    (with_keys(target_modules="("), "Invalid patterns"),
+    (with_keys(target_modules="(" * 5000 + ")" * 5000), "Invalid patterns"),
+    (with_keys(target_modules=5), "Invalid"),
+    (with_keys(target_modules={"a": [1]}), "Invalid adapter"),
+    (with_keys(exclude_modules="["), "Invalid patterns"),
+    (with_keys(modules_to_save=["("]), "Invalid patterns"),
+    (with_keys(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern="("), "Invalid patterns"),
+    (with_keys(init_lora_weights=[]), None),
+]
+
+
+@pytest.fixture(scope="module")
+def whole_adapter(tiny_model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / "whole"
+    adapter_of(tiny_model_folder, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("change", "head"), INVALID)
+def test_what_an_adapter_says_of_itself_is_checked(change, head, whole_adapter, tmp_path):
+    shutil.copytree(whole_adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    if head is None:
+        models.load_for_inference(str(tmp_path / "adapter"), None, CPU)
+        return
+    with pytest.raises(ConfigError) as caught:
+        models.load_for_inference(str(tmp_path / "adapter"), None, CPU)
+    (fault,) = caught.value.faults
+    assert fault.startswith(head)
+    assert "adapter_config.json" in fault
+    assert len(fault) < 3000
+
+
+SLOW = r"([\w.]+)+!"  # doubles its time with each letter of a name
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": SLOW},
+        {"exclude_modules": SLOW},
+        {"exclude_modules": SLOW, "target_modules": None},
+        {"rank_pattern": {SLOW: 4}},
+        {"alpha_pattern": {SLOW: 4.0}},
+        {"modules_to_save": [SLOW]},
+        {"layers_to_transform": [0], "layers_pattern": [SLOW], "target_modules": ["q_proj"]},
+    ],
+)
+def test_patterns_that_take_for_ever_are_given_up(keys, whole_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved_adapters, "_PATTERN_SECONDS", 0.2)
+    shutil.copytree(whole_adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"Invalid patterns in .*takes more than .* s; write names of modules"):
+        models.load_for_inference(str(tmp_path / "adapter"), None, CPU)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "README.md"])
+def test_a_pipe_in_an_adapters_folder_is_named(name, whole_adapter, tmp_path):
+    shutil.copytree(whole_adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "adapter" / name)
+    with pytest.raises(ConfigError, match=r"not all in it are files: 1 .*a pipe"):
+        models.load_for_inference(str(tmp_path / "adapter"), None, CPU)
