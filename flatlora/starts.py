@@ -24,6 +24,7 @@ from flatlora.precision import stored_dtype
 
 MOVED = "moved.json"  # in a start folder: W has lost what the initial adapter holds; in a checkpoint: which start
 ADAPTER = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -57,7 +58,8 @@ def move_as_started(backbone: nn.Module, folder: Path) -> None:
 def mark_checkpoint(folder: Path, start: Path) -> None:
     """Note in a checkpoint that its adapter fits the backbone less the run's start; nothing where it fits as it is."""
     if (start / MOVED).is_file():
-        write_json(folder / MOVED, {"start_sha256": _sha256(start)})
+        hashes = {"start_sha256": _sha256(start / ADAPTER), "config_sha256": _sha256(start / _CONFIG)}
+        write_json(folder / MOVED, hashes)
 
 
 def start_of_checkpoint(folder: Path) -> Path | None:
@@ -69,8 +71,12 @@ def start_of_checkpoint(folder: Path) -> Path | None:
     if not (folder / MOVED).is_file():
         return None
     start = folder.resolve().parent / "start"
-    wanted = json.loads((folder / MOVED).read_text()).get("start_sha256")
-    if not (start / ADAPTER).is_file() or _sha256(start) != wanted:
+    wanted = json.loads((folder / MOVED).read_text())
+    whole = all((start / name).is_file() for name in (ADAPTER, _CONFIG, MOVED))
+    if whole:
+        whole = _sha256(start / ADAPTER) == wanted.get("start_sha256")
+        whole = whole and wanted.get("config_sha256") in (None, _sha256(start / _CONFIG))  # None: of before it was kept
+    if not whole:
         raise ConfigError(
             [
                 f"The adapter in {folder} fits the backbone less the start of its run, and that is not in {start}: "
@@ -80,5 +86,5 @@ def start_of_checkpoint(folder: Path) -> Path | None:
     return start
 
 
-def _sha256(start: Path) -> str:
-    return hashlib.sha256((start / ADAPTER).read_bytes()).hexdigest()
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
