@@ -62,7 +62,7 @@ def read_record(path: Path, remedy: str = "put a whole copy back") -> dict[str, 
             raise ValueError(f"{SIGNATURE} in it is of another content: it was changed after it was written")
         if FILES in found and SIGNATURE not in found:
             raise ValueError(f"its {SIGNATURE} is missing")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter where results_root is a file
         if not path.is_symlink():
             return None
         raise _broken(path, "it is a link to nothing", remedy) from None

@@ -320,8 +320,9 @@ def answering(folder: Path, *, wait: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(folder) == [".lock"]:  # nothing was answered
-                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # removed with its run, on a disk that has no locks
+                if os.listdir(folder) == [".lock"]:  # nothing was answered
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def scoring_of(raw: dict[str, Any]) -> dict[str, Any]:

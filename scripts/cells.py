@@ -197,7 +197,7 @@ def _is_number(value: Any) -> bool:
 def _yaml(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError([f"Cannot read {path}: {reason_of(error)}; mend it."]) from error
     if not isinstance(found, dict):
         raise ConfigError([f"Invalid {path}: it must hold groups by name; mend it."])

@@ -44,6 +44,7 @@ def test_a_record_of_before_signatures_is_read_as_it_is(tmp_path):
     (tmp_path / "run.json").write_text('{"status": "finished"}')
     assert records.read_record(tmp_path / "run.json") == {"status": "finished"}
     assert records.read_record(tmp_path / "none.json") is None
+    assert records.read_record(tmp_path / "run.json" / "none.json") is None
 
 
 THINGS = {

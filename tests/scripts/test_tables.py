@@ -138,7 +138,7 @@ def test_a_published_number_that_is_none_or_has_no_source_is_named_and_left_out(
     assert left == (None if found is None else sum(map(len, found.values.values())))
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "tables: {}", "sources: [S4]\ntables: {}", "a: b: c"])
+@pytest.mark.parametrize("text", ["", "[1]", "tables: {}", "sources: [S4]\ntables: {}", "a: b: c", "[" * 2_000])
 def test_a_file_of_published_numbers_that_is_none_is_a_fault(tmp_path, text):
     (tmp_path / "paper.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"paper\.yaml"):
