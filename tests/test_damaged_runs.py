@@ -89,14 +89,21 @@ def test_a_damaged_best_is_made_again_or_refused(tiny_settings, monkeypatch, end
     assert metrics_rows(folder) == metrics_rows(whole)
 
 
-def test_a_start_that_was_damaged_is_refused(tiny_settings, monkeypatch, capsys):
+@pytest.mark.parametrize("damage", ["a flipped bit", "another scale", "no mark"])
+def test_a_start_that_was_damaged_is_refused(tiny_settings, monkeypatch, capsys, damage):
     settings = [*tiny_settings, "peft=pissa", "peft.lora_r=4", "trainer.save_steps=2"]
     die_at(5, monkeypatch)
     with pytest.raises(Killed):
         run_exp.main(settings)
     monkeypatch.undo()
     folder = run_folder(settings)
-    flip(folder / "start/adapter_model.safetensors")
+    if damage == "a flipped bit":
+        flip(folder / "start/adapter_model.safetensors")
+    elif damage == "another scale":
+        path = folder / "start/adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 17}))
+    else:  # without which later checkpoints would be taken for adapters of the whole backbone
+        (folder / "start/moved.json").unlink()
     assert run_exp.main([*settings, "resume=true"]) == 2
     assert f"isnotin{folder / 'start'}" in told_by(capsys)
 
@@ -144,7 +151,7 @@ def test_damage_to_a_finished_run_is_named_and_made_again(tiny_settings, monkeyp
         assert run_exp.main([*settings, "resume=true"]) == 0, damage
         assert "".join(told.split()) in told_by(capsys), damage
         for name, content in wanted.items():
-            if name.name != "run.json":  # whose times are others
+            if name.name not in ("run.json", "config.yaml"):  # whose times, and resume=true, are others
                 assert (made / name).read_bytes() == content, (damage, name)
         assert run_exp.main([*settings, "resume=true"]) == 0
         assert "isfinishedalready" in told_by(capsys), damage
