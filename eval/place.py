@@ -195,7 +195,7 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "config.yaml"
     if not os.path.lexists(path):
-        if os.path.lexists(folder / "run.json") and records.FILES in (_record(folder) or {}):
+        if os.path.lexists(folder / "run.json") and records.SIGNATURE in (_record(folder) or {}):
             raise ConfigError([f"Missing file {path}: write what run.json keeps under experiment there, as YAML."])
         return None
     try:
