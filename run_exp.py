@@ -38,6 +38,7 @@ from flatlora import (
     fit,
     methods,
     models,
+    records,
     results,
     sources,
     training,
@@ -49,8 +50,10 @@ from flatlora.latents import collate_latents
 from flatlora.methods.lora import find_targets
 from flatlora.precision import Precision, choose_precision
 from flatlora.preemption import Preempted
+from flatlora.recorder import best_fault
 from flatlora.results import MetricsLog, RunFolder, Tracker
 from flatlora.rows import fingerprint, gather, jsonl
+from flatlora.starts import start_of_checkpoint
 
 CONF_DIR = Path(__file__).parent / "conf"
 EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130  # 75: try again later (sysexits.h)
@@ -117,7 +120,13 @@ def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequen
         return 0  # what became of the jobs is the main process's to say
     states, jobs = [], []
     for folder, (finished, old) in zip(folders, before, strict=True):
-        record = folder.record
+        try:
+            record = folder.record
+        except ConfigError as error:  # one that was broken meanwhile hides no other
+            console.report_faults(error)
+            states.append("broken record")
+            jobs.append((states[-1], folder.path, None))
+            continue
         told = record is not None and (finished or record != old)  # an old record says nothing of this job
         states.append(record["status"] if told else "not run")
         jobs.append((states[-1], folder.path, record if told else None))
@@ -238,9 +247,11 @@ def run(experiment: Experiment, settings: Sequence[str]) -> int:
         newest = None
         if not experiment.overwrite:
             origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
-            newest = checkpoint.latest_good(folder.path, *origin, base=base)
+            newest = checkpoint.latest_good(folder.path, *origin, base=base, also=best_fault)
             if newest is None and folder.is_trained:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
+            if newest is not None:
+                start_of_checkpoint(newest)  # a start that was damaged is no start
         folder.begin(experiment)
         checkpoint.remove_newer(folder.path, newest)
         return newest
@@ -253,8 +264,15 @@ def run(experiment: Experiment, settings: Sequence[str]) -> int:
 
 def _nothing_to_score_from(folder: RunFolder, experiment: Experiment) -> str:
     names = [f"python -m eval.{name} {folder.path}" for name in experiment.eval]
+    damage = folder.damage()
+    whole = not any(name.startswith("adapter/") for name in damage)
     remedy = f"score its adapter with {', '.join(names)}, or say overwrite=true" if names else "say overwrite=true"
-    return f"{folder.path} is finished and its checkpoints are gone, so resume=true would train it anew: {remedy}."
+    told = f" ({'; '.join(damage)})" if damage else ""
+    gone = "its checkpoints are damaged" if checkpoint.checkpoints(folder.path) else "its checkpoints are gone"
+    return (
+        f"{folder.path} is finished{told} and {gone}, so resume=true would train it anew: "
+        f"{remedy if whole else 'say overwrite=true'}."
+    )
 
 
 @dataclass(frozen=True)
@@ -533,7 +551,7 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
     record["memory"] = results.peak_memory_gib()
     if distributed.is_main_process():
         try:
-            files.write_json(folder.path / "run.json", record)
+            records.write_signed(folder.path / "run.json", record)
             if code == 0:
                 hashes = record["backbone_sha256"]
                 unchanged = "unchanged" if hashes["before"] == hashes["after"] else "CHANGED"
@@ -613,6 +631,8 @@ def train_and_score(
                     inputs.processor.save_pretrained(staging)
                 models.complete_adapter(experiment.model, staging)
             record["metrics"].update(score(experiment, model, inputs, folder, record["base"], tracker))
+            record["weights_sha256"] = checkpoint.weights_sha256(folder.adapter)
+            record[records.FILES] = records.hash_files(folder.path)
     record["status"] = "finished"
 
 
@@ -662,7 +682,8 @@ def score(
             identity=identity,
             **_of_backend(experiment),
         )
-        result = evaluate(name, backend, inputs.asked[name], folder.path / "eval" / name, config)
+        with results.answering(folder.path / "eval" / name, wait=True):
+            result = evaluate(name, backend, inputs.asked[name], folder.path / "eval" / name, config)
         print_score(name, result)
         picture = folder.path / "eval" / name / getattr(benchmarks.evaluator(name), "PICTURE", "")
         if tracker is not None and picture.is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -28,6 +27,7 @@ from eval.backends.openai import Endpoint, OpenAIBackend, url_fault
 from eval.backends.vllm import VLLMBackend
 from eval.place import OTHER_VERSION, YAML_ERRORS, Place, base_faults, locate_place
 from flatlora.captioned import pictures_of_run
+from flatlora.checkpoint import weights_sha256
 from flatlora.clip import Classes
 from flatlora.config import KINDS, ConfigError, Section, nearest, reason_of, setting
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
@@ -41,6 +41,8 @@ from flatlora.models import (
     weights_identity,
 )
 from flatlora.precision import choose_precision, stored_dtype
+from flatlora.records import links_in, read_record
+from flatlora.results import answering
 from flatlora.rows import Source, gather, read_jsonl, typed_columns
 from flatlora.sources import backbone_source
 from flatlora.starts import MOVED
@@ -178,7 +180,8 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     )
     if target.score_only:
         return module.score_file(folder / "predictions.jsonl", config)
-    return evaluate(benchmark, _backend(place, target, device, config.batch_size, module), rows, folder, config)
+    with answering(folder):  # from before the weights are read: whoever would overwrite them is refused
+        return evaluate(benchmark, _backend(place, target, device, config.batch_size, module), rows, folder, config)
 
 
 def evaluate(
@@ -298,7 +301,12 @@ def _output_folder(
         )
     inside = path.resolve().relative_to(place.run.resolve()).parts
     label = benchmark if inside in ((), ("adapter",)) else f"{benchmark}-{'-'.join(inside)}"
-    return _writable(place.run / "eval" / label)
+    answers = place.run / "eval" / label
+    if links := [path for path in (answers.parent, answers) if path.is_symlink()] or links_in(answers):
+        raise ConfigError(
+            [f"Invalid {links[0]}: it is a link, and answers are written there; move it away, or give out=DIR."]
+        )
+    return _writable(answers)
 
 
 def _safe(name: str) -> str:
@@ -341,10 +349,10 @@ def _machine_label(target: Target, place: Place, own: Path) -> str:
         device = None if target.score_only else choose_device("auto").type
     planned = {"device": device, "autocast": choose_precision(place.autocast, place.model.dtype, device or "cpu").label}
     try:
-        made = json.loads((own / "generation.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        made = read_record(own / "generation.json")
+    except ConfigError:
         return ""
-    if device is None or not isinstance(made, dict):
+    if device is None or made is None:
         return ""
     changed = {key: value for key, value in planned.items() if key in made and made[key] != value}
     return "".join(f"-{key}={value.removeprefix('torch.').lower()}" for key, value in changed.items())
@@ -572,6 +580,13 @@ def _identity(place: Place, classes: Classes | None = None) -> dict[str, str]:
     return identity
 
 
+def _refuse_changed(place: Place, identity: Mapping[str, str]) -> None:
+    """An adapter that was written anew between its hash and its load would answer under the other's name."""
+    folder = Path(place.weights)
+    if (folder / "adapter_config.json").is_file() and weights_sha256(folder) != identity["weights"]:
+        raise ConfigError([f"{folder} was written to while it was read: wait for who writes there, then try again."])
+
+
 def _is_hash(state: str) -> bool:
     """Whether a backbone's state is of a folder's bytes, and not a commit of the hub."""
     return state.startswith("sha256:")
@@ -588,6 +603,7 @@ def _load(
         classes = Classes.of_run(place.run) if kind == "image" else None
         identity = _identity(place, classes) | ({"dtype": dtype} if dtype else {})
         model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype, place.autocast)
+        _refuse_changed(place, identity)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

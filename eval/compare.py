@@ -9,7 +9,6 @@ size of the noise that a few hundred questions leave, which an interval shows an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.table import Table
 import eval as benchmarks
 from eval import predictions
 from flatlora.config import ConfigError
+from flatlora.records import read_record
 from flatlora.rows import gather
 
 RESAMPLES = 10_000
@@ -183,8 +183,8 @@ def _benchmark_of(folder: Path) -> str:
         ConfigError: neither its score nor its name does.
     """
     try:
-        scorer = str(json.loads((folder / "score.json").read_bytes())["scorer"])
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        scorer = str((read_record(folder / "score.json") or {})["scorer"])
+    except (ConfigError, KeyError):
         scorer = folder.name.partition("-")[0]  # RUN/eval/NAME-key=value
     name = scorer.partition("/")[0]
     if name not in benchmarks.names():
@@ -210,8 +210,8 @@ def _scores(benchmark: str, folder: Path) -> dict[Any, float]:
 def _settings(module: Any, folder: Path) -> Any:
     """The settings that the answers were scored with, as far as they decide a row's score."""
     try:
-        parser = json.loads((folder / "score.json").read_bytes()).get("parser")
-    except (OSError, ValueError, AttributeError):
+        parser = (read_record(folder / "score.json") or {}).get("parser")
+    except ConfigError:
         parser = None
     fields = module.Config.model_fields
     return module.Config.model_construct(**({"parser": parser} if parser and "parser" in fields else {}))

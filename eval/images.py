@@ -11,7 +11,6 @@ every score; the Flat-LoRA paper's tables have the first.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from eval import predictions
 from eval.backends import ImageBackend
 from flatlora.config import ConfigError, Section, setting
+from flatlora.records import read_record
 
 KIND = "image"
 SCORER_VERSION = 1
@@ -69,8 +69,8 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 def images_of(folder: Path) -> str | None:
     """The hash of the pictures that the answers of a folder are about."""
     try:
-        return json.loads((folder / "generation.json").read_bytes()).get("images_sha256")
-    except (OSError, ValueError, AttributeError):
+        return (read_record(folder / "generation.json") or {}).get("images_sha256")
+    except ConfigError:
         return None
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -28,6 +29,7 @@ from eval.backends import Backend
 from eval.backends.hf import adapted_model
 from flatlora.config import ConfigError, Section, nearest, reason_of, setting
 from flatlora.files import write_atomic, write_json
+from flatlora.records import SEAL, file_sha256, read_record
 from flatlora.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
 
 if TYPE_CHECKING:
@@ -238,7 +240,7 @@ def run(
     if _settings(folder) != settings and any(kept.iterdir()):  # answers of another model, or of other settings
         kept.rename(predictions.free_name(folder / "tasks.stale"))
         kept.mkdir()
-    write_json(folder / "generation.json", settings)
+    write_json(folder / "generation.json", settings | {SEAL: None})
     names = [row["task"] for row in rows if row["task"] != "humaneval"]
     found: list[dict[str, Any]] = []
     for done, task in enumerate(names):
@@ -248,12 +250,14 @@ def run(
         if not _is_answered(path, task, _root(rows)):
             read = _files(task, _root(rows))
             write_atomic(path, jsonl(_ask(backend, task, config, _root(rows))))
-            write_json(path.with_suffix(".read.json"), read)
+            write_json(path.with_suffix(".read.json"), {"read": read, "sha256": file_sha256(path)})
         found += read_jsonl(path)
     if on_progress:
         on_progress(len(names), len(names), [])
     path = folder / "predictions.jsonl"
-    write_atomic(path, jsonl({"index": index, **row} for index, row in enumerate(found)))
+    content = jsonl({"index": index, **row} for index, row in enumerate(found)).encode()
+    write_json(folder / "generation.json", settings | {SEAL: hashlib.sha256(content).hexdigest()})
+    write_atomic(path, content)
     if "humaneval" in config.tasks:
         asked = humaneval.benchmark_rows(_root(rows))
         humaneval.run(backend, asked, folder / "humaneval", config.humaneval(), on_progress=on_progress)
@@ -261,12 +265,12 @@ def run(
 
 
 def _is_answered(path: Path, task: str, data_root: str | None) -> bool:
-    """Whether a task's answers are there, and its data are those that it was asked."""
+    """Whether a task's answers are there and whole, and its data are those that it was asked."""
     try:
-        read = json.loads(path.with_suffix(".read.json").read_bytes())
-    except (OSError, ValueError):
+        made = read_record(path.with_suffix(".read.json")) or {}
+        return made == {"read": _files(task, data_root), "sha256": file_sha256(path)}
+    except (OSError, ConfigError):
         return False
-    return path.is_file() and read == _files(task, data_root)
 
 
 def _files(task: str, data_root: str | None) -> dict[str, str]:
@@ -278,9 +282,10 @@ def _files(task: str, data_root: str | None) -> dict[str, str]:
 
 def _settings(folder: Path) -> Any:
     try:
-        return json.loads((folder / "generation.json").read_bytes())
-    except (OSError, ValueError):
+        made = read_record(folder / "generation.json") or {}
+    except ConfigError:
         return None
+    return {key: value for key, value in made.items() if key != SEAL}
 
 
 def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list[dict[str, Any]]:

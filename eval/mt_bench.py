@@ -164,7 +164,7 @@ def _kept_prompts(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / "judge_prompts.json"
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError([f"Broken file {path}: {error}; generate anew (leave out score_only=true)."]) from error
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 import eval as benchmarks
+from flatlora import checkpoint, records
 from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig, Section, TrainerConfig, model_section
 from flatlora.diffusion import INDEX
 from flatlora.models import model_of
@@ -71,13 +72,50 @@ def locate_place(name: str, benchmark: str, served: bool = False, base: str | No
     else:
         folder, saved, weights = None, None, path
     if not any((weights / file).is_file() for file in ("adapter_config.json", "config.json", INDEX)):
+        if saved and (faults := run_faults(folder, weights)):
+            raise ConfigError(faults)
         if weights != path:
             problem = "this run has no adapter/ yet; finish it, or name one of its checkpoints"
         else:
             problem = "neither weights nor a run are in it; name a run, checkpoint, adapter or model folder"
         raise ConfigError([f"Invalid path {name}: {problem}."])
-    place = _place_in_run(str(weights), folder, saved, benchmark) if saved else Place(str(weights))
+    if saved is None:
+        return _with_base(Place(str(weights)), base)
+    place, faults = _place_in_run(str(weights), folder, saved, benchmark), run_faults(folder, weights)
+    if faults:
+        raise ConfigError(faults)
     return _with_base(place, base)
+
+
+def run_faults(run: Path, weights: Path) -> list[str]:
+    """What of a run's folder is not as it was written, of all that scoring these weights of it reads.
+
+    Raises:
+        ConfigError: its run.json is broken.
+    """
+    record = _record(run)
+    in_adapter = weights.resolve() == (run / "adapter").resolve()
+    if record is None:
+        damage = []
+    else:
+        damage = records.damage(
+            run, record, wanted=lambda name: name != "metrics.jsonl" and (in_adapter or not name.startswith("adapter/"))
+        )
+        damage += records.settings_differ(run, record)
+    faults = []
+    if damage:
+        faults.append(
+            f"Invalid run {run}: {'; '.join(damage)}. The command that made the run makes it again with resume=true, "
+            "from its newest checkpoint, or with overwrite=true anew."
+        )
+    if not in_adapter and (weights / checkpoint.MANIFEST).is_file() and (fault := checkpoint.inference_fault(weights)):
+        faults.append(f"Invalid checkpoint {weights}: {fault}; name another checkpoint, or the run.")
+    return faults
+
+
+def _record(run: Path) -> dict[str, Any] | None:
+    remedy = "delete that file, then make it again with the run's command and resume=true"
+    return records.read_record(run / "run.json", remedy)
 
 
 def _with_base(place: Place, base: str | None) -> Place:
@@ -156,16 +194,18 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
         ConfigError: the folder is a run's, and its config.yaml is broken or lacks a section.
     """
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not os.path.lexists(path):
+        if os.path.lexists(folder / "run.json") and records.SIGNATURE in (_record(folder) or {}):
+            raise ConfigError([f"Missing file {path}: write what run.json keeps under experiment there, as YAML."])
         return None
     try:
-        saved = yaml.safe_load(path.read_bytes())
-    except YAML_ERRORS:
+        saved = records.read_settings(path, "")
+    except ConfigError:
         saved = None
     sections = [name for name in _RUN_SECTIONS if name in saved] if isinstance(saved, dict) else []
     if len(sections) == len(_RUN_SECTIONS):
         return saved
-    ran = any((folder / file).is_file() for file in ("run.json", "metrics.jsonl"))
+    ran = any(os.path.isfile(folder / file) for file in ("run.json", "metrics.jsonl"))
     if not ran or (saved and isinstance(saved, dict) and not sections):
         return None  # another program's
     if sections:
@@ -212,7 +252,4 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
 
 def _recorded_base(run: Path) -> str | None:
     """None before a run has ended, and of one whose record says nothing of it."""
-    try:
-        return json.loads((run / "run.json").read_bytes()).get("base")
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return None
+    return (_record(run) or {}).get("base")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError
 from flatlora.files import write_atomic, write_json
+from flatlora.records import SEAL, open_regular, read_record, seal_problem
 from flatlora.rows import jsonl, prompt_text, read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,10 @@ def collect(
 ) -> Path:
     """Answer every row into `folder`/predictions.jsonl, in the rows' order; returns that path.
 
+    generation.json says what made the answers, with the hash of the finished file; each row of an unfinished one has a
+    hash of itself and of those settings. So neither a damaged answer nor one that a process with another model writes
+    there passes for an answer of this one.
+
     Rows are answered in batches of like length. Greedy decoding in low precision can depend on a batch's company,
     so a resumed call forms the same batches and redoes a batch that is not whole. A file that is damaged, or made by
     another model, with other settings or for other rows, is put aside as predictions.stale.jsonl.
@@ -166,11 +172,17 @@ def collect(
     path, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
     hashed = hashlib.sha256(json.dumps(list(asked), default=str).encode()).hexdigest()
     settings = {**settings, "rows": len(asked), "prompts_sha256": hashed}
-    done = _finished_rows(folder, [path, partial], settings, asked, fields)
+    made_by = _digest(settings)
+    done, sealed = _finished_rows(folder, [path, partial], settings, asked, fields)
     done = {index: row for index, row in done.items() if still(row)}
-    if partial.is_file():
-        write_atomic(partial, jsonl(done.values()))  # without a torn last line, which an append would run into
-    write_json(folder / "generation.json", settings)
+    if sealed and len(done) == len(asked) and not partial.is_file():
+        if on_progress:
+            on_progress(len(done), len(asked), [])
+        return path
+    if done or os.path.lexists(partial):  # without a torn last line, which an append would run into
+        write_atomic(partial, jsonl(_checked(row, made_by) for row in done.values()))
+    write_json(folder / "generation.json", settings | {SEAL: None})
+    path.unlink(missing_ok=True)  # its rows are in the partial file now
     order = sorted(range(len(asked)), key=lambda i: (-lengths[i], i))
     if on_progress:
         on_progress(len(done), len(asked), [])
@@ -189,12 +201,26 @@ def collect(
             rows = [{"index": i, **asked[i], **answered} for i, answered in zip(batch, answers, strict=True)]
             done.update({row["index"]: row for row in rows})
             with open(partial, "a", encoding="utf-8") as file:
-                file.write(jsonl(rows))
+                file.write(jsonl(_checked(row, made_by) for row in rows))
         if on_progress:
             on_progress(len(done), len(asked), [done[index] for index in batch])
-    write_atomic(path, jsonl(done[index] for index in range(len(asked))))
+    content = jsonl(done[index] for index in range(len(asked))).encode()
+    write_json(folder / "generation.json", settings | {SEAL: hashlib.sha256(content).hexdigest()})
+    write_atomic(path, content)
     partial.unlink(missing_ok=True)
     return path
+
+
+_CHECK = "check"  # of a row of an unfinished file
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _checked(row: Mapping[str, Any], made_by: str) -> dict[str, Any]:
+    """The row with a hash of itself and of what made it."""
+    return {**row, _CHECK: hashlib.sha256(f"{made_by}|{json.dumps(row)}".encode()).hexdigest()[:16]}
 
 
 def _finished_rows(
@@ -203,25 +229,40 @@ def _finished_rows(
     settings: dict[str, Any],
     asked: Sequence[Mapping[str, Any]],
     fields: Fields,
-) -> dict[int, dict[str, Any]]:
-    recorded, rows = folder / "generation.json", {}
-    try:
-        same, problem = json.loads(recorded.read_bytes()) == settings, "was made by another model, settings or prompts"
-    except FileNotFoundError:
-        same, problem = False, "has no generation.json that says what made it"
-    except (ValueError, RecursionError):
-        same, problem = False, "has a broken generation.json, which says not what made it"
+) -> tuple[dict[int, dict[str, Any]], bool]:
+    """Rows that are there, and whether they are those of a finished file with a good seal."""
+    problem, seal = _origin_problem(folder, settings)
+    rows: dict[int, dict[str, Any]] = {}
+    sealed = False
     for path in paths:
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
-        found = _whole_lines(path, asked, fields) if same else None
-        if found is not None:
+        partial, fault = path != paths[0], problem
+        if fault is None:
+            found = _whole_lines(path, asked, fields, _digest(settings) if partial else None)
+            broken = found is None or (not partial and seal is not None and seal_problem(path, seal) is not None)
+            fault = "is damaged" if broken else None
+        if fault is None:
             rows |= {row["index"]: row for row in found}
+            sealed = sealed or (not partial and seal is not None)
             continue
         stale = free_name(path.with_name(path.name.replace(".jsonl", ".stale.jsonl")))
-        logger.warning("%s %s: kept as %s.", path, "is damaged" if same else problem, stale.name)
+        logger.warning("%s %s: kept as %s.", path, fault, stale.name)
         path.replace(stale)
-    return rows
+    return rows, sealed
+
+
+def _origin_problem(folder: Path, settings: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
+    """Why what lies there was made otherwise, None where it was not; and the record with the seal, where it has one."""
+    try:
+        made = read_record(folder / "generation.json")
+    except ConfigError:
+        return "has a broken generation.json, which says not what made it", None
+    if made is None:
+        return "has no generation.json that says what made it", None
+    if {key: value for key, value in made.items() if key != SEAL} != settings:
+        return "was made by another model, settings or prompts", None
+    return None, made if SEAL in made else None
 
 
 def free_name(path: Path) -> Path:
@@ -230,18 +271,38 @@ def free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _whole_lines(path: Path, asked: Sequence[Mapping[str, Any]], fields: Fields) -> list[dict[str, Any]] | None:
-    """Rows of a file whose last line may be torn; None when any other is not one that answers what is asked."""
-    *lines, last = path.read_bytes().split(b"\n")  # U+2028 and the like end no line
+def _whole_lines(
+    path: Path, asked: Sequence[Mapping[str, Any]], fields: Fields, made_by: str | None
+) -> list[dict[str, Any]] | None:
+    """Rows of a file whose last line may be torn; None when any other is not one that answers what is asked.
+
+    Args:
+        made_by: what the rows' checks must say; None: of a finished file, whose rows have none.
+    """
+    try:
+        with open_regular(path) as file:
+            *lines, last = file.read().split(b"\n")  # U+2028 and the like end no line
+    except OSError:
+        return None
     rows = [_parse_line(line) for line in lines]
     if (row := _parse_line(last)) is not None:
         rows.append(row)
+    if made_by is not None:
+        if not all(
+            isinstance(row, dict) and _checked(_unchecked(row), made_by)[_CHECK] == row.get(_CHECK) for row in rows
+        ):
+            return None
+        rows = [_unchecked(row) for row in rows]
     for row in rows:
         if _row_problem(row, fields) or not row["index"] < len(asked):
             return None
         if any(row[key] != value for key, value in asked[row["index"]].items()):
             return None
     return rows
+
+
+def _unchecked(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != _CHECK}
 
 
 def _parse_line(line: bytes) -> Any:
@@ -269,9 +330,9 @@ def _row_problem(row: Any, fields: Fields) -> str | None:
 def _rows_asked(folder: Path) -> int | None:
     """As generation.json says; None where it is not there, or from before it did."""
     try:
-        return json.loads((folder / "generation.json").read_bytes()).get("rows")
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return None
+        return (read_record(folder / "generation.json") or {}).get("rows")
+    except ConfigError:
+        return None  # `read` tells
 
 
 def score_file(path: Path, fields: Fields, score: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
@@ -291,7 +352,7 @@ def read(path: Path, fields: Fields = GENERATED) -> list[dict[str, Any]]:
     Raises:
         ConfigError: the file is not there, or broken.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ConfigError([f"{path} is not there: generate the answers first (leave out score_only=true)."])
     try:
         rows = read_jsonl(path)
@@ -314,4 +375,22 @@ def read(path: Path, fields: Fields = GENERATED) -> list[dict[str, Any]]:
             raise ConfigError(
                 [f"Broken file {path}: row {place + 1} {problem}; generate anew (leave out score_only=true)."]
             )
+    if problem := _made_otherwise(path):
+        raise ConfigError([f"Broken file {path}: it {problem}; generate anew (leave out score_only=true)."])
     return rows
+
+
+def _made_otherwise(path: Path) -> str | None:
+    """Why answers are not those that their generation.json names, or not of the adapter of the run they lie in."""
+    made = read_record(path.with_name("generation.json"), "generate anew (leave out score_only=true)")
+    if made is None:
+        return None
+    if problem := seal_problem(path, made):
+        return problem
+    folder, run = path.parent, path.parent.parent.parent
+    if folder.parent.name != "eval" or "-checkpoint-" in folder.name or "weights" not in made:
+        return None
+    trained = (read_record(run / "run.json", "run it anew, or put a whole copy back") or {}).get("weights_sha256")
+    if trained in (None, made["weights"]):
+        return None
+    return f"holds answers of other weights ({made['weights'][:12]}) than those of {run} ({trained[:12]})"

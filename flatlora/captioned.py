@@ -365,7 +365,7 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
         folder, fixed = dataset["folder"], dataset["prompt"]
         where = [dataset[key] for key in ("hub_id", "hub_config", "split", "revision")]
         columns = {"image": dataset["image_column"], "prompt": dataset["prompt_column"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             [
                 f"Broken run {run}: {path.name} or the dataset of its config.yaml is not what a run writes ({error}); "

@@ -7,22 +7,20 @@ the SHA-256 of every file. A folder without one was being written when the proce
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
 import re
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from flatlora import records, staging
 from flatlora.config import ConfigError
-from flatlora.files import fsync_folder, write_json
+from flatlora.files import fsync_folder
 from flatlora.layers import plain_name
 from flatlora.precision import as_stored
-from flatlora.staging import obey_umask
 
 logger = logging.getLogger(__name__)
 
@@ -45,30 +43,54 @@ def seal(
     Args:
         base: state of the backbone's weights, as `flatlora.models.backbone_state` has it.
     """
-    obey_umask(folder)
-    files = {}
+    staging.obey_umask(folder)
+    found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        files[str(path.relative_to(folder))] = {"sha256": _file_sha256(path, flush=True), "bytes": path.stat().st_size}
+        digest = records.file_sha256(path, flush=True)
+        found[str(path.relative_to(folder))] = {"sha256": digest, "bytes": path.stat().st_size}
     fsync_folder(folder)
     origin = {"config_sha256": config_sha256, "data_sha256": data_sha256, "world_size": world_size, "zero": zero}
-    origin["base"] = base
-    manifest = {"step": step, **origin, "files": files}
-    write_json(folder / MANIFEST, manifest)
+    origin |= {"base": base, "beside": records.hash_inputs(folder.parent)}
+    manifest = {"step": step, **origin, "files": found}
+    records.write_signed(folder / MANIFEST, manifest)
     fsync_folder(folder.parent)
 
 
-def fault_of(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used: no manifest, a missing file, a wrong hash. None for a good one."""
+def fault_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
+    """Why a checkpoint cannot be used: no manifest, a missing or unreadable file, a wrong hash. None for a good one.
+
+    Args:
+        wanted: names of files that are needed.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = records.read_record(folder / MANIFEST)
+        if manifest is None:
+            return f"{MANIFEST} is missing"
         for name, entry in manifest["files"].items():
-            if _file_sha256(folder / name) != entry["sha256"]:
+            if wanted(name) and records.file_sha256(folder / name) != entry["sha256"]:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, not text, not a manifest
+    except (ValueError, KeyError, TypeError, AttributeError):  # no record, or no manifest
         return f"{MANIFEST} is broken"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
     return None
+
+
+def _manifest_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        return records.read_record(folder / MANIFEST)
+    except ConfigError:
+        return None  # `fault_of` tells
+
+
+def inference_fault(folder: Path) -> str | None:
+    """`fault_of` less what training alone reads. Warns of files beside it that are not those of its time."""
+    manifest = _manifest_of(folder) or {}
+    if changed := records.damage(folder.parent, {records.FILES: manifest.get("beside")}):
+        logger.warning("%s was written when other files were beside it: %s.", folder, "; ".join(changed))
+    return fault_of(folder, lambda name: not name.startswith(("optimizer", "scheduler", "rng_state", "global_step")))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -83,19 +105,27 @@ def step_of(folder: Path) -> int:
 
 
 def latest_good(
-    run: Path, config_sha256: str, data_sha256: str, world_size: int = 1, zero: int = 0, *, base: str | None = None
+    run: Path,
+    config_sha256: str,
+    data_sha256: str,
+    world_size: int = 1,
+    zero: int = 0,
+    *,
+    base: str | None = None,
+    also: Callable[[Path], str | None] | None = None,
 ) -> Path | None:
     """Newest whole checkpoint; broken ones above it are named in the log. Nothing is changed.
 
     Args:
         base: as in `seal`; None compares no backbones.
+        also: why a whole one cannot be used all the same, if so.
 
     Raises:
         ConfigError: the newest whole one was made by another experiment, on another backbone or other data, or by more
             or fewer processes.
     """
     for folder in reversed(checkpoints(run)):
-        fault = fault_of(folder)
+        fault = fault_of(folder) or (also(folder) if also else None)
         if fault is None:
             _refuse_other_origin(folder, config_sha256, data_sha256, world_size, zero, base)
             return folder
@@ -112,14 +142,15 @@ def remove_newer(run: Path, newest: Path | None) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint, its manifest first: a half-deleted folder must not count."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    if not folder.is_symlink():
+        staging.remove(folder / MANIFEST)
+    staging.remove(folder)
 
 
 def _refuse_other_origin(
     folder: Path, config_sha256: str, data_sha256: str, world_size: int, zero: int, base: str | None
 ) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = records.read_record(folder / MANIFEST)
     faults = [
         f"{folder} is a checkpoint of {what} ({key} {str(manifest.get(key))[:12]}…, here {wanted[:12]}…): take it out "
         "of the run's folder, or give wandb.name or overwrite=true."
@@ -199,7 +230,7 @@ def part_sha256(folder: Path) -> str:
 def _files_sha256(folder: Path, patterns: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        digest.update(f"{path.relative_to(folder)}|{_file_sha256(path)}|".encode())
+        digest.update(f"{path.relative_to(folder)}|{records.file_sha256(path)}|".encode())
     return digest.hexdigest()
 
 
@@ -217,13 +248,3 @@ def _byte_pieces(tensor: torch.Tensor, elements: int = 1 << 26) -> Iterable[memo
     flat = tensor.contiguous().view(-1)
     for piece in flat.split(elements) if flat.numel() else ():
         yield memoryview(piece.cpu().view(torch.uint8).numpy())
-
-
-def _file_sha256(path: Path, *, flush: bool = False) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-        if flush:
-            os.fsync(file.fileno())
-    return digest.hexdigest()

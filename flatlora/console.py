@@ -148,8 +148,8 @@ def print_sweep(title: str, jobs: Iterable[tuple[str, Path, dict[str, Any] | Non
 
 
 def _sweep_cells(record: dict[str, Any]) -> list[str]:
-    metrics, hashes = record["metrics"], record["backbone_sha256"]
-    timing, memory = record["timing"] or {}, record["memory"] or {}
+    metrics, hashes = record.get("metrics") or {}, record.get("backbone_sha256") or {"before": None, "after": None}
+    timing, memory = record.get("timing") or {}, record.get("memory") or {}
     peak = memory.get("peak_gpu_gib") or memory.get("peak_rss_gib")
     scores = [value for name, value in metrics.items() if "/" in name and not name.endswith("/n")]  # its first metric
     numbers = [

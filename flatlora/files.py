@@ -10,12 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flatlora.staging import obey_umask, staging
+from flatlora.config import ConfigError, reason_of
+from flatlora.staging import obey_umask, remove, staging
 
 
 def cache_folder() -> Path:
-    """Where converted weights and prepared rows are kept: $FLATLORA_CACHE, else ~/.cache/flatlora."""
-    return Path(os.environ.get("FLATLORA_CACHE", "~/.cache/flatlora")).expanduser()
+    """Where converted weights and prepared rows are kept: $FLATLORA_CACHE, else ~/.cache/flatlora.
+
+    Raises:
+        ConfigError: the variable is empty, which would be the working directory, or names a user's home that is none.
+    """
+    given = os.environ.get("FLATLORA_CACHE", "~/.cache/flatlora")
+    if not given.strip():
+        raise ConfigError([f"Invalid FLATLORA_CACHE={given!r}: a folder's name is needed; name one, or unset it."])
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:  # ~nouser, or a user without a home
+        raise ConfigError(
+            [f"Invalid FLATLORA_CACHE={given}: {reason_of(error)}; set it to a folder by its whole name."]
+        ) from error
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -42,13 +55,27 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def flush_folder(folder: Path) -> None:
+    """Make all that is in `folder` survive a power cut."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fsync_folder(Path(parent, name))
+        fsync_folder(Path(parent))
+
+
+def no_link(path: str, flags: int) -> int:
+    """Opener for `open`: a link there is an error, so that nothing is written to where it points."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 @contextlib.contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `path` when the block ends well: whole or not there at all."""
     with staging(path, folder=True) as fresh:
         yield fresh
         obey_umask(fresh)
-        shutil.rmtree(path, ignore_errors=True)
+        flush_folder(fresh)
+        remove(path)
         fresh.rename(path)
     fsync_folder(path.parent)
 

@@ -13,14 +13,15 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
-from flatlora import checkpoint
+from flatlora import checkpoint, records
+from flatlora.config import ConfigError, reason_of
 from flatlora.distributed import check_dtypes, zero_dtypes
 from flatlora.files import write_json
 from flatlora.methods import Regulariser
 from flatlora.results import MetricsLog
-from flatlora.staging import obey_umask
+from flatlora.staging import obey_umask, remove
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class StepRecorder(TrainerCallback):
         state.save_steps, state.logging_steps = args.save_steps, args.logging_steps  # may change when a run is resumed
         self._steps_per_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
         if state.is_world_process_zero:
-            self.log.rewind(state.global_step)
+            put_back_rows(self.log, state)
         if state.is_world_process_zero and state.max_steps == 1 and args.get_warmup_steps(1):
             logger.warning(
                 "The only optimizer step has a learning rate of 0, for the warm-up begins there: nothing is trained. "
@@ -121,6 +122,7 @@ class StepRecorder(TrainerCallback):
             row = {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"]}
         else:
             return
+        state.log_history[-1]["row"] = json.dumps(row)  # goes into each checkpoint, which sorts keys
         if state.is_world_process_zero:
             self.log.append(row)
         self.last |= row
@@ -158,15 +160,46 @@ class StepRecorder(TrainerCallback):
         }
 
 
+def rows_of(state: TrainerState) -> list[str] | None:
+    """The lines of metrics.jsonl that a checkpoint keeps; None for a checkpoint of a version that kept none."""
+    logged = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+    return None if any("row" not in entry for entry in logged) else [entry["row"] for entry in logged]
+
+
+def put_back_rows(log: MetricsLog, state: TrainerState) -> None:
+    """Leave in metrics.jsonl what a checkpoint's state says of the steps up to it."""
+    kept = rows_of(state)
+    log.rewind(state.global_step, kept)
+    logged = sum("loss" in entry or "eval_loss" in entry for entry in state.log_history)
+    if kept is None and len(log.rows()) < logged:
+        logger.warning(
+            "%s has %d of %d rows up to step %d, and the checkpoint is of a version that kept none: the losses of "
+            "run.json are those of the rest.",
+            *(log.path, len(log.rows()), logged, state.global_step),
+        )
+
+
 class BestModel(TrainerCallback):
     """Keeps the adapter of the lowest validation loss in `best/`; ties go to the earlier step.
 
     Those that were best before it are kept for as long as a checkpoint is there that was written in their time: a run
-    resumed from it must find the best of then.
+    resumed from it must find the best of then. Each checkpoint holds `best.json` of its time, with hashes.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep  # checkpoints that the run keeps
+
+    def begin_from(self, checkpoint_folder: Path | None) -> None:
+        """Take up what was best when a checkpoint was written, which `best_fault` has found whole; None: nothing."""
+        if checkpoint_folder is None:
+            remove(self.folder)
+        elif bests := _bests_of(checkpoint_folder):
+            self._write(bests)
+
+    def save_state(self, checkpoint_folder: Path) -> None:
+        """Keep in a checkpoint what is best at its time."""
+        if bests := self._bests():
+            write_json(checkpoint_folder / _BEST_FILE, bests)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if args.should_save:
@@ -181,7 +214,8 @@ class BestModel(TrainerCallback):
         tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
         save_file(tensors, self.folder / name)
         obey_umask(self.folder / name)
-        bests.append({"step": state.global_step, "eval_loss": metrics["eval_loss"], "file": name})
+        sha256 = records.file_sha256(self.folder / name, flush=True)
+        bests.append({"step": state.global_step, "eval_loss": metrics["eval_loss"], "file": name, "sha256": sha256})
         kept = checkpoint.checkpoints(self.folder.parent)[-self.keep :]
         oldest = checkpoint.step_of(kept[0]) if kept else 0
         newest_then = max((i for i, best in enumerate(bests) if best["step"] <= oldest), default=0)
@@ -205,17 +239,49 @@ class BestModel(TrainerCallback):
         return best["step"]
 
     def _bests(self) -> list[dict[str, Any]]:
-        path = self.folder / "best.json"
-        return json.loads(path.read_text()) if path.is_file() else []
+        return _bests_of(self.folder)
 
     def _write(self, bests: list[dict[str, Any]]) -> None:
         if not self.folder.is_dir():
             return
-        write_json(self.folder / "best.json", bests)
+        write_json(self.folder / _BEST_FILE, bests)
         names = {best["file"] for best in bests}
         for file in self.folder.glob("step-*.safetensors"):
             if file.name not in names:
                 file.unlink()
+
+
+_BEST_FILE = "best.json"
+
+
+def _bests_of(folder: Path) -> list[dict[str, Any]]:
+    """
+    Raises:
+        ConfigError: the file is there, and broken.
+    """
+    path = folder / _BEST_FILE
+    try:
+        with records.open_regular(path) as file:
+            found = json.loads(file.read())
+        return [{"step": one["step"], "eval_loss": one["eval_loss"], "file": one["file"], **one} for one in found]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError([f"Broken record {path}: {reason_of(error)}; put it back, or say overwrite=true."]) from error
+
+
+def best_fault(checkpoint_folder: Path) -> str | None:
+    """Why a whole checkpoint cannot be gone on from: what was best at its time, which its run keeps, was damaged."""
+    folder = checkpoint_folder.parent / "best"
+    for best in _bests_of(checkpoint_folder):
+        try:
+            if best.get("sha256") not in (None, records.file_sha256(folder / best["file"])):  # None: of before hashes
+                return f"best/{best['file']} of its time is not what was written"
+        except FileNotFoundError:
+            return f"best/{best['file']} of its time is missing"
+        except OSError as error:
+            return f"best/{best['file']} of its time cannot be read ({error.strerror})"
+    return None
 
 
 class SaveAtStop(TrainerCallback):

@@ -20,15 +20,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from flatlora import records
 from flatlora.config import ConfigError, Experiment, identity_of
-from flatlora.files import write_atomic
+from flatlora.files import fsync_folder, no_link, write_atomic
+from flatlora.staging import remove
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +73,11 @@ class RunFolder:
             ConfigError: the file is broken.
         """
         path = self.path / "run.json"
-        if not path.is_file():
-            return None
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return {"status": record["status"], **record}
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            remedy = "delete that file and go on with resume=true, or start anew with overwrite=true"
-            raise ConfigError([f"Broken record {path}: it is not what a run wrote ({error}); {remedy}."]) from error
+        remedy = "delete that file and go on with resume=true, or start anew with overwrite=true"
+        record = records.read_record(path, remedy)
+        if record is not None and not isinstance(record.get("status"), str):
+            raise ConfigError([f"Broken record {path}: it is not what a run wrote (no status); {remedy}."])
+        return record
 
     @property
     def is_trained(self) -> bool:
@@ -88,12 +87,13 @@ class RunFolder:
     def is_finished(self, experiment: Experiment) -> bool:
         """Whether this very experiment has run to its end here, so that resume=true has nothing to do.
 
-        A finished run whose benchmarks or test rows are asked for in another way is not: it is scored again.
+        A finished run whose benchmarks or test rows are asked for in another way is not: it is scored again. Neither is
+        one whose files were damaged since: they are named, and made again from a checkpoint.
 
         Raises:
             ConfigError: the folder is in use, holds another run, or this one and neither resume nor overwrite is given.
         """
-        if not (self.path / "config.yaml").is_file():
+        if not self.is_run:
             return False
         if self.in_use:
             raise ConfigError([self._in_use_fault()])
@@ -104,7 +104,27 @@ class RunFolder:
             return False
         # run.json's own copy of the config: config.yaml may already be that of a scoring that was killed.
         scored = self.record.get("experiment") or self._saved_config()
-        return scoring_of(scored) == scoring_of(experiment.model_dump(mode="json"))
+        if scoring_of(scored) != scoring_of(experiment.model_dump(mode="json")):
+            return False
+        if damage := self.damage():
+            logger.warning("%s is finished, but %s: made again.", self.path, "; ".join(damage))
+        return not damage
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has begun here."""
+        return os.path.lexists(self.path / "config.yaml")
+
+    def damage(self) -> list[str]:
+        """What became of a finished run's files and answers since its record was written, a phrase each."""
+        record = self.record
+        if record is None or records.FILES not in record:
+            return []
+        found = [*records.damage(self.path, record), *records.settings_differ(self.path, record)]
+        for name in record["experiment"]["eval"]:
+            own = records.metrics_of(record, name)
+            found += records.answers_damage(self.path / "eval" / name, own)
+        return found
 
     def open(self, experiment: Experiment) -> None:
         """Lock the folder for this experiment; of several ranks, rank 0 does. `begin` is what changes it.
@@ -114,8 +134,12 @@ class RunFolder:
         """
         self._acquire()
         try:
-            if (self.path / "config.yaml").is_file() and not experiment.overwrite:
+            if experiment.overwrite:
+                self._refuse_evaluations()
+            elif self.is_run:
                 self._refuse_other_run(experiment)
+            if not experiment.overwrite and (faults := records.own_paths_faults(self.path)):
+                raise ConfigError(faults)
         except BaseException:
             self.close()
             raise
@@ -127,7 +151,7 @@ class RunFolder:
         if not self.is_trained:  # what a killed start leaves is no record, and not that of an earlier one
             (self.path / "run.json").unlink(missing_ok=True)
         for left in self.path.glob(".*-????????"):  # half-written when a process was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove(left)
         write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
 
     def check_writable(self) -> None:
@@ -153,7 +177,7 @@ class RunFolder:
     def in_use(self) -> bool:
         """Whether another process has the folder now."""
         try:
-            with open(self.path / ".lock") as lock:
+            with records.open_regular(self.path / ".lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -161,12 +185,22 @@ class RunFolder:
             return False
         return False
 
+    def _refuse_evaluations(self) -> None:
+        """What answers for the adapter that stands here must not go on among the answers of another."""
+        if busy := [folder for folder in self.path.glob("eval/*") if is_answering(folder)]:
+            raise ConfigError(
+                [
+                    f"{self.path} is being evaluated: another process writes {busy[0]}; wait for it, or give "
+                    "wandb.name or seed."
+                ]
+            )
+
     def _acquire(self) -> list[Path]:
         """Make and lock the folder; those that were made for it, innermost first."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until close()
+            self._lock = open(self.path / ".lock", "a", opener=no_link)  # noqa: SIM115 - held until close()
             self._probe_space()
             self._lock_folder()
         except BlockingIOError as error:
@@ -206,7 +240,7 @@ class RunFolder:
         """Fail before training where a small file cannot be written."""
         probe = self.path / ".probe"
         try:
-            with open(probe, "wb") as file:
+            with open(probe, "wb", opener=no_link) as file:
                 file.write(b"\0" * 65536)
                 file.flush()
                 os.fsync(file.fileno())
@@ -217,13 +251,16 @@ class RunFolder:
         for entry in self.path.iterdir():
             if entry.name == ".lock":
                 continue
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            remove(entry)
 
     def _refuse_other_run(self, experiment: Experiment) -> None:
         differing = _differences(self._saved_config(), experiment)
         if differing:
             raise ConfigError(
-                [f"{self.path} holds another experiment: {', '.join(differing)}; give wandb.name, or overwrite=true."]
+                [
+                    f"{self.path} holds another experiment by its config.yaml: {', '.join(differing)}; give "
+                    "wandb.name, or overwrite=true."
+                ]
             )
         if not experiment.resume:
             state = "a finished run" if self.is_trained else "a started run"
@@ -236,17 +273,57 @@ class RunFolder:
 
     def _saved_config(self) -> dict[str, Any]:
         path = self.path / "config.yaml"
+        remedy = "give wandb.name for another folder, or overwrite=true to empty this one"
+        saved = records.read_settings(path, remedy)
         try:
-            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
             identity_of(saved), scoring_of(saved)
-        except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                [
-                    f"Broken file {path}: it is not the config of a run ({type(error).__name__}); give wandb.name for "
-                    "another folder, or overwrite=true to empty this one."
-                ]
+                [f"Broken file {path}: it is not the config of a run ({type(error).__name__}); {remedy}."]
             ) from error
         return saved
+
+
+def is_answering(folder: Path) -> bool:
+    """Whether a process writes answers there, as `answering` has it."""
+    try:
+        with records.open_regular(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def answering(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep a folder of answers for this process: others do not write there, and its run is not overwritten meanwhile.
+
+    Args:
+        wait: whether to wait for another process that has it.
+
+    Raises:
+        ConfigError: another process has it.
+        OSError: the folder takes no files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a", opener=no_link) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if not wait:
+                raise ConfigError(
+                    [f"{folder} is in use: another process writes its answers there; wait for it, or give out=DIR."]
+                ) from error
+            logger.warning("Another process writes answers to %s: waiting for it.", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # removed with its run, on a disk that has no locks
+                if os.listdir(folder) == [".lock"]:  # nothing was answered
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def scoring_of(raw: dict[str, Any]) -> dict[str, Any]:
@@ -276,39 +353,71 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 class MetricsLog:
-    """metrics.jsonl: append-only, one object a logged step, flushed at once; mirrored to W&B."""
+    """metrics.jsonl: append-only, one object a logged step, flushed at once; mirrored to W&B.
+
+    Each checkpoint keeps the rows up to its step, see `flatlora.recorder.rows_of`.
+    """
 
     def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
         self.path, self.tracker = path, tracker
 
-    def rewind(self, step: int) -> None:
-        """Forget rows after `step`, which a resumed run will write again; a torn last line goes too."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn: not JSON, or not a whole row
+    def rewind(self, step: int, kept: Sequence[str] | None = None) -> None:
+        """Forget rows after `step`, which a resumed run will write again; a torn last line goes too.
+
+        Args:
+            kept: the lines up to `step` as the checkpoint has them, which replace others; None where it has none.
+        """
+        found = []
+        for line in self._text().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # torn: not a whole row
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        write_atomic(self.path, "".join(kept))
+                    found.append(line)
+        wanted = found if kept is None else list(kept)
+        if wanted != found:
+            logger.warning(
+                "%s had %d of the %d rows up to step %d, or others: put back from the checkpoint.",
+                *(self.path, len(set(found) & set(wanted)), len(wanted), step),
+            )
+        if wanted or os.path.lexists(self.path):
+            write_atomic(self.path, "".join(line + "\n" for line in wanted))
+
+    def _text(self) -> str:
+        try:
+            with records.open_regular(self.path) as file:
+                return file.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def flush(self) -> None:
+        """Wait until all rows are on the disk."""
+        with contextlib.suppress(FileNotFoundError):  # no row yet
+            fsync_folder(self.path)
 
     def append(self, row: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(row) + "\n")
         if self.tracker:
             self.tracker.log(row)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows but a torn last one, which a kill leaves or a running process is writing."""
-        if not self.path.is_file():
-            return []
-        lines, rows = self.path.read_text(errors="replace").splitlines(), []
+        """All rows but a torn last one, which a kill leaves or a running process is writing.
+
+        Raises:
+            ConfigError: another row is broken.
+            OSError: the file cannot be read.
+        """
+        lines, rows = self._text().splitlines(), []
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("an object is needed")
+                rows.append(row)
+            except (ValueError, RecursionError) as error:
                 if number < len(lines):
-                    raise
+                    raise ConfigError(
+                        [f"Broken row in {self.path}, line {number}: {error}; resume=true puts a run's rows back."]
+                    ) from error
         return rows
 
 

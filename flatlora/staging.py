@@ -29,7 +29,7 @@ def staging(path: Path, *, folder: bool = False) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        remove(temporary)
+        remove(temporary, ignore_errors=True)
         os.close(descriptor)
 
 
@@ -42,14 +42,17 @@ def sweep(folder: Path) -> None:
                     _remove_unlocked(Path(entry.path))
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
     """Delete a file or a folder, if it is there; of a link the link alone.
 
+    Args:
+        ignore_errors: leave what cannot be deleted of a folder where it is.
+
     Raises:
-        OSError: a file cannot be deleted.
+        OSError: something cannot be deleted.
     """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)
 

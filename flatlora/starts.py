@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from flatlora.config import ConfigError
 from flatlora.files import write_json
 from flatlora.precision import stored_dtype
+from flatlora.records import read_record
 
 MOVED = "moved.json"  # in a start folder: W has lost what the initial adapter holds; in a checkpoint: which start
 ADAPTER = "adapter_model.safetensors"
@@ -57,7 +59,7 @@ def move_as_started(backbone: nn.Module, folder: Path) -> None:
 def mark_checkpoint(folder: Path, start: Path) -> None:
     """Note in a checkpoint that its adapter fits the backbone less the run's start; nothing where it fits as it is."""
     if (start / MOVED).is_file():
-        write_json(folder / MOVED, {"start_sha256": _sha256(start)})
+        write_json(folder / MOVED, {"start_sha256": _sha256(start), "settings": _settings(start)})
 
 
 def start_of_checkpoint(folder: Path) -> Path | None:
@@ -69,8 +71,9 @@ def start_of_checkpoint(folder: Path) -> Path | None:
     if not (folder / MOVED).is_file():
         return None
     start = folder.resolve().parent / "start"
-    wanted = json.loads((folder / MOVED).read_text()).get("start_sha256")
-    if not (start / ADAPTER).is_file() or _sha256(start) != wanted:
+    wanted = json.loads((folder / MOVED).read_text())
+    whole = (start / MOVED).is_file() and (start / ADAPTER).is_file() and _sha256(start) == wanted.get("start_sha256")
+    if not whole or wanted.get("settings", _settings(start)) != _settings(start):  # of before they were kept: any
         raise ConfigError(
             [
                 f"The adapter in {folder} fits the backbone less the start of its run, and that is not in {start}: "
@@ -82,3 +85,16 @@ def start_of_checkpoint(folder: Path) -> Path | None:
 
 def _sha256(start: Path) -> str:
     return hashlib.sha256((start / ADAPTER).read_bytes()).hexdigest()
+
+
+def _settings(start: Path) -> dict[str, Any] | None:
+    """What decides s·B·A besides the factors; None for a broken file. PEFT writes its other keys anew at the end."""
+    try:
+        found = read_record(start / "adapter_config.json") or {}
+    except ConfigError:
+        return None
+    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+    targets = found.get("target_modules")
+    return {key: found.get(key) for key in keys} | {
+        "targets": sorted(targets) if isinstance(targets, list) else targets
+    }

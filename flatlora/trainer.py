@@ -28,7 +28,7 @@ from flatlora.head import IGNORED
 from flatlora.lora_linear import fused_throughout
 from flatlora.methods import AdapterMethod, Training
 from flatlora.precision import autocast, choose_precision
-from flatlora.recorder import StepRecorder
+from flatlora.recorder import StepRecorder, put_back_rows
 from flatlora.samplers import BucketSampler, EpochSampler
 from flatlora.saving import BackgroundWriter, to_host
 from flatlora.starts import load_adapter, mark_checkpoint
@@ -103,7 +103,7 @@ class FlatTrainer(Trainer):
         self._load_from_checkpoint(str(resume_from))
         self.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
         if is_main_process():
-            self.recorder.log.rewind(self.state.global_step)
+            put_back_rows(self.recorder.log, self.state)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -297,6 +297,7 @@ class FlatTrainer(Trainer):
         with self._removed_if_broken(folder):
             for write in left:
                 write()
+            self.recorder.log.flush()
             checkpoint.seal(
                 folder,
                 step=checkpoint.step_of(folder),

@@ -22,7 +22,7 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from flatlora import checkpoint, methods
 from flatlora.config import Experiment
-from flatlora.distributed import deepspeed_settings, rank, world_size
+from flatlora.distributed import deepspeed_settings, is_main_process, rank, world_size
 from flatlora.preemption import Preempted, Preemption
 from flatlora.recorder import BestModel, Effort, Progress, SaveAtStop, StepRecorder
 from flatlora.results import MetricsLog, RunFolder
@@ -87,6 +87,8 @@ def train(
         arguments.per_device_eval_batch_size = 1  # pictures of several sizes make no batch
     keeps_best = optim.best_model and has_validation
     best = BestModel(run.path / "best", experiment.trainer.save_total_limit) if keeps_best else None
+    if best and is_main_process():
+        best.begin_from(resume_from)
     recorder = StepRecorder(log, progress, Effort.read(resume_from), regulariser)
     of_method = method.callbacks(model, experiment.peft, training_of(experiment, arguments))
     callbacks = [one for one in (recorder, best, *of_method, regulariser) if one]  # best before what asks for a save

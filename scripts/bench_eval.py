@@ -102,14 +102,20 @@ def run(options: argparse.Namespace, python: Any, path: str, out: Path, words: l
     """One evaluation: the whole command by the clock, and what of it was answering, by the dates of its files."""
     command = [str(python), "-m", "eval.gsm8k", str(path), f"data_root={options.data_root}", f"out={out}", *words]
     command += [f"max_rows={options.rows}", f"max_new_tokens={options.tokens}"]
-    begun = time.monotonic()
-    subprocess.run(command, cwd=PROJECT, check=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
+    begun, answering_since = time.monotonic(), None
+    process = subprocess.Popen(command, cwd=PROJECT, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
+    while process.poll() is None:
+        if answering_since is None and (out / "generation.json").is_file():  # written again, with the answers
+            answering_since = (out / "generation.json").stat().st_mtime
+        time.sleep(0.05)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     seconds = time.monotonic() - begun
     score = json.loads((out / "score.json").read_text())["metrics"]
-    begun, ended = ((out / name).stat().st_mtime for name in ("generation.json", "predictions.jsonl"))
+    ended = (out / "predictions.jsonl").stat().st_mtime
     return {
         "seconds": seconds,
-        "answering": ended - begun,
+        "answering": ended - answering_since,
         "tokens": score["mean_tokens"] * options.rows,
         "exact_match": score["exact_match"],
     }

@@ -23,6 +23,7 @@ sys.path.insert(0, str(PROJECT))
 
 import eval as benchmarks  # noqa: E402
 import run_exp  # noqa: E402
+from flatlora import records  # noqa: E402
 from flatlora.config import ConfigError, Experiment, Section, build_section, parse, reason_of, setting  # noqa: E402
 
 LAYOUTS = PROJECT / "results/tables.yaml"
@@ -196,7 +197,7 @@ def _is_number(value: Any) -> bool:
 def _yaml(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError([f"Cannot read {path}: {reason_of(error)}; mend it."]) from error
     if not isinstance(found, dict):
         raise ConfigError([f"Invalid {path}: it must hold groups by name; mend it."])
@@ -204,13 +205,15 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def read_runs(results: Path) -> tuple[list[Run], list[str]]:
-    """Finished runs below a folder, in the order of their paths, and what is wrong with the others."""
-    runs, problems = [], []
-    for path in sorted(results.rglob("run.json")):
-        if path.relative_to(results).parts[0] in NOT_RUNS:
-            continue
+    """Finished runs below a folder, in the order of their paths, and what is wrong with the others.
+
+    A file that was damaged since is named; the numbers of its run stand in the signed record, and count.
+    """
+    runs = []
+    paths, problems = _records_below(results)
+    for path in paths:
         try:
-            record = json.loads(path.read_bytes())
+            record = records.read_record(path)
             if record["status"] != "finished":
                 problems.append(f"{path.parent} is {record['status']}.")
                 continue
@@ -224,16 +227,45 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
                 raise ValueError(f"{wrong[0]} is no finite number")
             train_s, adapter = float(record["timing"]["train_s"]), record.get("adapter_sha256")
         except BROKEN as error:
-            problems.append(f"{path.parent} has no good run.json ({type(error).__name__}: {str(error)[:120]}).")
+            problems.append(f"{path.parent} has no good run.json ({type(error).__name__}: {str(error)[:200]}).")
             continue
+        if damage := _damage(path.parent, record):
+            problems.append(f"{path.parent} was damaged since ({'; '.join(damage)}); the numbers of its record count.")
         try:
             measured, more = _flatness(path.with_name("flatness.json"), adapter)
         except BROKEN as error:
             measured, more = {}, {}
-            told = f"{type(error).__name__}: {str(error)[:120]}"
+            told = f"{type(error).__name__}: {str(error)[:200]}"
             problems.append(f"{path.parent} has no good flatness.json ({told}); its other numbers count.")
         runs.append(Run(path.parent, experiment, metrics | more, train_s, measured))
     return runs, problems
+
+
+def _records_below(results: Path) -> tuple[list[Path], list[str]]:
+    """Every run.json, whatever it is, in the order of the paths; and folders that cannot be read."""
+    found, problems = [], []
+
+    def tell(error: OSError) -> None:
+        problems.append(f"{error.filename} cannot be read ({error.strerror}): runs below it are not counted.")
+
+    for parent, folders, names in os.walk(results, onerror=tell):
+        if Path(parent) == results:
+            folders[:] = [name for name in folders if name not in NOT_RUNS]
+        if "run.json" in (*folders, *names):
+            found.append(Path(parent, "run.json"))
+    return sorted(found), problems
+
+
+def _damage(run: Path, record: Mapping[str, Any]) -> list[str]:
+    """What became of a run's files and answers since, weights by their sizes alone; nothing of a record kept alone."""
+    if records.is_alone(run):
+        return records.damage(run, record, wanted=lambda name: os.path.lexists(run / name))
+    found = [*records.damage(run, record, largest_bytes=_HASHED_BYTES), *records.settings_differ(run, record)]
+    names = record["experiment"]["eval"] if records.FILES in record else ()
+    return [*found, *(one for name in names for one in records.answers_damage(run / "eval" / name))]
+
+
+_HASHED_BYTES = 64 << 20  # what is larger is a model's weights, which whoever loads them hashes
 
 
 # ConfigError is a ValueError
@@ -246,9 +278,9 @@ def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], d
     Raises:
         ValueError: the file is of other weights, or holds no numbers.
     """
-    if not path.is_file():
+    found = records.read_record(path, "measure anew with scripts/flatness.py")
+    if found is None:
         return {}, {}
-    found = json.loads(path.read_bytes())
     if found["adapter_sha256"] != adapter_sha256:
         raise ValueError("it was measured on another adapter; measure this one with scripts/flatness.py")
     parts = found["parts"]

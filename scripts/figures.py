@@ -37,6 +37,7 @@ PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from eval.picture_grid import grid_figure  # noqa: E402
+from flatlora import records  # noqa: E402
 from flatlora.config import ConfigError  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.files import write_atomic  # noqa: E402
@@ -268,14 +269,20 @@ def _curve(path: Path) -> np.ndarray:
     """(rows × 2) of one run.
 
     Raises:
-        ValueError: too few rows, or rows without numbers.
+        ValueError: too few rows, rows without numbers, or others than the run wrote.
     """
+    if damage := records.damage(path.parent, records.read_record(path.with_name("run.json")) or {}, wanted=_is_log):
+        raise ValueError(damage[0])
     rows = [(float(row["step"]), float(row["loss"])) for row in MetricsLog(path).rows() if "loss" in row]
     if len(rows) < SMOOTHED_ROWS:
         raise ValueError(f"{len(rows)} rows with a loss, {SMOOTHED_ROWS} are needed")
     steps, losses = np.array(rows).T
     smooth = np.convolve(losses, np.ones(SMOOTHED_ROWS) / SMOOTHED_ROWS, mode="valid")
     return np.stack([steps[SMOOTHED_ROWS - 1 :], smooth], axis=1)
+
+
+def _is_log(name: str) -> bool:
+    return name == "metrics.jsonl"
 
 
 def sharpness(flatness: cells.Made) -> plt.Figure | None:
@@ -343,7 +350,7 @@ def landscape(flatness: cells.Made) -> plt.Figure | None:
 
 def measures_of(path: Path) -> dict[str, Any]:
     """The parts of a run's flatness.json."""
-    return json.loads((path / "flatness.json").read_bytes())["parts"]
+    return records.read_record(path / "flatness.json")["parts"]
 
 
 def severity(corruptions: cells.Made) -> plt.Figure | None:

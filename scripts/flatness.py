@@ -10,7 +10,7 @@ over, so an interrupted start goes on; scripts/tables.py and scripts/figures.py 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import random
 import sys
 import time
@@ -25,7 +25,7 @@ PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
-from flatlora import files, flatness, models, results  # noqa: E402
+from flatlora import flatness, models, records, results  # noqa: E402
 from flatlora.checkpoint import weights_sha256  # noqa: E402
 from flatlora.clip import Classes  # noqa: E402
 from flatlora.config import ConfigError, Experiment, parse  # noqa: E402
@@ -125,8 +125,10 @@ def _experiment(run: Path, data_root: str | None) -> Experiment:
         ConfigError: no finished run with weights of its own, or one whose weights are packed.
     """
     record = RunFolder(run).record
-    if record is None or record["status"] != "finished" or not (run / "adapter").is_dir():
+    if record is None or record["status"] != "finished" or not os.path.isdir(run / "adapter"):
         raise ConfigError([f"Invalid run {run}: a finished run with its adapter/ is needed; name another, or end it."])
+    if damage := records.damage(run, record, wanted=lambda name: name.startswith(("adapter/", "classes.json"))):
+        raise ConfigError([f"Invalid run {run}: {'; '.join(damage)}; its command with resume=true makes it again."])
     experiment = parse(record["experiment"], run_exp.REGISTRY)
     if experiment.model.quantize != "none":
         raise ConfigError(
@@ -168,18 +170,18 @@ def measure(run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: 
         told |= {"weights_sha256": weights, "git_sha": results.git_sha(), "env": results.environment()}
         found = _kept(run, adapter)  # another process may have measured another part by now
         found["parts"][part] = told | {"seconds": round(time.monotonic() - begun, 1)}
-        files.write_json(run / FILE, found)
+        records.write_signed(run / FILE, found)
     console.print(f"written: {run / FILE}", markup=False, soft_wrap=True)
 
 
 def _kept(run: Path, adapter_sha256: str) -> dict[str, Any]:
     """What the run's file has of this adapter."""
     try:
-        kept = json.loads((run / FILE).read_bytes())
+        kept = records.read_record(run / FILE)
+        if kept is None:  # nothing has been measured yet
+            return {"adapter_sha256": adapter_sha256, "parts": {}}
         if kept["adapter_sha256"] == adapter_sha256 and all("how" in part for part in kept["parts"].values()):
             return kept
-    except FileNotFoundError:
-        pass  # nothing has been measured yet
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         console.print(f"{run / FILE} is broken ({error}): measured anew", markup=False, soft_wrap=True)
     return {"adapter_sha256": adapter_sha256, "parts": {}}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ sys.path.insert(0, str(PROJECT))
 from flatlora.config import ConfigError  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.files import write_atomic  # noqa: E402
+from flatlora.records import read_record  # noqa: E402
 from scripts import cells, figures  # noqa: E402
 from scripts.arguments import add_folders  # noqa: E402
 from scripts.table_formats import COMPARED, comparisons, lines_of, notes_of, title_of, titles_of  # noqa: E402
@@ -118,7 +118,7 @@ def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
     """Runs of one configuration together: what it is, and each seed's numbers, code, machine and files."""
     groups: dict[Path, dict[str, Any]] = {}
     for run in runs:
-        record = json.loads((run.path / "run.json").read_bytes())
+        record = read_record(run.path / "run.json")
         experiment = run.experiment
         group = groups.setdefault(
             run.path.parent,

@@ -29,7 +29,7 @@ sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
 from flatlora import commandline  # noqa: E402
-from flatlora.config import ConfigError, Experiment  # noqa: E402
+from flatlora.config import ConfigError, Experiment, reason_of  # noqa: E402
 from flatlora.console import quiet_libraries, report_faults  # noqa: E402
 from flatlora.results import MetricsLog, RunFolder  # noqa: E402
 
@@ -102,16 +102,16 @@ def print_status(words: Sequence[str]) -> int:
 
 def state_of(folder: RunFolder, experiment: Experiment) -> State:
     """What became of one run, by its own files."""
-    if not (folder.path / "config.yaml").is_file():
+    if not folder.is_run:
         return State("missing", None, None, "")
     running = folder.in_use
     try:
         record = folder.record or {}
-    except ConfigError as error:
-        return State("failed", None, None, error.faults[0])
-    share = _share(folder.path, experiment)
+        share = _share(folder.path, experiment)
+    except (ConfigError, OSError, KeyError, TypeError) as error:
+        return State("failed", None, None, f"a record is broken: {reason_of(error)}")
     if running:
-        begun = (folder.path / "config.yaml").stat().st_mtime
+        begun = (folder.path / "config.yaml").lstat().st_mtime
         spent = time.time() - begun
         return State("running", share, spent / share - spent if share else None, "")
     if record.get("status") == "finished":

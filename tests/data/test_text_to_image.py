@@ -253,7 +253,13 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
     assert "that the run was trained on (1 of 2)" in fault
     (own / "2.png").write_bytes(whole)
     kept = (tmp_path / "pictures.json").read_text()
-    for broken in ('{"indices": [2, 0], "digests": ["a"]}', '{"indices": [2.0], "digests": ["a"]}', "[]", "null"):
+    for broken in (
+        '{"indices": [2, 0], "digests": ["a"]}',
+        '{"indices": [2.0], "digests": ["a"]}',
+        "[]",
+        "null",
+        "[" * 100_000,
+    ):
         (tmp_path / "pictures.json").write_text(broken)
         assert "is not what a run writes" in faults(pictures_of_run, tmp_path, section, None)[0]
     (tmp_path / "pictures.json").write_text(kept)

@@ -15,7 +15,7 @@ import run_exp
 from eval import command, predictions
 from eval.backends import Completion
 from eval.command import main
-from flatlora import precision
+from flatlora import precision, records
 from flatlora.config import ModelConfig
 from flatlora.rows import jsonl, prompt_text
 from tests.conftest import run_folder, tiny_llama
@@ -178,6 +178,57 @@ def test_checkpoints_have_their_own_folder_and_other_weights_their_own_answers(f
     assert main("gsm8k", [*command, "max_new_tokens=6"]) == 0
     assert (tmp_path / "out/generation.json").read_text() != first
     assert (tmp_path / "out/predictions.stale.jsonl").is_file()
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_run_with_damaged_files_is_not_scored_and_each_is_named(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("a model was loaded"))
+    kept, wrote = tmp_path / "kept", "is not what the run wrote"
+    finished.rename(kept)
+    for damage, words, told in [
+        (
+            lambda: flip(finished / "adapter/adapter_model.safetensors"),
+            [],
+            f"adapter/adapter_model.safetensors {wrote}",
+        ),
+        (lambda: shutil.rmtree(finished / "adapter"), [], "adapter/adapter_model.safetensors is missing"),
+        (lambda: flip(finished / "test.jsonl"), [], f"test.jsonl {wrote}"),
+        (lambda: change(finished / "config.yaml", "max_new_tokens: 6", "max_new_tokens: 7"), [], f"{wrote} (in eval)"),
+        (lambda: (finished / "config.yaml").unlink(), [], f"Missing file {finished / 'config.yaml'}"),
+        (lambda: flip(finished / "run.json"), [], f"Broken record {finished / 'run.json'}"),
+        (lambda: flip(finished / "eval/gsm8k/predictions.jsonl"), ["score_only=true"], "eval/gsm8k/predictions.jsonl"),
+    ]:
+        shutil.copytree(kept, finished)
+        damage()
+        (fault,) = faults([finished, "device=cpu", *words], capsys)
+        assert told in fault
+        shutil.rmtree(finished)
+    shutil.copytree(kept, finished)
+    flip(finished / "checkpoint-6/adapter_model.safetensors")
+    (fault,) = faults([finished / "checkpoint-6", "device=cpu"], capsys)
+    assert fault == (
+        f"Invalid checkpoint {finished / 'checkpoint-6'}: adapter_model.safetensors is not what was written; name "
+        "another checkpoint, or the run."
+    )
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_answers_are_not_written_through_a_link(finished, tmp_path, capsys):
+    (finished / "eval").rename(tmp_path / "elsewhere")
+    (finished / "eval").symlink_to(tmp_path / "elsewhere")
+    (fault,) = faults([finished, "device=cpu", "max_rows=2"], capsys)
+    assert fault.startswith(f"Invalid {finished / 'eval'}: it is a link")
+    assert not (tmp_path / "elsewhere/gsm8k-max_rows=2").exists()
 
 
 @pytest.mark.parametrize(
@@ -425,6 +476,9 @@ def test_an_output_folder_that_cannot_be_is_a_fault(made, capsys, monkeypatch):
 def test_broken_answers_are_a_fault_of_score_only(made, capsys):
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
     path = made / "eval/gsm8k/predictions.jsonl"
+    record = json.loads(path.with_name("generation.json").read_text())
+    del record[records.SEAL]  # of a version that kept no hash, which would tell of any change
+    path.with_name("generation.json").write_text(json.dumps(record))
     for old, new, fault in (("#### 1", "none", "Row 0 has no number"), ('"none"', "null", "row 1 has no good")):
         path.write_text(path.read_text().replace(old, new))
         (told,) = faults([made, "score_only=true"], capsys)

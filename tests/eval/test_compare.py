@@ -13,6 +13,7 @@ from eval import command as score
 from eval import compare as comparing
 from eval import gsm8k, humaneval, images, squad
 from eval.compare import compare
+from flatlora import records
 from flatlora.config import ConfigError
 from flatlora.rows import jsonl
 from tests.conftest import run_folder
@@ -81,6 +82,11 @@ def test_two_runs_are_compared(runs, capsys):
         row["completion"] = row["reference"]  # as if it were right
     path.write_text(jsonl(rows))
     capsys.readouterr()
+    assert command.main(["compare", *map(str, runs)]) == 2
+    assert "it is not what its generation.json says" in " ".join(capsys.readouterr().err.split())
+    made = json.loads(path.with_name("generation.json").read_text())
+    del made[records.SEAL]  # of a version that kept no hash
+    path.with_name("generation.json").write_text(json.dumps(made))
     assert command.main(["compare", *map(str, runs)]) == 0
     told = capsys.readouterr().out
     assert "gsm8k exact_match" in told

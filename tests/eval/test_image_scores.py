@@ -12,6 +12,7 @@ import run_exp
 from eval import command, corruptions, images
 from eval.backends.clip import CLIPBackend
 from eval.command import main
+from flatlora import records
 from flatlora.config import ConfigError
 from flatlora.images import LabelledImages
 from tests.conftest import run_folder
@@ -262,6 +263,9 @@ def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys, monkeypa
     named = [f"digit {name}" for name in json.loads((run / "classes.json").read_text())["names"]]
     other = LabelledImages("parquet", np.zeros(1, np.int64), lambda _: b"", named[::-1])
     monkeypatch.setattr(command, "read_images", lambda *_, **options: other)
+    record = json.loads((run / "run.json").read_text())
+    del record[records.FILES], record[records.SIGNATURE]  # as a version wrote it that kept no hashes
+    (run / "run.json").write_text(json.dumps(record))
     (run / "classes.json").write_text(json.dumps({"names": named, "prompts": [[name] for name in named]}))
     assert "label 0 is digit 9 in parquet, and digit 0 in the run's classes.json" in told("images", run)
     (run / "classes.json").write_text('{"names": ["a"], "prompts": []}')

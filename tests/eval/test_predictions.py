@@ -183,6 +183,63 @@ def test_a_damaged_file_is_put_aside_and_made_anew(tmp_path, whole, name, damage
     assert f"{folder / name} is damaged: kept as {stale}." in caplog.text
 
 
+def flipped(data):
+    """Each change of one bit that leaves a digit or a letter of an answer another one."""
+    for place in range(0, len(data), 7):
+        yield data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def test_no_flipped_bit_of_an_answer_passes(tmp_path, whole):
+    path = tmp_path / "whole" / "predictions.jsonl"
+    for content in flipped(whole[0]):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"Broken (file|row)"):
+            predictions.read(path)
+    assert generate(tmp_path / "whole", Backend()).read_bytes() == whole[0]
+    killed_at(tmp_path / "run", 2)
+    partial = tmp_path / "run" / "predictions.partial.jsonl"
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for content in list(flipped(kept[partial.name]))[::11]:
+        for name, data in kept.items():
+            (tmp_path / "run" / name).write_bytes(data)
+        partial.write_bytes(content)
+        assert generate(tmp_path / "run", Backend()).read_bytes() == whole[0]
+        (tmp_path / "run" / "predictions.jsonl").unlink()
+
+
+@pytest.mark.parametrize("late", ["in the middle", "at the end"])
+def test_answers_of_another_model_that_still_writes_there_are_none_of_this_one(tmp_path, late):
+    """Two processes in one folder, which no lock kept apart, as on a disk that has none."""
+    folder = tmp_path / "answers"
+    wanted = generate(tmp_path / "new", Backend(weights="new")).read_bytes()
+    steps = 2 if late == "in the middle" else 4
+
+    class Overwritten(Backend):
+        """While it answers, the folder is emptied and a new model begins to answer there."""
+
+        def generate(self, prompts, sampling, seeds=None):
+            if len(self.batches) == steps - 1:
+                for path in folder.iterdir():
+                    path.unlink()
+                with pytest.raises(Killed):
+                    generate(folder, Backend(weights="new", die_at=1))
+            found = super().generate(prompts, sampling, seeds)
+            return [one._replace(text=f"old {one.text}") for one in found]
+
+    generate(folder, Overwritten(weights="old"))
+    assert generate(folder, Backend(weights="new")).read_bytes() == wanted
+
+
+def test_answers_of_other_weights_than_their_runs_are_named(tmp_path):
+    path = generate(tmp_path / "eval" / "gsm8k", Backend(weights="of-before"))
+    assert len(predictions.read(path)) == 11
+    (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "weights_sha256": "of-now"}))
+    with pytest.raises(ConfigError, match=r"answers of other weights \(of-before\) than those of .* \(of-now\)"):
+        predictions.read(path)
+    (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "weights_sha256": "of-before"}))
+    assert len(predictions.read(path)) == 11
+
+
 def test_a_prompt_without_a_token_is_a_fault(tmp_path):
     backend = Backend()
     with pytest.raises(ConfigError, match=r"Invalid prompt in row 2: .* no token"):

@@ -43,6 +43,27 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def as_loop(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 BREAKAGES = {
     "a flipped bit": (lambda folder: flip_a_bit(folder / "adapter.bin"), "adapter.bin is not what was written"),
     "a cut file": (lambda folder: os.truncate(folder / "adapter.bin", 99), "adapter.bin is not what was written"),
@@ -54,6 +75,13 @@ BREAKAGES = {
     "an empty manifest": (lambda folder: os.truncate(folder / MANIFEST, 0), f"{MANIFEST} is broken"),
     "a binary manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe\x00"), f"{MANIFEST} is broken"),
     "another manifest": (lambda folder: (folder / MANIFEST).write_text('{"files": []}'), f"{MANIFEST} is broken"),
+    "a nested manifest": (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), f"{MANIFEST} is broken"),
+    "another step": (lambda folder: replace(folder / MANIFEST, '"step": 10', '"step": 11'), f"{MANIFEST} is broken"),
+    "other data": (lambda folder: replace(folder / MANIFEST, DATA, "e" * 64), f"{MANIFEST} is broken"),
+    "a folder": (lambda folder: as_folder(folder / "adapter.bin"), "adapter.bin cannot be read (Is a directory)"),
+    "a manifest that is a folder": (lambda folder: as_folder(folder / MANIFEST), f"{MANIFEST} is broken"),
+    "a loop": (lambda folder: as_loop(folder / "adapter.bin"), "adapter.bin cannot be read (Too many levels"),
+    "a pipe": (lambda folder: as_pipe(folder / "adapter.bin"), "adapter.bin cannot be read (it is no regular file)"),
     "a list": (lambda folder: (folder / MANIFEST).write_text("[1]"), f"{MANIFEST} is broken"),
 }
 
@@ -126,6 +154,16 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, caplog):
     with pytest.raises(ConfigError, match=r"was trained on other weights of the backbone \(sha256:a, here sha256:b\)"):
         latest_good(tmp_path, CONFIG, DATA, base="sha256:b")
     assert fault_of(folder) is None
+
+
+def test_of_a_checkpoint_that_is_a_link_the_link_alone_is_removed(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    make(elsewhere, 2).rename(elsewhere / "kept")
+    make(run, 4)
+    (run / "checkpoint-2").symlink_to(elsewhere / "kept")
+    rotate(run, 1)
+    assert [path.name for path in run.iterdir()] == ["checkpoint-4"]
+    assert fault_of(elsewhere / "kept") is None
 
 
 def test_rotate_keeps_the_newest(tmp_path):

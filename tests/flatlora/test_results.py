@@ -231,9 +231,12 @@ def test_a_folder_in_use_says_so_before_anything_else(experiment):
         ("config.yaml", "a: [1"),
         ("config.yaml", "model: {name: x}\n"),
         ("config.yaml", "- 1\n"),
+        ("config.yaml", "[" * 2_000),
         ("run.json", ""),
         ("run.json", '{"status": "fin'),
         ("run.json", "[1]"),
+        ("run.json", "[" * 100_000),
+        ("run.json", '{"status": "finished", "record_sha256": "of something else"}'),
     ],
 )
 def test_a_broken_file_of_a_run_is_named_and_kept(experiment, name, text):
@@ -246,6 +249,17 @@ def test_a_broken_file_of_a_run_is_named_and_kept(experiment, name, text):
             folder.is_finished(experiment(*settings))
     assert (folder.path / name).read_text() == text
     assert not folder.is_finished(experiment("overwrite=true"))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json"])
+def test_a_folder_in_the_place_of_a_record_is_named(experiment, name):
+    folder = RunFolder.of(experiment())
+    claim(folder, experiment())
+    folder.close()
+    (folder.path / name).unlink(missing_ok=True)
+    (folder.path / name).mkdir()
+    with pytest.raises(ConfigError, match=re.escape(str(folder.path / name)) + ": Is a directory"):
+        folder.is_finished(experiment("resume=true"))
 
 
 def test_what_a_killed_write_left_is_removed(experiment):
@@ -330,6 +344,63 @@ def test_rewind_forgets_later_rows_and_a_torn_last_line(tmp_path, torn):
     assert len(log.rows()) == 5
     log.rewind(0)
     assert log.path.read_text() == ""
+
+
+@pytest.mark.parametrize("damage", ["", None, '{"step": 1, "loss": 9.0}\n', "[" * 100_000])
+def test_rows_are_put_back_from_the_checkpoint_and_named(tmp_path, caplog, damage):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    rows = [{"step": step, "loss": 1 / step, "nan": float("nan")} for step in (1, 2, 3, 4)]
+    for row in rows:
+        log.append(row)
+    kept = [json.dumps(row) for row in rows[:3]]
+    log.rewind(3, kept)
+    assert caplog.text == ""
+    whole = log.path.read_text()
+    if damage is None:
+        log.path.unlink()
+    else:
+        log.path.write_text(damage)
+    log.rewind(3, kept)
+    assert log.path.read_text() == whole
+    assert "metrics.jsonl had 0 of the 3 rows up to step 3" in caplog.text
+
+
+def test_a_run_writes_through_no_link(experiment, tmp_path):
+    folder = RunFolder.of(experiment())
+    claim(folder, experiment())
+    folder.close()
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (folder.path / "metrics.jsonl").symlink_to(outside)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: it is a link, and a run writes a file of its own there"):
+        folder.open(experiment("resume=true"))
+    with pytest.raises(OSError, match="symbolic links"):
+        MetricsLog(folder.path / "metrics.jsonl").append({"step": 1})
+    assert outside.read_text() == "mine"
+    claim(folder, experiment("overwrite=true"))
+    folder.close()
+    assert names(folder.path) == [".lock", "config.yaml"]
+    assert outside.read_text() == "mine"
+
+
+def test_a_run_is_not_overwritten_while_it_is_evaluated(experiment):
+    folder = RunFolder.of(experiment())
+    claim(folder, experiment())
+    folder.close()
+    answers = folder.path / "eval" / "gsm8k-max_rows=2"
+    anew, further = experiment("overwrite=true"), experiment("resume=true")
+    with results.answering(answers):
+        assert f"is being evaluated: another process writes {answers}" in refusal(folder, anew)
+        with (
+            pytest.raises(ConfigError, match="in use: another process writes its answers there"),
+            results.answering(answers),
+        ):
+            pass
+        folder.open(further)  # a checkpoint may be scored while the run goes on
+        folder.close()
+    assert not answers.exists()  # nothing was answered
+    claim(folder, anew)
+    folder.close()
 
 
 def test_environment_names_versions_and_hardware():

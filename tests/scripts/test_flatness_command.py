@@ -7,6 +7,7 @@ import torch
 
 import run_exp
 from flatlora import flatness as measures
+from flatlora import records
 from scripts import cells, flatness
 from tests.conftest import run_folder
 
@@ -74,12 +75,19 @@ def test_the_merged_model_is_measured_and_not_the_backbone(run, monkeypatch):
     assert torch.allclose(change, update * config["lora_alpha"] / config["r"], atol=1e-6)
 
 
-def test_an_adapter_that_was_changed_is_measured_anew(run):
+def test_an_adapter_that_is_not_the_runs_is_refused_and_one_of_before_measured_anew(run, capsys):
     from safetensors.torch import load_file, save_file
 
     assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 0
     before, path = parts_of(run)["rise"], run / "adapter/adapter_model.safetensors"
     save_file({name: 9 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "adapter_model.safetensors is not what the run wrote" in told
+    record = json.loads((run / "run.json").read_bytes())
+    for key in (records.FILES, records.SIGNATURE):  # as a version wrote it that kept no hashes
+        del record[key]
+    (run / "run.json").write_text(json.dumps(record))
     assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 0
     after = parts_of(run)["rise"]
     assert after["weights_sha256"] != before["weights_sha256"]
@@ -95,10 +103,10 @@ def test_a_broken_file_is_measured_anew(run, capsys):
 
 def test_runs_that_cannot_be_measured_are_told_all_at_once_before_any_is(run, tmp_path, capsys):
     record = json.loads((run / "run.json").read_bytes())
-    (run / "run.json").write_text(json.dumps(record | {"data_sha256": "of other rows"}))
+    records.write_signed(run / "run.json", record | {"data_sha256": "of other rows"})
     assert flatness.main([str(run), *QUICK]) == 2
     assert "trained on of other row" in " ".join(capsys.readouterr().err.split())
-    (run / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    records.write_signed(run / "run.json", record | {"status": "interrupted"})
     assert flatness.main([str(run), str(tmp_path), *QUICK]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert told.count("a finished run with its adapter/ is needed") == 2

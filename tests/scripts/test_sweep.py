@@ -37,6 +37,9 @@ def test_every_state_is_told_by_the_runs_own_files(tiny_settings, capsys):
         assert left >= 0
     (other.path / "run.json").write_text(json.dumps({"status": "failed", "error": "no space"}))
     assert sweep.state_of(other, experiment) == ("failed", 0.5, None, "no space")
+    for text in ("{\n{}\n", "[1]\n{}\n", '{"loss": 1}\n', "[" * 100_000 + "\n{}\n"):  # which hides no other run
+        (other.path / "metrics.jsonl").write_text(text)
+        assert sweep.state_of(other, experiment).reason.startswith("a record is broken: ")
     assert sweep.main(["status", *words[:-1], "seed=0"]) == 0
 
 

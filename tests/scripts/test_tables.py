@@ -1,6 +1,7 @@
 """Tables from records of runs: what fills a cell, what is left out and named, and the committed study."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 from scipy import stats
 
 import run_exp
+from flatlora import records
 from flatlora.config import ConfigError
 from scripts import cells, table_formats, tables
 
@@ -136,7 +138,7 @@ def test_a_published_number_that_is_none_or_has_no_source_is_named_and_left_out(
     assert left == (None if found is None else sum(map(len, found.values.values())))
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "tables: {}", "sources: [S4]\ntables: {}", "a: b: c"])
+@pytest.mark.parametrize("text", ["", "[1]", "tables: {}", "sources: [S4]\ntables: {}", "a: b: c", "[" * 2_000])
 def test_a_file_of_published_numbers_that_is_none_is_a_fault(tmp_path, text):
     (tmp_path / "paper.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"paper\.yaml"):
@@ -231,6 +233,43 @@ def test_records_that_hold_no_numbers_are_left_out(tmp_path):
     made, problems = made_of(tmp_path)
     assert len(problems) == 5
     assert not made.cells["lora_r8", "cola"].by_seed
+
+
+def test_no_broken_record_hides_another_run(tmp_path):
+    """Whatever stands in its place, a pipe that nobody writes to among them."""
+    write_run(tmp_path, words("lora_r8", 0), 0.8)
+    things = [
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to(path.name),
+        lambda path: path.symlink_to("nothing"),
+        lambda path: os.mkfifo(path),
+        lambda path: path.write_text("[" * 100_000),
+        lambda path: path.write_text('{"status": "finished", "experiment": ' + '{"a":' * 500 + "1" + "}" * 501),
+        lambda path: path.write_bytes(b"\xff"),
+    ]
+    for seed, make in enumerate(things, start=1):
+        path = write_run(tmp_path, words("lora_r8", seed), 0.8) / "run.json"
+        path.unlink()
+        make(path)
+    made, problems = made_of(tmp_path)
+    assert made.cells["lora_r8", "cola"].by_seed == {0: pytest.approx(80)}
+    assert len(problems) == len(things)
+
+
+def test_a_changed_number_of_a_signed_record_is_left_out_and_damaged_files_are_named(tmp_path):
+    for seed in (0, 1, 2):
+        folder = write_run(tmp_path, words("lora_r8", seed), 0.5)
+        (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+        record = json.loads((folder / "run.json").read_text()) | {"files": records.hash_files(folder)}
+        records.write_signed(folder / "run.json", record)
+    one, two, _ = sorted(tmp_path.rglob("run.json"))
+    one.write_text(one.read_text().replace("0.5", "0.9", 1))
+    two.with_name("metrics.jsonl").write_text("")
+    made, problems = made_of(tmp_path)
+    assert sorted(made.cells["lora_r8", "cola"].by_seed) == [1, 2]  # a table is of what was signed
+    assert len(problems) == 2
+    assert "it was changed after it was written" in problems[0]
+    assert "metrics.jsonl is not what the run wrote" in problems[1]
 
 
 def measured(adapter, rises, **how):

@@ -1,0 +1,386 @@
+"""Damage every file of a finished and of an interrupted run, one at a time, and see what their readers make of it.
+
+    python scripts/damage.py [--sample N] [--seed N] [--only TEXT]
+
+Each damage (truncate, empty, nest, flip, folder, link, mode, gone) of each file is done to a fresh copy of the run's
+folder. Then the run is resumed, scored, put into tables and measured, as the file fits, in this process, with a model
+of two layers. An answer is good if it is that of the undamaged folder, or an error or a warning that names the file.
+Prints counts: tracebacks, hangs of more than a minute, silent differences, and writes outside results_root; exit code 1
+unless all are 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import run_exp  # noqa: E402
+from eval import command  # noqa: E402
+from flatlora.recorder import StepRecorder  # noqa: E402
+from flatlora.staging import remove  # noqa: E402
+from scripts import cells, flatness  # noqa: E402
+from scripts.arguments import positive  # noqa: E402
+
+PATIENCE_S = 60
+FAULTS = ("traceback", "hang", "silent difference", "write outside")
+SETTINGS = [
+    "model.embedded=null",
+    "model.dtype=float32",
+    "wandb.mode=disabled",
+    "wandb.name=run",
+    "eval=[gsm8k]",
+    "eval.gsm8k.max_new_tokens=4",
+    "eval.gsm8k.batch_size=4",
+    "optim.batch_size=4",
+    "optim.lr=0.01",
+    "optim.best_model=true",
+    "optim.eval_steps=2",
+    "trainer.micro_batch_size=4",
+    "trainer.device=cpu",
+    "trainer.save_steps=2",
+    "trainer.max_steps=6",
+    "dataset.train_rows=24",
+    "dataset.validation_rows=4",
+    "dataset.test_rows=4",
+    "peft.lora_r=2",
+]
+MEASURED = ["--device", "cpu", "--rows", "4", "--draws", "1", "--sigmas", "0.1", "--parts", "rise"]
+
+
+class Answer(NamedTuple):
+    """What an action came to."""
+
+    code: int
+    told: str  # all that it printed and logged
+    result: Any  # what must be that of the undamaged folder
+
+
+class Stage(NamedTuple):
+    """A state of the work folder that is damaged, file by file.
+
+    Args:
+        make: brings the work folder, which is empty, into this state.
+        damaged: the folder below it whose files are damaged.
+        actions: by name, what reads it and where its damage can tell: (action, names of files that it may read).
+    """
+
+    name: str
+    make: Callable[[Path], None]
+    damaged: Callable[[Path], Path]
+    actions: Mapping[str, tuple[Callable[[Path], Answer], tuple[str, ...]]]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit code: 0 no fault, 1 some."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=positive, help="damages of each state, drawn at random; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--only", default="", help="damages whose name, such as finished adapter/x flip, has this text")
+    options = parser.parse_args(words)
+    with tempfile.TemporaryDirectory(prefix="damage-") as folder, _own_cache(Path(folder) / "cache"):
+        counts = damage_all(Path(folder), options.sample, options.seed, options.only, print)
+    print(f"{counts['damages']} damages, {counts['actions']} actions; {counts['named']} named, {counts['equal']} equal")
+    print(", ".join(f"{counts[fault]} {fault}s" for fault in FAULTS))
+    return int(any(counts[fault] for fault in FAULTS))
+
+
+def damage_all(
+    root: Path, sample: int | None, seed: int, only: str = "", on_fault: Callable[[str], None] = print
+) -> Counter[str]:
+    """{what: how often} over all states, `FAULTS` among them; each fault is told as it is found."""
+    counts: Counter[str] = Counter()
+    write_model(root / "model")
+    work, outside = root / "work", root / "outside"
+    for stage in stages(root / "model"):
+        remove(work)
+        work.mkdir()
+        stage.make(work)
+        kept = root / stage.name
+        shutil.copytree(work, kept, symlinks=True)
+        wanted = {}
+        for name, (action, _) in stage.actions.items():
+            _renew(work, kept)
+            wanted[name], fault = _answer(action, work)
+            if fault:
+                raise RuntimeError(f"{stage.name}, undamaged, {name}: {wanted[name].told}")
+        top = stage.damaged(kept)
+        files = sorted(path.relative_to(top) for path in top.rglob("*") if path.is_file() and path.name != ".lock")
+        cases = [(file, damage) for file in files for damage in DAMAGES]
+        cases = [case for case in cases if only in f"{stage.name} {case[0]} {case[1]}"]
+        if sample is not None and sample < len(cases):
+            cases = sorted(random.Random(seed).sample(cases, sample))
+        for file, damage in cases:
+            counts["damages"] += 1
+            for name, (action, readers) in stage.actions.items():
+                if not str(file).startswith(readers):
+                    continue
+                _renew(work, kept)
+                remove(outside)
+                outside.mkdir()
+                DAMAGES[damage](stage.damaged(work) / file, outside)
+                before = _state(root, work)
+                answer, fault = _answer(action, work)
+                counts["actions"] += 1
+                kind = fault or _judge(answer, wanted[name], file)
+                if kind not in FAULTS and _state(root, work) != before:
+                    kind = "write outside"
+                counts[kind] += 1
+                if kind in FAULTS:
+                    told = answer.told[-2000:]
+                    on_fault(f"{kind}: {stage.name} {file} {damage}, {name}: exit code {answer.code}\n{told}")
+    return counts
+
+
+def _judge(answer: Answer, wanted: Answer, file: Path) -> str:
+    if "Traceback (most recent call last)" in answer.told:
+        return "traceback"
+    told = "".join(answer.told.split())  # whatever the width of the console
+    named = file.name in told or (file.parent.name and file.parent.name in told)
+    if answer.code == wanted.code and answer.result == wanted.result:
+        return "equal"
+    return "named" if named else "silent difference"
+
+
+def _answer(action: Callable[[Path], Answer], work: Path) -> tuple[Answer, str | None]:
+    """What it came to, and `traceback` or `hang`."""
+    output, seen = io.StringIO(), logging.StreamHandler(stream := io.StringIO())
+    logging.getLogger().addHandler(seen)
+    previous = signal.signal(signal.SIGALRM, _ring)
+    signal.alarm(PATIENCE_S)
+    fault, answer = None, Answer(-1, "", None)
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            answer = action(work)
+    except _TooLong:
+        fault = "hang"
+    except (Exception, SystemExit):
+        fault = "traceback"
+        output.write(traceback.format_exc())
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+        logging.getLogger().removeHandler(seen)
+    return answer._replace(told=answer.told + output.getvalue() + stream.getvalue()), fault
+
+
+class _TooLong(BaseException):
+    """Passes what catches errors."""
+
+
+def _ring(*_: Any) -> None:
+    raise _TooLong
+
+
+# --- damages: (the file, a folder outside of everything)
+
+
+def _truncate(path: Path, outside: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def _nest(path: Path, outside: Path) -> None:
+    path.write_text("[" * 2_000)
+
+
+def _flip(path: Path, outside: Path) -> None:
+    data = bytearray(path.read_bytes())
+    if data:
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _folder(path: Path, outside: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _link(path: Path, outside: Path) -> None:
+    path.rename(outside / path.name)
+    path.symlink_to(outside / path.name)
+
+
+DAMAGES: Mapping[str, Callable[[Path, Path], None]] = {
+    "truncate": _truncate,
+    "empty": lambda path, outside: path.write_bytes(b"") and None,
+    "nest": _nest,
+    "flip": _flip,
+    "folder": _folder,
+    "link": _link,
+    "mode": lambda path, outside: path.chmod(0),
+    "gone": lambda path, outside: path.unlink(),
+}
+
+
+# --- states and actions; a cache is one more state, whose action is a run of its own
+
+
+def stages(model: Path) -> list[Stage]:
+    """The states that are damaged."""
+    adapted = ("adapter/", "config.yaml", "run.json", "classes.json")
+    return [
+        Stage(
+            "finished",
+            lambda work: _succeed(_trained(model, work)),
+            _run,
+            {
+                "resume": (lambda work: _trained(model, work, "resume=true"), ("",)),
+                "eval": (_scored, (*adapted, "test.jsonl", "eval/")),
+                "tables": (_tabled, ("",)),
+                "flatness": (_measured, (*adapted, "test.jsonl")),
+            },
+        ),
+        Stage(
+            "interrupted",
+            lambda work: _interrupted(model, work),
+            _run,
+            {
+                "resume": (lambda work: _trained(model, work, *_START, "resume=true"), ("",)),
+                "eval": (_scored_checkpoint, ("checkpoint-4/", "start/", "config.yaml", "run.json", "test.jsonl")),
+            },
+        ),
+    ]
+
+
+_START = ("peft=pissa", "peft.lora_r=2")  # which keeps an initial adapter
+
+
+def write_model(folder: Path) -> None:
+    """A random Llama of two layers with a tokenizer of bytes."""
+    end = "<|endoftext|>"
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), end]
+    backend = Tokenizer(BPE({text: number for number, text in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end, model_max_length=2048)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **shape)
+        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _trained(model: Path, work: Path, *more: str) -> Answer:
+    code = run_exp.main([*SETTINGS, f"model.hub_id={model}", f"results_root={work / 'results'}", *more])
+    return Answer(code, "", _results(_run(work)) if code == 0 else None)
+
+
+def _interrupted(model: Path, work: Path) -> None:
+    plain = StepRecorder.on_step_end
+
+    def interrupt(recorder: StepRecorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        plain(recorder, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(StepRecorder, "on_step_end", interrupt), contextlib.redirect_stdout(io.StringIO()):
+        answer = _trained(model, work, *_START)
+    if answer.code != run_exp.EXIT_INTERRUPTED:
+        raise RuntimeError(f"the run that is interrupted ended with exit code {answer.code}")
+
+
+def _scored(work: Path) -> Answer:
+    run = _run(work)
+    code = command.main("gsm8k", [str(run), "device=cpu"])
+    return Answer(code, "", _answers(run / "eval/gsm8k") if code == 0 else None)
+
+
+def _scored_checkpoint(work: Path) -> Answer:
+    run = _run(work)
+    code = command.main("gsm8k", [str(run / "checkpoint-4"), "device=cpu"])
+    return Answer(code, "", _answers(run / "eval/gsm8k-checkpoint-4") if code == 0 else None)
+
+
+def _tabled(work: Path) -> Answer:
+    runs, problems = cells.read_runs(work / "results")
+    return Answer(0, "\n".join(problems), [(run.metrics, run.experiment.model_dump(mode="json")) for run in runs])
+
+
+def _measured(work: Path) -> Answer:
+    run = _run(work)
+    code = flatness.main([str(run), *MEASURED])
+    parts = json.loads((run / flatness.FILE).read_bytes())["parts"] if code == 0 else {}
+    return Answer(code, "", [(part["loss"], part["draws"]) for part in parts.values()])
+
+
+def _succeed(answer: Answer) -> None:
+    if answer.code:
+        raise RuntimeError(f"the undamaged run ended with exit code {answer.code}")
+
+
+def _run(work: Path) -> Path:
+    return next((work / "results").glob("*/*/*"))
+
+
+def _results(run: Path) -> Any:
+    """All that a run's numbers are made of, less the clock's."""
+    record = json.loads((run / "run.json").read_bytes())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
+    adapter = hashlib.sha256((run / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+    return record["status"], record["metrics"], rows, adapter, _answers(run / "eval/gsm8k")
+
+
+def _answers(folder: Path) -> Any:
+    score = json.loads((folder / "score.json").read_bytes())
+    return score["metrics"], (folder / "predictions.jsonl").read_bytes()
+
+
+def _renew(work: Path, kept: Path) -> None:
+    for path in work.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(0o700)
+    remove(work)
+    shutil.copytree(kept, work, symlinks=True)
+
+
+def _state(root: Path, work: Path) -> dict[str, tuple[int, int, str]]:
+    """What must not change: all below `root` that is neither the work folder nor a cache, and what lies beside it."""
+    found = {}
+    for path in [*root.rglob("*"), *(PROJECT / "results").glob("*")]:
+        if path.is_file() and not path.is_symlink() and not path.is_relative_to(root / "cache"):
+            if path.is_relative_to(work / "results"):
+                continue
+            stat = path.stat()
+            small = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root / "outside") else ""
+            found[str(path)] = (stat.st_size, stat.st_mtime_ns, small)
+    return found
+
+
+@contextlib.contextmanager
+def _own_cache(folder: Path) -> Iterator[None]:
+    with mock.patch.dict(os.environ, {"FLATLORA_CACHE": str(folder)}):
+        yield
+
+
+if __name__ == "__main__":
+    begun = time.monotonic()
+    code = main()
+    print(f"{time.monotonic() - begun:.0f} s")
+    sys.exit(code)
