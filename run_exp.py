@@ -5,6 +5,7 @@ python run_exp.py model=llama dataset=meta_math peft=lora peft.lora_r=8 rho=flat
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -66,8 +68,13 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         words = [word for word in words if not word.startswith("--local_rank")]  # deepspeed's launcher adds it
         flags, words = commandline.split_flags(words)
-        sweep = "-m" in flags or "--multirun" in flags
-        settings, notes = commandline.rewrite(words)
+        (flags, own), (settings, notes) = gather(
+            lambda: commandline.read_flags(flags), lambda: commandline.rewrite(words)
+        )
+        if "--hydra-help" in flags:
+            print(commandline.FLAGS_HELP)
+            return 0
+        sweep, settings = "--multirun" in flags, [*own, *settings]
         if sweep:
             settings, more_notes = commandline.name_jobs(settings)
             notes += more_notes
@@ -758,7 +765,10 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
 def _hand_to_hydra(flags: Sequence[str], settings: Sequence[str]) -> int:
     sys.argv = [sys.argv[0], *flags, *commandline.lenient(settings)]
     _exit_codes.clear()
-    _hydra_job()
+    if any(flag.startswith("--info") for flag in flags):  # told through the root logger, by a handler of Hydra's own
+        logging.getLogger().handlers.clear()
+    with commandline.hydra_errors():
+        _hydra_job()
     return max(_exit_codes, default=0)
 
 
@@ -769,6 +779,8 @@ _exit_codes: list[int] = []  # of the jobs that ran in this process: Hydra drops
 def _hydra_job(config: DictConfig) -> int:
     try:
         hydra_config = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN:
+            commandline.mask_record(Path(hydra_config.sweep.dir))
         if hydra_config.runtime.choices.get("hydra/launcher") in ("joblib", "ray"):  # several workers on one machine
             distributed.claim_gpu(distributed.gpu_count())
         settings = list(hydra_config.overrides.task)

@@ -13,7 +13,7 @@ from typing import Literal
 from data import CountTokens, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered
-from flatlora.config import setting
+from flatlora.config import MOST_ROWS, setting
 from flatlora.rows import Source, read_rows
 
 VERSION = 1
@@ -23,7 +23,7 @@ _VALIDATION_SHARE = 10  # one row in so many
 
 class Config(InstructionConfig):
     variant: Literal["alpaca", "alpaca_gpt4"] = "alpaca"
-    validation_rows: int | None = setting(None, ge=0, remedy="null takes a tenth of the rows")
+    validation_rows: int | None = setting(None, ge=0, le=MOST_ROWS, remedy="null takes a tenth of the rows")
 
 
 def sources(config: Config) -> list[Source]:

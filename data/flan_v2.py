@@ -12,7 +12,7 @@ from typing import Literal
 from data import CountTokens, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered
-from flatlora.config import setting
+from flatlora.config import MOST_ROWS, MOST_TOKENS, setting
 from flatlora.rows import Source, read_rows
 
 VERSION = 1
@@ -20,9 +20,9 @@ HUB_ID, CONFIG = "SirNeural/flan_v2", "default"
 
 
 class Config(InstructionConfig):
-    train_rows: int | None = setting(100_000, ge=1, remedy="null takes all rows")
-    validation_rows: int = setting(10_000, ge=0)
-    max_tokens: int | None = setting(512, ge=8, remedy="null keeps rows of every length")
+    train_rows: int | None = setting(100_000, ge=1, le=MOST_ROWS, remedy="null takes all rows")
+    validation_rows: int = setting(10_000, ge=0, le=MOST_ROWS, remedy="0 takes none")
+    max_tokens: int | None = setting(512, ge=8, le=MOST_TOKENS, remedy="null keeps rows of every length")
     template: Literal["none", "qa", "alpaca"] = "none"
 
 

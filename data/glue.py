@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from data import CountTokens, Row, Splits
 from data.selection import ordered, split_train_validation, take
-from flatlora.config import ConfigError, TextDatasetConfig, setting
+from flatlora.config import MOST_ROWS, ConfigError, TextDatasetConfig, setting
 from flatlora.rows import Columns, Source, gather, read_rows
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,9 @@ TASKS: dict[str, Task] = {
 
 class Config(TextDatasetConfig):
     task: TaskName
-    train_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
-    validation_rows: int = setting(0, ge=0)
-    test_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
+    train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
+    validation_rows: int = setting(0, ge=0, le=MOST_ROWS, remedy="0 takes none")
+    test_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
     subset: Literal["first", "shuffled"] = "first"
     revision: str | None = None
     mismatched: bool = False  # MNLI's validation split of other genres

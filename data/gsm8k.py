@@ -9,7 +9,7 @@ from __future__ import annotations
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered, take
-from flatlora.config import setting
+from flatlora.config import MOST_ROWS, setting
 from flatlora.rows import Source, gather, read_rows
 from flatlora.templates import Template, prompt
 
@@ -18,8 +18,8 @@ HUB_ID, CONFIG = "openai/gsm8k", "main"
 
 
 class Config(InstructionConfig):
-    validation_rows: int = setting(100, ge=0)
-    test_rows: int | None = setting(None, ge=1, remedy="null takes all 1,319 rows")
+    validation_rows: int = setting(100, ge=0, le=MOST_ROWS, remedy="0 takes none")
+    test_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all 1,319 rows")
     template: Template = "qa"
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from data.selection import fresh_places, ordered, take
 from flatlora.clip import Classes
-from flatlora.config import ConfigError, DatasetConfig, setting
+from flatlora.config import MOST_ROWS, ConfigError, DatasetConfig, setting
 from flatlora.images import DIGITS, ImageRows, LabelledImages, check_images, name_fault, picture_of, read_images
 from flatlora.rows import Source, gather
 
@@ -33,9 +33,9 @@ class Config(DatasetConfig):
     image_column: str = "image"
     label_column: str = "label"
     classes: str = setting(remedy="it names an entry of data/class_names.yaml")
-    train_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
-    validation_rows: int = setting(0, ge=0)
-    test_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
+    train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
+    validation_rows: int = setting(0, ge=0, le=MOST_ROWS, remedy="0 takes none")
+    test_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
     subset: Literal["first", "shuffled"] = "first"
     revision: str | None = None
 

@@ -8,19 +8,20 @@ from typing import Literal, NamedTuple
 
 from data import CountTokens, Row
 from data.selection import batched, split_train_validation
-from flatlora.config import TextDatasetConfig, setting
+from flatlora.config import MOST_ROWS, MOST_TOKENS, TextDatasetConfig, setting
 from flatlora.templates import Template, prompt
 
 logger = logging.getLogger(__name__)
 
 
 class InstructionConfig(TextDatasetConfig):
-    train_rows: int | None = setting(None, ge=1, remedy="null takes all rows")
-    validation_rows: int = setting(0, ge=0)
+    train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
+    validation_rows: int = setting(0, ge=0, le=MOST_ROWS, remedy="0 takes none")
     subset: Literal["first", "shuffled"] = "first"  # first is what the published code really takes
     revision: str | None = None
     template: Template = "alpaca"
-    max_tokens: int | None = setting(None, ge=8, remedy="null keeps rows of every length")  # x + " " + y stays below
+    # x + " " + y stays below.
+    max_tokens: int | None = setting(None, ge=8, le=MOST_TOKENS, remedy="null keeps rows of every length")
     limit_tokenizer: str | None = setting(None, min_length=1, remedy="null counts with the model's own")
 
     def rule_faults(self) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Literal
 from data import CountTokens, Row, Splits, gsm8k
 from data.instructions import Example, learned_rows
 from data.selection import ordered
-from flatlora.config import setting
+from flatlora.config import MOST_ROWS, MOST_TOKENS, setting
 from flatlora.rows import Source, gather, read_rows
 
 VERSION = 1
@@ -23,9 +23,11 @@ HUB_ID, CONFIG = "meta-math/MetaMathQA", "default"
 
 
 class Config(gsm8k.Config):
-    train_rows: int | None = setting(100_000, ge=1, remedy="null takes all rows")
-    validation_rows: int = setting(10_000, ge=0)
-    max_tokens: int | None = setting(512, ge=8, remedy="512 as published, null keeps rows of every length")
+    train_rows: int | None = setting(100_000, ge=1, le=MOST_ROWS, remedy="null takes all rows")
+    validation_rows: int = setting(10_000, ge=0, le=MOST_ROWS, remedy="0 takes none")
+    max_tokens: int | None = setting(
+        512, ge=8, le=MOST_TOKENS, remedy="512 as published, null keeps rows of every length"
+    )
     test_revision: str | None = None  # of GSM8K; `revision` is MetaMathQA's
     response: Literal["by_template", "cut", "full"] = "by_template"  # cut for qa, full for alpaca
 

@@ -12,7 +12,7 @@ from typing import Literal
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered, take
-from flatlora.config import ConfigError, setting
+from flatlora.config import MOST_ROWS, ConfigError, setting
 from flatlora.rows import Source, gather, read_rows
 from flatlora.templates import prompt
 
@@ -21,8 +21,8 @@ HUB_ID, CONFIG = "rajpurkar/squad", "plain_text"
 
 
 class Config(InstructionConfig):
-    validation_rows: int = setting(1000, ge=0)
-    test_rows: int | None = setting(None, ge=1, remedy="null takes all 10,570 rows")
+    validation_rows: int = setting(1000, ge=0, le=MOST_ROWS, remedy="0 takes none")
+    test_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all 10,570 rows")
     template: Literal["alpaca", "qa", "published"] = "alpaca"
 
 

@@ -24,7 +24,7 @@ from flatlora.captioned import (
     read_folder,
     rows_of,
 )
-from flatlora.config import DatasetConfig, DiffusionModelConfig, setting
+from flatlora.config import MOST_PIXELS, MOST_ROWS, DatasetConfig, DiffusionModelConfig, setting
 from flatlora.images import picture_of
 from flatlora.rows import Source, gather
 
@@ -42,24 +42,24 @@ class Config(DatasetConfig):
     prompt: str | None = setting(
         None, min_length=1, max_length=LONGEST_PROMPT, remedy="null takes each picture's own"
     )  # of every picture
-    resolution: int = setting(1024, ge=16, remedy="the side of a square in pixels, 1024 for SDXL")
-    min_side: int = setting(256, ge=1, remedy="smaller pictures are refused")
+    resolution: int = setting(1024, ge=16, le=MOST_PIXELS, remedy="the side of a square in pixels, 1024 for SDXL")
+    min_side: int = setting(256, ge=1, le=MOST_PIXELS, remedy="smaller pictures are refused")
     flip: bool = False  # each picture mirrored in half of its steps
     buckets: bool = False  # cut to the nearest of several aspect ratios instead of a square
-    bucket_step: int = setting(64, ge=8, remedy="sides of buckets are multiples of it")
-    repeats: int = setting(1, ge=1, remedy="how often an epoch goes through each picture")
+    bucket_step: int = setting(64, ge=8, le=MOST_PIXELS, remedy="sides of buckets are multiples of it")
+    repeats: int = setting(1, ge=1, le=10**6, remedy="how often an epoch goes through each picture")
     drawn: str = "training"  # prompts that are drawn at the end: eval.text_to_image.prompts, unless that is given
-    train_rows: int | None = setting(None, ge=1, remedy="null takes all pictures")
-    validation_rows: int = setting(0, ge=0)
+    train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all pictures")
+    validation_rows: int = setting(0, ge=0, le=MOST_ROWS, remedy="0 takes none")
     subset: Literal["first", "shuffled"] = "first"
     revision: str | None = None
     class_prompt: str | None = setting(
         None, min_length=1, max_length=LONGEST_PROMPT, remedy="null is training without prior preservation"
     )
     class_folder: str | None = setting(None, min_length=1, remedy="null lets the model make dataset.class_images")
-    class_images: int | None = setting(None, ge=1, remedy="100 are usual")
-    class_steps: int = setting(30, ge=1, remedy="denoising steps of a picture that the model makes")
-    prior_weight: float = setting(1.0, ge=0)
+    class_images: int | None = setting(None, ge=1, le=10**6, remedy="100 are usual")
+    class_steps: int = setting(30, ge=1, le=10**4, remedy="denoising steps of a picture that the model makes")
+    prior_weight: float = setting(1.0, ge=0, le=1e6, remedy="1 is usual")
 
     def rule_faults(self) -> list[str]:
         faults = []

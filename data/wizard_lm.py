@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered
-from flatlora.config import setting
+from flatlora.config import MOST_ROWS, MOST_TOKENS, setting
 from flatlora.rows import Source, read_rows
 
 VERSION = 1
@@ -22,9 +22,11 @@ _REFUSALS = ("sorry", "as an ai")
 
 
 class Config(InstructionConfig):
-    train_rows: int | None = setting(52_000, ge=1, remedy="null takes all rows")
-    validation_rows: int = setting(18_000, ge=0)
-    max_tokens: int | None = setting(1024, ge=8, remedy="1024 as published, null keeps rows of every length")
+    train_rows: int | None = setting(52_000, ge=1, le=MOST_ROWS, remedy="null takes all rows")
+    validation_rows: int = setting(18_000, ge=0, le=MOST_ROWS, remedy="0 takes none")
+    max_tokens: int | None = setting(
+        1024, ge=8, le=MOST_TOKENS, remedy="1024 as published, null keeps rows of every length"
+    )
 
 
 def sources(config: Config) -> list[Source]:

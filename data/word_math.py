@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data import CountTokens, Row, Splits
-from flatlora.config import ConfigError, TextDatasetConfig, setting
+from flatlora.config import MOST_TOKENS, ConfigError, TextDatasetConfig, setting
 from flatlora.rows import Source
 
 VERSION = 1  # raise it whenever the same arguments give other rows; a cache of rows must know it
@@ -54,15 +54,17 @@ MOVES: dict[str, tuple[int, Callable[["Story", int], Draft]]] = {}
 
 
 class Config(TextDatasetConfig):
-    train_rows: int = setting(2000, ge=1, le=MOST_ROWS)
-    validation_rows: int = setting(100, ge=0, le=MOST_ROWS)
-    test_rows: int = setting(200, ge=1, le=MOST_ROWS)
-    min_steps: int = setting(2, ge=STEPS[0], le=STEPS[1])
-    max_steps: int = setting(3, ge=STEPS[0], le=STEPS[1])
+    train_rows: int = setting(2000, ge=1, le=MOST_ROWS, remedy="that many take a minute to make")
+    validation_rows: int = setting(100, ge=0, le=MOST_ROWS, remedy="0 takes none")
+    test_rows: int = setting(200, ge=1, le=MOST_ROWS, remedy="that many take a minute to make")
+    min_steps: int = setting(2, ge=STEPS[0], le=STEPS[1], remedy="problems have 2 to 5 steps")
+    max_steps: int = setting(3, ge=STEPS[0], le=STEPS[1], remedy="problems have 2 to 5 steps")
     max_value: int = setting(20, ge=SMALLEST_BOUND, le=10_000, remedy="20 makes products up to 400")
     max_answer: int | None = setting(None, ge=SMALLEST_BOUND, le=10**8, remedy="null allows max_value squared")
-    seed: int = setting(0, ge=0)  # of the problems; the run's own seed does not change them
-    answer_tokens: int = setting(160, ge=1)  # how long an evaluator waits for an answer
+    # Of the problems; the run's own seed does not change them.
+    seed: int = setting(0, ge=0, lt=2**63, remedy="use a whole number of at most 18 digits")
+    # How long an evaluator waits for an answer.
+    answer_tokens: int = setting(160, ge=1, le=MOST_TOKENS, remedy="160 hold every answer")
 
     def rule_faults(self) -> list[str]:
         if self.min_steps <= self.max_steps:

@@ -19,17 +19,17 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 import eval as benchmarks
-from eval.backends import Backend, Generator, ImageBackend
+from eval.backends import Backend, Generator, ImageBackend, wire
 from eval.backends.clip import CLIPBackend
 from eval.backends.diffusion import DiffusionBackend
 from eval.backends.hf import HFBackend
-from eval.backends.openai import Endpoint, OpenAIBackend, url_fault
+from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
 from eval.place import OTHER_VERSION, YAML_ERRORS, Place, base_faults, locate_place
 from flatlora.captioned import pictures_of_run
 from flatlora.checkpoint import weights_sha256
 from flatlora.clip import Classes
-from flatlora.config import KINDS, ConfigError, Section, nearest, reason_of, setting
+from flatlora.config import KINDS, MOST_SECONDS, ConfigError, Section, nearest, reason_of, setting, shown
 from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
 from flatlora.files import write_json
 from flatlora.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
@@ -40,6 +40,7 @@ from flatlora.models import (
     model_of,
     weights_identity,
 )
+from flatlora.names import fitting, is_text
 from flatlora.precision import choose_precision, stored_dtype
 from flatlora.records import links_in, read_record
 from flatlora.results import answering
@@ -64,21 +65,22 @@ class Target(Section):
     score_only: bool = setting(False, remedy="true scores answers that are there")
     backend: Literal["hf", "vllm", "openai"] = setting("hf", remedy="hf is transformers in this process")
     base_url: str | None = setting(None, min_length=1, remedy="name the endpoint of backend=openai, ending in /v1")
+    base_key: str | None = setting(None, min_length=1, remedy="name the environment variable with the key of base_url")
     chat: bool = setting(False, remedy="true sends prompts as messages of a chat, for backend=openai")
-    concurrency: int = setting(8, ge=1, remedy="how many requests of backend=openai are under way at a time")
-    requests_per_minute: float | None = setting(None, gt=0, remedy="null sets no limit")
-    timeout: float = setting(300.0, gt=0, remedy="seconds for one request of backend=openai")
+    concurrency: int = setting(8, ge=1, le=1024, remedy="how many requests of backend=openai are under way at a time")
+    requests_per_minute: float | None = setting(None, ge=0.01, le=1e6, remedy="null sets no limit")
+    timeout: float = setting(300.0, gt=0, le=MOST_SECONDS, remedy="seconds for one request of backend=openai")
 
     def rule_faults(self) -> list[str]:
         faults, fields = [], type(self).model_fields
         if self.backend == "openai" and self.base_url is None:
             faults.append("Missing base_url: backend=openai asks an endpoint; base_url=http://HOST:PORT/v1 names it.")
-        elif self.backend == "openai" and (fault := url_fault("base_url", self.base_url)):
-            faults.append(fault)
+        elif self.backend == "openai":
+            faults += wire.faults("base_url", self.base_url, "base_key", self.base_key)
         if self.backend != "openai":
             faults += [
                 f"Invalid {key}={getattr(self, key)} with backend={self.backend}: backend=openai reads it; drop it."
-                for key in ("base_url", "chat", "concurrency", "requests_per_minute", "timeout")
+                for key in ("base_url", "base_key", "chat", "concurrency", "requests_per_minute", "timeout")
                 if getattr(self, key) != fields[key].default
             ]
         if self.backend == "openai" and self.dtype != "auto":
@@ -95,8 +97,9 @@ class Target(Section):
 _SHARED_HELP = """
 Every benchmark besides: rows, data_root, base (where an adapter's base model is, if it moved), device (auto, cpu,
 cuda), dtype (auto, float32, bfloat16, float16), out, score_only. Those that ask for words: backend (hf, vllm, openai);
-with backend=openai PATH is the name that the endpoint serves, and base_url, chat, concurrency, requests_per_minute and
-timeout (seconds of a request) say how it is asked."""
+with backend=openai PATH is the name that the endpoint serves, and base_url, base_key (the environment variable with
+its key; without it OPENAI_API_KEY goes to api.openai.com and OPENAI_BASE_URL alone), chat, concurrency,
+requests_per_minute and timeout (seconds of a request) say how it is asked."""
 
 
 def main(benchmark: str, words: Sequence[str]) -> int:
@@ -144,6 +147,10 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
             ]
         )
 
+    if broken := [
+        f"Cannot read {word!r}: it is no UTF-8; rename the file, or mend it." for word in words if not is_text(word)
+    ]:
+        raise ConfigError(broken)
     target, given, word_faults = _parse_words(module, words[1:])
 
     def locate() -> Place:
@@ -229,7 +236,7 @@ def _parse_words(module: ModuleType, words: Sequence[str]) -> tuple[Target | Non
             values[key] = None if text == "null" else text
         else:
             try:
-                values[key] = yaml.safe_load(text)
+                values[key] = yaml.load(text, _PlainLoader)
             except YAML_ERRORS:
                 faults.append(
                     f"Cannot read {word!r}: its value is not YAML; write a number, true, false, null or text."
@@ -244,6 +251,15 @@ def _parse_words(module: ModuleType, words: Sequence[str]) -> tuple[Target | Non
     return target, given, faults
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without references: a few of them are a value of gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a reference")
+        return super().compose_node(parent, index)
+
+
 def _config(module: ModuleType, locate: Callable[[], Place], given: Mapping[str, Any]) -> Section:
     """The benchmark's settings: the run's own, and over them what the command line says.
 
@@ -254,6 +270,8 @@ def _config(module: ModuleType, locate: Callable[[], Place], given: Mapping[str,
         known, faults = locate().scored_with, []
     except ConfigError as error:
         known, faults = None, error.faults
+    stale = [key for key, owner in getattr(module, "BELONGS_TO", {}).items() if owner in given]
+    known = None if known is None else {key: value for key, value in known.items() if key not in stale}
     try:
         config = module.Config.model_validate({**(known or {}), **given})
         faults += config.rule_faults()
@@ -271,7 +289,7 @@ def _describe(cls: type[Section], detail: Mapping[str, Any]) -> str:
     remedy = (cls.model_fields[key].json_schema_extra or {}).get("remedy")
     if detail["type"] == "missing":
         return f"Missing {key}: write {key}=VALUE" + (f"; {remedy}." if remedy else ".")
-    return f"Invalid {key}={detail['input']!r}: {rule[0].lower()}{rule[1:]}" + (f"; {remedy}." if remedy else ".")
+    return f"Invalid {key}={shown(detail['input'])}: {rule[0].lower()}{rule[1:]}" + (f"; {remedy}." if remedy else ".")
 
 
 def _served(target: Target) -> str:
@@ -297,11 +315,13 @@ def _output_folder(
     benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
     if place.run is None:
         return _writable(
-            (path / "eval" / benchmark) if path.is_dir() else Path("results") / "eval" / _safe(name) / benchmark
+            path / "eval" / fitting(benchmark)
+            if path.is_dir()
+            else Path("results") / "eval" / _safe(name) / fitting(benchmark)
         )
     inside = path.resolve().relative_to(place.run.resolve()).parts
     label = benchmark if inside in ((), ("adapter",)) else f"{benchmark}-{'-'.join(inside)}"
-    answers = place.run / "eval" / label
+    answers = place.run / "eval" / fitting(label)
     if links := [path for path in (answers.parent, answers) if path.is_symlink()] or links_in(answers):
         raise ConfigError(
             [f"Invalid {links[0]}: it is a link, and answers are written there; move it away, or give out=DIR."]
@@ -311,7 +331,7 @@ def _output_folder(
 
 def _safe(name: str) -> str:
     """A served name or hub id as a path below another: neither absolute nor upwards."""
-    return "/".join(part for part in name.split("/") if part not in ("", ".", "..")) or "model"
+    return "/".join(fitting(part) for part in name.split("/") if part not in ("", ".", "..")) or "model"
 
 
 def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], module: ModuleType) -> str:
@@ -535,6 +555,7 @@ def _backend(
         endpoint = Endpoint(
             target.base_url,
             place.weights,
+            target.base_key,
             concurrency=target.concurrency,
             requests_per_minute=target.requests_per_minute,
             timeout_s=target.timeout,

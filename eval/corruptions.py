@@ -24,7 +24,7 @@ from PIL import Image
 from eval import predictions
 from eval.backends import ImageBackend
 from eval.images import classify, images_of, refuse_unknown_labels
-from flatlora.config import ConfigError, Section, reason_of, setting
+from flatlora.config import MOST_BATCH, MOST_ROWS, ConfigError, Section, reason_of, setting
 from flatlora.plain_files import open_plain
 
 KIND = "image"
@@ -39,8 +39,9 @@ FIELDS: predictions.Fields = {"index": int, "corruption": str, "severity": int, 
 
 class Config(Section):
     folder: str = setting(min_length=1, remedy="name the folder of CIFAR-10-C or CIFAR-100-C")
-    max_rows: int | None = setting(None, ge=1, remedy="null scores every image")  # of a corruption and severity
-    batch_size: int = setting(128, ge=1, remedy="lower it when memory runs out")
+    # Of a corruption and severity.
+    max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every image")
+    batch_size: int = setting(128, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_faults(self) -> list[str]:
         try:

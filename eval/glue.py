@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from eval import predictions
 from eval.backends import Backend
-from flatlora.config import ConfigError, Section, setting
+from flatlora.config import MOST_BATCH, MOST_ROWS, ConfigError, Section, setting
 from flatlora.rows import prompt_text
 
 KIND = "text"
@@ -44,8 +44,8 @@ TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb"]
 class Config(Section):
     task: TaskName = setting(remedy="it decides which metrics are taken")
     metric: Literal["likelihood", "published"] = "likelihood"
-    max_rows: int | None = setting(None, ge=1, remedy="null scores every row of the data set's test split")
-    batch_size: int = setting(32, ge=1, remedy="lower it when memory runs out")
+    max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
+    batch_size: int = setting(32, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_faults(self) -> list[str]:
         if self.metric == "published" and self.task in ("mnli", "stsb"):

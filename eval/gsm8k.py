@@ -25,7 +25,7 @@ from typing import Any, Literal
 from eval import predictions
 from eval.answers import without_draft
 from eval.backends import Generator, Sampling
-from flatlora.config import ConfigError, Section, setting
+from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_TOKENS, ConfigError, Section, setting
 from flatlora.files import write_json
 from flatlora.rows import Source, read_rows
 from flatlora.templates import prompt
@@ -71,9 +71,9 @@ _ALONE = re.compile(rf"[ *_$=:(]*{_NUMBER.pattern}[ %]*(?:{_WORD})?(?: {_WORD}){
 
 
 class Config(Section):
-    max_rows: int | None = setting(None, ge=1, remedy="null scores every row of the data set's test split")
-    max_new_tokens: int = setting(512, ge=1, remedy="512 as published")
-    batch_size: int = setting(16, ge=1, remedy="lower it when memory runs out")
+    max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
+    max_new_tokens: int = setting(512, ge=1, le=MOST_TOKENS, remedy="512 as published")
+    batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
     parser: Literal["strict", "math_verify"] = "strict"
     template: Literal["qa", "alpaca", "none"] = "qa"
 

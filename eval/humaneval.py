@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from eval import answers, predictions, sandbox
 from eval.backends import Generator, Sampling, cut_at
-from flatlora.config import ConfigError, Section, setting
+from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_TOKENS, ConfigError, Section, setting
 from flatlora.console import counting
 from flatlora.files import write_atomic, write_json
 from flatlora.rows import Source, jsonl, prompt_text, read_rows
@@ -62,15 +62,15 @@ class Config(Section):
     allow_code_execution: bool = setting(False, remedy="true runs what the model wrote, in a sandbox")
     prompt: Literal["instruction", "completion"] = "instruction"
     template: Literal["alpaca", "qa", "none"] = "alpaca"  # around the instruction: a run's own
-    samples: int = setting(5, ge=1, remedy="5 as published; 1 as in LoRA-Pro")
-    temperature: float = setting(0.8, ge=0, remedy="0 is greedy")
-    top_p: float = setting(0.95, gt=0, le=1)
+    samples: int = setting(5, ge=1, le=10**4, remedy="5 as published; 1 as in LoRA-Pro")
+    temperature: float = setting(0.8, ge=0, le=100, remedy="0 is greedy")
+    top_p: float = setting(0.95, gt=0, le=1, remedy="1 draws from all tokens")
     k: list[int] = setting([1], remedy="pass@k of each; k=[1,5]")
-    seed: int = setting(42, ge=0, le=2**32 - 1)
-    max_new_tokens: int = setting(512, ge=1)
-    time_limit: float = setting(10.0, gt=0, remedy="seconds for one program and its tests")
-    max_rows: int | None = setting(None, ge=1, remedy="null asks all 164 problems")
-    batch_size: int = setting(16, ge=1, remedy="lower it when memory runs out")
+    seed: int = setting(42, ge=0, le=2**32 - 1, remedy="use a whole number from 0 to 4294967295")
+    max_new_tokens: int = setting(512, ge=1, le=MOST_TOKENS, remedy="512 is usual")
+    time_limit: float = setting(10.0, gt=0, le=86_400, remedy="seconds for one program and its tests")
+    max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks all 164 problems")
+    batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_faults(self) -> list[str]:
         faults = []

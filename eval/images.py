@@ -20,7 +20,7 @@ import torch
 
 from eval import predictions
 from eval.backends import ImageBackend
-from flatlora.config import ConfigError, Section, setting
+from flatlora.config import MOST_BATCH, MOST_ROWS, ConfigError, Section, setting
 from flatlora.records import read_record
 
 KIND = "image"
@@ -42,8 +42,8 @@ class LabelledImages(Protocol):
 
 
 class Config(Section):
-    max_rows: int | None = setting(None, ge=1, remedy="null scores every image of the data set's test split")
-    batch_size: int = setting(128, ge=1, remedy="lower it when memory runs out")
+    max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every image of the test split")
+    batch_size: int = setting(128, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

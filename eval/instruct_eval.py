@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from eval import humaneval, predictions
 from eval.backends import Backend
 from eval.backends.hf import adapted_model
-from flatlora.config import ConfigError, Section, nearest, reason_of, setting
+from flatlora.config import MOST_BATCH, MOST_ROWS, ConfigError, Section, nearest, reason_of, setting
 from flatlora.files import write_atomic, write_json
 from flatlora.records import SEAL, file_sha256, read_record
 from flatlora.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
@@ -57,8 +57,8 @@ class Config(Section):
     )
     allow_code_execution: bool = setting(False, remedy="true runs what the model wrote for humaneval, in a sandbox")
     template: Literal["alpaca", "qa", "none"] = "alpaca"  # of humaneval
-    max_rows: int | None = setting(None, ge=1, remedy="null asks every row of every task")
-    batch_size: int = setting(8, ge=1, remedy="lower it when memory runs out")
+    max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks every row of every task")
+    batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_faults(self) -> list[str]:
         faults = []

@@ -3,9 +3,9 @@
     python -m eval.mt_bench PATH judge=NAME judge_url=http://HOST:PORT/v1 folder=DIR [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: judge, judge_url, judge_key (the
-environment variable with the key), judge_concurrency, judge_rpm, judge_tokens, judge_tries, judge_timeout,
-template (alpaca, qa, none, or chat for the tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size,
-device, backend, out=DIR, score_only=true.
+environment variable with its key; without it OPENAI_API_KEY goes to api.openai.com and OPENAI_BASE_URL alone),
+judge_concurrency, judge_rpm, judge_tokens, judge_tries, judge_timeout, template (alpaca, qa, none, or chat for the
+tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size, device, backend, out=DIR, score_only=true.
 
 DIR (or data_root/HuggingFaceH4/mt_bench) holds FastChat's own files: question.jsonl, judge_prompts.jsonl and
 reference_gpt-4.jsonl. Single-answer grading with the official prompts; math, reasoning and coding are judged against
@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval import predictions
-from eval.backends import Completion, Generator, Sampling
-from eval.backends.openai import Endpoint, OpenAIBackend, url_fault
-from flatlora.config import ConfigError, Section, setting
+from eval.backends import Completion, Generator, Sampling, wire
+from eval.backends.openai import Endpoint, OpenAIBackend
+from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_TOKENS, ConfigError, Section, setting
 from flatlora.console import counting
 from flatlora.files import write_atomic, write_json
+from flatlora.masking import Url
 from flatlora.rows import gather, jsonl, read_jsonl, typed_columns
 from flatlora.templates import conversation
 
@@ -43,6 +44,7 @@ KIND = "text"
 GENERATES = True
 OWN_ROWS = True
 _JUDGE_KEYS = ("url", "key", "concurrency", "rpm", "tokens", "tries", "timeout")
+BELONGS_TO = {"judge_key": "judge_url"}  # a key that a run names is for the address beside it
 SCORING = ("folder", "judge", *(f"judge_{name}" for name in _JUDGE_KEYS))
 SCORER_VERSION = 2
 HEADLINE = "rating"
@@ -70,24 +72,26 @@ _JUDGMENT = {"key", "question_id", "turn", "reply", "rating", "judge", "day"}
 
 class Config(Section):
     judge: str = setting(min_length=1, remedy="name the model that rates, as its endpoint knows it")
-    judge_url: str = setting(min_length=1, remedy="name its OpenAI-compatible endpoint, ending in /v1")
-    judge_key: str = setting("OPENAI_API_KEY", min_length=1, remedy="name the environment variable that holds the key")
-    judge_concurrency: int = setting(8, ge=1)
-    judge_rpm: float | None = setting(None, gt=0, remedy="null sets no limit of requests a minute")
-    judge_tokens: int = setting(2048, ge=1, remedy="2048 as the official judge; a reply cut off has no rating")
-    judge_tries: int = setting(3, ge=1, remedy="how often a judge is asked that gives no rating")
-    judge_timeout: float = setting(300.0, gt=0, remedy="seconds for one request")
+    judge_url: Url = setting(min_length=1, remedy="name its OpenAI-compatible endpoint, ending in /v1")
+    judge_key: str | None = setting(None, min_length=1, remedy="name the environment variable that holds the key")
+    judge_concurrency: int = setting(8, ge=1, le=1024, remedy="how many requests are under way at a time")
+    judge_rpm: float | None = setting(None, ge=0.01, le=1e6, remedy="null sets no limit of requests a minute")
+    judge_tokens: int = setting(
+        2048, ge=1, le=MOST_TOKENS, remedy="2048 as the official judge; a reply cut off has no rating"
+    )
+    judge_tries: int = setting(3, ge=1, le=100, remedy="how often a judge is asked that gives no rating")
+    judge_timeout: float = setting(300.0, gt=0, le=MOST_SECONDS, remedy="seconds for one request")
     folder: str | None = setting(None, min_length=1, remedy="name the folder with question.jsonl")
     template: Literal["alpaca", "qa", "none", "chat"] = "alpaca"
     greedy: bool = False
-    seed: int = setting(42, ge=0, le=2**32 - 1)
-    max_new_tokens: int = setting(1024, ge=1)
-    max_rows: int | None = setting(None, ge=1, remedy="null asks all 80 questions")
-    batch_size: int = setting(16, ge=1, remedy="lower it when memory runs out")
+    seed: int = setting(42, ge=0, le=2**32 - 1, remedy="use a whole number from 0 to 4294967295")
+    max_new_tokens: int = setting(1024, ge=1, le=MOST_TOKENS, remedy="1024 as published")
+    max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks all 80 questions")
+    batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_faults(self) -> list[str]:
-        fault = url_fault("eval.mt_bench.judge_url", self.judge_url)
-        return [fault] if fault else []
+        names = "eval.mt_bench.judge_url", "eval.mt_bench.judge_key"
+        return wire.faults(names[0], self.judge_url, names[1], self.judge_key)
 
 
 # An index, as in x[[0]], is no rating; nor is a link, as in [1](address).

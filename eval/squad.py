@@ -17,7 +17,7 @@ from typing import Any
 
 from eval import predictions
 from eval.backends import Generator, Sampling
-from flatlora.config import ConfigError, Section, setting
+from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_TOKENS, ConfigError, Section, setting
 from flatlora.rows import Source, read_rows
 from flatlora.templates import prompt
 
@@ -31,9 +31,9 @@ FIELDS: predictions.Fields = {**predictions.GENERATED, "answers": list}
 
 
 class Config(Section):
-    max_rows: int | None = setting(None, ge=1, remedy="null scores every row of the data set's test split")
-    max_new_tokens: int = setting(48, ge=1, remedy="48 holds all but a few of SQuAD's answers")
-    batch_size: int = setting(16, ge=1, remedy="lower it when memory runs out")
+    max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
+    max_new_tokens: int = setting(48, ge=1, le=MOST_TOKENS, remedy="48 holds all but a few of SQuAD's answers")
+    batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
 
 def parse_answer(text: str) -> str:

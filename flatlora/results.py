@@ -30,6 +30,7 @@ import yaml
 from flatlora import records
 from flatlora.config import ConfigError, Experiment, identity_of
 from flatlora.files import fsync_folder, no_link, write_atomic
+from flatlora.masking import masked
 from flatlora.staging import remove
 
 logger = logging.getLogger(__name__)
@@ -439,17 +440,18 @@ class Tracker:
         mode = experiment.wandb.mode
         if mode == "auto":
             mode = "online" if _has_wandb_key() else "offline"
-        return wandb.init(
-            project=experiment.wandb.project,
-            name=f"{experiment.run_name()}-{experiment.seed}",
-            config=experiment.model_dump(mode="json"),
-            dir=str(folder),
-            mode=mode,
-            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12],  # a resumed run goes on in its page
-            resume="allow",
-            reinit="create_new",  # never the page of an earlier run of this process that could not be closed
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
+        with _masked_arguments():
+            return wandb.init(
+                project=experiment.wandb.project,
+                name=f"{experiment.run_name()}-{experiment.seed}",
+                config=experiment.model_dump(mode="json"),
+                dir=str(folder),
+                mode=mode,
+                id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12],  # a resumed run goes on in its page
+                resume="allow",
+                reinit="create_new",  # never the page of an earlier run of this process that could not be closed
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
 
     @contextlib.contextmanager
     def _named_once(self, what: str) -> Iterator[None]:
@@ -487,6 +489,17 @@ class Tracker:
             with self._named_once("could not be closed"):
                 self._run.summary.update(metrics)
                 self._run.finish(exit_code=int(failed))
+
+
+@contextlib.contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """The command line without passwords, which W&B copies to its page."""
+    plain = sys.argv
+    sys.argv = [*map(masked, plain)]
+    try:
+        yield
+    finally:
+        sys.argv = plain
 
 
 def _forget_dead_service() -> None:

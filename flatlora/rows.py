@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flatlora.config import ConfigError, reason_of
+from flatlora.names import stays_inside
 
 
 class Source(NamedTuple):
@@ -201,6 +202,13 @@ def local_file(source: Source, data_root: str) -> Path:
         ConfigError: it is not there; with the way out.
     """
     hub_id, config, split, _ = source
+    if not all(map(stays_inside, (hub_id, config, split))):
+        raise ConfigError(
+            [
+                f"Invalid name of a data set: {hub_id} ({config}, {split}) leads out of data_root={data_root}; write "
+                "owner and name as on the hub, without a slash in front and without '..'."
+            ]
+        )
     root, folder = Path(data_root), Path(data_root) / hub_id / config
     for suffix in (".jsonl", ".parquet"):
         if os.path.isfile(folder / f"{split}{suffix}"):  # false, where Path.is_file raises: for a closed folder

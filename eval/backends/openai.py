@@ -7,18 +7,18 @@ keeps failing ends the evaluation; every answer that came is kept, and the same 
 Models differ in the parameters that they take: GPT-5 and the o-series refuse max_tokens, temperature=0 and seed. What a
 400 names as unsupported is left out, or renamed, from then on, with a warning; `OpenAIBackend.adapted` records it. A
 request whose content is refused by a filter has an empty answer with its `refusal`, and the rest goes on.
+
+Which key goes to which endpoint, and how much of a reply is read, stands in `eval.backends.wire`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import re
 import threading
 import time
-import urllib.parse
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,8 +26,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import httpx
+
 from eval.backends import Completion, Messages, Sampling, cut_at
+from eval.backends.wire import ReplyRefused, is_loopback, key_of, limit_reply
 from flatlora.config import ConfigError, reason_of
+from flatlora.masking import MASK, masked
 
 if TYPE_CHECKING:
     import openai
@@ -42,27 +46,20 @@ R = TypeVar("R")
 class EndpointError(OSError):
     """The endpoint cannot be used, or not for now: what was asked and why it failed."""
 
-
-def url_fault(key: str, url: str) -> str | None:
-    """Why no endpoint can be there, for `key` of the command line; None where one may."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        fits = False
-    return None if fits else f"Invalid {key}={url}: an address is needed, such as http://HOST:PORT/v1."
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """Where to ask, and how hard.
 
-    `url` ends in /v1; the key is read from the environment variable `key_variable`, and none is sent where it is unset.
+    `url` ends in /v1; `key_variable` names the environment variable with its key, None: as `wire.key_of` says.
     """
 
     url: str
     model: str
-    key_variable: str = "OPENAI_API_KEY"
+    key_variable: str | None = None
     concurrency: int = 8
     requests_per_minute: float | None = None
     timeout_s: float = 300.0  # of one request, however slowly its answer trickles
@@ -90,8 +87,21 @@ class OpenAIBackend:
         self._next_slot = 0.0
         self._given_up = threading.Event()
         self.adapted: dict[str, str | None] = {}  # parameter that the model refuses → its other name; None: left out
-        key = os.environ.get(endpoint.key_variable) or "none"
-        self._client = openai.AsyncOpenAI(base_url=endpoint.url, api_key=key, max_retries=0)
+        self._key = key_of(endpoint.key_variable, endpoint.url)
+        self._secrets = [text for text in (self._key, httpx.URL(endpoint.url).password) if text]
+        headers: dict[str, Any] = {"Accept-Encoding": "identity"}
+        if self._key is None:  # nor the account that OPENAI_ORG_ID and OPENAI_PROJECT_ID name
+            headers |= {"OpenAI-Organization": openai.omit, "OpenAI-Project": openai.omit}
+        self._client = openai.AsyncOpenAI(
+            base_url=endpoint.url,
+            api_key=self._key or "none",
+            max_retries=0,
+            default_headers=headers,
+            # A proxy, which the environment may name, is another machine.
+            http_client=openai.DefaultAsyncHttpxClient(
+                event_hooks={"response": [limit_reply]}, trust_env=not is_loopback(endpoint.url)
+            ),
+        )
         # A loop in a thread of its own: a request has a deadline as a whole, which only a coroutine can be held to.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="requests", daemon=True).start()
@@ -225,8 +235,9 @@ class OpenAIBackend:
             await self._slot()
             try:
                 return await asyncio.wait_for(ask(), self.endpoint.timeout_s)
-            except Exception as error:
-                reason, wait = _reason(error, self.endpoint), _retry_after(error)
+            except Exception as raised:
+                error = raised.__cause__ if isinstance(raised.__cause__, ReplyRefused) else raised
+                reason, wait = self._reason(error), _retry_after(error)
                 if _is_filtered(error):
                     logger.warning("%s refuses a request: %s.", self.endpoint.model, reason)
                     return Completion("", 0, False, refusal=reason)
@@ -243,6 +254,17 @@ class OpenAIBackend:
                 "", 0, False, refusal=reason
             )  # it will not say more: a filter's answer, and no reason to end the rest
         raise EndpointError(f"{self.endpoint.url} failed {attempt} times, the last one: {reason}")
+
+    def _reason(self, error: Exception) -> str:
+        """Why a request failed, without what a server repeats of the secrets that it was sent."""
+        if isinstance(error, TimeoutError):
+            return f"no whole answer within {self.endpoint.timeout_s:g} s"
+        reason = _server_message(error)
+        for secret in self._secrets:
+            reason = reason.replace(secret, MASK)
+        if not self._secrets and getattr(error, "status_code", None) in (401, 403):
+            reason += "; no key was sent, for none was named for this address (judge_key or base_key)"
+        return reason
 
     async def _slot(self) -> None:
         """Wait until the rate allows one more request."""
@@ -342,12 +364,6 @@ def _retry_after(error: Exception) -> float | None:
         return max(0.0, float(told)) if told else None
     except ValueError:
         return None
-
-
-def _reason(error: Exception, endpoint: Endpoint) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no whole answer within {endpoint.timeout_s:g} s"
-    return _server_message(error)
 
 
 def _server_message(error: Exception) -> str:

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from flatlora.callback import checkpoint_file
-from flatlora.config import ConfigError, setting
+from flatlora.config import MOST_STEPS, ConfigError, setting
 from flatlora.methods.base import Start, Training, register
 from flatlora.methods.lora import Lora, LoraMethodConfig, rank_of, rank_setting
 
@@ -38,13 +38,13 @@ _BAR = "BAR rescales A and B against each other, and AdaLoRA keeps both near ort
 
 
 class AdaLoraMethodConfig(LoraMethodConfig):
-    init_r: int | None = setting(None, ge=1, remedy="null takes 1.5 times the final rank")
+    init_r: int | None = setting(None, ge=1, le=2**16, remedy="null takes 1.5 times the final rank")
     tinit_ratio: float = setting(0.1, ge=0, lt=1, remedy="it is a share of all steps")
     tfinal_ratio: float = setting(0.3, ge=0, lt=1, remedy="it is a share of all steps")
-    delta_t: int = setting(10, ge=1)
-    beta1: float = setting(0.85, gt=0, lt=1)
-    beta2: float = setting(0.85, gt=0, lt=1)
-    orth_reg_weight: float = setting(0.5, ge=0)
+    delta_t: int = setting(10, ge=1, le=MOST_STEPS, remedy="10 is usual")
+    beta1: float = setting(0.85, gt=0, lt=1, remedy="0.85 is usual")
+    beta2: float = setting(0.85, gt=0, lt=1, remedy="0.85 is usual")
+    orth_reg_weight: float = setting(0.5, ge=0, le=1e6, remedy="0.5 is usual")
 
     def rule_faults(self) -> list[str]:
         faults = super().rule_faults()

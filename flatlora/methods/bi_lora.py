@@ -27,7 +27,9 @@ ASCENT = "ascent"  # name of the second adapter
 
 
 class BiLoraConfig(RhoConfig):
-    lr_ratio: float = setting(1.0, gt=0, remedy="the climbing branch's learning rate over the other's; 1 is usual")
+    lr_ratio: float = setting(
+        1.0, gt=0, le=1e6, remedy="the climbing branch's learning rate over the other's; 1 is usual"
+    )
 
 
 @register_rho("bi_lora")

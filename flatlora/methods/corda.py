@@ -22,7 +22,8 @@ _KEYS = ("input_ids", "attention_mask", "labels")
 
 
 class CordaMethodConfig(LoraMethodConfig):
-    corda_batches: int = setting(32, ge=1, remedy="more rows make a better covariance")  # micro-batches of this rank
+    # Micro-batches of this rank.
+    corda_batches: int = setting(32, ge=1, le=10**6, remedy="more rows make a better covariance")
     corda_method: Literal["ipm", "kpm"] = "kpm"  # instruction-previewed, or knowledge-preserving as the paper's default
 
 

@@ -16,7 +16,8 @@ from flatlora.methods.lora import LoraMethodConfig, rank_setting, reads_images, 
 
 
 class EvaMethodConfig(LoraMethodConfig):
-    eva_batches: int = setting(32, ge=1)  # micro-batches of this rank, gone through until the directions stand still
+    # Micro-batches of this rank, gone through until the directions stand still.
+    eva_batches: int = setting(32, ge=1, le=10**6, remedy="32 are usual")
 
 
 @register("eva")

@@ -26,10 +26,10 @@ _ATTENTION = (*_QUERY_VALUE, "k_proj", "k", "key", "o_proj", "out_proj", "o", "t
 
 
 class LoraMethodConfig(PeftConfig):
-    lora_r: int | None = setting(8, ge=1, remedy="8 and 16 are the paper's ranks")
+    lora_r: int | None = setting(8, ge=1, le=2**16, remedy="8 and 16 are the paper's ranks")
     lora_relative_r: float | None = setting(None, gt=0, le=1, remedy="it is a share of the hidden size")
-    lora_alpha: float = setting(16.0, gt=0)
-    lora_dropout: float = setting(0.0, ge=0, lt=1)
+    lora_alpha: float = setting(16.0, gt=0, le=1e6, remedy="16 is the paper's")
+    lora_dropout: float = setting(0.0, ge=0, lt=1, remedy="it is a share, 0 is none")
     # all: linear layers; all_conv: convolutions too; a list names both kinds.
     target_modules: Literal["all", "all_conv", "attention", "qv"] | list[str] = setting(
         "all", remedy="all, all_conv, attention, qv or a list of module names"

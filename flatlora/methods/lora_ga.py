@@ -31,9 +31,9 @@ from flatlora.starts import lora_layers
 
 
 class LoraGaConfig(LoraMethodConfig):
-    ga_batches: int = setting(8, ge=1, remedy="8 micro-batches are usual")  # on each rank
-    ga_gamma: float = setting(16.0, gt=0, remedy="16 as published; larger starts closer to zero")
-    ga_memory_gib: float = setting(4.0, gt=0, remedy="gradients of as many layers as fit are held at a time")
+    ga_batches: int = setting(8, ge=1, le=10**6, remedy="8 micro-batches are usual")  # on each rank
+    ga_gamma: float = setting(16.0, gt=0, le=1e6, remedy="16 as published; larger starts closer to zero")
+    ga_memory_gib: float = setting(4.0, gt=0, le=1e5, remedy="gradients of as many layers as fit are held at a time")
 
 
 @register("lora_ga")

@@ -16,7 +16,7 @@ from flatlora.methods.lora import Lora, LoraMethodConfig
 
 
 class LoraPlusConfig(LoraMethodConfig):
-    lr_ratio: float = setting(16.0, ge=1, remedy="16 is the paper's; 1 is LoRA")
+    lr_ratio: float = setting(16.0, ge=1, le=1e6, remedy="16 is the paper's; 1 is LoRA")
 
 
 @register("lora_plus")

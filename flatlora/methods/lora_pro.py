@@ -444,7 +444,7 @@ def _refuse_faults(pairs, lr, betas, eps, weight_decay, mode, moments, damping) 
 class LoraProConfig(LoraMethodConfig):
     mode: Literal["adamw", "sgd"] = "adamw"
     moments: Literal["float32", "bfloat16"] = setting("float32", remedy="bfloat16 halves the memory")
-    damping: float = setting(1e-8, gt=0, remedy="1e-8 as published")
+    damping: float = setting(1e-8, gt=0, le=1000, remedy="1e-8 as published")
     shard_moments: bool = True  # over the processes, pair by pair
 
     def rule_faults(self) -> list[str]:

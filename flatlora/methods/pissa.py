@@ -14,7 +14,9 @@ from flatlora.methods.lora import LoraMethodConfig
 
 
 class PissaConfig(LoraMethodConfig):
-    niter: int | None = setting(None, ge=1, remedy="null takes the exact SVD; 4 to 16 a fast one of that many rounds")
+    niter: int | None = setting(
+        None, ge=1, le=1000, remedy="null takes the exact SVD; 4 to 16 a fast one of that many rounds"
+    )
 
 
 @register("pissa")

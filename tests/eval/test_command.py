@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -649,3 +650,22 @@ def test_other_settings_of_a_model_that_no_run_describes_have_folders_of_their_o
 )
 def test_a_served_name_is_a_folder_below_the_results(name, path):
     assert command._safe(name) == path
+
+
+def test_answers_of_a_long_name_have_a_folder_that_can_be_made(tmp_path):
+    folder = tmp_path / command._safe(f"{'漢' * 200}/../{'n' * 300}")
+    folder.mkdir(parents=True)
+    assert folder.resolve().is_relative_to(tmp_path)
+
+
+def test_a_value_of_references_is_not_unfolded(capsys):
+    bomb = "[&a [1,1]" + "".join(f",&{after} [*{before},*{before}]" for before, after in pairwise("abcdefghijklmnop"))
+    assert main("humaneval", ["served", "backend=openai", "base_url=http://127.0.0.1:1/v1", f"k={bomb}]"]) == 2
+    told = capsys.readouterr().err
+    assert "its value is not YAML" in told
+    assert len(told) < 2000
+
+
+def test_words_that_are_no_text_are_named(capsys):
+    assert main("gsm8k", ["a\udcff", "out=b\udcff"]) == 2
+    assert "Cannot read 'a\\udcff'" in capsys.readouterr().err

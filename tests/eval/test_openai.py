@@ -110,8 +110,8 @@ def test_the_rate_is_kept(server):
 
 
 def test_the_key_comes_from_the_environment(server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    one = backend(server)
+    monkeypatch.setenv("MY_KEY", "secret")
+    one = backend(server, key_variable="MY_KEY")
     one.generate(PROMPTS[:1], GREEDY)
     headers = {name.lower(): value for name, value in server.seen[0][2].items()}
     assert headers["authorization"] == "Bearer secret"

@@ -1,7 +1,9 @@
 """Command-line words: published spellings, sweeps, composition of every option file, exit codes of the entry point."""
 
+import re
 import shlex
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -134,6 +136,151 @@ def test_sweeps_without_a_list_of_values_are_faults():
         "Cannot sweep over 'seed=glob(*)'",
         "Cannot sweep over 'optim.lr=interval(0,1)'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("seed=range(5,1)", "there is no value in it"),
+        ("seed=range(0,1,0)", "list the values"),
+        ("seed=range(0,1e400)", "list the values"),
+        ("seed=range(1e308,-1e308,-1e-308)", "list the values"),
+        ("seed=range(nan,1)", "list the values"),
+        ("seed=range(0,1e9)", "1,000,000,000 jobs: 256 are one sweep"),
+        (f"seed={','.join(map(str, range(257)))}", "257 jobs: 256 are one sweep"),
+    ],
+)
+def test_sweeps_without_an_end_or_a_value_are_faults_at_once(word, reason):
+    (told,) = faults(commandline.expand_sweep, [word])
+    assert told.startswith("Cannot sweep over ")
+    assert reason in told
+
+
+def test_jobs_are_counted_over_all_sweeps():
+    (told,) = faults(commandline.expand_sweep, ["seed=range(0,17)", "rho.sigma=range(0,16)"])
+    assert "272 jobs" in told
+    assert len(commandline.expand_sweep(["seed=range(0,16)", "rho.sigma=range(0,1,0.0625)"])) == 256
+
+
+@pytest.mark.parametrize("word", ["seed=range(5,1)", "seed=range(0,1e9)", "seed=range(0,1,0)"])
+def test_a_sweep_that_cannot_be_is_exit_code_2(word, capsys):
+    assert run_exp.main(["-m", word, "dry_run=true"]) == 2
+    assert "Cannot sweep over" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("seed=" + "9" * 5000, "a number has fewer than 300 digits"),
+        ("optim.lr=0." + "9" * 5000, "a number has fewer than 300 digits"),
+        ("a=" + "[" * 2000 + "]" * 2000, "at most 20 brackets"),
+        ("a=" + "{a:" * 200 + "1" + "}" * 200, "at most 20 brackets"),
+        ("peft.target_modules=[" + ",".join(f"m{i}" for i in range(20_000)) + "]", "and a setting takes 16000"),
+        ("wandb.name=a\udcff", "its bytes are no UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("function", [commandline.rewrite, commandline.expand_sweep, run_exp.experiment_of])
+def test_what_no_parser_should_see_is_named_at_once(function, word, reason):
+    begun = time.monotonic()
+    (told,) = faults(function, [word])
+    assert reason in told
+    assert len(told) < 300
+    assert time.monotonic() - begun < 2.0
+
+
+def test_all_settings_together_have_a_length():
+    (told,) = faults(commandline.rewrite, [f"k{i}={'x' * 10_000}" for i in range(4)])
+    assert told.startswith("Cannot read settings of 40")
+
+
+def test_long_texts_and_brackets_within_them_are_taken():
+    text = "(" * 100 + "x" * 10_000
+    assert commandline.compose_config(run_exp.CONF_DIR, [f"dataset.prompt='{text}'"])["dataset"]["prompt"] == text
+
+
+@pytest.mark.parametrize("word", ["model@dataset=smollm", "+model@peft=smollm", "peft@_global_=lora", "~model@dataset"])
+def test_an_option_is_not_put_at_another_place(word):
+    (told,) = faults(commandline.rewrite, [word])
+    assert told.startswith(f"Invalid {word}: @ would put")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "hydra=null",
+        "hydra={}",
+        "~hydra",
+        "hydra.run=null",
+        "hydra.job=5",
+        "hydra/launcher=5",
+        "hydra.sweeper=null",
+        "hydra.run.dir=x",
+    ],
+)
+def test_settings_of_hydra_that_it_cannot_take_are_faults(word, capsys):
+    assert run_exp.main([word, "dry_run=true"]) == 2
+    assert "1 fault" in capsys.readouterr().err
+
+
+def test_references_to_other_keys_do_not_multiply():
+    doubled = [f"k{i}='${{k{i + 1}}}${{k{i + 1}}}'" for i in range(40)]
+    (told,) = faults(run_exp.experiment_of, [*doubled, "k40=x"])
+    assert told.startswith("Too many references")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--resolve"], "Invalid --resolve without --cfg"),
+        (["--package", "optim"], "Invalid --package without --cfg"),
+        (["--cfg"], "it is one of job, hydra, all"),
+        (["--cfg", "foo"], "it is one of job, hydra, all"),
+        (["--info=foo"], "it is one of all, config"),
+        (["--multirun=3"], "nothing follows --multirun"),
+        (["--multi"], "did you mean --multirun?"),
+        (["--foo"], "Unknown option --foo"),
+        (["-m", "--cfg", "job"], "each of them is a command; choose one"),
+        (["--config-dir", "/none/such"], "there is no such folder"),
+        (["--config-dir="], "Missing value of --config-dir"),
+        (["-cd", "n" * 300], "there is no such folder"),
+        (["-sc", "install=bash"], "it is not offered here"),
+        (["--shell-completion", "query=bash"], "it is not offered here"),
+        (["--experimental-rerun", "a.pickle"], "it is not offered here"),
+        (["--config-name", "nope"], "Hydra refuses the command"),
+    ],
+)
+def test_options_are_checked_before_hydra_sees_them(words, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["run_exp.py"])
+    assert run_exp.main([*words, "dry_run=true"]) == 2
+    told = "".join(capsys.readouterr())
+    assert reason in told
+    assert "Traceback" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_help_about_options_offers_what_there_is(capsys):
+    assert run_exp.main(["--hydra-help"]) == 0
+    told = capsys.readouterr().out
+    forms = {form for name, (short, _) in commandline._FLAGS.items() for form in (name, short) if form}
+    offered = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", told))
+    assert offered | {"--hydra-help"} == forms
+    assert "completion" not in told
+
+
+def test_option_files_of_ones_own_leave_no_log(tmp_path, monkeypatch, capsys):
+    own = tmp_path / "it's mine"
+    (own / "peft").mkdir(parents=True)
+    (own / "peft" / "mine.yaml").write_text("defaults: [lora, _self_]\nname: mine\nlora_r: 3\n")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr("sys.argv", ["run_exp.py"])
+    for flags in (["--config-dir", str(own)], ["-m", "-cd", str(own)], [f"--config-dir={own}", "--run"]):
+        assert run_exp.main([*flags, "peft=mine", "dry_run=true"]) == 0
+        assert "lora_r=3" in " ".join(capsys.readouterr().out.split())
+    assert run_exp.main(["--config-dir", str(own), "peft=mien", "dry_run=true"]) == 2
+    assert "did you mean peft=mine?" in capsys.readouterr().err
+    assert not list((tmp_path / "cwd").iterdir())
 
 
 def test_several_values_without_a_sweep_are_faults():

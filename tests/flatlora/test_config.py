@@ -2,14 +2,18 @@
 
 import pickle
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import wandb
 import yaml
+from annotated_types import Le, Lt
 from pydantic import ValidationError
 
+import data
+import eval as benchmarks
 import run_exp
-from flatlora.config import ConfigError, Experiment, WandbConfig, identity_of, parse, reason_of
+from flatlora.config import ConfigError, Experiment, Section, WandbConfig, identity_of, parse, reason_of
 
 
 def experiment(*settings: str) -> Experiment:
@@ -104,6 +108,76 @@ def test_a_bad_value_is_one_fault_with_value_rule_and_remedy(setting, rule, reme
     assert fault.startswith(f"Invalid {setting.partition('=')[0]}=")
     assert rule in fault
     assert remedy in fault
+
+
+def sections(cls=Section):
+    """Every class of settings of the project."""
+    for child in cls.__subclasses__():
+        if not child.__module__.startswith(("scripts", "tests")):
+            yield child
+            yield from sections(child)
+
+
+for find, names in ((data.loader, data.loader_names()), (benchmarks.evaluator, benchmarks.names())):
+    _ = [find(name) for name in names]  # each has a section of its own, known once it is imported
+NUMBERS = [
+    (cls, name)
+    for cls in sections()
+    for name, field in cls.model_fields.items()
+    if {int, float} & {field.annotation, *get_args(field.annotation)} and get_origin(field.annotation) is not list
+]
+
+
+@pytest.mark.parametrize(("cls", "name"), NUMBERS, ids=lambda value: getattr(value, "__module__", value))
+def test_every_number_has_an_upper_bound_and_a_remedy(cls, name):
+    field = cls.model_fields[name]
+    assert any(isinstance(rule, Le | Lt) for rule in field.metadata)
+    assert field.json_schema_extra["remedy"]
+
+
+def test_there_are_numbers():
+    assert len(NUMBERS) > 150
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule", "remedy"),
+    [
+        ("trainer.num_workers=100000000000000000", "must be ≤ 512", "one a core is enough"),
+        ("trainer.timeout_s=100000000000000000000", "must be ≤ 604800", "gives up"),
+        ("optim.batch_size=1000000000000000000000000000000", "must be ≤ 1048576", "32 is the paper's"),
+        ("trainer.gpus=100000", "must be ≤ 1024", "null starts no processes"),
+        ("optim.lr=1e30", "must be ≤ 1000", "5e-4 is the paper's value"),
+        ("dataset.max_length=1e30", "must be a whole number", "512 or 1024"),
+        ("peft.lora_r=1000000000000", "must be ≤ 65536", "8 and 16"),
+        ("eval.gsm8k.max_new_tokens=1000000000000", "must be ≤ 1048576", "512 as published"),
+    ],
+)
+def test_what_would_take_all_of_the_machine_is_refused(setting, rule, remedy):
+    (fault,) = faults(setting)
+    assert fault.startswith(f"Invalid {setting.partition('=')[0]}=")
+    assert rule in fault
+    assert remedy in fault
+
+
+@pytest.mark.parametrize(
+    "key", ["model.name", "dataset.name", "peft.name", "rho.name", "trainer.name", "wandb.name", "wandb.project"]
+)
+@pytest.mark.parametrize("name", ["x/../../../evil", "..", "/evil", "漢" * 34])
+def test_no_name_leads_out_of_results_root(key, name):
+    (fault,) = faults("rho=flat", f"{key}='{name}'")
+    assert fault.startswith(f"Invalid {key}='{name}': it names a folder: at most 100 bytes")
+
+
+def test_a_derived_name_is_no_longer_than_a_folders():
+    long = [f"{section}.name={section[0] * 100}" for section in ("model", "peft", "rho")]
+    (fault,) = faults("rho=flat", *long)
+    assert fault.endswith("a folder's name takes 255; give wandb.name.")
+    assert experiment("rho=flat", *long, "wandb.name=short").run_name() == "short"
+
+
+def test_faults_have_no_control_characters():
+    (fault,) = faults("wandb.mode='a\x1b[31m'")
+    assert "\x1b" not in fault
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,362 @@
+"""Try command lines that nobody would type: made of the grammar of settings, and real ones with faults put in.
+
+    python scripts/fuzz.py [--lines 1000] [--seed 2026]
+
+Every line is tried by run_exp.main with dry_run=true, or by a benchmark's command with score_only=true, so that nothing
+is loaded and nothing should be written. Each batch of lines is a child process; one that makes no progress for a minute
+is killed, which counts as a hang, and the rest of its batch goes on. Prints how many lines ended in which way, and
+those that ended in a traceback or a hang, wrote a file, or would have written outside results_root; exit code 1 where
+there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib  # noqa: F401 - makes its folders at the first import, which is not a line's doing
+import yaml
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import data  # noqa: E402
+import eval as benchmarks  # noqa: E402
+import run_exp  # noqa: E402
+from eval import command  # noqa: E402
+from flatlora import commandline, distributed, methods, names  # noqa: E402
+from flatlora.config import DiffusionModelConfig, OptimConfig, TrainerConfig  # noqa: E402
+from flatlora.results import RunFolder  # noqa: E402
+from scripts.arguments import positive  # noqa: E402
+from scripts.forked import ForkedRun  # noqa: E402
+
+HANG_S = 60
+BATCH = 50
+_EVAL_SHARE = 0.2  # of all lines: those of a benchmark's own command
+
+WORDS = yaml.safe_load(Path(__file__).with_name("fuzz_words.yaml").read_text(encoding="utf-8"))
+LONG = ["9" * 320, "9" * 5000, "漢" * 100, "é" * 60, "n" * 101, "n" * 300, "x" * 20_000, "${seed}" * 30, "b\udcff"]
+LONG += ["[" * 30 + "]" * 30, "[" * 2000 + "]" * 2000, "{a:" * 40, ",".join(map(str, range(400)))]
+LONG += ["[" + ",".join(f"m{i}" for i in range(20_000)) + "]"]
+VALUES = [WORDS["numbers"], WORDS["places"], WORDS["texts"], WORDS["grammar"], LONG]
+
+
+@dataclass
+class Outcome:
+    """What became of one command line."""
+
+    command: str
+    code: int | str | None
+    seconds: float
+    said: str = ""  # of a traceback
+    wrote: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+
+    @property
+    def is_fine(self) -> bool:
+        return not (self.said or self.wrote or self.outside)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=positive, default=1000)
+    parser.add_argument("--seed", type=int, default=2026)
+    options = parser.parse_args(words)
+    lines = draw_lines(options.lines, options.seed)
+    place = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    try:
+        outcomes, hangs = [], []
+        for start in range(0, len(lines), BATCH):
+            ended, hung = run_batch(lines[start : start + BATCH], place / str(start))
+            outcomes += ended
+            hangs += hung
+            print(f"{min(start + BATCH, len(lines))}/{len(lines)}", file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return report(outcomes, hangs, options.seed)
+
+
+def report(outcomes: Sequence[Outcome], hangs: Sequence[str], seed: int) -> int:
+    """Print the counts and what is not fine; the exit code."""
+    codes = collections.Counter(str(one.code) for one in outcomes)
+    ended = ", ".join(f"{count} with exit code {code}" for code, count in codes.most_common())
+    slowest = max((one.seconds for one in outcomes), default=0.0)
+    print(f"{len(outcomes) + len(hangs)} command lines (seed {seed}): {ended}; the slowest took {slowest:.1f} s")
+    for one in outcomes:
+        if not one.is_fine:
+            print(f"- {one.command[:500]}\n  wrote {one.wrote}, outside {one.outside}\n{one.said[-2000:]}")
+    for line in hangs:
+        print(f"- hangs: {line[:500]}")
+    tracebacks = sum(bool(one.said) for one in outcomes)
+    writes = sum(bool(one.wrote or one.outside) for one in outcomes)
+    print(f"{tracebacks} tracebacks, {len(hangs)} hangs over {HANG_S} s, {writes} writes outside results_root")
+    return 1 if tracebacks or hangs or writes else 0
+
+
+def draw_lines(count: int, seed: int) -> list[list[str]]:
+    """Command lines, the first word of each being run_exp or a benchmark."""
+    draw, real = random.Random(seed), real_lines()
+    keys = setting_keys()
+    lines = []
+    while len(lines) < count:
+        if draw.random() < _EVAL_SHARE:
+            lines.append(_eval_line(draw))
+        elif draw.random() < 0.5:
+            lines.append(["run_exp", *_made_line(draw, keys)])
+        else:
+            lines.append(["run_exp", *_hurt_line(draw, draw.choice(real), keys)])
+    return lines
+
+
+def real_lines() -> list[list[str]]:
+    """The commands that README.md and the files of conf/experiment give."""
+    files = [PROJECT / "README.md", *sorted((PROJECT / "conf/experiment").rglob("*.yaml"))]
+    texts = [path.read_text() for path in files]
+    found = [line for text in texts for line in re.findall(r"^(?:# )?python run_exp\.py +(.+)$", text, re.MULTILINE)]
+    lines = [shlex.split(line.rstrip("\\"), comments=True) for line in found]
+    return [line for line in lines if line]
+
+
+def setting_keys() -> list[str]:
+    """Every setting of every option: group.key."""
+    plain = commandline.compose_config(run_exp.CONF_DIR, [])
+    keys = [f"{group}.{key}" for group, section in plain.items() if isinstance(section, dict) for key in section]
+    keys += [key for key, section in plain.items() if not isinstance(section, dict)]
+    owners = [("peft", methods.method(name)) for name in methods.names()]
+    owners += [("rho", methods.rho(name)) for name in methods.rho_names()]
+    owners += [("dataset", data.loader(name)) for name in data.loader_names()]
+    owners += [(f"eval.{name}", benchmarks.evaluator(name)) for name in benchmarks.names()]
+    keys += [f"{group}.{key}" for group, owner in owners for key in owner.Config.model_fields]
+    for group, cls in (("model", DiffusionModelConfig), ("optim", OptimConfig), ("trainer", TrainerConfig)):
+        keys += [f"{group}.{key}" for key in cls.model_fields]
+    return sorted(set(keys))
+
+
+def _value(draw: random.Random) -> str:
+    return draw.choice(draw.choice(VALUES))
+
+
+def _made_line(draw: random.Random, keys: Sequence[str]) -> list[str]:
+    words = [_word(draw, keys) for _ in range(draw.randint(1, 4))]
+    if draw.random() < 0.3:
+        words[:0] = draw.choice(WORDS["flags"]).split()
+    return words
+
+
+def _word(draw: random.Random, keys: Sequence[str]) -> str:
+    """One setting of the grammar: a group's option, a key's value, or something that is nearly one."""
+    kind, value = draw.random(), _value(draw)
+    if kind < 0.15:
+        group = draw.choice(commandline.GROUPS)
+        return f"{group}={draw.choice([*_option_names(group), value])}"
+    if kind < 0.22:
+        return f"{draw.choice(WORDS['hydra'])}={value}"
+    key = draw.choice(keys)
+    if kind < 0.3:
+        forms = [
+            key,
+            f"~{key}",
+            f"{key}@x={value}",
+            f"={value}",
+            f"{key}..x={value}",
+            f"{key}[0]={value}",
+            value,
+            f"model@{key}=smollm",
+        ]
+        return draw.choice(forms)
+    return f"{draw.choice(['', '', '', '+', '++'])}{key}={value}"
+
+
+def _option_names(group: str) -> list[str]:
+    return [path.stem for path in sorted((run_exp.CONF_DIR / group).rglob("*.yaml"))]
+
+
+def _hurt_line(draw: random.Random, line: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """A real line with one to three faults."""
+    words = list(line)
+    for _ in range(draw.randint(1, 3)):
+        place = draw.randrange(len(words))
+        kind = draw.randrange(7)
+        if kind == 0:
+            words[place] = _hurt_word(draw, words[place])
+        elif kind == 1:
+            words[place] = f"{words[place].partition('=')[0]}={_value(draw)}"
+        elif kind == 2:
+            words.insert(place, words[draw.randrange(len(words))])
+        elif kind == 3:
+            words.insert(place, _word(draw, keys))
+        elif kind == 4:
+            words.insert(place, draw.choice(WORDS["flags"]).split()[0])
+        elif kind == 5:
+            words += [words[place]] * 50
+        elif len(words) > 1:
+            del words[place]
+    return words
+
+
+def _hurt_word(draw: random.Random, word: str) -> str:
+    """A word with a sign put in, taken out or changed, cut, or repeated."""
+    if not word:
+        return draw.choice(WORDS["signs"])
+    place, sign = draw.randrange(len(word)), draw.choice(WORDS["signs"])
+    return draw.choice(
+        [
+            word[:place] + sign + word[place:],
+            word[:place] + word[place + 1 :],
+            word[:place] + sign + word[place + 1 :],
+            word[:place],
+            word * draw.choice([2, 100]),
+        ]
+    )
+
+
+def _eval_line(draw: random.Random) -> list[str]:
+    name = draw.choice(benchmarks.names())
+    known = [*command.Target.model_fields, *benchmarks.evaluator(name).Config.model_fields, "nope"]
+    words = [f"{draw.choice(known)}={_value(draw)}" for _ in range(draw.randint(0, 4))]
+    if draw.random() < 0.3:
+        words = [_hurt_word(draw, word) for word in words]
+    return [name, draw.choice([*WORDS["paths"], "漢" * 200, "a\udcff"]), *words]
+
+
+def run_batch(lines: list[list[str]], place: Path) -> tuple[list[Outcome], list[str]]:
+    """(what became of the lines, those that hung), tried in child processes."""
+    place.mkdir(parents=True)
+    outcomes, hangs, done = [], [], 0
+    while done < len(lines):
+        todo, told = place / f"todo-{done}.json", place / f"told-{done}.jsonl"
+        todo.write_text(json.dumps(lines[done:]))
+        told.touch()
+        child = ForkedRun([str(todo), str(told), str(place / "cwd")], place / "log", try_lines)
+        while child.wait(0.2) is None:
+            if time.time() - told.stat().st_mtime > HANG_S + (
+                0 if told.stat().st_size else 60
+            ):  # the first one imports
+                os.killpg(child.pid, 9)
+        found = [Outcome(**json.loads(row)) for row in told.read_text().splitlines()]
+        outcomes += found
+        done += len(found)
+        if done < len(lines):  # the child ended within a line: it hung, or took the process with it
+            hangs.append(_shown(lines[done]))
+            done += 1
+    return outcomes, hangs
+
+
+def try_lines(words: list[str]) -> int:
+    """A child process: the lines of one file, and what becomes of each as a row of another."""
+    todo, told, folder = map(Path, words)
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    with open(told, "a", encoding="utf-8") as file:
+        for line in json.loads(todo.read_text()):
+            file.write(json.dumps(asdict(try_line(line))) + "\n")
+            file.flush()
+    return 0
+
+
+def try_line(line: Sequence[str]) -> Outcome:
+    """Try one command line in this process, in its working folder."""
+    name, words = line[0], list(line[1:])
+    said, begun, outside = io.StringIO(), time.monotonic(), []
+    code: int | str | None = None
+    with _nothing_loaded(outside), _watched_writes() as wrote, contextlib.redirect_stdout(said):
+        try:
+            with contextlib.redirect_stderr(said), mock.patch.object(sys, "argv", ["run_exp.py"]):
+                if name == "run_exp":
+                    code = run_exp.main([*words, "dry_run=true"])
+                else:
+                    code = command.main(name, [*words, "score_only=true"])
+        except SystemExit as error:
+            code = error.code or 0
+        except _Loaded:
+            code = "loads"
+        except BaseException:
+            said.write(traceback.format_exc())
+    text = said.getvalue()
+    failed = text if "Traceback" in text else ""
+    return Outcome(_shown(line), code, round(time.monotonic() - begun, 2), failed, wrote, outside)
+
+
+def _shown(line: Sequence[str]) -> str:
+    return ascii(shlex.join(line))
+
+
+class _Loaded(BaseException):
+    """Weights or data would be read now, or processes started."""
+
+
+@contextlib.contextmanager
+def _nothing_loaded(outside: list[str]) -> Iterator[None]:
+    """Let runs end before they load, and note the folder of each one that is not within its results_root."""
+    plain = run_exp.run
+
+    def stop(*_: Any) -> None:
+        raise _Loaded
+
+    def check(experiment: Any, settings: Sequence[str]) -> int:
+        root, path = (os.path.abspath(one) for one in (experiment.results_root, RunFolder.of(experiment).path))
+        if os.path.commonpath([root, path]) != root or any(names.size(part) > 255 for part in path.split("/")):
+            outside.append(path)
+        return plain(experiment, settings)
+
+    with contextlib.ExitStack() as patches:
+        for owner, name, stand_in in (
+            (run_exp, "run", check),
+            (run_exp, "prepare", stop),
+            (run_exp, "run_sweep", stop),
+            (distributed, "launch", stop),
+            (command, "_backend", stop),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, stand_in))
+        yield
+
+
+_WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
+_watching: list[list[str]] = []
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _watching or event not in ("open", *_WRITES):
+        return
+    path = arguments[0]
+    if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        return
+    if isinstance(path, str | bytes | os.PathLike) and not (event == "os.mkdir" and os.path.isdir(path)):
+        name = os.fsdecode(path)
+        if not name.startswith(("/dev/", "/proc/self/")) and "__pycache__" not in name:
+            _watching[-1].append(f"{event} {name}")
+
+
+@contextlib.contextmanager
+def _watched_writes() -> Iterator[list[str]]:
+    """What Python writes, by its audit events; a hook stays for good, so there is one."""
+    if not getattr(_hook, "is_set", False):
+        sys.addaudithook(_hook)
+        _hook.is_set = True
+    wrote: list[str] = []
+    _watching.append(wrote)
+    try:
+        yield wrote
+    finally:
+        _watching.remove(wrote)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
