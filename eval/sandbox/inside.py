@@ -9,11 +9,9 @@ the tests as plain numbers, texts and containers.
 import collections
 import contextlib
 import ctypes
-import errno
 import json
 import math
 import os
-import platform
 import resource
 import signal
 import struct
@@ -28,30 +26,24 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter(limits, work):
-    """Namespaces, limits, Landlock and seccomp, in this order; returns in the process that is to run the program.
+    """Namespaces, limits, Landlock and seccomp, in this order.
 
     Args:
-        limits: {"namespaces", "memory", "cpu_s", "file", "files", "processes", "open_files", "uid", "readable",
-            "granted"}: folders that a user of its own must be able to reach, and what of them may be opened.
+        limits: {"namespaces", "memory", "cpu_s", "file", "files", "threads", "open_files", "uid", "readable",
+            "granted", "filter"}: folders that a user of its own must be able to reach, what of them may be opened, and
+            the calls that are let through.
         work: an empty folder that becomes the one place to write to.
     """
-    root = os.geteuid() == 0
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory runs out, the kernel ends this process before the evaluation
     if limits["namespaces"]:
-        _leave_namespaces(root)
-        if child := os.fork():
-            # The first process of a namespace is gone only when all others in it are: who waits for this one knows.
-            signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
-            os.waitpid(child, 0)
-            os._exit(0)
+        _leave_namespaces(os.geteuid() == 0)
         _mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
         if limits["uid"] is not None:
             _open_private_folders([os.path.realpath(path) for path in limits["readable"]])
         os.makedirs(work, exist_ok=True)
         options = f"size={limits['files']},nr_inodes={limits['files'] // 4096},mode=0777".encode()
         _mount(b"tmpfs", work.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options)
-        _mount(b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
-    else:
-        _outlive_descendants()
     os.chdir(work)
     for kind, most in (
         (resource.RLIMIT_AS, limits["memory"]),
@@ -68,20 +60,22 @@ def enter(limits, work):
         os.setresuid(limits["uid"], limits["uid"], limits["uid"])
     else:
         _drop_capabilities()
-    _die_with_parent()  # again: changing the user has undone it
-    resource.setrlimit(resource.RLIMIT_NPROC, (limits["processes"], limits["processes"]))
+    _die_with_parent(limits["parent"])  # again: changing the user has undone it
+    resource.setrlimit(resource.RLIMIT_NPROC, (limits["threads"], limits["threads"]))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     _landlock([work], limits["granted"])
-    _seccomp()
+    _seccomp(bytes.fromhex(limits["filter"]))
 
 
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
-_CLONE = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000}
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
+_CLONE = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "net": 0x40000000}
 
 
-def _die_with_parent():
+def _die_with_parent(parent):
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+    if os.getppid() != parent:  # it died before it could be followed
+        os._exit(3)
 
 
 def _check(result, what):
@@ -111,7 +105,7 @@ def _open_private_folders(readable):
 
 
 def _leave_namespaces(root):
-    """New mounts, processes, network, queues and host name; without root by a user namespace, which has one user."""
+    """New mounts, network, queues and host name; without root by a user namespace, which has one user."""
     wanted = [name for name in _CLONE if name != "user" or not root]
     uid, gid = os.getuid(), os.getgid()
     _check(_libc.unshare(sum(_CLONE[name] for name in wanted)), "unshare")
@@ -119,39 +113,6 @@ def _leave_namespaces(root):
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-
-
-def _outlive_descendants():
-    """Where no process namespace is to be had: this process stays, gets every orphan, and ends them all at the end."""
-    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
-    child = os.fork()
-    if child == 0:
-        return
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
-    while True:
-        try:
-            ended, _ = os.waitpid(-1, 0)
-        except ChildProcessError:
-            os._exit(0)
-        if ended == child or not _alive(child):
-            break
-    while True:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            for one in file.read().split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(one), signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            os._exit(0)
-
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _drop_capabilities():
@@ -193,57 +154,9 @@ def _landlock(writable, readable):
     os.close(ruleset)
 
 
-# Calls that no answer to a programming task needs: sockets, other processes' memory, namespaces and mounts, kernel
-# facilities, memory that no limit counts, and what changes a file without opening it, which Landlock does not control.
-_REFUSED = {
-    "x86_64": {
-        *(41, 101, 155, 161, 165, 166, 246, 248, 250, 272, 298, 308, 310, 311, 321, 323, 425, 429, 430, 442),
-        *(29, 64, 68, 319, 447),  # shmget, semget, msgget, memfd_create, memfd_secret
-        *(76, 90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452, 463, 466),
-        *(141, 142, 144, 203, 251, 314),  # priority, scheduler, cores: of other processes of the user too
-    },
-    "aarch64": {
-        *(198, 117, 39, 40, 41, 51, 97, 104, 217, 219, 241, 268, 270, 271, 280, 282, 425, 429, 430, 442),
-        *(194, 190, 186, 279, 447),
-        *(45, 52, 53, 54, 55, 5, 6, 7, 14, 15, 16, 88, 452, 463, 466),
-        *(140, 118, 119, 122, 30, 274),
-    },
-}
-_CLONE_NUMBER = {"x86_64": 56, "aarch64": 220}
-_PRLIMIT_NUMBER = {"x86_64": 302, "aarch64": 261}
-_CLONE3_NUMBER = 435  # its flags lie in memory, where no filter sees them: the C library falls back to clone
-_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-
-
-def can_filter():
-    """Whether the calls of this architecture are known."""
-    return platform.machine() in _REFUSED
-
-
-def _seccomp():
-    if not can_filter():
-        return
-    machine = platform.machine()
-
-    def statement(code, k, yes=0, no=0):
-        return struct.pack("HBBI", code, yes, no, k)
-
-    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    number, architecture, first_argument = 0, 4, 16  # where they lie
-    allow, refuse, unknown = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
-    program = [statement(load, architecture), statement(equal, _ARCHITECTURE[machine], 1, 0), statement(answer, refuse)]
-    program += [statement(load, number), statement(at_least, 0x40000000, 0, 1), statement(answer, refuse)]
-    for one in sorted(_REFUSED[machine]):
-        program += [statement(equal, one, 0, 1), statement(answer, refuse)]
-    program += [statement(equal, _CLONE3_NUMBER, 0, 1), statement(answer, unknown)]
-    program += [statement(equal, _CLONE_NUMBER[machine], 0, 4), statement(load, first_argument)]
-    program += [statement(any_bit, sum(_CLONE.values()) | 0x2000000 | 0x80, 0, 1), statement(answer, refuse)]
-    program.append(statement(load, number))
-    program += [statement(equal, _PRLIMIT_NUMBER[machine], 0, 4), statement(load, first_argument)]
-    program += [statement(equal, 0, 1, 0), statement(answer, refuse), statement(load, number)]  # its own limits alone
-    program.append(statement(answer, allow))
-    code = ctypes.create_string_buffer(b"".join(program))
-    filter_ = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
+def _seccomp(program):
+    code = ctypes.create_string_buffer(program)
+    filter_ = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
     _check(_libc.prctl(_PR_SET_SECCOMP, 2, filter_, 0, 0), "seccomp")
 
 
@@ -392,10 +305,8 @@ def _first_line(error):
 
 def main():
     role, reading, writing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    _die_with_parent()
     order = json.loads(sys.stdin.buffer.read())
-    if os.getppid() != order["parent"]:  # it died before it could be followed
-        os._exit(3)
+    _die_with_parent(order["limits"]["parent"])
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
