@@ -9,6 +9,7 @@ the tests as plain numbers, texts and containers.
 import collections
 import contextlib
 import ctypes
+import importlib
 import json
 import math
 import os
@@ -167,8 +168,12 @@ class Unspeakable(Exception):
     """A value that is neither a number, a text nor a container of such."""
 
 
-def encode(value, depth=0):
-    """Plain values as JSON, by their exact type: a subclass may compare as it likes."""
+def encode(value, kept=None, depth=0):
+    """Plain values as JSON, by their exact type: a subclass may compare as it likes.
+
+    Args:
+        kept: a list for iterators, which are asked for their items one by one later.
+    """
     kind = type(value)
     if depth > 100:
         raise Unspeakable("too deep")
@@ -183,15 +188,29 @@ def encode(value, depth=0):
     if kind in (bytes, bytearray):
         return {kind.__name__: value.hex()}
     if kind in (list, tuple, set, frozenset):
-        return {kind.__name__: [encode(one, depth + 1) for one in value]}
+        return {kind.__name__: [encode(one, kept, depth + 1) for one in value]}
     if kind in (dict, collections.Counter, collections.defaultdict, collections.OrderedDict):  # equal where dicts are
-        return {"dict": [[encode(key, depth + 1), encode(one, depth + 1)] for key, one in dict.items(value)]}
+        return {
+            "dict": [[encode(key, kept, depth + 1), encode(one, kept, depth + 1)] for key, one in dict.items(value)]
+        }
+    if kind is range:
+        return {"range": [encode(one) for one in (value.start, value.stop, value.step)]}
+    if (kind.__module__, kind.__name__) == ("fractions", "Fraction"):
+        return {"Fraction": [encode(value.numerator), encode(value.denominator)]}
+    if (kind.__module__, kind.__name__) in (("decimal", "Decimal"), ("_pydecimal", "Decimal")):
+        return {"Decimal": str(value)}
+    if (kind.__module__, kind.__name__) in (("numpy", "longdouble"), ("numpy", "clongdouble")):
+        return {"longdouble": [value.dtype.str, value.tobytes().hex()]}  # its item() is itself
     if kind.__module__ == "numpy" and hasattr(kind, "item") and kind.__name__ != "ndarray":
-        return encode(kind.item(value), depth + 1)
+        return encode(kind.item(value), kept, depth + 1)
+    if kept is not None and hasattr(kind, "__next__"):
+        kept.append(value)
+        return {"iterator": len(kept) - 1}
     raise Unspeakable(f"{kind.__name__} cannot be told apart from a trick")
 
 
-def decode(told):
+def decode(told, follow=None):
+    """What `encode` was given; `follow` makes an iterator of its number."""
     if not isinstance(told, dict):
         return told
     ((kind, value),) = told.items()
@@ -203,9 +222,21 @@ def decode(told):
         return complex(*map(decode, value))
     if kind in ("bytes", "bytearray"):
         return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(value)
+    if kind == "range":
+        return range(*map(decode, value))
+    if kind == "Fraction":
+        return importlib.import_module("fractions").Fraction(*map(decode, value))
+    if kind == "Decimal":
+        return importlib.import_module("decimal").Decimal(value)
+    if kind == "longdouble":
+        return importlib.import_module("numpy").frombuffer(bytes.fromhex(value[1]), value[0])[0]
+    if kind == "iterator":
+        return follow(value)
     if kind == "dict":
-        return {decode(key): decode(one) for key, one in value}
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(decode, value))
+        return {decode(key, follow): decode(one, follow) for key, one in value}
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](
+        decode(one, follow) for one in value
+    )
 
 
 class Line:
@@ -242,10 +273,18 @@ def candidate(line):
     except BaseException as error:
         line.tell({"error": _told(error)})
         return
+    kept = []
     while True:
-        arguments, named = decode(line.hear())
+        asked = line.hear()
         try:
-            answer = {"value": encode(function(*arguments, **named))}
+            if "next" in asked:
+                value = next(kept[asked["next"]])
+            else:
+                arguments, named = decode(asked["call"])
+                value = function(*arguments, **named)
+            answer = {"value": encode(value, kept)}
+        except StopIteration:
+            answer = {"end": True}
         except BaseException as error:
             answer = {"error": _told(error)}
         line.tell(answer)
@@ -262,12 +301,22 @@ def checker(line, task):
         OSError: the candidate's process did not come up; there was no program yet.
     """
 
-    def ask(*arguments, **named):
-        line.tell(encode((arguments, named)))
+    def exchange(message):
+        line.tell(message)
         answer = line.hear()
         if "error" in answer:
             raise ProgramError(answer["error"])
-        return decode(answer["value"])
+        return answer
+
+    def ask(*arguments, **named):
+        answer = exchange({"call": encode((arguments, named))})
+        if "value" not in answer:
+            raise ProgramError("StopIteration: ")
+        return decode(answer["value"], follow)
+
+    def follow(number):
+        while "value" in (answer := exchange({"next": number})):
+            yield decode(answer["value"], follow)
 
     try:
         line.hear()  # said before there is a program
