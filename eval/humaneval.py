@@ -34,7 +34,7 @@ from flatlora.rows import Source, jsonl, prompt_text, read_rows
 from flatlora.templates import prompt
 
 KIND = "text"
-SCORER_VERSION = 2
+SCORER_VERSION = 3
 HEADLINE = "pass@1"
 ROW_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "text")
 GENERATES = True
@@ -283,7 +283,10 @@ def _program_sha256(task: sandbox.Task) -> str:
 
 def _outcomes(tasks: Sequence[sandbox.Task], limits: sandbox.Limits, path: Path) -> list[dict[str, Any]]:
     """{"passed", "error", "key"} of each task: from `path` where it holds them, else by running them."""
-    keys = [hashlib.sha256(json.dumps([*task, limits.seconds, limits.memory]).encode()).hexdigest() for task in tasks]
+    keys = [
+        hashlib.sha256(json.dumps([*task, limits.seconds, limits.memory, SCORER_VERSION]).encode()).hexdigest()
+        for task in tasks
+    ]
     rows = [row for row in predictions.appended_rows(path) if {"key", "passed", "error"} <= row.keys()]
     # A busy machine may have been why one was not in time: that is tried again.
     known = {row["key"]: row for row in rows if not str(row["error"]).startswith("no verdict")}

@@ -1,8 +1,11 @@
 """Programs that a model wrote, run behind walls: what they return is compared, whatever else they do stays inside.
 
 Each program gets a process of its own, without network, environment, capabilities or a place to write to but an empty
-one; its memory, time, files and processes are limited, and when its time is over all that it started is killed with it
-(`inside.py` has the walls and says why a program cannot reach the verdict). Linux alone.
+one; its memory, time, files and threads are limited. It makes the system calls of `calls.py` and no others: it starts
+no process, so that nothing is left when its own is killed, and it reaches no other process, queue or socket. It may
+open the standard library, NumPy, shared libraries of the system and time zones, nothing of /proc, /sys, /etc and home
+folders; that a file is there, its size and dates can be asked of any path that its user may reach. `inside.py` has the
+walls and says why a program cannot reach the verdict. Linux alone.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import platform
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -28,15 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.sandbox import inside
+from eval.sandbox import calls, inside
 from flatlora.config import ConfigError
 
 _INSIDE = Path(inside.__file__)
 _MIB = 1 << 20
-_FAREWELL_S = 3.0
 _LOOK_S = 0.1
 _BLOCK = 4096  # bytes that an empty file counts for: there is no end of those either
-_SCOPES_SIGNALS = 6  # the version of Landlock that keeps signals inside
 _FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
 
 
@@ -45,10 +45,10 @@ class Limits:
     """What one program may use."""
 
     seconds: float = 10.0  # by the clock, start and tests included
-    memory: int = 1024 * _MIB  # of address space, each process
+    memory: int = 1024 * _MIB  # of address space, in all: a program is one process; its tests have as much
     file: int = 16 * _MIB  # a file
     files: int = 64 * _MIB  # all of them; without namespaces looked at ten times a second
-    processes: int = 12  # and threads
+    threads: int = 12  # of the one process; one where nobody counts them: neither namespaces nor a user of its own
     open_files: int = 64
 
 
@@ -98,21 +98,19 @@ def walls() -> Walls:
     if sys.platform != "linux":
         faults.append("it is no Linux")
     else:
-        landlock, seccomp = inside.landlock_version(), inside.can_filter()
+        landlock, seccomp = inside.landlock_version(), calls.can_filter()
         if not landlock:
             faults.append("its kernel has no Landlock (5.13, and enabled), which keeps files from a program")
         for namespaces, own_user in ((True, True), (True, False), (False, True), (False, False)):
             if faults or not seccomp or (own_user and os.geteuid() != 0):
                 continue
-            if not (namespaces or own_user) and landlock < _SCOPES_SIGNALS:
-                continue  # a program could signal the user's other processes
             found = Walls(namespaces, landlock, seccomp, own_user)
             with contextlib.suppress(OSError):
                 if _run(_TRIAL, Limits(seconds=20.0), found).passed:
                     return found
         if not seccomp:
             faults.append(f"the system calls of {platform.machine()} are not known here")
-        faults = faults or ["neither namespaces, nor root, nor Landlock's version 6 are to be had"]
+        faults = faults or ["a program of ours did not run behind the walls that it has"]
     raise ConfigError(
         [
             f"Generated code cannot be run safely on this machine: {'; '.join(faults)}. Score the predictions on "
@@ -163,8 +161,10 @@ def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
         candidate = [calls_read, answers_write], works[0], {}
         checker = [answers_read, calls_write, verdict_write], works[1], {"task": task._asdict()}
         for role, (handles, work, more) in (("candidate", candidate), ("checker", checker)):
-            order = {"limits": _order(limits, held), "work": work, "parent": os.getpid(), **more}
-            processes.append(_start(role, handles, order, work))
+            processes.append(_start(role, handles, work))
+            threads = held.namespaces or held.own_user
+            own = {"parent": os.getpid(), "filter": calls.filter_program(processes[-1].pid, threads).hex()}
+            _send(processes[-1], {"limits": _order(limits, held) | own, "work": work, **more})
         while theirs:  # each is closed once: its number may be another thread's file a moment later
             os.close(theirs.pop())
         told = _hear(verdict_read, deadline, [] if held.namespaces else works, limits.files)
@@ -191,11 +191,11 @@ def _order(limits: Limits, held: Walls) -> dict[str, Any]:
         "cpu_s": int(limits.seconds) + 1,
         "file": limits.file,
         "files": limits.files,
-        "processes": limits.processes,
+        "threads": limits.threads,
         "open_files": limits.open_files,
         "uid": _FIRST_UID + (os.getpid() * 1000 + next(_uids)) % 100_000_000 if held.own_user else None,
         "readable": [sys.prefix, sys.base_prefix],
-        "granted": [*_granted(), *(["/proc"] if held.namespaces else [])],
+        "granted": _granted(),
     }
 
 
@@ -218,9 +218,9 @@ def _is_library(path: Path) -> bool:
     return not re.match(r"(site|dist)-packages$|python\d|pypy", path.name)
 
 
-def _start(role: str, handles: list[int], order: Mapping[str, Any], work: str) -> subprocess.Popen:
+def _start(role: str, handles: list[int], work: str) -> subprocess.Popen:
     """A process with nothing of this one's but the pipes."""
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-I", "-B", str(_INSIDE), role, *map(str, handles)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -230,6 +230,9 @@ def _start(role: str, handles: list[int], order: Mapping[str, Any], work: str) -
         pass_fds=handles,
         start_new_session=True,
     )
+
+
+def _send(process: subprocess.Popen, order: Mapping[str, Any]) -> None:
     with contextlib.suppress(BrokenPipeError):  # it has ended already: there will be no verdict
         process.stdin.write(json.dumps(order).encode())
         process.stdin.close()
@@ -282,12 +285,8 @@ def _remove(folder: str) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill what is left of a process and of all that it started; it does so itself, and is given the time for it."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_FAREWELL_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill a process, which has no others."""
+    process.kill()
     process.wait()
     if process.stdin:
         with contextlib.suppress(OSError):

@@ -9,11 +9,10 @@ the tests as plain numbers, texts and containers.
 import collections
 import contextlib
 import ctypes
-import errno
+import importlib
 import json
 import math
 import os
-import platform
 import resource
 import signal
 import struct
@@ -28,30 +27,24 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter(limits, work):
-    """Namespaces, limits, Landlock and seccomp, in this order; returns in the process that is to run the program.
+    """Namespaces, limits, Landlock and seccomp, in this order.
 
     Args:
-        limits: {"namespaces", "memory", "cpu_s", "file", "files", "processes", "open_files", "uid", "readable",
-            "granted"}: folders that a user of its own must be able to reach, and what of them may be opened.
+        limits: {"namespaces", "memory", "cpu_s", "file", "files", "threads", "open_files", "uid", "readable",
+            "granted", "filter"}: folders that a user of its own must be able to reach, what of them may be opened, and
+            the calls that are let through.
         work: an empty folder that becomes the one place to write to.
     """
-    root = os.geteuid() == 0
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory runs out, the kernel ends this process before the evaluation
     if limits["namespaces"]:
-        _leave_namespaces(root)
-        if child := os.fork():
-            # The first process of a namespace is gone only when all others in it are: who waits for this one knows.
-            signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
-            os.waitpid(child, 0)
-            os._exit(0)
+        _leave_namespaces(os.geteuid() == 0)
         _mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
         if limits["uid"] is not None:
             _open_private_folders([os.path.realpath(path) for path in limits["readable"]])
         os.makedirs(work, exist_ok=True)
         options = f"size={limits['files']},nr_inodes={limits['files'] // 4096},mode=0777".encode()
         _mount(b"tmpfs", work.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options)
-        _mount(b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
-    else:
-        _outlive_descendants()
     os.chdir(work)
     for kind, most in (
         (resource.RLIMIT_AS, limits["memory"]),
@@ -68,20 +61,22 @@ def enter(limits, work):
         os.setresuid(limits["uid"], limits["uid"], limits["uid"])
     else:
         _drop_capabilities()
-    _die_with_parent()  # again: changing the user has undone it
-    resource.setrlimit(resource.RLIMIT_NPROC, (limits["processes"], limits["processes"]))
+    _die_with_parent(limits["parent"])  # again: changing the user has undone it
+    resource.setrlimit(resource.RLIMIT_NPROC, (limits["threads"], limits["threads"]))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     _landlock([work], limits["granted"])
-    _seccomp()
+    _seccomp(bytes.fromhex(limits["filter"]))
 
 
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
-_CLONE = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000}
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
+_CLONE = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "net": 0x40000000}
 
 
-def _die_with_parent():
+def _die_with_parent(parent):
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+    if os.getppid() != parent:  # it died before it could be followed
+        os._exit(3)
 
 
 def _check(result, what):
@@ -111,7 +106,7 @@ def _open_private_folders(readable):
 
 
 def _leave_namespaces(root):
-    """New mounts, processes, network, queues and host name; without root by a user namespace, which has one user."""
+    """New mounts, network, queues and host name; without root by a user namespace, which has one user."""
     wanted = [name for name in _CLONE if name != "user" or not root]
     uid, gid = os.getuid(), os.getgid()
     _check(_libc.unshare(sum(_CLONE[name] for name in wanted)), "unshare")
@@ -119,39 +114,6 @@ def _leave_namespaces(root):
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-
-
-def _outlive_descendants():
-    """Where no process namespace is to be had: this process stays, gets every orphan, and ends them all at the end."""
-    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
-    child = os.fork()
-    if child == 0:
-        return
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
-    while True:
-        try:
-            ended, _ = os.waitpid(-1, 0)
-        except ChildProcessError:
-            os._exit(0)
-        if ended == child or not _alive(child):
-            break
-    while True:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            for one in file.read().split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(one), signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            os._exit(0)
-
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _drop_capabilities():
@@ -193,57 +155,9 @@ def _landlock(writable, readable):
     os.close(ruleset)
 
 
-# Calls that no answer to a programming task needs: sockets, other processes' memory, namespaces and mounts, kernel
-# facilities, memory that no limit counts, and what changes a file without opening it, which Landlock does not control.
-_REFUSED = {
-    "x86_64": {
-        *(41, 101, 155, 161, 165, 166, 246, 248, 250, 272, 298, 308, 310, 311, 321, 323, 425, 429, 430, 442),
-        *(29, 64, 68, 319, 447),  # shmget, semget, msgget, memfd_create, memfd_secret
-        *(76, 90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452, 463, 466),
-        *(141, 142, 144, 203, 251, 314),  # priority, scheduler, cores: of other processes of the user too
-    },
-    "aarch64": {
-        *(198, 117, 39, 40, 41, 51, 97, 104, 217, 219, 241, 268, 270, 271, 280, 282, 425, 429, 430, 442),
-        *(194, 190, 186, 279, 447),
-        *(45, 52, 53, 54, 55, 5, 6, 7, 14, 15, 16, 88, 452, 463, 466),
-        *(140, 118, 119, 122, 30, 274),
-    },
-}
-_CLONE_NUMBER = {"x86_64": 56, "aarch64": 220}
-_PRLIMIT_NUMBER = {"x86_64": 302, "aarch64": 261}
-_CLONE3_NUMBER = 435  # its flags lie in memory, where no filter sees them: the C library falls back to clone
-_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-
-
-def can_filter():
-    """Whether the calls of this architecture are known."""
-    return platform.machine() in _REFUSED
-
-
-def _seccomp():
-    if not can_filter():
-        return
-    machine = platform.machine()
-
-    def statement(code, k, yes=0, no=0):
-        return struct.pack("HBBI", code, yes, no, k)
-
-    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    number, architecture, first_argument = 0, 4, 16  # where they lie
-    allow, refuse, unknown = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
-    program = [statement(load, architecture), statement(equal, _ARCHITECTURE[machine], 1, 0), statement(answer, refuse)]
-    program += [statement(load, number), statement(at_least, 0x40000000, 0, 1), statement(answer, refuse)]
-    for one in sorted(_REFUSED[machine]):
-        program += [statement(equal, one, 0, 1), statement(answer, refuse)]
-    program += [statement(equal, _CLONE3_NUMBER, 0, 1), statement(answer, unknown)]
-    program += [statement(equal, _CLONE_NUMBER[machine], 0, 4), statement(load, first_argument)]
-    program += [statement(any_bit, sum(_CLONE.values()) | 0x2000000 | 0x80, 0, 1), statement(answer, refuse)]
-    program.append(statement(load, number))
-    program += [statement(equal, _PRLIMIT_NUMBER[machine], 0, 4), statement(load, first_argument)]
-    program += [statement(equal, 0, 1, 0), statement(answer, refuse), statement(load, number)]  # its own limits alone
-    program.append(statement(answer, allow))
-    code = ctypes.create_string_buffer(b"".join(program))
-    filter_ = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
+def _seccomp(program):
+    code = ctypes.create_string_buffer(program)
+    filter_ = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
     _check(_libc.prctl(_PR_SET_SECCOMP, 2, filter_, 0, 0), "seccomp")
 
 
@@ -254,8 +168,12 @@ class Unspeakable(Exception):
     """A value that is neither a number, a text nor a container of such."""
 
 
-def encode(value, depth=0):
-    """Plain values as JSON, by their exact type: a subclass may compare as it likes."""
+def encode(value, kept=None, depth=0):
+    """Plain values as JSON, by their exact type: a subclass may compare as it likes.
+
+    Args:
+        kept: a list for iterators, which are asked for their items one by one later.
+    """
     kind = type(value)
     if depth > 100:
         raise Unspeakable("too deep")
@@ -270,15 +188,29 @@ def encode(value, depth=0):
     if kind in (bytes, bytearray):
         return {kind.__name__: value.hex()}
     if kind in (list, tuple, set, frozenset):
-        return {kind.__name__: [encode(one, depth + 1) for one in value]}
+        return {kind.__name__: [encode(one, kept, depth + 1) for one in value]}
     if kind in (dict, collections.Counter, collections.defaultdict, collections.OrderedDict):  # equal where dicts are
-        return {"dict": [[encode(key, depth + 1), encode(one, depth + 1)] for key, one in dict.items(value)]}
+        return {
+            "dict": [[encode(key, kept, depth + 1), encode(one, kept, depth + 1)] for key, one in dict.items(value)]
+        }
+    if kind is range:
+        return {"range": [encode(one) for one in (value.start, value.stop, value.step)]}
+    if (kind.__module__, kind.__name__) == ("fractions", "Fraction"):
+        return {"Fraction": [encode(value.numerator), encode(value.denominator)]}
+    if (kind.__module__, kind.__name__) in (("decimal", "Decimal"), ("_pydecimal", "Decimal")):
+        return {"Decimal": str(value)}
+    if (kind.__module__, kind.__name__) in (("numpy", "longdouble"), ("numpy", "clongdouble")):
+        return {"longdouble": [value.dtype.str, value.tobytes().hex()]}  # its item() is itself
     if kind.__module__ == "numpy" and hasattr(kind, "item") and kind.__name__ != "ndarray":
-        return encode(kind.item(value), depth + 1)
+        return encode(kind.item(value), kept, depth + 1)
+    if kept is not None and hasattr(kind, "__next__"):
+        kept.append(value)
+        return {"iterator": len(kept) - 1}
     raise Unspeakable(f"{kind.__name__} cannot be told apart from a trick")
 
 
-def decode(told):
+def decode(told, follow=None):
+    """What `encode` was given; `follow` makes an iterator of its number."""
     if not isinstance(told, dict):
         return told
     ((kind, value),) = told.items()
@@ -290,9 +222,21 @@ def decode(told):
         return complex(*map(decode, value))
     if kind in ("bytes", "bytearray"):
         return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(value)
+    if kind == "range":
+        return range(*map(decode, value))
+    if kind == "Fraction":
+        return importlib.import_module("fractions").Fraction(*map(decode, value))
+    if kind == "Decimal":
+        return importlib.import_module("decimal").Decimal(value)
+    if kind == "longdouble":
+        return importlib.import_module("numpy").frombuffer(bytes.fromhex(value[1]), value[0])[0]
+    if kind == "iterator":
+        return follow(value)
     if kind == "dict":
-        return {decode(key): decode(one) for key, one in value}
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(decode, value))
+        return {decode(key, follow): decode(one, follow) for key, one in value}
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](
+        decode(one, follow) for one in value
+    )
 
 
 class Line:
@@ -329,10 +273,18 @@ def candidate(line):
     except BaseException as error:
         line.tell({"error": _told(error)})
         return
+    kept = []
     while True:
-        arguments, named = decode(line.hear())
+        asked = line.hear()
         try:
-            answer = {"value": encode(function(*arguments, **named))}
+            if "next" in asked:
+                value = next(kept[asked["next"]])
+            else:
+                arguments, named = decode(asked["call"])
+                value = function(*arguments, **named)
+            answer = {"value": encode(value, kept)}
+        except StopIteration:
+            answer = {"end": True}
         except BaseException as error:
             answer = {"error": _told(error)}
         line.tell(answer)
@@ -349,12 +301,22 @@ def checker(line, task):
         OSError: the candidate's process did not come up; there was no program yet.
     """
 
-    def ask(*arguments, **named):
-        line.tell(encode((arguments, named)))
+    def exchange(message):
+        line.tell(message)
         answer = line.hear()
         if "error" in answer:
             raise ProgramError(answer["error"])
-        return decode(answer["value"])
+        return answer
+
+    def ask(*arguments, **named):
+        answer = exchange({"call": encode((arguments, named))})
+        if "value" not in answer:
+            raise ProgramError("StopIteration: ")
+        return decode(answer["value"], follow)
+
+    def follow(number):
+        while "value" in (answer := exchange({"next": number})):
+            yield decode(answer["value"], follow)
 
     try:
         line.hear()  # said before there is a program
@@ -392,10 +354,8 @@ def _first_line(error):
 
 def main():
     role, reading, writing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    _die_with_parent()
     order = json.loads(sys.stdin.buffer.read())
-    if os.getppid() != order["parent"]:  # it died before it could be followed
-        os._exit(3)
+    _die_with_parent(order["limits"]["parent"])
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
