@@ -27,6 +27,7 @@ def url_fault(key: str, url: str) -> str | None:
         parts = httpx.URL(url)
         port = 80 if parts.port is None else parts.port
         fits = parts.scheme in ("http", "https") and bool(parts.host) and 0 < port < 1 << 16 and " " not in url
+        fits &= "%" not in parts.host or ":" in parts.host  # what no name has, escaped; of IPv6 the zone
     except (httpx.InvalidURL, ValueError):  # of the host: a label of IDNA that is none
         fits = False
     if not fits:

@@ -180,7 +180,7 @@ def test_rotate_keeps_the_newest(tmp_path):
 def test_a_rotation_that_dies_half_way_leaves_nothing_that_counts(tmp_path, monkeypatch):
     folders = [make(tmp_path, step) for step in (1, 2)]
 
-    def die(folder):
+    def die(folder, **how):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", die)

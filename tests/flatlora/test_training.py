@@ -546,7 +546,7 @@ def test_a_sequence_to_sequence_model_averages_over_micro_batches(tiny_model_fol
 
 
 def test_a_diverging_run_fails_with_its_reason(tiny_settings, capsys):
-    assert run_exp.main([*tiny_settings, "optim.lr=1e30", "optim.max_grad_norm=0"]) == 1
+    assert run_exp.main([*tiny_settings, "optim.lr=1000", "optim.weight_decay=1000", "optim.max_grad_norm=0"]) == 1
     record = json.loads((run_folder(tiny_settings) / "run.json").read_text())
     assert record["status"] == "failed"
     assert "diverged" in record["error"]
@@ -592,7 +592,7 @@ def test_sweep_runs_every_job_in_its_own_folder(tiny_settings):
 
 
 def test_a_job_that_fails_does_not_end_the_sweep(tiny_settings):
-    sweep = fork(["-m", *tiny_settings, "optim.lr=1e30,0.01", "optim.max_grad_norm=0"])
+    sweep = fork(["-m", *tiny_settings, "optim.lr=1000,1e-6", "optim.weight_decay=1000", "optim.max_grad_norm=0"])
     assert sweep.wait(240) == 1
     told = sweep.log.read_text()
     assert "Traceback" not in told
