@@ -4,9 +4,9 @@ Each program gets a process of its own, without network, environment or capabili
 threads are limited. It makes the system calls of `calls.py` and no others: it starts no process, so that nothing is
 left when its own is killed, and it reaches no other process, queue or socket. It may write to a file system of its own
 in memory, of a fixed size; where there are no namespaces, which that takes, it may write nowhere. It may open the
-standard library, NumPy, shared libraries and time zones, nothing else of /usr, /proc, /sys, /etc and home folders;
-that a file is there, its size and dates can be asked of any path that its user may reach. `inside.py` has the walls and
-says why a program cannot reach the verdict. Linux alone.
+standard library, NumPy, shared libraries and their index, time zones, /dev/null, /dev/zero and /dev/urandom, nothing
+else of /usr, /proc, /sys, /etc, /dev and home folders; that a file is there, its size and dates can be asked of any
+path that its user may reach. `inside.py` has the walls and says why a program cannot reach the verdict. Linux alone.
 
 What a program and its tests compute is measured in CPU time (`clock.py`), so that other programs do not decide whether
 one is in time. A time-out while others wanted the same cores is repeated alone, and so is a program that something else
