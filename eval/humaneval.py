@@ -68,7 +68,7 @@ class Config(Section):
     k: list[int] = setting([1], remedy="pass@k of each; k=[1,5]")
     seed: int = setting(42, ge=0, le=2**32 - 1, remedy="use a whole number from 0 to 4294967295")
     max_new_tokens: int = setting(512, ge=1, le=MOST_TOKENS, remedy="512 is usual")
-    time_limit: float = setting(10.0, gt=0, le=86_400, remedy="seconds for one program and its tests")
+    time_limit: float = setting(10.0, gt=0, le=86_400, remedy="seconds of CPU time for one program and its tests")
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks all 164 problems")
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 

@@ -1,11 +1,16 @@
 """Programs that a model wrote, run behind walls: what they return is compared, whatever else they do stays inside.
 
-Each program gets a process of its own, without network, environment, capabilities or a place to write to but an empty
-one; its memory, time, files and threads are limited. It makes the system calls of `calls.py` and no others: it starts
-no process, so that nothing is left when its own is killed, and it reaches no other process, queue or socket. It may
-open the standard library, NumPy, shared libraries of the system and time zones, nothing of /proc, /sys, /etc and home
-folders; that a file is there, its size and dates can be asked of any path that its user may reach. `inside.py` has the
-walls and says why a program cannot reach the verdict. Linux alone.
+Each program gets a process of its own, without network, environment or capabilities; its memory, time, files and
+threads are limited. It makes the system calls of `calls.py` and no others: it starts no process, so that nothing is
+left when its own is killed, and it reaches no other process, queue or socket. It may write to a file system of its own
+in memory, of a fixed size; where there are no namespaces, which that takes, it may write nowhere. It may open the
+standard library, NumPy, shared libraries and their index, time zones, /dev/null, /dev/zero and /dev/urandom, nothing
+else of /usr, /proc, /sys, /etc, /dev and home folders; that a file is there, its size and dates can be asked of any
+path that its user may reach. `inside.py` has the walls and says why a program cannot reach the verdict. Linux alone.
+
+What a program and its tests compute is measured in CPU time (`clock.py`), so that other programs do not decide whether
+one is in time. A time-out while others wanted the same cores is repeated alone, and so is a program that something else
+killed, such as a kernel without memory.
 """
 
 from __future__ import annotations
@@ -18,12 +23,12 @@ import os
 import platform
 import re
 import select
-import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,12 +36,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval.sandbox import calls, inside
+from eval.sandbox.clock import Clock
 from flatlora.config import ConfigError
 
 _INSIDE = Path(inside.__file__)
 _MIB = 1 << 20
 _LOOK_S = 0.1
-_BLOCK = 4096  # bytes that an empty file counts for: there is no end of those either
+_CROWDED = 0.1  # of the limit, spent waiting for a core: others may be why a program was late
+_NO_FOLDER = "there is no folder to write to: this machine has no namespaces"
 _FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
 
 
@@ -44,10 +51,10 @@ _FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
 class Limits:
     """What one program may use."""
 
-    seconds: float = 10.0  # by the clock, start and tests included
+    seconds: float = 10.0  # of CPU time, start and tests included; asleep it may be as long again
     memory: int = 1024 * _MIB  # of address space, in all: a program is one process; its tests have as much
     file: int = 16 * _MIB  # a file
-    files: int = 64 * _MIB  # all of them; without namespaces looked at ten times a second
+    files: int = 64 * _MIB  # all of them, removed ones that are still open included; none without namespaces
     threads: int = 12  # of the one process; one where nobody counts them: neither namespaces nor a user of its own
     open_files: int = 64
 
@@ -147,17 +154,75 @@ def run_all(tasks: list[Task], limits: Limits | None = None, workers: int | None
 _uids = itertools.count()
 
 
+class _Room:
+    """Programs run side by side, or one alone."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._running = 0
+        self._closed = False
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._change:
+            self._change.wait_for(lambda: not self._closed)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._running -= 1
+                self._change.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._change:
+            self._change.wait_for(lambda: not self._closed)
+            self._closed = True
+            self._change.wait_for(lambda: not self._running)
+        try:
+            yield
+        finally:
+            with self._change:
+                self._closed = False
+                self._change.notify_all()
+
+
+_room = _Room()
+
+
+class _KilledEarly(OSError):
+    """A process was killed before there was a program in it."""
+
+
 def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
-    deadline = time.monotonic() + limits.seconds
+    try:
+        with _room.shared():
+            outcome, disturbed = _attempt(task, limits, held)
+    except _KilledEarly:
+        disturbed = True
+    if disturbed:
+        with _room.alone():
+            outcome, _ = _attempt(task, limits, held)
+    return outcome
+
+
+def _attempt(task: Task, limits: Limits, held: Walls) -> tuple[Outcome, bool]:
+    """(The outcome, whether something other than the program may be why it failed).
+
+    Raises:
+        OSError: as `run`; `_KilledEarly` where another attempt may fare better.
+    """
     works = [tempfile.mkdtemp(prefix="flatlora-sandbox-") for _ in range(2)]
     (calls_read, calls_write), (answers_read, answers_write), (verdict_read, verdict_write) = (
         os.pipe() for _ in range(3)
     )
     theirs = [calls_read, calls_write, answers_read, answers_write, verdict_write]
     processes: list[subprocess.Popen] = []
+    killed = False
     try:
         for work in works:
-            os.chmod(work, 0o777)
+            os.chmod(work, 0o755)
         candidate = [calls_read, answers_write], works[0], {}
         checker = [answers_read, calls_write, verdict_write], works[1], {"task": task._asdict()}
         for role, (handles, work, more) in (("candidate", candidate), ("checker", checker)):
@@ -167,28 +232,53 @@ def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
             _send(processes[-1], {"limits": _order(limits, held) | own, "work": work, **more})
         while theirs:  # each is closed once: its number may be another thread's file a moment later
             os.close(theirs.pop())
-        told = _hear(verdict_read, deadline, [] if held.namespaces else works, limits.files)
+        clock = Clock([process.pid for process in processes])
+        told = _hear(verdict_read, clock, limits.seconds)
+        clock.look()
+        if told is not None and not told.get("passed"):
+            killed = _was_killed(processes)
     finally:
         for process in processes:
             _end(process)
         for handle in [*theirs, verdict_read]:
             os.close(handle)
         for work in works:
-            _remove(work)
+            os.rmdir(work)  # what is written is written to a file system that nobody else sees, or not at all
+    crowded = clock.waited is None or clock.waited > _CROWDED * limits.seconds
+    if clock.cpu > limits.seconds:
+        return Outcome(False, f"no verdict within {limits.seconds:g} s of CPU time"), crowded
     if told is None:
-        return Outcome(False, f"no verdict within {limits.seconds:g} s")
+        return Outcome(False, f"no verdict within {limits.seconds:g} s asleep"), crowded
     if not told:
-        return Outcome(False, "the tests ended without a verdict")
+        return Outcome(False, "the tests ended without a verdict"), killed
     if told.get("sandbox") is False:
-        raise OSError(f"no sandbox: {told['error']}")
-    return Outcome(told["passed"] is True, told["error"])
+        raise (_KilledEarly if killed else OSError)(f"no sandbox: {told['error']}")
+    error = told["error"]
+    if not held.namespaces and re.match(r"PermissionError: \[Errno 13\]|FileNotFoundError: .* temporary", error):
+        error = f"{error} ({_NO_FOLDER})"
+    return Outcome(told["passed"] is True, error), killed
+
+
+def _was_killed(processes: list[subprocess.Popen]) -> bool:
+    """Whether one of them was, by somebody else or by itself; one that is ending is waited for, briefly."""
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_LOOK_S if _is_ending(process.pid) else 0)
+    return any(process.returncode == -signal.SIGKILL for process in processes)
+
+
+def _is_ending(pid: int) -> bool:
+    try:
+        return not os.listdir(f"/proc/{pid}/fd")  # closed before the parent hears of the end
+    except OSError:
+        return True
 
 
 def _order(limits: Limits, held: Walls) -> dict[str, Any]:
     return {
         "namespaces": held.namespaces,
         "memory": limits.memory,
-        "cpu_s": int(limits.seconds) + 1,
+        "cpu_s": int(limits.seconds) + 1,  # of each process, should this one be too late to end it
         "file": limits.file,
         "files": limits.files,
         "threads": limits.threads,
@@ -203,19 +293,17 @@ def _order(limits: Limits, held: Walls) -> dict[str, Any]:
 def _granted() -> list[str]:
     """What a program may open: the standard library, NumPy, and the shared libraries behind them.
 
-    No other package: HumanEval's own holds the solutions.
+    No other package: HumanEval's own holds the solutions. Of /usr/lib and the like nothing but shared libraries.
     """
     paths = sysconfig.get_paths()
-    installed = [Path(paths[key]) / name for key in ("purelib", "platlib") for name in ("numpy", "numpy.libs")]
-    folders = [Path(paths["stdlib"]), Path(paths["platstdlib"]), Path(sys.base_prefix) / "lib", Path("/lib64")]
-    folders += [Path("/usr/lib64"), *Path("/usr/lib").glob("*-linux-gnu")]
-    standard = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if _is_library(path)]
-    found = [*installed, *standard, Path("/etc/ld.so.cache"), Path("/usr/share/zoneinfo")]
+    found = [Path(paths[key]) / name for key in ("purelib", "platlib") for name in ("numpy", "numpy.libs")]
+    for folder in {Path(paths["stdlib"]), Path(paths["platstdlib"])}:
+        found += [path for path in folder.iterdir() if not re.match(r"(site|dist)-packages$", path.name)]
+    lib = Path("/usr/lib")
+    for folder in [Path(sys.base_prefix) / "lib", lib, Path("/lib64"), Path("/usr/lib64"), *lib.glob("*-linux-gnu")]:
+        found += [path for path in folder.glob("*.so*") if path.is_file()]
+    found += [Path("/etc/ld.so.cache"), Path("/usr/share/zoneinfo")]
     return sorted({str(path.resolve()) for path in found if path.exists()})
-
-
-def _is_library(path: Path) -> bool:
-    return not re.match(r"(site|dist)-packages$|python\d|pypy", path.name)
 
 
 def _start(role: str, handles: list[int], work: str) -> subprocess.Popen:
@@ -239,49 +327,18 @@ def _send(process: subprocess.Popen, order: Mapping[str, Any]) -> None:
     return process
 
 
-def _hear(handle: int, deadline: float, works: list[str], files: int) -> dict[str, Any] | None:
-    """The verdict; {} when the checker ended without one, None at the deadline.
-
-    Args:
-        works: folders to be watched, which may hold so many bytes in `files`.
-    """
+def _hear(handle: int, clock: Clock, seconds: float) -> dict[str, Any] | None:
+    """The verdict; {} when the checker ended without one, None when it is out of time, awake or asleep."""
     data = b""
-    while (left := deadline - time.monotonic()) > 0:
-        if not select.select([handle], [], [], min(left, _LOOK_S) if works else left)[0]:
-            if any(_is_larger(work, files) for work in works):
-                return {"passed": False, "error": f"more than {files // _MIB} MiB of files"}
+    while max(clock.cpu, clock.asleep) <= seconds:
+        if not select.select([handle], [], [], min(_LOOK_S, seconds))[0]:
+            clock.look()
             continue
         part = os.read(handle, 65536)
         if not part:
             return json.loads(data) if data else {}
         data += part
     return None
-
-
-def _is_larger(folder: str, most: int) -> bool:
-    found, left = 0, [folder]
-    while left and found <= most:
-        try:
-            with os.scandir(left.pop()) as entries:
-                for entry in entries:
-                    found += max(_BLOCK, entry.stat(follow_symlinks=False).st_blocks * 512)
-                    if entry.is_dir(follow_symlinks=False):
-                        left.append(entry.path)
-                    if found > most:
-                        break
-        except FileNotFoundError:
-            continue  # gone meanwhile
-        except OSError:  # a path that is too long, or closed: no program needs such
-            return True
-    return found > most
-
-
-def _remove(folder: str) -> None:
-    """Also one that is nested deeper than Python recurses."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except RecursionError:
-        subprocess.run(["/bin/rm", "-rf", "--", folder], check=False, stderr=subprocess.DEVNULL)
 
 
 def _end(process: subprocess.Popen) -> None:

