@@ -18,12 +18,15 @@ _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 # How a line may begin that a run begins at; prose mostly does not.
 _BEGINNING = re.compile(r"\s*(?:(?:from|import|async|def|class|try|if)\b|@|[A-Za-z_][\w.,\s\[\]]*(?::[^=]*)?=)")
 _UNCLOSED = re.compile("never closed|too many nested")
+_TAGS = "think|thinking|thought|reasoning"  # as models mark their thinking; Magistral in brackets
+_DRAFT = re.compile(rf"<(?:{_TAGS})>|\[THINK\]", re.IGNORECASE)
+_DRAFT_END = re.compile(rf"</(?:{_TAGS})>|\[/THINK\]", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*$", re.MULTILINE)
 
 
 def without_draft(text: str) -> str:
-    """What follows the last </think>; of a draft that never ends, what stands before it."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    """What follows the last thinking part; of one that never ends, what stands before it."""
+    return _DRAFT.split(_DRAFT_END.split(text)[-1])[0]
 
 
 def blocks(text: str) -> list[str]:
@@ -84,8 +87,11 @@ def _rank(run: Sequence[_Statement], name: str) -> tuple[bool, int]:
 
 
 def _is_stub(node: ast.stmt) -> bool:
+    """Whether a function has nothing but a docstring and what stands for a body that is still to be written."""
     return isinstance(node, _FUNCTION) and all(
-        isinstance(one, ast.Pass) or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+        isinstance(one, ast.Pass)
+        or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+        or (isinstance(one, ast.Raise) and one.exc is not None and "NotImplementedError" in ast.dump(one.exc))
         for one in node.body
     )
 
@@ -186,6 +192,15 @@ def _statement(node: ast.stmt, lines: Sequence[str]) -> _Statement:
     return _Statement(node, text, *_names(node))
 
 
+def _changed_by(called: ast.expr) -> set[str]:
+    """Names whose values the call of a method, as a statement, may change; "*" of a change that all depends on."""
+    if not (isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name)):
+        return set()
+    if called.value.id == "sys":  # sys.exit() is for the program alone
+        return {"*"} if called.attr == "setrecursionlimit" else set()
+    return {called.value.id}
+
+
 def _names(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
     """(names that a statement binds or changes, names of the module that it or a function in it reads)."""
     try:
@@ -198,6 +213,8 @@ def _names(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
     for part in ast.walk(node):  # table[0] = 1, point.x = 2
         if isinstance(part, ast.Subscript | ast.Attribute) and isinstance(part.ctx, ast.Store):
             binds |= {one.id for one in ast.walk(part.value) if isinstance(one, ast.Name)}
+        if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
+            binds |= _changed_by(part.value.func)
     reads, tables = set(), [module]
     while tables:
         table = tables.pop()

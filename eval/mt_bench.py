@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval import predictions
+from eval.answers import without_draft
 from eval.backends import Completion, Generator, Sampling, wire
 from eval.backends.openai import Endpoint, OpenAIBackend
 from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_TOKENS, ConfigError, Section, setting
@@ -97,10 +98,9 @@ class Config(Section):
 # An index, as in x[[0]], is no rating; nor is a link, as in [1](address).
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _RATINGS = (
-    re.compile(rf"(?:(?<=rating)|(?<![\w\])]))\[\[{_NUMBER}\]\]", re.IGNORECASE),
-    re.compile(rf"(?:(?<=rating)|(?<![\w\])[]))\[{_NUMBER}\](?![\](])", re.IGNORECASE),
+    re.compile(rf"(?:(?<=rating)|(?<![A-Za-z0-9\])]))\[\[{_NUMBER}\]\]", re.IGNORECASE),
+    re.compile(rf"(?:(?<=rating)|(?<![A-Za-z0-9\])[]))\[{_NUMBER}\](?![\](])", re.IGNORECASE),
 )
-_THINKING = r"think|thinking|thought|reasoning"
 
 
 def parse_rating(reply: str) -> float | None:
@@ -108,9 +108,7 @@ def parse_rating(reply: str) -> float | None:
 
     The verdict is what follows a thinking part; one that does not end has none.
     """
-    verdict = re.split(rf"</(?:{_THINKING})>", reply, flags=re.IGNORECASE)[-1]
-    if re.match(rf"\s*<(?:{_THINKING})>", verdict, re.IGNORECASE):
-        return None
+    verdict = without_draft(reply).replace("\\[", "[").replace("\\]", "]")  # as Markdown escapes them
     for pattern in _RATINGS:
         if found := pattern.findall(verdict):
             rating = float(found[-1])

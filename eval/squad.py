@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import predictions
+from eval.answers import without_draft
 from eval.backends import Generator, Sampling
 from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_TOKENS, ConfigError, Section, setting
 from flatlora.rows import Source, read_rows
@@ -24,7 +25,7 @@ from flatlora.templates import prompt
 KIND = "text"
 GENERATES = True
 OWN_ROWS = False
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 HEADLINE = "f1"
 ROW_COLUMNS = {"x": "text", "y": "text", "answers": "any"}
 FIELDS: predictions.Fields = {**predictions.GENERATED, "answers": list}
@@ -37,8 +38,8 @@ class Config(Section):
 
 
 def parse_answer(text: str) -> str:
-    """The first line that says something; "" when there is none."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+    """The first line that says something, after a thinking part; "" when there is none."""
+    return next((line.strip() for line in without_draft(text).splitlines() if line.strip()), "")
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

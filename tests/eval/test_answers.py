@@ -30,6 +30,8 @@ SAID = {
     "an example that asks": f"```python\n{TWICE}{EXAMPLE}\n```",
     "a longer test": f"```\n{TWICE}```\n```\nfrom solution import twice\n\ndef test():\n    a = 1\n    assert a\n```",
     "a stub first": f"Given\n```\ndef twice(xs):\n    '''a\n    b\n    c'''\n    pass\n```\nI write\n```\n{TWICE}```",
+    "a stub that raises": "```\ndef twice(xs):\n    '''a\n    b\n    c'''\n    raise NotImplementedError()\n```\n"
+    + f"```\n{TWICE}```",
     "a fence in the docstring": f"```python\n{DOCTEST}```",
     "prose around": f"The function is:\n\n{TWICE}\nIt doubles the list, doesn't it?",
     "prose that is Python": f"Answer\n{TWICE}Note: works\nDone",
@@ -48,6 +50,11 @@ SAID = {
     "a lambda": "twice = lambda xs: xs * 2\n",
     "a decorator": f"def same(f):\n    return f\n\n@same\n{TWICE}",
     "a table": "T = {}\nfor i in (1, 2):\n    T[i] = i\n\ndef twice(xs):\n    return xs * T[2]\n",
+    "a table that is filled": "T = {}\nT.update(k=2)\n\ndef twice(xs):\n    return xs * T['k']\n",
+    "a list that is filled": "P = []\nfor i in range(3):\n    P.append(i)\n\ndef twice(xs):\n    return xs * P[2]\n",
+    "a deep recursion": "import sys\nsys.setrecursionlimit(10**5)\n\ndef down(n):\n    return n and 1 + down(n - 1)\n\n"
+    "def twice(xs):\n    return xs * (down(3000) - 2998)\n",
+    "an end of its own": f"import sys\n{TWICE.replace('xs * 2', 'xs * 2 if sys else 0')}\nsys.exit(0)\n",
     "a main part": f"{TWICE}\nif __name__ == '__main__':\n    raise SystemExit\n",
 }
 
@@ -98,6 +105,9 @@ def test_a_body_alone_goes_on_with_its_head(text, body):
         ("a<think>b</think>c", "c"),
         ("b</think>c", "c"),
         ("a<think>b", "a"),
+        ("<thinking>b</thinking>c", "c"),
+        ("<Reasoning>b", ""),
+        ("[THINK]b[/THINK]c", "c"),
         ("a", "a"),
         ("<think>a</think><think>b", ""),
     ],

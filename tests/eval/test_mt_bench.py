@@ -143,6 +143,9 @@ def test_greedy_takes_no_temperature(tmp_path, bench, judge):
         ("Perhaps [[2]].</think>\nRating: [[8]]", 8.0),
         ("<think>Perhaps [[2]].</think>\nI cannot say.", None),
         ("<think>Perhaps [[2]], but", None),  # cut off
+        ("我的评分是[[8]]", 8.0),
+        ("Rating: _[[8]]_", 8.0),
+        (r"Rating: \[\[8\]\]", 8.0),
         ("Rating: [[7]]. No: Rating: [[12]]", None),
         ("Rating[[7]]", 7.0),
         ("x[[2]] is no rating", None),
