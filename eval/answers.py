@@ -17,6 +17,7 @@ _UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)  # as Pytho
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 # How a line may begin that a run begins at; prose mostly does not.
 _BEGINNING = re.compile(r"\s*(?:(?:from|import|async|def|class|try|if)\b|@|[A-Za-z_][\w.,\s\[\]]*(?::[^=]*)?=)")
+_NOT_WRITTEN = re.compile(r"raise NotImplementedError\b")
 _UNCLOSED = re.compile("never closed|too many nested")
 _TAGS = "think|thinking|thought|reasoning"  # as models mark their thinking; Magistral in brackets
 _DRAFT = re.compile(rf"<(?:{_TAGS})>|\[THINK\]", re.IGNORECASE)
@@ -91,7 +92,7 @@ def _is_stub(node: ast.stmt) -> bool:
     return isinstance(node, _FUNCTION) and all(
         isinstance(one, ast.Pass)
         or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
-        or (isinstance(one, ast.Raise) and one.exc is not None and "NotImplementedError" in ast.dump(one.exc))
+        or (isinstance(one, ast.Raise) and _NOT_WRITTEN.match(ast.unparse(one)))
         for one in node.body
     )
 

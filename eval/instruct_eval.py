@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -254,14 +253,11 @@ def run(
         found += read_jsonl(path)
     if on_progress:
         on_progress(len(names), len(names), [])
-    path = folder / "predictions.jsonl"
-    content = jsonl({"index": index, **row} for index, row in enumerate(found)).encode()
-    write_json(folder / "generation.json", settings | {SEAL: hashlib.sha256(content).hexdigest()})
-    write_atomic(path, content)
+    answers = predictions.write_sealed(folder, ({"index": index, **row} for index, row in enumerate(found)), settings)
     if "humaneval" in config.tasks:
         asked = humaneval.benchmark_rows(_root(rows))
         humaneval.run(backend, asked, folder / "humaneval", config.humaneval(), on_progress=on_progress)
-    return score_file(path, config)
+    return score_file(answers, config)
 
 
 def _is_answered(path: Path, task: str, data_root: str | None) -> bool:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +204,17 @@ def collect(
                 file.write(jsonl(_checked(row, made_by) for row in rows))
         if on_progress:
             on_progress(len(done), len(asked), [done[index] for index in batch])
-    content = jsonl(done[index] for index in range(len(asked))).encode()
-    write_json(folder / "generation.json", settings | {SEAL: hashlib.sha256(content).hexdigest()})
-    write_atomic(path, content)
+    write_sealed(folder, (done[index] for index in range(len(asked))), settings)
     partial.unlink(missing_ok=True)
+    return path
+
+
+def write_sealed(folder: Path, rows: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
+    """Write finished answers, and generation.json with what made them and their hash; returns the answers' path."""
+    content = jsonl(rows).encode()
+    write_json(folder / "generation.json", {**settings, SEAL: hashlib.sha256(content).hexdigest()})
+    path = folder / "predictions.jsonl"
+    write_atomic(path, content)
     return path
 
 

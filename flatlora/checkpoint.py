@@ -44,10 +44,8 @@ def seal(
         base: state of the backbone's weights, as `flatlora.models.backbone_state` has it.
     """
     staging.obey_umask(folder)
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        digest = records.file_sha256(path, flush=True)
-        found[str(path.relative_to(folder))] = {"sha256": digest, "bytes": path.stat().st_size}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    found = {str(path.relative_to(folder)): records.entry_of(path, flush=True) for path in paths}
     fsync_folder(folder)
     origin = {"config_sha256": config_sha256, "data_sha256": data_sha256, "world_size": world_size, "zero": zero}
     origin |= {"base": base, "beside": records.hash_inputs(folder.parent)}

@@ -115,15 +115,17 @@ def file_sha256(path: Path, *, flush: bool = False) -> str:
     return digest.hexdigest()
 
 
+def entry_of(path: Path, *, flush: bool = False) -> dict[str, Any]:
+    """What a record holds of a file: its hash and its bytes. Arguments and errors as `file_sha256`."""
+    return {"sha256": file_sha256(path, flush=flush), "bytes": path.stat().st_size}
+
+
 def hash_files(run: Path) -> dict[str, dict[str, Any]]:
     """What run.json holds of the files beside it, each of them flushed to the disk."""
     adapter = run / "adapter"
     paths = [run / name for name in _RECORDED if (run / name).is_file()]
     paths += sorted(path for path in adapter.rglob("*") if path.is_file())
-    found = {}
-    for path in paths:
-        digest = file_sha256(path, flush=True)
-        found[path.relative_to(run).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
+    found = {path.relative_to(run).as_posix(): entry_of(path, flush=True) for path in paths}
     for folder in {path.parent for path in paths}:
         fsync_folder(folder)
     return found
@@ -132,7 +134,7 @@ def hash_files(run: Path) -> dict[str, dict[str, Any]]:
 def hash_inputs(run: Path) -> dict[str, dict[str, Any]]:
     """As `hash_files`, of what scoring reads besides weights, which is there from a run's beginning."""
     paths = [run / name for name in _INPUTS if (run / name).is_file()]
-    return {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in paths}
+    return {path.name: entry_of(path) for path in paths}
 
 
 def damage(

@@ -34,6 +34,14 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def killed_at(step, settings, monkeypatch) -> None:
+    """A run that ends with `Killed` after so many steps."""
+    with monkeypatch.context() as patch:
+        die_at(step, patch)
+        with pytest.raises(Killed):
+            run_exp.main(settings)
+
+
 @pytest.mark.parametrize("killed", [True, False])
 def test_rows_that_were_lost_are_put_back_from_the_checkpoint(tiny_settings, monkeypatch, killed, capsys):
     """While it was interrupted, and when it is only scored again."""
@@ -42,10 +50,7 @@ def test_rows_that_were_lost_are_put_back_from_the_checkpoint(tiny_settings, mon
     wanted = json.loads((whole / "run.json").read_text())["metrics"]
     settings = in_folder(settings, "torn")
     if killed:
-        die_at(5, monkeypatch)
-        with pytest.raises(Killed):
-            run_exp.main(settings)
-        monkeypatch.undo()
+        killed_at(5, settings, monkeypatch)
     else:
         run(settings)
     folder = run_folder(settings)
@@ -67,10 +72,7 @@ def test_a_damaged_best_is_made_again_or_refused(tiny_settings, monkeypatch, end
     whole = run(in_folder(settings, "whole"))
     settings = in_folder(settings, "hurt")
     if end == "resumed":
-        die_at(5, monkeypatch)
-        with pytest.raises(Killed):
-            run_exp.main(settings)
-        monkeypatch.undo()
+        killed_at(5, settings, monkeypatch)
     else:
         run(settings)
         shutil.rmtree(run_folder(settings) / "adapter")
@@ -92,10 +94,7 @@ def test_a_damaged_best_is_made_again_or_refused(tiny_settings, monkeypatch, end
 @pytest.mark.parametrize("damage", ["a flipped bit", "another scale", "no mark"])
 def test_a_start_that_was_damaged_is_refused(tiny_settings, monkeypatch, capsys, damage):
     settings = [*tiny_settings, "peft=pissa", "peft.lora_r=4", "trainer.save_steps=2"]
-    die_at(5, monkeypatch)
-    with pytest.raises(Killed):
-        run_exp.main(settings)
-    monkeypatch.undo()
+    killed_at(5, settings, monkeypatch)
     folder = run_folder(settings)
     if damage == "a flipped bit":
         flip(folder / "start/adapter_model.safetensors")

@@ -10,17 +10,9 @@ from eval.backends import Sampling
 from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
 from eval.command import main
 from flatlora.rows import jsonl
-from tests.loopback import FILTERED, Server, refuse_as_gpt_5
+from tests.loopback import FILTERED, refuse_as_gpt_5
 
 pytest.importorskip("openai")
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.shutdown()
-    made.server_close()
 
 
 def backend(server, chat=False, **changes):

@@ -24,14 +24,6 @@ pytest.importorskip("openai")
 GREEDY = Sampling(8)
 
 
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.shutdown()
-    made.server_close()
-
-
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):

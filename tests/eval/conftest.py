@@ -1,0 +1,13 @@
+"""A server on loopback that answers as told."""
+
+import pytest
+
+from tests.loopback import Server
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.shutdown()
+    made.server_close()
