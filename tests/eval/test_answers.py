@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def run_in_process(program, name):
     scope = {"__name__": "program"}
     exec(compile(program, "<program>", "exec"), scope)
     return scope[name]
+
+
+@pytest.fixture(autouse=True)
+def own_recursion_limit():
+    """What a program sets is not left to other tests, which read records that are nested deeply."""
+    before = sys.getrecursionlimit()
+    yield
+    sys.setrecursionlimit(before)
 
 
 @pytest.mark.parametrize("name", SAID)
