@@ -28,7 +28,8 @@ from eval.backends import Backend
 from eval.backends.hf import adapted_model
 from flatlora.config import MOST_BATCH, MOST_ROWS, ConfigError, Section, nearest, reason_of, setting
 from flatlora.files import write_atomic, write_json
-from flatlora.records import SEAL, file_sha256, read_record
+from flatlora.plain_files import file_sha256
+from flatlora.records import SEAL, read_record
 from flatlora.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import Any
 from eval.backends import Generator, Sampling
 from flatlora.config import ConfigError
 from flatlora.files import write_atomic, write_json
-from flatlora.records import SEAL, open_regular, read_record, seal_problem
+from flatlora.plain_files import open_plain
+from flatlora.records import SEAL, read_record, seal_problem
 from flatlora.rows import jsonl, prompt_text, read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -187,16 +188,7 @@ def collect(
     if on_progress:
         on_progress(len(done), len(asked), [])
 
-    def in_batches() -> Iterator[tuple[Sequence[int], Sequence[Mapping[str, Any]] | None]]:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            yield batch, None if all(index in done for index in batch) else answer(batch)
-
-    def one_by_one() -> Iterator[tuple[Sequence[int], Sequence[Mapping[str, Any]]]]:
-        for index, answers in each(lambda i: answer([i]), [i for i in order if i not in done]):
-            yield [index], answers
-
-    for batch, answers in one_by_one() if each else in_batches():
+    for batch, answers in _answers(order, done, answer, batch_size, each):
         if answers is not None:
             rows = [{"index": i, **asked[i], **answered} for i, answered in zip(batch, answers, strict=True)]
             done.update({row["index"]: row for row in rows})
@@ -207,6 +199,23 @@ def collect(
     write_sealed(folder, (done[index] for index in range(len(asked))), settings)
     partial.unlink(missing_ok=True)
     return path
+
+
+def _answers(
+    order: Sequence[int],
+    done: Mapping[int, Any],
+    answer: Callable[[list[int]], list[dict[str, Any]]],
+    batch_size: int,
+    each: Each | None,
+) -> Iterator[tuple[Sequence[int], Sequence[Mapping[str, Any]] | None]]:
+    """Batches of `order` with what is added to their rows; None for one whose rows are all done."""
+    if each:
+        for index, answers in each(lambda i: answer([i]), [i for i in order if i not in done]):
+            yield [index], answers
+        return
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        yield batch, None if all(index in done for index in batch) else answer(batch)
 
 
 def write_sealed(folder: Path, rows: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
@@ -287,7 +296,7 @@ def _whole_lines(
         made_by: what the rows' checks must say; None: of a finished file, whose rows have none.
     """
     try:
-        with open_regular(path) as file:
+        with open_plain(path) as file:
             *lines, last = file.read().split(b"\n")  # U+2028 and the like end no line
     except OSError:
         return None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flatlora.config import ConfigError, reason_of
 from flatlora.files import write_atomic, write_json
-from flatlora.plain_files import open_plain
+from flatlora.plain_files import file_sha256, open_plain
 from flatlora.staging import obey_umask, remove, staging, sweep
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def kept_folder(path: Path, make: Callable[[Path], None]) -> Path:
         with staging(path, folder=True) as fresh:
             make(fresh)
             obey_umask(fresh)
-            hashes = {name: _file_sha256(fresh / name) for name in _names(fresh)}
+            hashes = {name: file_sha256(fresh / name) for name in _names(fresh)}
             write_json(fresh / MANIFEST, {"name": path.name, "files": hashes})
             _put(fresh, path)
     _found_whole[path] = _state(path)
@@ -148,7 +148,7 @@ def _folder_problem(path: Path) -> str | None:
             return f"it is that of {manifest['name']}"
         if differing := sorted(hashes.keys() ^ set(_names(path))):
             return f"{differing[0]} is {'missing' if differing[0] in hashes else 'not one of its files'}"
-        wrong = next((name for name, sha256 in hashes.items() if _file_sha256(path / name) != sha256), None)
+        wrong = next((name for name, sha256 in hashes.items() if file_sha256(path / name) != sha256), None)
     except PermissionError:
         raise
     except FileNotFoundError as error:
@@ -158,11 +158,6 @@ def _folder_problem(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST}: {reason_of(error)}"
     return wrong and f"{wrong} is not what was written"
-
-
-def _file_sha256(path: Path) -> str:
-    with open_plain(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_fault(what: str, error: Exception, folder: Path) -> ConfigError:

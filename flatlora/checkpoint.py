@@ -20,6 +20,7 @@ from flatlora import records, staging
 from flatlora.config import ConfigError
 from flatlora.files import fsync_folder
 from flatlora.layers import plain_name
+from flatlora.plain_files import file_sha256
 from flatlora.precision import as_stored
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def fault_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) ->
         if manifest is None:
             return f"{MANIFEST} is missing"
         for name, entry in manifest["files"].items():
-            if wanted(name) and records.file_sha256(folder / name) != entry["sha256"]:
+            if wanted(name) and file_sha256(folder / name) != entry["sha256"]:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -228,7 +229,7 @@ def part_sha256(folder: Path) -> str:
 def _files_sha256(folder: Path, patterns: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        digest.update(f"{path.relative_to(folder)}|{records.file_sha256(path)}|".encode())
+        digest.update(f"{path.relative_to(folder)}|{file_sha256(path)}|".encode())
     return digest.hexdigest()
 
 

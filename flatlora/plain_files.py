@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -19,9 +21,9 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError("it is a folder, not a file")
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         if not stat.S_ISREG(mode):
-            raise OSError(f"it is {kind_of(mode)}, not a file")
+            raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, not a file", os.fspath(path))
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -38,6 +40,22 @@ def read_plain(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         if (size := os.fstat(file.fileno()).st_size) > most_bytes:
             raise OSError(f"it has {size / 2**20:,.0f} MiB, and at most {most_bytes / 2**20:,.0f} are read")
         return file.read(most_bytes)
+
+
+def file_sha256(path: Path, *, flush: bool = False) -> str:
+    """SHA-256 of a file.
+
+    Args:
+        flush: whether to wait until all of it is on the disk.
+
+    Raises:
+        OSError: as `open_plain`.
+    """
+    with open_plain(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if flush:
+            os.fsync(file.fileno())
+    return digest
 
 
 def place_inside(folder: Path, name: str, *others: str | Path) -> Path:

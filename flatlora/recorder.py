@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from flatlora import checkpoint, records
+from flatlora import checkpoint
 from flatlora.config import ConfigError, reason_of
 from flatlora.distributed import check_dtypes, zero_dtypes
 from flatlora.files import write_json
 from flatlora.methods import Regulariser
+from flatlora.plain_files import file_sha256, open_plain
 from flatlora.results import MetricsLog
 from flatlora.staging import obey_umask, remove
 
@@ -214,7 +215,7 @@ class BestModel(TrainerCallback):
         tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
         save_file(tensors, self.folder / name)
         obey_umask(self.folder / name)
-        sha256 = records.file_sha256(self.folder / name, flush=True)
+        sha256 = file_sha256(self.folder / name, flush=True)
         bests.append({"step": state.global_step, "eval_loss": metrics["eval_loss"], "file": name, "sha256": sha256})
         kept = checkpoint.checkpoints(self.folder.parent)[-self.keep :]
         oldest = checkpoint.step_of(kept[0]) if kept else 0
@@ -261,7 +262,7 @@ def _bests_of(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / _BEST_FILE
     try:
-        with records.open_regular(path) as file:
+        with open_plain(path) as file:
             found = json.loads(file.read())
         return [{"step": one["step"], "eval_loss": one["eval_loss"], "file": one["file"], **one} for one in found]
     except FileNotFoundError:
@@ -275,7 +276,7 @@ def best_fault(checkpoint_folder: Path) -> str | None:
     folder = checkpoint_folder.parent / "best"
     for best in _bests_of(checkpoint_folder):
         try:
-            if best.get("sha256") not in (None, records.file_sha256(folder / best["file"])):  # None: of before hashes
+            if best.get("sha256") not in (None, file_sha256(folder / best["file"])):  # None: of before hashes
                 return f"best/{best['file']} of its time is not what was written"
         except FileNotFoundError:
             return f"best/{best['file']} of its time is missing"

@@ -6,19 +6,18 @@ hashes is read as it is.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
 from flatlora.config import ConfigError
 from flatlora.files import fsync_folder, write_json
+from flatlora.plain_files import file_sha256, open_plain
 
 SIGNATURE = "record_sha256"
 FILES = "files"  # of run.json: {name in the run's folder: {"sha256", "bytes"}}
@@ -27,22 +26,6 @@ _INPUTS = ("test.jsonl", "classes.json", "pictures.json")  # that scoring reads
 _RECORDED = (*_INPUTS, "metrics.jsonl")  # and all of adapter/
 _DEEPEST = 64  # levels; what is nested further is no record, and would end whoever walks through it
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """A file for reading. A pipe or a device, which may never end, is an error as a folder is.
-
-    Raises:
-        OSError: there is none, or it cannot be read.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return open(descriptor, "rb")
-    os.close(descriptor)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def read_record(path: Path, remedy: str = "put a whole copy back") -> dict[str, Any] | None:
@@ -55,7 +38,7 @@ def read_record(path: Path, remedy: str = "put a whole copy back") -> dict[str, 
         ConfigError: it cannot be read, holds something else, or is signed and not as it was written.
     """
     try:
-        with open_regular(path) as file:
+        with open_plain(path) as file:
             found = json.loads(file.read())
         _refuse_other_than_groups(found)
         if SIGNATURE in found and found[SIGNATURE] != _signature(found):
@@ -78,7 +61,7 @@ def read_settings(path: Path, remedy: str) -> Any:
         ConfigError: it is not there, cannot be read, or is no YAML.
     """
     try:
-        with open_regular(path) as file:
+        with open_plain(path) as file:
             found = yaml.safe_load(file.read())
         _refuse_depth(found)
     except (OSError, *_YAML_ERRORS) as error:
@@ -95,24 +78,6 @@ def signed(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with the hash of all else that is in it."""
     unsigned = {key: value for key, value in record.items() if key != SIGNATURE}
     return {**unsigned, SIGNATURE: _signature(unsigned)}
-
-
-def file_sha256(path: Path, *, flush: bool = False) -> str:
-    """SHA-256 of a regular file.
-
-    Args:
-        flush: whether to wait until all of it is on the disk.
-
-    Raises:
-        OSError: it is not there, or cannot be read.
-    """
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-        if flush:
-            os.fsync(file.fileno())
-    return digest.hexdigest()
 
 
 def entry_of(path: Path, *, flush: bool = False) -> dict[str, Any]:
@@ -170,7 +135,7 @@ def is_alone(run: Path) -> bool:
 
 def _file_problem(path: Path, entry: Mapping[str, Any], largest_bytes: int | None = None) -> str | None:
     try:
-        with open_regular(path) as file:
+        with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size == entry["bytes"]:
             if largest_bytes is not None and size > largest_bytes:

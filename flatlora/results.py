@@ -31,6 +31,7 @@ from flatlora import records
 from flatlora.config import ConfigError, Experiment, identity_of
 from flatlora.files import fsync_folder, no_link, write_atomic
 from flatlora.masking import masked
+from flatlora.plain_files import open_plain
 from flatlora.staging import remove
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ class RunFolder:
     def in_use(self) -> bool:
         """Whether another process has the folder now."""
         try:
-            with records.open_regular(self.path / ".lock") as lock:
+            with open_plain(self.path / ".lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -288,7 +289,7 @@ class RunFolder:
 def is_answering(folder: Path) -> bool:
     """Whether a process writes answers there, as `answering` has it."""
     try:
-        with records.open_regular(folder / ".lock") as lock:
+        with open_plain(folder / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -384,7 +385,7 @@ class MetricsLog:
 
     def _text(self) -> str:
         try:
-            with records.open_regular(self.path) as file:
+            with open_plain(self.path) as file:
                 return file.read().decode(errors="replace")
         except FileNotFoundError:
             return ""

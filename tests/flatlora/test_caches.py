@@ -243,7 +243,7 @@ def test_a_file_under_anothers_name_is_not_taken(tmp_path, caplog):
 
 def test_a_folder_is_read_once_a_process(tmp_path, monkeypatch):
     weights(tmp_path)
-    monkeypatch.setattr(caches, "_file_sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(caches, "file_sha256", lambda path: pytest.fail("read again"))
     weights(tmp_path)
 
 

@@ -81,7 +81,7 @@ BREAKAGES = {
     "a folder": (lambda folder: as_folder(folder / "adapter.bin"), "adapter.bin cannot be read (Is a directory)"),
     "a manifest that is a folder": (lambda folder: as_folder(folder / MANIFEST), f"{MANIFEST} is broken"),
     "a loop": (lambda folder: as_loop(folder / "adapter.bin"), "adapter.bin cannot be read (Too many levels"),
-    "a pipe": (lambda folder: as_pipe(folder / "adapter.bin"), "adapter.bin cannot be read (it is no regular file)"),
+    "a pipe": (lambda folder: as_pipe(folder / "adapter.bin"), "adapter.bin cannot be read (it is a pipe, not a file)"),
     "a list": (lambda folder: (folder / MANIFEST).write_text("[1]"), f"{MANIFEST} is broken"),
 }
 

@@ -29,7 +29,7 @@ def folder(tmp_path):
     [
         ("pipe", "a pipe"),
         ("endless", "a device"),
-        ("sub", "a folder"),
+        ("sub", "Is a directory"),
         ("circle", "Too many levels"),
         ("gone", "No such"),
     ],
