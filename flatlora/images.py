@@ -256,7 +256,7 @@ def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
                 FileNotFoundError: "there is no such file",
                 IsADirectoryError: "it names a folder, not a file",
             }
-            problems[index] = reasons.get(type(error)) or getattr(error, "strerror", None) or reason_of(error)
+            problems[index] = reasons.get(type(error)) or reason_of(error)
 
     digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
     folder, key = cache_folder() / "decoded", "" if problems else _key_of(digests)

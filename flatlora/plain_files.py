@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+class NotPlainError(OSError):
+    """What was to be read is no file: a pipe, a device or a socket."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
 def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file for reading.
 
     Raises:
-        OSError: as `open`, and for a pipe, a device or a socket, which may never end or never begin.
+        OSError: as `open`; `NotPlainError` for a pipe, a device or a socket, which may never end or never begin.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -23,7 +30,7 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, not a file", os.fspath(path))
+            raise NotPlainError(errno.EINVAL, f"it is {kind_of(mode)}, not a file", os.fspath(path))
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)

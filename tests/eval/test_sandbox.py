@@ -379,14 +379,18 @@ def test_right_programs_pass_beside_eleven_spinners(namespaces, own_user, capsys
 def test_nothing_outlives_an_evaluation_that_is_killed(own_room):
     program = "import time\ndef double(x):\n    time.sleep(100)\n"
     task = f"sandbox.Task({program!r}, {PROMPT!r}, {TEST!r}, 'double')"
-    script = f"from eval import sandbox\nsandbox.run({task}, sandbox.Limits(seconds=90.0))"
-    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(own_room)})
+    # Trials of the walls start processes, too: they are over when the script says so.
+    script = "from eval import sandbox\nsandbox.walls()\nprint(flush=True)\n"
+    script += f"sandbox.run({task}, sandbox.Limits(seconds=90.0))"
+    environment = os.environ | {"TMPDIR": str(own_room)}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE)
+    process.stdout.readline()
     deadline = time.monotonic() + 90
     while len(processes()) < 3 and time.monotonic() < deadline:  # it, candidate and checker
         time.sleep(0.05)
     assert len(processes()) == 3
     process.kill()
-    process.wait()
+    process.communicate()
     while processes() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes() == []
