@@ -23,6 +23,7 @@ _TAGS = "think|thinking|thought|reasoning"  # as models mark their thinking; Mag
 _DRAFT = re.compile(rf"<(?:{_TAGS})>|\[THINK\]", re.IGNORECASE)
 _DRAFT_END = re.compile(rf"</(?:{_TAGS})>|\[/THINK\]", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*$", re.MULTILINE)
+_FENCE_BEHIND = re.compile(r"(?<=[^\s`])[ \t]*(`{3,})[ \t]*$", re.MULTILINE)  # as in "    return x```"
 
 
 def without_draft(text: str) -> str:
@@ -32,15 +33,17 @@ def without_draft(text: str) -> str:
 
 def blocks(text: str) -> list[str]:
     """The parts of a text between lines that open or close a block of code, in their order."""
-    return _FENCE.split(text)
+    return _FENCE.split(_FENCE_BEHIND.sub(r"\n\1", text))
 
 
 def function_in(text: str, name: str) -> str | None:
     """The program that defines `name`, out of a text with fences, prose and examples; None where there is none.
 
-    It is the longest run of lines that is Python and defines the name, cut to what the name needs: of the rest, such as
-    an example that asks for input, nothing is run. What it needs and another run of the text defines comes before it.
+    It is the longest run of lines that is Python and defines the name, as EvalPlus takes it, cut to what the name
+    needs: of the rest, such as an example that asks for input, nothing is run. What it needs and another run of the
+    text defines comes before it.
     """
+    text = _FENCE_BEHIND.sub(r"\n\1", text)
     # The first line may have a blank of the tokenizer's before it.
     programs = [found for one in dict.fromkeys((text, text.lstrip())) if (found := _program(one, name))]
     return max(programs, key=_size) if programs else None
@@ -76,7 +79,7 @@ def _program(text: str, name: str) -> str | None:
     chosen = max(defining, key=lambda run: _rank(run, name))
     bound = frozenset().union(*(one.binds for one in chosen))
     others = [one for run in runs if run is not chosen for one in run if not one.binds & bound]
-    kept = _needed([*others, *chosen], name)
+    kept = _needed(_with_calls([*others, *chosen]), name)
     kept.sort(key=lambda one: not one.is_future)  # nothing may come before these
     return "\n".join(one.text for one in kept) + "\n"
 
@@ -116,6 +119,22 @@ class _Statement(NamedTuple):
     @property
     def is_future(self) -> bool:
         return isinstance(self.node, ast.ImportFrom) and self.node.module == "__future__"
+
+
+def _with_calls(statements: Sequence[_Statement]) -> list[_Statement]:
+    """The statements; a call of a function such as `fill()` binds what that function changes of the module."""
+    changed: dict[str, frozenset[str]] = {}
+    for one in statements:
+        if isinstance(one.node, _FUNCTION):
+            changed[one.node.name] = one.binds - {one.node.name}
+    return [
+        one._replace(binds=one.binds | changed.get(one.node.value.func.id, frozenset()))
+        if isinstance(one.node, ast.Expr)
+        and isinstance(one.node.value, ast.Call)
+        and isinstance(one.node.value.func, ast.Name)
+        else one
+        for one in statements
+    ]
 
 
 def _needed(statements: Sequence[_Statement], name: str) -> list[_Statement]:
@@ -216,6 +235,8 @@ def _names(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
             binds |= {one.id for one in ast.walk(part.value) if isinstance(one, ast.Name)}
         if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
             binds |= _changed_by(part.value.func)
+        if isinstance(part, ast.Global):
+            binds |= set(part.names)
     reads, tables = set(), [module]
     while tables:
         table = tables.pop()

@@ -38,6 +38,7 @@ from flatlora.models import (
     load_for_inference,
     load_image_processor,
     model_of,
+    saved_processor,
     weights_identity,
 )
 from flatlora.names import fitting, is_text
@@ -568,9 +569,18 @@ def _backend(
             [f"Invalid backend=vllm for {folder}: this checkpoint needs its run's start taken off; score the adapter/."]
         )
     model = place.model or model_of(place.weights)
+    if model.quantize != "none":
+        raise ConfigError(
+            [
+                f"Invalid backend=vllm for {folder}: its backbone has 4 bits (model.quantize={model.quantize}), and "
+                "vLLM would answer with another; use backend=hf."
+            ]
+        )
     return VLLMBackend(
         place.weights if place.model and adapter is None else backbone_source(model),
         adapter,
+        tokenizer=saved_processor(model, adapter) if adapter else None,
+        revision=model.revision,
         batch_size=batch_size,
         dtype=dtype or model.dtype,
         identity=_identity(place),

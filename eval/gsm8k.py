@@ -34,7 +34,7 @@ KIND = "text"
 GENERATES = True
 OWN_ROWS = False
 SCORING = ("parser",)
-SCORER_VERSION = 2
+SCORER_VERSION = 3
 HEADLINE = "exact_match"
 FIELDS = predictions.GENERATED
 ROW_COLUMNS = {"x": "text", "y": "text"}
@@ -54,20 +54,26 @@ _DRESS = [
 ]
 # What makes a number beside it a part of something else: of a sum, a fraction, a power, a root, a range, a time.
 _JOINED_BEFORE = re.compile(r"(?:[/^×÷·√+*\\{}]|[\d)] ?[-−:]) ?\$?$")
-_JOINED_AFTER = re.compile(r" ?(?:[×÷·√+^\\{]|(?:\*\*|[/*−-]) ?[\d($\\]|[:_]\d)")
+_JOINED_AFTER = re.compile(r" ?(?:[×÷·√+^\\{]|(?<= )\d+ ?[/⁄] ?\d|(?:\*\*|[/*−-]) ?[\d($\\]|[:_]\d)")
 # From a number to the "=" of the sum that it begins: "3 + 4 =", "$3 a day * 2 days =".
 _SUM = re.compile(rf"%?(?:{_WORD})?(?: {_WORD}){{0,2}}[ )]*[-−+*/×÷·^][^=]*=")
 _ANNOUNCED = re.compile(r"[:=]|\b(?:is|are|equals)\b")  # in "The answer is 18", "Total for 3 days: 42"
 _WORDS_FIRST = re.compile(r"[\W_]*[^\W\d_]")
-# Headings of a longer answer, which announce no number: "Step 2: …", "1. Add" (in their order), "Solution".
-_STEP = re.compile(
-    r"\W*(?:step|part|problem|question|example|case|method|option|phase|stage|section|approach|way|task|day|week|month"
-    r"|year|hour|round|scenario|person)s? ?#?\d",
-    re.IGNORECASE,
-)
-_NUMBERED = re.compile(r"\W*(\d{1,2})[.):] [^\W\d_]")
-_TITLE = re.compile(r"\W*[A-Z]\D*$")
+_NAMED = re.compile(r"\W*(?:\w+,? )?(?:the )?(?:final |correct )?answer\b\D*\d", re.IGNORECASE)
+_NUMBERED = re.compile(r"\W*(\d{1,2})[.):] +\S")  # headings of a longer answer, in their order: "1. Add"
 _ALONE = re.compile(rf"[ *_$=:(]*{_NUMBER.pattern}[ %]*(?:{_WORD})?(?: {_WORD}){{0,2}}[ *_.!)$]*$")
+
+# What may stand around the number of a reference: what announces it, and a unit.
+_LEAD_END = re.compile(r"(?:^|:|(?<![<>!~≠])=|\b(?:is|are|was|were|equals))$")
+_LETTER_UNITS = frozenset("mghsl")
+_NO_UNITS = frozenset(
+    (
+        *("or", "and", "to", "plus", "minus", "times", "over", "choose", "mod", "modulo", "remainder", "pi"),
+        *("squared", "cubed", "factorial", "half", "dozen", "hundred", "thousand", "million", "billion", "trillion"),
+        *("dozens", "hundreds", "thousands", "millions", "billions", "trillions"),
+    )
+)
+_SENTENCE_END = re.compile(r"[.!?]\s+(?=\S)")
 
 
 class Config(Section):
@@ -99,7 +105,8 @@ def parse_answer(text: str) -> Decimal | None:
     - Its first number counts; where that begins a sum, "3 + 4 = 7", what the sum comes to; and where words come first,
       the first number behind their colon, "=" or "is". One that is part of something else (1/2, 3^2, 2:30) is none.
     - Alone on its line, a mark announces the number that is alone on the next one.
-    - A heading ("#### Step 1: …", "#### 1. Add", "#### Solution" over more text) is passed over.
+    - Markdown's headings are passed over: words with more text below them, unless they name the answer
+      ("#### Answer: 18"), and "#### 1. Add" with those that go on counting.
     - The first line that is no heading decides, for a base model rambles on with questions and answers of its own; one
       without a number is no answer.
 
@@ -118,18 +125,28 @@ def parse_answer(text: str) -> Decimal | None:
 def parse_reference(text: str) -> Decimal | None:
     """The number that a reference gives; None where there is none, or several, or a part of something else.
 
-    A reference is read whole or not at all: "1/2" cut to 1 would take 1/3 for right.
+    A reference is read whole or not at all: "1/2" cut to 1 would take 1/3 for right. Beside the number may stand what
+    announces it ("The answer is", a sum and "=") and a unit of at most three words. Without a mark, the last sentence
+    is the reference.
     """
     text = without_draft(text)
     line = _marked_line(text)
     if line is None:
-        line = _undressed(text)
-        *_, number = [None, *_NUMBER.finditer(line)]
-    else:
-        number = _announced(line) if "=" in line or len(_NUMBER.findall(line)) == 1 else None
-    if number is None or line[number.end() :][:1].isalpha():  # 5x, 1e5
+        line = _undressed(_SENTENCE_END.split(text.rstrip().rpartition("\n")[2])[-1])
+    number = _announced(line) if "=" in line or len(_NUMBER.findall(line)) == 1 else None
+    if number is None or not _LEAD_END.search(line[: number.start()].rstrip(" *_$€£+(")):
         return None
-    return _value(line, number)
+    return _value(line, number) if _is_unit(line[number.end() :]) else None
+
+
+def _is_unit(text: str) -> bool:
+    """Whether what follows a number leaves its value alone: "%", "miles/hour", but not "x", "million", "²"."""
+    if text[:1].isalpha():
+        return False
+    words = text.lstrip().removeprefix("%").strip(" *_$.)").replace("/", " ").lower().split()
+    return len(words) <= 3 and all(
+        word.isalpha() and (len(word) > 1 or word in _LETTER_UNITS) and word not in _NO_UNITS for word in words
+    )
 
 
 def _marked_line(text: str) -> str | None:
@@ -146,7 +163,7 @@ def _marked_line(text: str) -> str | None:
             return following if _ALONE.match(following) else ""
         if (item := _NUMBERED.match(said)) and int(item[1]) == numbered + 1:
             numbered += 1
-        elif not _STEP.match(said) and not (place < last and _TITLE.match(said)):
+        elif place == last or not _WORDS_FIRST.match(said) or _NAMED.match(said):
             return said
     return None
 

@@ -34,7 +34,7 @@ from flatlora.rows import Source, jsonl, prompt_text, read_rows
 from flatlora.templates import prompt
 
 KIND = "text"
-SCORER_VERSION = 3
+SCORER_VERSION = 4
 HEADLINE = "pass@1"
 ROW_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "text")
 GENERATES = True
@@ -111,10 +111,13 @@ def program(code: str, completion: str, entry_point: str, form: str) -> str:
 
     Args:
         code: the problem's prompt: imports, perhaps helpers, the function's head and docstring.
-        form: "completion" goes on where the prompt ends; "instruction" has the whole function, or its body alone.
+        form: "completion" goes on where the prompt ends, perhaps in a block of code; "instruction" has the whole
+            function, or its body alone.
     """
     if form == "completion":
-        return code + cut_at(completion, _STOPS)[0]
+        fenced = completion.lstrip().startswith(("```", "~~~"))
+        body = answers.body_in(completion, code, entry_point) if fenced else None
+        return code + cut_at(completion if body is None else body, _STOPS)[0]
     text = answers.without_draft(completion)
     written = answers.function_in(text, entry_point)
     if written is None:

@@ -47,7 +47,7 @@ OWN_ROWS = True
 _JUDGE_KEYS = ("url", "key", "concurrency", "rpm", "tokens", "tries", "timeout")
 BELONGS_TO = {"judge_key": "judge_url"}  # a key that a run names is for the address beside it
 SCORING = ("folder", "judge", *(f"judge_{name}" for name in _JUDGE_KEYS))
-SCORER_VERSION = 2
+SCORER_VERSION = 3
 HEADLINE = "rating"
 IS_SHARE = False  # ratings are from 1 to 10
 ROW_COLUMNS = {"question_id": "int", "category": "text", "turns": "any", "reference": "any"}
@@ -98,7 +98,7 @@ class Config(Section):
 # An index, as in x[[0]], is no rating; nor is a link, as in [1](address).
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _RATINGS = (
-    re.compile(rf"(?:(?<=rating)|(?<![A-Za-z0-9\])]))\[\[{_NUMBER}\]\]", re.IGNORECASE),
+    re.compile(rf"(?:(?<=rating)|(?<![A-Za-z0-9\]]))\[\[{_NUMBER}\]\]", re.IGNORECASE),
     re.compile(rf"(?:(?<=rating)|(?<![A-Za-z0-9\])[]))\[{_NUMBER}\](?![\](])", re.IGNORECASE),
 )
 

@@ -69,7 +69,11 @@ def generate(
         drawn = [seeds[index] for index in batch] if seeds is not None else None
         with _on_token(backend, tell if on_progress else None):
             completions = backend.generate([prompts[index] for index in batch], sampling, drawn)
-        return [{"completion": one.text, "tokens": one.tokens, "finished": one.finished} for one in completions]
+        return [
+            {"completion": one.text, "tokens": one.tokens, "finished": one.finished}
+            | ({"refusal": one.refusal} if one.refusal else {})
+            for one in completions
+        ]
 
     lengths = prompt_lengths(backend, prompts)
     if check := getattr(backend, "check_lengths", None):

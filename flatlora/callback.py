@@ -14,13 +14,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flatlora.layers import find_lora_layers
 from flatlora.perturbation import WeightPerturbation
@@ -45,7 +47,7 @@ class FlatLoraCallback(TrainerCallback):
         self.perturbation: WeightPerturbation | None = None
         self.noise_sha256: list[str] | None = None  # of each process's first layer, where there are several
         self._micro_batch, self._step = 0, 0
-        self._checkpointing: list[tuple[nn.Module, Any]] = []  # modules whose checkpointing is wrapped, with their own
+        self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
@@ -112,13 +114,27 @@ class FlatLoraCallback(TrainerCallback):
     def _see_through_checkpointing(self, model: nn.Module) -> None:
         """Let layers inside reentrant checkpoints read what the pass around them reads.
 
-        torch runs the first forward of such a checkpoint without gradients, which elsewhere means W.
+        torch runs the first forward of such a checkpoint without gradients, which elsewhere means W. The models around
+        the checkpoints are hooked, not the checkpoints: TRL's trainers disable and enable these anew in every step.
         """
+        functions = [module.__dict__.get("_gradient_checkpointing_func") for module in model.modules()]
+        if not any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
+            return
+        passes: list[tuple[nn.Module, AbstractContextManager]] = []
+
+        def enter(module: nn.Module, args: Any) -> None:
+            one = self.perturbation.within_pass(gradients=torch.is_grad_enabled())
+            one.__enter__()
+            passes.append((module, one))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if passes and passes[-1][0] is module:  # not where a hook before `enter` failed
+                passes.pop()[1].__exit__(None, None, None)
+
         for module in model.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if getattr(function, "keywords", {}).get("use_reentrant"):
-                self._checkpointing.append((module, function))
-                module._gradient_checkpointing_func = _ReentrantCheckpoint(function, self.perturbation)
+            if module is model or isinstance(module, PreTrainedModel):
+                self._hooks.append(module.register_forward_pre_hook(enter))
+                self._hooks.append(module.register_forward_hook(leave, always_call=True))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.perturbation.active and state.global_step == self._step:
@@ -159,9 +175,9 @@ class FlatLoraCallback(TrainerCallback):
 
     def close(self) -> None:
         """Take ε away and free the buffers, wherever training stopped; harmless at any time."""
-        for module, function in self._checkpointing:
-            module._gradient_checkpointing_func = function
-        self._checkpointing = []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         if self.perturbation:
             self.perturbation.close()
 
@@ -215,17 +231,6 @@ class FlatLoraCallback(TrainerCallback):
             f"Cannot resume at step {state.global_step}, inside a window of every={every} steps that share one ε: "
             f"{reason}; resume with the settings of before, or from a checkpoint whose step is a multiple of {every}."
         )
-
-
-class _ReentrantCheckpoint:
-    """A module's `_gradient_checkpointing_func` whose layers know whether the pass around it takes gradients."""
-
-    def __init__(self, function: Any, perturbation: WeightPerturbation) -> None:
-        self.function, self.perturbation = function, perturbation
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.perturbation.within_pass(gradients=torch.is_grad_enabled()):
-            return self.function(*args, **kwargs)
 
 
 def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:

@@ -87,17 +87,32 @@ def packing_faults(config: ModelConfig, skeleton: nn.Module, *, reads_weights: s
 
 def position_faults(config: ModelConfig, skeleton: nn.Module, max_length: int) -> list[str]:
     """Rows that may be longer than a model's table of positions, beyond which it has none."""
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    tables = [name for name, _ in (*skeleton.named_parameters(), *skeleton.named_buffers()) if _POSITIONS.search(name)]
-    if not tables or limit is None or max_length <= limit:
+    tables = position_tables(skeleton)
+    name = min(tables, key=tables.get, default=None)
+    if name is None or max_length <= tables[name]:
         return []
     return [
         f"Invalid dataset.max_length={max_length} with {config.hub_setting}={config.hub_id}: its table of positions "
-        f"({tables[0]}) ends at {limit}; set dataset.max_length={limit} or less."
+        f"({name}) ends at {tables[name]}; set dataset.max_length={tables[name]} or less."
     ]
 
 
-_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|positions_embed|pos_emb\w*)(\.weights?)?$")
+_POSITIONS = re.compile(r"(wpe|positions_embed|\w*positions?|\w*position_embeddings?)$")
+
+
+def position_tables(model: nn.Module) -> dict[str, int]:
+    """Name of each table of learned or fixed positions → how many positions it has; none where they are computed."""
+    found = {}
+    for name, module in model.named_modules():
+        last = name.removesuffix(".base_layer").rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and _POSITIONS.match(last) and "relative" not in last:
+            # OPT's and BART's begin at the third row, RoBERTa's behind the padding's.
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            found[name] = module.num_embeddings - getattr(module, "offset", padding + 1)
+        if torch.is_tensor(table := getattr(module, "pos_encoding", None)):  # CTRL's
+            found[f"{name}.pos_encoding"] = len(table)
+    buffers = {name: len(table) for name, table in model.named_buffers() if name.endswith(".embed_positions")}
+    return found | buffers  # GPT-J's
 
 
 def attention_implementation(config: ModelConfig, known: PreTrainedConfig, device: torch.device) -> str | None:

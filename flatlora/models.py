@@ -571,7 +571,7 @@ def load_for_inference(
         model, processor = family.trained_whole(path, config, device, dtype, classes, autocast)
     else:
         config = config.model_copy(update={"dtype": dtype}) if dtype else config
-        saved = _saved_processor(family, adapter) if adapter else None
+        saved = saved_processor(config, adapter) if adapter else None
         processor = family.processor(_at(config, str(saved)) if saved else config)
         model = load_backbone(config, device, classes, autocast)
     if adapter is not None:
@@ -589,8 +589,9 @@ def _at(config: ModelConfig, path: str) -> ModelConfig:
     return config.model_copy(update={"hub_id": path, "embedded": None, "revision": None})
 
 
-def _saved_processor(family: Family, adapter: Path) -> Path | None:
+def saved_processor(config: ModelConfig, adapter: Path) -> Path | None:
     """Where the processor was saved that an adapter was trained with: beside it, or in its training's folder."""
+    family = FAMILIES[config.family]
     return next((folder for folder in (adapter, adapter.parent) if family.holds_processor(folder)), None)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftType, get_peft_model
+from peft import PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
@@ -149,7 +149,9 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ConfigError([_misfit(folder, name, f"{type(error).__name__}: {error}")]) from error
-    parts = {"missing": report.missing_keys, "left over": report.unexpected_keys}
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    biases = [key for key in wanted if key.endswith(".bias") and key not in weights]  # which the report passes over
+    parts = {"missing": [*report.missing_keys, *biases], "left over": report.unexpected_keys}
     if config.is_prompt_learning:  # loaded by code of its own, of which load_state_dict knows nothing
         parts = {}
     if wrong := [f"{in_short(names)} {what}" for what, names in parts.items() if names]:

@@ -17,11 +17,12 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = T
 
 def appended_ends(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many end-of-sequence tokens the tokenizer puts behind every text."""
-    ids, plain = text_ids(tokenizer, "a"), text_ids(tokenizer, "a", special=False)
-    start = next(i for i in range(len(ids) + 1) if ids[i : i + len(plain)] == plain)
-    behind = ids[start + len(plain) :]
-    others = [place for place, token in enumerate(behind) if token != tokenizer.eos_token_id]
-    return len(behind) - (others[-1] + 1 if others else 0)
+
+    def ends(*, special: bool) -> int:
+        ids = text_ids(tokenizer, "a", special=special)
+        return next((n for n, token in enumerate(reversed(ids)) if token != tokenizer.eos_token_id), len(ids))
+
+    return ends(special=True) - ends(special=False)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

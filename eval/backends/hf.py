@@ -8,7 +8,6 @@ answer does not hang on the rows beside it, and a resumed evaluation goes on as 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from eval.backends import Completion, Sampling, cut_at
 from eval.backends.tokenised import Context, TokenisedBackend, end_ids
+from flatlora.fit import position_tables
 from flatlora.precision import Precision, autocast
 from flatlora.tokenizing import text_ids
 
@@ -204,20 +204,10 @@ class TokenCounter(BaseStreamer):
         """Nothing is left to report."""
 
 
-_TABLE = re.compile(r"(wpe|\w*positions?|\w*position_embeddings?)$")  # of learned or fixed positions, one a row
-
-
 def context_of(model: nn.Module) -> Context | None:
     """What a model's positions reach to; None where they are relative, or unbounded."""
-    parts = ((name.removesuffix(".base_layer").rpartition(".")[2], module) for name, module in model.named_modules())
-    tables = [
-        module.num_embeddings - getattr(module, "offset", 0)  # OPT's and BART's begin at the third row
-        for name, module in parts
-        if isinstance(module, nn.Embedding) and _TABLE.match(name) and "relative" not in name
-    ]
-    tables += [len(table) for name, table in model.named_buffers() if name.endswith(".embed_positions")]  # GPT-J
-    if tables:
-        return Context(min(tables), "learned")
+    if tables := position_tables(model):
+        return Context(min(tables.values()), "learned")
     trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if model.config.is_encoder_decoder or getattr(model.config, "alibi", False) or not isinstance(trained, int):
         return None

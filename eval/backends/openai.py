@@ -6,7 +6,8 @@ keeps failing ends the evaluation; every answer that came is kept, and the same 
 
 Models differ in the parameters that they take: GPT-5 and the o-series refuse max_tokens, temperature=0 and seed. What a
 400 names as unsupported is left out, or renamed, from then on, with a warning; `OpenAIBackend.adapted` records it. A
-request whose content is refused by a filter has an empty answer with its `refusal`, and the rest goes on.
+request whose content is refused by a filter, or that is longer than the context, has an empty answer with its
+`refusal`, and the rest goes on.
 
 Which key goes to which endpoint, and how much of a reply is read, stands in `eval.backends.wire`.
 """
@@ -238,7 +239,7 @@ class OpenAIBackend:
             except Exception as raised:
                 error = raised.__cause__ if isinstance(raised.__cause__, ReplyRefused) else raised
                 reason, wait = self._reason(error), _retry_after(error)
-                if _is_filtered(error):
+                if _is_refused(error):
                     logger.warning("%s refuses a request: %s.", self.endpoint.model, reason)
                     return Completion("", 0, False, refusal=reason)
                 if wait is None and not _may_pass(error):
@@ -292,31 +293,41 @@ class _Filtered(_NoAnswer):
 _ADAPTABLE = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop")
 _OTHER_NAMES = {"max_tokens": "max_completion_tokens"}
 _UNSUPPORTED = re.compile(
-    r"unsupported|not support|unknown (?:parameter|field|argument)|unrecognized|inputs are not permitted|deprecated",
+    r"unsupported|(?:not|n't) support|unknown (?:parameter|field|argument|name)|unrecognized|inputs are not permitted"
+    r"|deprecated",
     re.IGNORECASE,
 )
-_FILTER_CODES = ("content_filter", "content_policy_violation", "invalid_prompt", "ResponsibleAIPolicyViolation")
-_FILTER_WORDS = ("content management policy", "content filter", "content_filter", "usage policy")
+# Codes and words by which servers say that it is this request's content, or its length, that they refuse.
+_REFUSED_CODES = (
+    *("content_filter", "content_policy_violation", "invalid_prompt", "ResponsibleAIPolicyViolation"),
+    *("moderation_blocked", "content_moderation", "data_inspection_failed", "context_length_exceeded"),
+)
+_REFUSED_WORDS = (
+    *("content management policy", "content filter", "content_filter", "content policy", "usage policy", "moderation"),
+    *("inappropriate content", "maximum context length"),
+)
 
 
 def _unsupported(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str | None:
     """The parameter of a request that its model does not take, or not with this value."""
-    if error.status_code not in (400, 422) or not _UNSUPPORTED.search(str(error)):
+    said = str(error.body)
+    if error.status_code not in (400, 422) or not _UNSUPPORTED.search(said):
         return None
-    named = [error.param, *re.findall(r"['`\"](\w+)['`\"]", str(error))]
+    # In quotes, or as a word of its own: "stop" alone may be a verb.
+    named = [error.param, *re.findall(r"['`\"](\w+)", said), *re.findall(r"\b(?!stop)\w+|(?<=: )stop\b", said)]
     return next((name for name in named if name in sent and name in _ADAPTABLE), None)
 
 
-def _is_filtered(error: Exception) -> bool:
-    """Whether it is the content of this one request that is refused."""
+def _is_refused(error: Exception) -> bool:
+    """Whether it is this one request that is refused, for its content or its length."""
     if isinstance(error, _Filtered):
         return True
     import openai
 
-    if not isinstance(error, openai.BadRequestError):
+    if not isinstance(error, openai.BadRequestError | openai.PermissionDeniedError):
         return False
     message = _server_message(error).lower()
-    return error.code in _FILTER_CODES or any(words in message for words in _FILTER_WORDS)
+    return error.code in _REFUSED_CODES or any(words in message for words in _REFUSED_WORDS)
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:
@@ -369,6 +380,8 @@ def _retry_after(error: Exception) -> float | None:
 def _server_message(error: Exception) -> str:
     """What the server itself says, behind the status; else the client's words."""
     body = getattr(error, "body", None)
+    if isinstance(body, list) and body and isinstance(body[0], Mapping):  # as Gemini's endpoint has it
+        body = body[0].get("error", body[0])
     message = body.get("message") or body.get("detail") if isinstance(body, Mapping) else None
     status = f"status {error.status_code}: " if hasattr(error, "status_code") else ""
     return status + reason_of(ValueError(message)) if message else reason_of(error)

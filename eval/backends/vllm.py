@@ -7,7 +7,6 @@ vLLM pins its own torch and numba: it has an environment of its own, made by `ma
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import psutil
 from eval.backends import Completion, Sampling
 from eval.backends.tokenised import Context, TokenisedBackend, end_ids
 from flatlora.config import ConfigError
+from flatlora.saved_adapters import adapter_config, check_adapter
 
 
 class VLLMBackend(TokenisedBackend):
@@ -25,6 +25,8 @@ class VLLMBackend(TokenisedBackend):
     Args:
         weights: folder or hub id of the backbone, or of a whole model.
         adapter: folder of a PEFT adapter on it.
+        tokenizer: folder of the one that the adapter was trained with; None: the backbone's.
+        revision: of the backbone at the hub.
         dtype: of weights and products.
         context: tokens of the longest prompt with its answer; None takes the model's own limit.
 
@@ -38,6 +40,8 @@ class VLLMBackend(TokenisedBackend):
         adapter: Path | None = None,
         *,
         batch_size: int,
+        tokenizer: Path | None = None,
+        revision: str | None = None,
         dtype: str = "auto",
         context: int | None = None,
         identity: dict[str, Any] | None = None,
@@ -57,12 +61,19 @@ class VLLMBackend(TokenisedBackend):
         self._adapter = None
         if adapter is not None:
             lora = {"enable_lora": True, "max_lora_rank": _rank_that_fits(_served_rank(adapter))}
-            if (adapter / "tokenizer_config.json").is_file():  # as it was trained with, such as another end
-                lora["tokenizer"] = str(adapter)
             self._adapter = LoRARequest("adapter", 1, str(adapter.resolve()))
         self._dtype = dtype
         self.llm = LLM(
-            model=weights, dtype=dtype, max_model_len=context, seed=0, disable_log_stats=True, **lora, **_memory()
+            model=weights,
+            revision=revision,
+            tokenizer=None if tokenizer is None else str(tokenizer),
+            tokenizer_revision=revision if tokenizer is None else None,
+            dtype=dtype,
+            max_model_len=context,
+            seed=0,
+            disable_log_stats=True,
+            **lora,
+            **_memory(),
         )
         self.tokenizer = self.llm.get_tokenizer()
         served = self.llm.llm_engine.model_config
@@ -121,22 +132,35 @@ def _memory() -> dict[str, float]:
 
 
 def _served_rank(adapter: Path) -> int:
-    """The largest rank of an adapter.
+    """The rank of an adapter.
 
     Raises:
-        ConfigError: vLLM's LoRA layers cannot compute it.
+        ConfigError: it is broken, or vLLM's LoRA layers do not compute it as PEFT does.
     """
-    config = json.loads((adapter / "adapter_config.json").read_bytes())
-    fault = None
-    if config.get("use_dora"):
-        fault = "it is DoRA, whose magnitudes are no low-rank term"
-    elif config.get("modules_to_save"):
-        fault = f"it has whole modules ({', '.join(config['modules_to_save'])}) besides"
-    elif config.get("peft_type") != "LORA":
-        fault = f"its kind is {config.get('peft_type')}"
-    if fault:
-        raise ConfigError([f"Invalid backend=vllm for {adapter}: {fault}, which vLLM does not serve; use backend=hf."])
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    check_adapter(adapter)
+    config = adapter_config(adapter)
+    if (kind := config.get("peft_type")) != "LORA":
+        faults = [f"its kind is {kind}"]
+    else:
+        faults = [words for key, words in _NOT_SERVED.items() if config.get(key) not in (None, False, "none", {}, [])]
+    if faults:
+        raise ConfigError(
+            [f"Invalid backend=vllm for {adapter}: {' and '.join(faults)}, which vLLM does not serve; use backend=hf."]
+        )
+    return config["r"]
+
+
+_NOT_SERVED = {  # of adapter_config.json: vLLM refuses these, or passes over them
+    "use_dora": "it is DoRA, whose magnitudes are no low-rank term",
+    "modules_to_save": "it has whole modules (modules_to_save) besides",
+    "bias": "it has biases (bias) besides",
+    "lora_bias": "its B has biases (lora_bias)",
+    "rank_pattern": "its layers have ranks of their own (rank_pattern)",
+    "alpha_pattern": "its layers have scalings of their own (alpha_pattern)",
+    "target_parameters": "it adapts parameters (target_parameters)",
+    "layer_replication": "it repeats layers (layer_replication)",
+    "trainable_token_indices": "it has embeddings of its own (trainable_token_indices)",
+}
 
 
 def _rank_that_fits(rank: int) -> int:

@@ -33,6 +33,12 @@ SAID = {
     "a stub first": f"Given\n```\ndef twice(xs):\n    '''a\n    b\n    c'''\n    pass\n```\nI write\n```\n{TWICE}```",
     "a stub that raises": "```\ndef twice(xs):\n    '''a\n    b\n    c'''\n    raise NotImplementedError()\n```\n"
     + f"```\n{TWICE}```",
+    "a fence behind the last line": f"```python\n{TWICE.rstrip()}```",
+    "a table that a call fills": "```\ntable = {}\ndef fill():\n    for i in range(9):\n        table[i] = 2 * i\n"
+    "fill()\n"
+    "def twice(xs):\n    return xs * (table[1] or 0)\n```",
+    "a call that sets a global": "```\ntimes = 0\ndef begin():\n    global times\n    times = 2\nbegin()\n"
+    "def twice(xs):\n    return xs * times\n```",
     "a fence in the docstring": f"```python\n{DOCTEST}```",
     "prose around": f"The function is:\n\n{TWICE}\nIt doubles the list, doesn't it?",
     "prose that is Python": f"Answer\n{TWICE}Note: works\nDone",
@@ -99,6 +105,7 @@ def test_where_there_is_none_none_is_found(text):
     ("text", "body"),
     [
         ("    return 1\n```\nprose", "    return 1\n"),
+        ("    return 1```\nprose", "    return 1\n"),
         ("The body is\n```\nreturn 1\n```", "\n    return 1\n"),
         ("I cannot.", None),
         ("    pass\n", None),

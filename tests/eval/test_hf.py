@@ -11,13 +11,19 @@ from transformers import (
     BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
     T5ForConditionalGeneration,
 )
 
@@ -301,3 +307,12 @@ def test_contexts_are_those_of_the_architecture(tiny_t5_folder):
     bart = BartConfig(vocab_size=96, d_model=8, max_position_embeddings=16, **parts)
     assert context_of(BartForConditionalGeneration(bart)) == (16, "learned")
     assert context_of(tiny_lora()) == (512, "rotary")
+    heads = {"vocab_size": 96, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    assert context_of(OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_positions=16, **heads))) == (16, "learned")
+    assert context_of(CTRLLMHeadModel(CTRLConfig(n_positions=16, dff=8, **heads))) == (16, "learned")
+    heads = {"vocab_size": 96, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "is_decoder": True}
+    roberta = RobertaForCausalLM(RobertaConfig(max_position_embeddings=18, intermediate_size=8, **heads)).eval()
+    assert context_of(roberta) == (16, "learned")  # which its forward agrees to
+    roberta(torch.full((1, 16), 5))
+    with pytest.raises((IndexError, RuntimeError), match="index 18 is out of bounds"):
+        roberta(torch.full((1, 17), 5))

@@ -155,6 +155,8 @@ def test_wrong_solutions_fail_and_nothing_is_run_twice(tmp_path, monkeypatch):
             True,
         ),
         ("The body:\n```\nreturn xs * 2\n```", "instruction", True),
+        ("```python\n    return xs * 2\n```", "completion", True),
+        ("```python\n    return xs\n```", "completion", False),
     ],
 )
 def test_what_is_run_is_the_function_that_the_model_wrote(completion, form, passes):

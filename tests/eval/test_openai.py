@@ -221,12 +221,18 @@ def test_requests_side_by_side_learn_it_too(server):
         ({"message": "[{'loc': ('body', 'seed'), 'msg': 'Extra inputs are not permitted'}]"}, "seed"),
         ({"message": "Unrecognized request argument supplied: seed", "param": "seed"}, "seed"),
         ({"message": "`temperature` is deprecated for this model.", "type": "invalid_request_error"}, "temperature"),
+        ({"message": 'Invalid JSON payload received. Unknown name "seed": Cannot find field.'}, "seed"),
+        ({"message": "Model served does not support parameter seed."}, "seed"),
+        ({"message": "Argument not supported on this model: stop"}, "stop"),
+        ({"message": "openai does not support parameters: ['seed'], for model=served"}, "seed"),
+        ({"message": "served models don't support temperature=0.0. Only temperature=1 is supported."}, "temperature"),
+        ({"message": "property 'seed' is unsupported"}, "seed"),
     ],
 )
 def test_other_servers_word_it_otherwise(server, error, left):
     server.refuse = lambda body: error if left in body else None
     one = backend(server, chat=True, concurrency=1)
-    assert one.generate(PROMPTS[:1], GREEDY, [3])[0].text == ANSWERS[0]
+    assert one.generate(PROMPTS[:1], Sampling(8, stop=("\n",)), [3])[0].text == ANSWERS[0]
     assert one.adapted == {left: None}
 
 
@@ -235,7 +241,7 @@ def test_other_servers_word_it_otherwise(server, error, left):
     [
         {"message": "max_tokens is too large: 9000. This model supports at most 4096.", "param": "max_tokens"},
         {"message": "The model `served` does not support this API.", "param": "model"},
-        {"message": "This model's maximum context length is 4096 tokens.", "code": "context_length_exceeded"},
+        {"message": "You requested a stop: this is not supported here."},
     ],
 )
 def test_the_servers_own_reason_is_told(server, error):
@@ -246,15 +252,24 @@ def test_the_servers_own_reason_is_told(server, error):
     assert len(server.seen) == 1
 
 
-def test_a_filtered_request_has_an_empty_answer_and_the_rest_goes_on(server, caplog):
-    server.refuse = lambda body: FILTERED if body["messages"][-1]["content"] == PROMPTS[3] else None
+@pytest.mark.parametrize(
+    "error",
+    [
+        FILTERED,
+        {"message": "This model's maximum context length is 4096 tokens.", "code": "context_length_exceeded"},
+        {"message": "Your request was rejected by the safety system.", "code": "moderation_blocked"},
+        {"message": "Input data may contain inappropriate content.", "code": "data_inspection_failed"},
+    ],
+)
+def test_a_refused_request_has_an_empty_answer_and_the_rest_goes_on(server, caplog, error):
+    server.refuse = lambda body: error if body["messages"][-1]["content"] == PROMPTS[3] else None
     found = backend(server, chat=True).generate(PROMPTS, GREEDY)
     assert [one.text for one in found] == [*ANSWERS[:3], "", *ANSWERS[4:]]
-    assert found[3].refusal == f"status 400: {FILTERED['message'].rstrip('.')}"
+    assert found[3].refusal == f"status 400: {error['message'].rstrip('.')}"
     assert not found[3].finished
     assert [one.refusal for one in found if one.text] == [None] * 11
     assert len(server.seen) == 12
-    assert "content management policy" in caplog.text
+    assert error["message"].rstrip(".") in caplog.text
 
 
 def test_what_an_endpoint_was_not_sent_stands_beside_its_answers(server, tmp_path):

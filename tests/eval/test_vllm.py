@@ -1,11 +1,14 @@
 """vLLM's backend against transformers': the same tokens are the same answer. Its own package stands in for itself."""
 
 import importlib.machinery
+import json
 import logging
 import sys
 import types
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from eval.backends import Completion, Sampling
@@ -48,15 +51,20 @@ def served(monkeypatch, tokenizer):
     modules["vllm"].__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     modules["vllm"].__version__ = "0"
     modules["vllm"].SamplingParams = lambda **options: options
-    modules["vllm.lora.request"].LoRARequest = None
+    modules["vllm.lora.request"].LoRARequest = lambda *given: given
     modules["vllm.platforms"].current_platform = types.SimpleNamespace(is_cpu=lambda: False)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
 
-    def make(said, reason, ends, own=tokenizer):
+    def make(said, reason, ends, own=tokenizer, adapter=None, **options):
         engine = Engine(own, said, reason, ends)
-        modules["vllm"].LLM = lambda **_: engine
-        return VLLMBackend("weights", batch_size=1), engine
+
+        def load(**loaded):
+            engine.loaded = loaded
+            return engine
+
+        modules["vllm"].LLM = load
+        return VLLMBackend("weights", adapter, batch_size=1, **options), engine
 
     return make
 
@@ -100,3 +108,51 @@ def test_what_does_not_fit_is_refused_or_told(served, caplog):
         backend.check_lengths([3, 60], 20)
     assert "1 of 2 prompts and their answers of up to 20 tokens" in caplog.text
     assert "is cut there, and counts as unfinished" in caplog.text
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Changes of adapter_config.json → the folder of an adapter of rank 4."""
+
+    def make(**changes):
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "rank_pattern": {}, "use_dora": False}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
+        save_file({"base_model.model.q.lora_A.weight": torch.ones(4, 8)}, tmp_path / "adapter_model.safetensors")
+        return tmp_path
+
+    return make
+
+
+def test_an_adapter_is_served_with_its_own_tokenizer_on_the_run_s_revision(served, adapter, tmp_path):
+    folder = adapter()
+    _, engine = served([], "stop", None, adapter=folder, tokenizer=tmp_path / "run", revision="v2")
+    assert engine.loaded["max_lora_rank"] == 8
+    assert engine.loaded["tokenizer"] == str(tmp_path / "run")
+    assert (engine.loaded["revision"], engine.loaded["tokenizer_revision"]) == ("v2", None)
+    _, engine = served([], "stop", None, adapter=folder, revision="v2")
+    assert (engine.loaded["tokenizer"], engine.loaded["tokenizer_revision"]) == (None, "v2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"use_dora": True}, "it is DoRA"),
+        ({"bias": "all"}, "it has biases"),
+        ({"alpha_pattern": {"q": 32}}, "scalings of their own"),
+        ({"rank_pattern": {"q": 2}}, "ranks of their own"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"peft_type": "IA3"}, "its kind is IA3"),
+        ({"r": 10**9}, "ranks are whole numbers"),
+        ({"r": 600}, "Invalid r=600|vLLM serves 512 at most"),
+    ],
+)
+def test_an_adapter_that_vllm_would_compute_otherwise_is_refused(served, adapter, changes, fault):
+    with pytest.raises(ConfigError, match=fault):
+        served([], "stop", None, adapter=adapter(**changes))
+
+
+def test_a_damaged_adapter_is_refused(served, adapter):
+    folder = adapter()
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="Missing file"):
+        served([], "stop", None, adapter=folder)

@@ -84,7 +84,7 @@ UNFIT = {
     "rows longer than its positions": (
         ("gpt2", GPT | {"vocab_size": 4200}),
         ["dataset.max_length=65"],
-        "Invalid dataset.max_length=65 with model.hub_id={}: its table of positions (transformer.wpe.weight) ends at "
+        "Invalid dataset.max_length=65 with model.hub_id={}: its table of positions (transformer.wpe) ends at "
         "64; set dataset.max_length=64 or less.",
     ),
     "an encoder-decoder as causal model": (

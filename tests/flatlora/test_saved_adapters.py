@@ -1,5 +1,6 @@
 """Adapters are whole or refused, and what was saved with them is what scores them."""
 
+import copy
 import json
 import os
 import shutil
@@ -9,11 +10,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from flatlora import models, saved_adapters
 from flatlora.config import ConfigError
-from tests.saved_models import CPU, model_config, without
+from tests.saved_models import ARCHITECTURES, CPU, model_config, without
 
 
 def adapter_of(folder, target, *, trained=None, **changes):
@@ -71,6 +72,21 @@ def test_an_adapter_that_is_not_whole_is_refused_with_the_names(name, tiny_model
     (fault,) = caught.value.faults
     assert fault.startswith(f"Invalid adapter {tmp_path}/adapter: ")
     assert all(part in fault for part in told), fault
+
+
+def test_biases_that_an_adapter_trained_and_lacks_are_named(tmp_path):
+    """PEFT's own report of missing keys has none but LoRA's."""
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **ARCHITECTURES["gpt2"]))
+    adapter_of(None, tmp_path, trained=copy.deepcopy(base), bias="all", fan_in_fan_out=True)
+    saved_adapters.with_adapter(copy.deepcopy(base), tmp_path, family="causal_lm", name="base")  # as it is
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    lacking = [key for key in tensors if key.endswith(("c_fc.bias", "c_fc.base_layer.bias"))]
+    save_file({key: value for key, value in tensors.items() if key not in lacking}, path)
+    with pytest.raises(ConfigError) as caught:
+        saved_adapters.with_adapter(copy.deepcopy(base), tmp_path, family="causal_lm", name="base")
+    assert f"{len(lacking)} ({lacking[0]}" in str(caught.value)
+    assert "missing" in str(caught.value)
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS"])
