@@ -30,7 +30,7 @@ from eval.backends import Generator, Sampling, cut_at
 from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_TOKENS, ConfigError, Section, setting
 from flatlora.console import counting
 from flatlora.files import write_atomic, write_json
-from flatlora.rows import Source, jsonl, prompt_text, read_rows
+from flatlora.rows import Source, prompt_text, read_rows
 from flatlora.templates import prompt
 
 KIND = "text"
@@ -261,7 +261,7 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
         }
         for row, task, outcome in zip(rows, tasks, outcomes, strict=True)
     ]
-    write_atomic(path.with_name("outcomes.jsonl"), jsonl(found))
+    write_atomic(path.with_name("outcomes.jsonl"), predictions.appendable(found))
     result = score(rows, [outcome["passed"] for outcome in outcomes], config.k)
     result["sandbox"] = sandbox.walls().describe() | {"seconds": limits.seconds, "memory": limits.memory}
     write_json(path.with_name("score.json"), result)
@@ -293,12 +293,12 @@ def _outcomes(tasks: Sequence[sandbox.Task], limits: sandbox.Limits, path: Path)
     rows = [row for row in predictions.appended_rows(path) if {"key", "passed", "error"} <= row.keys()]
     # A busy machine may have been why one was not in time: that is tried again.
     known = {row["key"]: row for row in rows if not str(row["error"]).startswith("no verdict")}
-    write_atomic(path, jsonl(rows))  # without a torn last line, which the first new one would join
+    write_atomic(path, predictions.appendable(rows))  # without a torn last line, which the first new one would join
     left = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}  # each program once
     with counting("run programs", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, outcome in zip(left, sandbox.run_all(list(left.values()), limits), strict=True):
             known[key] = {"key": key, "passed": outcome.passed, "error": outcome.error}
-            file.write(jsonl([known[key]]))
+            file.write(predictions.appendable([known[key]]))
             file.flush()
             advance(1)
     return [{name: known[key][name] for name in ("key", "passed", "error")} for key in keys]

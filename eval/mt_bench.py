@@ -36,7 +36,7 @@ from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_TOKENS, Co
 from flatlora.console import counting
 from flatlora.files import write_atomic, write_json
 from flatlora.masking import Url
-from flatlora.rows import gather, jsonl, read_jsonl, typed_columns
+from flatlora.rows import gather, read_jsonl, typed_columns
 from flatlora.templates import conversation
 
 logger = logging.getLogger(__name__)
@@ -327,12 +327,12 @@ def _judge(
     with counting(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, judgment in judge.each(lambda key: _ask_judge(judge, wanted[key], config), left):
             known[key] = {**judgment, "key": key}
-            file.write(jsonl([known[key]]))
+            file.write(predictions.appendable([known[key]]))
             file.flush()
             advance(1)
     found = [known[key] for key in wanted]
     others = [one for one in told if one["key"] not in wanted]  # of another judge: they are paid for
-    write_atomic(path, jsonl([*others, *found]))
+    write_atomic(path, predictions.appendable([*others, *found]))
     return found
 
 

@@ -231,16 +231,20 @@ def write_sealed(folder: Path, rows: Iterable[Mapping[str, Any]], settings: Mapp
     return path
 
 
-_CHECK = "check"  # of a row of an unfinished file
+_CHECK = "check"  # of a row of an unfinished file, or of one that is written row by row
 
 
 def _digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+def _checksum(row: Mapping[str, Any], made_by: str = "appended") -> str:
+    return hashlib.sha256(f"{made_by}|{json.dumps(row)}".encode()).hexdigest()[:16]
+
+
 def _checked(row: Mapping[str, Any], made_by: str) -> dict[str, Any]:
     """The row with a hash of itself and of what made it."""
-    return {**row, _CHECK: hashlib.sha256(f"{made_by}|{json.dumps(row)}".encode()).hexdigest()[:16]}
+    return {**row, _CHECK: _checksum(row, made_by)}
 
 
 def _finished_rows(
@@ -308,9 +312,7 @@ def _whole_lines(
     if (row := _parse_line(last)) is not None:
         rows.append(row)
     if made_by is not None:
-        if not all(
-            isinstance(row, dict) and _checked(_unchecked(row), made_by)[_CHECK] == row.get(_CHECK) for row in rows
-        ):
+        if not all(isinstance(row, dict) and _checksum(_unchecked(row), made_by) == row.get(_CHECK) for row in rows):
             return None
         rows = [_unchecked(row) for row in rows]
     for row in rows:
@@ -332,10 +334,22 @@ def _parse_line(line: bytes) -> Any:
         return None
 
 
+def appendable(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Lines of a file that is written row by row, each with a hash of itself."""
+    return jsonl({**row, _CHECK: _checksum(row)} for row in rows)
+
+
 def appended_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file that is written line by line, its last line torn perhaps; none where there is no file."""
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    return [row for row in map(_parse_line, lines) if isinstance(row, dict)]
+    """Rows of such a file, its last line torn perhaps; none where there is no file.
+
+    A damaged row is left out with a warning; one of an earlier version has no hash, and is taken as it is.
+    """
+    *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    rows = [_parse_line(line) for line in (*lines, *filter(_parse_line, [last]))]
+    whole = [row for row in rows if isinstance(row, dict) and row.get(_CHECK) in (None, _checksum(_unchecked(row)))]
+    if len(whole) < len(rows):
+        logger.warning("%s: %d damaged lines are left out.", path, len(rows) - len(whole))
+    return [_unchecked(row) for row in whole]
 
 
 def _row_problem(row: Any, fields: Fields) -> str | None:

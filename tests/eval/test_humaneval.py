@@ -115,7 +115,7 @@ def test_all_164_pass_as_whole_functions_in_fences(problems, llama2_like, tmp_pa
     assert result["metrics"]["unfinished"] == 0.0
 
 
-def test_wrong_solutions_fail_and_nothing_is_run_twice(tmp_path, monkeypatch):
+def test_wrong_solutions_fail_and_nothing_is_run_twice(tmp_path, monkeypatch, caplog):
     rows = humaneval.benchmark_rows(None)[:6]
     config = humaneval.Config(**ALLOWED, prompt="completion")
     answers = {row["prompt"]: row["canonical_solution"] if i % 2 else "    pass\n" for i, row in enumerate(rows)}
@@ -129,6 +129,10 @@ def test_wrong_solutions_fail_and_nothing_is_run_twice(tmp_path, monkeypatch):
     lines = (tmp_path / "outcomes.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "outcomes.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote
     assert humaneval.score_file(tmp_path / "predictions.jsonl", config) == result
+    flipped = (tmp_path / "outcomes.jsonl").read_text().replace('"passed": false', '"passed": true', 1)
+    (tmp_path / "outcomes.jsonl").write_text(flipped)
+    assert humaneval.score_file(tmp_path / "predictions.jsonl", config) == result
+    assert f"{tmp_path / 'outcomes.jsonl'}: 1 damaged lines are left out." in caplog.text
 
 
 @pytest.mark.parametrize(

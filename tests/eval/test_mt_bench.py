@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import run_exp
-from eval import mt_bench
+from eval import mt_bench, predictions
 from eval.backends import Completion
 from eval.command import main
 from flatlora.config import ConfigError
@@ -354,7 +354,12 @@ def test_kept_replies_are_read_by_the_parser_of_today(tmp_path, bench, judge):
     settings = config(judge, bench, max_rows=1)
     mt_bench.run(Echo(), mt_bench.benchmark_rows(None, settings), tmp_path, settings)
     path = tmp_path / "judgments.jsonl"
-    told = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text(jsonl(one | {"reply": "As in [[2]]: Rating: [[9]]", "rating": 2.0} for one in told))
+    told = predictions.appended_rows(path)
+    path.write_text(
+        predictions.appendable(one | {"reply": "As in [[2]]: Rating: [[9]]", "rating": 2.0} for one in told)
+    )
     assert mt_bench.score_file(tmp_path / "predictions.jsonl", settings)["metrics"]["rating"] == 9.0
     assert len(judge.seen) == 2
+    path.write_text(path.read_text().replace("[[9]]", "[[8]]", 1))  # nobody's words: they are asked for again
+    mt_bench.score_file(tmp_path / "predictions.jsonl", settings)
+    assert len(judge.seen) == 3
