@@ -38,7 +38,7 @@ def test_the_launch_command_composes(path):
     assert len({experiment.sha256() for experiment in run_exp.experiments_of(ends)}) == len(ends)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cola(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for split in ("train", "validation"):

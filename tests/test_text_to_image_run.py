@@ -42,7 +42,7 @@ def drawn(pipeline):
     return pipeline("a red circle", generator=torch.Generator().manual_seed(0), **settings).images
 
 
-@pytest.mark.parametrize("rho", ["off", "flat"])
+@pytest.mark.parametrize("rho", [pytest.param("off", marks=pytest.mark.extra), "flat"])
 def test_it_learns_leaves_the_backbone_and_loads_in_diffusers(tmp_path, rho):
     folder, record = trained(tmp_path, f"rho={rho}")
     losses = [row["loss"] for row in metrics_rows(folder)]
@@ -192,7 +192,7 @@ def test_a_long_prompt_is_spoken_of_once_in_every_run(tmp_path, capsys):
 # --- pictures and scores
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def captioner(tmp_path_factory):
     """A BLIP of random weights, which says something of every picture."""
     folder, tower = (
@@ -212,7 +212,7 @@ def captioner(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scored(tmp_path_factory, captioner):
     """Runs of LoRA and Flat-LoRA with pictures."""
     root, runs = tmp_path_factory.mktemp("scored"), {}

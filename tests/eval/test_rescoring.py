@@ -28,7 +28,7 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def latent_batch():
     """Two pictures of the shapes, as a denoiser is given them."""
     experiment = run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"])

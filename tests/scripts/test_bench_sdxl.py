@@ -26,7 +26,7 @@ TINY = {
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unet():
     return bench_sdxl.random_unet(CPU, **TINY)
 

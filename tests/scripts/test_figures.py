@@ -15,7 +15,7 @@ from scripts import figures
 PROJECT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tables():
     return figures.tables_of(PROJECT / "results/study")
 
@@ -154,6 +154,7 @@ def results(tmp_path):
     return tmp_path / "results"
 
 
+@pytest.mark.extra
 def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_path, capsys):
     """PNG by PNG where this matplotlib made them, and twice the same bytes anywhere."""
     for name in ("one", "two"):

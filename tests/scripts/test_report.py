@@ -15,7 +15,7 @@ PROJECT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results(tmp_path_factory):
     """A few committed runs, with a name that HTML must not take for its own."""
     root = tmp_path_factory.mktemp("report") / "results"
