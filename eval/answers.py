@@ -23,7 +23,7 @@ _TAGS = "think|thinking|thought|reasoning"  # as models mark their thinking; Mag
 _DRAFT = re.compile(rf"<(?:{_TAGS})>|\[THINK\]", re.IGNORECASE)
 _DRAFT_END = re.compile(rf"</(?:{_TAGS})>|\[/THINK\]", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*$", re.MULTILINE)
-_FENCE_BEHIND = re.compile(r"(?<=[^\s`])[ \t]*(`{3,})[ \t]*$", re.MULTILINE)  # as in "    return x```"
+_FENCE_BEHIND = re.compile(r"^([^`\n]*[^`\s])[ \t]*(`{3,})[ \t]*$", re.MULTILINE)  # as in "    return x```"
 
 
 def without_draft(text: str) -> str:
@@ -33,7 +33,16 @@ def without_draft(text: str) -> str:
 
 def blocks(text: str) -> list[str]:
     """The parts of a text between lines that open or close a block of code, in their order."""
-    return _FENCE.split(_FENCE_BEHIND.sub(r"\n\1", text))
+    return _FENCE.split(_fenced(_unix(text)))
+
+
+def _unix(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _fenced(text: str) -> str:
+    """The text with fences on lines of their own."""
+    return _FENCE_BEHIND.sub(r"\1\n\2", text)
 
 
 def function_in(text: str, name: str) -> str | None:
@@ -43,9 +52,10 @@ def function_in(text: str, name: str) -> str | None:
     needs: of the rest, such as an example that asks for input, nothing is run. What it needs and another run of the
     text defines comes before it.
     """
-    text = _FENCE_BEHIND.sub(r"\n\1", text)
-    # The first line may have a blank of the tokenizer's before it.
-    programs = [found for one in dict.fromkeys((text, text.lstrip())) if (found := _program(one, name))]
+    text = _unix(text)
+    # The first line may have a blank of the tokenizer's before it, and the last one a fence behind it.
+    ways = dict.fromkeys((text, text.lstrip(), _fenced(text)))
+    programs = [found for one in ways if (found := _program(one, name))]
     return max(programs, key=_size) if programs else None
 
 
@@ -72,14 +82,14 @@ def _returns(program: str, name: str) -> bool:
 
 
 def _program(text: str, name: str) -> str | None:
-    runs = list(_runs(text.replace("\r\n", "\n").replace("\r", "\n").split("\n")))
+    runs = list(_runs(text.split("\n")))
     defining = [run for run in runs if any(one.defines(name) for one in run)]
     if not defining:
         return None
     chosen = max(defining, key=lambda run: _rank(run, name))
     bound = frozenset().union(*(one.binds for one in chosen))
     others = [one for run in runs if run is not chosen for one in run if not one.binds & bound]
-    kept = _needed(_with_calls([*others, *chosen]), name)
+    kept = _needed(_with_calls([*others, *chosen], name), name)
     kept.sort(key=lambda one: not one.is_future)  # nothing may come before these
     return "\n".join(one.text for one in kept) + "\n"
 
@@ -109,8 +119,10 @@ class _Statement(NamedTuple):
 
     node: ast.stmt
     text: str
-    binds: frozenset[str]  # names of the module that it binds or changes
+    binds: frozenset[str]  # names of the module that it binds
+    changes: frozenset[str]  # those whose values it changes, as table[0] = 1 does
     reads: frozenset[str]
+    effects: frozenset[str]  # of a function: what a call of it binds or changes of the module
 
     def defines(self, name: str) -> bool:
         """Also by an assignment, but by no import: a test has "from solution import NAME"."""
@@ -121,20 +133,32 @@ class _Statement(NamedTuple):
         return isinstance(self.node, ast.ImportFrom) and self.node.module == "__future__"
 
 
-def _with_calls(statements: Sequence[_Statement]) -> list[_Statement]:
-    """The statements; a call of a function such as `fill()` binds what that function changes of the module."""
-    changed: dict[str, frozenset[str]] = {}
-    for one in statements:
-        if isinstance(one.node, _FUNCTION):
-            changed[one.node.name] = one.binds - {one.node.name}
-    return [
-        one._replace(binds=one.binds | changed.get(one.node.value.func.id, frozenset()))
-        if isinstance(one.node, ast.Expr)
-        and isinstance(one.node.value, ast.Call)
-        and isinstance(one.node.value.func, ast.Name)
-        else one
-        for one in statements
-    ]
+_ASKS = frozenset(("input", "print", "open", "exit", "quit", "sys"))
+
+
+def _with_calls(statements: Sequence[_Statement], name: str) -> list[_Statement]:
+    """The statements; one that calls functions such as `fill()` changes what these change of the module.
+
+    Not an example: a call that reaches the wanted function, or that asks for input or prints.
+    """
+    functions = {one.node.name: one for one in statements if isinstance(one.node, _FUNCTION)}
+
+    def with_calls(one: _Statement) -> _Statement:
+        called = {part.func.id for part in ast.walk(one.node) if isinstance(part, ast.Call) and _is_name(part.func)}
+        reached, more = set(), called & functions.keys()
+        while more:
+            reached |= more
+            more = set().union(*(functions[other].reads for other in more)) & functions.keys() - reached
+        reads = one.reads.union(*(functions[other].reads for other in reached))
+        if isinstance(one.node, _FUNCTION) or name in reached or reads & _ASKS:
+            return one
+        return one._replace(changes=one.changes.union(*(functions[other].effects for other in reached)))
+
+    return [with_calls(one) for one in statements]
+
+
+def _is_name(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name)
 
 
 def _needed(statements: Sequence[_Statement], name: str) -> list[_Statement]:
@@ -143,7 +167,7 @@ def _needed(statements: Sequence[_Statement], name: str) -> list[_Statement]:
     while more := {
         place
         for place, one in enumerate(statements)
-        if place not in kept and (one.is_future or "*" in one.binds or one.binds & wanted)
+        if place not in kept and (one.is_future or "*" in one.binds | one.changes or (one.binds | one.changes) & wanted)
     }:
         kept |= more
         wanted = wanted.union(*(statements[place].reads for place in more))
@@ -221,25 +245,27 @@ def _changed_by(called: ast.expr) -> set[str]:
     return {called.value.id}
 
 
-def _names(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
-    """(names that a statement binds or changes, names of the module that it or a function in it reads)."""
+def _names(node: ast.stmt) -> tuple[frozenset[str], ...]:
+    """As `_Statement` has them behind its text."""
     try:
         module = symtable.symtable(ast.unparse(node), "<answer>", "exec")
     except _UNREADABLE:  # Python to its parser alone, such as a return outside of a function
-        return frozenset(), frozenset()
+        return frozenset(), frozenset(), frozenset(), frozenset()
     binds = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
         binds.add("*")
+    changes = set()
     for part in ast.walk(node):  # table[0] = 1, point.x = 2
         if isinstance(part, ast.Subscript | ast.Attribute) and isinstance(part.ctx, ast.Store):
-            binds |= {one.id for one in ast.walk(part.value) if isinstance(one, ast.Name)}
+            changes |= {one.id for one in ast.walk(part.value) if isinstance(one, ast.Name)}
         if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
-            binds |= _changed_by(part.value.func)
-        if isinstance(part, ast.Global):
-            binds |= set(part.names)
-    reads, tables = set(), [module]
+            changes |= _changed_by(part.value.func)
+    reads, assigned, tables = set(), set(), [module]
     while tables:
         table = tables.pop()
         tables += table.get_children()
         reads |= {one.get_name() for one in table.get_symbols() if table is module or one.is_global()}
-    return frozenset(binds), frozenset(reads)
+        assigned |= {one.get_name() for one in table.get_symbols() if one.is_declared_global() and one.is_assigned()}
+    if isinstance(node, _FUNCTION | ast.ClassDef):  # which happens when they are called
+        return frozenset(binds), frozenset(), frozenset(reads), frozenset(changes & reads | assigned)
+    return frozenset(binds), frozenset(changes), frozenset(reads), frozenset()

@@ -54,26 +54,44 @@ _DRESS = [
 ]
 # What makes a number beside it a part of something else: of a sum, a fraction, a power, a root, a range, a time.
 _JOINED_BEFORE = re.compile(r"(?:[/^×÷·√+*\\{}]|[\d)] ?[-−:]) ?\$?$")
-_JOINED_AFTER = re.compile(r" ?(?:[×÷·√+^\\{]|(?<= )\d+ ?[/⁄] ?\d|(?:\*\*|[/*−-]) ?[\d($\\]|[:_]\d)")
+_JOINED_AFTER = re.compile(
+    r" ?(?:[×÷·√+^\\{⁄½¼¾⅐-⅞²³]|(?<= )(?:and )?\d+ ?[/⁄] ?\d+(?![\d/-])|(?:\*\*|[/*−-]) ?[\d($\\]|[:_]\d)"
+)
 # From a number to the "=" of the sum that it begins: "3 + 4 =", "$3 a day * 2 days =".
 _SUM = re.compile(rf"%?(?:{_WORD})?(?: {_WORD}){{0,2}}[ )]*[-−+*/×÷·^][^=]*=")
 _ANNOUNCED = re.compile(r"[:=]|\b(?:is|are|equals)\b")  # in "The answer is 18", "Total for 3 days: 42"
 _WORDS_FIRST = re.compile(r"[\W_]*[^\W\d_]")
-_NAMED = re.compile(r"\W*(?:\w+,? )?(?:the )?(?:final |correct )?answer\b\D*\d", re.IGNORECASE)
-_NUMBERED = re.compile(r"\W*(\d{1,2})[.):] +\S")  # headings of a longer answer, in their order: "1. Add"
+# Words that are no heading: they name the answer, or are a sentence.
+_NAMED = re.compile(r"[^:=]*\banswer\b\W*(?:(?:is|are)\b|[:=])\D*\d", re.IGNORECASE)
+_SENTENCE = re.compile(r"[^:]*(?:\b(?:is|are|equals)\b[^:]*\d|\d[^:]*\. *$)")
+_BARE = re.compile(r"(?:[^:=\d]*\banswer\W*)?$", re.IGNORECASE)  # a mark, or a name, with nothing behind it
+_NUMBERED = re.compile(r"\W*(\d{1,2})(?:[.)] +\S|: +[^\W\d_])")  # headings, in their order: "1. Add"
+_NEXT_QUESTION = re.compile(r"\W*(?:q|question|problem|instruction)\b[^:]{0,12}:", re.IGNORECASE)
 _ALONE = re.compile(rf"[ *_$=:(]*{_NUMBER.pattern}[ %]*(?:{_WORD})?(?: {_WORD}){{0,2}}[ *_.!)$]*$")
 
-# What may stand around the number of a reference: what announces it, and a unit.
-_LEAD_END = re.compile(r"(?:^|:|(?<![<>!~≠])=|\b(?:is|are|was|were|equals))$")
-_LETTER_UNITS = frozenset("mghsl")
-_NO_UNITS = frozenset(
+# What may stand around the number of a reference: a word or what announces it, and a unit.
+_LEAD_END = re.compile(r"(?:^|:|(?<![<>!~≠])=|\b([^\W\d_]{2,}))$")
+_NO_LEADS = frozenset(
     (
-        *("or", "and", "to", "plus", "minus", "times", "over", "choose", "mod", "modulo", "remainder", "pi"),
-        *("squared", "cubed", "factorial", "half", "dozen", "hundred", "thousand", "million", "billion", "trillion"),
-        *("dozens", "hundreds", "thousands", "millions", "billions", "trillions"),
+        *("ln", "log", "exp", "sin", "cos", "tan", "sqrt", "root", "minus", "negative", "plus", "times", "over"),
+        *("under", "about", "approximately", "approx", "around", "nearly", "almost", "roughly", "least", "most"),
+        *("than", "pi", "and", "or", "to", "from", "between", "add"),
     )
 )
-_SENTENCE_END = re.compile(r"[.!?]\s+(?=\S)")
+_LETTER_UNITS = frozenset("mghslL")
+_ASIDE = re.compile(r"\([^()\d]*\)")
+_NO_UNITS = frozenset(
+    (
+        *("or", "and", "to", "plus", "minus", "times", "over", "choose", "mod", "modulo", "remainder", "pi", "divided"),
+        *("squared", "cubed", "factorial", "below", "above", "less", "more", "least", "most", "out", "point", "than"),
+        *("dozen", "hundred", "thousand", "million", "billion", "trillion", "lakh", "crore", "bn", "mn", "mil"),
+        *("dozens", "hundreds", "thousands", "millions", "billions", "trillions", "half", "halves", "third", "thirds"),
+        *("quarter", "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths", "eighth", "eighths"),
+        *("tenth", "tenths", "hundredth", "hundredths"),
+        *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty"),
+    )
+)
+_SENTENCE_END = re.compile(r"(?:(?<=\d)|(?<=[^\W\d_]{3}))[.!?]\s+(?=[A-Z])")  # not behind "ft." or "vs."
 
 
 class Config(Section):
@@ -105,8 +123,8 @@ def parse_answer(text: str) -> Decimal | None:
     - Its first number counts; where that begins a sum, "3 + 4 = 7", what the sum comes to; and where words come first,
       the first number behind their colon, "=" or "is". One that is part of something else (1/2, 3^2, 2:30) is none.
     - Alone on its line, a mark announces the number that is alone on the next one.
-    - Markdown's headings are passed over: words with more text below them, unless they name the answer
-      ("#### Answer: 18"), and "#### 1. Add" with those that go on counting.
+    - Markdown's headings are passed over: words with more text below them than a next question, unless they name the
+      answer ("#### Answer: 18") or are a sentence; and "#### 1. Add" with those that go on counting.
     - The first line that is no heading decides, for a base model rambles on with questions and answers of its own; one
       without a number is no answer.
 
@@ -123,47 +141,57 @@ def parse_answer(text: str) -> Decimal | None:
 
 
 def parse_reference(text: str) -> Decimal | None:
-    """The number that a reference gives; None where there is none, or several, or a part of something else.
+    """The number that a reference gives; None where there is none, several, or one that cannot be read whole.
 
-    A reference is read whole or not at all: "1/2" cut to 1 would take 1/3 for right. Beside the number may stand what
-    announces it ("The answer is", a sum and "=") and a unit of at most three words. Without a mark, the last sentence
-    is the reference.
+    "1/2" cut to 1 would take 1/3 for right. Beside the number may stand words or a sum before it and a unit of at most
+    three words behind it. Without a mark, the last sentence is the reference.
     """
     text = without_draft(text)
     line = _marked_line(text)
     if line is None:
         line = _undressed(_SENTENCE_END.split(text.rstrip().rpartition("\n")[2])[-1])
     number = _announced(line) if "=" in line or len(_NUMBER.findall(line)) == 1 else None
-    if number is None or not _LEAD_END.search(line[: number.start()].rstrip(" *_$€£+(")):
+    if number is None or text.count("####") > 1:
         return None
-    return _value(line, number) if _is_unit(line[number.end() :]) else None
+    lead = _LEAD_END.search(line[: number.start()].rstrip(" *_$€£¥+([\"'"))
+    if lead is None or (lead[1] or "").lower() in _NO_LEADS or not _is_unit(line[number.end() :]):
+        return None
+    return _value(line, number)
 
 
 def _is_unit(text: str) -> bool:
     """Whether what follows a number leaves its value alone: "%", "miles/hour", but not "x", "million", "²"."""
     if text[:1].isalpha():
         return False
-    words = text.lstrip().removeprefix("%").strip(" *_$.)").replace("/", " ").lower().split()
+    said = _ASIDE.sub(" ", text).strip(" *_$€£¥¢,;)]\"'").removesuffix(".").removeprefix("%").strip(" *_$€£¥¢)]\"'")
+    words = [word if word in "²³" else word.rstrip("²³") for word in said.replace("/", " ").split()]
     return len(words) <= 3 and all(
-        word.isalpha() and (len(word) > 1 or word in _LETTER_UNITS) and word not in _NO_UNITS for word in words
+        word.isalpha() and (len(word) > 1 or word in _LETTER_UNITS) and word.lower() not in _NO_UNITS for word in words
     )
 
 
 def _marked_line(text: str) -> str | None:
     """What the first "####" that is no heading announces, undressed; None where there is none."""
     lines, numbered = text.split("\n"), 0
-    last = max((place for place, line in enumerate(lines) if line.strip()), default=0)
-    for place, line in enumerate(lines):
+    following: list[str] = []  # what the next line with words is, from each line on
+    for line in reversed(lines):
+        following.append(line if line.strip() or not following else following[-1])
+    following = [*following[-2::-1], ""]
+    for line, after in zip(lines, following, strict=True):
         _, mark, said = line.partition("####")
         if not mark:
             continue
         said = _undressed(said.lstrip("#").partition("####")[0])
-        if not said.strip():
-            following = next((_undressed(one) for one in lines[place + 1 :] if one.strip()), "")
-            return following if _ALONE.match(following) else ""
+        if _BARE.match(said):
+            if _ALONE.match(below := _undressed(after)):
+                return below
+            if not said.strip():
+                return ""
         if (item := _NUMBERED.match(said)) and int(item[1]) == numbered + 1:
             numbered += 1
-        elif place == last or not _WORDS_FIRST.match(said) or _NAMED.match(said):
+        elif not (after.strip() and _WORDS_FIRST.match(said)) or any(
+            (_NEXT_QUESTION.match(after), _NAMED.match(said), _SENTENCE.match(said))
+        ):
             return said
     return None
 
@@ -202,11 +230,12 @@ def is_right(row: Mapping[str, Any], parser: str) -> bool:
     """Whether a row's completion gives the number of its reference.
 
     Raises:
-        ValueError: a reference without a number: the data set is broken, and a score of it would mean nothing.
+        ValueError: a reference whose number cannot be read whole: a score of it would mean nothing.
     """
     wanted = parse_reference(row["reference"])
     if wanted is None:
-        raise ValueError(f"Row {row.get('index')} has no number in its reference {row['reference'][-60:]!r}.")
+        said = row["reference"][-60:]
+        raise ValueError(f"Row {row.get('index')} has no number that can be read whole in its reference {said!r}.")
     if parser == "strict":
         return parse_answer(row["completion"]) == wanted
     from math_verify import parse, verify
@@ -262,15 +291,15 @@ def check_rows(rows: Sequence[dict[str, str]], source: str, config: Config, **kn
     """See to it that every answer can be scored, before a model answers for hours.
 
     Raises:
-        ConfigError: an answer without a number; `source` says in the fault where the rows are from.
+        ConfigError: an answer whose number cannot be read whole; `source` says in the fault where the rows are from.
     """
     broken = [number for number, row in enumerate(rows, start=1) if parse_reference(row["y"]) is None]
     if broken:
         others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise ConfigError(
             [
-                f"Invalid answer in {source}, row {broken[0]}{others}: gsm8k scores a final number, and "
-                f'{rows[broken[0] - 1]["y"][-60:]!r} has none; end it in "#### NUMBER", or leave the row out. A '
+                f"Invalid answer in {source}, row {broken[0]}{others}: gsm8k scores a final number, and none can be "
+                f'read whole in {rows[broken[0] - 1]["y"][-60:]!r}; end it in "#### NUMBER", or leave the row out. A '
                 "fraction, a power, a root or a range is no number here."
             ]
         )

@@ -111,13 +111,11 @@ def program(code: str, completion: str, entry_point: str, form: str) -> str:
 
     Args:
         code: the problem's prompt: imports, perhaps helpers, the function's head and docstring.
-        form: "completion" goes on where the prompt ends, perhaps in a block of code; "instruction" has the whole
-            function, or its body alone.
+        form: "completion" goes on where the prompt ends, if it does not begin a block of code; that is read as
+            "instruction" is, which has the whole function or its body alone.
     """
-    if form == "completion":
-        fenced = completion.lstrip().startswith(("```", "~~~"))
-        body = answers.body_in(completion, code, entry_point) if fenced else None
-        return code + cut_at(completion if body is None else body, _STOPS)[0]
+    if form == "completion" and not completion.lstrip().startswith(("```", "~~~")):
+        return code + cut_at(completion, _STOPS)[0]
     text = answers.without_draft(completion)
     written = answers.function_in(text, entry_point)
     if written is None:

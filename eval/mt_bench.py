@@ -98,7 +98,7 @@ class Config(Section):
 # An index, as in x[[0]], is no rating; nor is a link, as in [1](address).
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _RATINGS = (
-    re.compile(rf"(?:(?<=rating)|(?<![A-Za-z0-9\]]))\[\[{_NUMBER}\]\]", re.IGNORECASE),
+    re.compile(rf"(?:(?<=rating)|(?<=\d\))|(?<![A-Za-z0-9\])]))\[\[{_NUMBER}\]\]", re.IGNORECASE),
     re.compile(rf"(?:(?<=rating)|(?<![A-Za-z0-9\])[]))\[{_NUMBER}\](?![\](])", re.IGNORECASE),
 )
 
@@ -324,6 +324,7 @@ def _judge(
         timeout_s=config.judge_timeout,
     )
     judge = OpenAIBackend(endpoint)
+    write_atomic(path, predictions.appendable(told))  # without a torn last line, which the first new one would join
     with counting(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, judgment in judge.each(lambda key: _ask_judge(judge, wanted[key], config), left):
             known[key] = {**judgment, "key": key}

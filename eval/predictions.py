@@ -345,10 +345,10 @@ def appended_rows(path: Path) -> list[dict[str, Any]]:
     A damaged row is left out with a warning; one of an earlier version has no hash, and is taken as it is.
     """
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    rows = [_parse_line(line) for line in (*lines, *filter(_parse_line, [last]))]
+    rows = [_parse_line(line) for line in (*filter(None, lines), *filter(_parse_line, [last]))]
     whole = [row for row in rows if isinstance(row, dict) and row.get(_CHECK) in (None, _checksum(_unchecked(row)))]
     if len(whole) < len(rows):
-        logger.warning("%s: %d damaged lines are left out.", path, len(rows) - len(whole))
+        logger.warning("%s: damaged lines are left out (%d).", path, len(rows) - len(whole))
     return [_unchecked(row) for row in whole]
 
 

@@ -48,6 +48,7 @@ class FlatLoraCallback(TrainerCallback):
         self.noise_sha256: list[str] | None = None  # of each process's first layer, where there are several
         self._micro_batch, self._step = 0, 0
         self._hooks: list[RemovableHandle] = []
+        self._pass: AbstractContextManager | None = None  # in which layers inside reentrant checkpoints are
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
@@ -120,16 +121,19 @@ class FlatLoraCallback(TrainerCallback):
         functions = [module.__dict__.get("_gradient_checkpointing_func") for module in model.modules()]
         if not any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
             return
-        passes: list[tuple[nn.Module, AbstractContextManager]] = []
+        entered: list[nn.Module] = []
 
         def enter(module: nn.Module, args: Any) -> None:
-            one = self.perturbation.within_pass(gradients=torch.is_grad_enabled())
-            one.__enter__()
-            passes.append((module, one))
+            if not entered:  # models inside are part of the outermost one's pass
+                self._pass = self.perturbation.within_pass(gradients=torch.is_grad_enabled())
+                self._pass.__enter__()
+            entered.append(module)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if passes and passes[-1][0] is module:  # not where a hook before `enter` failed
-                passes.pop()[1].__exit__(None, None, None)
+            if entered and entered[-1] is module:  # not where a hook before `enter` failed
+                entered.pop()
+                if not entered:
+                    self._leave_pass()
 
         for module in model.modules():
             if module is model or isinstance(module, PreTrainedModel):
@@ -175,11 +179,17 @@ class FlatLoraCallback(TrainerCallback):
 
     def close(self) -> None:
         """Take ε away and free the buffers, wherever training stopped; harmless at any time."""
+        self._leave_pass()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if self.perturbation:
             self.perturbation.close()
+
+    def _leave_pass(self) -> None:
+        if self._pass is not None:
+            self._pass.__exit__(None, None, None)
+            self._pass = None
 
     def _keep_draw(self, args: TrainingArguments, state: TrainerState) -> None:
         """Put the ε of a window into the Trainer's state, and so into every checkpoint that is written in the window.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -88,7 +88,8 @@ def packing_faults(config: ModelConfig, skeleton: nn.Module, *, reads_weights: s
 def position_faults(config: ModelConfig, skeleton: nn.Module, max_length: int) -> list[str]:
     """Rows that may be longer than a model's table of positions, beyond which it has none."""
     tables = position_tables(skeleton)
-    name = min(tables, key=tables.get, default=None)
+    longer = skeleton.config.is_encoder_decoder  # LED's encoder reads more than its decoder writes
+    name = (max if longer else min)(tables, key=tables.get, default=None)
     if name is None or max_length <= tables[name]:
         return []
     return [
@@ -103,7 +104,14 @@ _POSITIONS = re.compile(r"(wpe|positions_embed|\w*positions?|\w*position_embeddi
 def position_tables(model: nn.Module) -> dict[str, int]:
     """Name of each table of learned or fixed positions → how many positions it has; none where they are computed."""
     found = {}
+    towers = [  # of pictures or sound, whose positions are no tokens
+        f"{name}."
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and module.main_input_name not in ("input_ids", "inputs_embeds")
+    ]
     for name, module in model.named_modules():
+        if name.startswith(tuple(towers)):
+            continue
         last = name.removesuffix(".base_layer").rpartition(".")[2]
         if isinstance(module, nn.Embedding) and _POSITIONS.match(last) and "relative" not in last:
             # OPT's and BART's begin at the third row, RoBERTa's behind the padding's.

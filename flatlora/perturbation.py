@@ -63,7 +63,7 @@ class WeightPerturbation:
         fan_in: divide the variance by n (the paper's 1/n); off only for the ablation.
         training_only: layers in evaluation mode, and in passes without gradients, read W even inside a step (not in
             inplace), so that an interrupted step or a generation within one does not evaluate W + ε. Needs a loop that
-            calls `model.train()`, and `within_pass` around reentrant checkpoints.
+            calls `model.train()`, and `within_pass` around passes with reentrant checkpoints.
 
     Layers that another perturbation still holds, left behind by an interrupted loop, are taken over from it.
 
@@ -293,10 +293,10 @@ class WeightPerturbation:
 
     @contextlib.contextmanager
     def within_pass(self, *, gradients: bool) -> Iterator[None]:
-        """Around the first forward of a reentrant checkpoint, which torch runs without gradients in any pass.
+        """Around a forward with reentrant checkpoints, whose first forward torch runs without gradients in any pass.
 
         Args:
-            gradients: whether the pass around it takes them; it reads W + ε then, as its recomputation will.
+            gradients: whether this pass takes them; checkpoints in it read W + ε then, as their recomputation will.
         """
         before, self._pass_gradients = self._pass_gradients, gradients
         try:

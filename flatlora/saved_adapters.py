@@ -145,14 +145,15 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
         adapted = get_peft_model(backbone, config)
         mapping = getattr(backbone, "_checkpoint_conversion_mapping", None) or None
         report = adapted.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
+        # Biases that are missing the report passes over. Prompts are loaded by code of its own, without a report.
+        wanted = {} if config.is_prompt_learning else get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ConfigError([_misfit(folder, name, f"{type(error).__name__}: {error}")]) from error
-    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    biases = [key for key in wanted if key.endswith(".bias") and key not in weights]  # which the report passes over
+    biases = [key for key in wanted if key.endswith(".bias") and key not in weights]
     parts = {"missing": [*report.missing_keys, *biases], "left over": report.unexpected_keys}
-    if config.is_prompt_learning:  # loaded by code of its own, of which load_state_dict knows nothing
+    if config.is_prompt_learning:
         parts = {}
     if wrong := [f"{in_short(names)} {what}" for what, names in parts.items() if names]:
         raise ConfigError([_misfit(folder, name, "; ".join(wrong))])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import re
 import threading
@@ -86,6 +87,7 @@ class OpenAIBackend:
         self.endpoint, self.batch_size, self.as_chat = endpoint, endpoint.concurrency, chat
         self.identity = dict(identity or {})
         self._next_slot = 0.0
+        self._too_long = 0.0  # refused for their length before the first answer
         self._given_up = threading.Event()
         self.adapted: dict[str, str | None] = {}  # parameter that the model refuses → its other name; None: left out
         self._key = key_of(endpoint.key_variable, endpoint.url)
@@ -235,11 +237,14 @@ class OpenAIBackend:
         for attempt in range(1, self.endpoint.tries + 1):
             await self._slot()
             try:
-                return await asyncio.wait_for(ask(), self.endpoint.timeout_s)
+                answer = await asyncio.wait_for(ask(), self.endpoint.timeout_s)
+                self._too_long = -math.inf
+                return answer
             except Exception as raised:
                 error = raised.__cause__ if isinstance(raised.__cause__, ReplyRefused) else raised
                 reason, wait = self._reason(error), _retry_after(error)
-                if _is_refused(error):
+                self._too_long += _is_refused(error) and bool(_LENGTH.search(reason.lower()))
+                if _is_refused(error) and self._too_long <= _MOST_TOO_LONG:
                     logger.warning("%s refuses a request: %s.", self.endpoint.model, reason)
                     return Completion("", 0, False, refusal=reason)
                 if wait is None and not _may_pass(error):
@@ -304,18 +309,40 @@ _REFUSED_CODES = (
 )
 _REFUSED_WORDS = (
     *("content management policy", "content filter", "content_filter", "content policy", "usage policy", "moderation"),
-    *("inappropriate content", "maximum context length"),
+    *("inappropriate content", "maximum context length", "context size", "prompt is too long"),
 )
+_LENGTH = re.compile("context|too long")
+_MOST_TOO_LONG = 8  # requests that are too long before one is answered: then it is the settings that are
 
 
 def _unsupported(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str | None:
     """The parameter of a request that its model does not take, or not with this value."""
-    said = str(error.body)
+    said = _complaint(error)
     if error.status_code not in (400, 422) or not _UNSUPPORTED.search(said):
         return None
-    # In quotes, or as a word of its own: "stop" alone may be a verb.
-    named = [error.param, *re.findall(r"['`\"](\w+)", said), *re.findall(r"\b(?!stop)\w+|(?<=: )stop\b", said)]
+    named = [error.param, *(name for pair in _NAMED.findall(said) for name in pair)]
     return next((name for name in named if name in sent and name in _ADAPTABLE), None)
+
+
+# A parameter in quotes, or behind what announces one: "temperature" and "stop" may be other words.
+_NAMED = re.compile(r"['`\"](\w+)['`\"]|\b(?:(?:support )?(?:parameter|argument)s?|support|on this model):?\s+(\w+)")
+
+
+def _complaint(error: openai.APIStatusError) -> str:
+    """What a server says is wrong, and where; not what it repeats of the request."""
+    body = _body(error)
+    details = body.get("detail") if isinstance(body, Mapping) else None
+    if not isinstance(details, list):
+        return _server_message(error)
+    found = [one for one in details if isinstance(one, Mapping)]
+    return "; ".join(f"{[str(part) for part in one.get('loc', [])]}: {one.get('msg')}" for one in found)
+
+
+def _body(error: Exception) -> Any:
+    body = getattr(error, "body", None)
+    if isinstance(body, list) and body and isinstance(body[0], Mapping):  # as Gemini's endpoint has it
+        body = body[0].get("error", body[0])
+    return body
 
 
 def _is_refused(error: Exception) -> bool:
@@ -324,7 +351,9 @@ def _is_refused(error: Exception) -> bool:
         return True
     import openai
 
-    if not isinstance(error, openai.BadRequestError | openai.PermissionDeniedError):
+    if isinstance(error, openai.PermissionDeniedError):  # else of the key or the account
+        return error.code in _REFUSED_CODES
+    if not isinstance(error, openai.BadRequestError):
         return False
     message = _server_message(error).lower()
     return error.code in _REFUSED_CODES or any(words in message for words in _REFUSED_WORDS)
@@ -379,9 +408,7 @@ def _retry_after(error: Exception) -> float | None:
 
 def _server_message(error: Exception) -> str:
     """What the server itself says, behind the status; else the client's words."""
-    body = getattr(error, "body", None)
-    if isinstance(body, list) and body and isinstance(body[0], Mapping):  # as Gemini's endpoint has it
-        body = body[0].get("error", body[0])
+    body = _body(error)
     message = body.get("message") or body.get("detail") if isinstance(body, Mapping) else None
     status = f"status {error.status_code}: " if hasattr(error, "status_code") else ""
     return status + reason_of(ValueError(message)) if message else reason_of(error)

@@ -39,6 +39,20 @@ SAID = {
     "def twice(xs):\n    return xs * (table[1] or 0)\n```",
     "a call that sets a global": "```\ntimes = 0\ndef begin():\n    global times\n    times = 2\nbegin()\n"
     "def twice(xs):\n    return xs * times\n```",
+    "calls in a loop": "```\ntable = {}\ndef put(i):\n    table[i] = 2 * i\nfor i in range(9):\n    put(i)\n"
+    "def twice(xs):\n    return xs * (table[1] or 0)\n```",
+    "a demonstration that clears the table": "```\ntable = {1: 2}\ndef twice(xs):\n    return xs * table[1]\n"
+    "def main():\n    table.clear()\n    print(twice(input()))\nmain()\n```",
+    "a local table of a demonstration": "```\ntable = {1: 2}\ndef twice(xs):\n    return xs * table[1]\n"
+    "def main():\n    table = {}\n    table[0] = input()\nmain()\n```",
+    "a test that is wrong": "```\ntimes = [2]\ndef twice(xs):\n    return xs * times[0]\n"
+    "def test():\n    times.clear()\n    assert twice([1]) == 3\ntest()\n```",
+    "a global of an earlier block": "```\ntimes = 2\n```\n```\ndef twice(xs):\n    global times\n    times += 0\n"
+    "    return xs * times\n```",
+    "a memory of an earlier block": "```\nmemory = {}\n```\n```\ndef twice(xs):\n    memory[1] = 2\n"
+    "    return xs * memory[1]\n```",
+    "a comment with backticks": "```python\ndef twice(xs):\n    # same as ```xs + xs```\n    return xs * 2\n```",
+    "lines of Windows": f"```python\n{TWICE.rstrip()}```\nBye".replace("\n", "\r\n"),
     "a fence in the docstring": f"```python\n{DOCTEST}```",
     "prose around": f"The function is:\n\n{TWICE}\nIt doubles the list, doesn't it?",
     "prose that is Python": f"Answer\n{TWICE}Note: works\nDone",

@@ -104,6 +104,21 @@ MARKED = [
     ("#### Answer: 18\n\nQ: Tom has 3 pens.", "18"),
     ("#### So, the final answer is 18\n\nQ: Tom has 3 pens.", "18"),
     ("#### 5 1/2", None),
+    ("#### 5 and 1/2", None),
+    ("#### 1⁄2", None),
+    ("#### 5½", None),
+    ("#### 10²", None),
+    ("#### 50 1/4-pound burgers", "50"),
+    # Words over nothing but the next question are an answer, and so is a sentence.
+    ("#### The total is 18\n\nQ: Tom has 3 pens.", "18"),
+    ("#### Total: $45\n\nQ: Tom has 3 pens.", "45"),
+    ("#### x = 18\nQ: 3", "18"),
+    ("#### The final numerical answer is 18.\n### Question 2: 5?", "18"),
+    ("#### She has 18 apples left.\n\nLet me check: 16 + 2 = 18, and 18 / 3 = 6.", "18"),
+    ("#### none\n\nQ: Tom has 3 pens.", None),
+    ("#### Answer to step 1: 3 + 4\n7 * 2 = 14\n#### 14", "14"),
+    ("#### The answer in 2 steps\nThen 7 * 2\n#### 14", "14"),
+    ("#### Answer:\n\n18\n\nQ: Tom has 3 pens.", "18"),
     ("#### 1. Count\n5\n#### 2. Add\n6\n#### 11", "11"),
     ("#### Solution\n3 * 4 = 12\n#### 12\n\n#### 13", "12"),
     ("#### Final Answer\n\nThe final answer is 42.", "42"),
@@ -281,6 +296,14 @@ REFERENCES = [
     ("#### 12 m.", "12"),
     ("Half of 48 is 24. Altogether that is 48 + 24 = 72 clips.", "72"),
     ("48 / 2 = 24 in May.\nThe answer is: 72", "72"),
+    ("So she makes $18.", "18"),
+    ("She has 18 left", "18"),
+    ("#### 18€", "18"),
+    ("#### ¥18", "18"),
+    ('#### "18"', "18"),
+    ("#### [18],", "18"),
+    ("#### 18 (rounded)", "18"),
+    ("#### 18 m²", "18"),
     *[
         (mark + text, None)
         for mark in ("", "#### ")
@@ -298,7 +321,9 @@ REFERENCES = [
                 "1,23,456",
                 "5 1/2",
             ),
-            *("x=3 or x=-3", "a = 3, b = 4", "5 or more", "5 to the third", "minus 5", "5 (or 6)", "Add 5"),
+            *("x=3 or x=-3", "a = 3, b = 4", "5 or more", "5 to the third", "minus 5", "5 (or 6)"),
+            *("1 third", "3 quarters", "5/three", "5 divided by three", "5 feet six inches", "5 less than ten", "$5 M"),
+            *("5 point two", "5 out of ten", "5 lakh", "5 at least", "0.333...", "5 ft. 6 in.", "3! 2", "approx. 5"),
         )
     ],
 ]
@@ -314,7 +339,7 @@ def test_a_reference_is_read_whole_or_refused(text, number):
     with pytest.raises(ConfigError, match="Invalid answer in FILE, row 1: gsm8k scores a final number"):
         gsm8k.check_rows(rows, "FILE", gsm8k.Config())
     for parser in ("strict", "math_verify"):
-        with pytest.raises(ValueError, match="has no number in its reference"):
+        with pytest.raises(ValueError, match="has no number that can be read whole in its reference"):
             gsm8k.is_right(row(text, "#### 1/3"), parser)
 
 
@@ -349,7 +374,7 @@ def test_score_does_not_depend_on_the_order_and_leaves_rows_alone():
 
 def test_a_reference_without_a_number_raises_and_names_the_row():
     broken = row("x\n#### none", "5") | {"index": 7}
-    with pytest.raises(ValueError, match="Row 7 has no number in its reference"):
+    with pytest.raises(ValueError, match="Row 7 has no number that can be read whole in its reference"):
         score([row("#### 1", "1"), broken])
 
 
@@ -361,7 +386,7 @@ def test_check_rows_finds_before_a_run_what_score_would_refuse():
         gsm8k.check_rows([good, {"x": "Q", "y": "5\n#### none"}, good, {"x": "Q", "y": ""}], "FILE", config)
     (fault,) = caught.value.faults
     assert fault.startswith("Invalid answer in FILE, row 2 (and 1 more): gsm8k scores a final number")
-    assert "'5\\n#### none' has none; end it in \"#### NUMBER\", or leave the row out." in fault
+    assert "none can be read whole in '5\\n#### none'; end it in \"#### NUMBER\", or leave the row out." in fault
 
 
 def test_there_are_benchmarks():
@@ -433,7 +458,7 @@ def answer_row(place, **changes):
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        ({"reference": "no number"}, "Row 1 has no number in its reference 'no number'. Mend"),
+        ({"reference": "no number"}, "Row 1 has no number that can be read whole in its reference 'no number'. Mend"),
         ({"reference": None}, "row 2 has no good reference; generate anew"),
         ({"completion": 5, "tokens": "4"}, "row 2 has no good completion, tokens; generate anew"),
         ({"finished": "yes"}, "row 2 has no good finished;"),

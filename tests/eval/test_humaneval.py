@@ -132,7 +132,7 @@ def test_wrong_solutions_fail_and_nothing_is_run_twice(tmp_path, monkeypatch, ca
     flipped = (tmp_path / "outcomes.jsonl").read_text().replace('"passed": false', '"passed": true', 1)
     (tmp_path / "outcomes.jsonl").write_text(flipped)
     assert humaneval.score_file(tmp_path / "predictions.jsonl", config) == result
-    assert f"{tmp_path / 'outcomes.jsonl'}: 1 damaged lines are left out." in caplog.text
+    assert f"{tmp_path / 'outcomes.jsonl'}: damaged lines are left out (1)." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,7 @@ def test_wrong_solutions_fail_and_nothing_is_run_twice(tmp_path, monkeypatch, ca
         ("The body:\n```\nreturn xs * 2\n```", "instruction", True),
         ("```python\n    return xs * 2\n```", "completion", True),
         ("```python\n    return xs\n```", "completion", False),
+        ("```python\ndef twice(xs):\n    return xs * 2\n```", "completion", True),
     ],
 )
 def test_what_is_run_is_the_function_that_the_model_wrote(completion, form, passes):

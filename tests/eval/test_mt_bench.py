@@ -149,6 +149,7 @@ def test_greedy_takes_no_temperature(tmp_path, bench, judge):
         ("Rating: [[7]]. No: Rating: [[12]]", None),
         ("Rating[[7]]", 7.0),
         ("Rating (from 1 to 10)[[7]]", 7.0),
+        ("Rating: [[8]]. Note: the code could use np.array(x)[[2]].", 8.0),
         ("x[[2]] is no rating", None),
         ("as in [1](https://x) and a[2], [4]", 4.0),
         ("Rating: [6] (see a[3])", 6.0),

@@ -227,6 +227,7 @@ def test_requests_side_by_side_learn_it_too(server):
         ({"message": "openai does not support parameters: ['seed'], for model=served"}, "seed"),
         ({"message": "served models don't support temperature=0.0. Only temperature=1 is supported."}, "temperature"),
         ({"message": "property 'seed' is unsupported"}, "seed"),
+        ({"message": "parameter stop is not supported"}, "stop"),
     ],
 )
 def test_other_servers_word_it_otherwise(server, error, left):
@@ -242,6 +243,9 @@ def test_other_servers_word_it_otherwise(server, error, left):
         {"message": "max_tokens is too large: 9000. This model supports at most 4096.", "param": "max_tokens"},
         {"message": "The model `served` does not support this API.", "param": "model"},
         {"message": "You requested a stop: this is not supported here."},
+        {"message": "max_tokens=9000 is not supported; this model supports at most 4096"},
+        {"message": "The model 'seed-oss' does not support this API"},
+        {"message": "This model does not support images. Hint: set temperature to 1"},
     ],
 )
 def test_the_servers_own_reason_is_told(server, error):
@@ -270,6 +274,14 @@ def test_a_refused_request_has_an_empty_answer_and_the_rest_goes_on(server, capl
     assert [one.refusal for one in found if one.text] == [None] * 11
     assert len(server.seen) == 12
     assert error["message"].rstrip(".") in caplog.text
+
+
+def test_a_limit_that_no_request_keeps_ends_the_evaluation(server):
+    error = {"message": "This model's maximum context length is 4096 tokens, and you requested 9000."}
+    server.refuse = lambda body: error
+    with pytest.raises(EndpointError, match="maximum context length"):
+        backend(server, concurrency=1).generate(PROMPTS, GREEDY)
+    assert len(server.seen) == 9
 
 
 def test_what_an_endpoint_was_not_sent_stands_beside_its_answers(server, tmp_path):
