@@ -147,7 +147,12 @@ def initialise(experiment: Experiment, device: torch.device) -> None:
             _free_stale_builds()
         if machine.zero and on_cpu:  # accelerate itself has DeepSpeed on accelerators alone
             import deepspeed
+            from deepspeed.accelerator import get_accelerator
 
+            # Its reduction through shared memory is for inference, and would be compiled here for a minute or two.
+            shared_memory = get_accelerator().create_op_builder("ShareMemCommBuilder")
+            if shared_memory is not None:
+                deepspeed.ops.__compatible_ops__[shared_memory.NAME] = False
             deepspeed.init_distributed(dist_backend=state.backend, auto_mpi_discovery=False)
             state.distributed_type = DistributedType.DEEPSPEED
 

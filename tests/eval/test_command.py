@@ -436,7 +436,7 @@ def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
     [
         ('{"x": "Q"}', "Missing column y in FILE, row 1: it has x;"),
         ('{"x": "Q", "y": "#### 1"}\n{"x": 5, "y": "#### 1"}', "Invalid x in FILE, row 2: text is needed, not 5;"),
-        ('{"x": "Q", "y": "none"}', "Invalid answer in FILE, row 1: gsm8k scores a final number, and 'none' has none;"),
+        ('{"x": "Q", "y": "none"}', "Invalid answer in FILE, row 1: gsm8k scores a final number, and none can be read"),
         ("\n", "Empty data set: FILE holds no row"),
         ("{", "Broken row in FILE, line 1: not JSON"),
     ],
