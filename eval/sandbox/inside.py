@@ -183,6 +183,7 @@ _PLAIN = {  # what a value of a subclass is without what the subclass says of it
     dict: lambda value: dict(dict.items(value)),
     **{kind: lambda value, kind=kind: kind(kind.__iter__(value)) for kind in _CONTAINERS},
 }
+_TYPES = {one.__name__: one for one in (bool, int, float, complex, str, bytes, bytearray, range, dict, *_CONTAINERS)}
 _ARRAY_KINDS, _LARGEST_ARRAY = "?biufcSUmM", 1 << 20  # no Python objects; numbers
 
 
@@ -213,6 +214,8 @@ def encode(value, kept=None, depth=0):
         }
     if kind in _VIEWS:
         return {_VIEWS[kind]: [encode(one, kept, depth + 1) for one in value]}
+    if kind is type and _TYPES.get(value.__name__) is value:
+        return {"type": value.__name__}
     if kind is range:
         return {"range": [encode(one) for one in (value.start, value.stop, value.step)]}
     if (kind.__module__, kind.__name__) == ("fractions", "Fraction"):
@@ -249,6 +252,8 @@ def decode(told, follow=None):
         return complex(*map(decode, value))
     if kind in ("bytes", "bytearray"):
         return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(value)
+    if kind == "type":
+        return _TYPES[value]
     if kind == "range":
         return range(*map(decode, value))
     if kind == "Fraction":

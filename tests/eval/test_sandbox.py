@@ -181,6 +181,7 @@ def test_dicts_of_the_standard_library_are_compared_as_dicts(made):
         ("map(abs, [-1, 2])", "list(candidate(1)) == [1, 2]"),
         ("itertools.count(3)", "next(candidate(1)) == 3"),
         ("range(3)", "candidate(1) == range(3)"),
+        ("[x, int, collections.deque]", "candidate(str) == [str, int, collections.deque]"),
         ("fractions.Fraction(1, 3)", "abs(candidate(1) - 1 / 3) < 1e-9"),
         ("decimal.Decimal('0.5')", "candidate(1) == 0.5"),
         ("collections.deque([1, 2], 2)", "candidate(1) == collections.deque([1, 2])"),
@@ -226,7 +227,7 @@ def test_what_compares_as_it_likes_and_deep_nests_do_not():
     for _ in range(200):
         deep = [deep]
     own = {"__eq__": lambda self, other: True, "__hash__": None}
-    for value in (type("A", (int,), own)(), type("B", (str,), own)("x"), object(), deep, [len]):
+    for value in (type("A", (int,), own)(), type("B", (str,), own)("x"), object(), deep, [len], type("int", (), {})):
         with pytest.raises(inside.Unspeakable):
             inside.encode(value)
 
