@@ -144,7 +144,8 @@ def _with_calls(statements: Sequence[_Statement], name: str) -> list[_Statement]
     functions = {one.node.name: one for one in statements if isinstance(one.node, _FUNCTION)}
 
     def with_calls(one: _Statement) -> _Statement:
-        called = {part.func.id for part in ast.walk(one.node) if isinstance(part, ast.Call) and _is_name(part.func)}
+        calls = [part.func for part in ast.walk(one.node) if isinstance(part, ast.Call)]
+        called = {function.id for function in calls if isinstance(function, ast.Name)}
         reached, more = set(), called & functions.keys()
         while more:
             reached |= more
@@ -157,17 +158,13 @@ def _with_calls(statements: Sequence[_Statement], name: str) -> list[_Statement]
     return [with_calls(one) for one in statements]
 
 
-def _is_name(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name)
-
-
 def _needed(statements: Sequence[_Statement], name: str) -> list[_Statement]:
-    """Those that bind the name, or a name that a kept one reads."""
-    wanted, kept = {name}, set()
+    """Those that bind or change the name, or a name that a kept one reads; "*" stands for all names."""
+    wanted, kept = {name, "*"}, set()
     while more := {
         place
         for place, one in enumerate(statements)
-        if place not in kept and (one.is_future or "*" in one.binds | one.changes or (one.binds | one.changes) & wanted)
+        if place not in kept and (one.is_future or (one.binds | one.changes) & wanted)
     }:
         kept |= more
         wanted = wanted.union(*(statements[place].reads for place in more))

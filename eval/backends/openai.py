@@ -7,7 +7,7 @@ keeps failing ends the evaluation; every answer that came is kept, and the same 
 Models differ in the parameters that they take: GPT-5 and the o-series refuse max_tokens, temperature=0 and seed. What a
 400 names as unsupported is left out, or renamed, from then on, with a warning; `OpenAIBackend.adapted` records it. A
 request whose content is refused by a filter, or that is longer than the context, has an empty answer with its
-`refusal`, and the rest goes on.
+`refusal`, and the rest goes on; where the first requests are all too long, it is the settings that are, and it ends.
 
 Which key goes to which endpoint, and how much of a reply is read, stands in `eval.backends.wire`.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
 import re
 import threading
@@ -87,7 +86,7 @@ class OpenAIBackend:
         self.endpoint, self.batch_size, self.as_chat = endpoint, endpoint.concurrency, chat
         self.identity = dict(identity or {})
         self._next_slot = 0.0
-        self._too_long = 0.0  # refused for their length before the first answer
+        self._answered, self._too_long = False, 0  # whether a request was, and how many were too long before
         self._given_up = threading.Event()
         self.adapted: dict[str, str | None] = {}  # parameter that the model refuses → its other name; None: left out
         self._key = key_of(endpoint.key_variable, endpoint.url)
@@ -238,13 +237,15 @@ class OpenAIBackend:
             await self._slot()
             try:
                 answer = await asyncio.wait_for(ask(), self.endpoint.timeout_s)
-                self._too_long = -math.inf
+                self._answered = True
                 return answer
             except Exception as raised:
                 error = raised.__cause__ if isinstance(raised.__cause__, ReplyRefused) else raised
                 reason, wait = self._reason(error), _retry_after(error)
-                self._too_long += _is_refused(error) and bool(_LENGTH.search(reason.lower()))
-                if _is_refused(error) and self._too_long <= _MOST_TOO_LONG:
+                refused = _is_refused(error)
+                if refused and not self._answered and _LENGTH.search(reason.lower()):
+                    self._too_long += 1
+                if refused and self._too_long <= _MOST_TOO_LONG:
                     logger.warning("%s refuses a request: %s.", self.endpoint.model, reason)
                     return Completion("", 0, False, refusal=reason)
                 if wait is None and not _may_pass(error):

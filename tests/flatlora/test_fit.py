@@ -5,11 +5,22 @@ import re
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LEDConfig,
+    LEDForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 import run_exp
 from flatlora import fit
-from flatlora.config import ConfigError
+from flatlora.config import ConfigError, ModelConfig
 from tests.saved_models import ARCHITECTURES, CPU, GPT, model_config
 
 
@@ -135,6 +146,23 @@ def test_what_does_not_fit_is_told_before_weights_are_loaded(name, tiny_model_fo
     with pytest.raises(ConfigError) as caught:
         run_exp.prepare(experiment, CPU)
     assert any(fault.startswith(told.format(folder)) for fault in caught.value.faults), caught.value.faults
+
+
+def test_positions_of_pictures_do_not_bound_rows_nor_a_decoders_an_encoders():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = SiglipVisionConfig(image_size=16, patch_size=4, **sizes)
+    text = Gemma3TextConfig(vocab_size=64, head_dim=8, num_key_value_heads=2, **sizes)
+    with torch.device("meta"):
+        pictured = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    assert any("position_embedding" in name for name, _ in pictured.named_parameters())
+    assert fit.position_tables(pictured) == {}
+    sides = {f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads", "ffn_dim")}
+    positions = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 16}
+    led = LEDForConditionalGeneration(LEDConfig(vocab_size=64, d_model=8, attention_window=4, **sides, **positions))
+    assert sorted(fit.position_tables(led).values()) == [16, 64]
+    config = ModelConfig(name="m", hub_id="m", family="seq2seq")
+    assert fit.position_faults(config, led, 64) == []
+    assert "ends at 64" in fit.position_faults(config, led, 65)[0]
 
 
 def test_a_padding_token_beyond_the_embeddings_is_told_before_weights_are_loaded(
