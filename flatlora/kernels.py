@@ -32,7 +32,7 @@ from flatlora.noise_torch import (
     refuse_unequal_lengths,
     squared_row_norms,
 )
-from flatlora.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS
+from flatlora.noise import COLUMNS_PER_BLOCK, PHILOX_ROUNDS
 
 try:
     import triton

@@ -30,8 +30,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from flatlora.philox import COLUMNS_PER_BLOCK, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
-
+PHILOX_ROUNDS = 7
+COLUMNS_PER_BLOCK = 8
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _UINT32 = 0xFFFFFFFF
 RESERVED_STREAMS = 0xFFFF0000  # from here on: for measures, whose noise must be none that a training drew
 _ELEMENTS_WORTH_A_THREAD = 32768

@@ -6,7 +6,7 @@ The stream and its twin in plain NumPy stand in `noise.py`, which calls what is 
 import numba
 import numpy as np
 
-from flatlora.philox import COLUMNS_PER_BLOCK, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
+from flatlora.noise import COLUMNS_PER_BLOCK, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
 
 _BLOCKS_AT_ONCE = 256  # columns are made in segments whose scratch stays in the L1 cache
 _SEGMENT = _BLOCKS_AT_ONCE * COLUMNS_PER_BLOCK

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from flatlora.noise import refuse_counter
-from flatlora.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS
+from flatlora.noise import COLUMNS_PER_BLOCK, PHILOX_ROUNDS
 
 _UINT32 = 0xFFFFFFFF
 _CHUNK_ELEMENTS = 1 << 20  # bounds the INT64 and FP64 temporaries
