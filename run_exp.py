@@ -29,33 +29,28 @@ from eval.backends.clip import CLIPBackend
 from eval.backends.diffusion import DiffusionBackend
 from eval.backends.hf import HFBackend
 from eval.command import evaluate, print_score
-from flatlora import (
-    acceleration,
-    captioned,
-    checkpoint,
-    commandline,
-    console,
-    distributed,
-    files,
-    fit,
-    methods,
-    models,
-    records,
-    results,
-    sources,
-    training,
-)
-from flatlora.clip import CLASSES_FILE
-from flatlora.config import ConfigError, Experiment, Section, keys_of_validation, parse
-from flatlora.images import collate_images
-from flatlora.latents import collate_latents
-from flatlora.methods.lora import find_targets
-from flatlora.precision import Precision, choose_precision
-from flatlora.preemption import Preempted
-from flatlora.recorder import best_fault
-from flatlora.results import MetricsLog, RunFolder, Tracker
-from flatlora.rows import fingerprint, gather, jsonl
-from flatlora.starts import start_of_checkpoint
+from flatlora import methods
+from flatlora.config.experiment import Experiment, keys_of_validation, parse
+from flatlora.config.settings import Section
+from flatlora.experiment import commandline
+from flatlora.fused import acceleration
+from flatlora.inputs import captioned
+from flatlora.inputs.images import collate_images
+from flatlora.inputs.rows import fingerprint, gather, jsonl
+from flatlora.methods.adapters.lora import find_targets
+from flatlora.models import fit, hashes, loading, sources
+from flatlora.models.clip import CLASSES_FILE
+from flatlora.models.latents import collate_latents
+from flatlora.models.starts import start_of_checkpoint
+from flatlora.runs import environment, metrics_log, run_folder
+from flatlora.runs.metrics_log import MetricsLog, Tracker
+from flatlora.runs.run_folder import RunFolder
+from flatlora.train import checkpoint, distributed, training
+from flatlora.train.preemption import Preempted
+from flatlora.train.recorder import best_fault
+from flatlora.utils import console, files, records
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.precision import Precision, choose_precision
 
 CONF_DIR = Path(__file__).parent / "conf"
 EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130  # 75: try again later (sysexits.h)
@@ -168,7 +163,7 @@ def experiments_of(jobs: Sequence[Sequence[str]]) -> list[Experiment]:
 
 
 class OptionRegistry:
-    """What loaders, methods and benchmarks bring along; see `flatlora.config.Registry`."""
+    """What loaders, methods and benchmarks bring along; see `flatlora.config.experiment.Registry`."""
 
     def section_class(self, section: str, raw: Mapping[str, Any]) -> type[Section] | str:
         try:
@@ -225,7 +220,7 @@ def run(experiment: Experiment, settings: Sequence[str]) -> int:
     if distributed.must_launch(experiment.trainer):
         return distributed.launch(experiment.trainer, Path(__file__), settings)
     distributed.check_launch(experiment)
-    device = models.choose_device(experiment.trainer.device)
+    device = loading.choose_device(experiment.trainer.device)
     distributed.initialise(experiment, device)
     distributed.check_agreement(
         {
@@ -246,7 +241,7 @@ def run(experiment: Experiment, settings: Sequence[str]) -> int:
         {"the training data": inputs.data_sha256}, "Give every node the same files, or pin dataset.revision."
     )
 
-    base = distributed.from_main_process(lambda: models.backbone_state(experiment.model))
+    base = distributed.from_main_process(lambda: loading.backbone_state(experiment.model))
 
     def claim() -> Path | None:
         """The checkpoint to go on from. Whatever refuses the folder does so before anything in it is changed."""
@@ -309,7 +304,7 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
         lambda: _own_rows(experiment),
     )
     if kind == "captioned":
-        models.tell_long_prompts(experiment.model, _prompts(experiment, rows))
+        loading.tell_long_prompts(experiment.model, _prompts(experiment, rows))
     known = {
         "image": lambda: {"classes": rows.classes.names},
         "text": lambda: {"tokenizer": processor},
@@ -328,10 +323,10 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
 
 def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:
     """The architecture without weights, which has what the experiment asks for."""
-    skeleton = models.skeleton(experiment.model)
+    skeleton = loading.skeleton(experiment.model)
     gather(
         lambda: methods.method(experiment.peft.method).check(skeleton, experiment.peft),
-        lambda: models.check_weights(experiment.model, device),
+        lambda: loading.check_weights(experiment.model, device),
         lambda: _refuse(fit.attention_faults(experiment.model, skeleton)),
         lambda: _refuse(
             fit.packing_faults(experiment.model, skeleton, reads_weights=_reads_weights(experiment)),
@@ -485,7 +480,7 @@ def _test_rows(experiment: Experiment, test: Sequence[Any], name: str, known: Ma
 def read_text(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> tokens.Prepared:
     """Token ids of a text data set."""
     counting = getattr(experiment.dataset, "limit_tokenizer", None)
-    counting = models.load_tokenizer(experiment.model.counting_with(counting)) if counting else None
+    counting = loading.load_tokenizer(experiment.model.counting_with(counting)) if counting else None
     encoder_decoder = experiment.model.family == "seq2seq"
     return cache.prepared(
         experiment.dataset, experiment.data_root, tokenizer, counting, encoder_decoder=encoder_decoder
@@ -506,7 +501,7 @@ def read_captioned(experiment: Experiment, processor: None) -> text_to_image.Pre
     rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
     batch, count = experiment.optim.batch_size, len(rows.train)
     drawn = isinstance(rows.prior, text_to_image.ClassPictures)  # in that size
-    faults = models.size_faults(experiment.model, rows.train.sizes, drawn=drawn)
+    faults = loading.size_faults(experiment.model, rows.train.sizes, drawn=drawn)
     if count < batch:
         faults.append(
             f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} pictures to "
@@ -518,7 +513,7 @@ def read_captioned(experiment: Experiment, processor: None) -> text_to_image.Pre
 
 
 # By kind of data set: what makes its rows ready, and the micro-batches of them.
-_PROCESSORS = {"text": models.load_tokenizer, "image": models.load_image_processor, "captioned": lambda model: None}
+_PROCESSORS = {"text": loading.load_tokenizer, "image": loading.load_image_processor, "captioned": lambda model: None}
 _READERS = {"text": read_text, "image": read_images, "captioned": read_captioned}
 _COLLATORS = {
     "text": lambda model, tokenizer: tokens.collator(model.family, tokenizer.pad_token_id),
@@ -531,10 +526,13 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
     """Train, evaluate and record; whatever happens is in run.json. Returns the exit code.
 
     Args:
-        base: state of the backbone's weights, as `models.backbone_state` has it.
+        base: state of the backbone's weights, as `loading.backbone_state` has it.
     """
-    results.reset_peak_memory()
-    for polite in (signal.SIGTERM, signal.SIGUSR1):  # recorded as interrupted; while it trains, see flatlora.preemption
+    environment.reset_peak_memory()
+    for polite in (
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # recorded as interrupted; while it trains, see flatlora.train.preemption
         signal.signal(polite, signal.default_int_handler)
     record, code, hand_on = _new_record(experiment) | {"base": base}, 0, None
     try:
@@ -555,7 +553,7 @@ def execute(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fr
         if not isinstance(error, OSError) and files.out_of_space(error, folder.path):
             error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")
         console.report_failure(error)
-    record["memory"] = results.peak_memory_gib()
+    record["memory"] = environment.peak_memory_gib()
     if distributed.is_main_process():
         try:
             records.write_signed(folder.path / "run.json", record)
@@ -589,7 +587,7 @@ def train_and_score(
     record["precision"] = precision.record()
     if distributed.is_main_process():
         console.console.print(f"precision: {precision}", markup=False, soft_wrap=True)
-    backbone = models.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
+    backbone = loading.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
     method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)
     model = method.apply(backbone, experiment.peft, start)
     if experiment.regularised:
@@ -597,16 +595,16 @@ def train_and_score(
     if experiment.trainer.kernels == "auto":
         record["kernels"] = acceleration.accelerate(model, inputs.device)
     record["data_sha256"] = inputs.data_sha256
-    record["params"] = models.parameter_counts(model)
-    record["backbone_sha256"]["before"] = checkpoint.backbone_sha256(model)
+    record["params"] = loading.parameter_counts(model)
+    record["backbone_sha256"]["before"] = hashes.backbone_sha256(model)
     distributed.check_agreement(
         {
             "the backbone": record["backbone_sha256"]["before"],
-            "the adapter's start": checkpoint.trainable_sha256(model),
+            "the adapter's start": hashes.trainable_sha256(model),
         },
         "Give every node the same weights, or pin model.revision.",
     )
-    with results.tracking(experiment, folder.path, record["metrics"]) as tracker:
+    with metrics_log.tracking(experiment, folder.path, record["metrics"]) as tracker:
         outcome = training.train(
             experiment,
             model,
@@ -621,8 +619,8 @@ def train_and_score(
             resume_from=resume_from,
             progress=console.ProgressBar(f"train {experiment.run_name()}") if distributed.is_main_process() else None,
         )
-        record["backbone_sha256"]["after"] = checkpoint.backbone_sha256(model)
-        record["adapter_sha256"] = checkpoint.trainable_sha256(model)
+        record["backbone_sha256"]["after"] = hashes.backbone_sha256(model)
+        record["adapter_sha256"] = hashes.trainable_sha256(model)
         record |= {"timing": outcome.timing, "perturbation": outcome.perturbation, "resumed_from": outcome.resumed_from}
         record["distributed"] = {
             "processes": distributed.world_size(),
@@ -636,9 +634,9 @@ def train_and_score(
                 method.save(model, experiment.peft, staging, start)
                 if inputs.processor is not None:
                     inputs.processor.save_pretrained(staging)
-                models.complete_adapter(experiment.model, staging)
+                loading.complete_adapter(experiment.model, staging)
             record["metrics"].update(score(experiment, model, inputs, folder, record["base"], tracker))
-            record["weights_sha256"] = checkpoint.weights_sha256(folder.adapter)
+            record["weights_sha256"] = hashes.weights_sha256(folder.adapter)
             record[records.FILES] = records.hash_files(folder.path)
     record["status"] = "finished"
 
@@ -678,7 +676,7 @@ def score(
     """Every benchmark of `eval=[...]` on the data set's test rows: {"<benchmark>/<metric>": value}."""
     metrics = {}
     classes = getattr(inputs.rows, "classes", None)
-    identity = models.weights_identity(str(folder.adapter), experiment.model, classes, base) if experiment.eval else {}
+    identity = loading.weights_identity(str(folder.adapter), experiment.model, classes, base) if experiment.eval else {}
     backend_class = _BACKENDS[experiment.dataset.kind]
     for name, config in experiment.eval.items():
         backend = backend_class(
@@ -689,7 +687,7 @@ def score(
             identity=identity,
             **_of_backend(experiment),
         )
-        with results.answering(folder.path / "eval" / name, wait=True):
+        with run_folder.answering(folder.path / "eval" / name, wait=True):
             result = evaluate(name, backend, inputs.asked[name], folder.path / "eval" / name, config)
         print_score(name, result)
         picture = folder.path / "eval" / name / getattr(benchmarks.evaluator(name), "PICTURE", "")
@@ -746,8 +744,8 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
         "config_sha256": experiment.sha256(),
         "data_sha256": None,
         "base": None,
-        "git_sha": results.git_sha(),
-        "env": results.environment(),
+        "git_sha": environment.git_sha(),
+        "env": environment.environment(),
         "backbone_sha256": {"before": None, "after": None},
         "adapter_sha256": None,
         "params": None,

@@ -25,11 +25,13 @@ from transformers import PreTrainedTokenizerBase
 import data
 from data import cache, images, text_to_image
 from data.tokens import Prepared, TokenRows
-from flatlora.commandline import compose_config
-from flatlora.config import ConfigError, DatasetConfig, ModelConfig, NoSection, build_section, own_weights
-from flatlora.console import quiet_libraries, report_faults
-from flatlora.models import load_image_processor, load_tokenizer
-from flatlora.rows import fingerprint
+from flatlora.config.sections import DatasetConfig, ModelConfig, own_weights
+from flatlora.config.settings import NoSection, build_section
+from flatlora.experiment.commandline import compose_config
+from flatlora.inputs.rows import fingerprint
+from flatlora.models.loading import load_image_processor, load_tokenizer
+from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.errors import ConfigError
 
 CONF_DIR = Path(__file__).parents[1] / "conf"
 _BARS, _WIDTH = 12, 40  # of the histogram

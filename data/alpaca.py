@@ -13,8 +13,8 @@ from typing import Literal
 from data import CountTokens, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered
-from flatlora.config import MOST_ROWS, setting
-from flatlora.rows import Source, read_rows
+from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.inputs.rows import Source, read_rows
 
 VERSION = 1
 HUB_IDS = {"alpaca": "tatsu-lab/alpaca", "alpaca_gpt4": "vicgalle/alpaca-gpt4"}

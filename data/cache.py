@@ -1,6 +1,6 @@
 """Prepared rows, kept under the hash of all that made them: files, config, loader, tokenizers.
 
-Several processes may make the same file; what is broken or belongs elsewhere is made anew, see `flatlora.caches`.
+Several processes may make the same file; what is broken or belongs elsewhere is made anew, see `flatlora.utils.caches`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 import data
 from data.selection import row_key
 from data.tokens import Encoder, Prepared, TokenRows, prepare
-from flatlora import caches
-from flatlora.config import DatasetConfig, TextDatasetConfig
-from flatlora.console import counting
-from flatlora.files import cache_folder
-from flatlora.rows import fingerprint, gather
+from flatlora.config.sections import DatasetConfig, TextDatasetConfig
+from flatlora.inputs.rows import fingerprint, gather
+from flatlora.utils import caches
+from flatlora.utils.console import counting
+from flatlora.utils.files import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Literal
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered
-from flatlora.config import MOST_ROWS, MOST_TOKENS, setting
-from flatlora.rows import Source, read_rows
+from flatlora.config.settings import MOST_ROWS, MOST_TOKENS, setting
+from flatlora.inputs.rows import Source, read_rows
 
 VERSION = 1
 HUB_ID, CONFIG = "m-a-p/CodeFeedback-Filtered-Instruction", "default"

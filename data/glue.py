@@ -16,8 +16,10 @@ from typing import Literal, NamedTuple
 
 from data import CountTokens, Row, Splits
 from data.selection import ordered, split_train_validation, take
-from flatlora.config import MOST_ROWS, ConfigError, TextDatasetConfig, setting
-from flatlora.rows import Columns, Source, gather, read_rows
+from flatlora.config.sections import TextDatasetConfig
+from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.inputs.rows import Columns, Source, gather, read_rows
+from flatlora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

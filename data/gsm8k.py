@@ -9,9 +9,9 @@ from __future__ import annotations
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered, take
-from flatlora.config import MOST_ROWS, setting
-from flatlora.rows import Source, gather, read_rows
-from flatlora.templates import Template, prompt
+from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.inputs.rows import Source, gather, read_rows
+from flatlora.inputs.templates import Template, prompt
 
 VERSION = 1
 HUB_ID, CONFIG = "openai/gsm8k", "main"

@@ -14,10 +14,12 @@ import numpy as np
 import yaml
 
 from data.selection import fresh_places, ordered, take
-from flatlora.clip import Classes
-from flatlora.config import MOST_ROWS, ConfigError, DatasetConfig, setting
-from flatlora.images import DIGITS, ImageRows, LabelledImages, check_images, name_fault, picture_of, read_images
-from flatlora.rows import Source, gather
+from flatlora.config.sections import DatasetConfig
+from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.inputs.images import DIGITS, ImageRows, LabelledImages, check_images, name_fault, picture_of, read_images
+from flatlora.inputs.rows import Source, gather
+from flatlora.models.clip import Classes
+from flatlora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple
 
 from data import CountTokens, Row
 from data.selection import batched, split_train_validation
-from flatlora.config import MOST_ROWS, MOST_TOKENS, TextDatasetConfig, setting
-from flatlora.templates import Template, prompt
+from flatlora.config.sections import TextDatasetConfig
+from flatlora.config.settings import MOST_ROWS, MOST_TOKENS, setting
+from flatlora.inputs.templates import Template, prompt
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Literal
 from data import CountTokens, Row, Splits, gsm8k
 from data.instructions import Example, learned_rows
 from data.selection import ordered
-from flatlora.config import MOST_ROWS, MOST_TOKENS, setting
-from flatlora.rows import Source, gather, read_rows
+from flatlora.config.settings import MOST_ROWS, MOST_TOKENS, setting
+from flatlora.inputs.rows import Source, gather, read_rows
 
 VERSION = 1
 HUB_ID, CONFIG = "meta-math/MetaMathQA", "default"

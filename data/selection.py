@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TypeVar
 
 from data import Row
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

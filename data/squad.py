@@ -12,9 +12,10 @@ from typing import Literal
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered, take
-from flatlora.config import MOST_ROWS, ConfigError, setting
-from flatlora.rows import Source, gather, read_rows
-from flatlora.templates import prompt
+from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.inputs.rows import Source, gather, read_rows
+from flatlora.inputs.templates import prompt
+from flatlora.utils.errors import ConfigError
 
 VERSION = 2
 HUB_ID, CONFIG = "rajpurkar/squad", "plain_text"

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 
 from data.selection import fresh_places, ordered, take
-from flatlora import latents
-from flatlora.captioned import (
+from flatlora.config.sections import DatasetConfig, DiffusionModelConfig
+from flatlora.config.settings import MOST_PIXELS, MOST_ROWS, setting
+from flatlora.inputs.captioned import (
     LONGEST_PROMPT,
     SHAPES,
     CaptionedImages,
@@ -24,9 +25,9 @@ from flatlora.captioned import (
     read_folder,
     rows_of,
 )
-from flatlora.config import MOST_PIXELS, MOST_ROWS, DatasetConfig, DiffusionModelConfig, setting
-from flatlora.images import picture_of
-from flatlora.rows import Source, gather
+from flatlora.inputs.images import picture_of
+from flatlora.inputs.rows import Source, gather
+from flatlora.models import latents
 
 VERSION = 1
 

@@ -4,7 +4,7 @@ The prompt (x and a blank) and the answer (y and end-of-sequence) are tokenised 
 which tokenises the prompt alone, continues from exactly the ids that training saw. Deviation from the published code,
 which tokenises the joined text: there the blank may fuse with the answer's first token. Names of special tokens in a
 row are text, and the end that a tokenizer puts behind every text is no part of a decoder's prompt
-(`flatlora.tokenizing`).
+(`flatlora.inputs.tokenizing`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from data import Row, Splits
 from data.byte_level import ChunkMemory, packed
 from data.selection import batched
-from flatlora.config import ConfigError
-from flatlora.rows import prompt_text
-from flatlora.tokenizing import appended_ends, special_tokens, text_ids
+from flatlora.inputs.rows import prompt_text
+from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids
+from flatlora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from data import CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered
-from flatlora.config import MOST_ROWS, MOST_TOKENS, setting
-from flatlora.rows import Source, read_rows
+from flatlora.config.settings import MOST_ROWS, MOST_TOKENS, setting
+from flatlora.inputs.rows import Source, read_rows
 
 VERSION = 1
 HUB_ID, CONFIG = "silk-road/Wizard-LM-Chinese-instruct-evol", "default"

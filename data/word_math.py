@@ -24,8 +24,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data import CountTokens, Row, Splits
-from flatlora.config import MOST_TOKENS, ConfigError, TextDatasetConfig, setting
-from flatlora.rows import Source
+from flatlora.config.sections import TextDatasetConfig
+from flatlora.config.settings import MOST_TOKENS, setting
+from flatlora.inputs.rows import Source
+from flatlora.utils.errors import ConfigError
 
 VERSION = 1  # raise it whenever the same arguments give other rows; a cache of rows must know it
 SPLITS = {"train": range(80), "validation": range(80, 90), "test": range(90, 100)}  # percent of the hash space

@@ -3,7 +3,7 @@
 An evaluator module has a command line, `python -m eval.NAME PATH [key=value ...]`, and
 
     Config                                 its config section, with `max_rows` and `batch_size`
-    ROW_COLUMNS                            what a row has, as `flatlora.rows.Columns`; empty if it asks rows of its own
+    ROW_COLUMNS                            what a row has (`flatlora.inputs.rows.Columns`); empty: rows of its own
     check_rows(rows, source, config, tokenizer=None, classes=None, model=None)
                                            ConfigError for rows that cannot be scored; no model is needed. What is
                                            known of the model by then is its tokenizer, or its classes' names

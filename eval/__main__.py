@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import eval as benchmarks
 from eval import compare
-from flatlora.config import ConfigError
-from flatlora.console import quiet_libraries, report_faults
+from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.errors import ConfigError
 
 
 def main(words: Sequence[str]) -> int:

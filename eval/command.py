@@ -26,14 +26,14 @@ from eval.backends.hf import HFBackend
 from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
 from eval.place import OTHER_VERSION, YAML_ERRORS, Place, base_faults, locate_place
-from flatlora.captioned import pictures_of_run
-from flatlora.checkpoint import weights_sha256
-from flatlora.clip import Classes
-from flatlora.config import KINDS, MOST_SECONDS, ConfigError, Section, nearest, reason_of, setting, shown
-from flatlora.console import ProgressBar, console, quiet_libraries, report_faults
-from flatlora.files import write_json
-from flatlora.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
-from flatlora.models import (
+from flatlora.config.sections import KINDS
+from flatlora.config.settings import MOST_SECONDS, Section, setting
+from flatlora.inputs.captioned import pictures_of_run
+from flatlora.inputs.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
+from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
+from flatlora.models.clip import Classes
+from flatlora.models.hashes import weights_sha256
+from flatlora.models.loading import (
     choose_device,
     load_for_inference,
     load_image_processor,
@@ -41,13 +41,15 @@ from flatlora.models import (
     saved_processor,
     weights_identity,
 )
-from flatlora.names import fitting, is_text
-from flatlora.precision import choose_precision, stored_dtype
-from flatlora.records import links_in, read_record
-from flatlora.results import answering
-from flatlora.rows import Source, gather, read_jsonl, typed_columns
-from flatlora.sources import backbone_source
-from flatlora.starts import MOVED
+from flatlora.models.sources import backbone_source
+from flatlora.models.starts import MOVED
+from flatlora.runs.run_folder import answering
+from flatlora.utils.console import ProgressBar, console, quiet_libraries, report_faults
+from flatlora.utils.errors import ConfigError, nearest, reason_of, shown
+from flatlora.utils.files import write_json
+from flatlora.utils.names import fitting, is_text
+from flatlora.utils.precision import choose_precision, stored_dtype
+from flatlora.utils.records import links_in, read_record
 
 logger = logging.getLogger(__name__)
 

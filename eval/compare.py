@@ -20,9 +20,9 @@ from rich.table import Table
 
 import eval as benchmarks
 from eval import predictions
-from flatlora.config import ConfigError
-from flatlora.records import read_record
-from flatlora.rows import gather
+from flatlora.inputs.rows import gather
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.records import read_record
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95

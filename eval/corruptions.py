@@ -24,8 +24,9 @@ from PIL import Image
 from eval import predictions
 from eval.backends import ImageBackend
 from eval.images import classify, images_of, refuse_unknown_labels
-from flatlora.config import MOST_BATCH, MOST_ROWS, ConfigError, Section, reason_of, setting
-from flatlora.plain_files import open_plain
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.utils.errors import ConfigError, reason_of
+from flatlora.utils.plain_files import open_plain
 
 KIND = "image"
 SCORER_VERSION = 2

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from eval import predictions
 from eval.backends import Backend
-from flatlora.config import MOST_BATCH, MOST_ROWS, ConfigError, Section, setting
-from flatlora.rows import prompt_text
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.inputs.rows import prompt_text
+from flatlora.utils.errors import ConfigError
 
 KIND = "text"
 GENERATES = False

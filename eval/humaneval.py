@@ -27,11 +27,12 @@ from typing import Any, Literal
 
 from eval import answers, predictions, sandbox
 from eval.backends import Generator, Sampling, cut_at
-from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_TOKENS, ConfigError, Section, setting
-from flatlora.console import counting
-from flatlora.files import write_atomic, write_json
-from flatlora.rows import Source, prompt_text, read_rows
-from flatlora.templates import prompt
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
+from flatlora.inputs.rows import Source, prompt_text, read_rows
+from flatlora.inputs.templates import prompt
+from flatlora.utils.console import counting
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import write_atomic, write_json
 
 KIND = "text"
 SCORER_VERSION = 4

@@ -20,8 +20,9 @@ import torch
 
 from eval import predictions
 from eval.backends import ImageBackend
-from flatlora.config import MOST_BATCH, MOST_ROWS, ConfigError, Section, setting
-from flatlora.records import read_record
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.records import read_record
 
 KIND = "image"
 SCORER_VERSION = 1

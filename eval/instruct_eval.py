@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from eval import humaneval, predictions
 from eval.backends import Backend
 from eval.backends.hf import adapted_model
-from flatlora.config import MOST_BATCH, MOST_ROWS, ConfigError, Section, nearest, reason_of, setting
-from flatlora.files import write_atomic, write_json
-from flatlora.plain_files import file_sha256
-from flatlora.records import SEAL, read_record
-from flatlora.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.inputs.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
+from flatlora.utils.errors import ConfigError, nearest, reason_of
+from flatlora.utils.files import write_atomic, write_json
+from flatlora.utils.plain_files import file_sha256
+from flatlora.utils.records import SEAL, read_record
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

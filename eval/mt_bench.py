@@ -32,12 +32,13 @@ from eval import predictions
 from eval.answers import without_draft
 from eval.backends import Completion, Generator, Sampling, wire
 from eval.backends.openai import Endpoint, OpenAIBackend
-from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_TOKENS, ConfigError, Section, setting
-from flatlora.console import counting
-from flatlora.files import write_atomic, write_json
-from flatlora.masking import Url
-from flatlora.rows import gather, read_jsonl, typed_columns
-from flatlora.templates import conversation
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_TOKENS, Section, setting
+from flatlora.config.types import Url
+from flatlora.inputs.rows import gather, read_jsonl, typed_columns
+from flatlora.inputs.templates import conversation
+from flatlora.utils.console import counting
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib.figure
 from PIL import Image
 
-from flatlora.files import write_atomic
-from flatlora.images import head_of
+from flatlora.inputs.images import head_of
+from flatlora.utils.files import write_atomic
 
 Shown = tuple[str, Path, Sequence[Mapping[str, Any]]]  # (name of a model, folder, its rows {"prompt", "seed", "file"})
 _CELL, _ABOVE, _LINE, _GAP = 1.5, 0.2, 0.2, 0.08  # inches: a picture, its caption, a line of its prompt, between

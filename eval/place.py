@@ -14,10 +14,13 @@ import yaml
 from pydantic import ValidationError
 
 import eval as benchmarks
-from flatlora import checkpoint, records
-from flatlora.config import ConfigError, DiffusionModelConfig, ModelConfig, Section, TrainerConfig, model_section
-from flatlora.diffusion import INDEX
-from flatlora.models import model_of
+from flatlora.config.sections import DiffusionModelConfig, ModelConfig, TrainerConfig, model_section
+from flatlora.config.settings import Section
+from flatlora.models.diffusion import INDEX
+from flatlora.models.loading import model_of
+from flatlora.train import checkpoint
+from flatlora.utils import records
+from flatlora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,9 @@ class Place:
     scored_with: dict[str, Any] = field(default_factory=dict)  # the run's own settings of the benchmark
     dataset: Mapping[str, Any] = field(default_factory=dict)  # the run's, as its config.yaml has it
     data_root: str | None = None
-    base: str | None = None  # the backbone's state that the run's record has, see `flatlora.models.backbone_state`
+    base: str | None = (
+        None  # the backbone's state that the run's record has, see `flatlora.models.loading.backbone_state`
+    )
     base_named: bool = False  # whether base=... says where the backbone is
 
 

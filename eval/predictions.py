@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.backends import Generator, Sampling
-from flatlora.config import ConfigError
-from flatlora.files import write_atomic, write_json
-from flatlora.plain_files import open_plain
-from flatlora.records import SEAL, read_record, seal_problem
-from flatlora.rows import jsonl, prompt_text, read_jsonl
+from flatlora.inputs.rows import jsonl, prompt_text, read_jsonl
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import write_atomic, write_json
+from flatlora.utils.plain_files import open_plain
+from flatlora.utils.records import SEAL, read_record, seal_problem
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from flatlora.images import middle_of
-from flatlora.models import load_captioner, load_clip
+from flatlora.inputs.images import middle_of
+from flatlora.models.loading import load_captioner, load_clip
 
 
 class Similarity:

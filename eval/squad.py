@@ -18,9 +18,10 @@ from typing import Any
 from eval import predictions
 from eval.answers import without_draft
 from eval.backends import Generator, Sampling
-from flatlora.config import MOST_BATCH, MOST_ROWS, MOST_TOKENS, ConfigError, Section, setting
-from flatlora.rows import Source, read_rows
-from flatlora.templates import prompt
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
+from flatlora.inputs.rows import Source, read_rows
+from flatlora.inputs.templates import prompt
+from flatlora.utils.errors import ConfigError
 
 KIND = "text"
 GENERATES = True

@@ -32,22 +32,15 @@ from eval.backends.diffusion import DiffusionBackend
 from eval.picture_grid import write_grid
 from eval.place import YAML_ERRORS
 from eval.similarity import Captioner, Similarity
-from flatlora.captioned import CaptionedRows, long_prompts, picture_of
-from flatlora.config import (
-    MOST_BATCH,
-    MOST_PIXELS,
-    MOST_ROWS,
-    ConfigError,
-    DiffusionModelConfig,
-    Section,
-    reason_of,
-    setting,
-)
-from flatlora.files import write_atomic
-from flatlora.images import png_of
-from flatlora.models import check_captioner, check_clip, size_factor, tell_long_prompts
-from flatlora.plain_files import place_inside, read_plain
-from flatlora.rows import gather
+from flatlora.config.sections import DiffusionModelConfig
+from flatlora.config.settings import MOST_BATCH, MOST_PIXELS, MOST_ROWS, Section, setting
+from flatlora.inputs.captioned import CaptionedRows, long_prompts, picture_of
+from flatlora.inputs.images import png_of
+from flatlora.inputs.rows import gather
+from flatlora.models.loading import check_captioner, check_clip, size_factor, tell_long_prompts
+from flatlora.utils.errors import ConfigError, reason_of
+from flatlora.utils.files import write_atomic
+from flatlora.utils.plain_files import place_inside, read_plain
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ In one's own script: `FlatLoraCallback` for a transformers Trainer, `WeightPertu
 """
 
 from flatlora import _quiet  # noqa: F401  (first: it is about the imports below)
-from flatlora.callback import FlatLoraCallback
-from flatlora.layers import find_lora_layers
-from flatlora.methods.lora_pro import LoRAPro, lora_pairs
-from flatlora.perturbation import WeightPerturbation
-from flatlora.precision import fast_dtype
+from flatlora.optim.lora_pro import LoRAPro, lora_pairs
+from flatlora.perturb.callback import FlatLoraCallback
+from flatlora.perturb.layers import find_lora_layers
+from flatlora.perturb.perturbation import WeightPerturbation
+from flatlora.utils.precision import fast_dtype
 
 __all__ = ["FlatLoraCallback", "LoRAPro", "WeightPerturbation", "fast_dtype", "find_lora_layers", "lora_pairs"]

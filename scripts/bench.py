@@ -43,13 +43,17 @@ sys.path.insert(0, str(PROJECT))
 
 from data import word_math  # noqa: E402
 from data.tokens import CausalCollator, tokenise  # noqa: E402
-from flatlora import acceleration, files, methods, models, results  # noqa: E402
-from flatlora.config import ModelConfig  # noqa: E402
-from flatlora.console import quiet_libraries  # noqa: E402
-from flatlora.layers import PerturbedLayer, find_lora_layers  # noqa: E402
-from flatlora.methods.lora import LoraMethodConfig  # noqa: E402
-from flatlora.perturbation import WeightPerturbation  # noqa: E402
-from flatlora.precision import Precision, autocast, choose_precision  # noqa: E402
+from flatlora import methods  # noqa: E402
+from flatlora.config.sections import ModelConfig  # noqa: E402
+from flatlora.fused import acceleration  # noqa: E402
+from flatlora.methods.adapters.lora import LoraMethodConfig  # noqa: E402
+from flatlora.models import loading  # noqa: E402
+from flatlora.perturb.layers import PerturbedLayer, find_lora_layers  # noqa: E402
+from flatlora.perturb.perturbation import WeightPerturbation  # noqa: E402
+from flatlora.runs import environment  # noqa: E402
+from flatlora.utils import files  # noqa: E402
+from flatlora.utils.console import quiet_libraries  # noqa: E402
+from flatlora.utils.precision import Precision, autocast, choose_precision  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -72,7 +76,9 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2, help="processes: how many")
     options = parser.parse_args()
     quiet_libraries()
-    logging.getLogger("flatlora.perturbation").setLevel(logging.ERROR)  # that inplace drifts is what is measured here
+    logging.getLogger("flatlora.perturb.perturbation").setLevel(
+        logging.ERROR
+    )  # that inplace drifts is what is measured here
     if options.device == "data":
         from scripts import bench_data
 
@@ -101,7 +107,7 @@ def main() -> int:
     batch, plain, model = word_math_batch(), embedded_lora(), embedded_lora()
     kernels = acceleration.accelerate(model, torch.device("cpu"))
     chosen = precision()
-    console.print(f"{results.environment()['hardware']['cpu']}; precision: {chosen}", soft_wrap=True)
+    console.print(f"{environment.environment()['hardware']['cpu']}; precision: {chosen}", soft_wrap=True)
     steps = step_times(plain, model, batch, options.rounds)
     tokens = int(batch["attention_mask"].sum())
     console.print(step_table(steps, tokens))
@@ -109,8 +115,8 @@ def main() -> int:
     console.print(drift_table(drift, options.drift_steps))
     report = {
         "command": f"python scripts/bench.py cpu --rounds {options.rounds} --drift-steps {options.drift_steps}",
-        "env": results.environment(),
-        "git_sha": results.git_sha(),
+        "env": environment.environment(),
+        "git_sha": environment.git_sha(),
         "model": "SmolLM2-135M, BF16 backbone, LoRA r=8 on all linear layers",
         "precision": chosen.record(),
         "kernels": kernels,
@@ -142,7 +148,7 @@ def precision() -> Precision:
 
 
 def embedded_lora() -> nn.Module:
-    backbone = models.load_backbone(embedded_config(), torch.device("cpu"))
+    backbone = loading.load_backbone(embedded_config(), torch.device("cpu"))
     model = methods.method("lora").apply(backbone, LoraMethodConfig(name="lora", method="lora"), methods.Start(SEED))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # as after some training: B = 0 would make W' = W
@@ -151,7 +157,7 @@ def embedded_lora() -> nn.Module:
 
 
 def word_math_batch() -> dict[str, torch.Tensor]:
-    tokenizer = models.load_tokenizer(embedded_config())
+    tokenizer = loading.load_tokenizer(embedded_config())
     rows = [{"x": f"Q: {r['question']}\nA: ", "y": r["answer"]} for r in word_math.generate("train", ROWS)]
     encoded = tokenise(rows, tokenizer, 256)
     return CausalCollator(tokenizer.pad_token_id)([encoded[i] for i in range(len(encoded))])

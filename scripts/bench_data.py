@@ -23,9 +23,11 @@ from rich.table import Table
 from data import cache, meta_math, word_math
 from data.instructions import formatted
 from data.tokens import tokenise, tokenise_reference
-from flatlora import files, models, results
-from flatlora.config import ModelConfig
-from flatlora.rows import jsonl
+from flatlora.config.sections import ModelConfig
+from flatlora.inputs.rows import jsonl
+from flatlora.models import loading
+from flatlora.runs import environment
+from flatlora.utils import files
 
 ROWS, PART, ROUNDS = 100_000, 4_000, 5
 STORIES, JOINED = 3_000, 3  # a row tells so many problems: MetaMathQA's have 180 tokens, ours 75
@@ -35,7 +37,7 @@ console = Console(highlight=False)
 def run(model: ModelConfig, *, out: Path, command: str) -> int:
     """Measure, print, write `data.json` into `out`."""
     os.environ.pop("TOKENIZERS_PARALLELISM", None)
-    tokenizer, rows = models.load_tokenizer(model), made_rows(ROWS)
+    tokenizer, rows = loading.load_tokenizer(model), made_rows(ROWS)
     config = meta_math.Config(
         name="meta_math", loader="meta_math", train_rows=ROWS - 1000, validation_rows=1000, max_length=1024
     )
@@ -51,8 +53,8 @@ def run(model: ModelConfig, *, out: Path, command: str) -> int:
         starts = [timed(lambda: cache.prepared(config, root, tokenizer)) for _ in range(4)]
     report = {
         "command": command,
-        "env": results.environment(),
-        "git_sha": results.git_sha(),
+        "env": environment.environment(),
+        "git_sha": environment.git_sha(),
         "rows": ROWS,
         "tokens": sum(tokenise(texts[:PART], tokenizer, 1024).lengths) * ROWS // PART,
         "rows_per_s": rates,

@@ -29,10 +29,11 @@ PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from eval.predictions import read  # noqa: E402
-from flatlora import files, results  # noqa: E402
-from flatlora.console import console  # noqa: E402
-from flatlora.models import model_of  # noqa: E402
-from flatlora.sources import backbone_source  # noqa: E402
+from flatlora.models.loading import model_of  # noqa: E402
+from flatlora.models.sources import backbone_source  # noqa: E402
+from flatlora.runs import environment  # noqa: E402
+from flatlora.utils import files  # noqa: E402
+from flatlora.utils.console import console  # noqa: E402
 
 _START_S = 600
 
@@ -61,8 +62,8 @@ def main(words: list[str] | None = None) -> int:
     report[f"{'adapter' if label == 'adapter' else label}, {options.dtype}"] = {
         "command": f"python scripts/bench_eval.py PATH --rows {options.rows} --tokens {options.tokens} "
         f"--dtype {options.dtype}",
-        "env": results.environment(),
-        "git_sha": results.git_sha(),
+        "env": environment.environment(),
+        "git_sha": environment.git_sha(),
         "backends": found,
     }
     files.write_json(path, report)

@@ -29,10 +29,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from flatlora import files, kernels, noise, results
-from flatlora.acceleration import GraphedMicroStep, accelerate
-from flatlora.layers import PerturbedLayer, find_lora_layers
-from flatlora.perturbation import WeightPerturbation
+from flatlora.fused.acceleration import GraphedMicroStep, accelerate
+from flatlora.noise import philox, triton_kernels
+from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
+from flatlora.perturb.perturbation import WeightPerturbation
+from flatlora.runs import environment
+from flatlora.utils import files
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -79,8 +81,8 @@ def report_head(command: str, layers: int) -> dict[str, Any]:
     """What was run, where, and on which model."""
     return {
         "command": command,
-        "env": results.environment(),
-        "git_sha": results.git_sha(),
+        "env": environment.environment(),
+        "git_sha": environment.git_sha(),
         "model": f"Llama-2-7B's shape, {layers} layers, random weights, r={RANK} on all linear layers",
     }
 
@@ -321,11 +323,11 @@ def measure_passes(backbone: nn.Module, device: torch.device) -> dict[str, float
     outs = [torch.empty_like(weight) for weight in weights]
     rows = sum(weight.shape[0] for weight in weights)
     c = torch.full((rows,), 1e-3, device=device)
-    keys = [noise.layer_key(SEED, str(i)) for i in range(len(weights))]
-    noise_pass = kernels.NoisePass(weights, outs, c, keys)
+    keys = [philox.layer_key(SEED, str(i)) for i in range(len(weights))]
+    noise_pass = triton_kernels.NoisePass(weights, outs, c, keys)
     A = [torch.randn(RANK, weight.shape[1], device=device) for weight in weights]
     B = [torch.randn(weight.shape[0], RANK, device=device) for weight in weights]
-    norm_pass = kernels.RowNormPass(weights, A, B)
+    norm_pass = triton_kernels.RowNormPass(weights, A, B)
     elements = sum(weight.numel() for weight in weights)
     one, other = (torch.empty(elements, dtype=torch.bfloat16, device=device) for _ in range(2))
     return {

@@ -19,10 +19,11 @@ from rich.table import Table
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from flatlora import files, methods
-from flatlora.acceleration import GraphedMicroStep, accelerate
-from flatlora.config import OptimConfig
+from flatlora import methods
+from flatlora.config.sections import OptimConfig
+from flatlora.fused.acceleration import GraphedMicroStep, accelerate
 from flatlora.methods import Start, Training
+from flatlora.utils import files
 from scripts.bench_gpu import (
     GIB,
     RANK,

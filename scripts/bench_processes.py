@@ -23,8 +23,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from flatlora import files, results
-from flatlora.rows import jsonl
+from flatlora.inputs.rows import jsonl
+from flatlora.runs import environment
+from flatlora.utils import files
 from scripts.bench_gpu import random_backbone
 
 PROJECT = Path(__file__).parents[1]
@@ -39,8 +40,8 @@ def run(gpus: int, *, layers: int, steps: int, out: Path) -> int:
         return 2
     report: dict[str, Any] = {
         "command": f"python scripts/bench.py processes --gpus {gpus} --layers {layers} --steps {steps}",
-        "env": results.environment(),
-        "git_sha": results.git_sha(),
+        "env": environment.environment(),
+        "git_sha": environment.git_sha(),
         "rows": {"length": LENGTH, "micro_batch": MICRO_BATCH, "batch": BATCH},
         "runs": {},
     }

@@ -21,13 +21,15 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from flatlora import files, methods, results
-from flatlora.acceleration import GraphedMicroStep, accelerate
-from flatlora.diffusion import Denoiser
-from flatlora.layers import find_lora_layers
+from flatlora import methods
+from flatlora.fused.acceleration import GraphedMicroStep, accelerate
 from flatlora.methods import Start
-from flatlora.methods.lora import LoraMethodConfig
-from flatlora.perturbation import WeightPerturbation
+from flatlora.methods.adapters.lora import LoraMethodConfig
+from flatlora.models.diffusion import Denoiser
+from flatlora.perturb.layers import find_lora_layers
+from flatlora.perturb.perturbation import WeightPerturbation
+from flatlora.runs import environment
+from flatlora.utils import files
 from scripts.bench_gpu import GIB, SEED, console, free_memory, gpu_state
 
 UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
@@ -57,8 +59,8 @@ def run(*, steps: int, rounds: int, out: Path, command: str) -> int:
     count = sum(p.numel() for p in unet.parameters())
     report: dict[str, Any] = {
         "command": command,
-        "env": results.environment(),
-        "git_sha": results.git_sha(),
+        "env": environment.environment(),
+        "git_sha": environment.git_sha(),
         "model": f"SDXL-base's UNet, {count / 1e9:.3f} billion random weights, BF16, r = α = {RANK} on attention",
         "micro_step": "one picture of 1024 × 1024",
         "rounds": [],

@@ -23,8 +23,10 @@ sys.path.insert(0, str(PROJECT))
 
 import eval as benchmarks  # noqa: E402
 import run_exp  # noqa: E402
-from flatlora import records  # noqa: E402
-from flatlora.config import ConfigError, Experiment, Section, build_section, parse, reason_of, setting  # noqa: E402
+from flatlora.config.experiment import Experiment, parse  # noqa: E402
+from flatlora.config.settings import Section, build_section, setting  # noqa: E402
+from flatlora.utils import records  # noqa: E402
+from flatlora.utils.errors import ConfigError, reason_of  # noqa: E402
 
 LAYOUTS = PROJECT / "results/tables.yaml"
 PAPER = PROJECT / "results/paper.yaml"

@@ -28,7 +28,7 @@ import psutil
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from flatlora import checkpoint  # noqa: E402
+from flatlora.train import checkpoint  # noqa: E402
 
 SETTINGS = [
     "trainer=ddp",

@@ -41,8 +41,8 @@ sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
 from eval import command  # noqa: E402
-from flatlora.recorder import StepRecorder  # noqa: E402
-from flatlora.staging import remove  # noqa: E402
+from flatlora.train.recorder import StepRecorder  # noqa: E402
+from flatlora.utils.staging import remove  # noqa: E402
 from scripts import cells, flatness  # noqa: E402
 from scripts.arguments import positive  # noqa: E402
 

@@ -24,8 +24,11 @@ sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
 from eval import command  # noqa: E402
-from flatlora import acceleration, methods, models, precision  # noqa: E402
-from flatlora.console import quiet_libraries  # noqa: E402
+from flatlora import methods  # noqa: E402
+from flatlora.fused import acceleration  # noqa: E402
+from flatlora.models import loading  # noqa: E402
+from flatlora.utils import precision  # noqa: E402
+from flatlora.utils.console import quiet_libraries  # noqa: E402
 from scripts import bench  # noqa: E402
 
 FOLDER = Path("results") / "flatlora-demo_word_math"
@@ -91,7 +94,7 @@ def measured_steps() -> tuple[dict[str, float], str]:
     experiment = run_exp.experiment_of([*SETTINGS, *RUNS["Flat-LoRA"]])
     device = torch.device("cpu")
     inputs = run_exp.prepare(experiment, device)
-    backbone = models.load_backbone(experiment.model, device)
+    backbone = loading.load_backbone(experiment.model, device)
     model = methods.method("lora").apply(backbone, experiment.peft, methods.Start(SEED)).train()
     acceleration.accelerate(model, device)
     rows = inputs.rows.train

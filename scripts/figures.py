@@ -37,11 +37,11 @@ PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from eval.picture_grid import grid_figure  # noqa: E402
-from flatlora import records  # noqa: E402
-from flatlora.config import ConfigError  # noqa: E402
-from flatlora.console import quiet_libraries, report_faults  # noqa: E402
-from flatlora.files import write_atomic  # noqa: E402
-from flatlora.results import MetricsLog  # noqa: E402
+from flatlora.runs.metrics_log import MetricsLog  # noqa: E402
+from flatlora.utils import records  # noqa: E402
+from flatlora.utils.console import quiet_libraries, report_faults  # noqa: E402
+from flatlora.utils.errors import ConfigError  # noqa: E402
+from flatlora.utils.files import write_atomic  # noqa: E402
 from scripts import cells  # noqa: E402
 from scripts.arguments import add_folders  # noqa: E402
 

@@ -3,8 +3,8 @@
     python scripts/flatness.py RUN [RUN ...] [--data-root DIR] [--rows 512] [--parts rise,hessian,landscape]
 
 RUN is a folder below results/ with an adapter in it. What is measured, and along which shared directions, stands in
-flatlora/flatness.py; the loss is that of some of its training rows. Runs that have these measures already are passed
-over, so an interrupted start goes on; scripts/tables.py and scripts/figures.py read the files.
+flatlora/perturb/flatness.py; the loss is that of some of its training rows. Runs that have these measures already are
+passed over, so an interrupted start goes on; scripts/tables.py and scripts/figures.py read the files.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
-from flatlora import flatness, models, records, results  # noqa: E402
-from flatlora.checkpoint import weights_sha256  # noqa: E402
-from flatlora.clip import Classes  # noqa: E402
-from flatlora.config import ConfigError, Experiment, parse  # noqa: E402
-from flatlora.console import console, counting, quiet_libraries, report_faults  # noqa: E402
-from flatlora.layers import PerturbedLayer, find_lora_layers  # noqa: E402
-from flatlora.methods.lora import find_targets  # noqa: E402
-from flatlora.results import RunFolder  # noqa: E402
-from flatlora.rows import gather  # noqa: E402
+from flatlora.config.experiment import Experiment, parse  # noqa: E402
+from flatlora.inputs.rows import gather  # noqa: E402
+from flatlora.methods.adapters.lora import find_targets  # noqa: E402
+from flatlora.models import loading  # noqa: E402
+from flatlora.models.clip import Classes  # noqa: E402
+from flatlora.models.hashes import weights_sha256  # noqa: E402
+from flatlora.perturb import flatness  # noqa: E402
+from flatlora.perturb.layers import PerturbedLayer, find_lora_layers  # noqa: E402
+from flatlora.runs import environment  # noqa: E402
+from flatlora.runs.run_folder import RunFolder  # noqa: E402
+from flatlora.utils import records  # noqa: E402
+from flatlora.utils.console import console, counting, quiet_libraries, report_faults  # noqa: E402
+from flatlora.utils.errors import ConfigError  # noqa: E402
 from scripts.arguments import above_zero, odd, positive, several_above_zero  # noqa: E402
 
 FILE = "flatness.json"
@@ -46,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = _options(words)
     quiet_libraries()
     try:
-        device = models.choose_device(options.device)
+        device = loading.choose_device(options.device)
         experiments = _experiments(options)
         runs = gather(*(lambda run=run, one=one: (run, one, _inputs(run, one, device)) for run, one in experiments))
         for run, experiment, inputs in runs:
@@ -167,7 +171,7 @@ def measure(run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: 
         begun = time.monotonic()
         values = _MEASURES[part](model, layers, batches, options)
         told = {"how": how[part], **values, "loss": flatness.mean_loss(model, batches)}
-        told |= {"weights_sha256": weights, "git_sha": results.git_sha(), "env": results.environment()}
+        told |= {"weights_sha256": weights, "git_sha": environment.git_sha(), "env": environment.environment()}
         found = _kept(run, adapter)  # another process may have measured another part by now
         found["parts"][part] = told | {"seconds": round(time.monotonic() - begun, 1)}
         records.write_signed(run / FILE, found)
@@ -194,7 +198,7 @@ def _loaded(
     device = inputs.device
     classes = Classes.of_run(run) if experiment.dataset.kind == "image" else None
     eager = experiment.model.model_copy(update={"attn": "eager"})  # the one attention with a second derivative
-    model, _, told = models.load_for_inference(str(run / "adapter"), eager, device, classes)
+    model, _, told = loading.load_for_inference(str(run / "adapter"), eager, device, classes)
     model = model.float()
     if told["adapter"]:
         names = [layer.name for layer in find_lora_layers(model)]

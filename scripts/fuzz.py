@@ -41,9 +41,12 @@ import data  # noqa: E402
 import eval as benchmarks  # noqa: E402
 import run_exp  # noqa: E402
 from eval import command  # noqa: E402
-from flatlora import commandline, distributed, methods, names  # noqa: E402
-from flatlora.config import DiffusionModelConfig, OptimConfig, TrainerConfig  # noqa: E402
-from flatlora.results import RunFolder  # noqa: E402
+from flatlora import methods  # noqa: E402
+from flatlora.config.sections import DiffusionModelConfig, OptimConfig, TrainerConfig  # noqa: E402
+from flatlora.experiment import commandline  # noqa: E402
+from flatlora.runs.run_folder import RunFolder  # noqa: E402
+from flatlora.train import distributed  # noqa: E402
+from flatlora.utils import names  # noqa: E402
 from scripts.arguments import positive  # noqa: E402
 from scripts.forked import ForkedRun  # noqa: E402
 

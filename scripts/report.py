@@ -22,10 +22,10 @@ import yaml
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from flatlora.config import ConfigError  # noqa: E402
-from flatlora.console import quiet_libraries, report_faults  # noqa: E402
-from flatlora.files import write_atomic  # noqa: E402
-from flatlora.records import read_record  # noqa: E402
+from flatlora.utils.console import quiet_libraries, report_faults  # noqa: E402
+from flatlora.utils.errors import ConfigError  # noqa: E402
+from flatlora.utils.files import write_atomic  # noqa: E402
+from flatlora.utils.records import read_record  # noqa: E402
 from scripts import cells, figures  # noqa: E402
 from scripts.arguments import add_folders  # noqa: E402
 from scripts.table_formats import COMPARED, comparisons, lines_of, notes_of, title_of, titles_of  # noqa: E402

@@ -28,10 +28,12 @@ PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
-from flatlora import commandline  # noqa: E402
-from flatlora.config import ConfigError, Experiment, reason_of  # noqa: E402
-from flatlora.console import quiet_libraries, report_faults  # noqa: E402
-from flatlora.results import MetricsLog, RunFolder  # noqa: E402
+from flatlora.config.experiment import Experiment  # noqa: E402
+from flatlora.experiment import commandline  # noqa: E402
+from flatlora.runs.metrics_log import MetricsLog  # noqa: E402
+from flatlora.runs.run_folder import RunFolder  # noqa: E402
+from flatlora.utils.console import quiet_libraries, report_faults  # noqa: E402
+from flatlora.utils.errors import ConfigError, reason_of  # noqa: E402
 
 PORT = 29500
 

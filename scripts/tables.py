@@ -22,9 +22,9 @@ from rich.table import Table as Shown
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from flatlora.config import ConfigError  # noqa: E402
-from flatlora.console import quiet_libraries, report_faults  # noqa: E402
-from flatlora.files import write_atomic  # noqa: E402
+from flatlora.utils.console import quiet_libraries, report_faults  # noqa: E402
+from flatlora.utils.errors import ConfigError  # noqa: E402
+from flatlora.utils.files import write_atomic  # noqa: E402
 from scripts.arguments import add_folders, positive  # noqa: E402
 from scripts.cells import (  # noqa: E402
     LAYOUTS,

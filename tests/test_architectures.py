@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 import run_exp
 from eval import command
-from flatlora import noise
-from flatlora.trainer import FlatTrainer
+from flatlora.noise import host
+from flatlora.train.trainer import FlatTrainer
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder
 from tests.saved_models import ARCHITECTURES
 
@@ -84,7 +84,7 @@ def trained_by_hand(folder, watched, targets, *, sigma, seed):
             rows = weight.T if isinstance(module.get_base_layer(), Conv1D) else weight  # a view
             merged = rows + scaling * module.lora_B["default"].weight.data @ module.lora_A["default"].weight.data
             c = sigma / math.sqrt(rows.shape[1]) * merged.norm(dim=1, keepdim=True)
-            rows += c * noise.normal(seed, step, 0, name.removeprefix("base_model.model."), tuple(rows.shape))
+            rows += c * host.normal(seed, step, 0, name.removeprefix("base_model.model."), tuple(rows.shape))
         labelled = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in window)
         total = 0.0
         for batch in window:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import run_exp
-from flatlora.trainer import FlatTrainer
+from flatlora.train.trainer import FlatTrainer
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import run_exp
-from flatlora import commandline
+from flatlora.experiment import commandline
 from tests.conftest import run_folder, write_split
 
 PROJECT = Path(__file__).parents[1]

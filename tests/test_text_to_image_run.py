@@ -15,9 +15,10 @@ import run_exp
 from data import text_to_image as text_to_image_data
 from eval import command, predictions, text_to_image
 from eval.picture_grid import grid_figure, write_grid
-from flatlora import latents, methods, models, sources
-from flatlora.config import ConfigError
-from flatlora.random_weights import byte_tokenizer
+from flatlora import methods
+from flatlora.models import latents, loading, sources
+from flatlora.models.random_weights import byte_tokenizer
+from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder
 
 STEPS = 20
@@ -162,7 +163,7 @@ def test_accumulation_is_a_larger_batch(tmp_path):
     ],
 )
 def test_faults_are_told_before_a_weight_is_loaded(tmp_path, monkeypatch, capsys, more, head):
-    monkeypatch.setattr(models, "load_backbone", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_backbone", lambda *args: pytest.fail("loaded"))
     assert run_exp.main(words(tmp_path, *more, scored=any("resolution=6" in word for word in more))) == 2
     assert head in " ".join(capsys.readouterr().err.split() or capsys.readouterr().out.split())
 
@@ -251,7 +252,7 @@ def test_scores_are_cosines_of_clip(scored):
     """A picture and its prompt, by transformers' own CLIPModel."""
     folder, _ = scored["off"]
     row = predictions.read(folder / "eval/text_to_image/predictions.jsonl", text_to_image.FIELDS)[2]
-    model, tokenizer, processor = models.load_clip("flatlora/random-clip", torch.device("cpu"))
+    model, tokenizer, processor = loading.load_clip("flatlora/random-clip", torch.device("cpu"))
     with Image.open(folder / "eval/text_to_image" / row["file"]) as picture, torch.no_grad():
         batch = {**tokenizer([row["prompt"]], return_tensors="pt"), **processor([picture], return_tensors="pt")}
         cosine = model(**batch).logits_per_image / model.logit_scale.exp()
@@ -333,7 +334,7 @@ def test_a_killed_evaluation_goes_on(scored, tmp_path, monkeypatch):
 
 
 def test_a_whole_pipeline_is_scored_without_a_run(tmp_path):
-    words = [models.RANDOM_SDXL, f"out={tmp_path}", "clip=flatlora/random-clip", "captioner=null", "prompts=shapes"]
+    words = [loading.RANDOM_SDXL, f"out={tmp_path}", "clip=flatlora/random-clip", "captioner=null", "prompts=shapes"]
     score = command.score_path("text_to_image", [*words, "resolution=64", "steps=1", "max_rows=2", "device=cpu"])
     assert score["n"] == 2
     assert score["metrics"]["image_image"] is None
@@ -458,7 +459,7 @@ def test_on_a_gpu_pictures_are_those_of_the_host(tmp_path):
     """Noise is drawn on the host, so that a prompt and seed begin alike everywhere."""
     seen = {}
     for device in ("cuda", "cpu"):
-        asked = [models.RANDOM_SDXL, f"out={tmp_path / device}", "clip=flatlora/random-clip", "captioner=null"]
+        asked = [loading.RANDOM_SDXL, f"out={tmp_path / device}", "clip=flatlora/random-clip", "captioner=null"]
         asked += ["prompts=shapes", "resolution=64", "steps=2", "max_rows=2", f"device={device}"]
         command.score_path("text_to_image", asked)
         with Image.open(tmp_path / device / "images/0001.png") as picture:

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flatlora import FlatLoraCallback
-from flatlora.checkpoint import backbone_sha256
+from flatlora.models.hashes import backbone_sha256
 
 trl = pytest.importorskip("trl")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatlora.precision import Precision, autocast
+from flatlora.utils.precision import Precision, autocast
 
 
 class CLIPBackend:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatlora import diffusion
-from flatlora.config import DiffusionModelConfig
-from flatlora.precision import Precision, autocast
+from flatlora.config.sections import DiffusionModelConfig
+from flatlora.models import diffusion
+from flatlora.utils.precision import Precision, autocast
 
 
 class DiffusionBackend:

@@ -27,9 +27,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from eval.backends import Completion, Sampling, cut_at
 from eval.backends.tokenised import Context, TokenisedBackend, end_ids
-from flatlora.fit import position_tables
-from flatlora.precision import Precision, autocast
-from flatlora.tokenizing import text_ids
+from flatlora.inputs.tokenizing import text_ids
+from flatlora.models.fit import position_tables
+from flatlora.utils.precision import Precision, autocast
 
 _IGNORED = -100  # label of a place without an answer's token
 _MARGIN = 4  # tokens more than a stop can have: the first blank of what is decoded may be lost

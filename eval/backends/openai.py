@@ -31,8 +31,8 @@ import httpx
 
 from eval.backends import Completion, Messages, Sampling, cut_at
 from eval.backends.wire import ReplyRefused, is_loopback, key_of, limit_reply
-from flatlora.config import ConfigError, reason_of
-from flatlora.masking import MASK, masked
+from flatlora.utils.errors import ConfigError, reason_of
+from flatlora.utils.masking import MASK, masked
 
 if TYPE_CHECKING:
     import openai

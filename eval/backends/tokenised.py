@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from eval.backends import Completion, Messages, Sampling, cut_at
-from flatlora.config import ConfigError
-from flatlora.tokenizing import appended_ends, text_ids
+from flatlora.inputs.tokenizing import appended_ends, text_ids
+from flatlora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import psutil
 
 from eval.backends import Completion, Sampling
 from eval.backends.tokenised import Context, TokenisedBackend, end_ids
-from flatlora.config import ConfigError
-from flatlora.saved_adapters import adapter_config, check_adapter
+from flatlora.models.saved_adapters import adapter_config, check_adapter
+from flatlora.utils.errors import ConfigError
 
 
 class VLLMBackend(TokenisedBackend):

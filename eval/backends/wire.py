@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from flatlora.masking import MASK, masked_url, masked_word
+from flatlora.utils.masking import MASK, masked_url, masked_word
 
 logger = logging.getLogger(__name__)
 

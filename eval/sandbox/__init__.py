@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 from eval.sandbox import calls, inside
 from eval.sandbox.clock import Clock
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 
 _INSIDE = Path(inside.__file__)
 _MIB = 1 << 20

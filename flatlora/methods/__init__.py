@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from flatlora.methods import adapters, regularizers
 from flatlora.methods.base import (
     AdapterMethod,
     Regulariser,
@@ -42,6 +43,6 @@ __all__ = [
     "rho_names",
 ]
 
-for _module in pkgutil.iter_modules(__path__):
-    if _module.name != "__main__":
-        importlib.import_module(f"{__name__}.{_module.name}")
+for _package in (adapters, regularizers):
+    for _module in pkgutil.iter_modules(_package.__path__):
+        importlib.import_module(f"{_package.__name__}.{_module.name}")

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from flatlora.config import Experiment, OptimConfig, PeftConfig, RhoConfig
+from flatlora.config.experiment import Experiment
+from flatlora.config.sections import OptimConfig, PeftConfig, RhoConfig
 
 
 def _no_batches(count: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import run_exp
 from data import cache, tokens
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 from tests.conftest import write_split
 
 

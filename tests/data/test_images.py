@@ -15,10 +15,10 @@ from transformers.image_utils import load_image
 import run_exp
 from data import images
 from eval import command
-from flatlora import models, sources
-from flatlora.captioned import CaptionedImages, picture_of
-from flatlora.config import ConfigError
-from flatlora.images import ImageRows, LabelledImages, check_images
+from flatlora.inputs.captioned import CaptionedImages, picture_of
+from flatlora.inputs.images import ImageRows, LabelledImages, check_images
+from flatlora.models import loading, sources
+from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, write_split
 
 # name: (hub id, config, splits, image column, label column, classes)
@@ -87,11 +87,11 @@ def write_set(root, name, counts=(12, 6)):
 
 @pytest.fixture(scope="module")
 def processor():
-    return models.load_image_processor(clip_config())
+    return loading.load_image_processor(clip_config())
 
 
 def clip_config(**changes):
-    return models.ModelConfig(
+    return loading.ModelConfig(
         **{"name": "clip", "hub_id": "flatlora/random-clip", "family": "clip", "embedded": "random-clip"} | changes
     )
 
@@ -366,7 +366,7 @@ def test_a_picture_is_tried_in_every_thread(processor):
 
 
 def test_pictures_that_were_decoded_once_are_read_and_not_decoded_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("flatlora.images.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("flatlora.inputs.images.cache_folder", lambda: tmp_path)
     opened, files = [], {0: png(0), 1: png(1)}
     plain = Image.open
     monkeypatch.setattr(Image, "open", lambda file, **more: opened.append(file) or plain(file, **more))
@@ -507,9 +507,9 @@ def test_an_adapter_loads_on_transformers_own_vision_model(tmp_path, settings):
     plain.vision_model, plain.visual_projection = whole.vision_model, whole.visual_projection
     loaded = PeftModel.from_pretrained(plain, str(run_folder(words) / "adapter"))
     config = clip_config(dtype="float32")
-    rows = images.prepared(dataset("digits", "dataset.test_rows=4"), None, models.load_image_processor(config))
+    rows = images.prepared(dataset("digits", "dataset.test_rows=4"), None, loading.load_image_processor(config))
     pixels = torch.stack([rows.test[i]["pixel_values"] for i in range(4)])
-    ours = models.load_backbone(config, torch.device("cpu"), rows.classes)
+    ours = loading.load_backbone(config, torch.device("cpu"), rows.classes)
     ours = PeftModel.from_pretrained(ours, str(run_folder(words) / "adapter"))
     with torch.no_grad():
         embeddings = torch.nn.functional.normalize(loaded(pixel_values=pixels).image_embeds, dim=-1)

@@ -11,8 +11,9 @@ import pytest
 
 import data
 from data import gsm8k, instructions, meta_math, selection
-from flatlora.config import ConfigError, DatasetConfig
-from flatlora.rows import Source, hub_is_reachable, jsonl, prompt_text, read_jsonl, read_rows
+from flatlora.config.sections import DatasetConfig
+from flatlora.inputs.rows import Source, hub_is_reachable, jsonl, prompt_text, read_jsonl, read_rows
+from flatlora.utils.errors import ConfigError
 from tests.conftest import write_split as write
 
 

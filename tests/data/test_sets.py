@@ -8,7 +8,7 @@ import data
 import run_exp
 from data import codefeedback, glue, wizard_lm
 from eval import command
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 from tests.conftest import metrics_rows, run_folder, write_split
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

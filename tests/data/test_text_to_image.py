@@ -11,7 +11,7 @@ from PIL import Image
 import run_exp
 from data import text_to_image
 from data.__main__ import main as show
-from flatlora.captioned import (
+from flatlora.inputs.captioned import (
     CaptionedImages,
     bucket_sizes,
     cover,
@@ -22,8 +22,8 @@ from flatlora.captioned import (
     rows_of,
     shape_of,
 )
-from flatlora.config import ConfigError
-from flatlora.rows import Source
+from flatlora.inputs.rows import Source
+from flatlora.utils.errors import ConfigError
 from tests.conftest import write_split
 
 SOURCE = Source("linoyts/3d_icon", "default", "train")

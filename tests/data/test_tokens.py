@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from data import Splits, tokens
 from data.tokens import IGNORED, CausalCollator, Seq2SeqCollator, prepare, tokenise
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 
 PAD, BOS, EOS, UNKNOWN = range(4)
 WORDS = [f"w{i}" for i in range(92)]

@@ -16,9 +16,9 @@ import run_exp
 from eval import command, predictions
 from eval.backends import Completion
 from eval.command import main
-from flatlora import precision, records
-from flatlora.config import ModelConfig
-from flatlora.rows import jsonl, prompt_text
+from flatlora.config.sections import ModelConfig
+from flatlora.inputs.rows import jsonl, prompt_text
+from flatlora.utils import precision, records
 from tests.conftest import run_folder, tiny_llama
 
 SETTINGS = ("eval=[gsm8k]", "eval.gsm8k.max_new_tokens=6", "eval.gsm8k.batch_size=4")

@@ -13,9 +13,9 @@ from eval import command as score
 from eval import compare as comparing
 from eval import gsm8k, humaneval, images, squad
 from eval.compare import compare
-from flatlora import records
-from flatlora.config import ConfigError
-from flatlora.rows import jsonl
+from flatlora.inputs.rows import jsonl
+from flatlora.utils import records
+from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder
 
 

@@ -12,7 +12,7 @@ from data import glue as data_glue
 from eval import glue
 from eval.backends.hf import HFBackend
 from eval.command import main
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder, write_split
 
 PROMPTS = ["classify: a\nresult: ", "classify the sentiment of the text: a much longer one.\nresult: "]

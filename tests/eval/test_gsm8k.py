@@ -14,8 +14,8 @@ import eval as benchmarks
 from eval import command, gsm8k
 from eval.backends import Completion
 from eval.gsm8k import parse_answer, score
-from flatlora.config import ConfigError
-from flatlora.rows import jsonl, read_jsonl
+from flatlora.inputs.rows import jsonl, read_jsonl
+from flatlora.utils.errors import ConfigError
 from tests.conftest import write_split
 
 REAL_TEST = Path(__file__).parents[2].parent / "shared/data/openai/gsm8k/main/test.jsonl"

@@ -31,7 +31,7 @@ from eval import predictions
 from eval.backends import Completion, Sampling, cut_at
 from eval.backends.hf import HFBackend, SeededDraw, context_of
 from eval.backends.tokenised import end_ids
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 from tests.conftest import tiny_llama, tiny_lora
 from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer
 

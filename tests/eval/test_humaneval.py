@@ -12,7 +12,7 @@ from eval import humaneval, predictions
 from eval.backends import Completion
 from eval.backends.hf import HFBackend
 from eval.command import main
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, run_folder, write_split
 from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer, run_check
 

@@ -12,9 +12,9 @@ import run_exp
 from eval import command, corruptions, images
 from eval.backends.clip import CLIPBackend
 from eval.command import main
-from flatlora import records
-from flatlora.config import ConfigError
-from flatlora.images import LabelledImages
+from flatlora.inputs.images import LabelledImages
+from flatlora.utils import records
+from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder
 
 

@@ -8,8 +8,8 @@ import pytest
 import run_exp
 from eval import instruct_eval
 from eval.command import main
-from flatlora.config import ConfigError
-from flatlora.rows import read_jsonl
+from flatlora.inputs.rows import read_jsonl
+from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder, write_split
 
 pytest.importorskip("lm_eval")

@@ -9,9 +9,9 @@ import run_exp
 from eval import mt_bench, predictions
 from eval.backends import Completion
 from eval.command import main
-from flatlora.config import ConfigError
-from flatlora.rows import jsonl
-from flatlora.templates import conversation
+from flatlora.inputs.rows import jsonl
+from flatlora.inputs.templates import conversation
+from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, run_folder
 from tests.loopback import FILTERED, Server, refuse_as_gpt_5
 

@@ -9,7 +9,7 @@ import pytest
 from eval.backends import Sampling
 from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
 from eval.command import main
-from flatlora.rows import jsonl
+from flatlora.inputs.rows import jsonl
 from tests.loopback import FILTERED, refuse_as_gpt_5
 
 pytest.importorskip("openai")

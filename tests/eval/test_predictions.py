@@ -6,7 +6,7 @@ import pytest
 
 from eval import predictions
 from eval.backends import Completion, Sampling
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 
 PROMPTS = [f"{'word ' * (7 * i % 5)}question {i}\u2028 ×" for i in range(11)]
 REFERENCES = [f"#### {i}" for i in range(11)]

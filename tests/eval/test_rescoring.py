@@ -9,10 +9,11 @@ import run_exp
 from data import text_to_image
 from eval.backends.hf import HFBackend
 from eval.command import main
-from flatlora import methods, models, sources
-from flatlora.clip import Classes
-from flatlora.config import ConfigError
-from flatlora.latents import collate_latents
+from flatlora import methods
+from flatlora.models import loading, sources
+from flatlora.models.clip import Classes
+from flatlora.models.latents import collate_latents
+from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder, write_split
 from tests.methods_toolbox import batches_of, nudge
 
@@ -76,9 +77,9 @@ def test_a_saved_model_answers_as_the_trained_one(name, family, words, latent_ba
         experiment = run_exp.experiment_of([*words[family], f"peft={name}", *SETTINGS.get(name, [])])
         config, section = experiment.model, experiment.peft
         section = section.model_copy(update={"lora_r": 4} if hasattr(section, "lora_r") else {})
-        methods.method(name).check(models.skeleton(config), section)
+        methods.method(name).check(loading.skeleton(config), section)
         start = methods.Start(1, tmp_path / "start", batches(family, latent_batch))
-        backbone = models.load_backbone(config, CPU, CLASSES if family == "clip" else None)
+        backbone = loading.load_backbone(config, CPU, CLASSES if family == "clip" else None)
         return methods.method(name).apply(backbone, section, start), config, section, start
 
     if (name, family) in REFUSED:
@@ -87,16 +88,16 @@ def test_a_saved_model_answers_as_the_trained_one(name, family, words, latent_ba
         return
     model, config, section, start = trained()
     nudge(model, std=0.1)
-    processor = models.FAMILIES[family].processor(config)
+    processor = loading.FAMILIES[family].processor(config)
     expected = answers(family, model, processor, latent_batch)
     methods.method(name).save(model, section, tmp_path / "adapter", start)
     if processor is not None:
         processor.save_pretrained(tmp_path / "adapter")
     classes = CLASSES if family == "clip" else None
-    loaded, processor, _ = models.load_for_inference(str(tmp_path / "adapter"), config, CPU, classes)
+    loaded, processor, _ = loading.load_for_inference(str(tmp_path / "adapter"), config, CPU, classes)
     found = answers(family, loaded, processor, latent_batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    untouched = models.load_backbone(config, CPU, classes)
+    untouched = loading.load_backbone(config, CPU, classes)
     assert not torch.allclose(answers(family, untouched, processor, latent_batch), expected, rtol=1e-4)
 
 

@@ -20,7 +20,7 @@ import yaml
 
 from eval import humaneval, sandbox
 from eval.sandbox import inside
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 
 PROMPT = "def double(x):\n    '''Twice x.'''\n"
 TEST = "def check(candidate):\n    assert candidate(21) == 42\n    assert candidate([1]) == [1, 1]\n"

@@ -7,7 +7,7 @@ import pytest
 import run_exp
 from eval import squad
 from eval.command import main
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder, write_split
 
 

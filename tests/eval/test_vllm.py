@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from eval.backends import Completion, Sampling
 from eval.backends.hf import HFBackend
 from eval.backends.vllm import VLLMBackend
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer
 
 PROMPT, ANSWER = "def f(x):\n", "    return x\nQ: 3"

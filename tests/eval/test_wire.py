@@ -16,8 +16,9 @@ from eval import mt_bench
 from eval.backends import Sampling, wire
 from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
 from eval.command import main
-from flatlora.config import ConfigError
-from flatlora.results import RunFolder, Tracker
+from flatlora.runs.metrics_log import Tracker
+from flatlora.runs.run_folder import RunFolder
+from flatlora.utils.errors import ConfigError
 from tests.loopback import Server
 
 pytest.importorskip("openai")

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from flatlora import methods
-from flatlora.diffusion import Denoiser
-from flatlora.lora_linear import fuse, groups_of
+from flatlora.fused.lora_linear import fuse, groups_of
 from flatlora.methods import Start
-from flatlora.methods.lora import LoraMethodConfig
+from flatlora.methods.adapters.lora import LoraMethodConfig
+from flatlora.models.diffusion import Denoiser
 from scripts import bench_sdxl
 
 TINY = {

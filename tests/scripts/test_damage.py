@@ -2,7 +2,7 @@
 
 import pytest
 
-from flatlora import records
+from flatlora.utils import records
 from scripts import damage
 
 

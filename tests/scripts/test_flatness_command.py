@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import run_exp
-from flatlora import flatness as measures
-from flatlora import records
+from flatlora.perturb import flatness as measures
+from flatlora.utils import records
 from scripts import cells, flatness
 from tests.conftest import run_folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import run_exp
-from flatlora.results import RunFolder
+from flatlora.runs.run_folder import RunFolder
 from scripts import fuzz
 
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 import run_exp
-from flatlora.config import ConfigError
+from flatlora.utils.errors import ConfigError
 from scripts import sweep
 from tests.conftest import run_folder
 

@@ -10,8 +10,8 @@ import yaml
 from scipy import stats
 
 import run_exp
-from flatlora import records
-from flatlora.config import ConfigError
+from flatlora.utils import records
+from flatlora.utils.errors import ConfigError
 from scripts import cells, table_formats, tables
 
 PROJECT = Path(__file__).parents[2]

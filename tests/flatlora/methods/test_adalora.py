@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 import run_exp
 from flatlora import methods
-from flatlora.config import ConfigError
-from flatlora.epsilon import merged_row_norms
-from flatlora.layers import find_lora_layers
-from flatlora.methods.adalora import micro_batches_of
+from flatlora.methods.adapters.adalora import micro_batches_of
+from flatlora.perturb.epsilon import merged_row_norms
+from flatlora.perturb.layers import find_lora_layers
+from flatlora.utils.errors import ConfigError
 from tests.conftest import metrics_rows, run_folder, tiny_llama
 from tests.methods_toolbox import logits, nudge
 

@@ -6,8 +6,8 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from flatlora import methods
-from flatlora.config import ConfigError
-from flatlora.layers import find_lora_layers
+from flatlora.perturb.layers import find_lora_layers
+from flatlora.utils.errors import ConfigError
 from tests.methods_toolbox import batches_of, config_of, nudge
 
 
@@ -66,8 +66,8 @@ def test_starts(name, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_layer_of_lora_ga_has_a_gradient(kind):
-    from flatlora.methods.lora import find_targets
-    from flatlora.methods.lora_ga import mean_gradients
+    from flatlora.methods.adapters.lora import find_targets
+    from flatlora.methods.adapters.lora_ga import mean_gradients
 
     make, batches = MODELS[kind]
     model = make().requires_grad_(False)

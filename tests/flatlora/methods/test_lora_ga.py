@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from flatlora import methods, starts
-from flatlora.config import ConfigError
-from flatlora.methods.lora_ga import layer_groups, mean_gradients, start_factors, start_factors_reference
+from flatlora import methods
+from flatlora.methods.adapters.lora_ga import layer_groups, mean_gradients, start_factors, start_factors_reference
+from flatlora.models import starts
+from flatlora.utils.errors import ConfigError
 from tests.conftest import tiny_llama
 from tests.methods_toolbox import batches_of, config_of
 

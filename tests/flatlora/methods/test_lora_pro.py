@@ -13,15 +13,8 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from flatlora.config import ConfigError
-from flatlora.methods.lora_pro import (
-    LoRAPro,
-    Pair,
-    _Frame,
-    lora_pairs,
-    nearest_update_reference,
-    round_stochastically,
-)
+from flatlora.optim.lora_pro import LoRAPro, Pair, _Frame, lora_pairs, nearest_update_reference, round_stochastically
+from flatlora.utils.errors import ConfigError
 from tests.conftest import tiny_llama, tiny_lora
 
 PROJECT = Path(__file__).parents[3]

@@ -9,9 +9,9 @@ from torch import nn
 
 import run_exp
 from flatlora import methods
-from flatlora.config import ConfigError
 from flatlora.methods.__main__ import matrix
-from flatlora.recorder import StepRecorder
+from flatlora.train.recorder import StepRecorder
+from flatlora.utils.errors import ConfigError
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 from tests.processes import end_well, fork_two
 

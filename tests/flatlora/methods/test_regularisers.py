@@ -9,12 +9,12 @@ from torch import nn
 
 import run_exp
 from flatlora import methods
-from flatlora.config import RhoConfig
-from flatlora.methods.bar import BarRegulariser
-from flatlora.methods.bi_lora import ASCENT, BiLoraConfig
-from flatlora.methods.lora_pro import Pair, lora_pairs
-from flatlora.methods.sam import SamRegulariser
-from flatlora.trainer import FlatTrainer
+from flatlora.config.sections import RhoConfig
+from flatlora.methods.regularizers.bar import BarRegulariser
+from flatlora.methods.regularizers.bi_lora import ASCENT, BiLoraConfig
+from flatlora.methods.regularizers.sam import SamRegulariser
+from flatlora.optim.lora_pro import Pair, lora_pairs
+from flatlora.train.trainer import FlatTrainer
 from tests.conftest import adapter_bytes, metrics_rows, run_folder, tiny_lora
 from tests.methods_toolbox import batches_of, logits
 

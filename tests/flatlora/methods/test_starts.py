@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from flatlora import methods, models, starts
-from flatlora.config import ConfigError
-from flatlora.layers import find_lora_layers
+from flatlora import methods
+from flatlora.models import loading, starts
+from flatlora.perturb.layers import find_lora_layers
+from flatlora.utils.errors import ConfigError
 from tests.conftest import tiny_llama
 from tests.methods_toolbox import batches_of, config_of, logits, nudge
 
@@ -107,14 +108,14 @@ def test_a_checkpoint_is_evaluated_on_the_backbone_that_it_was_trained_on(adapt,
 def test_load_for_inference_moves_the_backbone_of_a_checkpoint(adapt, tmp_path, tiny_model_folder):
     from transformers import AutoModelForCausalLM
 
-    config = models.ModelConfig(name="tiny", hub_id=str(tiny_model_folder), family="causal_lm", dtype="float32")
+    config = loading.ModelConfig(name="tiny", hub_id=str(tiny_model_folder), family="causal_lm", dtype="float32")
     backbone = AutoModelForCausalLM.from_pretrained(tiny_model_folder).requires_grad_(False)
     start = methods.Start(3, tmp_path / "start")
     model = methods.method("pissa").apply(backbone, config_of("pissa"), start)
     nudge(model)
     model.save_pretrained(tmp_path / "checkpoint-2")
     starts.mark_checkpoint(tmp_path / "checkpoint-2", tmp_path / "start")
-    loaded, _, _ = models.load_for_inference(str(tmp_path / "checkpoint-2"), config, torch.device("cpu"))
+    loaded, _, _ = loading.load_for_inference(str(tmp_path / "checkpoint-2"), config, torch.device("cpu"))
     torch.testing.assert_close(logits(loaded), logits(model))
 
 

@@ -1,0 +1,597 @@
+"""From command-line words to plain configuration: published spellings, composition with Hydra, sweeps.
+
+Hydra cannot have a group `rho` and accept `++rho=0.05`, nor `peft` among its defaults and `+peft=all`. `rewrite` turns
+such published spellings into the canonical ones, with Hydra's own parser, before Hydra sees them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from flatlora.config.settings import NoSection
+from flatlora.utils.errors import ConfigError, nearest, reason_of
+from flatlora.utils.files import write_atomic
+from flatlora.utils.masking import masked, masked_word
+from flatlora.utils.names import is_text
+
+# Hydra's parser takes a second for a list of such a length, and Python's stack holds about ten times such a depth.
+_LONGEST_WORD, _LONGEST_LINE, _DEEPEST_BRACKETS, _LONGEST_NUMBER = 16_000, 32_000, 20, 300
+_MOST_REFERENCES = 24
+MOST_JOBS = 256
+"""Of one sweep: each is composed and checked before the first begins."""
+
+GROUPS = ("model", "dataset", "peft", "rho", "trainer", "eval", "experiment")
+_RENAMED_GROUPS = {"dataset_name": "dataset"}
+
+
+def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Canonical words, and a note "old → new" for each published spelling that was rewritten.
+
+    `+peft=all` → `peft=all` · `++dataset_name=X` → `dataset=X` · `++rho=0.05` → `rho=flat rho.sigma=0.05` ·
+    `++rho=0` → `rho=off` · `++rho=0,0.05` → `rho=flat rho.sigma=0,0.05` (σ = 0 is off, bit for bit) ·
+    `+peft.k=v` → `++peft.k=v`.
+
+    Raises:
+        ConfigError: words that Hydra's parser cannot read.
+    """
+    canonical, notes = [], []
+    faults: list[str] = []
+    for word, override in zip(words, _parse_all(words), strict=True):
+        if override is None:
+            canonical.append(word)
+            continue
+        try:
+            new = _rewrite_override(override)
+        except ConfigError as error:
+            faults += error.faults
+            continue
+        canonical += new
+        # A key set with ++ means what the plain key means, so only real changes of spelling are worth a line.
+        if new not in ([word], [word.lstrip("+")], [f"++{word}"]) or (new != [word] and word.startswith("+")):
+            notes.append(f"{masked_word(word)} → {' '.join(map(masked_word, new))}")
+    if faults:
+        raise ConfigError(faults)
+    return canonical, notes
+
+
+def _rewrite_override(override: Override) -> list[str]:
+    key, value = override.key_or_group, override.input_line.partition("=")[2]
+    if override.is_delete() or key.startswith("hydra"):
+        return [override.input_line]
+    if key == "rho" and _is_number(override):
+        return ["rho=off"] if override.value() == 0 else ["rho=flat", f"rho.sigma={value}"]
+    key = _RENAMED_GROUPS.get(key, key)
+    if key in GROUPS:
+        return [f"{key}={value}"]
+    return [f"++{key}={value}"] if override.is_add() or override.is_force_add() else [override.input_line]
+
+
+def _is_number(override: Override) -> bool:
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        return True
+    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    numbers = [isinstance(item, int | float) and not isinstance(item, bool) for item in values]
+    if any(numbers) and not all(numbers):
+        raise ConfigError(
+            [
+                f"Invalid {override.input_line}: numbers and names cannot be swept together; sweep numbers (rho=0,0.05 "
+                "is off and flat) or names (rho=off,flat)."
+            ]
+        )
+    return all(numbers)
+
+
+def _parse_all(words: Iterable[str]) -> list[Override | None]:
+    """Parsed settings; None for an option of Hydra, such as -m."""
+    words, parsed = list(words), []
+    faults = [fault for word in words if not word.startswith("-") and (fault := _size_fault(word))]
+    if not faults and (size := sum(map(len, words))) > _LONGEST_LINE:
+        raise ConfigError(
+            [
+                f"Cannot read settings of {size} characters: together they take {_LONGEST_LINE}; put them into a file "
+                "of conf/experiment, and name that."
+            ]
+        )
+    for word in words:
+        if word.startswith("-"):
+            parsed.append(None)
+        elif _size_fault(word) is None:
+            try:
+                override = _parse(word)
+                faults += _place_faults(override)
+                parsed.append(override)
+            except HydraException:
+                faults.append(_unreadable(word))
+    if faults:
+        raise ConfigError(faults)
+    return parsed
+
+
+@functools.lru_cache(maxsize=1024)  # each job of a sweep is parsed several times, and most of its words are alike
+def _parse(word: str) -> Override:
+    if word.lstrip("+~").startswith("="):
+        raise HydraException("no key")
+    override = OverridesParser.create().parse_override(word)
+    if _loses_blanks(override):
+        raise HydraException("blanks around a text")
+    return override
+
+
+def _size_fault(word: str) -> str | None:
+    """What no parser is to see: it would take minutes, or all of the stack."""
+    begin = word if len(word) <= 60 else f"{word[:60]}…"
+    if not is_text(word):
+        return f"Cannot read {word!r}: its bytes are no UTF-8; rename the folder, or mend the word."
+    if len(word) > _LONGEST_WORD:
+        return (
+            f"Cannot read {begin!r}: it has {len(word)} characters, and a setting takes {_LONGEST_WORD}; put it into a "
+            "file of conf/experiment, and name that."
+        )
+    plain = re.sub(r"'[^']*'|\"[^\"]*\"", "", word)
+    if _deepest_brackets(plain) > _DEEPEST_BRACKETS:
+        return f"Cannot read {begin!r}: at most {_DEEPEST_BRACKETS} brackets stand within each other; close some."
+    if re.search(rf"[0-9_]{{{_LONGEST_NUMBER}}}", plain):
+        return (
+            f"Cannot read {begin!r}: a number has fewer than {_LONGEST_NUMBER} digits; a text of digits stands in two "
+            "kinds of quotes."
+        )
+    return None
+
+
+def _deepest_brackets(text: str) -> int:
+    depth = deepest = 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _place_faults(override: Override) -> list[str]:
+    """Words that put something at another place of the configuration than where it is looked for."""
+    line, key = override.input_line, override.key_or_group
+    if override.package is not None:
+        return [
+            f"Invalid {line}: @ would put {key} at another place, where nothing reads it; write "
+            f"{key}={line.partition('=')[2]}."
+        ]
+    if key in ("hydra", "hydra.launcher", "hydra.sweeper"):
+        return [f"Invalid {line}: Hydra's settings are given one by one, such as hydra.launcher.n_jobs=4."]
+    if key in ("hydra.run", "hydra.run.dir", "hydra.output_subdir"):
+        return [f"Invalid {line}: a run has its folder below results_root and no other; set results_root=DIR."]
+    return []
+
+
+def _loses_blanks(override: Override) -> bool:
+    """Whether Hydra drops blanks at the ends of a text, where they may belong to a folder's name."""
+    value = override.input_line.partition("=")[2]
+    return value != value.strip() and value.strip()[:1] not in ("'", '"') and isinstance(override.value(), str)
+
+
+def _unreadable(word: str) -> str:
+    key, _, value = word.partition("=")
+    quoted = _quoted(key, value)
+    if quoted is None:
+        remedy = "a setting is written key=value, such as seed=42 or rho.sigma=0.05"
+    elif value == "~" or value.startswith("~/"):
+        remedy = f"a shell knows ~ at the start of a word alone; write {key}=$HOME{value[1:]}, or the whole path"
+    else:
+        remedy = (
+            "a value with other signs than a-z, A-Z, 0-9 and _ - + . / \\ : $ % * @ ? |, or blanks at its ends, stands "
+            f"in two kinds of quotes, as {masked_word(quoted)}"
+        )
+    return f"Cannot read {masked_word(word)!r}: {remedy}."
+
+
+def _quoted(key: str, value: str) -> str | None:
+    """A word for the shell by which a key takes this very text; None where there is none, as of no key."""
+    if not (key and value and value.isprintable()):
+        return None
+    text = value if re.search(r"\$\{[^}]+\}", value) else value.replace("${", r"\${")  # the start of no interpolation
+    inner = QuotedString(text, Quote.single if "'" not in text else Quote.double).with_quotes()
+    try:
+        if OverridesParser.create().parse_override(f"{key}={inner}").value() != text:
+            return None
+    except HydraException:
+        return None
+    return shlex.quote(f"{key}={inner}") if re.search(r'["$`\\!]', inner) else f'{key}="{inner}"'
+
+
+def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
+    """Plain nested data of one job: `config.experiment.parse` names its unknown keys and options (`NoSection`).
+
+    Raises:
+        ConfigError: words that do not compose.
+    """
+    overrides = _parse_all(words)
+    faults = [_sweep_fault(override) for override in overrides if _is_sweep(override)]
+    if sum(word.count("${") for word in words) > _MOST_REFERENCES:  # each may double what the one before it made
+        faults.append(f"Too many references to other keys: ${{KEY}} may stand {_MOST_REFERENCES} times in a command.")
+    if faults:
+        raise ConfigError(faults)
+    folders = [conf_dir, *_own_folders(overrides)]
+    unknown = {
+        override.key_or_group: NoSection(tuple(faults))
+        for override in overrides
+        if (faults := _option_faults(folders, override))
+    }
+    known = [override.input_line for override in overrides if override.key_or_group.split(".")[0] not in unknown]
+    deleted = {"peft"} if "~peft" in known else set()  # by hand: conf/optim_of follows it, and would not compose
+    kept = [word for word in known if word.removeprefix("~") not in deleted]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
+            plain = OmegaConf.to_container(compose("config", overrides=lenient(kept)), resolve=True)
+            plain = {key: value for key, value in plain.items() if key not in deleted}
+            return plain | _unchosen_benchmarks(folders, known) | unknown
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra/launcher=5 is a ValueError
+        faults = [fault for section in unknown.values() for fault in section.faults]
+        reason = reason_of(error)
+        if isinstance(error, InterpolationResolutionError):
+            reason += (
+                r"; ${KEY} takes the value of another key: name one that is there, or write \${…} for a text with it."
+            )
+        faults.append(f"The configuration does not compose: {reason}")
+        raise ConfigError(faults) from error
+
+
+def _sweep_fault(override: Override) -> str:
+    sweep, fault = override.value(), f"Several values in {override.input_line}: a sweep needs -m"
+    texts = isinstance(sweep, ChoiceSweep) and any(isinstance(value, str | QuotedString) for value in sweep.list)
+    quoted = _quoted(override.key_or_group, override.input_line.partition("=")[2])
+    if not texts or quoted is None or override.key_or_group in GROUPS:
+        return f"{fault}."
+    return f"{fault}; a text with a comma stands in quotes of its own, as {quoted}."
+
+
+ALLOW_CODE = "eval.allow_code_execution"
+
+
+def _unchosen_benchmarks(folders: Sequence[Path], words: Sequence[str]) -> dict[str, NoSection]:
+    """`eval` with a fault for each key such as eval.gsm8k.max_rows=5 whose benchmark `eval=[...]` does not name.
+
+    Hydra would make a section of it all the same, and the benchmark would run.
+    """
+    keys = {word.lstrip("+").partition("=")[0]: word for word in words if word.lstrip("+").startswith("eval.")}
+    keys.pop(ALLOW_CODE, None)  # of no one benchmark
+    if not keys:
+        return {}
+    others = [word for word in words if word not in keys.values()]
+    options = _options(folders, "eval")
+    chosen = [name for name in compose("config", overrides=lenient(others)).get("eval") or {} if name in options]
+    faults = []
+    for key, word in keys.items():
+        name = key.split(".")[1]
+        if name not in options:
+            near = nearest(name, options)
+            hint = f"did you mean eval.{near}?" if near else f"benchmarks here: {', '.join(options)}."
+            faults.append(f"Unknown key {key}: {hint}")
+        elif name not in chosen:
+            faults.append(
+                f"Invalid {word.lstrip('+')} with eval=[{','.join(chosen)}]: that benchmark is not chosen; use "
+                f"eval=[{','.join([*chosen, name])}], or leave the key out."
+            )
+    return {"eval": NoSection(tuple(faults))} if faults else {}
+
+
+def lenient(words: Sequence[str]) -> list[str]:
+    """Settings as Hydra takes them with keys of the typed config that no option file names."""
+    return [_lenient(override) for override in _parse_all(words)]
+
+
+def _is_sweep(override: Override) -> bool:
+    return override.is_sweep_override() and not override.is_hydra_override()
+
+
+def _lenient(override: Override) -> str:
+    prefixed = override.is_delete() or override.is_add() or override.is_force_add()
+    is_group = override.key_or_group in GROUPS or override.key_or_group.startswith("hydra")
+    return override.input_line if prefixed or is_group else f"++{override.input_line}"
+
+
+def _option_faults(folders: Sequence[Path], override: Override) -> list[str]:
+    group = override.key_or_group
+    if group not in GROUPS or override.is_delete():
+        return []
+    value, options = override.value(), _options(folders, group)
+    faults = []
+    for name in map(_option_name, value if isinstance(value, list) else [value]):
+        if name not in options:
+            near = nearest(name, options)
+            hint = f"did you mean {group}={near}? " if near else ""
+            known = ", ".join(options) or f"none yet, put one into {folders[0].name}/{group}"
+            faults.append(f"Unknown option {group}={name}: {hint}Known options: {known}.")
+    return faults
+
+
+def _options(folders: Sequence[Path], group: str) -> list[str]:
+    places = [folder / group for folder in folders]
+    return sorted({str(path.relative_to(place).with_suffix("")) for place in places for path in place.rglob("*.yaml")})
+
+
+_OWN_FOLDERS = "hydra.searchpath"
+
+
+def _own_folders(overrides: Iterable[Override]) -> list[Path]:
+    """Folders with option files of the user's own."""
+    values = [override.value() for override in overrides if override.key_or_group == _OWN_FOLDERS]
+    named = [text for value in values if isinstance(value, list) for text in map(str, value)]
+    return [Path(text.removeprefix("file://")) for text in named if "://" not in text or text.startswith("file://")]
+
+
+def _option_name(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def name_jobs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A sweep's settings with the swept keys in `wandb.name`, so that each job has its own folder; and notes of it.
+
+    `wandb.name=N rho.sigma=0,0.05` → `wandb.name=N-${rho.sigma}`. The seed has a folder level of its own; benchmarks
+    and experiment files have no name: jobs that differ in nothing else are refused for their one folder.
+
+    Raises:
+        ConfigError: swept values that make no folder name.
+    """
+    overrides = _parse_all(words)
+    swept = [override for override in overrides if _is_sweep(override) and override.key_or_group not in _UNNAMED]
+    named, notes, faults = [], [], []
+    for override in overrides:
+        line = override.input_line
+        if override.key_or_group == "wandb.name" and swept and not _is_sweep(override) and "${" not in line:
+            labels = [_job_label(one) for one in swept]
+            faults += [_label_fault(line, one) for one, label in zip(swept, labels, strict=True) if label is None]
+            line = _appended(line, [label for label in labels if label])
+            notes.append(f"{masked_word(override.input_line)} → {masked_word(line)} (each job has its own folder)")
+        named.append(line)
+    if faults:
+        raise ConfigError(faults)
+    return named, notes
+
+
+def _appended(line: str, labels: Sequence[str]) -> str:
+    """A setting whose text goes on with labels, within its quotes where it has some."""
+    line = line.rstrip()
+    quote = line[-1] if line.partition("=")[2].lstrip()[:1] in ("'", '"') else ""
+    return "-".join([line.removesuffix(quote), *labels]) + quote
+
+
+_UNNAMED = ("seed", "eval", "experiment")
+
+
+def _job_label(override: Override) -> str | None:
+    """Interpolation that tells the swept values apart in a folder's name; None when they make none.
+
+    Lists of one length are taken apart, `${key.0}+${key.1}`: as a whole they would have brackets and quotes.
+    """
+    key, sweep = override.key_or_group, override.value()
+    if key in GROUPS:
+        return f"${{{key}.name}}"
+    values = sweep.list if isinstance(sweep, ChoiceSweep) else []
+    lists = [value for value in values if isinstance(value, list)]
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    if not all(_is_nameable(item) for item in items):
+        return None
+    if not lists:
+        return f"${{{key}}}"
+    length = len(lists[0])
+    if len(lists) < len(values) or length == 0 or any(len(value) != length for value in lists):
+        return None
+    return "+".join(f"${{{key}.{place}}}" for place in range(length))
+
+
+def _is_nameable(value: Any) -> bool:
+    if not isinstance(value, str | int | float | QuotedString | None):
+        return False
+    text = value.text if isinstance(value, QuotedString) else str(value)
+    return "${" in text or re.fullmatch(r"[\w.+=@-]+", text) is not None
+
+
+def _label_fault(name: str, override: Override) -> str:
+    return (
+        f"Invalid {name} with {override.input_line}: these values make no folder names; leave out wandb.name, and each "
+        f"job gets a name of its own, or tell the jobs apart by hand with ${{...}}, such as {name}-${{peft.lora_r}}."
+    )
+
+
+def expand_sweep(words: Sequence[str]) -> list[list[str]]:
+    """The jobs of a `-m` command line, as Hydra's basic sweeper makes them: all combinations, last key fastest.
+
+    Raises:
+        ConfigError: sweeps whose values cannot be listed.
+    """
+    overrides = _parse_all(words)
+    counts, faults = [], []
+    for word, override in zip(words, overrides, strict=True):
+        if not _is_sweep(override):
+            continue
+        key, count = word.partition("=")[0], _count_values(override.value())
+        if count is None:  # glob, interval, a range that never ends
+            faults.append(f"Cannot sweep over {word!r}: list the values, such as {key}=A,B, or use range(START,STOP).")
+        elif count == 0:
+            faults.append(f"Cannot sweep over {word!r}: there is no value in it; a range counts up from START to STOP.")
+        else:
+            counts.append(count)
+    if (jobs := math.prod(counts)) > MOST_JOBS:
+        faults.append(f"Cannot sweep over {jobs:,} jobs: {MOST_JOBS} are one sweep; give several commands.")
+    if faults:
+        raise ConfigError(faults)
+    choices = [
+        [f"{word.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
+        if _is_sweep(override)
+        else [word]
+        for word, override in zip(words, overrides, strict=True)
+    ]
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def _count_values(sweep: Any) -> int | None:
+    """How many values a sweep has, found without making them; None where they cannot be counted."""
+    if isinstance(sweep, ChoiceSweep):
+        return len(sweep.list)
+    if not isinstance(sweep, RangeSweep):
+        return None
+    bounds = (sweep.start, sweep.stop, sweep.step)
+    if not all(map(math.isfinite, bounds)) or sweep.step == 0:
+        return None
+    count = (sweep.stop - sweep.start) / sweep.step
+    return max(0, math.ceil(count)) if math.isfinite(count) else None
+
+
+def mask_record(sweep_folder: Path) -> None:
+    """Take passwords out of the configuration that Hydra keeps of a sweep."""
+    path = sweep_folder / "multirun.yaml"
+    with contextlib.suppress(FileNotFoundError):
+        text = path.read_text(encoding="utf-8")
+        if masked(text) != text:
+            write_atomic(path, masked(text))
+
+
+@contextlib.contextmanager
+def hydra_errors() -> Iterator[None]:
+    """Errors of Hydra's as faults: by itself it prints them, at times with a traceback, and ends the process."""
+    variable = "HYDRA_FULL_ERROR"  # set, it lets them through
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([f"Hydra refuses the command: {reason_of(error)}."]) from error
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(Hydra's own options such as -m or --cfg job, settings)."""
+    flags: list[str] = []
+    settings: list[str] = []
+    iterator: Iterator[str] = iter(words)
+    for word in iterator:
+        if not word.startswith("-"):
+            settings.append(word)
+            continue
+        flags.append(word)
+        if word in _FLAGS_WITH_VALUE:
+            flags.append(next(iterator, ""))
+    return flags, settings
+
+
+FLAGS_HELP = """\
+Options besides settings (key=value):
+  -m, --multirun             every combination of the values of settings such as seed=1,2
+  -c, --cfg job|hydra|all    show the configuration and run nothing
+      --resolve              with --cfg: references to other keys as their values
+  -p, --package NAME         with --cfg: a part of it, such as optim
+  -i, --info[=WHAT]          how it is composed: all, config, defaults, defaults-tree, plugins, searchpath
+  -cd, --config-dir DIR      option files of your own, DIR/GROUP/NAME.yaml
+  -cn, --config-name NAME    another file than config.yaml
+  -cp, --config-path DIR     another folder than conf
+  -r, --run                  one run, as without it
+  -h, --help                 options of the groups, and the configuration
+      --version              Hydra's
+Sweeps: hydra/launcher=NAME (basic, and those of the extras sweep and ray), its keys, and hydra.sweep.dir; --cfg=hydra
+shows them. What Hydra offers besides: https://hydra.cc
+"""
+_FLAGS = {  # name: (short form, what may follow it; () for nothing, None for any text)
+    "--multirun": ("-m", ()),
+    "--help": ("-h", ()),
+    "--hydra-help": (None, ()),
+    "--version": (None, ()),
+    "--cfg": ("-c", ("job", "hydra", "all")),
+    "--resolve": (None, ()),
+    "--package": ("-p", None),
+    "--info": ("-i", ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+    "--run": ("-r", ()),
+    "--config-dir": ("-cd", None),
+    "--config-path": ("-cp", None),
+    "--config-name": ("-cn", None),
+}
+_SHORT = {short: name for name, (short, _) in _FLAGS.items() if short}
+_FLAGS_WITH_VALUE = tuple(
+    form
+    for name in ("--cfg", "--package", "--config-dir", "--config-path", "--config-name")
+    for form in (name, _FLAGS[name][0])
+)
+_NOT_OFFERED = {
+    "--shell-completion": "each word would wait ten seconds for the imports of torch",
+    "-sc": "each word would wait ten seconds for the imports of torch",
+    "--experimental-rerun": "it would read a pickle, which may run anything",
+}
+
+
+def read_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(Hydra's options that are left, settings that say the same as the others) of the first part of `split_flags`.
+
+    `--config-dir DIR` → `hydra.searchpath=[file://DIR]`, which is known to all that composes.
+
+    Raises:
+        ConfigError: options that there are none of, that have no such value, or that do not go together.
+    """
+    kept: dict[str, str | None] = {}
+    settings, faults = [], []
+    iterator = iter(flags)
+    for flag in iterator:
+        given, separator, value = flag.partition("=")
+        name = _SHORT.get(given, given)
+        if fault := _flag_fault(given, name):
+            faults.append(fault)
+            continue
+        if given in _FLAGS_WITH_VALUE and not separator:
+            value = next(iterator, "")
+        choices = _FLAGS[name][1]
+        if choices == () and separator:
+            faults.append(f"Invalid {flag}: nothing follows {name}; write {name} alone.")
+        elif choices and value not in choices and not (name == "--info" and not separator):
+            faults.append(f"Invalid {given} {value}: it is one of {', '.join(choices)}; write {name}={choices[0]}.")
+        elif choices is None and not value:
+            faults.append(f"Missing value of {given}: write {name}=VALUE.")
+        elif name == "--config-dir":
+            folder = Path(value).absolute()
+            if os.path.isdir(folder):  # false, where Path.is_dir raises: for a name that is too long
+                settings.append(f"{_OWN_FOLDERS}=[{QuotedString(f'file://{folder}', Quote.single).with_quotes()}]")
+            else:
+                faults.append(f"Invalid {given} {value}: there is no such folder; name one with option files.")
+        else:
+            kept[name] = value or None
+    faults += _flag_pair_faults(kept)
+    if faults:
+        raise ConfigError(faults)
+    return [name if value is None else f"{name}={value}" for name, value in kept.items()], settings
+
+
+def _flag_fault(given: str, name: str) -> str | None:
+    if given in _NOT_OFFERED:
+        return f"Invalid {given}: it is not offered here, for {_NOT_OFFERED[given]}; leave it out."
+    if name in _FLAGS:
+        return None
+    near = nearest(given, [*_FLAGS, *_SHORT])
+    return f"Unknown option {given[:60]}: " + (f"did you mean {near}?" if near else f"known: {', '.join(_FLAGS)}.")
+
+
+def _flag_pair_faults(flags: Iterable[str]) -> list[str]:
+    commands = [name for name in ("--multirun", "--run", "--cfg", "--info") if name in flags]
+    faults = [f"Invalid {' with '.join(commands)}: each of them is a command; choose one."] if len(commands) > 1 else []
+    return faults + [
+        f"Invalid {name} without --cfg: it says how --cfg shows the configuration; add --cfg=job, or leave it out."
+        for name in ("--resolve", "--package")
+        if name in flags and "--cfg" not in flags
+    ]

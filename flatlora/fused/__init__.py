@@ -1,0 +1,1 @@
+"""The fast training step: fused LoRA layers, CUDA graphs, cross entropy in chunks, batches without padding."""

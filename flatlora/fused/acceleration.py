@@ -1,0 +1,253 @@
+"""What makes the training step fast besides the noise.
+
+Fused LoRA layers, and a head that never holds all logits; on a GPU Liger's kernels and replayed micro-steps, on a CPU
+batches without padding. `accelerate` puts in place what a model and machine allow, behind `trainer.kernels=auto`.
+Weights, names and checkpoints stay as they are; what cannot be used is named once in the log.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Hashable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from flatlora.fused.cross_entropy import forward_without_logits, has_frozen_linear_head
+from flatlora.fused.lora_linear import fuse, groups_of, remake
+from flatlora.fused.packing import attends_to_all_before, remove_padding
+from flatlora.noise import triton_kernels
+from flatlora.utils.errors import reason_of
+
+logger = logging.getLogger(__name__)
+
+_GRAPHS = 16  # shapes of micro-batches that are captured; further ones run without a graph
+_GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
+
+
+def accelerate(model: nn.Module, device: torch.device) -> list[str]:
+    """Make the layers of a PEFT model fast on `device`; what was put in place, for the record."""
+    if device.type != "cpu" and not triton_kernels.available(device):
+        return []
+    done = []
+    if fused := fuse(model):
+        done.append(f"{fused} fused LoRA layers")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if device.type == "cpu":
+        return done + remove_padding(base)
+    if not isinstance(base, PreTrainedModel):
+        return done  # a diffusion model: Liger and the rest are of language models
+    if importlib.util.find_spec("liger_kernel") is None:
+        logger.warning("liger-kernel is not installed: norms, rotary embeddings and the head run as transformers does.")
+        return done
+    if _apply_liger(base):
+        done.append("Liger RMSNorm, RoPE and SwiGLU")
+    if attends_to_all_before(base) and base.config._attn_implementation == "sdpa":
+        base.model.forward = _forward_without_mask(base.model)
+        done.append("causal attention without a mask")
+    if has_frozen_linear_head(base):
+        base.forward = forward_without_logits(base)
+        done.append("chunked cross entropy")
+    return done
+
+
+def _apply_liger(base: nn.Module) -> bool:
+    """Liger's kernels in this model alone: it also changes transformers' module, for every model made later."""
+    from liger_kernel.transformers.monkey_patch import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        _apply_liger_kernel_to_instance,
+    )
+
+    if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        logger.warning("Liger has no kernels for %s: it runs as transformers does.", base.config.model_type)
+        return False
+    modeling = sys.modules[type(base).__module__]
+    before = dict(vars(modeling))
+    # Not its cross entropy: that waits for the host in every micro-step, which a CUDA graph cannot hold.
+    _apply_liger_kernel_to_instance(model=base, cross_entropy=False, fused_linear_cross_entropy=False)
+    for name, module in base.named_modules():
+        if name.endswith(_NORM_BEFORE_MLP):
+            remake(module)
+    rotary = getattr(modeling, _ROTARY, None)
+    for name, value in before.items():
+        setattr(modeling, name, value)
+    if rotary is not before.get(_ROTARY):
+        for module in base.modules():
+            if _ROTARY in inspect.unwrap(type(module).forward).__code__.co_names:
+                module.forward = _with_rotary(module.forward, modeling, rotary)
+    return True
+
+
+_NORM_BEFORE_MLP = ".post_attention_layernorm"  # as Llama, Mistral and Qwen name it
+_ROTARY = "apply_rotary_pos_emb"  # a function of the module, not of a model: put in place while an attention runs
+
+
+def _with_rotary(original: Callable[..., Any], modeling: ModuleType, rotary: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        plain = getattr(modeling, _ROTARY)
+        setattr(modeling, _ROTARY, rotary)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            setattr(modeling, _ROTARY, plain)
+
+    return forward
+
+
+# torch's attention under a name for which transformers builds no mask: torch's own causal flag is faster than a mask of
+# the same meaning, and transformers gives the flag up while a CUDA graph is captured.
+_MASKLESS = "flatlora_sdpa_without_mask"
+AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
+
+
+def _forward_without_mask(decoder: nn.Module) -> Callable[..., Any]:
+    original = decoder.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        alone = not args[1:] and all(kwargs.get(name) is None for name in ("past_key_values", "position_ids"))
+        if not decoder.training or attention_mask is not None or not alone:
+            given = {} if attention_mask is None else {"attention_mask": attention_mask}
+            return original(*args, **given, **kwargs)
+        config, usual = decoder.config, decoder.config._attn_implementation
+        config._attn_implementation = _MASKLESS
+        try:
+            return original(*args, **kwargs)
+        finally:
+            config._attn_implementation = usual
+
+    return forward
+
+
+class GraphedMicroStep:
+    """Forward and backward of a micro-batch; small ones are captured in a CUDA graph for each shape and replayed.
+
+    At small micro-batches the host cannot launch kernels as fast as the GPU runs them; a replay is one launch. The
+    gradients live in one flat buffer whose address the graphs know, and what changes with an optimizer step alone is
+    done once a step. On a CPU there is the buffer and no graph.
+
+    Args:
+        compute: micro-batch (dict of tensors) → loss; must not wait for the host.
+        model: what is trained; its fused layers add their gradients to the buffer themselves.
+        largest: elements of the largest input of a micro-step that is captured; None captures all.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        model: nn.Module,
+        largest: int | None = _GRAPH_TOKENS,
+    ) -> None:
+        self.compute, self.parameters = compute, [p for p in model.parameters() if p.requires_grad]
+        self._groups = groups_of(model)
+        for group in self._groups:
+            group.managed = True
+        flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.parameters[0].device)
+        self.gradient = flat
+        parts = flat.split([p.numel() for p in self.parameters])
+        self._gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+        self._graphs: dict[Hashable, _Captured | None] = {}
+        self._captures, self._largest = flat.is_cuda, largest
+        if self._captures:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(flat.device)  # of all trials and captures
+
+    def __call__(self, inputs: dict[str, torch.Tensor], state: Hashable = None) -> torch.Tensor:
+        """Loss of a micro-batch, its gradients added to the parameters'.
+
+        `state` names whatever else decides which kernels run, such as whether the weights are perturbed. A shape that
+        CUDA refuses to capture is named in the log and runs without a graph.
+        """
+        if self.parameters[0].grad is not self._gradients[0]:  # the optimizer step has let go of the old ones
+            self.restart()
+        key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
+        if key not in self._graphs:
+            size = max(tensor.numel() for tensor in inputs.values())
+            too_large = self._largest is not None and size > self._largest
+            if not self._captures or too_large or len(self._graphs) >= _GRAPHS:
+                return self._run(inputs).detach()
+            self._graphs[key] = self._try_capture(inputs)
+        if self._graphs[key] is None:
+            return self._run(inputs).detach()
+        graph, static, loss = self._graphs[key]
+        for name, tensor in inputs.items():
+            static[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+        return loss.clone()
+
+    def restart(self) -> None:
+        """Gradients of zero, and the factors as they are now: they have moved."""
+        self.gradient.zero_()
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        for group in self._groups:
+            group.refresh()
+
+    def close(self) -> None:
+        """Forget the graphs and give the layers back to whatever loop comes next."""
+        self._graphs.clear()
+        for group in self._groups:
+            group.managed = False
+
+    def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = self.compute(inputs)
+        loss.backward()
+        return loss
+
+    @property
+    def captured(self) -> int:
+        """Number of shapes that are replayed."""
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def _try_capture(self, inputs: dict[str, torch.Tensor]) -> _Captured | None:
+        """Run the micro-step to compile and allocate what it needs, then record it; neither leaves a trace.
+
+        All on one stream: the trial's autograd graph may outlive it (an import that failed within it and was logged
+        keeps the frames it failed in), and a capture may not wait for another stream, which the nodes that gather
+        the parameters' gradients would make it do.
+        """
+        device, stream, caller = self.gradient.device, self._stream, torch.cuda.current_stream(self.gradient.device)
+        static = {name: tensor.clone() for name, tensor in inputs.items()}
+        gradient, generator = self.gradient.clone(), torch.cuda.get_rng_state(device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._run(static)
+        caller.wait_stream(stream)
+        torch.cuda.synchronize(device)
+        gc.collect()
+        torch.cuda.empty_cache()  # the graph's own pool takes the room of what the trial runs used
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may go on as they like: the loader's pins memory, autograd's loads kernels.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                loss = self._run(static).detach()
+            captured = _Captured(graph, static, loss)
+        except torch.AcceleratorError as error:
+            shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+            cause = error.__context__ or error  # the end of a broken capture says only that it is broken
+            logger.warning("No CUDA graph of %s: %s", shapes, reason_of(cause))
+            captured = None
+            torch.cuda.set_stream(caller)  # a capture that fails leaves its own stream behind, and its pool half open
+            self._pool = torch.cuda.graph_pool_handle()
+        self.gradient.copy_(gradient)
+        torch.cuda.set_rng_state(generator, device)
+        return captured
+
+
+class _Captured(NamedTuple):
+    """A graph, the buffers that it reads and the loss that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, torch.Tensor]
+    loss: torch.Tensor

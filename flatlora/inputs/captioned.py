@@ -1,0 +1,430 @@
+"""Pictures with prompts, cut to the sizes that a diffusion model is trained at.
+
+They are a split of a public data set (the hub, or `data_root`), or a folder: images, with a metadata.jsonl of rows
+{"file_name", "prompt"} where each has a prompt of its own. `flatlora/shapes`, eight shapes, is drawn here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from flatlora.inputs.images import (
+    BROKEN,
+    QUARTER_TURNS,
+    bytes_of,
+    check_images,
+    decoded,
+    file_in,
+    open_head,
+    parquet_table,
+    png_of,
+    row_name,
+    turn_of,
+    with_bytes,
+)
+from flatlora.inputs.rows import Source, fingerprint, gather, hub_data, local_file, read_jsonl, typed_columns
+from flatlora.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SHAPES = "flatlora/shapes"
+METADATA = "metadata.jsonl"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_NO_PICTURES = (METADATA, "README.md", "LICENSE")  # of a folder: nobody expects them to be read
+_MOST_SCALED = 16  # times the size that it is cut to: a picture that would be larger is cut before it is scaled
+LONGEST_PROMPT = 10_000  # letters; text encoders read 77 tokens, and a tokenizer would take minutes for megabytes
+_WIDEST = 2.0  # of buckets: aspect ratios from 1:2 to 2:1
+
+
+@dataclass
+class CaptionedImages:
+    """Pictures as files, read one by one, and the prompt of each."""
+
+    source: str
+    prompts: list[str]
+    read: Callable[[int], bytes]
+    names: Sequence[str] | None = None  # of the files, for who has to find one
+
+    def tag(self, index: int) -> bytes:
+        """What belongs to a picture besides its file: its prompt."""
+        return self.prompts[index].encode()
+
+
+class View(NamedTuple):
+    """A picture as a model is given it."""
+
+    pixels: torch.Tensor  # 3 × H × W, FP32, −1 to 1
+    time_ids: torch.Tensor  # 6, FP32: height and width of the whole picture, top and left of the crop, H and W
+
+
+@dataclass
+class CaptionedRows:
+    """Some pictures of a set, with the size (H, W) that each is cut to.
+
+    Args:
+        indices: places in `images`.
+        digests: of each row's file and prompt.
+    """
+
+    images: CaptionedImages
+    indices: Sequence[int]
+    digests: list[bytes]
+    sizes: list[tuple[int, int]]
+    lengths: list[int] = field(init=False)  # a sampler that groups by length finds all alike
+
+    def __post_init__(self) -> None:
+        self.lengths = [1] * len(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def only(self, places: Sequence[int]) -> CaptionedRows:
+        """These rows, in this order."""
+        indices, digests, sizes = (
+            [values[place] for place in places] for values in (self.indices, self.digests, self.sizes)
+        )
+        return CaptionedRows(self.images, indices, digests, sizes)
+
+    def prompt(self, row: int) -> str:
+        return self.images.prompts[self.indices[row]]
+
+    def view(self, row: int, *, flipped: bool = False) -> View:
+        """One picture: scaled until it covers its size, then cut in the middle."""
+        picture = picture_of(self.images, self.indices[row])
+        original = picture.size
+        picture = ImageOps.mirror(picture) if flipped else picture
+        cut, top, left = cover(picture, self.sizes[row])
+        pixels = torch.from_numpy(np.asarray(cut, np.float32).transpose(2, 0, 1).copy()) / 127.5 - 1.0
+        place = (original[1], original[0], top, left, *self.sizes[row])
+        return View(pixels, torch.tensor(place, dtype=torch.float32))
+
+
+def picture_of(images: CaptionedImages, index: int) -> Image.Image:
+    """One picture in RGB, upright as its camera says; what is transparent is white, not the colour under it."""
+    picture = decoded(images, index)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def shape_of(images: CaptionedImages, index: int) -> tuple[int, int]:
+    """Width and height of a picture that stands upright, of its file's head alone."""
+    with open_head(images, index) as picture:
+        return picture.size[::-1] if turn_of(picture) in QUARTER_TURNS else picture.size
+
+
+def cover(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, int, int]:
+    """(the middle of a picture that was scaled to cover H × W, its top, its left)."""
+    height, width = size
+    scale = max(height / picture.height, width / picture.width)
+    scaled = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    top, left = (scaled[1] - height) // 2, (scaled[0] - width) // 2
+    if scaled[0] * scaled[1] > _MOST_SCALED * height * width:
+        return _scaled_part(picture, scaled, (left, top, left + width, top + height)), top, left
+    picture = picture.resize(scaled, Image.Resampling.LANCZOS)
+    return picture.crop((left, top, left + width, top + height)), top, left
+
+
+_REACH = 3  # of Lanczos' kernel, in pixels of the coarser grid
+
+
+def _scaled_part(picture: Image.Image, scaled: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """`picture.resize(scaled).crop(box)` up to rounding, of a whole that would not fit into memory."""
+    for axis in (0, 1):
+        step = picture.size[axis] / scaled[axis]
+        begin, end = box[axis] * step, min(box[axis + 2] * step, picture.size[axis])
+        reach = math.ceil(_REACH * max(step, 1.0)) + 1
+        first, last = max(math.floor(begin) - reach, 0), min(math.ceil(end) + reach, picture.size[axis])
+        size, window, part = list(picture.size), [0, 0, *picture.size], [0, 0, *picture.size]
+        size[axis], window[axis::2], part[axis::2] = (
+            box[axis + 2] - box[axis],
+            (first, last),
+            (begin - first, end - first),
+        )
+        picture = picture.crop(tuple(window)).resize(tuple(size), Image.Resampling.LANCZOS, box=tuple(part))
+    return picture
+
+
+def rows_of(
+    images: CaptionedImages,
+    indices: Sequence[int],
+    *,
+    resolution: int,
+    bucket_step: int | None = None,
+    min_side: int = 1,
+) -> CaptionedRows:
+    """Rows whose pictures have all been tried, each with its size.
+
+    Args:
+        resolution: side of a square, in pixels.
+        bucket_step: cut each picture to the size, of about as many pixels, that is nearest to its aspect ratio; sides
+            are multiples of this. None cuts squares.
+        min_side: the smaller side that a picture must have.
+
+    Raises:
+        ConfigError: pictures that cannot be decoded, or are too small.
+    """
+    digests, shapes = gather(
+        lambda: check_images(images, indices), lambda: _shapes_from(images, indices, min_side=min_side)
+    )
+    known = bucket_sizes(resolution, bucket_step) if bucket_step else [(resolution, resolution)]
+    return CaptionedRows(images, list(indices), digests, [_nearest(known, width / height) for width, height in shapes])
+
+
+def _shapes_from(images: CaptionedImages, indices: Sequence[int], *, min_side: int) -> list[tuple[int, int]]:
+    """(width, height) of each picture that has a head.
+
+    Raises:
+        ConfigError: some are too small.
+    """
+    shapes, small = [], []
+    for index in indices:
+        try:
+            shapes.append(shape_of(images, index))
+        except BROKEN:
+            continue  # `check_images` opens it too, and tells it
+        if min(shapes[-1]) < min_side:
+            small.append((index, shapes[-1]))
+    if small:
+        index, (width, height) = small[0]
+        others = f" (and {len(small) - 1} more)" if small[1:] else ""
+        raise ConfigError(
+            [
+                f"Invalid picture in {images.source}, {row_name(images, index)}{others}: it is {width} × {height} "
+                f"pixels, and dataset.min_side={min_side} is the smaller side that it must have; take larger pictures, "
+                "leave it out, or lower dataset.min_side."
+            ]
+        )
+    return shapes
+
+
+def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """Sizes (H, W) of at most resolution² pixels whose sides are multiples of `step`, from 1:2 to 2:1."""
+    sizes = {(resolution, resolution)}
+    for width in range(step, int(resolution * math.sqrt(_WIDEST)) + step, step):
+        height = resolution**2 // width // step * step
+        if height and 1 / _WIDEST <= width / height <= _WIDEST:
+            sizes.add((height, width))
+    return sorted(sizes)
+
+
+def _nearest(sizes: Sequence[tuple[int, int]], aspect: float) -> tuple[int, int]:
+    """The size whose aspect ratio is nearest; of two, the one of more pixels."""
+    return min(sizes, key=lambda size: (abs(math.log(size[1] / size[0] / aspect)), -size[0] * size[1]))
+
+
+def read_captioned(
+    source: Source, *, image: str, prompt: str | None, fixed: str | None, data_root: str | None
+) -> CaptionedImages:
+    """The pictures of a split.
+
+    Args:
+        image, prompt: columns; no prompt column, or `fixed`, gives every picture that one prompt.
+
+    Raises:
+        ConfigError: no such file, no network, or a column that is missing or holds something else; with the way out.
+    """
+    if source.hub_id == SHAPES:
+        return _shapes(fixed)
+    others = (prompt,) if prompt and fixed is None else ()
+    if data_root is None:
+        return _of_table(hub_data(source), image, others, str(source), fixed, None)
+    path = local_file(source, data_root)
+    if path.suffix == ".jsonl":
+        return _listed(path, read_jsonl(path), image, others, fixed)
+    table = parquet_table(path, fingerprint(source, data_root))
+    return _of_table(table, image, others, str(path), fixed, path.parent)
+
+
+def _of_table(
+    table, image: str, others: tuple[str, ...], source: str, fixed: str | None, folder: Path | None
+) -> CaptionedImages:
+    table = with_bytes(table, image, others, source)
+    rows = [{others[0]: text} for text in table[others[0]][:]] if others else [{}] * len(table)
+    return CaptionedImages(source, _prompts(rows, others, fixed, source), bytes_of(table, image, folder))
+
+
+def _listed(
+    path: Path, rows: Sequence[dict], image: str, others: tuple[str, ...], fixed: str | None
+) -> CaptionedImages:
+    """Pictures beside a JSON-lines file whose rows name them."""
+    rows = typed_columns(rows, [image, *others], str(path))
+    prompts, names = _prompts(rows, others, fixed, str(path)), [row[image] for row in rows]
+    if twice := len(names) - len(set(names)):
+        logger.warning("%s names %d pictures more than once: each of its rows is trained on.", path, twice)
+    return CaptionedImages(str(path), prompts, lambda index: file_in(path.parent, names[index]), names)
+
+
+def _prompts(rows: Sequence[dict], others: tuple[str, ...], fixed: str | None, source: str) -> list[str]:
+    if not others:
+        return [fixed] * len(rows)
+    prompts = [row[others[0]] for row in typed_columns(rows, others, source)]
+    if blank := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+        more = f" (and {len(blank) - 1} more)" if blank[1:] else ""
+        raise ConfigError(
+            [
+                f"Invalid {others[0]} in {source}, row {blank[0]}{more}: it is blank; write one, or set dataset.prompt "
+                "for all pictures."
+            ]
+        )
+    if faults := long_prompts(prompts, f"{others[0]} in {source}"):
+        raise ConfigError(faults)
+    return prompts
+
+
+def long_prompts(prompts: Sequence[str], what: str) -> list[str]:
+    """The first of some prompts that is longer than any prompt, as one validation error."""
+    long = [number for number, prompt in enumerate(prompts, start=1) if len(prompt) > LONGEST_PROMPT]
+    if not long:
+        return []
+    more = f" (and {len(long) - 1} more)" if long[1:] else ""
+    return [
+        f"Invalid {what}, row {long[0]}{more}: it has {len(prompts[long[0] - 1]):,} letters, and a prompt has at most "
+        f"{LONGEST_PROMPT:,}; shorten it: a text encoder reads no more than its first 77 tokens."
+    ]
+
+
+def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> CaptionedImages:
+    """The pictures of a folder in the order of their names, or in that of its metadata.jsonl.
+
+    Raises:
+        ConfigError: no folder, no picture, or no prompt for them; with the way out. `key` names the setting.
+    """
+    path = Path(folder)
+    try:
+        found = sorted(path.iterdir())
+    except OSError as error:
+        reason = {FileNotFoundError: "there is no such folder", NotADirectoryError: "it is a file, not a folder"}
+        reason = reason.get(type(error), error.strerror)
+        raise ConfigError([f"Invalid {key}={folder}: {reason}; name one with pictures in it."]) from error
+    if (path / METADATA).is_file():
+        rows = read_jsonl(path / METADATA)
+        rows = [{"prompt": row["text"], **row} if "text" in row else row for row in rows]  # as datasets has it
+        images = _listed(path / METADATA, rows, "file_name", () if fixed is not None else ("prompt",), fixed)
+        if left := [f.name for f in found if f.suffix.lower() in _SUFFIXES and f.name not in images.names]:
+            logger.warning("%d pictures are left out that %s does not name: %s …", len(left), path / METADATA, left[0])
+        return images
+    files = [file for file in found if file.suffix.lower() in _SUFFIXES]
+    passed = [f for f in found if f not in files and f.name not in _NO_PICTURES and not f.name.startswith(".")]
+    kinds = ", ".join(_SUFFIXES)
+    if not files:
+        there = f", but {passed[0].name}" if passed else ""
+        raise ConfigError(
+            [f"Invalid {key}={folder}: no picture is in it ({kinds}){there}; put some there, not in folders of it."]
+        )
+    if passed:
+        logger.warning(
+            "%d things in %s are not read, %s among them: pictures are %s.", len(passed), path, passed[0].name, kinds
+        )
+    if fixed is None:
+        raise ConfigError(
+            [
+                f'Missing dataset.prompt: {folder} has no {METADATA}; set dataset.prompt="a photo of …" for all of its '
+                'pictures, or write that file with rows {"file_name", "prompt"}.'
+            ]
+        )
+    names = [file.name for file in files]
+    return CaptionedImages(str(path), [fixed] * len(files), lambda index: file_in(path, names[index]), names)
+
+
+PICTURES_FILE = "pictures.json"  # of a run's folder: which pictures of its data set it was trained on
+
+
+def identities(rows: CaptionedRows) -> dict[str, list[Any]]:
+    """What PICTURES_FILE holds: places in the set, and digests of files and prompts."""
+    return {"indices": list(rows.indices), "digests": [one.hex() for one in rows.digests]}
+
+
+def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None) -> CaptionedRows:
+    """The pictures that a run was trained on.
+
+    Args:
+        dataset: that section of the run's config.yaml.
+
+    Raises:
+        ConfigError: the run does not say which, or they are others, or not there any more.
+    """
+    path = run / PICTURES_FILE
+    try:
+        saved = json.loads(path.read_bytes())
+        indices, digests = saved["indices"], saved["digests"]
+        if [*map(type, indices)] != [int] * len(digests):
+            raise ValueError("a place and a digest of each picture are needed")
+        settings = {key: dataset[key] for key in ("resolution", "min_side")}
+        folder, fixed = dataset["folder"], dataset["prompt"]
+        where = [dataset[key] for key in ("hub_id", "hub_config", "split", "revision")]
+        columns = {"image": dataset["image_column"], "prompt": dataset["prompt_column"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            [
+                f"Broken run {run}: {path.name} or the dataset of its config.yaml is not what a run writes ({error}); "
+                "copy the run's folder whole."
+            ]
+        ) from error
+    if folder is not None:
+        images = read_folder(folder, fixed)
+    else:
+        images = read_captioned(Source(*where), **columns, fixed=fixed, data_root=data_root)
+    if beyond := [index for index in indices if not 0 <= index < len(images.prompts)]:
+        raise ConfigError(
+            [
+                f"Invalid pictures of {run}: {images.source} has {len(images.prompts)}, and the run was trained "
+                f"on number {beyond[0] + 1}; name with data_root where those are that it was trained on."
+            ]
+        )
+    rows = rows_of(images, indices, **settings)
+    if others := [row for row, one in enumerate(rows.digests) if one.hex() != digests[row]]:
+        raise ConfigError(
+            [
+                f"Invalid pictures of {run}: {row_name(images, indices[others[0]])} of {images.source} is not the "
+                f"picture, or has not the prompt, that the run was trained on ({len(others)} of {len(indices)}); put "
+                "them back, or name with data_root where they are."
+            ]
+        )
+    return rows
+
+
+# --- eight shapes
+
+_SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "bar", "hexagon")
+_COLOURS = ("red", "green", "blue", "orange", "purple", "teal", "gold", "navy")
+_SIDE, _SMOOTH = 64, 4  # drawn at four times the size
+
+
+def _shapes(fixed: str | None) -> CaptionedImages:
+    prompts = [f"a {colour} {shape}" for colour, shape in zip(_COLOURS, _SHAPES, strict=True)]
+    if fixed is not None:
+        prompts = [fixed] * len(prompts)
+    return CaptionedImages(SHAPES, prompts, lambda index: png_of(_drawn(_SHAPES[index], _COLOURS[index])))
+
+
+def _drawn(shape: str, colour: str) -> np.ndarray:
+    side = _SIDE * _SMOOTH
+    picture = Image.new("RGB", (side, side), "white")
+    draw, middle, reach = ImageDraw.Draw(picture), side / 2, side * 0.36
+    box = (middle - reach, middle - reach, middle + reach, middle + reach)
+    thick = reach * 0.4
+    corners = {"square": (4, 45), "triangle": (3, 0), "diamond": (4, 0), "hexagon": (6, 0)}
+    if shape in corners:
+        sides, turn = corners[shape]
+        draw.regular_polygon((middle, middle, reach), sides, rotation=turn, fill=colour)
+    elif shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "ring":
+        draw.ellipse(box, outline=colour, width=int(thick))
+    else:
+        draw.rectangle((box[0], middle - thick, box[2], middle + thick), fill=colour)
+        if shape == "cross":
+            draw.rectangle((middle - thick, box[1], middle + thick, box[3]), fill=colour)
+    return np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS))

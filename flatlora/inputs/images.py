@@ -1,0 +1,490 @@
+"""Labelled images of a public data set, decoded and preprocessed when they are read: in the loader's workers.
+
+Sources are those of rows.py: the hub, or DIR/<owner>/<name>/<config>/<split>.{parquet,jsonl}. In a Parquet file an
+image is the hub's {"bytes", "path"}; in a JSON-lines file it is a path beside that file. `scikit-learn/digits`
+(1,797 images of 8 × 8 pixels, the last fifth is the test split) is made by scikit-learn and needs neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import PIL
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from flatlora.inputs.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
+from flatlora.utils import caches
+from flatlora.utils.caches import cache_fault, kept_folder
+from flatlora.utils.console import counting
+from flatlora.utils.errors import ConfigError, reason_of
+from flatlora.utils.files import cache_folder
+from flatlora.utils.plain_files import place_inside, read_plain
+from flatlora.utils.staging import remove
+
+logger = logging.getLogger(__name__)
+
+DIGITS = "scikit-learn/digits"
+_DIGITS_TRAIN = 1437  # of 1,797
+# As PIL raises them, of files that were made to break it, too.
+BROKEN = (OSError, SyntaxError, ValueError, LookupError, ArithmeticError, EOFError, MemoryError, TypeError)
+BROKEN += (RuntimeError, AttributeError, AssertionError, Image.DecompressionBombError, struct.error, zlib.error)
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # none that runs a program
+_MOST_BYTES = 1 << 28
+_MOST_PIXELS = 160_000_000  # the largest cameras make 151 million
+_LARGE_PIXELS = 1 << 24  # such pictures are tried one at a time: they are many times larger in memory than as files
+_LONGEST = 32  # times as long as wide
+_CHECKERS = 8  # threads: PIL lets go of Python's lock while it reads
+_BAR_FROM = 5000  # pictures; fewer are tried before a bar could be read
+_LARGEST_LABEL = 2**31 - 1
+_PICTURE_BYTES = 16
+
+
+@dataclass
+class LabelledImages:
+    """Pictures as files, in memory-mapped columns or on disk one by one, with their classes.
+
+    `labels` are INT64; `names` are the classes', where the data set says them.
+    """
+
+    source: str
+    labels: np.ndarray
+    read: Callable[[int], bytes]
+    names: list[str] | None = None
+
+    def tag(self, index: int) -> bytes:
+        """What belongs to a picture besides its file: its class."""
+        return int(self.labels[index]).to_bytes(8, "little")
+
+
+class Pictures(Protocol):
+    """Pictures as files, each with something that belongs to it."""
+
+    source: str
+    read: Callable[[int], bytes]
+
+    def tag(self, index: int) -> bytes: ...
+
+
+def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> LabelledImages:
+    """The images and labels of one split; no picture is decoded.
+
+    Raises:
+        ConfigError: no such file, no network, or a column that is missing or holds something else; with the way out.
+    """
+    if source.hub_id == DIGITS:
+        return _digits(source.split)
+    if data_root is None:
+        return _of_table(hub_data(source), image, label, str(source), None)
+    path = local_file(source, data_root)
+    if path.suffix == ".jsonl":
+        return read_listed(path, image, label)
+    return _of_table(parquet_table(path, fingerprint(source, data_root)), image, label, str(path), path.parent)
+
+
+def parquet_table(path: Path, sha256: str) -> Any:
+    """A `datasets.Dataset` of a Parquet file.
+
+    `sha256` names the memory-mapped copy: by path and time alone, another file in its place would not be seen.
+
+    Raises:
+        ConfigError: it is broken.
+    """
+    import datasets
+    import pyarrow
+
+    def convert(folder: Path) -> None:
+        try:
+            table = datasets.Dataset.from_parquet(str(path), cache_dir=str(folder / "made"))
+        except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); fetch it again."]) from error
+        for number, shard in enumerate(table.cache_files):
+            os.replace(shard["filename"], folder / f"{number:05d}.arrow")
+        remove(folder / "made")
+
+    folder = cache_folder() / "images" / sha256[:20]
+    try:
+        kept_folder(folder, convert)
+    except OSError as error:
+        raise cache_fault("the memory-mapped copy of a Parquet file", error, cache_folder()) from error
+    return datasets.concatenate_datasets(
+        [datasets.Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))]
+    )
+
+
+def _of_table(table: Any, image: str, label: str, source: str, folder: Path | None) -> LabelledImages:
+    table = with_bytes(table, image, (label,), source)
+    names = getattr(table.features[label], "names", None)
+    labels = _labels(table[label][:], label, source)
+    return LabelledImages(source, labels, bytes_of(table, image, folder), names)
+
+
+def with_bytes(table: Any, image: str, others: Sequence[str], source: str) -> Any:
+    """A `datasets.Dataset` whose pictures are given as files, not decoded.
+
+    Raises:
+        ConfigError: a column is missing, or there is no row.
+    """
+    import datasets
+
+    missing = [column for column in (image, *others) if column not in table.column_names]
+    if missing or not len(table):
+        found = ", ".join(table.column_names)
+        faults = [f"Missing column {column} in {source}: it has {found}; name it in the config." for column in missing]
+        raise ConfigError(faults or [f"Empty data set: {source} holds no row; at least one is needed."])
+    if isinstance(table.features[image], datasets.Image):
+        table = table.cast_column(image, datasets.Image(decode=False))
+    return table
+
+
+def bytes_of(table: Any, image: str, folder: Path | None) -> Callable[[int], bytes]:
+    """Row of a table that `with_bytes` gave → its picture's file.
+
+    Args:
+        folder: of the table, where the files lie that rows name; None: in the caches of the hub's libraries.
+    """
+
+    def read(index: int) -> bytes:
+        value = table[index][image]
+        if isinstance(value, dict):
+            value = value.get("bytes") or (_named_file(value["path"], folder) if value.get("path") else None)
+        if not isinstance(value, bytes):
+            raise OSError("the row holds no image")
+        return value
+
+    return read
+
+
+def _named_file(name: str, folder: Path | None) -> bytes:
+    if folder is not None:
+        return file_in(folder, name)
+    import datasets
+    import huggingface_hub
+
+    known = datasets.config
+    others = (known.DOWNLOADED_DATASETS_PATH, known.EXTRACTED_DATASETS_PATH, huggingface_hub.constants.HF_HUB_CACHE)
+    return read_plain(place_inside(Path(known.HF_DATASETS_CACHE), name, *others), _MOST_BYTES)
+
+
+def file_in(folder: Path, name: str) -> bytes:
+    """A picture's file by its name in a folder.
+
+    Raises:
+        OSError: it is not there, lies elsewhere after links, is no plain file, or is too large for a picture.
+    """
+    return read_plain(place_inside(folder, name), _MOST_BYTES)
+
+
+def read_listed(path: Path, image: str, label: str) -> LabelledImages:
+    """Pictures beside a JSON-lines file that names them."""
+    rows = typed_columns(read_jsonl(path), {image: "text", label: "int"}, str(path))
+    labels = _labels([row[label] for row in rows], label, str(path))
+    return LabelledImages(str(path), labels, lambda index: file_in(path.parent, rows[index][image]))
+
+
+def _digits(split: str) -> LabelledImages:
+    from sklearn.datasets import load_digits
+
+    spans = {"train": slice(0, _DIGITS_TRAIN), "test": slice(_DIGITS_TRAIN, None)}
+    if split not in spans:
+        raise ConfigError([f"Invalid split {split} of {DIGITS}: it has {' and '.join(spans)}; name one of them."])
+    found = load_digits()
+    pixels = (found.images * (255 / 16)).round().astype(np.uint8)[spans[split]]
+    labels = found.target.astype(np.int64)[spans[split]]
+    return LabelledImages(f"{DIGITS} ({split})", labels, lambda index: png_of(pixels[index]))
+
+
+def png_of(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _labels(values: Sequence[Any], column: str, source: str) -> np.ndarray:
+    broken = [
+        number
+        for number, value in enumerate(values, start=1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST_LABEL
+    ]
+    if broken:
+        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise ConfigError(
+            [
+                f"Invalid {column} in {source}, row {broken[0]}{others}: a whole number from 0 is needed, not "
+                f"{str(values[broken[0] - 1])[:40]}; use a split with labels."
+            ]
+        )
+    return np.array(values, np.int64)
+
+
+def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
+    """See that every picture can be decoded, before a model is loaded; returns a digest of each file and its tag.
+
+    A digest begins with that of the file, `picture_of`: one picture may stand under two classes.
+
+    Decoding a large set takes minutes, so a set that did is remembered by its digests; the files are read all the same.
+
+    Raises:
+        ConfigError: the number of broken ones, the first of them and why.
+    """
+    indices, problems = list(map(int, indices)), {}
+
+    def tried(index: int, of: Callable[[int], Any]) -> Any:
+        try:
+            return of(index)
+        except BROKEN as error:
+            reasons = {
+                # Its own words hold the address of a buffer.
+                UnidentifiedImageError: f"no picture of a known format ({', '.join(_FORMATS)})",
+                FileNotFoundError: "there is no such file",
+                IsADirectoryError: "it names a folder, not a file",
+            }
+            problems[index] = reasons.get(type(error)) or reason_of(error)
+
+    digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
+    folder, key = cache_folder() / "decoded", "" if problems else _key_of(digests)
+    if problems or caches.find(folder, key, ".json") is None:
+        left = [index for index in indices if index not in problems]
+        _each(lambda i: tried(i, lambda j: _try(images, j)), left, f"try {images.source}")
+        if problems:
+            raise ConfigError([_broken(images, problems)])
+        told = {"pictures": len(indices), "pillow": PIL.__version__}
+        caches.keep(folder, key, ".json", json.dumps(told).encode())
+    return digests
+
+
+def _broken(images: Pictures, problems: Mapping[int, str]) -> str:
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    first = min(problems)
+    return (
+        f"Broken image in {images.source}, {row_name(images, first)}{others}: {problems[first]}; fetch the file again, "
+        "or leave the row out."
+    )
+
+
+def _each(work: Callable[[int], Any], indices: Sequence[int], name: str) -> list[Any]:
+    found = []
+    with counting(name, len(indices), least=_BAR_FROM) as advance, ThreadPoolExecutor(_CHECKERS) as pool:
+        for one in pool.map(work, indices):
+            found.append(one)
+            advance(1)
+    return found
+
+
+def _digest(images: Pictures, index: int) -> bytes:
+    return hashlib.blake2b(images.read(index), digest_size=_PICTURE_BYTES).digest() + images.tag(index)
+
+
+def picture_of(digest: bytes) -> bytes:
+    """What of a digest is the file's, without its tag."""
+    return digest[:_PICTURE_BYTES]
+
+
+def _key_of(digests: Sequence[bytes]) -> str:
+    return hashlib.sha256(json.dumps(PIL.__version__).encode() + b"".join(sorted(digests))).hexdigest()[:32]
+
+
+_one_large = threading.Lock()
+
+
+def _try(images: Pictures, index: int) -> None:
+    picture = open_head(images, index)
+    large = picture.width * picture.height > _LARGE_PIXELS
+    with _one_large if large else contextlib.nullcontext():
+        _decode(picture).convert("RGB")
+
+
+def row_name(images: Pictures, index: int) -> str:
+    """How an error names one picture: by its file, where there is one."""
+    names = getattr(images, "names", None)
+    name = "".join(letter if letter.isprintable() else "?" for letter in names[index][:80]) if names else ""
+    return f"row {index + 1}" + (f" ({name})" if name else "")
+
+
+def open_image(images: Pictures, index: int) -> Image.Image:
+    """One picture in RGB, upright: what transformers' `load_image` gives a processor."""
+    return decoded(images, index).convert("RGB")
+
+
+def decoded(images: Pictures, index: int) -> Image.Image:
+    """One picture in the mode of its file, upright as its camera says. Wider greys are scaled to 8 bits: PIL alone
+    would cut them off at 255.
+    """
+    return _decode(open_head(images, index))
+
+
+def open_head(images: Pictures, index: int) -> Image.Image:
+    """One picture of which no pixel is decoded yet: its format, its size, how it is turned.
+
+    Raises:
+        BROKEN: it is no picture, of another format, or larger than any camera's.
+    """
+    return head_of(images.read(index))
+
+
+def head_of(file: bytes) -> Image.Image:
+    """The same of a picture's file."""
+    if len(file) > _MOST_BYTES:
+        raise ValueError(f"it has {len(file) / 2**20:,.0f} MiB, and at most {_MOST_BYTES / 2**20:,.0f} are read")
+    picture = Image.open(io.BytesIO(file), formats=_known_formats())
+    if (pixels := picture.width * picture.height) > _MOST_PIXELS:
+        raise ValueError(
+            f"it has {picture.width} × {picture.height} pixels, {pixels / 1e6:.0f} million, and at most "
+            f"{_MOST_PIXELS / 1e6:.0f} are decoded"
+        )
+    return picture
+
+
+@functools.cache
+def _known_formats() -> list[str]:
+    """Those of `_FORMATS` that this PIL was built with."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def middle_of(picture: Image.Image) -> Image.Image:
+    """A picture, and of one that is longer than any photograph the middle: a model sees no more of it, and scaling it
+    whole to a model's height would need gigabytes.
+    """
+    width, height = (min(side, _LONGEST * min(picture.size)) for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    whole = (width, height) == picture.size
+    return picture if whole else picture.crop((left, top, left + width, top + height))
+
+
+def _decode(picture: Image.Image) -> Image.Image:
+    picture = _pixels_of(picture)
+    turn = turn_of(picture)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _pixels_of(picture: Image.Image) -> Image.Image:
+    with picture:
+        if picture.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of no known range")
+        if picture.mode == "I" and picture.format != "PNG":  # a PNG's are 16 bits wide
+            raise ValueError("its pixels are 32-bit integers of no known range")
+        if picture.mode.startswith("I"):
+            wide = np.asarray(picture).astype(np.int64)
+            grey = Image.fromarray((wide / 257).round().astype(np.uint8))
+            grey.info = picture.info  # how it is turned
+            return grey
+        picture.load()
+        return picture
+
+
+_TURNS = {
+    number: Image.Transpose[name]
+    for number, name in enumerate(
+        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+        start=2,
+    )
+}
+QUARTER_TURNS = [_TURNS[number] for number in (5, 6, 7, 8)]
+
+
+def turn_of(picture: Image.Image) -> Image.Transpose | None:
+    """What puts a picture upright, as its camera wrote down; None where it stands so, or says nothing readable."""
+    if picture.format == "TIFF":  # PIL turns those itself
+        return None
+    try:
+        written = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever PIL makes of broken tags, which say nothing then: the pixels are whole
+        return None
+    return _TURNS.get(written) if isinstance(written, int) else None
+
+
+@dataclass
+class ImageRows(Dataset):
+    """Some images of a data set, preprocessed when they are read.
+
+    A row is {"pixel_values": FP32 channels × height × width, "labels": int}.
+
+    Args:
+        indices: places in `images`.
+        processor: an image processor of transformers.
+        digests: of each row's file and class, as `check_images` gives them: equal for two copies of one picture.
+    """
+
+    images: LabelledImages
+    indices: np.ndarray
+    processor: Any
+    digests: list[bytes]
+    lengths: list[int] = field(init=False)  # a sampler that groups by length finds all alike
+
+    def __post_init__(self) -> None:
+        self.lengths = [1] * len(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = int(self.indices[index])
+        pixels = self.processor(middle_of(open_image(self.images, place)), return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": int(self.images.labels[place])}
+
+    @property
+    def labels(self) -> list[int]:
+        return self.images.labels[self.indices].tolist()
+
+
+def name_fault(images: LabelledImages, names: Sequence[str], where: str) -> str | None:
+    """Why the classes that a data set names are not `names` of `where`; None if they agree or it names none.
+
+    Prompts may word a class otherwise than the data set does. A word that stands at another place is another order;
+    a class that only reads more like another one's name is told as a warning.
+    """
+    if not images.names:
+        return None
+    if len(images.names) != len(names):
+        return f"{where} has {len(names)} names, and {images.source} has {len(images.names)} classes"
+    own, theirs = [_words(name) for name in images.names], [_words(name) for name in names]
+    for label, words in enumerate(own):
+        if words != theirs[label] and words in theirs:
+            return (
+                f"label {label} is {images.names[label]} in {images.source}, and {names[label]} in {where}, where "
+                f"{images.names[label]} has label {theirs.index(words)}"
+            )
+    for label, words in enumerate(own):
+        alike = [_likeness(words, other) for other in theirs]
+        if max(alike) > alike[label]:
+            logger.warning(
+                "Label %d is %s in %s and %s in %s, where label %d reads more like it: see that the order is the same.",
+                *(label, images.names[label], images.source, names[label], where, alike.index(max(alike))),
+            )
+            break
+    return None
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+
+
+def _likeness(one: Sequence[str], other: Sequence[str]) -> float:
+    """Share of their words that two names have in common (Jaccard)."""
+    return len({*one} & {*other}) / len({*one, *other} or {""})
+
+
+def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """{"pixel_values": B × 3 × H × W, "labels": B}."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }

@@ -1,0 +1,1 @@
+"""Adapter methods (`peft=NAME`), one file each."""

@@ -1,0 +1,232 @@
+"""AdaLoRA (ICLR 2023): W + s/r̂ · B·diag(E)·A, ranks moved to the layers where they matter.
+
+PEFT builds the layers and ranks the triplets (A_k, E_k, B_k) by smoothed sensitivity; this file drives its schedule
+from the Trainer: ranks stay at `init_r` for the first `tinit_ratio` of the steps, shrink cubically to `lora_r` on
+average, every `delta_t` steps, and are fixed for the last `tfinal_ratio`. s is `lora_alpha`, r̂ `init_r`, as in PEFT.
+
+The training loss holds the penalty that keeps A and B near orthogonal, an evaluation's does not. Deviation from PEFT in
+a Trainer: the penalty is divided by the number of micro-batches that a step has (fewer at an epoch's end), so that
+gradient accumulation does not strengthen it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import AdaLoraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from flatlora.config.settings import MOST_STEPS, setting
+from flatlora.methods.adapters.lora import Lora, LoraMethodConfig, rank_of, rank_setting
+from flatlora.methods.base import Start, Training, register
+from flatlora.perturb.callback import checkpoint_file
+from flatlora.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "adalora.safetensors"
+_UNKNOWN_STEPS = 2**31  # PEFT wants a number before the Trainer knows it
+_BAR = "BAR rescales A and B against each other, and AdaLoRA keeps both near orthonormal"
+
+
+class AdaLoraMethodConfig(LoraMethodConfig):
+    init_r: int | None = setting(None, ge=1, le=2**16, remedy="null takes 1.5 times the final rank")
+    tinit_ratio: float = setting(0.1, ge=0, lt=1, remedy="it is a share of all steps")
+    tfinal_ratio: float = setting(0.3, ge=0, lt=1, remedy="it is a share of all steps")
+    delta_t: int = setting(10, ge=1, le=MOST_STEPS, remedy="10 is usual")
+    beta1: float = setting(0.85, gt=0, lt=1, remedy="0.85 is usual")
+    beta2: float = setting(0.85, gt=0, lt=1, remedy="0.85 is usual")
+    orth_reg_weight: float = setting(0.5, ge=0, le=1e6, remedy="0.5 is usual")
+
+    def rule_faults(self) -> list[str]:
+        faults = super().rule_faults()
+        if self.init_r is not None and self.lora_r is not None and self.init_r <= self.lora_r:
+            faults.append(
+                f"Invalid peft.init_r={self.init_r} with peft.lora_r={self.lora_r}: AdaLoRA shrinks ranks from init_r "
+                "to lora_r on average, so it must be larger; raise peft.init_r, or leave it out."
+            )
+        if self.tinit_ratio + self.tfinal_ratio >= 1:
+            faults.append(
+                f"Invalid peft.tinit_ratio={self.tinit_ratio} with peft.tfinal_ratio={self.tfinal_ratio}: no step is "
+                "left between them to shrink ranks in; lower one of them."
+            )
+        return faults
+
+
+@register("adalora")
+class AdaLora(Lora):
+    Config = AdaLoraMethodConfig
+    takes_convolutions = False
+    not_of_diffusion = "diffusers reads pairs A and B, and AdaLoRA's adapter has a third factor"
+    reads_gradients = True  # its ranks follow from them
+    refuses: ClassVar = {
+        "nbar": _BAR,
+        "obar": _BAR,
+        "bi_lora": "PEFT trains one AdaLoRA adapter at a time, and Bi-LoRA needs two",
+    }
+
+    def check(self, skeleton: nn.Module, config: AdaLoraMethodConfig) -> None:
+        super().check(skeleton, config)
+        rank = rank_of(skeleton, config)
+        if _init_r(rank, config) <= rank:
+            raise ConfigError(
+                [
+                    f"Invalid peft.init_r={config.init_r} with a final rank of {rank} (peft.lora_relative_r="
+                    f"{config.lora_relative_r}): AdaLoRA shrinks ranks; raise peft.init_r, or leave it out."
+                ]
+            )
+
+    def needed_rank(self, rank: int, config: AdaLoraMethodConfig) -> tuple[int, str]:
+        given = f"peft.init_r={config.init_r}" if config.init_r is not None else rank_setting(config)
+        return _init_r(rank, config), f"{given}: AdaLoRA begins with {_init_r(rank, config)} directions of a layer"
+
+    def peft_config(self, model: nn.Module, config: AdaLoraMethodConfig) -> AdaLoraConfig:
+        settings = self.settings(model, config)
+        rank = settings.pop("r")
+        return AdaLoraConfig(
+            **settings,
+            init_r=_init_r(rank, config),
+            target_r=rank,
+            tinit=0,
+            tfinal=0,
+            deltaT=config.delta_t,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            orth_reg_weight=config.orth_reg_weight,
+            total_step=_UNKNOWN_STEPS,
+        )
+
+    def callbacks(self, model: nn.Module, config: AdaLoraMethodConfig, training: Training) -> list[TrainerCallback]:
+        return [RankSchedule(model, config, training)]
+
+    def save(self, model: nn.Module, config: AdaLoraMethodConfig, folder: Path, start: Start) -> None:
+        """The adapter with the ranks that are left; a layer's pruned triplets have E = 0 and are dropped."""
+        adapter = model.peft_config["default"]
+        adapter.rank_pattern = {
+            name: (parameter.detach() != 0).view(-1).tolist()
+            for name, parameter in model.base_model.model.named_parameters()
+            if "lora_E" in name
+        }
+        try:
+            with (
+                warnings.catch_warnings()
+            ):  # a layer without a triplet left has empty factors, which PEFT takes for lost
+                warnings.filterwarnings("ignore", message="Adapter .* invalid shape")
+                model.save_pretrained(folder)
+        finally:
+            adapter.rank_pattern = {}
+
+
+def _init_r(rank: int, config: AdaLoraMethodConfig) -> int:
+    return config.init_r if config.init_r is not None else max(rank + 1, round(1.5 * rank))
+
+
+class RankSchedule(TrainerCallback):
+    """Calls PEFT's allocator after each optimizer step, while the gradients are there, and keeps its state."""
+
+    def __init__(self, model: nn.Module, config: AdaLoraMethodConfig, training: Training) -> None:
+        self.model, self.config, self.training = model, config, training
+        self.pattern: dict[str, list[bool]] = {}
+
+    @property
+    def _adapter(self) -> AdaLoraConfig:
+        return self.model.peft_config["default"]
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        adapter, steps = self._adapter, state.max_steps
+        adapter.total_step = steps
+        adapter.tinit, adapter.tfinal = int(self.config.tinit_ratio * steps), int(self.config.tfinal_ratio * steps)
+        self._shrinks = steps - adapter.tfinal > 1  # the last look needs a step's sensitivities before it
+        if not self._shrinks:
+            logger.warning("AdaLoRA cannot shrink ranks within %d steps: they stay at peft.init_r.", steps)
+        if self.training.token_mean:  # then the Trainer adds the micro-batches' losses up, each with the penalty
+            device = next(parameter.device for parameter in self.model.parameters() if parameter.requires_grad)
+            adapter.orth_reg_weight = _SharedWeight(self.config.orth_reg_weight, device)
+            adapter.orth_reg_weight.share_out(self.training.accumulation * self.training.world_size)
+        if state.global_step:
+            self._load(load_file(checkpoint_file(args, state, STATE_FILE)))
+
+    def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        if self.training.token_mean:
+            count = micro_batches_of(state.global_step, len(train_dataloader), self.training.accumulation)
+            self._adapter.orth_reg_weight.share_out(count * self.training.world_size)
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if not self._shrinks:
+            return
+        self._adapter.rank_pattern = self.pattern
+        self.model.base_model.update_and_allocate(state.global_step + 1)
+        # Not left in the config: PEFT would cut the tensors of a checkpoint to it, and a resume needs them whole.
+        self.pattern, self._adapter.rank_pattern = self._adapter.rank_pattern or {}, {}
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation: its loss is the model's alone, whatever the penalty's share of a micro-batch is."""
+        weight, self._adapter.orth_reg_weight = self._adapter.orth_reg_weight, 0.0
+        try:
+            yield
+        finally:
+            self._adapter.orth_reg_weight = weight
+
+    def save_state(self, folder: Path) -> None:
+        allocator = self.model.base_model.rankallocator
+        tables = {"mean": allocator.exp_avg_ipt, "spread": allocator.exp_avg_unc}
+        tensors: dict[str, Any] = {
+            f"{table}|{name}": value.detach().cpu().contiguous()
+            for table, values in tables.items()
+            for name, value in values.items()
+        }
+        tensors |= {f"pattern|{name}": torch.tensor(kept) for name, kept in self.pattern.items()}
+        save_file({**tensors, "step": torch.zeros(())}, folder / STATE_FILE)  # never empty: the file must be there
+
+    def _load(self, tensors: dict[str, torch.Tensor]) -> None:
+        allocator = self.model.base_model.rankallocator
+        parameters = dict(allocator_parameters(self.model))
+        for key, value in tensors.items():
+            table, _, name = key.partition("|")
+            if table == "pattern":
+                self.pattern[name] = value.tolist()
+            elif table in ("mean", "spread"):
+                target = allocator.exp_avg_ipt if table == "mean" else allocator.exp_avg_unc
+                target[name] = value.to(parameters[name].device)
+                allocator.ipt.setdefault(name, torch.zeros_like(target[name]))
+
+
+class _SharedWeight(float):
+    """The penalty's weight, which acts on each micro-batch of a step by its share.
+
+    To PEFT, and in adapter_config.json, it is the configured number. The share is on the device, so that a micro-step
+    captured as a CUDA graph reads the one of its own step.
+    """
+
+    def __new__(cls, value: float, device: torch.device | None = None) -> _SharedWeight:
+        return super().__new__(cls, value)
+
+    def __init__(self, value: float, device: torch.device | None = None) -> None:
+        self._share = torch.tensor(float(value), device=device)
+
+    def share_out(self, parts: int) -> None:
+        self._share.fill_(float(self) / parts)
+
+    def __mul__(self, penalty: torch.Tensor) -> torch.Tensor:
+        return penalty * self._share
+
+
+def micro_batches_of(step: int, epoch_micro_batches: int, accumulation: int) -> int:
+    """Micro-batches of optimizer step `step` (from 0) in a Trainer: the last step of an epoch takes what is left."""
+    steps = math.ceil(epoch_micro_batches / accumulation)
+    return min(accumulation, epoch_micro_batches - step % steps * accumulation)
+
+
+def allocator_parameters(model: nn.Module):
+    """Parameters by the names that PEFT's allocator has for them."""
+    return model.base_model.model.named_parameters()

@@ -1,0 +1,163 @@
+"""What methods share that compute where the adapter starts, from W or from data.
+
+Most of them move part of W into the adapter: W ← W − s·B₀·A₀. The initial adapter is kept in `start/` of the run: a
+resumed run subtracts the same bytes, and the saved adapter is turned into s·(B·A − B₀·A₀), which fits the untouched
+backbone (PEFT's conversion; its rank is 2r). On a BF16 backbone W − s·B₀·A₀ is rounded, which the converted adapter
+cannot give back: its model differs from the trained one by that rounding, as every PiSSA adapter's does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from flatlora.methods.adapters.lora import Lora, LoraMethodConfig, find_targets, seeded
+from flatlora.methods.base import Start
+from flatlora.models.starts import ADAPTER, MOVED, load_adapter, lora_layers, move_weights
+from flatlora.perturb.layers import has_standard_forward
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import write_folder, write_json
+
+
+class ComputedStart(Lora):
+    """LoRA from an adapter that is computed once for a run and kept in `start.folder`."""
+
+    moves_weights = True
+    needs_dense = True
+    takes_convolutions = False
+
+    def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
+        super().check(skeleton, config)
+        if getattr(getattr(skeleton, "config", None), "quantization_config", None):
+            raise ConfigError([_quantised(config.name, "its config.json has a quantization_config")])
+        if self.moves_weights:
+            refuse_own_forwards(skeleton, find_targets(skeleton, config.target_modules), config.name)
+
+    def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        refuse_quantised(model, find_targets(model, config.target_modules), config.name)
+        known = start.resumed and start.folder is not None and start.folder.is_dir()
+        if start.resumed and not known and start.rank == 0:
+            raise ConfigError(
+                [
+                    f"{start.folder} is gone: the checkpoint belongs to the start of {config.name} that was kept "
+                    "there; put it back, or begin anew with overwrite=true."
+                ]
+            )
+        if start.world_size > 1:  # one answer for all: rank 0 may be writing the folder
+            answer = [known]
+            torch.distributed.broadcast_object_list(answer, src=0)
+            known = answer[0]
+        if known:
+            adapted = self.adapt(model, config, start)
+            load_adapter(adapted, start.folder)
+        else:
+            adapted = self.begin(model, config, start)
+            if start.world_size > 1:
+                for parameter in self._factors(adapted):
+                    torch.distributed.broadcast(parameter.data, src=0)
+            if start.folder is not None and start.rank == 0:
+                with write_folder(start.folder) as staging:
+                    adapted.save_pretrained(staging)
+                    if self.moves_weights:
+                        write_json(
+                            staging / MOVED, {"subtracted": "scaling * lora_B @ lora_A", "method": config.method}
+                        )
+        if self.moves_weights:
+            move_weights(adapted)
+        return adapted
+
+    def adapt(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        """The adapted model as LoRA starts it."""
+        return super().apply(model, config, start)
+
+    def begin(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        """The adapted model with its initial factors, W as it was."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, config: LoraMethodConfig, folder: Path, start: Start) -> None:
+        if not self.moves_weights:
+            model.save_pretrained(folder)
+            return
+        if start.folder is None:
+            raise ValueError(
+                f"The adapter of {config.method} fits the untouched backbone only after its start is taken off, and "
+                "none was kept: give Start(folder=...) to apply() and save()."
+            )
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start.folder))
+        add_trained_modules(model, folder)
+
+    @staticmethod
+    def _factors(model: nn.Module) -> list[nn.Parameter]:
+        return [p for n, p in model.named_parameters() if "lora_" in n]
+
+
+class LayerwiseStart(ComputedStart):
+    """A start that PEFT's code computes layer by layer."""
+
+    def begin(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        """The adapted model with its initial factors, W as it was."""
+        adapted = self.adapt(model, config, start)
+        with seeded(start.seed, adapted):
+            for _, layer in lora_layers(adapted):
+                original = layer.get_base_layer().weight.data
+                layer.get_base_layer().weight.data = original.clone()  # PEFT's code moves the weight, in place or not
+                self.initialise(layer, config)
+                layer.get_base_layer().weight.data = original
+                for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+                    factor.data = factor.data.float().contiguous()
+        return adapted
+
+    def initialise(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
+        """Set the factors of one layer; its weight may be moved."""
+        raise NotImplementedError
+
+
+def add_trained_modules(model: nn.Module, folder: Path) -> None:
+    """Put a head that is trained besides into a converted adapter: PEFT's conversion keeps the factors alone."""
+    path = folder / ADAPTER
+    kept = load_file(path)
+    trained = {name: tensor for name, tensor in get_peft_model_state_dict(model).items() if "lora_" not in name}
+    if trained.keys() - kept.keys():
+        save_file({**kept, **{n: t.contiguous().cpu() for n, t in trained.items()}}, path, metadata={"format": "pt"})
+
+
+def refuse_own_forwards(model: nn.Module, targets: list[str], name: str) -> None:
+    """Refuse to move part of a weight that its layer does not read as W x + b: the start would change the model.
+
+    Raises:
+        ConfigError: with the first such layer.
+    """
+    own = [target for target in targets if not has_standard_forward(model.get_submodule(target))]
+    if own:
+        kind = type(model.get_submodule(own[0])).__name__
+        raise ConfigError(
+            [
+                f"Invalid peft={name} with {own[0]}={kind} ({len(own)} in all): that method moves part of W into the "
+                "adapter, and the layer has a forward of its own, whose output would change; use peft=lora, or leave "
+                "such layers out of peft.target_modules."
+            ]
+        )
+
+
+def refuse_quantised(model: nn.Module, targets: list[str], name: str) -> None:
+    """Refuse to move part of a weight that is not floating point.
+
+    Raises:
+        ConfigError: with the first such layer.
+    """
+    quantised = [target for target in targets if not model.get_submodule(target).weight.is_floating_point()]
+    if quantised:
+        dtype = model.get_submodule(quantised[0]).weight.dtype
+        raise ConfigError([_quantised(name, f"{quantised[0]} is {dtype}")])
+
+
+def _quantised(name: str, found: str) -> str:
+    return (
+        f"Invalid peft={name} on a quantised backbone ({found}): its start is computed from W or moves part of it, and "
+        "what is left must be stored exactly; load the backbone unquantised, or use peft=lora."
+    )

@@ -1,0 +1,66 @@
+"""EVA (2024): A starts as the principal directions of each layer's inputs (of tokens with a
+label), B = 0; W stays (PEFT's code)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import initialize_lora_eva_weights
+from peft.tuners.lora.config import EvaConfig
+from torch import nn
+
+from flatlora.config.settings import setting
+from flatlora.methods.adapters.computed_start import ComputedStart
+from flatlora.methods.adapters.lora import LoraMethodConfig, rank_setting, reads_images, seeded
+from flatlora.methods.base import Start, register
+from flatlora.utils.errors import ConfigError
+
+
+class EvaMethodConfig(LoraMethodConfig):
+    # Micro-batches of this rank, gone through until the directions stand still.
+    eva_batches: int = setting(32, ge=1, le=10**6, remedy="32 are usual")
+
+
+@register("eva")
+class Eva(ComputedStart):
+    Config = EvaMethodConfig
+    moves_weights = False
+    not_of_diffusion = "PEFT's EVA looks at the tokens of a text that have a label"
+
+    def check(self, skeleton: nn.Module, config: EvaMethodConfig) -> None:
+        super().check(skeleton, config)
+        if getattr(skeleton.config, "is_encoder_decoder", False) or reads_images(skeleton):
+            raise ConfigError(
+                [
+                    f"Invalid peft={config.name} with {type(skeleton).__name__}: PEFT's EVA knows the inputs of "
+                    "decoder-only language models alone; use peft=corda or lora_ga, which look at data too."
+                ]
+            )
+
+    def settings(self, model: nn.Module, config: EvaMethodConfig) -> dict[str, Any]:
+        eva = EvaConfig(rho=1.0)  # ranks stay equal: moved ones would not fit a resumed run
+        return super().settings(model, config) | {"init_lora_weights": "eva", "eva_config": eva}
+
+    def begin(self, model: nn.Module, config: EvaMethodConfig, start: Start) -> nn.Module:
+        adapted = self.adapt(model, config, start)
+        mode = adapted.training
+        rank = adapted.peft_config["default"].r
+        taken = [
+            {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+            for batch in start.batches(config.eva_batches)
+        ]
+        batches = [batch for batch in taken if (batch["labels"] != -100).sum() >= rank]  # PEFT waits for such for ever
+        if not batches:
+            raise ConfigError(
+                [
+                    f"Invalid peft={config.name} with {rank_setting(config)}: none of {len(taken)} micro-batches has "
+                    "so many tokens with a label, of whose inputs the directions are made; raise "
+                    "trainer.micro_batch_size."
+                ]
+            )
+        with seeded(start.seed, adapted):
+            initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return adapted.train(mode)

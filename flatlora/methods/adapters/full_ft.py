@@ -1,0 +1,27 @@
+"""Full fine-tuning: every weight of the backbone is trained, in FP32. The papers' upper baseline."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from flatlora.config.sections import PeftConfig
+from flatlora.methods.base import AdapterMethod, Start, register
+
+_NO_BACKBONE = "Flat-LoRA perturbs a frozen backbone under an adapter, and full fine-tuning has neither"
+_NO_PAIR = "there is no pair of factors in full fine-tuning"
+
+
+@register("full_ft")
+class FullFineTuning(AdapterMethod):
+    refuses: ClassVar = {"flat": _NO_BACKBONE, "nbar": _NO_PAIR, "obar": _NO_PAIR, "bi_lora": _NO_PAIR}
+
+    needs_dense = True
+    not_of_diffusion = "what is kept of a diffusion model is an adapter that diffusers loads, and this has none"
+
+    def apply(self, model: nn.Module, config: PeftConfig, start: Start) -> nn.Module:
+        model.float()
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return model

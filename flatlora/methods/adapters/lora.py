@@ -1,0 +1,231 @@
+"""LoRA (ICLR 2022): y = W x + s·B·A x, s = α/r, A Kaiming-uniform, B zero; W frozen.
+
+Built with PEFT, so that checkpoints are plain PEFT. Deviation: A and B are FP32 whatever the backbone's dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flatlora.config.sections import PeftConfig
+from flatlora.config.settings import setting
+from flatlora.methods.base import AdapterMethod, Start, register
+from flatlora.utils.errors import ConfigError, nearest
+
+_EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as the published find_all_linear_modules leaves out
+# What models call attention's projections.
+_QUERY_VALUE = ("q_proj", "v_proj", "q", "v", "query", "value", "c_attn")
+_ATTENTION = (*_QUERY_VALUE, "k_proj", "k", "key", "o_proj", "out_proj", "o", "to_q", "to_k", "to_v", "to_out.0")
+
+
+class LoraMethodConfig(PeftConfig):
+    lora_r: int | None = setting(8, ge=1, le=2**16, remedy="8 and 16 are the paper's ranks")
+    lora_relative_r: float | None = setting(None, gt=0, le=1, remedy="it is a share of the hidden size")
+    lora_alpha: float = setting(16.0, gt=0, le=1e6, remedy="16 is the paper's")
+    lora_dropout: float = setting(0.0, ge=0, lt=1, remedy="it is a share, 0 is none")
+    # all: linear layers; all_conv: convolutions too; a list names both kinds.
+    target_modules: Literal["all", "all_conv", "attention", "qv"] | list[str] = setting(
+        "all", remedy="all, all_conv, attention, qv or a list of module names"
+    )
+
+    def rule_faults(self) -> list[str]:
+        faults = []
+        if (self.lora_r is None) == (self.lora_relative_r is None):
+            remedy = "set one of them" if self.lora_r is None else "set the other to null"
+            faults.append(
+                f"Invalid peft.lora_r={self.lora_r} with peft.lora_relative_r={self.lora_relative_r}: exactly one of "
+                f"them sets the rank; {remedy}."
+            )
+        if not self.target_modules:
+            faults.append("Invalid peft.target_modules=[]: nothing would be trained; name modules, or use all or qv.")
+        return faults
+
+
+@register("lora")
+class Lora(AdapterMethod):
+    Config = LoraMethodConfig
+    takes_convolutions: ClassVar[bool] = True  # False where PEFT's code, or the method's mathematics, is of matrices
+
+    def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
+        targets = find_targets(skeleton, config.target_modules)
+        convolutions = [name for name in targets if isinstance(skeleton.get_submodule(name), nn.Conv2d)]
+        if convolutions and not self.takes_convolutions:
+            raise ConfigError(
+                [
+                    f"Invalid peft.target_modules={config.target_modules} with peft={config.name}: {convolutions[0]} "
+                    f"and {len(convolutions) - 1} more are convolutions, and that method is one of matrices; name "
+                    "linear layers, or use peft=lora, rslora, lora_plus or dora."
+                ]
+            )
+        for part in getattr(skeleton, "parts", ()):
+            if not any(name.startswith(f"{part}.") for name in targets):
+                raise ConfigError(
+                    [
+                        f"Invalid peft.target_modules={config.target_modules}: no layer of the {part} is among them, "
+                        "and with model.train_text_encoders=true both encoders are trained; use "
+                        "peft.target_modules=attention or all, or name layers of each."
+                    ]
+                )
+        check_rank(skeleton, targets, *self.needed_rank(rank_of(skeleton, config), config))
+
+    def needed_rank(self, rank: int, config: LoraMethodConfig) -> tuple[int, str]:
+        """How many directions of a layer the method needs, its start included; and which setting asks for them."""
+        return rank, f"{rank_setting(config)}: it takes {rank} directions of a layer"
+
+    def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        self.check(model, config)
+        with seeded(start.seed, model):  # A's values depend on the seed alone, not on what ran before
+            adapted = get_peft_model(model, self.peft_config(model, config))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return adapted
+
+    def peft_config(self, model: nn.Module, config: LoraMethodConfig) -> LoraConfig:
+        """PEFT's own config; variants of LoRA override `settings`, or this."""
+        return LoraConfig(**self.settings(model, config))
+
+    def settings(self, model: nn.Module, config: LoraMethodConfig) -> dict[str, Any]:
+        """Keywords of PEFT's config."""
+        targets = find_targets(model, config.target_modules)
+        return {
+            "task_type": _task_of(model),
+            "modules_to_save": getattr(model, "trained_modules", None),  # a head that is trained besides
+            "r": rank_of(model, config),
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "target_modules": _shortest_suffixes(model, targets),
+            "fan_in_fan_out": {isinstance(model.get_submodule(name), Conv1D) for name in targets} == {True},
+        }
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """What PEFT is told of a language model; it has no name for the others."""
+    if not isinstance(model, PreTrainedModel) or reads_images(model):
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def reads_images(model: nn.Module) -> bool:
+    """Whether a model's input are pictures."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
+
+
+@contextlib.contextmanager
+def seeded(seed: int, model: nn.Module) -> Iterator[None]:
+    """Global generators of the host and of the model's device seeded, and afterwards as they were."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        torch.manual_seed(seed)
+        yield
+
+
+def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
+    """Full names of the layers that `wanted` (all, all_conv, attention, qv or module-name suffixes) means in a model.
+
+    "all" are linear layers, "all_conv" linear layers and convolutions; a suffix may name either.
+
+    Raises:
+        ConfigError: an entry of `wanted` matches no such layer; the nearest module name is given.
+    """
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if _is_adaptable(module, convolutions=wanted != "all") and name.rpartition(".")[2] not in _EXCLUDED
+    ]
+    if wanted in ("all", "all_conv"):
+        suffixes: tuple[str, ...] = tuple({name.rpartition(".")[2] for name in linear})
+    else:
+        suffixes = (
+            {"qv": _QUERY_VALUE, "attention": _ATTENTION}.get(wanted) if isinstance(wanted, str) else tuple(wanted)
+        )
+    matches = {suffix: [n for n in linear if n == suffix or n.endswith(f".{suffix}")] for suffix in suffixes}
+    unmatched = [suffix for suffix in suffixes if not matches[suffix]] if isinstance(wanted, list) else []
+    found = sorted({name for names in matches.values() for name in names}, key=linear.index)
+    if unmatched or not found:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        asked = ", ".join(unmatched) or wanted
+        near = nearest(unmatched[0], known) if unmatched else None
+        hint = f"did you mean {near}? " if near else ""
+        fault = (
+            f"Invalid peft.target_modules={wanted}: {asked} matches no layer of {type(model).__name__} that an adapter "
+            f"can go around; {hint}Such layers here: {', '.join(known)}."
+        )
+        raise ConfigError([fault])
+    return found
+
+
+def _is_adaptable(module: nn.Module, *, convolutions: bool) -> bool:
+    """Linear layers, and plain convolutions where asked: PEFT's adapter knows neither groups nor dilation."""
+    if isinstance(module, nn.Conv2d):
+        return convolutions and module.groups == 1 and module.dilation == (1, 1)
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _shortest_suffixes(model: nn.Module, targets: list[str]) -> list[str]:
+    """Targets as PEFT reads them: bare names where these match nothing else, so that the adapter's config is short."""
+    wanted, result = set(targets), []
+    for suffix in sorted({name.rpartition(".")[2] for name in targets}):
+        same_name = {name for name, _ in model.named_modules() if name == suffix or name.endswith(f".{suffix}")}
+        result += [suffix] if same_name <= wanted else sorted(same_name & wanted)
+    return result
+
+
+def rank_of(model: nn.Module, config: LoraMethodConfig) -> int:
+    """r: `lora_r`, or `lora_relative_r` as a share of the model's hidden size."""
+    if config.lora_r is not None:
+        return config.lora_r
+    hidden_size = _hidden_size(model)
+    if hidden_size is None:
+        raise ConfigError(
+            [
+                f"Invalid {rank_setting(config)} with {type(model).__name__}: its layers have many widths, so there is "
+                "no share of one; set peft.lora_r and peft.lora_relative_r=null."
+            ]
+        )
+    return max(1, int(config.lora_relative_r * hidden_size))
+
+
+def _hidden_size(model: nn.Module) -> int | None:
+    described = getattr(model, "config", None)
+    return getattr(described, "hidden_size", None) or getattr(described, "d_model", None)
+
+
+def rank_setting(config: LoraMethodConfig) -> str:
+    """The setting that gave the rank, as the user typed it."""
+    if config.lora_r is not None:
+        return f"peft.lora_r={config.lora_r}"
+    return f"peft.lora_relative_r={config.lora_relative_r}"
+
+
+def _smaller_side(layer: nn.Module) -> int:
+    if isinstance(layer, nn.Linear):
+        return min(layer.in_features, layer.out_features)  # a packed weight has another shape
+    rows, *columns = layer.weight.shape
+    return min(rows, math.prod(columns))
+
+
+def check_rank(model: nn.Module, targets: list[str], needed: int, reason: str) -> None:
+    """Refuse a rank above the smaller side of a layer.
+
+    Raises:
+        ConfigError: with the layer's name and size.
+    """
+    sizes = {name: _smaller_side(model.get_submodule(name)) for name in targets}
+    smallest = min(sizes, key=sizes.get)
+    if needed > sizes[smallest]:
+        raise ConfigError(
+            [
+                f"Invalid {reason}, and {smallest} has {sizes[smallest]}; lower it, or leave that layer out of "
+                "peft.target_modules."
+            ]
+        )

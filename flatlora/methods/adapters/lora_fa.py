@@ -1,0 +1,64 @@
+"""LoRA-FA (2023): A stays frozen and B's gradient becomes s⁻² g_B (AAᵀ)⁻¹, the nearest to the full one.
+
+PEFT's optimizer, which multiplies with (AAᵀ)⁻¹ under BF16 autocast where the machine has it. Its eps is not
+bias-corrected: it divides by √v + eps before the correction, where AdamW divides by √(v/(1 − β₂ᵗ)) + eps. After t steps
+that is AdamW with an eps of eps/√(1 − β₂ᵗ): 32 times `optim.adam_epsilon` at first, and soon the same.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from peft import LoraConfig
+from peft.optimizers import create_lorafa_optimizer
+from torch import nn
+
+from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
+from flatlora.methods.base import Start, Training, register
+
+
+@register("lora_fa")
+class LoraFA(Lora):
+    takes_convolutions = False
+    refuses: ClassVar = {
+        "nbar": "BAR rescales A and B against each other, and LoRA-FA's A is frozen",
+        "obar": "BAR rescales A and B against each other, and LoRA-FA's A is frozen",
+        "bi_lora": "LoRA-FA's optimizer freezes every A, and Bi-LoRA trains two",
+    }
+    has_optimizer = True
+
+    def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+        adapted = super().apply(model, config, start)
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+        return adapted
+
+    def optimizer(self, model: nn.Module, config: LoraMethodConfig, training: Training) -> torch.optim.Optimizer:
+        adapter: LoraConfig = model.peft_config["default"]
+        optimizer = create_lorafa_optimizer(
+            model,
+            r=adapter.r,
+            lora_alpha=adapter.lora_alpha,
+            lr=training.optim.lr,
+            weight_decay=training.optim.weight_decay,
+        )
+        for group in optimizer.param_groups:  # PEFT leaves these at its own defaults
+            group["betas"] = (training.optim.adam_beta1, training.optim.adam_beta2)
+            group["eps"] = training.optim.adam_epsilon
+        optimizer.register_load_state_dict_post_hook(_state_to_parameters)
+        return optimizer
+
+
+def _state_to_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """PEFT's optimizer keys its state by name, so that torch leaves a loaded one where the file was read to."""
+    devices = {name[: name.find("lora")] + "lora": p.device for name, p in _named(optimizer)}
+    for name, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(name, str) and isinstance(value, torch.Tensor):
+                state[key] = value.to(devices[name])
+
+
+def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    return [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]

@@ -1,0 +1,182 @@
+"""LoRA-GA (NeurIPS 2024): start where the first step of LoRA is nearest to that of full fine-tuning.
+
+G = U S Vᵀ, the mean gradient of W over a few batches (m×n):
+
+    A₀ = m^¼/γ^½ · Vᵀ[:r],   B₀ = m^¼/γ^½ · U[:, r:2r],   W ← W − s·B₀·A₀,   s = α/√r
+
+To first order a step of gradient descent then moves W by −η s² √m/γ · (the best rank-2r part of G). γ = 16 and s as in
+rsLoRA are the published settings; the SVD is torch.svd_lowrank with q = 4r, as there.
+
+Deviations: gradients are FP32 products of what enters a layer and the gradient of what leaves it, whatever the
+backbone's dtype; the backbone has no dropout while they are taken; singular vectors have their largest entry positive,
+so that a start does not hang on rounding. Layers are taken in groups whose gradients fit into `ga_memory_gib`, one pass
+over the batches for each group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from flatlora.config.settings import setting
+from flatlora.methods.adapters.computed_start import ComputedStart
+from flatlora.methods.adapters.lora import LoraMethodConfig, find_targets, rank_of, rank_setting, seeded
+from flatlora.methods.base import Start, register
+from flatlora.models.starts import lora_layers
+
+
+class LoraGaConfig(LoraMethodConfig):
+    ga_batches: int = setting(8, ge=1, le=10**6, remedy="8 micro-batches are usual")  # on each rank
+    ga_gamma: float = setting(16.0, gt=0, le=1e6, remedy="16 as published; larger starts closer to zero")
+    ga_memory_gib: float = setting(4.0, gt=0, le=1e5, remedy="gradients of as many layers as fit are held at a time")
+
+
+@register("lora_ga")
+class LoraGa(ComputedStart):
+    Config = LoraGaConfig
+
+    def needed_rank(self, rank: int, config: LoraGaConfig) -> tuple[int, str]:
+        return 2 * rank, f"{rank_setting(config)}: A and B take r directions of a gradient each, {2 * rank} in all"
+
+    def settings(self, model: nn.Module, config: LoraGaConfig) -> dict[str, Any]:
+        return super().settings(model, config) | {"use_rslora": True}
+
+    def begin(self, model: nn.Module, config: LoraGaConfig, start: Start) -> nn.Module:
+        self.check(model, config)
+        targets = {name: model.get_submodule(name) for name in find_targets(model, config.target_modules)}
+        starts = {}
+        for group in layer_groups(targets, config.ga_memory_gib * 2**30):
+            gradients = mean_gradients(model, group, start.batches(config.ga_batches), start.world_size)
+            for name in group:
+                with seeded(start.seed, model):
+                    starts[name] = start_factors(gradients.pop(name), rank_of(model, config), config.ga_gamma)
+        adapted = self.adapt(model, config, start)
+        for name, layer in lora_layers(adapted):
+            A, B = starts[name.removeprefix("base_model.model.")]
+            layer.lora_A["default"].weight.data.copy_(A)
+            layer.lora_B["default"].weight.data.copy_(B)
+        return adapted
+
+
+def start_factors(gradient: torch.Tensor, rank: int, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A₀ (r × n) and B₀ (m × r), FP32, of a mean gradient (m × n). Draws from torch's global generator."""
+    m, n = gradient.shape
+    U, _, V = torch.svd_lowrank(gradient.float(), q=min(4 * rank, m, n), niter=4)
+    factor = m**0.25 / gamma**0.5
+    A, B = V[:, :rank].t(), U[:, rank : 2 * rank]
+    return factor * _with_signs(A, dim=1).contiguous(), factor * _with_signs(B, dim=0).contiguous()
+
+
+def _with_signs(vectors: torch.Tensor, dim: int) -> torch.Tensor:
+    """Singular vectors with their largest entry positive: an SVD leaves their signs to rounding."""
+    largest = vectors.gather(dim, vectors.abs().argmax(dim=dim, keepdim=True))
+    return vectors * largest.sign()
+
+
+def start_factors_reference(gradient: torch.Tensor, rank: int, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slow twin of `start_factors`: the whole SVD, in FP64."""
+    U, _, Vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+    A = torch.stack([row * row[row.abs().argmax()].sign() for row in Vh[:rank]])
+    B = torch.stack([column * column[column.abs().argmax()].sign() for column in U.t()[rank : 2 * rank]], dim=1)
+    factor = gradient.shape[0] ** 0.25 / gamma**0.5
+    return factor * A, factor * B
+
+
+def layer_groups(layers: Mapping[str, nn.Module], budget_bytes: float) -> Iterator[dict[str, nn.Module]]:
+    """Layers in order, cut so that the FP32 gradients of a group fit the budget (or are one layer's)."""
+    group: dict[str, nn.Module] = {}
+    used = 0
+    for name, layer in layers.items():
+        size = 4 * layer.weight.numel()
+        if group and used + size > budget_bytes:
+            yield group
+            group, used = {}, 0
+        group[name], used = layer, used + size
+    if group:
+        yield group
+
+
+def mean_gradients(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[dict[str, torch.Tensor]], world_size: int = 1
+) -> dict[str, torch.Tensor]:
+    """Mean over all batches, of all ranks, of the loss's gradient of each layer's weight: m × n, FP32, its device.
+
+    The weights stay frozen: a hook multiplies what leaves the layer with what entered it, so that no gradient of
+    another layer is ever formed.
+    """
+    totals = {
+        name: torch.zeros(_rows_and_columns(layer), device=layer.weight.device, dtype=torch.float32)
+        for name, layer in layers.items()
+    }
+    training, count = model.training, 0
+    model.eval()
+    try:
+        with _gradients_flow(model), _collecting(layers, totals):
+            for batch in batches:
+                with torch.enable_grad():
+                    model(**batch).loss.backward()
+                count += 1
+    finally:
+        model.train(training)
+    if world_size > 1:  # ranks may have had unequal numbers of batches
+        counts = torch.tensor(count, device=next(iter(totals.values())).device)
+        torch.distributed.all_reduce(counts)
+        count = int(counts)
+    for total in totals.values():
+        if world_size > 1:
+            torch.distributed.all_reduce(total)
+        total.div_(count)
+    return totals
+
+
+def _rows_and_columns(layer: nn.Module) -> Sequence[int]:
+    return layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
+
+
+@contextlib.contextmanager
+def _gradients_flow(model: nn.Module) -> Iterator[None]:
+    """All parameters are frozen: what the embeddings, or a model's `first_layers`, put out begins the graph instead."""
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    embeddings = [
+        m for m in model.modules() if isinstance(m, nn.Embedding)
+    ]  # an encoder-decoder has one on either side
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        for module in [*embeddings, *getattr(model, "first_layers", ())]
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _collecting(layers: Mapping[str, nn.Module], totals: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def hook_of(name: str):
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if output.requires_grad:
+                rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+                output.register_hook(lambda grad: _add_product(totals[name], grad, rows))
+
+        return hook
+
+    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_product(total: torch.Tensor, grad: torch.Tensor, rows: torch.Tensor) -> None:
+    total.addmm_(grad.reshape(-1, grad.shape[-1]).float().t(), rows.float())

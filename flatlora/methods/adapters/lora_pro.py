@@ -1,0 +1,55 @@
+"""LoRA-Pro (2024) as a method of the suite; flatlora/optim/lora_pro.py has the optimizer and its equations."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from flatlora.config.settings import setting
+from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
+from flatlora.methods.base import Training, register
+from flatlora.optim.lora_pro import LoRAPro, lora_pairs
+
+
+class LoraProConfig(LoraMethodConfig):
+    mode: Literal["adamw", "sgd"] = "adamw"
+    moments: Literal["float32", "bfloat16"] = setting("float32", remedy="bfloat16 halves the memory")
+    damping: float = setting(1e-8, gt=0, le=1000, remedy="1e-8 as published")
+    shard_moments: bool = True  # over the processes, pair by pair
+
+    def rule_faults(self) -> list[str]:
+        faults = super().rule_faults()
+        if self.mode == "sgd" and (self.moments != "float32" or not self.shard_moments):
+            faults.append(
+                f"Invalid peft.moments={self.moments}, peft.shard_moments={self.shard_moments} with peft.mode=sgd: "
+                "that mode keeps no moments; leave them out, or use peft.mode=adamw."
+            )
+        return faults
+
+
+@register("lora_pro")
+class LoraPro(Lora):
+    Config = LoraProConfig
+    takes_convolutions = False
+    reads_gradients = True  # it rewrites those of a pair together
+    refuses: ClassVar = {
+        "bi_lora": "LoRA-Pro's optimizer moves one pair a layer, and Bi-LoRA has two that pull apart",
+        "sam": "LoRA-Pro's closed form holds for gradients taken where A and B stand, and SAM takes them elsewhere",
+    }
+    has_optimizer = True
+
+    def optimizer(self, model: nn.Module, config: LoraProConfig, training: Training) -> LoRAPro:
+        optim = training.optim
+        return LoRAPro(
+            lora_pairs(model),
+            optim.lr,
+            betas=(optim.adam_beta1, optim.adam_beta2),
+            eps=optim.adam_epsilon,
+            weight_decay=optim.weight_decay,
+            mode=config.mode,
+            moments=config.moments,
+            damping=config.damping,
+            seed=training.seed,
+            shard=config.shard_moments and training.world_size > 1,
+        )

@@ -1,0 +1,1 @@
+"""Regularizers (`rho=NAME`), one file each."""

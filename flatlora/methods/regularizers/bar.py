@@ -1,0 +1,75 @@
+"""nBAR and oBAR: SAM's implicit regularisation of balancedness, made explicit (NeurIPS 2024).
+
+SAM on a product B·A drives ½(‖A‖² − ‖B‖²) by ρ(‖g_A‖² − ‖g_B‖²)/‖g‖, which needs no second gradient: before each
+optimizer step every pair is rescaled,
+
+    nbar    A ← (1 ± αη) A,   B ← (1 ∓ αη) B,   + for A where ‖g_A‖ ≥ ‖g_B‖
+    obar    the same,                           + for A where ‖A‖ < ‖B‖
+
+so that B·A stays the same to first order in αη. α is `rho.sigma`, falling linearly to zero over the run; η the learning
+rate of the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatlora.config.sections import RhoConfig
+from flatlora.methods.base import Regulariser, RhoMethod, register_rho
+from flatlora.optim.lora_pro import Pair, lora_pairs
+
+
+@register_rho("nbar")
+class NBar(RhoMethod):
+    reads_gradients = True
+
+    def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
+        return BarRegulariser(lora_pairs(model), config.sigma, by="gradient")
+
+
+@register_rho("obar")
+class OBar(RhoMethod):
+    reads_gradients = True
+
+    def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
+        return BarRegulariser(lora_pairs(model), config.sigma, by="norm")
+
+
+class BarRegulariser(Regulariser):
+    """Rescales every pair before each optimizer step.
+
+    Args:
+        pairs: trained factors; see `lora_pairs`.
+        alpha: α > 0 at the first step.
+        by: "gradient" (nBAR) or "norm" (oBAR).
+    """
+
+    def __init__(self, pairs: list[Pair], alpha: float, *, by: str) -> None:
+        self.pairs, self.alpha, self.by, self._steps = pairs, alpha, by, 1
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._steps = state.max_steps
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self.rescale(self.sigma_at(state.global_step), optimizer.param_groups[0]["lr"])
+
+    def sigma_at(self, step: int) -> float:
+        return self.alpha * (1 - step / self._steps)
+
+    @torch.no_grad()
+    def rescale(self, alpha: float, lr: float) -> None:
+        """One rescaling of all pairs with this α and η; no value travels to the host."""
+        for pair in self.pairs:
+            if pair.A.grad is None or pair.B.grad is None:
+                continue
+            by_gradient = self.by == "gradient"
+            grows = pair.A.grad.norm() >= pair.B.grad.norm() if by_gradient else pair.A.norm() < pair.B.norm()
+            change = torch.where(grows, alpha * lr, -alpha * lr)
+            pair.A.mul_(1 + change)
+            pair.B.mul_(1 - change)
+
+    def record(self) -> dict[str, Any]:
+        return {"pairs": len(self.pairs)}

@@ -1,0 +1,118 @@
+"""Bi-LoRA: a second LoRA branch that climbs while the first descends, so that one backward serves both.
+
+    W₀ + s·B₁A₁ + s·B₂A₂,   (A₁, B₁) ← descent,   (A₂, B₂) ← ascent,   then scaled back where ‖s·B₂A₂‖_F > ρ
+
+The second branch is SAM's adversarial move in weight space, kept from step to step instead of computed by a gradient of
+its own; it is dropped at the end, and evaluation in mid-training does not see it. ρ is `rho.sigma`; the norm is taken
+over all layers together, as SAM's ball is. The second branch is plain LoRA without dropout, moved by AdamW at
+`lr_ratio` times optim.lr without weight decay; gradients of both are clipped together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from flatlora.config.sections import RhoConfig
+from flatlora.config.settings import setting
+from flatlora.methods.adapters.lora import seeded
+from flatlora.methods.base import Regulariser, RhoMethod, register_rho
+
+ASCENT = "ascent"  # name of the second adapter
+
+
+class BiLoraConfig(RhoConfig):
+    lr_ratio: float = setting(
+        1.0, gt=0, le=1e6, remedy="the climbing branch's learning rate over the other's; 1 is usual"
+    )
+
+
+@register_rho("bi_lora")
+class BiLora(RhoMethod):
+    Config = BiLoraConfig
+
+    def prepare(self, model: nn.Module, config: BiLoraConfig, seed: int) -> None:
+        first = model.peft_config["default"]
+        plain = LoraConfig(
+            task_type=first.task_type,
+            r=first.r,
+            lora_alpha=first.lora_alpha,
+            target_modules=first.target_modules,
+            fan_in_fan_out=first.fan_in_fan_out,
+            use_rslora=first.use_rslora,
+            rank_pattern=dict(first.rank_pattern or {}),
+        )
+        with seeded(seed + 1, model):
+            model.add_adapter(ASCENT, plain)
+        for name, parameter in model.named_parameters():
+            if f".{ASCENT}." in name:
+                parameter.data = parameter.data.float()
+        model.base_model.set_adapter(["default", ASCENT])
+
+    def regulariser(self, model: nn.Module, config: BiLoraConfig, seed: int) -> Regulariser:
+        return BiLoraRegulariser(model, config.sigma, config.lr_ratio)
+
+
+class BiLoraRegulariser(Regulariser):
+    """Trains the adapter `ascent` of a PEFT model upwards and keeps it in its ball."""
+
+    def __init__(self, model: nn.Module, radius: float, lr_ratio: float) -> None:
+        self.model, self.radius, self.lr_ratio = model, radius, lr_ratio
+        self.parameters = [p for n, p in model.named_parameters() if f".{ASCENT}." in n]
+        self._norm: torch.Tensor | None = None
+
+    def sigma_at(self, step: int) -> float:
+        return self.radius
+
+    def extend_optimizer(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Move the second branch into a group of its own, which climbs."""
+        climbing = {id(parameter) for parameter in self.parameters}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in climbing]
+        optimizer.add_param_group(
+            {"params": self.parameters, "lr": lr * self.lr_ratio, "maximize": True, "weight_decay": 0.0}
+        )
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.clip()
+
+    @torch.no_grad()
+    def clip(self) -> None:
+        """Scale A₂ and B₂ of all layers alike, so that ‖s·B₂A₂‖_F ≤ ρ over all of them."""
+        squares = [
+            layer.scaling[ASCENT] ** 2 * ((B.mT @ B) * (A @ A.mT)).sum()
+            for layer in self.layers()
+            for A, B in [(layer.lora_A[ASCENT].weight.flatten(1), layer.lora_B[ASCENT].weight.flatten(1))]
+        ]
+        norm = torch.stack(squares).sum().clamp_min(0.0).sqrt()
+        shrink = (self.radius / norm.clamp_min(1e-30)).clamp_max(1.0).sqrt()  # half of it on either factor
+        for parameter in self.parameters:
+            parameter.mul_(shrink)
+        self._norm = torch.minimum(norm, torch.full_like(norm, self.radius))
+
+    def layers(self) -> Iterator[LoraLayer]:
+        """Layers that have the second branch."""
+        return (m for m in self.model.modules() if isinstance(m, LoraLayer) and ASCENT in m.lora_A)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.model.base_model.set_adapter("default")
+        try:
+            yield
+        finally:
+            self.model.base_model.set_adapter(["default", ASCENT])
+
+    def record(self) -> dict[str, Any]:
+        return {"ascent_norm": self._norm.item() if self._norm is not None else 0.0, "radius": self.radius}
+
+    def close(self) -> None:
+        """Drop the second branch."""
+        if ASCENT in self.model.peft_config:
+            self.model.delete_adapter(ASCENT)
+            self.model.base_model.set_adapter("default")

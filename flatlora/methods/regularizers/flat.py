@@ -1,0 +1,54 @@
+"""rho=off and rho=flat: no perturbation, and Flat-LoRA's (perturbation.py has the method)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from flatlora.config.sections import FlatConfig
+from flatlora.methods.base import Regulariser, RhoMethod, register_rho
+from flatlora.perturb.callback import FlatLoraCallback
+
+
+@register_rho("off")
+class Off(RhoMethod):
+    Config = FlatConfig  # so that a key of rho=flat gets the answer that there is no perturbation here
+
+    def regulariser(self, model: nn.Module, config: FlatConfig, seed: int) -> Regulariser:
+        raise ValueError("rho=off has no regulariser: a run without one does not ask.")
+
+
+@register_rho("flat")
+class Flat(RhoMethod):
+    Config = FlatConfig
+
+    def regulariser(self, model: nn.Module, config: FlatConfig, seed: int) -> Regulariser:
+        keys = ("ramp", "mode", "every", "resample", "per_rank", "scale", "fan_in")
+        return FlatRegulariser(config.sigma, seed=seed, **{key: getattr(config, key) for key in keys})
+
+
+class FlatRegulariser(FlatLoraCallback, Regulariser):
+    """`FlatLoraCallback` with what a recorded run asks of it."""
+
+    @property
+    def state(self) -> object:
+        return self.perturbation is not None and self.perturbation.perturbed
+
+    @property
+    def seconds(self) -> float:
+        return self.perturbation.seconds if self.perturbation else 0.0
+
+    def sigma_at(self, step: int) -> float:
+        return self.perturbation.sigma_at(step)
+
+    def record(self) -> dict[str, Any]:
+        perturbation = self.perturbation
+        if perturbation is None:
+            return {}
+        return {
+            "mode": perturbation.mode,
+            "layers": len(perturbation.layers),
+            "drift": perturbation.drift(),
+            "noise_sha256": self.noise_sha256,
+        }

@@ -1,0 +1,122 @@
+"""CLIP's image encoder with a head over named classes (Radford et al. 2021).
+
+`text`    logits = exp(τ) · cos(image, prompt of each class); prompts are embedded once by the frozen text tower, which
+          is then let go of, and τ is the model's own temperature.
+`linear`  logits = W · image embedding, W trained besides the adapter.
+
+The encoder's modules are named as in transformers' CLIPVisionModelWithProjection, so an adapter loads there too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from flatlora.utils.errors import ConfigError
+
+LINEAR_HEAD = "classifier"
+
+
+CLASSES_FILE = "classes.json"  # of a run's folder: its `Classes`
+
+
+class Classes(NamedTuple):
+    """What a head tells apart: names, and the prompts of each for the text tower."""
+
+    names: list[str]
+    prompts: list[list[str]]
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Classes:
+        """Those of a run's folder.
+
+        Raises:
+            ConfigError: they are not there, or broken.
+        """
+        path = folder / CLASSES_FILE
+        try:
+            found = json.loads(path.read_bytes())
+            names, prompts = found["names"], found["prompts"]
+            if not (names and len(names) == len(prompts) and all(isinstance(text, str) for text in names)):
+                raise ValueError("names and prompts of each class are needed")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                [f"Broken file {path}: {error}; copy the run's folder whole, or run it anew with overwrite=true."]
+            ) from error
+        return cls(names, prompts)
+
+
+class CLIPImageClassifier(CLIPVisionModelWithProjection):
+    """pixel_values (B × 3 × H × W), labels (B) → loss and logits (B × classes).
+
+    Args:
+        config: of the image encoder.
+        classes: their number.
+        head: "text" reads `class_embeddings` (classes × d, unit rows) and `temperature`; "linear" has a trained layer.
+    """
+
+    def __init__(self, config: CLIPVisionConfig, classes: int = 2, head: str = "text") -> None:
+        super().__init__(config)
+        self.head, self.trained_modules = head, None
+        if head == "linear":
+            self.classifier = nn.Linear(config.projection_dim, classes)
+            self.trained_modules = [LINEAR_HEAD]
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+        else:
+            self.register_buffer("class_embeddings", torch.zeros(classes, config.projection_dim), persistent=False)
+            self.register_buffer("temperature", torch.ones(()), persistent=False)
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        embeddings = super().forward(pixel_values=pixel_values.to(self.dtype), **kwargs).image_embeds
+        if self.head == "linear":
+            logits = self.classifier(embeddings.to(self.classifier.weight.dtype))
+        else:
+            logits = self.temperature * functional.normalize(embeddings.float(), dim=-1) @ self.class_embeddings.t()
+        loss = None if labels is None else functional.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def classifier_of(clip: CLIPModel, classes: Classes, head: str, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
+    """The image encoder of a whole CLIP with a head; `tokenizer` reads the prompts of head="text"."""
+    config = clip.config.vision_config
+    config.projection_dim = clip.config.projection_dim
+    with torch.device("meta"):
+        model = CLIPImageClassifier(config, len(classes.names), head)
+    model.vision_model, model.visual_projection = clip.vision_model, clip.visual_projection
+    if head == "linear":
+        model.classifier = nn.Linear(config.projection_dim, len(classes.names))
+        nn.init.zeros_(model.classifier.weight)
+        nn.init.zeros_(model.classifier.bias)
+    else:
+        model.class_embeddings = class_embeddings(clip, classes.prompts, tokenizer)
+        model.temperature = clip.logit_scale.detach().float().exp()
+    return model
+
+
+@torch.no_grad()
+def class_embeddings(
+    clip: CLIPModel, prompts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
+) -> torch.Tensor:
+    """Unit embeddings (classes × d, FP32): the mean over a class's prompts of their unit embeddings."""
+    rows = []
+    for texts in prompts:
+        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=_longest(clip), return_tensors="pt")
+        pooled = clip.text_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+        found = functional.normalize(clip.text_projection(pooled).float(), dim=-1)
+        rows.append(functional.normalize(found.mean(dim=0), dim=-1))
+    return torch.stack(rows)
+
+
+def _longest(clip: CLIPModel) -> int:
+    return clip.config.text_config.max_position_embeddings

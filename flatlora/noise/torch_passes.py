@@ -1,0 +1,207 @@
+"""The noise pass and the row-norm pass as plain torch operations, on any device: what runs without Triton.
+
+The same stream of normals as noise.py and kernels.py, and the slow twin that the kernels are tested against. What
+tensors a pass takes is checked here for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, refuse_counter
+
+_UINT32 = 0xFFFFFFFF
+_CHUNK_ELEMENTS = 1 << 20  # bounds the INT64 and FP64 temporaries
+
+
+def philox_torch(counter, key: tuple[int, int], rounds: int = PHILOX_ROUNDS) -> tuple[torch.Tensor, ...]:
+    """Philox-4x32 of four broadcastable INT64 tensors or integers (the first a tensor), each word in 0 … 2³² − 1.
+
+    INT64 products wrap modulo 2⁶⁴, which leaves both 32-bit halves right.
+    """
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=counter[0].device) for word in counter)
+    k0, k1 = key
+    m0, m1, w0, w1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
+    for _ in range(rounds):
+        product0, product1 = m0 * c0, m1 * c2
+        c0, c1, c2, c3 = (
+            (product1 >> 32 & _UINT32) ^ c1 ^ k0,
+            product1 & _UINT32,
+            (product0 >> 32 & _UINT32) ^ c3 ^ k1,
+            product0 & _UINT32,
+        )
+        k0, k1 = (k0 + w0) & _UINT32, (k1 + w1) & _UINT32
+    return c0, c1, c2, c3
+
+
+@torch.no_grad()
+def fill_normal_torch(
+    out: torch.Tensor, key: tuple[int, int], step: int, stream: int, *, row: int = 0, column: int = 0
+) -> torch.Tensor:
+    """Fill `out` (m × n, floating, any device and strides) with the slice of z that starts at (row, column)."""
+    refuse_counter(step=step, stream=stream)
+    refuse_address(out.shape, key, row, column)
+    for start, stop in _row_chunks(*out.shape):
+        out[start:stop] = _normal(out[start:stop], key, step, stream, row + start, column)
+    return out
+
+
+@torch.no_grad()
+def add_normal_torch(
+    weight: torch.Tensor,
+    c: torch.Tensor,
+    out: torch.Tensor,
+    key: tuple[int, int],
+    step: int,
+    stream: int,
+    *,
+    row: int = 0,
+    column: int = 0,
+    sign: float = 1.0,
+) -> torch.Tensor:
+    """out_ij = round(weight_ij + sign · c_i z_ij) as plain torch operations; see NoisePass for shapes and errors."""
+    one_device([weight, c, out])
+    refuse_outs([weight], [out])
+    refuse_coefficients(c, weight.shape[0])
+    refuse_counter(step=step, stream=stream)
+    refuse_address(weight.shape, key, row, column)
+    return add_normal_unchecked(weight, c, out, key, step, stream, row, column, sign)
+
+
+def add_normal_unchecked(weight, c, out, key, step, stream, row, column, sign):
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    for start, stop in _row_chunks(*weight.shape):
+        z = _normal(weight[start:stop], key, step, stream, row + start, column).to(wide)
+        out[start:stop] = weight[start:stop].to(wide) + (sign * c[start:stop, None]).to(wide) * z
+    return out
+
+
+def _normal(like: torch.Tensor, key, step, stream, row: int, column: int) -> torch.Tensor:
+    """z, FP32, of the shape and on the device of `like`; step and stream may be 0-d INT64 tensors."""
+    (rows, columns), first = like.shape, column // COLUMNS_PER_BLOCK
+    block = torch.arange(first, -(-(column + columns) // COLUMNS_PER_BLOCK), device=like.device)
+    words = torch.stack(
+        philox_torch((block, torch.arange(row, row + rows, device=like.device)[:, None], step, stream), key), dim=-1
+    )
+    radius = (-2.0 * torch.log(((words & 0xFFFF).double() + 0.5) / 65536)).sqrt().float()
+    angle = 2.0 * torch.pi * ((words >> 16).double() + 0.5) / 65536
+    z = torch.stack([radius * angle.cos().float(), radius * angle.sin().float()], dim=-1).flatten(1)
+    return z.narrow(1, column - first * COLUMNS_PER_BLOCK, columns)
+
+
+@torch.no_grad()
+def squared_row_norms(
+    weight: torch.Tensor,
+    a: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    squared: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """‖W_i + B_i A‖² (m, FP64 unless `squared` = ‖W_i‖² is given in less), W m × n, A r × n, B m × r; sums in FP64."""
+    chunks = list(_row_chunks(*weight.shape))
+    if squared is None:
+        parts = [weight[start:stop].double().square().sum(dim=1) for start, stop in chunks]
+        squared = torch.cat(parts) if parts else torch.zeros(weight.shape[0], device=weight.device)
+    if a is None or b is None or not chunks:
+        return squared
+    a, b = a.double(), b.double()
+    projected = torch.cat([weight[start:stop].double() @ a.t() for start, stop in chunks])
+    return (squared + (b * (2.0 * projected + b @ (a @ a.t()))).sum(dim=1)).to(squared.dtype)
+
+
+def _row_chunks(rows: int, columns: int) -> Iterable[tuple[int, int]]:
+    height = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    return ((start, min(start + height, rows)) for start in range(0, rows, height)) if columns else ()
+
+
+# --- What is refused.
+
+
+def refuse_unequal_lengths(**lists: Sequence) -> None:
+    if len({len(values) for values in lists.values()}) > 1:
+        counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
+        raise ValueError(f"Invalid lists ({counts}): one of each is needed for every weight; pass equal lengths.")
+
+
+def one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1:
+        names = sorted(map(str, devices))
+        raise ValueError(f"Invalid devices={names}: a pass works on one device; make one pass for each.")
+    return devices.pop()
+
+
+def refuse_not_a_matrix(weight: torch.Tensor) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"Invalid weight={weight.dtype} {tuple(weight.shape)}: a floating-point matrix is needed; load the "
+            "backbone unquantised and view the weight as rows × columns."
+        )
+
+
+def refuse_outs(weights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
+    """Each out fits its weight, is that weight or lies apart from it, and occurs once."""
+    for weight, out in zip(weights, outs, strict=True):
+        refuse_not_a_matrix(weight)
+        if out.shape != weight.shape or out.dtype != weight.dtype:
+            raise ValueError(
+                f"Invalid out={out.dtype} {tuple(out.shape)} for weight={weight.dtype} {tuple(weight.shape)}: both "
+                "must be equal; make it with torch.empty_like(weight)."
+            )
+        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+            raise ValueError(f"Invalid out strides={out.stride()}: an expanded view has one cell for many; clone it.")
+        in_place = out.data_ptr() == weight.data_ptr() and out.stride() == weight.stride()
+        if not in_place and _overlap(weight, out):
+            raise ValueError(
+                "Invalid out: it shares part of its memory with its weight; pass the weight itself to work in place, "
+                "or a buffer of its own."
+            )
+    starts = [out.data_ptr() for out in outs if out.numel()]
+    if len(set(starts)) < len(starts):
+        raise ValueError(
+            f"Invalid outs: {len(starts) - len(set(starts))} of them occur twice and would be written in any order; "
+            "list a tied weight once."
+        )
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    def end(matrix: torch.Tensor) -> int:
+        last = sum((size - 1) * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
+        return matrix.data_ptr() + (last + 1) * matrix.element_size()
+
+    return one.numel() > 0 and one.data_ptr() < end(other) and other.data_ptr() < end(one)
+
+
+def refuse_coefficients(c: torch.Tensor, rows: int) -> None:
+    if c.dtype != torch.float32 or c.shape != (rows,) or not c.is_contiguous():
+        raise ValueError(
+            f"Invalid coefficients={c.dtype} {tuple(c.shape)}: one contiguous FP32 vector with a number for each row "
+            f"is needed, {rows} in all; use torch.cat of the layers' c."
+        )
+
+
+def refuse_address(shape: Sequence[int], key: tuple[int, int], row: int, column: int) -> None:
+    last_column = _UINT32 * COLUMNS_PER_BLOCK
+    bounds = {
+        "row": (row, _UINT32 - shape[0]),
+        "column": (column, last_column - shape[1]),
+        "key[0]": (key[0], _UINT32),
+        "key[1]": (key[1], _UINT32),
+    }
+    for name, (value, largest) in bounds.items():
+        if not 0 <= value <= largest:
+            raise ValueError(
+                f"Invalid {name}={value} of a {tuple(shape)} slice: Philox counters and keys have 32 bits; "
+                f"use a value from 0 to {largest}."
+            )
+
+
+def refuse_factors(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    fits = a.dim() == b.dim() == 2 and a.shape[1] == weight.shape[1] and b.shape == (weight.shape[0], a.shape[0])
+    plain = all(t.dtype == torch.float32 and (t.shape[-1] <= 1 or t.stride(-1) == 1) for t in (a, b))
+    if not (fits and plain):
+        raise ValueError(
+            f"Invalid A={a.dtype} {tuple(a.shape)}, B={b.dtype} {tuple(b.shape)} for weight {tuple(weight.shape)}: "
+            "A is r × n and B m × r, both FP32 with contiguous rows; convert them with .float().contiguous()."
+        )

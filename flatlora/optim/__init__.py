@@ -1,0 +1,1 @@
+"""Optimizers that are written here."""

@@ -1,0 +1,261 @@
+"""FlatLoraCallback: Flat-LoRA in any transformers Trainer (TRL's too) by one line.
+
+    trainer = Trainer(model=peft_model, ..., callbacks=[FlatLoraCallback(sigma=0.05)])
+
+ε is put on at the start of each optimizer step, before its first micro-batch, and taken away after its last backward,
+before the optimizer moves the adapter; evaluation, checkpoints and the saved adapter see the untouched backbone. So
+do, inside a step, all passes without gradients (generation, a policy's old log-probabilities, a reference model) and
+an evaluation after an interrupted step; not in rho.mode=inplace, where they read W + ε, and where an interrupted step
+leaves ε in the weights until `close()` or the next training.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from flatlora.perturb.layers import find_lora_layers
+from flatlora.perturb.perturbation import WeightPerturbation
+from flatlora.utils.precision import bf16_support, cpu_features, slow_bf16_warning
+
+logger = logging.getLogger(__name__)
+
+_DRAW = "flatlora_draw"  # key of TrainerState.stateful_callbacks, and no class: Trainer must not rebuild us by it
+
+
+class FlatLoraCallback(TrainerCallback):
+    """Perturbs every LoRA-wrapped linear layer of the Trainer's model.
+
+    Args:
+        sigma: σ, the `rho` of the published command line (0.05 for language models, 0.15 for CLIP).
+        seed: seed of the noise; the Trainer's `args.seed` when None.
+        settings: passed on to `WeightPerturbation` (mode, ramp, every, resample, per_rank, scale, fan_in).
+    """
+
+    def __init__(self, sigma: float, *, seed: int | None = None, **settings: Any) -> None:
+        self.sigma, self.seed, self.settings = sigma, seed, settings
+        self.perturbation: WeightPerturbation | None = None
+        self.noise_sha256: list[str] | None = None  # of each process's first layer, where there are several
+        self._micro_batch, self._step = 0, 0
+        self._hooks: list[RemovableHandle] = []
+        self._pass: AbstractContextManager | None = None  # in which layers inside reentrant checkpoints are
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ) -> None:
+        layers = find_lora_layers(model)
+        if not layers:
+            raise ValueError(
+                f"FlatLoraCallback found no LoRA layer in {type(model).__name__}: wrap the model with "
+                "peft.get_peft_model(model, LoraConfig(...)) before you give it to the Trainer."
+            )
+        self._warn_of_slow_products(model, layers[0].weight, args)
+        self._warn_of_unscaled_fp16(layers[0].weight, args)
+        self.close()  # of a training that was interrupted
+        self.perturbation = WeightPerturbation(
+            layers,
+            sigma=self.sigma,
+            total_steps=state.max_steps,
+            seed=self._seed(args),
+            rank=args.process_index,
+            world_size=args.world_size,
+            training_only=True,
+            **self.settings,
+        )
+        self._warn_of_no_noise(state.max_steps)
+        self._see_through_checkpointing(model)
+        if state.global_step % self.perturbation.every:
+            self._restore_draw(args, state)
+        else:
+            state.stateful_callbacks.pop(_DRAW, None)  # of a window that is over
+
+    def _seed(self, args: TrainingArguments) -> int:
+        return args.seed if self.seed is None else self.seed
+
+    @staticmethod
+    def _warn_of_slow_products(model: nn.Module, weight: torch.Tensor, args: TrainingArguments) -> None:
+        """Name what makes a CPU compute in BF16 that has no instructions for it."""
+        setting = "bf16=True" if args.bf16 else f"dtype={str(weight.dtype).removeprefix('torch.')}"
+        in_bf16 = args.bf16 or weight.dtype == torch.bfloat16
+        if in_bf16 and weight.is_cpu and not bf16_support(cpu_features())[0]:
+            remedy = "load the backbone with dtype=flatlora.fast_dtype() and leave bf16 out of TrainingArguments"
+            logger.warning("%s", slow_bf16_warning(model, setting, remedy))
+
+    @staticmethod
+    def _warn_of_unscaled_fp16(weight: torch.Tensor, args: TrainingArguments) -> None:
+        if weight.dtype == torch.float16 and args.mixed_precision != "fp16":
+            logger.warning(
+                "The backbone is float16 and TrainingArguments has no fp16=True: without loss scaling small gradients "
+                "of the adapter underflow to 0; load the backbone with dtype=torch.bfloat16, or set fp16=True."
+            )
+
+    def _warn_of_no_noise(self, total_steps: int) -> None:
+        """Every ramp rises: where the last window has no noise, none has."""
+        perturbation = self.perturbation
+        if self.sigma > 0 and perturbation.sigma_at(total_steps - 1) == 0:
+            logger.warning(
+                "sigma=%g perturbs nothing in this training: the %s ramp begins at 0, and with every=%d all %d steps "
+                "take its first value; train for more steps, lower `every`, or use ramp=constant.",
+                self.sigma,
+                perturbation.ramp,
+                perturbation.every,
+                total_steps,
+            )
+
+    def _see_through_checkpointing(self, model: nn.Module) -> None:
+        """Let layers inside reentrant checkpoints read what the pass around them reads.
+
+        torch runs the first forward of such a checkpoint without gradients, which elsewhere means W. The models around
+        the checkpoints are hooked, not the checkpoints: TRL's trainers disable and enable these anew in every step.
+        """
+        functions = [module.__dict__.get("_gradient_checkpointing_func") for module in model.modules()]
+        if not any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
+            return
+        entered: list[nn.Module] = []
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if not entered:  # models inside are part of the outermost one's pass
+                self._pass = self.perturbation.within_pass(gradients=torch.is_grad_enabled())
+                self._pass.__enter__()
+            entered.append(module)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if entered and entered[-1] is module:  # not where a hook before `enter` failed
+                entered.pop()
+                if not entered:
+                    self._leave_pass()
+
+        for module in model.modules():
+            if module is model or isinstance(module, PreTrainedModel):
+                self._hooks.append(module.register_forward_pre_hook(enter))
+                self._hooks.append(module.register_forward_hook(leave, always_call=True))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.perturbation.active and state.global_step == self._step:
+            return  # an epoch of streamed rows ended inside the window: what follows adds to the same step's gradient
+        self._micro_batch, self._step = 0, state.global_step
+        self.perturbation.begin(state.global_step)
+        if state.global_step % self.perturbation.every == 0:
+            self._keep_draw(args, state)
+        if args.world_size > 1 and self.noise_sha256 is None and self.perturbation.perturbed:
+            self._compare_noise(args.world_size)
+
+    def _compare_noise(self, world_size: int) -> None:
+        """Hash what each process reads in the first layer: shared noise is the same everywhere, or the run is void."""
+        told: list[str] = [""] * world_size
+        torch.distributed.all_gather_object(told, self.perturbation.weight_sha256(0))
+        if not self.perturbation.per_rank and len(set(told)) > 1:
+            raise RuntimeError(
+                f"The processes perturb {self.perturbation.layers[0].name} by different noise ({told}), which is to be "
+                "shared: they run on machines that compute differently; use alike ones, or rho.per_rank=true."
+            )
+        self.noise_sha256 = told
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._micro_batch += 1
+        self.perturbation.next_micro_batch(self._micro_batch)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        self.perturbation.end()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.perturbation:
+            self.perturbation.check_finite()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take ε away and free the buffers, wherever training stopped; harmless at any time."""
+        self._leave_pass()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self.perturbation:
+            self.perturbation.close()
+
+    def _leave_pass(self) -> None:
+        if self._pass is not None:
+            self._pass.__exit__(None, None, None)
+            self._pass = None
+
+    def _keep_draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Put the ε of a window into the Trainer's state, and so into every checkpoint that is written in the window.
+
+        Not into a file of its own: a callback is not told which folder a training is resumed from, and an earlier
+        training may have left another file where this one would be looked for.
+        """
+        tensors = self.perturbation.state_dict()
+        if tensors:
+            packed = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+            state.stateful_callbacks[_DRAW] = {
+                "settings": self._settings_of_draw(args),
+                "sha256": hashlib.sha256(packed).hexdigest(),
+                "tensors": base64.b64encode(packed).decode(),
+            }
+
+    def _settings_of_draw(self, args: TrainingArguments) -> dict[str, Any]:
+        """What a window's later steps share with its first."""
+        names = ("sigma", "ramp", "every", "resample", "per_rank", "scale", "fan_in")
+        return {"seed": self._seed(args), **{name: getattr(self.perturbation, name) for name in names}}
+
+    def _restore_draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Go on with the ε of the window that a checkpoint was written in.
+
+        Raises:
+            ValueError: the checkpoint has none, or that of other settings or layers.
+        """
+        kept, here = state.stateful_callbacks.get(_DRAW), self._settings_of_draw(args)
+        if kept is None:
+            raise self._cannot_resume(state, "the checkpoint holds no draw of it (flatlora_draw in trainer_state.json)")
+        there = kept["settings"]
+        if differing := [name for name in here if there.get(name) != here[name]]:
+            changes = ", ".join(f"{name} was {there.get(name)!r} and is {here[name]!r}" for name in differing)
+            raise self._cannot_resume(state, f"it was drawn by other settings ({changes})")
+        packed = base64.b64decode(kept["tensors"])
+        if hashlib.sha256(packed).hexdigest() != kept["sha256"]:
+            raise self._cannot_resume(state, "the draw in the checkpoint is broken")
+        tensors = load(packed)
+        if int(tensors["step"]) != state.global_step - state.global_step % self.perturbation.every:
+            raise self._cannot_resume(state, f"the draw in the checkpoint is that of step {int(tensors['step'])}")
+        rows = {layer.name: (layer.shape[0],) for layer in self.perturbation.layers}
+        if rows != {name: tuple(c.shape) for name, c in tensors.items() if name != "step"}:
+            raise self._cannot_resume(state, "it was drawn for other layers")
+        self.perturbation.load_state_dict(tensors)
+
+    def _cannot_resume(self, state: TrainerState, reason: str) -> ValueError:
+        every = self.perturbation.every
+        return ValueError(
+            f"Cannot resume at step {state.global_step}, inside a window of every={every} steps that share one ε: "
+            f"{reason}; resume with the settings of before, or from a checkpoint whose step is a multiple of {every}."
+        )
+
+
+def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
+    """A callback's own file in the checkpoint that a training of this suite goes on from.
+
+    Raises:
+        FileNotFoundError: it is not there; with where it was looked for.
+    """
+    folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(
+        f"Resuming at step {state.global_step} needs {name}, which is in none of {', '.join(map(str, folders))}: set "
+        "args.resume_from_checkpoint to the checkpoint's folder, or resume from another one."
+    )

@@ -1,0 +1,404 @@
+"""How ε is made: the row norms that scale it, and the passes that write W + ε, on the host and on a GPU.
+
+    c_i = σ_t/√n · ‖W'_i‖ (paper section 3.3; the ablations leave out 1/√n or the row),   out = round(W + c_i z_ij)
+
+`HostEpsilon` works layer by layer with the code of noise/host.py, `DeviceEpsilon` with noise/triton_kernels.py: one
+launch for all layers of a model. Both read the same stream of normals.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from flatlora.noise import host, torch_passes, triton_kernels
+from flatlora.perturb.layers import AdapterTerm, PerturbedLayer
+
+_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of FP32: noise and weight of a chunk stay in the L2 cache
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that makes one layer's ε again: Philox key, counter words, and c (m, FP32)."""
+
+    key: tuple[int, int]
+    step: int
+    stream: int
+    c: torch.Tensor
+
+
+class Epsilon(Protocol):
+    """ε of a list of layers. Lists of tensors below have one entry a layer."""
+
+    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
+        """c (m, FP32) of every layer, from the weights and adapters as they are now."""
+        ...
+
+    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The c of a saved draw, on the layers' device."""
+        ...
+
+    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
+        """outs = round(W + sign · c z), in the stored layout; an out may be its W."""
+        ...
+
+    def aim(self, draws: Sequence[Draw]) -> None:
+        """Set what `materialise` draws where a CUDA graph replays it, and no code of the host runs."""
+        ...
+
+    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+        """W + ε of one layer in the stored layout, in a buffer that the next call overwrites."""
+        ...
+
+    def check(self) -> None:
+        """FloatingPointError if row norms were not finite in any step up to now."""
+        ...
+
+
+def epsilon_of(layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> Epsilon:
+    """Whatever serves the device, or the devices, that the layers are on."""
+    devices = list(dict.fromkeys(layer.weight.device for layer in layers))
+    if len(devices) > 1:
+        return ManyEpsilons(
+            layers, keys, [[i for i, la in enumerate(layers) if la.weight.device == d] for d in devices]
+        )
+    return HostEpsilon(layers) if devices[0].type == "cpu" else DeviceEpsilon(layers, keys)
+
+
+class HostEpsilon:
+    """ε on the CPU, layer by layer."""
+
+    def __init__(self, layers: Sequence[PerturbedLayer]) -> None:
+        self.layers, self._scratch = layers, _Scratch()
+
+    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
+        return [noise_coefficients(layer, sigma, scale=scale, fan_in=fan_in) for layer in self.layers]
+
+    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return list(coefficients)
+
+    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
+        def write(layer: PerturbedLayer, draw: Draw, out: torch.Tensor) -> None:
+            weight, stored = layer.as_rows(layer.dense()), layer.stored_dtype
+            write_perturbed(weight, draw, layer.as_rows(out), sign=sign, stored=stored)
+
+        host.share([functools.partial(write, *each) for each in zip(self.layers, draws, outs, strict=True)])
+
+    def aim(self, draws: Sequence[Draw]) -> None:
+        """Nothing to set: each call brings its own draw."""
+
+    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+        layer = self.layers[index]
+        stored = self._scratch.get("weight", layer.stored_shape, layer.dtype, layer.weight.device)
+        weight = layer.dense(stored)  # a packed weight is unpacked into the buffer, and ε added to it there
+        rows, dtype = layer.as_rows(weight), layer.stored_dtype
+        write_perturbed(rows, draw, layer.as_rows(stored), self._scratch, stored=dtype)
+        return stored
+
+    def check(self) -> None:
+        """Nothing to add: `coefficients` looks at once."""
+
+
+class DeviceEpsilon:
+    """ε on one GPU: a launch for all row norms, a launch for all layers' noise, and no wait for the host.
+
+    The coefficients of all layers lie in one vector whose address never changes, and step and stream on the device, so
+    that passes, and CUDA graphs that captured them, stay valid from step to step.
+    """
+
+    def __init__(self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> None:
+        self.layers, self.keys = layers, list(keys)
+        self.device = layers[0].weight.device
+        self._rows, self._columns = ([layer.shape[axis] for layer in layers] for axis in (0, 1))
+        self._largest = max(math.prod(layer.shape) for layer in layers)
+        self._c = torch.zeros(sum(self._rows), device=self.device)
+        self._views = list(self._c.split(self._rows))
+        fan_in = torch.tensor(self._columns, device=self.device).double().rsqrt()
+        heights = torch.tensor(self._rows, device=self.device)
+        self._fan_in = torch.repeat_interleave(fan_in, heights, output_size=self._c.numel())  # 1/√n of each row
+        self._counter = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._counted: tuple[int, int] | None = None  # what the counter holds
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._squared: torch.Tensor | None = None  # ‖W_i‖² of all layers
+        self._norms: tuple[object, list[tuple[range, triton_kernels.RowNormPass]]] | None = None
+        self._passes: dict[object, triton_kernels.NoisePass] = {}
+        self._scratch = _Scratch()
+
+    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
+        squares = self._merged_squares()
+        self._finite &= squares.isfinite().all()
+        if scale == "iid":
+            squares = torch.cat([part.mean().expand_as(part) for part in squares.split(self._rows)])
+        factors = (sigma * self._fan_in if fan_in else torch.full_like(self._fan_in, sigma)).float()
+        torch.mul(squares.clamp(min=0.0).sqrt_(), factors, out=self._c)
+        return self._views
+
+    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        self._c.copy_(torch.cat([c.to(self.device) for c in coefficients]))
+        return self._views
+
+    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
+        self._count(draws[0])
+        weights = [layer.dense() if layer.quantised else layer.weight for layer in self.layers]
+        self._pass(range(len(self.layers)), weights, outs).launch(sign)
+
+    def aim(self, draws: Sequence[Draw]) -> None:
+        self._count(draws[0])
+
+    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+        layer = self.layers[index]
+        stored = self._buffer(layer)
+        self._count(draw)
+        self._pass([index], [layer.dense(stored)], [stored]).launch()
+        return stored
+
+    def check(self) -> None:
+        if not self._finite:
+            parts = zip(self.layers, self._c.split(self._rows), strict=True)
+            names = [layer.name for layer, c in parts if not c.isfinite().all()]
+            raise FloatingPointError(_not_finite(names[0] if names else "a layer, in an earlier step,"))
+
+    def _count(self, draw: Draw) -> None:
+        if self._counted != (draw.step, draw.stream):
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"Cannot turn to step={draw.step}, stream={draw.stream} while a CUDA graph is captured: every "
+                    "replay would draw the same noise; run the backward of a micro-batch before the next one begins."
+                )
+            self._counter.copy_(torch.tensor([draw.step, draw.stream]), non_blocking=True)
+            self._counted = (draw.step, draw.stream)
+
+    def _pass(
+        self, indices: Sequence[int], weights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
+    ) -> triton_kernels.NoisePass:
+        """The pass over these layers into these buffers; built once, for its tables take a while to fill."""
+        address = tuple(indices), *(tuple(each.data_ptr() for each in tensors) for tensors in (outs, weights))
+        if address not in self._passes:
+            layers, c = [self.layers[i] for i in indices], self._c.split(self._rows)
+            self._passes[address] = triton_kernels.NoisePass(
+                [layer.as_rows(weight.detach()) for layer, weight in zip(layers, weights, strict=True)],
+                [layer.as_rows(out) for layer, out in zip(layers, outs, strict=True)],
+                self._c if len(layers) == len(self.layers) else c[indices[0]],
+                [self.keys[i] for i in indices],
+                counter=self._counter,
+            )
+        return self._passes[address]
+
+    @torch.no_grad()
+    def _merged_squares(self) -> torch.Tensor:
+        """‖W'_i‖² of the rows of all layers, Σ m, FP32."""
+        if self._squared is None:
+            weights = (layer.as_rows(layer.dense()) for layer in self.layers)  # unpacked one at a time
+            self._squared = torch.cat([torch_passes.squared_row_norms(weight) for weight in weights]).float()
+        # What passes have to be built anew for: a factor that moved to another place, another scaling or adapter.
+        state = [layer.state() for layer in self.layers]
+        if self._norms is None or self._norms[0] != state:
+            terms = [list(layer.adapters()) for layer in self.layers]
+            if any(len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms):
+                return self._merged_squares_of(terms)
+            self._norms = state, self._norm_passes([each[0] for each in terms])
+        for indices, norm_pass in self._norms[1]:
+            for index in indices:
+                self._readable(index)
+            norm_pass()
+        return self._c
+
+    def _norm_passes(self, pairs: Sequence[AdapterTerm]) -> list[tuple[range, triton_kernels.RowNormPass]]:
+        """One pass for all layers, or, as packed weights share a buffer, one for each; they write into `_c`."""
+        everyone = range(len(self.layers))
+        groups = [range(i, i + 1) for i in everyone] if any(la.quantised for la in self.layers) else [everyone]
+        squared, c = self._squared.split(self._rows), self._c.split(self._rows)
+        return [
+            (
+                group,
+                triton_kernels.RowNormPass(
+                    [self.layers[i].as_rows(self._readable(i)) for i in group],
+                    [pairs[i].A.detach() for i in group],
+                    [pairs[i].B.detach() for i in group],
+                    [pairs[i].scaling for i in group],
+                    squared_norms=self._squared if group == everyone else squared[group[0]],
+                    out=self._c if group == everyone else c[group[0]],
+                ),
+            )
+            for group in groups
+        ]
+
+    def _readable(self, index: int) -> torch.Tensor:
+        """W of one layer in the stored layout: itself, or unpacked into the buffer that `materialise` uses too."""
+        layer = self.layers[index]
+        return layer.dense(self._buffer(layer)) if layer.quantised else layer.dense()
+
+    def _buffer(self, layer: PerturbedLayer) -> torch.Tensor:
+        return self._scratch.get("weight", layer.stored_shape, layer.dtype, self.device, self._largest)
+
+    def _merged_squares_of(self, terms: Sequence[Sequence[AdapterTerm]]) -> torch.Tensor:
+        """The same for layers with several adapters, or none: one layer after the other."""
+        squares = []
+        for layer, each, squared in zip(self.layers, terms, self._squared.split(self._rows), strict=True):
+            norms = merged_row_norms(layer.as_rows(layer.dense()), each, squared.double())
+            squares.append(norms.square())
+        return torch.cat(squares)
+
+
+class ManyEpsilons:
+    """Layers spread over several devices: one `Epsilon` for each, `indices` says which layers are whose."""
+
+    def __init__(
+        self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]], indices: Sequence[Sequence[int]]
+    ) -> None:
+        self._indices = indices
+        self._parts = [epsilon_of([layers[i] for i in part], [keys[i] for i in part]) for part in self._indices]
+
+    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
+        return self._merge([part.coefficients(sigma, scale=scale, fan_in=fan_in) for part in self._parts])
+
+    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self._merge(
+            [p.restore([coefficients[i] for i in part]) for p, part in zip(self._parts, self._indices, strict=True)]
+        )
+
+    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
+        for epsilon, part in zip(self._parts, self._indices, strict=True):
+            epsilon.write([draws[i] for i in part], [outs[i] for i in part], sign)
+
+    def aim(self, draws: Sequence[Draw]) -> None:
+        for epsilon, part in zip(self._parts, self._indices, strict=True):
+            epsilon.aim([draws[i] for i in part])
+
+    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+        number = next(k for k, part in enumerate(self._indices) if index in part)
+        return self._parts[number].materialise(self._indices[number].index(index), draw)
+
+    def check(self) -> None:
+        for part in self._parts:
+            part.check()
+
+    def _merge(self, lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        placed = {i: c for part, cs in zip(self._indices, lists, strict=True) for i, c in zip(part, cs, strict=True)}
+        return [placed[i] for i in range(len(placed))]
+
+
+class _Scratch:
+    """Reusable flat buffers by (purpose, dtype, device); a request for more elements grows its buffer.
+
+    `reserve` elements are allocated at once: a buffer that never grows keeps the address that passes were built for.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def get(
+        self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, reserve: int = 0
+    ) -> torch.Tensor:
+        key, elements = (purpose, dtype, device), math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < elements:
+            self._buffers[key] = torch.empty(max(elements, reserve), dtype=dtype, device=device)
+        return self._buffers[key][:elements].view(shape)
+
+
+@torch.no_grad()
+def write_perturbed(
+    weight: torch.Tensor,
+    draw: Draw,
+    out: torch.Tensor,
+    scratch: _Scratch | None = None,
+    *,
+    sign: float = 1.0,
+    stored: torch.dtype | None = None,
+) -> None:
+    """out = round(W + sign · c_i z_ij), W and out m × n of one floating dtype; out may be W.
+
+    The sum is made in FP32 (FP64 for an FP64 weight) and rounded once, to `stored` (the weight's dtype when None).
+    """
+    rows, columns = weight.shape
+    rounded = stored == torch.bfloat16 and weight.dtype == torch.float32
+    fused = weight.dtype in host.FUSED_DTYPES and (rounded or stored in (None, weight.dtype))
+    if fused and weight.is_contiguous() and out.is_contiguous() and weight.is_cpu:
+        host.add_normal(weight, sign * draw.c, out, draw.key, draw.step, draw.stream, rounded=rounded)
+        return
+    scratch = scratch or _Scratch()
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    c = (sign * draw.c).to(wide)
+    for start, stop in _row_chunks(rows, columns):
+        z = scratch.get("noise", (stop - start, columns), torch.float32, torch.device("cpu"))
+        host.fill_normal(z, draw.key, draw.step, draw.stream, row=start)
+        total = scratch.get("sum", (stop - start, columns), wide, weight.device)
+        total.copy_(weight[start:stop])
+        total.addcmul_(z.to(weight.device, wide), c[start:stop, None])
+        out[start:stop].copy_(total if stored is None else total.to(stored))
+
+
+@torch.no_grad()
+def noise_coefficients(
+    layer: PerturbedLayer, sigma: float, *, scale: str = "filter", fan_in: bool = True
+) -> torch.Tensor:
+    """c (m, FP32): the std of ε in each row of a layer (paper section 3.3).
+
+    Raises:
+        FloatingPointError: the weight or an adapter holds NaN or infinity.
+    """
+    weight = layer.as_rows(layer.dense())
+    if layer.squared_norms is None:
+        layer.squared_norms = _squared_row_norms(weight)
+    norms = merged_row_norms(weight, layer.adapters(), layer.squared_norms)
+    if not torch.isfinite(norms).all():
+        raise FloatingPointError(_not_finite(layer.name))
+    return _coefficients(norms, weight.shape[1], sigma, scale=scale, fan_in=fan_in)
+
+
+def _coefficients(norms: torch.Tensor, columns: int, sigma: float, *, scale: str, fan_in: bool) -> torch.Tensor:
+    """c of the row norms of one layer."""
+    if scale == "iid":
+        norms = norms.square().mean().sqrt().expand_as(norms)
+    return norms * (sigma / math.sqrt(columns) if fan_in else sigma)
+
+
+def _not_finite(name: str) -> str:
+    return (
+        f"The row norms of {name} are not finite: its weight or adapter holds NaN or infinity; lower optim.lr or "
+        "rho.sigma, or check the checkpoint."
+    )
+
+
+@torch.no_grad()
+def merged_row_norms(
+    weight: torch.Tensor, terms: Sequence[AdapterTerm], squared_norms: torch.Tensor | None = None
+) -> torch.Tensor:
+    """‖W_i + Σ s B_i A‖ of each row (m, FP32) without forming any B·A.
+
+    Stacking the terms as one pair B = [s₁B₁ …], A = [A₁; …], the square is ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ.
+    `squared_norms` (m, FP64) may hold ‖W_i‖², which a frozen W never changes.
+    """
+    squared = _squared_row_norms(weight) if squared_norms is None else squared_norms
+    if terms:
+        A = torch.cat([term.A.detach() for term in terms]).float()
+        B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).double()
+        parts = _row_chunks(*weight.shape) if weight.dtype != torch.float32 else [(0, len(weight))]
+        projected = torch.cat([weight[i:j].float() @ A.t() for i, j in parts])
+        gram = A.double() @ A.double().t()
+        squared = squared + (2.0 * projected.double() * B + (B @ gram) * B).sum(dim=1)
+    return squared.clamp_min(0.0).sqrt().float()
+
+
+@torch.no_grad()
+def merged_row_norms_reference(weight: torch.Tensor, terms: Sequence[AdapterTerm]) -> torch.Tensor:
+    """Slow twin of `merged_row_norms`: forms W' in FP64 (m × n) and takes its row norms."""
+    merged = weight.double()
+    for term in terms:
+        merged = merged + term.scaling * (term.B.double() @ term.A.double())
+    return merged.norm(dim=1)
+
+
+def _squared_row_norms(weight: torch.Tensor) -> torch.Tensor:
+    chunks = [weight[i:j].double().square().sum(dim=1) for i, j in _row_chunks(*weight.shape)]
+    return torch.cat(chunks) if chunks else weight.new_zeros(0, dtype=torch.float64)
+
+
+def _row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    height = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    return ((start, min(start + height, rows)) for start in range(0, rows, height))

@@ -1,0 +1,256 @@
+"""Forwards that read W + ε: wrappers around a module's own, and the recomputed linear layer and convolution."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from flatlora.perturb.epsilon import Draw
+from flatlora.perturb.layers import PerturbedLayer, has_standard_forward
+
+if TYPE_CHECKING:
+    from flatlora.perturb.perturbation import WeightPerturbation
+
+
+class Reading(NamedTuple):
+    """W + ε of one layer as one forward read it; its backward must read the same."""
+
+    perturbation: WeightPerturbation
+    index: int
+    draw: Draw
+
+    def weight(self) -> torch.Tensor:
+        """W + ε in the stored layout: the copy, or made in a buffer that the next call overwrites."""
+        if self.perturbation.mode == "copy":
+            return self.perturbation._copies[self.index]
+        return self.perturbation._epsilon.materialise(self.index, self.draw)
+
+
+class _Wrapper:
+    """Stands for the forward of a module that reads the weight of layer number `index`.
+
+    Wrapping the call rather than replacing the parameter for good leaves W to everything else that reads it: tied
+    weights, hashes, checkpoints, merges, and an evaluation after an interrupted step.
+    """
+
+    def __init__(self, perturbation: WeightPerturbation, index: int, module: nn.Module) -> None:
+        self.perturbation, self.index, self.module = perturbation, index, module
+        self.layer = perturbation.layers[index]
+        self.replaced = module.__dict__.get("forward")  # accelerate's hooks sit there too
+        self.plain = self.replaced or type(module).forward.__get__(module)
+
+    def attach(self) -> None:
+        self.module.forward = self
+
+    @staticmethod
+    def detach(module: nn.Module) -> None:
+        wrapper = module.__dict__.get("forward")
+        if isinstance(wrapper, _Wrapper):
+            del module.forward
+            if wrapper.replaced is not None:
+                module.forward = wrapper.replaced
+
+    def reading(self) -> Reading | None:
+        return self.perturbation.reading(self.index)
+
+    def run_plain(self, reading: Reading, *args: Any, keeps_weight: bool, **kwargs: Any) -> torch.Tensor:
+        """The module's own forward, which finds W + ε in the layer.
+
+        `keeps_weight` says that autograd keeps the weight for the backward: in recompute mode, where the next layer
+        overwrites it, the forward then runs again in the backward.
+        """
+
+        def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with _holding(self.layer.module, reading.weight()):
+                return self.plain(*args, **kwargs)
+
+        if self.perturbation.mode == "copy" or not keeps_weight:
+            return run(*args, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=not _is_capturing(), **kwargs)
+
+
+class PerturbedForward(_Wrapper):
+    """The forward of a layer in copy and recompute mode: reads W + ε while there is a `reading`, else W."""
+
+    def __init__(self, perturbation: WeightPerturbation, index: int, module: nn.Module) -> None:
+        super().__init__(perturbation, index, module)
+        self.is_standard = self.layer.quantised or (self.replaced is None and has_standard_forward(module))
+        self._checked = self.is_standard
+
+    @torch.compiler.disable  # what is read changes from step to step: torch.compile must break its graph here
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        reading = self.reading()
+        if reading is None:
+            return self.plain(x, *args, **kwargs)
+        if not self.is_standard or args or kwargs:
+            self._check_own_forward(x, *args, **kwargs)
+            return self.run_plain(reading, x, *args, keeps_weight=True, **kwargs)
+        if self.perturbation.mode == "copy":
+            return _apply(self.layer.module, x, reading.weight())
+        if isinstance(self.layer.module, nn.Conv2d):
+            return _recomputed_convolution(x, self.layer, reading)
+        return _RecomputedLinear.apply(x, self.layer.module.bias, self.layer, reading)
+
+    @torch.no_grad()
+    def _check_own_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Try a forward that is not torch's at σ → 0, and with another weight, when it is called first.
+
+        Raises:
+            TypeError: its output is not its own, or does not follow from the weight that it is given.
+        """
+        if self._checked or _is_capturing() or not x.any():
+            return
+        self._checked, weight = True, self.layer.weight.detach()
+        own, same, other = self._outputs([None, weight, -weight], (x, *args), kwargs)
+        tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(own.abs().max()), "equal_nan": True}
+        if torch.allclose(own, same, **tolerance) and not (torch.equal(own, other) and own.any()):
+            return
+        raise TypeError(
+            f"Invalid layer {self.layer.name}={type(self.module).__name__}: its forward does not compute with the "
+            "weight that it holds when it is called (a copy of it, or one that a hook loads), so that noise would "
+            "change its output wrongly or not at all; take the layer out of the adapter's target_modules."
+        )
+
+    def _outputs(
+        self, weights: Sequence[torch.Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[torch.Tensor]:
+        """What the layer's own forward makes of each weight (None: as it is); generators and buffers stay."""
+        devices = [self.layer.weight.device] if self.layer.weight.is_cuda else []
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        found = []
+        for weight in weights:
+            with torch.random.fork_rng(devices=devices), _holding(self.layer.module, weight):
+                found.append(self.plain(*args, **kwargs).clone())
+            for name, buffer in buffers.items():
+                self.module.get_buffer(name).copy_(buffer)
+        return found
+
+
+class PerturbedReader(_Wrapper):
+    """The forward of PEFT's DoRA module of a layer: ‖W + ε + s·B·A‖ is its norm, as it is where W itself is moved."""
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        reading = self.reading()
+        if reading is None:
+            return self.plain(*args, **kwargs)
+        # The norm is detached. With dropout there is no base_result, and the module multiplies by the weight itself.
+        return self.run_plain(reading, *args, keeps_weight=kwargs.get("base_result") is None, **kwargs)
+
+
+@contextlib.contextmanager
+def _holding(module: nn.Module, weight: torch.Tensor | None) -> Iterator[None]:
+    """Let a module hold another weight for the time of a call; None leaves it its own."""
+    parameters, own = module._parameters, module._parameters["weight"]
+    if weight is not None:
+        parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    try:
+        yield
+    finally:
+        parameters["weight"] = own
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is captured, in which nothing may ask the device for a value."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The forward of torch's own class, or transformers' Conv1D, with another weight."""
+    if isinstance(module, nn.Conv2d):
+        return module._conv_forward(x, weight, module.bias)
+    if isinstance(module, Conv1D):
+        rows = torch.addmm(module.bias, x.reshape(-1, x.shape[-1]), weight)
+        return rows.view(*x.shape[:-1], module.nf)
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return functional.linear(x, weight, module.bias)
+    bias = None if module.bias is None else module.bias.to(weight.dtype)  # a packed layer casts as it does by itself
+    return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+class _RecomputedLinear(torch.autograd.Function):
+    """y = x (W + ε)ᵀ + b with W + ε made in the shared scratch buffer, once forward and once backward.
+
+    W is frozen, so neither x nor W + ε is kept; the recipe of ε is. Casts follow autocast as `F.linear`'s do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: torch.Tensor, bias: torch.Tensor | None, layer: PerturbedLayer, reading: Reading
+    ) -> torch.Tensor:
+        ctx.layer, ctx.reading, ctx.input_dtype = layer, reading, x.dtype
+        return _apply(layer.module, x, reading.weight())
+
+    @staticmethod
+    def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        grad_rows, grad_x, grad_bias = grad_y.reshape(-1, grad_y.shape[-1]), None, None
+        if ctx.needs_input_grad[0]:
+            perturbed = ctx.reading.weight().to(grad_y.dtype)
+            grad_x = (grad_rows @ ctx.layer.as_rows(perturbed)).view(*grad_y.shape[:-1], -1).to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_rows.sum(dim=0).to(ctx.layer.module.bias.dtype)
+        return grad_x, grad_bias, None, None
+
+
+def _recomputed_convolution(x: torch.Tensor, layer: PerturbedLayer, reading: Reading) -> torch.Tensor:
+    module, single = layer.module, x.dim() == 3
+    x, padding = _padded(x[None] if single else x, module)
+    y = _RecomputedConvolution.apply(x, module.bias, layer, reading, padding)
+    return y[0] if single else y
+
+
+def _padded(x: torch.Tensor, module: nn.Conv2d) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The input, and the zeros that the convolution itself puts around it, as torch shares the two out."""
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    if module.padding_mode != "zeros":
+        return functional.pad(x, (left, right, top, bottom), mode=module.padding_mode), (0, 0)
+    if (left, top) != (right, bottom):  # padding="same" of an even kernel: one more at the end
+        x = functional.pad(x, (0, right - left, 0, bottom - top))
+    return x, (top, left)
+
+
+class _RecomputedConvolution(torch.autograd.Function):
+    """y = x ∗ (W + ε) + b, as `_RecomputedLinear`: W + ε is made once forward and once backward, x is not kept."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        layer: PerturbedLayer,
+        reading: Reading,
+        padding: tuple[int, int],
+    ) -> torch.Tensor:
+        ctx.layer, ctx.reading, ctx.padding, ctx.input_dtype = layer, reading, padding, x.dtype
+        ctx.input_layout = x.shape, x.stride()
+        module = layer.module
+        return functional.conv2d(x, reading.weight(), bias, module.stride, padding, module.dilation)
+
+    @staticmethod
+    def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        module, (of_x, of_bias) = ctx.layer.module, ctx.needs_input_grad[:2]
+        # What autograd itself calls; of x it reads the layout alone, which decides how the product is made.
+        like_x = torch.empty_strided(*ctx.input_layout, dtype=grad_y.dtype, device=grad_y.device)
+        grad_x, _, grad_bias = torch.ops.aten.convolution_backward(
+            grad_y,
+            like_x,
+            ctx.reading.weight().to(grad_y.dtype),
+            [len(module.bias)] if of_bias else None,
+            module.stride,
+            ctx.padding,
+            module.dilation,
+            False,
+            (0, 0),
+            module.groups,
+            (of_x, False, of_bias),
+        )
+        grad_x = grad_x.to(ctx.input_dtype) if of_x else None
+        grad_bias = grad_bias.to(module.bias.dtype) if of_bias else None
+        return grad_x, grad_bias, None, None, None

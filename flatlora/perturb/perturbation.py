@@ -1,0 +1,408 @@
+"""Flat-LoRA's weight perturbation (paper section 3): train on W + ε, keep W.
+
+    ε_ij = c_i z_ij,   c_i = σ_t/√n · ‖W'_i‖,   W' = W + Σ s·B·A     (row i = output filter i, n = input dimension)
+
+One ε lasts from `begin(step)` to `end()`, for all micro-batches of an optimizer step. Three ways to let the layers
+read W + ε give the same bits in loss and gradients:
+
+- copy:       W + ε is written once into a second buffer that the layers' forwards read. W's bytes are never touched.
+- recompute:  W + ε is made in one scratch buffer in each layer's forward and again in its backward. No extra memory.
+- inplace:    the published way: W += ε, later W −= ε. Rounding makes a BF16 backbone drift; kept for comparison.
+
+In the first two the parameter itself is W whenever no forward of its layer runs: whatever hashes, saves or merges
+weights in mid-step sees W. A layer with a forward of its own, and a DoRA module, which takes the norm of the layer's
+weight, run that very code, and find W + ε where they read the weight.
+
+Only a seed and the m row norms of each layer describe ε; `host.py` makes it again wherever it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import psutil
+import torch
+
+from flatlora.noise import philox
+from flatlora.perturb.epsilon import Draw, epsilon_of
+from flatlora.perturb.forward import PerturbedForward, PerturbedReader, Reading, _Wrapper
+from flatlora.perturb.layers import PerturbedLayer
+from flatlora.perturb.schedule import RAMPS, sigma_at
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["auto", "copy", "recompute", "inplace"]
+_HOLDER = "_weight_perturbation"  # attribute of a module: the perturbation that has it now
+
+
+class WeightPerturbation:
+    """ε on a set of layers, between `begin(step)` and `end()`.
+
+    Args:
+        layers: what to perturb; see `flatlora.find_lora_layers`.
+        sigma: σ ≥ 0, the `rho` of the published command line. 0 perturbs nothing.
+        total_steps: T of the ramp, in optimizer steps.
+        seed: the run's seed; ranks must agree on it.
+        ramp: cosine | linear | constant.
+        mode: auto | copy | recompute | inplace. auto is copy where the buffer takes at most half of the free memory.
+        every: draw a new ε only every so many optimizer steps, σ_t and row norms included, and train all steps of the
+            window on it. Not the published code's T: there ε is taken away after the window's first step, and the other
+            T − 1 are trained on W.
+        resample: "step" keeps one ε for all micro-batches of a step, "micro_batch" draws one for each.
+        per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
+        scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
+        fan_in: divide the variance by n (the paper's 1/n); off only for the ablation.
+        training_only: layers in evaluation mode, and in passes without gradients, read W even inside a step (not in
+            inplace), so that an interrupted step or a generation within one does not evaluate W + ε. Needs a loop that
+            calls `model.train()`, and `within_pass` around passes with reentrant checkpoints.
+
+    Layers that another perturbation still holds, left behind by an interrupted loop, are taken over from it.
+
+    Raises:
+        ValueError: no layer, or a setting out of range; the message lists every fault.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[PerturbedLayer],
+        *,
+        sigma: float,
+        total_steps: int,
+        seed: int,
+        ramp: str = "cosine",
+        mode: Mode = "auto",
+        every: int = 1,
+        resample: Literal["step", "micro_batch"] = "step",
+        per_rank: bool = False,
+        scale: Literal["filter", "iid"] = "filter",
+        fan_in: bool = True,
+        training_only: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scale)
+        self.layers = list(layers)
+        for layer in self.layers:
+            if _HOLDER in layer.module.__dict__:
+                layer.module.__dict__[_HOLDER].close()
+        self.sigma, self.total_steps, self.ramp, self.every = sigma, total_steps, ramp, every
+        self.resample, self.per_rank, self.scale, self.fan_in = resample, per_rank, scale, fan_in
+        self.training_only, self.rank, self.world_size = training_only, rank, world_size
+        self.mode = choose_mode(self.layers) if mode == "auto" else mode
+        self.active = False
+        self._watch = _Stopwatch(self.layers[0].weight.device)
+        self._keys = [philox.layer_key(seed, layer.name) for layer in self.layers]
+        self._coefficients: list[torch.Tensor] = []  # c of every layer, from the step that drew them
+        self._drawn_step: int | None = None
+        self._sigma_drawn = 0.0
+        self._draws: _Draws | None = None  # what the layers read now; None while they read W
+        self._pass_gradients: bool | None = None  # of the pass around a checkpoint; None: torch's own flag says it
+        self._written: tuple[int, int] | None = None  # (drawn step, stream) that the copies hold
+        self._copies: list[torch.Tensor] = []
+        self._originals: list[torch.Tensor] = []
+        self._epsilon = epsilon_of(self.layers, self._keys)
+        if self.mode == "inplace" and sigma > 0:
+            self._keep_originals()
+        for index, layer in enumerate(self.layers):
+            layer.module.__dict__[_HOLDER] = self
+            if self.mode != "inplace":
+                PerturbedForward(self, index, layer.module).attach()
+                for reader in layer.readers:
+                    PerturbedReader(self, index, reader).attach()
+
+    def begin(self, step: int, micro_batch: int = 0) -> None:
+        """Perturb the layers for optimizer step `step` (counted from 0), first micro-batch."""
+        if self.active:
+            raise RuntimeError(f"begin(step={step}) inside a perturbed step: call end() first.")
+        if self.layers[0].module.__dict__.get(_HOLDER) is not self:
+            raise RuntimeError(
+                f"begin(step={step}) of a perturbation that was closed, or whose layers another one took over: layers "
+                "read one perturbation at a time; make a new WeightPerturbation."
+            )
+        with self._watch:
+            self._draw_coefficients(step)
+            if self._sigma_drawn > 0:
+                self._apply(micro_batch)
+        self.active = True
+
+    def next_micro_batch(self, micro_batch: int) -> None:
+        """Draw the ε of another micro-batch of the same step; does nothing when the step shares one ε."""
+        if not self.active or self.resample == "step" or self._sigma_drawn == 0:
+            return
+        with self._watch:
+            self._take_away()
+            self._apply(micro_batch)
+
+    def end(self) -> None:
+        """Let the layers read W again; harmless when no step is perturbed."""
+        if not self.active:
+            return
+        with self._watch:
+            self._take_away()
+        self.active = False
+
+    def close(self) -> None:
+        """Undo everything: end(), forwards unwrapped, buffers freed."""
+        self.end()
+        for layer in self.layers:
+            if layer.module.__dict__.get(_HOLDER) is self:
+                del layer.module.__dict__[_HOLDER]
+                for module in (layer.module, *layer.readers):
+                    _Wrapper.detach(module)
+        self._copies, self._written = [], None
+        self._epsilon = epsilon_of(self.layers, self._keys)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in begin, next_micro_batch and end; on a GPU that of the device. Reading it waits for a GPU."""
+        return self._watch.seconds()
+
+    def check_finite(self) -> None:
+        """Raise what a GPU found without making the host wait for it; called where metrics are logged.
+
+        Raises:
+            FloatingPointError: a weight or an adapter holds NaN or infinity.
+        """
+        self._epsilon.check()
+
+    def sigma_at(self, step: int) -> float:
+        """σ_t that `begin(step)` uses."""
+        return sigma_at(step - step % self.every, self.total_steps, self.sigma, self.ramp)
+
+    def drift(self) -> dict[str, float] | None:
+        """What the in-place way did to W: ‖ΔW‖/‖W‖ and the share of changed entries; None in the other modes."""
+        if not self._originals:
+            return None
+        changed = total = 0
+        delta = norm = 0.0
+        for layer, original in zip(self.layers, self._originals, strict=True):
+            weight = layer.weight.detach().to(original.device)
+            changed += int((weight != original).sum())
+            total += original.numel()
+            delta += float((weight.double() - original.double()).square().sum())
+            norm += float(original.double().square().sum())
+        return {"relative_norm": math.sqrt(delta / norm) if norm else 0.0, "changed_share": changed / total}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The c vectors of the current draw: needed to resume inside an `every` window, empty otherwise."""
+        if self.every == 1 or self._drawn_step is None:
+            return {}
+        state = {layer.name: c.cpu() for layer, c in zip(self.layers, self._coefficients, strict=True)}
+        return {**state, "step": torch.tensor(self._drawn_step)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue the draw that `state_dict` described."""
+        self._drawn_step, self._written = int(state["step"]), None
+        self._sigma_drawn = self.sigma_at(self._drawn_step)
+        self._coefficients = self._epsilon.restore([state[layer.name] for layer in self.layers])
+
+    def draw(self, index: int, micro_batch: int = 0) -> Draw:
+        """The ε of layer number `index` in the current step, as its recipe."""
+        stream = philox.noise_stream(
+            self.rank,
+            micro_batch,
+            self.world_size,
+            per_rank=self.per_rank,
+            per_micro_batch=self.resample == "micro_batch",
+        )
+        return Draw(self._keys[index], self._drawn_step, stream, self._coefficients[index])
+
+    def _draw_coefficients(self, step: int) -> None:
+        """c of every layer for this step, kept over an `every` window."""
+        window = step - step % self.every
+        if self._drawn_step == window and self.every > 1:
+            return
+        if step != window:
+            raise RuntimeError(
+                f"Cannot begin at step {step}: with every={self.every} its ε was drawn at step {window}, whose row "
+                "norms are gone; load_state_dict() what the checkpoint saved, or start at a multiple of `every`."
+            )
+        self._drawn_step, self._sigma_drawn = step, self.sigma_at(step)
+        self._written = None  # the adapter may have moved since the copies were written, even for the same step
+        if self._sigma_drawn > 0:
+            self._coefficients = self._epsilon.coefficients(self._sigma_drawn, scale=self.scale, fan_in=self.fan_in)
+        else:
+            self._coefficients = [layer.weight.new_zeros(layer.shape[0], dtype=torch.float32) for layer in self.layers]
+
+    def _apply(self, micro_batch: int) -> None:
+        draws = _Draws(self, micro_batch)
+        if self.mode == "copy":
+            self._write_copies(draws)
+        elif self.mode == "recompute":
+            self._epsilon.aim(draws)
+        else:
+            self._epsilon.write(draws, [layer.weight.detach() for layer in self.layers])
+        self._draws = draws
+
+    def _take_away(self) -> None:
+        if self.mode == "inplace" and self._draws is not None:
+            self._epsilon.write(self._draws, [layer.weight.detach() for layer in self.layers], sign=-1.0)
+        self._draws = None
+
+    def _write_copies(self, draws: _Draws) -> None:
+        if not self._copies:
+            self._copies = [torch.empty_like(layer.weight, requires_grad=False) for layer in self.layers]
+        wanted = (draws[0].step, draws[0].stream)
+        if self._written == wanted:
+            return
+        self._written = None  # an interrupt in mid-write must not leave half of them taken for whole
+        self._epsilon.write(draws, self._copies)
+        self._written = wanted
+
+    def _keep_originals(self) -> None:
+        self._originals = [layer.weight.detach().to("cpu", copy=True) for layer in self.layers]
+        if any(layer.weight.dtype in (torch.bfloat16, torch.float16) for layer in self.layers):
+            logger.warning(
+                "rho.mode=inplace on a %s backbone: (W + ε) − ε does not round back to W, so the frozen weights drift "
+                "and the adapter is trained for a backbone that no longer exists; use rho.mode=copy or recompute.",
+                str(self.layers[0].weight.dtype).removeprefix("torch."),
+            )
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether layers read W + ε now; not before begin() and after end(), and never where σ_t = 0."""
+        return self._draws is not None
+
+    def weight_sha256(self, index: int) -> str:
+        """Hash of what layer number `index` reads in a perturbed step: equal on two machines if they drew alike."""
+        inplace = self.mode == "inplace" or self._draws is None
+        weight = self.layers[index].weight if inplace else Reading(self, index, self._draws[index]).weight()
+        stored = weight.detach().contiguous().cpu().view(torch.uint8)
+        return hashlib.sha256(stored.numpy()).hexdigest()
+
+    def reading(self, index: int) -> Reading | None:
+        """What layer number `index` reads now; None while it reads W."""
+        layer = self.layers[index]
+        if self._draws is None or not layer.enabled() or (self.training_only and not self._trains(layer)):
+            return None
+        return Reading(self, index, self._draws[index])
+
+    def _trains(self, layer: PerturbedLayer) -> bool:
+        """Whether a forward of this layer is one of a training pass: generation, say, may leave it in training mode."""
+        gradients = torch.is_grad_enabled() if self._pass_gradients is None else self._pass_gradients
+        return layer.module.training and gradients
+
+    @contextlib.contextmanager
+    def within_pass(self, *, gradients: bool) -> Iterator[None]:
+        """Around a forward with reentrant checkpoints, whose first forward torch runs without gradients in any pass.
+
+        Args:
+            gradients: whether this pass takes them; checkpoints in it read W + ε then, as their recomputation will.
+        """
+        before, self._pass_gradients = self._pass_gradients, gradients
+        try:
+            yield
+        finally:
+            self._pass_gradients = before
+
+
+class _Draws(Sequence):
+    """ε of every layer in one micro-batch, made when it is asked for: replayed steps ask for the first alone."""
+
+    def __init__(self, perturbation: WeightPerturbation, micro_batch: int) -> None:
+        self._perturbation, self._micro_batch = perturbation, micro_batch
+
+    def __len__(self) -> int:
+        return len(self._perturbation.layers)
+
+    def __getitem__(self, index: int) -> Draw:
+        return self._perturbation.draw(index, self._micro_batch)
+
+
+class _Stopwatch:
+    """Adds up the time of its `with` blocks: of the host on a CPU, of the stream on a GPU, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._total = device, 0.0
+        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        self._began = self._now()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._device.type != "cuda":
+            self._total += self._now() - self._began
+            return
+        self._pending.append((self._began, self._now()))
+        if len(self._pending) > 100:
+            self._collect(only_done=True)
+
+    def seconds(self) -> float:
+        self._collect(only_done=False)
+        return self._total
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _collect(self, *, only_done: bool) -> None:
+        while self._pending and (not only_done or self._pending[0][1].query()):
+            began, ended = self._pending.pop(0)
+            ended.synchronize()
+            self._total += began.elapsed_time(ended) / 1000
+
+
+def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"]:
+    """copy where a second set of weights takes at most half of the device's free memory, else recompute.
+
+    Packed weights are always recomputed: a second set of them would undo what they are packed for.
+    """
+    if any(layer.quantised for layer in layers):
+        return "recompute"
+    needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    device = layers[0].weight.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return "copy" if needed <= free / 2 else "recompute"
+
+
+def _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scale) -> None:
+    faults = []
+    if not layers:
+        faults.append("Invalid layers=[]: at least one LoRA layer is needed; wrap the model with PEFT's LoRA first.")
+    if not (sigma >= 0 and math.isfinite(sigma)):
+        faults.append(f"Invalid sigma={sigma}: it must be finite and ≥ 0; use sigma=0 for plain LoRA.")
+    for name, value in (("total_steps", total_steps), ("every", every)):
+        if value < 1:
+            faults.append(f"Invalid {name}={value}: it counts optimizer steps and must be ≥ 1.")
+    choices = {
+        "ramp": (ramp, tuple(RAMPS)),
+        "mode": (mode, ("auto", "copy", "recompute", "inplace")),
+        "resample": (resample, ("step", "micro_batch")),
+        "scale": (scale, ("filter", "iid")),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            faults.append(f"Invalid {name}={value!r}: choose one of {', '.join(known)}.")
+    trained = [layer.name for layer in layers if layer.weight.requires_grad]
+    if trained:
+        faults.append(
+            f"Invalid layers: the weights of {len(trained)} of them are trained, {trained[0]} among them; Flat-LoRA "
+            "perturbs a frozen backbone: call requires_grad_(False) on them, as PEFT does."
+        )
+    elsewhere = {layer.name: reason for layer in layers if (reason := layer.elsewhere)}
+    if elsewhere:
+        name, reason = next(iter(elsewhere.items()))
+        faults.append(
+            f"Invalid layers: the weights of {len(elsewhere)} of them are not here, {name} among them ({reason}); load "
+            "the model without device_map='auto' or offloading, and train by DDP or ZeRO-2 instead of FSDP or ZeRO-3."
+        )
+    packed = [layer.name for layer in layers if layer.quantised]
+    if packed and mode in ("copy", "inplace"):
+        faults.append(
+            f"Invalid mode={mode} with packed weights ({packed[0]} and {len(packed) - 1} more): a copy would undo what "
+            "they are packed for, and noise cannot be added to 4 bits; use mode=recompute."
+        )
+    names = [layer.name for layer in layers]
+    if len(set(names)) < len(names):
+        faults.append(f"Invalid layers: {len(names) - len(set(names))} names occur twice; noise is keyed by name.")
+    if faults:
+        raise ValueError("\n".join(faults))

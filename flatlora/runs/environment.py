@@ -1,0 +1,89 @@
+"""What a run's record says of the machine: packages, hardware, code, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "numba",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "pillow",
+    "diffusers",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this process, for the record."""
+    versions = {"python": platform.python_version()}
+    for name in _RECORDED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # diffusers is an extra
+            versions[name] = importlib.metadata.version(name)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "gpus": gpus,
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        },
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_sha() -> str | None:
+    """Commit of this code, with "-dirty" where the tree differs from it; None outside a git checkout.
+
+    $FLATLORA_GIT_SHA says it instead, for copies of a tree that clusters make without its history.
+    """
+    if told := os.environ.get("FLATLORA_GIT_SHA"):
+        return told
+    project = Path(__file__).parent
+    command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory_gib() -> dict[str, float | None]:
+    """Peak memory of this process: GPU as torch allocated it, and resident set (VmHWM since `reset_peak_memory`)."""
+    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    status = Path("/proc/self/status")
+    if status.exists():
+        kib = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    else:
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    return {"peak_gpu_gib": gpu and round(gpu, 3), "peak_rss_gib": round(kib / 2**20, 3)}
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak, so that each run of a sweep in one process has its own; where the kernel allows it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

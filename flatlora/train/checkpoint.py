@@ -1,0 +1,181 @@
+"""Checkpoints that are whole or ignored, and hashes of what was trained on and what came out.
+
+A checkpoint folder counts once its manifest `checkpoint.json` is in place: it is written last, atomically, and holds
+the SHA-256 of every file. A folder without one was being written when the process died.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flatlora.utils import records, staging
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import fsync_folder
+from flatlora.utils.plain_files import file_sha256
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint.json"
+_STEP = re.compile(r"checkpoint-[0-9]+")  # and no copy that a user made, such as checkpoint-40-best
+
+
+def seal(
+    folder: Path,
+    *,
+    step: int,
+    config_sha256: str,
+    data_sha256: str,
+    world_size: int = 1,
+    zero: int = 0,
+    base: str | None = None,
+) -> None:
+    """Flush every file of a checkpoint to disk, then write the manifest that makes it count.
+
+    Args:
+        base: state of the backbone's weights, as `flatlora.models.loading.backbone_state` has it.
+    """
+    staging.obey_umask(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    found = {str(path.relative_to(folder)): records.entry_of(path, flush=True) for path in paths}
+    fsync_folder(folder)
+    origin = {"config_sha256": config_sha256, "data_sha256": data_sha256, "world_size": world_size, "zero": zero}
+    origin |= {"base": base, "beside": records.hash_inputs(folder.parent)}
+    manifest = {"step": step, **origin, "files": found}
+    records.write_signed(folder / MANIFEST, manifest)
+    fsync_folder(folder.parent)
+
+
+def fault_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
+    """Why a checkpoint cannot be used: no manifest, a missing or unreadable file, a wrong hash. None for a good one.
+
+    Args:
+        wanted: names of files that are needed.
+    """
+    try:
+        manifest = records.read_record(folder / MANIFEST)
+        if manifest is None:
+            return f"{MANIFEST} is missing"
+        for name, entry in manifest["files"].items():
+            if wanted(name) and file_sha256(folder / name) != entry["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):  # no record, or no manifest
+        return f"{MANIFEST} is broken"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+    return None
+
+
+def _manifest_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        return records.read_record(folder / MANIFEST)
+    except ConfigError:
+        return None  # `fault_of` tells
+
+
+def inference_fault(folder: Path) -> str | None:
+    """`fault_of` less what training alone reads. Warns of files beside it that are not those of its time."""
+    manifest = _manifest_of(folder) or {}
+    if changed := records.damage(folder.parent, {records.FILES: manifest.get("beside")}):
+        logger.warning("%s was written when other files were beside it: %s.", folder, "; ".join(changed))
+    return fault_of(folder, lambda name: not name.startswith(("optimizer", "scheduler", "rng_state", "global_step")))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, whole or not."""
+    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and _STEP.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Number of optimizer steps before a checkpoint."""
+    return int(folder.name.split("-")[1])
+
+
+def latest_good(
+    run: Path,
+    config_sha256: str,
+    data_sha256: str,
+    world_size: int = 1,
+    zero: int = 0,
+    *,
+    base: str | None = None,
+    also: Callable[[Path], str | None] | None = None,
+) -> Path | None:
+    """Newest whole checkpoint; broken ones above it are named in the log. Nothing is changed.
+
+    Args:
+        base: as in `seal`; None compares no backbones.
+        also: why a whole one cannot be used all the same, if so.
+
+    Raises:
+        ConfigError: the newest whole one was made by another experiment, on another backbone or other data, or by more
+            or fewer processes.
+    """
+    for folder in reversed(checkpoints(run)):
+        fault = fault_of(folder) or (also(folder) if also else None)
+        if fault is None:
+            _refuse_other_origin(folder, config_sha256, data_sha256, world_size, zero, base)
+            return folder
+        logger.warning("Ignoring %s: %s.", folder, fault)
+    return None
+
+
+def remove_newer(run: Path, newest: Path | None) -> None:
+    """Remove the checkpoints above `newest` (all for None), for training writes them anew."""
+    folders = checkpoints(run)
+    for folder in folders[folders.index(newest) + 1 :] if newest else folders:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, its manifest first: a half-deleted folder must not count."""
+    if not folder.is_symlink():
+        staging.remove(folder / MANIFEST)
+    staging.remove(folder)
+
+
+def _refuse_other_origin(
+    folder: Path, config_sha256: str, data_sha256: str, world_size: int, zero: int, base: str | None
+) -> None:
+    manifest = records.read_record(folder / MANIFEST)
+    faults = [
+        f"{folder} is a checkpoint of {what} ({key} {str(manifest.get(key))[:12]}…, here {wanted[:12]}…): take it out "
+        "of the run's folder, or give wandb.name or overwrite=true."
+        for key, what, wanted in (
+            ("config_sha256", "another experiment", config_sha256),
+            ("data_sha256", "other training data", data_sha256),
+        )
+        if manifest.get(key) != wanted
+    ]
+    trained_on = manifest.get("base")
+    if base is not None and trained_on is None:
+        logger.warning("%s does not say which backbone it was trained on: an earlier version wrote it.", folder)
+    elif base is not None and trained_on != base:
+        faults.append(
+            f"{folder} was trained on other weights of the backbone ({trained_on[:60]}, here {base[:60]}): put those "
+            "weights back, pin them with model.revision, or say overwrite=true."
+        )
+    if manifest.get("world_size") != world_size:
+        faults.append(
+            f"{folder} was written by {manifest.get('world_size')} processes and there are {world_size} now: their "
+            "random generators would differ; start as many as before, or say overwrite=true."
+        )
+    if manifest.get("zero", 0) != zero:
+        faults.append(
+            f"{folder} was written with trainer.zero={manifest.get('zero', 0)} and this run has {zero}: the optimizer "
+            "is kept in other files; go on with the trainer of before, or say overwrite=true."
+        )
+    if faults:
+        raise ConfigError(faults)
+
+
+def rotate(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for folder in checkpoints(run)[:-keep]:
+        remove(folder)

@@ -1,0 +1,399 @@
+"""Several processes of one run: how they are started, who is who, what they tell each other, and ZeRO-2's settings."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import DistributedType, PartialState
+
+from flatlora.config.experiment import Experiment
+from flatlora.config.sections import TrainerConfig
+from flatlora.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_LONGEST_BUILD_S = 600  # DeepSpeed's own take half a minute
+
+
+def world_size() -> int:
+    """Number of processes; torchrun sets WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Number of this process; torchrun sets RANK."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes."""
+    return rank() == 0
+
+
+def must_launch(machine: TrainerConfig) -> bool:
+    """Whether this process is to start those of the run: `trainer.gpus` are asked for, and torchrun started none."""
+    return machine.gpus is not None and "WORLD_SIZE" not in os.environ
+
+
+def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
+    """Run `script` in so many processes on this machine, as torchrun does; returns the exit code of the first failure.
+
+    When one fails or this process is told to end, by a signal of preemption.py too, the others are told so, and killed
+    `_patience_s` later. 75 is the answer to such a signal, as that of a run without processes.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes.
+    """
+    if machine.device != "cpu" and (there := gpu_count()) < machine.gpus:
+        raise ConfigError(
+            [
+                f"Invalid trainer.gpus={machine.gpus}: this machine has {there}; ask for fewer, or set "
+                "trainer.device=cpu for processes on the CPU."
+            ]
+        )
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):  # tables of what the process has told itself
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_patience_s(machine))
+    config = LaunchConfig(
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=machine.gpus,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machine.gpus)))
+    try:
+        elastic_launch(config, sys.executable)("-u", str(script), *words)
+        return 0
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)  # a negative one is a signal
+    except SignalException as error:
+        return 130 if error.sigval in (signal.SIGINT, signal.SIGQUIT) else 75
+
+
+def _patience_s(machine: TrainerConfig) -> int:
+    """Seconds from a signal to SIGKILL: for the running step and a checkpoint, within Slurm's two minutes."""
+    return min(110, max(30, int(machine.timeout_s)))
+
+
+_claimed: list[Any] = []  # the lock of this process's GPU, held to its end
+
+
+def claim_gpu(count: int, folder: Path | None = None) -> int | None:
+    """The number of a GPU that no other process of this machine has claimed, for as long as this one lives.
+
+    For workers that take one job of a sweep after the other: each sees its own GPU alone from then on. Waits for none:
+    None when all are taken, or where there are fewer than two.
+    """
+    if count < 2 or _claimed:
+        return None
+    folder = folder or Path(tempfile.gettempdir())
+    for number in range(count):
+        lock = open(folder / f"flatlora-gpu-{number}.lock", "a")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        _claimed.append(lock)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+        return number
+    return None
+
+
+def gpu_count() -> int:
+    """GPUs that this process may see, without waking one: what is claimed afterwards must still be its first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip()])
+    return torch.cuda.device_count()  # by NVML, which makes no context
+
+
+def initialise(experiment: Experiment, device: torch.device) -> None:
+    """Join the other processes; harmless where there are none.
+
+    A process that waits for another longer than trainer.timeout_s gives up, and torchrun ends the others.
+    """
+    machine = experiment.trainer
+    if world_size() > 1 or machine.zero:
+        if machine.zero:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # read by accelerate, now and when Trainer asks it
+        on_cpu = device.type == "cpu"
+        state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(seconds=machine.timeout_s))
+        if machine.zero:
+            _free_stale_builds()
+        if machine.zero and on_cpu:  # accelerate itself has DeepSpeed on accelerators alone
+            import deepspeed
+            from deepspeed.accelerator import get_accelerator
+
+            # Its reduction through shared memory is for inference, and would be compiled here for a minute or two.
+            shared_memory = get_accelerator().create_op_builder("ShareMemCommBuilder")
+            if shared_memory is not None:
+                deepspeed.ops.__compatible_ops__[shared_memory.NAME] = False
+            deepspeed.init_distributed(dist_backend=state.backend, auto_mpi_discovery=False)
+            state.distributed_type = DistributedType.DEEPSPEED
+
+
+def _free_stale_builds() -> None:
+    """Take away the locks of extension builds that were killed: torch waits for whoever holds one, for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/lock"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_S:
+                lock.unlink()
+
+
+def check_agreement(facts: Mapping[str, str | None], remedy: str) -> None:
+    """See to it that every process has the same facts.
+
+    Raises:
+        ConfigError: on every process, with each fact that differs and what each rank has.
+    """
+    if world_size() == 1:
+        return
+    told: list[dict[str, str | None]] = [{}] * world_size()
+    torch.distributed.all_gather_object(told, dict(facts))
+    faults = []
+    for name in facts:
+        values = [one.get(name) for one in told]
+        if len(set(values)) > 1:
+            each = {value: [str(i) for i, other in enumerate(values) if other == value] for value in values}
+            described = "; ".join(f"{str(value)[:12]} on rank {', '.join(ranks)}" for value, ranks in each.items())
+            faults.append(f"The processes differ in {name}: {described}. {remedy}")
+    if faults:
+        raise ConfigError(faults)
+
+
+def code_sha256() -> str:
+    """Hash of this project's source files: two nodes with two versions of it would train two models."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    folders = ("flatlora", "data", "eval")
+    for path in [root / "run_exp.py", *(path for name in folders for path in sorted((root / name).rglob("*.py")))]:
+        if path.is_file():
+            digest.update(f"{path.relative_to(root)}|".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def deepspeed_settings(machine: TrainerConfig) -> dict[str, Any] | None:
+    """DeepSpeed's own config for trainer.zero; None without it.
+
+    Neither its bf16 nor its fp16 is on: they would cast the FP32 adapters. The backbone is loaded in BF16, the products
+    run under autocast, and what is trained stays FP32 in weights, gradients, masters and moments.
+    """
+    if not machine.zero:
+        return None
+    place = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if machine.offload else {}
+    return {
+        "zero_optimization": {"stage": machine.zero, "contiguous_gradients": True, "overlap_comm": False, **place},
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every micro-step
+    }
+
+
+def zero_step(engine: Any, gradient: torch.Tensor) -> None:
+    """ZeRO's optimizer step on gradients that stand in the parameters' `.grad` already; they are reduced here, once.
+
+    Args:
+        gradient: the flat buffer that holds them all, this process's share of a sum over the processes.
+    """
+    gradient.mul_(world_size())  # ZeRO takes the mean
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.detach()  # ZeRO moves what it is given; the buffer's own views must stay
+    with engine.coalesce_grad_reduction():
+        pass  # what the block leaves in .grad is reduced at its end, and no backward of the engine's own is needed
+    engine.set_gradient_accumulation_boundary(True)
+    engine.step()
+
+
+def zero_dtypes(engine: Any) -> dict[str, list[str]]:
+    """Dtypes of what ZeRO holds: {"backbone", "trained", "masters", "gradients"}; of each those that occur."""
+
+    def names(tensors: Any) -> list[str]:
+        return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor is not None})
+
+    optimizer = engine.optimizer
+    return {
+        "backbone": names(p for p in engine.module.parameters() if not p.requires_grad and p.is_floating_point()),
+        "trained": names(p for p in engine.module.parameters() if p.requires_grad),
+        "masters": names(optimizer.single_partition_of_fp32_groups),
+        "gradients": [str(optimizer.gradient_accumulation_dtype).removeprefix("torch.")],
+    }
+
+
+def check_dtypes(found: Mapping[str, list[str]]) -> None:
+    """What ZeRO holds of the trained parameters is FP32.
+
+    Raises:
+        RuntimeError: something is not.
+    """
+    lowered = {name: found[name] for name in ("trained", "masters", "gradients") if found[name] != ["float32"]}
+    if lowered:
+        raise RuntimeError(f"ZeRO does not keep what is trained in FP32 ({lowered}): use another DeepSpeed.")
+
+
+def from_main_process(compute: Callable[[], T]) -> T:
+    """What `compute` returns on rank 0, on every rank; the others wait for it. A fault there is a fault everywhere."""
+    if world_size() == 1:
+        return compute()
+    answer: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            answer[0] = compute()
+        except ConfigError as error:
+            answer[1] = error
+        except BaseException as error:  # the others must not wait for an answer that never comes
+            answer[1] = RuntimeError(f"the main process failed: {type(error).__name__}: {error}")
+            torch.distributed.broadcast_object_list(answer, src=0)
+            raise
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def main_process_first(work: Callable[[], T]) -> T:
+    """What `work` returns, on every rank; the main process does it before the others, which find what it left."""
+    if world_size() == 1:
+        return work()
+    first: list[T] = []
+    from_main_process(lambda: first.append(work()))
+    return first[0] if first else work()
+
+
+def check_launch(experiment: Experiment) -> None:
+    """Hold the number of processes that torchrun started against the config.
+
+    Raises:
+        ConfigError: it does not divide the batch, or trainer=single and ddp are launched the other's way.
+    """
+    processes, machine, batch = world_size(), experiment.trainer, experiment.optim.batch_size
+    faults = []
+    if batch % (machine.micro_batch_size * processes):
+        faults.append(
+            f"Invalid optim.batch_size={batch}: {processes} processes with micro-batches of "
+            f"{machine.micro_batch_size} do not divide it; change trainer.micro_batch_size or the number of processes."
+        )
+    if machine.launch == "single" and processes > 1:
+        faults.append(f"Invalid trainer={machine.name} with {processes} processes: use trainer=ddp, or one process.")
+    if machine.launch == "torchrun" and "WORLD_SIZE" not in os.environ:
+        faults.append(
+            f"Invalid trainer={machine.name} without processes: set trainer.gpus=N, start it by torchrun "
+            f"--nproc_per_node N run_exp.py trainer={machine.name} ..., or use trainer=auto."
+        )
+    if machine.gpus is not None and processes not in (1, machine.gpus):
+        faults.append(
+            f"Invalid trainer.gpus={machine.gpus} with {processes} processes: torchrun started them already; leave the "
+            "key out."
+        )
+    if machine.zero and importlib.util.find_spec("deepspeed") is None:
+        faults.append(
+            f"Invalid trainer={machine.name}: the package deepspeed is not installed; run pip install deepspeed ninja, "
+            "or use trainer=ddp."
+        )
+    if optimizer := _optimizer_fault(experiment):
+        faults.append(optimizer)
+    faults += _accelerate_faults(machine)
+    if faults:
+        raise ConfigError(faults)
+    _name_what_is_ignored(experiment)
+
+
+_OTHER_WAYS = {"FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a parallelism config"}
+
+
+def _accelerate_faults(machine: TrainerConfig) -> list[str]:
+    """What `accelerate launch`, or its default_config.yaml, sets up against the config and cannot be ignored."""
+    launched = "accelerate launch (or its default_config.yaml)"
+    faults = [
+        f"Invalid ACCELERATE_USE_{name}={os.environ[f'ACCELERATE_USE_{name}']}: {launched} asks for {what}, which this "
+        "suite does not train with; unset it, and use trainer=ddp or trainer=zero2."
+        for name, what in _OTHER_WAYS.items()
+        if _is_set(f"ACCELERATE_USE_{name}")
+    ]
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and not machine.zero:
+        faults.append(
+            f"Invalid trainer={machine.name} with ACCELERATE_USE_DEEPSPEED=true: {launched} asks for DeepSpeed, and "
+            "trainer.zero=0 for none; use trainer=zero2, or unset the variable."
+        )
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if machine.zero and stage not in (None, str(machine.zero)):
+        faults.append(
+            f"Invalid ACCELERATE_DEEPSPEED_ZERO_STAGE={stage} with trainer.zero={machine.zero}: {launched} asks for "
+            "another stage of ZeRO; unset it."
+        )
+    if _is_set("ACCELERATE_USE_CPU") and machine.device != "cpu" and torch.cuda.is_available():
+        faults.append(
+            f"Invalid trainer.device={machine.device} with ACCELERATE_USE_CPU=true: {launched} asks for the CPU; use "
+            "trainer.device=cpu, or unset the variable."
+        )
+    return faults
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def _name_what_is_ignored(experiment: Experiment) -> None:
+    """Settings of accelerate's that would change what is computed: the config alone decides that."""
+    remedies = {
+        "ACCELERATE_MIXED_PRECISION": f"trainer.autocast={experiment.trainer.autocast} and "
+        f"model.dtype={experiment.model.dtype} say how this run computes",
+        "ACCELERATE_DYNAMO_BACKEND": "this suite does not compile models",
+    }
+    for name, remedy in remedies.items():
+        value = os.environ.get(name, "no")
+        if value.lower() not in ("no", "") and is_main_process():
+            source = "accelerate launch (or its default_config.yaml)"
+            logger.warning("%s=%s of %s is ignored: %s.", name, value, source, remedy)
+
+
+def _optimizer_fault(experiment: Experiment) -> str | None:
+    if experiment.optim.optimizer != "adamw_8bit":
+        return None
+    if experiment.trainer.device == "cpu" or not torch.cuda.is_available():
+        return (
+            "Invalid optim.optimizer=adamw_8bit on a CPU: bitsandbytes keeps 8-bit moments on a CUDA GPU alone; use "
+            "optim.optimizer=adamw."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return (
+            "Invalid optim.optimizer=adamw_8bit: the package bitsandbytes is not installed; run pip install "
+            "bitsandbytes, or use optim.optimizer=adamw."
+        )
+    return None

@@ -1,0 +1,292 @@
+"""What is kept of a training while it goes on: a row of metrics a step, its time, and the best adapter so far."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerState
+
+from flatlora.methods import Regulariser
+from flatlora.runs.metrics_log import MetricsLog
+from flatlora.train import checkpoint
+from flatlora.train.distributed import check_dtypes, zero_dtypes
+from flatlora.utils.errors import ConfigError, reason_of
+from flatlora.utils.files import write_json
+from flatlora.utils.plain_files import file_sha256, open_plain
+from flatlora.utils.staging import obey_umask, remove
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Where the training shows how far it is; see `flatlora.utils.console.ProgressBar`."""
+
+    def start(self, total_steps: int, step: int) -> None: ...
+
+    def update(self, step: int, row: dict[str, Any]) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Effort:
+    """Time that training has taken so far; kept in each checkpoint, so that a resumed run's record has all of it."""
+
+    train_s: float = 0.0
+    perturb_s: float = 0.0
+    step_s: list[float] = field(default_factory=list)  # of the newest steps
+    perturbation: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, checkpoint_folder: Path | None) -> Effort:
+        return cls(**json.loads((checkpoint_folder / _EFFORT_FILE).read_text())) if checkpoint_folder else cls()
+
+    def write(self, checkpoint_folder: Path) -> None:
+        write_json(checkpoint_folder / _EFFORT_FILE, asdict(self))
+
+
+_EFFORT_FILE = "effort.json"
+_STEPS_TIMED = 1000  # median over the newest; a checkpoint of a long run stays small
+
+
+@dataclass
+class StepRecorder(TrainerCallback):
+    """One row of metrics.jsonl a logged step, step times, the progress display, and the stop at a broken loss."""
+
+    log: MetricsLog
+    progress: Progress | None
+    before: Effort  # of the processes before this one
+    regulariser: Regulariser | None = None
+    trainer: Trainer | None = None  # a FlatTrainer, which counts losses and units for the rows
+    step_seconds: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+    dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
+    _window_started: float | None = None  # when the first step after the newest row began
+
+    def effort(self) -> Effort:
+        """All time up to now, that of the processes before included."""
+        if not self.step_seconds:
+            return self.before  # a finished training, read back
+        return Effort(
+            train_s=self.before.train_s + time.perf_counter() - self._train_started,
+            perturb_s=self.before.perturb_s + (self.regulariser.seconds if self.regulariser else 0.0),
+            step_s=[*self.before.step_s, *self.step_seconds][-_STEPS_TIMED:],
+            perturbation=self.regulariser.record() if self.regulariser else None,
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._train_started = time.perf_counter()
+        if args.deepspeed:
+            self.dtypes = zero_dtypes(self.trainer.model_wrapped)
+            check_dtypes(self.dtypes)
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps  # may change when a run is resumed
+        self._steps_per_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
+        if state.is_world_process_zero:
+            put_back_rows(self.log, state)
+        if state.is_world_process_zero and state.max_steps == 1 and args.get_warmup_steps(1):
+            logger.warning(
+                "The only optimizer step has a learning rate of 0, for the warm-up begins there: nothing is trained. "
+                "Set optim.warmup_ratio=0, or train for more steps (trainer.max_steps, optim.epochs)."
+            )
+        if self.progress:
+            self.progress.start(state.max_steps, state.global_step)
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.set_epoch(state.global_step // self._steps_per_epoch)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.step_loss.zero_()
+        self._step_started = time.perf_counter()
+        if self._window_started is None:
+            self._window_started, self._window_step = self._step_started, state.global_step
+            self.trainer.step_units.zero_()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.step_seconds.append(time.perf_counter() - self._step_started)
+        if state.global_step >= state.max_steps:  # the last step is logged and evaluated, wherever it falls
+            control.should_log = True
+            control.should_evaluate |= self.trainer.eval_dataset is not None
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in logs:
+            row = self._training_row(args, state, logs)
+        elif "eval_loss" in logs:
+            row = {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"]}
+        else:
+            return
+        state.log_history[-1]["row"] = json.dumps(row)  # goes into each checkpoint, which sorts keys
+        if state.is_world_process_zero:
+            self.log.append(row)
+        self.last |= row
+        if self.progress:
+            self.progress.update(state.global_step, self.last)
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(row.get(key, 0.0)):
+                raise FloatingPointError(
+                    f"The {key} of step {state.global_step} is {row[key]}: training has diverged; lower optim.lr or "
+                    "rho.sigma, or set trainer.autocast=none."
+                )
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def _training_row(self, args, state, logs: dict[str, float]) -> dict[str, Any]:
+        totals = torch.stack([self.trainer.step_loss, self.trainer.step_units]).double()
+        totals = self.trainer.accelerator.reduce(totals, "sum") if args.world_size > 1 else totals
+        loss, units = totals[0].item() / args.world_size, totals[1].item()
+        # Only now, with the numbers on the host, has the device done what the steps since the last row gave it.
+        seconds = time.perf_counter() - self._window_started
+        steps, self._window_started = state.global_step - self._window_step, None
+        self.step_seconds[-steps:] = [seconds / steps] * steps
+        rate = "tokens_per_s" if self.trainer.experiment.dataset.kind == "text" else "images_per_s"
+        sigma = self.regulariser.sigma_at(state.global_step - 1) if self.regulariser else 0.0
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "loss": loss,
+            "lr": logs["learning_rate"],
+            "grad_norm": float(logs["grad_norm"]),
+            "sigma": sigma,
+            rate: round(units / seconds, 1),
+        }
+
+
+def rows_of(state: TrainerState) -> list[str] | None:
+    """The lines of metrics.jsonl that a checkpoint keeps; None for a checkpoint of a version that kept none."""
+    logged = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+    return None if any("row" not in entry for entry in logged) else [entry["row"] for entry in logged]
+
+
+def put_back_rows(log: MetricsLog, state: TrainerState) -> None:
+    """Leave in metrics.jsonl what a checkpoint's state says of the steps up to it."""
+    kept = rows_of(state)
+    log.rewind(state.global_step, kept)
+    logged = sum("loss" in entry or "eval_loss" in entry for entry in state.log_history)
+    if kept is None and len(log.rows()) < logged:
+        logger.warning(
+            "%s has %d of %d rows up to step %d, and the checkpoint is of a version that kept none: the losses of "
+            "run.json are those of the rest.",
+            *(log.path, len(log.rows()), logged, state.global_step),
+        )
+
+
+class BestModel(TrainerCallback):
+    """Keeps the adapter of the lowest validation loss in `best/`; ties go to the earlier step.
+
+    Those that were best before it are kept for as long as a checkpoint is there that was written in their time: a run
+    resumed from it must find the best of then. Each checkpoint holds `best.json` of its time, with hashes.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep  # checkpoints that the run keeps
+
+    def begin_from(self, checkpoint_folder: Path | None) -> None:
+        """Take up what was best when a checkpoint was written, which `best_fault` has found whole; None: nothing."""
+        if checkpoint_folder is None:
+            remove(self.folder)
+        elif bests := _bests_of(checkpoint_folder):
+            self._write(bests)
+
+    def save_state(self, checkpoint_folder: Path) -> None:
+        """Keep in a checkpoint what is best at its time."""
+        if bests := self._bests():
+            write_json(checkpoint_folder / _BEST_FILE, bests)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if args.should_save:
+            self._write([best for best in self._bests() if best["step"] <= state.global_step])
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs) -> None:
+        bests = self._bests()
+        if not args.should_save or (bests and bests[-1]["eval_loss"] <= metrics["eval_loss"]):
+            return
+        self.folder.mkdir(exist_ok=True)
+        name = f"step-{state.global_step}.safetensors"
+        tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(tensors, self.folder / name)
+        obey_umask(self.folder / name)
+        sha256 = file_sha256(self.folder / name, flush=True)
+        bests.append({"step": state.global_step, "eval_loss": metrics["eval_loss"], "file": name, "sha256": sha256})
+        kept = checkpoint.checkpoints(self.folder.parent)[-self.keep :]
+        oldest = checkpoint.step_of(kept[0]) if kept else 0
+        newest_then = max((i for i, best in enumerate(bests) if best["step"] <= oldest), default=0)
+        self._write(bests[newest_then:])
+
+    def read(self) -> dict[str, Any] | None:
+        """{"step", "eval_loss", "file"} of the best so far."""
+        bests = self._bests()
+        return bests[-1] if bests else None
+
+    def restore(self, model: nn.Module) -> int | None:
+        """Put the best parameters back; returns their step."""
+        best = self.read()
+        if best is None:
+            return None
+        tensors = load_file(self.folder / best["file"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name])
+        return best["step"]
+
+    def _bests(self) -> list[dict[str, Any]]:
+        return _bests_of(self.folder)
+
+    def _write(self, bests: list[dict[str, Any]]) -> None:
+        if not self.folder.is_dir():
+            return
+        write_json(self.folder / _BEST_FILE, bests)
+        names = {best["file"] for best in bests}
+        for file in self.folder.glob("step-*.safetensors"):
+            if file.name not in names:
+                file.unlink()
+
+
+_BEST_FILE = "best.json"
+
+
+def _bests_of(folder: Path) -> list[dict[str, Any]]:
+    """
+    Raises:
+        ConfigError: the file is there, and broken.
+    """
+    path = folder / _BEST_FILE
+    try:
+        with open_plain(path) as file:
+            found = json.loads(file.read())
+        return [{"step": one["step"], "eval_loss": one["eval_loss"], "file": one["file"], **one} for one in found]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError([f"Broken record {path}: {reason_of(error)}; put it back, or say overwrite=true."]) from error
+
+
+def best_fault(checkpoint_folder: Path) -> str | None:
+    """Why a whole checkpoint cannot be gone on from: what was best at its time, which its run keeps, was damaged."""
+    folder = checkpoint_folder.parent / "best"
+    for best in _bests_of(checkpoint_folder):
+        try:
+            if best.get("sha256") not in (None, file_sha256(folder / best["file"])):  # None: of before hashes
+                return f"best/{best['file']} of its time is not what was written"
+        except FileNotFoundError:
+            return f"best/{best['file']} of its time is missing"
+        except OSError as error:
+            return f"best/{best['file']} of its time cannot be read ({error.strerror})"
+    return None
+
+
+class SaveAtStop(TrainerCallback):
+    """A checkpoint where early stopping ends the training: a kill while scoring must not cost the whole of it."""
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        control.should_save |= control.should_training_stop

@@ -1,0 +1,296 @@
+"""A run's training: transformers' arguments, the trainer with its callbacks, what it came to, and what must hold."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import (
+    BaseImageProcessor,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ProgressCallback as TqdmCallback
+
+from flatlora import methods
+from flatlora.config.experiment import Experiment
+from flatlora.runs.metrics_log import MetricsLog
+from flatlora.runs.run_folder import RunFolder
+from flatlora.train import checkpoint
+from flatlora.train.distributed import deepspeed_settings, is_main_process, rank, world_size
+from flatlora.train.preemption import Preempted, Preemption
+from flatlora.train.recorder import BestModel, Effort, Progress, SaveAtStop, StepRecorder
+from flatlora.train.samplers import EpochSampler
+from flatlora.train.trainer import FlatTrainer, training_of
+
+Processor = PreTrainedTokenizerBase | BaseImageProcessor | None  # saved with every checkpoint
+
+
+class SizedRows(Protocol):
+    """A map-style data set that knows the length of each row in tokens."""
+
+    lengths: list[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@dataclass
+class TrainingResult:
+    """What a run's training came to, over all processes that had a part in it."""
+
+    metrics: dict[str, float]
+    timing: dict[str, float | None]
+    steps: int
+    perturbation: dict[str, Any] | None
+    resumed_from: int | None = None
+    dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds, where it does
+
+
+def train(
+    experiment: Experiment,
+    model: nn.Module,
+    processor: Processor,
+    train_rows: SizedRows,
+    validation_rows: SizedRows,
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    run: RunFolder,
+    *,
+    data_sha256: str,
+    base: str,
+    log: MetricsLog,
+    resume_from: Path | None = None,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Train `model` in place to the end, from the checkpoint `resume_from` if there is one.
+
+    Args:
+        data_sha256, base: of the rows and of the backbone's weights, which a resumed run must have again.
+
+    Raises:
+        FloatingPointError: the loss or a weight is NaN or infinite.
+        Preempted: a signal asked for an end; the newest checkpoint is whole.
+    """
+    method, regulariser = methods.method(experiment.peft.method), None
+    if experiment.regularised:
+        regulariser = methods.rho(experiment.rho.method).regulariser(model, experiment.rho, experiment.seed)
+    optim, has_validation = experiment.optim, len(validation_rows) > 0
+    arguments = training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation)
+    if len(set(getattr(validation_rows, "buckets", ()))) > 1:
+        arguments.per_device_eval_batch_size = 1  # pictures of several sizes make no batch
+    keeps_best = optim.best_model and has_validation
+    best = BestModel(run.path / "best", experiment.trainer.save_total_limit) if keeps_best else None
+    if best and is_main_process():
+        best.begin_from(resume_from)
+    recorder = StepRecorder(log, progress, Effort.read(resume_from), regulariser)
+    of_method = method.callbacks(model, experiment.peft, training_of(experiment, arguments))
+    callbacks = [one for one in (recorder, best, *of_method, regulariser) if one]  # best before what asks for a save
+    if optim.early_stopping_patience and has_validation:
+        callbacks += [EarlyStoppingCallback(optim.early_stopping_patience), SaveAtStop()]
+    preemption = Preemption()
+    trainer = FlatTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows if has_validation else None,
+        data_collator=collate,
+        processing_class=processor,
+        callbacks=[*callbacks, preemption],
+        experiment=experiment,
+        method=method,
+        data_sha256=data_sha256,
+        base=base,
+        recorder=recorder,
+    )
+    for unwanted in (PrinterCallback, TqdmCallback):
+        trainer.remove_callback(unwanted)
+    recorder.trainer, preemption.accelerator = trainer, trainer.accelerator
+    effort, best_step = _run_to_the_end(trainer, model, best, preemption, resume_from)
+    kept = {"best_step": best_step, "eval_loss": best.read()["eval_loss"]} if best else {}
+    return TrainingResult(
+        metrics=_metrics(log) | kept,
+        timing=_timing(effort, log),
+        steps=trainer.state.global_step,
+        perturbation=effort.perturbation,
+        resumed_from=checkpoint.step_of(resume_from) if resume_from else None,
+        dtypes=recorder.dtypes,
+    )
+
+
+def _run_to_the_end(
+    trainer: FlatTrainer, model: nn.Module, best: BestModel | None, preemption: Preemption, resume_from: Path | None
+) -> tuple[Effort, int | None]:
+    """What it took, and the step of the best parameters where they were put back."""
+    recorder = trainer.recorder
+    try:
+        with preemption:
+            trainer.train_or_load(resume_from)
+            trainer.accelerator.wait_for_everyone()  # none ends before the newest checkpoint is sealed
+            if preemption.stopped or preemption.asked(trainer.args):  # after the last step too: scoring may take hours
+                raise Preempted(preemption.hand_on)
+        return recorder.effort(), best.restore(model) if best else None
+    finally:
+        if recorder.progress:
+            recorder.progress.stop()
+        if recorder.regulariser:
+            recorder.regulariser.close()  # whatever went wrong, the backbone is W again
+        if trainer.graphed:
+            trainer.graphed.close()
+
+
+def calibration_batches(
+    experiment: Experiment,
+    rows: SizedRows,
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    device: torch.device,
+) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
+    """n → the first n micro-batches that this rank would train on if rows were not grouped by length.
+
+    Fewer where the rows do not suffice; each n gives the same batches again.
+    """
+
+    def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+        size = experiment.trainer.micro_batch_size
+        order = list(EpochSampler(rows.lengths, experiment.seed))
+        shares = [order[i : i + size] for i in range(0, len(order), size)][rank() :: world_size()]
+        if len(order) < size * world_size():
+            shares = [order]  # so few rows that every rank looks at all of them
+        for share in shares[:count]:
+            batch = collate([rows[i] for i in share])
+            yield {key: value.to(device) for key, value in batch.items()}
+
+    return batches
+
+
+def training_arguments(
+    experiment: Experiment, output_dir: Path, *, train_rows: int, has_validation: bool
+) -> TrainingArguments:
+    """transformers' arguments for an experiment. Logging, progress and checkpoint rotation are ours.
+
+    Epochs are written as steps: at an epoch's end Trainer would save first and evaluate afterwards, and a run killed
+    in between would lose that evaluation; by steps it evaluates, then saves.
+    """
+    optim, machine = experiment.optim, experiment.trainer
+    processes = world_size()
+    on_gpu = machine.device != "cpu" and torch.cuda.is_available()
+    accumulation = optim.batch_size // (machine.micro_batch_size * processes)
+    epoch_steps = max(1, math.ceil(math.ceil(train_rows / (machine.micro_batch_size * processes)) / accumulation))
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        seed=experiment.seed,
+        full_determinism=machine.deterministic and on_gpu,
+        use_cpu=not on_gpu,
+        per_device_train_batch_size=machine.micro_batch_size,
+        per_device_eval_batch_size=machine.eval_batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=optim.epochs,
+        max_steps=machine.max_steps or -1,
+        learning_rate=optim.lr,
+        lr_scheduler_type=optim.lr_schedule if optim.lr_schedule != "constant" else "constant_with_warmup",
+        warmup_steps=optim.warmup_ratio,  # below 1: a share of all steps
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_epsilon=optim.adam_epsilon,
+        max_grad_norm=optim.max_grad_norm,
+        optim=_OPTIMIZERS[optim.optimizer] + ("_fused" if on_gpu and optim.optimizer == "adamw" else ""),
+        gradient_checkpointing=machine.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if machine.gradient_checkpointing else None,
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=optim.eval_steps or epoch_steps,
+        save_strategy="steps",
+        save_steps=machine.save_steps or epoch_steps,
+        restore_callback_states_from_checkpoint=optim.early_stopping_patience is not None,
+        metric_for_best_model="eval_loss" if has_validation else None,
+        greater_is_better=False if has_validation else None,
+        logging_strategy="steps",
+        logging_steps=machine.logging_steps,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=machine.num_workers,
+        dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu, "use_configured_state": bool(machine.zero)},
+        ddp_find_unused_parameters=False,
+        ddp_timeout=machine.timeout_s,
+        deepspeed=deepspeed_settings(machine),
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        label_names=["noise"] if experiment.dataset.kind == "captioned" else None,  # what marks a row that has a loss
+        fp16=on_gpu and experiment.model.family == "sdxl" and experiment.model.dtype == "float16",  # for its GradScaler
+        disable_tqdm=True,
+        report_to=[],
+    )
+    # $ACCELERATE_MIXED_PRECISION, of `accelerate launch` or its default_config.yaml, would put all of the model under
+    # autocast; `FlatTrainer` has its own around the loss, as trainer.autocast says.
+    arguments.mixed_precision = "fp16" if arguments.fp16 else "no"
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process is one device: Trainer would wrap the model in nn.DataParallel
+    return arguments
+
+
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # as transformers names them
+
+
+def _metrics(log: MetricsLog) -> dict[str, float]:
+    """What a run's rows come to."""
+    found = {
+        "first_loss": next((row["loss"] for row in log.rows() if "loss" in row), None),
+        "train_loss": _mean_of_last_losses(log),
+        "eval_loss": _last(log, "eval_loss"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _last(log: MetricsLog, key: str) -> float | None:
+    return next((row[key] for row in reversed(log.rows()) if key in row), None)
+
+
+def _mean_of_last_losses(log: MetricsLog, rows: int = 10) -> float | None:
+    """Training loss of a run: one step's is too noisy to compare runs by."""
+    losses = [row["loss"] for row in log.rows() if "loss" in row][-rows:]
+    return statistics.fmean(losses) if losses else None
+
+
+def _timing(effort: Effort, log: MetricsLog) -> dict[str, float | None]:
+    rates = {
+        key: statistics.median(found)
+        for key in ("tokens_per_s", "images_per_s")
+        if (found := [row[key] for row in log.rows() if key in row])
+    }
+    return {
+        "train_s": round(effort.train_s, 3),
+        "step_s_median": round(statistics.median(effort.step_s), 4) if effort.step_s else None,
+        **({key: round(rate, 1) for key, rate in rates.items()} or {"tokens_per_s": None}),
+        "perturb_s": round(effort.perturb_s, 3),
+    }
+
+
+def check_invariants(experiment: Experiment, model: nn.Module, backbone_sha256: dict[str, str | None]) -> None:
+    """What must hold after every run: the backbone's bytes are untouched, what was trained is FP32 and finite.
+
+    Raises:
+        RuntimeError: one of them does not; the run must not count.
+    """
+    drifts = experiment.flat and experiment.rho.mode == "inplace"
+    if backbone_sha256["before"] != backbone_sha256["after"] and not drifts:
+        raise RuntimeError(
+            f"The frozen backbone changed during training (SHA-256 {backbone_sha256['before']} before, "
+            f"{backbone_sha256['after']} after): something wrote to its weights; the adapter fits neither."
+        )
+    lowered = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if lowered:
+        raise RuntimeError(f"{len(lowered)} trained parameters are not FP32 any more, {lowered[0]} among them.")
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} trained parameters hold NaN or infinity, {broken[0]} among them: training has diverged; "
+            "lower optim.lr or rho.sigma."
+        )

@@ -1,0 +1,235 @@
+"""What a user sees: live bars on a terminal (a line now and then elsewhere), faults and plans on one screen."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from flatlora.utils.errors import ConfigError
+
+console = Console(stderr=True, highlight=False, emoji=False)  # a name such as a:on:b stays as it is
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class ProgressBar:
+    """A named bar over units, None where nobody knows how many; `update` takes the count done and numbers to show.
+
+    Where the output is no terminal, a plain line every 5 s says the same.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._bar: RichProgress | None = None
+        self._total: int | None = None
+        self._last_line = 0.0
+
+    def start(self, total_steps: int | None, step: int = 0) -> None:
+        self._total, self._last_line = total_steps, time.monotonic()
+        if not console.is_terminal:
+            console.print(f"{self.name}: {self._count(step)}", markup=False, soft_wrap=True)
+            return
+        self._bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self.name, total=total_steps, completed=step, numbers="")
+
+    def update(self, step: int, row: dict[str, Any] | None = None) -> None:
+        numbers = _numbers(row or {})
+        if self._bar:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif step == self._total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            console.print(f"{self.name}: {self._count(step)}  {numbers}", markup=False, soft_wrap=True)
+
+    def _count(self, step: int) -> str:
+        return str(step) if self._total is None else f"{step}/{self._total}"
+
+    def stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+@contextlib.contextmanager
+def counting(name: str, total: int | None, *, least: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar over work that is done a few units at a time: call what it gives with how many more are done.
+
+    Args:
+        total: None where nobody knows.
+        least: fewer units than that are done before a bar could be read, so there is none.
+    """
+    if total is not None and total < least:
+        yield lambda count: None
+        return
+    bar, done = ProgressBar(name), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        bar.update(done)
+
+    bar.start(total)
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
+_SHOWN = {"loss": "loss {:.3f}", "sigma": "σ {:.3f}", "eval_loss": "eval {:.3f}", "score": "right {:.0%}"}
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    return "  ".join(text.format(row[key]) for key, text in _SHOWN.items() if row.get(key) is not None)
+
+
+def report_faults(error: ConfigError) -> None:
+    """All faults of a configuration on one screen."""
+    count = len(error.faults)
+    console.print(f"[bold red]{count} fault{'s' if count > 1 else ''}: nothing was loaded or written.[/]")
+    for number, fault in enumerate(error.faults, start=1):
+        console.print(f"  {number}. {fault}", markup=False, soft_wrap=True)
+
+
+def report_failure(error: Exception) -> None:
+    """A run that died: the message alone where it says all a user needs, else the traceback."""
+    if isinstance(error, FloatingPointError | OSError):
+        console.print(Text("The run failed: ", "bold red") + Text(str(error)), soft_wrap=True)
+    else:
+        console.print_exception()
+
+
+def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
+    """A two-column table on standard output."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(Text(name, "bold"), Text(value))
+    Console(highlight=False).print(table)
+
+
+def print_sweep(title: str, jobs: Iterable[tuple[str, Path, dict[str, Any] | None]]) -> None:
+    """One row a job of a sweep, (state, folder, record), on standard output; every number is read from the record."""
+    jobs = list(jobs)
+    parent = Path(os.path.commonpath([folder.parent.parent for _, folder, _ in jobs]))
+    table = Table(title=Text(f"{title}, under {parent}"), title_justify="left")
+    table.add_column("state", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for column in ("first loss", "last losses", "score", "step", "peak memory", "backbone"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for state, folder, record in jobs:
+        cells = _sweep_cells(record) if record else ["—"] * 6
+        table.add_row(state, Text(str(folder.relative_to(parent))), *cells)
+    printer = Console(highlight=False)
+    # A file or a pipe has no width of its own, and rich would take 80 columns.
+    (printer if printer.is_terminal else Console(highlight=False, width=150)).print(table)
+
+
+def _sweep_cells(record: dict[str, Any]) -> list[str]:
+    metrics, hashes = record.get("metrics") or {}, record.get("backbone_sha256") or {"before": None, "after": None}
+    timing, memory = record.get("timing") or {}, record.get("memory") or {}
+    peak = memory.get("peak_gpu_gib") or memory.get("peak_rss_gib")
+    scores = [value for name, value in metrics.items() if "/" in name and not name.endswith("/n")]  # its first metric
+    numbers = [
+        (metrics.get("first_loss"), "{:.3f}"),
+        (metrics.get("train_loss"), "{:.3f}"),
+        (scores[0] if scores else None, "{:.3f}"),
+        (timing.get("step_s_median"), "{:.2f} s"),
+        (peak, "{:.2f} GiB"),
+    ]
+    backbone = "trained" if hashes["before"] is None else "unchanged"
+    if hashes["before"] != hashes["after"]:
+        backbone = "CHANGED" if hashes["after"] else "—"
+    return [text.format(value) if value is not None else "—" for value, text in numbers] + [backbone]
+
+
+_LIBRARIES = r"(torch|transformers|peft|accelerate|numba|gguf|hydra|huggingface_hub|diffusers)"
+# Warnings of these libraries that say nothing of a result, by the beginning of their text.
+_NOISE = (
+    "Could not find a config file in ",  # PEFT, of a base model out of reach: the vocabulary was not changed
+    "Unable to fetch remote file",
+    "'pin_memory' argument is set as true",
+    "User provided device_type of 'cuda', but CUDA is not available",
+    "Was asked to gather along dimension 0",
+    "The PyTorch API of nested tensors",
+    "The TBB threading layer requires",
+    "Setting `save_embedding_layers` to `True`",
+    "fan_in_fan_out is set to ",
+)
+# Warnings after which a model is not the one that was saved: never gone on from.
+_WRONG_RESULT = (
+    "Found missing adapter keys while loading the checkpoint",
+    "Some weights of .* were not initialized from the model checkpoint",
+    "Adapter .* tensor\\(s\\) have invalid shape",
+)
+# What transformers only logs, and what decides whether a model and its tokenizer compute what they were made for.
+_DECIDES = re.compile(
+    r"incorrect regex pattern|will NOT tie them|checkpoint seem corrupted|rope_parameters|rope_scaling"
+    r"|instantiate a model of type|must be `None` or an integer within the vocabulary|is unrecognized"
+    r"|right-padding was detected|Automatically falling back to"
+)
+
+
+def quiet_libraries() -> None:
+    """Warnings of this project and of libraries as single readable lines; no progress bars but ours.
+
+    Of libraries, what is about their interfaces, and what is named here as noise, is left out; what says that a model
+    was not read as it was saved is raised; the rest is shown.
+    """
+    import datasets
+    import transformers
+
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    logging.captureWarnings(True)
+    warnings.formatwarning = _one_line
+    _show_decisive(transformers.utils.logging, handler)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try again is a warning of three lines
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # four warnings for each of a benchmark's 85 tasks
+    logging.getLogger("wandb").setLevel(logging.CRITICAL)  # tracebacks of its service; results.Tracker names the error
+    datasets.disable_progress_bars()
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning):
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+    for text in _NOISE:
+        warnings.filterwarnings("ignore", message=re.escape(text))
+    for pattern in _WRONG_RESULT:
+        warnings.filterwarnings("error", message=pattern)
+
+
+def _show_decisive(library: Any, handler: logging.Handler) -> None:
+    """Let transformers log errors, and of its warnings those that decide a result."""
+    own = logging.getLogger("transformers")
+    library.set_verbosity_warning()
+    own.propagate = False  # where CI is set, transformers lets all of it through to the root logger besides
+    shown = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    shown.setFormatter(handler.formatter)
+    shown.addFilter(lambda record: record.levelno >= logging.ERROR or bool(_DECIDES.search(record.getMessage())))
+    own.handlers = [shown]
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    return f"{category.__name__}: {' '.join(str(message).split())}"

@@ -1,0 +1,47 @@
+"""Errors that list every fault at once, and how values and reasons are written in them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from flatlora.utils import names
+from flatlora.utils.masking import masked
+
+
+class ConfigError(ValueError):
+    """Every fault of a configuration at once; `faults` holds one line each."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = list(dict.fromkeys(names.printable(masked(fault)) for fault in faults))
+        super().__init__("\n".join(self.faults))
+
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.faults,)  # to travel between ranks: unpickling passes the text, not the list
+
+
+_LONGEST_REASON, _LONGEST_VALUE = 1000, 300  # characters
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says of its error, on one line: the cause often stands in the last of several.
+
+    Of a very long one, such as a list of all tensors that do not fit, the beginning and the end.
+    """
+    reason, half = " ".join(str(error).split()), _LONGEST_REASON // 2
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:half]} … {reason[-half:]}"
+    return reason.rstrip(".") or type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """A value in a message: of a very long one, the beginning."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to a mistyped one, None when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
