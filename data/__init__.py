@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 # Modules of this package that are not loaders.
-_SHARED = ("__main__", "byte_level", "cache", "instructions", "selection", "tokens")
+_SHARED = ("__main__", "byte_level", "cache", "instructions", "kinds", "selection", "tokens")
 
 Row = dict[str, Any]
 CountTokens = Callable[[list[str]], list[int]]  # lengths of texts, counted by `dataset.limit_tokenizer`

@@ -653,7 +653,7 @@ def _load(
         parts = {"config": config, "source": backbone_source(config)}
     precision = choose_precision(place.autocast, dtype, device)
     console.print(f"precision: {precision}", markup=False, soft_wrap=True)
-    return _BACKENDS[kind](
+    return BACKENDS[kind](
         model,
         processor,
         batch_size=batch_size,
@@ -663,7 +663,7 @@ def _load(
     )
 
 
-_BACKENDS = {"text": HFBackend, "image": CLIPBackend, "captioned": DiffusionBackend}
+BACKENDS = {"text": HFBackend, "image": CLIPBackend, "captioned": DiffusionBackend}
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             if record["status"] != "finished":
                 problems.append(f"{path.parent} is {record['status']}.")
                 continue
-            experiment = parse(record["experiment"], run_exp.REGISTRY)
+            experiment = parse(record["experiment"], run_exp.SUITE)
             metrics = {
                 name: value
                 for name, value in record["metrics"].items()

@@ -41,6 +41,7 @@ sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
 from eval import command  # noqa: E402
+from flatlora.experiment.run import EXIT_INTERRUPTED  # noqa: E402
 from flatlora.train.recorder import StepRecorder  # noqa: E402
 from flatlora.utils.staging import remove  # noqa: E402
 from scripts import cells, flatness  # noqa: E402
@@ -301,7 +302,7 @@ def _interrupted(model: Path, work: Path) -> None:
 
     with mock.patch.object(StepRecorder, "on_step_end", interrupt), contextlib.redirect_stdout(io.StringIO()):
         answer = _trained(model, work, *_START)
-    if answer.code != run_exp.EXIT_INTERRUPTED:
+    if answer.code != EXIT_INTERRUPTED:
         raise RuntimeError(f"the run that is interrupted ended with exit code {answer.code}")
 
 

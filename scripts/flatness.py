@@ -26,6 +26,7 @@ sys.path.insert(0, str(PROJECT))
 
 import run_exp  # noqa: E402
 from flatlora.config.experiment import Experiment, parse  # noqa: E402
+from flatlora.experiment import Inputs  # noqa: E402
 from flatlora.inputs.rows import gather  # noqa: E402
 from flatlora.methods.adapters.lora import find_targets  # noqa: E402
 from flatlora.models import loading  # noqa: E402
@@ -71,7 +72,7 @@ def _experiments(options: argparse.Namespace) -> list[tuple[Path, Experiment]]:
     return list(zip(runs, found, strict=True))
 
 
-def _inputs(run: Path, experiment: Experiment, device: torch.device) -> run_exp.Inputs:
+def _inputs(run: Path, experiment: Experiment, device: torch.device) -> Inputs:
     """
     Raises:
         ConfigError: the data cannot be had, or are not those that the run was trained on.
@@ -133,7 +134,7 @@ def _experiment(run: Path, data_root: str | None) -> Experiment:
         raise ConfigError([f"Invalid run {run}: a finished run with its adapter/ is needed; name another, or end it."])
     if damage := records.damage(run, record, wanted=lambda name: name.startswith(("adapter/", "classes.json"))):
         raise ConfigError([f"Invalid run {run}: {'; '.join(damage)}; its command with resume=true makes it again."])
-    experiment = parse(record["experiment"], run_exp.REGISTRY)
+    experiment = parse(record["experiment"], run_exp.SUITE)
     if experiment.model.quantize != "none":
         raise ConfigError(
             [f"Invalid run {run}: its backbone is packed (model.quantize), and small steps would be lost."]
@@ -142,7 +143,7 @@ def _experiment(run: Path, data_root: str | None) -> Experiment:
     return experiment.model_copy(update=changed)
 
 
-def measure(run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: argparse.Namespace) -> None:
+def measure(run: Path, experiment: Experiment, inputs: Inputs, options: argparse.Namespace) -> None:
     """The parts that the run's file does not have yet; written after each.
 
     Raises:
@@ -192,7 +193,7 @@ def _kept(run: Path, adapter_sha256: str) -> dict[str, Any]:
 
 
 def _loaded(
-    run: Path, experiment: Experiment, inputs: run_exp.Inputs, options: argparse.Namespace
+    run: Path, experiment: Experiment, inputs: Inputs, options: argparse.Namespace
 ) -> tuple[nn.Module, list[PerturbedLayer], list[flatness.Batch]]:
     """The merged model in FP32 and evaluation mode, the layers that adapters act on, and the training rows."""
     device = inputs.device

@@ -43,7 +43,11 @@ import run_exp  # noqa: E402
 from eval import command  # noqa: E402
 from flatlora import methods  # noqa: E402
 from flatlora.config.sections import DiffusionModelConfig, OptimConfig, TrainerConfig  # noqa: E402
-from flatlora.experiment import commandline  # noqa: E402
+from flatlora.experiment import (  # noqa: E402
+    commandline,
+    launch,
+    run,
+)
 from flatlora.runs.run_folder import RunFolder  # noqa: E402
 from flatlora.train import distributed  # noqa: E402
 from flatlora.utils import names  # noqa: E402
@@ -139,7 +143,7 @@ def real_lines() -> list[list[str]]:
 
 def setting_keys() -> list[str]:
     """Every setting of every option: group.key."""
-    plain = commandline.compose_config(run_exp.CONF_DIR, [])
+    plain = commandline.compose_config(run_exp.SUITE.conf_dir, [])
     keys = [f"{group}.{key}" for group, section in plain.items() if isinstance(section, dict) for key in section]
     keys += [key for key, section in plain.items() if not isinstance(section, dict)]
     owners = [("peft", methods.method(name)) for name in methods.names()]
@@ -188,7 +192,7 @@ def _word(draw: random.Random, keys: Sequence[str]) -> str:
 
 
 def _option_names(group: str) -> list[str]:
-    return [path.stem for path in sorted((run_exp.CONF_DIR / group).rglob("*.yaml"))]
+    return [path.stem for path in sorted((run_exp.SUITE.conf_dir / group).rglob("*.yaml"))]
 
 
 def _hurt_line(draw: random.Random, line: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -308,22 +312,22 @@ class _Loaded(BaseException):
 @contextlib.contextmanager
 def _nothing_loaded(outside: list[str]) -> Iterator[None]:
     """Let runs end before they load, and note the folder of each one that is not within its results_root."""
-    plain = run_exp.run
+    plain = launch.run
 
     def stop(*_: Any) -> None:
         raise _Loaded
 
-    def check(experiment: Any, settings: Sequence[str]) -> int:
+    def check(suite: Any, experiment: Any, settings: Sequence[str]) -> int:
         root, path = (os.path.abspath(one) for one in (experiment.results_root, RunFolder.of(experiment).path))
         if os.path.commonpath([root, path]) != root or any(names.size(part) > 255 for part in path.split("/")):
             outside.append(path)
-        return plain(experiment, settings)
+        return plain(suite, experiment, settings)
 
     with contextlib.ExitStack() as patches:
         for owner, name, stand_in in (
-            (run_exp, "run", check),
-            (run_exp, "prepare", stop),
-            (run_exp, "run_sweep", stop),
+            (launch, "run", check),
+            (run, "prepare", stop),
+            (launch, "run_sweep", stop),
             (distributed, "launch", stop),
             (command, "_backend", stop),
         ):

@@ -16,6 +16,7 @@ from eval import mt_bench
 from eval.backends import Sampling, wire
 from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
 from eval.command import main
+from flatlora.experiment import launch
 from flatlora.runs.metrics_log import Tracker
 from flatlora.runs.run_folder import RunFolder
 from flatlora.utils.errors import ConfigError
@@ -239,7 +240,7 @@ def test_the_record_of_a_sweep_has_no_password(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["run_exp.py"])
     asked = []
-    monkeypatch.setattr(run_exp, "run", lambda experiment, settings: asked.append(experiment) or 0)
+    monkeypatch.setattr(launch, "run", lambda suite, experiment, settings: asked.append(experiment) or 0)
     words = ["eval=[mt_bench]", "eval.mt_bench.judge=j", "eval.mt_bench.judge_url=http://me:pa55@h/v1", "seed=1,2"]
     run_exp.main(["-m", *words, f"results_root={tmp_path}"])
     assert [one.eval["mt_bench"].judge_url for one in asked] == ["http://me:pa55@h/v1"] * 2

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import run_exp
+from flatlora.config.experiment import parse
+from flatlora.models.loading import load_backbone
 from flatlora.perturb import flatness as measures
 from flatlora.utils import records
 from scripts import cells, flatness
@@ -67,8 +69,8 @@ def test_the_merged_model_is_measured_and_not_the_backbone(run, monkeypatch):
     prefix = f"base_model.model.{names[0]}."
     update = adapter[f"{prefix}lora_B.weight"] @ adapter[f"{prefix}lora_A.weight"]
     config = json.loads((run / "adapter/adapter_config.json").read_bytes())
-    base = run_exp.models.load_backbone(
-        run_exp.parse(json.loads((run / "run.json").read_bytes())["experiment"], run_exp.REGISTRY).model,
+    base = load_backbone(
+        parse(json.loads((run / "run.json").read_bytes())["experiment"], run_exp.SUITE).model,
         torch.device("cpu"),
     )
     change = model.get_submodule(names[0]).weight - base.get_submodule(names[0]).weight

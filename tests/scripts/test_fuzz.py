@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import run_exp
+from flatlora.experiment import commandline
 from flatlora.runs.run_folder import RunFolder
 from scripts import fuzz
 
@@ -33,7 +33,7 @@ def test_what_it_looks_for_is_found(tmp_path, monkeypatch, capsys):
         raise ValueError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_exp.commandline, "rewrite", misbehave)
+        patch.setattr(commandline, "rewrite", misbehave)
         broken = fuzz.try_line(["run_exp", "seed=1"])
     assert "ValueError: a bug" in broken.said
     assert any("left.log" in event for event in broken.wrote)

@@ -287,7 +287,7 @@ def test_a_default_put_in_for_a_bad_value_breaks_no_rule(settings):
 
 def test_missing_sections_are_named():
     with pytest.raises(ConfigError) as caught:
-        parse({"eval": "gsm8k", "seed": 3}, run_exp.REGISTRY)
+        parse({"eval": "gsm8k", "seed": 3}, run_exp.SUITE)
     assert "Missing model: every experiment has one; set model.KEY=VALUE, and leave out ~model." in caught.value.faults
     assert any(fault.startswith("Invalid eval='gsm8k'") for fault in caught.value.faults)
 

@@ -16,9 +16,9 @@ PUBLISHED = shlex.split(
     "++dataset_name=meta_math +peft=all model=llama ++seed=42 +peft.lora_r=8 wandb.project=P wandb.name=vanilla_lora"
 )
 OPTIONS = sorted(
-    (path.parent.relative_to(run_exp.CONF_DIR).as_posix(), path.stem)
+    (path.parent.relative_to(run_exp.SUITE.conf_dir).as_posix(), path.stem)
     for group in commandline.GROUPS
-    for path in (run_exp.CONF_DIR / group).glob("*.yaml")
+    for path in (run_exp.SUITE.conf_dir / group).glob("*.yaml")
 )
 
 
@@ -195,7 +195,7 @@ def test_all_settings_together_have_a_length():
 
 def test_long_texts_and_brackets_within_them_are_taken():
     text = "(" * 100 + "x" * 10_000
-    assert commandline.compose_config(run_exp.CONF_DIR, [f"dataset.prompt='{text}'"])["dataset"]["prompt"] == text
+    assert commandline.compose_config(run_exp.SUITE.conf_dir, [f"dataset.prompt='{text}'"])["dataset"]["prompt"] == text
 
 
 @pytest.mark.parametrize("word", ["model@dataset=smollm", "+model@peft=smollm", "peft@_global_=lora", "~model@dataset"])
@@ -307,7 +307,7 @@ SIGNS = [*" !\"#$%&'()*+,-.:;<=>?@[\\]^_`{|}~", "é", "漢", "模型", "😀"]
 def text_of(key, words):
     """What a key is when the words of a shell are given."""
     words, _ = commandline.rewrite(words)
-    found = commandline.compose_config(run_exp.CONF_DIR, words)
+    found = commandline.compose_config(run_exp.SUITE.conf_dir, words)
     for part in key.split("."):
         found = found[part]
     return found
@@ -420,7 +420,7 @@ def partners(group, option, folder):
         }.get(option, [])
     if group == "model" and option.startswith(("clip_", "sdxl")):
         return ["dataset=digits" if option.startswith("clip_") else "dataset=shapes"]
-    text = (run_exp.CONF_DIR / group / f"{option}.yaml").read_text()
+    text = (run_exp.SUITE.conf_dir / group / f"{option}.yaml").read_text()
     if group == "dataset" and "loader: text_to_image" in text:
         return ["model=sdxl_tiny", *([f"dataset.folder={folder}"] if option == "pictures" else [])]
     return ["model=clip_tiny"] if group == "dataset" and "loader: images" in text else []
@@ -556,11 +556,11 @@ def test_swept_values_that_make_no_folder_names_are_refused(word):
     ],
 )
 def test_sigma_is_the_papers_for_the_kind_of_model(words, sigma):
-    assert commandline.compose_config(run_exp.CONF_DIR, commandline.rewrite(words)[0])["rho"]["sigma"] == sigma
+    assert commandline.compose_config(run_exp.SUITE.conf_dir, commandline.rewrite(words)[0])["rho"]["sigma"] == sigma
 
 
 def test_an_experiment_file_may_set_what_config_yaml_sets(tmp_path):
-    shutil.copytree(run_exp.CONF_DIR, tmp_path / "conf")
+    shutil.copytree(run_exp.SUITE.conf_dir, tmp_path / "conf")
     (tmp_path / "conf/experiment").mkdir(exist_ok=True)
     (tmp_path / "conf/experiment/mine.yaml").write_text("# @package _global_\nseed: 7\nwandb: {project: mine}\n")
     found = commandline.compose_config(tmp_path / "conf", ["experiment=mine"])

@@ -15,6 +15,7 @@ import wandb
 from PIL import Image
 
 import run_exp
+from flatlora.config.experiment import parse
 from flatlora.runs import environment, metrics_log, run_folder
 from flatlora.runs.metrics_log import MetricsLog, Tracker
 from flatlora.runs.run_folder import RunFolder
@@ -111,7 +112,7 @@ def test_config_yaml_holds_every_key_and_composes_to_the_same_run(experiment):
     claim(folder, one)
     folder.close()
     saved = run_folder.yaml.safe_load((folder.path / "config.yaml").read_text())
-    assert run_exp.parse(saved, run_exp.REGISTRY) == one
+    assert parse(saved, run_exp.SUITE) == one
 
 
 @pytest.mark.parametrize("settings", [[], ["resume=true"], ["overwrite=true"]])

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 
 import run_exp
 from data.tokens import TokenRows
+from flatlora.experiment import run as run_module
+from flatlora.fused import acceleration
 from flatlora.fused.lora_linear import fuse
 from flatlora.train import checkpoint, trainer, training
 from flatlora.train.recorder import SaveAtStop, StepRecorder
@@ -219,7 +221,7 @@ def test_killed_while_scoring_after_early_stopping(tiny_settings, monkeypatch):
     def die(*args):
         raise Killed
 
-    monkeypatch.setattr(run_exp, "score", die)
+    monkeypatch.setattr(run_module, "score", die)
     killed = killed_and_resumed(settings, monkeypatch)
     assert metrics_rows(killed) == metrics_rows(whole)
     assert adapter_bytes(killed) == adapter_bytes(whole)
@@ -259,11 +261,11 @@ def test_a_finished_run_is_scored_anew_without_a_step(tiny_settings, monkeypatch
     for key in ("step_s_median", "tokens_per_s", "perturb_s"):
         assert record["timing"][key] == first["timing"][key]  # of the training, not of this process
     assert run_exp.main(scored) == 0
-    monkeypatch.setattr(run_exp, "score", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(run_module, "score", lambda *_: (_ for _ in ()).throw(Killed))
     again = [*scored, "eval.gsm8k.max_new_tokens=5"]
     with pytest.raises(Killed):
         run_exp.main(again)
-    monkeypatch.setattr(run_exp, "score", lambda *_: {"gsm8k/exact_match": 0.125})
+    monkeypatch.setattr(run_module, "score", lambda *_: {"gsm8k/exact_match": 0.125})
     assert run_exp.main(again) == 0  # a scoring that was killed is not done
     assert json.loads((folder / "run.json").read_text())["metrics"]["gsm8k/exact_match"] == 0.125
     for old in folder.glob("checkpoint-*"):
@@ -285,7 +287,7 @@ def test_buffered_micro_steps_are_the_plain_ones_from_the_first_to_the_last(tiny
     ]
     assert run_exp.main([*settings, "wandb.name=plain"]) == 0
     monkeypatch.setattr(FlatTrainer, "_needs_no_mask", property(lambda trainer: True))
-    monkeypatch.setattr(run_exp.acceleration, "accelerate", lambda model, device: [str(fuse(model))])
+    monkeypatch.setattr(acceleration, "accelerate", lambda model, device: [str(fuse(model))])
     assert run_exp.main([*settings, "wandb.name=buffered"]) == 0
     (root,) = [word.partition("=")[2] for word in settings if word.startswith("results_root=")]
     plain, buffered = (metrics_rows(next(Path(root).glob(f"*/{name}/*/"))) for name in ("plain", "buffered"))
@@ -468,7 +470,7 @@ def test_a_run_goes_on_with_the_weights_that_it_began_with(
     other = load_file(base / "model.safetensors")
     save_file({name: -tensor for name, tensor in other.items()}, base / "model.safetensors", {"format": "pt"})
     before = contents(run_folder(killed))
-    assert run_exp.main([*killed, "resume=true"]) == run_exp.EXIT_CONFIG
+    assert run_exp.main([*killed, "resume=true"]) == run_module.EXIT_CONFIG
     assert "was trained on other weights of the backbone" in " ".join(capsys.readouterr().err.split())
     assert contents(run_folder(killed)) == before
     (base / "model.safetensors").write_bytes(weights)

@@ -1,0 +1,155 @@
+"""Kinds of rows: text, labelled images and captioned pictures, as `flatlora.experiment.suite.RowKind` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from data import cache, images, text_to_image, tokens
+from flatlora.config.experiment import Experiment
+from flatlora.config.sections import ModelConfig
+from flatlora.experiment.suite import RowKind
+from flatlora.inputs import captioned
+from flatlora.inputs.images import collate_images
+from flatlora.inputs.rows import jsonl
+from flatlora.models import fit, loading, sources
+from flatlora.models.clip import CLASSES_FILE
+from flatlora.models.latents import collate_latents
+from flatlora.train import distributed
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import write_atomic, write_json
+
+
+class Text(RowKind):
+    """Prompts and answers as token ids."""
+
+    def processor(self, model: ModelConfig) -> PreTrainedTokenizerBase:
+        return loading.load_tokenizer(model)
+
+    def read(self, experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> tokens.Prepared:
+        """Token ids of a text data set."""
+        counting = getattr(experiment.dataset, "limit_tokenizer", None)
+        counting = loading.load_tokenizer(experiment.model.counting_with(counting)) if counting else None
+        encoder_decoder = experiment.model.family == "seq2seq"
+        return cache.prepared(
+            experiment.dataset, experiment.data_root, tokenizer, counting, encoder_decoder=encoder_decoder
+        )
+
+    def collator(self, model: ModelConfig, processor: PreTrainedTokenizerBase) -> Callable[..., Any]:
+        return tokens.collator(model.family, processor.pad_token_id)
+
+    def known(self, experiment: Experiment, processor: Any, rows: tokens.Prepared) -> dict[str, Any]:
+        return {"tokenizer": processor}
+
+    def save(self, folder: Path, rows: tokens.Prepared) -> None:
+        write_atomic(folder / "test.jsonl", jsonl(rows.test))
+
+    def check(self, experiment: Experiment, skeleton: nn.Module, processor: Any, rows: tokens.Prepared) -> None:
+        """See that every token of the rows, and those that batches are padded with, has an embedding.
+
+        Raises:
+            ConfigError: some have none.
+        """
+        name, parts = experiment.model.hub_id, (rows.train, rows.validation)
+        faults = fit.vocabulary_faults(processor, skeleton, name)
+        largest = max((int(part.ids.max()) for part in parts if len(part.ids)), default=0)
+        known = fit.embedding_rows(skeleton)
+        if largest >= known and not faults:
+            token = processor.convert_ids_to_tokens(largest)
+            faults.append(
+                f"Invalid tokenizer of {name}: rows of {experiment.dataset.name} hold {token} ({largest}), and "
+                f"the model has {known} embeddings; give the folder the tokenizer that the model was trained with."
+            )
+        if faults:
+            raise ConfigError(faults)
+
+
+class Image(RowKind):
+    """Labelled images of named classes."""
+
+    def processor(self, model: ModelConfig) -> Any:
+        return loading.load_image_processor(model)
+
+    def read(self, experiment: Experiment, processor: Any) -> images.PreparedImages:
+        return images.prepared(experiment.dataset, experiment.data_root, processor)
+
+    def collator(self, model: ModelConfig, processor: Any) -> Callable[..., Any]:
+        return collate_images
+
+    def known(self, experiment: Experiment, processor: Any, rows: images.PreparedImages) -> dict[str, Any]:
+        return {"classes": rows.classes.names}
+
+    def check(self, experiment: Experiment, skeleton: nn.Module, processor: Any, rows: images.PreparedImages) -> None:
+        """Nothing: pictures are resized to what the model reads."""
+
+    def save(self, folder: Path, rows: images.PreparedImages) -> None:
+        write_json(folder / CLASSES_FILE, rows.classes._asdict())
+
+    def classes(self, rows: images.PreparedImages) -> Any:
+        return rows.classes
+
+
+class Captioned(RowKind):
+    """Pictures with prompts."""
+
+    def processor(self, model: ModelConfig) -> None:
+        return None
+
+    def read(self, experiment: Experiment, processor: None) -> text_to_image.PreparedCaptioned:
+        """Pictures with prompts, of sizes that the model takes, as many as a batch has.
+
+        Raises:
+            ConfigError: every fault of them.
+        """
+        rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
+        batch, count = experiment.optim.batch_size, len(rows.train)
+        drawn = isinstance(rows.prior, text_to_image.ClassPictures)  # in that size
+        faults = loading.size_faults(experiment.model, rows.train.sizes, drawn=drawn)
+        if count < batch:
+            faults.append(
+                f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} pictures to "
+                "train on, fewer than a batch; lower optim.batch_size, or set dataset.repeats."
+            )
+        if faults:
+            raise ConfigError(faults)
+        return rows
+
+    def collator(self, model: ModelConfig, processor: None) -> Callable[..., Any]:
+        return collate_latents
+
+    def known(self, experiment: Experiment, processor: Any, rows: text_to_image.PreparedCaptioned) -> dict[str, Any]:
+        return {"model": experiment.model}
+
+    def save(self, folder: Path, rows: text_to_image.PreparedCaptioned) -> None:
+        write_json(folder / captioned.PICTURES_FILE, captioned.identities(rows.test))
+
+    def check(
+        self, experiment: Experiment, skeleton: nn.Module, processor: None, rows: text_to_image.PreparedCaptioned
+    ) -> None:
+        prompts = [part.prompt(row) for part in (rows.test, rows.validation) for row in range(len(part))]
+        loading.tell_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
+
+    def encode(
+        self, experiment: Experiment, rows: text_to_image.PreparedCaptioned, device: torch.device, base: str
+    ) -> text_to_image.PreparedCaptioned:
+        """Latents and prompts, made before the model is loaded."""
+
+        def encoded() -> text_to_image.PreparedCaptioned:
+            source = sources.backbone_source(experiment.model)
+            return text_to_image.encode(
+                rows, experiment.dataset, experiment.model, source, device, state=base, seed=experiment.seed
+            )
+
+        return distributed.main_process_first(encoded)
+
+    def backend_settings(self, model: ModelConfig) -> dict[str, Any]:
+        """The parts of a pipeline that training let go of."""
+        return {"config": model, "source": sources.backbone_source(model)}
+
+
+KINDS: dict[str, RowKind] = {"text": Text(), "image": Image(), "captioned": Captioned()}

@@ -1,0 +1,163 @@
+"""From the words of a command line to exit codes: one run, a sweep, or what Hydra shows."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from flatlora.config.experiment import Experiment, parse
+from flatlora.experiment import commandline
+from flatlora.experiment.run import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, run
+from flatlora.experiment.suite import Suite
+from flatlora.inputs.rows import gather
+from flatlora.runs.run_folder import RunFolder
+from flatlora.train import distributed
+from flatlora.utils import console
+from flatlora.utils.errors import ConfigError
+
+
+def main(suite: Suite, words: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 a run failed, 2 a fault of the configuration, 75 preempted, 130 interrupted."""
+    words = list(sys.argv[1:] if words is None else words)
+    console.quiet_libraries()
+    try:
+        words = [word for word in words if not word.startswith("--local_rank")]  # deepspeed's launcher adds it
+        flags, words = commandline.split_flags(words)
+        (flags, own), (settings, notes) = gather(
+            lambda: commandline.read_flags(flags), lambda: commandline.rewrite(words)
+        )
+        if "--hydra-help" in flags:
+            print(commandline.FLAGS_HELP)
+            return 0
+        sweep, settings = "--multirun" in flags, [*own, *settings]
+        if sweep:
+            settings, more_notes = commandline.name_jobs(settings)
+            notes += more_notes
+        for note in notes:
+            console.console.print(f"rewritten: {note}", markup=False, soft_wrap=True)
+        if flags and not sweep:
+            return _hand_to_hydra(suite, flags, settings)  # --help, --cfg job and the like
+        jobs = commandline.expand_sweep(settings) if sweep else [settings]
+        experiments = experiments_of(suite, jobs)
+        if sweep and not all(experiment.dry_run for experiment in experiments):
+            return run_sweep(suite, flags, settings, experiments)
+        return max(run(suite, experiment, job) for experiment, job in zip(experiments, jobs, strict=True))
+    except ConfigError as error:
+        if distributed.is_main_process():
+            console.report_faults(error)
+        return EXIT_CONFIG
+    except KeyboardInterrupt:
+        console.console.print("Interrupted before the run began: nothing was written.")
+        return EXIT_INTERRUPTED
+    except OSError as error:  # of a cache or the run's folder, such as a disk that is full or became read-only
+        console.report_failure(error)
+        return EXIT_FAILED
+
+
+def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], experiments: Sequence[Experiment]) -> int:
+    """Let Hydra launch the jobs, then show what became of each. One that fails does not stop the others.
+
+    Raises:
+        ConfigError: some job's folder is not free for it; none has been started.
+    """
+    folders = [RunFolder.of(experiment) for experiment in experiments]
+    faults, before = [], []
+    for experiment, folder in zip(experiments, folders, strict=True):
+        try:
+            before.append((folder.is_finished(experiment), folder.record))
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    for folder, (finished, _) in zip(folders, before, strict=True):
+        if not finished and distributed.is_main_process():
+            folder.check_writable()  # Hydra makes folders there before any job does; the first fault stands for all
+    try:
+        _hand_to_hydra(suite, flags, settings)
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+        console.console.print("Sweep interrupted: the same command with resume=true does what is left.")
+    if not distributed.is_main_process():
+        return 0  # what became of the jobs is the main process's to say
+    states, jobs = [], []
+    for folder, (finished, old) in zip(folders, before, strict=True):
+        try:
+            record = folder.record
+        except ConfigError as error:  # one that was broken meanwhile hides no other
+            console.report_faults(error)
+            states.append("broken record")
+            jobs.append((states[-1], folder.path, None))
+            continue
+        told = record is not None and (finished or record != old)  # an old record says nothing of this job
+        states.append(record["status"] if told else "not run")
+        jobs.append((states[-1], folder.path, record if told else None))
+    console.print_sweep(f"Sweep: {states.count('finished')} of {len(folders)} finished", jobs)
+    if interrupted:
+        return EXIT_INTERRUPTED
+    return 0 if set(states) == {"finished"} else EXIT_FAILED
+
+
+def experiment_of(suite: Suite, settings: Sequence[str]) -> Experiment:
+    """Typed experiment of canonical command-line settings."""
+    return parse(commandline.compose_config(suite.conf_dir, settings), suite)
+
+
+def experiments_of(suite: Suite, jobs: Sequence[Sequence[str]]) -> list[Experiment]:
+    """`experiment_of` of each job of a sweep; every fault of every job, before the first one starts."""
+    experiments, faults = [], []
+    for job in jobs:
+        try:
+            experiments.append(experiment_of(suite, job))
+        except ConfigError as error:
+            faults += error.faults
+    folders = [RunFolder.of(experiment).path for experiment in experiments]
+    faults += [
+        f"Two jobs of the sweep would write to {folder}: drop the value that is swept twice, or let wandb.name or seed "
+        "differ."
+        for folder in sorted({folder for folder in folders if folders.count(folder) > 1})
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return experiments
+
+
+def _hand_to_hydra(suite: Suite, flags: Sequence[str], settings: Sequence[str]) -> int:
+    """Let Hydra run one job or the jobs of a sweep; returns the highest exit code of those in this process."""
+    sys.argv = [sys.argv[0], *flags, *commandline.lenient(settings)]
+    if any(flag.startswith("--info") for flag in flags):  # told through the root logger, by a handler of Hydra's own
+        logging.getLogger().handlers.clear()
+    exit_codes: list[int] = []  # Hydra drops what a job returns
+
+    @hydra.main(config_path=str(suite.conf_dir), config_name="config", version_base="1.3")
+    def job(config: DictConfig) -> int:
+        code = _run_job(suite, config)
+        if code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
+            raise KeyboardInterrupt  # the jobs after this one are not wanted either
+        exit_codes.append(code)
+        return code
+
+    with commandline.hydra_errors():
+        job()
+    return max(exit_codes, default=0)
+
+
+def _run_job(suite: Suite, config: DictConfig) -> int:
+    try:
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN:
+            commandline.mask_record(Path(hydra_config.sweep.dir))
+        if hydra_config.runtime.choices.get("hydra/launcher") in ("joblib", "ray"):  # several workers on one machine
+            distributed.claim_gpu(distributed.gpu_count())
+        settings = list(hydra_config.overrides.task)
+        return run(suite, parse(OmegaConf.to_container(config, resolve=True), suite), settings)
+    except ConfigError as error:
+        console.report_faults(error)
+        return EXIT_CONFIG

@@ -1,0 +1,189 @@
+"""Makes everything ready that a run reads, and checks that it fits together, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from flatlora import methods
+from flatlora.config.experiment import Experiment, keys_of_validation
+from flatlora.experiment.suite import Suite
+from flatlora.inputs.rows import fingerprint, gather
+from flatlora.methods.adapters.lora import find_targets
+from flatlora.models import fit, loading
+from flatlora.train import distributed, training
+from flatlora.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads besides weights."""
+
+    device: torch.device
+    processor: training.Processor  # a tokenizer, an image processor, or none
+    rows: Any  # with `train`, `validation`, `test` and `sha256`
+    asked: dict[str, Sequence[Any]]  # rows of each benchmark
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    data_sha256: str  # of all that training and validation read
+
+
+def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Inputs:
+    """Make the rows ready and try the method on the model's skeleton; no weight is loaded.
+
+    Raises:
+        ConfigError: model, method, data and benchmarks, or then the rows that are asked, do not fit; nothing has been
+            written.
+    """
+    kind = suite.kind(experiment)
+    skeleton, (processor, rows), _, own = gather(
+        lambda: _check_model(experiment, device),
+        lambda: _read(suite, experiment),
+        lambda: _check_benchmarks(suite, experiment),
+        lambda: _own_rows(suite, experiment),
+    )
+    known = kind.known(experiment, processor, rows)
+    names = [name for name in experiment.eval if name not in own]
+    _, _, *found = gather(
+        lambda: _check_validation(experiment, len(rows.validation)),
+        lambda: kind.check(experiment, skeleton, processor, rows),
+        *(lambda name=name: _test_rows(suite, experiment, rows.test, name, known) for name in names),
+    )
+    asked = own | dict(zip(names, found, strict=True))
+    collate = kind.collator(experiment.model, processor)
+    return Inputs(device, processor, rows, asked, collate, rows.sha256)
+
+
+def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:
+    """The architecture without weights, which has what the experiment asks for."""
+    skeleton = loading.skeleton(experiment.model)
+    gather(
+        lambda: methods.method(experiment.peft.method).check(skeleton, experiment.peft),
+        lambda: loading.check_weights(experiment.model, device),
+        lambda: _refuse(fit.attention_faults(experiment.model, skeleton)),
+        lambda: _refuse(
+            fit.packing_faults(experiment.model, skeleton, reads_weights=_reads_weights(experiment)),
+        ),
+        lambda: _refuse(_position_faults(experiment, skeleton)),
+    )
+    _refuse(_peft_faults(experiment, skeleton))
+    return skeleton
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise ConfigError(faults)
+
+
+def _reads_weights(experiment: Experiment) -> str | None:
+    """The setting that reads, moves or trains W itself; None where a run only multiplies by it."""
+    if methods.method(experiment.peft.method).needs_dense:
+        return f"peft={experiment.peft.name}"
+    if experiment.flat and experiment.rho.mode in ("copy", "inplace"):
+        return f"rho.mode={experiment.rho.mode}"
+    return f"rho={experiment.rho.name}" if experiment.regularised else None
+
+
+def _position_faults(experiment: Experiment, skeleton: nn.Module) -> list[str]:
+    longest = getattr(experiment.dataset, "max_length", None)
+    return [] if longest is None else fit.position_faults(experiment.model, skeleton, longest)
+
+
+def _peft_faults(experiment: Experiment, skeleton: nn.Module) -> list[str]:
+    """What PEFT says against an adapter around the experiment's layers, tried on a skeleton that it changes."""
+    wanted = getattr(experiment.peft, "target_modules", None)
+    if wanted is None:
+        return []
+    targets = find_targets(skeleton, wanted)
+    try:
+        get_peft_model(skeleton, LoraConfig(r=1, target_modules=targets))
+    except ValueError as error:
+        return [f"Invalid peft.target_modules={wanted} with {experiment.model.hub_id}: {error}"]
+    return []
+
+
+def _read(suite: Suite, experiment: Experiment) -> tuple[Any, Any]:
+    """What turns rows into tensors, and the rows; where the one cannot be had, the files of the others are looked for.
+
+    Raises:
+        ConfigError: processor or data are not there, or do not fit.
+    """
+    kind = suite.kind(experiment)
+    try:
+        processor = kind.processor(experiment.model)
+    except ConfigError as error:
+        raise ConfigError([*error.faults, *_file_faults(suite, experiment)]) from error
+    return processor, distributed.main_process_first(lambda: kind.read(experiment, processor))
+
+
+def _file_faults(suite: Suite, experiment: Experiment) -> list[str]:
+    """Files of the data set that are not there, or a hub out of reach."""
+    known = suite.loader(experiment.dataset.loader).sources(experiment.dataset)
+    try:
+        gather(*(lambda source=source: fingerprint(source, experiment.data_root) for source in known))
+    except ConfigError as error:
+        return error.faults
+    return []
+
+
+def _check_validation(experiment: Experiment, left: int) -> None:
+    """Rows that repeat train rows do not validate, which may leave none."""
+    if not left and (keys := keys_of_validation(experiment.optim)):
+        given = ", ".join(f"optim.{key}={getattr(experiment.optim, key)}" for key in keys)
+        raise ConfigError(
+            [
+                f"Invalid {given}: no validation row is left of {experiment.dataset.name}, for all stand among its "
+                "train rows; take fewer train rows, or leave the keys out."
+            ]
+        )
+
+
+def _check_benchmarks(suite: Suite, experiment: Experiment) -> None:
+    found = [(suite.evaluator(name), config) for name, config in experiment.eval.items()]
+    gather(
+        *(
+            lambda module=module, config=config: module.check_settings(config, experiment.model)
+            for module, config in found
+            if hasattr(module, "check_settings")
+        )
+    )
+
+
+def _own_rows(suite: Suite, experiment: Experiment) -> dict[str, Sequence[Any]]:
+    """Rows of the benchmarks that ask their own, whatever the data set is."""
+    names = [name for name in experiment.eval if getattr(suite.evaluator(name), "OWN_ROWS", False)]
+    rows = gather(*(lambda name=name: _test_rows(suite, experiment, [], name, {}) for name in names))
+    return dict(zip(names, rows, strict=True))
+
+
+def _test_rows(
+    suite: Suite, experiment: Experiment, test: Sequence[Any], name: str, known: Mapping[str, Any]
+) -> Sequence[Any]:
+    """What a benchmark asks at the end of a run.
+
+    Args:
+        test: the data set's test rows.
+        known: of the model, for `check_rows`.
+
+    Raises:
+        ConfigError: they are not there, or cannot be scored.
+    """
+    module, config = suite.evaluator(name), experiment.eval[name]
+    template = getattr(config, "template", None)
+    if module.KIND == "text" and (module.OWN_ROWS or not test):
+        rows, source = module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
+    elif template not in (None, getattr(experiment.dataset, "template", template)):
+        raise ConfigError(
+            [
+                f"Invalid eval.{name}.template={template} with dataset={experiment.dataset.name}: its test rows are "
+                f"asked, in dataset.template={experiment.dataset.template}; leave the key out."
+            ]
+        )
+    else:
+        rows, source = test, f"dataset {experiment.dataset.name}, test rows"
+    module.check_rows(rows, source, config, **known)
+    return rows

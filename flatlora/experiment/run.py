@@ -1,0 +1,324 @@
+"""One run: train, evaluate and record what came of it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatlora import methods
+from flatlora.config.experiment import Experiment
+from flatlora.config.settings import Section
+from flatlora.experiment.prepare import Inputs, prepare
+from flatlora.experiment.suite import Suite
+from flatlora.fused import acceleration
+from flatlora.models import hashes, loading, sources
+from flatlora.models.starts import start_of_checkpoint
+from flatlora.runs import environment, metrics_log, run_folder
+from flatlora.runs.metrics_log import MetricsLog, Tracker
+from flatlora.runs.run_folder import RunFolder
+from flatlora.train import checkpoint, distributed, training
+from flatlora.train.preemption import Preempted
+from flatlora.train.recorder import best_fault
+from flatlora.utils import console, files, records
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.precision import Precision, choose_precision
+
+EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130  # 75: try again later (sysexits.h)
+
+
+def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
+    """Run one validated experiment, or show it for a dry run; returns the exit code.
+
+    Args:
+        settings: the words that the experiment was made of, for processes that this one starts.
+
+    Raises:
+        ConfigError: data, model or folder do not fit the experiment; no weight was loaded and nothing written.
+    """
+    if experiment.dry_run:
+        console.print_pairs("Dry run: nothing is loaded or written", describe(suite, experiment))
+        return 0
+    if distributed.must_launch(experiment.trainer):
+        return distributed.launch(experiment.trainer, suite.script, settings)
+    distributed.check_launch(experiment)
+    device = loading.choose_device(experiment.trainer.device)
+    distributed.initialise(experiment, device)
+    distributed.check_agreement(
+        {
+            "the configuration": experiment.sha256(),
+            "the project's code": distributed.code_sha256(),
+            "the dtype of matrix products": str(_precision(experiment).products),
+        },
+        "Start every node with the same command and the same checkout, on CPUs of one kind.",
+    )
+    folder = RunFolder.of(experiment)
+    if distributed.from_main_process(lambda: folder.is_finished(experiment)):
+        console.console.print(
+            f"{folder.path} is finished already; overwrite=true runs it anew.", markup=False, soft_wrap=True
+        )
+        return 0
+    inputs = prepare(suite, experiment, device)
+    distributed.check_agreement(
+        {"the training data": inputs.data_sha256}, "Give every node the same files, or pin dataset.revision."
+    )
+
+    base = distributed.from_main_process(lambda: loading.backbone_state(experiment.model))
+
+    def claim() -> Path | None:
+        """The checkpoint to go on from. Whatever refuses the folder does so before anything in it is changed."""
+        folder.open(experiment)
+        newest = None
+        if not experiment.overwrite:
+            origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
+            newest = checkpoint.latest_good(folder.path, *origin, base=base, also=best_fault)
+            if newest is None and folder.is_trained:
+                raise ConfigError([_nothing_to_score_from(folder, experiment)])
+            if newest is not None:
+                start_of_checkpoint(newest)  # a start that was damaged is no start
+        folder.begin(experiment)
+        checkpoint.remove_newer(folder.path, newest)
+        return newest
+
+    try:
+        return execute(suite, experiment, folder, inputs, distributed.from_main_process(claim), base)
+    finally:
+        folder.close()
+
+
+def _nothing_to_score_from(folder: RunFolder, experiment: Experiment) -> str:
+    names = [f"python -m eval.{name} {folder.path}" for name in experiment.eval]
+    damage = folder.damage()
+    whole = not any(name.startswith("adapter/") for name in damage)
+    remedy = f"score its adapter with {', '.join(names)}, or say overwrite=true" if names else "say overwrite=true"
+    told = f" ({'; '.join(damage)})" if damage else ""
+    gone = "its checkpoints are damaged" if checkpoint.checkpoints(folder.path) else "its checkpoints are gone"
+    return (
+        f"{folder.path} is finished{told} and {gone}, so resume=true would train it anew: "
+        f"{remedy if whole else 'say overwrite=true'}."
+    )
+
+
+def execute(
+    suite: Suite, experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None, base: str
+) -> int:
+    """Train, evaluate and record; whatever happens is in run.json. Returns the exit code.
+
+    Args:
+        base: state of the backbone's weights, as `loading.backbone_state` has it.
+    """
+    environment.reset_peak_memory()
+    for polite in (
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # recorded as interrupted; while it trains, see flatlora.train.preemption
+        signal.signal(polite, signal.default_int_handler)
+    record, code, hand_on = _new_record(experiment) | {"base": base}, 0, None
+    try:
+        train_and_score(suite, experiment, folder, inputs, resume_from, record)
+    except KeyboardInterrupt:
+        record["status"], code = "interrupted", EXIT_INTERRUPTED
+        console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
+    except Preempted as error:
+        record["status"], code, hand_on = "interrupted", EXIT_PREEMPTED, error.hand_on
+        console.console.print("Told to end: a checkpoint is written, and the same command with resume=true goes on.")
+    except ConfigError as error:  # found only with the weights at hand
+        record |= {"status": "failed", "error": str(error)}
+        code = EXIT_CONFIG
+        console.console.print(f"The run failed: {error}", markup=False, soft_wrap=True)
+    except Exception as error:
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        code = EXIT_FAILED
+        if not isinstance(error, OSError) and files.out_of_space(error, folder.path):
+            error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")
+        console.report_failure(error)
+    record["memory"] = environment.peak_memory_gib()
+    if distributed.is_main_process():
+        try:
+            records.write_signed(folder.path / "run.json", record)
+            if code == 0:
+                hashes = record["backbone_sha256"]
+                unchanged = "unchanged" if hashes["before"] == hashes["after"] else "CHANGED"
+                told = "all weights trained" if hashes["before"] is None else f"backbone {unchanged}"
+                console.console.print(f"Finished: {folder.path} ({told})", markup=False, soft_wrap=True)
+        except OSError as error:  # a full disk: what was there stays, and the run can be resumed
+            console.report_failure(error)
+            code = EXIT_FAILED
+    if hand_on is not None:
+        hand_on()
+    return code
+
+
+def train_and_score(
+    suite: Suite,
+    experiment: Experiment,
+    folder: RunFolder,
+    inputs: Inputs,
+    resume_from: Path | None,
+    record: dict[str, Any],
+) -> None:
+    """The run itself; fills `record` as it goes."""
+    kind = suite.kind(experiment)
+    classes = kind.classes(inputs.rows)
+    if distributed.is_main_process():
+        kind.save(folder.path, inputs.rows)
+    inputs = replace(inputs, rows=kind.encode(experiment, inputs.rows, inputs.device, record["base"]))
+    precision = choose_precision(experiment.trainer.autocast, experiment.model.dtype, inputs.device)
+    record["precision"] = precision.record()
+    if distributed.is_main_process():
+        console.console.print(f"precision: {precision}", markup=False, soft_wrap=True)
+    backbone = loading.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
+    method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)
+    model = method.apply(backbone, experiment.peft, start)
+    if experiment.regularised:
+        methods.rho(experiment.rho.method).prepare(model, experiment.rho, experiment.seed)
+    if experiment.trainer.kernels == "auto":
+        record["kernels"] = acceleration.accelerate(model, inputs.device)
+    record["data_sha256"] = inputs.data_sha256
+    record["params"] = loading.parameter_counts(model)
+    record["backbone_sha256"]["before"] = hashes.backbone_sha256(model)
+    distributed.check_agreement(
+        {
+            "the backbone": record["backbone_sha256"]["before"],
+            "the adapter's start": hashes.trainable_sha256(model),
+        },
+        "Give every node the same weights, or pin model.revision.",
+    )
+    with metrics_log.tracking(experiment, folder.path, record["metrics"]) as tracker:
+        outcome = training.train(
+            experiment,
+            model,
+            inputs.processor,
+            inputs.rows.train,
+            inputs.rows.validation,
+            inputs.collate,
+            folder,
+            data_sha256=record["data_sha256"],
+            base=record["base"],
+            log=MetricsLog(folder.path / "metrics.jsonl", tracker),
+            resume_from=resume_from,
+            progress=console.ProgressBar(f"train {experiment.run_name()}") if distributed.is_main_process() else None,
+        )
+        record["backbone_sha256"]["after"] = hashes.backbone_sha256(model)
+        record["adapter_sha256"] = hashes.trainable_sha256(model)
+        record |= {"timing": outcome.timing, "perturbation": outcome.perturbation, "resumed_from": outcome.resumed_from}
+        record["distributed"] = {
+            "processes": distributed.world_size(),
+            "zero": experiment.trainer.zero,
+            "dtypes": outcome.dtypes,
+        }
+        record["metrics"].update(outcome.metrics)
+        training.check_invariants(experiment, model, record["backbone_sha256"])
+        if distributed.is_main_process():
+            with files.write_folder(folder.adapter) as staging:
+                method.save(model, experiment.peft, staging, start)
+                if inputs.processor is not None:
+                    inputs.processor.save_pretrained(staging)
+                loading.complete_adapter(experiment.model, staging)
+            record["metrics"].update(score(suite, experiment, model, inputs, folder, record["base"], tracker))
+            record["weights_sha256"] = hashes.weights_sha256(folder.adapter)
+            record[records.FILES] = records.hash_files(folder.path)
+    record["status"] = "finished"
+
+
+def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> methods.Start:
+    return methods.Start(
+        experiment.seed,
+        folder.path / "start",
+        training.calibration_batches(experiment, inputs.rows.train, inputs.collate, inputs.device),
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        resumed=resume_from is not None,
+    )
+
+
+def score(
+    suite: Suite,
+    experiment: Experiment,
+    model: nn.Module,
+    inputs: Inputs,
+    folder: RunFolder,
+    base: str,
+    tracker: Tracker | None,
+) -> dict[str, Any]:
+    """Every benchmark of `eval=[...]` on the data set's test rows: {"<benchmark>/<metric>": value}."""
+    metrics = {}
+    kind = suite.kind(experiment)
+    classes = kind.classes(inputs.rows)
+    identity = loading.weights_identity(str(folder.adapter), experiment.model, classes, base) if experiment.eval else {}
+    backend_class = suite.backends[experiment.dataset.kind]
+    for name, config in experiment.eval.items():
+        backend = backend_class(
+            model,
+            inputs.processor,
+            batch_size=config.batch_size,
+            precision=choose_precision(experiment.trainer.autocast, experiment.model.dtype, inputs.device),
+            identity=identity,
+            **kind.backend_settings(experiment.model),
+        )
+        with run_folder.answering(folder.path / "eval" / name, wait=True):
+            result = suite.evaluate(name, backend, inputs.asked[name], folder.path / "eval" / name, config)
+        suite.print_score(name, result)
+        picture = folder.path / "eval" / name / getattr(suite.evaluator(name), "PICTURE", "")
+        if tracker is not None and picture.is_file():
+            tracker.show(f"{name}/pictures", picture)
+        metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
+    return metrics
+
+
+def describe(suite: Suite, experiment: Experiment) -> list[tuple[str, str]]:
+    """What a run would do and load, for a dry run."""
+    loader, optim = suite.loader(experiment.dataset.loader), experiment.optim
+    source = f" from {experiment.data_root or 'hub'}" if loader.sources(experiment.dataset) else ""  # else generated
+    return [
+        ("run folder", str(RunFolder.of(experiment).path)),
+        ("model", sources.describe_source(experiment.model)),
+        ("dataset", f"{experiment.dataset.name}: {loader.describe(experiment.dataset)}{source}"),
+        ("peft", _settings(experiment.peft)),
+        ("rho", _settings(experiment.rho) if experiment.regularised else "off: no perturbation"),
+        ("optim", _settings(optim)),
+        ("trainer", _settings(experiment.trainer)),
+        ("precision", str(_precision(experiment))),
+        ("eval", ", ".join(f"{name} ({_settings(config)})" for name, config in experiment.eval.items()) or "none"),
+        ("seed", str(experiment.seed)),
+        ("config", f"sha256 {experiment.sha256()}"),
+    ]
+
+
+def _precision(experiment: Experiment) -> Precision:
+    """How a run on this machine would compute; of a GPU that is asked for and is not here, too."""
+    on_gpu = experiment.trainer.device == "cuda" or (experiment.trainer.device == "auto" and torch.cuda.is_available())
+    return choose_precision(experiment.trainer.autocast, experiment.model.dtype, "cuda" if on_gpu else "cpu")
+
+
+def _settings(section: Section) -> str:
+    return " ".join(f"{key}={value}" for key, value in section.model_dump(mode="json").items() if value is not None)
+
+
+def _new_record(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "status": "failed",
+        "experiment": experiment.model_dump(mode="json"),
+        "seed": experiment.seed,
+        "config_sha256": experiment.sha256(),
+        "data_sha256": None,
+        "base": None,
+        "git_sha": environment.git_sha(),
+        "env": environment.environment(),
+        "backbone_sha256": {"before": None, "after": None},
+        "adapter_sha256": None,
+        "params": None,
+        "precision": None,
+        "kernels": [],
+        "metrics": {},
+        "timing": None,
+        "perturbation": None,
+        "resumed_from": None,
+        "distributed": None,
+        "memory": None,
+    }
