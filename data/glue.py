@@ -19,7 +19,7 @@ from data.selection import ordered, split_train_validation, take
 from flatlora.config.sections import TextDatasetConfig
 from flatlora.config.settings import MOST_ROWS, setting
 from flatlora.inputs.rows import Columns, Source, gather, read_rows
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +58,19 @@ class Config(TextDatasetConfig):
     task: TaskName
     train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
     validation_rows: int = setting(0, ge=0, le=MOST_ROWS, remedy="0 takes none")
-    test_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
+    test_rows: int | None = setting(None, identity=False, ge=1, le=MOST_ROWS, remedy="null takes all rows")
     subset: Literal["first", "shuffled"] = "first"
     revision: str | None = None
     mismatched: bool = False  # MNLI's validation split of other genres
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         if self.mismatched and self.task != "mnli":
             return [
-                f"Invalid dataset.mismatched=true with dataset.task={self.task}: MNLI alone has a second validation "
-                "split; leave it out."
+                SettingError(
+                    ("mismatched", "task"),
+                    f"Invalid dataset.mismatched=true with dataset.task={self.task}: MNLI alone has a second "
+                    "validation split; leave it out.",
+                )
             ]
         return []
 

@@ -19,7 +19,7 @@ HUB_ID, CONFIG = "openai/gsm8k", "main"
 
 class Config(InstructionConfig):
     validation_rows: int = setting(100, ge=0, le=MOST_ROWS, remedy="0 takes none")
-    test_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all 1,319 rows")
+    test_rows: int | None = setting(None, identity=False, ge=1, le=MOST_ROWS, remedy="null takes all 1,319 rows")
     template: Template = "qa"
 
 

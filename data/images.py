@@ -19,7 +19,7 @@ from flatlora.config.settings import MOST_ROWS, setting
 from flatlora.inputs.images import DIGITS, ImageRows, LabelledImages, check_images, name_fault, picture_of, read_images
 from flatlora.inputs.rows import Source, gather
 from flatlora.models.clip import Classes
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +37,27 @@ class Config(DatasetConfig):
     classes: str = setting(remedy="it names an entry of data/class_names.yaml")
     train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
     validation_rows: int = setting(0, ge=0, le=MOST_ROWS, remedy="0 takes none")
-    test_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
+    test_rows: int | None = setting(None, identity=False, ge=1, le=MOST_ROWS, remedy="null takes all rows")
     subset: Literal["first", "shuffled"] = "first"
     revision: str | None = None
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         faults, known = [], _class_file()
         if self.classes not in known:
             faults.append(
-                f"Invalid dataset.classes={self.classes}: data/class_names.yaml has {', '.join(known)}; name one of "
-                "them, or add yours."
+                SettingError(
+                    ("classes",),
+                    f"Invalid dataset.classes={self.classes}: data/class_names.yaml has {', '.join(known)}; name one "
+                    "of them, or add yours.",
+                )
             )
         if self.hub_id == DIGITS and self.revision is not None:
             faults.append(
-                f"Invalid dataset.revision={self.revision} with dataset={self.name}: scikit-learn brings it along, in "
-                "one state; leave the key out."
+                SettingError(
+                    ("revision", "hub_id"),
+                    f"Invalid dataset.revision={self.revision} with dataset={self.name}: scikit-learn brings it "
+                    "along, in one state; leave the key out.",
+                )
             )
         return faults
 

@@ -11,6 +11,7 @@ from data.selection import batched, split_train_validation
 from flatlora.config.sections import TextDatasetConfig
 from flatlora.config.settings import MOST_ROWS, MOST_TOKENS, setting
 from flatlora.inputs.templates import Template, prompt
+from flatlora.utils.errors import SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,14 @@ class InstructionConfig(TextDatasetConfig):
     max_tokens: int | None = setting(None, ge=8, le=MOST_TOKENS, remedy="null keeps rows of every length")
     limit_tokenizer: str | None = setting(None, min_length=1, remedy="null counts with the model's own")
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         if self.limit_tokenizer is not None and self.max_tokens is None:
             return [
-                f"Invalid dataset.limit_tokenizer={self.limit_tokenizer} without dataset.max_tokens: there is no limit "
-                "that it could count for; set dataset.max_tokens, or leave the key out."
+                SettingError(
+                    ("limit_tokenizer", "max_tokens"),
+                    f"Invalid dataset.limit_tokenizer={self.limit_tokenizer} without dataset.max_tokens: there is no "
+                    "limit that it could count for; set dataset.max_tokens, or leave the key out.",
+                )
             ]
         return []
 

@@ -28,6 +28,7 @@ from flatlora.inputs.captioned import (
 from flatlora.inputs.images import picture_of
 from flatlora.inputs.rows import Source, gather
 from flatlora.models import latents
+from flatlora.utils.errors import SettingError
 
 VERSION = 1
 
@@ -49,7 +50,9 @@ class Config(DatasetConfig):
     buckets: bool = False  # cut to the nearest of several aspect ratios instead of a square
     bucket_step: int = setting(64, ge=8, le=MOST_PIXELS, remedy="sides of buckets are multiples of it")
     repeats: int = setting(1, ge=1, le=10**6, remedy="how often an epoch goes through each picture")
-    drawn: str = "training"  # prompts that are drawn at the end: eval.text_to_image.prompts, unless that is given
+    drawn: str = setting(
+        "training", identity=False
+    )  # prompts that are drawn at the end: eval.text_to_image.prompts, unless that is given
     train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all pictures")
     validation_rows: int = setting(0, ge=0, le=MOST_ROWS, remedy="0 takes none")
     subset: Literal["first", "shuffled"] = "first"
@@ -62,29 +65,46 @@ class Config(DatasetConfig):
     class_steps: int = setting(30, ge=1, le=10**4, remedy="denoising steps of a picture that the model makes")
     prior_weight: float = setting(1.0, ge=0, le=1e6, remedy="1 is usual")
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         faults = []
         if (self.hub_id is None) == (self.folder is None):
             faults.append(
-                f"Invalid dataset.hub_id={self.hub_id} with dataset.folder={self.folder}: exactly one of them says "
-                "where the pictures are; set dataset.folder=DIR with dataset=pictures, or choose another data set."
+                SettingError(
+                    ("hub_id", "folder"),
+                    f"Invalid dataset.hub_id={self.hub_id} with dataset.folder={self.folder}: exactly one of them says "
+                    "where the pictures are; set dataset.folder=DIR with dataset=pictures, or choose another data set.",
+                )
             )
         if self.hub_id is not None and self.prompt_column is None and self.prompt is None:
-            faults.append("Missing dataset.prompt: without dataset.prompt_column it is the prompt of every picture.")
+            faults.append(
+                SettingError(
+                    ("prompt", "hub_id", "prompt_column"),
+                    "Missing dataset.prompt: without dataset.prompt_column it is the prompt of every picture.",
+                )
+            )
         if self.buckets and self.bucket_step > self.resolution:
             faults.append(
-                f"Invalid dataset.bucket_step={self.bucket_step} with dataset.resolution={self.resolution}: sides of "
-                "buckets are multiples of the step and about as long as the resolution; lower the step."
+                SettingError(
+                    ("bucket_step", "resolution"),
+                    f"Invalid dataset.bucket_step={self.bucket_step} with dataset.resolution={self.resolution}: sides "
+                    "of buckets are multiples of the step and about as long as the resolution; lower the step.",
+                )
             )
         if self.revision is not None and self.hub_id in (None, SHAPES):
             faults.append(
-                f"Invalid dataset.revision={self.revision} with dataset={self.name}: only the hub has revisions; leave "
-                "the key out."
+                SettingError(
+                    ("revision", "folder"),
+                    f"Invalid dataset.revision={self.revision} with dataset={self.name}: only the hub has revisions; "
+                    "leave the key out.",
+                )
             )
         if self.buckets and self.class_prompt is not None:
             faults.append(
-                f"Invalid dataset.buckets=true with dataset.class_prompt={self.class_prompt}: a picture and one of its "
-                "class make a row, so they must have one size; leave one of the keys out."
+                SettingError(
+                    ("buckets", "class_prompt"),
+                    f"Invalid dataset.buckets=true with dataset.class_prompt={self.class_prompt}: a picture and one "
+                    "of its class make a row, so they must have one size; leave one of the keys out.",
+                )
             )
         return faults + self._prior_faults()
 

@@ -27,7 +27,7 @@ from data import CountTokens, Row, Splits
 from flatlora.config.sections import TextDatasetConfig
 from flatlora.config.settings import MOST_TOKENS, setting
 from flatlora.inputs.rows import Source
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, SettingError
 
 VERSION = 1  # raise it whenever the same arguments give other rows; a cache of rows must know it
 SPLITS = {"train": range(80), "validation": range(80, 90), "test": range(90, 100)}  # percent of the hash space
@@ -58,7 +58,7 @@ MOVES: dict[str, tuple[int, Callable[["Story", int], Draft]]] = {}
 class Config(TextDatasetConfig):
     train_rows: int = setting(2000, ge=1, le=MOST_ROWS, remedy="that many take a minute to make")
     validation_rows: int = setting(100, ge=0, le=MOST_ROWS, remedy="0 takes none")
-    test_rows: int = setting(200, ge=1, le=MOST_ROWS, remedy="that many take a minute to make")
+    test_rows: int = setting(200, identity=False, ge=1, le=MOST_ROWS, remedy="that many take a minute to make")
     min_steps: int = setting(2, ge=STEPS[0], le=STEPS[1], remedy="problems have 2 to 5 steps")
     max_steps: int = setting(3, ge=STEPS[0], le=STEPS[1], remedy="problems have 2 to 5 steps")
     max_value: int = setting(20, ge=SMALLEST_BOUND, le=10_000, remedy="20 makes products up to 400")
@@ -66,14 +66,17 @@ class Config(TextDatasetConfig):
     # Of the problems; the run's own seed does not change them.
     seed: int = setting(0, ge=0, lt=2**63, remedy="use a whole number of at most 18 digits")
     # How long an evaluator waits for an answer.
-    answer_tokens: int = setting(160, ge=1, le=MOST_TOKENS, remedy="160 hold every answer")
+    answer_tokens: int = setting(160, identity=False, ge=1, le=MOST_TOKENS, remedy="160 hold every answer")
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         if self.min_steps <= self.max_steps:
             return []
         return [
-            f"Invalid dataset.min_steps={self.min_steps} with dataset.max_steps={self.max_steps}: the least number of "
-            "steps must not exceed the greatest; change one of them."
+            SettingError(
+                ("min_steps", "max_steps"),
+                f"Invalid dataset.min_steps={self.min_steps} with dataset.max_steps={self.max_steps}: the least "
+                "number of steps must not exceed the greatest; change one of them.",
+            )
         ]
 
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from pydantic import ValidationError
 from rich.table import Table
 from safetensors import SafetensorError
 
@@ -27,7 +26,7 @@ from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
 from eval.place import OTHER_VERSION, YAML_ERRORS, Place, base_faults, locate_place
 from flatlora.config.sections import KINDS
-from flatlora.config.settings import MOST_SECONDS, Section, setting
+from flatlora.config.settings import MOST_SECONDS, Section, checked_section, setting
 from flatlora.inputs.captioned import pictures_of_run
 from flatlora.inputs.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
@@ -45,7 +44,7 @@ from flatlora.models.sources import backbone_source
 from flatlora.models.starts import MOVED
 from flatlora.runs.run_folder import answering
 from flatlora.utils.console import ProgressBar, console, quiet_libraries, report_faults
-from flatlora.utils.errors import ConfigError, nearest, reason_of, shown
+from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
 from flatlora.utils.files import write_json
 from flatlora.utils.names import fitting, is_text
 from flatlora.utils.precision import choose_precision, stored_dtype
@@ -74,25 +73,47 @@ class Target(Section):
     requests_per_minute: float | None = setting(None, ge=0.01, le=1e6, remedy="null sets no limit")
     timeout: float = setting(300.0, gt=0, le=MOST_SECONDS, remedy="seconds for one request of backend=openai")
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         faults, fields = [], type(self).model_fields
         if self.backend == "openai" and self.base_url is None:
-            faults.append("Missing base_url: backend=openai asks an endpoint; base_url=http://HOST:PORT/v1 names it.")
+            faults.append(
+                SettingError(
+                    ("base_url", "backend"),
+                    "Missing base_url: backend=openai asks an endpoint; base_url=http://HOST:PORT/v1 names it.",
+                )
+            )
         elif self.backend == "openai":
-            faults += wire.faults("base_url", self.base_url, "base_key", self.base_key)
+            faults += wire.endpoint_errors("base_url", self.base_url, "base_key", self.base_key)
         if self.backend != "openai":
             faults += [
-                f"Invalid {key}={getattr(self, key)} with backend={self.backend}: backend=openai reads it; drop it."
+                SettingError(
+                    (key, "backend"),
+                    f"Invalid {key}={getattr(self, key)} with backend={self.backend}: backend=openai reads it; "
+                    "drop it.",
+                )
                 for key in ("base_url", "base_key", "chat", "concurrency", "requests_per_minute", "timeout")
                 if getattr(self, key) != fields[key].default
             ]
         if self.backend == "openai" and self.dtype != "auto":
-            faults.append(f"Invalid dtype={self.dtype} with backend=openai: the server has its own; drop it.")
+            faults.append(
+                SettingError(
+                    ("dtype", "backend"),
+                    f"Invalid dtype={self.dtype} with backend=openai: the server has its own; drop it.",
+                )
+            )
         if self.backend == "openai" and self.base is not None:
-            faults.append(f"Invalid base={self.base} with backend=openai: the server has its own; drop it.")
+            faults.append(
+                SettingError(
+                    ("base", "backend"),
+                    f"Invalid base={self.base} with backend=openai: the server has its own; drop it.",
+                )
+            )
         if self.backend != "hf" and self.device != "auto":
             faults.append(
-                f"Invalid device={self.device} with backend={self.backend}: it has a device of its own; drop it."
+                SettingError(
+                    ("device", "backend"),
+                    f"Invalid device={self.device} with backend={self.backend}: it has a device of its own; drop it.",
+                )
             )
         return faults
 
@@ -245,13 +266,8 @@ def _parse_words(module: ModuleType, words: Sequence[str]) -> tuple[Target | Non
                     f"Cannot read {word!r}: its value is not YAML; write a number, true, false, null or text."
                 )
     given = {key: value for key, value in values.items() if key not in Target.model_fields}
-    try:
-        target = Target.model_validate({key: value for key, value in values.items() if key not in given})
-        faults += target.rule_faults()
-    except ValidationError as error:
-        target = None
-        faults += [_describe(Target, detail) for detail in error.errors()]
-    return target, given, faults
+    target, errors = checked_section("", Target, {key: value for key, value in values.items() if key not in given})
+    return (None if errors else target), given, [*faults, *(error.message for error in errors)]
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -275,24 +291,12 @@ def _config(module: ModuleType, locate: Callable[[], Place], given: Mapping[str,
         known, faults = None, error.faults
     stale = [key for key, owner in getattr(module, "BELONGS_TO", {}).items() if owner in given]
     known = None if known is None else {key: value for key, value in known.items() if key not in stale}
-    try:
-        config = module.Config.model_validate({**(known or {}), **given})
-        faults += config.rule_faults()
-    except ValidationError as error:
-        # Nobody knows what is missing while the place cannot be found that may say it.
-        told = [detail for detail in error.errors() if known is not None or detail["type"] != "missing"]
-        faults += [_describe(module.Config, detail) for detail in told]
-    if faults:
+    config, errors = checked_section("", module.Config, {**(known or {}), **given})
+    # Nobody knows what is missing while the place cannot be found that may say it.
+    faults += [error.message for error in errors if known is not None or error.kind != "missing"]
+    if faults or errors:
         raise ConfigError(faults)
     return config
-
-
-def _describe(cls: type[Section], detail: Mapping[str, Any]) -> str:
-    key, rule = detail["loc"][0], detail["msg"]
-    remedy = (cls.model_fields[key].json_schema_extra or {}).get("remedy")
-    if detail["type"] == "missing":
-        return f"Missing {key}: write {key}=VALUE" + (f"; {remedy}." if remedy else ".")
-    return f"Invalid {key}={shown(detail['input'])}: {rule[0].lower()}{rule[1:]}" + (f"; {remedy}." if remedy else ".")
 
 
 def _served(target: Target) -> str:

@@ -25,7 +25,7 @@ from eval import predictions
 from eval.backends import ImageBackend
 from eval.images import classify, images_of, refuse_unknown_labels
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
-from flatlora.utils.errors import ConfigError, reason_of
+from flatlora.utils.errors import ConfigError, SettingError, reason_of
 from flatlora.utils.plain_files import open_plain
 
 KIND = "image"
@@ -44,7 +44,7 @@ class Config(Section):
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every image")
     batch_size: int = setting(128, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         try:
             read_folder(Path(self.folder))
         except ConfigError as error:

@@ -21,7 +21,7 @@ from eval import predictions
 from eval.backends import Backend
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
 from flatlora.inputs.rows import prompt_text
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, SettingError
 
 KIND = "text"
 GENERATES = False
@@ -48,11 +48,14 @@ class Config(Section):
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
     batch_size: int = setting(32, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         if self.metric == "published" and self.task in ("mnli", "stsb"):
             return [
-                f"Invalid eval.glue.metric=published with eval.glue.task={self.task}: the public code compares the "
-                "first tokens of two answers, and this task has more; use eval.glue.metric=likelihood."
+                SettingError(
+                    ("metric", "task"),
+                    f"Invalid eval.glue.metric=published with eval.glue.task={self.task}: the public code compares the "
+                    "first tokens of two answers, and this task has more; use eval.glue.metric=likelihood.",
+                )
             ]
         return []
 

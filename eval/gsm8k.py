@@ -28,7 +28,7 @@ from eval.backends import Generator, Sampling
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
 from flatlora.inputs.rows import Source, read_rows
 from flatlora.inputs.templates import prompt
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_json
 
 KIND = "text"
@@ -102,11 +102,14 @@ class Config(Section):
     parser: Literal["strict", "math_verify"] = "strict"
     template: Literal["qa", "alpaca", "none"] = "qa"
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         if self.parser == "math_verify" and not _has_math_verify():
             return [
-                "Invalid eval.gsm8k.parser=math_verify: the package math-verify is not installed; run pip install "
-                "'math-verify[antlr4_9_3]', or use eval.gsm8k.parser=strict."
+                SettingError(
+                    ("parser",),
+                    "Invalid eval.gsm8k.parser=math_verify: the package math-verify is not installed; run pip install "
+                    "'math-verify[antlr4_9_3]', or use eval.gsm8k.parser=strict.",
+                )
             ]
         return []
 

@@ -31,7 +31,7 @@ from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section
 from flatlora.inputs.rows import Source, prompt_text, read_rows
 from flatlora.inputs.templates import prompt
 from flatlora.utils.console import counting
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_atomic, write_json
 
 KIND = "text"
@@ -73,23 +73,33 @@ class Config(Section):
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks all 164 problems")
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         faults = []
         if not self.allow_code_execution:
             faults.append(
-                "Invalid eval.humaneval without eval.allow_code_execution=true (python -m eval.humaneval: "
-                "allow_code_execution=true): its score comes from running programs that the model wrote, in a sandbox "
-                "without network, files and environment; say that you want that, or leave the benchmark out."
+                SettingError(
+                    ("allow_code_execution",),
+                    "Invalid eval.humaneval without eval.allow_code_execution=true (python -m eval.humaneval: "
+                    "allow_code_execution=true): its score comes from running programs that the model wrote, in a "
+                    "sandbox without network, files and environment; say that you want that, or leave the "
+                    "benchmark out.",
+                )
             )
         if not self.k or any(k < 1 or k > self.samples for k in self.k):
             faults.append(
-                f"Invalid eval.humaneval.k={self.k} with samples={self.samples}: pass@k needs k samples or more; lower "
-                "k, or raise samples."
+                SettingError(
+                    ("k", "samples"),
+                    f"Invalid eval.humaneval.k={self.k} with samples={self.samples}: pass@k needs k samples or more; "
+                    "lower k, or raise samples.",
+                )
             )
         if self.temperature == 0 and self.samples > 1:
             faults.append(
-                f"Invalid eval.humaneval.samples={self.samples} with temperature=0: greedy answers are all the same; "
-                "use samples=1, or a temperature."
+                SettingError(
+                    ("samples", "temperature"),
+                    f"Invalid eval.humaneval.samples={self.samples} with temperature=0: greedy answers are all the "
+                    "same; use samples=1, or a temperature.",
+                )
             )
         return faults
 
@@ -244,7 +254,7 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: the file is not there or broken, code may not be run, or cannot be run safely here.
     """
-    if faults := config.rule_faults():
+    if faults := [error.message for error in config.rule_errors()]:
         raise ConfigError(faults)
     rows = predictions.read(path, FIELDS)
     limits = sandbox.Limits(seconds=config.time_limit)

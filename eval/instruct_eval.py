@@ -28,7 +28,7 @@ from eval.backends import Backend
 from eval.backends.hf import adapted_model
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
 from flatlora.inputs.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
-from flatlora.utils.errors import ConfigError, nearest, reason_of
+from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
 from flatlora.utils.files import write_atomic, write_json
 from flatlora.utils.plain_files import file_sha256
 from flatlora.utils.records import SEAL, read_record
@@ -61,26 +61,35 @@ class Config(Section):
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks every row of every task")
     batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         faults = []
         if importlib.util.find_spec("lm_eval") is None:
             faults.append(
-                "Invalid eval.instruct_eval: the package lm_eval is not installed; run pip install lm_eval, or leave "
-                "the benchmark out."
+                SettingError(
+                    (),
+                    "Invalid eval.instruct_eval: the package lm_eval is not installed; run pip install lm_eval, or "
+                    "leave the benchmark out.",
+                )
             )
         elif unknown := [name for name in self.tasks if name != "humaneval" and not _parts(name)]:
             near = [close for name in unknown if (close := nearest(name, ["humaneval", *_known_tasks()]))]
             faults.append(
-                f"Invalid eval.instruct_eval.tasks={self.tasks}: {', '.join(unknown)} is none of mmlu, drop, bbh, "
-                "humaneval, nor a part of them such as mmlu_anatomy"
-                + (f"; did you mean {', '.join(near)}?" if near else "; name some.")
+                SettingError(
+                    ("tasks",),
+                    f"Invalid eval.instruct_eval.tasks={self.tasks}: {', '.join(unknown)} is none of mmlu, drop, bbh, "
+                    "humaneval, nor a part of them such as mmlu_anatomy"
+                    + (f"; did you mean {', '.join(near)}?" if near else "; name some."),
+                )
             )
         if not self.tasks:
             faults.append(
-                "Invalid eval.instruct_eval.tasks=[]: there is nothing to ask; name mmlu, drop, bbh or humaneval."
+                SettingError(
+                    ("tasks",),
+                    "Invalid eval.instruct_eval.tasks=[]: there is nothing to ask; name mmlu, drop, bbh or humaneval.",
+                )
             )
         if "humaneval" in self.tasks:
-            faults += self.humaneval().rule_faults()
+            faults += self.humaneval().rule_errors()
         return faults
 
     def humaneval(self) -> humaneval.Config:

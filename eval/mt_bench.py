@@ -37,7 +37,7 @@ from flatlora.config.types import Url
 from flatlora.inputs.rows import gather, read_jsonl, typed_columns
 from flatlora.inputs.templates import conversation
 from flatlora.utils.console import counting
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_atomic, write_json
 
 logger = logging.getLogger(__name__)
@@ -91,9 +91,9 @@ class Config(Section):
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks all 80 questions")
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         names = "eval.mt_bench.judge_url", "eval.mt_bench.judge_key"
-        return wire.faults(names[0], self.judge_url, names[1], self.judge_key)
+        return wire.endpoint_errors(names[0], self.judge_url, names[1], self.judge_key)
 
 
 # An index, as in x[[0]], is no rating; nor is a link, as in [1](address).

@@ -26,7 +26,7 @@ import run_exp  # noqa: E402
 from flatlora.config.experiment import Experiment, parse  # noqa: E402
 from flatlora.config.settings import Section, build_section, setting  # noqa: E402
 from flatlora.utils import records  # noqa: E402
-from flatlora.utils.errors import ConfigError, reason_of  # noqa: E402
+from flatlora.utils.errors import ConfigError, SettingError, reason_of  # noqa: E402
 
 LAYOUTS = PROJECT / "results/tables.yaml"
 PAPER = PROJECT / "results/paper.yaml"
@@ -61,9 +61,12 @@ class Layout(Section):
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows compared; else all with the first LoRA row
     measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # how flatness.json must be
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         return [
-            f"Invalid words={column.words} of column {key}: they must say which data set; write dataset=NAME."
+            SettingError(
+                ("columns",),
+                f"Invalid words={column.words} of column {key}: they must say which data set; write dataset=NAME.",
+            )
             for key, column in self.columns.items()
             if not any(word.startswith("dataset=") for word in column.words)
         ]

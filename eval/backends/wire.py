@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from flatlora.utils.errors import SettingError
 from flatlora.utils.masking import MASK, masked_url, masked_word
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,11 @@ def key_fault(key: str, variable: str | None, url_key: str, url: str) -> str | N
     return None
 
 
-def faults(url_key: str, url: str, key: str, variable: str | None) -> list[str]:
+def endpoint_errors(url_key: str, url: str, key: str, variable: str | None) -> list[SettingError]:
     """What is wrong with the settings `url_key` and `key` that name an endpoint and its key."""
     fault = url_fault(url_key, url) or key_fault(key, variable, url_key, url)
-    return [fault] if fault else []
+    keys = (url_key.rpartition(".")[2], key.rpartition(".")[2])
+    return [SettingError(keys, fault)] if fault else []
 
 
 def key_of(variable: str | None, url: str) -> str | None:

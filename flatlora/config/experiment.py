@@ -17,7 +17,6 @@ from pydantic import SerializeAsAny
 from flatlora.config.sections import (
     KINDS,
     DatasetConfig,
-    FlatConfig,
     ModelConfig,
     OptimConfig,
     PeftConfig,
@@ -27,10 +26,10 @@ from flatlora.config.sections import (
     model_section,
     own_weights,
 )
-from flatlora.config.settings import NoSection, Section, _build_section, _unknown_key, setting
+from flatlora.config.settings import NoSection, Section, checked_section, setting, unknown_key
 from flatlora.config.types import FolderPath
 from flatlora.utils import names
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, SettingError
 
 
 class Experiment(Section):
@@ -42,14 +41,14 @@ class Experiment(Section):
     rho: SerializeAsAny[RhoConfig]
     optim: OptimConfig
     trainer: TrainerConfig
-    eval: dict[str, SerializeAsAny[Section]] = setting({})
-    wandb: WandbConfig = WandbConfig()
+    eval: dict[str, SerializeAsAny[Section]] = setting({}, identity=False)
+    wandb: WandbConfig = setting(WandbConfig(), identity=False)
     seed: int = setting(42, ge=0, le=2**32 - 1, remedy="use a whole number from 0 to 4294967295")
-    data_root: FolderPath | None = setting(None, remedy="null reads the hub")
-    results_root: FolderPath = setting("results", remedy="name a folder")
-    dry_run: bool = False
-    resume: bool = False
-    overwrite: bool = False
+    data_root: FolderPath | None = setting(None, identity=False, remedy="null reads the hub")
+    results_root: FolderPath = setting("results", identity=False, remedy="name a folder")
+    dry_run: bool = setting(False, identity=False)
+    resume: bool = setting(False, identity=False)
+    overwrite: bool = setting(False, identity=False)
 
     @property
     def flat(self) -> bool:
@@ -62,8 +61,21 @@ class Experiment(Section):
         return self.rho.method != "off" and self.rho.sigma > 0
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the trained bytes: the config less record keeping, scoring, paths and logging."""
-        return identity_of(self.model_dump(mode="json"))
+        """All settings that the trained bytes depend on."""
+        return self.identity_of(self.model_dump(mode="json"))
+
+    def identity_of(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """`identity` of a config.yaml, whose sections are read as those of this experiment."""
+        identity = {}
+        for key, value in raw.items():
+            section = getattr(self, key, None)
+            if isinstance(section, Section) and isinstance(value, Mapping):
+                value = {name: item for name, item in value.items() if section.decides(name)}
+            if self.decides(key):
+                identity[key] = value
+        if raw["rho"]["method"] == "off" or raw["rho"]["sigma"] == 0:
+            identity["rho"] = {"method": "off"}
+        return identity
 
     def sha256(self) -> str:
         """Hash of `identity()`."""
@@ -81,21 +93,6 @@ class Experiment(Section):
         return "-".join([*parts, digest])
 
 
-def identity_of(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`Experiment.identity` of a config as config.yaml keeps it."""
-    unread = ("wandb", "results_root", "data_root", "dry_run", "resume", "overwrite", "eval")
-    identity = {key: value for key, value in raw.items() if key not in unread}
-    scoring = ("generated_test_rows", "test_rows", "answer_tokens", "scorer", "captioner", "drawn")
-    for section in ("model", "dataset"):
-        identity[section] = {key: value for key, value in raw[section].items() if key not in scoring}
-    unread = ("save_steps", "save_total_limit", "logging_steps", "num_workers", "name", "launch", "gpus", "zero")
-    unread += ("offload", "timeout_s")
-    identity["trainer"] = {key: value for key, value in raw["trainer"].items() if key not in unread}
-    if raw["rho"]["method"] == "off" or raw["rho"]["sigma"] == 0:
-        identity["rho"] = {"method": "off"}
-    return identity
-
-
 SectionChooser = Callable[[str, Mapping[str, Any]], type[Section] | str]
 """(section, raw section) → the class that types it, or a fault; lets methods, loaders and evaluators own their keys."""
 
@@ -111,8 +108,8 @@ class Registry(Protocol):
         """Other options of this section that have such a key."""
         ...
 
-    def refusals(self, experiment: Experiment) -> list[tuple[tuple[str, ...], str]]:
-        """(keys that a rule reads, fault) of every two options that do not go together."""
+    def combination_errors(self, experiment: Experiment) -> list[SettingError]:
+        """Errors of options that do not go together."""
         ...
 
 
@@ -120,58 +117,70 @@ def parse(raw: Mapping[str, Any], registry: Registry) -> Experiment:
     """Typed experiment of plain data, nested dicts as YAML gives them.
 
     Raises:
-        ConfigError: with every fault found in keys, values and combinations.
+        ConfigError: with every error found in keys, values and combinations.
     """
     raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
-    faults: list[str] = []
-    faulty: set[str] = set()
     if isinstance(raw.get("eval"), dict):
         raw["eval"].pop("allow_code_execution", None)  # no benchmark: those that run code have it in their own section
     if isinstance(raw.get("model"), dict):
         raw["model"] = own_weights(raw["model"])
-    _refuse_foreign_knobs(raw, registry, faults, faulty)
-    classes = _section_classes(raw, registry.section_class, faults, faulty)
+    errors = _foreign_keys(raw, registry)
+    classes, unknown = _section_classes(raw, registry.section_class)
+    errors += unknown
     values: dict[str, Any] = {}
+    invalid: set[str] = set()
     for key, value in raw.items():
         if isinstance(value, NoSection):
-            faults += value.faults
-            faulty.add(key)
+            errors += [SettingError((key,), fault) for fault in value.faults]
         elif key not in Experiment.model_fields:
-            faults.append(_unknown_key(key, Experiment.model_fields))
-        elif key in classes:
-            values[key] = _build_section(key, classes[key], value, faults, faulty)
+            errors.append(SettingError((key,), unknown_key(key, Experiment.model_fields), "unknown"))
         elif key == "eval" and isinstance(value, Mapping):
-            sections = {
-                name: _build_section(f"eval.{name}", classes[f"eval.{name}"], options, faults, faulty)
-                for name, options in value.items()
-                if f"eval.{name}" in classes
-            }
-            values[key] = {name: section for name, section in sections.items() if section is not None}
-        elif key not in faulty:
+            chosen = {name: classes[f"eval.{name}"] for name in value if f"eval.{name}" in classes}
+            values[key] = _sections(
+                {f"eval.{name}": (cls, value[name]) for name, cls in chosen.items()}, errors, invalid
+            )
+        elif key in classes:
+            values |= _sections({key: (classes[key], value)}, errors, invalid)
+        elif not any(key in error.keys for error in errors):
             values[key] = value
     missing = [key for key, spec in Experiment.model_fields.items() if spec.is_required() and key not in raw]
-    faults += [
-        f"Missing {key}: every experiment has one; set {key}.KEY=VALUE, and leave out ~{key}." for key in missing
+    errors += [
+        SettingError(
+            (key,), f"Missing {key}: every experiment has one; set {key}.KEY=VALUE, and leave out ~{key}.", "missing"
+        )
+        for key in missing
     ]
-    faulty |= set(missing)
-    values = {key: value for key, value in values.items() if value is not None or key not in classes}
-    experiment = _build_section("", Experiment, values, faults, faulty)
+    experiment, more = checked_section("", Experiment, values)
+    invalid |= {key for error in errors for key in error.keys}
+    errors += [error for error in more if not invalid & set(error.keys)]
     if experiment is None:
-        raise ConfigError(faults)
-    sections = [getattr(experiment, key) for key in classes if not key.startswith("eval.")] + [
-        *experiment.eval.values()
-    ]
-    rule_faults = [fault for section in sections for fault in section.rule_faults()]
-    faults += [fault for fault in rule_faults if not any(f"{key}=" in fault for key in faulty)]
-    combined = [*_combination_faults(experiment), *registry.refusals(experiment)]
-    faults += [fault for keys, fault in combined if not faulty & set(keys)]
-    if faults:
-        raise ConfigError(faults)
+        raise ConfigError(error.message for error in errors)
+    invalid |= {key for error in errors for key in error.keys}
+    rules = [*_combination_errors(experiment), *registry.combination_errors(experiment)]
+    errors += [rule for rule in rules if not invalid & set(rule.keys)]
+    if errors:
+        raise ConfigError(error.message for error in errors)
     return experiment
 
 
-def _refuse_foreign_knobs(raw: dict[str, Any], registry: Registry, faults: list[str], faulty: set[str]) -> None:
-    """Take out of peft and rho what is another method's key: a typo has a near name, this one has an owner."""
+def _sections(
+    given: Mapping[str, tuple[type[Section], Any]], errors: list[SettingError], invalid: set[str]
+) -> dict[str, Section]:
+    """Last part of a path → its section, for those that there are; errors and invalid paths are added to."""
+    sections = {}
+    for path, (cls, value) in given.items():
+        section, found = checked_section(path, cls, value)
+        errors += found
+        if section is not None:
+            sections[path.rpartition(".")[2]] = section
+        else:
+            invalid.add(path)
+    return sections
+
+
+def _foreign_keys(raw: dict[str, Any], registry: Registry) -> list[SettingError]:
+    """Take keys of other methods out of peft and rho: a typo has a near name, such a key has an owner."""
+    errors = []
     for section in ("peft", "rho"):
         options = raw.get(section)
         chosen = registry.section_class(section, options) if isinstance(options, Mapping) else ""
@@ -180,23 +189,25 @@ def _refuse_foreign_knobs(raw: dict[str, Any], registry: Registry, faults: list[
         for key in [key for key in options if key not in chosen.model_fields]:
             if others := registry.owners(section, key):
                 few = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
-                faults.append(
+                message = (
                     f"Invalid {section}.{key}={options[key]} with {section}={options.get('name')}: it is a key of "
                     f"{section}={few}; leave it out, or choose {others[0]}."
                 )
-                faulty.add(f"{section}.{key}")
+                errors.append(SettingError((f"{section}.{key}",), message))
                 del options[key]
+    return errors
 
 
 def _section_classes(
-    raw: Mapping[str, Any], choose: SectionChooser, faults: list[str], faulty: set[str]
-) -> dict[str, type[Section]]:
+    raw: Mapping[str, Any], choose: SectionChooser
+) -> tuple[dict[str, type[Section]], list[SettingError]]:
     classes: dict[str, Any] = {
         "model": model_section(raw["model"] if isinstance(raw.get("model"), Mapping) else {}),
         "optim": OptimConfig,
         "trainer": TrainerConfig,
         "wandb": WandbConfig,
     }
+    errors = []
     wanted = {key: raw[key] for key in ("dataset", "peft", "rho") if key in raw}
     if isinstance(raw.get("eval"), Mapping):
         wanted |= {f"eval.{name}": options for name, options in raw["eval"].items()}
@@ -205,102 +216,83 @@ def _section_classes(
             continue
         chosen = choose(key, section if isinstance(section, Mapping) else {})
         if isinstance(chosen, str):
-            faults.append(chosen)
-            faulty.add(key)
+            errors.append(SettingError((key,), chosen))
         else:
             classes[key] = chosen
-    return {key: cls for key, cls in classes.items() if key in raw or key.startswith("eval.")}
+    return {key: cls for key, cls in classes.items() if key in raw or key.startswith("eval.")}, errors
 
 
-def _combination_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
-    """(keys that a rule reads, fault) of every choice that does not go with another."""
-    rho, optim, trainer = experiment.rho, experiment.optim, experiment.trainer
-    yield from _name_faults(experiment)
-    yield from _unread_keys(experiment)
-    yield from _dtype_faults(experiment)
-    if isinstance(rho, FlatConfig) and rho.every > 1 and rho.resample == "micro_batch":
-        yield (
-            ("rho.every", "rho.resample"),
-            f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "
-            "several a step; drop one of them.",
-        )
+def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
+    """Choices of model, data, optimizer and trainer that do not go together."""
+    optim, trainer = experiment.optim, experiment.trainer
+    yield from _name_errors(experiment)
+    yield from _unread_key_errors(experiment)
+    yield from _dtype_errors(experiment)
     if optim.batch_size % trainer.micro_batch_size:
-        yield (
+        yield SettingError(
             ("optim.batch_size", "trainer.micro_batch_size"),
             f"Invalid trainer.micro_batch_size={trainer.micro_batch_size} with optim.batch_size={optim.batch_size}: "
             "the micro-batch must divide the batch; change one of them.",
         )
     if KINDS[experiment.model.family] != experiment.dataset.kind:
-        yield (
+        yield SettingError(
             ("model.family", "dataset.kind"),
             f"Invalid dataset={experiment.dataset.name} ({experiment.dataset.kind}) with model="
             f"{experiment.model.name} ({experiment.model.family}): CLIP takes image data sets, SDXL captioned ones, "
             "language models text; change one of them.",
         )
     if experiment.dataset.kind == "captioned" and optim.group_by_length:
-        yield (
+        yield SettingError(
             ("dataset.kind", "optim.group_by_length"),
             f"Invalid optim.group_by_length=true with dataset={experiment.dataset.name}: pictures have no length; "
             "leave the key out (dataset.buckets=true puts pictures of one shape together).",
         )
-    if experiment.resume and experiment.flat and rho.mode == "inplace":
-        yield (
-            ("resume", "rho.mode"),
-            "Invalid resume=true with rho.mode=inplace: the drifted backbone is in no checkpoint, so the run cannot be "
-            "continued; use rho.mode=copy or recompute, or overwrite=true.",
-        )
     if trainer.offload and not trainer.zero:
-        yield (
+        yield SettingError(
             ("trainer.offload", "trainer.zero"),
             "Invalid trainer.offload=true with trainer.zero=0: it is ZeRO's optimizer that is moved to the host; use "
             "trainer=zero2_offload, or leave the key out.",
         )
     if trainer.zero and optim.optimizer != "adamw":
-        yield (
+        yield SettingError(
             ("trainer.zero", "optim.optimizer"),
             f"Invalid optim.optimizer={optim.optimizer} with trainer={trainer.name}: ZeRO keeps FP32 masters and "
             "moments, a share in each process; use optim.optimizer=adamw, or trainer=ddp.",
         )
     if trainer.gpus is not None and trainer.launch == "single" and trainer.gpus > 1:
-        yield (
+        yield SettingError(
             ("trainer.gpus", "trainer.launch"),
             f"Invalid trainer.gpus={trainer.gpus} with trainer={trainer.name}: it is one process; use trainer=ddp.",
         )
     if experiment.resume and experiment.overwrite:
-        yield (
+        yield SettingError(
             ("resume", "overwrite"),
             "Invalid resume=true with overwrite=true: one continues the run, the other deletes it; choose one.",
         )
 
 
-def _name_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+def _name_errors(experiment: Experiment) -> Iterable[SettingError]:
     """A derived name has several names in it, each of which may be as long as a name may be."""
     name = experiment.run_name()
     if (size := names.size(name)) > names.MOST_BYTES:
-        yield (
+        yield SettingError(
             ("model.name", "peft.name", "rho.name", "wandb.name"),
             f"Invalid run name {name[:60]}…: it is made of the names of model, peft and rho, has {size} bytes, and a "
             f"folder's name takes {names.MOST_BYTES}; give wandb.name.",
         )
 
 
-def _dtype_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+def _dtype_errors(experiment: Experiment) -> Iterable[SettingError]:
     """Weights that are stored as neither the noise nor the loss of the experiment can have them."""
-    model, rho, trainer = experiment.model, experiment.rho, experiment.trainer
-    if model.quantize != "none" and experiment.flat and rho.mode in ("copy", "inplace"):
-        yield (
-            ("model.quantize", "rho.mode"),
-            f"Invalid rho.mode={rho.mode} with model.quantize={model.quantize}: a copy would undo what the "
-            "weights are packed for, and noise cannot be added to 4 bits; use rho.mode=recompute (or auto).",
-        )
+    model, trainer = experiment.model, experiment.trainer
     if model.family == "sdxl" and model.dtype == "float16" and trainer.device == "cpu":
-        yield (
+        yield SettingError(
             ("model.dtype", "trainer.device"),
             f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
             "model.dtype=bfloat16 or float32.",
         )
     if model.family != "sdxl" and model.dtype == "float16":
-        yield (
+        yield SettingError(
             ("model.dtype", "model.family"),
             f"Invalid model.dtype=float16 with model={model.name} ({model.family}): its loss is "
             "not scaled, and small gradients of an adapter underflow to 0 in FP16; use model.dtype=bfloat16 or float32 "
@@ -308,26 +300,26 @@ def _dtype_faults(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str
         )
 
 
-def _unread_keys(experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+def _unread_key_errors(experiment: Experiment) -> Iterable[SettingError]:
     """Keys that were set and that nothing would read: the user believes that they act."""
     rho, optim = experiment.rho, experiment.optim
     if rho.method == "off":
         for key in sorted(_changed(rho) - {"name", "method"}):
-            yield (
+            yield SettingError(
                 ("rho.method", f"rho.{key}"),
                 f"Invalid rho.{key}={getattr(rho, key)} with rho=off: plain LoRA has no perturbation; use rho=flat "
                 "(rho.sigma=0 with it is plain LoRA, bit for bit), or leave the key out.",
             )
     for key in ("revision", "test_revision"):
         if experiment.data_root is not None and (pinned := getattr(experiment.dataset, key, None)) is not None:
-            yield (
+            yield SettingError(
                 (f"dataset.{key}", "data_root"),
                 f"Invalid dataset.{key}={pinned} with data_root={experiment.data_root}: a folder has one state, and "
                 "revisions are the hub's; leave one of them out.",
             )
     if getattr(experiment.dataset, "validation_rows", None) == 0:
         for key in keys_of_validation(optim):
-            yield (
+            yield SettingError(
                 (f"optim.{key}", "dataset.validation_rows"),
                 f"Invalid optim.{key}={getattr(optim, key)} with dataset.validation_rows=0: it needs a validation "
                 "loss; set dataset.validation_rows, or leave the key out.",

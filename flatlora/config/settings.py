@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flatlora.utils.errors import ConfigError, nearest, shown
+from flatlora.utils.errors import ConfigError, SettingError, nearest, shown
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,14 @@ class NoSection:
     faults: tuple[str, ...]
 
 
-def setting(default: Any = ..., *, remedy: str = "", **rules: Any) -> Any:
-    """A config field whose error message ends with `remedy`; numbers must be finite."""
-    return Field(default, json_schema_extra={"remedy": remedy}, **rules)
+def setting(default: Any = ..., *, remedy: str = "", identity: bool = True, **rules: Any) -> Any:
+    """A config field; numbers must be finite.
+
+    Args:
+        remedy: the end of its error message.
+        identity: whether the trained bytes depend on it; False for scoring, paths, logging and the like.
+    """
+    return Field(default, json_schema_extra={"remedy": remedy, "identity": identity}, **rules)
 
 
 class Section(BaseModel):
@@ -28,8 +33,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def rule_faults(self) -> list[str]:
-        """Faults in how this section's own keys go together."""
+    @classmethod
+    def decides(cls, key: str) -> bool:
+        """Whether the trained bytes depend on a field; True for one that this version does not have."""
+        field = cls.model_fields.get(key)
+        return field is None or (field.json_schema_extra or {}).get("identity", True)
+
+    def rule_errors(self) -> list[SettingError]:
+        """Errors in how this section's own keys go together; keys are names of fields."""
         return []
 
 
@@ -48,36 +59,41 @@ def build_section(path: str, cls: type[T], raw: Mapping[str, Any]) -> T:
     """One typed section by itself, for a command that needs no whole experiment.
 
     Raises:
-        ConfigError: every fault of its keys and of how they go together.
+        ConfigError: every error of its keys and of how they go together.
     """
-    faults: list[str] = []
-    section = _build_section(path, cls, raw, faults, set())
-    faults += section.rule_faults() if section is not None and not faults else []
-    if faults:
-        raise ConfigError(faults)
+    section, errors = checked_section(path, cls, raw)
+    if errors:
+        raise ConfigError(error.message for error in errors)
     return section
 
 
-def _build_section(path: str, cls: type[Section], value: Any, faults: list[str], faulty: set[str]) -> Any:
-    """The section, with faulty keys noted and put back to their defaults so that later rules still run; or None."""
-    if not isinstance(value, Mapping):
-        faults.append(f"Invalid {path}={value!r}: it is a group of settings; set one of them, as in {path}.KEY=VALUE.")
-        faulty.add(path)
-        return None
-    value = dict(value)
+def checked_section(path: str, cls: type[T], raw: Any) -> tuple[T | None, list[SettingError]]:
+    """The section and every error of its keys and of how they go together.
+
+    Rules are checked with invalid keys at their defaults, and an error that speaks of one of these is left out. None
+    where even that makes no section.
+
+    Args:
+        path: where the section stands in an experiment, such as "model"; "" for settings without one.
+    """
+    if not isinstance(raw, Mapping):
+        message = f"Invalid {path}={raw!r}: it is a group of settings; set one of them, as in {path}.KEY=VALUE."
+        return None, [SettingError((path,), message)]
+    values, errors, invalid = dict(raw), [], set()
     for _ in range(2):
         try:
-            return cls.model_validate(value)
+            section = cls.model_validate(values)
         except ValidationError as error:
             for detail in error.errors():
                 name = str(detail["loc"][0])
-                key = f"{path}.{name}" if path else name
-                if key not in faulty:  # else its fault is known, and this one only follows from it
-                    faults.append(_describe(key, cls, detail, value.get(name)))
-                faulty.add(key)
-                value.pop(name, None)
-    faulty.add(path)
-    return None
+                if name not in invalid:  # else its error is known, and this one only follows from it
+                    errors.append(_describe(path, cls, detail, values.get(name)))
+                invalid.add(name)
+                values.pop(name, None)
+        else:
+            rules = [rule.within(path) for rule in section.rule_errors() if not invalid & set(rule.keys)]
+            return section, errors + rules
+    return None, errors
 
 
 _RULES = {
@@ -96,28 +112,30 @@ _RULES = {
 }
 
 
-def _describe(key: str, cls: type[Section], detail: Mapping[str, Any], value: Any) -> str:
+def _describe(path: str, cls: type[Section], detail: Mapping[str, Any], value: Any) -> SettingError:
     name = str(detail["loc"][0])
+    key = f"{path}.{name}" if path else name
+    field = cls.model_fields.get(name)
+    remedy = ((field.json_schema_extra or {}) if field else {}).get("remedy", "")
     if detail["type"] == "extra_forbidden":
-        return _unknown_key(key, cls.model_fields)
+        return SettingError((key,), unknown_key(key, cls.model_fields), "unknown")
     if detail["type"] == "missing":
-        return f"Missing {key}: this key has no default; set {key}=VALUE."
+        message = f"Missing {key}: this key has no default; set {key}=VALUE" + (f"; {remedy}." if remedy else ".")
+        return SettingError((key,), message, "missing")
     if len(detail["loc"]) > 1:  # inside a list, or one of the forms of a union
         rule = "it has none of the forms that this key takes"
     elif detail["type"] in _RULES:
         rule = _RULES[detail["type"]].format(**detail.get("ctx", {}))
     else:
         rule = detail["msg"][0].lower() + detail["msg"][1:]
-    field = cls.model_fields.get(name)
-    remedy = ((field.json_schema_extra or {}) if field else {}).get("remedy", "")
     if detail["type"] == "string_type" and isinstance(value, int | float):
         remedy = f"""on the command line a number is text in two kinds of quotes: {key}="'{value}'\""""
     if detail["type"] == "string_type" and isinstance(value, list | Mapping):
         remedy = f"""on the command line text with brackets or braces stands in two kinds of quotes: {key}="'[…]'\""""
-    return f"Invalid {key}={shown(value)}: {rule}" + (f"; {remedy}." if remedy else ".")
+    return SettingError((key,), f"Invalid {key}={shown(value)}: {rule}" + (f"; {remedy}." if remedy else "."))
 
 
-def _unknown_key(key: str, known: Iterable[str]) -> str:
+def unknown_key(key: str, known: Iterable[str]) -> str:
     head, _, name = key.rpartition(".")
     prefix = f"{head}." if head else ""
     near = nearest(name, known)

@@ -16,6 +16,7 @@ from flatlora import methods
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import ModelConfig
 from flatlora.config.settings import Section
+from flatlora.utils.errors import SettingError
 
 
 class RowKind(ABC):
@@ -114,13 +115,13 @@ class Suite:
     def owners(self, section: str, key: str) -> list[str]:
         return methods.owners(section, key)
 
-    def refusals(self, experiment: Experiment) -> list[tuple[tuple[str, ...], str]]:
-        return [*methods.combination_faults(experiment), *self._benchmark_faults(experiment)]
+    def combination_errors(self, experiment: Experiment) -> list[SettingError]:
+        return [*methods.combination_errors(experiment), *self._benchmark_errors(experiment)]
 
-    def _benchmark_faults(self, experiment: Experiment) -> Iterable[tuple[tuple[str, ...], str]]:
+    def _benchmark_errors(self, experiment: Experiment) -> Iterable[SettingError]:
         task, scored = getattr(experiment.dataset, "task", None), experiment.eval.get("glue")
         if scored is not None and task is not None and scored.task != task:
-            yield (
+            yield SettingError(
                 ("dataset.task", "eval.glue.task"),
                 f"Invalid eval.glue.task={scored.task} with dataset={experiment.dataset.name}: its metrics are "
                 f"those of {task}; leave the key out.",
@@ -128,7 +129,7 @@ class Suite:
         for name in experiment.eval:
             kind = self.evaluator(name).KIND
             if kind != experiment.dataset.kind:
-                yield (
+                yield SettingError(
                     ("dataset.kind", f"eval.{name}"),
                     f"Invalid eval=[{name}] with dataset={experiment.dataset.name} ({experiment.dataset.kind}): it "
                     f"scores {kind} data sets; leave it out of eval=[...], or change the data set.",

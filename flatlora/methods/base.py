@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import OptimConfig, PeftConfig, RhoConfig
+from flatlora.utils.errors import SettingError
 
 
 def _no_batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -70,6 +71,39 @@ class AdapterMethod:
     reads_gradients: ClassVar[bool] = False  # whole ones, of every parameter, between backward and optimizer step
     needs_dense: ClassVar[bool] = False  # it computes with W, moves or trains it: a packed backbone will not do
     not_of_diffusion: ClassVar[str | None] = None  # why it does not go with a diffusion model
+
+    def errors(self, experiment: Experiment) -> Iterator[SettingError]:
+        """Choices of the experiment that do not go with this method."""
+        peft, model, optim = experiment.peft, experiment.model, experiment.optim
+        keys = ("peft", "peft.method")
+        reason = self.refuses.get(experiment.rho.method) if experiment.regularised else None
+        if reason:
+            yield SettingError(
+                (*keys, "rho", "rho.method"),
+                f"Invalid rho={experiment.rho.name} with peft={peft.name}: {reason}; use rho=off, or another of the "
+                "pairs that python -m flatlora.methods lists.",
+            )
+        if model.quantize != "none" and self.needs_dense:
+            yield SettingError(
+                (*keys, "model.quantize"),
+                f"Invalid model.quantize={model.quantize} with peft={peft.name}: that method computes its start from "
+                "W, moves part of it or trains it, which 4 bits cannot hold; use model.quantize=none, or peft=lora.",
+            )
+        if model.family == "sdxl" and self.not_of_diffusion:
+            yield SettingError(
+                (*keys, "model.family"),
+                f"Invalid peft={peft.name} with model={model.name} (sdxl): {self.not_of_diffusion}; use peft=lora, or "
+                "another of the methods that python -m flatlora.methods lists.",
+            )
+        if self.reads_gradients and experiment.trainer.zero:
+            yield _zero_error("peft", peft.name, experiment)
+        if optim.optimizer != "adamw" and self.has_optimizer:
+            yield SettingError(
+                (*keys, "optim.optimizer"),
+                f"Invalid optim.optimizer={optim.optimizer} with peft={peft.name}: that method has an optimizer of its "
+                "own, whose moments are not 8-bit; leave optim.optimizer out (peft=lora_pro: peft.moments=bfloat16 "
+                "halves them).",
+            )
 
     def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
         """Try the config on the architecture without weights.
@@ -147,6 +181,11 @@ class RhoMethod:
     Config: ClassVar[type[RhoConfig]] = RhoConfig
     reads_gradients: ClassVar[bool] = False  # as `AdapterMethod.reads_gradients`
 
+    def errors(self, experiment: Experiment) -> Iterator[SettingError]:
+        """Choices of the experiment that do not go with this regularizer."""
+        if self.reads_gradients and experiment.trainer.zero:
+            yield _zero_error("rho", experiment.rho.name, experiment)
+
     def prepare(self, model: nn.Module, config: RhoConfig, seed: int) -> None:
         """Add to the adapted model what the method trains besides; before a checkpoint is loaded."""
 
@@ -214,63 +253,15 @@ def refusal(peft_method: str, rho_method: str) -> str | None:
     return method(peft_method).refuses.get(rho_method)
 
 
-def combination_faults(experiment: Experiment) -> list[tuple[tuple[str, ...], str]]:
-    """(keys that a rule reads, fault) of what does not go together in peft, rho and optim."""
-    peft, rho_section, optim = experiment.peft, experiment.rho, experiment.optim
-    faults = []
-    reason = refusal(peft.method, rho_section.method) if experiment.regularised else None
-    if reason:
-        faults.append(
-            (
-                ("peft", "peft.method", "rho", "rho.method"),
-                f"Invalid rho={rho_section.name} with peft={peft.name}: {reason}; use rho=off, or another of the pairs "
-                "that python -m flatlora.methods lists.",
-            )
-        )
-    if experiment.model.quantize != "none" and method(peft.method).needs_dense:
-        faults.append(
-            (
-                ("peft", "peft.method", "model.quantize"),
-                f"Invalid model.quantize={experiment.model.quantize} with peft={peft.name}: that method computes its "
-                "start from W, moves part of it or trains it, which 4 bits cannot hold; use model.quantize=none, or "
-                "peft=lora.",
-            )
-        )
-    if experiment.model.family == "sdxl" and (reason := method(peft.method).not_of_diffusion):
-        faults.append(
-            (
-                ("peft", "peft.method", "model.family"),
-                f"Invalid peft={peft.name} with model={experiment.model.name} (sdxl): {reason}; use peft=lora, or "
-                "another of the methods that python -m flatlora.methods lists.",
-            )
-        )
-    readers = [("peft", peft.name, method(peft.method).reads_gradients)]
-    readers += [("rho", rho_section.name, rho(rho_section.method).reads_gradients)] if experiment.regularised else []
-    for section, name, reads in readers:
-        if reads and experiment.trainer.zero:
-            faults.append(
-                (
-                    (section, f"{section}.method", "trainer", "trainer.zero"),
-                    f"Invalid trainer={experiment.trainer.name} with {section}={name}: that method reads the whole "
-                    "gradient of each parameter before the optimizer step, and ZeRO leaves each process a share of it; "
-                    "use trainer=ddp.",
-                )
-            )
-    if optim.optimizer != "adamw" and method(peft.method).has_optimizer:
-        faults.append(
-            (
-                ("peft", "peft.method", "optim.optimizer"),
-                f"Invalid optim.optimizer={optim.optimizer} with peft={peft.name}: that method has an optimizer of its "
-                "own, whose moments are not 8-bit; leave optim.optimizer out (peft=lora_pro: peft.moments=bfloat16 "
-                "halves them).",
-            )
-        )
-    if optim.optimizer == "adamw_8bit" and experiment.regularised and rho_section.method == "bi_lora":
-        faults.append(
-            (
-                ("rho", "rho.method", "optim.optimizer"),
-                "Invalid optim.optimizer=adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot climb, and the "
-                "second branch must; use optim.optimizer=adamw.",
-            )
-        )
-    return faults
+def combination_errors(experiment: Experiment) -> list[SettingError]:
+    """Choices that do not go with the experiment's adapter method and regularizer."""
+    errors = list(method(experiment.peft.method).errors(experiment))
+    return errors + list(rho(experiment.rho.method).errors(experiment)) if experiment.regularised else errors
+
+
+def _zero_error(section: str, name: str, experiment: Experiment) -> SettingError:
+    return SettingError(
+        (section, f"{section}.method", "trainer", "trainer.zero"),
+        f"Invalid trainer={experiment.trainer.name} with {section}={name}: that method reads the whole gradient of "
+        "each parameter before the optimizer step, and ZeRO leaves each process a share of it; use trainer=ddp.",
+    )

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from flatlora.config.experiment import Experiment, identity_of
+from flatlora.config.experiment import Experiment
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import no_link, write_atomic
@@ -257,7 +257,7 @@ class RunFolder:
         remedy = "give wandb.name for another folder, or overwrite=true to empty this one"
         saved = records.read_settings(path, remedy)
         try:
-            identity_of(saved), scoring_of(saved)
+            scoring_of(saved), saved["rho"]["method"], saved["rho"]["sigma"], dict(saved["trainer"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 [f"Broken file {path}: it is not the config of a run ({type(error).__name__}); {remedy}."]
@@ -317,7 +317,7 @@ def scoring_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(saved: dict[str, Any], experiment: Experiment) -> list[str]:
     """`key: saved ≠ wanted` for every key that decides the trained bytes."""
-    identity, settings = dict(_flatten(identity_of(saved))), dict(_flatten(saved))
+    identity, settings = dict(_flatten(experiment.identity_of(saved))), dict(_flatten(saved))
     return [
         f"{key} is {settings.get(key)!r} there and {value!r} here"
         for key, value in _flatten(experiment.identity())

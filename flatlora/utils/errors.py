@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from flatlora.utils import names
 from flatlora.utils.masking import masked
+
+
+class SettingError(NamedTuple):
+    """One error of settings, and the keys that it is about: names of fields, or whole ones such as "peft.lora_r"."""
+
+    keys: tuple[str, ...]
+    message: str
+    kind: Literal["invalid", "missing", "unknown"] = "invalid"
+
+    def within(self, path: str) -> SettingError:
+        """The same error with the keys of a section at `path` of an experiment."""
+        return self._replace(keys=tuple(f"{path}.{key}" for key in self.keys)) if path else self
 
 
 class ConfigError(ValueError):

@@ -132,7 +132,7 @@ def test_scores_are_means_of_groups():
     ],
 )
 def test_tasks_that_are_none_are_faults(changes, fault):
-    (told,) = instruct_eval.Config(**changes).rule_faults()
+    (told,) = [error.message for error in instruct_eval.Config(**changes).rule_errors()]
     assert fault in told
 
 

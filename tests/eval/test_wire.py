@@ -124,7 +124,7 @@ def test_what_would_give_a_key_away_is_refused(words, fault, tmp_path, capsys):
 
 def test_a_variable_that_is_not_there_is_named(caplog):
     with caplog.at_level(logging.WARNING):
-        assert wire.faults("base_url", "https://x/v1", "base_key", "NONE_SUCH") == []
+        assert wire.endpoint_errors("base_url", "https://x/v1", "base_key", "NONE_SUCH") == []
     assert "base_key=NONE_SUCH: there is no such environment variable" in caplog.text
 
 

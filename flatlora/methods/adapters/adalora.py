@@ -29,7 +29,7 @@ from flatlora.config.settings import MOST_STEPS, setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig, rank_of, rank_setting
 from flatlora.methods.base import Start, Training, register
 from flatlora.perturb.callback import checkpoint_file
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +47,23 @@ class AdaLoraMethodConfig(LoraMethodConfig):
     beta2: float = setting(0.85, gt=0, lt=1, remedy="0.85 is usual")
     orth_reg_weight: float = setting(0.5, ge=0, le=1e6, remedy="0.5 is usual")
 
-    def rule_faults(self) -> list[str]:
-        faults = super().rule_faults()
+    def rule_errors(self) -> list[SettingError]:
+        faults = super().rule_errors()
         if self.init_r is not None and self.lora_r is not None and self.init_r <= self.lora_r:
             faults.append(
-                f"Invalid peft.init_r={self.init_r} with peft.lora_r={self.lora_r}: AdaLoRA shrinks ranks from init_r "
-                "to lora_r on average, so it must be larger; raise peft.init_r, or leave it out."
+                SettingError(
+                    ("init_r", "lora_r"),
+                    f"Invalid peft.init_r={self.init_r} with peft.lora_r={self.lora_r}: AdaLoRA shrinks ranks from "
+                    "init_r to lora_r on average, so it must be larger; raise peft.init_r, or leave it out.",
+                )
             )
         if self.tinit_ratio + self.tfinal_ratio >= 1:
             faults.append(
-                f"Invalid peft.tinit_ratio={self.tinit_ratio} with peft.tfinal_ratio={self.tfinal_ratio}: no step is "
-                "left between them to shrink ranks in; lower one of them."
+                SettingError(
+                    ("tinit_ratio", "tfinal_ratio"),
+                    f"Invalid peft.tinit_ratio={self.tinit_ratio} with peft.tfinal_ratio={self.tfinal_ratio}: no step "
+                    "is left between them to shrink ranks in; lower one of them.",
+                )
             )
         return faults
 

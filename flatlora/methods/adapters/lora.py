@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from flatlora.config.sections import PeftConfig
 from flatlora.config.settings import setting
 from flatlora.methods.base import AdapterMethod, Start, register
-from flatlora.utils.errors import ConfigError, nearest
+from flatlora.utils.errors import ConfigError, SettingError, nearest
 
 _EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as the published find_all_linear_modules leaves out
 # What models call attention's projections.
@@ -37,16 +37,24 @@ class LoraMethodConfig(PeftConfig):
         "all", remedy="all, all_conv, attention, qv or a list of module names"
     )
 
-    def rule_faults(self) -> list[str]:
+    def rule_errors(self) -> list[SettingError]:
         faults = []
         if (self.lora_r is None) == (self.lora_relative_r is None):
             remedy = "set one of them" if self.lora_r is None else "set the other to null"
             faults.append(
-                f"Invalid peft.lora_r={self.lora_r} with peft.lora_relative_r={self.lora_relative_r}: exactly one of "
-                f"them sets the rank; {remedy}."
+                SettingError(
+                    ("lora_r", "lora_relative_r"),
+                    f"Invalid peft.lora_r={self.lora_r} with peft.lora_relative_r={self.lora_relative_r}: exactly one "
+                    f"of them sets the rank; {remedy}.",
+                )
             )
         if not self.target_modules:
-            faults.append("Invalid peft.target_modules=[]: nothing would be trained; name modules, or use all or qv.")
+            faults.append(
+                SettingError(
+                    ("target_modules",),
+                    "Invalid peft.target_modules=[]: nothing would be trained; name modules, or use all or qv.",
+                )
+            )
         return faults
 
 

@@ -10,6 +10,7 @@ from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
 from flatlora.methods.base import Training, register
 from flatlora.optim.lora_pro import LoRAPro, lora_pairs
+from flatlora.utils.errors import SettingError
 
 
 class LoraProConfig(LoraMethodConfig):
@@ -18,12 +19,15 @@ class LoraProConfig(LoraMethodConfig):
     damping: float = setting(1e-8, gt=0, le=1000, remedy="1e-8 as published")
     shard_moments: bool = True  # over the processes, pair by pair
 
-    def rule_faults(self) -> list[str]:
-        faults = super().rule_faults()
+    def rule_errors(self) -> list[SettingError]:
+        faults = super().rule_errors()
         if self.mode == "sgd" and (self.moments != "float32" or not self.shard_moments):
             faults.append(
-                f"Invalid peft.moments={self.moments}, peft.shard_moments={self.shard_moments} with peft.mode=sgd: "
-                "that mode keeps no moments; leave them out, or use peft.mode=adamw."
+                SettingError(
+                    ("moments", "shard_moments", "mode"),
+                    f"Invalid peft.moments={self.moments}, peft.shard_moments={self.shard_moments} with peft.mode=sgd: "
+                    "that mode keeps no moments; leave them out, or use peft.mode=adamw.",
+                )
             )
         return faults
 

@@ -19,10 +19,12 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from flatlora.config.experiment import Experiment
 from flatlora.config.sections import RhoConfig
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import seeded
 from flatlora.methods.base import Regulariser, RhoMethod, register_rho
+from flatlora.utils.errors import SettingError
 
 ASCENT = "ascent"  # name of the second adapter
 
@@ -36,6 +38,15 @@ class BiLoraConfig(RhoConfig):
 @register_rho("bi_lora")
 class BiLora(RhoMethod):
     Config = BiLoraConfig
+
+    def errors(self, experiment: Experiment) -> Iterator[SettingError]:
+        yield from super().errors(experiment)
+        if experiment.optim.optimizer == "adamw_8bit":
+            yield SettingError(
+                ("rho", "rho.method", "optim.optimizer"),
+                "Invalid optim.optimizer=adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot climb, and the "
+                "second branch must; use optim.optimizer=adamw.",
+            )
 
     def prepare(self, model: nn.Module, config: BiLoraConfig, seed: int) -> None:
         first = model.peft_config["default"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from flatlora.config.experiment import Experiment
 from flatlora.config.sections import FlatConfig
 from flatlora.methods.base import Regulariser, RhoMethod, register_rho
 from flatlora.perturb.callback import FlatLoraCallback
+from flatlora.utils.errors import SettingError
 
 
 @register_rho("off")
@@ -22,6 +25,28 @@ class Off(RhoMethod):
 @register_rho("flat")
 class Flat(RhoMethod):
     Config = FlatConfig
+
+    def errors(self, experiment: Experiment) -> Iterator[SettingError]:
+        yield from super().errors(experiment)
+        rho, model = experiment.rho, experiment.model
+        if rho.every > 1 and rho.resample == "micro_batch":
+            yield SettingError(
+                ("rho.every", "rho.resample"),
+                f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "
+                "several a step; drop one of them.",
+            )
+        if experiment.resume and rho.mode == "inplace":
+            yield SettingError(
+                ("resume", "rho.mode"),
+                "Invalid resume=true with rho.mode=inplace: the drifted backbone is in no checkpoint, so the run "
+                "cannot be continued; use rho.mode=copy or recompute, or overwrite=true.",
+            )
+        if model.quantize != "none" and rho.mode in ("copy", "inplace"):
+            yield SettingError(
+                ("model.quantize", "rho.mode"),
+                f"Invalid rho.mode={rho.mode} with model.quantize={model.quantize}: a copy would undo what the "
+                "weights are packed for, and noise cannot be added to 4 bits; use rho.mode=recompute (or auto).",
+            )
 
     def regulariser(self, model: nn.Module, config: FlatConfig, seed: int) -> Regulariser:
         keys = ("ramp", "mode", "every", "resample", "per_rank", "scale", "fan_in")
