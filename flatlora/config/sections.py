@@ -183,16 +183,6 @@ class RhoConfig(Section):
     sigma: float = setting(0.0, ge=0, le=1000, remedy="use rho=off for plain LoRA")  # its strength; 0 is plain training
 
 
-class FlatConfig(RhoConfig):
-    ramp: Literal["cosine", "linear", "constant"] = "cosine"
-    mode: Literal["auto", "copy", "recompute", "inplace"] = "auto"
-    every: int = setting(1, ge=1, le=MOST_STEPS, remedy="1 draws a new ε at every optimizer step")
-    resample: Literal["step", "micro_batch"] = "step"
-    per_rank: bool = False
-    scale: Literal["filter", "iid"] = "filter"
-    fan_in: bool = True
-
-
 class OptimConfig(Section):
     optimizer: Literal["adamw", "adamw_8bit"] = setting("adamw", remedy="adamw_8bit needs the package bitsandbytes")
     lr: float = setting(5e-4, gt=0, le=1000, remedy="5e-4 is the paper's value for LoRA, 1e-4 for full fine-tuning")

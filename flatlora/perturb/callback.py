@@ -39,7 +39,7 @@ class FlatLoraCallback(TrainerCallback):
     Args:
         sigma: σ, the `rho` of the published command line (0.05 for language models, 0.15 for CLIP).
         seed: seed of the noise; the Trainer's `args.seed` when None.
-        settings: passed on to `WeightPerturbation` (mode, ramp, every, resample, per_rank, scale, fan_in).
+        settings: other fields of `NoiseSettings` (mode, ramp, every, resample, per_rank, scale, fan_in).
     """
 
     def __init__(self, sigma: float, *, seed: int | None = None, **settings: Any) -> None:
@@ -74,7 +74,7 @@ class FlatLoraCallback(TrainerCallback):
         )
         self._warn_of_no_noise(state.max_steps)
         self._see_through_checkpointing(model)
-        if state.global_step % self.perturbation.every:
+        if state.global_step % self.perturbation.noise.every:
             self._restore_draw(args, state)
         else:
             state.stateful_callbacks.pop(_DRAW, None)  # of a window that is over
@@ -107,8 +107,8 @@ class FlatLoraCallback(TrainerCallback):
                 "sigma=%g perturbs nothing in this training: the %s ramp begins at 0, and with every=%d all %d steps "
                 "take its first value; train for more steps, lower `every`, or use ramp=constant.",
                 self.sigma,
-                perturbation.ramp,
-                perturbation.every,
+                perturbation.noise.ramp,
+                perturbation.noise.every,
                 total_steps,
             )
 
@@ -145,7 +145,7 @@ class FlatLoraCallback(TrainerCallback):
             return  # an epoch of streamed rows ended inside the window: what follows adds to the same step's gradient
         self._micro_batch, self._step = 0, state.global_step
         self.perturbation.begin(state.global_step)
-        if state.global_step % self.perturbation.every == 0:
+        if state.global_step % self.perturbation.noise.every == 0:
             self._keep_draw(args, state)
         if args.world_size > 1 and self.noise_sha256 is None and self.perturbation.perturbed:
             self._compare_noise(args.world_size)
@@ -154,7 +154,7 @@ class FlatLoraCallback(TrainerCallback):
         """Hash what each process reads in the first layer: shared noise is the same everywhere, or the run is void."""
         told: list[str] = [""] * world_size
         torch.distributed.all_gather_object(told, self.perturbation.weight_sha256(0))
-        if not self.perturbation.per_rank and len(set(told)) > 1:
+        if not self.perturbation.noise.per_rank and len(set(told)) > 1:
             raise RuntimeError(
                 f"The processes perturb {self.perturbation.layers[0].name} by different noise ({told}), which is to be "
                 "shared: they run on machines that compute differently; use alike ones, or rho.per_rank=true."
@@ -228,7 +228,7 @@ class FlatLoraCallback(TrainerCallback):
         if hashlib.sha256(packed).hexdigest() != kept["sha256"]:
             raise self._cannot_resume(state, "the draw in the checkpoint is broken")
         tensors = load(packed)
-        if int(tensors["step"]) != state.global_step - state.global_step % self.perturbation.every:
+        if int(tensors["step"]) != state.global_step - state.global_step % self.perturbation.noise.every:
             raise self._cannot_resume(state, f"the draw in the checkpoint is that of step {int(tensors['step'])}")
         rows = {layer.name: (layer.shape[0],) for layer in self.perturbation.layers}
         if rows != {name: tuple(c.shape) for name, c in tensors.items() if name != "step"}:
@@ -236,7 +236,7 @@ class FlatLoraCallback(TrainerCallback):
         self.perturbation.load_state_dict(tensors)
 
     def _cannot_resume(self, state: TrainerState, reason: str) -> ValueError:
-        every = self.perturbation.every
+        every = self.perturbation.noise.every
         return ValueError(
             f"Cannot resume at step {state.global_step}, inside a window of every={every} steps that share one ε: "
             f"{reason}; resume with the settings of before, or from a checkpoint whose step is a multiple of {every}."

@@ -24,7 +24,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -33,11 +33,11 @@ from flatlora.noise import philox
 from flatlora.perturb.epsilon import Draw, epsilon_of
 from flatlora.perturb.forward import PerturbedForward, PerturbedReader, Reading, _Wrapper
 from flatlora.perturb.layers import PerturbedLayer
-from flatlora.perturb.schedule import RAMPS, sigma_at
+from flatlora.perturb.schedule import sigma_at
+from flatlora.perturb.settings import NoiseSettings
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["auto", "copy", "recompute", "inplace"]
 _HOLDER = "_weight_perturbation"  # attribute of a module: the perturbation that has it now
 
 
@@ -46,21 +46,13 @@ class WeightPerturbation:
 
     Args:
         layers: what to perturb; see `flatlora.find_lora_layers`.
-        sigma: σ ≥ 0, the `rho` of the published command line. 0 perturbs nothing.
         total_steps: T of the ramp, in optimizer steps.
         seed: the run's seed; ranks must agree on it.
-        ramp: cosine | linear | constant.
-        mode: auto | copy | recompute | inplace. auto is copy where the buffer takes at most half of the free memory.
-        every: draw a new ε only every so many optimizer steps, σ_t and row norms included, and train all steps of the
-            window on it. Not the published code's T: there ε is taken away after the window's first step, and the other
-            T − 1 are trained on W.
-        resample: "step" keeps one ε for all micro-batches of a step, "micro_batch" draws one for each.
-        per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
-        scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
-        fan_in: divide the variance by n (the paper's 1/n); off only for the ablation.
         training_only: layers in evaluation mode, and in passes without gradients, read W even inside a step (not in
             inplace), so that an interrupted step or a generation within one does not evaluate W + ε. Needs a loop that
             calls `model.train()`, and `within_pass` around passes with reentrant checkpoints.
+        rank, world_size: of this process.
+        settings: fields of `NoiseSettings`; `sigma` is required.
 
     Layers that another perturbation still holds, left behind by an interrupted loop, are taken over from it.
 
@@ -72,29 +64,20 @@ class WeightPerturbation:
         self,
         layers: Sequence[PerturbedLayer],
         *,
-        sigma: float,
         total_steps: int,
         seed: int,
-        ramp: str = "cosine",
-        mode: Mode = "auto",
-        every: int = 1,
-        resample: Literal["step", "micro_batch"] = "step",
-        per_rank: bool = False,
-        scale: Literal["filter", "iid"] = "filter",
-        fan_in: bool = True,
         training_only: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        **settings: Any,
     ) -> None:
-        _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scale)
+        self.noise = _validated(layers, total_steps, settings)
         self.layers = list(layers)
         for layer in self.layers:
             if _HOLDER in layer.module.__dict__:
                 layer.module.__dict__[_HOLDER].close()
-        self.sigma, self.total_steps, self.ramp, self.every = sigma, total_steps, ramp, every
-        self.resample, self.per_rank, self.scale, self.fan_in = resample, per_rank, scale, fan_in
-        self.training_only, self.rank, self.world_size = training_only, rank, world_size
-        self.mode = choose_mode(self.layers) if mode == "auto" else mode
+        self.total_steps, self.training_only, self.rank, self.world_size = total_steps, training_only, rank, world_size
+        self.mode = choose_mode(self.layers) if self.noise.mode == "auto" else self.noise.mode
         self.active = False
         self._watch = _Stopwatch(self.layers[0].weight.device)
         self._keys = [philox.layer_key(seed, layer.name) for layer in self.layers]
@@ -107,7 +90,7 @@ class WeightPerturbation:
         self._copies: list[torch.Tensor] = []
         self._originals: list[torch.Tensor] = []
         self._epsilon = epsilon_of(self.layers, self._keys)
-        if self.mode == "inplace" and sigma > 0:
+        if self.mode == "inplace" and self.noise.sigma > 0:
             self._keep_originals()
         for index, layer in enumerate(self.layers):
             layer.module.__dict__[_HOLDER] = self
@@ -133,7 +116,7 @@ class WeightPerturbation:
 
     def next_micro_batch(self, micro_batch: int) -> None:
         """Draw the ε of another micro-batch of the same step; does nothing when the step shares one ε."""
-        if not self.active or self.resample == "step" or self._sigma_drawn == 0:
+        if not self.active or self.noise.resample == "step" or self._sigma_drawn == 0:
             return
         with self._watch:
             self._take_away()
@@ -173,7 +156,7 @@ class WeightPerturbation:
 
     def sigma_at(self, step: int) -> float:
         """σ_t that `begin(step)` uses."""
-        return sigma_at(step - step % self.every, self.total_steps, self.sigma, self.ramp)
+        return sigma_at(step - step % self.noise.every, self.total_steps, self.noise.sigma, self.noise.ramp)
 
     def drift(self) -> dict[str, float] | None:
         """What the in-place way did to W: ‖ΔW‖/‖W‖ and the share of changed entries; None in the other modes."""
@@ -191,7 +174,7 @@ class WeightPerturbation:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The c vectors of the current draw: needed to resume inside an `every` window, empty otherwise."""
-        if self.every == 1 or self._drawn_step is None:
+        if self.noise.every == 1 or self._drawn_step is None:
             return {}
         state = {layer.name: c.cpu() for layer, c in zip(self.layers, self._coefficients, strict=True)}
         return {**state, "step": torch.tensor(self._drawn_step)}
@@ -208,25 +191,27 @@ class WeightPerturbation:
             self.rank,
             micro_batch,
             self.world_size,
-            per_rank=self.per_rank,
-            per_micro_batch=self.resample == "micro_batch",
+            per_rank=self.noise.per_rank,
+            per_micro_batch=self.noise.resample == "micro_batch",
         )
         return Draw(self._keys[index], self._drawn_step, stream, self._coefficients[index])
 
     def _draw_coefficients(self, step: int) -> None:
         """c of every layer for this step, kept over an `every` window."""
-        window = step - step % self.every
-        if self._drawn_step == window and self.every > 1:
+        window = step - step % self.noise.every
+        if self._drawn_step == window and self.noise.every > 1:
             return
         if step != window:
             raise RuntimeError(
-                f"Cannot begin at step {step}: with every={self.every} its ε was drawn at step {window}, whose row "
-                "norms are gone; load_state_dict() what the checkpoint saved, or start at a multiple of `every`."
+                f"Cannot begin at step {step}: with every={self.noise.every} its ε was drawn at step {window}, whose "
+                "row norms are gone; load_state_dict() what the checkpoint saved, or start at a multiple of `every`."
             )
         self._drawn_step, self._sigma_drawn = step, self.sigma_at(step)
         self._written = None  # the adapter may have moved since the copies were written, even for the same step
         if self._sigma_drawn > 0:
-            self._coefficients = self._epsilon.coefficients(self._sigma_drawn, scale=self.scale, fan_in=self.fan_in)
+            self._coefficients = self._epsilon.coefficients(
+                self._sigma_drawn, scale=self.noise.scale, fan_in=self.noise.fan_in
+            )
         else:
             self._coefficients = [layer.weight.new_zeros(layer.shape[0], dtype=torch.float32) for layer in self.layers]
 
@@ -364,24 +349,20 @@ def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"
     return "copy" if needed <= free / 2 else "recompute"
 
 
-def _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scale) -> None:
-    faults = []
+def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dict[str, Any]) -> NoiseSettings:
+    """
+    Raises:
+        ValueError: settings or layers that cannot be perturbed; the message lists all errors.
+    """
+    faults, noise = [], None
+    try:
+        noise = NoiseSettings(**settings)
+    except ValueError as error:
+        faults.append(str(error))
+    if total_steps < 1:
+        faults.append(f"Invalid total_steps={total_steps}: it counts optimizer steps and must be ≥ 1.")
     if not layers:
         faults.append("Invalid layers=[]: at least one LoRA layer is needed; wrap the model with PEFT's LoRA first.")
-    if not (sigma >= 0 and math.isfinite(sigma)):
-        faults.append(f"Invalid sigma={sigma}: it must be finite and ≥ 0; use sigma=0 for plain LoRA.")
-    for name, value in (("total_steps", total_steps), ("every", every)):
-        if value < 1:
-            faults.append(f"Invalid {name}={value}: it counts optimizer steps and must be ≥ 1.")
-    choices = {
-        "ramp": (ramp, tuple(RAMPS)),
-        "mode": (mode, ("auto", "copy", "recompute", "inplace")),
-        "resample": (resample, ("step", "micro_batch")),
-        "scale": (scale, ("filter", "iid")),
-    }
-    for name, (value, known) in choices.items():
-        if value not in known:
-            faults.append(f"Invalid {name}={value!r}: choose one of {', '.join(known)}.")
     trained = [layer.name for layer in layers if layer.weight.requires_grad]
     if trained:
         faults.append(
@@ -396,6 +377,7 @@ def _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scal
             "the model without device_map='auto' or offloading, and train by DDP or ZeRO-2 instead of FSDP or ZeRO-3."
         )
     packed = [layer.name for layer in layers if layer.quantised]
+    mode = settings.get("mode")
     if packed and mode in ("copy", "inplace"):
         faults.append(
             f"Invalid mode={mode} with packed weights ({packed[0]} and {len(packed) - 1} more): a copy would undo what "
@@ -406,3 +388,4 @@ def _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scal
         faults.append(f"Invalid layers: {len(names) - len(set(names))} names occur twice; noise is keyed by name.")
     if faults:
         raise ValueError("\n".join(faults))
+    return noise

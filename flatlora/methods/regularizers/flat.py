@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
 from flatlora.config.experiment import Experiment
-from flatlora.config.sections import FlatConfig
+from flatlora.config.sections import RhoConfig
+from flatlora.config.settings import MOST_STEPS, setting
 from flatlora.methods.base import Regulariser, RhoMethod, register_rho
 from flatlora.perturb.callback import FlatLoraCallback
+from flatlora.perturb.settings import Mode, NoiseSettings, Ramp, Resample, Scale
 from flatlora.utils.errors import SettingError
+
+
+class FlatConfig(RhoConfig):
+    """`NoiseSettings` as options of the command line."""
+
+    ramp: Ramp = "cosine"
+    mode: Mode = "auto"
+    every: int = setting(1, ge=1, le=MOST_STEPS, remedy="1 draws a new ε at every optimizer step")
+    resample: Resample = "step"
+    per_rank: bool = False
+    scale: Scale = "filter"
+    fan_in: bool = True
 
 
 @register_rho("off")
@@ -49,8 +64,9 @@ class Flat(RhoMethod):
             )
 
     def regulariser(self, model: nn.Module, config: FlatConfig, seed: int) -> Regulariser:
-        keys = ("ramp", "mode", "every", "resample", "per_rank", "scale", "fan_in")
-        return FlatRegulariser(config.sigma, seed=seed, **{key: getattr(config, key) for key in keys})
+        return FlatRegulariser(
+            seed=seed, **{field.name: getattr(config, field.name) for field in fields(NoiseSettings)}
+        )
 
 
 class FlatRegulariser(FlatLoraCallback, Regulariser):
