@@ -4,7 +4,7 @@ In one's own script: `FlatLoraCallback` for a transformers Trainer, `WeightPertu
 `LoRAPro`, an optimizer of LoRA's pairs. `fast_dtype` says in which dtype to load a backbone on this machine.
 """
 
-from flatlora import _quiet  # noqa: F401  (first: it is about the imports below)
+from flatlora import _moved, _quiet  # noqa: F401  (first: they are about the imports below)
 from flatlora.optim.lora_pro import LoRAPro, lora_pairs
 from flatlora.perturb.callback import FlatLoraCallback
 from flatlora.perturb.layers import find_lora_layers

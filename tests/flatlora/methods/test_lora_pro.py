@@ -400,7 +400,7 @@ def test_adapters_that_are_no_pair_are_refused_by_name():
 SHARDED = """
 import sys, torch
 import torch.distributed as dist
-from flatlora.methods.lora_pro import LoRAPro
+from flatlora.optim.lora_pro import LoRAPro
 from tests.flatlora.methods.test_lora_pro import some_pairs, train
 dist.init_process_group("gloo")
 alone, sharded = some_pairs(), some_pairs()

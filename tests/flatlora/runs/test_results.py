@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+import torch
 import wandb
 from PIL import Image
 
@@ -407,7 +408,7 @@ def test_a_run_is_not_overwritten_while_it_is_evaluated(experiment):
 
 def test_environment_names_versions_and_hardware():
     found = environment.environment()
-    assert found["versions"]["torch"].startswith(run_folder.torch.__version__.partition("+")[0])
+    assert found["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert set(found["versions"]) > {"python", "transformers", "peft", "numpy"}
     assert found["hardware"]["memory_gib"] > 0
     assert found["hardware"]["cores"] >= 1

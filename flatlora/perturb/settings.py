@@ -1,0 +1,55 @@
+"""The settings of the noise, in one place: what they are, which values they take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Ramp = Literal["cosine", "linear", "constant"]
+Mode = Literal["auto", "copy", "recompute", "inplace"]
+Resample = Literal["step", "micro_batch"]
+Scale = Literal["filter", "iid"]
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """How ε is drawn and added.
+
+    Args:
+        sigma: σ ≥ 0, the `rho` of the published command line. 0 perturbs nothing.
+        ramp: of σ_t over the training (section 4: "cosine-increasing").
+        mode: how layers read W + ε; auto is copy where the buffer takes at most half of the free memory, else
+            recompute.
+        every: draw a new ε only every so many optimizer steps, σ_t and row norms included, and train all steps of the
+            window on it. Not the published code's T: there ε is taken away after the window's first step, and the other
+            T − 1 are trained on W.
+        resample: "step" keeps one ε for all micro-batches of a step, "micro_batch" draws one for each.
+        per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
+        scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
+        fan_in: divide the variance by n (the paper's 1/n); off only for the ablation.
+
+    Raises:
+        ValueError: values out of range; the message lists all of them.
+    """
+
+    sigma: float
+    ramp: Ramp = "cosine"
+    mode: Mode = "auto"
+    every: int = 1
+    resample: Resample = "step"
+    per_rank: bool = False
+    scale: Scale = "filter"
+    fan_in: bool = True
+
+    def __post_init__(self) -> None:
+        errors = []
+        if not (self.sigma >= 0 and math.isfinite(self.sigma)):
+            errors.append(f"Invalid sigma={self.sigma}: it must be finite and ≥ 0; use sigma=0 for plain LoRA.")
+        if self.every < 1:
+            errors.append(f"Invalid every={self.every}: it counts optimizer steps and must be ≥ 1.")
+        for name, choices in (("ramp", Ramp), ("mode", Mode), ("resample", Resample), ("scale", Scale)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                errors.append(f"Invalid {name}={value!r}: choose one of {', '.join(get_args(choices))}.")
+        if errors:
+            raise ValueError("\n".join(errors))
