@@ -35,4 +35,4 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """The names are there already."""
 
 
-sys.meta_path.append(_MovedModules())
+sys.meta_path.insert(0, _MovedModules())

@@ -183,7 +183,7 @@ class RhoMethod:
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         """Choices of the experiment that do not go with this regularizer."""
-        if self.reads_gradients and experiment.trainer.zero:
+        if self.reads_gradients and experiment.regularised and experiment.trainer.zero:
             yield _zero_error("rho", experiment.rho.name, experiment)
 
     def prepare(self, model: nn.Module, config: RhoConfig, seed: int) -> None:
@@ -255,8 +255,10 @@ def refusal(peft_method: str, rho_method: str) -> str | None:
 
 def combination_errors(experiment: Experiment) -> list[SettingError]:
     """Choices that do not go with the experiment's adapter method and regularizer."""
-    errors = list(method(experiment.peft.method).errors(experiment))
-    return errors + list(rho(experiment.rho.method).errors(experiment)) if experiment.regularised else errors
+    return [
+        *method(experiment.peft.method).errors(experiment),
+        *rho(experiment.rho.method).errors(experiment),
+    ]
 
 
 def _zero_error(section: str, name: str, experiment: Experiment) -> SettingError:

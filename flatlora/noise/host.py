@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from flatlora.noise import torch_passes
 from flatlora.noise.philox import layer_key, refuse_counter
+
+logger = logging.getLogger(__name__)
 
 _ELEMENTS_WORTH_A_THREAD = 32768
 _JOBS_WORTH_A_THREAD = 4  # fewer are not shared out evenly
@@ -36,7 +41,9 @@ def fill_normal(
             f"Invalid out={out.dtype} {tuple(out.shape)} on {out.device}: noise is written to a contiguous FP32 CPU "
             "matrix; make one with torch.empty(rows, columns) and convert the result."
         )
-    _over_rows(_compiled().fill_rows, out, (out.numpy(),), key, step, stream, row, column)
+    if (kernels := _compiled()) is None:
+        return torch_passes.fill_normal_torch(out, key, step, stream, row=row, column=column)
+    _over_rows(kernels.fill_rows, out, (out.numpy(),), key, step, stream, row, column)
     return out
 
 
@@ -64,18 +71,28 @@ def add_normal(
             f"Invalid weight={weight.dtype} {tuple(weight.shape)}, out={out.dtype} {tuple(out.shape)}: two contiguous "
             "CPU matrices, both FP32 or both BF16, are needed; use perturbation.write_perturbed for others."
         )
+    if (kernels := _compiled()) is None:
+        torch_passes.add_normal_torch(weight, c, out, key, step, stream, row=row, column=column)
+        return out.copy_(out.bfloat16()) if rounded else out
     if weight.dtype == torch.bfloat16:
         arrays = (weight.view(torch.uint16).numpy(), c.numpy(), out.view(torch.uint16).numpy())
-        _over_rows(_compiled().add_rows_bf16, weight, arrays, key, step, stream, row, column)
+        _over_rows(kernels.add_rows_bf16, weight, arrays, key, step, stream, row, column)
     else:
         arrays = (weight.numpy(), c.numpy(), out.numpy())
-        kernel = _compiled().add_rows_rounded if rounded else _compiled().add_rows_fp32
+        kernel = kernels.add_rows_rounded if rounded else kernels.add_rows_fp32
         _over_rows(kernel, weight, arrays, key, step, stream, row, column)
     return out
 
 
-def _compiled() -> ModuleType:
-    """The compiled code; imported when noise is first made on a CPU: a program that makes none needs no compiler."""
+@lru_cache(maxsize=1)
+def _compiled() -> ModuleType | None:
+    """The compiled code, None without numba; imported when noise is first made on a CPU, which compiles it."""
+    if importlib.util.find_spec("numba") is None:
+        logger.warning(
+            "numba is not installed: noise on the CPU is made by plain torch operations, which takes several times as "
+            "long; run pip install numba."
+        )
+        return None
     from flatlora.noise import host_compiled
 
     return host_compiled

@@ -41,7 +41,7 @@ class BiLora(RhoMethod):
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         yield from super().errors(experiment)
-        if experiment.optim.optimizer == "adamw_8bit":
+        if experiment.regularised and experiment.optim.optimizer == "adamw_8bit":
             yield SettingError(
                 ("rho", "rho.method", "optim.optimizer"),
                 "Invalid optim.optimizer=adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot climb, and the "

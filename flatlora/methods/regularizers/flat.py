@@ -50,6 +50,8 @@ class Flat(RhoMethod):
                 f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "
                 "several a step; drop one of them.",
             )
+        if not experiment.regularised:
+            return
         if experiment.resume and rho.mode == "inplace":
             yield SettingError(
                 ("resume", "rho.mode"),

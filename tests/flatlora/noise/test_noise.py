@@ -134,3 +134,43 @@ def test_streams_of_ranks_and_micro_batches_never_meet():
             expected = (4 if per_rank else 1) * (3 if per_micro_batch else 1)
             assert len(set(streams.values())) == expected
             assert (0 in streams.values()) == (not per_rank and not per_micro_batch)
+
+
+class TestWithoutNumba:
+    """The library is installed without numba: plain torch operations make the same noise."""
+
+    @pytest.fixture
+    def without(self, monkeypatch):
+        def use():
+            monkeypatch.setattr(host, "_compiled", lambda: None)
+
+        return use
+
+    def test_fill(self, without):
+        compiled = host.fill_normal(torch.empty(5, 37), (3, 4), 7, 1, row=2, column=5)
+        without()
+        torch.testing.assert_close(
+            host.fill_normal(torch.empty(5, 37), (3, 4), 7, 1, row=2, column=5), compiled, rtol=0, atol=1e-6
+        )
+
+    @pytest.mark.parametrize("rounded", [False, True])
+    @pytest.mark.parametrize("dtype", host.FUSED_DTYPES)
+    def test_add(self, without, dtype, rounded):
+        if rounded and dtype == torch.bfloat16:
+            pytest.skip("BF16 weights are rounded anyway")
+        weight, c = torch.randn(5, 37, generator=torch.Generator().manual_seed(0)).to(dtype), torch.full((5,), 0.1)
+        compiled = host.add_normal(weight, c, torch.empty_like(weight), (3, 4), 7, 1, rounded=rounded)
+        without()
+        plain = host.add_normal(weight, c, torch.empty_like(weight), (3, 4), 7, 1, rounded=rounded)
+        torch.testing.assert_close(plain, compiled, rtol=2**-7 if rounded or dtype != torch.float32 else 0, atol=1e-6)
+        if rounded:
+            assert torch.equal(plain, plain.bfloat16().float())
+
+    def test_it_is_said_once(self, monkeypatch, caplog):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        host._compiled.cache_clear()
+        try:
+            assert host._compiled() is host._compiled() is None
+        finally:
+            host._compiled.cache_clear()
+        assert [record.name for record in caplog.records] == ["flatlora.noise.host"]
