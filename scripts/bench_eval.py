@@ -1,6 +1,6 @@
 """The same questions by three backends: transformers, vLLM in its process, and `vllm serve` behind the OpenAI backend.
 
-    python scripts/bench_eval.py PATH --data-root DIR [--rows 64] [--tokens 256] [--dtype float32]
+    python -m scripts.bench_eval PATH --data-root DIR [--rows 64] [--tokens 256] [--dtype float32]
 
 Each runs `python -m eval.gsm8k` in a process of its own, vLLM in the environment that `make vllm` makes. Prints the
 time of each, with and without its start, how many greedy answers equal those of transformers, and where the others
@@ -25,15 +25,14 @@ from typing import Any
 import psutil
 from rich.table import Table
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
+from eval.predictions import read
+from flatlora.models.loading import model_of
+from flatlora.models.sources import backbone_source
+from flatlora.runs import environment
+from flatlora.utils import files
+from flatlora.utils.console import console
 
-from eval.predictions import read  # noqa: E402
-from flatlora.models.loading import model_of  # noqa: E402
-from flatlora.models.sources import backbone_source  # noqa: E402
-from flatlora.runs import environment  # noqa: E402
-from flatlora.utils import files  # noqa: E402
-from flatlora.utils.console import console  # noqa: E402
+PROJECT = Path(__file__).parents[1]
 
 _START_S = 600
 
@@ -60,7 +59,7 @@ def main(words: list[str] | None = None) -> int:
     report = json.loads(path.read_text()) if path.is_file() else {}
     label = Path(options.path).name if Path(options.path).is_dir() else options.path
     report[f"{'adapter' if label == 'adapter' else label}, {options.dtype}"] = {
-        "command": f"python scripts/bench_eval.py PATH --rows {options.rows} --tokens {options.tokens} "
+        "command": f"python -m scripts.bench_eval PATH --rows {options.rows} --tokens {options.tokens} "
         f"--dtype {options.dtype}",
         "env": environment.environment(),
         "git_sha": environment.git_sha(),

@@ -1,4 +1,4 @@
-"""`python scripts/bench.py gpu`: one optimizer step of Llama-2-7B's shape (random weights), contenders side by side.
+"""`python -m scripts.bench gpu`: one optimizer step of Llama-2-7B's shape (random weights), contenders side by side.
 
     PEFT         transformers' Llama with PEFT's LoRA under BF16 autocast: a Trainer's step, written plainly
     PEFT+Liger   the same with Liger's kernels, a user's other choice

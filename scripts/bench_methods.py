@@ -1,4 +1,4 @@
-"""`python scripts/bench.py methods`: an optimizer step of every method over LoRA's, Llama-2-7B's shape, random weights.
+"""`python -m scripts.bench methods`: an optimizer step of every method over LoRA's, Llama-2-7B's shape, random weights.
 
 All contenders run as a run with trainer.kernels=auto runs them: fused layers where they cover the method, Liger's
 kernels, replayed micro-steps. Methods that differ from LoRA in their start alone (PiSSA, OLoRA, CorDA, EVA, LoRA-GA,

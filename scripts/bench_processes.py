@@ -1,4 +1,4 @@
-"""`python scripts/bench.py processes`: whole runs of Llama-2-7B's shape (random weights), one GPU against several.
+"""`python -m scripts.bench processes`: whole runs of Llama-2-7B's shape (random weights), one GPU against several.
 
 Flat-LoRA on rows of 1,024 tokens, batches of 32 rows in micro-batches of 8, by `run_exp.py` itself: one process, DDP
 and ZeRO-2. Prints tokens/s, what several GPUs give over one, peak memory, and whether the processes drew equal noise.
@@ -29,6 +29,7 @@ from flatlora.utils import files
 from scripts.bench_gpu import random_backbone
 
 PROJECT = Path(__file__).parents[1]
+
 LENGTH, MICRO_BATCH, BATCH, LEFT_OUT = 1024, 8, 32, 3  # the first steps compile and allocate
 console = Console(highlight=False, width=150)
 
@@ -39,7 +40,7 @@ def run(gpus: int, *, layers: int, steps: int, out: Path) -> int:
         console.print(f"bench.py processes --gpus {gpus} needs as many GPUs; torch sees {torch.cuda.device_count()}.")
         return 2
     report: dict[str, Any] = {
-        "command": f"python scripts/bench.py processes --gpus {gpus} --layers {layers} --steps {steps}",
+        "command": f"python -m scripts.bench processes --gpus {gpus} --layers {layers} --steps {steps}",
         "env": environment.environment(),
         "git_sha": environment.git_sha(),
         "rows": {"length": LENGTH, "micro_batch": MICRO_BATCH, "batch": BATCH},

@@ -1,4 +1,4 @@
-"""`python scripts/bench.py sdxl`: an optimizer step of SDXL-base's UNet, 1024 px, batch 1, random weights.
+"""`python -m scripts.bench sdxl`: an optimizer step of SDXL-base's UNet, 1024 px, batch 1, random weights.
 
     diffusers    the step of diffusers' own DreamBooth example: its UNet with PEFT's LoRA under BF16 autocast, AdamW
     LoRA, Flat-LoRA copy / recompute      this suite: fused layers, products in BF16, replayed micro-steps

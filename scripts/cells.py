@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,15 +17,14 @@ from typing import Any, NamedTuple
 import yaml
 from scipy import stats
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
+import eval as benchmarks
+import run_exp
+from flatlora.config.experiment import Experiment, parse
+from flatlora.config.settings import Section, build_section, setting
+from flatlora.utils import records
+from flatlora.utils.errors import ConfigError, SettingError, reason_of
 
-import eval as benchmarks  # noqa: E402
-import run_exp  # noqa: E402
-from flatlora.config.experiment import Experiment, parse  # noqa: E402
-from flatlora.config.settings import Section, build_section, setting  # noqa: E402
-from flatlora.utils import records  # noqa: E402
-from flatlora.utils.errors import ConfigError, SettingError, reason_of  # noqa: E402
+PROJECT = Path(__file__).parents[1]
 
 LAYOUTS = PROJECT / "results/tables.yaml"
 PAPER = PROJECT / "results/paper.yaml"

@@ -1,6 +1,6 @@
 """Hurt a run of two processes again and again, go on with it each time, and compare with an undisturbed run.
 
-    python scripts/chaos.py [--rounds 20] [--seed N] [--disk DIR] [key=value ...]
+    python -m scripts.chaos [--rounds 20] [--seed N] [--disk DIR] [key=value ...]
 
 Each round is a run of its own that is hurt at a random moment: a rank is killed, the whole job is killed, the newest
 checkpoint is corrupted while the job is down, or its disk is full for a while (`--disk` names an empty folder on a
@@ -25,10 +25,9 @@ from pathlib import Path
 
 import psutil
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
+from flatlora.train import checkpoint
 
-from flatlora.train import checkpoint  # noqa: E402
+PROJECT = Path(__file__).parents[1]
 
 SETTINGS = [
     "trainer=ddp",

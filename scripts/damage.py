@@ -1,6 +1,6 @@
 """Damage every file of a finished and of an interrupted run, one at a time, and see what their readers make of it.
 
-    python scripts/damage.py [--sample N] [--seed N] [--only TEXT]
+    python -m scripts.damage [--sample N] [--seed N] [--only TEXT]
 
 Each damage (truncate, empty, nest, flip, folder, link, mode, gone) of each file is done to a fresh copy of the run's
 folder. Then the run is resumed, scored, put into tables and measured, as the file fits, in this process, with a model
@@ -36,16 +36,15 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
+import run_exp
+from eval import command
+from flatlora.experiment.run import EXIT_INTERRUPTED
+from flatlora.train.recorder import StepRecorder
+from flatlora.utils.staging import remove
+from scripts import cells, flatness
+from scripts.arguments import positive
 
-import run_exp  # noqa: E402
-from eval import command  # noqa: E402
-from flatlora.experiment.run import EXIT_INTERRUPTED  # noqa: E402
-from flatlora.train.recorder import StepRecorder  # noqa: E402
-from flatlora.utils.staging import remove  # noqa: E402
-from scripts import cells, flatness  # noqa: E402
-from scripts.arguments import positive  # noqa: E402
+PROJECT = Path(__file__).parents[1]
 
 PATIENCE_S = 60
 FAULTS = ("traceback", "hang", "silent difference", "write outside")

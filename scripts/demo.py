@@ -19,17 +19,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
+import run_exp
+from eval import command
+from flatlora import methods
+from flatlora.fused import acceleration
+from flatlora.models import loading
+from flatlora.utils import precision
+from flatlora.utils.console import quiet_libraries
+from scripts import bench
 
-import run_exp  # noqa: E402
-from eval import command  # noqa: E402
-from flatlora import methods  # noqa: E402
-from flatlora.fused import acceleration  # noqa: E402
-from flatlora.models import loading  # noqa: E402
-from flatlora.utils import precision  # noqa: E402
-from flatlora.utils.console import quiet_libraries  # noqa: E402
-from scripts import bench  # noqa: E402
+PROJECT = Path(__file__).parents[1]
 
 FOLDER = Path("results") / "flatlora-demo_word_math"
 STEPS, TEST_ROWS, SEED = 10, 200, 42

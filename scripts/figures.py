@@ -1,6 +1,6 @@
 """The figures of the study and of the papers' measures, from the records that the tables are made of: PDF and PNG.
 
-    python scripts/figures.py [NAME ...] [--results DIR] [--out DIR]
+    python -m scripts.figures [NAME ...] [--results DIR] [--out DIR]
 
 sigma_sweep      score against σ of Flat-LoRA, mean and sample standard deviation over seeds; LoRA is σ = 0
 rank_sweep       score against the rank, LoRA and Flat-LoRA, in the same way
@@ -33,17 +33,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from eval.picture_grid import grid_figure  # noqa: E402
-from flatlora.runs.metrics_log import MetricsLog  # noqa: E402
-from flatlora.utils import records  # noqa: E402
-from flatlora.utils.console import quiet_libraries, report_faults  # noqa: E402
-from flatlora.utils.errors import ConfigError  # noqa: E402
-from flatlora.utils.files import write_atomic  # noqa: E402
-from scripts import cells  # noqa: E402
-from scripts.arguments import add_folders  # noqa: E402
+from eval.picture_grid import grid_figure
+from flatlora.runs.metrics_log import MetricsLog
+from flatlora.utils import records
+from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import write_atomic
+from scripts import cells
+from scripts.arguments import add_folders
 
 STYLE = {
     "font.size": 9,

@@ -1,6 +1,6 @@
 """Measures how flat the loss of finished runs is, on their merged weights; writes flatness.json into each run's folder.
 
-    python scripts/flatness.py RUN [RUN ...] [--data-root DIR] [--rows 512] [--parts rise,hessian,landscape]
+    python -m scripts.flatness RUN [RUN ...] [--data-root DIR] [--rows 512] [--parts rise,hessian,landscape]
 
 RUN is a folder below results/ with an adapter in it. What is measured, and along which shared directions, stands in
 flatlora/perturb/flatness.py; the loss is that of some of its training rows. Runs that have these measures already are
@@ -21,25 +21,22 @@ from typing import Any
 import torch
 from torch import nn
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
-
-import run_exp  # noqa: E402
-from flatlora.config.experiment import Experiment, parse  # noqa: E402
-from flatlora.experiment import Inputs  # noqa: E402
-from flatlora.inputs.rows import gather  # noqa: E402
-from flatlora.methods.adapters.lora import find_targets  # noqa: E402
-from flatlora.models import loading  # noqa: E402
-from flatlora.models.clip import Classes  # noqa: E402
-from flatlora.models.hashes import weights_sha256  # noqa: E402
-from flatlora.perturb import flatness  # noqa: E402
-from flatlora.perturb.layers import PerturbedLayer, find_lora_layers  # noqa: E402
-from flatlora.runs import environment  # noqa: E402
-from flatlora.runs.run_folder import RunFolder  # noqa: E402
-from flatlora.utils import records  # noqa: E402
-from flatlora.utils.console import console, counting, quiet_libraries, report_faults  # noqa: E402
-from flatlora.utils.errors import ConfigError  # noqa: E402
-from scripts.arguments import above_zero, odd, positive, several_above_zero  # noqa: E402
+import run_exp
+from flatlora.config.experiment import Experiment, parse
+from flatlora.experiment import Inputs
+from flatlora.inputs.rows import gather
+from flatlora.methods.adapters.lora import find_targets
+from flatlora.models import loading
+from flatlora.models.clip import Classes
+from flatlora.models.hashes import weights_sha256
+from flatlora.perturb import flatness
+from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
+from flatlora.runs import environment
+from flatlora.runs.run_folder import RunFolder
+from flatlora.utils import records
+from flatlora.utils.console import console, counting, quiet_libraries, report_faults
+from flatlora.utils.errors import ConfigError
+from scripts.arguments import above_zero, odd, positive, several_above_zero
 
 FILE = "flatness.json"
 PARTS = ("rise", "hessian", "landscape")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["run_exp", "deepspeed"])  # one that is missing is left out
 

@@ -1,6 +1,6 @@
 """Try command lines that nobody would type: made of the grammar of settings, and real ones with faults put in.
 
-    python scripts/fuzz.py [--lines 1000] [--seed 2026]
+    python -m scripts.fuzz [--lines 1000] [--seed 2026]
 
 Every line is tried by run_exp.main with dry_run=true, or by a benchmark's command with score_only=true, so that nothing
 is loaded and nothing should be written. Each batch of lines is a child process; one that makes no progress for a minute
@@ -34,25 +34,24 @@ from unittest import mock
 import matplotlib  # noqa: F401 - makes its folders at the first import, which is not a line's doing
 import yaml
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
-
-import data  # noqa: E402
-import eval as benchmarks  # noqa: E402
-import run_exp  # noqa: E402
-from eval import command  # noqa: E402
-from flatlora import methods  # noqa: E402
-from flatlora.config.sections import DiffusionModelConfig, OptimConfig, TrainerConfig  # noqa: E402
-from flatlora.experiment import (  # noqa: E402
+import data
+import eval as benchmarks
+import run_exp
+from eval import command
+from flatlora import methods
+from flatlora.config.sections import DiffusionModelConfig, OptimConfig, TrainerConfig
+from flatlora.experiment import (
     commandline,
     launch,
     run,
 )
-from flatlora.runs.run_folder import RunFolder  # noqa: E402
-from flatlora.train import distributed  # noqa: E402
-from flatlora.utils import names  # noqa: E402
-from scripts.arguments import positive  # noqa: E402
-from scripts.forked import ForkedRun  # noqa: E402
+from flatlora.runs.run_folder import RunFolder
+from flatlora.train import distributed
+from flatlora.utils import names
+from scripts.arguments import positive
+from scripts.forked import ForkedRun
+
+PROJECT = Path(__file__).parents[1]
 
 HANG_S = 60
 BATCH = 50

@@ -1,6 +1,6 @@
 """Kill a training run with SIGKILL at random moments, resume it each time, and compare with an undisturbed run.
 
-    python scripts/kill_resume.py [--kills 3] [--seed N] [key=value ...]
+    python -m scripts.kill_resume [--kills 3] [--seed N] [key=value ...]
 
 Settings go to both runs. Prints the moments, and whether adapter bytes and metrics.jsonl (less the clock's
 tokens_per_s) are equal; exit code 1 when they are not, or when a kill came too late.
@@ -19,10 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from scripts.forked import ForkedRun, start_server  # noqa: E402
+from scripts.forked import ForkedRun, start_server
 
 DEFAULTS = [
     "rho=flat",

@@ -1,6 +1,6 @@
 """One HTML page of everything under results/: tables, figures, and each run's configuration and environment.
 
-    python scripts/report.py [--results DIR] [--out FILE]     writes RESULTS/tables/report.html
+    python -m scripts.report [--results DIR] [--out FILE]     writes RESULTS/tables/report.html
 
 The page holds all it shows and opens without a network; its links lead to the raw files beside it.
 """
@@ -19,16 +19,13 @@ from urllib.parse import quote
 import jinja2
 import yaml
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from flatlora.utils.console import quiet_libraries, report_faults  # noqa: E402
-from flatlora.utils.errors import ConfigError  # noqa: E402
-from flatlora.utils.files import write_atomic  # noqa: E402
-from flatlora.utils.records import read_record  # noqa: E402
-from scripts import cells, figures  # noqa: E402
-from scripts.arguments import add_folders  # noqa: E402
-from scripts.table_formats import COMPARED, comparisons, lines_of, notes_of, title_of, titles_of  # noqa: E402
+from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import write_atomic
+from flatlora.utils.records import read_record
+from scripts import cells, figures
+from scripts.arguments import add_folders
+from scripts.table_formats import COMPARED, comparisons, lines_of, notes_of, title_of, titles_of
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 SECTIONS = ("model", "dataset", "peft", "rho", "optim", "trainer")

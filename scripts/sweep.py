@@ -1,7 +1,7 @@
 """What has become of a sweep, and the Slurm file of a run on several nodes.
 
-    python scripts/sweep.py status [-m] WORDS …        the words of run_exp.py, as they were given
-    python scripts/sweep.py sbatch [--nodes 2] [--gpus 8] [--time 24:00:00] [--partition P] [--python PATH] WORDS …
+    python -m scripts.sweep status [-m] WORDS …        the words of run_exp.py, as they were given
+    python -m scripts.sweep sbatch [--nodes 2] [--gpus 8] [--time 24:00:00] [--partition P] [--python PATH] WORDS …
 
 status  one row a run: done, running, interrupted, failed (with its reason) or missing; how far it is, and time left.
         Those that are not done are what the same sweep with resume=true does next. Exit code 0 when all are done.
@@ -24,16 +24,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
+import run_exp
+from flatlora.config.experiment import Experiment
+from flatlora.experiment import commandline
+from flatlora.runs.metrics_log import MetricsLog
+from flatlora.runs.run_folder import RunFolder
+from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.errors import ConfigError, reason_of
 
-import run_exp  # noqa: E402
-from flatlora.config.experiment import Experiment  # noqa: E402
-from flatlora.experiment import commandline  # noqa: E402
-from flatlora.runs.metrics_log import MetricsLog  # noqa: E402
-from flatlora.runs.run_folder import RunFolder  # noqa: E402
-from flatlora.utils.console import quiet_libraries, report_faults  # noqa: E402
-from flatlora.utils.errors import ConfigError, reason_of  # noqa: E402
+PROJECT = Path(__file__).parents[1]
 
 PORT = 29500
 

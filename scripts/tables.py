@@ -1,7 +1,7 @@
 """The papers' tables and our own, from the records of runs: Markdown, LaTeX (booktabs) and CSV.
 
-    python scripts/tables.py [NAME ...] [--results DIR] [--out DIR]     writes NAME.md, NAME.tex, NAME.csv
-    python scripts/tables.py status [NAME ...] [--seeds 3]              cells with runs, cells without, hours to fill
+    python -m scripts.tables [NAME ...] [--results DIR] [--out DIR]     writes NAME.md, NAME.tex, NAME.csv
+    python -m scripts.tables status [NAME ...] [--seeds 3]              cells with runs, cells without, hours to fill
 
 results/tables.yaml says what stands in a table, results/paper.yaml what was published. A run counts for a cell if its
 configuration is the cell's, whatever the seed; what is broken, unfinished, doubled or of another setting is named and
@@ -14,19 +14,15 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as Shown
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from flatlora.utils.console import quiet_libraries, report_faults  # noqa: E402
-from flatlora.utils.errors import ConfigError  # noqa: E402
-from flatlora.utils.files import write_atomic  # noqa: E402
-from scripts.arguments import add_folders, positive  # noqa: E402
-from scripts.cells import (  # noqa: E402
+from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import write_atomic
+from scripts.arguments import add_folders, positive
+from scripts.cells import (
     LAYOUTS,
     PAPER,
     Made,
@@ -40,7 +36,7 @@ from scripts.cells import (  # noqa: E402
     setting_of,
     unused,
 )
-from scripts.table_formats import as_csv, latex, markdown  # noqa: E402
+from scripts.table_formats import as_csv, latex, markdown
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -47,7 +47,7 @@ def test_twelve_runs_over_two_workers_one_of_which_fails(tiny_settings, root, tm
     assert found["7"]["status"] == "failed"
     assert "metrics.jsonl" in found["7"]["error"]
     assert "11 of 12 finished" in first.stdout
-    status = [sys.executable, "scripts/sweep.py", "status", f"seed={seeds}", *settings]
+    status = [sys.executable, "-m", "scripts.sweep", "status", f"seed={seeds}", *settings]
     told = subprocess.run(status, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True)
     assert told.returncode == 1
     assert "11 of 12 done" in told.stdout

@@ -87,7 +87,7 @@ def test_step_times_take_every_contender_and_each_reads_its_own_weights(monkeypa
 @pytest.mark.slow
 def test_three_kills_leave_no_trace(tiny_model_folder):
     settings = [f"model.hub_id={tiny_model_folder}", "model.embedded=null", "trainer.device=cpu"]
-    command = [sys.executable, "scripts/kill_resume.py", "--kills", "3", "--seed", "1", *settings]
+    command = [sys.executable, "-m", "scripts.kill_resume", "--kills", "3", "--seed", "1", *settings]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "kills: 3" in result.stdout
