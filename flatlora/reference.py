@@ -1,0 +1,65 @@
+"""Flat-LoRA in plain PyTorch: the whole method as the paper has it (section 3), one obvious line after another.
+
+    min over A, B of  E_ε L(W' + ε),   W' = W + s·B·A,   ε_ij ~ N(0, σ_t²/n · ‖W'_i‖²)
+
+row i is output filter i, n the input dimension, and σ_t rises over the training as ½ (1 − cos π t/T). ε is drawn once an
+optimizer step and shared by its micro-batches. `WeightPerturbation`, `FlatLoraCallback` and the fused step do the same
+faster and with less memory; tests hold each of them to this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from flatlora.noise.host import normal
+
+
+def draw(model: nn.Module, sigma: float, step: int, total_steps: int, seed: int) -> dict[nn.Linear, torch.Tensor]:
+    """ε of one optimizer step: {frozen linear layer: (m, n) like its weight}.
+
+    Args:
+        model: a PEFT model with LoRA around `nn.Linear` layers.
+        sigma: σ, the strength at the end of the ramp.
+        step, total_steps: t, counted from 0, and T, in optimizer steps.
+        seed: of the noise, which is a pure function of (seed, step, layer name, element).
+    """
+    sigma_t = sigma * 0.5 * (1 - math.cos(math.pi * step / total_steps))  # section 4, "cosine-increasing"
+    epsilon = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        merged = layer.base_layer.weight + layer.get_delta_weight("default")  # W' = W + s·B·A
+        m, n = merged.shape
+        c = sigma_t / math.sqrt(n) * merged.norm(dim=1)  # c_i = σ_t/√n · ‖W'_i‖
+        z = normal(seed, step, 0, name.removeprefix("base_model.model."), (m, n))
+        epsilon[layer.base_layer] = (c[:, None] * z).to(merged.dtype)  # ε_ij = c_i z_ij
+    return epsilon
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[dict[str, torch.Tensor]],
+    epsilon: dict[nn.Linear, torch.Tensor],
+) -> float:
+    """One optimizer step of the adapter on W + ε; returns the mean loss of its micro-batches. W is as before."""
+    weights = {layer: layer.weight.detach().clone() for layer in epsilon}
+    with torch.no_grad():
+        for layer, noise in epsilon.items():
+            layer.weight.add_(noise)  # W ← W + ε
+    losses = []
+    for batch in micro_batches:
+        loss = model(**batch).loss / len(micro_batches)
+        loss.backward()  # ∇_A, ∇_B of L(W' + ε)
+        losses.append(loss.item())
+    with torch.no_grad():
+        for layer, weight in weights.items():
+            layer.weight.copy_(weight)  # the same bytes: subtracting ε again would round
+    optimizer.step()
+    optimizer.zero_grad()
+    return sum(losses)
