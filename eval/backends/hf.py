@@ -121,7 +121,7 @@ class HFBackend(TokenisedBackend):
         `first_token` takes the first token of each choice alone, without an end.
         """
         pairs = [(prompt, choice) for prompt, offered in zip(prompts, choices, strict=True) for choice in offered]
-        asked = {prompt: self._prompt_ids(prompt) for prompt in prompts}
+        asked = {prompt: self.prompt_ids(prompt) for prompt in prompts}
         answers = {choice: self._choice_ids(choice, first_token) for _, choice in pairs}
         found: list[float] = []
         for start in range(0, len(pairs), self.batch_size):
