@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from eval.backends import Completion, Messages, Sampling, cut_at
+from eval.backends import Completion, Messages, Sampling
 from flatlora.inputs.tokenizing import appended_ends, text_ids
 from flatlora.utils.errors import ConfigError
 
@@ -112,10 +112,10 @@ class TokenisedBackend:
     def _appended_ends(self) -> int:
         return 0 if self.encoder_decoder else appended_ends(self.tokenizer)
 
-    def _completion(self, prompt: list[int], ids: list[int], stop: Sequence[str]) -> Completion:
+    def _completion(self, prompt: list[int], ids: list[int], sampling: Sampling) -> Completion:
         """The answer in the ids that the model put behind `prompt`: up to its first end, and before its first stop."""
         kept = self._before_end(ids)
-        text, stopped = cut_at(self._text(prompt, kept), stop)
+        text, stopped = sampling.cut(self._text(prompt, kept))
         return Completion(text, len(kept), len(kept) < len(ids) or stopped)
 
     def _before_end(self, ids: list[int]) -> list[int]:

@@ -104,7 +104,7 @@ class VLLMBackend(TokenisedBackend):
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p if sampling.temperature else 1.0,
-                stop=list(sampling.stop) or None,
+                stop=None if sampling.stop_in_body else list(sampling.stop) or None,  # cut off here
                 stop_token_ids=sorted(self.ends),
                 seed=seed,
             )
@@ -113,11 +113,11 @@ class VLLMBackend(TokenisedBackend):
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         found = self.llm.generate(asked, options, lora_request=self._adapter, use_tqdm=False)
         outputs = [one.outputs[0] for one in found]
-        return [self._said(*pair, sampling.stop) for pair in zip(prompts, outputs, strict=True)]
+        return [self._said(*pair, sampling) for pair in zip(prompts, outputs, strict=True)]
 
-    def _said(self, prompt: list[int], output: Any, stop: Sequence[str]) -> Completion:
+    def _said(self, prompt: list[int], output: Any, sampling: Sampling) -> Completion:
         """The text is made of the tokens as for backend=hf, so that the same tokens are the same answer."""
-        answer = self._completion(prompt, list(output.token_ids), stop)
+        answer = self._completion(prompt, list(output.token_ids), sampling)
         return answer._replace(finished=answer.finished or output.finish_reason == "stop")
 
 
