@@ -153,6 +153,17 @@ def test_greedy_takes_no_temperature(tmp_path, bench, judge):
         ("x[[2]] is no rating", None),
         ("as in [1](https://x) and a[2], [4]", 4.0),
         ("Rating: [6] (see a[3])", 6.0),
+        ("Rating: [[8]] out of [[10]]", 8.0),
+        ("Rating: [[8]]/[[10]]", 8.0),
+        ("Rating: [[7]] e.g. np.array([[1]])", 7.0),
+        ("Rating: [[3]]. The matrix [[5]] was expected", 3.0),
+        ("The matrix [[5]] was expected. **Rating**: [[3]] (best [[10]], worst [[1]])", 3.0),
+        ("Rating: [[8]] is much. On reflection, my rating: [[6]] of [[10]].", 6.0),
+        ('Rating: [[9]] (asked for as "Rating: [[5]]")', 9.0),
+        ("Rating: [[9]]. I explain the rating: it was good.", 9.0),
+        ("Rating: see below. So, out of [[10]], it is not [[9]]", 10.0),
+        ("Rating: [[12]] of [[20]], not [[9]]", None),
+        ("Rating: [8] of [10]", 8.0),
     ],
 )
 def test_ratings_are_read(reply, rating):
