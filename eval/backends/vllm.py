@@ -15,7 +15,9 @@ import psutil
 
 from eval.backends import Completion, Sampling
 from eval.backends.tokenised import Context, TokenisedBackend, end_ids
-from flatlora.models.saved_adapters import adapter_config, check_adapter
+from flatlora.models.loading import check_served, model_of
+from flatlora.models.saved_adapters import adapter_config, check_adapter, tensor_names
+from flatlora.models.sources import in_short
 from flatlora.utils.errors import ConfigError
 
 
@@ -31,7 +33,7 @@ class VLLMBackend(TokenisedBackend):
         context: tokens of the longest prompt with its answer; None takes the model's own limit.
 
     Raises:
-        ConfigError: vLLM is not installed here, or takes no such adapter.
+        ConfigError: vLLM is not installed here, or takes no such adapter; or as `flatlora.models.loading.check_served`.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class VLLMBackend(TokenisedBackend):
         if adapter is not None:
             lora = {"enable_lora": True, "max_lora_rank": _rank_that_fits(_served_rank(adapter))}
             self._adapter = LoRARequest("adapter", 1, str(adapter.resolve()))
+        # vLLM leaves out what an adapter lacks and what the model has no place for.
+        check_served(model_of(weights).model_copy(update={"revision": revision}), adapter, tokenizer)
         self._dtype = dtype
         self.llm = LLM(
             model=weights,
@@ -143,6 +147,8 @@ def _served_rank(adapter: Path) -> int:
         faults = [f"its kind is {kind}"]
     else:
         faults = [words for key, words in _NOT_SERVED.items() if config.get(key) not in (None, False, "none", {}, [])]
+        others = [name for name in tensor_names(adapter) if ".lora_" not in name]
+        faults += [f"it has other tensors besides, {in_short(others)}"] if others and not faults else []
     if faults:
         raise ConfigError(
             [f"Invalid backend=vllm for {adapter}: {' and '.join(faults)}, which vLLM does not serve; use backend=hf."]
