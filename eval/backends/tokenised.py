@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from eval.backends import Completion, Messages, Sampling
+from eval.backends.chats import ChatEncoder
 from flatlora.inputs.tokenizing import appended_ends, text_ids
 from flatlora.utils.errors import ConfigError
 
@@ -90,14 +91,23 @@ class TokenisedBackend:
         Raises:
             ConfigError: the tokenizer has no form for chats.
         """
+        return self._generate(self._chat_ids(chats), sampling, seeds)
+
+    def chat_length(self, chat: Messages) -> int:
+        """Tokens of a chat; raises as `chat`."""
+        return len(self._chat_ids([chat])[0])
+
+    def _chat_ids(self, chats: Sequence[Messages]) -> list[list[int]]:
         if getattr(self.tokenizer, "chat_template", None) is None:
             name = self.tokenizer.name_or_path
             raise ConfigError(
                 [f"Invalid template=chat: the tokenizer of {name} has no form for chats; use alpaca or qa."]
             )
-        options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True}
-        asked = [self.tokenizer.apply_chat_template(list(chat), **options)["input_ids"] for chat in chats]
-        return self._generate(asked, sampling, seeds)
+        return self._encode_chats(chats)
+
+    @functools.cached_property
+    def _encode_chats(self) -> ChatEncoder:
+        return ChatEncoder(self.tokenizer)
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
         """One completion for each list of token ids, in order."""
