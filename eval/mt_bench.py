@@ -204,9 +204,14 @@ def run(
     *,
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Answer both turns, have them judged, score: predictions.jsonl, judgments.jsonl, score.json and radar.png."""
+    """Answer both turns, have them judged, score: predictions.jsonl, judgments.jsonl, score.json and radar.png.
+
+    Raises:
+        ConfigError: two turns and their answers may be longer than the model's positions.
+    """
     rows = rows[: config.max_rows]
     prompts = judge_prompts(Path(config.folder or rows[0].get("folder") or "."))
+    _check_lengths(backend, rows, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "judge_prompts.json", prompts)  # what scores later needs nothing else
 
@@ -232,6 +237,18 @@ def run(
         )
         told = predictions.read(path, FIELDS)
     return score_file(path, config)
+
+
+def _check_lengths(backend: Any, rows: Sequence[dict[str, Any]], config: Config) -> None:
+    """Check before the first turn that the model can read the second one, behind the longest first answer."""
+    if not hasattr(backend, "check_lengths"):
+        return
+    if config.template == "chat":
+        lengths = [backend.chat_length(_messages(row["turns"], ["-"])) for row in rows]
+    else:
+        lengths = [backend.prompt_length(conversation(config.template, row["turns"], ["-"])) for row in rows]
+    task = f"second turns, with {config.max_new_tokens} tokens of a first answer"
+    backend.check_lengths([length + config.max_new_tokens for length in lengths], config.max_new_tokens, task=task)
 
 
 def _next_answers(

@@ -76,7 +76,7 @@ class Generator(Protocol):
     (item, what `work` makes of it) as they end, several at a time. Its rows are then asked one by one, not in batches.
     One that makes a batch's answers token by token may have `on_token`, to be set: called with the number of each.
     One that knows the model's context may have `check_lengths(lengths of prompts, new tokens)`, a ConfigError where the
-    model cannot take them; it is called before the first batch.
+    model cannot take them; it is called before the first batch. It then has `chat_length(chat)` too, in tokens.
     """
 
     batch_size: int
@@ -104,6 +104,10 @@ class Generator(Protocol):
 
 class Backend(Generator, Protocol):
     """Text generation, and likelihoods of given answers."""
+
+    def check_choices(self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool) -> None:
+        """See before the first batch that `log_likelihoods` can read these; a ConfigError where it cannot."""
+        ...
 
     def first_token(self, choice: str) -> int:
         """The id that an answer begins with."""

@@ -112,6 +112,16 @@ class HFBackend(TokenisedBackend):
     def first_token(self, choice: str) -> int:
         return self._choice_ids(choice, first_token=True)[0]
 
+    def check_choices(self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool) -> None:
+        """Check that `log_likelihoods` can read every prompt with the longest of all choices behind it.
+
+        Raises:
+            ConfigError: as `check_lengths`.
+        """
+        offered = {choice for one in choices for choice in one}
+        longest = max((len(self._choice_ids(choice, first_token)) for choice in offered), default=0)
+        self.check_lengths([self.prompt_length(prompt) for prompt in prompts], longest + 1)
+
     @torch.inference_mode()
     def log_likelihoods(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool = False

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import run_exp
 from eval import mt_bench, predictions
 from eval.backends import Completion
+from eval.backends.hf import HFBackend
 from eval.command import main
 from flatlora.inputs.rows import jsonl
 from flatlora.inputs.templates import conversation
@@ -111,6 +113,31 @@ def test_both_turns_are_asked_and_judged(tmp_path, bench, judge):
     assert asked[2][1]["content"].startswith("Q First 1? R R1 A said ")
     assert {body["temperature"] for _, body, _ in judge.seen} == {0.0}
     assert (tmp_path / "out/radar.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("template", ["qa", "chat"])
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_second_turns_that_may_not_fit_are_refused_before_the_first(
+    tmp_path, bench, judge, tiny_model_folder, template, lacking
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    settings = config(judge, bench, max_rows=2, max_new_tokens=8, template=template)
+    rows = mt_bench.benchmark_rows(None, settings)
+    texts = [f"{row['turns'][0]}\n-\n{row['turns'][1]}\n" for row in rows[:2]]
+    if template == "qa":
+        texts = [conversation("qa", row["turns"], ["-"]) for row in rows[:2]]
+    # Both turns, a first answer of 8 tokens, and a second one, whose last token is not read.
+    positions = max(len(tokenizer(text)["input_ids"]) for text in texts) + 8 + 7
+    shape = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=positions - lacking, **shape, eos_token_id=None))
+    backend = HFBackend(model, tokenizer, batch_size=2)
+    if not lacking:
+        assert mt_bench.run(backend, rows, tmp_path / "out", settings)["metrics"]["n"] == 2
+        return
+    with pytest.raises(ConfigError, match="prompts of second turns, with 8 tokens of a first answer"):
+        mt_bench.run(backend, rows, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_greedy_takes_no_temperature(tmp_path, bench, judge):
