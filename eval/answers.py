@@ -24,7 +24,12 @@ _DRAFT = re.compile(rf"<(?:{_TAGS})>|\[THINK\]", re.IGNORECASE)
 _DRAFT_END = re.compile(rf"</(?:{_TAGS})>|\[/THINK\]", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*$", re.MULTILINE)
 _QUOTING = re.compile(r"^(?:[ \t]*>(?!>) ?)*(?:[ \t]*(?:>>>|\.\.\.)(?: |$))?", re.MULTILINE)  # "> ", ">>> ", "... "
-_LAST_VERSION = re.compile(r"\b(?:corrected|fixed|final|revised)\b", re.IGNORECASE)  # of what comes behind it
+_LAST = "(?:corrected|fixed|final|revised)"
+_LAST_VERSION = re.compile(  # "**Final**", "I fixed it:", "the corrected version"; not "The final result is returned."
+    rf"^\W*{_LAST}\W*$|\b{_LAST}\b[^\n.]*:\W*$"
+    rf"|\b{_LAST}(?:[ *_]+\w+)?[ *_]+(?:version|code|solution|answer|function|implementation|program)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
 _FENCE_BEHIND = re.compile(r"^([^`\n]*[^`\s])[ \t]*(`{3,})[ \t]*$", re.MULTILINE)  # as in "    return x```"
 
 

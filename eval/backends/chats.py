@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -35,15 +35,15 @@ class ChatEncoder:
         """Warns of names that a tokenizer in Python can read as the tokens alone."""
         names = [sorted({name for turn in chat for name in self._any_name.findall(turn["content"])}) for chat in chats]
         if any(names) and not self.tokenizer.is_fast:
-            counts = sorted(Counter(name for one in names for name in one).items())
+            counts = sorted(Counter(name for in_chat in names for name in in_chat).items())
             logger.warning(
                 "Names of special tokens stand in the turns of chats (%s): this tokenizer can read them as the tokens "
                 "alone; take them out.",
                 ", ".join(f"{name} in {count}" for name, count in counts),
             )
         return [
-            self._text_ids(chat) if found and self.tokenizer.is_fast else self._render(chat, tokenize=True)
-            for chat, found in zip(chats, names, strict=True)
+            self._text_ids(chat) if in_chat and self.tokenizer.is_fast else self._render(chat, tokenize=True)
+            for chat, in_chat in zip(chats, names, strict=True)
         ]
 
     def _render(self, chat: Messages, *, tokenize: bool) -> Any:
@@ -59,8 +59,8 @@ class ChatEncoder:
             text = text.replace(_as_text(place), name)
         return self._renamed.encode(text, add_special_tokens=False).ids
 
-    def _replaced(self, text: str, code: Any) -> str:
-        return self._any_name.sub(lambda found: code(self._names.index(found[0])), text)
+    def _replaced(self, text: str, code: Callable[[int], str]) -> str:
+        return self._any_name.sub(lambda match: code(self._names.index(match[0])), text)
 
     @functools.cached_property
     def _renamed(self) -> Tokenizer:

@@ -73,7 +73,7 @@ class LMEvalModel(HFLM):
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
                 completions = self._answering.generate([requests[index].args[0] for index in batch], sampling)
-                answers |= {index: one.text for index, one in zip(batch, completions, strict=True)}
+                answers |= {index: answer.text for index, answer in zip(batch, completions, strict=True)}
         return [answers[index].removeprefix(" ") for index in range(len(requests))]
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:

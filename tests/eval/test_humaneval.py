@@ -190,7 +190,7 @@ def test_all_164_canonical_solutions_in_fences_pass_as_completions(problems, nam
         whole, body = row["prompt"] + row["canonical_solution"], row["canonical_solution"]
         said = FENCED[name].format(whole=whole, body=body)
         text = humaneval.program(row["prompt"], said, row["entry_point"], "completion")
-        if place % 20:
+        if place % 40:
             in_process(text, row["test"], row["entry_point"])
         else:
             task = humaneval.sandbox.Task(text, row["prompt"], row["test"], row["entry_point"])

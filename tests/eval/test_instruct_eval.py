@@ -220,9 +220,9 @@ def test_choices_are_weighed_by_the_tokens_of_their_text(tokenizers, ending):
         model.lm_head.weight.mul_(20.0)
     assert tokenizers[0].bos_token_id not in tokenizers[0](CONTEXT, split_special_tokens=True)["input_ids"][1:]
     asked = [(CONTEXT, " A"), (CONTEXT, " B"), (CONTEXT[5:], " two, </s> or one")]
-    found = asker(model, tokenizers[ending]).loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
+    scores = asker(model, tokenizers[ending]).loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
     expected = [by_hand(model, tokenizers[0], *pair) for pair in asked]
-    assert [score for score, _ in found] == pytest.approx(expected, rel=1e-4)
+    assert [score for score, _ in scores] == pytest.approx(expected, rel=1e-4)
     assert len(set(expected)) == 3
 
 
@@ -263,8 +263,8 @@ def test_prompts_longer_than_the_context_are_refused_or_counted_never_cut(tokeni
     llama.config.max_position_embeddings = 32
     rotary = asker(llama, tokenizer)
     with caplog.at_level(logging.WARNING):
-        found = rotary.loglikelihood(pairs, disable_tqdm=True)
+        scores = rotary.loglikelihood(pairs, disable_tqdm=True)
         rotary.generate_until(texts)
-    (told,) = [record.getMessage() for record in caplog.records if record.name == "eval.backends.tokenised"]
-    assert told.startswith("1 of 2 prompts of mmlu_anatomy and their answers")
-    assert found[0][0] == pytest.approx(by_hand(llama, tokenizer, long, " A"), rel=1e-4)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "eval.backends.tokenised"]
+    assert message.startswith("1 of 2 prompts of mmlu_anatomy and their answers")
+    assert scores[0][0] == pytest.approx(by_hand(llama, tokenizer, long, " A"), rel=1e-4)
