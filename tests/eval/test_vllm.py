@@ -93,6 +93,14 @@ def test_the_same_tokens_are_the_same_answer_as_by_transformers(served, tokenize
     assert backend.generate([PROMPT], Sampling(50, stop=stop)) == [expected]
 
 
+def test_vllm_is_sent_no_stops_of_a_body_alone(served, tokenizer):
+    ids = [*continuation(tokenizer, PROMPT, ANSWER), tokenizer.eos_token_id]
+    backend, engine = served(ids, "stop", None)
+    (answer,) = backend.generate([PROMPT], Sampling(50, stop=("\nQ:",), stop_in_body=True))
+    assert answer == Completion("    return x", len(ids) - 1, True)
+    assert engine.options[0]["stop"] is None
+
+
 def test_every_end_that_is_declared_ends_an_answer(served, tokenizer):
     other = tokenizer("x", add_special_tokens=False)["input_ids"][-1]
     ids = [*continuation(tokenizer, PROMPT, "    3"), other]
