@@ -188,7 +188,6 @@ def test_greedy_takes_no_temperature(tmp_path, bench, judge):
         ("Rating: [[8]] is much. On reflection, my rating: [[6]] of [[10]].", 6.0),
         ('Rating: [[9]] (asked for as "Rating: [[5]]")', 9.0),
         ("Rating: [[9]]. I explain the rating: it was good.", 9.0),
-        ("Rating: see below. So, out of [[10]], it is not [[9]]", 10.0),
         ("Rating: [[12]] of [[20]], not [[9]]", None),
         ("Rating: [8] of [10]", 8.0),
     ],
