@@ -23,6 +23,13 @@ _TAGS = "think|thinking|thought|reasoning"  # as models mark their thinking; Mag
 _DRAFT = re.compile(rf"<(?:{_TAGS})>|\[THINK\]", re.IGNORECASE)
 _DRAFT_END = re.compile(rf"</(?:{_TAGS})>|\[/THINK\]", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*$", re.MULTILINE)
+_QUOTING = re.compile(r"^(?:[ \t]*>(?!>) ?)*(?:[ \t]*(?:>>>|\.\.\.)(?: |$))?", re.MULTILINE)  # "> ", ">>> ", "... "
+_LAST = "(?:corrected|fixed|final|revised)"
+_LAST_VERSION = re.compile(  # "**Final**", "I fixed it:", "the corrected version"; not "The final result is returned."
+    rf"^\W*{_LAST}\W*$|\b{_LAST}\b[^\n.]*:\W*$"
+    rf"|\b{_LAST}(?:[ *_]+\w+)?[ *_]+(?:version|code|solution|answer|function|implementation|program)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
 _FENCE_BEHIND = re.compile(r"^([^`\n]*[^`\s])[ \t]*(`{3,})[ \t]*$", re.MULTILINE)  # as in "    return x```"
 
 
@@ -36,6 +43,11 @@ def blocks(text: str) -> list[str]:
     return _FENCE.split(_fenced(_unix(text)))
 
 
+def opens_block(text: str) -> bool:
+    """Whether a line of a text, quoted or not, opens a block of code."""
+    return bool(_FENCE.search(_unquoted(_unix(text))))
+
+
 def _unix(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -45,23 +57,31 @@ def _fenced(text: str) -> str:
     return _FENCE_BEHIND.sub(r"\1\n\2", text)
 
 
+def _unquoted(text: str) -> str:
+    """The text without what marks its lines as a quotation, or as typed at Python's prompt."""
+    return _QUOTING.sub("", text)
+
+
 def function_in(text: str, name: str) -> str | None:
     """The program that defines `name`, out of a text with fences, prose and examples; None where there is none.
 
-    It is the longest run of lines that is Python and defines the name, as EvalPlus takes it, cut to what the name
-    needs: of the rest, such as an example that asks for input, nothing is run. What it needs and another run of the
-    text defines comes before it.
+    It is the longest run of lines that is Python and defines the name, as EvalPlus takes it, or the last one that the
+    text says is corrected, fixed or final; cut to what the name needs: of the rest, such as an example that asks for
+    input, nothing is run. What it needs and another run of the text defines comes before it. Lines in quotation marks
+    or at Python's prompt are read where there is no other definition.
     """
     text = _unix(text)
-    # The first line may have a blank of the tokenizer's before it, and the last one a fence behind it.
-    ways = dict.fromkeys((text, text.lstrip(), _fenced(text)))
-    programs = [found for one in ways if (found := _program(one, name))]
-    return max(programs, key=_size) if programs else None
+    for version in dict.fromkeys((text, _unquoted(text))):
+        # The first line may have a blank of the tokenizer's before it, and the last one a fence behind it.
+        ways = dict.fromkeys((version, version.lstrip(), _fenced(version)))
+        if programs := [found for one in ways if (found := _program(one, name))]:
+            return max(programs, key=lambda found: (found.is_last_version, _size(found.text))).text
+    return None
 
 
 def body_in(text: str, head: str, name: str) -> str | None:
     """The first block of a text that goes on with the function `name`, begun by `head`; None where there is none."""
-    for block in blocks(text):
+    for block in [*blocks(text), *blocks(_unquoted(_unix(text)))]:
         for body in (block, textwrap.indent(textwrap.dedent(block), "    ")):
             if _returns(head + body, name):
                 return body
@@ -81,17 +101,29 @@ def _returns(program: str, name: str) -> bool:
     return bool(functions) and any(isinstance(part, ast.Return | ast.Yield) for part in ast.walk(functions[-1]))
 
 
-def _program(text: str, name: str) -> str | None:
-    runs = list(_runs(text.split("\n")))
-    defining = [run for run in runs if any(one.defines(name) for one in run)]
+class _Program(NamedTuple):
+    text: str
+    is_last_version: bool  # as the words before it say
+
+
+def _program(text: str, name: str) -> _Program | None:
+    runs, defining, last, words = [], [], None, ""
+    for before, run in _runs(text.split("\n")):
+        runs.append(run)
+        words += before
+        if any(one.defines(name) for one in run):
+            if defining and _LAST_VERSION.search(words) and _rank(run, name)[0]:
+                last = run
+            defining.append(run)
+            words = ""
     if not defining:
         return None
-    chosen = max(defining, key=lambda run: _rank(run, name))
+    chosen = last or max(defining, key=lambda run: _rank(run, name))
     bound = frozenset().union(*(one.binds for one in chosen))
     others = [one for run in runs if run is not chosen for one in run if not one.binds & bound]
     kept = _needed(_with_calls([*others, *chosen], name), name)
     kept.sort(key=lambda one: not one.is_future)  # nothing may come before these
-    return "\n".join(one.text for one in kept) + "\n"
+    return _Program("\n".join(one.text for one in kept) + "\n", last is not None)
 
 
 def _rank(run: Sequence[_Statement], name: str) -> tuple[bool, int]:
@@ -171,16 +203,16 @@ def _needed(statements: Sequence[_Statement], name: str) -> list[_Statement]:
     return [statements[place] for place in sorted(kept)]
 
 
-def _runs(lines: Sequence[str]) -> Iterator[list[_Statement]]:
-    """Runs of lines that are Python, each as long as it can be, as statements."""
-    start = 0
+def _runs(lines: Sequence[str]) -> Iterator[tuple[str, list[_Statement]]]:
+    """Runs of lines that are Python, each as long as it can be, as statements; with the other lines before each."""
+    start, others = 0, []
     while start < len(lines):
-        if not _BEGINNING.match(lines[start]):
-            start += 1
-            continue
-        run, length = _run_at(lines[start:])
+        run, length = _run_at(lines[start:]) if _BEGINNING.match(lines[start]) else ([], 0)
         if run:
-            yield run
+            yield "\n".join([*others, ""]), run
+            others = []
+        else:
+            others += lines[start : start + max(1, length)]
         start += max(1, length)
 
 

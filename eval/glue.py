@@ -163,13 +163,15 @@ def run(
     """Weigh the choices of `rows` and score them; writes predictions.jsonl and score.json, returns the score.
 
     Raises:
-        ConfigError: metric=published for answers that begin with the same token, or for more than two.
+        ConfigError: metric=published for answers that begin with the same token, or for more than two; rows that are
+            longer than the model's positions.
     """
     rows = rows[: config.max_rows]
     prompts = [prompt_text(row["x"]) for row in rows]
     published = config.metric == "published"
     if published:
         _check_first_tokens(backend.first_token, rows)
+    backend.check_choices(prompts, [row["choices"] for row in rows], first_token=published)
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
         found = backend.log_likelihoods(

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval import answers, predictions, sandbox
-from eval.backends import Generator, Sampling, cut_at
+from eval.backends import Generator, Sampling, cut_at, is_body
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
 from flatlora.inputs.rows import Source, prompt_text, read_rows
 from flatlora.inputs.templates import prompt
@@ -35,7 +35,7 @@ from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_atomic, write_json
 
 KIND = "text"
-SCORER_VERSION = 4
+SCORER_VERSION = 5
 HEADLINE = "pass@1"
 ROW_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "text")
 GENERATES = True
@@ -122,12 +122,12 @@ def program(code: str, completion: str, entry_point: str, form: str) -> str:
 
     Args:
         code: the problem's prompt: imports, perhaps helpers, the function's head and docstring.
-        form: "completion" goes on where the prompt ends, if it does not begin a block of code; that is read as
-            "instruction" is, which has the whole function or its body alone.
+        form: "completion" goes on where the prompt ends, unless it opens a block of code, behind words perhaps; that is
+            read as "instruction" is, which has the whole function or its body alone.
     """
-    if form == "completion" and not completion.lstrip().startswith(("```", "~~~")):
-        return code + cut_at(completion, _STOPS)[0]
     text = answers.without_draft(completion)
+    if form == "completion" and (is_body(text) or not answers.opens_block(text)):
+        return code + cut_at(text, _STOPS)[0]
     written = answers.function_in(text, entry_point)
     if written is None:
         body = answers.body_in(text, code, entry_point)
@@ -211,6 +211,7 @@ def run(
         config.temperature,
         config.top_p,
         stop=_STOPS if form == "completion" else (),  # a fence may close a block, open one or stand in a docstring
+        stop_in_body=form == "completion",
     )
     path = predictions.generate(
         backend,

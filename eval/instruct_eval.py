@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eval import humaneval, predictions
 from eval.backends import Backend
-from eval.backends.hf import adapted_model
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
 from flatlora.inputs.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
 from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
@@ -41,6 +40,7 @@ GENERATES = False
 OWN_ROWS = True
 SCORING = ("allow_code_execution",)
 SCORER_VERSION = 1
+_ASKING_VERSION = 2  # of how tasks are put to a model: kept answers of another are asked for again
 HEADLINE = "average"
 ROW_COLUMNS = {"task": "text"}
 FIELDS: predictions.Fields = {"index": int, "task": str, "doc": int, "score": float}
@@ -244,6 +244,7 @@ def run(
         **backend.describe(),
         "max_rows": config.max_rows,
         "lm_eval": importlib.metadata.version("lm_eval"),
+        "asking": _ASKING_VERSION,
     }
     kept = folder / "tasks"
     kept.mkdir(parents=True, exist_ok=True)
@@ -303,16 +304,11 @@ def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list
     """
     import lm_eval
     from jinja2 import TemplateError
-    from lm_eval.models.huggingface import HFLM
+
+    from eval.backends.lm_eval import LMEvalModel
 
     _, _, shots, metric = _GROUPS[_group(task)]
-    model = HFLM(
-        pretrained=adapted_model(backend.model),
-        tokenizer=backend.tokenizer,
-        batch_size=config.batch_size,
-        mixed_precision_dtype=backend.precision and backend.precision.autocast,
-        backend="seq2seq" if backend.model.config.is_encoder_decoder else "causal",
-    )
+    model = LMEvalModel(backend, task, config.batch_size)
     try:
         with _data_of(task, data_root):
             results = lm_eval.simple_evaluate(

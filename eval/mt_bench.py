@@ -9,10 +9,11 @@ tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size, device, ba
 
 DIR (or data_root/HuggingFaceH4/mt_bench) holds FastChat's own files: question.jsonl, judge_prompts.jsonl and
 reference_gpt-4.jsonl. Single-answer grading with the official prompts; math, reasoning and coding are judged against
-the reference answers. Temperatures are FastChat's, by category; `greedy=true` takes none. A judge's verdict is the last
-rating of its reply (deviation: FastChat takes the first, which may be a quotation of its prompt). A reply without a
-rating is asked for again; what stays without one, or is refused by the judge's filter, is counted apart and never as a
-zero. A score means nothing without its judge: its name and the day stand beside it.
+the reference answers. Temperatures are FastChat's, by category; `greedy=true` takes none. A judge's verdict is the
+first rating behind the last "Rating:" of its reply, or without that its last one (deviation: FastChat takes the first,
+which may be a quotation of its prompt). A reply without a rating is asked for again; what stays without one, or is
+refused by the judge's filter, is counted apart and never as a zero. A score means nothing without its judge: its name
+and the day stand beside it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ OWN_ROWS = True
 _JUDGE_KEYS = ("url", "key", "concurrency", "rpm", "tokens", "tries", "timeout")
 BELONGS_TO = {"judge_key": "judge_url"}  # a key that a run names is for the address beside it
 SCORING = ("folder", "judge", *(f"judge_{name}" for name in _JUDGE_KEYS))
-SCORER_VERSION = 3
+SCORER_VERSION = 4
 HEADLINE = "rating"
 IS_SHARE = False  # ratings are from 1 to 10
 ROW_COLUMNS = {"question_id": "int", "category": "text", "turns": "any", "reference": "any"}
@@ -102,17 +103,21 @@ _RATINGS = (
     re.compile(rf"(?:(?<=rating)|(?<=\d\))|(?<![A-Za-z0-9\])]))\[\[{_NUMBER}\]\]", re.IGNORECASE),
     re.compile(rf"(?:(?<=rating)|(?<![A-Za-z0-9\])[]))\[{_NUMBER}\](?![\](])", re.IGNORECASE),
 )
+_ANNOUNCED = re.compile(r"(?<![\"'`“‘])\brating\b[^\[\]\n:]{0,40}:", re.IGNORECASE)  # a quoted one is the format's
 
 
 def parse_rating(reply: str) -> float | None:
-    """The last rating "[[5]]" of the verdict, or "[5]" where there is none of those; None if it is not from 1 to 10.
+    """The rating "[[5]]" of the verdict, or "[5]" where there is none of those; None if it is not from 1 to 10.
 
-    The verdict is what follows a thinking part; one that does not end has none.
+    It is the first one behind the last "Rating:" that has any, or the last of all where none has. The verdict is what
+    follows a thinking part; one that does not end has none.
     """
     verdict = without_draft(reply).replace("\\[", "[").replace("\\]", "]")  # as Markdown escapes them
+    starts = [announced.end() for announced in _ANNOUNCED.finditer(verdict)]
     for pattern in _RATINGS:
-        if found := pattern.findall(verdict):
-            rating = float(found[-1])
+        behind = [found[1] for start in starts if (found := pattern.search(verdict, start))]
+        if ratings := behind or pattern.findall(verdict):
+            rating = float(ratings[-1])
             return rating if 1 <= rating <= 10 else None
     return None
 
@@ -199,9 +204,14 @@ def run(
     *,
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Answer both turns, have them judged, score: predictions.jsonl, judgments.jsonl, score.json and radar.png."""
+    """Answer both turns, have them judged, score: predictions.jsonl, judgments.jsonl, score.json and radar.png.
+
+    Raises:
+        ConfigError: two turns and their answers may be longer than the model's positions.
+    """
     rows = rows[: config.max_rows]
     prompts = judge_prompts(Path(config.folder or rows[0].get("folder") or "."))
+    _check_lengths(backend, rows, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "judge_prompts.json", prompts)  # what scores later needs nothing else
 
@@ -227,6 +237,18 @@ def run(
         )
         told = predictions.read(path, FIELDS)
     return score_file(path, config)
+
+
+def _check_lengths(backend: Any, rows: Sequence[dict[str, Any]], config: Config) -> None:
+    """Check before the first turn that the model can read the second one, behind the longest first answer."""
+    if not hasattr(backend, "check_lengths"):
+        return
+    if config.template == "chat":
+        lengths = [backend.chat_length(_messages(row["turns"], ["-"])) for row in rows]
+    else:
+        lengths = [backend.prompt_length(conversation(config.template, row["turns"], ["-"])) for row in rows]
+    task = f"second turns, with {config.max_new_tokens} tokens of a first answer"
+    backend.check_lengths([length + config.max_new_tokens for length in lengths], config.max_new_tokens, task=task)
 
 
 def _next_answers(

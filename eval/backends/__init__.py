@@ -28,12 +28,24 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # an answer ends before the first of these
+    stop_in_body: bool = False  # only one that goes on with a function's body; others, such as a fence, are whole
+
+    def cut(self, text: str) -> tuple[str, bool]:
+        """(the answer before its first stop, whether there was one)."""
+        return (text, False) if self.stop_in_body and not is_body(text) else cut_at(text, self.stop)
 
     def describe(self) -> dict[str, Any]:
         """For the record: what decides the answers; greedy ones without what they do not read."""
-        told = asdict(self) | {"stop": list(self.stop)}
-        kept = told.keys() - ({"top_p", "temperature"} if self.temperature == 0 else set())
-        return {key: value for key, value in told.items() if key in kept and (key != "stop" or value)}
+        settings = asdict(self) | {"stop": list(self.stop)}
+        unread = {"top_p", "temperature"} if self.temperature == 0 else set()
+        unread |= {key for key in ("stop", "stop_in_body") if not settings[key]}
+        return {key: value for key, value in settings.items() if key not in unread}
+
+
+def is_body(text: str) -> bool:
+    """Whether a text begins with an indented line, as what goes on with a function's body does, and with no fence."""
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    return first.startswith(("  ", "\t")) and not first.lstrip().startswith(("```", "~~~"))
 
 
 def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
@@ -64,7 +76,7 @@ class Generator(Protocol):
     (item, what `work` makes of it) as they end, several at a time. Its rows are then asked one by one, not in batches.
     One that makes a batch's answers token by token may have `on_token`, to be set: called with the number of each.
     One that knows the model's context may have `check_lengths(lengths of prompts, new tokens)`, a ConfigError where the
-    model cannot take them; it is called before the first batch.
+    model cannot take them; it is called before the first batch. It then has `chat_length(chat)` too, in tokens.
     """
 
     batch_size: int
@@ -92,6 +104,10 @@ class Generator(Protocol):
 
 class Backend(Generator, Protocol):
     """Text generation, and likelihoods of given answers."""
+
+    def check_choices(self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool) -> None:
+        """See before the first batch that `log_likelihoods` can read these; a ConfigError where it cannot."""
+        ...
 
     def first_token(self, choice: str) -> int:
         """The id that an answer begins with."""

@@ -80,7 +80,7 @@ class HFBackend(TokenisedBackend):
         input_ids = self._padded(prompts, left=True, fill=self.tokenizer.pad_token_id)
         mask = self._padded([[1] * len(ids) for ids in prompts], left=True, fill=0)
         start = 1 if self.encoder_decoder else input_ids.shape[1]
-        stops = StopTexts(len(prompts), start, lambda row, ids: self._is_stopped(prompts[row], ids, sampling.stop))
+        stops = StopTexts(len(prompts), start, lambda row, ids: self._is_stopped(prompts[row], ids, sampling))
         greedy = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,  # the draw is made by the processor below: its largest score is the drawn token
@@ -99,18 +99,28 @@ class HFBackend(TokenisedBackend):
                 stopping_criteria=StoppingCriteriaList([stops] if sampling.stop else []),
             )
         answers = [ids[:length] for ids, length in zip(output[:, start:].tolist(), stops.lengths, strict=True)]
-        return [self._completion(*pair, sampling.stop) for pair in zip(prompts, answers, strict=True)]
+        return [self._completion(*pair, sampling) for pair in zip(prompts, answers, strict=True)]
 
-    def _is_stopped(self, prompt: list[int], answer: list[int], stop: Sequence[str]) -> bool:
+    def _is_stopped(self, prompt: list[int], answer: list[int], sampling: Sampling) -> bool:
         """Whether a stop stands in an answer that had none before its last token."""
         kept = self._before_end(answer)
-        newest = max(len(one.encode()) for one in stop) + _MARGIN  # tokens, a byte each at least
-        if len(kept) > newest and not cut_at(self._decode(kept[-newest:]), stop)[1]:
+        newest = max(len(one.encode()) for one in sampling.stop) + _MARGIN  # tokens, a byte each at least
+        if len(kept) > newest and not cut_at(self._decode(kept[-newest:]), sampling.stop)[1]:
             return False
-        return cut_at(self._text(prompt, kept), stop)[1]
+        return sampling.cut(self._text(prompt, kept))[1]
 
     def first_token(self, choice: str) -> int:
         return self._choice_ids(choice, first_token=True)[0]
+
+    def check_choices(self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool) -> None:
+        """Check that `log_likelihoods` can read every prompt with the longest of all choices behind it.
+
+        Raises:
+            ConfigError: as `check_lengths`.
+        """
+        offered = {choice for one in choices for choice in one}
+        longest = max((len(self._choice_ids(choice, first_token)) for choice in offered), default=0)
+        self.check_lengths([self.prompt_length(prompt) for prompt in prompts], longest + 1)
 
     @torch.inference_mode()
     def log_likelihoods(
@@ -121,7 +131,7 @@ class HFBackend(TokenisedBackend):
         `first_token` takes the first token of each choice alone, without an end.
         """
         pairs = [(prompt, choice) for prompt, offered in zip(prompts, choices, strict=True) for choice in offered]
-        asked = {prompt: self._prompt_ids(prompt) for prompt in prompts}
+        asked = {prompt: self.prompt_ids(prompt) for prompt in prompts}
         answers = {choice: self._choice_ids(choice, first_token) for _, choice in pairs}
         found: list[float] = []
         for start in range(0, len(pairs), self.batch_size):

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from eval.backends import Completion, Messages, Sampling, cut_at
+from eval.backends import Completion, Messages, Sampling
 from eval.backends.wire import ReplyRefused, is_loopback, key_of, limit_reply
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.masking import MASK, masked
@@ -364,7 +364,7 @@ def _options(sampling: Sampling) -> dict[str, Any]:
     options: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
     if sampling.temperature:
         options["top_p"] = sampling.top_p
-    if sampling.stop:
+    if sampling.stop and not sampling.stop_in_body:  # which an endpoint cannot know
         options["stop"] = list(sampling.stop)[:4]  # as many as the interface takes; the rest is cut off here
     return options
 
@@ -384,7 +384,7 @@ def _completion(found: Any, text_of: Callable[[Any], str | None], sampling: Samp
         raise _Filtered("the server's filter ends the answer before its first word")
     if not isinstance(text, str):
         raise (_NoWords if text is None else _NoAnswer)("a reply whose answer is no text")
-    text, stopped = cut_at(text, sampling.stop)
+    text, stopped = sampling.cut(text)
     tokens = getattr(getattr(found, "usage", None), "completion_tokens", None)
     return Completion(text, tokens if isinstance(tokens, int) else 0, ended == "stop" or stopped)
 

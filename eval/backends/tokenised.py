@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from eval.backends import Completion, Messages, Sampling, cut_at
+from eval.backends import Completion, Messages, Sampling
+from eval.backends.chats import ChatEncoder
 from flatlora.inputs.tokenizing import appended_ends, text_ids
 from flatlora.utils.errors import ConfigError
 
@@ -38,13 +39,16 @@ class TokenisedBackend:
     ends: frozenset[int]
     encoder_decoder = False
     context: Context | None = None
-    _warned_of_context = False
+    _warned_of: frozenset[str | None] = frozenset()  # tasks whose prompts are longer than the context
 
     def prompt_length(self, prompt: str) -> int:
-        return len(self._prompt_ids(prompt))
+        return len(self.prompt_ids(prompt))
 
-    def check_lengths(self, lengths: Sequence[int], new_tokens: int) -> None:
-        """See to it that the model can read prompts of these lengths and `new_tokens` after each; warns once.
+    def check_lengths(self, lengths: Sequence[int], new_tokens: int, *, task: str | None = None) -> None:
+        """Check that the model can read prompts of these lengths and `new_tokens` after each; warns once for each task.
+
+        Args:
+            task: what the messages say that the prompts are of; None: of any.
 
         Raises:
             ConfigError: it cannot; with how many there are of those.
@@ -55,27 +59,29 @@ class TokenisedBackend:
         # The last new token is an answer's, and read by nobody.
         read = [max(length, new_tokens) if self.encoder_decoder else length + new_tokens - 1 for length in lengths]
         beyond, alone, longest = sum(n > limit for n in read), sum(n > limit for n in lengths), max(lengths)
+        of_task = f" of {task}" if task else ""
         if (kind == "learned" and beyond) or (kind == "served" and longest >= limit):
             raise ConfigError(
                 [
-                    f"Too long for the model: {beyond} of {len(lengths)} prompts, the longest of {longest} tokens, "
-                    f"with up to {new_tokens} tokens of an answer; it has positions for {limit} tokens and none "
-                    "beyond. Lower max_new_tokens, leave those rows out, or use a model with a longer context."
+                    f"Too long for the model: {beyond} of {len(lengths)} prompts{of_task}, the longest of {longest} "
+                    f"tokens, with up to {new_tokens} tokens of an answer; it has positions for {limit} tokens and "
+                    "none beyond. Lower max_new_tokens, leave those rows out, or use a model with a longer context."
                 ]
             )
-        if beyond and not self._warned_of_context:
-            self._warned_of_context = True
+        # A batch of a task is no task of its own: it was warned about with all the prompts.
+        if beyond and not (self._warned_of if task is None else task in self._warned_of):
+            self._warned_of |= {task}
             logger.warning(
-                "%d of %d prompts and their answers of up to %d tokens may be longer than the %d tokens of the model's"
-                " context (%d prompts by themselves, the longest of %d tokens): %s.",
-                *(beyond, len(lengths), new_tokens, limit, alone, longest),
+                "%d of %d prompts%s and their answers of up to %d tokens may be longer than the %d tokens of the "
+                "model's context (%d prompts by themselves, the longest of %d tokens): %s.",
+                *(beyond, len(lengths), of_task, new_tokens, limit, alone, longest),
                 _BEYOND[kind],
             )
 
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        return self._generate([self._prompt_ids(prompt) for prompt in prompts], sampling, seeds)
+        return self._generate([self.prompt_ids(prompt) for prompt in prompts], sampling, seeds)
 
     def chat(
         self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
@@ -85,20 +91,30 @@ class TokenisedBackend:
         Raises:
             ConfigError: the tokenizer has no form for chats.
         """
+        return self._generate(self._chat_ids(chats), sampling, seeds)
+
+    def chat_length(self, chat: Messages) -> int:
+        """Tokens of a chat; raises as `chat`."""
+        return len(self._chat_ids([chat])[0])
+
+    def _chat_ids(self, chats: Sequence[Messages]) -> list[list[int]]:
         if getattr(self.tokenizer, "chat_template", None) is None:
             name = self.tokenizer.name_or_path
             raise ConfigError(
                 [f"Invalid template=chat: the tokenizer of {name} has no form for chats; use alpaca or qa."]
             )
-        options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True}
-        asked = [self.tokenizer.apply_chat_template(list(chat), **options)["input_ids"] for chat in chats]
-        return self._generate(asked, sampling, seeds)
+        return self._encode_chats(chats)
+
+    @functools.cached_property
+    def _encode_chats(self) -> ChatEncoder:
+        return ChatEncoder(self.tokenizer)
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
         """One completion for each list of token ids, in order."""
         raise NotImplementedError
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of a prompt: names of special tokens are text, and a decoder's prompt has no end."""
         ids = text_ids(self.tokenizer, prompt)
         return ids[: len(ids) - self._appended_ends]
 
@@ -106,10 +122,10 @@ class TokenisedBackend:
     def _appended_ends(self) -> int:
         return 0 if self.encoder_decoder else appended_ends(self.tokenizer)
 
-    def _completion(self, prompt: list[int], ids: list[int], stop: Sequence[str]) -> Completion:
+    def _completion(self, prompt: list[int], ids: list[int], sampling: Sampling) -> Completion:
         """The answer in the ids that the model put behind `prompt`: up to its first end, and before its first stop."""
         kept = self._before_end(ids)
-        text, stopped = cut_at(self._text(prompt, kept), stop)
+        text, stopped = sampling.cut(self._text(prompt, kept))
         return Completion(text, len(kept), len(kept) < len(ids) or stopped)
 
     def _before_end(self, ids: list[int]) -> list[int]:

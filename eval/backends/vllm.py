@@ -15,7 +15,9 @@ import psutil
 
 from eval.backends import Completion, Sampling
 from eval.backends.tokenised import Context, TokenisedBackend, end_ids
-from flatlora.models.saved_adapters import adapter_config, check_adapter
+from flatlora.models.loading import check_served, model_of
+from flatlora.models.saved_adapters import adapter_config, check_adapter, tensor_names
+from flatlora.models.sources import in_short
 from flatlora.utils.errors import ConfigError
 
 
@@ -31,7 +33,7 @@ class VLLMBackend(TokenisedBackend):
         context: tokens of the longest prompt with its answer; None takes the model's own limit.
 
     Raises:
-        ConfigError: vLLM is not installed here, or takes no such adapter.
+        ConfigError: vLLM is not installed here, or takes no such adapter; or as `flatlora.models.loading.check_served`.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class VLLMBackend(TokenisedBackend):
         if adapter is not None:
             lora = {"enable_lora": True, "max_lora_rank": _rank_that_fits(_served_rank(adapter))}
             self._adapter = LoRARequest("adapter", 1, str(adapter.resolve()))
+        # vLLM leaves out what an adapter lacks and what the model has no place for.
+        check_served(model_of(weights).model_copy(update={"revision": revision}), adapter, tokenizer)
         self._dtype = dtype
         self.llm = LLM(
             model=weights,
@@ -104,7 +108,7 @@ class VLLMBackend(TokenisedBackend):
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p if sampling.temperature else 1.0,
-                stop=list(sampling.stop) or None,
+                stop=None if sampling.stop_in_body else list(sampling.stop) or None,  # cut off here
                 stop_token_ids=sorted(self.ends),
                 seed=seed,
             )
@@ -113,11 +117,11 @@ class VLLMBackend(TokenisedBackend):
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         found = self.llm.generate(asked, options, lora_request=self._adapter, use_tqdm=False)
         outputs = [one.outputs[0] for one in found]
-        return [self._said(*pair, sampling.stop) for pair in zip(prompts, outputs, strict=True)]
+        return [self._said(*pair, sampling) for pair in zip(prompts, outputs, strict=True)]
 
-    def _said(self, prompt: list[int], output: Any, stop: Sequence[str]) -> Completion:
+    def _said(self, prompt: list[int], output: Any, sampling: Sampling) -> Completion:
         """The text is made of the tokens as for backend=hf, so that the same tokens are the same answer."""
-        answer = self._completion(prompt, list(output.token_ids), stop)
+        answer = self._completion(prompt, list(output.token_ids), sampling)
         return answer._replace(finished=answer.finished or output.finish_reason == "stop")
 
 
@@ -143,6 +147,8 @@ def _served_rank(adapter: Path) -> int:
         faults = [f"its kind is {kind}"]
     else:
         faults = [words for key, words in _NOT_SERVED.items() if config.get(key) not in (None, False, "none", {}, [])]
+        others = [name for name in tensor_names(adapter) if ".lora_" not in name]
+        faults += [f"it has other tensors besides, {in_short(others)}"] if others and not faults else []
     if faults:
         raise ConfigError(
             [f"Invalid backend=vllm for {adapter}: {' and '.join(faults)}, which vLLM does not serve; use backend=hf."]

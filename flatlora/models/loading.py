@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -147,6 +148,17 @@ class LanguageModels:
                 # dequantises it, PEFT's own code included, could read it any more.
                 module.support_avx512bf16_for_cpu = False
         return model
+
+    def outline(self, config: ModelConfig) -> nn.Module:
+        """The model on the meta device, its files seen to hold each of its tensors and no other.
+
+        Of packed weights, which transformers may not unpack here, the architecture alone.
+        """
+        if packing_of(described_in_family(config)):
+            return self.skeleton(config)
+        source, options = source_and_options(config)
+        options |= {"dtype": getattr(torch, config.dtype), "device_map": "meta"}
+        return load_whole(config, self.auto, source, **NO_FOREIGN_CODE, **options)
 
     def processor(self, config: ModelConfig) -> PreTrainedTokenizerBase:
         return load_tokenizer(config)
@@ -583,6 +595,27 @@ def load_for_inference(
         _check_vocabulary(processor, model, path, config if adapter is not None else None)
     whole = path if model_config is not None and adapter is None else config.hub_id
     return model.eval(), processor, {"base": whole, "adapter": str(adapter) if adapter else None}
+
+
+def check_served(config: ModelConfig, adapter: Path | None = None, tokenizer: Path | None = None) -> None:
+    """Check a language model that another program loads as `load_for_inference` would; none of its weights is kept.
+
+    Args:
+        adapter: folder of a PEFT adapter on it.
+        tokenizer: folder of the adapter's tokenizer; None: the model's own.
+
+    Raises:
+        ConfigError: the model's or the adapter's tensors are not all there, are left over, of another shape or not
+            finite (of the adapter), or the tokenizer has tokens that the model has no embedding for.
+    """
+    family: LanguageModels = FAMILIES[config.family]
+    model = family.outline(config)
+    if adapter is not None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # as is meant here
+            model = with_adapter(model, adapter, family=config.family, name=config.hub_id)
+    processor = load_tokenizer(_at(config, str(tokenizer)) if tokenizer else config)
+    _check_vocabulary(processor, model, str(adapter or config.hub_id), config if adapter is not None else None)
 
 
 def _at(config: ModelConfig, path: str) -> ModelConfig:

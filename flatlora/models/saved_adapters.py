@@ -105,6 +105,15 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
     return found
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """Names of a saved adapter's tensors.
+
+    Raises:
+        ConfigError: the file is broken.
+    """
+    return sorted(_weights(folder))
+
+
 def holds_tensors_of(folder: Path, part: str) -> bool:
     """Whether a saved adapter goes around layers of a module of its model."""
     return any(name.startswith(f"base_model.model.{part}.") for name in _weights(folder))

@@ -20,6 +20,10 @@ TWO_STEPS = (
     "```python\ndef double(xs):\n    return xs * 2\n```\nand\n```python\ndef twice(xs):\n    return double(xs)\n```"
 )
 LISTED = "1. Write:\n   ```python\n   def twice(xs):\n       return xs * 2\n   ```\n2. Run it."
+LONGER = "def twice(xs):\n    found = list(xs)\n    found += [0]\n    return found\n"
+CHECKED = "def twice(xs):\n    assert isinstance(xs, list)\n    found = xs + xs\n    return found\n"
+SUM = "def twice(xs):\n    return sum(xs)\n"
+WRONG = f"```python\n{LONGER}```\n"
 SAID = {
     "plain fence": f"Here's the code:\n```\n{TWICE}```\nDone.",
     "other label": f"```Python3 title='a'\n{TWICE}```",
@@ -76,6 +80,18 @@ SAID = {
     "a deep recursion": "import sys\nsys.setrecursionlimit(10**5)\n\ndef down(n):\n    return n and 1 + down(n - 1)\n\n"
     "def twice(xs):\n    return xs * (down(3000) - 2998)\n",
     "an end of its own": f"import sys\n{TWICE.replace('xs * 2', 'xs * 2 if sys else 0')}\nsys.exit(0)\n",
+    "a quotation": "As you asked:\n> ```python\n> def twice(xs):\n>     return xs * 2\n> ```\n",
+    "at Python's prompt": ">>> def twice(xs):\n...     return xs * 2\n...\n>>> twice([1])\n[1, 1]\n",
+    "at Python's prompt in a quotation": "> >>> def twice(xs):\n> ...     return xs * 2\n",
+    "a longer draft and a corrected version": f"{WRONG}That adds.\n\n**Corrected version:**\n\n```python\n{TWICE}```",
+    "a fixed version with its fence behind": f"{WRONG}Fixed:\n```python\n{TWICE.rstrip()}```",
+    "a version that was fixed": f"{WRONG}I fixed the bug, sorry:\n```python\n{TWICE}```",
+    "a corrected function": f"{WRONG}Here is the corrected Python function.\n```python\n{TWICE}```",
+    "a final result": f"```\n{CHECKED}```\nThe final result is returned. By a sum it is not:\n```\n{SUM}```",
+    "a final version and another": f"{WRONG}Final:\n```\n{TWICE}```\nIt was:\n```\n{LONGER.rstrip()}```",
+    "a corrected version without an end": f"```\n{TWICE}```\nCorrected:\n```\ndef twice(xs):\n    x = (\n    y = [\n",
+    "a corrected version that is a stub": f"```\n{TWICE}```\nFixed:\n```\ndef twice(xs):\n    'a'\n    pass\n```",
+    "a shorter version that nothing corrects": f"The final one:\n```\n{CHECKED}```\nLoosely:\n```\n{SUM}```",
     "a main part": f"{TWICE}\nif __name__ == '__main__':\n    raise SystemExit\n",
 }
 
@@ -121,6 +137,7 @@ def test_where_there_is_none_none_is_found(text):
         ("    return 1\n```\nprose", "    return 1\n"),
         ("    return 1```\nprose", "    return 1\n"),
         ("The body is\n```\nreturn 1\n```", "\n    return 1\n"),
+        ("> ```\n>     return 1\n> ```", "\n    return 1\n"),
         ("I cannot.", None),
         ("    pass\n", None),
     ],

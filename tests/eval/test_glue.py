@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import run_exp
 from data import glue as data_glue
@@ -57,6 +57,27 @@ def test_likelihoods_are_those_of_one_token_after_the_other(backend, first_token
     for prompt, choices, scores in zip(PROMPTS, CHOICES, found, strict=True):
         for choice, score in zip(choices, scores, strict=True):
             assert score == pytest.approx(log_likelihood_reference(backend, prompt, choice, first_token), rel=1e-4)
+
+
+@pytest.mark.parametrize("positions", [21, 20])
+def test_rows_that_do_not_fit_are_refused_before_the_first_batch(tiny_model_folder, tmp_path, positions):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    rows = [
+        {"x": " one" * 15, "y": " two", "choices": [" one", " two"]},  # the longest prompt comes first
+        {"x": " one" * 10, "y": " one", "choices": [" one", " two" * 4]},
+    ]
+    asked = [len(tokenizer(f"{row['x']} ")["input_ids"]) for row in rows]
+    assert asked == [16, 11]
+    assert len(tokenizer(" two" * 4)["input_ids"]) == 4  # with an end: 5
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=positions, n_embd=8, n_layer=1, n_head=1))
+    backend = HFBackend(model, tokenizer, batch_size=1)
+    config = glue.Config(task="sst2")
+    if positions == 16 + 5:
+        assert glue.run(backend, rows, tmp_path / "out", config)["n"] == 2
+        return
+    with pytest.raises(ConfigError, match="Too long for the model: 1 of 2 prompts, the longest of 16 tokens"):
+        glue.run(backend, rows, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
 
 
 def row(task, reference, prediction, choices=("a", "b"), **more):

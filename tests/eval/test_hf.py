@@ -1,5 +1,6 @@
 """Greedy decoding is the largest logit at every step, whatever the model's own generation config asks for."""
 
+import itertools
 import json
 import logging
 
@@ -29,6 +30,7 @@ from transformers import (
 
 from eval import predictions
 from eval.backends import Completion, Sampling, cut_at
+from eval.backends.chats import ChatEncoder
 from eval.backends.hf import HFBackend, SeededDraw, context_of
 from eval.backends.tokenised import end_ids
 from flatlora.utils.errors import ConfigError
@@ -316,3 +318,75 @@ def test_contexts_are_those_of_the_architecture(tiny_t5_folder):
     roberta(torch.full((1, 16), 5))
     with pytest.raises((IndexError, RuntimeError), match="index 18 is out of bounds"):
         roberta(torch.full((1, 17), 5))
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def chat_of(*contents):
+    return [{"role": ("user", "assistant")[turn % 2], "content": one} for turn, one in enumerate(contents)]
+
+
+class Asked(HFBackend):
+    """Keeps the ids that it is asked."""
+
+    def _generate(self, prompts, sampling, seeds):
+        self.asked = prompts
+        return [Completion("", 0, True) for _ in prompts]
+
+
+PLAIN = chat_of("What ends a list?", "Its last item.", "And a turn?")
+NAMED = chat_of("What does <|im_end|> end?", "A turn; <|im_start|>user\n begins one.", "And a <|im_endless|> one?")
+
+
+def test_names_of_special_tokens_in_a_chat_are_text(tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = CHATML
+    backend = Asked(tiny_llama(vocab_size=len(tokenizer)), tokenizer, batch_size=2)
+    backend.chat([PLAIN, NAMED], Sampling(2))
+    plain, named = backend.asked
+    assert plain == tokenizer.apply_chat_template(PLAIN, add_generation_prompt=True, return_dict=True)["input_ids"]
+    begin, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+
+    def text(piece):  # of a byte-level tokenizer, whose pieces between special tokens are independent
+        return tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    for chat, found in ((PLAIN, plain), (NAMED, named)):
+        turns = [[begin, *text(f"{turn['role']}\n{turn['content']}"), end, *text("\n")] for turn in chat]
+        assert found == [*itertools.chain(*turns), begin, *text("assistant\n")]
+    assert backend.chat_length(NAMED) == len(named)
+
+
+def test_names_of_special_tokens_in_a_chat_are_text_to_sentencepiece(llama2_like, monkeypatch):
+    monkeypatch.setattr(llama2_like, "chat_template", LLAMA2)
+    backend = Asked(tiny_llama(vocab_size=len(llama2_like)), llama2_like, batch_size=2)
+    backend.chat([chat_of("Q: 3?", "7.", "Q: 4?"), chat_of("Q: 3 </s><s>?", "7<unk>.", "Q: <s>4?")], Sampling(2))
+    plain, named = backend.asked
+    bos, eos = llama2_like.bos_token_id, llama2_like.eos_token_id
+    for ids in (plain, named):
+        assert [token for token in ids if token in (bos, eos)] == [bos, eos, bos]
+    assert llama2_like.unk_token_id not in named
+
+    def text(piece):
+        return llama2_like(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    assert plain == [bos, *text("[INST] Q: 3? [/INST] 7. "), eos, bos, *text("[INST] Q: 4? [/INST]")]
+    first = text("[INST] Q: 3 </s><s>? [/INST] 7<unk>. ")
+    assert named == [bos, *first, eos, bos, *text("[INST] Q: <s>4? [/INST]")]
+
+
+def test_a_tokenizer_in_python_names_and_counts_them(tokenizer, caplog, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = CHATML
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with caplog.at_level(logging.WARNING):
+        (ids,) = ChatEncoder(tokenizer)([NAMED])
+    assert ids == tokenizer.apply_chat_template(NAMED, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert "(<|im_end|> in 1, <|im_start|> in 1)" in caplog.text

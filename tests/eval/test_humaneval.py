@@ -162,12 +162,58 @@ def test_wrong_solutions_fail_and_nothing_is_run_twice(tmp_path, monkeypatch, ca
         ("```python\n    return xs * 2\n```", "completion", True),
         ("```python\n    return xs\n```", "completion", False),
         ("```python\ndef twice(xs):\n    return xs * 2\n```", "completion", True),
+        ("Here it is:\n\n```python\n    return xs * 2\n```", "completion", True),
+        (" Here it is:\n# The function\n```\ndef twice(xs):\n    return xs * 2\n```\nDone.", "completion", True),
+        ("<think>\nIf so:\n```\nreturn []\n```\n</think>\n```python\n    return xs * 2\n```", "completion", True),
+        ("<think>It is easy.</think>\n    return xs * 2\n\ndef other(:", "completion", True),
+        ("    return xs\n```\nOr:\n```python\ndef twice(xs):\n    return xs * 2\n```", "completion", False),
+        ("Here it is:\n    return xs * 2", "completion", False),
     ],
 )
 def test_what_is_run_is_the_function_that_the_model_wrote(completion, form, passes):
     text = humaneval.program(CODE, completion, "twice", form)
     found = humaneval.sandbox.run(humaneval.sandbox.Task(text, CODE, ROW["test"], "twice"))
     assert found.passed is passes, (text, found.error)
+
+
+FENCED = {
+    "whole": "```\n{whole}```",
+    "labelled whole": "Sure, it isn't hard:\n```python\n{whole}```\nDone.",
+    "body": "```\n{body}```",
+    "labelled body": "<think>A loop?</think>The body is\n\n```python\n{body}```\n\ndef more(:",
+}
+
+
+@pytest.mark.parametrize("name", FENCED)
+def test_all_164_canonical_solutions_in_fences_pass_as_completions(problems, name):
+    for place, row in enumerate(problems):
+        whole, body = row["prompt"] + row["canonical_solution"], row["canonical_solution"]
+        said = FENCED[name].format(whole=whole, body=body)
+        text = humaneval.program(row["prompt"], said, row["entry_point"], "completion")
+        if place % 40:
+            in_process(text, row["test"], row["entry_point"])
+        else:
+            task = humaneval.sandbox.Task(text, row["prompt"], row["test"], row["entry_point"])
+            assert humaneval.sandbox.run(task).passed, row["task_id"]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("    return xs * 2\n\ndef other(x):\n    return x\n", "    return xs * 2\n"),
+        ("    return xs * 2\n```\nIt doubles.", "    return xs * 2"),
+        ("```python\ndef twice(xs):\n    return xs * 2\n```\n", None),
+        ("<think>\ndef twice(xs): no\n</think>\nHere:\n```python\n    return xs * 2\n```\n", None),
+        ("It is:\n# Solution\n```\ndef twice(xs):\n    return xs * 2\n```\n", None),
+    ],
+)
+def test_stops_end_a_body_and_leave_a_fenced_answer_whole(llama2_like, tmp_path, said, kept):
+    config = humaneval.Config(**ALLOWED, prompt="completion")
+    result = humaneval.run(speaker(llama2_like, {CODE: said}), [ROW], tmp_path, config)
+    (row,) = predictions.read(tmp_path / "predictions.jsonl", humaneval.FIELDS)
+    assert row["completion"] == (said if kept is None else kept)
+    assert result["metrics"]["pass@1"] == 1.0
+    assert result["metrics"]["unfinished"] == 0.0
 
 
 def test_pass_at_k_is_its_definition():

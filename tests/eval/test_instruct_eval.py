@@ -1,16 +1,21 @@
 """InstructEval by lm-eval on local copies of the tasks' data in the hub's schema."""
 
 import json
+import logging
 import shutil
 
 import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import run_exp
 from eval import instruct_eval
+from eval.backends.hf import HFBackend
 from eval.command import main
 from flatlora.inputs.rows import read_jsonl
 from flatlora.utils.errors import ConfigError
-from tests.conftest import run_folder, write_split
+from tests.conftest import run_folder, tiny_llama, write_split
+from tests.scripted import llama2_like_tokenizer
 
 pytest.importorskip("lm_eval")
 TASKS = ["mmlu_anatomy", "drop", "bbh_navigate"]
@@ -88,17 +93,9 @@ def test_shots_and_metrics_are_instructevals(monkeypatch, root):
 
     seen = []
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **o: seen.append(o) or {"samples": {o["tasks"][0]: []}})
-    monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **options: None)
-
-    class Backend:
-        tokenizer = precision = None
-
-        class model:
-            class config:
-                is_encoder_decoder = False
-
+    monkeypatch.setattr("eval.backends.lm_eval.LMEvalModel", lambda *options: None)
     for task in ("drop", "mmlu_anatomy", "bbh_navigate"):
-        instruct_eval._ask(Backend, task, instruct_eval.Config(), str(root))
+        instruct_eval._ask(None, task, instruct_eval.Config(), str(root))
     told = [(options["tasks"][0], options["num_fewshot"]) for options in seen]
     assert told == [("drop", 3), ("mmlu_anatomy", 5), ("bbh_fewshot_navigate", 3)]
 
@@ -180,3 +177,94 @@ def test_rows_that_lm_eval_cannot_ask_end_the_evaluation_and_keep_what_is_answer
     assert "nothing was loaded" not in told
     kept = tmp_path / "answers/tasks"
     assert [path.name for path in sorted(kept.glob("*.jsonl"))] == ["mmlu_anatomy.jsonl"]
+
+
+CONTEXT = "Which <s> ends </s> the list?\nA. one\nB. two\nAnswer:"
+ENDS = {"until": ["</s>", "\n\n"], "do_sample": False, "max_gen_toks": 6}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Of Llama-2's kind: one, and the same with an end behind every text."""
+    lines = ["Which ends the list?", "A. one", "B. two", "Answer: A B C D"] * 20
+    plain = llama2_like_tokenizer(tmp_path_factory.mktemp("plain"), lines, pieces=320)
+    folder = tmp_path_factory.mktemp("ending")
+    plain.save_pretrained(folder)
+    return plain, AutoTokenizer.from_pretrained(folder, add_bos_token=True, add_eos_token=True)
+
+
+def asker(model, tokenizer, batch_size=3):
+    from eval.backends.lm_eval import LMEvalModel
+
+    return LMEvalModel(HFBackend(model, tokenizer, batch_size=batch_size), "mmlu_anatomy", batch_size)
+
+
+def requests(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, one, 0) for one in arguments]
+
+
+def by_hand(model, tokenizer, context, answer):
+    """log p of the answer's tokens, of ids that the tokenizer gives to the text as text."""
+    before, whole = (tokenizer(text, split_special_tokens=True)["input_ids"] for text in (context, context + answer))
+    with torch.no_grad():
+        scores = model(input_ids=torch.tensor([whole])).logits[0, :-1].double().log_softmax(-1)
+    return sum(scores[place - 1, whole[place]].item() for place in range(len(before), len(whole)))
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_choices_are_weighed_by_the_tokens_of_their_text(tokenizers, ending):
+    model = tiny_llama(vocab_size=len(tokenizers[0])).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20.0)
+    assert tokenizers[0].bos_token_id not in tokenizers[0](CONTEXT, split_special_tokens=True)["input_ids"][1:]
+    asked = [(CONTEXT, " A"), (CONTEXT, " B"), (CONTEXT[5:], " two, </s> or one")]
+    scores = asker(model, tokenizers[ending]).loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
+    expected = [by_hand(model, tokenizers[0], *pair) for pair in asked]
+    assert [score for score, _ in scores] == pytest.approx(expected, rel=1e-4)
+    assert len(set(expected)) == 3
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_answers_are_the_largest_logits_whatever_the_model_s_own_generation_config(tokenizers, ending):
+    tokenizer = tokenizers[0]
+    model = tiny_llama(vocab_size=len(tokenizer)).eval()
+    ids = tokenizer(CONTEXT, split_special_tokens=True)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n\n")[0]
+    model.generation_config.repetition_penalty = 1e-3
+    asked = requests("generate_until", (CONTEXT, ENDS), ("Which?", ENDS))
+    assert asker(model, tokenizers[ending]).generate_until(asked)[0] == expected
+
+
+def test_the_blank_before_an_answer_is_none_of_it(tokenizers, monkeypatch):
+    from eval.backends import Completion
+
+    model = asker(tiny_llama(vocab_size=len(tokenizers[0])), tokenizers[0])
+    monkeypatch.setattr(model._answering, "generate", lambda prompts, sampling: [Completion(" Yes", 1, True)])
+    assert model.generate_until(requests("generate_until", ("Q: 3\nA:", ENDS))) == ["Yes"]
+
+
+def test_prompts_longer_than_the_context_are_refused_or_counted_never_cut(tokenizers, caplog):
+    tokenizer, long = tokenizers[0], "one two " * 60 + "one"
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    pairs = requests("loglikelihood", *[(long, " A"), (long, " B"), ("one", " A")])
+    too_long = "Too long for the model: 1 of 2 prompts of mmlu_anatomy"
+    with pytest.raises(ConfigError, match=too_long):
+        asker(gpt2, tokenizer).loglikelihood(pairs, disable_tqdm=True)
+    texts = requests("generate_until", (long, ENDS), ("one", ENDS))
+    with pytest.raises(ConfigError, match=too_long):
+        asker(gpt2, tokenizer).generate_until(texts)
+    llama = tiny_llama(vocab_size=len(tokenizer)).eval()
+    llama.config.max_position_embeddings = 32
+    rotary = asker(llama, tokenizer)
+    with caplog.at_level(logging.WARNING):
+        scores = rotary.loglikelihood(pairs, disable_tqdm=True)
+        rotary.generate_until(texts)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "eval.backends.tokenised"]
+    assert message.startswith("1 of 2 prompts of mmlu_anatomy and their answers")
+    assert scores[0][0] == pytest.approx(by_hand(llama, tokenizer, long, " A"), rel=1e-4)

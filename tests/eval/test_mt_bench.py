@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import run_exp
 from eval import mt_bench, predictions
 from eval.backends import Completion
+from eval.backends.hf import HFBackend
 from eval.command import main
 from flatlora.inputs.rows import jsonl
 from flatlora.inputs.templates import conversation
@@ -113,6 +115,31 @@ def test_both_turns_are_asked_and_judged(tmp_path, bench, judge):
     assert (tmp_path / "out/radar.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("template", ["qa", "chat"])
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_second_turns_that_may_not_fit_are_refused_before_the_first(
+    tmp_path, bench, judge, tiny_model_folder, template, lacking
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    settings = config(judge, bench, max_rows=2, max_new_tokens=8, template=template)
+    rows = mt_bench.benchmark_rows(None, settings)
+    texts = [f"{row['turns'][0]}\n-\n{row['turns'][1]}\n" for row in rows[:2]]
+    if template == "qa":
+        texts = [conversation("qa", row["turns"], ["-"]) for row in rows[:2]]
+    # Both turns, a first answer of 8 tokens, and a second one, whose last token is not read.
+    positions = max(len(tokenizer(text)["input_ids"]) for text in texts) + 8 + 7
+    shape = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=positions - lacking, **shape, eos_token_id=None))
+    backend = HFBackend(model, tokenizer, batch_size=2)
+    if not lacking:
+        assert mt_bench.run(backend, rows, tmp_path / "out", settings)["metrics"]["n"] == 2
+        return
+    with pytest.raises(ConfigError, match="prompts of second turns, with 8 tokens of a first answer"):
+        mt_bench.run(backend, rows, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_greedy_takes_no_temperature(tmp_path, bench, judge):
     backend = Echo()
     settings = config(judge, bench, greedy=True, max_rows=1)
@@ -153,6 +180,16 @@ def test_greedy_takes_no_temperature(tmp_path, bench, judge):
         ("x[[2]] is no rating", None),
         ("as in [1](https://x) and a[2], [4]", 4.0),
         ("Rating: [6] (see a[3])", 6.0),
+        ("Rating: [[8]] out of [[10]]", 8.0),
+        ("Rating: [[8]]/[[10]]", 8.0),
+        ("Rating: [[7]] e.g. np.array([[1]])", 7.0),
+        ("Rating: [[3]]. The matrix [[5]] was expected", 3.0),
+        ("The matrix [[5]] was expected. **Rating**: [[3]] (best [[10]], worst [[1]])", 3.0),
+        ("Rating: [[8]] is much. On reflection, my rating: [[6]] of [[10]].", 6.0),
+        ('Rating: [[9]] (asked for as "Rating: [[5]]")', 9.0),
+        ("Rating: [[9]]. I explain the rating: it was good.", 9.0),
+        ("Rating: [[12]] of [[20]], not [[9]]", None),
+        ("Rating: [8] of [10]", 8.0),
     ],
 )
 def test_ratings_are_read(reply, rating):

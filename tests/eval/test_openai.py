@@ -44,6 +44,18 @@ def test_answers_come_in_order_and_requests_say_what_is_wanted(server, chat):
 
 
 @pytest.mark.parametrize(
+    ("said", "kept"),
+    [("    return x\n```\nDone.", "    return x"), ("```\ndef f(x):\n    return x\n```", None)],
+)
+def test_an_endpoint_is_sent_no_stops_of_a_body_alone(server, said, kept):
+    server.script = [{"say": said}]
+    sampling = Sampling(8, stop=("\n```", "\ndef "), stop_in_body=True)
+    (answer,) = backend(server, chat=False, concurrency=1).generate(PROMPTS[:1], sampling)
+    assert answer.text == (said if kept is None else kept)
+    assert "stop" not in server.seen[0][1]
+
+
+@pytest.mark.parametrize(
     "script",
     [
         ["garbage", "empty", "null"],

@@ -3,18 +3,22 @@
 import importlib.machinery
 import json
 import logging
+import re
+import shutil
 import sys
 import types
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from eval.backends import Completion, Sampling
 from eval.backends.hf import HFBackend
 from eval.backends.vllm import VLLMBackend
 from flatlora.utils.errors import ConfigError
+from tests.conftest import tiny_llama
 from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer
 
 PROMPT, ANSWER = "def f(x):\n", "    return x\nQ: 3"
@@ -24,6 +28,15 @@ PROMPT, ANSWER = "def f(x):\n", "    return x\nQ: 3"
 def tokenizer(tmp_path_factory):
     lines = ["def f(x):", "    return [y for y in x]", "Q: 3 + 4?"] * 20
     return llama2_like_tokenizer(tmp_path_factory.mktemp("llama2-like"), lines, pieces=300)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer):
+    """Folder of a whole model."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer.save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    return folder
 
 
 class Engine:
@@ -44,7 +57,7 @@ class Engine:
 
 
 @pytest.fixture
-def served(monkeypatch, tokenizer):
+def served(monkeypatch, tokenizer, base):
     """(tokens, finish_reason, ends of the generation config) → (backend, engine)."""
     names = ("vllm", "vllm.lora", "vllm.lora.request", "vllm.platforms")
     modules = {name: types.ModuleType(name) for name in names}
@@ -56,7 +69,7 @@ def served(monkeypatch, tokenizer):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
 
-    def make(said, reason, ends, own=tokenizer, adapter=None, **options):
+    def make(said, reason, ends, own=tokenizer, adapter=None, weights=base, **options):
         engine = Engine(own, said, reason, ends)
 
         def load(**loaded):
@@ -64,7 +77,7 @@ def served(monkeypatch, tokenizer):
             return engine
 
         modules["vllm"].LLM = load
-        return VLLMBackend("weights", adapter, batch_size=1, **options), engine
+        return VLLMBackend(str(weights), adapter, batch_size=1, **options), engine
 
     return make
 
@@ -78,6 +91,14 @@ def test_the_same_tokens_are_the_same_answer_as_by_transformers(served, tokenize
     given = ids[: expected.tokens] if stop else ids  # vLLM ends at the token that completes a stop
     backend, _ = served(given, "stop", None)
     assert backend.generate([PROMPT], Sampling(50, stop=stop)) == [expected]
+
+
+def test_vllm_is_sent_no_stops_of_a_body_alone(served, tokenizer):
+    ids = [*continuation(tokenizer, PROMPT, ANSWER), tokenizer.eos_token_id]
+    backend, engine = served(ids, "stop", None)
+    (answer,) = backend.generate([PROMPT], Sampling(50, stop=("\nQ:",), stop_in_body=True))
+    assert answer == Completion("    return x", len(ids) - 1, True)
+    assert engine.options[0]["stop"] is None
 
 
 def test_every_end_that_is_declared_ends_an_answer(served, tokenizer):
@@ -111,20 +132,22 @@ def test_what_does_not_fit_is_refused_or_told(served, caplog):
 
 
 @pytest.fixture
-def adapter(tmp_path):
-    """Changes of adapter_config.json → the folder of an adapter of rank 4."""
+def adapter(tmp_path, base, tokenizer):
+    """Changes of adapter_config.json → the folder of an adapter of rank 4 that PEFT saved."""
 
     def make(**changes):
-        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "rank_pattern": {}, "use_dora": False}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
-        save_file({"base_model.model.q.lora_A.weight": torch.ones(4, 8)}, tmp_path / "adapter_model.safetensors")
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        get_peft_model(tiny_llama(vocab_size=len(tokenizer)), config).save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)} | changes))
         return tmp_path
 
     return make
 
 
-def test_an_adapter_is_served_with_its_own_tokenizer_on_the_run_s_revision(served, adapter, tmp_path):
+def test_an_adapter_is_served_with_its_own_tokenizer_on_the_run_s_revision(served, adapter, tokenizer, tmp_path):
     folder = adapter()
+    tokenizer.save_pretrained(tmp_path / "run")
     _, engine = served([], "stop", None, adapter=folder, tokenizer=tmp_path / "run", revision="v2")
     assert engine.loaded["max_lora_rank"] == 8
     assert engine.loaded["tokenizer"] == str(tmp_path / "run")
@@ -156,3 +179,63 @@ def test_a_damaged_adapter_is_refused(served, adapter):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="Missing file"):
         served([], "stop", None, adapter=folder)
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda tensors: tensors.pop(B), "layers.0.self_attn.q_proj.lora_B.*missing"),
+        (lambda tensors: [tensors.pop(name) for name in sorted(tensors)[1:]], "7 .* missing"),
+        (
+            lambda tensors: tensors.update({A.replace("layers.0", "layers.7"): tensors[A].clone()}),
+            "layers.7.*left over",
+        ),
+        (lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2)}), "other tensors besides"),
+        (lambda tensors: tensors.update({B: tensors[B][:5]}), "size mismatch for .*q_proj.lora_B"),
+        (lambda tensors: tensors.update({B: tensors[B] * torch.nan}), "q_proj.lora_B.weight. with NaN or infinity"),
+    ],
+)
+def test_an_adapter_whose_tensors_are_not_whole_is_refused(served, adapter, change, fault):
+    path = adapter() / "adapter_model.safetensors"
+    tensors = load_file(path)
+    assert len(tensors) == 8  # A and B of q and v in two layers
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match=f"(?s){fault}"):
+        served([], "stop", None, adapter=path.parent)
+
+
+def test_an_adapter_of_another_task_is_refused(served, adapter):
+    with pytest.raises(ConfigError, match="Invalid task_type SEQ_CLS"):
+        served([], "stop", None, adapter=adapter(task_type="SEQ_CLS"))
+
+
+def test_tokens_without_an_embedding_are_refused(served, adapter, tokenizer, tmp_path):
+    folder = adapter()
+    larger = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    larger.add_special_tokens({"pad_token": "<padding>"})
+    larger.save_pretrained(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"<padding> .* beyond the model's"):
+        served([], "stop", None, adapter=folder, tokenizer=tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "of another shape"])
+def test_a_model_whose_tensors_are_not_whole_is_refused(served, base, tmp_path, fault):
+    folder = tmp_path / "broken"
+    shutil.copytree(base, folder)
+    name, path = "model.layers.1.mlp.up_proj.weight", folder / "model.safetensors"
+    tensors = load_file(path)
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "left over":
+        tensors[name.replace("layers.1", "layers.2")] = tensors[name].clone()
+        name = name.replace("layers.1", "layers.2")
+    else:
+        tensors[name] = tensors[name][:3].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"1 .{re.escape(name)}.*{fault}"):
+        served([], "stop", None, weights=folder)

@@ -1,0 +1,81 @@
+"""lm-eval's model over `HFBackend`: lm-eval's tasks and scores, with the token ids and the decoding of this suite.
+
+lm-eval's own class gives texts to the tokenizer as they are, so that an appended end of the sequence is scored in place
+of an answer, and "<s>" in a question begins a sequence. It cuts prompts that are too long on the left, and generates by
+the model's own generation config. Here ids are those of `TokenisedBackend`, nothing is cut, and greedy is the largest
+logit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from eval.backends import Sampling
+from eval.backends.hf import HFBackend, adapted_model
+from flatlora.inputs.tokenizing import text_ids
+
+
+class LMEvalModel(HFLM):
+    """What lm-eval asks for likelihoods and answers.
+
+    Args:
+        task: what warnings call the prompts.
+    """
+
+    def __init__(self, backend: HFBackend, task: str, batch_size: int) -> None:
+        super().__init__(
+            pretrained=adapted_model(backend.model),
+            tokenizer=backend.tokenizer,
+            batch_size=batch_size,
+            mixed_precision_dtype=backend.precision and backend.precision.autocast,
+            backend="seq2seq" if backend.encoder_decoder else "causal",
+            max_length=sys.maxsize,  # what is too long is refused or warned about below, never cut
+        )
+        self._answering, self._task = backend, task
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is False:
+            return text_ids(self.tokenizer, string, special=False)
+        return self._answering.prompt_ids(string)
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> Any:
+        """
+        Raises:
+            ConfigError: a prompt with its answer is longer than the model's positions.
+        """
+        contexts = {tuple(context) for _, context, _ in requests}  # each stands here once for every choice
+        longest = max((len(answer) for _, _, answer in requests), default=0)
+        self._answering.check_lengths([len(context) for context in contexts], longest, task=self._task)
+        return super()._loglikelihood_tokens(requests, **options)
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers, without the blank that parts them from their prompts.
+
+        SentencePiece's decoders leave that blank out, byte-level ones keep it, and exact_match would count it.
+
+        Raises:
+            ConfigError: a prompt with its answer is longer than the model's positions.
+        """
+        groups: dict[Sampling, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(self._sampling(request.args[1]), []).append(index)
+        answers: dict[int, str] = {}
+        for sampling, indices in groups.items():
+            lengths = {index: self._answering.prompt_length(requests[index].args[0]) for index in indices}
+            self._answering.check_lengths(list(lengths.values()), sampling.max_new_tokens, task=self._task)
+            indices.sort(key=lambda index: -lengths[index])
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                completions = self._answering.generate([requests[index].args[0] for index in batch], sampling)
+                answers |= {index: answer.text for index, answer in zip(batch, completions, strict=True)}
+        return [answers[index].removeprefix(" ") for index in range(len(requests))]
+
+    def _sampling(self, options: dict[str, Any]) -> Sampling:
+        wanted = normalize_gen_kwargs(options, self.max_gen_toks)
+        return Sampling(wanted["max_gen_toks"], stop=tuple(filter(None, wanted["until"])))
