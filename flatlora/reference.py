@@ -2,7 +2,7 @@
 
     min over A, B of  E_ε L(W' + ε),   W' = W + s·B·A,   ε_ij ~ N(0, σ_t²/n · ‖W'_i‖²)
 
-row i is output filter i, n the input dimension, and σ_t rises over the training as ½ (1 − cos π t/T). ε is drawn once an
+Row i is output filter i, n the input dimension; σ_t rises over the training as ½ (1 − cos π t/T). ε is drawn once an
 optimizer step and shared by its micro-batches. `WeightPerturbation`, `FlatLoraCallback` and the fused step do the same
 faster and with less memory; tests hold each of them to this file.
 """
