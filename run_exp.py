@@ -7,17 +7,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import data
-import eval as benchmarks
+from data import DATASETS
 from data.kinds import KINDS
+from eval import BENCHMARKS
 from eval.command import BACKENDS, evaluate, print_score
 from flatlora import experiment
 
 SUITE = experiment.Suite(
     conf_dir=Path(__file__).parent / "conf",
     script=Path(__file__),
-    loader=data.loader,
-    evaluator=benchmarks.evaluator,
+    datasets=DATASETS,
+    benchmarks=BENCHMARKS,
     kinds=KINDS,
     backends=BACKENDS,
     evaluate=evaluate,

@@ -80,7 +80,7 @@ def _show(settings: list[str], count: int) -> None:
     if missing:
         raise ConfigError(missing)
     try:
-        loader = data.loader(str(raw["dataset"].get("loader")))
+        loader = data.DATASETS[str(raw["dataset"].get("loader"))]
     except KeyError as error:
         raise ConfigError([error.args[0]]) from error
     config = build_section("dataset", loader.Config, raw["dataset"])
@@ -119,7 +119,7 @@ def _show_text(config: DatasetConfig, rows: Prepared, tokenizer: PreTrainedToken
 
 
 def _sizes(config: DatasetConfig, rows: Prepared | images.PreparedImages) -> Table:
-    table = Table(title=f"{config.name}: {data.loader(config.loader).describe(config)}", title_justify="left")
+    table = Table(title=f"{config.name}: {data.DATASETS[config.loader].describe(config)}", title_justify="left")
     for column in ("split", "rows", "cut", "left out", "tokens"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for name, part in (("train", rows.train), ("validation", rows.validation)):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from data import CountTokens, Splits
+from data import DATASETS, CountTokens, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered
 from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source, read_rows
 
-VERSION = 1
 HUB_IDS = {"alpaca": "tatsu-lab/alpaca", "alpaca_gpt4": "vicgalle/alpaca-gpt4"}
 _VALIDATION_SHARE = 10  # one row in so many
 
@@ -41,3 +41,6 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
 
 def describe(config: Config) -> str:
     return f"{HUB_IDS[config.variant]} (train)"
+
+
+DATASETS.add("alpaca", DataSet(Config=Config, version=1, describe=describe, sources=sources, load=load))

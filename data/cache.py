@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from safetensors import safe_open
@@ -22,6 +21,7 @@ import data
 from data.selection import row_key
 from data.tokens import Encoder, Prepared, TokenRows, prepare
 from flatlora.config.sections import DatasetConfig, TextDatasetConfig
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import fingerprint, gather
 from flatlora.utils import caches
 from flatlora.utils.console import counting
@@ -50,7 +50,7 @@ def prepared(
     Raises:
         ConfigError: files, rows or sizes do not do; every fault at once.
     """
-    loader = data.loader(config.loader)
+    loader = data.DATASETS[config.loader]
     key = cache_key(loader, config, data_root, tokenizer, limit_tokenizer, encoder_decoder=encoder_decoder)
     if (path := find(config, key)) is not None:
         return _read(path)
@@ -64,7 +64,7 @@ def prepared(
     return made
 
 
-def _load(loader: ModuleType, config: TextDatasetConfig, data_root: str | None, counter: Encoder) -> data.Splits:
+def _load(loader: DataSet, config: TextDatasetConfig, data_root: str | None, counter: Encoder) -> data.Splits:
     if getattr(config, "max_tokens", None) is None:
         return loader.load(config, data_root, counter.lengths)
     with counting(f"count tokens of {config.name}", None) as advance:
@@ -92,7 +92,7 @@ def _noted() -> Iterator[list[str]]:
 
 
 def cache_key(
-    loader: ModuleType,
+    loader: DataSet,
     config: DatasetConfig,
     data_root: str | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,7 +107,7 @@ def cache_key(
     """
     parts = {
         "format": FORMAT,
-        "loader": [config.loader, loader.VERSION],
+        "loader": [config.loader, loader.version],
         "config": config.model_dump(mode="json"),
         "sources": gather(*(lambda s=source: fingerprint(s, data_root) for source in loader.sources(config))),
         "tokenizers": [one and tokenizer_sha256(one) for one in (tokenizer, limit_tokenizer)],

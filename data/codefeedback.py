@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from data import CountTokens, Row, Splits
+from data import DATASETS, CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered
 from flatlora.config.settings import MOST_ROWS, MOST_TOKENS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source, read_rows
 
-VERSION = 1
 HUB_ID, CONFIG = "m-a-p/CodeFeedback-Filtered-Instruction", "default"
 FENCE = "```"
 
@@ -56,3 +56,6 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
 
 def describe(config: Config) -> str:
     return f"{HUB_ID} (train, answers with code)"
+
+
+DATASETS.add("codefeedback", DataSet(Config=Config, version=1, describe=describe, sources=sources, load=load))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from data import CountTokens, Splits
+from data import DATASETS, CountTokens, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered
 from flatlora.config.settings import MOST_ROWS, MOST_TOKENS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source, read_rows
 
-VERSION = 1
 HUB_ID, CONFIG = "SirNeural/flan_v2", "default"
 
 
@@ -38,3 +38,6 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
 
 def describe(config: Config) -> str:
     return f"{HUB_ID} (train)"
+
+
+DATASETS.add("flan_v2", DataSet(Config=Config, version=1, describe=describe, sources=sources, load=load))

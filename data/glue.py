@@ -14,16 +14,16 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from data import CountTokens, Row, Splits
+from data import DATASETS, CountTokens, Row, Splits
 from data.selection import ordered, split_train_validation, take
 from flatlora.config.sections import TextDatasetConfig
 from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Columns, Source, gather, read_rows
 from flatlora.utils.errors import ConfigError, SettingError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
 HUB_ID = "nyu-mll/glue"
 TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb"]
 
@@ -146,3 +146,6 @@ def _read(source: Source, name: TaskName, data_root: str | None) -> list[Row]:
 
 def describe(config: Config) -> str:
     return f"{HUB_ID} ({config.task}; {', '.join(source.split for source in sources(config))})"
+
+
+DATASETS.add("glue", DataSet(Config=Config, version=2, describe=describe, sources=sources, load=load))

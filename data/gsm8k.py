@@ -6,14 +6,14 @@ The hub has no validation split: the `validation_rows` train rows that follow th
 
 from __future__ import annotations
 
-from data import CountTokens, Row, Splits
+from data import DATASETS, CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered, take
 from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source, gather, read_rows
 from flatlora.inputs.templates import Template, prompt
 
-VERSION = 1
 HUB_ID, CONFIG = "openai/gsm8k", "main"
 
 
@@ -50,3 +50,6 @@ def _read(source: Source, data_root: str | None) -> list[Row]:
 
 def describe(config: Config) -> str:
     return f"{HUB_ID} ({CONFIG}; train, test)"
+
+
+DATASETS.add("gsm8k", DataSet(Config=Config, version=1, describe=describe, sources=sources, load=load))

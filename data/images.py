@@ -13,17 +13,17 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import yaml
 
+from data import DATASETS
 from data.selection import fresh_places, ordered, take
 from flatlora.config.sections import DatasetConfig
 from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.images import DIGITS, ImageRows, LabelledImages, check_images, name_fault, picture_of, read_images
 from flatlora.inputs.rows import Source, gather
 from flatlora.models.clip import Classes
 from flatlora.utils.errors import ConfigError, SettingError
 
 logger = logging.getLogger(__name__)
-
-VERSION = 2
 
 
 class Config(DatasetConfig):
@@ -186,3 +186,6 @@ def _class_file() -> dict[str, Any]:
 
 def describe(config: Config) -> str:
     return f"{config.hub_id} ({config.train_split}, {config.test_split})"
+
+
+DATASETS.add("images", DataSet(Config=Config, version=2, describe=describe, sources=sources))

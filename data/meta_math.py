@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from data import CountTokens, Row, Splits, gsm8k
+from data import DATASETS, CountTokens, Row, Splits, gsm8k
 from data.instructions import Example, learned_rows
 from data.selection import ordered
 from flatlora.config.settings import MOST_ROWS, MOST_TOKENS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source, gather, read_rows
 
-VERSION = 1
 HUB_ID, CONFIG = "meta-math/MetaMathQA", "default"
 
 
@@ -60,3 +60,6 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
 
 def describe(config: Config) -> str:
     return f"{HUB_ID} (train, type contains GSM); test: {gsm8k.HUB_ID}"
+
+
+DATASETS.add("meta_math", DataSet(Config=Config, version=1, describe=describe, sources=sources, load=load))

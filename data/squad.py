@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from data import CountTokens, Row, Splits
+from data import DATASETS, CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered, take
 from flatlora.config.settings import MOST_ROWS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source, gather, read_rows
 from flatlora.inputs.templates import prompt
 from flatlora.utils.errors import ConfigError
 
-VERSION = 2
 HUB_ID, CONFIG = "rajpurkar/squad", "plain_text"
 
 
@@ -75,3 +75,6 @@ def _read(source: Source, data_root: str | None) -> list[Row]:
 
 def describe(config: Config) -> str:
     return f"{HUB_ID} (train, validation)"
+
+
+DATASETS.add("squad", DataSet(Config=Config, version=2, describe=describe, sources=sources, load=load))

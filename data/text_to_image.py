@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
+from data import DATASETS
 from data.selection import fresh_places, ordered, take
 from flatlora.config.sections import DatasetConfig, DiffusionModelConfig
 from flatlora.config.settings import MOST_PIXELS, MOST_ROWS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.captioned import (
     LONGEST_PROMPT,
     SHAPES,
@@ -29,8 +31,6 @@ from flatlora.inputs.images import picture_of
 from flatlora.inputs.rows import Source, gather
 from flatlora.models import latents
 from flatlora.utils.errors import SettingError
-
-VERSION = 1
 
 
 class Config(DatasetConfig):
@@ -255,3 +255,6 @@ def describe(config: Config) -> Any:
     where = config.folder or f"{config.hub_id} ({config.split})"
     cut = "buckets" if config.buckets else "squares"
     return f"{where}, {cut} of {config.resolution} pixels"
+
+
+DATASETS.add("text_to_image", DataSet(Config=Config, version=1, describe=describe, sources=sources))

@@ -23,9 +23,10 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from data import CountTokens, Row, Splits
+from data import DATASETS, CountTokens, Row, Splits
 from flatlora.config.sections import TextDatasetConfig
 from flatlora.config.settings import MOST_TOKENS, setting
+from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source
 from flatlora.utils.errors import ConfigError, SettingError
 
@@ -1072,3 +1073,6 @@ def ribbon(story: Story) -> None:
             ("share", "{He} cuts all {his} {ribbon} into pieces of {n} yards. How many pieces is that?", "piece"),
         ),
     )
+
+
+DATASETS.add("word_math", DataSet(Config=Config, version=VERSION, describe=describe, sources=sources, load=load))

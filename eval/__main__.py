@@ -16,14 +16,14 @@ def main(words: Sequence[str]) -> int:
     quiet_libraries()
     try:
         if not words or words[0] in ("-h", "--help"):
-            print(f"{__doc__}\nBenchmarks: {', '.join(benchmarks.names())}.")
+            print(f"{__doc__}\nBenchmarks: {', '.join(benchmarks.BENCHMARKS)}.")
         elif words[0] == "compare":
             compare.main(words[1:])
         else:
             raise ConfigError(
                 [
                     f"Unknown command {words[0]}: python -m eval compare RUN_A RUN_B, or python -m eval.NAME PATH with "
-                    f"one of {', '.join(benchmarks.names())}."
+                    f"one of {', '.join(benchmarks.BENCHMARKS)}."
                 ]
             )
     except ConfigError as error:

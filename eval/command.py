@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from eval.backends.vllm import VLLMBackend
 from eval.place import OTHER_VERSION, YAML_ERRORS, Place, base_faults, locate_place
 from flatlora.config.sections import KINDS
 from flatlora.config.settings import MOST_SECONDS, Section, checked_section, setting
+from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.captioned import pictures_of_run
 from flatlora.inputs.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
@@ -129,7 +129,7 @@ requests_per_minute and timeout (seconds of a request) say how it is asked."""
 def main(benchmark: str, words: Sequence[str]) -> int:
     """Exit code: 0 scored, 1 failed on the way, 2 a fault of the command line or of what it names, 130 interrupted."""
     if words and words[0] in ("-h", "--help"):
-        print((benchmarks.evaluator(benchmark).__doc__ or "").strip())
+        print(benchmarks.BENCHMARKS[benchmark].help.strip())
         print(_SHARED_HELP)
         return 0
     quiet_libraries()
@@ -161,7 +161,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: every fault of words, path, device, rows and output folder, before a model is loaded.
     """
-    module = benchmarks.evaluator(benchmark)
+    module = benchmarks.BENCHMARKS[benchmark]
     if not words or words[0].startswith("-") or "=" in words[0]:
         given = f" before {words[0]}" if words else ""
         raise ConfigError(
@@ -229,7 +229,7 @@ def evaluate(
         bar.update(done)
 
     try:
-        found = benchmarks.evaluator(benchmark).run(backend, rows, folder, config, on_progress=show)
+        found = benchmarks.BENCHMARKS[benchmark].run(backend, rows, folder, config, on_progress=show)
         if adapted := getattr(backend, "adapted", None):
             write_json(folder / "adapted.json", adapted)
         return found
@@ -245,7 +245,7 @@ def print_score(benchmark: str, score: dict[str, Any]) -> None:
     console.print(f"{benchmark}: {score['n']} rows, scorer {score['scorer']}", table)
 
 
-def _parse_words(module: ModuleType, words: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
+def _parse_words(module: Benchmark, words: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
     """(keys of every benchmark, None for faulty ones; the benchmark's own settings that are given; faults)."""
     known = {**Target.model_fields, **module.Config.model_fields}
     values, faults = {}, []
@@ -279,7 +279,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _config(module: ModuleType, locate: Callable[[], Place], given: Mapping[str, Any]) -> Section:
+def _config(module: Benchmark, locate: Callable[[], Place], given: Mapping[str, Any]) -> Section:
     """The benchmark's settings: the run's own, and over them what the command line says.
 
     Raises:
@@ -289,7 +289,7 @@ def _config(module: ModuleType, locate: Callable[[], Place], given: Mapping[str,
         known, faults = locate().scored_with, []
     except ConfigError as error:
         known, faults = None, error.faults
-    stale = [key for key, owner in getattr(module, "BELONGS_TO", {}).items() if owner in given]
+    stale = [key for key, owner in module.belongs_to.items() if owner in given]
     known = None if known is None else {key: value for key, value in known.items() if key not in stale}
     config, errors = checked_section("", module.Config, {**(known or {}), **given})
     # Nobody knows what is missing while the place cannot be found that may say it.
@@ -313,9 +313,9 @@ def _output_folder(
         return _writable(Path(target.out))
     place, path = locate(), Path(name)
     own = place.run / "eval" / benchmark if place.run else None
-    module = benchmarks.evaluator(benchmark)
+    module = benchmarks.BENCHMARKS[benchmark]
     benchmark += _label(target, given, place.scored_with, module) + _served(target)
-    if module.KIND != "text" and target.data_root not in (None, place.data_root):  # other pictures, perhaps
+    if module.kind != "text" and target.data_root not in (None, place.data_root):  # other pictures, perhaps
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
     if target.base and place.base and not _is_hash(place.base):  # whether it is the run's, nobody can tell
         benchmark += f"-base={_in_short(target.base)}"
@@ -341,12 +341,12 @@ def _safe(name: str) -> str:
     return "/".join(fitting(part) for part in name.split("/") if part not in ("", ".", "..")) or "model"
 
 
-def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], module: ModuleType) -> str:
+def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], module: Benchmark) -> str:
     """Suffix of the output folder for settings other than the run's own or the usual ones: no answers are overwritten.
 
     Settings that decide scores alone (the module's SCORING) leave the folder as it is.
     """
-    fields, scoring = module.Config.model_fields, getattr(module, "SCORING", ())
+    fields, scoring = module.Config.model_fields, module.scoring
     usual = {key: spec.get_default(call_default_factory=True) for key, spec in fields.items()} | own
     changed = [key for key in given if key not in scoring and given[key] != usual[key]]
     values = {key: str(given[key]) for key in changed}
@@ -401,14 +401,14 @@ def _choose_device(target: Target) -> torch.device | None:
     return choose_device(target.device)
 
 
-def _check_kind(module: ModuleType, target: Target, given: Mapping[str, Any], locate: Callable[[], Place]) -> None:
+def _check_kind(module: Benchmark, target: Target, given: Mapping[str, Any], locate: Callable[[], Place]) -> None:
     """See to it that model, backend and benchmark are of one kind.
 
     Raises:
         ConfigError: they are not, such as words asked of a run that tells pictures apart.
     """
-    pictures = module.KIND != "text"
-    if target.backend != "hf" and (pictures or not module.GENERATES):
+    pictures = module.kind != "text"
+    if target.backend != "hf" and (pictures or not module.generates):
         asked = "looks at pictures" if pictures else "weighs given answers"
         raise ConfigError(
             [f"Invalid backend={target.backend}: it writes answers, and this benchmark {asked}; use backend=hf."]
@@ -422,12 +422,12 @@ def _check_kind(module: ModuleType, target: Target, given: Mapping[str, Any], lo
         )
     place = locate()
     kind = KINDS[place.model.family] if place.run else None  # of a model that no run describes, nobody knows yet
-    if kind is None and module.KIND == "image":
+    if kind is None and module.kind == "image":
         raise ConfigError(
             [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
         )
-    if kind not in (None, module.KIND):
-        has, needed = _KIND_WORDS[kind][0], _KIND_WORDS[module.KIND][1]
+    if kind not in (None, module.kind):
+        has, needed = _KIND_WORDS[kind][0], _KIND_WORDS[module.kind][1]
         raise ConfigError([f"Invalid path {place.weights}: this run {has}; name {needed}."])
 
 
@@ -443,7 +443,7 @@ _KIND_WORDS = {
 
 
 def _rows(
-    module: ModuleType,
+    module: Benchmark,
     target: Target,
     given: Mapping[str, Any],
     locate: Callable[[], Place],
@@ -451,9 +451,9 @@ def _rows(
 ) -> Sequence[Any]:
     if target.score_only:
         return []
-    if module.KIND == "image":
+    if module.kind == "image":
         return _pictures(module, target, locate(), configure())
-    if module.KIND == "captioned":
+    if module.kind == "captioned":
         return _training_pictures(module, target, locate(), configure())
     path = _rows_file(module, target, locate)
     if path:
@@ -465,7 +465,7 @@ def _rows(
         ]:
             raise ConfigError(faults)
         rows, source = read_jsonl(path), str(path)
-        typed_columns(rows, module.ROW_COLUMNS, source)
+        typed_columns(rows, module.row_columns, source)
     else:
         data_root = target.data_root or locate().data_root
         rows, source = module.benchmark_rows(data_root, configure()), "the benchmark's own rows"
@@ -473,17 +473,17 @@ def _rows(
     return rows
 
 
-def _rows_file(module: ModuleType, target: Target, locate: Callable[[], Place]) -> Path | None:
+def _rows_file(module: Benchmark, target: Target, locate: Callable[[], Place]) -> Path | None:
     """The file whose rows are asked; None for the benchmark's own: no run, or one whose data set has no test rows."""
     if target.rows == BENCHMARK:
         return None
     if target.rows:
         path = Path(target.rows)
         if not path.is_file():
-            columns = " and ".join(module.ROW_COLUMNS)
+            columns = " and ".join(module.row_columns)
             raise ConfigError([f"Invalid rows={path}: no such file; name a .jsonl file with {columns}."])
         return path
-    run = None if module.OWN_ROWS else locate().run
+    run = None if module.own_rows else locate().run
     if run is None:
         return None
     path = run / "test.jsonl"
@@ -494,19 +494,19 @@ def _rows_file(module: ModuleType, target: Target, locate: Callable[[], Place]) 
     return path if path.stat().st_size else None
 
 
-def _pictures(module: ModuleType, target: Target, place: Place, config: Section) -> Sequence[Any]:
+def _pictures(module: Benchmark, target: Target, place: Place, config: Section) -> Sequence[Any]:
     """The pictures of rows=FILE, or of the run's test split; none for a benchmark that has its own."""
     if place.run is None or place.model.family != "clip":
         return []  # `_check_kind` tells it
     unread = ["data_root"] if target.rows and target.data_root else []
-    if not module.ROW_COLUMNS:  # the benchmark has pictures of its own
+    if not module.row_columns:  # the benchmark has pictures of its own
         unread = [key for key in ("rows", "data_root") if getattr(target, key)]
     if unread:
         raise ConfigError([f"Invalid {' and '.join(unread)}: the pictures are known without; leave the key out."])
     classes, rows, source = Classes.of_run(place.run).names, [], "the benchmark's own pictures"
-    if module.ROW_COLUMNS:
+    if module.row_columns:
         if target.rows:
-            images, count = read_listed(Path(target.rows), *module.ROW_COLUMNS), None
+            images, count = read_listed(Path(target.rows), *module.row_columns), None
         else:
             images, count = _test_split(place.dataset, target.data_root or place.data_root)
         if fault := name_fault(images, classes, "the run's classes.json"):
@@ -518,7 +518,7 @@ def _pictures(module: ModuleType, target: Target, place: Place, config: Section)
     return rows
 
 
-def _training_pictures(module: ModuleType, target: Target, place: Place, config: Section) -> Sequence[Any]:
+def _training_pictures(module: Benchmark, target: Target, place: Place, config: Section) -> Sequence[Any]:
     """The pictures that a run was trained on; none where no run says which."""
     if target.rows:
         raise ConfigError(
@@ -548,7 +548,7 @@ def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[Labe
 
 
 def _backend(
-    place: Place, target: Target, device: torch.device | None, batch_size: int, module: ModuleType
+    place: Place, target: Target, device: torch.device | None, batch_size: int, module: Benchmark
 ) -> Backend | ImageBackend | Generator:
     """Who answers.
 
@@ -557,7 +557,7 @@ def _backend(
     """
     dtype = None if target.dtype == "auto" else target.dtype
     if target.backend == "hf":
-        return _load(place, device, batch_size, module.KIND, dtype)
+        return _load(place, device, batch_size, module.kind, dtype)
     if target.backend == "openai":
         endpoint = Endpoint(
             target.base_url,

@@ -126,7 +126,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _check_alike(benchmark: str, a: Path, b: Path) -> None:
-    parsers = [getattr(_settings(benchmarks.evaluator(benchmark), folder), "parser", None) for folder in (a, b)]
+    parsers = [getattr(_settings(benchmarks.BENCHMARKS[benchmark], folder), "parser", None) for folder in (a, b)]
     if parsers[0] != parsers[1]:
         raise ConfigError(
             [
@@ -143,11 +143,11 @@ def print_comparisons(a: str, b: str, found: Sequence[Comparison]) -> None:
     for column in ("benchmark", "questions", "A", "B", "B − A", interval, "A better", "B better", "p"):
         table.add_column(column, justify="left" if column == "benchmark" else "right", no_wrap=True)
     for one in found:
-        share = getattr(benchmarks.evaluator(one.benchmark), "IS_SHARE", True)
-        form = "{:+.2%}" if share else f"{{:+.{getattr(benchmarks.evaluator(one.benchmark), 'DIGITS', 2)}f}}"
+        share = benchmarks.BENCHMARKS[one.benchmark].is_share
+        form = "{:+.2%}" if share else f"{{:+.{benchmarks.BENCHMARKS[one.benchmark].digits}f}}"
         interval = " to ".join(map(form.format, one.interval)) if one.interval else "—"
         table.add_row(
-            f"{one.benchmark} {benchmarks.evaluator(one.benchmark).HEADLINE}",
+            f"{one.benchmark} {benchmarks.BENCHMARKS[one.benchmark].headline}",
             f"{one.questions:,}" + (f" ({one.left_out} left out)" if one.left_out else ""),
             form.format(one.a).lstrip("+"),
             form.format(one.b).lstrip("+"),
@@ -167,7 +167,7 @@ def _answered(folder: Path) -> dict[str, Path]:
         raise ConfigError([f"Invalid path {folder}: no such folder; name a run that was scored."])
     if (folder / "predictions.jsonl").is_file():
         return {_benchmark_of(folder): folder}
-    found = {name: folder / "eval" / name for name in benchmarks.names()}
+    found = {name: folder / "eval" / name for name in benchmarks.BENCHMARKS}
     found = {name: path for name, path in found.items() if (path / "predictions.jsonl").is_file()}
     if not found:
         others = sorted(str(path.parent) for path in folder.glob("eval/*/predictions.jsonl"))
@@ -187,20 +187,20 @@ def _benchmark_of(folder: Path) -> str:
     except (ConfigError, KeyError):
         scorer = folder.name.partition("-")[0]  # RUN/eval/NAME-key=value
     name = scorer.partition("/")[0]
-    if name not in benchmarks.names():
+    if name not in benchmarks.BENCHMARKS:
         raise ConfigError(
             [
                 f"Invalid path {folder}: it holds answers, and neither its score.json nor its name says to which "
                 f"benchmark; score them with python -m eval.NAME PATH out={folder} score_only=true, where NAME is one "
-                f"of {', '.join(benchmarks.names())}."
+                f"of {', '.join(benchmarks.BENCHMARKS)}."
             ]
         )
     return name
 
 
 def _scores(benchmark: str, folder: Path) -> dict[Any, float]:
-    module = benchmarks.evaluator(benchmark)
-    rows = predictions.read(folder / "predictions.jsonl", module.FIELDS)
+    module = benchmarks.BENCHMARKS[benchmark]
+    rows = predictions.read(folder / "predictions.jsonl", module.fields)
     try:
         return module.row_scores(rows, _settings(module, folder), folder)
     except ValueError as error:

@@ -21,17 +21,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eval import predictions
+from eval import BENCHMARKS, predictions
 from eval.backends import ImageBackend
 from eval.images import classify, images_of, refuse_unknown_labels
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.experiment.plugins import Benchmark
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
 from flatlora.utils.plain_files import open_plain
 
-KIND = "image"
 SCORER_VERSION = 2
 HEADLINE = "mean_accuracy"
-ROW_COLUMNS: dict[str, str] = {}  # the folder's own pictures are asked
 SEVERITIES = 5
 LABELS = "labels"
 FOR_VALIDATION = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # the other 15 are the benchmark
@@ -192,3 +191,21 @@ if __name__ == "__main__":
     from eval.command import main
 
     sys.exit(main("corruptions", sys.argv[1:]))
+
+
+BENCHMARKS.add(
+    "corruptions",
+    Benchmark(
+        Config=Config,
+        help=__doc__,
+        kind="image",
+        scorer_version=SCORER_VERSION,
+        headline=HEADLINE,
+        row_columns={},
+        fields=FIELDS,
+        check_rows=check_rows,
+        run=run,
+        score_file=score_file,
+        row_scores=row_scores,
+    ),
+)

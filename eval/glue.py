@@ -17,18 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from eval import predictions
+from eval import BENCHMARKS, predictions
 from eval.backends import Backend
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import prompt_text
 from flatlora.utils.errors import ConfigError, SettingError
 
-KIND = "text"
-GENERATES = False
-OWN_ROWS = False
 SCORER_VERSION = 1
 HEADLINE = "accuracy"
-ROW_COLUMNS = {"x": "text", "y": "text", "choices": "any"}
 
 FIELDS: predictions.Fields = {
     "index": int,
@@ -238,3 +235,24 @@ if __name__ == "__main__":
     from eval.command import main
 
     sys.exit(main("glue", sys.argv[1:]))
+
+
+BENCHMARKS.add(
+    "glue",
+    Benchmark(
+        Config=Config,
+        help=__doc__,
+        kind="text",
+        generates=False,
+        own_rows=False,
+        scorer_version=SCORER_VERSION,
+        headline=HEADLINE,
+        row_columns={"x": "text", "y": "text", "choices": "any"},
+        fields=FIELDS,
+        check_rows=check_rows,
+        run=run,
+        score_file=score_file,
+        row_scores=row_scores,
+        benchmark_rows=benchmark_rows,
+    ),
+)

@@ -22,23 +22,18 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from eval import predictions
+from eval import BENCHMARKS, predictions
 from eval.answers import without_draft
 from eval.backends import Generator, Sampling
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
+from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import Source, read_rows
 from flatlora.inputs.templates import prompt
 from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_json
 
-KIND = "text"
-GENERATES = True
-OWN_ROWS = False
-SCORING = ("parser",)
 SCORER_VERSION = 3
 HEADLINE = "exact_match"
-FIELDS = predictions.GENERATED
-ROW_COLUMNS = {"x": "text", "y": "text"}
 
 # A number as people write it: sign, dollar sign, thousands separators, decimals; "42." ends a sentence. A sign touches
 # its number and follows no other, so that "5-3", "10 - 7" and the dash of a list are not negative.
@@ -349,3 +344,25 @@ if __name__ == "__main__":
     from eval.command import main
 
     sys.exit(main("gsm8k", sys.argv[1:]))
+
+
+BENCHMARKS.add(
+    "gsm8k",
+    Benchmark(
+        Config=Config,
+        help=__doc__,
+        kind="text",
+        generates=True,
+        own_rows=False,
+        scoring=("parser",),
+        scorer_version=SCORER_VERSION,
+        headline=HEADLINE,
+        fields=predictions.GENERATED,
+        row_columns={"x": "text", "y": "text"},
+        check_rows=check_rows,
+        run=run,
+        score_file=score_file,
+        row_scores=row_scores,
+        benchmark_rows=benchmark_rows,
+    ),
+)

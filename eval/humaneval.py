@@ -25,22 +25,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from eval import answers, predictions, sandbox
+from eval import BENCHMARKS, answers, predictions, sandbox
 from eval.backends import Generator, Sampling, cut_at, is_body
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
+from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import Source, prompt_text, read_rows
 from flatlora.inputs.templates import prompt
 from flatlora.utils.console import counting
 from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_atomic, write_json
 
-KIND = "text"
 SCORER_VERSION = 5
 HEADLINE = "pass@1"
 ROW_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "text")
-GENERATES = True
-SCORING = ("allow_code_execution", "k", "time_limit")
-OWN_ROWS = True  # asked of every model, whatever its data set
 FIELDS: predictions.Fields = {
     **predictions.GENERATED,
     **dict.fromkeys(("task_id", "code", "test", "entry_point", "form"), str),
@@ -326,3 +323,25 @@ if __name__ == "__main__":
     from eval.command import main
 
     sys.exit(main("humaneval", sys.argv[1:]))
+
+
+BENCHMARKS.add(
+    "humaneval",
+    Benchmark(
+        Config=Config,
+        help=__doc__,
+        kind="text",
+        scorer_version=SCORER_VERSION,
+        headline=HEADLINE,
+        row_columns=ROW_COLUMNS,
+        generates=True,
+        scoring=("allow_code_execution", "k", "time_limit"),
+        own_rows=True,
+        fields=FIELDS,
+        check_rows=check_rows,
+        run=run,
+        score_file=score_file,
+        row_scores=row_scores,
+        benchmark_rows=benchmark_rows,
+    ),
+)

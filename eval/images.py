@@ -18,16 +18,15 @@ from typing import Any, Protocol
 
 import torch
 
-from eval import predictions
+from eval import BENCHMARKS, predictions
 from eval.backends import ImageBackend
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.experiment.plugins import Benchmark
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.records import read_record
 
-KIND = "image"
 SCORER_VERSION = 1
 HEADLINE = "top1"
-ROW_COLUMNS = {"image": "text", "label": "int"}
 FIELDS: predictions.Fields = {"index": int, "label": int, "prediction": int}
 
 
@@ -164,3 +163,21 @@ if __name__ == "__main__":
     from eval.command import main
 
     sys.exit(main("images", sys.argv[1:]))
+
+
+BENCHMARKS.add(
+    "images",
+    Benchmark(
+        Config=Config,
+        help=__doc__,
+        kind="image",
+        scorer_version=SCORER_VERSION,
+        headline=HEADLINE,
+        row_columns={"image": "text", "label": "int"},
+        fields=FIELDS,
+        check_rows=check_rows,
+        run=run,
+        score_file=score_file,
+        row_scores=row_scores,
+    ),
+)

@@ -23,9 +23,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eval import humaneval, predictions
+from eval import BENCHMARKS, humaneval, predictions
 from eval.backends import Backend
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
 from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
 from flatlora.utils.files import write_atomic, write_json
@@ -35,14 +36,9 @@ from flatlora.utils.records import SEAL, read_record
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-KIND = "text"
-GENERATES = False
-OWN_ROWS = True
-SCORING = ("allow_code_execution",)
 SCORER_VERSION = 1
 _ASKING_VERSION = 2  # of how tasks are put to a model: kept answers of another are asked for again
 HEADLINE = "average"
-ROW_COLUMNS = {"task": "text"}
 FIELDS: predictions.Fields = {"index": int, "task": str, "doc": int, "score": float}
 # (lm-eval's name, its folder there, shots, the metric of a row)
 _GROUPS = {
@@ -377,3 +373,25 @@ if __name__ == "__main__":
     from eval.command import main
 
     sys.exit(main("instruct_eval", sys.argv[1:]))
+
+
+BENCHMARKS.add(
+    "instruct_eval",
+    Benchmark(
+        Config=Config,
+        help=__doc__,
+        kind="text",
+        generates=False,
+        own_rows=True,
+        scoring=("allow_code_execution",),
+        scorer_version=SCORER_VERSION,
+        headline=HEADLINE,
+        row_columns={"task": "text"},
+        fields=FIELDS,
+        check_rows=check_rows,
+        run=run,
+        score_file=score_file,
+        row_scores=row_scores,
+        benchmark_rows=benchmark_rows,
+    ),
+)

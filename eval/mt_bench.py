@@ -29,12 +29,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from eval import predictions
+from eval import BENCHMARKS, predictions
 from eval.answers import without_draft
 from eval.backends import Completion, Generator, Sampling, wire
 from eval.backends.openai import Endpoint, OpenAIBackend
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_TOKENS, Section, setting
 from flatlora.config.types import Url
+from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import gather, read_jsonl, typed_columns
 from flatlora.inputs.templates import conversation
 from flatlora.utils.console import counting
@@ -43,15 +44,9 @@ from flatlora.utils.files import write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 
-KIND = "text"
-GENERATES = True
-OWN_ROWS = True
 _JUDGE_KEYS = ("url", "key", "concurrency", "rpm", "tokens", "tries", "timeout")
-BELONGS_TO = {"judge_key": "judge_url"}  # a key that a run names is for the address beside it
-SCORING = ("folder", "judge", *(f"judge_{name}" for name in _JUDGE_KEYS))
 SCORER_VERSION = 4
 HEADLINE = "rating"
-IS_SHARE = False  # ratings are from 1 to 10
 ROW_COLUMNS = {"question_id": "int", "category": "text", "turns": "any", "reference": "any"}
 FIELDS: predictions.Fields = {
     "index": int,
@@ -487,3 +482,27 @@ if __name__ == "__main__":
     from eval.command import main
 
     sys.exit(main("mt_bench", sys.argv[1:]))
+
+
+BENCHMARKS.add(
+    "mt_bench",
+    Benchmark(
+        Config=Config,
+        help=__doc__,
+        kind="text",
+        generates=True,
+        own_rows=True,
+        belongs_to={"judge_key": "judge_url"},
+        scoring=("folder", "judge", *(f"judge_{name}" for name in _JUDGE_KEYS)),
+        scorer_version=SCORER_VERSION,
+        headline=HEADLINE,
+        is_share=False,
+        row_columns=ROW_COLUMNS,
+        fields=FIELDS,
+        check_rows=check_rows,
+        run=run,
+        score_file=score_file,
+        row_scores=row_scores,
+        benchmark_rows=benchmark_rows,
+    ),
+)

@@ -238,13 +238,13 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
     if not isinstance(scored, Mapping):
         faults.append(f"Invalid eval in {path}: a group of benchmarks is needed; {OTHER_VERSION}.")
     elif benchmark in scored:
-        own = section(f"eval.{benchmark}", benchmarks.evaluator(benchmark).Config, scored[benchmark])
+        own = section(f"eval.{benchmark}", benchmarks.BENCHMARKS[benchmark].Config, scored[benchmark])
     if faults:
         raise ConfigError(faults)
     if benchmark in scored:
         settings = own.model_dump()
     else:  # what the run's data set says of any benchmark: the task, and the template that its rows have
-        fields = benchmarks.evaluator(benchmark).Config.model_fields
+        fields = benchmarks.BENCHMARKS[benchmark].Config.model_fields
         settings = {
             key: saved["dataset"][key]
             for key in ("task", "template")

@@ -15,20 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import predictions
+from eval import BENCHMARKS, predictions
 from eval.answers import without_draft
 from eval.backends import Generator, Sampling
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
+from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import Source, read_rows
 from flatlora.inputs.templates import prompt
 from flatlora.utils.errors import ConfigError
 
-KIND = "text"
-GENERATES = True
-OWN_ROWS = False
 SCORER_VERSION = 2
 HEADLINE = "f1"
-ROW_COLUMNS = {"x": "text", "y": "text", "answers": "any"}
 FIELDS: predictions.Fields = {**predictions.GENERATED, "answers": list}
 
 
@@ -140,3 +137,24 @@ if __name__ == "__main__":
     from eval.command import main
 
     sys.exit(main("squad", sys.argv[1:]))
+
+
+BENCHMARKS.add(
+    "squad",
+    Benchmark(
+        Config=Config,
+        help=__doc__,
+        kind="text",
+        generates=True,
+        own_rows=False,
+        scorer_version=SCORER_VERSION,
+        headline=HEADLINE,
+        row_columns={"x": "text", "y": "text", "answers": "any"},
+        fields=FIELDS,
+        check_rows=check_rows,
+        run=run,
+        score_file=score_file,
+        row_scores=row_scores,
+        benchmark_rows=benchmark_rows,
+    ),
+)

@@ -27,13 +27,14 @@ import torch
 import yaml
 from PIL import Image
 
-from eval import predictions
+from eval import BENCHMARKS, predictions
 from eval.backends.diffusion import DiffusionBackend
 from eval.picture_grid import write_grid
 from eval.place import YAML_ERRORS
 from eval.similarity import Captioner, Similarity
 from flatlora.config.sections import DiffusionModelConfig
 from flatlora.config.settings import MOST_BATCH, MOST_PIXELS, MOST_ROWS, Section, setting
+from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.captioned import CaptionedRows, long_prompts, picture_of
 from flatlora.inputs.images import png_of
 from flatlora.inputs.rows import gather
@@ -44,13 +45,9 @@ from flatlora.utils.plain_files import place_inside, read_plain
 
 logger = logging.getLogger(__name__)
 
-KIND = "captioned"
 SCORER_VERSION = 1
-HEADLINE = "image_text"
-ROW_COLUMNS: dict[str, str] = {}
 SCORES = ("image_text", "text_text", "image_image")
 FIELDS: predictions.Fields = {"index": int, "prompt": str, "seed": int, "file": str, "image_text": float}
-IS_SHARE, DIGITS = False, 4
 _TRAINING_PROMPTS, _TRAINING_SEEDS = 8, [0, 1, 2, 3]
 PROMPTS = Path(__file__).parent / "prompts"
 PICTURE = "grid.png"
@@ -291,3 +288,26 @@ if __name__ == "__main__":
     from eval.command import main
 
     sys.exit(main("text_to_image", sys.argv[1:]))
+
+
+BENCHMARKS.add(
+    "text_to_image",
+    Benchmark(
+        Config=Config,
+        help=__doc__,
+        kind="captioned",
+        scorer_version=SCORER_VERSION,
+        headline="image_text",
+        row_columns={},
+        fields=FIELDS,
+        is_share=False,
+        digits=4,
+        picture=PICTURE,
+        check_rows=check_rows,
+        run=run,
+        score_file=score_file,
+        row_scores=row_scores,
+        benchmark_rows=benchmark_rows,
+        check_settings=check_settings,
+    ),
+)

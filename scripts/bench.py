@@ -147,7 +147,7 @@ def precision() -> Precision:
 
 def embedded_lora() -> nn.Module:
     backbone = loading.load_backbone(embedded_config(), torch.device("cpu"))
-    model = methods.method("lora").apply(backbone, LoraMethodConfig(name="lora", method="lora"), methods.Start(SEED))
+    model = methods.ADAPTERS["lora"].apply(backbone, LoraMethodConfig(name="lora", method="lora"), methods.Start(SEED))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # as after some training: B = 0 would make W' = W
             nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(SEED))

@@ -119,7 +119,7 @@ class MethodStep:
     def __init__(
         self, backbone: LlamaForCausalLM, peft: str, settings: dict[str, Any], rho: str, batch: torch.Tensor
     ) -> None:
-        method = methods.method(peft)
+        method = methods.ADAPTERS[peft]
         config = method.Config(name=peft, method=peft, lora_r=RANK, **settings)
 
         def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -131,9 +131,9 @@ class MethodStep:
         self.kernels = accelerate(self.model, device)
         self.regulariser = None
         if rho != "off":
-            rho_config = methods.rho(rho).Config(name=rho, method=rho, sigma=0.05)
-            methods.rho(rho).prepare(self.model, rho_config, SEED)
-            self.regulariser = methods.rho(rho).regulariser(self.model, rho_config, SEED)
+            rho_config = methods.REGULARIZERS[rho].Config(name=rho, method=rho, sigma=0.05)
+            methods.REGULARIZERS[rho].prepare(self.model, rho_config, SEED)
+            self.regulariser = methods.REGULARIZERS[rho].regulariser(self.model, rho_config, SEED)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = method.optimizer(self.model, config, training) or torch.optim.AdamW(
             self.trained, lr=training.optim.lr, fused=True

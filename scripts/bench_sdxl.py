@@ -199,7 +199,7 @@ def our_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Callable[
     )
     denoiser, device = Denoiser(unet, schedule).requires_grad_(False), next(unet.parameters()).device
     denoiser.alphas_cumprod = denoiser.alphas_cumprod.to(device)
-    model = methods.method("lora").apply(denoiser, config, Start(SEED)).train()
+    model = methods.ADAPTERS["lora"].apply(denoiser, config, Start(SEED)).train()
     accelerate(model, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")

@@ -368,7 +368,9 @@ def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> 
     def asked(experiment: Experiment) -> Any:
         config = experiment.eval.get(benchmark)
         how = {"batch_size", "judge_url", "judge_key", "folder"}  # and where judge or pictures are: no answer depends
-        usual = benchmarks.evaluator(benchmark).Config.model_construct()  # a folder that nobody named is not looked for
+        usual = benchmarks.BENCHMARKS[
+            benchmark
+        ].Config.model_construct()  # a folder that nobody named is not looked for
         settings = (config or usual).model_dump(mode="json", exclude=how)
         rows = getattr(experiment.model, "generated_test_rows", None), getattr(experiment.dataset, "test_rows", None)
         return settings, rows

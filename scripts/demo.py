@@ -94,7 +94,7 @@ def measured_steps() -> tuple[dict[str, float], str]:
     device = torch.device("cpu")
     inputs = run_exp.prepare(experiment, device)
     backbone = loading.load_backbone(experiment.model, device)
-    model = methods.method("lora").apply(backbone, experiment.peft, methods.Start(SEED)).train()
+    model = methods.ADAPTERS["lora"].apply(backbone, experiment.peft, methods.Start(SEED)).train()
     acceleration.accelerate(model, device)
     rows = inputs.rows.train
     middle = sorted(range(len(rows)), key=rows.lengths.__getitem__)[len(rows) // 2 :][:16]  # of the usual length

@@ -145,10 +145,10 @@ def setting_keys() -> list[str]:
     plain = commandline.compose_config(run_exp.SUITE.conf_dir, [])
     keys = [f"{group}.{key}" for group, section in plain.items() if isinstance(section, dict) for key in section]
     keys += [key for key, section in plain.items() if not isinstance(section, dict)]
-    owners = [("peft", methods.method(name)) for name in methods.names()]
-    owners += [("rho", methods.rho(name)) for name in methods.rho_names()]
-    owners += [("dataset", data.loader(name)) for name in data.loader_names()]
-    owners += [(f"eval.{name}", benchmarks.evaluator(name)) for name in benchmarks.names()]
+    owners = [("peft", methods.ADAPTERS[name]) for name in list(methods.ADAPTERS)]
+    owners += [("rho", methods.REGULARIZERS[name]) for name in list(methods.REGULARIZERS)]
+    owners += [("dataset", data.DATASETS[name]) for name in data.DATASETS]
+    owners += [(f"eval.{name}", benchmarks.BENCHMARKS[name]) for name in benchmarks.BENCHMARKS]
     keys += [f"{group}.{key}" for group, owner in owners for key in owner.Config.model_fields]
     for group, cls in (("model", DiffusionModelConfig), ("optim", OptimConfig), ("trainer", TrainerConfig)):
         keys += [f"{group}.{key}" for key in cls.model_fields]
@@ -234,8 +234,8 @@ def _hurt_word(draw: random.Random, word: str) -> str:
 
 
 def _eval_line(draw: random.Random) -> list[str]:
-    name = draw.choice(benchmarks.names())
-    known = [*command.Target.model_fields, *benchmarks.evaluator(name).Config.model_fields, "nope"]
+    name = draw.choice(benchmarks.BENCHMARKS)
+    known = [*command.Target.model_fields, *benchmarks.BENCHMARKS[name].Config.model_fields, "nope"]
     words = [f"{draw.choice(known)}={_value(draw)}" for _ in range(draw.randint(0, 4))]
     if draw.random() < 0.3:
         words = [_hurt_word(draw, word) for word in words]

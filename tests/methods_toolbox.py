@@ -10,7 +10,7 @@ IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
 def config_of(name: str, **settings):
-    return methods.method(name).Config(name=name, method=name, **{"lora_r": 4, **settings})
+    return methods.ADAPTERS[name].Config(name=name, method=name, **{"lora_r": 4, **settings})
 
 
 def batches_of(count: int):

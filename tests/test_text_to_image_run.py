@@ -404,7 +404,7 @@ def test_other_benchmarks_and_runs_do_not_mix(scored):
     for benchmark in ("gsm8k", "images"):
         with pytest.raises(ConfigError, match="makes pictures and has no words"):
             command.score_path(benchmark, [str(folder)])
-    assert methods.method("lora").not_of_diffusion is None
+    assert methods.ADAPTERS["lora"].not_of_diffusion is None
 
 
 # --- on a GPU

@@ -62,7 +62,7 @@ def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:
     """The architecture without weights, which has what the experiment asks for."""
     skeleton = loading.skeleton(experiment.model)
     gather(
-        lambda: methods.method(experiment.peft.method).check(skeleton, experiment.peft),
+        lambda: methods.ADAPTERS[experiment.peft.method].check(skeleton, experiment.peft),
         lambda: loading.check_weights(experiment.model, device),
         lambda: _refuse(fit.attention_faults(experiment.model, skeleton)),
         lambda: _refuse(
@@ -81,7 +81,7 @@ def _refuse(faults: Sequence[str]) -> None:
 
 def _reads_weights(experiment: Experiment) -> str | None:
     """The setting that reads, moves or trains W itself; None where a run only multiplies by it."""
-    if methods.method(experiment.peft.method).needs_dense:
+    if methods.ADAPTERS[experiment.peft.method].needs_dense:
         return f"peft={experiment.peft.name}"
     if experiment.flat and experiment.rho.mode in ("copy", "inplace"):
         return f"rho.mode={experiment.rho.mode}"
@@ -122,7 +122,7 @@ def _read(suite: Suite, experiment: Experiment) -> tuple[Any, Any]:
 
 def _file_faults(suite: Suite, experiment: Experiment) -> list[str]:
     """Files of the data set that are not there, or a hub out of reach."""
-    known = suite.loader(experiment.dataset.loader).sources(experiment.dataset)
+    known = suite.datasets[experiment.dataset.loader].sources(experiment.dataset)
     try:
         gather(*(lambda source=source: fingerprint(source, experiment.data_root) for source in known))
     except ConfigError as error:
@@ -143,19 +143,18 @@ def _check_validation(experiment: Experiment, left: int) -> None:
 
 
 def _check_benchmarks(suite: Suite, experiment: Experiment) -> None:
-    found = [(suite.evaluator(name), config) for name, config in experiment.eval.items()]
+    found = [(suite.benchmarks[name], config) for name, config in experiment.eval.items()]
     gather(
         *(
             lambda module=module, config=config: module.check_settings(config, experiment.model)
             for module, config in found
-            if hasattr(module, "check_settings")
         )
     )
 
 
 def _own_rows(suite: Suite, experiment: Experiment) -> dict[str, Sequence[Any]]:
     """Rows of the benchmarks that ask their own, whatever the data set is."""
-    names = [name for name in experiment.eval if getattr(suite.evaluator(name), "OWN_ROWS", False)]
+    names = [name for name in experiment.eval if suite.benchmarks[name].own_rows]
     rows = gather(*(lambda name=name: _test_rows(suite, experiment, [], name, {}) for name in names))
     return dict(zip(names, rows, strict=True))
 
@@ -172,9 +171,9 @@ def _test_rows(
     Raises:
         ConfigError: they are not there, or cannot be scored.
     """
-    module, config = suite.evaluator(name), experiment.eval[name]
+    module, config = suite.benchmarks[name], experiment.eval[name]
     template = getattr(config, "template", None)
-    if module.KIND == "text" and (module.OWN_ROWS or not test):
+    if module.kind == "text" and (module.own_rows or not test):
         rows, source = module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
     elif template not in (None, getattr(experiment.dataset, "template", template)):
         raise ConfigError(

@@ -173,10 +173,10 @@ def train_and_score(
     if distributed.is_main_process():
         console.console.print(f"precision: {precision}", markup=False, soft_wrap=True)
     backbone = loading.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
-    method, start = methods.method(experiment.peft.method), _start(experiment, folder, inputs, resume_from)
+    method, start = methods.ADAPTERS[experiment.peft.method], _start(experiment, folder, inputs, resume_from)
     model = method.apply(backbone, experiment.peft, start)
     if experiment.regularised:
-        methods.rho(experiment.rho.method).prepare(model, experiment.rho, experiment.seed)
+        methods.REGULARIZERS[experiment.rho.method].prepare(model, experiment.rho, experiment.seed)
     if experiment.trainer.kernels == "auto":
         record["kernels"] = acceleration.accelerate(model, inputs.device)
     record["data_sha256"] = inputs.data_sha256
@@ -264,16 +264,16 @@ def score(
         with run_folder.answering(folder.path / "eval" / name, wait=True):
             result = suite.evaluate(name, backend, inputs.asked[name], folder.path / "eval" / name, config)
         suite.print_score(name, result)
-        picture = folder.path / "eval" / name / getattr(suite.evaluator(name), "PICTURE", "")
-        if tracker is not None and picture.is_file():
-            tracker.show(f"{name}/pictures", picture)
+        picture = suite.benchmarks[name].picture
+        if tracker is not None and picture is not None and (path := folder.path / "eval" / name / picture).is_file():
+            tracker.show(f"{name}/pictures", path)
         metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
     return metrics
 
 
 def describe(suite: Suite, experiment: Experiment) -> list[tuple[str, str]]:
     """What a run would do and load, for a dry run."""
-    loader, optim = suite.loader(experiment.dataset.loader), experiment.optim
+    loader, optim = suite.datasets[experiment.dataset.loader], experiment.optim
     source = f" from {experiment.data_root or 'hub'}" if loader.sources(experiment.dataset) else ""  # else generated
     return [
         ("run folder", str(RunFolder.of(experiment).path)),

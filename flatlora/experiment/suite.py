@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from flatlora import methods
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import ModelConfig
 from flatlora.config.settings import Section
+from flatlora.experiment.plugins import Benchmark, DataSet
 from flatlora.utils.errors import SettingError
+from flatlora.utils.registry import Registry
 
 
 class RowKind(ABC):
@@ -77,8 +78,7 @@ class Suite:
     Args:
         conf_dir: the folder of option files.
         script: the entry point, which other processes of a run are started with.
-        loader: module of a data set by name; KeyError lists the known ones.
-        evaluator: module of a benchmark by name; KeyError lists the known ones.
+        datasets, benchmarks: the plug-ins.
         kinds: kind of rows → how they are handled.
         backends: kind of rows → what answers a benchmark with a model in memory.
         evaluate: (benchmark, backend, rows, folder, config) → score.
@@ -87,8 +87,8 @@ class Suite:
 
     conf_dir: Path
     script: Path
-    loader: Callable[[str], ModuleType]
-    evaluator: Callable[[str], ModuleType]
+    datasets: Registry[DataSet]
+    benchmarks: Registry[Benchmark]
     kinds: Mapping[str, RowKind]
     backends: Mapping[str, Callable[..., Any]]
     evaluate: Callable[..., dict[str, Any]]
@@ -103,12 +103,12 @@ class Suite:
     def section_class(self, section: str, raw: Mapping[str, Any]) -> type[Section] | str:
         try:
             if section == "dataset":
-                return self.loader(str(raw.get("loader"))).Config
+                return self.datasets[str(raw.get("loader"))].Config
             if section == "peft":
-                return methods.method(str(raw.get("method"))).Config
+                return methods.ADAPTERS[str(raw.get("method"))].Config
             if section == "rho":
-                return methods.rho(str(raw.get("method"))).Config
-            return self.evaluator(section.removeprefix("eval.")).Config
+                return methods.REGULARIZERS[str(raw.get("method"))].Config
+            return self.benchmarks[section.removeprefix("eval.")].Config
         except KeyError as error:
             return error.args[0]
 
@@ -127,7 +127,7 @@ class Suite:
                 f"those of {task}; leave the key out.",
             )
         for name in experiment.eval:
-            kind = self.evaluator(name).KIND
+            kind = self.benchmarks[name].kind
             if kind != experiment.dataset.kind:
                 yield SettingError(
                     ("dataset.kind", f"eval.{name}"),

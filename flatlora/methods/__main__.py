@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flatlora.methods import names, refusal, rho_names
+from flatlora.methods import ADAPTERS, REGULARIZERS, refusal
 
 _PRINTED = ("lora", "full_ft")  # first and last; the others by name between them
 
 
 def matrix() -> str:
     """Markdown: one row a peft method, one column a rho method, then the reasons."""
-    columns = ["off", "flat", *(name for name in rho_names() if name not in ("off", "flat"))]
-    rows = [_PRINTED[0], *(name for name in names() if name not in _PRINTED), _PRINTED[1]]
+    columns = ["off", "flat", *(name for name in list(REGULARIZERS) if name not in ("off", "flat"))]
+    rows = [_PRINTED[0], *(name for name in list(ADAPTERS) if name not in _PRINTED), _PRINTED[1]]
     reasons: dict[str, int] = {}
     lines = ["| peft | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for row in rows:

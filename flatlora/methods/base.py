@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import OptimConfig, PeftConfig, RhoConfig
 from flatlora.utils.errors import SettingError
+from flatlora.utils.registry import Registry
 
 
 def _no_batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -193,71 +194,27 @@ class RhoMethod:
         raise NotImplementedError
 
 
-_ADAPTERS: dict[str, AdapterMethod] = {}
-_RHO: dict[str, RhoMethod] = {}
-
-
-def register(name: str):
-    """Class decorator: makes an adapter method known as `peft.method: name`."""
-    return _registering(_ADAPTERS, name)
-
-
-def register_rho(name: str):
-    """Class decorator: makes a regulariser known as `rho.method: name`."""
-    return _registering(_RHO, name)
-
-
-def _registering(registry: dict[str, Any], name: str):
-    def add(cls: type) -> type:
-        registry[name] = cls()
-        return cls
-
-    return add
-
-
-def method(name: str) -> AdapterMethod:
-    """The registered adapter method; KeyError lists the known ones."""
-    return _find(_ADAPTERS, name, "peft")
-
-
-def rho(name: str) -> RhoMethod:
-    """The registered rho method; KeyError lists the known ones."""
-    return _find(_RHO, name, "rho")
-
-
-def _find(registry: dict[str, Any], name: str, kind: str) -> Any:
-    if name not in registry:
-        raise KeyError(f"Unknown {kind} method {name}: known are {', '.join(sorted(registry))}.")
-    return registry[name]
-
-
-def names() -> list[str]:
-    """Names of all registered adapter methods."""
-    return sorted(_ADAPTERS)
-
-
-def rho_names() -> list[str]:
-    """Names of all registered rho methods."""
-    return sorted(_RHO)
+ADAPTERS: Registry[AdapterMethod] = Registry("peft method", "flatlora.methods.adapters")
+REGULARIZERS: Registry[RhoMethod] = Registry("rho method", "flatlora.methods.regularizers")
 
 
 def owners(section: str, key: str) -> list[str]:
     """Methods of a section (peft or rho) whose config has this key, the plainest first."""
-    registry = {"peft": _ADAPTERS, "rho": _RHO}[section]
+    registry: Registry[Any] = {"peft": ADAPTERS, "rho": REGULARIZERS}[section]
     found = [name for name, one in registry.items() if key in one.Config.model_fields and name != "off"]
     return sorted(found, key=lambda name: (name not in ("lora", "flat"), name))
 
 
 def refusal(peft_method: str, rho_method: str) -> str | None:
     """Why a pair is not run; None where it is."""
-    return method(peft_method).refuses.get(rho_method)
+    return ADAPTERS[peft_method].refuses.get(rho_method)
 
 
 def combination_errors(experiment: Experiment) -> list[SettingError]:
     """Choices that do not go with the experiment's adapter method and regularizer."""
     return [
-        *method(experiment.peft.method).errors(experiment),
-        *rho(experiment.rho.method).errors(experiment),
+        *ADAPTERS[experiment.peft.method].errors(experiment),
+        *REGULARIZERS[experiment.rho.method].errors(experiment),
     ]
 
 

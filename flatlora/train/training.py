@@ -80,9 +80,9 @@ def train(
         FloatingPointError: the loss or a weight is NaN or infinite.
         Preempted: a signal asked for an end; the newest checkpoint is whole.
     """
-    method, regulariser = methods.method(experiment.peft.method), None
+    method, regulariser = methods.ADAPTERS[experiment.peft.method], None
     if experiment.regularised:
-        regulariser = methods.rho(experiment.rho.method).regulariser(model, experiment.rho, experiment.seed)
+        regulariser = methods.REGULARIZERS[experiment.rho.method].regulariser(model, experiment.rho, experiment.seed)
     optim, has_validation = experiment.optim, len(validation_rows) > 0
     arguments = training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation)
     if len(set(getattr(validation_rows, "buckets", ()))) > 1:

@@ -1,12 +1,14 @@
 """Prepared rows from the cache: the same as made anew, never another's, and made anew where the file is broken."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
+import data
 import run_exp
 from data import cache, tokens
 from flatlora.utils.errors import ConfigError
@@ -48,7 +50,7 @@ def no_loading(monkeypatch):
     def load(*arguments):
         raise AssertionError("loaded anew")
 
-    monkeypatch.setattr("data.gsm8k.load", load)
+    monkeypatch.setitem(data.DATASETS._items, "gsm8k", replace(data.DATASETS["gsm8k"], load=load))
 
 
 def same(one, other):

@@ -107,7 +107,7 @@ def root(tmp_path_factory):
 
 def load(root, *settings):
     config = run_exp.experiment_of([*settings, "model.generated_test_rows=null"]).dataset
-    return data.loader(config.loader).load(config, str(root), count_words)
+    return data.DATASETS[config.loader].load(config, str(root), count_words)
 
 
 def small(train, validation=2):
@@ -219,7 +219,7 @@ def test_a_tokenizer_that_counts_for_no_limit_is_a_fault():
 def test_both_sources_of_meta_math_can_be_pinned():
     words = ["dataset=meta_math", "dataset.revision=one", "dataset.test_revision=two"]
     config = run_exp.experiment_of(words).dataset
-    assert [source.revision for source in data.loader("meta_math").sources(config)] == ["one", "two"]
+    assert [source.revision for source in data.DATASETS["meta_math"].sources(config)] == ["one", "two"]
 
 
 def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):

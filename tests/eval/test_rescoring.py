@@ -71,16 +71,16 @@ def answers(family, model, processor, latent_batch):
 
 
 @pytest.mark.parametrize("family", ["causal_lm", "seq2seq", "clip", "sdxl"])
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", list(methods.ADAPTERS))
 def test_a_saved_model_answers_as_the_trained_one(name, family, words, latent_batch, tmp_path):
     def trained():
         experiment = run_exp.experiment_of([*words[family], f"peft={name}", *SETTINGS.get(name, [])])
         config, section = experiment.model, experiment.peft
         section = section.model_copy(update={"lora_r": 4} if hasattr(section, "lora_r") else {})
-        methods.method(name).check(loading.skeleton(config), section)
+        methods.ADAPTERS[name].check(loading.skeleton(config), section)
         start = methods.Start(1, tmp_path / "start", batches(family, latent_batch))
         backbone = loading.load_backbone(config, CPU, CLASSES if family == "clip" else None)
-        return methods.method(name).apply(backbone, section, start), config, section, start
+        return methods.ADAPTERS[name].apply(backbone, section, start), config, section, start
 
     if (name, family) in REFUSED:
         with pytest.raises(ConfigError, match=f"peft={name}"):
@@ -90,7 +90,7 @@ def test_a_saved_model_answers_as_the_trained_one(name, family, words, latent_ba
     nudge(model, std=0.1)
     processor = loading.FAMILIES[family].processor(config)
     expected = answers(family, model, processor, latent_batch)
-    methods.method(name).save(model, section, tmp_path / "adapter", start)
+    methods.ADAPTERS[name].save(model, section, tmp_path / "adapter", start)
     if processor is not None:
         processor.save_pretrained(tmp_path / "adapter")
     classes = CLASSES if family == "clip" else None

@@ -68,7 +68,7 @@ def test_attention_layers_that_read_one_input_are_one_group(unet):
     def gradients(fused):
         shell = bench_sdxl.shell_of(unet).float()
         denoiser = Denoiser(shell, bench_sdxl.noise_schedule()).requires_grad_(False)
-        model = methods.method("lora").apply(denoiser, config, Start(0)).train()
+        model = methods.ADAPTERS["lora"].apply(denoiser, config, Start(0)).train()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 
 from flatlora.config.settings import MOST_STEPS, setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig, rank_of, rank_setting
-from flatlora.methods.base import Start, Training, register
+from flatlora.methods.base import ADAPTERS, Start, Training
 from flatlora.perturb.callback import checkpoint_file
 from flatlora.utils.errors import ConfigError, SettingError
 
@@ -68,7 +68,7 @@ class AdaLoraMethodConfig(LoraMethodConfig):
         return faults
 
 
-@register("adalora")
+@ADAPTERS.register("adalora")
 class AdaLora(Lora):
     Config = AdaLoraMethodConfig
     takes_convolutions = False

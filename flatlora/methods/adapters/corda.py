@@ -16,7 +16,7 @@ from torch import nn
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.computed_start import LayerwiseStart
 from flatlora.methods.adapters.lora import LoraMethodConfig, reads_images
-from flatlora.methods.base import Start, register
+from flatlora.methods.base import ADAPTERS, Start
 from flatlora.utils.errors import ConfigError
 
 _KEYS = ("input_ids", "attention_mask", "labels")
@@ -28,7 +28,7 @@ class CordaMethodConfig(LoraMethodConfig):
     corda_method: Literal["ipm", "kpm"] = "kpm"  # instruction-previewed, or knowledge-preserving as the paper's default
 
 
-@register("corda")
+@ADAPTERS.register("corda")
 class Corda(LayerwiseStart):
     Config = CordaMethodConfig
     not_of_diffusion = "PEFT's CorDA takes covariances over the tokens of one row of text"

@@ -13,14 +13,14 @@ from torch import nn
 
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
-from flatlora.methods.base import register
+from flatlora.methods.base import ADAPTERS
 
 
 class DoraConfig(LoraMethodConfig):
     lora_dropout: float = setting(0.0, ge=0, le=0, remedy="PEFT's DoRA with dropout reads W past its own layer")
 
 
-@register("dora")
+@ADAPTERS.register("dora")
 class Dora(Lora):
     Config = DoraConfig
 

@@ -12,7 +12,7 @@ from torch import nn
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.computed_start import ComputedStart
 from flatlora.methods.adapters.lora import LoraMethodConfig, rank_setting, reads_images, seeded
-from flatlora.methods.base import Start, register
+from flatlora.methods.base import ADAPTERS, Start
 from flatlora.utils.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ class EvaMethodConfig(LoraMethodConfig):
     eva_batches: int = setting(32, ge=1, le=10**6, remedy="32 are usual")
 
 
-@register("eva")
+@ADAPTERS.register("eva")
 class Eva(ComputedStart):
     Config = EvaMethodConfig
     moves_weights = False

@@ -7,13 +7,13 @@ from typing import ClassVar
 from torch import nn
 
 from flatlora.config.sections import PeftConfig
-from flatlora.methods.base import AdapterMethod, Start, register
+from flatlora.methods.base import ADAPTERS, AdapterMethod, Start
 
 _NO_BACKBONE = "Flat-LoRA perturbs a frozen backbone under an adapter, and full fine-tuning has neither"
 _NO_PAIR = "there is no pair of factors in full fine-tuning"
 
 
-@register("full_ft")
+@ADAPTERS.register("full_ft")
 class FullFineTuning(AdapterMethod):
     refuses: ClassVar = {"flat": _NO_BACKBONE, "nbar": _NO_PAIR, "obar": _NO_PAIR, "bi_lora": _NO_PAIR}
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora.config.sections import PeftConfig
 from flatlora.config.settings import setting
-from flatlora.methods.base import AdapterMethod, Start, register
+from flatlora.methods.base import ADAPTERS, AdapterMethod, Start
 from flatlora.utils.errors import ConfigError, SettingError, nearest
 
 _EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as the published find_all_linear_modules leaves out
@@ -58,7 +58,7 @@ class LoraMethodConfig(PeftConfig):
         return faults
 
 
-@register("lora")
+@ADAPTERS.register("lora")
 class Lora(AdapterMethod):
     Config = LoraMethodConfig
     takes_convolutions: ClassVar[bool] = True  # False where PEFT's code, or the method's mathematics, is of matrices

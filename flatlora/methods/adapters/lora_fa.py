@@ -15,10 +15,10 @@ from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
-from flatlora.methods.base import Start, Training, register
+from flatlora.methods.base import ADAPTERS, Start, Training
 
 
-@register("lora_fa")
+@ADAPTERS.register("lora_fa")
 class LoraFA(Lora):
     takes_convolutions = False
     refuses: ClassVar = {

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.computed_start import ComputedStart
 from flatlora.methods.adapters.lora import LoraMethodConfig, find_targets, rank_of, rank_setting, seeded
-from flatlora.methods.base import Start, register
+from flatlora.methods.base import ADAPTERS, Start
 from flatlora.models.starts import lora_layers
 
 
@@ -36,7 +36,7 @@ class LoraGaConfig(LoraMethodConfig):
     ga_memory_gib: float = setting(4.0, gt=0, le=1e5, remedy="gradients of as many layers as fit are held at a time")
 
 
-@register("lora_ga")
+@ADAPTERS.register("lora_ga")
 class LoraGa(ComputedStart):
     Config = LoraGaConfig
 

@@ -12,14 +12,14 @@ from torch import nn
 
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
-from flatlora.methods.base import Training, register
+from flatlora.methods.base import ADAPTERS, Training
 
 
 class LoraPlusConfig(LoraMethodConfig):
     lr_ratio: float = setting(16.0, ge=1, le=1e6, remedy="16 is the paper's; 1 is LoRA")
 
 
-@register("lora_plus")
+@ADAPTERS.register("lora_plus")
 class LoraPlus(Lora):
     Config = LoraPlusConfig
     has_optimizer = True

@@ -8,7 +8,7 @@ from torch import nn
 
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
-from flatlora.methods.base import Training, register
+from flatlora.methods.base import ADAPTERS, Training
 from flatlora.optim.lora_pro import LoRAPro, lora_pairs
 from flatlora.utils.errors import SettingError
 
@@ -32,7 +32,7 @@ class LoraProConfig(LoraMethodConfig):
         return faults
 
 
-@register("lora_pro")
+@ADAPTERS.register("lora_pro")
 class LoraPro(Lora):
     Config = LoraProConfig
     takes_convolutions = False

@@ -8,11 +8,11 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora.methods.adapters.computed_start import LayerwiseStart
 from flatlora.methods.adapters.lora import LoraMethodConfig, find_targets
-from flatlora.methods.base import register
+from flatlora.methods.base import ADAPTERS
 from flatlora.utils.errors import ConfigError
 
 
-@register("olora")
+@ADAPTERS.register("olora")
 class Olora(LayerwiseStart):
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         super().check(skeleton, config)

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.computed_start import LayerwiseStart
 from flatlora.methods.adapters.lora import LoraMethodConfig
-from flatlora.methods.base import register
+from flatlora.methods.base import ADAPTERS
 
 
 class PissaConfig(LoraMethodConfig):
@@ -19,7 +19,7 @@ class PissaConfig(LoraMethodConfig):
     )
 
 
-@register("pissa")
+@ADAPTERS.register("pissa")
 class Pissa(LayerwiseStart):
     Config = PissaConfig
 

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
-from flatlora.methods.base import register
+from flatlora.methods.base import ADAPTERS
 
 
-@register("rslora")
+@ADAPTERS.register("rslora")
 class RankStabilised(Lora):
     def settings(self, model: nn.Module, config: LoraMethodConfig) -> dict[str, Any]:
         return super().settings(model, config) | {"use_rslora": True}

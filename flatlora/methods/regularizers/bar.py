@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from flatlora.config.sections import RhoConfig
-from flatlora.methods.base import Regulariser, RhoMethod, register_rho
+from flatlora.methods.base import REGULARIZERS, Regulariser, RhoMethod
 from flatlora.optim.lora_pro import Pair, lora_pairs
 
 
-@register_rho("nbar")
+@REGULARIZERS.register("nbar")
 class NBar(RhoMethod):
     reads_gradients = True
 
@@ -30,7 +30,7 @@ class NBar(RhoMethod):
         return BarRegulariser(lora_pairs(model), config.sigma, by="gradient")
 
 
-@register_rho("obar")
+@REGULARIZERS.register("obar")
 class OBar(RhoMethod):
     reads_gradients = True
 

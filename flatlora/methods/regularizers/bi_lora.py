@@ -23,7 +23,7 @@ from flatlora.config.experiment import Experiment
 from flatlora.config.sections import RhoConfig
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import seeded
-from flatlora.methods.base import Regulariser, RhoMethod, register_rho
+from flatlora.methods.base import REGULARIZERS, Regulariser, RhoMethod
 from flatlora.utils.errors import SettingError
 
 ASCENT = "ascent"  # name of the second adapter
@@ -35,7 +35,7 @@ class BiLoraConfig(RhoConfig):
     )
 
 
-@register_rho("bi_lora")
+@REGULARIZERS.register("bi_lora")
 class BiLora(RhoMethod):
     Config = BiLoraConfig
 

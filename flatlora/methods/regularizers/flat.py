@@ -11,7 +11,7 @@ from torch import nn
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import RhoConfig
 from flatlora.config.settings import MOST_STEPS, setting
-from flatlora.methods.base import Regulariser, RhoMethod, register_rho
+from flatlora.methods.base import REGULARIZERS, Regulariser, RhoMethod
 from flatlora.perturb.callback import FlatLoraCallback
 from flatlora.perturb.settings import Mode, NoiseSettings, Ramp, Resample, Scale
 from flatlora.utils.errors import SettingError
@@ -29,7 +29,7 @@ class FlatConfig(RhoConfig):
     fan_in: bool = True
 
 
-@register_rho("off")
+@REGULARIZERS.register("off")
 class Off(RhoMethod):
     Config = FlatConfig  # so that a key of rho=flat gets the answer that there is no perturbation here
 
@@ -37,7 +37,7 @@ class Off(RhoMethod):
         raise ValueError("rho=off has no regulariser: a run without one does not ask.")
 
 
-@register_rho("flat")
+@REGULARIZERS.register("flat")
 class Flat(RhoMethod):
     Config = FlatConfig
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from flatlora.config.sections import RhoConfig
-from flatlora.methods.base import Regulariser, RhoMethod, register_rho
+from flatlora.methods.base import REGULARIZERS, Regulariser, RhoMethod
 
 
-@register_rho("sam")
+@REGULARIZERS.register("sam")
 class Sam(RhoMethod):
     reads_gradients = True
 

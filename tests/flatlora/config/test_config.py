@@ -13,6 +13,7 @@ from pydantic import ValidationError
 import data
 import eval as benchmarks
 import run_exp
+from flatlora import methods
 from flatlora.config.experiment import Experiment, parse
 from flatlora.config.sections import WandbConfig
 from flatlora.config.settings import Section
@@ -121,8 +122,12 @@ def sections(cls=Section):
             yield from sections(child)
 
 
-for find, names in ((data.loader, data.loader_names()), (benchmarks.evaluator, benchmarks.names())):
-    _ = [find(name) for name in names]  # each has a section of its own, known once it is imported
+_ = [
+    *data.DATASETS,
+    *benchmarks.BENCHMARKS,
+    *methods.ADAPTERS,
+    *methods.REGULARIZERS,
+]  # each has a section of its own, known once it is imported
 NUMBERS = [
     (cls, name)
     for cls in sections()

@@ -17,6 +17,6 @@ def adapt(tmp_path):
         backbone.name_or_path = "tiny"
         start = methods.Start(3, tmp_path / folder if folder else None, batches_of, resumed=resumed)
         config = config_of(name, **settings)
-        return methods.method(name).apply(backbone, config, start), config, start
+        return methods.ADAPTERS[name].apply(backbone, config, start), config, start
 
     return make

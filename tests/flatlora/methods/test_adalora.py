@@ -51,7 +51,7 @@ def test_saved_logits_are_those_of_the_trained_model(adapt, tmp_path):
             if "lora_E" in name:
                 parameter[index % 4] = 0.0  # pruned
     trained = logits(model)
-    methods.method("adalora").save(model, config, tmp_path / "adapter", start)
+    methods.ADAPTERS["adalora"].save(model, config, tmp_path / "adapter", start)
     assert torch.equal(logits(model), trained)
     reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     torch.testing.assert_close(logits(reloaded), trained, rtol=1e-4, atol=1e-5)
@@ -108,6 +108,6 @@ def test_schedules_that_shrink_nothing_are_refused():
         run_exp.experiment_of(["peft=adalora", "peft.init_r=8"])
     words = ["peft=adalora", "peft.lora_r=null", "peft.lora_relative_r=0.25", "peft.init_r=4"]
     with pytest.raises(ConfigError, match=r"peft\.init_r=4 with a final rank of 8"):
-        methods.method("adalora").check(tiny_llama(), run_exp.experiment_of(words).peft)
+        methods.ADAPTERS["adalora"].check(tiny_llama(), run_exp.experiment_of(words).peft)
     with pytest.raises(ConfigError, match="no step is left between them"):
         run_exp.experiment_of(["peft=adalora", "peft.tinit_ratio=0.5", "peft.tfinal_ratio=0.5"])

@@ -51,14 +51,14 @@ def test_starts(name, kind, tmp_path):
     start, config = methods.Start(1, tmp_path / "start", batches), config_of(name)
     if (name, kind) in (("eva", "t5"), ("olora", "gpt2")):
         with pytest.raises(ConfigError, match=f"Invalid peft={name} with .*; use peft="):
-            methods.method(name).apply(make(), config, start)
+            methods.ADAPTERS[name].apply(make(), config, start)
         return
     before = loss_of(make(), batches)
-    model = methods.method(name).apply(make().requires_grad_(False), config, start)
+    model = methods.ADAPTERS[name].apply(make().requires_grad_(False), config, start)
     assert (loss_of(model, batches) - before).norm() <= 1e-5 * before.norm()
     nudge(model)
     trained = loss_of(model, batches)
-    methods.method(name).save(model, config, tmp_path / "adapter", start)
+    methods.ADAPTERS[name].save(model, config, tmp_path / "adapter", start)
     reloaded = loss_of(PeftModel.from_pretrained(make(), tmp_path / "adapter"), batches)
     assert (reloaded - trained).norm() <= 1e-5 * trained.norm()
     assert len(find_lora_layers(model)) > 4

@@ -94,8 +94,8 @@ def test_the_first_step_is_the_best_rank_2r_part_of_the_gradient(adapt):
 
 def test_needs_room_for_2r_directions():
     skeleton = tiny_llama()
-    methods.method("lora").check(skeleton, config_of("lora", lora_r=16))
+    methods.ADAPTERS["lora"].check(skeleton, config_of("lora", lora_r=16))
     with pytest.raises(
         ConfigError, match=r"Invalid peft\.lora_r=17: A and B take r directions of a gradient each, 34 in all, and"
     ):
-        methods.method("lora_ga").check(skeleton, config_of("lora_ga", lora_r=17))
+        methods.ADAPTERS["lora_ga"].check(skeleton, config_of("lora_ga", lora_r=17))

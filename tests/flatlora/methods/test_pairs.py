@@ -31,16 +31,16 @@ def words_of(tiny_settings, peft, rho, *more):
     return [*kept, f"peft={peft}", f"rho={rho}", *([DATA[peft]] if peft in DATA else []), *more]
 
 
-PAIRS = [(peft, rho) for peft in methods.names() for rho in methods.rho_names()]
+PAIRS = [(peft, rho) for peft in methods.ADAPTERS for rho in methods.REGULARIZERS]
 PAIRS += [
     ("qv", "flat"),
-    *(("lora", rho) for rho in RHO if rho not in methods.rho_names()),
+    *(("lora", rho) for rho in RHO if rho not in methods.REGULARIZERS),
 ]  # same method, other settings
 
 
 def test_every_method_has_an_option_of_its_name():
-    assert {*methods.names(), "qv", "attention"} == set(PEFT)
-    assert set(methods.rho_names()) < set(RHO)
+    assert {*methods.ADAPTERS, "qv", "attention"} == set(PEFT)
+    assert set(methods.REGULARIZERS) < set(RHO)
 
 
 IN_EXPERIMENTS = ("lora", "rslora", "dora", "pissa", "adalora", "lora_plus", "lora_ga", "lora_pro")
@@ -150,16 +150,16 @@ def test_lora_plus_and_lora_fa_train_what_they_say(tiny_settings):
     settings = methods.Training(experiment.optim)
     from tests.conftest import tiny_llama
 
-    model = methods.method("lora_plus").apply(tiny_llama(), experiment.peft, methods.Start(0))
-    optimizer = methods.method("lora_plus").optimizer(model, experiment.peft, settings)
+    model = methods.ADAPTERS["lora_plus"].apply(tiny_llama(), experiment.peft, methods.Start(0))
+    optimizer = methods.ADAPTERS["lora_plus"].optimizer(model, experiment.peft, settings)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates[id(parameter)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3)
     headed = tiny_llama()
     headed.score, headed.trained_modules = nn.Linear(4, 3), ["score"]
-    model = methods.method("lora_plus").apply(headed, experiment.peft, methods.Start(0))
-    optimizer = methods.method("lora_plus").optimizer(model, experiment.peft, settings)
+    model = methods.ADAPTERS["lora_plus"].apply(headed, experiment.peft, methods.Start(0))
+    optimizer = methods.ADAPTERS["lora_plus"].optimizer(model, experiment.peft, settings)
     head, before = model.base_model.model.score.modules_to_save["default"], {}
     for name, parameter in head.named_parameters():
         parameter.grad, before[name] = torch.ones_like(parameter), parameter.detach().clone()
@@ -167,9 +167,9 @@ def test_lora_plus_and_lora_fa_train_what_they_say(tiny_settings):
     for name, parameter in head.named_parameters():  # Adam's first step is lr·sign(g)
         torch.testing.assert_close(before[name] - parameter, torch.full_like(parameter, 1e-3), rtol=1e-3, atol=1e-6)
     experiment = run_exp.experiment_of([*tiny_settings, "peft=lora_fa", "optim.adam_beta1=0.8"])
-    model = methods.method("lora_fa").apply(tiny_llama(), experiment.peft, methods.Start(0))
+    model = methods.ADAPTERS["lora_fa"].apply(tiny_llama(), experiment.peft, methods.Start(0))
     assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"lora_B"}
-    optimizer = methods.method("lora_fa").optimizer(model, experiment.peft, methods.Training(experiment.optim))
+    optimizer = methods.ADAPTERS["lora_fa"].optimizer(model, experiment.peft, methods.Training(experiment.optim))
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.999)
 
 

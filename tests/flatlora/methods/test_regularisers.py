@@ -140,8 +140,8 @@ def test_bar_s_strength_falls_to_zero(tiny_settings):
 
 def bi_lora_model(radius=0.05):
     model, config = tiny_lora(), BiLoraConfig(name="bi_lora", method="bi_lora", sigma=radius)
-    methods.rho("bi_lora").prepare(model, config, seed=0)
-    return model, methods.rho("bi_lora").regulariser(model, config, seed=0)
+    methods.REGULARIZERS["bi_lora"].prepare(model, config, seed=0)
+    return model, methods.REGULARIZERS["bi_lora"].regulariser(model, config, seed=0)
 
 
 def branch_norm(model):
@@ -214,7 +214,7 @@ def test_rslora_and_rank_patterns_are_taken_over_by_the_second_branch():
     from tests.conftest import tiny_llama
 
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj"]))
-    methods.rho("bi_lora").prepare(model, BiLoraConfig(name="b", method="bi_lora", sigma=1.0), seed=0)
+    methods.REGULARIZERS["bi_lora"].prepare(model, BiLoraConfig(name="b", method="bi_lora", sigma=1.0), seed=0)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.scaling[ASCENT] == layer.scaling["default"] == 4.0
     assert len(lora_pairs(model)) == 4

@@ -39,7 +39,7 @@ def test_saved_adapters_fit_the_untouched_backbone(adapt, name, tmp_path):
     model, config, start = adapt(name)
     nudge(model)
     trained = logits(model)
-    methods.method(name).save(model, config, tmp_path / "adapter", start)
+    methods.ADAPTERS[name].save(model, config, tmp_path / "adapter", start)
     assert (logits(model) - trained).norm() == 0  # saving changes nothing
     reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     assert (logits(reloaded) - trained).norm() <= 1e-5 * trained.norm()
@@ -54,7 +54,7 @@ def test_a_resumed_run_starts_from_the_same_bytes(adapt, name, dtype, monkeypatc
     def must_not_begin(*args, **kwargs):
         raise AssertionError("the start was there")
 
-    monkeypatch.setattr(type(methods.method(name)), "begin", must_not_begin)
+    monkeypatch.setattr(type(methods.ADAPTERS[name]), "begin", must_not_begin)
     again = adapt(name, dtype=dtype, resumed=True)[0].state_dict()
     assert first.keys() == again.keys()
     for key, value in first.items():
@@ -68,8 +68,8 @@ def test_a_start_without_a_checkpoint_is_computed_anew(adapt, name, monkeypatch)
     """It may be of a run that was killed at once and whose data have changed since."""
     adapt(name)
     begun = []
-    begin = type(methods.method(name)).begin
-    monkeypatch.setattr(type(methods.method(name)), "begin", lambda *args: begun.append(1) or begin(*args))
+    begin = type(methods.ADAPTERS[name]).begin
+    monkeypatch.setattr(type(methods.ADAPTERS[name]), "begin", lambda *args: begun.append(1) or begin(*args))
     adapt(name)
     assert begun == [1]
 
@@ -79,7 +79,7 @@ def test_a_bf16_backbone_gives_the_converted_adapter_back_up_to_rounding(adapt, 
     model, config, start = adapt(name, dtype=torch.bfloat16)
     nudge(model)
     trained = logits(model).float()
-    methods.method(name).save(model, config, tmp_path / "adapter", start)
+    methods.ADAPTERS[name].save(model, config, tmp_path / "adapter", start)
     reloaded = logits(PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path / "adapter")).float()
     assert (reloaded - trained).norm() < 0.05 * trained.norm()
 
@@ -111,7 +111,7 @@ def test_load_for_inference_moves_the_backbone_of_a_checkpoint(adapt, tmp_path, 
     config = loading.ModelConfig(name="tiny", hub_id=str(tiny_model_folder), family="causal_lm", dtype="float32")
     backbone = AutoModelForCausalLM.from_pretrained(tiny_model_folder).requires_grad_(False)
     start = methods.Start(3, tmp_path / "start")
-    model = methods.method("pissa").apply(backbone, config_of("pissa"), start)
+    model = methods.ADAPTERS["pissa"].apply(backbone, config_of("pissa"), start)
     nudge(model)
     model.save_pretrained(tmp_path / "checkpoint-2")
     starts.mark_checkpoint(tmp_path / "checkpoint-2", tmp_path / "start")
@@ -122,7 +122,7 @@ def test_load_for_inference_moves_the_backbone_of_a_checkpoint(adapt, tmp_path, 
 def test_without_a_kept_start_saving_is_refused(adapt, tmp_path):
     model, config, start = adapt("pissa", folder=None)
     with pytest.raises(ValueError, match="Start\\(folder"):
-        methods.method("pissa").save(model, config, tmp_path / "adapter", start)
+        methods.ADAPTERS["pissa"].save(model, config, tmp_path / "adapter", start)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -131,11 +131,11 @@ def test_quantised_backbones_are_refused(name):
     layer = backbone.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ConfigError, match=f"peft={name} on a quantised backbone .*up_proj is torch.uint8.*unquantised"):
-        methods.method(name).apply(backbone, config_of(name), methods.Start(0, batches=batches_of))
+        methods.ADAPTERS[name].apply(backbone, config_of(name), methods.Start(0, batches=batches_of))
     skeleton = tiny_llama()
     skeleton.config.quantization_config = {"load_in_4bit": True}  # as a hub model that was saved quantised says
     with pytest.raises(ConfigError, match=f"peft={name} on a quantised backbone .*config.json"):
-        methods.method(name).check(skeleton, config_of(name))
+        methods.ADAPTERS[name].check(skeleton, config_of(name))
 
 
 def test_pissa_takes_the_best_rank_r_part(adapt):
@@ -190,7 +190,7 @@ def test_eva_refuses_batches_that_it_would_wait_for_for_ever(tmp_path):
             yield {**batch, "labels": torch.where(torch.arange(10) == 9, batch["labels"], -100)}
 
     with pytest.raises(ConfigError, match=r"peft\.lora_r=4: none of 2 micro-batches has so many tokens with a label"):
-        methods.method("eva").apply(tiny_llama(), config_of("eva", eva_batches=2), methods.Start(0, batches=short))
+        methods.ADAPTERS["eva"].apply(tiny_llama(), config_of("eva", eva_batches=2), methods.Start(0, batches=short))
 
 
 @pytest.mark.parametrize("name", MOVING)
@@ -202,5 +202,5 @@ def test_layers_with_forwards_of_their_own_are_refused_where_w_moves(name, tmp_p
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj = Scaled(32, 56, bias=False)
     with pytest.raises(ConfigError, match=rf"Invalid peft={name} with model.layers.1.mlp.up_proj=Scaled \(1 in all\)"):
-        methods.method(name).check(model, config_of(name))
-    methods.method("eva").check(model, config_of("eva"))
+        methods.ADAPTERS[name].check(model, config_of(name))
+    methods.ADAPTERS["eva"].check(model, config_of("eva"))

@@ -52,7 +52,7 @@ def encoded(source, *words, config=None, seed=1):
 
 def adapted(config, **changes):
     section = run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]).peft.model_copy(update=changes)
-    model = methods.method("lora").apply(loading.load_backbone(config, CPU), section, Start(0))
+    model = methods.ADAPTERS["lora"].apply(loading.load_backbone(config, CPU), section, Start(0))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -375,7 +375,7 @@ def test_a_row_that_is_taken_again_is_drawn_anew(source):
 def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_text, changes):
     config = config_of(train_text_encoders=train_text)
     model, section = adapted(config, **changes)
-    methods.method("lora").save(model, section, tmp_path, Start(0))
+    methods.ADAPTERS["lora"].save(model, section, tmp_path, Start(0))
     loading.complete_adapter(config, tmp_path)
     settings = {
         "prompt": ["a red circle"],
@@ -418,17 +418,17 @@ def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_
 def test_layers_that_are_not_there_are_refused_on_the_skeleton(changes, words):
     section = run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]).peft.model_copy(update=changes)
     with pytest.raises(ConfigError, match=words):
-        methods.method("lora").check(loading.skeleton(config_of()), section)
+        methods.ADAPTERS["lora"].check(loading.skeleton(config_of()), section)
 
 
 def test_trained_text_encoders_need_layers_of_theirs():
     section = run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]).peft
     skeleton = loading.skeleton(config_of(train_text_encoders=True))
     assert skeleton.parts == ["unet", "text_encoder", "text_encoder_2"]
-    methods.method("lora").check(skeleton, section)
+    methods.ADAPTERS["lora"].check(skeleton, section)
     only_unet = section.model_copy(update={"target_modules": ["to_q"]})
     with pytest.raises(ConfigError, match="no layer of the text_encoder is among them"):
-        methods.method("lora").check(skeleton, only_unet)
+        methods.ADAPTERS["lora"].check(skeleton, only_unet)
 
 
 @pytest.mark.parametrize("peft", ["adalora", "eva", "corda", "full_ft"])
