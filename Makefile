@@ -67,7 +67,7 @@ lint: setup
 	@$(BIN)/ruff format --check .
 
 docs: $(VENV)/.docs
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.docs: $(SUITE)
 	@echo "packages for the pages";       $(INSTALL) -e '.[docs]'

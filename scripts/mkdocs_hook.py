@@ -48,3 +48,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(target.removeprefix(f"{docs}/"), here)
 
     return _LINK.sub(rewritten, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    return _without_cdn(output, posixpath.relpath(".", posixpath.dirname(page.url) or "."))
+
+
+def on_post_template(output: str, template_name: str, config: MkDocsConfig) -> str:
+    return _without_cdn(output, ".")
+
+
+def _without_cdn(html: str, root: str) -> str:
+    """The offline plugin reads a script from a CDN; docs/assets/file-worker.js does the same."""
+    return html.replace("https://unpkg.com/iframe-worker/shim", f"{root}/assets/file-worker.js")
