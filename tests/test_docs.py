@@ -107,3 +107,19 @@ def test_the_workflow_runs_what_ci_runs():
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
     assert job["strategy"]["matrix"]["python-version"] == ["3.11", "3.12"]
+
+
+def test_every_dependency_has_its_reason():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    names = {re.match(r"[\w-]+", one)[0] for one in needed} - {project["name"]}
+    page = (PROJECT / "docs/dependencies.md").read_text()
+    assert [name for name in sorted(names) if name not in page] == []
+
+
+@pytest.mark.parametrize("group", ["model", "dataset", "peft", "rho", "trainer", "eval"])
+def test_every_option_is_in_the_table_of_options(group):
+    page = (PROJECT / "docs/experiments.md").read_text()
+    (row,) = re.findall(rf"^\| `{group}` \|.*$", page, re.MULTILINE)
+    options = {path.stem for path in (PROJECT / "conf" / group).glob("*.yaml")}
+    assert options - set(re.findall(r"\w+", row)) == set()
