@@ -123,3 +123,18 @@ def test_every_option_is_in_the_table_of_options(group):
     (row,) = re.findall(rf"^\| `{group}` \|.*$", page, re.MULTILINE)
     options = {path.stem for path in (PROJECT / "conf" / group).glob("*.yaml")}
     assert options - set(re.findall(r"\w+", row)) == set()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
+def test_files_that_are_named_exist(page):
+    text = page.read_text()
+    named = set(re.findall(r"`(?:python )?((?:flatlora|conf|data|eval|scripts|tests)/[\w/]+\.(?:py|yaml))", text))
+    named |= set(re.findall(r"`(flatlora/[\w/]*)`", text))
+    examples = {name for name in named if re.search(rf"^`{name}`$", text, re.MULTILINE)}  # a reader's own files
+    assert [name for name in sorted(named - examples) if "NAME" not in name and not (PROJECT / name).exists()] == []
+
+
+def test_the_architecture_page_has_every_room():
+    section = (PROJECT / "docs/architecture.md").read_text().partition("## The rooms")[2].partition("\n## ")[0]
+    rooms = {name for row in re.findall(r"^\| (`.+?`) \|", section, re.MULTILINE) for name in re.findall(r"\w+", row)}
+    assert rooms == {path.parent.name for path in (PROJECT / "flatlora").glob("*/__init__.py")}
