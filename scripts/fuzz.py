@@ -132,8 +132,9 @@ def draw_lines(count: int, seed: int) -> list[list[str]]:
 
 
 def real_lines() -> list[list[str]]:
-    """The commands that README.md and the files of conf/experiment give."""
-    files = [PROJECT / "README.md", *sorted((PROJECT / "conf/experiment").rglob("*.yaml"))]
+    """The commands that README.md, the pages of docs/ and the files of conf/experiment give."""
+    pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+    files = [*pages, *sorted((PROJECT / "conf/experiment").rglob("*.yaml"))]
     texts = [path.read_text() for path in files]
     found = [line for text in texts for line in re.findall(r"^(?:# )?python run_exp\.py +(.+)$", text, re.MULTILINE)]
     lines = [shlex.split(line.rstrip("\\"), comments=True) for line in found]

@@ -1,4 +1,4 @@
-"""`python -m flatlora.methods`: which peft × rho pairs are run and which are refused, as the README's table."""
+"""`python -m flatlora.methods`: which peft × rho pairs run and which do not, as the table in docs/methods.md."""
 
 from __future__ import annotations
 

@@ -362,7 +362,7 @@ def test_what_a_model_trains_besides_its_pairs_moves_as_adamw_moves_it(changes, 
     }
     assert all(any(kind in name for kind in kinds) for name in twins)
     assert bool(twins) == bool(kinds)
-    ours = LoRAPro(lora_pairs(model), lr=0.01)  # as README has it
+    ours = LoRAPro(lora_pairs(model), lr=0.01)  # as docs/library.md has it
     plain = torch.optim.AdamW(twins.values(), lr=0.01, weight_decay=0.0) if twins else None
     for _ in range(3):
         ours.zero_grad()

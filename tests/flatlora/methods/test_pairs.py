@@ -71,8 +71,8 @@ def test_a_pair_runs_a_step_or_is_refused(peft, rho, tiny_settings):
     assert hashes["before"] == hashes["after"]
 
 
-def test_the_readme_has_the_matrix_that_the_code_prints():
-    assert matrix() in (PROJECT / "README.md").read_text()
+def test_the_documentation_has_the_matrix_that_the_code_prints():
+    assert matrix() in (PROJECT / "docs/methods.md").read_text()
 
 
 SETTINGS_ALONE = ("attention", "rslora")  # plain LoRA with other targets or another scaling
