@@ -1,6 +1,5 @@
 """CONTRIBUTING.md's examples as they are printed: they pass lint and their tests, and a run with both is scored."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -36,7 +35,6 @@ def run_examples(words: list[str]) -> int:
     folder, *settings = words
     adapters.__path__.append(f"{folder}/flatlora/methods/adapters")
     data.__path__.append(f"{folder}/data")
-    importlib.import_module("flatlora.methods.adapters.orthogonal")
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", folder, "-c", "/dev/null"]
     fixtures = ["-p", "tests.conftest", "-p", "tests.flatlora.methods.conftest"]
     failed = pytest.main([*options, *fixtures, f"{folder}/tests"])

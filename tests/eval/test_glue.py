@@ -248,5 +248,5 @@ def test_a_finished_run_says_its_task(sst2, capsys):
     assert "Invalid eval.glue.metric=published with eval.glue.task=mnli" in capsys.readouterr().err
     assert main("glue", ["some/model", "rows=/nope.jsonl"]) == 2
     told = capsys.readouterr().err
-    assert "Missing task: write task=VALUE; it decides which metrics are taken." in told
+    assert "Missing task: this key has no default; set task=VALUE; it decides which metrics are taken." in told
     assert "Invalid rows=/nope.jsonl" in told
