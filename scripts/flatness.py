@@ -38,6 +38,7 @@ from flatlora.runs.run_folder import RunFolder  # noqa: E402
 from flatlora.utils import records  # noqa: E402
 from flatlora.utils.console import console, counting, quiet_libraries, report_faults  # noqa: E402
 from flatlora.utils.errors import ConfigError  # noqa: E402
+from flatlora.utils.precision import widen  # noqa: E402
 from scripts.arguments import above_zero, odd, positive, several_above_zero  # noqa: E402
 
 FILE = "flatness.json"
@@ -199,7 +200,7 @@ def _loaded(
     classes = Classes.of_run(run) if experiment.dataset.kind == "image" else None
     eager = experiment.model.model_copy(update={"attn": "eager"})  # the one attention with a second derivative
     model, _, told = loading.load_for_inference(str(run / "adapter"), eager, device, classes)
-    model = model.float()
+    widen(model)
     if told["adapter"]:
         names = [layer.name for layer in find_lora_layers(model)]
         model = model.merge_and_unload()

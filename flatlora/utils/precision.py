@@ -182,6 +182,17 @@ def hold(model: nn.Module, dtype: torch.dtype) -> None:
             packed.dtype = module.compute_dtype = dtype
 
 
+def widen(model: nn.Module) -> nn.Module:
+    """The model with FP32 weights that count as FP32 from now on, in place: W + ε is not rounded to a narrower dtype.
+
+    `model.float()` alone leaves the `stored_dtype` of a held weight, and so do PEFT's merges.
+    """
+    model.float()
+    for parameter in model.parameters():
+        parameter.__dict__.pop("stored_dtype", None)
+    return model
+
+
 def hold_as_computed(model: nn.Module, precision: Precision) -> None:
     """`hold` a model in the dtype of its products where that is wider than the stored one, else leave it."""
     if precision.held != precision.stored:
