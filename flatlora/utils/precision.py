@@ -33,11 +33,11 @@ class CPUFeatures(NamedTuple):
     avx512_bf16: bool | None = None
     amx_bf16: bool | None = None
     arm_bf16: bool | None = None
-    onednn_bf16: bool | None = None  # follows ONEDNN_MAX_CPU_ISA, the others do not
+    onednn_bf16: bool | None = None  # within ONEDNN_MAX_CPU_ISA, which the others do not follow
 
 
 def cpu_features() -> CPUFeatures:
-    """What torch reports for the CPU of this process."""
+    """What torch reports for the CPU of this process, and what the environment leaves of it to oneDNN."""
     reported = _query(torch.cpu, "get_capabilities")
     if reported is None:  # of torch 2.13; 2.11 has single queries for x86 alone
         reported = {
@@ -45,12 +45,27 @@ def cpu_features() -> CPUFeatures:
             "amx_bf16": _query(torch.cpu, "_is_amx_tile_supported"),
         }
     on_arm = platform.machine().lower() in ("aarch64", "arm64")
+    onednn = _query(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
     return CPUFeatures(
         avx512_bf16=False if on_arm else reported.get("avx512_bf16"),
         amx_bf16=False if on_arm else reported.get("amx_bf16"),
         arm_bf16=reported.get("bf16") if on_arm else False,
-        onednn_bf16=_query(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
+        onednn_bf16=onednn and (on_arm or isa_limit_allows_bf16(limit)),
     )
+
+
+def isa_limit_allows_bf16(limit: str | None) -> bool:
+    """Whether oneDNN may use BF16 instructions of an x86 CPU under this value of ONEDNN_MAX_CPU_ISA, None for no limit.
+
+    oneDNN's own query says yes from AVX512_CORE on, where it emulates BF16. Letters' case does not matter, and values
+    that oneDNN does not know limit nothing.
+    """
+    return limit is None or limit.lower() not in _ISAS_WITHOUT_BF16
+
+
+# oneDNN's "CPU Dispatcher Control" names them all; AVX2_VNNI_2 converts BF16 and has no products of it.
+_ISAS_WITHOUT_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
 
 
 def _query(owner: Any, name: str) -> Any:
@@ -144,7 +159,12 @@ def autocast(
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype to load a backbone in for your own training loop: BF16 where its products are fast, else FP32."""
+    """The dtype to load a backbone in for your own training loop: BF16 where its products are fast, else FP32.
+
+    The weights are then those of this dtype: on a CPU that is fast in BF16 an FP32 checkpoint is rounded to BF16, and
+    on one that is slow in it W + ε is not rounded to BF16. Runs of the command line leave an FP32 backbone as it is,
+    and round W + ε of a BF16 one on every machine.
+    """
     return choose_precision("auto", "bfloat16", device).products
 
 
@@ -214,7 +234,11 @@ def as_stored(weight: torch.Tensor) -> torch.Tensor:
 
 def slow_bf16_warning(model: nn.Module, setting: str, remedy: str) -> str:
     """A warning that `setting` makes a CPU compute in BF16 which is slow in it, with the measured ratio."""
-    shapes = Counter(tuple(m.weight.shape) for m in model.modules() if type(m) is nn.Linear)
+    shapes = Counter(
+        tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and ".lora_" not in name  # an adapter's factors are much smaller than its layer
+    )
     m, n = (min(side, 1024) for side in (shapes.most_common(1)[0][0] if shapes else (512, 512)))
     ratio = measured_ratio(m, n)
     _, reason = bf16_support(cpu_features())
