@@ -50,6 +50,7 @@ class Training:
     accumulation: int = 1  # micro-batches of an optimizer step
     world_size: int = 1
     fused: bool = False  # whether torch's fused optimizers serve the device
+    autocast: torch.dtype | None = None  # of the forward passes
     token_mean: bool = True  # the loss is a mean over the step's tokens (causal_lm), not over a micro-batch's
 
     def adamw_settings(self) -> dict[str, Any]:
