@@ -5,6 +5,7 @@ python run_exp.py model=llama dataset=meta_math peft=lora peft.lora_r=8 rho=flat
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import sys
@@ -51,6 +52,8 @@ from flatlora.train.recorder import best_fault
 from flatlora.utils import console, files, records
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import Precision, choose_precision
+
+logger = logging.getLogger(__name__)
 
 CONF_DIR = Path(__file__).parent / "conf"
 EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130  # 75: try again later (sysexits.h)
@@ -372,6 +375,8 @@ def _peft_faults(experiment: Experiment, skeleton: nn.Module) -> list[str]:
 def _check_tokens(experiment: Experiment, skeleton: nn.Module, processor: Any, rows: Any) -> None:
     """See that every token of the rows, and those that batches are padded with, has an embedding.
 
+    Warns of rows beyond the positions that the model was made for.
+
     Raises:
         ConfigError: some have none.
     """
@@ -388,6 +393,9 @@ def _check_tokens(experiment: Experiment, skeleton: nn.Module, processor: Any, r
             f"has {known} embeddings; give the folder the tokenizer that the model was trained with."
         )
     _refuse(faults)
+    lengths = itertools.chain.from_iterable(part.lengths for part in parts)
+    if (warning := fit.long_rows_warning(experiment.model, skeleton, lengths)) and distributed.is_main_process():
+        logger.warning("%s", warning)
 
 
 def _read(experiment: Experiment) -> tuple[Any, Any]:
