@@ -34,6 +34,7 @@ from flatlora.perturb.epsilon import Draw, epsilon_of
 from flatlora.perturb.forward import PerturbedForward, PerturbedReader, Reading, _Wrapper
 from flatlora.perturb.layers import PerturbedLayer
 from flatlora.perturb.schedule import RAMPS, sigma_at
+from flatlora.utils.precision import warn_of_unscaled_fp16
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class WeightPerturbation:
         training_only: layers in evaluation mode, and in passes without gradients, read W even inside a step (not in
             inplace), so that an interrupted step or a generation within one does not evaluate W + ε. Needs a loop that
             calls `model.train()`, and `within_pass` around passes with reentrant checkpoints.
+        loss_scaled: whether the loop scales its loss (torch.amp.GradScaler); without it an FP16 backbone is warned of.
 
     Layers that another perturbation still holds, left behind by an interrupted loop, are taken over from it.
 
@@ -83,11 +85,14 @@ class WeightPerturbation:
         scale: Literal["filter", "iid"] = "filter",
         fan_in: bool = True,
         training_only: bool = False,
+        loss_scaled: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         _refuse_faults(layers, sigma, total_steps, ramp, mode, every, resample, scale)
         self.layers = list(layers)
+        if not loss_scaled:
+            warn_of_unscaled_fp16(layer.dtype for layer in self.layers)
         for layer in self.layers:
             if _HOLDER in layer.module.__dict__:
                 layer.module.__dict__[_HOLDER].close()

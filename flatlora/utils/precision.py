@@ -13,15 +13,19 @@ The choice depends on what torch and oneDNN report, never on a timing, so it is 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 _HALF = (torch.bfloat16, torch.float16)
 _NATIVE = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16", "arm_bf16": "Arm BF16"}
@@ -246,6 +250,16 @@ def slow_bf16_warning(model: nn.Module, setting: str, remedy: str) -> str:
         f"{setting}: a BF16 product takes {ratio:.1f} times as long as an FP32 one on this CPU (measured, {m} × {n}), "
         f"for {reason}; {remedy}."
     )
+
+
+def warn_of_unscaled_fp16(dtypes: Iterable[torch.dtype]) -> None:
+    """Warn of a training whose loss is not scaled, where a weight of its backbone is FP16."""
+    if torch.float16 in set(dtypes):
+        logger.warning(
+            "The backbone is float16 and the loss is not scaled: small gradients of the adapter underflow to 0; load "
+            "the backbone with dtype=torch.bfloat16, or set fp16=True in TrainingArguments (in a loop of your own: "
+            "torch.amp.GradScaler, and loss_scaled=True here)."
+        )
 
 
 def measured_ratio(m: int, n: int, rows: int = 32, rounds: int = 3) -> float:

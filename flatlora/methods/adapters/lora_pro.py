@@ -9,7 +9,7 @@ from torch import nn
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
 from flatlora.methods.base import Training, register
-from flatlora.optim.lora_pro import LoRAPro, lora_pairs
+from flatlora.optim.lora_pro import LoRAPro
 
 
 class LoraProConfig(LoraMethodConfig):
@@ -42,7 +42,7 @@ class LoraPro(Lora):
     def optimizer(self, model: nn.Module, config: LoraProConfig, training: Training) -> LoRAPro:
         optim = training.optim
         return LoRAPro(
-            lora_pairs(model),
+            model,
             optim.lr,
             betas=(optim.adam_beta1, optim.adam_beta2),
             eps=optim.adam_epsilon,
@@ -51,5 +51,6 @@ class LoraPro(Lora):
             moments=config.moments,
             damping=config.damping,
             seed=training.seed,
+            loss_scaled=True,  # FP16 is trained with a scaled loss, or refused
             shard=config.shard_moments and training.world_size > 1,
         )
