@@ -142,8 +142,21 @@ def run_sweep(flags: Sequence[str], settings: Sequence[str], experiments: Sequen
 
 
 def experiment_of(settings: Sequence[str]) -> Experiment:
-    """Typed experiment of canonical command-line settings."""
-    return parse(commandline.compose_config(CONF_DIR, settings), REGISTRY)
+    """Typed experiment of canonical command-line settings.
+
+    Raises:
+        ConfigError: as `parse`; or epochs in a word where max_steps ends the run. Options of conf have epochs of their
+            own, which words may well cut short.
+    """
+    experiment = parse(commandline.compose_config(CONF_DIR, settings), REGISTRY)
+    steps = experiment.trainer.max_steps
+    if steps is not None and any(word.lstrip("+").startswith("optim.epochs=") for word in settings):
+        fault = (
+            f"Invalid optim.epochs={experiment.optim.epochs:g} with trainer.max_steps={steps}: the run ends after "
+            "max_steps, however many epochs that is; leave one of them out, or set trainer.max_steps=null."
+        )
+        raise ConfigError([fault])
+    return experiment
 
 
 def experiments_of(jobs: Sequence[Sequence[str]]) -> list[Experiment]:
@@ -300,6 +313,7 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
             written.
     """
     kind = experiment.dataset.kind
+    _warn_of_unread_data_root(experiment)
     skeleton, (processor, rows), _, own = gather(
         lambda: _check_model(experiment, device),
         lambda: _read(experiment),
@@ -322,6 +336,18 @@ def prepare(experiment: Experiment, device: torch.device) -> Inputs:
     asked = own | dict(zip(names, found, strict=True))
     collate = _COLLATORS[kind](experiment.model, processor)
     return Inputs(device, processor, rows, asked, collate, rows.sha256)
+
+
+def _warn_of_unread_data_root(experiment: Experiment) -> None:
+    """No fault: one command may sweep over data sets that read files and such as are made."""
+    section = experiment.dataset
+    own = any(getattr(benchmarks.evaluator(name), "OWN_ROWS", False) for name in experiment.eval)
+    if experiment.data_root is None or own or data.loader(section.loader).sources(section):
+        return
+    if distributed.is_main_process():
+        logger.warning(
+            "Nothing reads data_root=%s: dataset=%s takes no files from it.", experiment.data_root, section.name
+        )
 
 
 def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:

@@ -72,6 +72,10 @@ class AdapterMethod:
     needs_dense: ClassVar[bool] = False  # it computes with W, moves or trains it: a packed backbone will not do
     not_of_diffusion: ClassVar[str | None] = None  # why it does not go with a diffusion model
 
+    def unread_optim_keys(self, config: PeftConfig) -> Sequence[str]:
+        """Keys of optim that the method's own optimizer of adapters does not read."""
+        return ()
+
     def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
         """Try the config on the architecture without weights.
 
@@ -257,6 +261,16 @@ def combination_faults(experiment: Experiment) -> list[tuple[tuple[str, ...], st
                     "use trainer=ddp.",
                 )
             )
+    if experiment.model.head != "linear":  # a head that is trained besides moves by AdamW
+        faults += [
+            (
+                ("peft", "peft.method", f"optim.{key}"),
+                f"Invalid optim.{key}={getattr(optim, key):g} with peft={peft.name}: its optimizer, as it is set "
+                "here, does not read the key; leave it out, or choose a peft.mode that does.",
+            )
+            for key in method(peft.method).unread_optim_keys(peft)
+            if getattr(optim, key) != type(optim).model_fields[key].get_default()
+        ]
     if optim.optimizer != "adamw" and method(peft.method).has_optimizer:
         faults.append(
             (

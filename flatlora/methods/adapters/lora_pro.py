@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -38,6 +39,9 @@ class LoraPro(Lora):
         "sam": "LoRA-Pro's closed form holds for gradients taken where A and B stand, and SAM takes them elsewhere",
     }
     has_optimizer = True
+
+    def unread_optim_keys(self, config: LoraProConfig) -> Sequence[str]:
+        return ("adam_beta1", "adam_beta2", "adam_epsilon") if config.mode == "sgd" else ()
 
     def optimizer(self, model: nn.Module, config: LoraProConfig, training: Training) -> LoRAPro:
         optim = training.optim

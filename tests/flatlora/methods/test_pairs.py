@@ -142,6 +142,17 @@ def test_lora_pro_refuses_another_optimizer():
         run_exp.experiment_of(["peft=lora_pro", "peft.mode=sgd", "peft.moments=bfloat16"])
 
 
+def test_lora_pro_by_sgd_refuses_settings_of_adam():
+    words = ["peft=lora_pro", "optim.adam_beta1=0.8", "optim.adam_epsilon=1e-6"]
+    assert run_exp.experiment_of(words).optim.adam_beta1 == 0.8
+    with pytest.raises(ConfigError) as caught:
+        run_exp.experiment_of([*words, "peft.mode=sgd"])
+    heads = [fault.partition(" with")[0] for fault in caught.value.faults]
+    assert heads == ["Invalid optim.adam_beta1=0.8", "Invalid optim.adam_epsilon=1e-06"]
+    head = ["model=clip_tiny", "dataset=digits", "model.head=linear"]  # AdamW moves the head
+    assert run_exp.experiment_of([*words, "peft.mode=sgd", *head]).optim.adam_beta1 == 0.8
+
+
 def test_dora_with_dropout_is_refused():
     with pytest.raises(ConfigError, match=r"peft.lora_dropout=0.1: it must be ≤ 0; PEFT's DoRA"):
         run_exp.experiment_of(["peft=dora", "peft.lora_dropout=0.1"])
