@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from flatlora.models.latents import collate_latents
 from flatlora.train import distributed
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_atomic, write_json
+
+logger = logging.getLogger(__name__)
 
 
 class Text(RowKind):
@@ -52,10 +56,15 @@ class Text(RowKind):
     def check(self, experiment: Experiment, skeleton: nn.Module, processor: Any, rows: tokens.Prepared) -> None:
         """See that every token of the rows, and those that batches are padded with, has an embedding.
 
+        Warns of rows beyond the positions that the model was made for.
+
         Raises:
             ConfigError: some have none.
         """
         name, parts = experiment.model.hub_id, (rows.train, rows.validation)
+        lengths = itertools.chain.from_iterable(part.lengths for part in parts)
+        if (warning := fit.long_rows_warning(experiment.model, skeleton, lengths)) and distributed.is_main_process():
+            logger.warning("%s", warning)
         faults = fit.vocabulary_faults(processor, skeleton, name)
         largest = max((int(part.ids.max()) for part in parts if len(part.ids)), default=0)
         known = fit.embedding_rows(skeleton)

@@ -31,7 +31,7 @@ from flatlora.inputs.captioned import pictures_of_run
 from flatlora.inputs.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
 from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
 from flatlora.models.clip import Classes
-from flatlora.models.hashes import weights_sha256
+from flatlora.models.hashes import PUT_BACK, differing_part, short_state, weights_sha256
 from flatlora.models.loading import (
     choose_device,
     load_for_inference,
@@ -600,20 +600,23 @@ def _identity(place: Place, classes: Classes | None = None) -> dict[str, str]:
     """
     identity = weights_identity(place.weights, place.model, classes)
     state = identity.get("base", place.base)
-    if place.base_named and state != place.base and not (place.base and _is_hash(place.base) == _is_hash(state)):
-        recorded = _short(place.base) if place.base else "nothing"
+    part = differing_part(place.base, state) if place.base else "weights"
+    if place.base_named and part and not (place.base and _is_hash(place.base) == _is_hash(state)):
+        recorded = short_state(place.base) if place.base else "nothing"
         logger.warning(
             "Whether base=%s is what %s was trained on cannot be told: its record has %s, and this is %s.",
-            *(place.model.hub_id, place.weights, recorded, _short(state)),
+            *(place.model.hub_id, place.weights, recorded, short_state(state)),
         )
-    elif place.base and state != place.base:
+    elif place.base and part:
         raise ConfigError(
             [
-                f"Invalid backbone of {place.weights}: {place.model.hub_id} is {_short(identity['base'])} now, and "
-                f"the run was trained on {_short(place.base)} (base in its run.json); put those weights back, name "
-                "them with base=PATH, or pin them with model.revision."
+                f"Invalid backbone of {place.weights}: {place.model.hub_id} is {short_state(identity['base'])} now, "
+                f"and the run was trained on {short_state(place.base)} (base in its run.json), which differ in {part}; "
+                f"put {PUT_BACK[part]} back, name them with base=PATH, or pin them with model.revision."
             ]
         )
+    elif place.base and "base" in identity:
+        identity["base"] = place.base  # of an earlier version, perhaps: its answers are of the same model
     return identity
 
 
@@ -627,10 +630,6 @@ def _refuse_changed(place: Place, identity: Mapping[str, str]) -> None:
 def _is_hash(state: str) -> bool:
     """Whether a backbone's state is of a folder's bytes, and not a commit of the hub."""
     return state.startswith("sha256:")
-
-
-def _short(state: str) -> str:
-    return " + ".join(part[:60] for part in state.split("+"))
 
 
 def _load(

@@ -16,8 +16,8 @@ gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's sha
 methods  see bench_methods.py: an optimizer step of every method against LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
 sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, against that of diffusers' example.
-Writes results/bench/{cpu,data,gpu,methods,processes,sdxl}.json (cpu_fp32.json on a CPU that computes in FP32), and a
-plot for cpu and gpu.
+Writes results/bench/{cpu,data,gpu,methods,processes,sdxl}.json, and a plot for cpu and gpu; cpu_fp32.json and its own
+plot on a CPU that computes in FP32.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import statistics
 import sys
 import time
@@ -58,6 +59,8 @@ PROJECT = Path(__file__).parents[1]
 
 MODES = ("copy", "recompute", "inplace")
 SIGMA, SEED, ROWS = 0.05, 0, 16
+# Variables by which a CPU's instructions are hidden from torch, oneDNN and MKL.
+INSTRUCTION_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 DRIFT_BLOCKS = 6  # of 30: the drift of an entry does not depend on how many others there are
 console = Console(highlight=False)
 
@@ -122,12 +125,22 @@ def main() -> int:
         "step_seconds": steps,
         "drift": {mode: curve[-1] for mode, curve in drift.items()},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    kind = "cpu" if chosen.products == torch.bfloat16 else "cpu_fp32"
-    files.write_json(options.out / f"{kind}.json", report)
-    plot_drift(drift, options.out / "cpu_drift.png")
-    console.print(f"written: {options.out / kind}.json, {options.out / 'cpu_drift.png'}", soft_wrap=True)
+    written = write_results(options.out, chosen, report, drift)
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
     return 0
+
+
+def write_results(
+    out: Path, chosen: Precision, report: dict[str, Any], drift: dict[str, list[dict[str, float]]]
+) -> list[Path]:
+    """Write the report and its plot of drift; each kind of CPU has files of its own."""
+    out.mkdir(parents=True, exist_ok=True)
+    kind = "cpu" if chosen.products == torch.bfloat16 else "cpu_fp32"
+    paths = [out / f"{kind}.json", out / f"{kind}_drift.png"]
+    limits = {name: os.environ[name] for name in INSTRUCTION_LIMITS if name in os.environ}
+    files.write_json(paths[0], report | {"instruction_limits": limits})
+    plot_drift(drift, paths[1])
+    return paths
 
 
 def embedded_config() -> ModelConfig:

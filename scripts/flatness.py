@@ -36,6 +36,7 @@ from flatlora.runs.run_folder import RunFolder
 from flatlora.utils import records
 from flatlora.utils.console import console, counting, quiet_libraries, report_faults
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.precision import widen
 from scripts.arguments import above_zero, odd, positive, several_above_zero
 
 FILE = "flatness.json"
@@ -197,7 +198,7 @@ def _loaded(
     classes = Classes.of_run(run) if experiment.dataset.kind == "image" else None
     eager = experiment.model.model_copy(update={"attn": "eager"})  # the one attention with a second derivative
     model, _, told = loading.load_for_inference(str(run / "adapter"), eager, device, classes)
-    model = model.float()
+    widen(model)
     if told["adapter"]:
         names = [layer.name for layer in find_lora_layers(model)]
         model = model.merge_and_unload()

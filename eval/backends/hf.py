@@ -28,7 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 from eval.backends import Completion, Sampling, cut_at
 from eval.backends.tokenised import Context, TokenisedBackend, end_ids
 from flatlora.inputs.tokenizing import text_ids
-from flatlora.models.fit import position_tables
+from flatlora.models.fit import position_tables, rotary_positions
 from flatlora.utils.precision import Precision, autocast
 
 _IGNORED = -100  # label of a place without an answer's token
@@ -218,10 +218,8 @@ def context_of(model: nn.Module) -> Context | None:
     """What a model's positions reach to; None where they are relative, or unbounded."""
     if tables := position_tables(model):
         return Context(min(tables.values()), "learned")
-    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if model.config.is_encoder_decoder or getattr(model.config, "alibi", False) or not isinstance(trained, int):
-        return None
-    return Context(trained, "rotary") if trained > 0 else None
+    trained = rotary_positions(model)
+    return None if trained is None else Context(trained, "rotary")
 
 
 class StopTexts(StoppingCriteria):

@@ -106,8 +106,21 @@ def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], exper
 
 
 def experiment_of(suite: Suite, settings: Sequence[str]) -> Experiment:
-    """Typed experiment of canonical command-line settings."""
-    return parse(commandline.compose_config(suite.conf_dir, settings), suite)
+    """Typed experiment of canonical command-line settings.
+
+    Raises:
+        ConfigError: as `parse`; or epochs in a word where max_steps ends the run. Options of conf have epochs of their
+            own, which words may well cut short.
+    """
+    experiment = parse(commandline.compose_config(suite.conf_dir, settings), suite)
+    steps = experiment.trainer.max_steps
+    if steps is not None and any(word.lstrip("+").startswith("optim.epochs=") for word in settings):
+        fault = (
+            f"Invalid optim.epochs={experiment.optim.epochs:g} with trainer.max_steps={steps}: the run ends after "
+            "max_steps, however many epochs that is; leave one of them out, or set trainer.max_steps=null."
+        )
+        raise ConfigError([fault])
+    return experiment
 
 
 def experiments_of(suite: Suite, jobs: Sequence[Sequence[str]]) -> list[Experiment]:

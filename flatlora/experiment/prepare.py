@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from flatlora.methods.adapters.lora import find_targets
 from flatlora.models import fit, loading
 from flatlora.train import distributed, training
 from flatlora.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
         ConfigError: model, method, data and benchmarks, or then the rows that are asked, do not fit; nothing has been
             written.
     """
+    _warn_of_unread_data_root(suite, experiment)
     kind = suite.kind(experiment)
     skeleton, (processor, rows), _, own = gather(
         lambda: _check_model(experiment, device),
@@ -56,6 +60,18 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
     asked = own | dict(zip(names, found, strict=True))
     collate = kind.collator(experiment.model, processor)
     return Inputs(device, processor, rows, asked, collate, rows.sha256)
+
+
+def _warn_of_unread_data_root(suite: Suite, experiment: Experiment) -> None:
+    """No error: one command may sweep over data sets that read files and such as are made."""
+    section = experiment.dataset
+    own = any(suite.benchmarks[name].own_rows for name in experiment.eval)
+    if experiment.data_root is None or own or suite.datasets[section.loader].sources(section):
+        return
+    if distributed.is_main_process():
+        logger.warning(
+            "Nothing reads data_root=%s: dataset=%s takes no files from it.", experiment.data_root, section.name
+        )
 
 
 def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:

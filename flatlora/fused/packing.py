@@ -50,7 +50,12 @@ def remove_padding(base: nn.Module) -> list[str]:
     The model's `forward` is replaced: a training batch with labels and a mask is packed, all other calls run as before.
     """
     attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
-    if attention not in _MASKS or not attends_to_all_before(base):
+    if attention not in _MASKS or not is_decoder_only(base):
+        return []
+    if reason := narrow_attention(base):
+        logger.warning(
+            "The batches of %s stay padded, and its head computes all logits: %s.", type(base).__name__, reason
+        )
         return []
     original, done = base.forward, ["batches without padding"]
     base.config._attn_implementation = _packed_name(attention)
@@ -68,12 +73,24 @@ def remove_padding(base: nn.Module) -> list[str]:
 
 def attends_to_all_before(base: nn.Module) -> bool:
     """Whether every layer is causal attention to all earlier tokens, without a window or chunks."""
-    if not isinstance(base, PreTrainedModel) or not isinstance(getattr(base, "model", None), nn.Module):
-        return False
-    config = base.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    return kinds == {"full_attention"} and not windowed and not getattr(config, "is_encoder_decoder", False)
+    return is_decoder_only(base) and narrow_attention(base) is None
+
+
+def is_decoder_only(base: nn.Module) -> bool:
+    """Whether a model is a causal language model of transformers, a head on a decoder named `model`."""
+    decoder = isinstance(base, PreTrainedModel) and isinstance(getattr(base, "model", None), nn.Module)
+    return decoder and not getattr(base.config, "is_encoder_decoder", False)
+
+
+def narrow_attention(base: PreTrainedModel) -> str | None:
+    """Which layers see less than all earlier tokens, as a reason for the user; None where none does."""
+    for setting in ("sliding_window", "attention_chunk_size"):
+        if width := getattr(base.config, setting, None):
+            return f"its attention has a window ({setting}={width})"
+    kinds = set(getattr(base.config, "layer_types", None) or ())
+    if others := sorted(kinds - {"full_attention"}):
+        return f"its layers are not all causal attention to every earlier token (layer_types: {', '.join(others)})"
+    return None
 
 
 def loss_without_padding(

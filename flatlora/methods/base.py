@@ -52,6 +52,7 @@ class Training:
     accumulation: int = 1  # micro-batches of an optimizer step
     world_size: int = 1
     fused: bool = False  # whether torch's fused optimizers serve the device
+    autocast: torch.dtype | None = None  # of the forward passes
     token_mean: bool = True  # the loss is a mean over the step's tokens (causal_lm), not over a micro-batch's
 
     def adamw_settings(self) -> dict[str, Any]:
@@ -98,6 +99,14 @@ class AdapterMethod:
             )
         if self.reads_gradients and experiment.trainer.zero:
             yield _zero_error("peft", peft.name, experiment)
+        if model.head != "linear":  # a head that is trained besides moves by AdamW
+            for key in self.unread_optim_keys(peft):
+                if getattr(optim, key) != type(optim).model_fields[key].get_default():
+                    yield SettingError(
+                        (*keys, f"optim.{key}"),
+                        f"Invalid optim.{key}={getattr(optim, key):g} with peft={peft.name}: its optimizer, as it is "
+                        "set here, does not read the key; leave it out, or choose a peft.mode that does.",
+                    )
         if optim.optimizer != "adamw" and self.has_optimizer:
             yield SettingError(
                 (*keys, "optim.optimizer"),
@@ -105,6 +114,10 @@ class AdapterMethod:
                 "own, whose moments are not 8-bit; leave optim.optimizer out (peft=lora_pro: peft.moments=bfloat16 "
                 "halves them).",
             )
+
+    def unread_optim_keys(self, config: PeftConfig) -> Sequence[str]:
+        """Keys of optim that the method's own optimizer of adapters does not read."""
+        return ()
 
     def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
         """Try the config on the architecture without weights.

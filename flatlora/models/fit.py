@@ -124,6 +124,27 @@ def position_tables(model: nn.Module) -> dict[str, int]:
     return found | buffers  # GPT-J's
 
 
+def rotary_positions(model: nn.Module) -> int | None:
+    """Tokens of the longest rows that a model with rotary positions was made for; None of learned or relative ones."""
+    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if position_tables(model) or model.config.is_encoder_decoder or getattr(model.config, "alibi", False):
+        return None
+    return trained if isinstance(trained, int) and trained > 0 else None
+
+
+def long_rows_warning(config: ModelConfig, skeleton: nn.Module, lengths: Iterable[int]) -> str | None:
+    """A warning of rows beyond the positions that a model with rotary ones was made for; None where none is."""
+    trained = rotary_positions(skeleton)
+    beyond = [length for length in lengths if trained is not None and length > trained]
+    if not beyond:
+        return None
+    return (
+        f"{len(beyond)} rows are longer than the {trained} tokens that {config.hub_id} was made for "
+        f"(max_position_embeddings), the longest {max(beyond)}: beyond them its rotary positions are untrained, and "
+        f"losses may be far higher; dataset.max_length={trained} cuts these rows."
+    )
+
+
 def attention_implementation(config: ModelConfig, known: PreTrainedConfig, device: torch.device) -> str | None:
     """Attention kernels that compute the model's own formula, as from_pretrained takes them.
 

@@ -1,10 +1,13 @@
-"""SHA-256 of weights: of a model in memory, of an adapter's and of a backbone's files."""
+"""SHA-256 of weights: of a model in memory, of an adapter's and of a backbone's files; and of a backbone's settings."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +48,62 @@ def weights_sha256(folder: Path) -> str:
     else:
         patterns = _WEIGHT_FILES
     return _files_sha256(folder, patterns)
+
+
+def folder_state(folder: Path) -> str:
+    """ "sha256:" and the hash of a model folder's weights; where it has a config.json, "/config:" and its settings'."""
+    state, config = f"sha256:{weights_sha256(folder)}", folder / "config.json"
+    return f"{state}{_SETTINGS}{settings_sha256(json.loads(config.read_bytes()))}" if config.is_file() else state
+
+
+_SETTINGS = "/config:"
+
+
+def differing_part(recorded: str, here: str) -> str | None:
+    """In what two states of a backbone differ: "weights" or "settings"; None where both are of one model.
+
+    Args:
+        recorded, here: as `flatlora.models.loading.backbone_state` gives them; one of an earlier version has no
+            settings, and is of any.
+    """
+    weights, _, settings = recorded.partition(_SETTINGS)
+    own_weights, _, own_settings = here.partition(_SETTINGS)
+    if weights != own_weights:
+        return "weights"
+    return "settings" if settings and own_settings and settings != own_settings else None
+
+
+PUT_BACK = {"weights": "those weights", "settings": "the config.json of then"}
+"""What to put back where `differing_part` names a part."""
+
+
+def short_state(state: str) -> str:
+    """A backbone's state for the user, its hashes cut."""
+    return _HASH.sub(lambda match: f"{match[0][:12]}…", state).replace("+", " + ")
+
+
+_HASH = re.compile(r"[0-9a-f]{40,}")
+
+
+def settings_sha256(config: Any) -> str:
+    """SHA-256 over those settings of a model's config.json that decide what its weights compute, such as rope_theta.
+
+    A setting of null counts as one that is not there.
+    """
+    return hashlib.sha256(json.dumps(_of_the_function(config), sort_keys=True).encode()).hexdigest()
+
+
+_NOT_OF_THE_FUNCTION = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+_NOT_OF_THE_FUNCTION |= {"_attn_implementation_autoset", "output_attentions", "output_hidden_states", "use_cache"}
+
+
+def _of_the_function(config: Any) -> Any:
+    if isinstance(config, list):
+        return [_of_the_function(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    kept = {key: value for key, value in config.items() if value is not None and key not in _NOT_OF_THE_FUNCTION}
+    return {key: _of_the_function(value) for key, value in kept.items()}
 
 
 def part_sha256(folder: Path) -> str:

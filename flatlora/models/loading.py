@@ -38,7 +38,7 @@ from flatlora.models.fit import (
     packing_of,
     vocabulary_faults,
 )
-from flatlora.models.hashes import weights_sha256
+from flatlora.models.hashes import folder_state, weights_sha256
 from flatlora.models.saved_adapters import base_name, check_adapter, holds_tensors_of, with_adapter
 from flatlora.models.sources import (
     NO_FOREIGN_CODE,
@@ -454,16 +454,22 @@ def quantisation(config: ModelConfig) -> transformers.BitsAndBytesConfig:
 
 
 def backbone_state(config: ModelConfig) -> str:
-    """What changes whenever the backbone's weights do: the hash of a folder's weight files, or the hub's commit.
+    """What changes whenever the function of the frozen backbone does: the hashes of a folder's weight files and
+    settings (`folder_state`), or the hub's commit.
 
-    Of a pipeline with another VAE, that one's stands behind a "+".
+    Settings of embedded weights are the suite's own, and do not count. Of a pipeline with another VAE, that one's
+    stands behind a "+".
 
     Raises:
         ConfigError: there is no such model; with the ways out.
     """
     source, _ = source_and_options(config)
-    folder = os.path.isdir(source)
-    state = f"sha256:{weights_sha256(Path(source))}" if folder else f"{source}@{FAMILIES[config.family].commit(config)}"
+    if config.embedded:
+        state = f"sha256:{weights_sha256(Path(source))}"
+    elif os.path.isdir(source):
+        state = folder_state(Path(source))
+    else:
+        state = f"{source}@{FAMILIES[config.family].commit(config)}"
     vae = diffusion.vae_state(config) if isinstance(config, DiffusionModelConfig) else None
     return f"{state}+{vae}" if vae else state
 

@@ -20,6 +20,7 @@ live on one of them; weight decay is decoupled and acts on A and B.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,9 @@ from torch import nn
 
 from flatlora.perturb.layers import named_lora_layers
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.precision import warn_of_unscaled_fp16
+
+logger = logging.getLogger(__name__)
 
 _MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 _MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,11 +49,16 @@ class Pair(NamedTuple):
 
 
 class Pairs(list[Pair]):
-    """The pairs of a model, and in `others` what is trained besides, as (name, parameter)."""
+    """The pairs of a model, in `others` what is trained besides, as (name, parameter), and the dtypes of the rest."""
 
-    def __init__(self, pairs: Iterable[Pair], others: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        others: Iterable[tuple[str, nn.Parameter]],
+        frozen_dtypes: Iterable[torch.dtype] = (),
+    ) -> None:
         super().__init__(pairs)
-        self.others = list(others)
+        self.others, self.frozen_dtypes = list(others), set(frozen_dtypes)
 
 
 def lora_pairs(model: nn.Module) -> Pairs:
@@ -77,24 +86,26 @@ def lora_pairs(model: nn.Module) -> Pairs:
                 pairs.append(Pair(name, A, B, module.scaling[adapter]))
     factors = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
     others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
-    return Pairs(pairs, others)
+    return Pairs(pairs, others, (p.dtype for p in model.parameters() if not p.requires_grad))
 
 
 class LoRAPro(torch.optim.Optimizer):
-    """LoRA-Pro as an optimizer of (A, B) pairs.
+    """LoRA-Pro as an optimizer of a PEFT model's (A, B) pairs.
 
-        optimizer = LoRAPro(lora_pairs(peft_model), lr=1e-4)
+        optimizer = LoRAPro(peft_model, lr=1e-4)
 
     Args:
-        params_pairs: `lora_pairs` of a model, or `Pair`s or (name, A, B, scaling) tuples; names must differ, since
-            state is kept by name.
+        params_pairs: a PEFT model, `lora_pairs` of one, or `Pair`s or (name, A, B, scaling) tuples; names must differ,
+            since state is kept by name.
         mode: "adamw" or "sgd".
         moments: dtype of Adam's moments of the m×n equivalent gradient: "float32" (8 bytes a weight of the backbone) or
             "bfloat16", rounded stochastically (4 bytes).
         damping: added to the eigenvalues of BᵀB and AAᵀ that are inverted.
         seed: of the stochastic rounding, which is a function of (seed, step, name).
         others: trained parameters that are no pairs, as (name, parameter); they get AdamW with FP32 moments. None takes
-            those that `lora_pairs` found in its model.
+            those that `lora_pairs` found in its model; of a plain list of pairs there are none, with a warning, as
+            that list cannot tell what else is trained: others=() says that nothing is.
+        loss_scaled: as in `WeightPerturbation`; known of a model's pairs alone.
         shard: with several processes, keep and update each pair on one of them and send the result to all. Gradients
             must be averaged already (DDP does). Call `consolidate_state_dict()` on all before `state_dict()` on one.
 
@@ -104,7 +115,7 @@ class LoRAPro(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params_pairs: Iterable[Pair | tuple[str, nn.Parameter, nn.Parameter, float]],
+        params_pairs: nn.Module | Iterable[Pair | tuple[str, nn.Parameter, nn.Parameter, float]],
         lr: float = 1e-4,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -115,10 +126,21 @@ class LoRAPro(torch.optim.Optimizer):
         damping: float = 1e-8,
         seed: int = 0,
         others: Iterable[tuple[str, nn.Parameter]] | None = None,
+        loss_scaled: bool = False,
         shard: bool = False,
     ) -> None:
+        if isinstance(params_pairs, nn.Module):
+            params_pairs = lora_pairs(params_pairs)
+        if others is None and not isinstance(params_pairs, Pairs):
+            logger.warning(
+                "LoRAPro was given a plain list of pairs without others=: what is trained besides them (biases, "
+                "magnitudes, embeddings, whole modules) would stay where it is; give it the model, "
+                "others=lora_pairs(model).others, or others=() where nothing else is trained."
+            )
+        if not loss_scaled:
+            warn_of_unscaled_fp16(getattr(params_pairs, "frozen_dtypes", ()))
         if others is None:
-            others = params_pairs.others if isinstance(params_pairs, Pairs) else ()
+            others = getattr(params_pairs, "others", ())
         pairs, others = [Pair(*pair) for pair in params_pairs], list(others)
         _refuse_faults(pairs, lr, betas, eps, weight_decay, mode, moments, damping)
         self.mode, self.moments, self.damping, self.seed = mode, _MOMENTS[moments], damping, seed

@@ -60,7 +60,6 @@ class FlatLoraCallback(TrainerCallback):
                 "peft.get_peft_model(model, LoraConfig(...)) before you give it to the Trainer."
             )
         self._warn_of_slow_products(model, layers[0].weight, args)
-        self._warn_of_unscaled_fp16(layers[0].weight, args)
         self.close()  # of a training that was interrupted
         self.perturbation = WeightPerturbation(
             layers,
@@ -70,6 +69,7 @@ class FlatLoraCallback(TrainerCallback):
             rank=args.process_index,
             world_size=args.world_size,
             training_only=True,
+            loss_scaled=args.mixed_precision == "fp16",
             **self.settings,
         )
         self._warn_of_no_noise(state.max_steps)
@@ -90,14 +90,6 @@ class FlatLoraCallback(TrainerCallback):
         if in_bf16 and weight.is_cpu and not bf16_support(cpu_features())[0]:
             remedy = "load the backbone with dtype=flatlora.fast_dtype() and leave bf16 out of TrainingArguments"
             logger.warning("%s", slow_bf16_warning(model, setting, remedy))
-
-    @staticmethod
-    def _warn_of_unscaled_fp16(weight: torch.Tensor, args: TrainingArguments) -> None:
-        if weight.dtype == torch.float16 and args.mixed_precision != "fp16":
-            logger.warning(
-                "The backbone is float16 and TrainingArguments has no fp16=True: without loss scaling small gradients "
-                "of the adapter underflow to 0; load the backbone with dtype=torch.bfloat16, or set fp16=True."
-            )
 
     def _warn_of_no_noise(self, total_steps: int) -> None:
         """Every ramp rises: where the last window has no noise, none has."""

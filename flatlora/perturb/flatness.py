@@ -41,11 +41,12 @@ def plain_layers(model: nn.Module, names: Sequence[str]) -> list[PerturbedLayer]
         ValueError: weights that cannot be shifted by a little: not FP32 or FP64.
     """
     layers = [PerturbedLayer(name, model.get_submodule(name)) for name in names]
-    coarse = sorted({str(layer.dtype) for layer in layers if layer.dtype not in (torch.float32, torch.float64)})
+    fine = (torch.float32, torch.float64)
+    coarse = sorted({str(layer.stored_dtype) for layer in layers if layer.stored_dtype not in fine})
     if coarse or any(layer.quantised for layer in layers):
         raise ValueError(
             f"Invalid weights={', '.join(coarse) or 'packed'}: a small step would be lost in their rounding; call "
-            "model.float() first."
+            "flatlora.utils.precision.widen(model) first."
         )
     return layers
 

@@ -166,7 +166,8 @@ def has_standard_forward(module: nn.Module) -> bool:
 def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
     """Every linear or convolution layer that PEFT wrapped with a LoRA adapter, named as without PEFT and DDP.
 
-    LoRA layers of other kinds (embeddings, for example) are trained without noise, and are named in a warning.
+    What else is trained has no noise, and is named in a warning: LoRA layers of other kinds (embeddings, for example),
+    modules trained whole (`modules_to_save`), tokens (`trainable_token_indices`), biases.
 
     Raises:
         ConfigError: an adapter is no s·B·A on the weight of its layer, see `named_lora_layers`; or is around
@@ -178,8 +179,9 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
             f"Invalid model {type(model).__name__}: FSDP shards its weights, whose row norms no process can then read; "
             "train by DDP or DeepSpeed's ZeRO-2, which leave each process the whole backbone."
         )
-    layers, others = [], Counter()
+    layers, others, lora_modules = [], Counter(), set()
     for name, module in named_lora_layers(model):
+        lora_modules.add(name)
         if isinstance(module.get_base_layer(), nn.MultiheadAttention):
             raise ConfigError(
                 [
@@ -200,10 +202,29 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
                     readers=list(module.lora_magnitude_vector.values()),
                 )
             )
+    _warn_of_no_noise(others, _trained_beside(model, lora_modules))
+    return layers
+
+
+def _trained_beside(model: nn.Module, lora_modules: set[str]) -> list[str]:
+    """Names of trained parameters that are no part of a LoRA adapter."""
+    trained = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [name for name in trained if name.partition(".lora_")[0] not in lora_modules or ".lora_" not in name]
+
+
+def _warn_of_no_noise(others: Counter[str], beside: Sequence[str]) -> None:
+    parts = []
     if others:
         kinds = ", ".join(f"{count} around {kind}" for kind, count in others.items())
-        logger.warning("LoRA layers without noise: %s. Linear layers and 2-d convolutions alone are perturbed.", kinds)
-    return layers
+        parts.append(f"LoRA layers without noise: {kinds}. Linear layers and 2-d convolutions alone are perturbed.")
+    if beside:
+        more = f" and {len(beside) - _NAMED} more" if len(beside) > _NAMED else ""
+        parts.append(f"Parameters trained without noise, for no LoRA is theirs: {', '.join(beside[:_NAMED])}{more}.")
+    if parts:
+        logger.warning("%s", " ".join(parts))
+
+
+_NAMED = 4  # parameters in a warning
 
 
 # Variants of LoRA in PEFT whose change of the weight is another function of A and B than s·B·A.

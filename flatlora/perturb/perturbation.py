@@ -35,6 +35,7 @@ from flatlora.perturb.forward import PerturbedForward, PerturbedReader, Reading,
 from flatlora.perturb.layers import PerturbedLayer
 from flatlora.perturb.schedule import sigma_at
 from flatlora.perturb.settings import NoiseSettings
+from flatlora.utils.precision import warn_of_unscaled_fp16
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class WeightPerturbation:
         training_only: layers in evaluation mode, and in passes without gradients, read W even inside a step (not in
             inplace), so that an interrupted step or a generation within one does not evaluate W + ε. Needs a loop that
             calls `model.train()`, and `within_pass` around passes with reentrant checkpoints.
+        loss_scaled: whether the loop scales its loss (torch.amp.GradScaler); without it an FP16 backbone is warned of.
         rank, world_size: of this process.
         settings: fields of `NoiseSettings`; `sigma` is required.
 
@@ -67,12 +69,15 @@ class WeightPerturbation:
         total_steps: int,
         seed: int,
         training_only: bool = False,
+        loss_scaled: bool = False,
         rank: int = 0,
         world_size: int = 1,
         **settings: Any,
     ) -> None:
         self.noise = _validated(layers, total_steps, settings)
         self.layers = list(layers)
+        if not loss_scaled:
+            warn_of_unscaled_fp16(layer.dtype for layer in self.layers)
         for layer in self.layers:
             if _HOLDER in layer.module.__dict__:
                 layer.module.__dict__[_HOLDER].close()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flatlora.models.hashes import PUT_BACK, differing_part, short_state
 from flatlora.utils import records, staging
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import fsync_folder
@@ -36,7 +37,7 @@ def seal(
     """Flush every file of a checkpoint to disk, then write the manifest that makes it count.
 
     Args:
-        base: state of the backbone's weights, as `flatlora.models.loading.backbone_state` has it.
+        base: state of the backbone, as `flatlora.models.loading.backbone_state` has it.
     """
     staging.obey_umask(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
@@ -156,10 +157,10 @@ def _refuse_other_origin(
     trained_on = manifest.get("base")
     if base is not None and trained_on is None:
         logger.warning("%s does not say which backbone it was trained on: an earlier version wrote it.", folder)
-    elif base is not None and trained_on != base:
+    elif base is not None and (part := differing_part(trained_on, base)):
         faults.append(
-            f"{folder} was trained on other weights of the backbone ({trained_on[:60]}, here {base[:60]}): put those "
-            "weights back, pin them with model.revision, or say overwrite=true."
+            f"{folder} was trained on other {part} of the backbone ({short_state(trained_on)}, here "
+            f"{short_state(base)}): put {PUT_BACK[part]} back, pin them with model.revision, or say overwrite=true."
         )
     if manifest.get("world_size") != world_size:
         faults.append(

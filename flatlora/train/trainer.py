@@ -371,5 +371,6 @@ def training_of(experiment: Experiment, arguments: TrainingArguments) -> Trainin
         accumulation=arguments.gradient_accumulation_steps,
         world_size=arguments.world_size,
         fused=arguments.device.type == "cuda",
+        autocast=choose_precision(experiment.trainer.autocast, experiment.model.dtype, arguments.device).autocast,
         token_mean=experiment.model.family == "causal_lm",
     )

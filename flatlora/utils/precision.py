@@ -13,15 +13,19 @@ The choice depends on what torch and oneDNN report, never on a timing, so it is 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 _HALF = (torch.bfloat16, torch.float16)
 _NATIVE = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16", "arm_bf16": "Arm BF16"}
@@ -33,11 +37,11 @@ class CPUFeatures(NamedTuple):
     avx512_bf16: bool | None = None
     amx_bf16: bool | None = None
     arm_bf16: bool | None = None
-    onednn_bf16: bool | None = None  # follows ONEDNN_MAX_CPU_ISA, the others do not
+    onednn_bf16: bool | None = None  # within ONEDNN_MAX_CPU_ISA, which the others do not follow
 
 
 def cpu_features() -> CPUFeatures:
-    """What torch reports for the CPU of this process."""
+    """What torch reports for the CPU of this process, and what the environment leaves of it to oneDNN."""
     reported = _query(torch.cpu, "get_capabilities")
     if reported is None:  # of torch 2.13; 2.11 has single queries for x86 alone
         reported = {
@@ -45,12 +49,27 @@ def cpu_features() -> CPUFeatures:
             "amx_bf16": _query(torch.cpu, "_is_amx_tile_supported"),
         }
     on_arm = platform.machine().lower() in ("aarch64", "arm64")
+    onednn = _query(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
     return CPUFeatures(
         avx512_bf16=False if on_arm else reported.get("avx512_bf16"),
         amx_bf16=False if on_arm else reported.get("amx_bf16"),
         arm_bf16=reported.get("bf16") if on_arm else False,
-        onednn_bf16=_query(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
+        onednn_bf16=onednn and (on_arm or isa_limit_allows_bf16(limit)),
     )
+
+
+def isa_limit_allows_bf16(limit: str | None) -> bool:
+    """Whether oneDNN may use BF16 instructions of an x86 CPU under this value of ONEDNN_MAX_CPU_ISA, None for no limit.
+
+    oneDNN's own query says yes from AVX512_CORE on, where it emulates BF16. Letters' case does not matter, and values
+    that oneDNN does not know limit nothing.
+    """
+    return limit is None or limit.lower() not in _ISAS_WITHOUT_BF16
+
+
+# oneDNN's "CPU Dispatcher Control" names them all; AVX2_VNNI_2 converts BF16 and has no products of it.
+_ISAS_WITHOUT_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
 
 
 def _query(owner: Any, name: str) -> Any:
@@ -144,7 +163,12 @@ def autocast(
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype to load a backbone in for your own training loop: BF16 where its products are fast, else FP32."""
+    """The dtype to load a backbone in for your own training loop: BF16 where its products are fast, else FP32.
+
+    The weights are then those of this dtype: on a CPU that is fast in BF16 an FP32 checkpoint is rounded to BF16, and
+    on one that is slow in it W + ε is not rounded to BF16. Runs of the command line leave an FP32 backbone as it is,
+    and round W + ε of a BF16 one on every machine.
+    """
     return choose_precision("auto", "bfloat16", device).products
 
 
@@ -182,6 +206,17 @@ def hold(model: nn.Module, dtype: torch.dtype) -> None:
             packed.dtype = module.compute_dtype = dtype
 
 
+def widen(model: nn.Module) -> nn.Module:
+    """The model with FP32 weights that count as FP32 from now on, in place: W + ε is not rounded to a narrower dtype.
+
+    `model.float()` alone leaves the `stored_dtype` of a held weight, and so do PEFT's merges.
+    """
+    model.float()
+    for parameter in model.parameters():
+        parameter.__dict__.pop("stored_dtype", None)
+    return model
+
+
 def hold_as_computed(model: nn.Module, precision: Precision) -> None:
     """`hold` a model in the dtype of its products where that is wider than the stored one, else leave it."""
     if precision.held != precision.stored:
@@ -203,7 +238,11 @@ def as_stored(weight: torch.Tensor) -> torch.Tensor:
 
 def slow_bf16_warning(model: nn.Module, setting: str, remedy: str) -> str:
     """A warning that `setting` makes a CPU compute in BF16 which is slow in it, with the measured ratio."""
-    shapes = Counter(tuple(m.weight.shape) for m in model.modules() if type(m) is nn.Linear)
+    shapes = Counter(
+        tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and ".lora_" not in name  # an adapter's factors are much smaller than its layer
+    )
     m, n = (min(side, 1024) for side in (shapes.most_common(1)[0][0] if shapes else (512, 512)))
     ratio = measured_ratio(m, n)
     _, reason = bf16_support(cpu_features())
@@ -211,6 +250,16 @@ def slow_bf16_warning(model: nn.Module, setting: str, remedy: str) -> str:
         f"{setting}: a BF16 product takes {ratio:.1f} times as long as an FP32 one on this CPU (measured, {m} × {n}), "
         f"for {reason}; {remedy}."
     )
+
+
+def warn_of_unscaled_fp16(dtypes: Iterable[torch.dtype]) -> None:
+    """Warn of a training whose loss is not scaled, where a weight of its backbone is FP16."""
+    if torch.float16 in set(dtypes):
+        logger.warning(
+            "The backbone is float16 and the loss is not scaled: small gradients of the adapter underflow to 0; load "
+            "the backbone with dtype=torch.bfloat16, or set fp16=True in TrainingArguments (in a loop of your own: "
+            "torch.amp.GradScaler, and loss_scaled=True here)."
+        )
 
 
 def measured_ratio(m: int, n: int, rows: int = 32, rounds: int = 3) -> float:

@@ -154,6 +154,25 @@ def test_a_base_that_nothing_reads_or_that_is_none_is_a_fault(made, tiny_model_f
     assert told == "Invalid base=some/model with backend=openai: the server has its own; drop it."
 
 
+def test_a_base_with_other_settings_is_named_and_a_record_without_them_still_counts(with_own_base, capsys):
+    run, base = with_own_base
+    own, config = run / "eval/gsm8k", json.loads((base / "config.json").read_bytes())
+    changes = {"rope_parameters": {**config["rope_parameters"], "rope_theta": 500.0}}
+    (base / "config.json").write_text(json.dumps(config | changes))
+    (told,) = faults([run, "device=cpu"], capsys)
+    assert "which differ in settings; put the config.json of then back" in told
+    (base / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0", "dtype": "float32"}))
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    assert main("gsm8k", [str(run), "device=cpu"]) == 0
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+    shutil.rmtree(own)
+    record = json.loads((run / "run.json").read_bytes())
+    record["base"] = record["base"].partition("/config:")[0]  # as an earlier version recorded it
+    records.write_signed(run / "run.json", record)
+    assert main("gsm8k", [str(run), "device=cpu"]) == 0
+    assert json.loads((own / "generation.json").read_bytes())["base"] == record["base"]
+
+
 @pytest.mark.parametrize(
     ("base", "recorded", "label"),
     [("b/c", "b/c@0123", "gsm8k-base=c-"), ("b/c", "sha256:01", "gsm8k"), (None, "b/c@0123", "gsm8k")],

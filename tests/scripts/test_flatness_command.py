@@ -9,7 +9,7 @@ import run_exp
 from flatlora.config.experiment import parse
 from flatlora.models.loading import load_backbone
 from flatlora.perturb import flatness as measures
-from flatlora.utils import records
+from flatlora.utils import precision, records
 from scripts import cells, flatness
 from tests.conftest import run_folder
 
@@ -75,6 +75,16 @@ def test_the_merged_model_is_measured_and_not_the_backbone(run, monkeypatch):
     )
     change = model.get_submodule(names[0]).weight - base.get_submodule(names[0]).weight
     assert torch.allclose(change, update * config["lora_alpha"] / config["r"], atol=1e-6)
+
+
+def test_a_cpu_that_holds_bf16_in_fp32_adds_no_rounding(tiny_settings, monkeypatch):
+    """Measures refuse weights that count as BF16, which `load_for_inference` makes of them on such a CPU."""
+    monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(False, False, False, False))
+    settings = [word for word in tiny_settings if not word.startswith("model.dtype")]
+    assert run_exp.main([*settings, "model.dtype=bfloat16", "trainer.max_steps=1"]) == 0
+    run = run_folder(settings)
+    assert json.loads((run / "run.json").read_bytes())["precision"]["products"] == "float32"
+    assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 0
 
 
 def test_an_adapter_that_is_not_the_runs_is_refused_and_one_of_before_measured_anew(run, capsys):

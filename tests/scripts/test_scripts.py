@@ -1,5 +1,6 @@
 """The scripts' own logic on a tiny model: tables made from records, drift measured, kills survived."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from flatlora.utils import precision
 from scripts import bench, demo
 from tests.conftest import tiny_lora
 
@@ -48,6 +50,23 @@ def test_drift_is_zero_but_in_place(tmp_path):
     assert text_of(bench.drift_table(curves, 40)).count("0 exactly") == 4
     bench.plot_drift(curves, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 5000
+
+
+def test_each_kind_of_cpu_has_its_own_files_that_say_what_was_hidden(tmp_path, monkeypatch):
+    for name in bench.INSTRUCTION_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    drift = {mode: [{"step": 0, "relative_norm": 0.0, "changed_share": 0.0}] for mode in bench.MODES}
+    slow = precision.CPUFeatures(False, False, False, False)
+    fast = slow._replace(avx512_bf16=True, onednn_bf16=True)
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    for features, set_ in ((fast, {}), (slow, limits)):
+        for name, value in set_.items():
+            monkeypatch.setenv(name, value)
+        chosen = precision.choose_precision("auto", "bfloat16", "cpu", features)
+        report, _ = bench.write_results(tmp_path, chosen, {"model": "m"}, drift)
+        assert json.loads(report.read_text()) == {"model": "m", "instruction_limits": set_}
+    names = ["cpu.json", "cpu_drift.png", "cpu_fp32.json", "cpu_fp32_drift.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_step_times_take_every_contender_and_each_reads_its_own_weights(monkeypatch):

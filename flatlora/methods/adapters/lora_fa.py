@@ -1,17 +1,19 @@
 """LoRA-FA (2023): A stays frozen and B's gradient becomes s⁻² g_B (AAᵀ)⁻¹, the nearest to the full one.
 
-PEFT's optimizer, which multiplies with (AAᵀ)⁻¹ under BF16 autocast where the machine has it. Its eps is not
-bias-corrected: it divides by √v + eps before the correction, where AdamW divides by √(v/(1 − β₂ᵗ)) + eps. After t steps
-that is AdamW with an eps of eps/√(1 − β₂ᵗ): 32 times `optim.adam_epsilon` at first, and soon the same.
+PEFT's optimizer, which multiplies with (AAᵀ)⁻¹ under BF16 autocast; here it does so in runs under BF16 autocast alone.
+Its eps is not bias-corrected: it divides by √v + eps before the correction, where AdamW divides by √(v/(1 − β₂ᵗ)) +
+eps. After t steps that is AdamW with an eps of eps/√(1 − β₂ᵗ): 32 times `optim.adam_epsilon` at first, and soon the
+same.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
-from peft.optimizers import create_lorafa_optimizer
+from peft.optimizers import create_lorafa_optimizer, lorafa
 from torch import nn
 
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
@@ -37,18 +39,37 @@ class LoraFA(Lora):
 
     def optimizer(self, model: nn.Module, config: LoraMethodConfig, training: Training) -> torch.optim.Optimizer:
         adapter: LoraConfig = model.peft_config["default"]
-        optimizer = create_lorafa_optimizer(
+        of_peft = create_lorafa_optimizer(
             model,
             r=adapter.r,
             lora_alpha=adapter.lora_alpha,
             lr=training.optim.lr,
             weight_decay=training.optim.weight_decay,
         )
+        optimizer = _Optimizer(of_peft.param_groups, in_bf16=training.autocast == torch.bfloat16)
         for group in optimizer.param_groups:  # PEFT leaves these at its own defaults
             group["betas"] = (training.optim.adam_beta1, training.optim.adam_beta2)
             group["eps"] = training.optim.adam_epsilon
         optimizer.register_load_state_dict_post_hook(_state_to_parameters)
         return optimizer
+
+
+class _Optimizer(lorafa.LoraFAOptimizer):
+    """PEFT's, with g_B (AAᵀ)⁻¹ in BF16 where the run computes under BF16 autocast, and in FP32 elsewhere.
+
+    PEFT asks accelerate whether the machine can do BF16, which every x86 CPU and most GPUs can.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]], *, in_bf16: bool) -> None:
+        super().__init__(param_groups)
+        self._in_bf16 = in_bf16
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        asked, lorafa.is_bf16_available = lorafa.is_bf16_available, lambda: self._in_bf16
+        try:
+            return super().step(closure)
+        finally:
+            lorafa.is_bf16_available = asked
 
 
 def _state_to_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
 from flatlora.methods.base import ADAPTERS, Training
-from flatlora.optim.lora_pro import LoRAPro, lora_pairs
+from flatlora.optim.lora_pro import LoRAPro
 from flatlora.utils.errors import SettingError
 
 
@@ -43,10 +44,13 @@ class LoraPro(Lora):
     }
     has_optimizer = True
 
+    def unread_optim_keys(self, config: LoraProConfig) -> Sequence[str]:
+        return ("adam_beta1", "adam_beta2", "adam_epsilon") if config.mode == "sgd" else ()
+
     def optimizer(self, model: nn.Module, config: LoraProConfig, training: Training) -> LoRAPro:
         optim = training.optim
         return LoRAPro(
-            lora_pairs(model),
+            model,
             optim.lr,
             betas=(optim.adam_beta1, optim.adam_beta2),
             eps=optim.adam_epsilon,
@@ -55,5 +59,6 @@ class LoraPro(Lora):
             moments=config.moments,
             damping=config.damping,
             seed=training.seed,
+            loss_scaled=True,  # FP16 is trained with a scaled loss, or refused
             shard=config.shard_moments and training.world_size > 1,
         )

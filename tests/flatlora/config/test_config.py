@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args, get_origin
 
 import pytest
+import torch
 import wandb
 import yaml
 from annotated_types import Le, Lt
@@ -532,3 +533,25 @@ def test_a_key_that_another_one_would_switch_off_is_refused(words, told, monkeyp
     monkeypatch.chdir(Path(__file__).parents[3])
     (fault,) = faults(*words)
     assert fault.startswith(told)
+
+
+def test_epochs_beside_max_steps_are_refused_where_a_word_has_them():
+    told = faults("optim.epochs=3", "trainer.max_steps=7")
+    assert told == [
+        "Invalid optim.epochs=3 with trainer.max_steps=7: the run ends after max_steps, however many epochs that is; "
+        "leave one of them out, or set trainer.max_steps=null."
+    ]
+    assert faults("model=sdxl", "dataset=icons3d", "optim.epochs=2")[0].startswith("Invalid optim.epochs=2 with")
+    for words in (["trainer.max_steps=7"], ["optim.epochs=3"], ["optim.epochs=3", "trainer.max_steps=null"]):
+        assert experiment(*words).optim.epochs > 0
+
+
+def test_a_data_root_that_nothing_reads_is_named(tiny_settings, tmp_path, caplog):
+    words = [*tiny_settings, f"data_root={tmp_path}"]
+    run_exp.prepare(run_exp.experiment_of(words), torch.device("cpu"))
+    assert f"Nothing reads data_root={tmp_path}: dataset=word_math takes no files from it." in caplog.text
+    caplog.clear()
+    run_exp.prepare(run_exp.experiment_of(tiny_settings), torch.device("cpu"))
+    with pytest.raises(ConfigError):  # the folder holds no GSM8K
+        run_exp.prepare(run_exp.experiment_of([*words, "dataset=gsm8k"]), torch.device("cpu"))
+    assert "Nothing reads" not in caplog.text

@@ -146,6 +146,26 @@ def test_what_cannot_be_packed_stays_padded(model_type, changes):
     assert_same(loss_and_gradients(model, batch_), expected, tolerance=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("mistral", {"sliding_window": 4}, "its attention has a window (sliding_window=4)"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "(layer_types: sliding_attention)"),
+        ("llama", {}, None),
+    ],
+)
+def test_why_batches_stay_padded_is_said_once(model_type, changes, reason, caplog):
+    done = acceleration.accelerate(architecture(model_type, **changes), CPU)
+    told = [record.getMessage() for record in caplog.records]
+    assert ("chunked cross entropy" in done) == (reason is None)
+    if reason is None:
+        assert told == []
+    else:
+        assert len(told) == 1
+        assert "stay padded, and its head computes all logits" in told[0]
+        assert reason in told[0]
+
+
 def test_a_model_that_computes_another_loss_is_found_by_the_trial(caplog):
     model = architecture("llama")
     base = model.get_base_model()

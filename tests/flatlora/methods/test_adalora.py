@@ -22,7 +22,6 @@ SCHEDULE = [
     "peft.init_r=4",
     "peft.delta_t=2",
     "trainer.max_steps=12",
-    "optim.epochs=2",
 ]
 
 

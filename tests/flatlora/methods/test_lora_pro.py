@@ -362,7 +362,7 @@ def test_what_a_model_trains_besides_its_pairs_moves_as_adamw_moves_it(changes, 
     }
     assert all(any(kind in name for kind in kinds) for name in twins)
     assert bool(twins) == bool(kinds)
-    ours = LoRAPro(lora_pairs(model), lr=0.01)  # as docs/library.md has it
+    ours = LoRAPro(model, lr=0.01)  # as docs/library.md has it
     plain = torch.optim.AdamW(twins.values(), lr=0.01, weight_decay=0.0) if twins else None
     for _ in range(3):
         ours.zero_grad()
@@ -378,10 +378,26 @@ def test_what_a_model_trains_besides_its_pairs_moves_as_adamw_moves_it(changes, 
     assert not still
 
 
-def test_others_may_be_named_or_left_out():
+def test_others_may_be_named_or_left_out(caplog):
     model = adapted(modules_to_save=["lm_head"])
     assert len(LoRAPro(lora_pairs(model)).param_groups) == 2
     assert len(LoRAPro(lora_pairs(model), others=[]).param_groups) == 1
+    assert len(LoRAPro(model).param_groups) == 2
+    assert caplog.text == ""
+    assert len(LoRAPro(list(lora_pairs(model))).param_groups) == 1
+    assert "a plain list of pairs without others=: what is trained besides them" in caplog.text
+    caplog.clear()
+    assert len(LoRAPro(list(lora_pairs(model)), others=lora_pairs(model).others).param_groups) == 2
+    assert len(LoRAPro(lora_pairs(model)[:1], others=()).param_groups) == 1
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("dtype", "scaled", "named"), [(16, False, True), (16, True, False), (32, False, False)])
+def test_an_fp16_backbone_without_loss_scaling_is_named(caplog, dtype, scaled, named):
+    model = tiny_lora(torch.float16 if dtype == 16 else torch.float32)
+    for pairs in (model, lora_pairs(model)):
+        LoRAPro(pairs, loss_scaled=scaled)
+    assert caplog.text.count("The backbone is float16 and the loss is not scaled") == 2 * named
 
 
 def test_adapters_that_are_no_pair_are_refused_by_name():

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import run_exp
 from flatlora import methods
 from flatlora.methods.__main__ import matrix
 from flatlora.train.recorder import StepRecorder
+from flatlora.train.trainer import training_of
 from flatlora.utils.errors import ConfigError
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 from tests.processes import end_well, fork_two
@@ -140,6 +142,17 @@ def test_lora_pro_refuses_another_optimizer():
         run_exp.experiment_of(["peft=lora_pro", "peft.mode=sgd", "peft.moments=bfloat16"])
 
 
+def test_lora_pro_by_sgd_refuses_settings_of_adam():
+    words = ["peft=lora_pro", "optim.adam_beta1=0.8", "optim.adam_epsilon=1e-6"]
+    assert run_exp.experiment_of(words).optim.adam_beta1 == 0.8
+    with pytest.raises(ConfigError) as caught:
+        run_exp.experiment_of([*words, "peft.mode=sgd"])
+    heads = [fault.partition(" with")[0] for fault in caught.value.faults]
+    assert heads == ["Invalid optim.adam_beta1=0.8", "Invalid optim.adam_epsilon=1e-06"]
+    head = ["model=clip_tiny", "dataset=digits", "model.head=linear"]  # AdamW moves the head
+    assert run_exp.experiment_of([*words, "peft.mode=sgd", *head]).optim.adam_beta1 == 0.8
+
+
 def test_dora_with_dropout_is_refused():
     with pytest.raises(ConfigError, match=r"peft.lora_dropout=0.1: it must be ≤ 0; PEFT's DoRA"):
         run_exp.experiment_of(["peft=dora", "peft.lora_dropout=0.1"])
@@ -171,6 +184,34 @@ def test_lora_plus_and_lora_fa_train_what_they_say(tiny_settings):
     assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"lora_B"}
     optimizer = methods.ADAPTERS["lora_fa"].optimizer(model, experiment.peft, methods.Training(experiment.optim))
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.999)
+
+
+@pytest.mark.parametrize(("autocast", "digits"), [(None, 1e-5), (torch.bfloat16, 1e-2)])
+def test_lora_fa_steps_by_its_formula_in_the_precision_of_the_run(autocast, digits, tiny_settings):
+    """B − lr·√(1 − β₂)/(1 − β₁) · m/(√v + eps) of g = s⁻² g_B (AAᵀ)⁻¹ in FP64; a large eps lets g's digits count."""
+    experiment = run_exp.experiment_of([*tiny_settings, "peft=lora_fa", "optim.adam_epsilon=1"])
+    from tests.conftest import tiny_llama
+
+    model = methods.method("lora_fa").apply(tiny_llama(), experiment.peft, methods.Start(0))
+    settings = methods.Training(experiment.optim, autocast=autocast)
+    optimizer = methods.method("lora_fa").optimizer(model, experiment.peft, settings)
+    wanted, scaling = {}, experiment.peft.lora_alpha / experiment.peft.lora_r
+    parameters, generator = dict(model.named_parameters()), torch.Generator().manual_seed(1)
+    for name, B in parameters.items():
+        if "lora_B" in name:
+            B.grad = torch.randn(B.shape, generator=generator)
+            A = parameters[name.replace("lora_B", "lora_A")].detach().double()
+            g = B.grad.double() @ torch.linalg.inv(A @ A.T) / scaling**2
+            step = 0.01 * 0.001**0.5 / 0.1 * (0.1 * g) / (0.001**0.5 * g.abs() + 1)
+            wanted[name] = B.detach().double() - step
+    optimizer.step()
+    errors = [float((parameters[name] - B).norm() / B.norm()) for name, B in wanted.items()]
+    assert len(errors) == 14
+    assert max(errors) < digits
+    assert (min(errors) > 1e-5) == (autocast is not None)
+    arguments = transformers.TrainingArguments("unused", use_cpu=True)
+    for words, asked in ((["trainer.autocast=none"], None), (["trainer.autocast=bfloat16"], torch.bfloat16)):
+        assert training_of(run_exp.experiment_of([*tiny_settings, *words]), arguments).autocast == asked
 
 
 @pytest.mark.slow

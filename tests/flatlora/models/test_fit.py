@@ -1,7 +1,9 @@
 """What does not fit a model is told by its config and its skeleton; attention computes each model's own formula."""
 
 import copy
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -164,6 +166,29 @@ def test_positions_of_pictures_do_not_bound_rows_nor_a_decoders_an_encoders():
     config = ModelConfig(name="m", hub_id="m", family="seq2seq")
     assert fit.position_faults(config, led, 64) == []
     assert "ends at 64" in fit.position_faults(config, led, 65)[0]
+
+
+def test_rows_beyond_rotary_positions_are_counted_before_weights_are_loaded(
+    tiny_model_folder, tiny_settings, tmp_path, caplog
+):
+    """By the masks of the batches that the model gets."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    experiment = run_exp.experiment_of([*tiny_settings, f"model.hub_id={folder}", "dataset.max_length=64"])
+    inputs = run_exp.prepare(experiment, CPU)
+    trained = inputs.collate([inputs.rows.train[index] for index in range(len(inputs.rows.train))])
+    lengths = trained["attention_mask"].sum(1).tolist()
+    assert len(inputs.rows.validation) == 0
+    assert "max_position_embeddings" not in caplog.text
+    bound = max(lengths) - 1
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": bound}))
+    run_exp.prepare(experiment, CPU)
+    longer = sum(length > bound for length in lengths)
+    assert longer > 0
+    told = (
+        f"{longer} rows are longer than the {bound} tokens that {folder} was made for (max_position_embeddings), the "
+    )
+    assert caplog.text.count(told + f"longest {max(lengths)}: ") == 1
 
 
 def test_a_padding_token_beyond_the_embeddings_is_told_before_weights_are_loaded(

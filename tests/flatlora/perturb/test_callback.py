@@ -347,3 +347,30 @@ def test_slow_products_are_named_once(tmp_path, monkeypatch, caplog, dtype, fast
     if warned:
         assert told[0].startswith("dtype=bfloat16: ")
         assert "flatlora.fast_dtype()" in told[0]
+
+
+@pytest.mark.parametrize("mode", ["copy", pytest.param("recompute", marks=pytest.mark.extra)])
+def test_torch_compile_trains_on_the_same_noise(tmp_path, mode):
+    """The eager backend: Dynamo traces and guards as for any backend, without a compiler's minutes."""
+    settings = {"num_train_epochs": 1, "max_steps": 3, "learning_rate": 1e-3}
+    compiled = settings | {"torch_compile": True, "torch_compile_backend": "eager"}
+
+    def adapter(changes, **noise):
+        torch._dynamo.reset()
+        frames.clear()
+        model = tiny_lora()
+        before = backbone_sha256(model)
+        found = train(tmp_path, [FlatLoraCallback(ramp="constant", **noise)], model=model, **changes)[1]
+        assert backbone_sha256(model) == before
+        return found
+
+    frames = torch._dynamo.utils.counters["frames"]
+    plain, without = adapter(settings, sigma=0.5, mode=mode), adapter(settings, sigma=0.0)
+    assert not frames
+    flat = adapter(compiled, sigma=0.5, mode=mode)
+    assert frames["ok"] > 0  # it was compiled indeed
+    torch._dynamo.reset()
+    assert plain.keys() == flat.keys()
+    for name in plain:
+        torch.testing.assert_close(flat[name], plain[name], rtol=1e-4, atol=1e-6)
+    assert max(float((flat[name] - without[name]).abs().max()) for name in flat) > 1e-3

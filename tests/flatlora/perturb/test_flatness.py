@@ -6,6 +6,7 @@ import torch
 from flatlora.noise import host, philox
 from flatlora.perturb import flatness
 from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
+from flatlora.utils import precision
 from tests.conftest import tiny_llama, tiny_lora
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -193,5 +194,31 @@ def test_a_gpu_measures_what_the_host_does(model, layers):
 
 
 def test_weights_that_are_too_coarse_are_refused(model):
-    with pytest.raises(ValueError, match=r"bfloat16.*model\.float"):
+    with pytest.raises(ValueError, match=r"bfloat16.*widen"):
         flatness.plain_layers(model.bfloat16(), NAMES)
+
+
+def test_a_backbone_that_is_held_in_fp32_is_measured_without_rounding():
+    """W' + ε of a held BF16 backbone has FP32's digits: by hand from the merged weights, and no rise without noise."""
+    adapted = tiny_lora(torch.bfloat16)
+    precision.hold(adapted, torch.float32)
+    names = [layer.name for layer in find_lora_layers(adapted)]
+    with pytest.raises(ValueError, match=r"weights=torch.bfloat16: .*widen\(model\) first"):
+        flatness.plain_layers(adapted.float().merge_and_unload(), names)
+    adapted = tiny_lora(torch.bfloat16).eval()
+    precision.hold(adapted, torch.float32)
+    merged = precision.widen(adapted).merge_and_unload().requires_grad_(False)
+    layers = flatness.plain_layers(merged, names)
+    read = []
+    hook = layers[0].module.register_forward_pre_hook(lambda module, args: read.append(module.weight.clone()))
+    assert flatness.expected_rises(merged, layers, batches(1), 0.0, draws=2, seed=4) == [0.0, 0.0]
+    hook.remove()
+    weight = stored(layers)[0]
+    assert not torch.equal(weight, weight.bfloat16().float())  # W' is no BF16 matrix, so rounding would move it
+    assert all(torch.equal(each, weight) for each in read)
+    perturbation = flatness._MeasuringPerturbation(layers, sigma=1e-3, total_steps=1, seed=4, ramp="constant")
+    perturbation.begin(0)
+    z = host.normal(4, 0, flatness._RISE, layers[0].name, tuple(weight.shape))
+    by_hand = weight + 1e-3 / weight.shape[1] ** 0.5 * weight.norm(dim=1, keepdim=True) * z
+    torch.testing.assert_close(perturbation.reading(0).weight(), by_hand, rtol=1e-6, atol=1e-8)
+    perturbation.close()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from torch import nn
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
@@ -721,9 +721,40 @@ def test_adapters_that_noise_passes_over_are_named(caplog):
     layers = find_lora_layers(get_peft_model(tiny_llama(), config))
     assert len(layers) == 2
     assert "LoRA layers without noise: 1 around Embedding." in caplog.text
+    assert "no LoRA is theirs" not in caplog.text
     caplog.clear()
-    find_lora_layers(tiny_lora())
+    for plain in (tiny_lora(), get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_dora=True))):
+        find_lora_layers(plain)
+    find_lora_layers(get_peft_model(tiny_llama(), AdaLoraConfig(total_step=9, target_modules=["q_proj"])))
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head."),
+        ({"trainable_token_indices": [3, 4]}, "model.embed_tokens."),
+        ({"bias": "all"}, "model.layers.0.self_attn.q_proj.bias, "),
+        ({"bias": "lora_only"}, "model.layers.0.self_attn.q_proj.bias, "),
+    ],
+)
+def test_what_is_trained_without_lora_is_named_once(changes, named, caplog):
+    model = get_peft_model(tiny_llama(attention_bias=True), LoraConfig(target_modules=["q_proj"], **changes))
+    find_lora_layers(model)
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert told.startswith("Parameters trained without noise, for no LoRA is theirs: ")
+    assert named in told
+    beside = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    assert ("and " in told) == (len(beside) > 4)
+
+
+@pytest.mark.parametrize(("dtype", "scaled"), [(torch.float16, False), (torch.float16, True), (torch.bfloat16, False)])
+def test_an_fp16_backbone_without_loss_scaling_is_named(dtype, scaled, caplog):
+    layers = find_lora_layers(tiny_lora(dtype))
+    WeightPerturbation(layers, sigma=0.1, total_steps=2, seed=0, loss_scaled=scaled).close()
+    named = dtype == torch.float16 and not scaled
+    assert caplog.text.count("The backbone is float16 and the loss is not scaled") == named
 
 
 def test_attention_that_reads_its_weights_itself_is_refused():

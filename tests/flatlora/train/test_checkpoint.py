@@ -145,6 +145,11 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, caplog):
     with pytest.raises(ConfigError, match=r"was trained on other weights of the backbone \(sha256:a, here sha256:b\)"):
         latest_good(tmp_path, CONFIG, DATA, base="sha256:b")
     assert fault_of(folder) is None
+    assert latest_good(tmp_path, CONFIG, DATA, base="sha256:a/config:c") == folder  # of a version without settings
+    seal(folder, step=3, config_sha256=CONFIG, data_sha256=DATA, base="sha256:a/config:c")
+    assert latest_good(tmp_path, CONFIG, DATA, base="sha256:a/config:c") == folder
+    with pytest.raises(ConfigError, match=r"other settings of the backbone \(.*c, here .*d\): put the config.json of"):
+        latest_good(tmp_path, CONFIG, DATA, base="sha256:a/config:d")
 
 
 def test_of_a_checkpoint_that_is_a_link_the_link_alone_is_removed(tmp_path):

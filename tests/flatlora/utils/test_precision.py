@@ -91,6 +91,47 @@ class TestChoice:
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
         assert precision.cpu_features()[:3] == (True, False, False)
 
+    @pytest.mark.parametrize(
+        ("limit", "allowed"),
+        [
+            (None, True),
+            ("DEFAULT", True),
+            ("all", True),
+            ("SSE41", False),
+            ("AVX", False),
+            ("AVX2", False),
+            ("AVX2_VNNI", False),
+            ("AVX2_VNNI_2", False),
+            ("AVX512_CORE", False),
+            ("avx512_core", False),
+            ("AVX512_CORE_VNNI", False),
+            ("AVX512_CORE_BF16", True),
+            ("AVX512_CORE_FP16", True),
+            ("AVX512_CORE_AMX", True),
+            ("AVX512_CORE_AMX_FP16", True),
+            ("AVX10_1_512", True),
+            ("AVX10_1_512_AMX", True),
+            ("AVX10_1_512_AMX_FP16", True),
+            ("AVX10_2_512", True),
+            ("AVX10_2_512_AMX_2", True),
+            ("unknown", True),  # oneDNN ignores it
+        ],
+    )
+    def test_a_limit_of_onednn_may_exclude_bf16(self, limit, allowed, monkeypatch):
+        assert precision.isa_limit_allows_bf16(limit) is allowed
+        monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMX._asdict(), raising=False)
+        monkeypatch.setattr(
+            precision, "_query", lambda owner, name: getattr(owner, name)() if owner is torch.cpu else True
+        )
+        for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+            monkeypatch.delenv(name, raising=False)
+        if limit is not None:
+            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        supported, told = bf16_support(precision.cpu_features())
+        assert supported is allowed
+        assert ("ONEDNN_MAX_CPU_ISA" in told) is not allowed
+
     def test_answers_of_other_arithmetic_are_told_apart(self):
         ways = [("auto", AMX), ("none", AMX), ("auto", AVX2)]
         labels = {choose_precision(setting, "bfloat16", CPU, features).label for setting, features in ways}
@@ -171,6 +212,18 @@ class TestHeldBackbone:
         (record,) = caplog.records
         assert "times as long as an FP32 one on this CPU (measured, " in record.getMessage()
         assert "autocast=auto" in record.getMessage()
+
+
+def test_the_warning_times_a_layer_of_the_base(monkeypatch):
+    """Of 14 layers and their 28 factors the commonest shape is A's, 4 × 32."""
+    timed = []
+    monkeypatch.setattr(precision, "measured_ratio", lambda m, n: timed.append((m, n)) or 2.0)
+    for model in (tiny_lora(), tiny_llama()):
+        bases = [tuple(p.shape) for n, p in tiny_llama().named_parameters() if "_proj" in n]
+        told = precision.slow_bf16_warning(model, "bf16=True", "leave it out")
+        m, n = max(bases, key=bases.count)
+        assert timed.pop() == (m, n)
+        assert f"(measured, {m} × {n})" in told
 
 
 def test_threads_are_the_physical_cores(monkeypatch):
