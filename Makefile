@@ -4,7 +4,7 @@
 # make tables  the papers' tables, figures and the report page from the records under results/
 # make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`
 # make test    the test suite, in less than fifteen minutes on two cores; make test-all adds its longest variants
-# make lint    ruff check and format check
+# make lint    ruff check and format check, mypy on the public library
 # make docs    the pages of docs/ into site/, every link checked
 PYTHON ?= python3
 VENV := .venv
@@ -65,6 +65,7 @@ test-all: evals
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

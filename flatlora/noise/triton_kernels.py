@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -113,7 +113,7 @@ class NoisePass:
         self._alive = jobs  # the tables hold addresses: what lies there must not be freed
 
     def _build_groups(self, fast: Sequence[tuple]) -> None:
-        groups = defaultdict(list)
+        groups: defaultdict[tuple[torch.dtype, str], list[tuple]] = defaultdict(list)
         for job in fast:
             groups[_noise_group(*job)].append(job)
         for (dtype, layout), jobs in groups.items():
@@ -153,7 +153,8 @@ class NoisePass:
         for constants, grid in self._groups:
             grid.launch(_noise_kernel, self.counter, float(sign), FAST_MATH=not _INTERPRETED, **constants)
         for weight, c, out, key, row, column in self._slow:
-            add_normal_unchecked(weight, c, out, key, *self.counter.unbind(), row, column, sign)
+            step, stream = self.counter.unbind()
+            add_normal_unchecked(weight, c, out, key, step, stream, row, column, sign)
 
 
 class RowNormPass:
@@ -203,15 +204,15 @@ class RowNormPass:
         refuse_coefficients(self.result, sum(heights))
         factors = torch.tensor(scalings, dtype=torch.float32, device=self.device).split(1)
         squares = self.squared_norms.split(heights), self.result.split(heights)
-        jobs = zip(weights, A, B, factors, *squares, strict=True)
-        jobs = [job for job in jobs if job[0].numel() and job[1].shape[0]]
+        every = zip(weights, A, B, factors, *squares, strict=True)
+        jobs = [job for job in every if job[0].numel() and job[1].shape[0]]
         fast, self._slow = _divide(jobs, self.device)
         self._groups: list[tuple[dict, torch.Tensor, _Grid]] = []
         self._build_groups(fast)
         self._alive = jobs  # the tables hold addresses: what lies there, the scalings above all, must not be freed
 
     def _build_groups(self, fast: Sequence[tuple]) -> None:
-        groups = defaultdict(list)
+        groups: defaultdict[tuple[torch.dtype, int, bool], list[tuple]] = defaultdict(list)
         for job in fast:
             groups[_row_norm_group(job[0], job[1])].append(job)
         for (dtype, rank, aligned), jobs in groups.items():
@@ -503,7 +504,7 @@ def _triton_dtype(dtype: torch.dtype):
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
-def _noise_group(weight, c, out, key, row, column) -> Hashable:
+def _noise_group(weight, c, out, key, row, column) -> tuple[torch.dtype, str]:
     """Weights of one group share a launch: dtype, and which way the memory is read."""
     if column % COLUMNS_PER_BLOCK == 0 and _is_aligned(weight) and _is_aligned(out):
         return weight.dtype, "aligned"
@@ -511,7 +512,7 @@ def _noise_group(weight, c, out, key, row, column) -> Hashable:
     return weight.dtype, "transposed" if transposed else "strided"
 
 
-def _row_norm_group(weight: torch.Tensor, a: torch.Tensor) -> Hashable:
+def _row_norm_group(weight: torch.Tensor, a: torch.Tensor) -> tuple[torch.dtype, int, bool]:
     """Weights of one group share a launch: dtype, the rank's power of two (the tensor cores want 16), alignment."""
     rank = max(16, triton.next_power_of_2(a.shape[0]))
     return weight.dtype, rank, _is_aligned(weight) and _is_aligned(a)

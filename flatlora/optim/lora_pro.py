@@ -261,7 +261,9 @@ class LoRAPro(torch.optim.Optimizer):
         gathered: dict[str, dict[str, torch.Tensor]] = {}
         for pair in self.pairs:
             owner = self._owners[pair.name]
-            about = [{key: value.dtype for key, value in self.state[pair.A].items()} if owner == self._rank else None]
+            about: list[Any] = [
+                {key: value.dtype for key, value in self.state[pair.A].items()} if owner == self._rank else None
+            ]
             torch.distributed.broadcast_object_list(about, src=owner)
             state = {}
             for key, dtype in about[0].items():

@@ -74,10 +74,17 @@ class FlatLoraCallback(TrainerCallback):
         )
         self._warn_of_no_noise(state.max_steps)
         self._see_through_checkpointing(model)
-        if state.global_step % self.perturbation.noise.every:
+        if state.global_step % self._running.noise.every:
             self._restore_draw(args, state)
         else:
             state.stateful_callbacks.pop(_DRAW, None)  # of a window that is over
+
+    @property
+    def _running(self) -> WeightPerturbation:
+        """The perturbation of the training that is under way."""
+        if self.perturbation is None:
+            raise RuntimeError("FlatLoraCallback has no perturbation before on_train_begin: let a Trainer call it.")
+        return self.perturbation
 
     def _seed(self, args: TrainingArguments) -> int:
         return args.seed if self.seed is None else self.seed
@@ -93,7 +100,7 @@ class FlatLoraCallback(TrainerCallback):
 
     def _warn_of_no_noise(self, total_steps: int) -> None:
         """Every ramp rises: where the last window has no noise, none has."""
-        perturbation = self.perturbation
+        perturbation = self._running
         if self.sigma > 0 and perturbation.sigma_at(total_steps - 1) == 0:
             logger.warning(
                 "sigma=%g perturbs nothing in this training: the %s ramp begins at 0, and with every=%d all %d steps "
@@ -117,7 +124,7 @@ class FlatLoraCallback(TrainerCallback):
 
         def enter(module: nn.Module, args: Any) -> None:
             if not entered:  # models inside are part of the outermost one's pass
-                self._pass = self.perturbation.within_pass(gradients=torch.is_grad_enabled())
+                self._pass = self._running.within_pass(gradients=torch.is_grad_enabled())
                 self._pass.__enter__()
             entered.append(module)
 
@@ -133,38 +140,38 @@ class FlatLoraCallback(TrainerCallback):
                 self._hooks.append(module.register_forward_hook(leave, always_call=True))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if self.perturbation.active and state.global_step == self._step:
+        if self._running.active and state.global_step == self._step:
             return  # an epoch of streamed rows ended inside the window: what follows adds to the same step's gradient
         self._micro_batch, self._step = 0, state.global_step
-        self.perturbation.begin(state.global_step)
-        if state.global_step % self.perturbation.noise.every == 0:
+        self._running.begin(state.global_step)
+        if state.global_step % self._running.noise.every == 0:
             self._keep_draw(args, state)
-        if args.world_size > 1 and self.noise_sha256 is None and self.perturbation.perturbed:
+        if args.world_size > 1 and self.noise_sha256 is None and self._running.perturbed:
             self._compare_noise(args.world_size)
 
     def _compare_noise(self, world_size: int) -> None:
         """Hash what each process reads in the first layer: shared noise is the same everywhere, or the run is void."""
         told: list[str] = [""] * world_size
-        torch.distributed.all_gather_object(told, self.perturbation.weight_sha256(0))
-        if not self.perturbation.noise.per_rank and len(set(told)) > 1:
+        torch.distributed.all_gather_object(told, self._running.weight_sha256(0))
+        if not self._running.noise.per_rank and len(set(told)) > 1:
             raise RuntimeError(
-                f"The processes perturb {self.perturbation.layers[0].name} by different noise ({told}), which is to be "
+                f"The processes perturb {self._running.layers[0].name} by different noise ({told}), which is to be "
                 "shared: they run on machines that compute differently; use alike ones, or rho.per_rank=true."
             )
         self.noise_sha256 = told
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._micro_batch += 1
-        self.perturbation.next_micro_batch(self._micro_batch)
+        self._running.next_micro_batch(self._micro_batch)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
-        self.perturbation.end()
+        self._running.end()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.perturbation:
-            self.perturbation.check_finite()
+            self._running.check_finite()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.close()
@@ -176,7 +183,7 @@ class FlatLoraCallback(TrainerCallback):
             hook.remove()
         self._hooks = []
         if self.perturbation:
-            self.perturbation.close()
+            self._running.close()
 
     def _leave_pass(self) -> None:
         if self._pass is not None:
@@ -189,7 +196,7 @@ class FlatLoraCallback(TrainerCallback):
         Not into a file of its own: a callback is not told which folder a training is resumed from, and an earlier
         training may have left another file where this one would be looked for.
         """
-        tensors = self.perturbation.state_dict()
+        tensors = self._running.state_dict()
         if tensors:
             packed = save({name: tensor.contiguous() for name, tensor in tensors.items()})
             state.stateful_callbacks[_DRAW] = {
@@ -201,7 +208,7 @@ class FlatLoraCallback(TrainerCallback):
     def _settings_of_draw(self, args: TrainingArguments) -> dict[str, Any]:
         """What a window's later steps share with its first."""
         names = ("sigma", "ramp", "every", "resample", "per_rank", "scale", "fan_in")
-        return {"seed": self._seed(args), **{name: getattr(self.perturbation, name) for name in names}}
+        return {"seed": self._seed(args), **{name: getattr(self._running, name) for name in names}}
 
     def _restore_draw(self, args: TrainingArguments, state: TrainerState) -> None:
         """Go on with the ε of the window that a checkpoint was written in.
@@ -220,15 +227,15 @@ class FlatLoraCallback(TrainerCallback):
         if hashlib.sha256(packed).hexdigest() != kept["sha256"]:
             raise self._cannot_resume(state, "the draw in the checkpoint is broken")
         tensors = load(packed)
-        if int(tensors["step"]) != state.global_step - state.global_step % self.perturbation.noise.every:
+        if int(tensors["step"]) != state.global_step - state.global_step % self._running.noise.every:
             raise self._cannot_resume(state, f"the draw in the checkpoint is that of step {int(tensors['step'])}")
-        rows = {layer.name: (layer.shape[0],) for layer in self.perturbation.layers}
+        rows = {layer.name: (layer.shape[0],) for layer in self._running.layers}
         if rows != {name: tuple(c.shape) for name, c in tensors.items() if name != "step"}:
             raise self._cannot_resume(state, "it was drawn for other layers")
-        self.perturbation.load_state_dict(tensors)
+        self._running.load_state_dict(tensors)
 
     def _cannot_resume(self, state: TrainerState, reason: str) -> ValueError:
-        every = self.perturbation.noise.every
+        every = self._running.noise.every
         return ValueError(
             f"Cannot resume at step {state.global_step}, inside a window of every={every} steps that share one ε: "
             f"{reason}; resume with the settings of before, or from a checkpoint whose step is a multiple of {every}."

@@ -189,12 +189,16 @@ class DeviceEpsilon:
             )
         return self._passes[address]
 
-    @torch.no_grad()
-    def _merged_squares(self) -> torch.Tensor:
-        """‖W'_i‖² of the rows of all layers, Σ m, FP32."""
+    def _frozen_squares(self) -> torch.Tensor:
+        """‖W_i‖² of the rows of all layers, which a frozen W never changes: Σ m, FP32."""
         if self._squared is None:
             weights = (layer.as_rows(layer.dense()) for layer in self.layers)  # unpacked one at a time
             self._squared = torch.cat([torch_passes.squared_row_norms(weight) for weight in weights]).float()
+        return self._squared
+
+    @torch.no_grad()
+    def _merged_squares(self) -> torch.Tensor:
+        """‖W'_i‖² of the rows of all layers, Σ m, FP32."""
         # What passes have to be built anew for: a factor that moved to another place, another scaling or adapter.
         state = [layer.state() for layer in self.layers]
         if self._norms is None or self._norms[0] != state:
@@ -212,7 +216,8 @@ class DeviceEpsilon:
         """One pass for all layers, or, as packed weights share a buffer, one for each; they write into `_c`."""
         everyone = range(len(self.layers))
         groups = [range(i, i + 1) for i in everyone] if any(la.quantised for la in self.layers) else [everyone]
-        squared, c = self._squared.split(self._rows), self._c.split(self._rows)
+        whole = self._frozen_squares()
+        squared, c = whole.split(self._rows), self._c.split(self._rows)
         return [
             (
                 group,
@@ -221,7 +226,7 @@ class DeviceEpsilon:
                     [pairs[i].A.detach() for i in group],
                     [pairs[i].B.detach() for i in group],
                     [pairs[i].scaling for i in group],
-                    squared_norms=self._squared if group == everyone else squared[group[0]],
+                    squared_norms=whole if group == everyone else squared[group[0]],
                     out=self._c if group == everyone else c[group[0]],
                 ),
             )
@@ -239,7 +244,7 @@ class DeviceEpsilon:
     def _merged_squares_of(self, terms: Sequence[Sequence[AdapterTerm]]) -> torch.Tensor:
         """The same for layers with several adapters, or none: one layer after the other."""
         squares = []
-        for layer, each, squared in zip(self.layers, terms, self._squared.split(self._rows), strict=True):
+        for layer, each, squared in zip(self.layers, terms, self._frozen_squares().split(self._rows), strict=True):
             norms = merged_row_norms(layer.as_rows(layer.dense()), each, squared.double())
             squares.append(norms.square())
         return torch.cat(squares)

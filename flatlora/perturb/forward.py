@@ -23,14 +23,14 @@ class Reading(NamedTuple):
     """W + ε of one layer as one forward read it; its backward must read the same."""
 
     perturbation: WeightPerturbation
-    index: int
+    layer: int  # its number
     draw: Draw
 
     def weight(self) -> torch.Tensor:
         """W + ε in the stored layout: the copy, or made in a buffer that the next call overwrites."""
         if self.perturbation.mode == "copy":
-            return self.perturbation._copies[self.index]
-        return self.perturbation._epsilon.materialise(self.index, self.draw)
+            return self.perturbation._copies[self.layer]
+        return self.perturbation._epsilon.materialise(self.layer, self.draw)
 
 
 class _Wrapper:

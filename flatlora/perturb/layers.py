@@ -179,7 +179,8 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
             f"Invalid model {type(model).__name__}: FSDP shards its weights, whose row norms no process can then read; "
             "train by DDP or DeepSpeed's ZeRO-2, which leave each process the whole backbone."
         )
-    layers, others, lora_modules = [], Counter(), set()
+    layers, lora_modules = [], set()
+    others: Counter[str] = Counter()
     for name, module in named_lora_layers(model):
         lora_modules.add(name)
         if isinstance(module.get_base_layer(), nn.MultiheadAttention):
@@ -197,7 +198,7 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
                     name,
                     module.get_base_layer(),
                     adapters=_adapter_terms(module),
-                    enabled=lambda module=module: not module.disable_adapters,
+                    enabled=_enabled(module),
                     changes=_adapter_state(module),
                     readers=list(module.lora_magnitude_vector.values()),
                 )
@@ -275,6 +276,10 @@ def plain_name(name: str) -> str:
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)
     return name.replace(".base_layer.", ".").removesuffix(".base_layer")
+
+
+def _enabled(module: nn.Module) -> Callable[[], bool]:
+    return lambda: not module.disable_adapters
 
 
 def _adapter_terms(module: nn.Module) -> Callable[[], list[AdapterTerm]]:

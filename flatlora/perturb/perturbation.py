@@ -192,6 +192,8 @@ class WeightPerturbation:
 
     def draw(self, index: int, micro_batch: int = 0) -> Draw:
         """The ε of layer number `index` in the current step, as its recipe."""
+        if self._drawn_step is None:
+            raise RuntimeError("draw() before the first begin(): there is no ε yet.")
         stream = philox.noise_stream(
             self.rank,
             micro_batch,
@@ -261,8 +263,9 @@ class WeightPerturbation:
 
     def weight_sha256(self, index: int) -> str:
         """Hash of what layer number `index` reads in a perturbed step: equal on two machines if they drew alike."""
-        inplace = self.mode == "inplace" or self._draws is None
-        weight = self.layers[index].weight if inplace else Reading(self, index, self._draws[index]).weight()
+        weight = self.layers[index].weight
+        if self._draws is not None and self.mode != "inplace":
+            weight = Reading(self, index, self._draws[index]).weight()
         stored = weight.detach().contiguous().cpu().view(torch.uint8)
         return hashlib.sha256(stored.numpy()).hexdigest()
 
@@ -301,7 +304,7 @@ class _Draws(Sequence):
     def __len__(self) -> int:
         return len(self._perturbation.layers)
 
-    def __getitem__(self, index: int) -> Draw:
+    def __getitem__(self, index: int) -> Draw:  # type: ignore[override]  # slices are asked for by nobody
         return self._perturbation.draw(index, self._micro_batch)
 
 
@@ -359,7 +362,7 @@ def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dic
     Raises:
         ValueError: settings or layers that cannot be perturbed; the message lists all errors.
     """
-    faults, noise = [], None
+    faults = []
     try:
         noise = NoiseSettings(**settings)
     except ValueError as error:
