@@ -1,5 +1,6 @@
 """`python -m eval.gsm8k PATH` on a finished run, its checkpoint and its adapter, and on what is broken."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -18,6 +19,7 @@ from eval.backends import Completion
 from eval.command import main
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import jsonl, prompt_text
+from flatlora.runs import run_folder as runs
 from flatlora.utils import precision, records
 from tests.conftest import run_folder, tiny_llama
 
@@ -669,3 +671,22 @@ def test_a_value_of_references_is_not_unfolded(capsys):
 def test_words_that_are_no_text_are_named(capsys):
     assert main("gsm8k", ["a\udcff", "out=b\udcff"]) == 2
     assert "Cannot read 'a\\udcff'" in capsys.readouterr().err
+
+
+def test_scoring_alone_takes_the_answers_lock_and_makes_no_folder(made, capsys, monkeypatch):
+    folder = made / "eval/gsm8k"
+    (told,) = faults([made, "score_only=true"], capsys)
+    assert told.startswith(f"{folder}/predictions.jsonl is not there")
+    assert not (made / "eval").exists()
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    before = (folder / "score.json").stat().st_mtime_ns
+    with runs.answering(folder):  # as another process that answers, or scores, has it
+        (told,) = faults([made, "score_only=true"], capsys)
+    assert told.startswith(f"{folder} is in use: another process writes its answers there")
+    assert (folder / "score.json").stat().st_mtime_ns == before
+    seen, module = [], command.benchmarks.BENCHMARKS["gsm8k"]
+    changed = dataclasses.replace(module, score_file=lambda path, config: seen.append(runs.is_answering(folder)))
+    monkeypatch.setitem(command.benchmarks.BENCHMARKS._items, "gsm8k", changed)
+    command.score_path("gsm8k", [str(made), "score_only=true"])
+    assert seen == [True]  # an overwrite of the run is refused meanwhile
+    assert not runs.is_answering(folder)
