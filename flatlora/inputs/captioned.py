@@ -32,8 +32,18 @@ from flatlora.inputs.images import (
     turn_of,
     with_bytes,
 )
-from flatlora.inputs.rows import Source, fingerprint, gather, hub_data, local_file, read_jsonl, typed_columns
+from flatlora.inputs.rows import (
+    MOST_BYTES,
+    Source,
+    fingerprint,
+    gather,
+    hub_data,
+    local_file,
+    read_jsonl,
+    typed_columns,
+)
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.plain_files import read_plain
 
 logger = logging.getLogger(__name__)
 
@@ -357,7 +367,7 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
     """
     path = run / PICTURES_FILE
     try:
-        saved = json.loads(path.read_bytes())
+        saved = json.loads(read_plain(path, MOST_BYTES))
         indices, digests = saved["indices"], saved["digests"]
         if [*map(type, indices)] != [int] * len(digests):
             raise ValueError("a place and a digest of each picture are needed")

@@ -21,7 +21,7 @@ from torch import nn
 
 from flatlora.models.sources import in_short, not_finite
 from flatlora.utils.errors import ConfigError, reason_of
-from flatlora.utils.plain_files import irregular_files
+from flatlora.utils.plain_files import irregular_files, read_plain
 from flatlora.utils.time_limit import time_limit
 
 
@@ -113,10 +113,13 @@ def base_name(adapter: Path) -> str:
     return name
 
 
+_MOST_BYTES = 16 << 20  # of an adapter_config.json
+
+
 def adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_plain(path, _MOST_BYTES))
         if not isinstance(found, dict):
             raise ValueError("it holds no keys")
     except (OSError, ValueError, RecursionError) as error:

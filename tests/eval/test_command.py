@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import run_exp
 from eval import command, predictions
 from eval.backends import Completion
 from eval.command import main
+from eval.place import locate_place
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import jsonl, prompt_text
 from flatlora.runs import run_folder as runs
@@ -690,3 +692,17 @@ def test_scoring_alone_takes_the_answers_lock_and_makes_no_folder(made, capsys, 
     command.score_path("gsm8k", [str(made), "score_only=true"])
     assert seen == [True]  # an overwrite of the run is refused meanwhile
     assert not runs.is_answering(folder)
+
+
+def test_pipes_in_the_place_of_answers_and_of_an_adapters_config_are_named(made, capsys):
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    path = made / "eval/gsm8k/predictions.jsonl"
+    path.unlink()
+    os.mkfifo(path)
+    (told,) = faults([made, "score_only=true"], capsys)
+    assert told.startswith(f"Cannot read {path}: it is a pipe, not a file")
+    config = made.parent / "model" / "adapter_config.json"
+    config.parent.mkdir()
+    (config.parent / "config.json").write_text("{}")
+    os.mkfifo(config)
+    assert locate_place(str(config.parent), "gsm8k").weights == str(config.parent)  # and does not wait for a writer
