@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -318,7 +319,7 @@ def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> 
         reason = {FileNotFoundError: "there is no such folder", NotADirectoryError: "it is a file, not a folder"}
         reason = reason.get(type(error), error.strerror)
         raise ConfigError([f"Invalid {key}={folder}: {reason}; name one with pictures in it."]) from error
-    if (path / METADATA).is_file():
+    if os.path.lexists(path / METADATA):  # a link to nothing, too, which is told and not passed over
         rows = read_jsonl(path / METADATA)
         rows = [{"prompt": row["text"], **row} if "text" in row else row for row in rows]  # as datasets has it
         images = _listed(path / METADATA, rows, "file_name", () if fixed is not None else ("prompt",), fixed)

@@ -238,6 +238,22 @@ def test_a_large_grey_of_16_bits_takes_no_more_memory_than_its_pixels():
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
+        (os.mkfifo, "it is a pipe, not a file"),
+        (lambda path: path.mkdir(), "Is a directory"),
+    ],
+)
+def test_a_metadata_file_that_is_none_is_named(make, reason, tmp_path):
+    (tmp_path / "a.png").write_bytes(png_of(np.zeros((8, 8), np.uint8)))
+    make(tmp_path / "metadata.jsonl")
+    assert fault_of(read_folder, str(tmp_path), "a prompt").startswith(
+        f"Cannot read {tmp_path}/metadata.jsonl: {reason}; make it a readable file"
+    )
+
+
 def test_a_prompt_of_megabytes_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(png_of(np.zeros((8, 8), np.uint8)))
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "prompt": "dog " * 2_500_000}))
