@@ -209,9 +209,11 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         lambda: _choose_device(aim()),
         lambda: _rows(module, aim(), given, locate, configure),
     )
-    if target.score_only:
+    if target.score_only and not folder.is_dir():  # which is told, and no folder is made for it
         return module.score_file(folder / "predictions.jsonl", config)
     with answering(folder):  # from before the weights are read: whoever would overwrite them is refused
+        if target.score_only:
+            return module.score_file(folder / "predictions.jsonl", config)
         return evaluate(benchmark, _backend(place, target, device, config.batch_size, module), rows, folder, config)
 
 

@@ -36,11 +36,12 @@ from eval.backends.openai import Endpoint, OpenAIBackend
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_TOKENS, Section, setting
 from flatlora.config.types import Url
 from flatlora.experiment.plugins import Benchmark
-from flatlora.inputs.rows import gather, read_jsonl, typed_columns
+from flatlora.inputs.rows import MOST_BYTES, gather, read_jsonl, typed_columns
 from flatlora.inputs.templates import conversation
 from flatlora.utils.console import counting
 from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_atomic, write_json
+from flatlora.utils.plain_files import read_plain
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _key(judge: str, question: int, turn: int, system: str, text: str) -> str:
 def _kept_prompts(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / "judge_prompts.json"
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_plain(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError([f"Broken file {path}: {error}; generate anew (leave out score_only=true)."]) from error
 

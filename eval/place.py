@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from flatlora.config.sections import DiffusionModelConfig, ModelConfig, TrainerC
 from flatlora.config.settings import Section
 from flatlora.models.diffusion import INDEX
 from flatlora.models.loading import model_of
+from flatlora.models.saved_adapters import adapter_config
 from flatlora.train import checkpoint
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError
@@ -145,8 +145,8 @@ def _known_base(place: Place) -> str | None:
     if place.model is not None:
         return place.model.hub_id
     try:
-        name = json.loads((Path(place.weights) / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, RecursionError, AttributeError):  # no adapter, or a broken one, which loading tells
+        name = adapter_config(Path(place.weights)).get("base_model_name_or_path")
+    except ConfigError:  # no adapter, or a broken one, which loading tells
         return None
     return name if isinstance(name, str) and name else None
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.backends import Generator, Sampling
-from flatlora.inputs.rows import jsonl, prompt_text, read_jsonl
-from flatlora.utils.errors import ConfigError
+from flatlora.inputs.rows import MOST_BYTES, jsonl, prompt_text, read_jsonl
+from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic, write_json
-from flatlora.utils.plain_files import open_plain
+from flatlora.utils.plain_files import read_plain
 from flatlora.utils.records import SEAL, read_record, seal_problem
 
 logger = logging.getLogger(__name__)
@@ -304,8 +304,7 @@ def _whole_lines(
         made_by: what the rows' checks must say; None: of a finished file, whose rows have none.
     """
     try:
-        with open_plain(path) as file:
-            *lines, last = file.read().split(b"\n")  # U+2028 and the like end no line
+        *lines, last = read_plain(path, MOST_BYTES).split(b"\n")  # U+2028 and the like end no line
     except OSError:
         return None
     rows = [_parse_line(line) for line in lines]
@@ -343,8 +342,14 @@ def appended_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of such a file, its last line torn perhaps; none where there is no file.
 
     A damaged row is left out with a warning; one of an earlier version has no hash, and is taken as it is.
+
+    Raises:
+        ConfigError: it is no file, or cannot be read.
     """
-    *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    try:
+        *lines, last = read_plain(path, MOST_BYTES).split(b"\n") if os.path.lexists(path) else [b""]
+    except OSError as error:
+        raise ConfigError([f"Cannot read {path}: {reason_of(error)}; move it away, and it is made anew."]) from error
     rows = [_parse_line(line) for line in (*filter(None, lines), *filter(_parse_line, [last]))]
     whole = [row for row in rows if isinstance(row, dict) and row.get(_CHECK) in (None, _checksum(_unchecked(row)))]
     if len(whole) < len(rows):

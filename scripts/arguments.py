@@ -15,11 +15,15 @@ def add_folders(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--out", type=Path, help=f"{out} by default")
 
 
+_MOST = 1_000_000
+
+
 def positive(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number of 1 or more is needed")
-    return int(text)
+    """A whole number from 1 to a million."""
+    value = int(text) if text.isdecimal() and len(text) <= 20 else 0
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: a whole number from 1 to {_MOST:,} is needed")
+    return value
 
 
 def above_zero(text: str) -> float:

@@ -144,7 +144,7 @@ NUMBERS_X86_64: dict[str, int] = {
 
 
 class Rule(NamedTuple):
-    """A call that is let through for some values of one argument."""
+    """What one argument of a call must be."""
 
     argument: int
     values: Collection[int]
@@ -179,24 +179,27 @@ def can_filter() -> bool:
     return platform.machine() in _ARCHITECTURE
 
 
-def rules(pid: int, threads: bool) -> dict[str, Rule]:
-    """The conditions of `CONDITIONAL` for one process.
+def rules(pid: int, threads: bool) -> dict[str, tuple[Rule, ...]]:
+    """The conditions of `CONDITIONAL` for one process: a call is let through where all of its rules hold.
 
     Args:
         threads: whether it may start some: somebody must count them.
     """
     return {
-        "clone": Rule(0, (_THREAD,) if threads else (), mask=0xFFFFFFFF & ~_DETACHED),
-        "fcntl": Rule(1, (0, 1, 2, 3, 4, 1030)),  # duplicates and flags: no owner, lease, lock or size of a pipe
-        "ioctl": Rule(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # is it a terminal; flags
-        "kill": Rule(0, (pid,)),
-        "open": _OPENED._replace(argument=1),
-        "openat": _OPENED,
-        "prctl": Rule(0, (15, 16)),  # a thread's name
-        "prlimit64": Rule(0, (0, pid)),
-        "sendto": Rule(4, (0,), wide=True),  # to no address: along a pair
-        "socketpair": Rule(1, (1,), mask=0xFFFFFFFF & ~0o2004000),  # a stream: connected for good, unlike datagrams
-        "tgkill": Rule(0, (pid,)),
+        "clone": (Rule(0, (_THREAD,) if threads else (), mask=0xFFFFFFFF & ~_DETACHED),),
+        "fcntl": (Rule(1, (0, 1, 2, 3, 4, 1030)),),  # duplicates and flags: no owner, lease, lock or size of a pipe
+        "ioctl": (Rule(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),),  # is it a terminal; flags
+        "kill": (Rule(0, (pid,)),),
+        "open": (_OPENED._replace(argument=1),),
+        "openat": (_OPENED,),
+        "prctl": (Rule(0, (15, 16)),),  # a thread's name
+        "prlimit64": (Rule(0, (0, pid)),),
+        "sendto": (Rule(4, (0,), wide=True),),  # to no address: along a pair
+        "socketpair": (
+            Rule(0, (1,)),  # of this machine
+            Rule(1, (1,), mask=0xFFFFFFFF & ~0o2004000),  # a stream: connected for good, unlike datagrams
+        ),
+        "tgkill": (Rule(0, (pid,)),),
     }
 
 
@@ -217,15 +220,18 @@ def filter_program(pid: int, threads: bool, machine: str | None = None) -> bytes
     program += [statement(load, number), statement(at_least, 0x40000000, 0, 1), statement(answer, refuse)]  # x32
     for one in sorted(allowed):
         program += [statement(equal, one, 0, 1), statement(answer, allow)]
-    for name, rule in rules(pid, threads).items():
+    for name, conditions in rules(pid, threads).items():
         if (one := CONDITIONAL[name][column]) is None:
             continue
-        place = arguments + 8 * rule.argument
-        block = [statement(load, place + 4), statement(equal, 0, 1, 0), statement(answer, refuse)] if rule.wide else []
-        block += [statement(load, place), statement(mask, rule.mask)]
-        for value in rule.values:
-            block += [statement(equal, value, 0, 1), statement(answer, allow)]
-        block.append(statement(answer, refuse))
+        block = []
+        for rule in conditions:
+            place, count = arguments + 8 * rule.argument, len(rule.values)
+            if rule.wide:
+                block += [statement(load, place + 4), statement(equal, 0, 1, 0), statement(answer, refuse)]
+            block += [statement(load, place), statement(mask, rule.mask)]
+            block += [statement(equal, value, count - at, 0) for at, value in enumerate(rule.values)]
+            block.append(statement(answer, refuse))
+        block.append(statement(answer, allow))
         program += [statement(equal, one, 0, len(block)), *block]
     program += [statement(equal, _CLONE3, 1, 0), statement(at_least, _NEWER, 0, 1), statement(answer, unknown)]
     return b"".join([*program, statement(answer, refuse)])

@@ -29,7 +29,7 @@ from flatlora.config.settings import NoSection
 from flatlora.utils.errors import ConfigError, nearest, reason_of
 from flatlora.utils.files import write_atomic
 from flatlora.utils.masking import masked, masked_word
-from flatlora.utils.names import is_text
+from flatlora.utils.names import MOST_BYTES, is_text, size
 
 # Hydra's parser takes a second for a list of such a length, and Python's stack holds about ten times such a depth.
 _LONGEST_WORD, _LONGEST_LINE, _DEEPEST_BRACKETS, _LONGEST_NUMBER = 16_000, 32_000, 20, 300
@@ -103,11 +103,11 @@ def _parse_all(words: Iterable[str]) -> list[Override | None]:
     """Parsed settings; None for an option of Hydra, such as -m."""
     words, parsed = list(words), []
     faults = [fault for word in words if not word.startswith("-") and (fault := _size_fault(word))]
-    if not faults and (size := sum(map(len, words))) > _LONGEST_LINE:
+    if not faults and (length := sum(map(len, words))) > _LONGEST_LINE:
         raise ConfigError(
             [
-                f"Cannot read settings of {size} characters: together they take {_LONGEST_LINE}; put them into a file "
-                "of conf/experiment, and name that."
+                f"Cannot read settings of {length} characters: together they take {_LONGEST_LINE}; put them into a "
+                "file of conf/experiment, and name that."
             ]
         )
     for word in words:
@@ -116,7 +116,7 @@ def _parse_all(words: Iterable[str]) -> list[Override | None]:
         elif _size_fault(word) is None:
             try:
                 override = _parse(word)
-                faults += _place_faults(override)
+                faults += _place_faults(override) or _hydra_faults(override)
                 parsed.append(override)
             except HydraException:
                 faults.append(_unreadable(word))
@@ -177,6 +177,62 @@ def _place_faults(override: Override) -> list[str]:
     if key in ("hydra.run", "hydra.run.dir", "hydra.output_subdir"):
         return [f"Invalid {line}: a run has its folder below results_root and no other; set results_root=DIR."]
     return []
+
+
+_HYDRA_KEYS = (
+    "hydra/launcher",
+    "hydra.launcher",
+    "hydra.sweep.dir",
+    "hydra.sweep.subdir",
+    "hydra.job.name",
+    "hydra.job.chdir",
+    "hydra.job.env_set",
+    "hydra.job.env_copy",
+    "hydra.mode",
+    "hydra.searchpath",
+    "hydra.verbose",
+)
+_PROCESSES = {"hydra.launcher.n_jobs": -MOST_JOBS, "hydra.launcher.tasks_per_node": 1}  # the least that each may be
+
+
+def _hydra_faults(override: Override) -> list[str]:
+    """Settings of Hydra's by which it would write outside results_root, or start processes without end."""
+    line, key, value = override.input_line, override.key_or_group, override.value()
+    if not re.match(r"hydra[./]", key):
+        return []
+    if not any(key == known or key.startswith(f"{known}.") for known in _HYDRA_KEYS):
+        return [f"Invalid {line}: of Hydra's settings these are taken: {', '.join(_HYDRA_KEYS)}; leave it out."]
+    if override.is_delete():
+        return []
+    text = "" if override.is_sweep_override() else value.text if isinstance(value, QuotedString) else str(value)
+    if key in _PROCESSES and not (_is_whole(text) and _PROCESSES[key] <= int(text) <= MOST_JOBS and int(text) != 0):
+        least = "or -1 for all CPUs" if _PROCESSES[key] < 0 else "each of them a process"
+        return [f"Invalid {line}: a whole number from 1 to {MOST_JOBS} is needed, {least}; write {key}=4."]
+    if key == "hydra.job.chdir" and text != "False":
+        return [f"Invalid {line}: a job stays in the folder where it was started; leave it out, and set results_root."]
+    if key == "hydra.job.name" and not _is_file_name(text):
+        return [f"Invalid {line}: it becomes the name of a file, in at most {MOST_BYTES - 40} bytes; write {key}=NAME."]
+    if key == "hydra.sweep.subdir" and not all(map(_is_file_name, _numbered(text).split("/"))) and text != ".":
+        return [
+            f"Invalid {line}: a job's folder lies within hydra.sweep.dir, neither absolute nor with ..; write "
+            f"{key}=NAME, with ${{hydra.job.num}} or ${{hydra.job.id}} if need be."
+        ]
+    return []
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"-?[0-9]{1,9}", text) is not None
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a text without references to other keys names a file, which Hydra and its launchers add endings to."""
+    return (
+        text not in ("", ".", "..", "None") and not re.search(r"[/\x00]|\$\{", text) and size(text) <= MOST_BYTES - 40
+    )
+
+
+def _numbered(text: str) -> str:
+    return re.sub(r"\$\{hydra[.:]job\.(num|id)\}", "0", text)
 
 
 def _loses_blanks(override: Override) -> bool:

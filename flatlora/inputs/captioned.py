@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,18 @@ from flatlora.inputs.images import (
     turn_of,
     with_bytes,
 )
-from flatlora.inputs.rows import Source, fingerprint, gather, hub_data, local_file, read_jsonl, typed_columns
+from flatlora.inputs.rows import (
+    MOST_BYTES,
+    Source,
+    fingerprint,
+    gather,
+    hub_data,
+    local_file,
+    read_jsonl,
+    typed_columns,
+)
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.plain_files import read_plain
 
 logger = logging.getLogger(__name__)
 
@@ -308,7 +319,7 @@ def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> 
         reason = {FileNotFoundError: "there is no such folder", NotADirectoryError: "it is a file, not a folder"}
         reason = reason.get(type(error), error.strerror)
         raise ConfigError([f"Invalid {key}={folder}: {reason}; name one with pictures in it."]) from error
-    if (path / METADATA).is_file():
+    if os.path.lexists(path / METADATA):  # a link to nothing, too, which is told and not passed over
         rows = read_jsonl(path / METADATA)
         rows = [{"prompt": row["text"], **row} if "text" in row else row for row in rows]  # as datasets has it
         images = _listed(path / METADATA, rows, "file_name", () if fixed is not None else ("prompt",), fixed)
@@ -357,7 +368,7 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
     """
     path = run / PICTURES_FILE
     try:
-        saved = json.loads(path.read_bytes())
+        saved = json.loads(read_plain(path, MOST_BYTES))
         indices, digests = saved["indices"], saved["digests"]
         if [*map(type, indices)] != [int] * len(digests):
             raise ValueError("a place and a digest of each picture are needed")

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -382,12 +383,28 @@ def _pixels_of(picture: Image.Image) -> Image.Image:
         if picture.mode == "I" and picture.format != "PNG":  # a PNG's are 16 bits wide
             raise ValueError("its pixels are 32-bit integers of no known range")
         if picture.mode.startswith("I"):
-            wide = np.asarray(picture).astype(np.int64)
-            grey = Image.fromarray((wide / 257).round().astype(np.uint8))
-            grey.info = picture.info  # how it is turned
-            return grey
+            return _in_8_bits(picture)
         picture.load()
         return picture
+
+
+_STRIP_PIXELS = 1 << 20
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """Greys of 0–65,535 as round(grey / 257), a part at a time: a large picture fits into memory twice, not more often.
+
+    257 is odd, so no quotient lies half-way between two integers.
+    """
+    grey = Image.new("L", picture.size)
+    columns = min(picture.width, _STRIP_PIXELS)
+    rows = max(1, _STRIP_PIXELS // columns)
+    for top, left in itertools.product(range(0, picture.height, rows), range(0, picture.width, columns)):
+        box = left, top, min(left + columns, picture.width), min(top + rows, picture.height)
+        wide = np.asarray(picture.crop(box)).astype(np.uint32)
+        grey.paste(Image.fromarray(((wide + 128) // 257).astype(np.uint8)), (left, top))
+    grey.info = picture.info  # how it is turned
+    return grey
 
 
 _TURNS = {

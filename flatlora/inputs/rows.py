@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.names import stays_inside
+from flatlora.utils.plain_files import open_plain, read_plain
 
 
 class Source(NamedTuple):
@@ -58,7 +59,7 @@ def fingerprint(source: Source, data_root: str | None = None) -> str:
         ConfigError: as `read_rows`, for a file that is not there or a hub out of reach.
     """
     if data_root is not None:
-        with _readable(path := local_file(source, data_root)), open(path, "rb") as file:
+        with _readable(path := local_file(source, data_root)), open_plain(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     import datasets
 
@@ -159,10 +160,15 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+MOST_BYTES = 4 << 30  # of a file of JSON lines, which is read whole
+
+
 def _text(path: Path) -> str:
     try:
         with _readable(path):
-            return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows editors put in front
+            return read_plain(path, MOST_BYTES).decode(
+                "utf-8-sig"
+            )  # with or without the mark that Windows editors put in front
     except UnicodeDecodeError as error:
         raise ConfigError([f"Broken file {path}: not UTF-8 at byte {error.start}; save it as UTF-8."]) from error
 
@@ -233,7 +239,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        with open(path, "rb") as file:  # the path itself would be read as a data set of many files, with other rules
+        with open_plain(path) as file:  # the path itself would be read as a data set of many files, with other rules
             return pyarrow.parquet.ParquetFile(file).read().to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # a broken page is an OSError, a broken text neither
         raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); fetch it again."]) from error

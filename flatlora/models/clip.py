@@ -21,6 +21,7 @@ from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProject
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.plain_files import read_plain
 
 LINEAR_HEAD = "classifier"
 
@@ -43,7 +44,7 @@ class Classes(NamedTuple):
         """
         path = folder / CLASSES_FILE
         try:
-            found = json.loads(path.read_bytes())
+            found = json.loads(read_plain(path, 16 << 20))
             names, prompts = found["names"], found["prompts"]
             if not (names and len(names) == len(prompts) and all(isinstance(text, str) for text in names)):
                 raise ValueError("names and prompts of each class are needed")

@@ -21,7 +21,7 @@ from torch import nn
 
 from flatlora.models.sources import in_short, not_finite
 from flatlora.utils.errors import ConfigError, reason_of
-from flatlora.utils.plain_files import irregular_files
+from flatlora.utils.plain_files import irregular_files, read_plain
 from flatlora.utils.time_limit import time_limit
 
 
@@ -48,12 +48,15 @@ def check_adapter(folder: Path) -> None:
 
 
 _MOST_RANK = 1024  # that needs no tensor to show it
+_NO_SIZE = re.compile(r"alpha|seed|prng|step|warmup|token_id|layers_to_transform")  # whole numbers that are none
 
 
 def _number_faults(folder: Path) -> list[str]:
-    """Ranks and scalings of adapter_config.json that its tensors cannot have: PEFT would make layers of such sizes."""
+    """Sizes and scalings of adapter_config.json that its tensors cannot have: PEFT would make layers of such sizes."""
     config = adapter_config(folder)
     kind, ranks, alphas = config.get("peft_type"), {}, {}
+    if kind not in (PeftType.LORA, PeftType.ADALORA):
+        return _size_faults(folder, config)
     if kind == PeftType.LORA:
         ranks, alphas = {"r": config.get("r", 8)}, {"lora_alpha": config.get("lora_alpha", 8)}
         for pattern, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
@@ -71,6 +74,22 @@ def _number_faults(folder: Path) -> list[str]:
         f"Invalid {_short(name)}={_short(one)} in {folder}/adapter_config.json: ranks are whole numbers from 1 that "
         f"its tensors have, and alphas are numbers; {_COPY}."
         for name, one in wrong.items()
+    ]
+
+
+def _size_faults(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The same of methods that are not trained here, whose configs have sizes of many names."""
+    sizes = {name: value for name, value in config.items() if not _NO_SIZE.search(name)}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            sizes |= {f"{name}.{key}": one for key, one in value.items() if not _NO_SIZE.search(name)}
+    large = {name: one for name, one in sizes.items() if type(one) in (int, float) and not one <= _MOST_RANK}
+    most = max([0, *(side for tensor in _weights(folder).values() for side in tensor.shape)]) if large else 0
+    return [
+        f"Invalid {_short(name)}={_short(one)} in {folder}/adapter_config.json: a size above {_MOST_RANK:,} is one of "
+        f"its tensors' too, and their largest is {most:,}; {_COPY}."
+        for name, one in large.items()
+        if not one <= most
     ]
 
 
@@ -94,10 +113,13 @@ def base_name(adapter: Path) -> str:
     return name
 
 
+_MOST_BYTES = 16 << 20  # of an adapter_config.json
+
+
 def adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_plain(path, _MOST_BYTES))
         if not isinstance(found, dict):
             raise ValueError("it holds no keys")
     except (OSError, ValueError, RecursionError) as error:

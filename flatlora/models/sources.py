@@ -71,12 +71,21 @@ def described(config: ModelConfig) -> transformers.PreTrainedConfig:
         return transformers.AutoConfig.from_pretrained(source, **NO_FOREIGN_CODE, **options)
 
 
-_COUNTED = re.compile(r"layer|block|expert")
-_MOST_COUNTED = 10_000
+_MOST = (  # of what a name says; the first that fits
+    (re.compile(r"layer|block|expert|heads"), 10_000),
+    (re.compile(r"image_size|sample_size|patch_size"), 16_384),
+    (re.compile(r"vocab_size"), 4_000_000),
+    (
+        re.compile(r"(attention|hidden|intermediate|embedding|ffn?|inner|head|model|proj(ection)?|state)_?(size|dim)"),
+        1_000_000,
+    ),
+    (re.compile(r"^d_|n_embd|n_inner|channels"), 1_000_000),
+    (re.compile(r"max_position|max_source_pos|max_target_pos|n_positions|n_ctx"), 100_000_000),
+)
 
 
 def count_faults(raw: Any, where: str, key: str = "") -> list[str]:
-    """Numbers of layers, blocks and experts in a model's settings that no model has: to build them would take for ever.
+    """Numbers and sizes of layers in a model's settings that no model has: to build them would take all time or memory.
 
     Args:
         raw: the settings, or a value in them, whose name is `key`.
@@ -85,11 +94,12 @@ def count_faults(raw: Any, where: str, key: str = "") -> list[str]:
         return [fault for name, value in raw.items() for fault in count_faults(value, where, str(name))]
     if isinstance(raw, list):
         return [fault for value in raw for fault in count_faults(value, where, key)]
-    if not isinstance(raw, int | float) or raw <= _MOST_COUNTED or not _COUNTED.search(key):
+    most = next((most for pattern, most in _MOST if pattern.search(key)), None)
+    if most is None or not isinstance(raw, int | float) or raw <= most:
         return []
     return [
-        f"Invalid {key}={raw} in {where}: no model has more than {_MOST_COUNTED:,} of them; copy the folder again, or "
-        "name another model."
+        f"Invalid {key}={raw} in {where}: no model has more than {most:,} there; copy the folder again, or name "
+        "another model."
     ]
 
 

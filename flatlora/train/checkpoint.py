@@ -7,6 +7,7 @@ the SHA-256 of every file. A folder without one was being written when the proce
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -57,19 +58,27 @@ def fault_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) ->
         wanted: names of files that are needed.
     """
     try:
+        folder.stat()
         manifest = records.read_record(folder / MANIFEST)
         if manifest is None:
             return f"{MANIFEST} is missing"
-        for name, entry in manifest["files"].items():
-            if wanted(name) and file_sha256(folder / name) != entry["sha256"]:
-                return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+        needed = {name: entry["sha256"] for name, entry in manifest["files"].items() if wanted(name)}
     except (ValueError, KeyError, TypeError, AttributeError):  # no record, or no manifest
         return f"{MANIFEST} is broken"
-    except OSError as error:
-        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
-    return None
+    except OSError as error:  # a link to nothing, in a circle, or into a folder that is closed to this user
+        return f"it cannot be read ({error.strerror})"
+    return next(
+        (f"{name} {fault}" for name, sha256 in needed.items() if (fault := _file_fault(folder / name, sha256))), None
+    )
+
+
+def _file_fault(path: Path, sha256: str) -> str | None:
+    try:
+        return None if file_sha256(path) == sha256 else "is not what was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:  # of opening or of reading, which names no file
+        return f"cannot be read ({error.strerror})"
 
 
 def _manifest_of(folder: Path) -> dict[str, Any] | None:
@@ -88,9 +97,9 @@ def inference_fault(folder: Path) -> str | None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, whole or not."""
-    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and _STEP.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    """Checkpoint folders of a run, oldest first, whole or not; and links of such names, wherever they lead."""
+    found = [path for path in run.glob("checkpoint-*") if _STEP.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_symlink() or os.path.isdir(path)), key=step_of)
 
 
 def step_of(folder: Path) -> int:

@@ -29,8 +29,9 @@ _DIGITS = 20  # of a hash, in names
 def find(folder: Path, name: str, suffix: str) -> Path | None:
     """The file that was kept under a name, read and found whole; None where there is none.
 
-    A broken one is removed, with a warning.
+    A broken one is removed, with a warning; and so is what dead processes left half-written beside it.
     """
+    sweep(folder)
     pattern = f"{glob.escape(os.fspath(folder / name))}-{'[0-9a-f]' * _DIGITS}{suffix}"
     for path in map(Path, sorted(glob.glob(pattern))):
         if (problem := _file_problem(path, name)) is None:
@@ -43,7 +44,6 @@ def keep(folder: Path, name: str, suffix: str, content: bytes) -> Path | None:
     """Write a file for `find`. A cache that cannot be written costs the next run its time, so that is a warning."""
     path = folder / f"{name}-{_digest(folder, name, content)}{suffix}"
     try:
-        sweep(folder)
         write_atomic(path, content)
     except OSError as error:
         logger.warning("What was made cannot be kept in %s: %s.", folder, error.strerror or error)
@@ -79,7 +79,7 @@ def _file_problem(path: Path, name: str) -> str | None:
 def kept_folder(path: Path, make: Callable[[Path], None]) -> Path:
     """`path`, a folder that `make` has filled: now, or before and still whole. Several processes may make the same one.
 
-    Its files are read once a process.
+    Its files are read once a process; what dead processes left half-written beside it is removed then, too.
 
     Raises:
         PermissionError: the folder is there and closed to this user.
@@ -87,11 +87,11 @@ def kept_folder(path: Path, make: Callable[[Path], None]) -> Path:
     """
     if (state := _state(path)) is not None and _found_whole.get(path) == state:
         return path
+    sweep(path.parent)
     problem = _folder_problem(path)
     if problem is not None:
         if os.path.lexists(path):
             logger.warning("The cache folder %s is broken (%s): it is made anew.", path, problem)
-        sweep(path.parent)
         with staging(path, folder=True) as fresh:
             make(fresh)
             obey_umask(fresh)

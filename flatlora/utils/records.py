@@ -17,13 +17,15 @@ import yaml
 
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import fsync_folder, write_json
-from flatlora.utils.plain_files import file_sha256, open_plain
+from flatlora.utils.plain_files import file_sha256, open_plain, read_plain
 
 SIGNATURE = "record_sha256"
 FILES = "files"  # of run.json: {name in the run's folder: {"sha256", "bytes"}}
 SEAL = "predictions_sha256"  # of generation.json: the answers that its settings gave; None while they are made
 _INPUTS = ("test.jsonl", "classes.json", "pictures.json")  # that scoring reads
 _RECORDED = (*_INPUTS, "metrics.jsonl")  # and all of adapter/
+_MOST_BYTES = 64 << 20  # of a record
+_MOST_SETTINGS = 1 << 20  # bytes; YAML is read at some 100 KB a second
 _DEEPEST = 64  # levels; what is nested further is no record, and would end whoever walks through it
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -38,8 +40,7 @@ def read_record(path: Path, remedy: str = "put a whole copy back") -> dict[str, 
         ConfigError: it cannot be read, holds something else, or is signed and not as it was written.
     """
     try:
-        with open_plain(path) as file:
-            found = json.loads(file.read())
+        found = json.loads(read_plain(path, _MOST_BYTES))
         _refuse_other_than_groups(found)
         if SIGNATURE in found and found[SIGNATURE] != _signature(found):
             raise ValueError(f"{SIGNATURE} in it is of another content: it was changed after it was written")
@@ -61,8 +62,7 @@ def read_settings(path: Path, remedy: str) -> Any:
         ConfigError: it is not there, cannot be read, or is no YAML.
     """
     try:
-        with open_plain(path) as file:
-            found = yaml.safe_load(file.read())
+        found = yaml.safe_load(read_plain(path, _MOST_SETTINGS))
         _refuse_depth(found)
     except (OSError, *_YAML_ERRORS) as error:
         raise _broken(path, _reason(error), remedy, "file") from error

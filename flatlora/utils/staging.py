@@ -51,7 +51,7 @@ def remove(path: Path, *, ignore_errors: bool = False) -> None:
     Raises:
         OSError: something cannot be deleted.
     """
-    if path.is_dir() and not path.is_symlink():
+    if not path.is_symlink() and path.is_dir():  # in this order: a link may lead where nobody may look
         shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)

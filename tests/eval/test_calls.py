@@ -1,6 +1,7 @@
 """The filter of system calls: its numbers are the kernel's, and a program that computes needs no more."""
 
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,54 @@ def test_there_is_one_process_where_there_are_no_namespaces(own_user):
         program = f"import os\ndef double(x):\n    {body}\n    return x * 2\n"
         error = sandbox._run(sandbox.Task(program, PROMPT, TEST, "double"), sandbox.Limits(), held).error
         assert error.startswith("PermissionError"), (body, error)
+
+
+@pytest.mark.parametrize("domain", [2, 10, 16, 17, 30, 38])  # IPv4, IPv6, netlink, packets, TIPC, the kernel's ciphers
+def test_a_pair_of_sockets_is_of_this_machine(domain):
+    """The kernel itself refuses each of them otherwise: it is not asked."""
+    program = "import ctypes, errno, socket\ndef double(x):\n    libc = ctypes.CDLL(None, use_errno=True)\n"
+    program += f"    assert libc.socketpair({domain}, 1, 0, (ctypes.c_int * 2)()) == -1\n"
+    program += "    assert ctypes.get_errno() == errno.EPERM, errno.errorcode[ctypes.get_errno()]\n"
+    program += "    a, b = socket.socketpair()\n    a.send(b'x')\n    return x * 2 if b.recv(1) == b'x' else 0\n"
+    limits = sandbox.Limits(seconds=10.0)
+    assert sandbox.run(sandbox.Task(program, PROMPT, TEST, "double"), limits) == (True, "")
+
+
+def answer_to(number, arguments, machine):
+    """What the kernel makes of the filter for one call, by the rules of classic BPF."""
+    program = calls.filter_program(7, True, machine)
+    lines = [struct.unpack_from("<HBBI", program, place) for place in range(0, len(program), 8)]
+    data = struct.pack("<IIQ6Q", number, calls._ARCHITECTURE[machine], 0, *arguments, *[0] * (6 - len(arguments)))
+    place, held = 0, 0
+    while True:
+        code, yes, no, k = lines[place]
+        if code == 0x06:
+            return {0x7FFF0000: True}.get(k, False)
+        if code == 0x20:
+            (held,) = struct.unpack_from("<I", data, k)
+        elif code == 0x54:
+            held &= k
+        else:
+            place += yes if (held == k if code == 0x15 else held >= k) else no
+        place += 1
+
+
+@pytest.mark.parametrize("machine", HEADERS)
+def test_conditions_hold_all_at_once(machine):
+    def passes(name, *arguments):
+        return answer_to(calls.CONDITIONAL[name][list(HEADERS).index(machine)], arguments, machine)
+
+    for domain in range(46):
+        for kind in range(8):
+            for flags in (0, 0o4000, 0o2000000, 0o2004000, 0o1000):
+                wanted = domain == 1 and kind == 1 and flags != 0o1000
+                assert passes("socketpair", domain, kind | flags) == wanted
+    assert [one for one in range(64) if passes("fcntl", 3, one)] == [0, 1, 2, 3, 4]
+    assert passes("kill", 7)
+    assert not passes("kill", 8)
+    assert passes("sendto", 3, 0, 1, 0, 0)
+    assert not passes("sendto", 3, 0, 1, 0, 1 << 32)
+    assert not passes("clone", 17)
+    assert passes("clone", calls._THREAD)
+    assert passes("prctl", 15)
+    assert not passes("prctl", 4)

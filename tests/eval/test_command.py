@@ -1,7 +1,9 @@
 """`python -m eval.gsm8k PATH` on a finished run, its checkpoint and its adapter, and on what is broken."""
 
+import dataclasses
 import errno
 import json
+import os
 import shutil
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,8 +18,10 @@ import run_exp
 from eval import command, predictions
 from eval.backends import Completion
 from eval.command import main
+from eval.place import locate_place
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import jsonl, prompt_text
+from flatlora.runs import run_folder as runs
 from flatlora.utils import precision, records
 from tests.conftest import run_folder, tiny_llama
 
@@ -688,3 +692,36 @@ def test_a_value_of_references_is_not_unfolded(capsys):
 def test_words_that_are_no_text_are_named(capsys):
     assert main("gsm8k", ["a\udcff", "out=b\udcff"]) == 2
     assert "Cannot read 'a\\udcff'" in capsys.readouterr().err
+
+
+def test_scoring_alone_takes_the_answers_lock_and_makes_no_folder(made, capsys, monkeypatch):
+    folder = made / "eval/gsm8k"
+    (told,) = faults([made, "score_only=true"], capsys)
+    assert told.startswith(f"{folder}/predictions.jsonl is not there")
+    assert not (made / "eval").exists()
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    before = (folder / "score.json").stat().st_mtime_ns
+    with runs.answering(folder):  # as another process that answers, or scores, has it
+        (told,) = faults([made, "score_only=true"], capsys)
+    assert told.startswith(f"{folder} is in use: another process writes its answers there")
+    assert (folder / "score.json").stat().st_mtime_ns == before
+    seen, module = [], command.benchmarks.BENCHMARKS["gsm8k"]
+    changed = dataclasses.replace(module, score_file=lambda path, config: seen.append(runs.is_answering(folder)))
+    monkeypatch.setitem(command.benchmarks.BENCHMARKS._items, "gsm8k", changed)
+    command.score_path("gsm8k", [str(made), "score_only=true"])
+    assert seen == [True]  # an overwrite of the run is refused meanwhile
+    assert not runs.is_answering(folder)
+
+
+def test_pipes_in_the_place_of_answers_and_of_an_adapters_config_are_named(made, capsys):
+    assert main("gsm8k", [str(made), "device=cpu"]) == 0
+    path = made / "eval/gsm8k/predictions.jsonl"
+    path.unlink()
+    os.mkfifo(path)
+    (told,) = faults([made, "score_only=true"], capsys)
+    assert told.startswith(f"Cannot read {path}: it is a pipe, not a file")
+    config = made.parent / "model" / "adapter_config.json"
+    config.parent.mkdir()
+    (config.parent / "config.json").write_text("{}")
+    os.mkfifo(config)
+    assert locate_place(str(config.parent), "gsm8k").weights == str(config.parent)  # and does not wait for a writer

@@ -1,6 +1,7 @@
 """predictions.jsonl: killed anywhere and resumed is the same file, and nothing finished is done again."""
 
 import json
+import os
 
 import pytest
 
@@ -308,3 +309,21 @@ def test_half_a_character_is_kept(tmp_path):
             return [Completion("\ud800 is half", 1, True) for _ in prompts]
 
     assert predictions.read(generate(tmp_path, Half()))[0]["completion"] == "\ud800 is half"
+
+
+def sparse(path):
+    path.touch()
+    os.truncate(path, 200 << 30)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(os.mkfifo, "it is a pipe, not a file"), (sparse, "it has 204,800 MiB, and at most 4,096 are")]
+)
+def test_answers_that_no_memory_holds_or_nobody_writes_are_named(tmp_path, make, reason):
+    make(tmp_path / "predictions.jsonl")
+    make(tmp_path / "outcomes.jsonl")
+    with pytest.raises(ConfigError, match=f"Cannot read .*predictions.jsonl: {reason}"):
+        predictions.read(tmp_path / "predictions.jsonl")
+    with pytest.raises(ConfigError, match=f"Cannot read .*outcomes.jsonl: {reason}.*; move it away, and it is made"):
+        predictions.appended_rows(tmp_path / "outcomes.jsonl")
+    assert predictions.appended_rows(tmp_path / "none.jsonl") == []

@@ -1,5 +1,6 @@
 """The scripts' own logic on a tiny model: tables made from records, drift measured, kills survived."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from flatlora.utils import precision
 from scripts import bench, demo
+from scripts.arguments import positive
 from tests.conftest import tiny_lora
 
 PROJECT = Path(__file__).parents[2]
@@ -101,6 +103,13 @@ def test_step_times_take_every_contender_and_each_reads_its_own_weights(monkeypa
     assert "0.550" in text  # median of the copy's ratios to PEFT: 0.55, 0.8, 0.5
     assert "1.100" in text  # median of the ratios 1.1, 1.2, 1.0
     assert "2.400 s" in text
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1000001", "9" * 5000, "1.5", "²", ""])
+def test_counts_of_scripts_have_bounds(text):
+    assert (positive("1"), positive("1000000")) == (1, 1_000_000)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"a whole number from 1 to 1,000,000 is needed"):
+        positive(text)
 
 
 @pytest.mark.slow

@@ -222,6 +222,61 @@ def test_settings_of_hydra_that_it_cannot_take_are_faults(word, capsys):
     assert "1 fault" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        *(f"hydra.launcher.n_jobs={value}" for value in ("100000", "257", "0", "-257", "1e5", "null", "'\"100000\"'")),
+        "++hydra.launcher.n_jobs=100000",
+        "hydra.launcher.n_jobs='${oc.env:MANY}'",
+        "hydra.launcher.n_jobs=2,100000",
+        "hydra.launcher.tasks_per_node=-1",
+        "hydra.sweep.subdir=../../../../evil",
+        "hydra.sweep.subdir=/evil",
+        "hydra.sweep.subdir=a/../../evil",
+        "hydra.sweep.subdir='a/${hydra.job.override_dirname}'",
+        "hydra.sweep.subdir=.,../evil",
+        "hydra.sweep={subdir:../evil}",
+        "hydra.job.name=x/../../../evil",
+        "hydra.job.name=..",
+        f"hydra.job.name={'n' * 300}",
+        "hydra.job.name='${model.hub_id}'",
+        "hydra.job.chdir=true",
+        "hydra.job.chdir='${dry_run}'",
+        "hydra.job={chdir:true}",
+        "hydra/job_logging=default",
+        "hydra.job_logging.handlers.file.filename=/evil",
+        "hydra.runtime.output_dir=/evil",
+        "+hydra.callbacks.x._target_=os.system",
+    ],
+)
+def test_hydra_writes_nowhere_else_and_starts_no_thousands_of_processes(word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (told,) = faults(commandline.rewrite, ["seed=1,2", "hydra/launcher=joblib", word])
+    assert told.startswith(f"Invalid {word}: ")
+    assert "; write " in told or "; leave it out" in told or "; set " in told or "such as" in told
+    assert run_exp.main(["-m", "seed=1,2", "hydra/launcher=joblib", word]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "hydra.launcher.n_jobs=-1",
+        "hydra.launcher.n_jobs=256",
+        "hydra.launcher.timeout_min=100000",
+        "hydra.sweep.dir=/scratch/sweep",
+        "hydra.sweep.subdir='jobs/${hydra.job.num}'",
+        "hydra.sweep.subdir=.",
+        "hydra.job.name=flat lora",
+        "hydra.job.chdir=false",
+        "hydra.job.env_set.OMP_NUM_THREADS=4",
+        "~hydra.job.chdir",
+    ],
+)
+def test_settings_of_hydra_that_stay_inside_are_taken(word):
+    assert commandline.rewrite([word]) == ([word], [])
+
+
 def test_references_to_other_keys_do_not_multiply():
     doubled = [f"k{i}='${{k{i + 1}}}${{k{i + 1}}}'" for i in range(40)]
     (told,) = faults(run_exp.experiment_of, [*doubled, "k40=x"])

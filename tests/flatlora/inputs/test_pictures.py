@@ -6,6 +6,7 @@ import os
 import resource
 import struct
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -208,6 +209,49 @@ def test_clip_sees_the_same_of_a_strips_middle():
     assert middle_of(picture).size == (4, 128)
     assert torch.allclose(whole, cut, atol=0.03)
     assert middle_of(strip(4, 128)).size == (4, 128)
+
+
+def wide_grey(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return LabelledImages("here", np.zeros(1, np.int64), lambda index: buffer.getvalue())
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (65536, 1), (1, 65536)])
+@pytest.mark.parametrize("pixels_at_once", [1, 100, 1000, 1 << 20])
+def test_every_grey_of_16_bits_is_rounded_to_8(shape, pixels_at_once, monkeypatch):
+    if pixels_at_once == 1:
+        shape = (16, 16)
+    monkeypatch.setattr(images, "_STRIP_PIXELS", pixels_at_once)
+    greys = np.linspace(0, 65535, shape[0] * shape[1]).astype(np.uint16).reshape(shape)
+    found = np.asarray(images.decoded(wide_grey(greys), 0))
+    assert (found == (greys.astype(np.int64) / 257).round().astype(np.uint8)).all()
+
+
+def test_a_large_grey_of_16_bits_takes_no_more_memory_than_its_pixels():
+    pictures = wide_grey(np.zeros((3000, 4000), np.uint16))
+    tracemalloc.start()  # which counts NumPy's arrays, and not PIL's own 2 + 1 bytes a pixel
+    try:
+        assert images.decoded(pictures, 0).size == (4000, 3000)
+        assert tracemalloc.get_traced_memory()[1] < 2 * 3000 * 4000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
+        (os.mkfifo, "it is a pipe, not a file"),
+        (lambda path: path.mkdir(), "Is a directory"),
+    ],
+)
+def test_a_metadata_file_that_is_none_is_named(make, reason, tmp_path):
+    (tmp_path / "a.png").write_bytes(png_of(np.zeros((8, 8), np.uint8)))
+    make(tmp_path / "metadata.jsonl")
+    assert fault_of(read_folder, str(tmp_path), "a prompt").startswith(
+        f"Cannot read {tmp_path}/metadata.jsonl: {reason}; make it a readable file"
+    )
 
 
 def test_a_prompt_of_megabytes_is_refused(tmp_path):

@@ -230,6 +230,34 @@ def test_what_an_adapter_says_of_itself_is_checked(change, head, whole_adapter, 
     assert len(fault) < 3000
 
 
+HUGE = 10**9
+OTHER_METHODS = [
+    (peft.LoHaConfig(r=HUGE), "r"),
+    (peft.LoKrConfig(r=HUGE), "r"),
+    (peft.LoKrConfig(rank_pattern={"q_proj": HUGE}), "rank_pattern.q_proj"),
+    (peft.VeraConfig(r=HUGE), "r"),
+    (peft.OFTConfig(r=HUGE, oft_block_size=0), "r"),
+    (peft.OFTConfig(oft_block_size=HUGE), "oft_block_size"),
+    (peft.PromptTuningConfig(num_virtual_tokens=HUGE, task_type="CAUSAL_LM"), "num_virtual_tokens"),
+    (peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=HUGE), "encoder_hidden_size"),
+]
+
+
+@pytest.mark.parametrize(("config", "name"), OTHER_METHODS)
+def test_huge_sizes_of_other_methods_are_refused(config, name, whole_adapter, tmp_path):
+    shutil.copytree(whole_adapter, tmp_path / "adapter")
+    config.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=rf"Invalid {name}=1000000000 in .*adapter_config\.json: a size above 1,024"):
+        saved_adapters.check_adapter(tmp_path / "adapter")
+
+
+def test_sizes_that_the_tensors_of_another_method_have_are_taken(whole_adapter, tmp_path):
+    shutil.copytree(whole_adapter, tmp_path / "adapter")
+    peft.VeraConfig(r=3000, projection_prng_key=2**31).save_pretrained(tmp_path / "adapter")
+    save_file({"vera_lambda_d": torch.zeros(3000)}, tmp_path / "adapter/adapter_model.safetensors")
+    saved_adapters.check_adapter(tmp_path / "adapter")
+
+
 SLOW = r"([\w.]+)+!"  # doubles its time with each letter of a name
 
 

@@ -249,3 +249,24 @@ def test_numbers_of_layers_that_no_model_has_are_refused():
     first, second = sources.count_faults(described, "config.json")
     assert first.startswith("Invalid num_hidden_layers=1000000000 in config.json: no model has more than 10,000")
     assert second.startswith("Invalid blocks=20000000.0")
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [
+        ("vocab_size", 4_000_000),
+        ("hidden_size", 1_000_000),
+        ("intermediate_size", 1_000_000),
+        ("d_ff", 1_000_000),
+        ("n_embd", 1_000_000),
+        ("head_dim", 1_000_000),
+        ("cross_attention_dim", 1_000_000),
+        ("image_size", 16_384),
+        ("max_position_embeddings", 100_000_000),
+        ("num_attention_heads", 10_000),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(key, most):
+    assert sources.count_faults({key: most}, "config.json") == []
+    (told,) = sources.count_faults({"text_config": {key: most + 1}}, "config.json")
+    assert told.startswith(f"Invalid {key}={most + 1} in config.json: no model has more than {most:,} there; copy")

@@ -4,6 +4,8 @@ import logging
 import os
 import re
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from flatlora.models.hashes import backbone_sha256, trainable_sha256
 from flatlora.train.checkpoint import MANIFEST, checkpoints, fault_of, latest_good, remove_newer, rotate, seal
+from flatlora.utils import staging
 from flatlora.utils.errors import ConfigError
 
 CONFIG, DATA = "0" * 64, "d" * 64  # hashes of the experiment and the rows that make the checkpoints
@@ -50,6 +53,11 @@ def as_loop(path):
     path.symlink_to(path.name)
 
 
+def as_link(path, target):
+    staging.remove(path)
+    path.symlink_to(target)
+
+
 def as_pipe(path):
     path.unlink()
     os.mkfifo(path)
@@ -59,8 +67,8 @@ BREAKAGES = {
     "a flipped bit": (lambda folder: flip_a_bit(folder / "adapter.bin"), "adapter.bin is not what was written"),
     "a cut file": (lambda folder: os.truncate(folder / "adapter.bin", 99), "adapter.bin is not what was written"),
     "an emptied file": (lambda folder: os.truncate(folder / "nested/state.json", 0), "nested/state.json is not what"),
-    "a missing file": (lambda folder: (folder / "nested/state.json").unlink(), "state.json is missing"),
-    "a missing folder": (lambda folder: shutil.rmtree(folder / "nested"), "state.json is missing"),
+    "a missing file": (lambda folder: (folder / "nested/state.json").unlink(), "nested/state.json is missing"),
+    "a missing folder": (lambda folder: shutil.rmtree(folder / "nested"), "nested/state.json is missing"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), f"{MANIFEST} is missing"),
     "a torn manifest": (lambda folder: os.truncate(folder / MANIFEST, 50), f"{MANIFEST} is broken"),
     "an empty manifest": (lambda folder: os.truncate(folder / MANIFEST, 0), f"{MANIFEST} is broken"),
@@ -73,6 +81,12 @@ BREAKAGES = {
     "a manifest that is a folder": (lambda folder: as_folder(folder / MANIFEST), f"{MANIFEST} is broken"),
     "a loop": (lambda folder: as_loop(folder / "adapter.bin"), "adapter.bin cannot be read (Too many levels"),
     "a pipe": (lambda folder: as_pipe(folder / "adapter.bin"), "adapter.bin cannot be read (it is a pipe, not a file)"),
+    "a file that cannot be read": (  # it opens, and read(2) fails, with an error that names no file
+        lambda folder: as_link(folder / "adapter.bin", "/proc/self/mem"),
+        "adapter.bin cannot be read (Input/output error)",
+    ),
+    "a folder in a circle": (lambda folder: as_link(folder, folder.name), "it cannot be read (Too many levels"),
+    "a link to nothing": (lambda folder: as_link(folder, "gone"), "it cannot be read (No such file"),
     "a list": (lambda folder: (folder / MANIFEST).write_text("[1]"), f"{MANIFEST} is broken"),
 }
 
@@ -94,9 +108,32 @@ def test_a_broken_checkpoint_is_named_removed_and_passed_over(tmp_path, caplog, 
     with caplog.at_level(logging.WARNING):
         assert latest_good(tmp_path, CONFIG, DATA) == good
     assert f"Ignoring {broken}: {fault}" in caplog.text
-    assert broken.exists()  # looking changes nothing
+    assert os.path.lexists(broken)  # looking changes nothing
     remove_newer(tmp_path, good)
     assert checkpoints(tmp_path) == [good]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone becomes another user")
+def test_a_link_into_a_folder_that_is_closed_to_the_user_is_named_and_passed_over(caplog):
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are closed to others
+    try:
+        make(folder / "closed", 4)
+        (folder / "run").mkdir()
+        (folder / "run" / "checkpoint-4").symlink_to(folder / "closed" / "checkpoint-4")
+        folder.chmod(0o755)
+        (folder / "closed").chmod(0o700)
+        (folder / "run").chmod(0o777)
+        os.seteuid(65534)
+        try:
+            assert latest_good(folder / "run", CONFIG, DATA) is None
+            remove_newer(folder / "run", None)
+        finally:
+            os.seteuid(0)
+        assert f"Ignoring {folder}/run/checkpoint-4: it cannot be read (Permission denied)." in caplog.text
+        assert list((folder / "run").iterdir()) == []
+        assert fault_of(folder / "closed" / "checkpoint-4") is None
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_steps_are_ordered_as_numbers_and_other_names_left_alone(tmp_path):

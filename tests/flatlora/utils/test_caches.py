@@ -1,6 +1,7 @@
 """Every cache under every damage: made anew with a warning, refused by name, or unharmed; never something else."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -345,3 +346,26 @@ def test_a_cache_that_takes_no_files_is_a_warning_for_what_fits_in_memory(tmp_pa
         with pytest.raises(ConfigError) as caught:
             read(tmp_path)
         assert "set FLATLORA_CACHE=DIR" in str(caught.value)
+
+
+def leave(folder, name):
+    """What a maker that was killed leaves, and what one that lives is at, which it locks."""
+    (folder / f".{name}-0123abcd").mkdir()
+    (folder / f".{name}-0123abcd" / "model.safetensors").write_bytes(b"half")
+    (folder / f".{name}-4567cdef").touch()
+    living = os.open(folder / f".{name}-4567cdef", os.O_RDONLY)
+    fcntl.flock(living, fcntl.LOCK_EX)
+    return living
+
+
+def test_what_dead_makers_left_is_swept_when_a_cache_is_opened(tmp_path):
+    path = caches.kept_folder(tmp_path / "weights-1", lambda fresh: (fresh / "config.json").write_text("{}"))
+    living = leave(tmp_path, "weights-2")
+    caches._found_whole.clear()  # as in a process of its own
+    assert caches.kept_folder(path, lambda fresh: pytest.fail("it is there, and whole")) == path
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".weights-2-4567cdef", "weights-1"]
+    os.close(living)
+    caches.keep(tmp_path, "rows", ".json", b"{}")
+    os.close(leave(tmp_path, "rows"))
+    assert caches.find(tmp_path, "rows", ".json") is not None
+    assert not list(tmp_path.glob(".*"))

@@ -48,6 +48,11 @@ def test_a_record_of_before_signatures_is_read_as_it_is(tmp_path):
     assert records.read_record(tmp_path / "run.json" / "none.json") is None
 
 
+def sparse(path, size):
+    path.touch()
+    os.truncate(path, size)
+
+
 THINGS = {
     "a folder": (lambda path: path.mkdir(), "Is a directory"),
     "a loop of links": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
@@ -59,6 +64,7 @@ THINGS = {
     "nothing": (lambda path: path.write_text(""), "Expecting value"),
     "no text": (lambda path: path.write_bytes(b'{"a": "\xff"}'), "decode"),
     "a list": (lambda path: path.write_text("[1]"), "an object is needed, not a list"),
+    "200 GB": (lambda path: sparse(path, 200 << 30), "it has 204,800 MiB, and at most 64 are read"),
     "a long number": (lambda path: path.write_text("1" * 5000), "4300 digits"),
 }
 
@@ -83,6 +89,12 @@ def test_a_record_that_the_disk_or_its_mode_withholds_is_named(path, monkeypatch
 def test_settings_that_are_none_are_named(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"Broken file .*config\.yaml: .*; do this\."):
+        records.read_settings(tmp_path / "config.yaml", "do this")
+
+
+def test_settings_of_200_gb_are_named(tmp_path):
+    sparse(tmp_path / "config.yaml", 200 << 30)
+    with pytest.raises(ConfigError, match="it has 204,800 MiB, and at most 1 are read; do this"):
         records.read_settings(tmp_path / "config.yaml", "do this")
 
 
