@@ -1,7 +1,7 @@
 """Multi-step arithmetic word problems in GSM8K's form ("#### 42"), made from a seed: no file, no network.
 
-A problem is a short story about one running quantity. A kind (`@kind`) opens the story with 0-3 equations and then lets
-events happen, each of which is a move (`@move`: gain, lose, share, ...) told in one sentence and 1-2 equations:
+A problem is a short story about one running quantity: an opening with 0-3 equations, then events, each of which is a
+move (gain, lose, share, ...) told in one sentence and 1-2 equations. word_math.yaml has the sentences of each kind:
 
     Jack picks 3 baskets of 11 apples each. He sells all his apples for $3 each. How many dollars does he get?
 
@@ -20,8 +20,12 @@ other words, nor as the beginning of a longer one, whatever the seed and the siz
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from data import DATASETS, CountTokens, Row, Splits
 from flatlora.config.sections import TextDatasetConfig
@@ -49,11 +53,10 @@ IRREGULAR = {"person": "people", "child": "children", "loaf": "loaves"}
 
 Equation = tuple[int, str, int]
 Draft = tuple[tuple[int, ...], list[Equation]]  # a move's numbers for {n} and {m}, and its equations
-Event = tuple[str, str]  # (move, sentence)
-Ending = tuple[str, str, str]  # (move, sentence with the question, unit of the answer)
+Event = Mapping[str, str]  # {move: sentence}; of an ending also its unit
+Kind = Mapping[str, Any]
 
-KINDS: dict[str, Callable[["Story"], None]] = {}
-MOVES: dict[str, tuple[int, Callable[["Story", int], Draft]]] = {}
+KINDS: dict[str, Kind] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 class Config(TextDatasetConfig):
@@ -220,25 +223,19 @@ def problems(
 
 def write(kind_name: str, steps: int, rng: random.Random, max_value: int, max_answer: int | None) -> Problem | None:
     """A problem of one kind with exactly `steps` equations; None when ten stories in a row left the bounds."""
-    limit = max_value**2 if max_answer is None else max_answer
+    kind, limit = KINDS[kind_name], max_value**2 if max_answer is None else max_answer
     for _ in range(10):
-        story = Story(rng, steps, max_value, limit)
+        story = Story(rng, steps, max_value, min(limit, kind.get("most", limit)))
         try:
-            KINDS[kind_name](story)
+            story.tell(kind)
         except Misfit:
             continue
         return story.problem(kind_name)
     return None
 
 
-def kind(function: Callable[["Story"], None]) -> Callable[["Story"], None]:
-    """Register a kind of problem under its function's name. It must be able to fill any 2..5 steps."""
-    KINDS[function.__name__] = function
-    return function
-
-
 def plural(noun: str) -> str:
-    """The plural of an English noun of this file: "box" → "boxes", "toy car" → "toy cars"."""
+    """The plural of an English noun of word_math.yaml: "box" → "boxes", "toy car" → "toy cars"."""
     if noun in IRREGULAR:
         return IRREGULAR[noun]
     if noun.endswith(("s", "x", "ch", "sh")):
@@ -257,6 +254,7 @@ class Story:
     def __init__(self, rng: random.Random, steps: int, max_value: int, limit: int):
         self.rng, self.steps, self.max_value, self.limit = rng, steps, max_value, limit
         self.words: dict[str, str] = {}
+        self.unit = ""
         self.sentences: list[str] = []
         self.lines: list[str] = []
         self.equations: list[Equation] = []
@@ -281,12 +279,6 @@ class Story:
             raise Misfit
         return self.rng.randrange(low, high + 1)
 
-    def fitting(self, number: int, fits: bool) -> int:
-        """`number`, one that words stand for ("twice"), if it fits."""
-        if not fits:
-            raise Misfit
-        return number
-
     def factors(self, high: int | None = None) -> tuple[int, int]:
         """Two numbers for the question whose product is at most `high` (default: the limit)."""
         high = self.limit if high is None else high
@@ -298,76 +290,63 @@ class Story:
         sex = self.rng.randrange(2)
         self.words |= PRONOUNS[sex] | {"name": self.pick(NAMES[sex]), "friend": self.pick(NAMES[1 - sex])}
 
-    def noun(self, *options: str) -> str:
-        """One of `options` (singular), from here on {thing}, {things} and {Things}."""
-        thing = self.pick(options)
-        things = plural(thing)
-        self.words |= {"thing": thing, "things": things, "Things": things.capitalize()}
-        return thing
+    def name(self, words: Mapping[str, Sequence[str]]) -> None:
+        """Words from here on, those at one place of all lists, with their plurals: {thing}, {things} and {Things}."""
+        place = self.rng.randrange(min(map(len, words.values())))
+        for key, options in words.items():
+            many = plural(options[place])
+            self.words |= {key: options[place], f"{key}s": many, f"{key.capitalize()}s": many.capitalize()}
 
-    def say(self, *variants: str, **numbers: int) -> None:
+    def say(self, variants: Sequence[str], **numbers: int) -> None:
         """Add one of the variants to the question."""
         self.sentences.append(self.pick(variants).format_map(self.words | numbers))
 
-    def open_product(self, unit: str, *variants: str) -> int:
-        """Open with one of the variants about {n} times {m}; returns the product."""
-        n, m = self.factors()
-        self.say(*variants, n=n, m=m)
-        return self.step(n, "*", m, unit)
-
-    def open_sum(self, unit: str, *variants: str, high: int | None = None) -> int:
-        """Open with one of the variants about {n} plus {m}; returns the sum, at most `high` (default: the limit)."""
-        high = self.limit if high is None else high
-        n = self.number(high - 2)
-        m = self.number(high - n)
-        self.say(*variants, n=n, m=m)
-        return self.step(n, "+", m, unit)
-
-    def step(self, left: int, op: str, right: int, unit: str) -> int:
-        """Write the equation `left op right` and its unit (given in singular); returns the result, if in bounds."""
+    def step(self, left: int, op: str, right: int, unit: str | None = None) -> int:
+        """Write the equation `left op right` and its unit (singular; the story's); returns the result, if in bounds."""
         if op == "/" and left % right:
             raise Misfit
         result = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[op]
         if not 1 <= result <= self.limit:
             raise Misfit
         self.equations.append((left, op, right))
+        unit = unit or self.unit
         self.lines.append(f"{left} {op} {right} = {result} {unit if result == 1 else plural(unit)}")
         return result
 
-    def happen(self, total: int, unit: str, events: list[Event]) -> int:
+    def happen(self, total: int, events: list[Event], unit: str | None = None) -> int:
         """Tell a random one of the events that fit, removing it from the list; returns the new total."""
         while events:
-            move_name, sentence = events.pop(self.rng.randrange(len(events)))
-            cost, draw = MOVES[move_name]
+            ((move, sentence),) = events.pop(self.rng.randrange(len(events))).items()
+            cost, draw = MOVES[move]
             if cost > self.left:
                 continue
             try:
                 numbers, equations = draw(self, total)
             except Misfit:
                 continue
-            self.say(sentence, **dict(zip("nm", numbers, strict=False)))  # a move draws 0-2 numbers
+            self.say([sentence], **dict(zip("nm", numbers, strict=False)))  # a move draws 0-2 numbers
             for equation in equations:
                 total = self.step(*equation, unit)
             return total
         raise Misfit
 
-    def tell(
-        self,
-        total: int,
-        unit: str,
-        events: tuple[Event, ...],
-        questions: tuple[str, ...],
-        endings: tuple[Ending, ...] = (),
-    ) -> None:
-        """Let events happen to `total` until no equation is left; the last may be an ending, which asks for itself."""
-        remaining = list(events)
+    def tell(self, kind: Kind) -> None:
+        """Tell all of a story: its opening, then events until no equation is left; the last may be an ending."""
+        if kind.get("person"):
+            self.cast()
+        if "words" in kind:
+            self.name(kind["words"])
+        self.unit = kind["unit"].format_map(self.words)
+        total, events = OPENINGS[kind["open"]](self, kind), list(kind["events"])
         while self.left > 0:
-            if self.left == 1 and endings and self.chance():
-                move_name, sentence, new_unit = self.pick(endings)
-                self.happen(total, new_unit, [(move_name, sentence)])
+            if self.left == 1 and "endings" in kind and self.chance():
+                ending = dict(self.pick(kind["endings"]))
+                unit = ending.pop("unit", None)
+                self.happen(total, [ending], unit)
                 return
-            total = self.happen(total, unit, remaining)
-        self.say(*questions)
+            total = self.happen(total, events)
+        if "questions" in kind:
+            self.say(kind["questions"])
 
     def problem(self, kind_name: str) -> Problem:
         """The finished problem."""
@@ -376,41 +355,43 @@ class Story:
         return Problem(kind_name, " ".join(self.sentences), answer, tuple(self.equations))
 
 
-# Moves: what an event does to the total.
+# Moves: what an event does to the total, with the number of its equations. Misfit: no number fits the bounds.
+
+Move = tuple[int, Callable[[Story, int], Draft]]
+Bound = Callable[[Story, int], int]
 
 
-def move(name: str, cost: int = 1):
-    """Register a move that takes `cost` equations. It raises Misfit when no number fits the bounds."""
+def by_number(op: str, most: Bound) -> Move:
+    """total op n"""
 
-    def register(function: Callable[[Story, int], Draft]) -> Callable[[Story, int], Draft]:
-        MOVES[name] = (cost, function)
-        return function
+    def draw(story: Story, total: int) -> Draft:
+        n = story.number(most(story, total))
+        return (n,), [(total, op, n)]
 
-    return register
-
-
-@move("gain")
-def gain(story: Story, total: int) -> Draft:
-    """total + n"""
-    n = story.number(story.limit - total)
-    return (n,), [(total, "+", n)]
+    return 1, draw
 
 
-@move("lose")
-def lose(story: Story, total: int) -> Draft:
-    """total - n"""
-    n = story.number(total - 1)
-    return (n,), [(total, "-", n)]
+def by_groups(op: str, most: Bound) -> Move:
+    """total op n * m"""
+
+    def draw(story: Story, total: int) -> Draft:
+        n, m = story.factors(most(story, total))
+        return (n, m), [(n, "*", m), (total, op, n * m)]
+
+    return 2, draw
 
 
-@move("times")
-def times(story: Story, total: int) -> Draft:
-    """total * n"""
-    n = story.number(story.limit // total)
-    return (n,), [(total, "*", n)]
+def in_words(op: str, n: int, fits: Callable[[Story, int], bool]) -> Move:
+    """total op n, where words such as "twice" stand for n"""
+
+    def draw(story: Story, total: int) -> Draft:
+        if not fits(story, total):
+            raise Misfit
+        return (), [(total, op, n)]
+
+    return 1, draw
 
 
-@move("share")
 def share(story: Story, total: int) -> Draft:
     """total / n, exact, at least 2"""
     divisors = [n for n in range(2, min(story.max_value, total // 2) + 1) if total % n == 0]
@@ -420,46 +401,12 @@ def share(story: Story, total: int) -> Draft:
     return (n,), [(total, "/", n)]
 
 
-@move("double")
-def double(story: Story, total: int) -> Draft:
-    """total * 2, in words"""
-    return (), [(total, "*", story.fitting(2, 2 * total <= story.limit))]
-
-
-@move("triple")
-def triple(story: Story, total: int) -> Draft:
-    """total * 3, in words"""
-    return (), [(total, "*", story.fitting(3, 3 * total <= story.limit))]
-
-
-@move("half")
-def half(story: Story, total: int) -> Draft:
-    """total / 2, in words, at least 2"""
-    return (), [(total, "/", story.fitting(2, total % 2 == 0 and total >= 4))]
-
-
-@move("missing")
 def missing(story: Story, total: int) -> Draft:
     """n - total"""
-    n = story.number(story.max_value, low=total + 1)
+    n = story.number(low=total + 1)
     return (n,), [(n, "-", total)]
 
 
-@move("gain_groups", cost=2)
-def gain_groups(story: Story, total: int) -> Draft:
-    """total + n * m"""
-    n, m = story.factors(story.limit - total)
-    return (n, m), [(n, "*", m), (total, "+", n * m)]
-
-
-@move("lose_groups", cost=2)
-def lose_groups(story: Story, total: int) -> Draft:
-    """total - n * m"""
-    n, m = story.factors(total - 1)
-    return (n, m), [(n, "*", m), (total, "-", n * m)]
-
-
-@move("lose_gain", cost=2)
 def lose_gain(story: Story, total: int) -> Draft:
     """total - n + m"""
     n = story.number(total - 1)
@@ -467,612 +414,155 @@ def lose_gain(story: Story, total: int) -> Draft:
     return (n, m), [(total, "-", n), (total - n, "+", m)]
 
 
-# Kinds. Events happen in any order, so none may lean on another one ("the rest", "after that meal").
+MOVES: dict[str, Move] = {
+    "gain": by_number("+", lambda story, total: story.limit - total),
+    "lose": by_number("-", lambda story, total: total - 1),
+    "times": by_number("*", lambda story, total: story.limit // total),
+    "gain_groups": by_groups("+", lambda story, total: story.limit - total),
+    "lose_groups": by_groups("-", lambda story, total: total - 1),
+    "double": in_words("*", 2, lambda story, total: 2 * total <= story.limit),
+    "triple": in_words("*", 3, lambda story, total: 3 * total <= story.limit),
+    "half": in_words("/", 2, lambda story, total: total % 2 == 0 and total >= 4),
+    "share": (1, share),
+    "missing": (1, missing),
+    "lose_gain": (2, lose_gain),
+}
+
+# Openings: they tell how a story begins, in the sentences of the kind's `say`, and return its first total.
 
 
-@kind
-def shop(story: Story) -> None:
-    """A bill: things at one price, more or less to pay, change."""
-    story.cast()
-    story.noun("pen", "notebook", "mug", "toy car", "puzzle", "ball", "candle", "plate")
-    total = story.open_product(
-        "dollar", "{name} buys {n} {things} for ${m} each.", "{Things} cost ${m} each, and {name} buys {n} of them."
-    )
-    story.tell(
-        total,
-        "dollar",
-        events=(
-            ("gain", "{He} also buys a hat for ${n}."),
-            ("gain", "{He} also buys a magazine for ${n}."),
-            ("gain", "Gift wrapping adds ${n} to the bill."),
-            ("gain_groups", "{He} also buys {n} scarves for ${m} each."),
-            ("lose", "A coupon takes ${n} off the bill."),
-            ("lose", "{friend} pays ${n} of the bill for {him}."),
-        ),
-        questions=("How many dollars does {name} pay?", "How many dollars does {name} have to pay in all?"),
-        endings=(("missing", "{He} hands over ${n}. How many dollars does {he} get back?", "dollar"),),
-    )
+def number(story: Story, kind: Kind) -> int:
+    """n"""
+    n = story.number(story.limit)
+    story.say(kind["say"]["number"], n=n)
+    return n
 
 
-@kind
-def bus(story: Story) -> None:
-    """People on board: some get on, some get off."""
-    vehicle, stop = story.pick((("bus", "stop"), ("tram", "stop"), ("train", "station"), ("ferry", "port")))
-    story.words |= {"bus": vehicle, "stop": stop}
-    total = story.number(story.limit)
-    story.say("A {bus} leaves with {n} people on board.", "There are {n} people on a {bus}.", n=total)
-    taxis = "At the last {stop}, everyone takes a taxi, {n} people to a taxi. How many taxis do they need?"
-    story.tell(
-        total,
-        "person",
-        events=(
-            ("gain", "At the next {stop}, {n} people get on."),
-            ("gain", "Then {n} more people get on."),
-            ("gain_groups", "Then {n} groups of {m} people get on."),
-            ("lose", "At the next {stop}, {n} people get off."),
-            ("lose", "Then {n} people get off."),
-            ("lose_gain", "At the next {stop}, {n} people get off and {m} get on."),
-            ("half", "At the next {stop}, half of the people get off."),
-        ),
-        questions=("How many people are on the {bus} now?", "How many people are now on board?"),
-        endings=(("share", taxis, "taxi"),),
-    )
+def product(story: Story, kind: Kind) -> int:
+    """n * m"""
+    n, m = story.factors()
+    story.say(kind["say"]["product"], n=n, m=m)
+    return story.step(n, "*", m)
 
 
-@kind
-def orchard(story: Story) -> None:
-    """Baskets of fruit: some given away, some used, bags filled."""
-    story.cast()
-    fruit = story.noun("apple", "pear", "plum", "peach", "orange", "lemon")
-    total = story.open_product(
-        fruit, "{name} fills {n} baskets with {m} {things} each.", "{name} picks {n} baskets of {m} {things} each."
-    )
-    story.tell(
-        total,
-        fruit,
-        events=(
-            ("gain", "{friend} gives {him} {n} more {things}."),
-            ("gain_groups", "Then {he} buys {n} bags of {m} {things}."),
-            ("lose", "{He} gives {n} {things} to {friend}."),
-            ("lose", "{He} throws away {n} rotten {things}."),
-            ("lose_groups", "Then {he} bakes {n} pies with {m} {things} in each."),
-            ("half", "Then {he} makes jam from half of {his} {things}."),
-        ),
-        questions=("How many {things} does {he} have now?", "How many {things} does {name} end up with?"),
-        endings=(
-            ("share", "{He} packs all {his} {things} into bags of {n}. How many bags does {he} fill?", "bag"),
-            ("times", "{He} sells all {his} {things} for ${n} each. How many dollars does {he} get?", "dollar"),
-        ),
-    )
+def sum_of(story: Story, kind: Kind, high: int | None = None, unit: str | None = None) -> int:
+    """n + m, at most `high` (default: the limit)"""
+    high = story.limit if high is None else high
+    n = story.number(high - 2)
+    m = story.number(high - n)
+    story.say(kind["say"]["sum"], n=n, m=m)
+    return story.step(n, "+", m, unit)
 
 
-@kind
-def reading(story: Story) -> None:
-    """Pages left to read: some are read, some are added, days needed."""
-    story.cast()
-    total = story.open_product(
-        "page",
-        "{name} has a new book with {n} chapters of {m} pages each.",
-        "{name} wants to read {n} stories of {m} pages each.",
-    )
-    story.tell(
-        total,
-        "page",
-        events=(
-            ("gain", "{His} teacher gives {him} {n} more pages to read."),
-            ("lose", "{He} reads {n} pages before breakfast."),
-            ("lose", "{He} reads {n} pages on the train."),
-            ("lose", "In the evening, {he} reads {n} pages."),
-            ("lose_groups", "For {n} days, {he} reads {m} pages a day."),
-            ("half", "One weekend, {he} reads half of the pages {he} still has to read."),
-        ),
-        questions=("How many pages does {he} still have to read?", "How many pages are left to read?"),
-        endings=(("share", "From now on, {he} reads {n} pages a day. In how many days will {he} finish?", "day"),),
-    )
+def sum_or_product(story: Story, kind: Kind) -> int:
+    """n + m or n * m"""
+    return sum_of(story, kind) if story.chance() else product(story, kind)
 
 
-@kind
-def savings(story: Story) -> None:
-    """Money saved by the week, day or hour: presents, spending, what is still missing."""
-    story.cast()
-    total = story.open_product(
-        "dollar",
-        "{name} saves ${m} a week for {n} weeks.",
-        "{name} works {n} hours for ${m} an hour and saves it all.",
-        "For {n} days, {name} puts ${m} a day into an empty jar.",
-    )
-    story.tell(
-        total,
-        "dollar",
-        events=(
-            ("gain", "{His} aunt gives {him} ${n} to save."),
-            ("gain_groups", "Then {he} washes {n} cars for ${m} each and saves that money too."),
-            ("lose", "{He} spends ${n} of {his} savings on a gift."),
-            ("lose", "{He} lends {friend} ${n} of {his} savings."),
-            ("lose_groups", "Then {he} takes ${m} a day from {his} savings for {n} days."),
-            ("half", "Then {he} spends half of {his} savings on a trip."),
-        ),
-        questions=("How many dollars of savings does {name} have now?", "How many dollars are in {his} savings now?"),
-        endings=(
-            ("share", "{He} spends all {his} savings on books for ${n} each. How many books does {he} buy?", "book"),
-            ("missing", "{He} wants to buy a bag for ${n}. How many more dollars does {he} need?", "dollar"),
-        ),
-    )
+def shared_sum(story: Story, kind: Kind) -> int:
+    """(n + m, and what `before` brings) / k"""
+    total, before = sum_of(story, kind), list(kind["before"])
+    while story.left > 1 and before and story.chance():
+        total = story.happen(total, before)
+    return story.happen(total, list(kind["shared"]))
 
 
-@kind
-def bakery(story: Story) -> None:
-    """Trays of baked things: some sold, some added, boxes filled."""
-    story.cast()
-    food = story.noun("cookie", "muffin", "roll", "bun", "loaf", "cupcake")
-    total = story.open_product(
-        food, "{name} bakes {n} trays of {m} {things} for {his} shop.", "A shop bakes {n} trays of {m} {things} each."
-    )
-    story.tell(
-        total,
-        food,
-        events=(
-            ("gain", "{friend} brings {n} more {things} to the shop."),
-            ("gain_groups", "Then the shop bakes {n} more trays of {m} {things}."),
-            ("lose", "A cafe buys {n} {things}."),
-            ("lose", "A dog eats {n} of the {things}."),
-            ("lose_groups", "Then {n} customers buy {m} {things} each."),
-            ("half", "Then half of the {things} in the shop are sold."),
-        ),
-        questions=("How many {things} are in the shop now?", "How many {things} does the shop have now?"),
-        endings=(
-            ("share", "All the {things} in the shop are put into boxes of {n}. How many boxes are there?", "box"),
-        ),
-    )
-
-
-@kind
-def sharing(story: Story) -> None:
-    """Two people's things put together and shared equally; what each child then gets or eats."""
-    story.cast()
-    thing = story.noun("candy", "grape", "nut", "cherry", "strawberry", "cracker")
-    total = story.open_sum(
-        thing,
-        "{name} and {friend} put together their {n} and {m} {things}.",
-        "{name} brings {n} {things} and {friend} brings {m}.",
-    )
-    extras = [
-        ("gain", "{name}'s mother adds {n} more {things}."),
-        ("lose", "A dog runs off with {n} of the {things}."),
-        ("lose", "{friend} drops {n} of the {things} in the mud."),
-    ]
-    while story.left > 1 and extras and story.chance():
-        total = story.happen(total, thing, extras)
-    each = story.happen(total, thing, [("share", "Then {n} children share all the {things} equally.")])
-    story.tell(
-        each,
-        thing,
-        events=(
-            ("gain", "Then each child gets {n} more {things}."),
-            ("gain_groups", "Then each child gets {n} packs of {m} {things}."),
-            ("lose", "Each child eats {n} {things}."),
-            ("half", "Then each child eats half of their {things}."),
-        ),
-        questions=("How many {things} does each child have now?", "How many {things} does each child end up with?"),
-    )
-
-
-def compare_people(story: Story, unit: str, relations: tuple[Event, ...], start: str, last: str, both: str) -> None:
+def compare(story: Story, kind: Kind) -> int:
     """A chain of people, each compared with the one before; asks for the last one, or for the last two together."""
-    everyone = [*NAMES[0], *NAMES[1]]
+    everyone, say = [*NAMES[0], *NAMES[1]], kind["say"]
     names = [everyone.pop(story.rng.randrange(len(everyone))) for _ in range(1 + STEPS[1])]
     story.words |= {"name": names[0]}
     older, total = 0, story.number(story.limit)
-    story.say(start, n=total)
+    story.say(say["first"], n=total)
     adds_up = story.chance()
     for old, new in itertools.pairwise(names):
         if story.left == (1 if adds_up else 0):
             break
         story.words |= {"old": old, "new": new}
-        older, total = total, story.happen(total, unit, list(relations))
+        older, total = total, story.happen(total, list(kind["events"]))
     if adds_up:
-        story.step(older, "+", total, unit)
-    story.say(both if adds_up else last)
+        total = story.step(older, "+", total)
+    story.say(say["both" if adds_up else "last"])
+    return total
 
 
-@kind
-def age(story: Story) -> None:
-    """Ages up to 99, each told by another one's."""
-    story.limit = min(story.limit, 99)
-    relations = (
-        ("gain", "{new} is {n} years older than {old}."),
-        ("lose", "{new} is {n} years younger than {old}."),
-        ("half", "{new} is half as old as {old}."),
-        ("double", "{new} is twice as old as {old}."),
-        ("triple", "{new} is three times as old as {old}."),
-    )
-    compare_people(
-        story,
-        "year",
-        relations,
-        start="{name} is {n} years old.",
-        last="How old is {new}?",
-        both="What is the sum of the ages of {old} and {new}?",
-    )
-
-
-@kind
-def comparison(story: Story) -> None:
-    """Collections, each told by another one's."""
-    thing = story.noun("stamp", "coin", "shell", "postcard", "bead", "badge", "comic", "toy train")
-    relations = (
-        ("gain", "{new} has {n} more {things} than {old}."),
-        ("lose", "{new} has {n} fewer {things} than {old}."),
-        ("half", "{new} has half as many {things} as {old}."),
-        ("double", "{new} has twice as many {things} as {old}."),
-        ("triple", "{new} has three times as many {things} as {old}."),
-    )
-    compare_people(
-        story,
-        thing,
-        relations,
-        start="{name} has {n} {things}.",
-        last="How many {things} does {new} have?",
-        both="How many {things} do {old} and {new} have together?",
-    )
-
-
-@kind
-def travel(story: Story) -> None:
-    """Speed times time (at most 90 miles per hour, 12 hours), further trips, the way back."""
-    story.cast()
+def travel(story: Story, kind: Kind) -> int:
+    """Speed times time: at most 90 miles per hour, 12 hours."""
     n = story.number(min(90, story.limit // 2))
     m = story.number(min(12, story.limit // n))
     verb = "walk" if n <= 4 else "bike" if n <= 15 else "drive"
     story.words |= {"go": verb, "goes": verb + "s"}
-    story.say(
-        "{name} {goes} for {m} hours at {n} miles per hour.",
-        "{name} {goes} at {n} miles per hour for {m} hours.",
-        n=n,
-        m=m,
-    )
-    story.tell(
-        story.step(n, "*", m, "mile"),
-        "mile",
-        events=(
-            ("gain", "Then {he} {goes} {n} more miles."),
-            ("gain", "{He} also {goes} {n} miles to see {friend}."),
-            ("gain", "In the evening, {he} {goes} another {n} miles."),
-            ("gain_groups", "Then {he} {goes} {m} miles a day for {n} days."),
-        ),
-        questions=("How many miles does {name} {go} in all?", "How many miles does {he} {go} altogether?"),
-        endings=(
-            ("double", "Then {he} {goes} back the same way. How many miles does {he} {go} in all?", "mile"),
-            ("times", "{He} makes this whole trip {n} times. How many miles does {he} {go} in all?", "mile"),
-            ("lose", "{friend} {goes} {n} miles less than {he} does. How many miles does {friend} {go}?", "mile"),
-            ("missing", "{He} wants to {go} {n} miles in all. How many more miles must {he} {go}?", "mile"),
-        ),
-    )
+    story.say(kind["say"]["trip"], n=n, m=m)
+    return story.step(n, "*", m)
 
 
-@kind
-def recipe(story: Story) -> None:
-    """An ingredient to buy (at most 9 cups a piece): what else it is for, what is there already, packs."""
-    story.cast()
-    thing, ingredient = story.pick((("cake", "flour"), ("pizza", "flour"), ("pudding", "milk"), ("pie", "sugar")))
-    story.words |= {"thing": thing, "things": plural(thing), "flour": ingredient}
+def recipe(story: Story, kind: Kind) -> int:
+    """At most 9 cups a piece."""
     m = story.number(min(9, story.limit // 2))
     n = story.number(story.limit // m)
-    story.say(
-        "A {thing} needs {m} cups of {flour}. {name} wants to make {n} {things}.",
-        "{name} wants to make {n} {things}, each with {m} cups of {flour}.",
-        n=n,
-        m=m,
-    )
-    story.tell(
-        story.step(n, "*", m, "cup"),
-        "cup",
-        events=(
-            ("gain", "{He} needs {n} more cups of {flour} for pancakes."),
-            ("gain_groups", "{He} also needs {m} cups for each of {n} batches of waffles."),
-            ("lose", "{He} already has {n} cups of {flour}."),
-            ("lose", "{friend} gives {him} {n} cups of {flour}."),
-            ("half", "A neighbor gives {him} half of the {flour} {he} still needs."),
-        ),
-        questions=("How many cups of {flour} must {he} buy?", "How many cups of {flour} does {name} have to buy?"),
-        endings=(
-            ("share", "{He} buys the {flour} {he} needs in packs of {n} cups. How many packs does {he} buy?", "pack"),
-            ("times", "{He} buys the {flour} {he} needs for ${n} a cup. How many dollars does {he} pay?", "dollar"),
-        ),
-    )
+    story.say(kind["say"]["recipe"], n=n, m=m)
+    return story.step(n, "*", m)
 
 
-@kind
-def garden(story: Story) -> None:
-    """Rows of flowers: some eaten or picked, more planted, bunches made."""
-    story.cast()
-    flower = story.noun("rose", "tulip", "lily", "daisy", "sunflower", "pansy")
-    total = story.open_product(
-        flower, "{name} plants {n} rows of {m} {things}.", "{name}'s garden has {n} rows with {m} {things} in each."
-    )
-    bunches = "{He} picks all the {things} in the garden and makes bunches of {n}. How many bunches does {he} make?"
-    story.tell(
-        total,
-        flower,
-        events=(
-            ("gain", "Then {he} plants {n} more {things} by the fence."),
-            ("gain_groups", "{He} also plants {n} beds of {m} {things} each."),
-            ("lose", "A rabbit eats {n} {things}."),
-            ("lose", "Then {he} picks {n} {things} for {friend}."),
-            ("lose_groups", "Then {he} picks {m} {things} for each of {n} friends."),
-            ("half", "Then {he} picks half of the {things} in the garden and sells them."),
-        ),
-        questions=("How many {things} are in the garden now?", "How many {things} does {his} garden have now?"),
-        endings=(("share", bunches, "bunch"),),
-    )
-
-
-def open_tickets(story: Story) -> int:
+def tickets(story: Story, kind: Kind) -> int:
     """Tickets at one price or, with three equations to spend, at one for adults and a lower one for children."""
-    story.words |= {"zoo": story.pick(("zoo", "museum", "circus", "pool", "theater", "fair"))}
     if story.left < 3 or story.chance():
-        return story.open_product(
-            "dollar",
-            "A ticket for the {zoo} costs ${m}. A group buys {n} tickets.",
-            "A group of {n} people goes to the {zoo}. Each ticket costs ${m}.",
-        )
+        return product(story, kind)
     adults = story.number(story.limit // 3)
     price = story.number(story.limit // adults, low=3)
     child_price = story.number(price - 1)
     children = story.number((story.limit - adults * price) // child_price)
-    story.say("A group of {n} adults and {m} children goes to the {zoo}.", n=adults, m=children)
-    story.say(
-        "Adults pay ${n} each and children ${m} each.",
-        "It costs ${n} an adult and ${m} a child.",
-        n=price,
-        m=child_price,
-    )
-    parts = story.step(adults, "*", price, "dollar"), story.step(children, "*", child_price, "dollar")
-    return story.step(parts[0], "+", parts[1], "dollar")
+    story.say(kind["say"]["group"], n=adults, m=children)
+    story.say(kind["say"]["prices"], n=price, m=child_price)
+    return story.step(story.step(adults, "*", price), "+", story.step(children, "*", child_price))
 
 
-@kind
-def tickets(story: Story) -> None:
-    """What a visit costs a group: tickets, extras, discounts."""
-    story.tell(
-        open_tickets(story),
-        "dollar",
-        events=(
-            ("gain", "They also pay ${n} for parking."),
-            ("gain", "They also spend ${n} on snacks."),
-            ("gain_groups", "They also buy {n} drinks for ${m} each."),
-            ("lose", "A coupon saves them ${n}."),
-            ("lose", "Their teacher pays ${n} of it."),
-            ("half", "Then their school pays half of the cost."),
-        ),
-        questions=("How many dollars does the group pay?", "How many dollars does the group have to pay in all?"),
-        endings=(("missing", "The group has ${n}. How many dollars are left after paying?", "dollar"),),
-    )
+def fuel(story: Story, kind: Kind) -> int:
+    """What trips leave in a tank, or cans that fill it."""
+    if not story.chance():
+        return product(story, kind)
+    trips, each = story.factors(min(story.limit, story.max_value) - 1)
+    full = story.number(low=trips * each + 1)
+    story.say(kind["say"]["tank"], n=full)
+    story.say(kind["say"]["trips"], n=trips, m=each)
+    return story.step(full, "-", story.step(trips, "*", each))
 
 
-@kind
-def school(story: Story) -> None:
-    """Children in a club: boys and girls, or groups; some join, some leave, teams are made."""
-    story.words |= {"club": story.pick(("chess club", "choir", "summer camp", "drama club"))}
-    if story.chance():
-        total = story.open_sum(
-            "child", "A {club} has {n} boys and {m} girls.", "There are {n} boys and {m} girls in a {club}."
-        )
-    else:
-        total = story.open_product("child", "A {club} has {n} groups of {m} children.")
-    story.tell(
-        total,
-        "child",
-        events=(
-            ("gain", "Then {n} more children join."),
-            ("gain_groups", "Then {n} schools send {m} new children each."),
-            ("lose", "Then {n} children leave."),
-            ("lose", "In spring, {n} children move away."),
-            ("lose_gain", "In the new year, {n} children leave and {m} join."),
-            ("half", "Then half of the children leave."),
-        ),
-        questions=("How many children are in the {club} now?", "How many children does the {club} have now?"),
-        endings=(
-            ("share", "All the children now form teams of {n}. How many teams are there?", "team"),
-            ("times", "Each child now needs {n} pencils. How many pencils do they need in all?", "pencil"),
-        ),
-    )
-
-
-@kind
-def fuel(story: Story) -> None:
-    """Fuel in a tank: what trips use, refills, how far it still goes."""
-    story.words |= {"truck": story.pick(("truck", "van", "tractor", "car", "bus"))}
-    if story.chance():
-        trips, each = story.factors(min(story.limit, story.max_value) - 1)
-        full = story.number(low=trips * each + 1)
-        story.say("A {truck} has {n} gallons of fuel.", "There are {n} gallons of fuel in a {truck}.", n=full)
-        story.say("It makes {n} trips and uses {m} gallons on each.", n=trips, m=each)
-        total = story.step(full, "-", story.step(trips, "*", each, "gallon"), "gallon")
-    else:
-        total = story.open_product("gallon", "A {truck}'s empty tank is filled with {n} cans of {m} gallons each.")
-    story.tell(
-        total,
-        "gallon",
-        events=(
-            ("gain", "The driver adds {n} gallons."),
-            ("gain_groups", "The driver adds {n} more cans of {m} gallons each."),
-            ("lose", "A drive to the lake uses {n} gallons."),
-            ("lose", "Then {n} gallons leak out."),
-            ("lose_groups", "Then it uses {m} gallons a day for {n} days."),
-            ("half", "A long drive uses half of the fuel in the tank."),
-        ),
-        questions=("How many gallons does it have now?", "How many gallons of fuel are in the tank now?"),
-        endings=(("times", "It goes {n} miles on each gallon. How many miles can it still go?", "mile"),),
-    )
-
-
-@kind
-def marbles(story: Story) -> None:
-    """A collection that grows and shrinks."""
-    story.cast()
-    thing = story.noun("marble", "card", "sticker", "token", "button", "toy block")
-    total = story.number(story.limit)
-    story.say("{name} has {n} {things}.", "{name} starts with {n} {things}.", n=total)
-    story.tell(
-        total,
-        thing,
-        events=(
-            ("gain", "{He} wins {n} {things} in a game."),
-            ("gain", "{friend} gives {him} {n} {things}."),
-            ("gain_groups", "Then {he} buys {n} bags of {m} {things}."),
-            ("lose", "{He} loses {n} {things} on the way home."),
-            ("lose", "{He} gives {friend} {n} {things}."),
-            ("lose_groups", "Then {he} gives {n} friends {m} {things} each."),
-            ("half", "Then {he} gives half of {his} {things} to {his} brother."),
-            ("double", "Then {he} doubles the number of {things} {he} has."),
-        ),
-        questions=("How many {things} does {he} have now?", "How many {things} does {name} have in the end?"),
-        endings=(
-            ("share", "{He} puts all {his} {things} into jars of {n}. How many jars does {he} fill?", "jar"),
-            ("gain", "{friend} now has {n} more {things} than {name}. How many {things} does {friend} have?", thing),
-            ("missing", "{He} wants to have {n} {things}. How many more does {he} need?", thing),
-        ),
-    )
-
-
-@kind
-def temperature(story: Story) -> None:
-    """Degrees of water, from 1 to 99, as it warms and cools."""
-    story.limit = min(story.limit, 99)
-    story.words |= {"pot": story.pick(("pot", "tank", "bath", "kettle"))}
-    total = story.number(story.limit)
-    story.say("The water in a {pot} is at {n} degrees.", "A {pot} holds water at {n} degrees.", n=total)
-    story.tell(
-        total,
-        "degree",
-        events=(
-            ("gain", "It gets {n} degrees warmer in the sun."),
-            ("gain", "A heater makes it {n} degrees warmer."),
-            ("gain_groups", "For {n} minutes, it warms by {m} degrees a minute."),
-            ("lose", "Ice cools it by {n} degrees."),
-            ("lose", "In the wind, it gets {n} degrees colder."),
-            ("lose_groups", "For {n} minutes, it cools by {m} degrees a minute."),
-        ),
-        questions=("How many degrees is the water now?", "At how many degrees is the water now?"),
-        endings=(
-            ("gain", "A glass of tea is {n} degrees warmer than that. At how many degrees is the tea?", "degree"),
-            ("lose", "A glass of juice is {n} degrees colder than that. At how many degrees is the juice?", "degree"),
-        ),
-    )
-
-
-def open_sale(story: Story) -> int:
+def sale(story: Story, kind: Kind) -> int:
     """A price with a part off (10%, 20% and 25% where max_value allows the number), or at half price."""
     percents = [(part, f"{100 // part}% off") for part in (10, 5, 4) if 100 // part <= story.max_value]
     part, offer = story.pick([*percents, (4, "a quarter off"), (3, "a third off"), (2, "half off")])
     story.words |= {"offer": offer}
     if part == 2 or (story.left >= 3 and story.chance()):
-        total = story.open_product(
-            "dollar", "{name} buys {n} {things} that usually cost ${m} each. Today they are {offer}."
-        )
+        total = product(story, kind)
     else:
         total = part * story.number(story.max_value // part, low=1)
-        story.say("{name} buys a {thing} that usually costs ${n}. Today it is {offer}.", n=total)
-    saved = story.step(total, "/", part, "dollar")
-    return saved if part == 2 else story.step(total, "-", saved, "dollar")
+        story.say(kind["say"]["one"], n=total)
+    saved = story.step(total, "/", part)
+    return saved if part == 2 else story.step(total, "-", saved)
 
 
-@kind
-def sale(story: Story) -> None:
-    """A lower price, extras, help, change."""
-    story.cast()
-    story.noun("coat", "lamp", "chair", "dress", "bag", "clock", "table", "bike")
-    story.tell(
-        open_sale(story),
-        "dollar",
-        events=(
-            ("gain", "Delivery costs ${n} more."),
-            ("gain", "{He} also buys a book for ${n}."),
-            ("gain_groups", "{He} also buys {n} scarves for ${m} each."),
-            ("lose", "A gift card pays for ${n} of the bill."),
-            ("lose", "{friend} pays ${n} of the bill."),
-        ),
-        questions=("How many dollars does {name} pay?", "How many dollars does {name} have to pay in all?"),
-        endings=(("missing", "{He} hands over ${n}. How many dollars does {he} get back?", "dollar"),),
-    )
-
-
-def open_feed(story: Story, food: str) -> int:
+def feed(story: Story, kind: Kind) -> int:
     """Animals (of one sort or two) times food each, a day or several."""
-    two_sorts = story.chance()
+    say, two_sorts = kind["say"], story.chance()
     if two_sorts:
-        animals = story.open_sum("animal", "{name} has {n} {animals} and {m} {others}.", high=story.limit // 2)
+        animals = sum_of(story, kind, story.limit // 2, "animal")
     else:
         animals = story.number(story.limit // 2)
-        story.say("{name} has {n} {animals}.", n=animals)
+        story.say(say["number"], n=animals)
     each = story.number(story.limit // animals)
-    story.say("Each animal eats {n} {foods} a day.", "Every day, each animal eats {n} {foods}.", n=each)
-    total = story.step(animals, "*", each, food)
+    story.say(say["each"], n=each)
+    total = story.step(animals, "*", each)
     if two_sorts and (story.left == 0 or story.chance()):
-        story.say("{He} needs {foods} for one day.")
+        story.say(say["one_day"])
         return total
     days = story.number(story.limit // total)
-    story.say("{He} needs {foods} for {n} days.", n=days)
-    return story.step(total, "*", days, food)
+    story.say(say["days"], n=days)
+    return story.step(total, "*", days)
 
 
-@kind
-def feed(story: Story) -> None:
-    """Food to buy for animals: what is needed, what is there already, sacks."""
-    story.cast()
-    animal, other, food = story.pick(
-        (
-            ("horse", "pony", "carrot"),
-            ("rabbit", "hamster", "carrot"),
-            ("pig", "goat", "apple"),
-            ("cow", "goat", "turnip"),
-        )
-    )
-    story.words |= {"animals": plural(animal), "others": plural(other), "foods": plural(food)}
-    story.tell(
-        open_feed(story, food),
-        food,
-        events=(
-            ("gain", "{He} needs {n} more {foods} for a stew."),
-            ("lose", "{He} already has {n} {foods}."),
-            ("lose", "{friend} gives {him} {n} {foods}."),
-            ("lose_groups", "Then {n} neighbors give {him} {m} {foods} each."),
-        ),
-        questions=("How many {foods} must {he} buy?", "How many {foods} does {name} have to buy?"),
-        endings=(
-            ("share", "{He} buys the {foods} {he} needs in sacks of {n}. How many sacks does {he} buy?", "sack"),
-            ("times", "{He} buys the {foods} {he} needs for ${n} each. How many dollars does {he} pay?", "dollar"),
-        ),
-    )
-
-
-@kind
-def ribbon(story: Story) -> None:
-    """A length in rolls: some used, some added, pieces cut."""
-    story.cast()
-    story.words |= {"ribbon": story.pick(("ribbon", "rope", "wire", "string"))}
-    total = story.open_product(
-        "yard",
-        "{name} buys {n} rolls of {ribbon} with {m} yards each.",
-        "{name} has {n} rolls of {m} yards of {ribbon}.",
-    )
-    story.tell(
-        total,
-        "yard",
-        events=(
-            ("gain", "{friend} gives {him} {n} more yards."),
-            ("gain_groups", "Then {he} buys {n} rolls of {m} yards."),
-            ("lose", "{He} uses {n} yards in the garden."),
-            ("lose", "{He} gives {n} yards to {friend}."),
-            ("lose_groups", "Then {he} ties up {n} boxes with {m} yards each."),
-            ("half", "Then {he} sells half of {his} {ribbon}."),
-        ),
-        questions=("How many yards of {ribbon} does {he} have now?", "How many yards does {name} have in the end?"),
-        endings=(
-            ("share", "{He} cuts all {his} {ribbon} into pieces of {n} yards. How many pieces is that?", "piece"),
-        ),
-    )
+_ALL = (number, product, sum_or_product, shared_sum, compare, travel, recipe, tickets, fuel, sale, feed)
+OPENINGS: dict[str, Callable[[Story, Kind], int]] = {opening.__name__: opening for opening in _ALL}
 
 
 DATASETS.add("word_math", DataSet(Config=Config, version=VERSION, describe=describe, sources=sources, load=load))

@@ -32,11 +32,18 @@ SIGNIFICANT = 0.05
 NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ that hold no run
 
 
-class Column(Section):
-    """One column: what is added to a row's words, and which metric of run.json is shown, times `scale`."""
+class Row(Section):
+    """One row: its label, and the overrides behind `experiment=TABLE` that make its setting."""
 
     title: str
-    words: list[str]
+    overrides: list[str] = setting([], remedy="write [KEY=VALUE]")
+
+
+class Column(Section):
+    """One column: the overrides added to those of a row, and which metric of run.json is shown, times `scale`."""
+
+    title: str
+    overrides: list[str]
     metric: str
     scale: float
     digits: int = 2
@@ -45,28 +52,32 @@ class Column(Section):
     @property
     def dataset(self) -> str:
         """Option name of the data set."""
-        return next(word.partition("=")[2] for word in self.words if word.startswith("dataset="))
+        return next(one.partition("=")[2] for one in self.overrides if one.startswith("dataset="))
 
 
 class Layout(Section):
-    """One table. A row is a file of conf/experiment/EXPERIMENTS/, perhaps with more words behind it."""
+    """One table: rows and columns are overrides of one file of conf/experiment."""
 
-    rows: dict[str, str]
+    rows: dict[str, Row]
     columns: dict[str, Column]
     title: str | None = None  # the published table's by default
-    experiments: str | None = None  # the table's name by default
+    experiment: str | None = None  # the file; the table's name by default
     average: bool = True
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows compared; else all with the first LoRA row
     measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # how flatness.json must be
+
+    def row_titles(self) -> dict[str, str]:
+        """{row: its label}."""
+        return {row: one.title for row, one in self.rows.items()}
 
     def rule_errors(self) -> list[SettingError]:
         return [
             SettingError(
                 ("columns",),
-                f"Invalid words={column.words} of column {key}: they must say which data set; write dataset=NAME.",
+                f"Invalid overrides={column.overrides} of column {key}: a data set is needed; write dataset=NAME.",
             )
             for key, column in self.columns.items()
-            if not any(word.startswith("dataset=") for word in column.words)
+            if not any(one.startswith("dataset=") for one in column.overrides)
         ]
 
 
@@ -115,9 +126,9 @@ class Made(NamedTuple):
     cells: dict[tuple[str, str], Cell]
     best: dict[str, str]  # column → the row that is better than all others
 
-    def words_of(self, row: str, column: str) -> list[str]:
-        """The command line of a cell, less the seed."""
-        return _words(self.name, self.layout, row, self.layout.columns[column])
+    def overrides_of(self, row: str, column: str) -> list[str]:
+        """All overrides of a cell but the seed."""
+        return cell_overrides(self.name, self.layout, row, column)
 
 
 def check_folders(results: Path, out: Path) -> None:
@@ -316,7 +327,7 @@ def make(
     """The tables, and what is left out: runs of a cell that are doubled, published numbers of no cell.
 
     Raises:
-        ConfigError: words that do not compose, of a row and column that runs may fill.
+        ConfigError: overrides that do not compose, of a row and column that runs may fill.
     """
     made, problems = [], []
     datasets = {run.experiment.dataset.name for run in runs}
@@ -331,7 +342,7 @@ def make(
             for key, column in layout.columns.items():
                 found = []
                 if column.dataset in datasets:  # composing takes a while
-                    experiment = experiment_of(tuple(_words(name, layout, row, column)))
+                    experiment = experiment_of(tuple(cell_overrides(name, layout, row, key)))
                     alike = [run for run in by_identity.get(setting_of(experiment), []) if column.metric in run.metrics]
                     found = [run for run in alike if _scored_alike(run, experiment, column.metric, layout)]
                 by_seed, paths, doubled = _one_a_seed(found, column)
@@ -342,15 +353,16 @@ def make(
     return made, list(dict.fromkeys(problems))
 
 
-def _words(name: str, layout: Layout, row: str, column: Column) -> list[str]:
-    experiment, *more = row.split()
-    return [f"experiment={layout.experiments or name}/{experiment}", *more, *column.words]
+def cell_overrides(name: str, layout: Layout, row: str, column: str) -> list[str]:
+    """All overrides of a cell of table `name` but the seed."""
+    experiment = f"experiment={layout.experiment or name}"
+    return [experiment, *layout.rows[row].overrides, *layout.columns[column].overrides]
 
 
 @cache  # columns may show several metrics of the same runs
-def experiment_of(words: tuple[str, ...]) -> Experiment:
-    """The experiment of a cell's words, of seed 0."""
-    return run_exp.experiment_of([*words, "seed=0"])
+def experiment_of(overrides: tuple[str, ...]) -> Experiment:
+    """The experiment of a cell's overrides, of seed 0."""
+    return run_exp.experiment_of([*overrides, "seed=0"])
 
 
 def setting_of(experiment: Experiment) -> str:

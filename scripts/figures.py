@@ -119,20 +119,19 @@ def as_bytes(figure: plt.Figure, kind: str, metadata: Mapping[str, None], dpi: i
     return buffer.getvalue()
 
 
-def sigma_of(row: str) -> float | None:
+def sigma_of(row: cells.Row) -> float | None:
     """σ of a row of the study's layout: 0 for LoRA, Flat-LoRA's own; None for other methods."""
-    name, *more = row.split()
-    if name == "lora":
-        return 0.0
-    given = [word.partition("=")[2] for word in more if word.startswith("rho.sigma=")]
-    return float(given[0]) if given else 0.05 if name == "flat_lora" else None
+    given = dict(one.split("=") for one in row.overrides)
+    sigma = float(given.pop("rho.sigma", 0.05))
+    return {(): 0.0, (("rho", "flat"),): sigma}.get(tuple(given.items()))
 
 
 def sigma_sweep(study: cells.Made) -> plt.Figure | None:
     """One panel a column that has three σ or more; None where there is none."""
     panels = {}
     for key, column in study.layout.columns.items():
-        found = {sigma_of(row): study.cells[row, key] for row in study.layout.rows if sigma_of(row) is not None}
+        found = {sigma_of(one): study.cells[row, key] for row, one in study.layout.rows.items()}
+        found.pop(None, None)
         if (points := points_of(found)).shape[0] >= 3:
             panels[column.title] = points
     if not panels:
@@ -150,8 +149,9 @@ def sigma_sweep(study: cells.Made) -> plt.Figure | None:
 def rank_sweep(ablation: cells.Made) -> plt.Figure | None:
     """LoRA and Flat-LoRA against r in one panel; None for fewer than three ranks of either."""
     lines = {}
-    for label, of_method in (("LoRA", ranks_of("rho=off")), ("Flat-LoRA (σ = 0.05)", ranks_of(None))):
-        found = {of_method(row): ablation.cells[row, "cola"] for row in ablation.layout.rows if of_method(row)}
+    for label, method in (("LoRA", ["rho=off"]), ("Flat-LoRA (σ = 0.05)", [])):
+        found = {rank_of(one, method): ablation.cells[row, "cola"] for row, one in ablation.layout.rows.items()}
+        found.pop(None, None)
         lines[label] = points_of(found)
     if any(points.shape[0] < 3 for points in lines.values()):
         return None
@@ -170,17 +170,11 @@ def rank_sweep(ablation: cells.Made) -> plt.Figure | None:
     return figure
 
 
-def ranks_of(rho: str | None) -> Callable[[str], int | None]:
-    """Row of the ablations → its rank, if it is of plain LoRA (rho=off) or, for None, of Flat-LoRA as published."""
-
-    def rank(row: str) -> int | None:
-        name, *more = row.split()
-        given = [int(word.partition("=")[2]) for word in more if word.startswith("peft.lora_r=")]
-        others = [word for word in more if not word.startswith("peft.lora_r=")]
-        of_method = name in ("rank", "sigma") and not others if rho is None else others == [rho]
-        return (given[0] if given else 8) if of_method else None
-
-    return rank
+def rank_of(row: cells.Row, method: Sequence[str]) -> int | None:
+    """Rank of a row of the ablations whose overrides but the rank are `method`; None for other rows."""
+    ranks = [one for one in row.overrides if one.startswith("peft.lora_r=")]
+    others = [one for one in row.overrides if one not in ranks]
+    return (int(ranks[0].partition("=")[2]) if ranks else 8) if others == method else None
 
 
 def points_of(found: Mapping[float, cells.Cell]) -> np.ndarray:
@@ -217,14 +211,22 @@ def legend_below(figure: plt.Figure, axes: Iterable[plt.Axes]) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, len(handles)))
 
 
+def first_of_methods(layout: cells.Layout) -> list[str]:
+    """The first row of each pair of peft and rho."""
+    rows: dict[tuple[str, ...], str] = {}
+    for row, one in layout.rows.items():
+        rows.setdefault(tuple(word for word in one.overrides if word.startswith(("peft=", "rho="))), row)
+    return list(rows.values())
+
+
 def training_curves(study: cells.Made) -> plt.Figure | None:
     """One panel a data set, one line a method (Flat-LoRA at the paper's σ); None where no run has metrics."""
     panels: dict[str, Mapping[str, np.ndarray]] = {}
     for key, column in study.layout.columns.items():
         if key == "matthews":
             continue  # the runs of CoLA once more
-        rows = [row for row in study.layout.rows if " " not in row and study.cells[row, key].by_seed]
-        lines = {study.layout.rows[row]: curves_of(study.cells[row, key].paths) for row in rows}
+        rows = [row for row in first_of_methods(study.layout) if study.cells[row, key].by_seed]
+        lines = {study.layout.rows[row].title: curves_of(study.cells[row, key].paths) for row in rows}
         if lines := {label: line for label, line in lines.items() if line.size}:
             panels[column.title] = lines
     if not panels:
@@ -285,7 +287,7 @@ def _is_log(name: str) -> bool:
 def sharpness(flatness: cells.Made) -> plt.Figure | None:
     """Expected rise against σ, one line a row: mean over seeds, and the 95 % interval of it; None without measures."""
     lines, counts = {}, set()
-    for row, label in flatness.layout.rows.items():
+    for row, label in flatness.layout.row_titles().items():
         seeds = [measures_of(path)["rise"]["draws"] for path in flatness.cells[row, "rise05"].paths]
         if len(seeds) < 2:
             continue
@@ -318,7 +320,7 @@ def mean_and_interval(seeds: Sequence[Mapping[str, list[float]]], sigma: str) ->
 def landscape(flatness: cells.Made) -> plt.Figure | None:
     """A panel of lines and one of contours a row, of the first seed that all rows have been measured at; else None."""
     by_row = {}
-    for row, label in flatness.layout.rows.items():
+    for row, label in flatness.layout.row_titles().items():
         cell = flatness.cells[row, "rise05"]
         found = {seed: measures_of(path) for seed, path in zip(cell.by_seed, cell.paths, strict=True)}
         by_row[label] = {seed: parts["landscape"] for seed, parts in found.items() if "landscape" in parts}
@@ -353,7 +355,7 @@ def measures_of(path: Path) -> dict[str, Any]:
 def severity(corruptions: cells.Made) -> plt.Figure | None:
     """Accuracy against severity, one line a row, the clean accuracy at 0; None where no row has all of them."""
     lines = {}
-    for row, label in corruptions.layout.rows.items():
+    for row, label in corruptions.layout.row_titles().items():
         points = points_of({place: corruptions.cells[row, key] for place, key in enumerate(corruptions.layout.columns)})
         if len(points) == len(corruptions.layout.columns):
             lines[label] = points
@@ -375,7 +377,7 @@ def pictures(sdxl: cells.Made) -> plt.Figure | None:
     Pictures are no part of a kept record: only runs whose folder is whole have them.
     """
     folders: dict[str, dict[int, Path]] = {}
-    for row, label in sdxl.layout.rows.items():
+    for row, label in sdxl.layout.row_titles().items():
         paths = {int(path.name): path / "eval/text_to_image" for path in sdxl.cells[row, "image_text"].paths}
         if whole := {seed: path for seed, path in paths.items() if (path / "images").is_dir()}:
             folders[label] = whole

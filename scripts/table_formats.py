@@ -40,7 +40,7 @@ def titles_of(made: Made) -> list[str]:
 def lines_of(made: Made) -> list[tuple[str, list[str], set[int]]]:
     """(label, one text a column, columns in bold): of each row ours, then the paper's and the difference."""
     layout, lines = made.layout, []
-    for row, label in layout.rows.items():
+    for row, label in layout.row_titles().items():
         cells = [made.cells[row, column] for column in layout.columns]
         bold = {place for place, column in enumerate(layout.columns) if made.best.get(column) == row}
         average = [_mean(cell.mean for cell in cells)] if layout.average else []
@@ -85,7 +85,7 @@ def comparisons(made: Made) -> list[list[str]]:
                 mean, low, high, p, seeds = test
                 mean, low, high = (f"{value:+.{column.digits}f}" for value in (mean, low, high))
                 told = [mean, f"{low} to {high}", "< 0.001" if p < 0.001 else f"{p:.3f}", str(seeds)]
-                names = [f"{made.layout.rows[row]} − {made.layout.rows[baseline]}", column.title]
+                names = [f"{made.layout.rows[row].title} − {made.layout.rows[baseline].title}", column.title]
                 lines.append([*names, *(text.replace("-", "−") for text in told)])
     return lines
 
@@ -148,7 +148,7 @@ def as_csv(made: Made, results: Path) -> str:
         writer.writerow(
             [
                 made.name,
-                made.layout.rows[row],
+                made.layout.rows[row].title,
                 column,
                 *("" if value is None else f"{value:.4f}" for value in (cell.mean, cell.std)),
                 len(cell.by_seed),

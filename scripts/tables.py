@@ -2,6 +2,7 @@
 
     python -m scripts.tables [NAME ...] [--results DIR] [--out DIR]     writes NAME.md, NAME.tex, NAME.csv
     python -m scripts.tables status [NAME ...] [--seeds 3]              cells with runs, cells without, hours to fill
+    python -m scripts.tables commands [NAME ...] [--seeds 3]            the command of each cell
 
 results/tables.yaml says what stands in a table, results/paper.yaml what was published. A run counts for a cell if its
 configuration is the cell's, whatever the seed; what is broken, unfinished, doubled or of another setting is named and
@@ -11,9 +12,11 @@ left out. The best of a column is bold only if it is better than every other row
 from __future__ import annotations
 
 import argparse
+import itertools
+import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table as Shown
@@ -25,8 +28,10 @@ from scripts.arguments import add_folders, positive
 from scripts.cells import (
     LAYOUTS,
     PAPER,
+    Layout,
     Made,
     Run,
+    cell_overrides,
     check_folders,
     experiment_of,
     make,
@@ -39,22 +44,26 @@ from scripts.cells import (
 from scripts.table_formats import as_csv, latex, markdown
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 made or shown, 2 a layout or published number that is not in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="all tables by default; the word status shows what is missing")
+    parser.add_argument("names", nargs="*", help="all tables by default; status and commands come before them")
     add_folders(parser, "RESULTS/tables")
-    parser.add_argument("--seeds", type=positive, default=3, help="of each cell, for status")
-    options = parser.parse_args(words)
+    parser.add_argument("--seeds", type=positive, default=3, help="of each cell, for status and commands")
+    options = parser.parse_args(arguments)
     quiet_libraries()
-    status = options.names[:1] == ["status"]
-    names = options.names[1:] if status else options.names
+    action, names = "write", options.names
+    if names[:1] in (["status"], ["commands"]):
+        action, *names = names
     out = options.out or options.results / "tables"
     try:
-        check_folders(options.results, out)
         layouts, (papers, left_out) = read_layouts(LAYOUTS), read_paper(PAPER)
         if unknown := [name for name in names if name not in layouts]:
             raise ConfigError([f"Unknown table {name}: known are {', '.join(layouts)}." for name in unknown])
+        if action == "commands":
+            print("\n".join(commands({name: layouts[name] for name in names or layouts}, options.seeds)))
+            return 0
+        check_folders(options.results, out)
         runs, problems = read_runs(options.results)
         made, more = make({name: layouts[name] for name in names or layouts}, papers, runs)
     except ConfigError as error:
@@ -62,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     for problem in [*left_out, *problems, *more, *unused(made, runs)]:
         print(f"left out: {problem}", file=sys.stderr)
-    if status:
+    if action == "status":
         print_status(made, runs, options.seeds)
         return 0
     for one in made:
@@ -70,6 +79,19 @@ def main(words: Sequence[str] | None = None) -> int:
             write_atomic(out / f"{one.name}.{suffix}", text)
         print(f"written: {out / one.name}.md, .tex, .csv")
     return 0
+
+
+def commands(layouts: Mapping[str, Layout], seeds: int) -> list[str]:
+    """Lines for a shell: the command of each cell, once where several columns show the same runs."""
+    cells_of: dict[str, list[str]] = {}
+    for name, layout in layouts.items():
+        for row, column in itertools.product(layout.rows, layout.columns):
+            overrides = [*cell_overrides(name, layout, row, column), f"seed={','.join(map(str, range(seeds)))}"]
+            command = shlex.join(["python", "run_exp.py", *(["-m"] if seeds > 1 else []), *overrides])
+            cells_of.setdefault(command, []).append(
+                f"# {name}, {layout.rows[row].title}, {layout.columns[column].title}"
+            )
+    return [line for command, titles in cells_of.items() for line in (*titles, command)]
 
 
 def print_status(made: Sequence[Made], runs: Sequence[Run], seeds: int) -> None:
@@ -84,15 +106,15 @@ def print_status(made: Sequence[Made], runs: Sequence[Run], seeds: int) -> None:
         for (row, key), cell in one.cells.items():
             missing = max(0, seeds - len(cell.by_seed))
             hours = _hours(one, row, key, runs) if missing else 0.0
-            words = tuple(one.words_of(row, key))
-            if words not in counted:  # several columns may show the same runs
+            overrides = tuple(one.overrides_of(row, key))
+            if overrides not in counted:  # several columns may show the same runs
                 unknown += missing if hours is None else 0
                 total += missing * (hours or 0.0)
-            counted.add(words)
+            counted.add(overrides)
             told = "—" if not missing else "?" if hours is None else f"{missing * hours:.2f}"
             shown.add_row(
                 one.name,
-                one.layout.rows[row],
+                one.layout.rows[row].title,
                 one.layout.columns[key].title,
                 str(len(cell.by_seed)),
                 str(missing),
@@ -107,7 +129,7 @@ def _hours(made: Made, row: str, key: str, runs: Sequence[Run]) -> float | None:
     """Of one run of a cell: the median of those with its model and data set, of the same row where there are some."""
     if made.layout.columns[key].dataset not in {run.experiment.dataset.name for run in runs}:
         return None
-    experiment = experiment_of(tuple(made.words_of(row, key)))
+    experiment = experiment_of(tuple(made.overrides_of(row, key)))
     alike = [
         run
         for run in runs

@@ -97,6 +97,7 @@ class OpenAIBackend:
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.url,
             api_key=self._key or "none",
+            # Its own retries know neither the deadline of a whole reply, nor the rate, nor a reply without an answer.
             max_retries=0,
             default_headers=headers,
             # A proxy, which the environment may name, is another machine.

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from flatlora.config.settings import NoSection
+from flatlora.experiment.old_names import OLD_EXPERIMENTS, current_overrides
 from flatlora.utils.errors import ConfigError, nearest, reason_of
 from flatlora.utils.files import write_atomic
 from flatlora.utils.masking import masked, masked_word
@@ -46,19 +47,22 @@ def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
     `+peft=all` → `peft=all` · `++dataset_name=X` → `dataset=X` · `++rho=0.05` → `rho=flat rho.sigma=0.05` ·
     `++rho=0` → `rho=off` · `++rho=0,0.05` → `rho=flat rho.sigma=0,0.05` (σ = 0 is off, bit for bit) ·
-    `+peft.k=v` → `++peft.k=v`.
+    `+peft.k=v` → `++peft.k=v` · `experiment=table2/dora_r8` → `experiment=table2 peft=dora peft.lora_r=8`, less the
+    keys that are set beside it.
 
     Raises:
-        ConfigError: words that Hydra's parser cannot read.
+        ConfigError: words that Hydra's parser cannot read, or several old names of experiments.
     """
     canonical, notes = [], []
     faults: list[str] = []
-    for word, override in zip(words, _parse_all(words), strict=True):
+    overrides = _parse_all(words)
+    given = {override.key_or_group for override in overrides if override is not None}
+    for word, override in zip(words, overrides, strict=True):
         if override is None:
             canonical.append(word)
             continue
         try:
-            new = _rewrite_override(override)
+            new = _rewrite_override(override, given)
         except ConfigError as error:
             faults += error.faults
             continue
@@ -71,16 +75,35 @@ def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return canonical, notes
 
 
-def _rewrite_override(override: Override) -> list[str]:
+def _rewrite_override(override: Override, given: Iterable[str]) -> list[str]:
     key, value = override.key_or_group, override.input_line.partition("=")[2]
     if override.is_delete() or key.startswith("hydra"):
         return [override.input_line]
     if key == "rho" and _is_number(override):
         return ["rho=off"] if override.value() == 0 else ["rho=flat", f"rho.sigma={value}"]
+    if key == "experiment" and (names := _old_experiments(override)):
+        return current_overrides(names[0], given)
     key = _RENAMED_GROUPS.get(key, key)
     if key in GROUPS:
         return [f"{key}={value}"]
     return [f"++{key}={value}"] if override.is_add() or override.is_force_add() else [override.input_line]
+
+
+def _old_experiments(override: Override) -> list[str]:
+    """The name, if it is an old one.
+
+    Raises:
+        ConfigError: a sweep with old names: their rows differ in several keys, which no sweep varies together.
+    """
+    value = override.value()
+    if not isinstance(value, ChoiceSweep):
+        return [value] if isinstance(value, str) and value in OLD_EXPERIMENTS else []
+    if names := [name for name in map(str, value.list) if name in OLD_EXPERIMENTS]:
+        instead = "; ".join(f"{name} is {' '.join(OLD_EXPERIMENTS[name])}" for name in names)
+        raise ConfigError(
+            [f"Invalid {override.input_line}: rows of a table are overrides now; give a command for each: {instead}."]
+        )
+    return []
 
 
 def _is_number(override: Override) -> bool:

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import string
 import time
 from fractions import Fraction
 
@@ -138,6 +139,48 @@ def test_rows_are_pinned():
     rows = word_math.generate("train", 50)
     digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
     assert (word_math.VERSION, digest) == (1, "11bdef0a82f1b9dad36acb3fc67b29ed")
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "settings", "digest"),
+    [
+        ("train", 1500, {"seed": 7, "min_steps": 2, "max_steps": 5}, "008acfc2244dacb6"),
+        ("train", 800, {"seed": 1, "max_value": 1000, "max_steps": 5}, "8bf37d5ec6a46c9c"),
+        ("validation", 150, {"seed": 0, "max_value": 5}, "cd16113220a1a4e2"),
+        ("test", 500, {"seed": 123456789, "max_value": 100, "max_answer": 60, "max_steps": 5}, "e94cc02742202898"),
+        ("test", 400, {"seed": 0, "min_steps": 5, "max_steps": 5, "max_value": 12}, "788cb230c9c13860"),
+    ],
+)
+def test_rows_of_all_kinds_and_bounds_are_pinned(split, count, settings, digest):
+    rows = word_math.generate(split, count, **settings)
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == digest
+
+
+def test_sentences_name_nothing_that_a_story_does_not_have():
+    """Those too that no drawn problem happens to tell."""
+    always = {"n", "m"}
+    of_person = {*word_math.PRONOUNS[0], "name", "friend"}
+    of_opening = {"compare": {"name", "old", "new"}, "travel": {"go", "goes"}, "sale": {"offer"}}
+    for name, kind in word_math.KINDS.items():
+        words = {form for word in kind.get("words", ()) for form in (word, f"{word}s", f"{word.capitalize()}s")}
+        known = always | words | of_opening.get(kind["open"], set()) | (of_person if kind.get("person") else set())
+        assert len({len(options) for options in kind.get("words", {"": ()}).values()}) == 1, name
+        events = [event for key in ("before", "shared", "events", "endings") for event in kind.get(key, ())]
+        told = [*kind.get("questions", ()), *(text for variants in kind["say"].values() for text in variants)]
+        for event in events:
+            ((move, sentence),) = ((key, text) for key, text in event.items() if key != "unit")
+            numbers = {"n", "m"} & {field for _, field, *_ in string.Formatter().parse(sentence)}
+            wanted = (
+                set()
+                if move in ("double", "triple", "half")
+                else {"n", "m"}
+                if word_math.MOVES[move][0] == 2
+                else {"n"}
+            )
+            assert numbers == wanted, sentence
+            told.append(sentence)
+        for text in told:
+            assert {field for _, field, *_ in string.Formatter().parse(text) if field} <= known, text
 
 
 def test_same_arguments_same_rows_and_every_argument_matters():

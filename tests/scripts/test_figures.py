@@ -38,10 +38,11 @@ def test_the_sweep_of_ranks_has_a_line_a_method(tables):
     assert plain.get_xdata().tolist() == ranks
     assert flat.get_xdata().tolist() == ranks
     assert plain.get_ydata()[1] == pytest.approx(tables["study"].cells["lora", "cola"].mean)
-    assert flat.get_ydata()[2] == pytest.approx(tables["ablation"].cells["rank peft.lora_r=16", "cola"].mean)
-    assert figures.ranks_of("rho=off")("sam rho=off") == 8
-    assert figures.ranks_of(None)("sigma") == 8
-    assert figures.ranks_of(None)("noise rho=flat_iid") is None
+    assert flat.get_ydata()[2] == pytest.approx(tables["ablation"].cells["flat_lora_r16", "cola"].mean)
+    rows = tables["ablation"].layout.rows
+    assert figures.rank_of(rows["lora"], ["rho=off"]) == 8
+    assert figures.rank_of(rows["flat_lora"], []) == 8
+    assert figures.rank_of(rows["iid"], []) is None
 
 
 def test_curves_are_of_every_seed(tables):
@@ -100,7 +101,7 @@ def test_the_landscape_is_of_one_seed_of_every_row_and_stacks_for_narrow_screens
 def test_severity_is_drawn_of_runs_that_have_it(tmp_path):
     assert figures.severity(figures.tables_of(PROJECT / "results/study")["corruptions"]) is None
     for seed in (0, 1):
-        experiment = run_exp.experiment_of(["experiment=table2/lora_r8", "dataset=cifar100", f"seed={seed}"])
+        experiment = run_exp.experiment_of(["experiment=table2", "peft.lora_r=8", "dataset=cifar100", f"seed={seed}"])
         metrics = {"images/top1": 0.9} | {f"corruptions/severity_{level}": 0.9 - 0.1 * level for level in range(1, 6)}
         record = {"status": "finished", "experiment": experiment.model_dump(mode="json"), "metrics": metrics}
         path = tmp_path / experiment.run_name() / str(seed) / "run.json"
@@ -122,7 +123,8 @@ def test_cost_shows_the_records_medians():
 
 def write_pictures(results, row, seed, colour, score):
     """A finished run of SDXL's table with one picture, as run_exp and the evaluation write it."""
-    experiment = run_exp.experiment_of([f"experiment=sdxl/{row}", "dataset=icons3d", f"seed={seed}"])
+    rho = "flat" if row == "flat_lora" else "off"
+    experiment = run_exp.experiment_of(["experiment=sdxl", f"rho={rho}", f"seed={seed}"])
     folder = results / experiment.run_name() / str(seed)
     place = folder / "eval/text_to_image"
     (place / "images").mkdir(parents=True)

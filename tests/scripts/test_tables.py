@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flatlora.utils.errors import ConfigError
 from scripts import cells, table_formats, tables
 
 PROJECT = Path(__file__).parents[2]
-COLUMN = cells.Column(title="CoLA", words=["dataset=cola"], metric="glue/accuracy", scale=100)
+COLUMN = cells.Column(title="CoLA", overrides=["dataset=cola"], metric="glue/accuracy", scale=100)
 
 
 def write_run(results, words, accuracy, folder=None, **changes):
@@ -41,7 +42,8 @@ def made_of(results, name="table1"):
 
 
 def words(row, seed, *more):
-    return [f"experiment=table1/{row}", "dataset=cola", f"seed={seed}", *more]
+    rank, rho = row.rpartition("_r")[2], "flat" if row.startswith("flat_") else "off"
+    return ["experiment=table1", f"peft.lora_r={rank}", f"rho={rho}", "dataset=cola", f"seed={seed}", *more]
 
 
 def test_runs_fill_the_cell_of_their_setting_and_no_other(tmp_path):
@@ -146,7 +148,7 @@ def test_a_file_of_published_numbers_that_is_none_is_a_fault(tmp_path, text):
 
 
 def test_a_published_number_of_no_cell_is_named_and_left_out():
-    layout = cells.Layout(rows={"lora_r8": "LoRA"}, columns={"cola": COLUMN})
+    layout = cells.Layout(rows={"lora_r8": cells.Row(title="LoRA")}, columns={"cola": COLUMN})
     paper = cells.Published(title="t", setting="s", source="S4", values={"lora_r9": {"cola": 1.0}})
     (made,), problems = cells.make({"table1": layout}, {"table1": paper}, [])
     assert made.cells["lora_r8", "cola"].paper is None
@@ -197,6 +199,23 @@ def test_the_committed_tables_are_those_of_the_committed_runs(results, capsys):
     assert tables.main(["--results", str(results / "none")]) == 2
 
 
+def test_commands_are_those_of_the_cells_for_a_shell(capsys):
+    assert tables.main(["commands", "table4", "--seeds", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    printed = [shlex.split(line) for line in lines if not line.startswith("#")]
+    made = cells.Made("table4", cells.read_layouts(cells.LAYOUTS)["table4"], None, {}, {})
+    begin = ["python", "run_exp.py", "-m"]
+    rows = made.layout.rows
+    assert printed == [[*begin, *made.overrides_of(row, "mmlu"), "seed=0,1"] for row in rows]  # the four columns' runs
+    assert lines[:4] == [f"# table4, Full FT, {title}" for title in ("MMLU", "DROP", "HEval", "BBH")]
+    assert printed[3][3:6] == ["experiment=table4", "rho=flat", "dataset=alpaca"]
+    assert tables.main(["commands", "sdxl", "--seeds", "1", "--results", "none"]) == 0  # no run is read
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "python run_exp.py experiment=sdxl rho=flat dataset=icons3d seed=0"
+    )
+    assert tables.main(["commands", "tabel4"]) == 2
+
+
 @pytest.mark.extra  # the experiments' own launch commands compose in tests/test_experiments.py
 def test_every_row_and_column_composes_and_every_column_asks_the_benchmark_of_its_metric(tmp_path):
     layouts = cells.read_layouts(cells.LAYOUTS)
@@ -204,14 +223,14 @@ def test_every_row_and_column_composes_and_every_column_asks_the_benchmark_of_it
         made = cells.Made(name, layout, None, {}, {})
         first, column = next(iter(layout.rows)), next(iter(layout.columns))
         for row in layout.rows:
-            cells.experiment_of(tuple(made.words_of(row, column)))
+            cells.experiment_of(tuple(made.overrides_of(row, column)))
         for key, one in layout.columns.items():
-            asked = cells.experiment_of(tuple(made.words_of(first, key))).eval
+            asked = cells.experiment_of(tuple(made.overrides_of(first, key))).eval
             benchmark = one.metric.partition("/")[0]
             assert benchmark in asked or benchmark in ("flatness", "corruptions")  # asked besides, by the user
         assert set(layout.against) | set(layout.against.values()) <= set(layout.rows)
     made = cells.Made("table4", layouts["table4"], None, {}, {})
-    command = [*made.words_of("lora", "mmlu"), "seed=0", "eval.instruct_eval.batch_size=2"]
+    command = [*made.overrides_of("lora", "mmlu"), "seed=0", "eval.instruct_eval.batch_size=2"]
     metrics = {"instruct_eval/mmlu": 0.5, "instruct_eval/bbh": None}
     write_run(tmp_path, command, 0.0, metrics=metrics)
     made, problems = made_of(tmp_path, "table4")
@@ -281,7 +300,8 @@ def measured(adapter, rises, **how):
 def test_flatness_fills_cells_if_it_is_of_the_runs_adapter_and_measured_as_the_table_says(tmp_path):
     for seed, changes in enumerate(({}, {}, {}, {"rows": 8}, {})):
         for row, offset in (("lora", 0.02), ("flat_lora", 0.01)):
-            own = [f"experiment=study/{row}", "dataset=cola", f"seed={seed}"]
+            rho = "flat" if row == "flat_lora" else "off"
+            own = ["experiment=study", f"rho={rho}", "dataset=cola", f"seed={seed}"]
             folder = write_run(tmp_path, own, 0.8, adapter_sha256=f"{row}{seed}")
             rises = [offset, offset + 0.001 * (seed + 1) * (2 if row == "lora" else 1)]
             (folder / "flatness.json").write_text(measured(f"{row}{seed}" if seed < 4 else "other", rises, **changes))
@@ -309,7 +329,7 @@ def test_a_broken_flatness_file_costs_its_numbers_alone(tmp_path):
     ]
     texts = ["{", "[]", *(json.dumps({"adapter_sha256": "a", "parts": parts}) for parts in broken)]
     for seed, text in enumerate(texts):
-        own = ["experiment=study/lora", "dataset=cola", f"seed={seed}"]
+        own = ["experiment=study", "dataset=cola", f"seed={seed}"]
         (write_run(tmp_path, own, 0.8, adapter_sha256="a") / "flatness.json").write_text(text)
     made, problems = made_of(tmp_path, "study")
     assert len(made.cells["lora", "cola"].by_seed) == len(texts) == len(problems)
@@ -317,7 +337,8 @@ def test_a_broken_flatness_file_costs_its_numbers_alone(tmp_path):
 
 
 def test_a_column_without_a_data_set_is_a_fault(tmp_path):
-    raw = {"t": {"rows": {"lora": "LoRA"}, "columns": {"a": {"title": "A", "words": [], "metric": "m", "scale": 1}}}}
+    column = {"title": "A", "overrides": [], "metric": "m", "scale": 1}
+    raw = {"t": {"rows": {"lora": {"title": "LoRA"}}, "columns": {"a": column}}}
     (tmp_path / "tables.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(ConfigError, match="write dataset=NAME"):
         cells.read_layouts(tmp_path / "tables.yaml")

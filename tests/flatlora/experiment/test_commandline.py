@@ -10,6 +10,7 @@ import pytest
 
 import run_exp
 from flatlora.experiment import commandline
+from flatlora.experiment.old_names import OLD_EXPERIMENTS
 from flatlora.utils.errors import ConfigError
 
 PUBLISHED = shlex.split(
@@ -18,6 +19,7 @@ PUBLISHED = shlex.split(
 OPTIONS = sorted(
     (path.parent.relative_to(run_exp.SUITE.conf_dir).as_posix(), path.stem)
     for group in commandline.GROUPS
+    if group != "experiment"  # tests/test_experiments.py: they want a data set
     for path in (run_exp.SUITE.conf_dir / group).glob("*.yaml")
 )
 
@@ -70,6 +72,36 @@ def test_notes_name_what_was_rewritten_and_nothing_else():
     assert words == ["-m", "model=llama", "seed=3", "rho=flat", "rho.sigma=0.05", "rho.sigma=0.1", "hydra.mode=RUN"]
     assert notes == ["++rho=0.05 → rho=flat rho.sigma=0.05"]
     assert commandline.rewrite(["++seed=42", "~eval"]) == (["++seed=42", "~eval"], [])
+
+
+@pytest.mark.parametrize(
+    ("words", "canonical"),
+    [
+        (["experiment=table2/dora_r8"], ["experiment=table2", "peft=dora", "peft.lora_r=8"]),
+        (["experiment=table1/flat_lora_r16"], ["experiment=table1", "peft.lora_r=16", "rho=flat"]),
+        (
+            ["experiment=table1/flat_lora_ga_r8"],
+            ["experiment=table1", "peft=lora_ga", "peft.lora_r=8", "optim.lr=1e-4", "rho=flat"],
+        ),
+        (["experiment=table3/lora_ga"], ["experiment=table3", "peft=lora_ga"]),
+        (["experiment=table4/lora_sam"], ["experiment=table4", "rho=sam"]),
+        (["experiment=study/base"], ["experiment=study"]),
+        (["experiment=ablation/cost"], ["experiment=cost"]),
+        (["experiment=sdxl/flat_lora", "++rho=0"], ["experiment=sdxl", "rho=off"]),
+        (["experiment=ablation/sam", "rho=off,nbar"], ["experiment=ablation", "rho=off,nbar"]),
+        (["experiment=study/lora_pro", "optim.lr=5e-4"], ["experiment=study", "peft=lora_pro", "optim.lr=5e-4"]),
+    ],
+)
+def test_an_old_name_of_an_experiment_is_its_table_and_its_rows_overrides(words, canonical):
+    found, notes = commandline.rewrite(words)
+    assert found == canonical
+    assert notes[0].startswith(f"{words[0]} → {canonical[0]}")
+
+
+def test_a_sweep_of_old_names_says_what_to_type():
+    (told,) = faults(commandline.rewrite, ["-m", "experiment=study/lora,study/flat_lora", "dataset=cola"])
+    assert "study/lora is experiment=study; study/flat_lora is experiment=study rho=flat." in told
+    assert len(OLD_EXPERIMENTS) == 2 * 19 + 2 * 19 + 2 + 5 + 7  # the files that there were
 
 
 def test_the_published_commands_run_as_printed():
@@ -489,7 +521,7 @@ def test_every_option_file_composes_and_parses(group, option, tmp_path):
     found = run_exp.experiment_of([word, *partners(group, option, tmp_path)])
     if group == "eval":
         assert list(found.eval) == [option]
-    elif option not in ("all", "experiment"):  # peft=all is another name of lora
+    elif option != "all":  # peft=all is another name of lora
         assert getattr(found, group).name == option
 
 
