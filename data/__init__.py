@@ -4,7 +4,7 @@ A loader registers a `flatlora.experiment.plugins.DataSet`.
 
 Rows of text are {"x", "y"}: the prompt and the answer to be learned; the text of a row is x + " " + y +
 end-of-sequence, with the loss on y. A row to be scored by the likelihood of its possible answers also has "choices".
-`images` is the loader of all labelled pictures and `text_to_image` of those with prompts; kinds.py reads them.
+`images` is the loader of all labeled pictures and `text_to_image` of those with prompts; kinds.py reads them.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from flatlora.config.settings import NoSection, build_section
 from flatlora.experiment.commandline import compose_config
 from flatlora.inputs.rows import fingerprint
 from flatlora.models.loading import load_image_processor, load_tokenizer
-from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 
 CONF_DIR = Path(__file__).parents[1] / "conf"
@@ -39,13 +39,13 @@ console = Console(highlight=False)
 
 
 def main(words: Sequence[str]) -> int:
-    """Exit code: 0 shown, 2 a fault of the words or of what they name."""
+    """Exit code: 0 shown, 2 a error of the words or of what they name."""
     quiet_libraries()
     try:
         name, count, settings = _parse(words)
         _show(settings=[f"dataset={name}", *settings], count=count)
     except ConfigError as error:
-        report_faults(error)
+        report_errors(error)
         return 2
     return 0
 
@@ -59,24 +59,26 @@ def _parse(words: Sequence[str]) -> tuple[str, int, list[str]]:
             count = word.partition("=")[2] or (words.pop(place + 1) if place + 1 < len(words) else "")
             del words[place]
             break
-    faults = (
+    errors = (
         []
         if count.isascii() and count.isdigit()
         else [f"Invalid --show {count}: a whole number of rows is needed, such as --show 3."]
     )
     names = [word for word in words if "=" not in word]
     if len(names) != 1 or names[0].startswith("-"):
-        faults.append(
+        errors.append(
             f"Cannot read {' '.join(names) or 'no name'}: one data set is named, such as python -m data gsm8k."
         )
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     return names[0], int(count), [word for word in words if "=" in word]
 
 
 def _show(settings: list[str], count: int) -> None:
     raw = compose_config(CONF_DIR, settings)
-    missing = [fault for key in ("model", "dataset") if isinstance(raw[key], NoSection) for fault in raw[key].faults]
+    missing = [
+        message for key in ("model", "dataset") if isinstance(raw[key], NoSection) for message in raw[key].errors
+    ]
     if missing:
         raise ConfigError(missing)
     try:

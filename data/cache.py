@@ -48,7 +48,7 @@ def prepared(
         encoder_decoder: whether an encoder reads the prompts, as its tokenizer ends them.
 
     Raises:
-        ConfigError: files, rows or sizes do not do; every fault at once.
+        ConfigError: files, rows or sizes do not do; every error at once.
     """
     loader = data.DATASETS[config.loader]
     key = cache_key(loader, config, data_root, tokenizer, limit_tokenizer, encoder_decoder=encoder_decoder)
@@ -58,7 +58,7 @@ def prepared(
         splits = _load(loader, config, data_root, Encoder(limit_tokenizer or tokenizer))
         _warn_of_known_test_rows(splits)
         rows = len(splits.train) + len(splits.validation)
-        with counting(f"tokenise {config.name}", rows, least=_BAR_FROM) as advance:
+        with counting(f"tokenize {config.name}", rows, least=_BAR_FROM) as advance:
             made = prepare(splits, tokenizer, config.max_length, advance, encoder_decoder=encoder_decoder)
     _write(config, key, made, notes)
     return made

@@ -18,7 +18,7 @@ from data.selection import fresh_places, ordered, take
 from flatlora.config.sections import DatasetConfig
 from flatlora.config.settings import MOST_ROWS, setting
 from flatlora.experiment.plugins import DataSet
-from flatlora.inputs.images import DIGITS, ImageRows, LabelledImages, check_images, name_fault, picture_of, read_images
+from flatlora.inputs.images import DIGITS, ImageRows, LabeledImages, check_images, name_error, picture_of, read_images
 from flatlora.inputs.rows import Source, gather
 from flatlora.models.clip import Classes
 from flatlora.utils.errors import ConfigError, SettingError
@@ -42,9 +42,9 @@ class Config(DatasetConfig):
     revision: str | None = None
 
     def rule_errors(self) -> list[SettingError]:
-        faults, known = [], _class_file()
+        errors, known = [], _class_file()
         if self.classes not in known:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("classes",),
                     f"Invalid dataset.classes={self.classes}: data/class_names.yaml has {', '.join(known)}; name one "
@@ -52,14 +52,14 @@ class Config(DatasetConfig):
                 )
             )
         if self.hub_id == DIGITS and self.revision is not None:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("revision", "hub_id"),
                     f"Invalid dataset.revision={self.revision} with dataset={self.name}: scikit-learn brings it "
                     "along, in one state; leave the key out.",
                 )
             )
-        return faults
+        return errors
 
 
 class PreparedImages(NamedTuple):
@@ -95,14 +95,14 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
     """Rows of all splits; every picture that will be read has been tried.
 
     Raises:
-        ConfigError: files, columns, labels, sizes or pictures do not do; every fault at once.
+        ConfigError: files, columns, labels, sizes or pictures do not do; every error at once.
     """
     train, test = _read(config, data_root)
     classes = classes_of(config.classes, train, test)
     places, validation, asked = _places(config, train, test)
     chosen = ((train, np.concatenate([places, validation])), (test, asked))
-    if faults := [fault for images, indices in chosen for fault in _label_faults(images, indices, classes)]:
-        raise ConfigError(faults)
+    if errors := [message for images, indices in chosen for message in _label_errors(images, indices, classes)]:
+        raise ConfigError(errors)
     first, scored = gather(*(lambda i=images, j=indices: check_images(i, j) for images, indices in chosen))
     rows = ImageRows(train, places, processor, first[: len(places)])
     learned, held_out = set(map(picture_of, rows.digests)), first[len(places) :]
@@ -117,13 +117,13 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
     )
 
 
-def _read(config: Config, data_root: str | None) -> list[LabelledImages]:
+def _read(config: Config, data_root: str | None) -> list[LabeledImages]:
     columns = {"image": config.image_column, "label": config.label_column, "data_root": data_root}
     splits = [Source(config.hub_id, config.hub_config, s, config.revision) for s in _splits(config)]
     return gather(*(lambda s=source: read_images(s, **columns) for source in splits))
 
 
-def _places(config: Config, train: LabelledImages, test: LabelledImages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _places(config: Config, train: LabeledImages, test: LabeledImages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Indices of the train, validation and test rows."""
     order = ordered(range(len(train.labels)), config.subset)
     wanted = config.train_rows or max(1, len(order) - config.validation_rows)
@@ -140,7 +140,7 @@ def _places(config: Config, train: LabelledImages, test: LabelledImages) -> tupl
     return tuple(np.array(places, np.int64) for places in (chosen, validation, scored))
 
 
-def _label_faults(images: LabelledImages, chosen: np.ndarray, classes: Classes) -> list[str]:
+def _label_errors(images: LabeledImages, chosen: np.ndarray, classes: Classes) -> list[str]:
     count, labels = len(classes.names), images.labels[chosen]
     outside = np.flatnonzero((labels < 0) | (labels >= count))
     if not len(outside):
@@ -153,7 +153,7 @@ def _label_faults(images: LabelledImages, chosen: np.ndarray, classes: Classes) 
     ]
 
 
-def classes_of(entry: str, *splits: LabelledImages) -> Classes:
+def classes_of(entry: str, *splits: LabeledImages) -> Classes:
     """Names and prompts of an entry of class_names.yaml; splits that name their classes must agree with it.
 
     Raises:
@@ -169,14 +169,16 @@ def classes_of(entry: str, *splits: LabelledImages) -> Classes:
                 "there, in the order of the labels."
             ]
         )
-    faults = [fault for images in named if (fault := name_fault(images, names, where))]
-    faults = [f"Invalid dataset.classes={entry}: {fault}; name the entry that fits, or write one." for fault in faults]
-    if not faults and named[1:] and named[0].names != named[1].names:
+    errors = [message for images in named if (message := name_error(images, names, where))]
+    errors = [
+        f"Invalid dataset.classes={entry}: {message}; name the entry that fits, or write one." for message in errors
+    ]
+    if not errors and named[1:] and named[0].names != named[1].names:
         label = next(i for i, pair in enumerate(zip(named[0].names, named[1].names, strict=True)) if pair[0] != pair[1])
         described = " and ".join(f"{images.names[label]} in {images.source}" for images in named)
-        faults = [f"Invalid splits: label {label} is {described}; fetch both from one revision."]
-    if faults:
-        raise ConfigError(faults)
+        errors = [f"Invalid splits: label {label} is {described}; fetch both from one revision."]
+    if errors:
+        raise ConfigError(errors)
     return Classes(list(names), [[prompt.format(name) for prompt in listed["prompts"]] for name in names])
 
 

@@ -1,4 +1,4 @@
-"""Kinds of rows: text, labelled images and captioned pictures, as `flatlora.experiment.suite.RowKind` has them."""
+"""Kinds of rows: text, labeled images and captioned pictures, as `flatlora.experiment.suite.RowKind` has them."""
 
 from __future__ import annotations
 
@@ -65,21 +65,21 @@ class Text(RowKind):
         lengths = itertools.chain.from_iterable(part.lengths for part in parts)
         if (warning := fit.long_rows_warning(experiment.model, skeleton, lengths)) and distributed.is_main_process():
             logger.warning("%s", warning)
-        faults = fit.vocabulary_faults(processor, skeleton, name)
+        errors = fit.vocabulary_errors(processor, skeleton, name)
         largest = max((int(part.ids.max()) for part in parts if len(part.ids)), default=0)
         known = fit.embedding_rows(skeleton)
-        if largest >= known and not faults:
+        if largest >= known and not errors:
             token = processor.convert_ids_to_tokens(largest)
-            faults.append(
+            errors.append(
                 f"Invalid tokenizer of {name}: rows of {experiment.dataset.name} hold {token} ({largest}), and "
                 f"the model has {known} embeddings; give the folder the tokenizer that the model was trained with."
             )
-        if faults:
-            raise ConfigError(faults)
+        if errors:
+            raise ConfigError(errors)
 
 
 class Image(RowKind):
-    """Labelled images of named classes."""
+    """Labeled images of named classes."""
 
     def processor(self, model: ModelConfig) -> Any:
         return loading.load_image_processor(model)
@@ -113,19 +113,19 @@ class Captioned(RowKind):
         """Pictures with prompts, of sizes that the model takes, as many as a batch has.
 
         Raises:
-            ConfigError: every fault of them.
+            ConfigError: every error of them.
         """
         rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
         batch, count = experiment.optim.batch_size, len(rows.train)
         drawn = isinstance(rows.prior, text_to_image.ClassPictures)  # in that size
-        faults = loading.size_faults(experiment.model, rows.train.sizes, drawn=drawn)
+        errors = loading.size_errors(experiment.model, rows.train.sizes, drawn=drawn)
         if count < batch:
-            faults.append(
+            errors.append(
                 f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} pictures to "
                 "train on, fewer than a batch; lower optim.batch_size, or set dataset.repeats."
             )
-        if faults:
-            raise ConfigError(faults)
+        if errors:
+            raise ConfigError(errors)
         return rows
 
     def collator(self, model: ModelConfig, processor: None) -> Callable[..., Any]:
@@ -141,7 +141,7 @@ class Captioned(RowKind):
         self, experiment: Experiment, skeleton: nn.Module, processor: None, rows: text_to_image.PreparedCaptioned
     ) -> None:
         prompts = [part.prompt(row) for part in (rows.test, rows.validation) for row in range(len(part))]
-        loading.tell_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
+        loading.warn_of_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
 
     def encode(
         self, experiment: Experiment, rows: text_to_image.PreparedCaptioned, device: torch.device, base: str

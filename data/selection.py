@@ -67,7 +67,7 @@ def split_train_validation(
         )
     take(train, train_rows, name="dataset.train_rows")
     take(enough, validation_rows, name="dataset.validation_rows", remedy="lower it")
-    _tell_repeated(len(repeated))
+    _warn_of_repeated(len(repeated))
     return train, kept
 
 
@@ -75,11 +75,11 @@ def fresh_places(held_out: Sequence[Hashable], train: Iterable[Hashable]) -> lis
     """Places of the held-out rows that repeat no train row, by what two rows have in common that do."""
     seen = set(train)
     places = [place for place, key in enumerate(held_out) if key not in seen]
-    _tell_repeated(len(held_out) - len(places))
+    _warn_of_repeated(len(held_out) - len(places))
     return places
 
 
-def _tell_repeated(count: int) -> None:
+def _warn_of_repeated(count: int) -> None:
     if count:
         logger.warning("%d rows stand among the train rows already and do not validate.", count)
 

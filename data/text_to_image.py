@@ -66,9 +66,9 @@ class Config(DatasetConfig):
     prior_weight: float = setting(1.0, ge=0, le=1e6, remedy="1 is usual")
 
     def rule_errors(self) -> list[SettingError]:
-        faults = []
+        errors = []
         if (self.hub_id is None) == (self.folder is None):
-            faults.append(
+            errors.append(
                 SettingError(
                     ("hub_id", "folder"),
                     f"Invalid dataset.hub_id={self.hub_id} with dataset.folder={self.folder}: exactly one of them says "
@@ -76,14 +76,14 @@ class Config(DatasetConfig):
                 )
             )
         if self.hub_id is not None and self.prompt_column is None and self.prompt is None:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("prompt", "hub_id", "prompt_column"),
                     "Missing dataset.prompt: without dataset.prompt_column it is the prompt of every picture.",
                 )
             )
         if self.buckets and self.bucket_step > self.resolution:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("bucket_step", "resolution"),
                     f"Invalid dataset.bucket_step={self.bucket_step} with dataset.resolution={self.resolution}: sides "
@@ -91,7 +91,7 @@ class Config(DatasetConfig):
                 )
             )
         if self.revision is not None and self.hub_id in (None, SHAPES):
-            faults.append(
+            errors.append(
                 SettingError(
                     ("revision", "folder"),
                     f"Invalid dataset.revision={self.revision} with dataset={self.name}: only the hub has revisions; "
@@ -99,16 +99,16 @@ class Config(DatasetConfig):
                 )
             )
         if self.buckets and self.class_prompt is not None:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("buckets", "class_prompt"),
                     f"Invalid dataset.buckets=true with dataset.class_prompt={self.class_prompt}: a picture and one "
                     "of its class make a row, so they must have one size; leave one of the keys out.",
                 )
             )
-        return faults + self._prior_faults()
+        return errors + self._prior_errors()
 
-    def _prior_faults(self) -> list[str]:
+    def _prior_errors(self) -> list[str]:
         if self.class_prompt is None:
             given = {"class_folder": None, "class_images": None, "class_steps": 30, "prior_weight": 1.0}
             return [
@@ -181,7 +181,7 @@ def prepared(config: Config, data_root: str | None) -> PreparedCaptioned:
     """Rows of a run; every picture that will be read has been tried.
 
     Raises:
-        ConfigError: files, columns, sizes or pictures do not do; every fault at once.
+        ConfigError: files, columns, sizes or pictures do not do; every error at once.
     """
 
     def own() -> tuple[CaptionedRows, CaptionedRows]:

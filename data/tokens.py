@@ -1,8 +1,8 @@
 """Rows to token ids and ids to batches.
 
-The prompt (x and a blank) and the answer (y and end-of-sequence) are tokenised apart and joined, so that an evaluator,
-which tokenises the prompt alone, continues from exactly the ids that training saw. Deviation from the published code,
-which tokenises the joined text: there the blank may fuse with the answer's first token. Names of special tokens in a
+The prompt (x and a blank) and the answer (y and end-of-sequence) are tokenized apart and joined, so that an evaluator,
+which tokenizes the prompt alone, continues from exactly the ids that training saw. Deviation from the published code,
+which tokenizes the joined text: there the blank may fuse with the answer's first token. Names of special tokens in a
 row are text, and the end that a tokenizer puts behind every text is no part of a decoder's prompt
 (`flatlora.inputs.tokenizing`).
 """
@@ -130,7 +130,7 @@ class Encoder:
         return [len(ids) // _ID_BYTES for ids in self(texts)]
 
 
-def tokenise(
+def tokenize(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -203,8 +203,8 @@ class _SpecialNames:
                 logger.warning("Names of special tokens stand in the text of rows (%s): %s.", told, reading)
 
 
-def tokenise_reference(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:
-    """Slow twin of `tokenise` for a decoder-only model: one call of the tokenizer for each prompt and each answer."""
+def tokenize_reference(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:
+    """Slow twin of `tokenize` for a decoder-only model: one call of the tokenizer for each prompt and each answer."""
     pairs = []
     for row in rows:
         prompt = tokenizer(prompt_text(row["x"]), split_special_tokens=True)["input_ids"]
@@ -290,7 +290,7 @@ def prepare(
     *,
     encoder_decoder: bool = False,
 ) -> Prepared:
-    """Tokenise the train and validation rows; `encoder_decoder` as `tokenise` has it.
+    """Tokenize the train and validation rows; `encoder_decoder` as `tokenize` has it.
 
     Raises:
         ConfigError: no train row is left, or none of the validation rows that there are; or answers cannot end.
@@ -303,17 +303,17 @@ def prepare(
             ]
         )
     train, validation = (
-        tokenise(rows, tokenizer, max_length, on_progress, encoder_decoder=encoder_decoder)
+        tokenize(rows, tokenizer, max_length, on_progress, encoder_decoder=encoder_decoder)
         for rows in (splits.train, splits.validation)
     )
-    faults = [
+    errors = [
         f"Empty data set: none of {len(rows)} {name} rows is left at dataset.max_length={max_length}; raise it, or "
         "choose another data set."
         for name, rows, left in (("train", splits.train, train), ("validation", splits.validation, validation))
         if not len(left) and (rows or name == "train")
     ]
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     return Prepared(train, validation, splits.test)
 
 

@@ -198,9 +198,9 @@ def check_arguments(
             f"Invalid max_answer={max_answer}: must be ≥ {SMALLEST_BOUND}, or no bound; use max_answer=None",
         ),
     )
-    faults = [fault for holds, fault in rules if not holds]
-    if faults:
-        raise ValueError("\n".join(faults))
+    errors = [message for holds, message in rules if not holds]
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
 def problems(

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import eval as benchmarks
 from eval import compare
-from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 
 
 def main(words: Sequence[str]) -> int:
-    """Exit code: 0 done, 2 a fault of the words or of what they name."""
+    """Exit code: 0 done, 2 a error of the words or of what they name."""
     quiet_libraries()
     try:
         if not words or words[0] in ("-h", "--help"):
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> int:
                 ]
             )
     except ConfigError as error:
-        report_faults(error)
+        report_errors(error)
         return 2
     return 0
 

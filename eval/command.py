@@ -23,12 +23,12 @@ from eval.backends.diffusion import DiffusionBackend
 from eval.backends.hf import HFBackend
 from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
-from eval.place import OTHER_VERSION, YAML_ERRORS, Place, base_faults, locate_place
+from eval.place import OTHER_VERSION, YAML_ERRORS, ResolvedModel, base_errors, resolve_model
 from flatlora.config.sections import KINDS
 from flatlora.config.settings import MOST_SECONDS, Section, checked_section, setting
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.captioned import pictures_of_run
-from flatlora.inputs.images import ImageRows, LabelledImages, check_images, name_fault, read_images, read_listed
+from flatlora.inputs.images import ImageRows, LabeledImages, check_images, name_error, read_images, read_listed
 from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
 from flatlora.models.clip import Classes
 from flatlora.models.hashes import PUT_BACK, differing_part, short_state, weights_sha256
@@ -43,7 +43,7 @@ from flatlora.models.loading import (
 from flatlora.models.sources import backbone_source
 from flatlora.models.starts import MOVED
 from flatlora.runs.run_folder import answering
-from flatlora.utils.console import ProgressBar, console, quiet_libraries, report_faults
+from flatlora.utils.console import ProgressBar, console, quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
 from flatlora.utils.files import write_json
 from flatlora.utils.names import fitting, is_text
@@ -74,18 +74,18 @@ class Target(Section):
     timeout: float = setting(300.0, gt=0, le=MOST_SECONDS, remedy="seconds for one request of backend=openai")
 
     def rule_errors(self) -> list[SettingError]:
-        faults, fields = [], type(self).model_fields
+        errors, fields = [], type(self).model_fields
         if self.backend == "openai" and self.base_url is None:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("base_url", "backend"),
                     "Missing base_url: backend=openai asks an endpoint; base_url=http://HOST:PORT/v1 names it.",
                 )
             )
         elif self.backend == "openai":
-            faults += wire.endpoint_errors("base_url", self.base_url, "base_key", self.base_key)
+            errors += wire.endpoint_errors("base_url", self.base_url, "base_key", self.base_key)
         if self.backend != "openai":
-            faults += [
+            errors += [
                 SettingError(
                     (key, "backend"),
                     f"Invalid {key}={getattr(self, key)} with backend={self.backend}: backend=openai reads it; "
@@ -95,27 +95,27 @@ class Target(Section):
                 if getattr(self, key) != fields[key].default
             ]
         if self.backend == "openai" and self.dtype != "auto":
-            faults.append(
+            errors.append(
                 SettingError(
                     ("dtype", "backend"),
                     f"Invalid dtype={self.dtype} with backend=openai: the server has its own; drop it.",
                 )
             )
         if self.backend == "openai" and self.base is not None:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("base", "backend"),
                     f"Invalid base={self.base} with backend=openai: the server has its own; drop it.",
                 )
             )
         if self.backend != "hf" and self.device != "auto":
-            faults.append(
+            errors.append(
                 SettingError(
                     ("device", "backend"),
                     f"Invalid device={self.device} with backend={self.backend}: it has a device of its own; drop it.",
                 )
             )
-        return faults
+        return errors
 
 
 _SHARED_HELP = """
@@ -127,7 +127,7 @@ requests_per_minute and timeout (seconds of a request) say how it is asked."""
 
 
 def main(benchmark: str, words: Sequence[str]) -> int:
-    """Exit code: 0 scored, 1 failed on the way, 2 a fault of the command line or of what it names, 130 interrupted."""
+    """Exit code: 0 scored, 1 failed on the way, 2 a error of the command line or of what it names, 130 interrupted."""
     if words and words[0] in ("-h", "--help"):
         print(benchmarks.BENCHMARKS[benchmark].help.strip())
         print(_SHARED_HELP)
@@ -137,7 +137,7 @@ def main(benchmark: str, words: Sequence[str]) -> int:
         print_score(benchmark, score_path(benchmark, words))
         return 0
     except ConfigError as error:
-        report_faults(error)
+        report_errors(error)
         return 2
     except torch.OutOfMemoryError as error:
         return _report_failure(error, "A lower batch_size needs less.")
@@ -159,7 +159,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     """Generate (or go on generating) and score; returns the score.
 
     Raises:
-        ConfigError: every fault of words, path, device, rows and output folder, before a model is loaded.
+        ConfigError: every error of words, path, device, rows and output folder, before a model is loaded.
     """
     module = benchmarks.BENCHMARKS[benchmark]
     if not words or words[0].startswith("-") or "=" in words[0]:
@@ -175,39 +175,39 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         f"Cannot read {word!r}: it is no UTF-8; rename the file, or mend it." for word in words if not is_text(word)
     ]:
         raise ConfigError(broken)
-    target, given, word_faults = _parse_words(module, words[1:])
+    target, given, word_errors = _parse_words(module, words[1:])
 
-    def locate() -> Place:
+    def resolve() -> ResolvedModel:
         served = target is not None and target.backend == "openai"
-        return locate_place(words[0], benchmark, served, None if target is None else target.base)
+        return resolve_model(words[0], benchmark, served, None if target is None else target.base)
 
     def check_words() -> None:
-        if word_faults:
-            raise ConfigError(word_faults)
+        if word_errors:
+            raise ConfigError(word_errors)
 
     def aim() -> Target:
         if target is None:
-            raise ConfigError(word_faults)
+            raise ConfigError(word_errors)
         return target
 
     def check_base() -> None:
         loads = target is not None and not target.score_only and target.backend != "openai"
-        if loads and (faults := base_faults(locate(), target.base)):
-            raise ConfigError(faults)
+        if loads and (errors := base_errors(resolve(), target.base)):
+            raise ConfigError(errors)
 
     def configure() -> Section:
-        return _config(module, locate, given)
+        return _config(module, resolve, given)
 
-    # A step that needs an earlier one takes it again: its faults are told once, and those of all others beside them.
+    # A step that needs an earlier one takes it again: its errors are told once, and those of all others beside them.
     place, _, _, _, config, folder, device, rows = gather(
-        locate,
+        resolve,
         check_base,
-        lambda: _check_kind(module, aim(), given, locate),
+        lambda: _check_kind(module, aim(), given, resolve),
         check_words,
         configure,
-        lambda: _output_folder(words[0], aim(), given, locate, benchmark),
+        lambda: _output_folder(words[0], aim(), given, resolve, benchmark),
         lambda: _choose_device(aim()),
-        lambda: _rows(module, aim(), given, locate, configure),
+        lambda: _rows(module, aim(), given, resolve, configure),
     )
     if target.score_only and not folder.is_dir():  # which is told, and no folder is made for it
         return module.score_file(folder / "predictions.jsonl", config)
@@ -248,28 +248,30 @@ def print_score(benchmark: str, score: dict[str, Any]) -> None:
 
 
 def _parse_words(module: Benchmark, words: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
-    """(keys of every benchmark, None for faulty ones; the benchmark's own settings that are given; faults)."""
+    """(keys of every benchmark, None for faulty ones; the benchmark's own settings that are given; errors)."""
     known = {**Target.model_fields, **module.Config.model_fields}
-    values, faults = {}, []
+    values, messages = {}, []
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
-            faults.append(f"Cannot read {word!r}: a setting is written key=value, such as max_rows=32.")
+            messages.append(f"Cannot read {word!r}: a setting is written key=value, such as max_rows=32.")
         elif key not in known:
             near = nearest(key, known)
-            faults.append(f"Unknown key {key}: " + (f"did you mean {near}?" if near else f"known: {', '.join(known)}."))
+            messages.append(
+                f"Unknown key {key}: " + (f"did you mean {near}?" if near else f"known: {', '.join(known)}.")
+            )
         elif known[key].annotation == str | None:  # out=2024 is a folder, not a number
             values[key] = None if text == "null" else text
         else:
             try:
                 values[key] = yaml.load(text, _PlainLoader)
             except YAML_ERRORS:
-                faults.append(
+                messages.append(
                     f"Cannot read {word!r}: its value is not YAML; write a number, true, false, null or text."
                 )
     given = {key: value for key, value in values.items() if key not in Target.model_fields}
     target, errors = checked_section("", Target, {key: value for key, value in values.items() if key not in given})
-    return (None if errors else target), given, [*faults, *(error.message for error in errors)]
+    return (None if errors else target), given, [*messages, *(error.message for error in errors)]
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -281,23 +283,23 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _config(module: Benchmark, locate: Callable[[], Place], given: Mapping[str, Any]) -> Section:
+def _config(module: Benchmark, resolve: Callable[[], ResolvedModel], given: Mapping[str, Any]) -> Section:
     """The benchmark's settings: the run's own, and over them what the command line says.
 
     Raises:
-        ConfigError: settings that are missing, wrong or do not go together; and the place's own faults.
+        ConfigError: settings that are missing, wrong or do not go together; and the place's own errors.
     """
     try:
-        known, faults = locate().scored_with, []
+        known, messages = resolve().scored_with, []
     except ConfigError as error:
-        known, faults = None, error.faults
+        known, messages = None, error.errors
     stale = [key for key, owner in module.belongs_to.items() if owner in given]
     known = None if known is None else {key: value for key, value in known.items() if key not in stale}
     config, errors = checked_section("", module.Config, {**(known or {}), **given})
     # Nobody knows what is missing while the place cannot be found that may say it.
-    faults += [error.message for error in errors if known is not None or error.kind != "missing"]
-    if faults or errors:
-        raise ConfigError(faults)
+    messages += [error.message for error in errors if known is not None or error.kind != "missing"]
+    if messages or errors:
+        raise ConfigError(messages)
     return config
 
 
@@ -309,11 +311,11 @@ def _served(target: Target) -> str:
 
 
 def _output_folder(
-    name: str, target: Target, given: Mapping[str, Any], locate: Callable[[], Place], benchmark: str
+    name: str, target: Target, given: Mapping[str, Any], resolve: Callable[[], ResolvedModel], benchmark: str
 ) -> Path:
     if target.out:
         return _writable(Path(target.out))
-    place, path = locate(), Path(name)
+    place, path = resolve(), Path(name)
     own = place.run / "eval" / benchmark if place.run else None
     module = benchmarks.BENCHMARKS[benchmark]
     benchmark += _label(target, given, place.scored_with, module) + _served(target)
@@ -365,7 +367,7 @@ def _in_short(value: str) -> str:
     return f"{path.stem}-{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:6]}"
 
 
-def _machine_label(target: Target, place: Place, own: Path) -> str:
+def _machine_label(target: Target, place: ResolvedModel, own: Path) -> str:
     """Suffix for another device or autocast than that of the run's own answers: each answers otherwise.
 
     Args:
@@ -403,7 +405,9 @@ def _choose_device(target: Target) -> torch.device | None:
     return choose_device(target.device)
 
 
-def _check_kind(module: Benchmark, target: Target, given: Mapping[str, Any], locate: Callable[[], Place]) -> None:
+def _check_kind(
+    module: Benchmark, target: Target, given: Mapping[str, Any], resolve: Callable[[], ResolvedModel]
+) -> None:
     """See to it that model, backend and benchmark are of one kind.
 
     Raises:
@@ -422,7 +426,7 @@ def _check_kind(module: Benchmark, target: Target, given: Mapping[str, Any], loc
                 "concurrency says how many at a time; drop it."
             ]
         )
-    place = locate()
+    place = resolve()
     kind = KINDS[place.model.family] if place.run else None  # of a model that no run describes, nobody knows yet
     if kind is None and module.kind == "image":
         raise ConfigError(
@@ -448,34 +452,34 @@ def _rows(
     module: Benchmark,
     target: Target,
     given: Mapping[str, Any],
-    locate: Callable[[], Place],
+    resolve: Callable[[], ResolvedModel],
     configure: Callable[[], Section],
 ) -> Sequence[Any]:
     if target.score_only:
         return []
     if module.kind == "image":
-        return _pictures(module, target, locate(), configure())
+        return _pictures(module, target, resolve(), configure())
     if module.kind == "captioned":
-        return _training_pictures(module, target, locate(), configure())
-    path = _rows_file(module, target, locate)
+        return _training_pictures(module, target, resolve(), configure())
+    path = _rows_file(module, target, resolve)
     if path:
         unread = {"data_root": target.data_root, "template": given.get("template")}
-        if faults := [
+        if errors := [
             f"Invalid {key}={value}: nothing reads it, for the rows are those of {path}; drop it."
             for key, value in unread.items()
             if value is not None
         ]:
-            raise ConfigError(faults)
+            raise ConfigError(errors)
         rows, source = read_jsonl(path), str(path)
         typed_columns(rows, module.row_columns, source)
     else:
-        data_root = target.data_root or locate().data_root
+        data_root = target.data_root or resolve().data_root
         rows, source = module.benchmark_rows(data_root, configure()), "the benchmark's own rows"
     module.check_rows(rows, source, configure())
     return rows
 
 
-def _rows_file(module: Benchmark, target: Target, locate: Callable[[], Place]) -> Path | None:
+def _rows_file(module: Benchmark, target: Target, resolve: Callable[[], ResolvedModel]) -> Path | None:
     """The file whose rows are asked; None for the benchmark's own: no run, or one whose data set has no test rows."""
     if target.rows == BENCHMARK:
         return None
@@ -485,7 +489,7 @@ def _rows_file(module: Benchmark, target: Target, locate: Callable[[], Place]) -
             columns = " and ".join(module.row_columns)
             raise ConfigError([f"Invalid rows={path}: no such file; name a .jsonl file with {columns}."])
         return path
-    run = None if module.own_rows else locate().run
+    run = None if module.own_rows else resolve().run
     if run is None:
         return None
     path = run / "test.jsonl"
@@ -496,7 +500,7 @@ def _rows_file(module: Benchmark, target: Target, locate: Callable[[], Place]) -
     return path if path.stat().st_size else None
 
 
-def _pictures(module: Benchmark, target: Target, place: Place, config: Section) -> Sequence[Any]:
+def _pictures(module: Benchmark, target: Target, place: ResolvedModel, config: Section) -> Sequence[Any]:
     """The pictures of rows=FILE, or of the run's test split; none for a benchmark that has its own."""
     if place.run is None or place.model.family != "clip":
         return []  # `_check_kind` tells it
@@ -511,8 +515,8 @@ def _pictures(module: Benchmark, target: Target, place: Place, config: Section) 
             images, count = read_listed(Path(target.rows), *module.row_columns), None
         else:
             images, count = _test_split(place.dataset, target.data_root or place.data_root)
-        if fault := name_fault(images, classes, "the run's classes.json"):
-            raise ConfigError([f"Invalid classes of {images.source}: {fault}; name pictures of the same classes."])
+        if message := name_error(images, classes, "the run's classes.json"):
+            raise ConfigError([f"Invalid classes of {images.source}: {message}; name pictures of the same classes."])
         source, places = images.source, range(min(len(images.labels), count or len(images.labels)))
         processor = load_image_processor(place.model)
         rows = ImageRows(images, np.array(places), processor, check_images(images, places))
@@ -520,7 +524,7 @@ def _pictures(module: Benchmark, target: Target, place: Place, config: Section) 
     return rows
 
 
-def _training_pictures(module: Benchmark, target: Target, place: Place, config: Section) -> Sequence[Any]:
+def _training_pictures(module: Benchmark, target: Target, place: ResolvedModel, config: Section) -> Sequence[Any]:
     """The pictures that a run was trained on; none where no run says which."""
     if target.rows:
         raise ConfigError(
@@ -537,7 +541,7 @@ def _training_pictures(module: Benchmark, target: Target, place: Place, config: 
     return rows
 
 
-def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[LabelledImages, int | None]:
+def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[LabeledImages, int | None]:
     """The test split of a run's data set, and how many of its rows the run takes."""
     try:
         source = Source(dataset["hub_id"], dataset["hub_config"], dataset["test_split"], dataset.get("revision"))
@@ -550,7 +554,7 @@ def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[Labe
 
 
 def _backend(
-    place: Place, target: Target, device: torch.device | None, batch_size: int, module: Benchmark
+    place: ResolvedModel, target: Target, device: torch.device | None, batch_size: int, module: Benchmark
 ) -> Backend | ImageBackend | Generator:
     """Who answers.
 
@@ -595,7 +599,7 @@ def _backend(
     )
 
 
-def _identity(place: Place, classes: Classes | None = None) -> dict[str, str]:
+def _identity(place: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
     """
     Raises:
         ConfigError: the adapter was trained on another backbone than the one that stands there now.
@@ -622,7 +626,7 @@ def _identity(place: Place, classes: Classes | None = None) -> dict[str, str]:
     return identity
 
 
-def _refuse_changed(place: Place, identity: Mapping[str, str]) -> None:
+def _validate_unchanged(place: ResolvedModel, identity: Mapping[str, str]) -> None:
     """An adapter that was written anew between its hash and its load would answer under the other's name."""
     folder = Path(place.weights)
     if (folder / "adapter_config.json").is_file() and weights_sha256(folder) != identity["weights"]:
@@ -635,13 +639,13 @@ def _is_hash(state: str) -> bool:
 
 
 def _load(
-    place: Place, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
+    place: ResolvedModel, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
 ) -> Backend | ImageBackend:
     try:
         classes = Classes.of_run(place.run) if kind == "image" else None
         identity = _identity(place, classes) | ({"dtype": dtype} if dtype else {})
         model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype, place.autocast)
-        _refuse_changed(place, identity)
+        _validate_unchanged(place, identity)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

@@ -90,7 +90,7 @@ def main(words: Sequence[str]) -> None:
     """Print one row a benchmark, or the help that is asked for.
 
     Raises:
-        ConfigError: folders without answers, or answers that cannot be compared; every fault at once.
+        ConfigError: folders without answers, or answers that cannot be compared; every error at once.
     """
     if {"-h", "--help"} & set(words):
         print((__doc__ or "").strip())

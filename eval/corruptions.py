@@ -23,7 +23,7 @@ from PIL import Image
 
 from eval import BENCHMARKS, predictions
 from eval.backends import ImageBackend
-from eval.images import classify, images_of, refuse_unknown_labels
+from eval.images import classify, images_of, validate_labels
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
 from flatlora.experiment.plugins import Benchmark
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
@@ -47,7 +47,7 @@ class Config(Section):
         try:
             read_folder(Path(self.folder))
         except ConfigError as error:
-            return error.faults
+            return error.errors
         return []
 
 
@@ -55,43 +55,43 @@ def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Labels, and the memory-mapped images of each corruption.
 
     Raises:
-        ConfigError: files that are missing, broken or do not fit together; every fault at once.
+        ConfigError: files that are missing, broken or do not fit together; every error at once.
     """
     files = sorted(folder.glob("*.npy"))
-    faults, arrays = [], {}
+    errors, arrays = [], {}
     for path in files:
         try:
             open_plain(path).close()  # a pipe would be waited for
             arrays[path.stem] = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as error:
-            faults.append(f"Broken file {path}: {reason_of(error)}; fetch it again.")
+            errors.append(f"Broken file {path}: {reason_of(error)}; fetch it again.")
     labels = arrays.pop(LABELS, None)
     if labels is not None and (
         labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu" or labels.min() < 0
     ):
-        faults.append(f"Invalid {folder / LABELS}.npy: whole numbers from 0, one an image, are needed; fetch it again.")
+        errors.append(f"Invalid {folder / LABELS}.npy: whole numbers from 0, one an image, are needed; fetch it again.")
         labels = None
-    if not faults and labels is not None and arrays and not set(arrays) - set(FOR_VALIDATION):
-        faults.append(
+    if not errors and labels is not None and arrays and not set(arrays) - set(FOR_VALIDATION):
+        errors.append(
             f"Invalid eval.corruptions.folder={folder}: {', '.join(arrays)} are for validation and do not count; the "
             "benchmark's own corruptions are needed."
         )
-    if not faults and (labels is None or not arrays):
-        faults.append(
+    if not errors and (labels is None or not arrays):
+        errors.append(
             f"Invalid eval.corruptions.folder={folder}: labels.npy and one .npy file a corruption are needed, as "
             f"CIFAR-10-C has them; found {', '.join(path.name for path in files) or 'none'}."
         )
     for name, images in arrays.items():
         fits = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
         if labels is None or not fits or len(images) != len(labels):
-            faults.append(
+            errors.append(
                 f"Invalid {folder / name}.npy: {'?' if labels is None else len(labels)} UINT8 images (N × H × W × 3) "
                 f"are needed, not {images.dtype} {images.shape}; fetch it again."
             )
     if labels is not None and len(labels) % SEVERITIES:
-        faults.append(f"Invalid {folder / LABELS}.npy: {len(labels)} rows are not five severities; fetch it again.")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"Invalid {folder / LABELS}.npy: {len(labels)} rows are not five severities; fetch it again.")
+    if errors:
+        raise ConfigError(errors)
     return labels, arrays
 
 
@@ -147,7 +147,7 @@ def check_rows(rows: Any, source: str, config: Config, *, classes: Sequence[str]
         ConfigError: CIFAR-100-C for a model of CIFAR-10, say.
     """
     labels, _ = read_folder(Path(config.folder))
-    refuse_unknown_labels(labels.tolist(), f"{config.folder}/{LABELS}.npy", classes)
+    validate_labels(labels.tolist(), f"{config.folder}/{LABELS}.npy", classes)
 
 
 def run(

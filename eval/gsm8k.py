@@ -290,7 +290,7 @@ def check_rows(rows: Sequence[dict[str, str]], source: str, config: Config, **kn
     """See to it that every answer can be scored, before a model answers for hours.
 
     Raises:
-        ConfigError: an answer whose number cannot be read whole; `source` says in the fault where the rows are from.
+        ConfigError: an answer whose number cannot be read whole; `source` says in the error where the rows are from.
     """
     broken = [number for number, row in enumerate(rows, start=1) if parse_reference(row["y"]) is None]
     if broken:

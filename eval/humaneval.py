@@ -71,9 +71,9 @@ class Config(Section):
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_errors(self) -> list[SettingError]:
-        faults = []
+        errors = []
         if not self.allow_code_execution:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("allow_code_execution",),
                     "Invalid eval.humaneval without eval.allow_code_execution=true (python -m eval.humaneval: "
@@ -83,7 +83,7 @@ class Config(Section):
                 )
             )
         if not self.k or any(k < 1 or k > self.samples for k in self.k):
-            faults.append(
+            errors.append(
                 SettingError(
                     ("k", "samples"),
                     f"Invalid eval.humaneval.k={self.k} with samples={self.samples}: pass@k needs k samples or more; "
@@ -91,14 +91,14 @@ class Config(Section):
                 )
             )
         if self.temperature == 0 and self.samples > 1:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("samples", "temperature"),
                     f"Invalid eval.humaneval.samples={self.samples} with temperature=0: greedy answers are all the "
                     "same; use samples=1, or a temperature.",
                 )
             )
-        return faults
+        return errors
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -252,8 +252,8 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: the file is not there or broken, code may not be run, or cannot be run safely here.
     """
-    if faults := [error.message for error in config.rule_errors()]:
-        raise ConfigError(faults)
+    if errors := [error.message for error in config.rule_errors()]:
+        raise ConfigError(errors)
     rows = predictions.read(path, FIELDS)
     limits = sandbox.Limits(seconds=config.time_limit)
     tasks = _tasks(rows)

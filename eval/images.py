@@ -30,7 +30,7 @@ HEADLINE = "top1"
 FIELDS: predictions.Fields = {"index": int, "label": int, "prediction": int}
 
 
-class LabelledImages(Protocol):
+class LabeledImages(Protocol):
     """Rows {"pixel_values", "labels"}, whose classes are known without reading a picture."""
 
     labels: list[int]
@@ -74,16 +74,16 @@ def images_of(folder: Path) -> str | None:
         return None
 
 
-def check_rows(rows: LabelledImages, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:
+def check_rows(rows: LabeledImages, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:
     """See to it that every label is one of the model's classes.
 
     Raises:
-        ConfigError: as `refuse_unknown_labels`.
+        ConfigError: as `validate_labels`.
     """
-    refuse_unknown_labels(rows.labels, source, classes)
+    validate_labels(rows.labels, source, classes)
 
 
-def refuse_unknown_labels(labels: Sequence[int], source: str, classes: Sequence[str]) -> None:
+def validate_labels(labels: Sequence[int], source: str, classes: Sequence[str]) -> None:
     """
     Raises:
         ConfigError: a label that is no class of the model; every row of it would count as wrong.
@@ -100,7 +100,7 @@ def refuse_unknown_labels(labels: Sequence[int], source: str, classes: Sequence[
 
 def run(
     backend: ImageBackend,
-    rows: LabelledImages,
+    rows: LabeledImages,
     folder: Path,
     config: Config,
     *,

@@ -58,9 +58,9 @@ class Config(Section):
     batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_errors(self) -> list[SettingError]:
-        faults = []
+        errors = []
         if importlib.util.find_spec("lm_eval") is None:
-            faults.append(
+            errors.append(
                 SettingError(
                     (),
                     "Invalid eval.instruct_eval: the package lm_eval is not installed; run pip install lm_eval, or "
@@ -69,7 +69,7 @@ class Config(Section):
             )
         elif unknown := [name for name in self.tasks if name != "humaneval" and not _parts(name)]:
             near = [close for name in unknown if (close := nearest(name, ["humaneval", *_known_tasks()]))]
-            faults.append(
+            errors.append(
                 SettingError(
                     ("tasks",),
                     f"Invalid eval.instruct_eval.tasks={self.tasks}: {', '.join(unknown)} is none of mmlu, drop, bbh, "
@@ -78,15 +78,15 @@ class Config(Section):
                 )
             )
         if not self.tasks:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("tasks",),
                     "Invalid eval.instruct_eval.tasks=[]: there is nothing to ask; name mmlu, drop, bbh or humaneval.",
                 )
             )
         if "humaneval" in self.tasks:
-            faults += self.humaneval().rule_errors()
-        return faults
+            errors += self.humaneval().rule_errors()
+        return errors
 
     def humaneval(self) -> humaneval.Config:
         """Zero-shot and greedy, as InstructEval has it."""
@@ -206,15 +206,15 @@ def _check_data(sources: Sequence[Source], data_root: str | None) -> None:
     if data_root is None:
         fingerprint(sources[0])
         return
-    faults = []
+    errors = []
     for source in sources:
         try:
             local_file(source, data_root)
         except ConfigError as error:
-            faults += error.faults
-    if faults:
-        more = len(dict.fromkeys(faults)) - 1
-        raise ConfigError([faults[0] + (f" {more} more files of {sources[0].hub_id} are missing." if more else "")])
+            errors += error.errors
+    if errors:
+        more = len(dict.fromkeys(errors)) - 1
+        raise ConfigError([errors[0] + (f" {more} more files of {sources[0].hub_id} are missing." if more else "")])
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:

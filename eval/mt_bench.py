@@ -421,7 +421,7 @@ def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]
     """The questions, with their reference answers.
 
     Raises:
-        ConfigError: files are missing or broken; every fault at once.
+        ConfigError: files are missing or broken; every error at once.
     """
     if config.folder is None and data_root is None:
         raise ConfigError(

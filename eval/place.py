@@ -30,7 +30,7 @@ _RUN_SECTIONS = ("model", "dataset", "peft", "rho", "optim", "trainer")
 
 
 @dataclass(frozen=True)
-class Place:
+class ResolvedModel:
     """What the user named: weights, and what the run that they belong to says of them."""
 
     weights: str  # a folder or a hub id
@@ -54,22 +54,22 @@ class _BasePipeline(DiffusionModelConfig):
     hub_setting: ClassVar[str] = "base"
 
 
-def locate_place(name: str, benchmark: str, served: bool = False, base: str | None = None) -> Place:
+def resolve_model(name: str, benchmark: str, served: bool = False, base: str | None = None) -> ResolvedModel:
     """
     Args:
         served: the name is one that an endpoint knows, whatever it looks like.
-        base: where the base model of an adapter is; None: where its run or its own config says. `base_faults` tells of
+        base: where the base model of an adapter is; None: where its run or its own config says. `base_errors` tells of
             one that is not there.
     """
     path = Path(name)
     if served:
-        return Place(name)
+        return ResolvedModel(name)
     if not path.is_dir():
         if path.exists() or name.startswith((".", "/")) or name.count("/") > 1:
             raise ConfigError(
                 [f"Invalid path {name}: no such folder; name a run, checkpoint, adapter or model folder."]
             )
-        return Place(name)  # a hub id
+        return ResolvedModel(name)  # a hub id
     for folder in (path, *path.resolve().parents[:2]):
         if saved := _saved_config(folder):
             weights = path if folder != path else path / "adapter"
@@ -77,22 +77,22 @@ def locate_place(name: str, benchmark: str, served: bool = False, base: str | No
     else:
         folder, saved, weights = None, None, path
     if not any((weights / file).is_file() for file in ("adapter_config.json", "config.json", INDEX)):
-        if saved and (faults := run_faults(folder, weights)):
-            raise ConfigError(faults)
+        if saved and (errors := run_errors(folder, weights)):
+            raise ConfigError(errors)
         if weights != path:
             problem = "this run has no adapter/ yet; finish it, or name one of its checkpoints"
         else:
             problem = "neither weights nor a run are in it; name a run, checkpoint, adapter or model folder"
         raise ConfigError([f"Invalid path {name}: {problem}."])
     if saved is None:
-        return _with_base(Place(str(weights)), base)
-    place, faults = _place_in_run(str(weights), folder, saved, benchmark), run_faults(folder, weights)
-    if faults:
-        raise ConfigError(faults)
+        return _with_base(ResolvedModel(str(weights)), base)
+    place, errors = _place_in_run(str(weights), folder, saved, benchmark), run_errors(folder, weights)
+    if errors:
+        raise ConfigError(errors)
     return _with_base(place, base)
 
 
-def run_faults(run: Path, weights: Path) -> list[str]:
+def run_errors(run: Path, weights: Path) -> list[str]:
     """What of a run's folder is not as it was written, of all that scoring these weights of it reads.
 
     Raises:
@@ -107,15 +107,19 @@ def run_faults(run: Path, weights: Path) -> list[str]:
             run, record, wanted=lambda name: name != "metrics.jsonl" and (in_adapter or not name.startswith("adapter/"))
         )
         damage += records.settings_differ(run, record)
-    faults = []
+    errors = []
     if damage:
-        faults.append(
+        errors.append(
             f"Invalid run {run}: {'; '.join(damage)}. The command that made the run makes it again with resume=true, "
             "from its newest checkpoint, or with overwrite=true anew."
         )
-    if not in_adapter and (weights / checkpoint.MANIFEST).is_file() and (fault := checkpoint.inference_fault(weights)):
-        faults.append(f"Invalid checkpoint {weights}: {fault}; name another checkpoint, or the run.")
-    return faults
+    if (
+        not in_adapter
+        and (weights / checkpoint.MANIFEST).is_file()
+        and (message := checkpoint.inference_error(weights))
+    ):
+        errors.append(f"Invalid checkpoint {weights}: {message}; name another checkpoint, or the run.")
+    return errors
 
 
 def _record(run: Path) -> dict[str, Any] | None:
@@ -123,7 +127,7 @@ def _record(run: Path) -> dict[str, Any] | None:
     return records.read_record(run / "run.json", remedy)
 
 
-def _with_base(place: Place, base: str | None) -> Place:
+def _with_base(place: ResolvedModel, base: str | None) -> ResolvedModel:
     """The place with the model that `base` names, else with its own, looked for beside its adapter too."""
     known, own = _known_base(place), place.model
     if known is None:
@@ -140,7 +144,7 @@ def _with_base(place: Place, base: str | None) -> Place:
     return replace(place, model=cls(**fields), base_named=base is not None)
 
 
-def _known_base(place: Place) -> str | None:
+def _known_base(place: ResolvedModel) -> str | None:
     """The name that a run's config, or an adapter's own, has of its base model; None where there is none to be read."""
     if place.model is not None:
         return place.model.hub_id
@@ -151,7 +155,7 @@ def _known_base(place: Place) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _beside(name: str, place: Place) -> str:
+def _beside(name: str, place: ResolvedModel) -> str:
     """A relative path from the working directory, as PEFT has it, else from the folder of the adapter or of its run."""
     if os.path.isabs(name) or (place.model is not None and place.model.embedded):
         return name
@@ -166,7 +170,7 @@ def _beside(name: str, place: Place) -> str:
     return name
 
 
-def base_faults(place: Place, base: str | None) -> list[str]:
+def base_errors(place: ResolvedModel, base: str | None) -> list[str]:
     """Why a base model cannot be where `base` says, or where the run or the adapter does."""
     adapter = (Path(place.weights) / "adapter_config.json").is_file()
     if not (adapter or (place.model is not None and place.model.family == "clip")):  # whose head the base makes
@@ -221,8 +225,8 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
     )
 
 
-def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: str) -> Place:
-    path, faults = run / "config.yaml", []
+def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: str) -> ResolvedModel:
+    path, errors = run / "config.yaml", []
 
     def section(key: str, cls: type[Section], value: Any) -> Any:
         try:
@@ -230,17 +234,17 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
         except ValidationError as error:
             for detail in error.errors():
                 name = ".".join([key, *map(str, detail["loc"])])
-                faults.append(f"Invalid {name} in {path}: {detail['msg'].lower()}; {OTHER_VERSION}.")
+                errors.append(f"Invalid {name} in {path}: {detail['msg'].lower()}; {OTHER_VERSION}.")
 
     model = section("model", model_section(saved["model"]), saved["model"])
     trainer = section("trainer", TrainerConfig, saved["trainer"])
     scored = saved.get("eval") or {}
     if not isinstance(scored, Mapping):
-        faults.append(f"Invalid eval in {path}: a group of benchmarks is needed; {OTHER_VERSION}.")
+        errors.append(f"Invalid eval in {path}: a group of benchmarks is needed; {OTHER_VERSION}.")
     elif benchmark in scored:
         own = section(f"eval.{benchmark}", benchmarks.BENCHMARKS[benchmark].Config, scored[benchmark])
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     if benchmark in scored:
         settings = own.model_dump()
     else:  # what the run's data set says of any benchmark: the task, and the template that its rows have
@@ -250,7 +254,7 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
             for key in ("task", "template")
             if key in fields and saved["dataset"].get(key) in get_args(fields[key].annotation)  # not squad's own prompt
         }
-    return Place(
+    return ResolvedModel(
         weights, run, model, trainer.autocast, settings, saved["dataset"], saved.get("data_root"), _recorded_base(run)
     )
 

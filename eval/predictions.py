@@ -261,17 +261,17 @@ def _finished_rows(
     for path in paths:
         if not os.path.lexists(path):
             continue
-        partial, fault = path != paths[0], problem
-        if fault is None:
+        partial, message = path != paths[0], problem
+        if message is None:
             found = _whole_lines(path, asked, fields, _digest(settings) if partial else None)
             broken = found is None or (not partial and seal is not None and seal_problem(path, seal) is not None)
-            fault = "is damaged" if broken else None
-        if fault is None:
+            message = "is damaged" if broken else None
+        if message is None:
             rows |= {row["index"]: row for row in found}
             sealed = sealed or (not partial and seal is not None)
             continue
         stale = free_name(path.with_name(path.name.replace(".jsonl", ".stale.jsonl")))
-        logger.warning("%s %s: kept as %s.", path, fault, stale.name)
+        logger.warning("%s %s: kept as %s.", path, message, stale.name)
         path.replace(stale)
     return rows, sealed
 
@@ -397,7 +397,7 @@ def read(path: Path, fields: Fields = GENERATED) -> list[dict[str, Any]]:
         rows = read_jsonl(path)
     except ConfigError as error:
         remedy = "the same command without score_only=true answers what is missing"
-        raise ConfigError([f"{fault.rstrip('.')}, or {remedy}." for fault in error.faults]) from error
+        raise ConfigError([f"{message.rstrip('.')}, or {remedy}." for message in error.errors]) from error
     wanted = _rows_asked(path.parent)
     if wanted is not None and len(rows) != wanted:
         raise ConfigError(

@@ -75,7 +75,7 @@ def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **kn
     """See to it that every row says which answers are accepted.
 
     Raises:
-        ConfigError: one does not; `source` says in the fault where the rows are from.
+        ConfigError: one does not; `source` says in the error where the rows are from.
     """
     broken = [number for number, row in enumerate(rows, start=1) if not _has_answers(row)]
     if broken:

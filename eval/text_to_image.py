@@ -38,7 +38,7 @@ from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.captioned import CaptionedRows, long_prompts, picture_of
 from flatlora.inputs.images import png_of
 from flatlora.inputs.rows import gather
-from flatlora.models.loading import check_captioner, check_clip, size_factor, tell_long_prompts
+from flatlora.models.loading import check_captioner, check_clip, size_factor, warn_of_long_prompts
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic
 from flatlora.utils.plain_files import place_inside, read_plain
@@ -94,20 +94,20 @@ def read_prompts(name: str, rows: CaptionedRows | Sequence[Any] = ()) -> Prompts
         raise ConfigError(
             [f"Invalid eval.text_to_image.prompts={name}: {reason}; name one of {known}, or a YAML file with {needed}."]
         ) from error
-    faults = []
+    errors = []
     for key, kind, words in (("prompts", str, "texts"), ("seeds", int, "whole numbers from 0 to 2^63 − 1")):
         values = found.get(key) if isinstance(found, dict) else None
         good = isinstance(values, list) and values and all(type(value) is kind for value in values)
         if not good or (kind is int and not 0 <= min(values) <= max(values) < 2**63):
-            faults.append(f"Invalid {key} in {path}: a list of {words} is needed, as in {needed}.")
+            errors.append(f"Invalid {key} in {path}: a list of {words} is needed, as in {needed}.")
         elif len(set(values)) < len(values):
-            faults.append(f"Invalid {key} in {path}: one of them stands there twice; every picture is drawn once.")
+            errors.append(f"Invalid {key} in {path}: one of them stands there twice; every picture is drawn once.")
         elif kind is str:
-            faults += long_prompts(values, f"{key} in {path}")
+            errors += long_prompts(values, f"{key} in {path}")
     if isinstance(found, dict) and (unknown := sorted(found.keys() - {"prompts", "seeds"}, key=str)):
-        faults.append(f"Unknown key {unknown[0]} in {path}: it has {needed}.")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"Unknown key {unknown[0]} in {path}: it has {needed}.")
+    if errors:
+        raise ConfigError(errors)
     return Prompts(found["prompts"], found["seeds"])
 
 
@@ -122,7 +122,7 @@ def check_settings(config: Config, model: DiffusionModelConfig) -> None:
     """
     gather(
         lambda: read_prompts(config.prompts) if config.prompts != "training" else None,
-        lambda: _refuse_size(config.resolution, model),
+        lambda: _validate_size(config.resolution, model),
         lambda: check_clip(config.clip),
         lambda: check_captioner(config.captioner) if config.captioner else None,
     )
@@ -140,10 +140,10 @@ def check_rows(
     """
     wanted = read_prompts(config.prompts, rows)
     if config.prompts != "training":  # whoever read the pictures has spoken of theirs
-        tell_long_prompts(model, wanted.prompts)
+        warn_of_long_prompts(model, wanted.prompts)
 
 
-def _refuse_size(resolution: int, model: DiffusionModelConfig) -> None:
+def _validate_size(resolution: int, model: DiffusionModelConfig) -> None:
     factor = size_factor(model, drawn=True)
     if resolution % factor:
         raise ConfigError(

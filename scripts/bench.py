@@ -11,7 +11,7 @@ cpu  1. one optimizer step on SmolLM2-135M, contenders in turn, round after roun
         in the dtype that this CPU is faster in, our LoRA as with trainer.kernels=off and =auto, and Flat-LoRA in each
         mode: medians, tokens/s and ratios (a noisy machine slows all contenders of a round alike);
      2. what 500 steps of perturbing and restoring leave of a BF16 backbone, in each mode.
-data     see bench_data.py: tokenising 100,000 rows, and starting from the cache.
+data     see bench_data.py: tokenizing 100,000 rows, and starting from the cache.
 gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape against PEFT's.
 methods  see bench_methods.py: an optimizer step of every method against LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
@@ -41,7 +41,7 @@ from rich.table import Table
 from torch import nn
 
 from data import word_math
-from data.tokens import CausalCollator, tokenise
+from data.tokens import CausalCollator, tokenize
 from flatlora import methods
 from flatlora.config.sections import ModelConfig
 from flatlora.fused import acceleration
@@ -170,7 +170,7 @@ def embedded_lora() -> nn.Module:
 def word_math_batch() -> dict[str, torch.Tensor]:
     tokenizer = loading.load_tokenizer(embedded_config())
     rows = [{"x": f"Q: {r['question']}\nA: ", "y": r["answer"]} for r in word_math.generate("train", ROWS)]
-    encoded = tokenise(rows, tokenizer, 256)
+    encoded = tokenize(rows, tokenizer, 256)
     return CausalCollator(tokenizer.pad_token_id)([encoded[i] for i in range(len(encoded))])
 
 

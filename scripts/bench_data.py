@@ -1,8 +1,8 @@
-"""`python -m scripts.bench data`: tokenising 100,000 rows in MetaMathQA's form, made here, and starting from the cache.
+"""`python -m scripts.bench data`: tokenizing 100,000 rows in MetaMathQA's form, made here, and starting from the cache.
 
 row by row   one call of the tokenizer for each prompt and each answer, on a part of the rows
-ours         `data.tokens.tokenise` on all rows
-first start  `data.cache.prepared`: hash the file, read it, count tokens, tokenise, write the cache
+ours         `data.tokens.tokenize` on all rows
+first start  `data.cache.prepared`: hash the file, read it, count tokens, tokenize, write the cache
 second start the same, from the cache
 """
 
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from data import cache, meta_math, word_math
 from data.instructions import formatted
-from data.tokens import tokenise, tokenise_reference
+from data.tokens import tokenize, tokenize_reference
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import jsonl
 from flatlora.models import loading
@@ -45,8 +45,8 @@ def run(model: ModelConfig, *, out: Path, command: str) -> int:
     seconds: dict[str, list[float]] = {"row by row": [], "ours": []}
     for number in range(ROUNDS):  # in turn: a slow spell of the machine slows both
         part = texts[number * PART : (number + 1) * PART]
-        seconds["row by row"].append(timed(lambda: tokenise_reference(part, tokenizer, 1024)) / PART)  # noqa: B023
-        seconds["ours"].append(timed(lambda: tokenise(texts, tokenizer, 1024)) / len(texts))
+        seconds["row by row"].append(timed(lambda: tokenize_reference(part, tokenizer, 1024)) / PART)  # noqa: B023
+        seconds["ours"].append(timed(lambda: tokenize(texts, tokenizer, 1024)) / len(texts))
     rates = {name: [1 / one for one in found] for name, found in seconds.items()}
     with tempfile.TemporaryDirectory() as root, mock.patch.dict(os.environ, FLATLORA_CACHE=f"{root}/cache"):
         write_rows(Path(root), rows)
@@ -56,7 +56,7 @@ def run(model: ModelConfig, *, out: Path, command: str) -> int:
         "env": environment.environment(),
         "git_sha": environment.git_sha(),
         "rows": ROWS,
-        "tokens": sum(tokenise(texts[:PART], tokenizer, 1024).lengths) * ROWS // PART,
+        "tokens": sum(tokenize(texts[:PART], tokenizer, 1024).lengths) * ROWS // PART,
         "rows_per_s": rates,
         "ratios": [ours / plain for ours, plain in zip(rates["ours"], rates["row by row"], strict=True)],
         "start_s": {"first": starts[0], "second": starts[1:]},

@@ -129,19 +129,19 @@ class MethodStep:
         self.model = method.apply(shell, config, Start(SEED, batches=batches)).to(device).train()
         training = Training(OptimConfig(lr=1e-4), seed=SEED, accumulation=len(batch), fused=True)
         self.kernels = accelerate(self.model, device)
-        self.regulariser = None
+        self.regularizer = None
         if rho != "off":
             rho_config = methods.REGULARIZERS[rho].Config(name=rho, method=rho, sigma=0.05)
             methods.REGULARIZERS[rho].prepare(self.model, rho_config, SEED)
-            self.regulariser = methods.REGULARIZERS[rho].regulariser(self.model, rho_config, SEED)
+            self.regularizer = methods.REGULARIZERS[rho].regularizer(self.model, rho_config, SEED)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = method.optimizer(self.model, config, training) or torch.optim.AdamW(
             self.trained, lr=training.optim.lr, fused=True
         )
-        if self.regulariser:
-            self.regulariser.extend_optimizer(self.optimizer, training.optim.lr)
+        if self.regularizer:
+            self.regularizer.extend_optimizer(self.optimizer, training.optim.lr)
         self.state = SimpleNamespace(max_steps=STEPS_IN_ALL, global_step=0)
-        self.callbacks = [*method.callbacks(self.model, config, training), *filter(None, [self.regulariser])]
+        self.callbacks = [*method.callbacks(self.model, config, training), *filter(None, [self.regularizer])]
         for callback in self.callbacks:
             callback.on_train_begin(None, self.state, None)
         self.graphed = GraphedMicroStep(self._loss, self.model)
@@ -154,12 +154,12 @@ class MethodStep:
         """One optimizer step; batch is accumulation × micro-batch × length. Returns the first loss."""
         self.state.global_step = number
         losses = [self.graphed({"ids": ids}) for ids in batch]
-        if self.regulariser and self.regulariser.second_gradient:
-            self.regulariser.ascend(self.trained)
+        if self.regularizer and self.regularizer.second_gradient:
+            self.regularizer.ascend(self.trained)
             self.graphed.restart()
             for ids in batch:
                 self.graphed({"ids": ids})
-            self.regulariser.descend()
+            self.regularizer.descend()
         nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
         for callback in self.callbacks:
             callback.on_pre_optimizer_step(None, self.state, None, optimizer=self.optimizer)

@@ -117,7 +117,7 @@ class Cell(NamedTuple):
         return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
 
 
-class Made(NamedTuple):
+class TableData(NamedTuple):
     """One table with all that stands in it."""
 
     name: str
@@ -137,15 +137,15 @@ def check_folders(results: Path, out: Path) -> None:
     Raises:
         ConfigError: no folder of runs, or a place that nothing can be written to.
     """
-    faults = []
+    errors = []
     if not results.is_dir():
-        faults.append(f"Invalid --results={results}: no such folder; name one that runs are in.")
+        errors.append(f"Invalid --results={results}: no such folder; name one that runs are in.")
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         problem = "cannot be written to" if nearest.is_dir() else "is a file"
-        faults.append(f"Invalid --out={out}: {nearest} {problem}; name another folder.")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"Invalid --out={out}: {nearest} {problem}; name another folder.")
+    if errors:
+        raise ConfigError(errors)
 
 
 def read_layouts(path: Path) -> dict[str, Layout]:
@@ -173,7 +173,7 @@ def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
         try:
             published = build_section(f"paper.{name}", Published, one | {"values": {}} if values else one)
         except ConfigError as error:
-            problems += error.faults
+            problems += error.errors
             continue
         numbers, told = _published_numbers(name, values or {})
         if numbers and published.source not in sources:
@@ -301,29 +301,29 @@ def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], d
     how = {part: dict(values["how"]) for part, values in parts.items()}
     metrics = {}
     for sigma, draws in parts["rise"]["draws"].items() if "rise" in parts else ():
-        _refuse_other_than_numbers(f"rise at σ = {float(sigma):g}", draws)
+        _validate_numbers(f"rise at σ = {float(sigma):g}", draws)
         metrics[f"flatness/rise_{sigma}"] = statistics.fmean(draws)
     if "hessian" in parts:
         top, samples = parts["hessian"]["top_eigenvalue"], parts["hessian"]["trace_samples"]
-        _refuse_other_than_numbers("hessian", [top, *samples])
+        _validate_numbers("hessian", [top, *samples])
         metrics |= {"flatness/top_eigenvalue": top, "flatness/trace": statistics.fmean(samples)}
     if "landscape" in parts:
         at, line, plane = (parts["landscape"][key] for key in ("at", "line", "plane"))
         for numbers in (at, line, *plane):
-            _refuse_other_than_numbers("landscape", numbers)
+            _validate_numbers("landscape", numbers)
         if {len(at)} != {len(line), len(plane), *map(len, plane)}:
             raise ValueError(f"its landscape has {len(at)} places, and losses of another number")
     return how, metrics
 
 
-def _refuse_other_than_numbers(name: str, values: Any) -> None:
+def _validate_numbers(name: str, values: Any) -> None:
     if not isinstance(values, list) or not values or not all(map(_is_number, values)):
         raise ValueError(f"{name}: finite numbers are needed")
 
 
 def make(
     layouts: Mapping[str, Layout], papers: Mapping[str, Published], runs: Sequence[Run]
-) -> tuple[list[Made], list[str]]:
+) -> tuple[list[TableData], list[str]]:
     """The tables, and what is left out: runs of a cell that are doubled, published numbers of no cell.
 
     Raises:
@@ -349,7 +349,7 @@ def make(
                 problems += doubled
                 paper = published.values.get(row, {}).get(key) if published else None
                 cells[row, key] = Cell(by_seed, paths, paper)
-        made.append(Made(name, layout, published, cells, best_rows(layout, cells)))
+        made.append(TableData(name, layout, published, cells, best_rows(layout, cells)))
     return made, list(dict.fromkeys(problems))
 
 
@@ -436,7 +436,7 @@ def paired(left: Mapping[int, float], right: Mapping[int, float]) -> tuple[float
     return statistics.fmean(differences), float(low), float(high), float(found.pvalue), len(shared)
 
 
-def unused(made: Sequence[Made], runs: Sequence[Run]) -> list[str]:
+def unused(made: Sequence[TableData], runs: Sequence[Run]) -> list[str]:
     """Runs whose setting is none of the tables'."""
     shown = {path for one in made for cell in one.cells.values() for path in cell.paths}
     settings = {run.path: setting_of(run.experiment) for run in runs}

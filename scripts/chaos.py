@@ -67,8 +67,8 @@ def main(words: list[str] | None = None) -> int:
             print(told[-2000:])
             return 1
         span, wanted = time.monotonic() - begun, adapter_sha256(root / "whole")
-        if options.disk and (fault := _too_small(options.disk, root / "whole")):
-            print(fault)
+        if options.disk and (message := _too_small(options.disk, root / "whole")):
+            print(message)
             return 2
         print(f"undisturbed: {span:.0f} s, adapter {wanted[:12]}", flush=True)
         harms = [kill_a_rank, kill_all, corrupt] + ([fill_the_disk] if options.disk else [])

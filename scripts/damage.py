@@ -96,7 +96,7 @@ class Stage(NamedTuple):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 no fault, 1 some."""
+    """Exit code: 0 no error, 1 some."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=positive, help="damages of each state, drawn at random; all by default")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
@@ -105,14 +105,14 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="damage-") as folder, _own_cache(Path(folder) / "cache"):
         counts = damage_all(Path(folder), options.sample, options.seed, options.only, print)
     print(f"{counts['damages']} damages, {counts['actions']} actions; {counts['named']} named, {counts['equal']} equal")
-    print(", ".join(f"{counts[fault]} {fault}s" for fault in FAULTS))
-    return int(any(counts[fault] for fault in FAULTS))
+    print(", ".join(f"{counts[message]} {message}s" for message in FAULTS))
+    return int(any(counts[message] for message in FAULTS))
 
 
 def damage_all(
-    root: Path, sample: int | None, seed: int, only: str = "", on_fault: Callable[[str], None] = print
+    root: Path, sample: int | None, seed: int, only: str = "", on_error: Callable[[str], None] = print
 ) -> Counter[str]:
-    """{what: how often} over all states, `FAULTS` among them; each fault is told as it is found."""
+    """{what: how often} over all states, `FAULTS` among them; each error is told as it is found."""
     counts: Counter[str] = Counter()
     write_model(root / "model")
     work, outside = root / "work", root / "outside"
@@ -125,8 +125,8 @@ def damage_all(
         wanted = {}
         for name, (action, _) in stage.actions.items():
             _renew(work, kept)
-            wanted[name], fault = _answer(action, work)
-            if fault:
+            wanted[name], message = _answer(action, work)
+            if message:
                 raise RuntimeError(f"{stage.name}, undamaged, {name}: {wanted[name].told}")
         top = stage.damaged(kept)
         files = sorted(path.relative_to(top) for path in top.rglob("*") if path.is_file() and path.name != ".lock")
@@ -144,15 +144,15 @@ def damage_all(
                 outside.mkdir()
                 DAMAGES[damage](stage.damaged(work) / file, outside)
                 before = _state(root, work)
-                answer, fault = _answer(action, work)
+                answer, message = _answer(action, work)
                 counts["actions"] += 1
-                kind = fault or _judge(answer, wanted[name], file)
+                kind = message or _judge(answer, wanted[name], file)
                 if kind not in FAULTS and _state(root, work) != before:
                     kind = "write outside"
                 counts[kind] += 1
                 if kind in FAULTS:
                     told = answer.told[-2000:]
-                    on_fault(f"{kind}: {stage.name} {file} {damage}, {name}: exit code {answer.code}\n{told}")
+                    on_error(f"{kind}: {stage.name} {file} {damage}, {name}: exit code {answer.code}\n{told}")
     return counts
 
 
@@ -172,20 +172,20 @@ def _answer(action: Callable[[Path], Answer], work: Path) -> tuple[Answer, str |
     logging.getLogger().addHandler(seen)
     previous = signal.signal(signal.SIGALRM, _ring)
     signal.alarm(PATIENCE_S)
-    fault, answer = None, Answer(-1, "", None)
+    message, answer = None, Answer(-1, "", None)
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             answer = action(work)
     except _TooLong:
-        fault = "hang"
+        message = "hang"
     except (Exception, SystemExit):
-        fault = "traceback"
+        message = "traceback"
         output.write(traceback.format_exc())
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
         logging.getLogger().removeHandler(seen)
-    return answer._replace(told=answer.told + output.getvalue() + stream.getvalue()), fault
+    return answer._replace(told=answer.told + output.getvalue() + stream.getvalue()), message
 
 
 class _TooLong(BaseException):

@@ -36,7 +36,7 @@ from scipy import stats
 from eval.picture_grid import grid_figure
 from flatlora.runs.metrics_log import MetricsLog
 from flatlora.utils import records
-from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_atomic
 from scripts import cells
@@ -52,7 +52,7 @@ STYLE = {
     "pdf.fonttype": 42,  # text stays text
     "svg.hashsalt": "flatlora",
 }
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#000000")  # told apart by all
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#000000")  # told apart by all
 SMOOTHED_ROWS = 5
 STACKED: ContextVar[bool] = ContextVar("STACKED", default=False)
 
@@ -71,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ConfigError([f"Unknown figure {name}: known are {', '.join(FIGURES)}." for name in unknown])
         tables = tables_of(options.results)
     except ConfigError as error:
-        report_faults(error)
+        report_errors(error)
         return 2
     with plt.rc_context(STYLE):
         for name in options.names or FIGURES:
@@ -84,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tables_of(results: Path) -> dict[str, cells.Made]:
+def tables_of(results: Path) -> dict[str, cells.TableData]:
     """What the figures are drawn of.
 
     Raises:
@@ -96,7 +96,7 @@ def tables_of(results: Path) -> dict[str, cells.Made]:
     return {one.name: one for one in made}
 
 
-def drawn(name: str, tables: Mapping[str, cells.Made], results: Path) -> tuple[plt.Figure | None, str]:
+def drawn(name: str, tables: Mapping[str, cells.TableData], results: Path) -> tuple[plt.Figure | None, str]:
     """A figure, or why there is none: too few runs, or a record that is not what a run writes."""
     try:
         return FIGURES[name](tables, results), "for which there are too few runs"
@@ -126,7 +126,7 @@ def sigma_of(row: cells.Row) -> float | None:
     return {(): 0.0, (("rho", "flat"),): sigma}.get(tuple(given.items()))
 
 
-def sigma_sweep(study: cells.Made) -> plt.Figure | None:
+def sigma_sweep(study: cells.TableData) -> plt.Figure | None:
     """One panel a column that has three σ or more; None where there is none."""
     panels = {}
     for key, column in study.layout.columns.items():
@@ -138,7 +138,7 @@ def sigma_sweep(study: cells.Made) -> plt.Figure | None:
         return None
     figure, axes = panels_of(len(panels))
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
-        axis.errorbar(points[:, 0], points[:, 1], yerr=points[:, 2], marker="o", capsize=3, color=COLOURS[0])
+        axis.errorbar(points[:, 0], points[:, 1], yerr=points[:, 2], marker="o", capsize=3, color=COLORS[0])
         axis.set(title=title, xlabel="σ (0 is LoRA)", ylabel="per cent")
         axis.set_xticks(points[:, 0], [f"{sigma:g}" for sigma in points[:, 0]], rotation=45)
     told = seeds_told(list(panels.values()))
@@ -146,7 +146,7 @@ def sigma_sweep(study: cells.Made) -> plt.Figure | None:
     return figure
 
 
-def rank_sweep(ablation: cells.Made) -> plt.Figure | None:
+def rank_sweep(ablation: cells.TableData) -> plt.Figure | None:
     """LoRA and Flat-LoRA against r in one panel; None for fewer than three ranks of either."""
     lines = {}
     for label, method in (("LoRA", ["rho=off"]), ("Flat-LoRA (σ = 0.05)", [])):
@@ -156,8 +156,8 @@ def rank_sweep(ablation: cells.Made) -> plt.Figure | None:
     if any(points.shape[0] < 3 for points in lines.values()):
         return None
     figure, (axis,) = panels_of(1, width=4.2)
-    for (label, points), colour, shift in zip(lines.items(), COLOURS, (0.98, 1.02), strict=False):
-        style = {"marker": "o", "capsize": 3, "color": colour, "label": label}
+    for (label, points), color, shift in zip(lines.items(), COLORS, (0.98, 1.02), strict=False):
+        style = {"marker": "o", "capsize": 3, "color": color, "label": label}
         axis.errorbar(points[:, 0] * shift, points[:, 1], yerr=points[:, 2], **style)  # aside, so that bars show
     axis.set_xscale("log", base=2)
     axis.set_xticks(points[:, 0], [f"{rank:g}" for rank in points[:, 0]])
@@ -219,7 +219,7 @@ def first_of_methods(layout: cells.Layout) -> list[str]:
     return list(rows.values())
 
 
-def training_curves(study: cells.Made) -> plt.Figure | None:
+def training_curves(study: cells.TableData) -> plt.Figure | None:
     """One panel a data set, one line a method (Flat-LoRA at the paper's σ); None where no run has metrics."""
     panels: dict[str, Mapping[str, np.ndarray]] = {}
     for key, column in study.layout.columns.items():
@@ -235,10 +235,10 @@ def training_curves(study: cells.Made) -> plt.Figure | None:
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for label, line in lines.items():
-            colour = COLOURS[labels.index(label)]
+            color = COLORS[labels.index(label)]
             steps, losses = line[0, :, 0], line[:, :, 1]
-            axis.plot(steps, losses.mean(0), color=colour, label=label, linewidth=1.2)
-            axis.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
+            axis.plot(steps, losses.mean(0), color=color, label=label, linewidth=1.2)
+            axis.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="optimizer step", ylabel="training loss", yscale="log")
     legend_below(figure, axes)
     return figure
@@ -284,7 +284,7 @@ def _is_log(name: str) -> bool:
     return name == "metrics.jsonl"
 
 
-def sharpness(flatness: cells.Made) -> plt.Figure | None:
+def sharpness(flatness: cells.TableData) -> plt.Figure | None:
     """Expected rise against σ, one line a row: mean over seeds, and the 95 % interval of it; None without measures."""
     lines, counts = {}, set()
     for row, label in flatness.layout.row_titles().items():
@@ -297,8 +297,8 @@ def sharpness(flatness: cells.Made) -> plt.Figure | None:
     if not lines:
         return None
     figure, (axis,) = panels_of(1, width=4.2, height=3.0)
-    for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
-        style = {"marker": "o", "capsize": 3, "color": colour, "label": label, "linewidth": 1.2}
+    for (label, points), color in zip(lines.items(), COLORS, strict=False):
+        style = {"marker": "o", "capsize": 3, "color": color, "label": label, "linewidth": 1.2}
         axis.errorbar(points[:, 0], points[:, 1], yerr=points[:, 2], **style)
     axis.set_yscale("symlog", linthresh=0.01)
     sigmas = sorted({float(sigma) for points in lines.values() for sigma in points[:, 0]})
@@ -317,7 +317,7 @@ def mean_and_interval(seeds: Sequence[Mapping[str, list[float]]], sigma: str) ->
     return statistics.fmean(rises), half
 
 
-def landscape(flatness: cells.Made) -> plt.Figure | None:
+def landscape(flatness: cells.TableData) -> plt.Figure | None:
     """A panel of lines and one of contours a row, of the first seed that all rows have been measured at; else None."""
     by_row = {}
     for row, label in flatness.layout.row_titles().items():
@@ -329,8 +329,8 @@ def landscape(flatness: cells.Made) -> plt.Figure | None:
         return None
     found = {label: seeds[min(shared)] for label, seeds in by_row.items()}
     figure, (first, *axes) = panels_of(1 + len(found), width=2.6, height=2.9)
-    for (label, one), colour in zip(found.items(), COLOURS, strict=False):
-        first.plot(one["at"], one["line"], color=colour, label=label, linewidth=1.2)
+    for (label, one), color in zip(found.items(), COLORS, strict=False):
+        first.plot(one["at"], one["line"], color=color, label=label, linewidth=1.2)
     ticks = [min(one["at"]), 0, max(one["at"])]
     first.set(xlabel="along d₁", ylabel="training loss", yscale="log", xticks=ticks)
     planes = [np.array(one["plane"]) for one in found.values()]
@@ -343,7 +343,7 @@ def landscape(flatness: cells.Made) -> plt.Figure | None:
         axis.set_title(label, fontsize=9)
     legend_below(figure, [first])
     seed = min(shared)
-    title_of(figure, f"CoLA, {SMALL}, seed {seed}: shared filter-normalised directions, 1 is the length of W'")
+    title_of(figure, f"CoLA, {SMALL}, seed {seed}: shared filter-normalized directions, 1 is the length of W'")
     return figure
 
 
@@ -352,7 +352,7 @@ def measures_of(path: Path) -> dict[str, Any]:
     return records.read_record(path / "flatness.json")["parts"]
 
 
-def severity(corruptions: cells.Made) -> plt.Figure | None:
+def severity(corruptions: cells.TableData) -> plt.Figure | None:
     """Accuracy against severity, one line a row, the clean accuracy at 0; None where no row has all of them."""
     lines = {}
     for row, label in corruptions.layout.row_titles().items():
@@ -362,8 +362,8 @@ def severity(corruptions: cells.Made) -> plt.Figure | None:
     if not lines:
         return None
     figure, (axis,) = panels_of(1, width=4.2, height=3.0)
-    for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
-        axis.errorbar(points[:, 0], points[:, 1], yerr=points[:, 2], marker="o", capsize=3, color=colour, label=label)
+    for (label, points), color in zip(lines.items(), COLORS, strict=False):
+        axis.errorbar(points[:, 0], points[:, 1], yerr=points[:, 2], marker="o", capsize=3, color=color, label=label)
     axis.set_xticks(points[:, 0], ["clean", *(f"{place:g}" for place in points[1:, 0])])
     axis.set(xlabel="severity", ylabel="top-1, per cent")
     axis.set_title(f"{corruptions.layout.title}: mean ± std of {seeds_told(lines.values())} seeds", fontsize=9)
@@ -371,7 +371,7 @@ def severity(corruptions: cells.Made) -> plt.Figure | None:
     return figure
 
 
-def pictures(sdxl: cells.Made) -> plt.Figure | None:
+def pictures(sdxl: cells.TableData) -> plt.Figure | None:
     """Every row's pictures, of the smallest seed that all rows with pictures have; None where that is one row, or none.
 
     Pictures are no part of a kept record: only runs whose folder is whole have them.
@@ -396,9 +396,9 @@ def cost(results: Path) -> plt.Figure | None:
     record = json.loads(path.read_bytes())
     shapes, ways = record["steps"], [way for way in WAYS if all(way in one for one in record["steps"].values())]
     figure, (time, memory) = panels_of(2, width=4.0, height=3.0)
-    for number, (way, colour) in enumerate(zip(ways, COLOURS, strict=False)):
+    for number, (way, color) in enumerate(zip(ways, COLORS, strict=False)):
         places = np.arange(len(shapes)) + (number - (len(ways) - 1) / 2) * 0.8 / len(ways)
-        style = {"width": 0.8 / len(ways), "color": colour, "label": way, "zorder": 2}
+        style = {"width": 0.8 / len(ways), "color": color, "label": way, "zorder": 2}
         time.bar(places, [statistics.median(one[way]["step_s"]) for one in shapes.values()], **style)
         memory.bar(places, [one[way]["peak_gib"] for one in shapes.values()], **style)
     for axis, label in ((time, "s per step, median"), (memory, "peak memory, GiB")):
@@ -414,7 +414,7 @@ def cost(results: Path) -> plt.Figure | None:
 SMALL = "SmolLM2-135M"
 WAYS = ("PEFT", "PEFT+Liger", "published", "LoRA", "Flat-LoRA copy", "Flat-LoRA recompute")
 LAYOUTS = ("study", "ablation", "flatness", "corruptions", "sdxl")
-FIGURES: Mapping[str, Callable[[Mapping[str, cells.Made], Path], plt.Figure | None]] = {
+FIGURES: Mapping[str, Callable[[Mapping[str, cells.TableData], Path], plt.Figure | None]] = {
     "sigma_sweep": lambda tables, results: sigma_sweep(tables["study"]),
     "rank_sweep": lambda tables, results: rank_sweep(tables["ablation"]),
     "training_curves": lambda tables, results: training_curves(tables["study"]),

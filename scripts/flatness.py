@@ -34,7 +34,7 @@ from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
 from flatlora.runs import environment
 from flatlora.runs.run_folder import RunFolder
 from flatlora.utils import records
-from flatlora.utils.console import console, counting, quiet_libraries, report_faults
+from flatlora.utils.console import console, counting, quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import widen
 from scripts.arguments import above_zero, odd, positive, several_above_zero
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for run, experiment, inputs in runs:
             measure(run, experiment, inputs, options)
     except ConfigError as error:
-        report_faults(error)
+        report_errors(error)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""Try command lines that nobody would type: made of the grammar of settings, and real ones with faults put in.
+"""Try command lines that nobody would type: made of the grammar of settings, and real ones with errors put in.
 
     python -m scripts.fuzz [--lines 1000] [--seed 2026]
 
@@ -196,7 +196,7 @@ def _option_names(group: str) -> list[str]:
 
 
 def _hurt_line(draw: random.Random, line: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """A real line with one to three faults."""
+    """A real line with one to three errors."""
     words = list(line)
     for _ in range(draw.randint(1, 3)):
         place = draw.randrange(len(words))

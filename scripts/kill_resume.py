@@ -80,7 +80,7 @@ def undisturbed(settings: list[str], root: Path) -> tuple[float, float]:
         if not startup_s and list(root.glob("*/*/*/metrics.jsonl")):
             startup_s = time.monotonic() - started
         time.sleep(0.2)
-    _refuse_failure(process)
+    _raise_failure(process)
     return startup_s, time.monotonic() - started
 
 
@@ -93,7 +93,7 @@ def kill_and_resume(settings: list[str], root: Path, moments: list[tuple[int, fl
             time.sleep(0.01)
         if process.wait(delay_s) is not None:
             print(f"  {number}. ended by itself before row {row} and {delay_s:.2f} s")
-            _refuse_failure(process)
+            _raise_failure(process)
         else:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -103,7 +103,7 @@ def kill_and_resume(settings: list[str], root: Path, moments: list[tuple[int, fl
             print(f"  {number}. SIGKILL {delay_s:.2f} s after row {row}; there then: {found}")
     process = _command([*settings, "resume=true"], root)
     process.wait()
-    _refuse_failure(process)
+    _raise_failure(process)
     return kills
 
 
@@ -122,7 +122,7 @@ def _command(settings: list[str], root: Path) -> ForkedRun:
     return ForkedRun(settings, root.with_suffix(".log"))
 
 
-def _refuse_failure(process: ForkedRun) -> None:
+def _raise_failure(process: ForkedRun) -> None:
     if process.poll():
         tail = process.log.read_text(errors="replace")[-2000:]
         raise SystemExit(f"the run ended with exit code {process.poll()}:\n{tail}")

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import jinja2
 import yaml
 
-from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_atomic
 from flatlora.utils.records import read_record
@@ -44,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ConfigError([f"Invalid --out={out}: it is a folder; name a file, such as {out / 'report.html'}."])
         page = render(options.results, out.parent)
     except ConfigError as error:
-        report_faults(error)
+        report_errors(error)
         return 2
     write_atomic(out, page)
     print(f"written: {out}")
@@ -72,7 +72,7 @@ def render(results: Path, home: Path) -> str:
     )
 
 
-def table_of(made: cells.Made) -> dict[str, Any]:
+def table_of(made: cells.TableData) -> dict[str, Any]:
     """What the template shows of one table."""
     return {
         "name": made.name,
@@ -86,7 +86,7 @@ def table_of(made: cells.Made) -> dict[str, Any]:
     }
 
 
-def pictures(tables: Mapping[str, cells.Made], results: Path) -> list[dict[str, str]]:
+def pictures(tables: Mapping[str, cells.TableData], results: Path) -> list[dict[str, str]]:
     """Each figure twice, as data URIs: panels in a row, and one below the other for narrow screens."""
     captions = dict(line.split(maxsplit=1) for line in (figures.__doc__ or "").splitlines() if line[:1].islower())
     found = []
@@ -97,7 +97,7 @@ def pictures(tables: Mapping[str, cells.Made], results: Path) -> list[dict[str, 
     return found
 
 
-def _picture(name: str, tables: Mapping[str, cells.Made], results: Path, *, stacked: bool) -> str | None:
+def _picture(name: str, tables: Mapping[str, cells.TableData], results: Path, *, stacked: bool) -> str | None:
     token = figures.STACKED.set(stacked)
     try:
         with figures.plt.rc_context(figures.STYLE):

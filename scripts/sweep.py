@@ -29,7 +29,7 @@ from flatlora.config.experiment import Experiment
 from flatlora.experiment import commandline
 from flatlora.runs.metrics_log import MetricsLog
 from flatlora.runs.run_folder import RunFolder
-from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError, reason_of
 
 PROJECT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 all done (or printed), 1 something is left, 2 a fault of the words."""
+    """Exit code: 0 all done (or printed), 1 something is left, 2 a error of the words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status")
@@ -66,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(sbatch_file(rest, options.nodes, options.gpus, options.time, options.partition, options.python))
         return 0
     except ConfigError as error:
-        report_faults(error)
+        report_errors(error)
         return 2
 
 
@@ -74,7 +74,7 @@ def experiments(words: Sequence[str]) -> list[Experiment]:
     """Those that run_exp.py would run for the words of a sweep.
 
     Raises:
-        ConfigError: every fault of every one.
+        ConfigError: every error of every one.
     """
     settings, _ = commandline.rewrite(commandline.split_flags(list(words))[1])
     settings, _ = commandline.name_jobs(settings)
@@ -151,16 +151,16 @@ def sbatch_file(
     if len(found) != 1:
         raise ConfigError([f"Invalid words: they make {len(found)} runs; a batch file has one, so print one for each."])
     experiment, processes = found[0], nodes * gpus
-    faults = []
+    errors = []
     if experiment.trainer.launch == "single" or experiment.trainer.gpus is not None:
-        faults.append("Invalid trainer: torchrun starts the processes here; use trainer=ddp or zero2, no trainer.gpus.")
+        errors.append("Invalid trainer: torchrun starts the processes here; use trainer=ddp or zero2, no trainer.gpus.")
     if experiment.optim.batch_size % (experiment.trainer.micro_batch_size * processes):
-        faults.append(
+        errors.append(
             f"Invalid optim.batch_size={experiment.optim.batch_size}: {nodes} nodes of {gpus} GPUs with micro-batches "
             f"of {experiment.trainer.micro_batch_size} do not divide it; change one of them."
         )
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     command = " ".join(shlex.quote(word) for word in ["run_exp.py", *words, "resume=true"])
     record = shlex.quote(str(RunFolder.of(experiment).path / "run.json"))
     settings = [

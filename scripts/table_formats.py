@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from scripts.cells import Cell, Column, Made, paired
+from scripts.cells import Cell, Column, TableData, paired
 
 
-def title_of(made: Made) -> str:
+def title_of(made: TableData) -> str:
     """The layout's own, or the published table's."""
     return made.layout.title or (made.published.title if made.published else made.name)
 
@@ -32,12 +32,12 @@ def _mean(values: Iterable[float | None]) -> str:
     return "—" if not found or None in found else f"{statistics.fmean(found):.2f}"
 
 
-def titles_of(made: Made) -> list[str]:
+def titles_of(made: TableData) -> list[str]:
     """Of the columns."""
     return [column.title for column in made.layout.columns.values()] + (["avg"] if made.layout.average else [])
 
 
-def lines_of(made: Made) -> list[tuple[str, list[str], set[int]]]:
+def lines_of(made: TableData) -> list[tuple[str, list[str], set[int]]]:
     """(label, one text a column, columns in bold): of each row ours, then the paper's and the difference."""
     layout, lines = made.layout, []
     for row, label in layout.row_titles().items():
@@ -60,7 +60,7 @@ def lines_of(made: Made) -> list[tuple[str, list[str], set[int]]]:
     return lines
 
 
-def notes_of(made: Made) -> list[str]:
+def notes_of(made: TableData) -> list[str]:
     """What stands below a table."""
     notes = [
         "Ours: mean ± sample standard deviation over seeds (their number); bold: better than every other row, p < 0.05."
@@ -74,7 +74,7 @@ def notes_of(made: Made) -> list[str]:
 COMPARED = ["paired over seeds", "", "difference", "95 % interval", "p", "seeds"]
 
 
-def comparisons(made: Made) -> list[list[str]]:
+def comparisons(made: TableData) -> list[list[str]]:
     """Each row against its `against`, over the seeds that both have: one line a column."""
     first, *others = [row for row in made.layout.rows if not row.startswith("full_ft")]
     lines = []
@@ -90,7 +90,7 @@ def comparisons(made: Made) -> list[list[str]]:
     return lines
 
 
-def markdown(made: Made) -> str:
+def markdown(made: TableData) -> str:
     """The table, and the paired differences below it."""
     titles = titles_of(made)
     lines = [f"# {title_of(made)}", "", _md_row(["", *titles]), _md_row(["---", *["---:"] * len(titles)])]
@@ -106,7 +106,7 @@ def _md_row(texts: Sequence[str]) -> str:
     return "| " + " | ".join(texts) + " |"
 
 
-def latex(made: Made) -> str:
+def latex(made: TableData) -> str:
     """A table environment for booktabs."""
     titles = titles_of(made)
     lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(titles)}}}", r"\toprule"]
@@ -137,7 +137,7 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(character, character) for character in text)
 
 
-def as_csv(made: Made, results: Path) -> str:
+def as_csv(made: TableData, results: Path) -> str:
     """One line a cell, with the runs that made it."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

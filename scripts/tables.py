@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table as Shown
 
-from flatlora.utils.console import quiet_libraries, report_faults
+from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_atomic
 from scripts.arguments import add_folders, positive
@@ -29,8 +29,8 @@ from scripts.cells import (
     LAYOUTS,
     PAPER,
     Layout,
-    Made,
     Run,
+    TableData,
     cell_overrides,
     check_folders,
     experiment_of,
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, problems = read_runs(options.results)
         made, more = make({name: layouts[name] for name in names or layouts}, papers, runs)
     except ConfigError as error:
-        report_faults(error)
+        report_errors(error)
         return 2
     for problem in [*left_out, *problems, *more, *unused(made, runs)]:
         print(f"left out: {problem}", file=sys.stderr)
@@ -94,7 +94,7 @@ def commands(layouts: Mapping[str, Layout], seeds: int) -> list[str]:
     return [line for command, titles in cells_of.items() for line in (*titles, command)]
 
 
-def print_status(made: Sequence[Made], runs: Sequence[Run], seeds: int) -> None:
+def print_status(made: Sequence[TableData], runs: Sequence[Run], seeds: int) -> None:
     """Each cell: how many seeds it has, how many it lacks, and the hours that these take by the runs of its kind."""
     shown = Shown(title=f"Cells of {seeds} seeds", title_justify="left")
     for column in ("table", "row", "column", "seeds", "missing", "hours"):
@@ -125,7 +125,7 @@ def print_status(made: Sequence[Made], runs: Sequence[Run], seeds: int) -> None:
     print(f"{total:.2f} hours of training for cells whose kind was measured{never}.")
 
 
-def _hours(made: Made, row: str, key: str, runs: Sequence[Run]) -> float | None:
+def _hours(made: TableData, row: str, key: str, runs: Sequence[Run]) -> float | None:
     """Of one run of a cell: the median of those with its model and data set, of the same row where there are some."""
     if made.layout.columns[key].dataset not in {run.experiment.dataset.name for run in runs}:
         return None

@@ -85,13 +85,13 @@ def trained_by_hand(folder, watched, targets, *, sigma, seed):
             merged = rows + scaling * module.lora_B["default"].weight.data @ module.lora_A["default"].weight.data
             c = sigma / math.sqrt(rows.shape[1]) * merged.norm(dim=1, keepdim=True)
             rows += c * host.normal(seed, step, 0, name.removeprefix("base_model.model."), tuple(rows.shape))
-        labelled = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in window)
+        labeled = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in window)
         total = 0.0
         for batch in window:
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
             loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-            (loss / labelled).backward()
-            total += float(loss.detach()) / labelled
+            (loss / labeled).backward()
+            total += float(loss.detach()) / labeled
         for name, module in modules.items():
             module.get_base_layer().weight.data.copy_(before[name])
         losses.append(total)

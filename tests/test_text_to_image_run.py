@@ -162,13 +162,13 @@ def test_accumulation_is_a_larger_batch(tmp_path):
         (["model.embedded=null", "model.hub_id=./nowhere"], "Cannot load model.hub_id=./nowhere"),
     ],
 )
-def test_faults_are_told_before_a_weight_is_loaded(tmp_path, monkeypatch, capsys, more, head):
+def test_errors_are_told_before_a_weight_is_loaded(tmp_path, monkeypatch, capsys, more, head):
     monkeypatch.setattr(loading, "load_backbone", lambda *args: pytest.fail("loaded"))
     assert run_exp.main(words(tmp_path, *more, scored=any("resolution=6" in word for word in more))) == 2
     assert head in " ".join(capsys.readouterr().err.split() or capsys.readouterr().out.split())
 
 
-def test_faults_of_model_data_and_scores_are_told_at_once(tmp_path, capsys):
+def test_errors_of_model_data_and_scores_are_told_at_once(tmp_path, capsys):
     more = ["peft.target_modules=[to_w]", "dataset.min_side=80", "eval.text_to_image.prompts=nofile"]
     assert run_exp.main(words(tmp_path, *more, "eval.text_to_image.resolution=66", scored=True)) == 2
     told = capsys.readouterr().err
@@ -340,7 +340,7 @@ def test_a_whole_pipeline_is_scored_without_a_run(tmp_path):
     assert score["metrics"]["image_image"] is None
 
 
-def test_own_prompts_and_their_faults(tmp_path):
+def test_own_prompts_and_their_errors(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"prompts": ["a", "b"], "seeds": [7]}))
     assert text_to_image.read_prompts(str(path)) == (["a", "b"], [7])
@@ -356,9 +356,9 @@ def test_own_prompts_and_their_faults(tmp_path):
         path.write_text(content)
         with pytest.raises(ConfigError) as caught:
             text_to_image.read_prompts(str(path))
-        assert [fault.startswith(head) for fault, head in zip(caught.value.faults, heads, strict=True)] == [True] * len(
-            heads
-        )
+        assert [message.startswith(head) for message, head in zip(caught.value.errors, heads, strict=True)] == [
+            True
+        ] * len(heads)
     with pytest.raises(ConfigError, match="name one of icons3d, shapes"):
         text_to_image.read_prompts("icons")
     with pytest.raises(ConfigError, match="name one of icons3d, shapes"):

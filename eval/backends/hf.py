@@ -26,7 +26,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from eval.backends import Completion, Sampling, cut_at
-from eval.backends.tokenised import Context, TokenisedBackend, end_ids
+from eval.backends.tokenized import Context, TokenizedBackend, end_ids
 from flatlora.inputs.tokenizing import text_ids
 from flatlora.models.fit import position_tables, rotary_positions
 from flatlora.utils.precision import Precision, autocast
@@ -35,7 +35,7 @@ _IGNORED = -100  # label of a place without an answer's token
 _MARGIN = 4  # tokens more than a stop can have: the first blank of what is decoded may be lost
 
 
-class HFBackend(TokenisedBackend):
+class HFBackend(TokenizedBackend):
     """Answers with a model in memory.
 
     Args:
@@ -126,7 +126,7 @@ class HFBackend(TokenisedBackend):
     def log_likelihoods(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool = False
     ) -> list[list[float]]:
-        """log p(choice, end of sequence | prompt), summed over its tokens; the prompt and a choice are tokenised apart.
+        """log p(choice, end of sequence | prompt), summed over its tokens; the prompt and a choice are tokenized apart.
 
         `first_token` takes the first token of each choice alone, without an end.
         """

@@ -2,7 +2,7 @@
 
 lm-eval's own class gives texts to the tokenizer as they are, so that an appended end of the sequence is scored in place
 of an answer, and "<s>" in a question begins a sequence. It cuts prompts that are too long on the left, and generates by
-the model's own generation config. Here ids are those of `TokenisedBackend`, nothing is cut, and greedy is the largest
+the model's own generation config. Here ids are those of `TokenizedBackend`, nothing is cut, and greedy is the largest
 logit.
 """
 

@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 
 from eval.backends import Completion, Sampling
-from eval.backends.tokenised import Context, TokenisedBackend, end_ids
+from eval.backends.tokenized import Context, TokenizedBackend, end_ids
 from flatlora.models.loading import check_served, model_of
 from flatlora.models.saved_adapters import adapter_config, check_adapter, tensor_names
 from flatlora.models.sources import in_short
 from flatlora.utils.errors import ConfigError
 
 
-class VLLMBackend(TokenisedBackend):
+class VLLMBackend(TokenizedBackend):
     """Answers with a model that vLLM serves in this process.
 
     Args:
@@ -144,14 +144,14 @@ def _served_rank(adapter: Path) -> int:
     check_adapter(adapter)
     config = adapter_config(adapter)
     if (kind := config.get("peft_type")) != "LORA":
-        faults = [f"its kind is {kind}"]
+        errors = [f"its kind is {kind}"]
     else:
-        faults = [words for key, words in _NOT_SERVED.items() if config.get(key) not in (None, False, "none", {}, [])]
+        errors = [words for key, words in _NOT_SERVED.items() if config.get(key) not in (None, False, "none", {}, [])]
         others = [name for name in tensor_names(adapter) if ".lora_" not in name]
-        faults += [f"it has other tensors besides, {in_short(others)}"] if others and not faults else []
-    if faults:
+        errors += [f"it has other tensors besides, {in_short(others)}"] if others and not errors else []
+    if errors:
         raise ConfigError(
-            [f"Invalid backend=vllm for {adapter}: {' and '.join(faults)}, which vLLM does not serve; use backend=hf."]
+            [f"Invalid backend=vllm for {adapter}: {' and '.join(errors)}, which vLLM does not serve; use backend=hf."]
         )
     return config["r"]
 

@@ -21,7 +21,7 @@ MOST_REPLY_BYTES = 1 << 24
 OPENAI_KEY, _OPENAI_HOST = "OPENAI_API_KEY", "api.openai.com"
 
 
-def url_fault(key: str, url: str) -> str | None:
+def url_error(key: str, url: str) -> str | None:
     """Why no endpoint can be there, for `key` of the command line; None where one may."""
     shown = masked_word(url)
     try:
@@ -41,7 +41,7 @@ def url_fault(key: str, url: str) -> str | None:
     return None
 
 
-def key_fault(key: str, variable: str | None, url_key: str, url: str) -> str | None:
+def key_error(key: str, variable: str | None, url_key: str, url: str) -> str | None:
     """Why the key in an environment variable cannot be sent, for settings `key` and `url_key`; None where it can.
 
     What is no variable's name may be the key itself, so it is not shown.
@@ -65,9 +65,9 @@ def key_fault(key: str, variable: str | None, url_key: str, url: str) -> str | N
 
 def endpoint_errors(url_key: str, url: str, key: str, variable: str | None) -> list[SettingError]:
     """What is wrong with the settings `url_key` and `key` that name an endpoint and its key."""
-    fault = url_fault(url_key, url) or key_fault(key, variable, url_key, url)
+    message = url_error(url_key, url) or key_error(key, variable, url_key, url)
     keys = (url_key.rpartition(".")[2], key.rpartition(".")[2])
-    return [SettingError(keys, fault)] if fault else []
+    return [SettingError(keys, message)] if message else []
 
 
 def key_of(variable: str | None, url: str) -> str | None:

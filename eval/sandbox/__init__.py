@@ -101,26 +101,26 @@ def walls() -> Walls:
     Raises:
         ConfigError: files or the network cannot be kept from a program on this machine; with what it would take.
     """
-    faults = []
+    errors = []
     if sys.platform != "linux":
-        faults.append("it is no Linux")
+        errors.append("it is no Linux")
     else:
         landlock, seccomp = inside.landlock_version(), calls.can_filter()
         if not landlock:
-            faults.append("its kernel has no Landlock (5.13, and enabled), which keeps files from a program")
+            errors.append("its kernel has no Landlock (5.13, and enabled), which keeps files from a program")
         for namespaces, own_user in ((True, True), (True, False), (False, True), (False, False)):
-            if faults or not seccomp or (own_user and os.geteuid() != 0):
+            if errors or not seccomp or (own_user and os.geteuid() != 0):
                 continue
             found = Walls(namespaces, landlock, seccomp, own_user)
             with contextlib.suppress(OSError):
                 if _run(_TRIAL, Limits(seconds=20.0), found).passed:
                     return found
         if not seccomp:
-            faults.append(f"the system calls of {platform.machine()} are not known here")
-        faults = faults or ["a program of ours did not run behind the walls that it has"]
+            errors.append(f"the system calls of {platform.machine()} are not known here")
+        errors = errors or ["a program of ours did not run behind the walls that it has"]
     raise ConfigError(
         [
-            f"Generated code cannot be run safely on this machine: {'; '.join(faults)}. Score the predictions on "
+            f"Generated code cannot be run safely on this machine: {'; '.join(errors)}. Score the predictions on "
             "another one (score_only=true needs no model), or leave the benchmark out."
         ]
     )

@@ -402,7 +402,7 @@ def main():
     try:
         enter(order["limits"], order["work"])
     except Exception as error:  # whatever it is, no program may run without its walls
-        _tell_no_sandbox(verdict, error)
+        _warn_of_no_sandbox(verdict, error)
     line = Line(reading, writing)
     if role == "candidate":
         line.tell({"inside": True})
@@ -412,12 +412,12 @@ def main():
     try:
         passed, error = checker(line, order["task"])
     except OSError as error:
-        _tell_no_sandbox(verdict, error)
+        _warn_of_no_sandbox(verdict, error)
     os.write(verdict, json.dumps({"passed": passed, "error": str(error)[:LONGEST_ERROR]}).encode())
     os._exit(0)
 
 
-def _tell_no_sandbox(verdict, error):
+def _warn_of_no_sandbox(verdict, error):
     """A key of its own: what an error says is the program's to choose."""
     if verdict is not None:
         told = {"sandbox": False, "error": f"{type(error).__name__}: {error}"[:LONGEST_ERROR]}

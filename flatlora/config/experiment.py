@@ -1,7 +1,7 @@
 """The typed, frozen description of one experiment, and the rules that it must meet.
 
 `parse` turns plain nested data (a composed config, a saved config.yaml) into an `Experiment` or raises one
-`ConfigError` that lists every fault: unknown keys with the nearest known name, values out of range with the rule and
+`ConfigError` that lists every error: unknown keys with the nearest known name, values out of range with the rule and
 the remedy, and choices that do not go together. Nothing reads raw configuration after that and nothing changes it.
 """
 
@@ -53,10 +53,10 @@ class Experiment(Section):
     @property
     def flat(self) -> bool:
         """Whether weights are perturbed by Flat-LoRA's noise."""
-        return self.rho.method == "flat" and self.regularised
+        return self.rho.method == "flat" and self.regularized
 
     @property
-    def regularised(self) -> bool:
+    def regularized(self) -> bool:
         """Whether something acts on top of the loss; sigma = 0 is plain training, bit for bit, whatever the method."""
         return self.rho.method != "off" and self.rho.sigma > 0
 
@@ -89,12 +89,12 @@ class Experiment(Section):
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
         rank = getattr(self.peft, "lora_r", None)
         parts = [self.model.name, self.peft.name] + ([f"r{rank}"] if rank else [])
-        parts += [f"{self.rho.name}{self.rho.sigma:g}"] if self.regularised else []
+        parts += [f"{self.rho.name}{self.rho.sigma:g}"] if self.regularized else []
         return "-".join([*parts, digest])
 
 
 SectionChooser = Callable[[str, Mapping[str, Any]], type[Section] | str]
-"""(section, raw section) → the class that types it, or a fault; lets methods, loaders and evaluators own their keys."""
+"""(section, raw section) → the class that types it, or a error; lets methods, loaders and evaluators own their keys."""
 
 
 class Registry(Protocol):
@@ -131,7 +131,7 @@ def parse(raw: Mapping[str, Any], registry: Registry) -> Experiment:
     invalid: set[str] = set()
     for key, value in raw.items():
         if isinstance(value, NoSection):
-            errors += [SettingError((key,), fault) for fault in value.faults]
+            errors += [SettingError((key,), message) for message in value.errors]
         elif key not in Experiment.model_fields:
             errors.append(SettingError((key,), unknown_key(key, Experiment.model_fields), "unknown"))
         elif key == "eval" and isinstance(value, Mapping):

@@ -24,7 +24,7 @@ _OWN_NAME = "leave the key out: each option of conf has its own"
 
 
 class ModelConfig(Section):
-    hub_setting: ClassVar[str] = "model.hub_id"  # what faults call `hub_id`
+    hub_setting: ClassVar[str] = "model.hub_id"  # what errors call `hub_id`
     index_file: ClassVar[str] = "config.json"  # of a model's folder: says what the model is
     name: FolderName = setting(remedy=_OWN_NAME)
     hub_id: str  # hub repository or local folder
@@ -47,9 +47,9 @@ class ModelConfig(Section):
         return _CountingConfig(**self.model_dump() | {"hub_id": name, "revision": None, "embedded": None})
 
     def rule_errors(self) -> list[SettingError]:
-        faults = self._source_errors()
+        errors = self._source_errors()
         if self.generated_test_rows is not None and self.family == "clip":
-            faults.append(
+            errors.append(
                 SettingError(
                     ("generated_test_rows", "family"),
                     f"Invalid model.generated_test_rows={self.generated_test_rows} with model={self.name} (clip): it "
@@ -57,7 +57,7 @@ class ModelConfig(Section):
                 )
             )
         if self.quantize != "none" and self.family == "clip":
-            faults.append(
+            errors.append(
                 SettingError(
                     ("quantize", "family"),
                     f"Invalid model.quantize={self.quantize} with model={self.name} (clip): its text tower is read "
@@ -65,20 +65,20 @@ class ModelConfig(Section):
                 )
             )
         if self.head == "linear" and self.family != "clip":
-            faults.append(
+            errors.append(
                 SettingError(
                     ("head", "family"),
                     f"Invalid model.head=linear with model={self.name} ({self.family}): a language model has its own "
                     "head; leave the key out, or choose a CLIP model.",
                 )
             )
-        return faults
+        return errors
 
     def _source_errors(self) -> list[SettingError]:
         """Keys that say where the weights are and contradict each other."""
-        faults = []
+        errors = []
         if self.embedded is not None and self.hub_id != EMBEDDED_HUB_IDS[self.embedded]:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("embedded", "hub_id"),
                     f"Invalid model.embedded={self.embedded} with model.hub_id={self.hub_id}: it holds the weights of "
@@ -86,7 +86,7 @@ class ModelConfig(Section):
                 )
             )
         if self.revision is not None and self.embedded is not None:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("revision", "embedded"),
                     f"Invalid model.revision={self.revision} with model.embedded={self.embedded}: only the hub has "
@@ -94,14 +94,14 @@ class ModelConfig(Section):
                 )
             )
         elif self.revision is not None and os.path.isdir(self.hub_id):
-            faults.append(
+            errors.append(
                 SettingError(
                     ("revision", "hub_id"),
                     f"Invalid model.revision={self.revision} with model.hub_id={self.hub_id}: a folder has one state, "
                     "and revisions are the hub's; leave the key out.",
                 )
             )
-        return faults
+        return errors
 
 
 class _CountingConfig(ModelConfig):
@@ -176,7 +176,7 @@ class PeftConfig(Section):
 
 
 class RhoConfig(Section):
-    """What every regulariser has; a method adds its own keys in a subclass."""
+    """What every regularizer has; a method adds its own keys in a subclass."""
 
     name: FolderName = setting(remedy=_OWN_NAME)
     method: str = "off"  # registered in flatlora.methods

@@ -1,4 +1,4 @@
-"""How a section of the configuration is declared, and how faults of its keys are described."""
+"""How a section of the configuration is declared, and how errors of its keys are described."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flatlora.utils.errors import ConfigError, SettingError, nearest, shown
 class NoSection:
     """Stands in raw data where a section should be, and says why there is none."""
 
-    faults: tuple[str, ...]
+    errors: tuple[str, ...]
 
 
 def setting(default: Any = ..., *, remedy: str = "", identity: bool = True, **rules: Any) -> Any:

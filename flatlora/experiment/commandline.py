@@ -54,7 +54,7 @@ def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
         ConfigError: words that Hydra's parser cannot read, or several old names of experiments.
     """
     canonical, notes = [], []
-    faults: list[str] = []
+    errors: list[str] = []
     overrides = _parse_all(words)
     given = {override.key_or_group for override in overrides if override is not None}
     for word, override in zip(words, overrides, strict=True):
@@ -64,14 +64,14 @@ def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
         try:
             new = _rewrite_override(override, given)
         except ConfigError as error:
-            faults += error.faults
+            errors += error.errors
             continue
         canonical += new
         # A key set with ++ means what the plain key means, so only real changes of spelling are worth a line.
         if new not in ([word], [word.lstrip("+")], [f"++{word}"]) or (new != [word] and word.startswith("+")):
             notes.append(f"{masked_word(word)} → {' '.join(map(masked_word, new))}")
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     return canonical, notes
 
 
@@ -125,8 +125,8 @@ def _is_number(override: Override) -> bool:
 def _parse_all(words: Iterable[str]) -> list[Override | None]:
     """Parsed settings; None for an option of Hydra, such as -m."""
     words, parsed = list(words), []
-    faults = [fault for word in words if not word.startswith("-") and (fault := _size_fault(word))]
-    if not faults and (length := sum(map(len, words))) > _LONGEST_LINE:
+    errors = [message for word in words if not word.startswith("-") and (message := _size_error(word))]
+    if not errors and (length := sum(map(len, words))) > _LONGEST_LINE:
         raise ConfigError(
             [
                 f"Cannot read settings of {length} characters: together they take {_LONGEST_LINE}; put them into a "
@@ -136,15 +136,15 @@ def _parse_all(words: Iterable[str]) -> list[Override | None]:
     for word in words:
         if word.startswith("-"):
             parsed.append(None)
-        elif _size_fault(word) is None:
+        elif _size_error(word) is None:
             try:
                 override = _parse(word)
-                faults += _place_faults(override) or _hydra_faults(override)
+                errors += _place_errors(override) or _hydra_errors(override)
                 parsed.append(override)
             except HydraException:
-                faults.append(_unreadable(word))
-    if faults:
-        raise ConfigError(faults)
+                errors.append(_unreadable(word))
+    if errors:
+        raise ConfigError(errors)
     return parsed
 
 
@@ -158,7 +158,7 @@ def _parse(word: str) -> Override:
     return override
 
 
-def _size_fault(word: str) -> str | None:
+def _size_error(word: str) -> str | None:
     """What no parser is to see: it would take minutes, or all of the stack."""
     begin = word if len(word) <= 60 else f"{word[:60]}…"
     if not is_text(word):
@@ -187,7 +187,7 @@ def _deepest_brackets(text: str) -> int:
     return deepest
 
 
-def _place_faults(override: Override) -> list[str]:
+def _place_errors(override: Override) -> list[str]:
     """Words that put something at another place of the configuration than where it is looked for."""
     line, key = override.input_line, override.key_or_group
     if override.package is not None:
@@ -218,7 +218,7 @@ _HYDRA_KEYS = (
 _PROCESSES = {"hydra.launcher.n_jobs": -MOST_JOBS, "hydra.launcher.tasks_per_node": 1}  # the least that each may be
 
 
-def _hydra_faults(override: Override) -> list[str]:
+def _hydra_errors(override: Override) -> list[str]:
     """Settings of Hydra's by which it would write outside results_root, or start processes without end."""
     line, key, value = override.input_line, override.key_or_group, override.value()
     if not re.match(r"hydra[./]", key):
@@ -300,16 +300,16 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
         ConfigError: words that do not compose.
     """
     overrides = _parse_all(words)
-    faults = [_sweep_fault(override) for override in overrides if _is_sweep(override)]
+    errors = [_sweep_error(override) for override in overrides if _is_sweep(override)]
     if sum(word.count("${") for word in words) > _MOST_REFERENCES:  # each may double what the one before it made
-        faults.append(f"Too many references to other keys: ${{KEY}} may stand {_MOST_REFERENCES} times in a command.")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"Too many references to other keys: ${{KEY}} may stand {_MOST_REFERENCES} times in a command.")
+    if errors:
+        raise ConfigError(errors)
     folders = [conf_dir, *_own_folders(overrides)]
     unknown = {
-        override.key_or_group: NoSection(tuple(faults))
+        override.key_or_group: NoSection(tuple(errors))
         for override in overrides
-        if (faults := _option_faults(folders, override))
+        if (errors := _option_errors(folders, override))
     }
     known = [override.input_line for override in overrides if override.key_or_group.split(".")[0] not in unknown]
     deleted = {"peft"} if "~peft" in known else set()  # by hand: conf/optim_of follows it, and would not compose
@@ -317,34 +317,34 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
-            plain = OmegaConf.to_container(compose("config", overrides=lenient(kept)), resolve=True)
+            plain = OmegaConf.to_container(compose("config", overrides=force_add(kept)), resolve=True)
             plain = {key: value for key, value in plain.items() if key not in deleted}
             return plain | _unchosen_benchmarks(folders, known) | unknown
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra/launcher=5 is a ValueError
-        faults = [fault for section in unknown.values() for fault in section.faults]
+        errors = [message for section in unknown.values() for message in section.errors]
         reason = reason_of(error)
         if isinstance(error, InterpolationResolutionError):
             reason += (
                 r"; ${KEY} takes the value of another key: name one that is there, or write \${…} for a text with it."
             )
-        faults.append(f"The configuration does not compose: {reason}")
-        raise ConfigError(faults) from error
+        errors.append(f"The configuration does not compose: {reason}")
+        raise ConfigError(errors) from error
 
 
-def _sweep_fault(override: Override) -> str:
-    sweep, fault = override.value(), f"Several values in {override.input_line}: a sweep needs -m"
+def _sweep_error(override: Override) -> str:
+    sweep, message = override.value(), f"Several values in {override.input_line}: a sweep needs -m"
     texts = isinstance(sweep, ChoiceSweep) and any(isinstance(value, str | QuotedString) for value in sweep.list)
     quoted = _quoted(override.key_or_group, override.input_line.partition("=")[2])
     if not texts or quoted is None or override.key_or_group in GROUPS:
-        return f"{fault}."
-    return f"{fault}; a text with a comma stands in quotes of its own, as {quoted}."
+        return f"{message}."
+    return f"{message}; a text with a comma stands in quotes of its own, as {quoted}."
 
 
 ALLOW_CODE = "eval.allow_code_execution"
 
 
 def _unchosen_benchmarks(folders: Sequence[Path], words: Sequence[str]) -> dict[str, NoSection]:
-    """`eval` with a fault for each key such as eval.gsm8k.max_rows=5 whose benchmark `eval=[...]` does not name.
+    """`eval` with a error for each key such as eval.gsm8k.max_rows=5 whose benchmark `eval=[...]` does not name.
 
     Hydra would make a section of it all the same, and the benchmark would run.
     """
@@ -354,50 +354,50 @@ def _unchosen_benchmarks(folders: Sequence[Path], words: Sequence[str]) -> dict[
         return {}
     others = [word for word in words if word not in keys.values()]
     options = _options(folders, "eval")
-    chosen = [name for name in compose("config", overrides=lenient(others)).get("eval") or {} if name in options]
-    faults = []
+    chosen = [name for name in compose("config", overrides=force_add(others)).get("eval") or {} if name in options]
+    errors = []
     for key, word in keys.items():
         name = key.split(".")[1]
         if name not in options:
             near = nearest(name, options)
             hint = f"did you mean eval.{near}?" if near else f"benchmarks here: {', '.join(options)}."
-            faults.append(f"Unknown key {key}: {hint}")
+            errors.append(f"Unknown key {key}: {hint}")
         elif name not in chosen:
-            faults.append(
+            errors.append(
                 f"Invalid {word.lstrip('+')} with eval=[{','.join(chosen)}]: that benchmark is not chosen; use "
                 f"eval=[{','.join([*chosen, name])}], or leave the key out."
             )
-    return {"eval": NoSection(tuple(faults))} if faults else {}
+    return {"eval": NoSection(tuple(errors))} if errors else {}
 
 
-def lenient(words: Sequence[str]) -> list[str]:
+def force_add(words: Sequence[str]) -> list[str]:
     """Settings as Hydra takes them with keys of the typed config that no option file names."""
-    return [_lenient(override) for override in _parse_all(words)]
+    return [_force_add(override) for override in _parse_all(words)]
 
 
 def _is_sweep(override: Override) -> bool:
     return override.is_sweep_override() and not override.is_hydra_override()
 
 
-def _lenient(override: Override) -> str:
+def _force_add(override: Override) -> str:
     prefixed = override.is_delete() or override.is_add() or override.is_force_add()
     is_group = override.key_or_group in GROUPS or override.key_or_group.startswith("hydra")
     return override.input_line if prefixed or is_group else f"++{override.input_line}"
 
 
-def _option_faults(folders: Sequence[Path], override: Override) -> list[str]:
+def _option_errors(folders: Sequence[Path], override: Override) -> list[str]:
     group = override.key_or_group
     if group not in GROUPS or override.is_delete():
         return []
     value, options = override.value(), _options(folders, group)
-    faults = []
+    errors = []
     for name in map(_option_name, value if isinstance(value, list) else [value]):
         if name not in options:
             near = nearest(name, options)
             hint = f"did you mean {group}={near}? " if near else ""
             known = ", ".join(options) or f"none yet, put one into {folders[0].name}/{group}"
-            faults.append(f"Unknown option {group}={name}: {hint}Known options: {known}.")
-    return faults
+            errors.append(f"Unknown option {group}={name}: {hint}Known options: {known}.")
+    return errors
 
 
 def _options(folders: Sequence[Path], group: str) -> list[str]:
@@ -430,17 +430,17 @@ def name_jobs(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     overrides = _parse_all(words)
     swept = [override for override in overrides if _is_sweep(override) and override.key_or_group not in _UNNAMED]
-    named, notes, faults = [], [], []
+    named, notes, errors = [], [], []
     for override in overrides:
         line = override.input_line
         if override.key_or_group == "wandb.name" and swept and not _is_sweep(override) and "${" not in line:
             labels = [_job_label(one) for one in swept]
-            faults += [_label_fault(line, one) for one, label in zip(swept, labels, strict=True) if label is None]
+            errors += [_label_error(line, one) for one, label in zip(swept, labels, strict=True) if label is None]
             line = _appended(line, [label for label in labels if label])
             notes.append(f"{masked_word(override.input_line)} → {masked_word(line)} (each job has its own folder)")
         named.append(line)
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     return named, notes
 
 
@@ -482,7 +482,7 @@ def _is_nameable(value: Any) -> bool:
     return "${" in text or re.fullmatch(r"[\w.+=@-]+", text) is not None
 
 
-def _label_fault(name: str, override: Override) -> str:
+def _label_error(name: str, override: Override) -> str:
     return (
         f"Invalid {name} with {override.input_line}: these values make no folder names; leave out wandb.name, and each "
         f"job gets a name of its own, or tell the jobs apart by hand with ${{...}}, such as {name}-${{peft.lora_r}}."
@@ -496,21 +496,21 @@ def expand_sweep(words: Sequence[str]) -> list[list[str]]:
         ConfigError: sweeps whose values cannot be listed.
     """
     overrides = _parse_all(words)
-    counts, faults = [], []
+    counts, errors = [], []
     for word, override in zip(words, overrides, strict=True):
         if not _is_sweep(override):
             continue
         key, count = word.partition("=")[0], _count_values(override.value())
         if count is None:  # glob, interval, a range that never ends
-            faults.append(f"Cannot sweep over {word!r}: list the values, such as {key}=A,B, or use range(START,STOP).")
+            errors.append(f"Cannot sweep over {word!r}: list the values, such as {key}=A,B, or use range(START,STOP).")
         elif count == 0:
-            faults.append(f"Cannot sweep over {word!r}: there is no value in it; a range counts up from START to STOP.")
+            errors.append(f"Cannot sweep over {word!r}: there is no value in it; a range counts up from START to STOP.")
         else:
             counts.append(count)
     if (jobs := math.prod(counts)) > MOST_JOBS:
-        faults.append(f"Cannot sweep over {jobs:,} jobs: {MOST_JOBS} are one sweep; give several commands.")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"Cannot sweep over {jobs:,} jobs: {MOST_JOBS} are one sweep; give several commands.")
+    if errors:
+        raise ConfigError(errors)
     choices = [
         [f"{word.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
         if _is_sweep(override)
@@ -544,7 +544,7 @@ def mask_record(sweep_folder: Path) -> None:
 
 @contextlib.contextmanager
 def hydra_errors() -> Iterator[None]:
-    """Errors of Hydra's as faults: by itself it prints them, at times with a traceback, and ends the process."""
+    """Errors of Hydra's as errors: by itself it prints them, at times with a traceback, and ends the process."""
     variable = "HYDRA_FULL_ERROR"  # set, it lets them through
     before = os.environ.get(variable)
     os.environ[variable] = "1"
@@ -626,38 +626,38 @@ def read_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
         ConfigError: options that there are none of, that have no such value, or that do not go together.
     """
     kept: dict[str, str | None] = {}
-    settings, faults = [], []
+    settings, errors = [], []
     iterator = iter(flags)
     for flag in iterator:
         given, separator, value = flag.partition("=")
         name = _SHORT.get(given, given)
-        if fault := _flag_fault(given, name):
-            faults.append(fault)
+        if message := _flag_error(given, name):
+            errors.append(message)
             continue
         if given in _FLAGS_WITH_VALUE and not separator:
             value = next(iterator, "")
         choices = _FLAGS[name][1]
         if choices == () and separator:
-            faults.append(f"Invalid {flag}: nothing follows {name}; write {name} alone.")
+            errors.append(f"Invalid {flag}: nothing follows {name}; write {name} alone.")
         elif choices and value not in choices and not (name == "--info" and not separator):
-            faults.append(f"Invalid {given} {value}: it is one of {', '.join(choices)}; write {name}={choices[0]}.")
+            errors.append(f"Invalid {given} {value}: it is one of {', '.join(choices)}; write {name}={choices[0]}.")
         elif choices is None and not value:
-            faults.append(f"Missing value of {given}: write {name}=VALUE.")
+            errors.append(f"Missing value of {given}: write {name}=VALUE.")
         elif name == "--config-dir":
             folder = Path(value).absolute()
             if os.path.isdir(folder):  # false, where Path.is_dir raises: for a name that is too long
                 settings.append(f"{_OWN_FOLDERS}=[{QuotedString(f'file://{folder}', Quote.single).with_quotes()}]")
             else:
-                faults.append(f"Invalid {given} {value}: there is no such folder; name one with option files.")
+                errors.append(f"Invalid {given} {value}: there is no such folder; name one with option files.")
         else:
             kept[name] = value or None
-    faults += _flag_pair_faults(kept)
-    if faults:
-        raise ConfigError(faults)
+    errors += _flag_pair_errors(kept)
+    if errors:
+        raise ConfigError(errors)
     return [name if value is None else f"{name}={value}" for name, value in kept.items()], settings
 
 
-def _flag_fault(given: str, name: str) -> str | None:
+def _flag_error(given: str, name: str) -> str | None:
     if given in _NOT_OFFERED:
         return f"Invalid {given}: it is not offered here, for {_NOT_OFFERED[given]}; leave it out."
     if name in _FLAGS:
@@ -666,10 +666,10 @@ def _flag_fault(given: str, name: str) -> str | None:
     return f"Unknown option {given[:60]}: " + (f"did you mean {near}?" if near else f"known: {', '.join(_FLAGS)}.")
 
 
-def _flag_pair_faults(flags: Iterable[str]) -> list[str]:
+def _flag_pair_errors(flags: Iterable[str]) -> list[str]:
     commands = [name for name in ("--multirun", "--run", "--cfg", "--info") if name in flags]
-    faults = [f"Invalid {' with '.join(commands)}: each of them is a command; choose one."] if len(commands) > 1 else []
-    return faults + [
+    errors = [f"Invalid {' with '.join(commands)}: each of them is a command; choose one."] if len(commands) > 1 else []
+    return errors + [
         f"Invalid {name} without --cfg: it says how --cfg shows the configuration; add --cfg=job, or leave it out."
         for name in ("--resolve", "--package")
         if name in flags and "--cfg" not in flags

@@ -24,7 +24,7 @@ from flatlora.utils.errors import ConfigError
 
 
 def main(suite: Suite, words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a run failed, 2 a fault of the configuration, 75 preempted, 130 interrupted."""
+    """Exit code: 0 done, 1 a run failed, 2 a error of the configuration, 75 preempted, 130 interrupted."""
     words = list(sys.argv[1:] if words is None else words)
     console.quiet_libraries()
     try:
@@ -51,7 +51,7 @@ def main(suite: Suite, words: Sequence[str] | None = None) -> int:
         return max(run(suite, experiment, job) for experiment, job in zip(experiments, jobs, strict=True))
     except ConfigError as error:
         if distributed.is_main_process():
-            console.report_faults(error)
+            console.report_errors(error)
         return EXIT_CONFIG
     except KeyboardInterrupt:
         console.console.print("Interrupted before the run began: nothing was written.")
@@ -68,17 +68,17 @@ def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], exper
         ConfigError: some job's folder is not free for it; none has been started.
     """
     folders = [RunFolder.of(experiment) for experiment in experiments]
-    faults, before = [], []
+    errors, before = [], []
     for experiment, folder in zip(experiments, folders, strict=True):
         try:
             before.append((folder.is_finished(experiment), folder.record))
         except ConfigError as error:
-            faults += error.faults
-    if faults:
-        raise ConfigError(faults)
+            errors += error.errors
+    if errors:
+        raise ConfigError(errors)
     for folder, (finished, _) in zip(folders, before, strict=True):
         if not finished and distributed.is_main_process():
-            folder.check_writable()  # Hydra makes folders there before any job does; the first fault stands for all
+            folder.check_writable()  # Hydra makes folders there before any job does; the first error stands for all
     try:
         _hand_to_hydra(suite, flags, settings)
         interrupted = False
@@ -92,7 +92,7 @@ def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], exper
         try:
             record = folder.record
         except ConfigError as error:  # one that was broken meanwhile hides no other
-            console.report_faults(error)
+            console.report_errors(error)
             states.append("broken record")
             jobs.append((states[-1], folder.path, None))
             continue
@@ -115,36 +115,36 @@ def experiment_of(suite: Suite, settings: Sequence[str]) -> Experiment:
     experiment = parse(commandline.compose_config(suite.conf_dir, settings), suite)
     steps = experiment.trainer.max_steps
     if steps is not None and any(word.lstrip("+").startswith("optim.epochs=") for word in settings):
-        fault = (
+        message = (
             f"Invalid optim.epochs={experiment.optim.epochs:g} with trainer.max_steps={steps}: the run ends after "
             "max_steps, however many epochs that is; leave one of them out, or set trainer.max_steps=null."
         )
-        raise ConfigError([fault])
+        raise ConfigError([message])
     return experiment
 
 
 def experiments_of(suite: Suite, jobs: Sequence[Sequence[str]]) -> list[Experiment]:
-    """`experiment_of` of each job of a sweep; every fault of every job, before the first one starts."""
-    experiments, faults = [], []
+    """`experiment_of` of each job of a sweep; every error of every job, before the first one starts."""
+    experiments, errors = [], []
     for job in jobs:
         try:
             experiments.append(experiment_of(suite, job))
         except ConfigError as error:
-            faults += error.faults
+            errors += error.errors
     folders = [RunFolder.of(experiment).path for experiment in experiments]
-    faults += [
+    errors += [
         f"Two jobs of the sweep would write to {folder}: drop the value that is swept twice, or let wandb.name or seed "
         "differ."
         for folder in sorted({folder for folder in folders if folders.count(folder) > 1})
     ]
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     return experiments
 
 
 def _hand_to_hydra(suite: Suite, flags: Sequence[str], settings: Sequence[str]) -> int:
     """Let Hydra run one job or the jobs of a sweep; returns the highest exit code of those in this process."""
-    sys.argv = [sys.argv[0], *flags, *commandline.lenient(settings)]
+    sys.argv = [sys.argv[0], *flags, *commandline.force_add(settings)]
     if any(flag.startswith("--info") for flag in flags):  # told through the root logger, by a handler of Hydra's own
         logging.getLogger().handlers.clear()
     exit_codes: list[int] = []  # Hydra drops what a job returns
@@ -172,5 +172,5 @@ def _run_job(suite: Suite, config: DictConfig) -> int:
         settings = list(hydra_config.overrides.task)
         return run(suite, parse(OmegaConf.to_container(config, resolve=True), suite), settings)
     except ConfigError as error:
-        console.report_faults(error)
+        console.report_errors(error)
         return EXIT_CONFIG

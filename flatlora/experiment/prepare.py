@@ -80,19 +80,19 @@ def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:
     gather(
         lambda: methods.ADAPTERS[experiment.peft.method].check(skeleton, experiment.peft),
         lambda: loading.check_weights(experiment.model, device),
-        lambda: _refuse(fit.attention_faults(experiment.model, skeleton)),
-        lambda: _refuse(
-            fit.packing_faults(experiment.model, skeleton, reads_weights=_reads_weights(experiment)),
+        lambda: _raise_if(fit.attention_errors(experiment.model, skeleton)),
+        lambda: _raise_if(
+            fit.packing_errors(experiment.model, skeleton, reads_weights=_reads_weights(experiment)),
         ),
-        lambda: _refuse(_position_faults(experiment, skeleton)),
+        lambda: _raise_if(_position_errors(experiment, skeleton)),
     )
-    _refuse(_peft_faults(experiment, skeleton))
+    _raise_if(_peft_errors(experiment, skeleton))
     return skeleton
 
 
-def _refuse(faults: Sequence[str]) -> None:
-    if faults:
-        raise ConfigError(faults)
+def _raise_if(errors: Sequence[str]) -> None:
+    if errors:
+        raise ConfigError(errors)
 
 
 def _reads_weights(experiment: Experiment) -> str | None:
@@ -101,15 +101,15 @@ def _reads_weights(experiment: Experiment) -> str | None:
         return f"peft={experiment.peft.name}"
     if experiment.flat and experiment.rho.mode in ("copy", "inplace"):
         return f"rho.mode={experiment.rho.mode}"
-    return f"rho={experiment.rho.name}" if experiment.regularised else None
+    return f"rho={experiment.rho.name}" if experiment.regularized else None
 
 
-def _position_faults(experiment: Experiment, skeleton: nn.Module) -> list[str]:
+def _position_errors(experiment: Experiment, skeleton: nn.Module) -> list[str]:
     longest = getattr(experiment.dataset, "max_length", None)
-    return [] if longest is None else fit.position_faults(experiment.model, skeleton, longest)
+    return [] if longest is None else fit.position_errors(experiment.model, skeleton, longest)
 
 
-def _peft_faults(experiment: Experiment, skeleton: nn.Module) -> list[str]:
+def _peft_errors(experiment: Experiment, skeleton: nn.Module) -> list[str]:
     """What PEFT says against an adapter around the experiment's layers, tried on a skeleton that it changes."""
     wanted = getattr(experiment.peft, "target_modules", None)
     if wanted is None:
@@ -132,17 +132,17 @@ def _read(suite: Suite, experiment: Experiment) -> tuple[Any, Any]:
     try:
         processor = kind.processor(experiment.model)
     except ConfigError as error:
-        raise ConfigError([*error.faults, *_file_faults(suite, experiment)]) from error
+        raise ConfigError([*error.errors, *_file_errors(suite, experiment)]) from error
     return processor, distributed.main_process_first(lambda: kind.read(experiment, processor))
 
 
-def _file_faults(suite: Suite, experiment: Experiment) -> list[str]:
+def _file_errors(suite: Suite, experiment: Experiment) -> list[str]:
     """Files of the data set that are not there, or a hub out of reach."""
     known = suite.datasets[experiment.dataset.loader].sources(experiment.dataset)
     try:
         gather(*(lambda source=source: fingerprint(source, experiment.data_root) for source in known))
     except ConfigError as error:
-        return error.faults
+        return error.errors
     return []
 
 

@@ -24,7 +24,7 @@ from flatlora.runs.metrics_log import MetricsLog, Tracker
 from flatlora.runs.run_folder import RunFolder
 from flatlora.train import checkpoint, distributed, training
 from flatlora.train.preemption import Preempted
-from flatlora.train.recorder import best_fault
+from flatlora.train.recorder import best_error
 from flatlora.utils import console, files, records
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import Precision, choose_precision
@@ -48,7 +48,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
         return distributed.launch(experiment.trainer, suite.script, settings)
     distributed.check_launch(experiment)
     device = loading.choose_device(experiment.trainer.device)
-    distributed.initialise(experiment, device)
+    distributed.initialize(experiment, device)
     distributed.check_agreement(
         {
             "the configuration": experiment.sha256(),
@@ -76,7 +76,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
         newest = None
         if not experiment.overwrite:
             origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
-            newest = checkpoint.latest_good(folder.path, *origin, base=base, also=best_fault)
+            newest = checkpoint.latest_good(folder.path, *origin, base=base, also=best_error)
             if newest is None and folder.is_trained:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
             if newest is not None:
@@ -118,14 +118,14 @@ def execute(
         signal.SIGUSR1,
     ):  # recorded as interrupted; while it trains, see flatlora.train.preemption
         signal.signal(polite, signal.default_int_handler)
-    record, code, hand_on = _new_record(experiment) | {"base": base}, 0, None
+    record, code, forward = _new_record(experiment) | {"base": base}, 0, None
     try:
         train_and_score(suite, experiment, folder, inputs, resume_from, record)
     except KeyboardInterrupt:
         record["status"], code = "interrupted", EXIT_INTERRUPTED
         console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
     except Preempted as error:
-        record["status"], code, hand_on = "interrupted", EXIT_PREEMPTED, error.hand_on
+        record["status"], code, forward = "interrupted", EXIT_PREEMPTED, error.forward
         console.console.print("Told to end: a checkpoint is written, and the same command with resume=true goes on.")
     except ConfigError as error:  # found only with the weights at hand
         record |= {"status": "failed", "error": str(error)}
@@ -149,8 +149,8 @@ def execute(
         except OSError as error:  # a full disk: what was there stays, and the run can be resumed
             console.report_failure(error)
             code = EXIT_FAILED
-    if hand_on is not None:
-        hand_on()
+    if forward is not None:
+        forward()
     return code
 
 
@@ -175,7 +175,7 @@ def train_and_score(
     backbone = loading.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
     method, start = methods.ADAPTERS[experiment.peft.method], _start(experiment, folder, inputs, resume_from)
     model = method.apply(backbone, experiment.peft, start)
-    if experiment.regularised:
+    if experiment.regularized:
         methods.REGULARIZERS[experiment.rho.method].prepare(model, experiment.rho, experiment.seed)
     if experiment.trainer.kernels == "auto":
         record["kernels"] = acceleration.accelerate(model, inputs.device)
@@ -280,7 +280,7 @@ def describe(suite: Suite, experiment: Experiment) -> list[tuple[str, str]]:
         ("model", sources.describe_source(experiment.model)),
         ("dataset", f"{experiment.dataset.name}: {loader.describe(experiment.dataset)}{source}"),
         ("peft", _settings(experiment.peft)),
-        ("rho", _settings(experiment.rho) if experiment.regularised else "off: no perturbation"),
+        ("rho", _settings(experiment.rho) if experiment.regularized else "off: no perturbation"),
         ("optim", _settings(optim)),
         ("trainer", _settings(experiment.trainer)),
         ("precision", str(_precision(experiment))),

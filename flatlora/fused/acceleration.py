@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flatlora.fused.cross_entropy import forward_without_logits, has_frozen_linear_head
-from flatlora.fused.lora_linear import fuse, groups_of, remake
+from flatlora.fused.lora_linear import fuse, groups_of, recompute_norm
 from flatlora.fused.packing import attends_to_all_before, remove_padding
 from flatlora.noise import triton_kernels
 from flatlora.utils.errors import reason_of
@@ -76,7 +76,7 @@ def _apply_liger(base: nn.Module) -> bool:
     _apply_liger_kernel_to_instance(model=base, cross_entropy=False, fused_linear_cross_entropy=False)
     for name, module in base.named_modules():
         if name.endswith(_NORM_BEFORE_MLP):
-            remake(module)
+            recompute_norm(module)
     rotary = getattr(modeling, _ROTARY, None)
     for name, value in before.items():
         setattr(modeling, name, value)

@@ -40,7 +40,7 @@ _CROSS_ATTENTION = ".attn2"  # of diffusers' blocks: keys and values read the pr
 def fuse(model: nn.Module) -> int:
     """Give every plain LoRA layer of a PEFT model the fused forward; the number of layers that took it.
 
-    Others (DoRA and further variants, LoRA on embeddings and convolutions, quantised weights) keep PEFT's forward and
+    Others (DoRA and further variants, LoRA on embeddings and convolutions, quantized weights) keep PEFT's forward and
     are counted in the log. So do calls that the fused forward does not cover: disabled, merged or several adapters,
     `adapter_names`.
     """
@@ -272,7 +272,7 @@ class _Call(NamedTuple):
     adds: bool  # gradients of the factors are added to their `.grad`
 
 
-def remake(norm: nn.Module) -> None:
+def recompute_norm(norm: nn.Module) -> None:
     """Let the fused layers behind a norm keep its input, which the norm keeps as well, and make its output anew.
 
     Costs a second pass of the norm and saves one activation of the size of the residual stream.

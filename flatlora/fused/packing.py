@@ -111,14 +111,14 @@ def loss_without_padding(
     tokens = attention_mask[order].bool()
     positions = (attention_mask[order].cumsum(1) - 1)[tokens]
     following = functional.pad(labels, (0, 1), value=IGNORED)[order, 1:][tokens]
-    labelled = (following != IGNORED).nonzero().squeeze(1)
+    labeled = (following != IGNORED).nonzero().squeeze(1)
     return forward(
         input_ids=input_ids[order][tokens][None],
         position_ids=positions[None],
         attention_mask=torch.zeros(1, 1, 1, 1),  # of four dimensions: transformers builds none of T × T
         labels=following[None],
-        shift_labels=following[labelled][None],
-        logits_to_keep=labelled,
+        shift_labels=following[labeled][None],
+        logits_to_keep=labeled,
         row_groups=_groups(lengths.tolist(), positions),
         use_cache=False,
         **kwargs,

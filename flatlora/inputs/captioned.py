@@ -121,7 +121,7 @@ class CaptionedRows:
 
 
 def picture_of(images: CaptionedImages, index: int) -> Image.Image:
-    """One picture in RGB, upright as its camera says; what is transparent is white, not the colour under it."""
+    """One picture in RGB, upright as its camera says; what is transparent is white, not the color under it."""
     picture = decoded(images, index)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -289,8 +289,8 @@ def _prompts(rows: Sequence[dict], others: tuple[str, ...], fixed: str | None, s
                 "for all pictures."
             ]
         )
-    if faults := long_prompts(prompts, f"{others[0]} in {source}"):
-        raise ConfigError(faults)
+    if errors := long_prompts(prompts, f"{others[0]} in {source}"):
+        raise ConfigError(errors)
     return prompts
 
 
@@ -409,18 +409,18 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
 # --- eight shapes
 
 _SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "bar", "hexagon")
-_COLOURS = ("red", "green", "blue", "orange", "purple", "teal", "gold", "navy")
+_COLORS = ("red", "green", "blue", "orange", "purple", "teal", "gold", "navy")
 _SIDE, _SMOOTH = 64, 4  # drawn at four times the size
 
 
 def _shapes(fixed: str | None) -> CaptionedImages:
-    prompts = [f"a {colour} {shape}" for colour, shape in zip(_COLOURS, _SHAPES, strict=True)]
+    prompts = [f"a {color} {shape}" for color, shape in zip(_COLORS, _SHAPES, strict=True)]
     if fixed is not None:
         prompts = [fixed] * len(prompts)
-    return CaptionedImages(SHAPES, prompts, lambda index: png_of(_drawn(_SHAPES[index], _COLOURS[index])))
+    return CaptionedImages(SHAPES, prompts, lambda index: png_of(_drawn(_SHAPES[index], _COLORS[index])))
 
 
-def _drawn(shape: str, colour: str) -> np.ndarray:
+def _drawn(shape: str, color: str) -> np.ndarray:
     side = _SIDE * _SMOOTH
     picture = Image.new("RGB", (side, side), "white")
     draw, middle, reach = ImageDraw.Draw(picture), side / 2, side * 0.36
@@ -429,13 +429,13 @@ def _drawn(shape: str, colour: str) -> np.ndarray:
     corners = {"square": (4, 45), "triangle": (3, 0), "diamond": (4, 0), "hexagon": (6, 0)}
     if shape in corners:
         sides, turn = corners[shape]
-        draw.regular_polygon((middle, middle, reach), sides, rotation=turn, fill=colour)
+        draw.regular_polygon((middle, middle, reach), sides, rotation=turn, fill=color)
     elif shape == "circle":
-        draw.ellipse(box, fill=colour)
+        draw.ellipse(box, fill=color)
     elif shape == "ring":
-        draw.ellipse(box, outline=colour, width=int(thick))
+        draw.ellipse(box, outline=color, width=int(thick))
     else:
-        draw.rectangle((box[0], middle - thick, box[2], middle + thick), fill=colour)
+        draw.rectangle((box[0], middle - thick, box[2], middle + thick), fill=color)
         if shape == "cross":
-            draw.rectangle((middle - thick, box[1], middle + thick, box[3]), fill=colour)
+            draw.rectangle((middle - thick, box[1], middle + thick, box[3]), fill=color)
     return np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS))

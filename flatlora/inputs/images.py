@@ -1,4 +1,4 @@
-"""Labelled images of a public data set, decoded and preprocessed when they are read: in the loader's workers.
+"""Labeled images of a public data set, decoded and preprocessed when they are read: in the loader's workers.
 
 Sources are those of rows.py: the hub, or DIR/<owner>/<name>/<config>/<split>.{parquet,jsonl}. In a Parquet file an
 image is the hub's {"bytes", "path"}; in a JSON-lines file it is a path beside that file. `scikit-learn/digits`
@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 from flatlora.inputs.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
 from flatlora.utils import caches
-from flatlora.utils.caches import cache_fault, kept_folder
+from flatlora.utils.caches import cache_error, kept_folder
 from flatlora.utils.console import counting
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import cache_folder
@@ -59,7 +59,7 @@ _PICTURE_BYTES = 16
 
 
 @dataclass
-class LabelledImages:
+class LabeledImages:
     """Pictures as files, in memory-mapped columns or on disk one by one, with their classes.
 
     `labels` are INT64; `names` are the classes', where the data set says them.
@@ -84,7 +84,7 @@ class Pictures(Protocol):
     def tag(self, index: int) -> bytes: ...
 
 
-def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> LabelledImages:
+def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> LabeledImages:
     """The images and labels of one split; no picture is decoded.
 
     Raises:
@@ -124,17 +124,17 @@ def parquet_table(path: Path, sha256: str) -> Any:
     try:
         kept_folder(folder, convert)
     except OSError as error:
-        raise cache_fault("the memory-mapped copy of a Parquet file", error, cache_folder()) from error
+        raise cache_error("the memory-mapped copy of a Parquet file", error, cache_folder()) from error
     return datasets.concatenate_datasets(
         [datasets.Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))]
     )
 
 
-def _of_table(table: Any, image: str, label: str, source: str, folder: Path | None) -> LabelledImages:
+def _of_table(table: Any, image: str, label: str, source: str, folder: Path | None) -> LabeledImages:
     table = with_bytes(table, image, (label,), source)
     names = getattr(table.features[label], "names", None)
     labels = _labels(table[label][:], label, source)
-    return LabelledImages(source, labels, bytes_of(table, image, folder), names)
+    return LabeledImages(source, labels, bytes_of(table, image, folder), names)
 
 
 def with_bytes(table: Any, image: str, others: Sequence[str], source: str) -> Any:
@@ -148,8 +148,8 @@ def with_bytes(table: Any, image: str, others: Sequence[str], source: str) -> An
     missing = [column for column in (image, *others) if column not in table.column_names]
     if missing or not len(table):
         found = ", ".join(table.column_names)
-        faults = [f"Missing column {column} in {source}: it has {found}; name it in the config." for column in missing]
-        raise ConfigError(faults or [f"Empty data set: {source} holds no row; at least one is needed."])
+        errors = [f"Missing column {column} in {source}: it has {found}; name it in the config." for column in missing]
+        raise ConfigError(errors or [f"Empty data set: {source} holds no row; at least one is needed."])
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
     return table
@@ -193,14 +193,14 @@ def file_in(folder: Path, name: str) -> bytes:
     return read_plain(place_inside(folder, name), _MOST_BYTES)
 
 
-def read_listed(path: Path, image: str, label: str) -> LabelledImages:
+def read_listed(path: Path, image: str, label: str) -> LabeledImages:
     """Pictures beside a JSON-lines file that names them."""
     rows = typed_columns(read_jsonl(path), {image: "text", label: "int"}, str(path))
     labels = _labels([row[label] for row in rows], label, str(path))
-    return LabelledImages(str(path), labels, lambda index: file_in(path.parent, rows[index][image]))
+    return LabeledImages(str(path), labels, lambda index: file_in(path.parent, rows[index][image]))
 
 
-def _digits(split: str) -> LabelledImages:
+def _digits(split: str) -> LabeledImages:
     from sklearn.datasets import load_digits
 
     spans = {"train": slice(0, _DIGITS_TRAIN), "test": slice(_DIGITS_TRAIN, None)}
@@ -209,7 +209,7 @@ def _digits(split: str) -> LabelledImages:
     found = load_digits()
     pixels = (found.images * (255 / 16)).round().astype(np.uint8)[spans[split]]
     labels = found.target.astype(np.int64)[spans[split]]
-    return LabelledImages(f"{DIGITS} ({split})", labels, lambda index: png_of(pixels[index]))
+    return LabeledImages(f"{DIGITS} ({split})", labels, lambda index: png_of(pixels[index]))
 
 
 def png_of(pixels: np.ndarray) -> bytes:
@@ -392,19 +392,19 @@ _STRIP_PIXELS = 1 << 20
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:
-    """Greys of 0–65,535 as round(grey / 257), a part at a time: a large picture fits into memory twice, not more often.
+    """Greys of 0–65,535 as round(gray / 257), a part at a time: a large picture fits into memory twice, not more often.
 
     257 is odd, so no quotient lies half-way between two integers.
     """
-    grey = Image.new("L", picture.size)
+    gray = Image.new("L", picture.size)
     columns = min(picture.width, _STRIP_PIXELS)
     rows = max(1, _STRIP_PIXELS // columns)
     for top, left in itertools.product(range(0, picture.height, rows), range(0, picture.width, columns)):
         box = left, top, min(left + columns, picture.width), min(top + rows, picture.height)
         wide = np.asarray(picture.crop(box)).astype(np.uint32)
-        grey.paste(Image.fromarray(((wide + 128) // 257).astype(np.uint8)), (left, top))
-    grey.info = picture.info  # how it is turned
-    return grey
+        gray.paste(Image.fromarray(((wide + 128) // 257).astype(np.uint8)), (left, top))
+    gray.info = picture.info  # how it is turned
+    return gray
 
 
 _TURNS = {
@@ -440,7 +440,7 @@ class ImageRows(Dataset):
         digests: of each row's file and class, as `check_images` gives them: equal for two copies of one picture.
     """
 
-    images: LabelledImages
+    images: LabeledImages
     indices: np.ndarray
     processor: Any
     digests: list[bytes]
@@ -462,7 +462,7 @@ class ImageRows(Dataset):
         return self.images.labels[self.indices].tolist()
 
 
-def name_fault(images: LabelledImages, names: Sequence[str], where: str) -> str | None:
+def name_error(images: LabeledImages, names: Sequence[str], where: str) -> str | None:
     """Why the classes that a data set names are not `names` of `where`; None if they agree or it names none.
 
     Prompts may word a class otherwise than the data set does. A word that stands at another place is another order;

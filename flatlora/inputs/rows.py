@@ -63,7 +63,7 @@ def fingerprint(source: Source, data_root: str | None = None) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     import datasets
 
-    with _hub_faults(source):
+    with _hub_errors(source):
         builder = datasets.load_dataset_builder(source.hub_id, source.config, revision=source.revision)
         return f"{source}@{builder.hash}"
 
@@ -77,22 +77,22 @@ def typed_columns(rows: Sequence[dict[str, Any]], columns: Columns, source: str)
     kinds = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "text")
     if not rows:
         raise ConfigError([f"Empty data set: {source} holds no row; at least one is needed."])
-    faults = [fault for column, kind in kinds.items() if (fault := _column_fault(column, kind, rows, source))]
-    if faults:
-        raise ConfigError(faults)
+    errors = [message for column, kind in kinds.items() if (message := _column_error(column, kind, rows, source))]
+    if errors:
+        raise ConfigError(errors)
     return [{column: row[column] for column in kinds} for row in rows]
 
 
 def gather(*steps: Callable[[], Any]) -> list[Any]:
-    """Results of all steps; one `ConfigError` with the faults of every step that has some."""
-    results, faults = [], []
+    """Results of all steps; one `ConfigError` with the errors of every step that has some."""
+    results, errors = [], []
     for step in steps:
         try:
             results.append(step())
         except ConfigError as error:
-            faults += error.faults
-    if faults:
-        raise ConfigError(faults)
+            errors += error.errors
+    if errors:
+        raise ConfigError(errors)
     return results
 
 
@@ -125,7 +125,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _column_fault(column: str, kind: Kind, rows: Sequence[dict[str, Any]], source: str) -> str | None:
+def _column_error(column: str, kind: Kind, rows: Sequence[dict[str, Any]], source: str) -> str | None:
     for number, row in enumerate(rows, start=1):
         if column not in row:
             found = _printable(", ".join(row)) or "none"
@@ -253,13 +253,13 @@ def hub_data(source: Source) -> Any:
     """
     import datasets
 
-    with _hub_faults(source):
+    with _hub_errors(source):
         return datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=source.revision)
 
 
 @contextlib.contextmanager
-def _hub_faults(source: Source) -> Iterator[None]:
-    """No network, an unknown or gated name, a broken file of the cache: as a fault with the ways out."""
+def _hub_errors(source: Source) -> Iterator[None]:
+    """No network, an unknown or gated name, a broken file of the cache: as a error with the ways out."""
     import datasets
 
     reachable = hub_is_reachable()

@@ -78,7 +78,7 @@ class AdapterMethod:
         """Choices of the experiment that do not go with this method."""
         peft, model, optim = experiment.peft, experiment.model, experiment.optim
         keys = ("peft", "peft.method")
-        reason = self.refuses.get(experiment.rho.method) if experiment.regularised else None
+        reason = self.refuses.get(experiment.rho.method) if experiment.regularized else None
         if reason:
             yield SettingError(
                 (*keys, "rho", "rho.method"),
@@ -143,7 +143,7 @@ class AdapterMethod:
         model.save_pretrained(folder)
 
 
-class Regulariser(TrainerCallback):
+class Regularizer(TrainerCallback):
     """What acts on a run besides its loss; one instance a run. A callback, with more hooks that the Trainer calls."""
 
     second_gradient = False  # whether a step takes its gradient anew after `ascend`
@@ -190,20 +190,20 @@ class Regulariser(TrainerCallback):
 
 
 class RhoMethod:
-    """A registered regulariser: its config, and how one is made for a run."""
+    """A registered regularizer: its config, and how one is made for a run."""
 
     Config: ClassVar[type[RhoConfig]] = RhoConfig
     reads_gradients: ClassVar[bool] = False  # as `AdapterMethod.reads_gradients`
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         """Choices of the experiment that do not go with this regularizer."""
-        if self.reads_gradients and experiment.regularised and experiment.trainer.zero:
+        if self.reads_gradients and experiment.regularized and experiment.trainer.zero:
             yield _zero_error("rho", experiment.rho.name, experiment)
 
     def prepare(self, model: nn.Module, config: RhoConfig, seed: int) -> None:
         """Add to the adapted model what the method trains besides; before a checkpoint is loaded."""
 
-    def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
+    def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
         raise NotImplementedError
 
 

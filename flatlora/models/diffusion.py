@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 from flatlora.config.sections import DiffusionModelConfig, ModelConfig
 from flatlora.inputs.rows import hub_is_reachable
 from flatlora.models.hashes import part_sha256
-from flatlora.models.sources import NO_FOREIGN_CODE, count_faults, hub_faults, load_whole
+from flatlora.models.sources import NO_FOREIGN_CODE, count_errors, hub_errors, load_whole
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import choose_precision, hold_as_computed, stored_dtype
 
@@ -180,8 +180,8 @@ def skeleton(config: DiffusionModelConfig, source: str) -> Denoiser:
 
     options = options_of(config, source)
     described = diffusers.UNet2DConditionModel.load_config(source, subfolder=UNET, **options)
-    if faults := count_faults(described, f"{UNET}/config.json of {config.hub_id}"):
-        raise ConfigError(faults)
+    if errors := count_errors(described, f"{UNET}/config.json of {config.hub_id}"):
+        raise ConfigError(errors)
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(described)
         encoders = [
@@ -260,16 +260,16 @@ def vae_state(config: DiffusionModelConfig) -> str | None:
         return None
     if os.path.isdir(config.vae_id):
         return f"sha256:{part_sha256(Path(config.vae_id))}"
-    with _vae_faults(config):
+    with _vae_errors(config):
         _, commit = diffusers.AutoencoderKL.load_config(config.vae_id, return_commit_hash=True)
     return f"{config.vae_id}@{commit}"
 
 
-def _vae_faults(config: DiffusionModelConfig) -> contextlib.AbstractContextManager:
-    """Faults of a VAE that is not the pipeline's, by its own setting's name."""
+def _vae_errors(config: DiffusionModelConfig) -> contextlib.AbstractContextManager:
+    """Errors of a VAE that is not the pipeline's, by its own setting's name."""
     if config.vae_id is None:
         return contextlib.nullcontext()
-    return hub_faults(_vae_config(config.vae_id))
+    return hub_errors(_vae_config(config.vae_id))
 
 
 def _vae_config(name: str) -> _VAEConfig:
@@ -322,7 +322,7 @@ def size_factor(config: DiffusionModelConfig, source: str) -> int:
     unet = diffusers.UNet2DConditionModel.load_config(source, subfolder=UNET, **options_of(config, source))
     name, options = _vae_place(config, source)
     options.pop("variant", None)
-    with _vae_faults(config):
+    with _vae_errors(config):
         vae = diffusers.AutoencoderKL.load_config(name, **options)
     return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
 
@@ -384,7 +384,7 @@ def _hub_holds(repository: str, name: str, revision: str | None) -> bool:
 def token_ids(
     tokenizers: Sequence[transformers.PreTrainedTokenizerBase], prompts: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of both tokenizers, B × their limit; `tell_long_prompts` speaks of those that are cut."""
+    """Ids of both tokenizers, B × their limit; `warn_of_long_prompts` speaks of those that are cut."""
     return tuple(
         tokenizer(
             list(prompts),
@@ -397,7 +397,7 @@ def token_ids(
     )
 
 
-def tell_long_prompts(tokenizers: Sequence[transformers.PreTrainedTokenizerBase], prompts: Sequence[str]) -> None:
+def warn_of_long_prompts(tokenizers: Sequence[transformers.PreTrainedTokenizerBase], prompts: Sequence[str]) -> None:
     """Warn, once for all of them, of prompts that are longer than a tokenizer's limit."""
     texts = list(dict.fromkeys(prompts))
     for tokenizer in tokenizers:
@@ -441,7 +441,7 @@ def moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """
     found = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
     mean, std = found.mean[0].float().cpu(), found.std[0].float().cpu()
-    refuse_broken(vae, torch.stack([mean, std]))
+    validate_unbroken(vae, torch.stack([mean, std]))
     scale = Scale(vae)
     return scale.to_model(mean), std * scale.factor
 
@@ -456,12 +456,12 @@ def decode(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     scale, pictures = Scale(vae), []
     for one in latents.float().cpu():
         found = vae.decode(scale.to_vae(one)[None].to(vae.device, vae.dtype)).sample[0].float().cpu()
-        refuse_broken(vae, found)
+        validate_unbroken(vae, found)
         pictures.append((found / 2 + 0.5).clamp(0, 1))
     return torch.stack(pictures)
 
 
-def refuse_broken(vae: nn.Module, found: torch.Tensor) -> None:
+def validate_unbroken(vae: nn.Module, found: torch.Tensor) -> None:
     """
     Raises:
         ConfigError: what a VAE made is not finite.
@@ -479,7 +479,7 @@ def refuse_broken(vae: nn.Module, found: torch.Tensor) -> None:
         )
 
 
-def _refuse_broken_latents(denoiser: nn.Module, latents: torch.Tensor, prompts: Sequence[str]) -> None:
+def _validate_latents(denoiser: nn.Module, latents: torch.Tensor, prompts: Sequence[str]) -> None:
     """
     Raises:
         ConfigError: what a denoiser made is not finite.
@@ -573,7 +573,7 @@ def sample(
             guidance_scale=guidance,
             output_type="latent",
         ).images
-    _refuse_broken_latents(pipeline.unet, latents, prompts)
+    _validate_latents(pipeline.unet, latents, prompts)
     with torch.autocast(latents.device.type, enabled=False):
         return decode(pipeline.vae, latents)
 

@@ -63,7 +63,7 @@ def packing_of(known: PreTrainedConfig) -> str | None:
     return f"{settings.get('quant_method', 'bitsandbytes')}{bits}"
 
 
-def packing_faults(config: ModelConfig, skeleton: nn.Module, *, reads_weights: str | None) -> list[str]:
+def packing_errors(config: ModelConfig, skeleton: nn.Module, *, reads_weights: str | None) -> list[str]:
     """Packed weights in a model's own files that a run cannot do with.
 
     Args:
@@ -86,7 +86,7 @@ def packing_faults(config: ModelConfig, skeleton: nn.Module, *, reads_weights: s
     ]
 
 
-def position_faults(config: ModelConfig, skeleton: nn.Module, max_length: int) -> list[str]:
+def position_errors(config: ModelConfig, skeleton: nn.Module, max_length: int) -> list[str]:
     """Rows that may be longer than a model's table of positions, beyond which it has none."""
     tables = position_tables(skeleton)
     longer = skeleton.config.is_encoder_decoder  # LED's encoder reads more than its decoder writes
@@ -165,7 +165,7 @@ def caps_attention(known: PreTrainedConfig) -> bool:
     return any(getattr(part, "attn_logit_softcapping", None) is not None for part in parts)
 
 
-def attention_faults(config: ModelConfig, skeleton: nn.Module) -> list[str]:
+def attention_errors(config: ModelConfig, skeleton: nn.Module) -> list[str]:
     """Kernels that were asked for and that the architecture does not have, or that compute another formula."""
     name = type(skeleton).__name__
     if config.attn == "sdpa" and not getattr(skeleton, "_supports_sdpa", True):
@@ -179,7 +179,7 @@ def attention_faults(config: ModelConfig, skeleton: nn.Module) -> list[str]:
     return [f"Invalid model.attn={config.attn} with {config.hub_id}: {reason}; use model.attn=auto or eager."]
 
 
-def vocabulary_faults(
+def vocabulary_errors(
     tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str, added: Iterable[str] = ()
 ) -> list[str]:
     """Tokens beyond a model's embeddings that its texts would hold.

@@ -36,7 +36,7 @@ from flatlora.models.fit import (
     described_in_family,
     embedding_rows,
     packing_of,
-    vocabulary_faults,
+    vocabulary_errors,
 )
 from flatlora.models.hashes import folder_state, weights_sha256
 from flatlora.models.saved_adapters import base_name, check_adapter, holds_tensors_of, with_adapter
@@ -44,12 +44,12 @@ from flatlora.models.sources import (
     NO_FOREIGN_CODE,
     backbone_source,
     described,
-    hub_faults,
+    hub_errors,
     load_whole,
     not_finite,
     source_and_options,
 )
-from flatlora.models.starts import move_as_started, start_of_checkpoint
+from flatlora.models.starts import start_of_checkpoint, subtract_initial_adapter
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import choose_precision, hold_as_computed, slow_bf16_warning, use_physical_cores
 
@@ -112,7 +112,7 @@ class LanguageModels:
 
     def skeleton(self, config: ModelConfig) -> nn.Module:
         known = described_in_family(config)
-        with hub_faults(config), torch.device("meta"):
+        with hub_errors(config), torch.device("meta"):
             return self.auto.from_config(known, **NO_FOREIGN_CODE)
 
     def weight_files(self, config: ModelConfig) -> Sequence[str]:
@@ -130,7 +130,7 @@ class LanguageModels:
         known = described_in_family(config)
         source, options = source_and_options(config)
         if config.quantize != "none":
-            options |= {"quantization_config": quantisation(config)}
+            options |= {"quantization_config": quantization(config)}
         if config.quantize != "none" or packing_of(known):
             options |= {"device_map": {"": device}}
         model = load_whole(
@@ -145,7 +145,7 @@ class LanguageModels:
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes would pack W in another order at its first evaluation on such a CPU, where nothing that
-                # dequantises it, PEFT's own code included, could read it any more.
+                # dequantizes it, PEFT's own code included, could read it any more.
                 module.support_avx512bf16_for_cpu = False
         return model
 
@@ -222,7 +222,7 @@ class CLIPClassifiers(LanguageModels):
             head=base.head,
             dtype=getattr(torch, dtype or _saved_dtype(saved)),
         )
-        _refuse_not_finite(model, path)
+        _validate_finite(model, path)
         hold_as_computed(model, choose_precision(autocast, dtype or _saved_dtype(saved), device))
         if base.head == "text":
             model.class_embeddings, model.temperature = base.class_embeddings, base.temperature
@@ -237,18 +237,18 @@ class Denoisers:
 
     def skeleton(self, config: DiffusionModelConfig) -> nn.Module:
         source = backbone_source(config)
-        with hub_faults(config):  # and a VAE of its own is looked for, whatever else is wrong
+        with hub_errors(config):  # and a VAE of its own is looked for, whatever else is wrong
             return gather(lambda: diffusion.skeleton(config, source), lambda: diffusion.size_factor(config, source))[0]
 
     def weight_files(self, config: DiffusionModelConfig) -> Sequence[str]:
         return diffusion.weight_files(config)
 
     def commit(self, config: DiffusionModelConfig) -> str | None:
-        with hub_faults(config):
+        with hub_errors(config):
             return diffusion.commit_hash(config, backbone_source(config))
 
     def load(self, config: DiffusionModelConfig, device: torch.device, classes: Classes | None = None) -> nn.Module:
-        with hub_faults(config):
+        with hub_errors(config):
             return diffusion.load_denoiser(config, backbone_source(config), device)
 
     def processor(self, config: DiffusionModelConfig) -> None:
@@ -287,7 +287,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ConfigError: it cannot be had; with the ways out.
     """
     source, options = source_and_options(config)
-    with hub_faults(config):
+    with hub_errors(config):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **NO_FOREIGN_CODE, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -302,7 +302,7 @@ def load_image_processor(config: ModelConfig) -> Any:
     """
     source, options = source_and_options(config)
     cls = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    with hub_faults(config):
+    with hub_errors(config):
         return cls.from_pretrained(source, **options)
 
 
@@ -355,7 +355,7 @@ def check_captioner(name: str) -> None:
         ConfigError: as `check_weights`.
     """
     check_weights(_captioner_config(name), torch.device("cpu"))
-    with hub_faults(_captioner_config(name)):
+    with hub_errors(_captioner_config(name)):
         transformers.AutoProcessor.from_pretrained(name, **NO_FOREIGN_CODE)
 
 
@@ -368,7 +368,7 @@ def load_captioner(name: str, device: torch.device) -> tuple[nn.Module, Any]:
     config = _captioner_config(name)
     auto = transformers.AutoModelForImageTextToText
     model = load_whole(config, auto, name, dtype=torch.float32, **NO_FOREIGN_CODE)
-    with hub_faults(config):
+    with hub_errors(config):
         processor = transformers.AutoProcessor.from_pretrained(name, **NO_FOREIGN_CODE)
     return model.eval().to(device), processor
 
@@ -384,33 +384,33 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
     Raises:
         ConfigError: weights or kernels are missing; with the ways out.
     """
-    faults = []
+    errors = []
     if config.attn == "flash_attention_2" and not (device.type == "cuda" and is_flash_attn_2_available()):
-        faults.append(
+        errors.append(
             f"Invalid model.attn=flash_attention_2 on {device.type}: the package flash-attn is not usable here; use "
             "model.attn=auto, which takes torch's own kernels."
         )
     if config.family == "sdxl" and config.dtype == "float16" and device.type == "cpu":
-        faults.append(
+        errors.append(
             "Invalid model.dtype=float16 on cpu: a diffusion model is trained in FP16 on a GPU alone, where its loss "
             "is scaled; use model.dtype=bfloat16 or float32."
         )
     if config.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        faults.append(
+        errors.append(
             f"Invalid model.quantize={config.quantize}: the package bitsandbytes is not installed; run pip install "
             "bitsandbytes, or use model.quantize=none."
         )
     source, options = source_and_options(config)
     files = FAMILIES[config.family].weight_files(config)
-    with hub_faults(config):
+    with hub_errors(config):
         if not any(has_file(source, name, **options) for name in files):
-            faults.append(
+            errors.append(
                 f"Invalid {config.hub_setting}={config.hub_id}: it holds no weights, or they cannot be reached "
                 f"({', '.join(files)}); connect to the network, or name a whole model, made by save_pretrained "
                 "or `hf download`."
             )
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
 
 
 def load_backbone(
@@ -434,19 +434,19 @@ def load_backbone(
     hold_as_computed(model, precision)
     if precision.slow:
         logger.warning("%s", slow_bf16_warning(model, "autocast=bfloat16", "autocast=auto computes in FP32 here"))
-    _refuse_not_finite(model, config.hub_id)
+    _validate_finite(model, config.hub_id)
     model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
     return model.requires_grad_(False)
 
 
-def _refuse_not_finite(model: nn.Module, name: str) -> None:
+def _validate_finite(model: nn.Module, name: str) -> None:
     if broken := not_finite(model.state_dict()):
         raise ConfigError(
             [f"Invalid weights of {name}: {broken[0]}; copy the model again, or use the last one that was whole."]
         )
 
 
-def quantisation(config: ModelConfig) -> transformers.BitsAndBytesConfig:
+def quantization(config: ModelConfig) -> transformers.BitsAndBytesConfig:
     """NF4 in blocks of 64 (QLoRA's format), products in the model's dtype."""
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=config.quantize, bnb_4bit_compute_dtype=getattr(torch, config.dtype)
@@ -516,23 +516,23 @@ def size_factor(config: DiffusionModelConfig, *, drawn: bool = False) -> int:
     Raises:
         ConfigError: the pipeline cannot be had; with the ways out.
     """
-    with hub_faults(config):
+    with hub_errors(config):
         factor = diffusion.size_factor(config, backbone_source(config))
     return math.lcm(factor, diffusion.DRAWN_FACTOR) if drawn else factor
 
 
-def tell_long_prompts(config: DiffusionModelConfig, prompts: Sequence[str]) -> None:
+def warn_of_long_prompts(config: DiffusionModelConfig, prompts: Sequence[str]) -> None:
     """Warn of prompts that are longer than the model's tokenizers allow: they are cut.
 
     Raises:
         ConfigError: the tokenizers cannot be had; with the ways out.
     """
-    with hub_faults(config):
+    with hub_errors(config):
         tokenizers = diffusion.load_tokenizers(config, backbone_source(config))
-    diffusion.tell_long_prompts(tokenizers, prompts)
+    diffusion.warn_of_long_prompts(tokenizers, prompts)
 
 
-def size_faults(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]], *, drawn: bool = False) -> list[str]:
+def size_errors(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]], *, drawn: bool = False) -> list[str]:
     """Sizes of pictures (H, W) that the parts of a pipeline cannot halve as often as they do; `drawn` as `size_factor`
     has it."""
     factor = size_factor(config, drawn=drawn)
@@ -595,7 +595,7 @@ def load_for_inference(
         model = load_backbone(config, device, classes, autocast)
     if adapter is not None:
         if start := start_of_checkpoint(adapter):
-            move_as_started(model, start)
+            subtract_initial_adapter(model, start)
         model = with_adapter(model, adapter, family=config.family, name=config.hub_id)
     if isinstance(processor, PreTrainedTokenizerBase):
         _check_vocabulary(processor, model, path, config if adapter is not None else None)
@@ -651,8 +651,8 @@ def _check_vocabulary(
         with contextlib.suppress(ConfigError):  # a backbone that has none
             own = load_tokenizer(base).get_vocab()
             added = [token for token in added if token not in own]
-    if faults := vocabulary_faults(tokenizer, model, path, added):
-        raise ConfigError(faults)
+    if errors := vocabulary_errors(tokenizer, model, path, added):
+        raise ConfigError(errors)
 
 
 def model_of(path: str) -> ModelConfig:

@@ -30,33 +30,33 @@ def check_adapter(folder: Path) -> None:
     Raises:
         ConfigError: weights that are missing, or of a kind that this PEFT does not know.
     """
-    faults = []
+    errors = []
     if not any(folder.glob("adapter_model.*")):
-        faults.append(f"Missing file {folder}/adapter_model.safetensors: copy the adapter's folder whole.")
+        errors.append(f"Missing file {folder}/adapter_model.safetensors: copy the adapter's folder whole.")
     kind = adapter_config(folder).get("peft_type")
     if kind not in list(PeftType):
-        faults.append(
+        errors.append(
             f"Invalid peft_type {kind} in {folder}/adapter_config.json: PEFT {importlib.metadata.version('peft')} does "
             "not know it; install the version that saved the adapter, or copy its folder whole."
         )
     if irregular := irregular_files(folder):
-        faults.append(f"Invalid adapter {folder}: not all in it are files: {in_short(irregular)}; copy it again.")
-    if not faults:
-        faults += _number_faults(folder)
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"Invalid adapter {folder}: not all in it are files: {in_short(irregular)}; copy it again.")
+    if not errors:
+        errors += _number_errors(folder)
+    if errors:
+        raise ConfigError(errors)
 
 
 _MOST_RANK = 1024  # that needs no tensor to show it
 _NO_SIZE = re.compile(r"alpha|seed|prng|step|warmup|token_id|layers_to_transform")  # whole numbers that are none
 
 
-def _number_faults(folder: Path) -> list[str]:
+def _number_errors(folder: Path) -> list[str]:
     """Sizes and scalings of adapter_config.json that its tensors cannot have: PEFT would make layers of such sizes."""
     config = adapter_config(folder)
     kind, ranks, alphas = config.get("peft_type"), {}, {}
     if kind not in (PeftType.LORA, PeftType.ADALORA):
-        return _size_faults(folder, config)
+        return _size_errors(folder, config)
     if kind == PeftType.LORA:
         ranks, alphas = {"r": config.get("r", 8)}, {"lora_alpha": config.get("lora_alpha", 8)}
         for pattern, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
@@ -77,7 +77,7 @@ def _number_faults(folder: Path) -> list[str]:
     ]
 
 
-def _size_faults(folder: Path, config: Mapping[str, Any]) -> list[str]:
+def _size_errors(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """The same of methods that are not trained here, whose configs have sizes of many names."""
     sizes = {name: value for name, value in config.items() if not _NO_SIZE.search(name)}
     for name, value in config.items():
@@ -163,10 +163,10 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
         ConfigError: the adapter is of another task, or its tensors do not fit the backbone, its config or each other.
     """
     weights = _weights(folder)
-    faults = [*_task_faults(folder, family), *_embedding_faults(backbone, weights, folder)]
-    faults += [f"Invalid adapter {folder}: it has {fault}; copy it again." for fault in not_finite(weights)]
-    if faults:
-        raise ConfigError(faults)
+    errors = [*_task_errors(folder, family), *_embedding_errors(backbone, weights, folder)]
+    errors += [f"Invalid adapter {folder}: it has {message}; copy it again." for message in not_finite(weights)]
+    if errors:
+        raise ConfigError(errors)
     _resize_embeddings(backbone, weights)
     _try_patterns(folder, [name for name, _ in backbone.named_modules()])
     try:
@@ -244,7 +244,7 @@ _TASKS = {"causal_lm": ("CAUSAL_LM",), "seq2seq": ("SEQ_2_SEQ_LM",)}
 """Family of a model → PEFT's names for it; None, or FEATURE_EXTRACTION for a model without a head, suits all."""
 
 
-def _task_faults(folder: Path, family: str) -> list[str]:
+def _task_errors(folder: Path, family: str) -> list[str]:
     task = adapter_config(folder).get("task_type")
     known = (*_TASKS.get(family, ()), "FEATURE_EXTRACTION")
     if task is None or task in known:
@@ -276,7 +276,7 @@ def _embedding_rows(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> di
     return rows
 
 
-def _embedding_faults(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> list[str]:
+def _embedding_errors(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> list[str]:
     """Embeddings that were resized in training and only in part saved with the adapter."""
     rows = _embedding_rows(model, weights)
     wanted = sorted({saved for own, saved in rows.values() if saved not in (None, own)})

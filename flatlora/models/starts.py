@@ -49,7 +49,7 @@ def move_weights(model: nn.Module) -> None:
         base.weight.data = rounded.to(base.weight.dtype)
 
 
-def move_as_started(backbone: nn.Module, folder: Path) -> None:
+def subtract_initial_adapter(backbone: nn.Module, folder: Path) -> None:
     """Subtract a run's start from an untouched backbone: what that run's checkpoints were trained on."""
     adapted = PeftModel.from_pretrained(backbone, str(folder))
     move_weights(adapted)

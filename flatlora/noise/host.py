@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from flatlora.noise import torch_passes
-from flatlora.noise.philox import layer_key, refuse_counter
+from flatlora.noise.philox import layer_key, validate_counter
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _over_rows(
 ) -> None:
     """Run a compiled kernel, rows shared out over torch's number of threads; the result does not depend on it."""
     rows = matrix.shape[0]
-    refuse_counter(step=step, stream=stream, row=row + rows)
+    validate_counter(step=step, stream=stream, row=row + rows)
     words = tuple(np.uint32(word) for word in (*key, step, stream, row))
     workers = min(torch.get_num_threads(), max(1, matrix.numel() // _ELEMENTS_WORTH_A_THREAD))
     if workers == 1 or getattr(_thread, "shares", False):

@@ -51,7 +51,7 @@ def noise_stream(rank: int, micro_batch: int, world_size: int, *, per_rank: bool
     return 1 + micro_batch if per_micro_batch else 0
 
 
-def refuse_counter(**words: int) -> None:
+def validate_counter(**words: int) -> None:
     """ValueError for a word of the Philox counter that does not fit."""
     for name, value in words.items():
         if not 0 <= value <= _UINT32:

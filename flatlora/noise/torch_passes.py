@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, refuse_counter
+from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, validate_counter
 
 _UINT32 = 0xFFFFFFFF
 _CHUNK_ELEMENTS = 1 << 20  # bounds the INT64 and FP64 temporaries
@@ -41,8 +41,8 @@ def fill_normal_torch(
     out: torch.Tensor, key: tuple[int, int], step: int, stream: int, *, row: int = 0, column: int = 0
 ) -> torch.Tensor:
     """Fill `out` (m × n, floating, any device and strides) with the slice of z that starts at (row, column)."""
-    refuse_counter(step=step, stream=stream)
-    refuse_address(out.shape, key, row, column)
+    validate_counter(step=step, stream=stream)
+    validate_address(out.shape, key, row, column)
     for start, stop in _row_chunks(*out.shape):
         out[start:stop] = _normal(out[start:stop], key, step, stream, row + start, column)
     return out
@@ -63,10 +63,10 @@ def add_normal_torch(
 ) -> torch.Tensor:
     """out_ij = round(weight_ij + sign · c_i z_ij) as plain torch operations; see NoisePass for shapes and errors."""
     one_device([weight, c, out])
-    refuse_outs([weight], [out])
-    refuse_coefficients(c, weight.shape[0])
-    refuse_counter(step=step, stream=stream)
-    refuse_address(weight.shape, key, row, column)
+    validate_outs([weight], [out])
+    validate_coefficients(c, weight.shape[0])
+    validate_counter(step=step, stream=stream)
+    validate_address(weight.shape, key, row, column)
     return add_normal_unchecked(weight, c, out, key, step, stream, row, column, sign)
 
 
@@ -118,7 +118,7 @@ def _row_chunks(rows: int, columns: int) -> Iterable[tuple[int, int]]:
 # --- What is refused.
 
 
-def refuse_unequal_lengths(**lists: Sequence) -> None:
+def validate_equal_lengths(**lists: Sequence) -> None:
     if len({len(values) for values in lists.values()}) > 1:
         counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
         raise ValueError(f"Invalid lists ({counts}): one of each is needed for every weight; pass equal lengths.")
@@ -132,18 +132,18 @@ def one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
     return devices.pop()
 
 
-def refuse_not_a_matrix(weight: torch.Tensor) -> None:
+def validate_matrix(weight: torch.Tensor) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             f"Invalid weight={weight.dtype} {tuple(weight.shape)}: a floating-point matrix is needed; load the "
-            "backbone unquantised and view the weight as rows × columns."
+            "backbone unquantized and view the weight as rows × columns."
         )
 
 
-def refuse_outs(weights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
+def validate_outs(weights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
     """Each out fits its weight, is that weight or lies apart from it, and occurs once."""
     for weight, out in zip(weights, outs, strict=True):
-        refuse_not_a_matrix(weight)
+        validate_matrix(weight)
         if out.shape != weight.shape or out.dtype != weight.dtype:
             raise ValueError(
                 f"Invalid out={out.dtype} {tuple(out.shape)} for weight={weight.dtype} {tuple(weight.shape)}: both "
@@ -173,7 +173,7 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.numel() > 0 and one.data_ptr() < end(other) and other.data_ptr() < end(one)
 
 
-def refuse_coefficients(c: torch.Tensor, rows: int) -> None:
+def validate_coefficients(c: torch.Tensor, rows: int) -> None:
     if c.dtype != torch.float32 or c.shape != (rows,) or not c.is_contiguous():
         raise ValueError(
             f"Invalid coefficients={c.dtype} {tuple(c.shape)}: one contiguous FP32 vector with a number for each row "
@@ -181,7 +181,7 @@ def refuse_coefficients(c: torch.Tensor, rows: int) -> None:
         )
 
 
-def refuse_address(shape: Sequence[int], key: tuple[int, int], row: int, column: int) -> None:
+def validate_address(shape: Sequence[int], key: tuple[int, int], row: int, column: int) -> None:
     last_column = _UINT32 * COLUMNS_PER_BLOCK
     bounds = {
         "row": (row, _UINT32 - shape[0]),
@@ -197,7 +197,7 @@ def refuse_address(shape: Sequence[int], key: tuple[int, int], row: int, column:
             )
 
 
-def refuse_factors(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def validate_factors(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     fits = a.dim() == b.dim() == 2 and a.shape[1] == weight.shape[1] and b.shape == (weight.shape[0], a.shape[0])
     plain = all(t.dtype == torch.float32 and (t.shape[-1] <= 1 or t.stride(-1) == 1) for t in (a, b))
     if not (fits and plain):

@@ -20,17 +20,17 @@ from contextlib import nullcontext
 
 import torch
 
-from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, refuse_counter
+from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, validate_counter
 from flatlora.noise.torch_passes import (
     add_normal_unchecked,
     one_device,
-    refuse_address,
-    refuse_coefficients,
-    refuse_factors,
-    refuse_not_a_matrix,
-    refuse_outs,
-    refuse_unequal_lengths,
     squared_row_norms,
+    validate_address,
+    validate_coefficients,
+    validate_equal_lengths,
+    validate_factors,
+    validate_matrix,
+    validate_outs,
 )
 
 try:
@@ -44,7 +44,7 @@ except ImportError:
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python on CPU tensors, to test their logic
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NOISE_TILE = {"ROWS": 4, "BLOCKS": 32, "num_warps": 1}  # 4 rows × 256 columns, 8 columns of each row a thread
-NOISE_TILE_TRANSPOSED = {"ROWS": 128, "BLOCKS": 4, "num_warps": 4}  # neighbouring threads on neighbouring rows
+NOISE_TILE_TRANSPOSED = {"ROWS": 128, "BLOCKS": 4, "num_warps": 4}  # neighboring threads on neighboring rows
 ROW_NORM_TILE = {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3}
 ROW_NORM_TILE_WIDE = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}  # for FP32, FP16 and r > 32
 
@@ -93,13 +93,13 @@ class NoisePass:
     ) -> None:
         rows = [0] * len(weights) if rows is None else rows
         columns = [0] * len(weights) if columns is None else columns
-        refuse_unequal_lengths(weights=weights, outs=outs, keys=keys, rows=rows, columns=columns)
+        validate_equal_lengths(weights=weights, outs=outs, keys=keys, rows=rows, columns=columns)
         self.device = one_device([*weights, *outs, coefficients])
         self.counter = torch.zeros(2, dtype=torch.int64, device=self.device) if counter is None else counter
-        refuse_outs(weights, outs)
-        refuse_coefficients(coefficients, sum(weight.shape[0] for weight in weights))
+        validate_outs(weights, outs)
+        validate_coefficients(coefficients, sum(weight.shape[0] for weight in weights))
         for weight, key, row, column in zip(weights, keys, rows, columns, strict=True):
-            refuse_address(weight.shape, key, row, column)
+            validate_address(weight.shape, key, row, column)
         if self.counter.dtype != torch.int64 or self.counter.shape != (2,) or self.counter.device != self.device:
             raise ValueError(
                 f"Invalid counter={self.counter.dtype} {tuple(self.counter.shape)} on {self.counter.device}: step and "
@@ -138,7 +138,7 @@ class NoisePass:
 
     def set_counter(self, step: int, stream: int) -> None:
         """What the next launch, or the next replay of a captured one, draws."""
-        refuse_counter(step=step, stream=stream)
+        validate_counter(step=step, stream=stream)
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"Cannot set step={step} while a CUDA graph is captured: every replay would draw the same noise; "
@@ -187,11 +187,11 @@ class RowNormPass:
         out: torch.Tensor | None = None,
     ) -> None:
         scalings = [1.0] * len(weights) if scalings is None else scalings
-        refuse_unequal_lengths(weights=weights, A=A, B=B, scalings=scalings)
+        validate_equal_lengths(weights=weights, A=A, B=B, scalings=scalings)
         self.device = one_device([*weights, *A, *B])
         for weight, a, b in zip(weights, A, B, strict=True):
-            refuse_not_a_matrix(weight)
-            refuse_factors(weight, a, b)
+            validate_matrix(weight)
+            validate_factors(weight, a, b)
         heights = [weight.shape[0] for weight in weights]
         if squared_norms is None:
             squared_norms = torch.cat([squared_row_norms(weight.detach()) for weight in weights])
@@ -201,7 +201,7 @@ class RowNormPass:
             )
         self.squared_norms = squared_norms.to(self.device, torch.float32).contiguous()
         self.result = torch.empty_like(self.squared_norms) if out is None else out
-        refuse_coefficients(self.result, sum(heights))
+        validate_coefficients(self.result, sum(heights))
         factors = torch.tensor(scalings, dtype=torch.float32, device=self.device).split(1)
         squares = self.squared_norms.split(heights), self.result.split(heights)
         every = zip(weights, A, B, factors, *squares, strict=True)

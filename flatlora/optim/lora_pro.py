@@ -142,7 +142,7 @@ class LoRAPro(torch.optim.Optimizer):
         if others is None:
             others = getattr(params_pairs, "others", ())
         pairs, others = [Pair(*pair) for pair in params_pairs], list(others)
-        _refuse_faults(pairs, lr, betas, eps, weight_decay, mode, moments, damping)
+        _refuse_errors(pairs, lr, betas, eps, weight_decay, mode, moments, damping)
         self.mode, self.moments, self.damping, self.seed = mode, _MOMENTS[moments], damping, seed
         groups: list[dict[str, Any]] = [
             {
@@ -398,7 +398,7 @@ def nearest_update_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Slow twin of the closed form, from the full gradient: a least-squares solve over all (gA, gB), in FP64.
 
-    Among the minimisers it takes the one nearest to LoRA's own gradients.
+    Among the minimizers it takes the one nearest to LoRA's own gradients.
     """
     A, B, G = A.double(), B.double(), full_gradient.double()
     (r, n), m = A.shape, B.shape[0]
@@ -432,32 +432,32 @@ def _owners(pairs: Sequence[Pair], processes: int) -> dict[str, int]:
     return owners
 
 
-def _refuse_faults(pairs, lr, betas, eps, weight_decay, mode, moments, damping) -> None:
-    faults = []
+def _refuse_errors(pairs, lr, betas, eps, weight_decay, mode, moments, damping) -> None:
+    errors = []
     if not pairs:
-        faults.append("Invalid params_pairs=[]: at least one (A, B) pair is needed; see lora_pairs(model).")
+        errors.append("Invalid params_pairs=[]: at least one (A, B) pair is needed; see lora_pairs(model).")
     names = [pair.name for pair in pairs]
     if len(set(names)) < len(names):
-        faults.append(f"Invalid params_pairs: {len(names) - len(set(names))} names occur twice; state is kept by name.")
+        errors.append(f"Invalid params_pairs: {len(names) - len(set(names))} names occur twice; state is kept by name.")
     for pair in pairs:
         if pair.A.ndim != 2 or pair.B.ndim != 2 or pair.A.shape[0] != pair.B.shape[1]:
-            faults.append(
+            errors.append(
                 f"Invalid pair {pair.name}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}; not r × n, m × r."
             )
         if pair.A.dtype != pair.B.dtype or pair.A.dtype not in (torch.float32, torch.float64):
-            faults.append(
+            errors.append(
                 f"Invalid pair {pair.name}: A is {pair.A.dtype} and B {pair.B.dtype}; both must be FP32 (or FP64): "
                 "keep adapters in full precision."
             )
         if not pair.scaling > 0:
-            faults.append(f"Invalid scaling={pair.scaling} of {pair.name}: it must be > 0.")
+            errors.append(f"Invalid scaling={pair.scaling} of {pair.name}: it must be > 0.")
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("damping", damping)):
         if not value >= 0:
-            faults.append(f"Invalid {name}={value}: it must be ≥ 0.")
+            errors.append(f"Invalid {name}={value}: it must be ≥ 0.")
     if not all(0 <= beta < 1 for beta in betas):
-        faults.append(f"Invalid betas={betas}: both must be in [0, 1).")
+        errors.append(f"Invalid betas={betas}: both must be in [0, 1).")
     for name, value, known in (("mode", mode, ("adamw", "sgd")), ("moments", moments, tuple(_MOMENTS))):
         if value not in known:
-            faults.append(f"Invalid {name}={value!r}: choose one of {', '.join(known)}.")
-    if faults:
-        raise ValueError("\n".join(faults))
+            errors.append(f"Invalid {name}={value!r}: choose one of {', '.join(known)}.")
+    if errors:
+        raise ValueError("\n".join(errors))

@@ -47,11 +47,11 @@ class Epsilon(Protocol):
         """outs = round(W + sign · c z), in the stored layout; an out may be its W."""
         ...
 
-    def aim(self, draws: Sequence[Draw]) -> None:
-        """Set what `materialise` draws where a CUDA graph replays it, and no code of the host runs."""
+    def set_counter(self, draws: Sequence[Draw]) -> None:
+        """Set what `materialize` draws where a CUDA graph replays it, and no code of the host runs."""
         ...
 
-    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+    def materialize(self, index: int, draw: Draw) -> torch.Tensor:
         """W + ε of one layer in the stored layout, in a buffer that the next call overwrites."""
         ...
 
@@ -89,10 +89,10 @@ class HostEpsilon:
 
         host.share([functools.partial(write, *each) for each in zip(self.layers, draws, outs, strict=True)])
 
-    def aim(self, draws: Sequence[Draw]) -> None:
+    def set_counter(self, draws: Sequence[Draw]) -> None:
         """Nothing to set: each call brings its own draw."""
 
-    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+    def materialize(self, index: int, draw: Draw) -> torch.Tensor:
         layer = self.layers[index]
         stored = self._scratch.get("weight", layer.stored_shape, layer.dtype, layer.weight.device)
         weight = layer.dense(stored)  # a packed weight is unpacked into the buffer, and ε added to it there
@@ -144,13 +144,13 @@ class DeviceEpsilon:
 
     def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
         self._count(draws[0])
-        weights = [layer.dense() if layer.quantised else layer.weight for layer in self.layers]
+        weights = [layer.dense() if layer.quantized else layer.weight for layer in self.layers]
         self._pass(range(len(self.layers)), weights, outs).launch(sign)
 
-    def aim(self, draws: Sequence[Draw]) -> None:
+    def set_counter(self, draws: Sequence[Draw]) -> None:
         self._count(draws[0])
 
-    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+    def materialize(self, index: int, draw: Draw) -> torch.Tensor:
         layer = self.layers[index]
         stored = self._buffer(layer)
         self._count(draw)
@@ -215,7 +215,7 @@ class DeviceEpsilon:
     def _norm_passes(self, pairs: Sequence[AdapterTerm]) -> list[tuple[range, triton_kernels.RowNormPass]]:
         """One pass for all layers, or, as packed weights share a buffer, one for each; they write into `_c`."""
         everyone = range(len(self.layers))
-        groups = [range(i, i + 1) for i in everyone] if any(la.quantised for la in self.layers) else [everyone]
+        groups = [range(i, i + 1) for i in everyone] if any(la.quantized for la in self.layers) else [everyone]
         whole = self._frozen_squares()
         squared, c = whole.split(self._rows), self._c.split(self._rows)
         return [
@@ -234,9 +234,9 @@ class DeviceEpsilon:
         ]
 
     def _readable(self, index: int) -> torch.Tensor:
-        """W of one layer in the stored layout: itself, or unpacked into the buffer that `materialise` uses too."""
+        """W of one layer in the stored layout: itself, or unpacked into the buffer that `materialize` uses too."""
         layer = self.layers[index]
-        return layer.dense(self._buffer(layer)) if layer.quantised else layer.dense()
+        return layer.dense(self._buffer(layer)) if layer.quantized else layer.dense()
 
     def _buffer(self, layer: PerturbedLayer) -> torch.Tensor:
         return self._scratch.get("weight", layer.stored_shape, layer.dtype, self.device, self._largest)
@@ -271,13 +271,13 @@ class ManyEpsilons:
         for epsilon, part in zip(self._parts, self._indices, strict=True):
             epsilon.write([draws[i] for i in part], [outs[i] for i in part], sign)
 
-    def aim(self, draws: Sequence[Draw]) -> None:
+    def set_counter(self, draws: Sequence[Draw]) -> None:
         for epsilon, part in zip(self._parts, self._indices, strict=True):
-            epsilon.aim([draws[i] for i in part])
+            epsilon.set_counter([draws[i] for i in part])
 
-    def materialise(self, index: int, draw: Draw) -> torch.Tensor:
+    def materialize(self, index: int, draw: Draw) -> torch.Tensor:
         number = next(k for k, part in enumerate(self._indices) if index in part)
-        return self._parts[number].materialise(self._indices[number].index(index), draw)
+        return self._parts[number].materialize(self._indices[number].index(index), draw)
 
     def check(self) -> None:
         for part in self._parts:

@@ -43,7 +43,7 @@ def plain_layers(model: nn.Module, names: Sequence[str]) -> list[PerturbedLayer]
     layers = [PerturbedLayer(name, model.get_submodule(name)) for name in names]
     fine = (torch.float32, torch.float64)
     coarse = sorted({str(layer.stored_dtype) for layer in layers if layer.stored_dtype not in fine})
-    if coarse or any(layer.quantised for layer in layers):
+    if coarse or any(layer.quantized for layer in layers):
         raise ValueError(
             f"Invalid weights={', '.join(coarse) or 'packed'}: a small step would be lost in their rounding; call "
             "flatlora.utils.precision.widen(model) first."
@@ -126,7 +126,7 @@ def landscape(
 
 
 class Direction:
-    """One random filter-normalised direction through all layers: d_i = ‖W'_i‖ z_i / ‖z_i‖ of each row i.
+    """One random filter-normalized direction through all layers: d_i = ‖W'_i‖ z_i / ‖z_i‖ of each row i.
 
     W' is what the layers hold when the direction is made; z is the noise of step `number` in a stream of its own.
     """

@@ -30,7 +30,7 @@ class Reading(NamedTuple):
         """W + ε in the stored layout: the copy, or made in a buffer that the next call overwrites."""
         if self.perturbation.mode == "copy":
             return self.perturbation._copies[self.layer]
-        return self.perturbation._epsilon.materialise(self.layer, self.draw)
+        return self.perturbation._epsilon.materialize(self.layer, self.draw)
 
 
 class _Wrapper:
@@ -81,7 +81,7 @@ class PerturbedForward(_Wrapper):
 
     def __init__(self, perturbation: WeightPerturbation, index: int, module: nn.Module) -> None:
         super().__init__(perturbation, index, module)
-        self.is_standard = self.layer.quantised or (self.replaced is None and has_standard_forward(module))
+        self.is_standard = self.layer.quantized or (self.replaced is None and has_standard_forward(module))
         self._checked = self.is_standard
 
     @torch.compiler.disable  # what is read changes from step to step: torch.compile must break its graph here

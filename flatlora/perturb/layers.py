@@ -63,14 +63,14 @@ class PerturbedLayer:
             )
         self.weight = self.module.weight
         if isinstance(self.module, nn.Conv2d):
-            self._refuse_unlike_a_matrix()
-        if not self.weight.is_floating_point() and not self.quantised:
+            self._validate_like_a_matrix()
+        if not self.weight.is_floating_point() and not self.quantized:
             raise TypeError(
                 f"Invalid dtype={self.weight.dtype} of {self.name}: a perturbed weight must be floating point, or "
                 "bitsandbytes' 4-bit format; load the backbone with model.quantize=none or nf4."
             )
 
-    def _refuse_unlike_a_matrix(self) -> None:
+    def _validate_like_a_matrix(self) -> None:
         """A convolution whose weight is no m × n matrix as it lies in memory, or whose adapter is none."""
         if not self.weight.is_contiguous():
             raise TypeError(
@@ -90,7 +90,7 @@ class PerturbedLayer:
         return tuple((term.A.data_ptr(), term.B.data_ptr(), term.scaling) for term in self.adapters())
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the weight is packed: W is what `dense` makes of it."""
         return getattr(self.weight, "quant_state", None) is not None
 
@@ -106,17 +106,17 @@ class PerturbedLayer:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of `dense()`."""
-        return tuple(self.weight.quant_state.shape if self.quantised else self.weight.shape)
+        return tuple(self.weight.quant_state.shape if self.quantized else self.weight.shape)
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of `dense()`."""
-        return self.weight.quant_state.dtype if self.quantised else self.weight.dtype
+        return self.weight.quant_state.dtype if self.quantized else self.weight.dtype
 
     @property
     def stored_dtype(self) -> torch.dtype:
         """Dtype that W + ε is rounded to: narrower than `dtype` where the weight is held in a wider tensor."""
-        return self.dtype if self.quantised else stored_dtype(self.weight)
+        return self.dtype if self.quantized else stored_dtype(self.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,7 +126,7 @@ class PerturbedLayer:
 
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """W in the stored layout: the weight itself, or what its packed bytes stand for, made anew or in `out`."""
-        if not self.quantised:
+        if not self.quantized:
             return self.weight.detach()
         from bitsandbytes.functional import dequantize_4bit
 
@@ -250,20 +250,20 @@ def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for variant in module.lora_variant.values()
         if (kind := type(variant).__name__.removesuffix("Variant")) in _UNLIKE_A_PRODUCT
     ]
-    faults = []
+    errors = []
     if wrapped:
-        faults.append(
+        errors.append(
             f"Invalid target_parameters={wrapped[0]} ({len(wrapped)} in all): an adapter of a parameter has no layer "
             "that noise could act on, and the factors of a bank of experts are no single B·A; name linear layers in "
             "target_modules and leave target_parameters out."
         )
     if variants:
-        faults.append(
+        errors.append(
             f"Invalid LoRA variant of {variants[0]} ({len(variants)} layers in all): it does not add s·B·A to the "
             "weight, so row norms and closed forms of B·A do not hold; use plain LoRA, rsLoRA or DoRA."
         )
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     yield from found
 
 

@@ -59,7 +59,7 @@ class WeightPerturbation:
     Layers that another perturbation still holds, left behind by an interrupted loop, are taken over from it.
 
     Raises:
-        ValueError: no layer, or a setting out of range; the message lists every fault.
+        ValueError: no layer, or a setting out of range; the message lists every error.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class WeightPerturbation:
         if self.mode == "copy":
             self._write_copies(draws)
         elif self.mode == "recompute":
-            self._epsilon.aim(draws)
+            self._epsilon.set_counter(draws)
         else:
             self._epsilon.write(draws, [layer.weight.detach() for layer in self.layers])
         self._draws = draws
@@ -349,7 +349,7 @@ def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"
 
     Packed weights are always recomputed: a second set of them would undo what they are packed for.
     """
-    if any(layer.quantised for layer in layers):
+    if any(layer.quantized for layer in layers):
         return "recompute"
     needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
     device = layers[0].weight.device
@@ -362,38 +362,38 @@ def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dic
     Raises:
         ValueError: settings or layers that cannot be perturbed; the message lists all errors.
     """
-    faults = []
+    errors = []
     try:
         noise = NoiseSettings(**settings)
     except ValueError as error:
-        faults.append(str(error))
+        errors.append(str(error))
     if total_steps < 1:
-        faults.append(f"Invalid total_steps={total_steps}: it counts optimizer steps and must be ≥ 1.")
+        errors.append(f"Invalid total_steps={total_steps}: it counts optimizer steps and must be ≥ 1.")
     if not layers:
-        faults.append("Invalid layers=[]: at least one LoRA layer is needed; wrap the model with PEFT's LoRA first.")
+        errors.append("Invalid layers=[]: at least one LoRA layer is needed; wrap the model with PEFT's LoRA first.")
     trained = [layer.name for layer in layers if layer.weight.requires_grad]
     if trained:
-        faults.append(
+        errors.append(
             f"Invalid layers: the weights of {len(trained)} of them are trained, {trained[0]} among them; Flat-LoRA "
             "perturbs a frozen backbone: call requires_grad_(False) on them, as PEFT does."
         )
     elsewhere = {layer.name: reason for layer in layers if (reason := layer.elsewhere)}
     if elsewhere:
         name, reason = next(iter(elsewhere.items()))
-        faults.append(
+        errors.append(
             f"Invalid layers: the weights of {len(elsewhere)} of them are not here, {name} among them ({reason}); load "
             "the model without device_map='auto' or offloading, and train by DDP or ZeRO-2 instead of FSDP or ZeRO-3."
         )
-    packed = [layer.name for layer in layers if layer.quantised]
+    packed = [layer.name for layer in layers if layer.quantized]
     mode = settings.get("mode")
     if packed and mode in ("copy", "inplace"):
-        faults.append(
+        errors.append(
             f"Invalid mode={mode} with packed weights ({packed[0]} and {len(packed) - 1} more): a copy would undo what "
             "they are packed for, and noise cannot be added to 4 bits; use mode=recompute."
         )
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
-        faults.append(f"Invalid layers: {len(names) - len(set(names))} names occur twice; noise is keyed by name.")
-    if faults:
-        raise ValueError("\n".join(faults))
+        errors.append(f"Invalid layers: {len(names) - len(set(names))} names occur twice; noise is keyed by name.")
+    if errors:
+        raise ValueError("\n".join(errors))
     return noise

@@ -77,10 +77,10 @@ class RunFolder:
         if not self.is_run:
             return False
         if self.in_use:
-            raise ConfigError([self._in_use_fault()])
+            raise ConfigError([self._in_use_error()])
         if experiment.overwrite:
             return False
-        self._refuse_other_run(experiment)
+        self._validate_run(experiment)
         if not self.is_trained:
             return False
         # run.json's own copy of the config: config.yaml may already be that of a scoring that was killed.
@@ -116,11 +116,11 @@ class RunFolder:
         self._acquire()
         try:
             if experiment.overwrite:
-                self._refuse_evaluations()
+                self._validate_no_evaluations()
             elif self.is_run:
-                self._refuse_other_run(experiment)
-            if not experiment.overwrite and (faults := records.own_paths_faults(self.path)):
-                raise ConfigError(faults)
+                self._validate_run(experiment)
+            if not experiment.overwrite and (errors := records.own_paths_errors(self.path)):
+                raise ConfigError(errors)
         except BaseException:
             self.close()
             raise
@@ -151,7 +151,7 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def _in_use_fault(self) -> str:
+    def _in_use_error(self) -> str:
         return f"{self.path} is in use: another process trains this run; wait for it, or give wandb.name or seed."
 
     @property
@@ -166,7 +166,7 @@ class RunFolder:
             return False
         return False
 
-    def _refuse_evaluations(self) -> None:
+    def _validate_no_evaluations(self) -> None:
         """What answers for the adapter that stands here must not go on among the answers of another."""
         if busy := [folder for folder in self.path.glob("eval/*") if is_answering(folder)]:
             raise ConfigError(
@@ -186,7 +186,7 @@ class RunFolder:
             self._lock_folder()
         except BlockingIOError as error:
             self.close()
-            raise ConfigError([self._in_use_fault()]) from error
+            raise ConfigError([self._in_use_error()]) from error
         except OSError as error:
             self.close()
             self._remove(missing)
@@ -234,7 +234,7 @@ class RunFolder:
                 continue
             remove(entry)
 
-    def _refuse_other_run(self, experiment: Experiment) -> None:
+    def _validate_run(self, experiment: Experiment) -> None:
         differing = _differences(self._saved_config(), experiment)
         if differing:
             raise ConfigError(

@@ -51,7 +51,7 @@ def seal(
     fsync_folder(folder.parent)
 
 
-def fault_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
+def error_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
     """Why a checkpoint cannot be used: no manifest, a missing or unreadable file, a wrong hash. None for a good one.
 
     Args:
@@ -68,11 +68,12 @@ def fault_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) ->
     except OSError as error:  # a link to nothing, in a circle, or into a folder that is closed to this user
         return f"it cannot be read ({error.strerror})"
     return next(
-        (f"{name} {fault}" for name, sha256 in needed.items() if (fault := _file_fault(folder / name, sha256))), None
+        (f"{name} {message}" for name, sha256 in needed.items() if (message := _file_error(folder / name, sha256))),
+        None,
     )
 
 
-def _file_fault(path: Path, sha256: str) -> str | None:
+def _file_error(path: Path, sha256: str) -> str | None:
     try:
         return None if file_sha256(path) == sha256 else "is not what was written"
     except FileNotFoundError:
@@ -88,12 +89,12 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
         return None  # `fault_of` tells
 
 
-def inference_fault(folder: Path) -> str | None:
+def inference_error(folder: Path) -> str | None:
     """`fault_of` less what training alone reads. Warns of files beside it that are not those of its time."""
     manifest = _manifest_of(folder) or {}
     if changed := records.damage(folder.parent, {records.FILES: manifest.get("beside")}):
         logger.warning("%s was written when other files were beside it: %s.", folder, "; ".join(changed))
-    return fault_of(folder, lambda name: not name.startswith(("optimizer", "scheduler", "rng_state", "global_step")))
+    return error_of(folder, lambda name: not name.startswith(("optimizer", "scheduler", "rng_state", "global_step")))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -128,11 +129,11 @@ def latest_good(
             or fewer processes.
     """
     for folder in reversed(checkpoints(run)):
-        fault = fault_of(folder) or (also(folder) if also else None)
-        if fault is None:
-            _refuse_other_origin(folder, config_sha256, data_sha256, world_size, zero, base)
+        message = error_of(folder) or (also(folder) if also else None)
+        if message is None:
+            _validate_origin(folder, config_sha256, data_sha256, world_size, zero, base)
             return folder
-        logger.warning("Ignoring %s: %s.", folder, fault)
+        logger.warning("Ignoring %s: %s.", folder, message)
     return None
 
 
@@ -150,11 +151,11 @@ def remove(folder: Path) -> None:
     staging.remove(folder)
 
 
-def _refuse_other_origin(
+def _validate_origin(
     folder: Path, config_sha256: str, data_sha256: str, world_size: int, zero: int, base: str | None
 ) -> None:
     manifest = records.read_record(folder / MANIFEST)
-    faults = [
+    errors = [
         f"{folder} is a checkpoint of {what} ({key} {str(manifest.get(key))[:12]}…, here {wanted[:12]}…): take it out "
         "of the run's folder, or give wandb.name or overwrite=true."
         for key, what, wanted in (
@@ -167,22 +168,22 @@ def _refuse_other_origin(
     if base is not None and trained_on is None:
         logger.warning("%s does not say which backbone it was trained on: an earlier version wrote it.", folder)
     elif base is not None and (part := differing_part(trained_on, base)):
-        faults.append(
+        errors.append(
             f"{folder} was trained on other {part} of the backbone ({short_state(trained_on)}, here "
             f"{short_state(base)}): put {PUT_BACK[part]} back, pin them with model.revision, or say overwrite=true."
         )
     if manifest.get("world_size") != world_size:
-        faults.append(
+        errors.append(
             f"{folder} was written by {manifest.get('world_size')} processes and there are {world_size} now: their "
             "random generators would differ; start as many as before, or say overwrite=true."
         )
     if manifest.get("zero", 0) != zero:
-        faults.append(
+        errors.append(
             f"{folder} was written with trainer.zero={manifest.get('zero', 0)} and this run has {zero}: the optimizer "
             "is kept in other files; go on with the trainer of before, or say overwrite=true."
         )
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
 
 
 def rotate(run: Path, keep: int) -> None:

@@ -134,7 +134,7 @@ def gpu_count() -> int:
     return torch.cuda.device_count()  # by NVML, which makes no context
 
 
-def initialise(experiment: Experiment, device: torch.device) -> None:
+def initialize(experiment: Experiment, device: torch.device) -> None:
     """Join the other processes; harmless where there are none.
 
     A process that waits for another longer than trainer.timeout_s gives up, and torchrun ends the others.
@@ -180,15 +180,15 @@ def check_agreement(facts: Mapping[str, str | None], remedy: str) -> None:
         return
     told: list[dict[str, str | None]] = [{}] * world_size()
     torch.distributed.all_gather_object(told, dict(facts))
-    faults = []
+    errors = []
     for name in facts:
         values = [one.get(name) for one in told]
         if len(set(values)) > 1:
             each = {value: [str(i) for i, other in enumerate(values) if other == value] for value in values}
             described = "; ".join(f"{str(value)[:12]} on rank {', '.join(ranks)}" for value, ranks in each.items())
-            faults.append(f"The processes differ in {name}: {described}. {remedy}")
-    if faults:
-        raise ConfigError(faults)
+            errors.append(f"The processes differ in {name}: {described}. {remedy}")
+    if errors:
+        raise ConfigError(errors)
 
 
 def code_sha256() -> str:
@@ -268,7 +268,7 @@ def check_dtypes(found: Mapping[str, list[str]]) -> None:
 
 
 def from_main_process(compute: Callable[[], T]) -> T:
-    """What `compute` returns on rank 0, on every rank; the others wait for it. A fault there is a fault everywhere."""
+    """What `compute` returns on rank 0, on every rank; the others wait for it. A error there is a error everywhere."""
     if world_size() == 1:
         return compute()
     answer: list[Any] = [None, None]
@@ -303,66 +303,66 @@ def check_launch(experiment: Experiment) -> None:
         ConfigError: it does not divide the batch, or trainer=single and ddp are launched the other's way.
     """
     processes, machine, batch = world_size(), experiment.trainer, experiment.optim.batch_size
-    faults = []
+    errors = []
     if batch % (machine.micro_batch_size * processes):
-        faults.append(
+        errors.append(
             f"Invalid optim.batch_size={batch}: {processes} processes with micro-batches of "
             f"{machine.micro_batch_size} do not divide it; change trainer.micro_batch_size or the number of processes."
         )
     if machine.launch == "single" and processes > 1:
-        faults.append(f"Invalid trainer={machine.name} with {processes} processes: use trainer=ddp, or one process.")
+        errors.append(f"Invalid trainer={machine.name} with {processes} processes: use trainer=ddp, or one process.")
     if machine.launch == "torchrun" and "WORLD_SIZE" not in os.environ:
-        faults.append(
+        errors.append(
             f"Invalid trainer={machine.name} without processes: set trainer.gpus=N, start it by torchrun "
             f"--nproc_per_node N run_exp.py trainer={machine.name} ..., or use trainer=auto."
         )
     if machine.gpus is not None and processes not in (1, machine.gpus):
-        faults.append(
+        errors.append(
             f"Invalid trainer.gpus={machine.gpus} with {processes} processes: torchrun started them already; leave the "
             "key out."
         )
     if machine.zero and importlib.util.find_spec("deepspeed") is None:
-        faults.append(
+        errors.append(
             f"Invalid trainer={machine.name}: the package deepspeed is not installed; run pip install deepspeed ninja, "
             "or use trainer=ddp."
         )
-    if optimizer := _optimizer_fault(experiment):
-        faults.append(optimizer)
-    faults += _accelerate_faults(machine)
-    if faults:
-        raise ConfigError(faults)
+    if optimizer := _optimizer_error(experiment):
+        errors.append(optimizer)
+    errors += _accelerate_errors(machine)
+    if errors:
+        raise ConfigError(errors)
     _name_what_is_ignored(experiment)
 
 
 _OTHER_WAYS = {"FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a parallelism config"}
 
 
-def _accelerate_faults(machine: TrainerConfig) -> list[str]:
+def _accelerate_errors(machine: TrainerConfig) -> list[str]:
     """What `accelerate launch`, or its default_config.yaml, sets up against the config and cannot be ignored."""
     launched = "accelerate launch (or its default_config.yaml)"
-    faults = [
+    errors = [
         f"Invalid ACCELERATE_USE_{name}={os.environ[f'ACCELERATE_USE_{name}']}: {launched} asks for {what}, which this "
         "suite does not train with; unset it, and use trainer=ddp or trainer=zero2."
         for name, what in _OTHER_WAYS.items()
         if _is_set(f"ACCELERATE_USE_{name}")
     ]
     if _is_set("ACCELERATE_USE_DEEPSPEED") and not machine.zero:
-        faults.append(
+        errors.append(
             f"Invalid trainer={machine.name} with ACCELERATE_USE_DEEPSPEED=true: {launched} asks for DeepSpeed, and "
             "trainer.zero=0 for none; use trainer=zero2, or unset the variable."
         )
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if machine.zero and stage not in (None, str(machine.zero)):
-        faults.append(
+        errors.append(
             f"Invalid ACCELERATE_DEEPSPEED_ZERO_STAGE={stage} with trainer.zero={machine.zero}: {launched} asks for "
             "another stage of ZeRO; unset it."
         )
     if _is_set("ACCELERATE_USE_CPU") and machine.device != "cpu" and torch.cuda.is_available():
-        faults.append(
+        errors.append(
             f"Invalid trainer.device={machine.device} with ACCELERATE_USE_CPU=true: {launched} asks for the CPU; use "
             "trainer.device=cpu, or unset the variable."
         )
-    return faults
+    return errors
 
 
 def _is_set(name: str) -> bool:
@@ -383,7 +383,7 @@ def _name_what_is_ignored(experiment: Experiment) -> None:
             logger.warning("%s=%s of %s is ignored: %s.", name, value, source, remedy)
 
 
-def _optimizer_fault(experiment: Experiment) -> str | None:
+def _optimizer_error(experiment: Experiment) -> str | None:
     if experiment.optim.optimizer != "adamw_8bit":
         return None
     if experiment.trainer.device == "cpu" or not torch.cuda.is_available():

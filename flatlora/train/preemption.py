@@ -23,12 +23,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class Preempted(BaseException):
     """The training ended early because it was told to; its newest checkpoint is whole.
 
-    `hand_on` calls the handler that the signal had before, such as submitit's: last of all, for it ends the process.
+    `forward` calls the handler that the signal had before, such as submitit's: last of all, for it ends the process.
     """
 
-    def __init__(self, hand_on: Callable[[], None]) -> None:
+    def __init__(self, forward: Callable[[], None]) -> None:
         super().__init__("told to end by a signal")
-        self.hand_on = hand_on
+        self.forward = forward
 
 
 class Preemption(TrainerCallback):
@@ -76,7 +76,7 @@ class Preemption(TrainerCallback):
         count = torch.tensor(int(told), device=args.device)
         return self.accelerator.reduce(count, "sum").item() > 0
 
-    def hand_on(self) -> None:
+    def forward(self) -> None:
         """As `Preempted` says."""
         handler = self._before.get(self._told) if self._told is not None else None
         if callable(handler) and handler is not signal.default_int_handler:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from flatlora.methods import Regulariser
+from flatlora.methods import Regularizer
 from flatlora.runs.metrics_log import MetricsLog
 from flatlora.train import checkpoint
 from flatlora.train.distributed import check_dtypes, zero_dtypes
@@ -38,7 +38,7 @@ class Progress(Protocol):
 
 
 @dataclass
-class Effort:
+class TrainingStats:
     """Time that training has taken so far; kept in each checkpoint, so that a resumed run's record has all of it."""
 
     train_s: float = 0.0
@@ -47,7 +47,7 @@ class Effort:
     perturbation: dict[str, Any] | None = None
 
     @classmethod
-    def read(cls, checkpoint_folder: Path | None) -> Effort:
+    def read(cls, checkpoint_folder: Path | None) -> TrainingStats:
         return cls(**json.loads((checkpoint_folder / _EFFORT_FILE).read_text())) if checkpoint_folder else cls()
 
     def write(self, checkpoint_folder: Path) -> None:
@@ -64,23 +64,23 @@ class StepRecorder(TrainerCallback):
 
     log: MetricsLog
     progress: Progress | None
-    before: Effort  # of the processes before this one
-    regulariser: Regulariser | None = None
+    before: TrainingStats  # of the processes before this one
+    regularizer: Regularizer | None = None
     trainer: Trainer | None = None  # a FlatTrainer, which counts losses and units for the rows
     step_seconds: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
     _window_started: float | None = None  # when the first step after the newest row began
 
-    def effort(self) -> Effort:
+    def effort(self) -> TrainingStats:
         """All time up to now, that of the processes before included."""
         if not self.step_seconds:
             return self.before  # a finished training, read back
-        return Effort(
+        return TrainingStats(
             train_s=self.before.train_s + time.perf_counter() - self._train_started,
-            perturb_s=self.before.perturb_s + (self.regulariser.seconds if self.regulariser else 0.0),
+            perturb_s=self.before.perturb_s + (self.regularizer.seconds if self.regularizer else 0.0),
             step_s=[*self.before.step_s, *self.step_seconds][-_STEPS_TIMED:],
-            perturbation=self.regulariser.record() if self.regulariser else None,
+            perturbation=self.regularizer.record() if self.regularizer else None,
         )
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -149,7 +149,7 @@ class StepRecorder(TrainerCallback):
         steps, self._window_started = state.global_step - self._window_step, None
         self.step_seconds[-steps:] = [seconds / steps] * steps
         rate = "tokens_per_s" if self.trainer.experiment.dataset.kind == "text" else "images_per_s"
-        sigma = self.regulariser.sigma_at(state.global_step - 1) if self.regulariser else 0.0
+        sigma = self.regularizer.sigma_at(state.global_step - 1) if self.regularizer else 0.0
         return {
             "step": state.global_step,
             "epoch": state.epoch,
@@ -271,7 +271,7 @@ def _bests_of(folder: Path) -> list[dict[str, Any]]:
         raise ConfigError([f"Broken record {path}: {reason_of(error)}; put it back, or say overwrite=true."]) from error
 
 
-def best_fault(checkpoint_folder: Path) -> str | None:
+def best_error(checkpoint_folder: Path) -> str | None:
     """Why a whole checkpoint cannot be gone on from: what was best at its time, which its run keeps, was damaged."""
     folder = checkpoint_folder.parent / "best"
     for best in _bests_of(checkpoint_folder):

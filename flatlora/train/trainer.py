@@ -37,7 +37,7 @@ _GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured 
 
 
 class FlatTrainer(Trainer):
-    """Trainer with `EpochSampler`, sealed checkpoints, the method's optimizer, and what the regulariser asks for."""
+    """Trainer with `EpochSampler`, sealed checkpoints, the method's optimizer, and what the regularizer asks for."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class FlatTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method, self.regulariser = method, recorder.regulariser
+        self.method, self.regularizer = method, recorder.regularizer
         # An encoder-decoder's forward takes any keyword and ignores the token count of the whole batch: its loss is the
         # mean of a micro-batch, which Trainer must then divide by the number of micro-batches.
         self.model_accepts_loss_kwargs = experiment.model.family == "causal_lm"
@@ -111,8 +111,8 @@ class FlatTrainer(Trainer):
                 self.model, self.experiment.peft, training_of(self.experiment, self.args)
             )
             self.optimizer = super().create_optimizer(model)
-            if self.regulariser:
-                self.regulariser.extend_optimizer(self.optimizer, self.args.learning_rate)
+            if self.regularizer:
+                self.regularizer.extend_optimizer(self.optimizer, self.args.learning_rate)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -123,7 +123,7 @@ class FlatTrainer(Trainer):
         last = self.accelerator.gradient_state.sync_gradients
         if last:
             self._sum_gradients(model)
-        if self.regulariser and self.regulariser.second_gradient:
+        if self.regularizer and self.regularizer.second_gradient:
             self._micro_batches.append(inputs)
             if last:
                 self._take_gradient_anew(model, num_items_in_batch)
@@ -145,10 +145,10 @@ class FlatTrainer(Trainer):
         return self._graphed_training_step(model, inputs, num_items_in_batch)
 
     def _take_gradient_anew(self, model: nn.Module, num_items_in_batch: Any) -> None:
-        """Replace the step's gradient by that at the point which the regulariser moves to."""
+        """Replace the step's gradient by that at the point which the regularizer moves to."""
         micro_batches, self._micro_batches = self._micro_batches, []
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.regulariser.ascend(trained)
+        self.regularizer.ascend(trained)
         if self.graphed is None:
             self.model.zero_grad()
         else:
@@ -158,7 +158,7 @@ class FlatTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 self._micro_step(model, inputs, num_items_in_batch)
         self._sum_gradients(model)
-        self.regulariser.descend()
+        self.regularizer.descend()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with contextlib.ExitStack() as stack:
@@ -254,7 +254,7 @@ class FlatTrainer(Trainer):
         if not self.model.training:  # after an evaluation; DDP's own flag would not tell
             model.train()
         static = self._static_inputs(self._prepare_inputs(inputs), items)
-        loss = self.graphed(static, state=self.regulariser.state if self.regulariser else None)
+        loss = self.graphed(static, state=self.regularizer.state if self.regularizer else None)
         return loss * self.args.world_size  # as Trainer has it, whose mean over processes is that of all tokens
 
     def _static_inputs(self, inputs: dict[str, Any], items: torch.Tensor) -> dict[str, torch.Tensor]:

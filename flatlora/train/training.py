@@ -27,7 +27,7 @@ from flatlora.runs.run_folder import RunFolder
 from flatlora.train import checkpoint
 from flatlora.train.distributed import deepspeed_settings, is_main_process, rank, world_size
 from flatlora.train.preemption import Preempted, Preemption
-from flatlora.train.recorder import BestModel, Effort, Progress, SaveAtStop, StepRecorder
+from flatlora.train.recorder import BestModel, Progress, SaveAtStop, StepRecorder, TrainingStats
 from flatlora.train.samplers import EpochSampler
 from flatlora.train.trainer import FlatTrainer, training_of
 
@@ -80,9 +80,9 @@ def train(
         FloatingPointError: the loss or a weight is NaN or infinite.
         Preempted: a signal asked for an end; the newest checkpoint is whole.
     """
-    method, regulariser = methods.ADAPTERS[experiment.peft.method], None
-    if experiment.regularised:
-        regulariser = methods.REGULARIZERS[experiment.rho.method].regulariser(model, experiment.rho, experiment.seed)
+    method, regularizer = methods.ADAPTERS[experiment.peft.method], None
+    if experiment.regularized:
+        regularizer = methods.REGULARIZERS[experiment.rho.method].regularizer(model, experiment.rho, experiment.seed)
     optim, has_validation = experiment.optim, len(validation_rows) > 0
     arguments = training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation)
     if len(set(getattr(validation_rows, "buckets", ()))) > 1:
@@ -91,9 +91,9 @@ def train(
     best = BestModel(run.path / "best", experiment.trainer.save_total_limit) if keeps_best else None
     if best and is_main_process():
         best.begin_from(resume_from)
-    recorder = StepRecorder(log, progress, Effort.read(resume_from), regulariser)
+    recorder = StepRecorder(log, progress, TrainingStats.read(resume_from), regularizer)
     of_method = method.callbacks(model, experiment.peft, training_of(experiment, arguments))
-    callbacks = [one for one in (recorder, best, *of_method, regulariser) if one]  # best before what asks for a save
+    callbacks = [one for one in (recorder, best, *of_method, regularizer) if one]  # best before what asks for a save
     if optim.early_stopping_patience and has_validation:
         callbacks += [EarlyStoppingCallback(optim.early_stopping_patience), SaveAtStop()]
     preemption = Preemption()
@@ -128,7 +128,7 @@ def train(
 
 def _run_to_the_end(
     trainer: FlatTrainer, model: nn.Module, best: BestModel | None, preemption: Preemption, resume_from: Path | None
-) -> tuple[Effort, int | None]:
+) -> tuple[TrainingStats, int | None]:
     """What it took, and the step of the best parameters where they were put back."""
     recorder = trainer.recorder
     try:
@@ -136,13 +136,13 @@ def _run_to_the_end(
             trainer.train_or_load(resume_from)
             trainer.accelerator.wait_for_everyone()  # none ends before the newest checkpoint is sealed
             if preemption.stopped or preemption.asked(trainer.args):  # after the last step too: scoring may take hours
-                raise Preempted(preemption.hand_on)
+                raise Preempted(preemption.forward)
         return recorder.effort(), best.restore(model) if best else None
     finally:
         if recorder.progress:
             recorder.progress.stop()
-        if recorder.regulariser:
-            recorder.regulariser.close()  # whatever went wrong, the backbone is W again
+        if recorder.regularizer:
+            recorder.regularizer.close()  # whatever went wrong, the backbone is W again
         if trainer.graphed:
             trainer.graphed.close()
 
@@ -259,7 +259,7 @@ def _mean_of_last_losses(log: MetricsLog, rows: int = 10) -> float | None:
     return statistics.fmean(losses) if losses else None
 
 
-def _timing(effort: Effort, log: MetricsLog) -> dict[str, float | None]:
+def _timing(effort: TrainingStats, log: MetricsLog) -> dict[str, float | None]:
     rates = {
         key: statistics.median(found)
         for key in ("tokens_per_s", "images_per_s")

@@ -160,7 +160,7 @@ def _folder_problem(path: Path) -> str | None:
     return wrong and f"{wrong} is not what was written"
 
 
-def cache_fault(what: str, error: Exception, folder: Path) -> ConfigError:
+def cache_error(what: str, error: Exception, folder: Path) -> ConfigError:
     """A cache folder that cannot be read or written, with the ways out.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a user sees: live bars on a terminal (a line now and then elsewhere), faults and plans on one screen."""
+"""What a user sees: live bars on a terminal (a line now and then elsewhere), errors and plans on one screen."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def _numbers(row: dict[str, Any]) -> str:
     return "  ".join(text.format(row[key]) for key, text in _SHOWN.items() if row.get(key) is not None)
 
 
-def report_faults(error: ConfigError) -> None:
-    """All faults of a configuration on one screen."""
-    count = len(error.faults)
-    console.print(f"[bold red]{count} fault{'s' if count > 1 else ''}: nothing was loaded or written.[/]")
-    for number, fault in enumerate(error.faults, start=1):
-        console.print(f"  {number}. {fault}", markup=False, soft_wrap=True)
+def report_errors(error: ConfigError) -> None:
+    """All errors of a configuration on one screen."""
+    count = len(error.errors)
+    console.print(f"[bold red]{count} error{'s' if count > 1 else ''}: nothing was loaded or written.[/]")
+    for number, message in enumerate(error.errors, start=1):
+        console.print(f"  {number}. {message}", markup=False, soft_wrap=True)
 
 
 def report_failure(error: Exception) -> None:

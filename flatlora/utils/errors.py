@@ -1,4 +1,4 @@
-"""Errors that list every fault at once, and how values and reasons are written in them."""
+"""Errors that list every error at once, and how values and reasons are written in them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class SettingError(NamedTuple):
 
 
 class ConfigError(ValueError):
-    """Every fault of a configuration at once; `faults` holds one line each."""
+    """Every error of a configuration at once; `errors` holds one line each."""
 
-    def __init__(self, faults: Iterable[str]) -> None:
-        self.faults = list(dict.fromkeys(names.printable(masked(fault)) for fault in faults))
-        super().__init__("\n".join(self.faults))
+    def __init__(self, errors: Iterable[str]) -> None:
+        self.errors = list(dict.fromkeys(names.printable(masked(message)) for message in errors))
+        super().__init__("\n".join(self.errors))
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:
-        return type(self), (self.faults,)  # to travel between ranks: unpickling passes the text, not the list
+        return type(self), (self.errors,)  # to travel between ranks: unpickling passes the text, not the list
 
 
 _LONGEST_REASON, _LONGEST_VALUE = 1000, 300  # characters

@@ -41,7 +41,7 @@ def read_record(path: Path, remedy: str = "put a whole copy back") -> dict[str, 
     """
     try:
         found = json.loads(read_plain(path, _MOST_BYTES))
-        _refuse_other_than_groups(found)
+        _validate_groups(found)
         if SIGNATURE in found and found[SIGNATURE] != _signature(found):
             raise ValueError(f"{SIGNATURE} in it is of another content: it was changed after it was written")
         if FILES in found and SIGNATURE not in found:
@@ -63,7 +63,7 @@ def read_settings(path: Path, remedy: str) -> Any:
     """
     try:
         found = yaml.safe_load(read_plain(path, _MOST_SETTINGS))
-        _refuse_depth(found)
+        _validate_depth(found)
     except (OSError, *_YAML_ERRORS) as error:
         raise _broken(path, _reason(error), remedy, "file") from error
     return found
@@ -209,13 +209,13 @@ def _canonical(value: Any) -> str:
     return json.dumps(json.loads(json.dumps(value, default=str)), sort_keys=True)
 
 
-def _refuse_other_than_groups(value: Any) -> None:
+def _validate_groups(value: Any) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"an object is needed, not a {type(value).__name__}")
-    _refuse_depth(value)
+    _validate_depth(value)
 
 
-def _refuse_depth(value: Any) -> None:
+def _validate_depth(value: Any) -> None:
     level = [value]
     for _ in range(_DEEPEST):
         level = [
@@ -238,7 +238,7 @@ def _broken(path: Path, reason: str, remedy: str, kind: str = "record") -> Confi
     return ConfigError([f"Broken {kind} {path}: {reason}; {remedy}."])
 
 
-def own_paths_faults(run: Path) -> list[str]:
+def own_paths_errors(run: Path) -> list[str]:
     """Links, and folders in the place of files, where a run writes: nothing outside of it is written to.
 
     Checkpoints may be links, for what is written anew replaces them.

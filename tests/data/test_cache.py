@@ -196,7 +196,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(root, tokenizer, monkeypatc
 def test_missing_files_are_told_at_once(tmp_path, tokenizer):
     with pytest.raises(ConfigError) as caught:
         prepared(tmp_path, tokenizer)
-    assert len(caught.value.faults) == 2
+    assert len(caught.value.errors) == 2
 
 
 def test_test_rows_that_train_are_counted(root, tokenizer, caplog):
@@ -206,10 +206,10 @@ def test_test_rows_that_train_are_counted(root, tokenizer, caplog):
     assert "1 of 5 test rows stand among the train rows" in caplog.text
 
 
-def test_tokenise_is_its_slow_twin(tokenizer):
+def test_tokenize_is_its_slow_twin(tokenizer):
     rows = [{"x": f"Q: {'long ' * (7 * i % 40)}{i}?\nA: ", "y": f"ünï 日本 {i}\n" * (i % 5 + 1)} for i in range(300)]
     for limit in (12, 30, 500):
-        fast, slow = tokens.tokenise(rows, tokenizer, limit), tokens.tokenise_reference(rows, tokenizer, limit)
+        fast, slow = tokens.tokenize(rows, tokenizer, limit), tokens.tokenize_reference(rows, tokenizer, limit)
         assert [fast[i] for i in range(len(fast))] == [slow[i] for i in range(len(slow))]
         assert (fast.cut, fast.dropped) == (slow.cut, slow.dropped)
     assert fast.cut == 0

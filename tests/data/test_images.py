@@ -16,7 +16,7 @@ import run_exp
 from data import images
 from eval import command
 from flatlora.inputs.captioned import CaptionedImages, picture_of
-from flatlora.inputs.images import ImageRows, LabelledImages, check_images
+from flatlora.inputs.images import ImageRows, LabeledImages, check_images
 from flatlora.models import loading, sources
 from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, write_split
@@ -104,10 +104,10 @@ def prepared(root, name, processor, *settings):
     return images.prepared(dataset(name, *settings), str(root), processor)
 
 
-def faults(function, *arguments):
+def errors(function, *arguments):
     with pytest.raises(ConfigError) as caught:
         function(*arguments)
-    return caught.value.faults
+    return caught.value.errors
 
 
 # --- reading
@@ -226,7 +226,7 @@ def test_one_picture_under_two_classes_does_not_validate(tmp_path, processor, ca
     assert len(set(rows.test.digests)) == 4
 
 
-def test_no_picture_left_to_validate_is_a_fault_of_early_stopping(tmp_path, settings, capsys):
+def test_no_picture_left_to_validate_is_a_error_of_early_stopping(tmp_path, settings, capsys):
     hub_id, config, image, label, _ = SETS["mnist"]
     for split in ("train", "test"):
         pictures = [{"bytes": png(i % 2), "path": None} for i in range(6)]
@@ -254,11 +254,11 @@ def test_broken_pictures_are_counted_and_named(tmp_path, processor):
     whole[2], whole[4] = {"bytes": png(2)[:40], "path": None}, {"bytes": b"no picture", "path": None}
     write_parquet(tmp_path, hub_id, config, "train", {image: whole, label: [0] * 5})
     write_parquet(tmp_path, hub_id, config, "test", {image: whole[:3], label: [0] * 3})
-    told = faults(prepared, tmp_path, "mnist", processor)
+    told = errors(prepared, tmp_path, "mnist", processor)
     assert "train.parquet, row 3 (and 1 more)" in told[0]
     assert "test.parquet, row 3:" in told[1]
     write_parquet(tmp_path, hub_id, config, "train", {image: whole[4:], label: [0]})
-    assert "row 1: no picture of a known format (PNG, JPEG" in faults(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 1: no picture of a known format (PNG, JPEG" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_a_label_outside_the_classes_is_named(tmp_path, processor):
@@ -266,7 +266,7 @@ def test_a_label_outside_the_classes_is_named(tmp_path, processor):
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 10, 11]})
-    told = faults(prepared, tmp_path, "mnist", processor)
+    told = errors(prepared, tmp_path, "mnist", processor)
     assert len(told) == 2
     assert "row 2: 10 is no class of 10 (0 to 9), and 1 more rows" in told[0]
 
@@ -274,7 +274,7 @@ def test_a_label_outside_the_classes_is_named(tmp_path, processor):
 def test_a_label_of_many_digits_is_named(tmp_path, processor):
     for split in ("train", "test"):
         write_split(tmp_path, "ylecun/mnist", "mnist", split, [{"image": "0.png", "label": 10**25}])
-    assert "row 1: a whole number from 0 is needed, not 1000" in faults(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 1: a whole number from 0 is needed, not 1000" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_a_negative_label_is_named(tmp_path, processor):
@@ -282,7 +282,7 @@ def test_a_negative_label_is_named(tmp_path, processor):
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, -1]})
-    assert "row 3: a whole number from 0 is needed, not -1" in faults(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 3: a whole number from 0 is needed, not -1" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_missing_columns_and_files_are_told_at_once(tmp_path, processor):
@@ -290,35 +290,35 @@ def test_missing_columns_and_files_are_told_at_once(tmp_path, processor):
     path = tmp_path / hub_id / config / "train.parquet"
     path.parent.mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.table({"picture": [1], "digit": [2]}), path)
-    told = faults(prepared, tmp_path, "mnist", processor)
-    assert [fault.split(" in ")[0] for fault in told[:2]] == ["Missing column image", "Missing column label"]
+    told = errors(prepared, tmp_path, "mnist", processor)
+    assert [message.split(" in ")[0] for message in told[:2]] == ["Missing column image", "Missing column label"]
     assert "test.jsonl (or .parquet) is not there" in told[2]
 
 
-def test_classes_without_names_are_a_fault(tmp_path, processor):
+def test_classes_without_names_are_a_error(tmp_path, processor):
     hub_id, config, image, label, _ = SETS["cars"]
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, 2]})
-    assert "entry cars nor the data set names the classes" in faults(prepared, tmp_path, "cars", processor)[0]
+    assert "entry cars nor the data set names the classes" in errors(prepared, tmp_path, "cars", processor)[0]
 
 
 def named(*names, source="train"):
-    return LabelledImages(source, np.arange(len(names)), lambda index: png(index), list(names))
+    return LabeledImages(source, np.arange(len(names)), lambda index: png(index), list(names))
 
 
-def test_another_number_of_names_is_a_fault():
-    told = faults(images.classes_of, "mnist", named("a", "b", "c"))[0]
+def test_another_number_of_names_is_a_error():
+    told = errors(images.classes_of, "mnist", named("a", "b", "c"))[0]
     assert "entry mnist has 10 names, and train has 3 classes" in told
 
 
-def test_classes_in_another_order_are_a_fault_however_they_are_spelled():
+def test_classes_in_another_order_are_a_error_however_they_are_spelled():
     names = ["AnnualCrop", "Forest", *"abcdefgh"]
     assert images.classes_of("eurosat", named(*names)).names[0] == "annual crop land"
     names = OWN_NAMES["cifar10"]
     assert images.classes_of("cifar10", named(*map(str.title, names))).names == names
     swapped = [*names[:3], "Dog", "deer", "cat", *names[6:]]
-    told = faults(images.classes_of, "cifar10", named(*swapped))[0]
+    told = errors(images.classes_of, "cifar10", named(*swapped))[0]
     assert "label 3 is Dog in train, and cat in data/class_names.yaml, entry cifar10, where Dog has label 5" in told
 
 
@@ -333,36 +333,36 @@ def test_classes_in_other_words_are_a_warning_where_another_label_reads_more_ali
     assert "where label 6 reads more like it" in caplog.text
 
 
-def test_splits_that_name_other_classes_are_a_fault():
+def test_splits_that_name_other_classes_are_a_error():
     names = OWN_NAMES["cifar10"]
-    told = faults(images.classes_of, "cifar10", named(*names), named(*names[1:], names[0], source="test"))[0]
+    told = errors(images.classes_of, "cifar10", named(*names), named(*names[1:], names[0], source="test"))[0]
     assert "label 0 is automobile in test, and airplane in data/class_names.yaml, entry cifar10" in told
-    told = faults(images.classes_of, "cars", named("a", "b"), named("a", "c", source="test"))[0]
+    told = errors(images.classes_of, "cars", named("a", "b"), named("a", "c", source="test"))[0]
     assert "label 1 is b in train and c in test" in told
 
 
 def test_a_folder_has_one_state():
-    told = faults(dataset, "mnist", "dataset.revision=main", "data_root=/d")[0]
+    told = errors(dataset, "mnist", "dataset.revision=main", "data_root=/d")[0]
     assert told.startswith("Invalid dataset.revision=main with data_root=/d: ")
 
 
 def test_digits_have_one_state():
-    assert "dataset.revision=main with dataset=digits" in faults(dataset, "digits", "dataset.revision=main")[0]
+    assert "dataset.revision=main with dataset=digits" in errors(dataset, "digits", "dataset.revision=main")[0]
 
 
-def test_an_entry_that_is_not_there_is_a_fault():
-    assert "data/class_names.yaml has cifar10, cifar100" in faults(dataset, "mnist", "dataset.classes=cifar11")[0]
+def test_an_entry_that_is_not_there_is_a_error():
+    assert "data/class_names.yaml has cifar10, cifar100" in errors(dataset, "mnist", "dataset.classes=cifar11")[0]
 
 
 def test_text_benchmarks_do_not_score_pictures():
-    assert "it scores text data sets" in faults(dataset, "mnist", "eval=[gsm8k]")[0]
+    assert "it scores text data sets" in errors(dataset, "mnist", "eval=[gsm8k]")[0]
 
 
 def test_a_picture_is_tried_in_every_thread(processor):
     rows = images.prepared(dataset("digits"), None, processor)
     assert check_images(rows.train.images, range(1437)) == rows.train.digests
     rows.train.images.read = lambda index: b""
-    assert "row 1 (and 1436 more)" in faults(check_images, rows.train.images, range(1437))[0]
+    assert "row 1 (and 1436 more)" in errors(check_images, rows.train.images, range(1437))[0]
 
 
 def test_pictures_that_were_decoded_once_are_read_and_not_decoded_again(tmp_path, monkeypatch):
@@ -370,7 +370,7 @@ def test_pictures_that_were_decoded_once_are_read_and_not_decoded_again(tmp_path
     opened, files = [], {0: png(0), 1: png(1)}
     plain = Image.open
     monkeypatch.setattr(Image, "open", lambda file, **more: opened.append(file) or plain(file, **more))
-    pictures = LabelledImages("here", np.array([0, 1]), lambda index: files[index])
+    pictures = LabeledImages("here", np.array([0, 1]), lambda index: files[index])
     first = check_images(pictures, [0, 1])
     assert len(opened) == 2
     assert check_images(pictures, [1, 0]) == first[::-1]
@@ -379,7 +379,7 @@ def test_pictures_that_were_decoded_once_are_read_and_not_decoded_again(tmp_path
     assert check_images(pictures, [0, 1])[1] != first[1]
     assert len(opened) == 4
     files[1] = png(2)[:50]
-    assert "row 2" in faults(check_images, pictures, [0, 1])[0]
+    assert "row 2" in errors(check_images, pictures, [0, 1])[0]
 
 
 def test_another_file_of_the_same_time_and_size_is_seen(tmp_path, processor):
@@ -410,11 +410,11 @@ def test_wide_greys_are_scaled_and_floats_refused(tmp_path, processor):
             assert torch.equal(rows.train[0]["pixel_values"], rows.train[1]["pixel_values"])
             assert rows.train[0]["pixel_values"].std() > 0.5
         if count == 3:
-            assert "row 3: its pixels are floating-point numbers" in faults(prepared, tmp_path, "mnist", processor)[0]
+            assert "row 3: its pixels are floating-point numbers" in errors(prepared, tmp_path, "mnist", processor)[0]
     for split in ("train", "test"):
         columns = {"image": [*buffers[:2], buffers[3]], "label": [0, 1, 2]}
         write_parquet(tmp_path, "ylecun/mnist", "mnist", split, columns)
-    assert "row 3: its pixels are 32-bit integers" in faults(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 3: its pixels are 32-bit integers" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
 # --- runs

@@ -21,10 +21,10 @@ def count_words(texts):
     return [len(text.split()) for text in texts]
 
 
-def faults(function, *arguments, **options):
+def errors(function, *arguments, **options):
     with pytest.raises(ConfigError) as caught:
         function(*arguments, **options)
-    return caught.value.faults
+    return caught.value.errors
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "error"),
     [
         ({"train_rows": 21}, "Invalid dataset.train_rows=21: only 20 rows are left"),
         ({"train_rows": 18, "validation_rows": 3}, "Invalid dataset.validation_rows=3: only 2 rows are left"),
@@ -105,9 +105,9 @@ def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
         ({"test_rows": 6}, "Invalid dataset.test_rows=6: only 5 rows are left"),
     ],
 )
-def test_more_rows_than_there_are_is_a_fault(root, changes, fault):
-    (told,) = faults(gsm8k.load, gsm8k_config(**changes), str(root), count_words)
-    assert told.startswith(fault)
+def test_more_rows_than_there_are_is_a_error(root, changes, message):
+    (told,) = errors(gsm8k.load, gsm8k_config(**changes), str(root), count_words)
+    assert told.startswith(message)
 
 
 def test_meta_math_keeps_gsm_rows_that_are_short_and_cuts_the_last_line(root):
@@ -131,7 +131,7 @@ def test_meta_math_counts_prompt_and_answer_together_below_the_limit(root):
     assert list(instructions.shorter_than(5, rows, count_words)) == rows
 
 
-def test_meta_math_tokenises_no_more_than_it_needs():
+def test_meta_math_tokenizes_no_more_than_it_needs():
     asked = []
 
     def count(texts):
@@ -255,21 +255,21 @@ def test_columns_are_cut_to_those_asked(tmp_path):
         (b'{"x": "\xff"}\n', ["not UTF-8 at byte 7"]),
     ],
 )
-def test_a_broken_file_is_a_fault_that_says_where(tmp_path, content, words):
+def test_a_broken_file_is_a_error_that_says_where(tmp_path, content, words):
     write(tmp_path, "owner/name", "default", "train", []).write_bytes(content)
-    (fault,) = faults(read, tmp_path, ["x"])
-    assert all(word in fault for word in words), fault
+    (message,) = errors(read, tmp_path, ["x"])
+    assert all(word in message for word in words), message
 
 
 def test_every_missing_column_is_named(tmp_path):
     write(tmp_path, "owner/name", "default", "train", [{"z": 1}])
-    assert [fault.split(" in ")[0] for fault in faults(read, tmp_path)] == ["Missing column x", "Missing column y"]
+    assert [message.split(" in ")[0] for message in errors(read, tmp_path)] == ["Missing column x", "Missing column y"]
 
 
 def test_every_column_without_text_is_named_once(tmp_path):
     rows = [{"x": "1", "y": "2"}, {"x": "1", "y": None}, {"x": 3, "y": 4}, {}]
     write(tmp_path, "owner/name", "default", "train", rows)
-    of_x, of_y = faults(read, tmp_path)
+    of_x, of_y = errors(read, tmp_path)
     assert "Invalid x" in of_x
     assert "row 3: text is needed, not 3" in of_x
     assert "Invalid y" in of_y
@@ -293,12 +293,12 @@ def write_parquet(root, rows):
         lambda raw: raw.replace(b"owl", b"\xff\xff\xff"),  # text that is not UTF-8
     ],
 )
-def test_a_broken_parquet_file_is_a_fault(tmp_path, damage):
+def test_a_broken_parquet_file_is_a_error(tmp_path, damage):
     path = write_parquet(tmp_path, [{"x": "owl", "y": "owl"}])
     path.write_bytes(damage(path.read_bytes()))
-    (fault,) = faults(read, tmp_path)
-    assert "train.parquet: not Parquet" in fault
-    assert "fetch it again" in fault
+    (message,) = errors(read, tmp_path)
+    assert "train.parquet: not Parquet" in message
+    assert "fetch it again" in message
 
 
 @pytest.mark.parametrize(
@@ -311,42 +311,44 @@ def test_a_broken_parquet_file_is_a_fault(tmp_path, damage):
         ({"x": "1", "y": b"2"}, ["Invalid y", "b'2'"]),
     ],
 )
-def test_parquet_of_another_schema_is_a_fault(tmp_path, row, words):
+def test_parquet_of_another_schema_is_a_error(tmp_path, row, words):
     write_parquet(tmp_path, [row])
-    (fault,) = faults(read, tmp_path)
-    assert all(word in fault for word in words), fault
+    (message,) = errors(read, tmp_path)
+    assert all(word in message for word in words), message
 
 
-def test_a_file_that_cannot_be_read_is_a_fault(tmp_path):
-    (fault,) = faults(read_jsonl, tmp_path)
-    assert fault == f"Cannot read {tmp_path}: Is a directory; make it a readable file, or name another."
+def test_a_file_that_cannot_be_read_is_a_error(tmp_path):
+    (message,) = errors(read_jsonl, tmp_path)
+    assert message == f"Cannot read {tmp_path}: Is a directory; make it a readable file, or name another."
 
 
 @pytest.mark.parametrize(("name", "problem"), [("nowhere", "it is not there"), ("file", "it is a file, not a folder")])
-def test_a_data_root_that_is_no_folder_is_a_fault(tmp_path, name, problem):
+def test_a_data_root_that_is_no_folder_is_a_error(tmp_path, name, problem):
     (tmp_path / "file").write_text("")
-    (fault,) = faults(read, tmp_path / name)
-    assert fault.startswith(f"Invalid data_root={tmp_path / name}: {problem}; name the folder that owner/name/default/")
+    (message,) = errors(read, tmp_path / name)
+    assert message.startswith(
+        f"Invalid data_root={tmp_path / name}: {problem}; name the folder that owner/name/default/"
+    )
 
 
 @pytest.mark.parametrize(("module", "config"), [(gsm8k, gsm8k_config), (meta_math, meta_math_config)])
-def test_faults_of_train_and_test_rows_are_told_together(root, module, config):
+def test_errors_of_train_and_test_rows_are_told_together(root, module, config):
     write(root, "openai/gsm8k", "main", "test", [{"question": None, "answer": 5}])
-    told = faults(module.load, config(train_rows=99, test_rows=1), str(root), count_words)
-    assert [fault.split()[1] for fault in told] == ["dataset.train_rows=99:", "question", "answer"]
+    told = errors(module.load, config(train_rows=99, test_rows=1), str(root), count_words)
+    assert [message.split()[1] for message in told] == ["dataset.train_rows=99:", "question", "answer"]
 
 
-def test_no_train_row_below_the_limit_is_a_fault_of_the_limit(root):
+def test_no_train_row_below_the_limit_is_a_error_of_the_limit(root):
     config = meta_math_config(max_tokens=8, train_rows=None)
-    (fault,) = faults(meta_math.load, config, str(root), lambda texts: [9] * len(texts))
-    assert "keeps none of its train rows; raise its limits, such as dataset.max_tokens" in fault
+    (message,) = errors(meta_math.load, config, str(root), lambda texts: [9] * len(texts))
+    assert "keeps none of its train rows; raise its limits, such as dataset.max_tokens" in message
 
 
 def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
     write(tmp_path, "owner/name", "default", "train", TRICKY)
-    (fault,) = faults(read, tmp_path, split="test")
-    assert f"{tmp_path}/owner/name/default/test.jsonl (or .parquet) is not there" in fault
-    assert "leave data_root out to read the hub" in fault
+    (message,) = errors(read, tmp_path, split="test")
+    assert f"{tmp_path}/owner/name/default/test.jsonl (or .parquet) is not there" in message
+    assert "leave data_root out to read the hub" in message
 
 
 @pytest.mark.parametrize(
@@ -363,14 +365,14 @@ def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
         ),
     ],
 )
-def test_a_hub_out_of_reach_is_a_fault_with_the_local_way(monkeypatch, error, reason):
+def test_a_hub_out_of_reach_is_a_error_with_the_local_way(monkeypatch, error, reason):
     def unreachable(*args, **options):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    (fault,) = faults(read_rows, Source("owner/name", "default", "train"), columns=["x"])
-    assert reason in fault
-    assert "set data_root=DIR with DIR/owner/name/default/train.jsonl" in fault
+    (message,) = errors(read_rows, Source("owner/name", "default", "train"), columns=["x"])
+    assert reason in message
+    assert "set data_root=DIR with DIR/owner/name/default/train.jsonl" in message
 
 
 def test_jsonl_writes_one_line_a_row():
@@ -379,14 +381,14 @@ def test_jsonl_writes_one_line_a_row():
     assert lines[-1] == ""
 
 
-def test_an_endpoint_that_is_no_address_is_a_fault(monkeypatch):
+def test_an_endpoint_that_is_no_address_is_a_error(monkeypatch):
     import huggingface_hub
 
     hub_is_reachable.cache_clear()
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "hub.example")
-    (fault,) = faults(hub_is_reachable)
-    assert fault.startswith("Invalid HF_ENDPOINT=hub.example: ")
+    (message,) = errors(hub_is_reachable)
+    assert message.startswith("Invalid HF_ENDPOINT=hub.example: ")
 
 
 @pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EHOSTUNREACH])

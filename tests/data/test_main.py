@@ -51,7 +51,7 @@ def test_pictures_are_shown_with_classes_and_prompts(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "fault"),
+    ("words", "error"),
     [
         ([], "python -m data NAME"),
         (["colla"], "Unknown option dataset=colla: did you mean dataset=cola?"),
@@ -64,6 +64,6 @@ def test_pictures_are_shown_with_classes_and_prompts(capsys):
         (["word_math", "dataset.loader=nope"], "Unknown loader nope: known are "),
     ],
 )
-def test_faults_are_told(capsys, words, fault):
+def test_errors_are_told(capsys, words, message):
     assert main(words) == 2
-    assert fault in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -51,10 +51,10 @@ def prepared(root, *words):
     return text_to_image.prepared(dataset(f"dataset.folder={root}", "dataset.resolution=32", *words), None)
 
 
-def faults(function, *arguments):
+def errors(function, *arguments):
     with pytest.raises(ConfigError) as caught:
         function(*arguments)
-    return caught.value.faults
+    return caught.value.errors
 
 
 def test_a_folder_gives_its_pictures_in_order(tmp_path):
@@ -77,9 +77,9 @@ def test_each_picture_may_have_a_prompt_of_its_own(tmp_path):
     found = prepared(folder_of(tmp_path / "text", metadata=named))
     assert [found.train.prompt(row) for row in range(2)] == ["as datasets has it", "p"]
     lost = folder_of(tmp_path / "lost", metadata=[{"file_name": "9.png", "prompt": "p"}])
-    assert "row 1 (9.png): there is no such file" in faults(lambda: prepared(lost))[0]
+    assert "row 1 (9.png): there is no such file" in errors(lambda: prepared(lost))[0]
     lost = folder_of(tmp_path / "none", metadata=[{"file_name": "", "prompt": "p"}])
-    assert "it names a folder, not a file" in faults(lambda: prepared(lost))[0]
+    assert "it names a folder, not a file" in errors(lambda: prepared(lost))[0]
 
 
 def test_the_hubs_columns_from_a_data_root(tmp_path):
@@ -104,7 +104,7 @@ def test_parquet_from_a_data_root(tmp_path):
     found = read_captioned(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
     assert found.prompts == ["a", "b", "c"]
     assert picture_of(found, 0).size == (80, 60)
-    told = faults(lambda: read_captioned(SOURCE, image="image", prompt="caption", fixed=None, data_root=str(tmp_path)))
+    told = errors(lambda: read_captioned(SOURCE, image="image", prompt="caption", fixed=None, data_root=str(tmp_path)))
     assert "Missing column caption" in told[0]
 
 
@@ -166,8 +166,8 @@ def test_what_a_folder_holds_besides_pictures_is_told(tmp_path, caplog):
     assert "1 things in" in caplog.text
     assert "other.heic" in caplog.text
     (tmp_path / "deep" / "inner").mkdir(parents=True)
-    assert "but inner; put some there" in faults(prepared, tmp_path / "deep", "dataset.prompt=p")[0]
-    assert "it is a file, not a folder" in faults(prepared, root / "0.png", "dataset.prompt=p")[0]
+    assert "but inner; put some there" in errors(prepared, tmp_path / "deep", "dataset.prompt=p")[0]
+    assert "it is a file, not a folder" in errors(prepared, root / "0.png", "dataset.prompt=p")[0]
 
 
 def test_a_metadata_file_has_a_prompt_a_row_and_may_name_a_picture_twice(tmp_path, caplog):
@@ -175,8 +175,8 @@ def test_a_metadata_file_has_a_prompt_a_row_and_may_name_a_picture_twice(tmp_pat
     assert len(prepared(folder_of(tmp_path / "twice", metadata=rows)).train) == 2
     assert "names 1 pictures more than once" in caplog.text
     rows[1]["prompt"] = "  "
-    (fault,) = faults(prepared, folder_of(tmp_path / "blank", metadata=rows))
-    assert fault.endswith("row 2: it is blank; write one, or set dataset.prompt for all pictures.")
+    (message,) = errors(prepared, folder_of(tmp_path / "blank", metadata=rows))
+    assert message.endswith("row 2: it is blank; write one, or set dataset.prompt for all pictures.")
 
 
 def test_cover_cuts_the_middle():
@@ -248,9 +248,9 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
     assert list(rows.indices) == [2, 0]
     whole = (own / "2.png").read_bytes()
     picture(77).save(own / "2.png")
-    (fault,) = faults(pictures_of_run, tmp_path, section, None)
-    assert "row 3 (2.png) of" in fault
-    assert "that the run was trained on (1 of 2)" in fault
+    (message,) = errors(pictures_of_run, tmp_path, section, None)
+    assert "row 3 (2.png) of" in message
+    assert "that the run was trained on (1 of 2)" in message
     (own / "2.png").write_bytes(whole)
     kept = (tmp_path / "pictures.json").read_text()
     for broken in (
@@ -261,15 +261,15 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
         "[" * 100_000,
     ):
         (tmp_path / "pictures.json").write_text(broken)
-        assert "is not what a run writes" in faults(pictures_of_run, tmp_path, section, None)[0]
+        assert "is not what a run writes" in errors(pictures_of_run, tmp_path, section, None)[0]
     (tmp_path / "pictures.json").write_text(kept)
     picture(78).save(own / "0a.png")  # the places of all others move
-    assert "(1 of 2)" in faults(pictures_of_run, tmp_path, section, None)[0]
+    assert "(1 of 2)" in errors(pictures_of_run, tmp_path, section, None)[0]
     (own / "0a.png").unlink()
     (own / "2.png").unlink()
-    assert "has 2, and the run was trained on number 3" in faults(pictures_of_run, tmp_path, section, None)[0]
+    assert "has 2, and the run was trained on number 3" in errors(pictures_of_run, tmp_path, section, None)[0]
     (tmp_path / "pictures.json").unlink()
-    assert "Broken run" in faults(pictures_of_run, tmp_path, section, None)[0]
+    assert "Broken run" in errors(pictures_of_run, tmp_path, section, None)[0]
 
 
 @pytest.mark.parametrize(
@@ -287,22 +287,22 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
 )
 def test_bad_pictures_are_told(tmp_path, words, heads):
     root = folder_of(tmp_path / "own")
-    told = faults(prepared, root, *words)
+    told = errors(prepared, root, *words)
     assert len(told) == len(heads)
-    for fault, head in zip(told, heads, strict=True):
-        assert fault.startswith(head)
+    for message, head in zip(told, heads, strict=True):
+        assert message.startswith(head)
 
 
 def test_small_and_broken_pictures_are_named(tmp_path):
     root = folder_of(tmp_path / "own", sizes=((80, 60), (12, 90), (9, 9)))
-    (fault,) = faults(prepared, root, "dataset.prompt=p")
-    assert "row 2 (1.png) (and 1 more): it is 12 × 90 pixels" in fault
+    (message,) = errors(prepared, root, "dataset.prompt=p")
+    assert "row 2 (1.png) (and 1 more): it is 12 × 90 pixels" in message
     (root / "0.png").write_bytes(b"no picture")
-    broken, small = faults(prepared, root, "dataset.prompt=p")
+    broken, small = errors(prepared, root, "dataset.prompt=p")
     assert "row 1 (0.png): no picture of a known format" in broken
     assert "row 2 (1.png) (and 1 more)" in small
     (tmp_path / "empty").mkdir()
-    assert "no picture is in it" in faults(prepared, tmp_path / "empty", "dataset.prompt=p")[0]
+    assert "no picture is in it" in errors(prepared, tmp_path / "empty", "dataset.prompt=p")[0]
 
 
 @pytest.mark.parametrize(
@@ -326,8 +326,8 @@ def test_small_and_broken_pictures_are_named(tmp_path):
     ],
 )
 def test_settings_that_do_not_go_together(words, head):
-    (fault,) = faults(run_exp.experiment_of, ["model=sdxl_tiny", *words])
-    assert fault.startswith(head)
+    (message,) = errors(run_exp.experiment_of, ["model=sdxl_tiny", *words])
+    assert message.startswith(head)
 
 
 def test_the_eight_shapes_need_nothing():
@@ -366,4 +366,4 @@ def test_rows_of_says_which_row_of_the_set(tmp_path):
     write_split(tmp_path, *SOURCE[:3], [{"image": f"{n}.png", "prompt": "p"} for n in range(2)])
     images = read_captioned(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
     assert len(rows_of(images, [0], resolution=32, min_side=16)) == 1
-    assert "row 2 (1.png): it is 5 × 5" in faults(lambda: rows_of(images, [1], resolution=32, min_side=16))[0]
+    assert "row 2 (1.png): it is 5 × 5" in errors(lambda: rows_of(images, [1], resolution=32, min_side=16))[0]

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from data import Splits, tokens
-from data.tokens import IGNORED, CausalCollator, Seq2SeqCollator, prepare, tokenise
+from data.tokens import IGNORED, CausalCollator, Seq2SeqCollator, prepare, tokenize
 from flatlora.utils.errors import ConfigError
 
 PAD, BOS, EOS, UNKNOWN = range(4)
@@ -41,8 +41,8 @@ def ids(*numbers):
     return [i + 4 for i in numbers]
 
 
-def test_prompt_and_answer_are_tokenised_apart_and_only_the_prompt_begins(tokenizer):
-    found = tokenise([{"x": text(0, 1), "y": text(2, 3, 4)}], tokenizer, 20)
+def test_prompt_and_answer_are_tokenized_apart_and_only_the_prompt_begins(tokenizer):
+    found = tokenize([{"x": text(0, 1), "y": text(2, 3, 4)}], tokenizer, 20)
     start = tokenizer("")["input_ids"]
     assert found[0] == {"prompt": [*start, *ids(0, 1)], "answer": [*ids(2, 3, 4), EOS]}
     assert found[0]["prompt"] == tokenizer(text(0, 1) + " ")["input_ids"]  # what an evaluator asks
@@ -58,9 +58,9 @@ def test_the_end_that_a_tokenizer_puts_behind_every_text_is_an_encoders_alone():
     )
     asked = plain(text(0, 1))["input_ids"]
     assert ending(text(0, 1))["input_ids"] == [*asked, EOS]
-    for rows_of in (tokenise, tokens.tokenise_reference):
+    for rows_of in (tokenize, tokens.tokenize_reference):
         assert rows_of(rows, ending, 20)[0] == {"prompt": asked, "answer": [*ids(2), EOS]}
-    assert tokenise(rows, ending, 20, encoder_decoder=True)[0]["prompt"] == [*asked, EOS]
+    assert tokenize(rows, ending, 20, encoder_decoder=True)[0]["prompt"] == [*asked, EOS]
     (row,) = prepare(Splits(rows, [], []), ending, 20).train
     assert row["prompt"] == asked
 
@@ -70,19 +70,19 @@ def test_names_of_special_tokens_in_rows_are_text_and_told(smollm_tokenizer, cap
     rows = [{"x": x, "y": y}, {"x": "plain", "y": "text"}, {"x": "plain", "y": "<|im_end|>"}]
     assert smollm_tokenizer(y)["input_ids"].count(smollm_tokenizer.eos_token_id) == 1  # as control tokens
     with caplog.at_level(logging.WARNING):
-        found = tokenise(rows, smollm_tokenizer, 200)
+        found = tokenize(rows, smollm_tokenizer, 200)
     assert smollm_tokenizer.decode(found[0]["prompt"]) == x + " "
     assert found[0]["answer"].count(smollm_tokenizer.eos_token_id) == 1  # its end
     assert smollm_tokenizer.decode(found[0]["answer"][:-1]) == y
     (record,) = caplog.records
     assert "(<|im_end|> in 2 rows, <|im_start|> in 1 rows): they are read as the text that they are" in record.message
-    reference = tokens.tokenise_reference(rows, smollm_tokenizer, 200)
+    reference = tokens.tokenize_reference(rows, smollm_tokenizer, 200)
     assert [found[i] for i in range(3)] == [reference[i] for i in range(3)]
 
 
 def test_names_that_a_tokenizer_cannot_read_as_text_are_told(caplog):
     with caplog.at_level(logging.WARNING):  # a vocabulary of whole words has them as words
-        tokenise([{"x": text(0), "y": f"{text(1)} </s> {text(2)}"}], make_tokenizer(bos=True), 20)
+        tokenize([{"x": text(0), "y": f"{text(1)} </s> {text(2)}"}], make_tokenizer(bos=True), 20)
     assert "(</s> in 1 rows): this tokenizer can read them as the tokens alone; take them out" in caplog.text
 
 
@@ -104,7 +104,7 @@ def test_rows_are_cut_dropped_counted_and_warned_of_once(max_length, answers, cu
         {"x": text(7, 8), "y": text(9)},
     ]
     with caplog.at_level(logging.WARNING):
-        found = tokenise(rows, make_tokenizer(bos=False), max_length)
+        found = tokenize(rows, make_tokenizer(bos=False), max_length)
     assert found.answer_lengths.tolist() == answers
     assert (found.cut, found.dropped) == (cut, dropped)
     assert all(length <= max_length for length in found.lengths)
@@ -118,18 +118,18 @@ def test_rows_are_cut_dropped_counted_and_warned_of_once(max_length, answers, cu
 
 def test_only_a_whole_answer_ends_with_end_of_sequence():
     rows = [{"x": text(0), "y": text(*range(10))}]
-    answers = [tokenise(rows, make_tokenizer(bos=False), length)[0]["answer"] for length in (11, 12)]
+    answers = [tokenize(rows, make_tokenizer(bos=False), length)[0]["answer"] for length in (11, 12)]
     assert answers == [ids(*range(10)), [*ids(*range(10)), EOS]]
 
 
 def test_many_rows_keep_their_order(monkeypatch):
     monkeypatch.setattr(tokens, "_ROWS_AT_ONCE", 7)
     rows = [{"x": text(i % 50), "y": text(i % 31)} for i in range(60)]
-    found = tokenise(rows, make_tokenizer(bos=False), 20)
+    found = tokenize(rows, make_tokenizer(bos=False), 20)
     assert [row["answer"][0] for row in map(found.__getitem__, range(60))] == [i % 31 + 4 for i in range(60)]
 
 
-def test_a_set_that_no_row_is_left_of_is_a_fault():
+def test_a_set_that_no_row_is_left_of_is_a_error():
     splits = Splits([{"x": text(0, 1), "y": text(2)}], [], [])
     with pytest.raises(ConfigError, match=r"none of 1 train rows is left at dataset\.max_length=2; raise it"):
         prepare(splits, make_tokenizer(bos=False), 2)
@@ -140,10 +140,10 @@ def test_a_set_that_no_row_is_left_of_is_a_fault():
         prepare(longer, make_tokenizer(bos=False), 3)
     with pytest.raises(ConfigError) as caught:
         prepare(longer, make_tokenizer(bos=False), 1)
-    assert len(caught.value.faults) == 2
+    assert len(caught.value.errors) == 2
 
 
-def test_a_tokenizer_that_cannot_end_an_answer_is_a_fault():
+def test_a_tokenizer_that_cannot_end_an_answer_is_a_error():
     tokenizer = make_tokenizer(bos=False)
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="has no end-of-sequence token"):

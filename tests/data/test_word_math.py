@@ -273,7 +273,7 @@ def test_a_friend_never_shares_the_pronoun():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "fault"),
+    ("arguments", "error"),
     [
         ({"split": "dev"}, r"Invalid split='dev': must be one of train, validation, test"),
         ({"count": -1}, r"Invalid count=-1: .* ≥ 0"),
@@ -284,8 +284,8 @@ def test_a_friend_never_shares_the_pronoun():
         ({"max_answer": 0}, r"Invalid max_answer=0: must be ≥ 5"),
     ],
 )
-def test_a_bad_argument_is_named(arguments, fault):
-    with pytest.raises(ValueError, match=fault):
+def test_a_bad_argument_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
         word_math.generate(**{"split": "train", "count": 1} | arguments)
 
 

@@ -18,7 +18,7 @@ import run_exp
 from eval import command, predictions
 from eval.backends import Completion
 from eval.command import main
-from eval.place import locate_place
+from eval.place import resolve_model
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import jsonl, prompt_text
 from flatlora.runs import run_folder as runs
@@ -35,7 +35,7 @@ def finished(tiny_settings):
     return run_folder(settings)
 
 
-def test_the_runs_own_answers_are_recognised_and_never_overwritten(finished):
+def test_the_runs_own_answers_are_recognized_and_never_overwritten(finished):
     own = finished / "eval" / "gsm8k"
     before = {path.name: path.read_bytes() for path in own.iterdir()}
     assert main("gsm8k", [str(finished), "device=cpu"]) == 0
@@ -71,7 +71,7 @@ def test_another_backbone_than_the_runs_is_refused_or_answers_anew(tiny_settings
     model = AutoModelForCausalLM.from_pretrained(base)
     model.lm_head.weight.data.mul_(-1.0)
     model.save_pretrained(base)
-    (told,) = faults([run, "device=cpu"], capsys)
+    (told,) = errors([run, "device=cpu"], capsys)
     assert told.startswith(f"Invalid backbone of {run}/adapter: {base} is sha256:")
     assert main("gsm8k", bare) == 0  # nothing records what it was trained on
     assert (tmp_path / "o/predictions.stale.jsonl").is_file()
@@ -107,7 +107,7 @@ def test_a_base_that_moved_is_named(with_own_base, tmp_path, capsys):
     run, base = with_own_base
     moved, own = tmp_path / "elsewhere", run / "eval/gsm8k"
     base.rename(moved)
-    (told,) = faults([run, "device=cpu"], capsys)
+    (told,) = errors([run, "device=cpu"], capsys)
     wanted = f"Invalid base model {base} of {run}/adapter: there is no such folder; say where it is now with base=PATH."
     assert told == wanted
     before = {path.name: path.read_bytes() for path in own.iterdir()}
@@ -117,7 +117,7 @@ def test_a_base_that_moved_is_named(with_own_base, tmp_path, capsys):
     other = AutoModelForCausalLM.from_pretrained(moved)
     other.lm_head.weight.data.mul_(-1.0)
     other.save_pretrained(moved)
-    (told,) = faults([run, "device=cpu", f"base={moved}"], capsys)
+    (told,) = errors([run, "device=cpu", f"base={moved}"], capsys)
     assert told.startswith(f"Invalid backbone of {run}/adapter: {moved} is sha256:")
 
 
@@ -146,15 +146,15 @@ def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_pat
     assert completions(tmp_path / "named") == expected
 
 
-def test_a_base_that_nothing_reads_or_that_is_none_is_a_fault(made, tiny_model_folder, tmp_path, capsys):
-    (told,) = faults([made, "base=/nope"], capsys)
+def test_a_base_that_nothing_reads_or_that_is_none_is_a_error(made, tiny_model_folder, tmp_path, capsys):
+    (told,) = errors([made, "base=/nope"], capsys)
     assert told == "Invalid base=/nope: there is no such folder; name the folder of a whole model, or a hub id."
-    (told,) = faults([made, f"base={tmp_path}"], capsys)
+    (told,) = errors([made, f"base={tmp_path}"], capsys)
     assert told.startswith(f"Invalid base={tmp_path}: the folder holds no model;")
-    (told,) = faults([tiny_model_folder, "base=some/model", f"rows={made / 'test.jsonl'}"], capsys)
+    (told,) = errors([tiny_model_folder, "base=some/model", f"rows={made / 'test.jsonl'}"], capsys)
     assert told == f"Invalid base=some/model: {tiny_model_folder} is no adapter, and reads none; drop it."
     served = ["served", "backend=openai", "base_url=http://127.0.0.1:9/v1", "base=some/model"]
-    (told,) = faults([*served, f"rows={made / 'test.jsonl'}", f"out={tmp_path / 'o'}"], capsys)
+    (told,) = errors([*served, f"rows={made / 'test.jsonl'}", f"out={tmp_path / 'o'}"], capsys)
     assert told == "Invalid base=some/model with backend=openai: the server has its own; drop it."
 
 
@@ -163,7 +163,7 @@ def test_a_base_with_other_settings_is_named_and_a_record_without_them_still_cou
     own, config = run / "eval/gsm8k", json.loads((base / "config.json").read_bytes())
     changes = {"rope_parameters": {**config["rope_parameters"], "rope_theta": 500.0}}
     (base / "config.json").write_text(json.dumps(config | changes))
-    (told,) = faults([run, "device=cpu"], capsys)
+    (told,) = errors([run, "device=cpu"], capsys)
     assert "which differ in settings; put the config.json of then back" in told
     (base / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0", "dtype": "float32"}))
     before = {path.name: path.read_bytes() for path in own.iterdir()}
@@ -229,13 +229,13 @@ def test_a_run_with_damaged_files_is_not_scored_and_each_is_named(finished, tmp_
     ]:
         shutil.copytree(kept, finished)
         damage()
-        (fault,) = faults([finished, "device=cpu", *words], capsys)
-        assert told in fault
+        (message,) = errors([finished, "device=cpu", *words], capsys)
+        assert told in message
         shutil.rmtree(finished)
     shutil.copytree(kept, finished)
     flip(finished / "checkpoint-6/adapter_model.safetensors")
-    (fault,) = faults([finished / "checkpoint-6", "device=cpu"], capsys)
-    assert fault == (
+    (message,) = errors([finished / "checkpoint-6", "device=cpu"], capsys)
+    assert message == (
         f"Invalid checkpoint {finished / 'checkpoint-6'}: adapter_model.safetensors is not what was written; name "
         "another checkpoint, or the run."
     )
@@ -250,8 +250,8 @@ def change(path, old, new):
 def test_answers_are_not_written_through_a_link(finished, tmp_path, capsys):
     (finished / "eval").rename(tmp_path / "elsewhere")
     (finished / "eval").symlink_to(tmp_path / "elsewhere")
-    (fault,) = faults([finished, "device=cpu", "max_rows=2"], capsys)
-    assert fault.startswith(f"Invalid {finished / 'eval'}: it is a link")
+    (message,) = errors([finished, "device=cpu", "max_rows=2"], capsys)
+    assert message.startswith(f"Invalid {finished / 'eval'}: it is a link")
     assert not (tmp_path / "elsewhere/gsm8k-max_rows=2").exists()
 
 
@@ -264,10 +264,10 @@ def test_answers_are_not_written_through_a_link(finished, tmp_path, capsys):
         (["/proc", "max_rowz=3", "batch_size=0"], ["Invalid path /proc", "Unknown key max_rowz", "Invalid batch_size"]),
     ],
 )
-def test_bad_commands_exit_with_2_and_tell_every_fault(words, heads, capsys):
-    told = faults(words, capsys)
+def test_bad_commands_exit_with_2_and_tell_every_error(words, heads, capsys):
+    told = errors(words, capsys)
     assert len(told) == len(heads)
-    assert all(fault.startswith(head) for fault, head in zip(told, heads, strict=True)), told
+    assert all(message.startswith(head) for message, head in zip(told, heads, strict=True)), told
 
 
 @pytest.mark.parametrize("words", [[], ["max_rows=3"], ["-x"]])
@@ -277,12 +277,12 @@ def test_a_command_without_a_path_is_told_how_it_is_used(words, capsys):
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
-def test_help_is_no_fault(capsys, word):
+def test_help_is_no_error(capsys, word):
     assert main("gsm8k", [word]) == 0
     assert "python -m eval.gsm8k PATH [key=value ...]" in capsys.readouterr().out
 
 
-# --- faults, without a model
+# --- errors, without a model
 
 
 CONFIG = {
@@ -326,8 +326,8 @@ def made(tmp_path, monkeypatch):
     return folder
 
 
-def faults(words, capsys):
-    """The faults that a command ends with, as the user reads them."""
+def errors(words, capsys):
+    """The errors that a command ends with, as the user reads them."""
     capsys.readouterr()
     assert main("gsm8k", [str(word) for word in words]) == 2
     told = capsys.readouterr().err
@@ -377,7 +377,7 @@ def test_score_only_means_the_runs_own_answers_unless_a_device_is_named(made, ca
     (own / "score.json").unlink()
     assert main("gsm8k", [str(made), "score_only=true"]) == 0
     assert (own / "score.json").is_file()
-    (told,) = faults([made, "score_only=true", "device=cpu"], capsys)
+    (told,) = errors([made, "score_only=true", "device=cpu"], capsys)
     assert told.startswith(f"{made}/eval/gsm8k-device=cpu/predictions.jsonl is not there")
 
 
@@ -396,7 +396,7 @@ def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, tmp
     loaded = tiny_llama(), SimpleNamespace(eos_token_id=2), {}
     monkeypatch.setattr(command, "load_for_inference", lambda *_: loaded)
     model = of_run and ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype=of_run)
-    backend = command._load(command.Place(str(tmp_path), model=model), torch.device("cpu"), 1, "text")
+    backend = command._load(command.ResolvedModel(str(tmp_path), model=model), torch.device("cpu"), 1, "text")
     assert backend.precision.autocast == expected
 
 
@@ -407,7 +407,7 @@ def test_whole_numbers_are_printed_whole(capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "fault"),
+    ("word", "error"),
     [
         ("rows=[", "Invalid rows=[: no such file; name a .jsonl file with x and y."),
         (
@@ -430,20 +430,20 @@ def test_whole_numbers_are_printed_whole(capsys):
         ("data_root=/nope", "Invalid data_root=/nope: nothing reads it, for the rows are those of "),
     ],
 )
-def test_a_bad_word_is_one_fault_with_its_remedy(made, capsys, word, fault):
-    (told,) = faults([made, word], capsys)
-    assert told.startswith(fault)
+def test_a_bad_word_is_one_error_with_its_remedy(made, capsys, word, message):
+    (told,) = errors([made, word], capsys)
+    assert told.startswith(message)
     assert not (made / "eval").exists()
 
 
-def test_faults_of_path_words_rows_and_folder_are_told_together(made, tmp_path, capsys):
+def test_errors_of_path_words_rows_and_folder_are_told_together(made, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"x": null, "y": 5}\n')
     (tmp_path / "file").write_text("")
     words = [tmp_path / "nowhere", "batch_size=0", f"rows={tmp_path / 'rows.jsonl'}", f"out={tmp_path / 'file'}/out"]
     kinds = ["Invalid path", "Invalid batch_size", "Invalid out", "Invalid x", "Invalid y"]
-    assert [" ".join(fault.split()[:2]).partition("=")[0] for fault in faults(words, capsys)] == kinds
-    told = faults([tmp_path / "nowhere", "device=gpu"], capsys)
-    assert [fault.partition("=")[0].split()[1] for fault in told] == ["path", "device"]
+    assert [" ".join(message.split()[:2]).partition("=")[0] for message in errors(words, capsys)] == kinds
+    told = errors([tmp_path / "nowhere", "device=gpu"], capsys)
+    assert [message.partition("=")[0].split()[1] for message in told] == ["path", "device"]
 
 
 def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
@@ -455,7 +455,7 @@ def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"),
+    ("content", "error"),
     [
         ('{"x": "Q"}', "Missing column y in FILE, row 1: it has x;"),
         ('{"x": "Q", "y": "#### 1"}\n{"x": 5, "y": "#### 1"}', "Invalid x in FILE, row 2: text is needed, not 5;"),
@@ -465,11 +465,11 @@ def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("own", [True, False])
-def test_rows_that_cannot_be_scored_are_a_fault_before_a_model_is_loaded(made, capsys, content, fault, own):
+def test_rows_that_cannot_be_scored_are_a_error_before_a_model_is_loaded(made, capsys, content, message, own):
     path = made / ("test.jsonl" if own else "rows.jsonl")
     path.write_text(content)
-    (told,) = faults([made] if own else [made, f"rows={path}"], capsys)
-    assert told.startswith(fault.replace("FILE", str(path)))
+    (told,) = errors([made] if own else [made, f"rows={path}"], capsys)
+    assert told.startswith(message.replace("FILE", str(path)))
 
 
 def test_the_benchmarks_own_rows_are_checked_too(made, capsys, tmp_path):
@@ -477,36 +477,36 @@ def test_the_benchmarks_own_rows_are_checked_too(made, capsys, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text(jsonl([{"question": "Q", "answer": "#### none"}]))
     own = [f"data_root={tmp_path / 'root'}", "template=alpaca"]
-    (told,) = faults([made, *own, "rows=benchmark"], capsys)
+    (told,) = errors([made, *own, "rows=benchmark"], capsys)
     assert told.startswith("Invalid answer in the benchmark's own rows, row 1:")
-    refused = faults([made, *own], capsys)
-    assert [fault.partition("=")[0] for fault in refused] == ["Invalid data_root", "Invalid template"]
+    refused = errors([made, *own], capsys)
+    assert [message.partition("=")[0] for message in refused] == ["Invalid data_root", "Invalid template"]
     (made / "test.jsonl").write_text("")  # of a data set without test rows
-    (told,) = faults([made, *own], capsys)
+    (told,) = errors([made, *own], capsys)
     assert told.startswith("Invalid answer in the benchmark's own rows, row 1:")
     (made / "test.jsonl").unlink()
-    (told,) = faults([made, *own], capsys)
+    (told,) = errors([made, *own], capsys)
     assert told.startswith(f"Missing file {made}/test.jsonl: a run's test rows are in it;")
 
 
-def test_an_output_folder_that_cannot_be_is_a_fault(made, capsys, monkeypatch):
-    (told,) = faults([made, f"out={made}/run.json/a/b"], capsys)
+def test_an_output_folder_that_cannot_be_is_a_error(made, capsys, monkeypatch):
+    (told,) = errors([made, f"out={made}/run.json/a/b"], capsys)
     assert told == f"Invalid out={made}/run.json/a/b: {made}/run.json is a file; name another folder with out=DIR."
     monkeypatch.setattr(command.os, "access", lambda path, mode: False)
-    (told,) = faults([made], capsys)
+    (told,) = errors([made], capsys)
     assert told == f"Invalid out={made}/eval/gsm8k: {made} cannot be written to; name another folder with out=DIR."
 
 
-def test_broken_answers_are_a_fault_of_score_only(made, capsys):
+def test_broken_answers_are_a_error_of_score_only(made, capsys):
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
     path = made / "eval/gsm8k/predictions.jsonl"
     record = json.loads(path.with_name("generation.json").read_text())
     del record[records.SEAL]  # of a version that kept no hash, which would tell of any change
     path.with_name("generation.json").write_text(json.dumps(record))
-    for old, new, fault in (("#### 1", "none", "Row 0 has no number"), ('"none"', "null", "row 1 has no good")):
+    for old, new, message in (("#### 1", "none", "Row 0 has no number"), ('"none"', "null", "row 1 has no good")):
         path.write_text(path.read_text().replace(old, new))
-        (told,) = faults([made, "score_only=true"], capsys)
-        assert told.startswith(f"Broken file {path}: {fault}")
+        (told,) = errors([made, "score_only=true"], capsys)
+        assert told.startswith(f"Broken file {path}: {message}")
 
 
 # --- what belongs to a run
@@ -526,20 +526,20 @@ def test_a_foreign_configuration_makes_no_run(tmp_path, capsys, monkeypatch, con
     (weights, *weights.parents)[depth].joinpath("config.yaml").write_text(content)
     (tmp_path / "rows.jsonl").write_text(jsonl(ROWS))
     assert main("gsm8k", [str(weights), f"rows={tmp_path / 'rows.jsonl'}", "device=cpu"]) == 0
-    assert places == [command.Place(str(weights))]
+    assert places == [command.ResolvedModel(str(weights))]
     assert len(list(weights.glob("eval/gsm8k-rows=rows-*/score.json"))) == 1
 
 
 @pytest.mark.parametrize("name", ["", "adapter", "checkpoint-6"])
 @pytest.mark.parametrize("content", ["", "a: [", "- 1", "\x00", "\xff"])
-def test_a_runs_broken_configuration_is_a_fault(made, capsys, content, name):
+def test_a_runs_broken_configuration_is_a_error(made, capsys, content, name):
     (made / "config.yaml").write_bytes(content.encode("latin-1"))
-    (told,) = faults([made / name], capsys)
+    (told,) = errors([made / name], capsys)
     assert told.startswith(f"Broken file {made / 'config.yaml'}: it holds no settings; put those back that run.json")
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "error"),
     [
         ({"rho": None, "optim": None}, "Invalid FILE: the run's rho, optim is missing; score the run with the version"),
         (
@@ -554,11 +554,11 @@ def test_a_runs_broken_configuration_is_a_fault(made, capsys, content, name):
         ({"eval": ["gsm8k"]}, "Invalid eval in FILE: a group of benchmarks is needed;"),
     ],
 )
-def test_a_configuration_of_another_version_is_a_fault_that_names_it(made, capsys, changes, fault):
+def test_a_configuration_of_another_version_is_a_error_that_names_it(made, capsys, changes, message):
     config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
     (made / "config.yaml").write_text(yaml.safe_dump(config))
-    told = faults([made / "checkpoint-6"], capsys)
-    assert any(line.startswith(fault.replace("FILE", str(made / "config.yaml"))) for line in told), told
+    told = errors([made / "checkpoint-6"], capsys)
+    assert any(line.startswith(message.replace("FILE", str(made / "config.yaml"))) for line in told), told
 
 
 @pytest.mark.parametrize("scored", [{}, None, {"other": {}}])
@@ -568,12 +568,12 @@ def test_a_run_that_was_not_scored_is_scored_with_the_defaults(made, scored):
     assert json.loads((made / "eval/gsm8k/score.json").read_text())["n"] == 5
 
 
-def test_a_folder_without_weights_is_a_fault(made, capsys):
+def test_a_folder_without_weights_is_a_error(made, capsys):
     shutil.rmtree(made / "adapter")
-    (told,) = faults([made], capsys)
+    (told,) = errors([made], capsys)
     assert "this run has no adapter/ yet; finish it, or name one of its checkpoints" in told
     (made / "empty").mkdir()
-    (told,) = faults([made / "empty"], capsys)
+    (told,) = errors([made / "empty"], capsys)
     assert "neither weights nor a run are in it; name a run, checkpoint, adapter or model folder" in told
 
 
@@ -587,17 +587,17 @@ def test_a_folder_without_weights_is_a_fault(made, capsys):
         ("adapter_model.safetensors", None),
     ],
 )
-def test_an_adapter_that_cannot_be_loaded_is_a_fault(made, tiny_model_folder, capsys, monkeypatch, name, content):
+def test_an_adapter_that_cannot_be_loaded_is_a_error(made, tiny_model_folder, capsys, monkeypatch, name, content):
     monkeypatch.undo()
     folder = made / "adapter"
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
-    command._load(command.Place(str(folder)), torch.device("cpu"), 1, "text")  # whole, it can be loaded
+    command._load(command.ResolvedModel(str(folder)), torch.device("cpu"), 1, "text")  # whole, it can be loaded
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
     (made / "config.yaml").unlink()
-    (told,) = faults([folder, f"rows={made / 'test.jsonl'}", "device=cpu"], capsys)
+    (told,) = errors([folder, f"rows={made / 'test.jsonl'}", "device=cpu"], capsys)
     if content is None:
         assert told.startswith(f"Missing file {folder}/{name}: ")
     else:
@@ -696,13 +696,13 @@ def test_words_that_are_no_text_are_named(capsys):
 
 def test_scoring_alone_takes_the_answers_lock_and_makes_no_folder(made, capsys, monkeypatch):
     folder = made / "eval/gsm8k"
-    (told,) = faults([made, "score_only=true"], capsys)
+    (told,) = errors([made, "score_only=true"], capsys)
     assert told.startswith(f"{folder}/predictions.jsonl is not there")
     assert not (made / "eval").exists()
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
     before = (folder / "score.json").stat().st_mtime_ns
     with runs.answering(folder):  # as another process that answers, or scores, has it
-        (told,) = faults([made, "score_only=true"], capsys)
+        (told,) = errors([made, "score_only=true"], capsys)
     assert told.startswith(f"{folder} is in use: another process writes its answers there")
     assert (folder / "score.json").stat().st_mtime_ns == before
     seen, module = [], command.benchmarks.BENCHMARKS["gsm8k"]
@@ -718,10 +718,10 @@ def test_pipes_in_the_place_of_answers_and_of_an_adapters_config_are_named(made,
     path = made / "eval/gsm8k/predictions.jsonl"
     path.unlink()
     os.mkfifo(path)
-    (told,) = faults([made, "score_only=true"], capsys)
+    (told,) = errors([made, "score_only=true"], capsys)
     assert told.startswith(f"Cannot read {path}: it is a pipe, not a file")
     config = made.parent / "model" / "adapter_config.json"
     config.parent.mkdir()
     (config.parent / "config.json").write_text("{}")
     os.mkfifo(config)
-    assert locate_place(str(config.parent), "gsm8k").weights == str(config.parent)  # and does not wait for a writer
+    assert resolve_model(str(config.parent), "gsm8k").weights == str(config.parent)  # and does not wait for a writer

@@ -175,7 +175,7 @@ def test_metrics_of_another_task_are_refused():
         run_exp.experiment_of(["dataset=sst2", "eval.glue.task=stsb"])
 
 
-def test_glue_without_a_task_of_glue_is_a_fault():
+def test_glue_without_a_task_of_glue_is_a_error():
     with pytest.raises(ConfigError, match=r"Invalid eval.glue.task=None"):
         run_exp.experiment_of(["dataset=gsm8k", "eval=[glue]"])
 
@@ -232,7 +232,7 @@ def test_first_tokens_are_compared_before_a_run_trains(sst2, monkeypatch, capsys
     task = data_glue.TASKS["sst2"]
     monkeypatch.setitem(data_glue.TASKS, "sst2", task._replace(labels=("accept it", "accept them")))
     assert run_exp.main(words) == 2
-    assert "1 fault: nothing was loaded or written." in (told := capsys.readouterr().err)
+    assert "1 error: nothing was loaded or written." in (told := capsys.readouterr().err)
     assert "for the answers accept it, accept them: it compares the first tokens of two answers" in told
     monkeypatch.undo()
     assert run_exp.main(words) == 0

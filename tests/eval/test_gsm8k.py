@@ -384,9 +384,9 @@ def test_check_rows_finds_before_a_run_what_score_would_refuse():
     gsm8k.check_rows([], "FILE", config)
     with pytest.raises(ConfigError) as caught:
         gsm8k.check_rows([good, {"x": "Q", "y": "5\n#### none"}, good, {"x": "Q", "y": ""}], "FILE", config)
-    (fault,) = caught.value.faults
-    assert fault.startswith("Invalid answer in FILE, row 2 (and 1 more): gsm8k scores a final number")
-    assert "none can be read whole in '5\\n#### none'; end it in \"#### NUMBER\", or leave the row out." in fault
+    (message,) = caught.value.errors
+    assert message.startswith("Invalid answer in FILE, row 2 (and 1 more): gsm8k scores a final number")
+    assert "none can be read whole in '5\\n#### none'; end it in \"#### NUMBER\", or leave the row out." in message
 
 
 def test_there_are_benchmarks():
@@ -398,7 +398,7 @@ def test_every_benchmark_has_the_contract(name):
     benchmark = benchmarks.BENCHMARKS[name]
     assert {"max_rows", "batch_size"} <= benchmark.Config.model_fields.keys()
     assert benchmark.kind in ("text", "image", "captioned")
-    assert callable(benchmark.benchmark_rows) == (benchmark.kind != "image")  # labelled images come with a run
+    assert callable(benchmark.benchmark_rows) == (benchmark.kind != "image")  # labeled images come with a run
     assert f"python -m eval.{name}" in benchmark.help
     assert set(benchmark.scoring) <= benchmark.Config.model_fields.keys()
 
@@ -464,13 +464,13 @@ def answer_row(place, **changes):
         ({"index": -1}, "row 2 has a negative index;"),
     ],
 )
-def test_a_predictions_file_with_a_broken_row_is_a_fault(tmp_path, second, words):
+def test_a_predictions_file_with_a_broken_row_is_a_error(tmp_path, second, words):
     path = tmp_path / "predictions.jsonl"
     path.write_text(jsonl([answer_row(0), answer_row(1, **second)]))
     with pytest.raises(ConfigError) as caught:
         gsm8k.score_file(path, gsm8k.Config())
-    (fault,) = caught.value.faults
-    assert fault.startswith(f"Broken file {path}: {words}")
+    (message,) = caught.value.errors
+    assert message.startswith(f"Broken file {path}: {words}")
     assert not (tmp_path / "score.json").exists()
 
 
@@ -505,18 +505,18 @@ def test_every_real_reference_is_read_and_right_against_itself(split):
         ("<think>#### 1000</think>#### 5", False, False),
     ],
 )
-def test_both_parsers_read_the_same_answers(completion, strict, lenient):
+def test_both_parsers_read_the_same_answers(completion, strict, force_add):
     pytest.importorskip("math_verify")
     one = row("#### 1,000", completion)
     assert gsm8k.is_right(one, "strict") is strict
-    assert gsm8k.is_right(one, "math_verify") is lenient
+    assert gsm8k.is_right(one, "math_verify") is force_add
     scored = score([one], "math_verify")
-    assert scored["metrics"]["exact_match"] == scored["metrics"]["math_verify"] == float(lenient)
+    assert scored["metrics"]["exact_match"] == scored["metrics"]["math_verify"] == float(force_add)
     assert scored["metrics"]["strict"] == float(strict)
     assert scored["versions"]["math_verify"]
 
 
-def test_a_parser_that_is_not_installed_is_a_fault(monkeypatch):
+def test_a_parser_that_is_not_installed_is_a_error(monkeypatch):
     monkeypatch.setattr(gsm8k, "_has_math_verify", lambda: False)
     (told,) = [error.message for error in gsm8k.Config(parser="math_verify").rule_errors()]
     assert "the package math-verify is not installed" in told

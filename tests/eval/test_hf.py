@@ -32,7 +32,7 @@ from eval import predictions
 from eval.backends import Completion, Sampling, cut_at
 from eval.backends.chats import ChatEncoder
 from eval.backends.hf import HFBackend, SeededDraw, context_of
-from eval.backends.tokenised import end_ids
+from eval.backends.tokenized import end_ids
 from flatlora.utils.errors import ConfigError
 from tests.conftest import tiny_llama, tiny_lora
 from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer

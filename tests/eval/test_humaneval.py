@@ -178,9 +178,9 @@ def test_what_is_run_is_the_function_that_the_model_wrote(completion, form, pass
 
 FENCED = {
     "whole": "```\n{whole}```",
-    "labelled whole": "Sure, it isn't hard:\n```python\n{whole}```\nDone.",
+    "labeled whole": "Sure, it isn't hard:\n```python\n{whole}```\nDone.",
     "body": "```\n{body}```",
-    "labelled body": "<think>A loop?</think>The body is\n\n```python\n{body}```\n\ndef more(:",
+    "labeled body": "<think>A loop?</think>The body is\n\n```python\n{body}```\n\ndef more(:",
 }
 
 
@@ -250,7 +250,7 @@ def test_samples_have_seeds_that_hang_on_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "error"),
     [
         ({"allow_code_execution": False}, "without eval.allow_code_execution=true"),
         ({"k": [2]}, r"Invalid eval.humaneval.k=\[2\] with samples=1"),
@@ -258,9 +258,9 @@ def test_samples_have_seeds_that_hang_on_nothing_else(tmp_path):
         ({"samples": 3}, "greedy answers are all the same"),
     ],
 )
-def test_settings_that_do_not_go_together_are_faults(changes, fault):
+def test_settings_that_do_not_go_together_are_errors(changes, message):
     (told,) = [error.message for error in humaneval.Config(**{**ALLOWED, **changes}).rule_errors()]
-    assert re.search(fault, told)
+    assert re.search(message, told)
 
 
 @pytest.mark.parametrize("changes", [{"prompt": "def f(:"}, {"test": "def check(c:"}, {"entry_point": "other"}])

@@ -12,7 +12,7 @@ import run_exp
 from eval import command, corruptions, images
 from eval.backends.clip import CLIPBackend
 from eval.command import main
-from flatlora.inputs.images import LabelledImages
+from flatlora.inputs.images import LabeledImages
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder
@@ -121,7 +121,7 @@ def test_corruptions_are_the_mean_over_kinds_and_severities(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("contents", "fault"),
+    ("contents", "error"),
     [
         ({}, "labels.npy and one .npy file a corruption are needed"),
         ({"labels": [0] * 5}, "labels.npy and one .npy file a corruption are needed"),
@@ -131,12 +131,12 @@ def test_corruptions_are_the_mean_over_kinds_and_severities(tmp_path):
         ({"labels": [0] * 6, "fog": pictures([0] * 6)}, "6 rows are not five severities"),
     ],
 )
-def test_a_folder_that_does_not_do_is_a_fault_of_the_config(tmp_path, contents, fault):
+def test_a_folder_that_does_not_do_is_a_error_of_the_config(tmp_path, contents, message):
     folder = write_folder(tmp_path / "c", **contents)
     words = ["model=clip_tiny", "dataset=digits", "eval=[images,corruptions]", f"eval.corruptions.folder={folder}"]
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(words)
-    assert any(fault in told for told in caught.value.faults), caught.value.faults
+    assert any(message in told for told in caught.value.errors), caught.value.errors
 
 
 def test_a_broken_file_and_a_missing_folder_are_named(tmp_path):
@@ -192,7 +192,7 @@ def test_a_run_scores_corruptions_too(words, folder):
     assert metrics["corruptions/fog"] == metrics["corruptions/mean_accuracy"]
 
 
-def test_corruptions_of_other_classes_are_a_fault_before_training(words, folder, capsys):
+def test_corruptions_of_other_classes_are_a_error_before_training(words, folder, capsys):
     np.save(folder / "labels.npy", np.array([0, 10] * 5))
     assert run_exp.main([*words, "eval=[corruptions]", f"eval.corruptions.folder={folder}"]) == 2
     assert (
@@ -261,7 +261,7 @@ def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys, monkeypa
     served = ["backend=openai", "base_url=http://127.0.0.1:9/v1"]
     assert "it writes answers, and this benchmark looks at pictures" in told("images", run, *served)
     named = [f"digit {name}" for name in json.loads((run / "classes.json").read_text())["names"]]
-    other = LabelledImages("parquet", np.zeros(1, np.int64), lambda _: b"", named[::-1])
+    other = LabeledImages("parquet", np.zeros(1, np.int64), lambda _: b"", named[::-1])
     monkeypatch.setattr(command, "read_images", lambda *_, **options: other)
     record = json.loads((run / "run.json").read_text())
     del record[records.FILES], record[records.SIGNATURE]  # as a version wrote it that kept no hashes

@@ -120,7 +120,7 @@ def test_scores_are_means_of_groups():
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "error"),
     [
         ({"tasks": ["gsm8k"]}, "gsm8k is none of mmlu, drop, bbh, humaneval"),
         ({"tasks": []}, "there is nothing to ask"),
@@ -128,16 +128,16 @@ def test_scores_are_means_of_groups():
         ({"tasks": ["humaneval"]}, "without eval.allow_code_execution=true"),
     ],
 )
-def test_tasks_that_are_none_are_faults(changes, fault):
+def test_tasks_that_are_none_are_errors(changes, message):
     (told,) = [error.message for error in instruct_eval.Config(**changes).rule_errors()]
-    assert fault in told
+    assert message in told
 
 
 def test_missing_data_are_told_before_a_model_is_loaded(root, tmp_path):
     settings = instruct_eval.Config(tasks=["mmlu_anatomy", "mmlu_astronomy", "mmlu_virology", "drop", "bbh_snarks"])
     with pytest.raises(ConfigError) as told:
         instruct_eval.check_rows(instruct_eval.benchmark_rows(str(root), settings), "", settings)
-    mmlu, bbh = told.value.faults
+    mmlu, bbh = told.value.errors
     assert "cais/mmlu/astronomy/test.jsonl (or .parquet) is not there" in mmlu
     assert mmlu.endswith("3 more files of cais/mmlu are missing.")
     assert "SaylorTwift/bbh/snarks/test.jsonl" in bbh
@@ -265,6 +265,6 @@ def test_prompts_longer_than_the_context_are_refused_or_counted_never_cut(tokeni
     with caplog.at_level(logging.WARNING):
         scores = rotary.loglikelihood(pairs, disable_tqdm=True)
         rotary.generate_until(texts)
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "eval.backends.tokenised"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "eval.backends.tokenized"]
     assert message.startswith("1 of 2 prompts of mmlu_anatomy and their answers")
     assert scores[0][0] == pytest.approx(by_hand(llama, tokenizer, long, " A"), rel=1e-4)

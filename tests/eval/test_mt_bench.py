@@ -291,8 +291,8 @@ def test_conversations_stand_as_in_training():
     assert conversation("qa", turns[:1], []) == "Q: One?\nA:  "
 
 
-def test_bad_files_are_faults(tmp_path, bench, judge):
-    def faults(**changes):
+def test_bad_files_are_errors(tmp_path, bench, judge):
+    def errors(**changes):
         settings = config(judge, bench).model_copy(update=changes)
 
         def read():
@@ -300,16 +300,16 @@ def test_bad_files_are_faults(tmp_path, bench, judge):
 
         with pytest.raises(ConfigError) as caught:
             read()
-        return caught.value.faults
+        return caught.value.errors
 
-    assert "Missing folder: MT-Bench's questions" in faults(folder=None)[0]
-    assert len(faults(folder=str(tmp_path / "nope"))) == 3
+    assert "Missing folder: MT-Bench's questions" in errors(folder=None)[0]
+    assert len(errors(folder=str(tmp_path / "nope"))) == 3
     text = (bench / "judge_prompts.jsonl").read_text()
     (bench / "judge_prompts.jsonl").write_text(text.splitlines()[0] + "\n")
-    assert "Missing prompt single-math-v1, single-v1-multi-turn" in faults()[0]
+    assert "Missing prompt single-math-v1, single-v1-multi-turn" in errors()[0]
     (bench / "judge_prompts.jsonl").write_text(text)
     (bench / "reference_gpt-4.jsonl").write_text(jsonl([{"question_id": 1, "choices": [{"turns": ["a", "b"]}]}]))
-    assert "row 2: math is judged against reference answers" in faults()[0]
+    assert "row 2: math is judged against reference answers" in errors()[0]
 
 
 def test_a_run_is_judged_at_its_end_and_again(tiny_settings, bench, judge, tmp_path):

@@ -171,7 +171,7 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("words", "fault"),
+    ("words", "error"),
     [
         (["backend=openai"], "Missing base_url"),
         (["base_url=http://x/v1"], "Invalid base_url=http://x/v1 with backend=hf"),
@@ -182,11 +182,11 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
         (["backend=tgi"], "Invalid backend='tgi': input should be 'hf', 'vllm' or 'openai'"),
     ],
 )
-def test_settings_of_backends_are_checked(words, fault, tmp_path, capsys):
+def test_settings_of_backends_are_checked(words, message, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(jsonl([{"x": "Q", "y": "#### 1"}]))
     assert main("gsm8k", ["HuggingFaceTB/SmolLM2-135M-Instruct", f"rows={rows}", f"out={tmp_path / 'o'}", *words]) == 2
-    assert fault in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_answer_that_stays_null_is_an_empty_one(server):
@@ -197,7 +197,7 @@ def test_an_answer_that_stays_null_is_an_empty_one(server):
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:80/v1", "", "ftp://x/v1", "http://[bad/v1", "http:///v1"])
-def test_no_address_is_a_fault(url, capsys):
+def test_no_address_is_a_error(url, capsys):
     assert main("gsm8k", ["m", "backend=openai", f"base_url={url}", "rows=/nope"]) == 2
     assert "base_url" in capsys.readouterr().err.splitlines()[1]
 

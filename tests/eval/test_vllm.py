@@ -157,7 +157,7 @@ def test_an_adapter_is_served_with_its_own_tokenizer_on_the_run_s_revision(serve
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "error"),
     [
         ({"use_dora": True}, "it is DoRA"),
         ({"bias": "all"}, "it has biases"),
@@ -169,8 +169,8 @@ def test_an_adapter_is_served_with_its_own_tokenizer_on_the_run_s_revision(serve
         ({"r": 600}, "the adapter's rank is 600, and vLLM serves 512 at most"),
     ],
 )
-def test_an_adapter_that_vllm_would_compute_otherwise_is_refused(served, adapter, changes, fault):
-    with pytest.raises(ConfigError, match=fault):
+def test_an_adapter_that_vllm_would_compute_otherwise_is_refused(served, adapter, changes, message):
+    with pytest.raises(ConfigError, match=message):
         served([], "stop", None, adapter=adapter(**changes))
 
 
@@ -186,7 +186,7 @@ B = A.replace("lora_A", "lora_B")
 
 
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("change", "error"),
     [
         (lambda tensors: tensors.pop(B), "layers.0.self_attn.q_proj.lora_B.*missing"),
         (lambda tensors: [tensors.pop(name) for name in sorted(tensors)[1:]], "7 .* missing"),
@@ -199,13 +199,13 @@ B = A.replace("lora_A", "lora_B")
         (lambda tensors: tensors.update({B: tensors[B] * torch.nan}), "q_proj.lora_B.weight. with NaN or infinity"),
     ],
 )
-def test_an_adapter_whose_tensors_are_not_whole_is_refused(served, adapter, change, fault):
+def test_an_adapter_whose_tensors_are_not_whole_is_refused(served, adapter, change, message):
     path = adapter() / "adapter_model.safetensors"
     tensors = load_file(path)
     assert len(tensors) == 8  # A and B of q and v in two layers
     change(tensors)
     save_file(tensors, path)
-    with pytest.raises(ConfigError, match=f"(?s){fault}"):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
         served([], "stop", None, adapter=path.parent)
 
 
@@ -223,19 +223,19 @@ def test_tokens_without_an_embedding_are_refused(served, adapter, tokenizer, tmp
         served([], "stop", None, adapter=folder, tokenizer=tmp_path / "run")
 
 
-@pytest.mark.parametrize("fault", ["missing", "left over", "of another shape"])
-def test_a_model_whose_tensors_are_not_whole_is_refused(served, base, tmp_path, fault):
+@pytest.mark.parametrize("error", ["missing", "left over", "of another shape"])
+def test_a_model_whose_tensors_are_not_whole_is_refused(served, base, tmp_path, message):
     folder = tmp_path / "broken"
     shutil.copytree(base, folder)
     name, path = "model.layers.1.mlp.up_proj.weight", folder / "model.safetensors"
     tensors = load_file(path)
-    if fault == "missing":
+    if message == "missing":
         del tensors[name]
-    elif fault == "left over":
+    elif message == "left over":
         tensors[name.replace("layers.1", "layers.2")] = tensors[name].clone()
         name = name.replace("layers.1", "layers.2")
     else:
         tensors[name] = tensors[name][:3].clone()
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=f"1 .{re.escape(name)}.*{fault}"):
+    with pytest.raises(ConfigError, match=f"1 .{re.escape(name)}.*{message}"):
         served([], "stop", None, weights=folder)

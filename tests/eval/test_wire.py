@@ -100,11 +100,11 @@ HOSTS = ["999.1.1.1", "a\u200db", "\uff4cocalhost", "😀`", "h/" + "v" * 70_000
 
 @pytest.mark.parametrize("host", [*HOSTS, "xn--a"], ids=range(11))
 def test_addresses_that_the_client_would_not_take_are_named(host):
-    assert wire.url_fault("judge_url", f"http://{host}/v1").startswith("Invalid judge_url=http://")
+    assert wire.url_error("judge_url", f"http://{host}/v1").startswith("Invalid judge_url=http://")
 
 
 @pytest.mark.parametrize(
-    ("words", "fault"),
+    ("words", "error"),
     [
         (
             ["base_url=http://10.0.0.7/v1", "base_key=MY_KEY"],
@@ -115,10 +115,10 @@ def test_addresses_that_the_client_would_not_take_are_named(host):
         (["base_url=http://***@x/v1"], "records keep no password"),
     ],
 )
-def test_what_would_give_a_key_away_is_refused(words, fault, tmp_path, capsys):
+def test_what_would_give_a_key_away_is_refused(words, message, tmp_path, capsys):
     assert main("gsm8k", ["m", "backend=openai", "score_only=true", f"out={tmp_path}", *words]) == 2
     told = capsys.readouterr().err
-    assert fault in told
+    assert message in told
     assert "sk-mine" not in told
 
 
@@ -193,7 +193,7 @@ def test_a_password_is_used_and_stays_out_of_failures(server):
 @pytest.mark.parametrize(
     "form", ["http://me:pa55@h:99999/v1", "http://me:pa55@[h/v1", "http://me:pa55 x@h/v1", "http://me:pa/55@h"]
 )
-def test_no_fault_shows_a_password(form, capsys):
+def test_no_error_shows_a_password(form, capsys):
     assert main("gsm8k", ["m", "backend=openai", "score_only=true", f"base_url={form}", "concurrency=0"]) == 2
     assert "55" not in capsys.readouterr().err.replace("99999", "")
     words = [

@@ -1,4 +1,4 @@
-"""scripts/damage.py: a sample of its damages finds no fault, and a fault that is there is found."""
+"""scripts/damage.py: a sample of its damages finds no error, and a error that is there is found."""
 
 import pytest
 
@@ -6,12 +6,12 @@ from flatlora.utils import records
 from scripts import damage
 
 
-def test_a_sample_of_damages_has_no_fault(tmp_path, monkeypatch, capsys):
+def test_a_sample_of_damages_has_no_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
     counts = damage.damage_all(tmp_path, sample=4, seed=3)
     assert counts["damages"] == 8
     assert counts["named"] + counts["equal"] == counts["actions"] > 8, capsys.readouterr().out
-    assert not any(counts[fault] for fault in damage.FAULTS)
+    assert not any(counts[message] for message in damage.FAULTS)
 
 
 def test_a_silent_difference_is_found(tmp_path, monkeypatch):
@@ -24,5 +24,5 @@ def test_a_silent_difference_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.extra
-def test_no_damage_at_all_has_a_fault(capsys):
+def test_no_damage_at_all_has_a_error(capsys):
     assert damage.main([]) == 0, capsys.readouterr().out

@@ -121,14 +121,14 @@ def test_cost_shows_the_records_medians():
     assert memory.containers[0].patches[1].get_height() == record["8x1024x4"]["PEFT"]["peak_gib"]
 
 
-def write_pictures(results, row, seed, colour, score):
+def write_pictures(results, row, seed, color, score):
     """A finished run of SDXL's table with one picture, as run_exp and the evaluation write it."""
     rho = "flat" if row == "flat_lora" else "off"
     experiment = run_exp.experiment_of(["experiment=sdxl", f"rho={rho}", f"seed={seed}"])
     folder = results / experiment.run_name() / str(seed)
     place = folder / "eval/text_to_image"
     (place / "images").mkdir(parents=True)
-    Image.new("RGB", (16, 16), colour).save(place / "images/0000.png")
+    Image.new("RGB", (16, 16), color).save(place / "images/0000.png")
     asked = {"index": 0, "prompt": "a 3d icon", "seed": 0, "file": "images/0000.png", "image_text": score}
     (place / "predictions.jsonl").write_text(json.dumps(asked) + "\n")
     metrics = {f"text_to_image/{key}": score for key in ("image_text", "text_text", "image_image")}
@@ -137,8 +137,8 @@ def write_pictures(results, row, seed, colour, score):
 
 
 def test_pictures_stand_side_by_side_and_their_scores_in_the_table(tmp_path):
-    for row, seed, colour in (("lora", 0, "red"), ("lora", 1, "red"), ("flat_lora", 1, "blue")):
-        write_pictures(tmp_path, row, seed, colour, 0.25 + seed / 100)
+    for row, seed, color in (("lora", 0, "red"), ("lora", 1, "red"), ("flat_lora", 1, "blue")):
+        write_pictures(tmp_path, row, seed, color, 0.25 + seed / 100)
     sdxl = figures.tables_of(tmp_path)["sdxl"]
     assert sdxl.cells["lora", "image_text"].mean == pytest.approx(0.255)
     assert sdxl.cells["flat_lora", "text_text"].by_seed == {1: pytest.approx(0.26)}
@@ -178,5 +178,5 @@ def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_p
     assert "left out: cost, for a record of it is broken (KeyError: 'steps')" in told.replace("\n", " ")
     (tmp_path / "file").write_text("")
     assert figures.main(["--results", str(tmp_path / "nowhere"), "--out", str(tmp_path / "file")]) == 2
-    assert "2 faults" in capsys.readouterr().err
+    assert "2 errors" in capsys.readouterr().err
     assert figures.main(["sigma_swep"]) == 2

@@ -65,7 +65,7 @@ def test_the_slurm_file_names_what_torchrun_needs_and_is_a_script(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "nodes", "fault"),
+    ("words", "nodes", "error"),
     [
         (["seed=0,1", "trainer=ddp"], 1, "they make 2 runs"),
         (["trainer=single"], 1, "torchrun starts the processes here"),
@@ -73,6 +73,6 @@ def test_the_slurm_file_names_what_torchrun_needs_and_is_a_script(tmp_path):
         (["trainer=ddp", "optim.batch_size=24"], 2, "2 nodes of 8 GPUs with micro-batches of"),
     ],
 )
-def test_what_makes_no_job_is_refused(words, nodes, fault):
-    with pytest.raises(ConfigError, match=fault):
+def test_what_makes_no_job_is_refused(words, nodes, message):
+    with pytest.raises(ConfigError, match=message):
         sweep.sbatch_file(words, nodes, 8, "1:00:00", None)

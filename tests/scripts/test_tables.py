@@ -141,7 +141,7 @@ def test_a_published_number_that_is_none_or_has_no_source_is_named_and_left_out(
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "tables: {}", "sources: [S4]\ntables: {}", "a: b: c", "[" * 2_000])
-def test_a_file_of_published_numbers_that_is_none_is_a_fault(tmp_path, text):
+def test_a_file_of_published_numbers_that_is_none_is_a_error(tmp_path, text):
     (tmp_path / "paper.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"paper\.yaml"):
         cells.read_paper(tmp_path / "paper.yaml")
@@ -203,7 +203,7 @@ def test_commands_are_those_of_the_cells_for_a_shell(capsys):
     assert tables.main(["commands", "table4", "--seeds", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     printed = [shlex.split(line) for line in lines if not line.startswith("#")]
-    made = cells.Made("table4", cells.read_layouts(cells.LAYOUTS)["table4"], None, {}, {})
+    made = cells.TableData("table4", cells.read_layouts(cells.LAYOUTS)["table4"], None, {}, {})
     begin = ["python", "run_exp.py", "-m"]
     rows = made.layout.rows
     assert printed == [[*begin, *made.overrides_of(row, "mmlu"), "seed=0,1"] for row in rows]  # the four columns' runs
@@ -220,7 +220,7 @@ def test_commands_are_those_of_the_cells_for_a_shell(capsys):
 def test_every_row_and_column_composes_and_every_column_asks_the_benchmark_of_its_metric(tmp_path):
     layouts = cells.read_layouts(cells.LAYOUTS)
     for name, layout in layouts.items():
-        made = cells.Made(name, layout, None, {}, {})
+        made = cells.TableData(name, layout, None, {}, {})
         first, column = next(iter(layout.rows)), next(iter(layout.columns))
         for row in layout.rows:
             cells.experiment_of(tuple(made.overrides_of(row, column)))
@@ -229,7 +229,7 @@ def test_every_row_and_column_composes_and_every_column_asks_the_benchmark_of_it
             benchmark = one.metric.partition("/")[0]
             assert benchmark in asked or benchmark in ("flatness", "corruptions")  # asked besides, by the user
         assert set(layout.against) | set(layout.against.values()) <= set(layout.rows)
-    made = cells.Made("table4", layouts["table4"], None, {}, {})
+    made = cells.TableData("table4", layouts["table4"], None, {}, {})
     command = [*made.overrides_of("lora", "mmlu"), "seed=0", "eval.instruct_eval.batch_size=2"]
     metrics = {"instruct_eval/mmlu": 0.5, "instruct_eval/bbh": None}
     write_run(tmp_path, command, 0.0, metrics=metrics)
@@ -336,7 +336,7 @@ def test_a_broken_flatness_file_costs_its_numbers_alone(tmp_path):
     assert all("its other numbers count" in problem for problem in problems)
 
 
-def test_a_column_without_a_data_set_is_a_fault(tmp_path):
+def test_a_column_without_a_data_set_is_a_error(tmp_path):
     column = {"title": "A", "overrides": [], "metric": "m", "scale": 1}
     raw = {"t": {"rows": {"lora": {"title": "LoRA"}}, "columns": {"a": column}}}
     (tmp_path / "tables.yaml").write_text(yaml.safe_dump(raw))

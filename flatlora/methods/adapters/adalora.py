@@ -48,9 +48,9 @@ class AdaLoraMethodConfig(LoraMethodConfig):
     orth_reg_weight: float = setting(0.5, ge=0, le=1e6, remedy="0.5 is usual")
 
     def rule_errors(self) -> list[SettingError]:
-        faults = super().rule_errors()
+        errors = super().rule_errors()
         if self.init_r is not None and self.lora_r is not None and self.init_r <= self.lora_r:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("init_r", "lora_r"),
                     f"Invalid peft.init_r={self.init_r} with peft.lora_r={self.lora_r}: AdaLoRA shrinks ranks from "
@@ -58,14 +58,14 @@ class AdaLoraMethodConfig(LoraMethodConfig):
                 )
             )
         if self.tinit_ratio + self.tfinal_ratio >= 1:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("tinit_ratio", "tfinal_ratio"),
                     f"Invalid peft.tinit_ratio={self.tinit_ratio} with peft.tfinal_ratio={self.tfinal_ratio}: no step "
                     "is left between them to shrink ranks in; lower one of them.",
                 )
             )
-        return faults
+        return errors
 
 
 @ADAPTERS.register("adalora")

@@ -34,12 +34,12 @@ class ComputedStart(Lora):
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         super().check(skeleton, config)
         if getattr(getattr(skeleton, "config", None), "quantization_config", None):
-            raise ConfigError([_quantised(config.name, "its config.json has a quantization_config")])
+            raise ConfigError([_quantized(config.name, "its config.json has a quantization_config")])
         if self.moves_weights:
-            refuse_own_forwards(skeleton, find_targets(skeleton, config.target_modules), config.name)
+            validate_forwards(skeleton, find_targets(skeleton, config.target_modules), config.name)
 
     def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
-        refuse_quantised(model, find_targets(model, config.target_modules), config.name)
+        validate_not_quantized(model, find_targets(model, config.target_modules), config.name)
         known = start.resumed and start.folder is not None and start.folder.is_dir()
         if start.resumed and not known and start.rank == 0:
             raise ConfigError(
@@ -106,13 +106,13 @@ class LayerwiseStart(ComputedStart):
             for _, layer in lora_layers(adapted):
                 original = layer.get_base_layer().weight.data
                 layer.get_base_layer().weight.data = original.clone()  # PEFT's code moves the weight, in place or not
-                self.initialise(layer, config)
+                self.initialize(layer, config)
                 layer.get_base_layer().weight.data = original
                 for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
                     factor.data = factor.data.float().contiguous()
         return adapted
 
-    def initialise(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
+    def initialize(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
         """Set the factors of one layer; its weight may be moved."""
         raise NotImplementedError
 
@@ -126,7 +126,7 @@ def add_trained_modules(model: nn.Module, folder: Path) -> None:
         save_file({**kept, **{n: t.contiguous().cpu() for n, t in trained.items()}}, path, metadata={"format": "pt"})
 
 
-def refuse_own_forwards(model: nn.Module, targets: list[str], name: str) -> None:
+def validate_forwards(model: nn.Module, targets: list[str], name: str) -> None:
     """Refuse to move part of a weight that its layer does not read as W x + b: the start would change the model.
 
     Raises:
@@ -144,20 +144,20 @@ def refuse_own_forwards(model: nn.Module, targets: list[str], name: str) -> None
         )
 
 
-def refuse_quantised(model: nn.Module, targets: list[str], name: str) -> None:
+def validate_not_quantized(model: nn.Module, targets: list[str], name: str) -> None:
     """Refuse to move part of a weight that is not floating point.
 
     Raises:
         ConfigError: with the first such layer.
     """
-    quantised = [target for target in targets if not model.get_submodule(target).weight.is_floating_point()]
-    if quantised:
-        dtype = model.get_submodule(quantised[0]).weight.dtype
-        raise ConfigError([_quantised(name, f"{quantised[0]} is {dtype}")])
+    quantized = [target for target in targets if not model.get_submodule(target).weight.is_floating_point()]
+    if quantized:
+        dtype = model.get_submodule(quantized[0]).weight.dtype
+        raise ConfigError([_quantized(name, f"{quantized[0]} is {dtype}")])
 
 
-def _quantised(name: str, found: str) -> str:
+def _quantized(name: str, found: str) -> str:
     return (
-        f"Invalid peft={name} on a quantised backbone ({found}): its start is computed from W or moves part of it, and "
-        "what is left must be stored exactly; load the backbone unquantised, or use peft=lora."
+        f"Invalid peft={name} on a quantized backbone ({found}): its start is computed from W or moves part of it, and "
+        "what is left must be stored exactly; load the backbone unquantized, or use peft=lora."
     )

@@ -67,5 +67,5 @@ class Corda(LayerwiseStart):
             module.__dict__.pop("eigens", None)
         return adapted
 
-    def initialise(self, layer: LoraLayer, config: CordaMethodConfig) -> None:
+    def initialize(self, layer: LoraLayer, config: CordaMethodConfig) -> None:
         layer.corda_init("default", "corda")

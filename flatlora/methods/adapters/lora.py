@@ -38,10 +38,10 @@ class LoraMethodConfig(PeftConfig):
     )
 
     def rule_errors(self) -> list[SettingError]:
-        faults = []
+        errors = []
         if (self.lora_r is None) == (self.lora_relative_r is None):
             remedy = "set one of them" if self.lora_r is None else "set the other to null"
-            faults.append(
+            errors.append(
                 SettingError(
                     ("lora_r", "lora_relative_r"),
                     f"Invalid peft.lora_r={self.lora_r} with peft.lora_relative_r={self.lora_relative_r}: exactly one "
@@ -49,13 +49,13 @@ class LoraMethodConfig(PeftConfig):
                 )
             )
         if not self.target_modules:
-            faults.append(
+            errors.append(
                 SettingError(
                     ("target_modules",),
                     "Invalid peft.target_modules=[]: nothing would be trained; name modules, or use all or qv.",
                 )
             )
-        return faults
+        return errors
 
 
 @ADAPTERS.register("lora")
@@ -164,11 +164,11 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
         asked = ", ".join(unmatched) or wanted
         near = nearest(unmatched[0], known) if unmatched else None
         hint = f"did you mean {near}? " if near else ""
-        fault = (
+        message = (
             f"Invalid peft.target_modules={wanted}: {asked} matches no layer of {type(model).__name__} that an adapter "
             f"can go around; {hint}Such layers here: {', '.join(known)}."
         )
-        raise ConfigError([fault])
+        raise ConfigError([message])
     return found
 
 

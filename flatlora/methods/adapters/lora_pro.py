@@ -21,16 +21,16 @@ class LoraProConfig(LoraMethodConfig):
     shard_moments: bool = True  # over the processes, pair by pair
 
     def rule_errors(self) -> list[SettingError]:
-        faults = super().rule_errors()
+        errors = super().rule_errors()
         if self.mode == "sgd" and (self.moments != "float32" or not self.shard_moments):
-            faults.append(
+            errors.append(
                 SettingError(
                     ("moments", "shard_moments", "mode"),
                     f"Invalid peft.moments={self.moments}, peft.shard_moments={self.shard_moments} with peft.mode=sgd: "
                     "that mode keeps no moments; leave them out, or use peft.mode=adamw.",
                 )
             )
-        return faults
+        return errors
 
 
 @ADAPTERS.register("lora_pro")

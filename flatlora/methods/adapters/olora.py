@@ -26,5 +26,5 @@ class Olora(LayerwiseStart):
                 ]
             )
 
-    def initialise(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
+    def initialize(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
         layer.olora_init("default")

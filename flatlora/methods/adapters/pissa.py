@@ -23,5 +23,5 @@ class PissaConfig(LoraMethodConfig):
 class Pissa(LayerwiseStart):
     Config = PissaConfig
 
-    def initialise(self, layer: LoraLayer, config: PissaConfig) -> None:
+    def initialize(self, layer: LoraLayer, config: PissaConfig) -> None:
         layer.pissa_init("default", "pissa" if config.niter is None else f"pissa_niter_{config.niter}")

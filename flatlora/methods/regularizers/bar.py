@@ -1,4 +1,4 @@
-"""nBAR and oBAR: SAM's implicit regularisation of balancedness, made explicit (NeurIPS 2024).
+"""nBAR and oBAR: SAM's implicit regularization of balancedness, made explicit (NeurIPS 2024).
 
 SAM on a product B·A drives ½(‖A‖² − ‖B‖²) by ρ(‖g_A‖² − ‖g_B‖²)/‖g‖, which needs no second gradient: before each
 optimizer step every pair is rescaled,
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from flatlora.config.sections import RhoConfig
-from flatlora.methods.base import REGULARIZERS, Regulariser, RhoMethod
+from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod
 from flatlora.optim.lora_pro import Pair, lora_pairs
 
 
@@ -26,19 +26,19 @@ from flatlora.optim.lora_pro import Pair, lora_pairs
 class NBar(RhoMethod):
     reads_gradients = True
 
-    def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
-        return BarRegulariser(lora_pairs(model), config.sigma, by="gradient")
+    def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
+        return BarRegularizer(lora_pairs(model), config.sigma, by="gradient")
 
 
 @REGULARIZERS.register("obar")
 class OBar(RhoMethod):
     reads_gradients = True
 
-    def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
-        return BarRegulariser(lora_pairs(model), config.sigma, by="norm")
+    def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
+        return BarRegularizer(lora_pairs(model), config.sigma, by="norm")
 
 
-class BarRegulariser(Regulariser):
+class BarRegularizer(Regularizer):
     """Rescales every pair before each optimizer step.
 
     Args:

@@ -23,7 +23,7 @@ from flatlora.config.experiment import Experiment
 from flatlora.config.sections import RhoConfig
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import seeded
-from flatlora.methods.base import REGULARIZERS, Regulariser, RhoMethod
+from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod
 from flatlora.utils.errors import SettingError
 
 ASCENT = "ascent"  # name of the second adapter
@@ -41,7 +41,7 @@ class BiLora(RhoMethod):
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         yield from super().errors(experiment)
-        if experiment.regularised and experiment.optim.optimizer == "adamw_8bit":
+        if experiment.regularized and experiment.optim.optimizer == "adamw_8bit":
             yield SettingError(
                 ("rho", "rho.method", "optim.optimizer"),
                 "Invalid optim.optimizer=adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot climb, and the "
@@ -66,11 +66,11 @@ class BiLora(RhoMethod):
                 parameter.data = parameter.data.float()
         model.base_model.set_adapter(["default", ASCENT])
 
-    def regulariser(self, model: nn.Module, config: BiLoraConfig, seed: int) -> Regulariser:
-        return BiLoraRegulariser(model, config.sigma, config.lr_ratio)
+    def regularizer(self, model: nn.Module, config: BiLoraConfig, seed: int) -> Regularizer:
+        return BiLoraRegularizer(model, config.sigma, config.lr_ratio)
 
 
-class BiLoraRegulariser(Regulariser):
+class BiLoraRegularizer(Regularizer):
     """Trains the adapter `ascent` of a PEFT model upwards and keeps it in its ball."""
 
     def __init__(self, model: nn.Module, radius: float, lr_ratio: float) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import RhoConfig
 from flatlora.config.settings import MOST_STEPS, setting
-from flatlora.methods.base import REGULARIZERS, Regulariser, RhoMethod
+from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod
 from flatlora.perturb.callback import FlatLoraCallback
 from flatlora.perturb.settings import Mode, NoiseSettings, Ramp, Resample, Scale
 from flatlora.utils.errors import SettingError
@@ -33,8 +33,8 @@ class FlatConfig(RhoConfig):
 class Off(RhoMethod):
     Config = FlatConfig  # so that a key of rho=flat gets the answer that there is no perturbation here
 
-    def regulariser(self, model: nn.Module, config: FlatConfig, seed: int) -> Regulariser:
-        raise ValueError("rho=off has no regulariser: a run without one does not ask.")
+    def regularizer(self, model: nn.Module, config: FlatConfig, seed: int) -> Regularizer:
+        raise ValueError("rho=off has no regularizer: a run without one does not ask.")
 
 
 @REGULARIZERS.register("flat")
@@ -50,7 +50,7 @@ class Flat(RhoMethod):
                 f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "
                 "several a step; drop one of them.",
             )
-        if not experiment.regularised:
+        if not experiment.regularized:
             return
         if experiment.resume and rho.mode == "inplace":
             yield SettingError(
@@ -65,13 +65,13 @@ class Flat(RhoMethod):
                 "weights are packed for, and noise cannot be added to 4 bits; use rho.mode=recompute (or auto).",
             )
 
-    def regulariser(self, model: nn.Module, config: FlatConfig, seed: int) -> Regulariser:
-        return FlatRegulariser(
+    def regularizer(self, model: nn.Module, config: FlatConfig, seed: int) -> Regularizer:
+        return FlatRegularizer(
             seed=seed, **{field.name: getattr(config, field.name) for field in fields(NoiseSettings)}
         )
 
 
-class FlatRegulariser(FlatLoraCallback, Regulariser):
+class FlatRegularizer(FlatLoraCallback, Regularizer):
     """`FlatLoraCallback` with what a recorded run asks of it."""
 
     @property

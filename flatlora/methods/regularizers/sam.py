@@ -1,4 +1,4 @@
-"""LoRA-SAM: sharpness-aware minimisation in the adapter's space (ICLR 2021, on A and B).
+"""LoRA-SAM: sharpness-aware minimization in the adapter's space (ICLR 2021, on A and B).
 
     g = ∇L(θ) over all micro-batches of the step,   θ' = θ + ρ g/‖g‖,   descend from θ along ∇L(θ')      θ: all A and B
 
@@ -16,18 +16,18 @@ import torch
 from torch import nn
 
 from flatlora.config.sections import RhoConfig
-from flatlora.methods.base import REGULARIZERS, Regulariser, RhoMethod
+from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod
 
 
 @REGULARIZERS.register("sam")
 class Sam(RhoMethod):
     reads_gradients = True
 
-    def regulariser(self, model: nn.Module, config: RhoConfig, seed: int) -> Regulariser:
-        return SamRegulariser(config.sigma)
+    def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
+        return SamRegularizer(config.sigma)
 
 
-class SamRegulariser(Regulariser):
+class SamRegularizer(Regularizer):
     """Moves the trained parameters by ρ g/‖g‖ and back to the same bytes.
 
     Args:

@@ -25,11 +25,11 @@ def experiment(*settings: str) -> Experiment:
     return run_exp.experiment_of(settings)
 
 
-def faults(*settings: str) -> list[str]:
+def errors(*settings: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         experiment(*settings)
-    assert str(caught.value).splitlines() == caught.value.faults
-    return caught.value.faults
+    assert str(caught.value).splitlines() == caught.value.errors
+    return caught.value.errors
 
 
 def test_the_default_is_plain_lora_on_the_embedded_model():
@@ -108,11 +108,11 @@ def test_the_default_is_plain_lora_on_the_embedded_model():
         ("optim=5", "is a group of settings", "optim.KEY=VALUE"),
     ],
 )
-def test_a_bad_value_is_one_fault_with_value_rule_and_remedy(setting, rule, remedy):
-    (fault,) = faults("rho=flat", setting)
-    assert fault.startswith(f"Invalid {setting.partition('=')[0]}=")
-    assert rule in fault
-    assert remedy in fault
+def test_a_bad_value_is_one_error_with_value_rule_and_remedy(setting, rule, remedy):
+    (message,) = errors("rho=flat", setting)
+    assert message.startswith(f"Invalid {setting.partition('=')[0]}=")
+    assert rule in message
+    assert remedy in message
 
 
 def sections(cls=Section):
@@ -162,10 +162,10 @@ def test_there_are_numbers():
     ],
 )
 def test_what_would_take_all_of_the_machine_is_refused(setting, rule, remedy):
-    (fault,) = faults(setting)
-    assert fault.startswith(f"Invalid {setting.partition('=')[0]}=")
-    assert rule in fault
-    assert remedy in fault
+    (message,) = errors(setting)
+    assert message.startswith(f"Invalid {setting.partition('=')[0]}=")
+    assert rule in message
+    assert remedy in message
 
 
 @pytest.mark.parametrize(
@@ -173,20 +173,20 @@ def test_what_would_take_all_of_the_machine_is_refused(setting, rule, remedy):
 )
 @pytest.mark.parametrize("name", ["x/../../../evil", "..", "/evil", "漢" * 34])
 def test_no_name_leads_out_of_results_root(key, name):
-    (fault,) = faults("rho=flat", f"{key}='{name}'")
-    assert fault.startswith(f"Invalid {key}='{name}': it names a folder: at most 100 bytes")
+    (message,) = errors("rho=flat", f"{key}='{name}'")
+    assert message.startswith(f"Invalid {key}='{name}': it names a folder: at most 100 bytes")
 
 
 def test_a_derived_name_is_no_longer_than_a_folders():
     long = [f"{section}.name={section[0] * 100}" for section in ("model", "peft", "rho")]
-    (fault,) = faults("rho=flat", *long)
-    assert fault.endswith("a folder's name takes 255; give wandb.name.")
+    (message,) = errors("rho=flat", *long)
+    assert message.endswith("a folder's name takes 255; give wandb.name.")
     assert experiment("rho=flat", *long, "wandb.name=short").run_name() == "short"
 
 
-def test_faults_have_no_control_characters():
-    (fault,) = faults("wandb.mode='a\x1b[31m'")
-    assert "\x1b" not in fault
+def test_errors_have_no_control_characters():
+    (message,) = errors("wandb.mode='a\x1b[31m'")
+    assert "\x1b" not in message
 
 
 @pytest.mark.parametrize(
@@ -205,23 +205,23 @@ def test_faults_have_no_control_characters():
         ("++eval.mmlooo.batch_size=2", "Unknown key eval.mmlooo.batch_size: benchmarks here: "),
     ],
 )
-def test_an_unknown_name_is_one_fault_that_names_the_nearest(setting, message):
-    (fault,) = faults(setting)
-    assert fault.startswith(message)
+def test_an_unknown_name_is_one_error_that_names_the_nearest(setting, message):
+    (problem,) = errors(setting)
+    assert problem.startswith(message)
 
 
 def test_keys_of_another_method_are_unknown():
-    assert faults("peft=full_ft", "peft.lora_r=8") == [
+    assert errors("peft=full_ft", "peft.lora_r=8") == [
         "Invalid peft.lora_r=8 with peft=full_ft: it is a key of peft=lora, adalora, corda, …; leave it out, or choose "
         "lora."
     ]
-    assert faults("peft=lora", "peft.ga_batches=4") == [
+    assert errors("peft=lora", "peft.ga_batches=4") == [
         "Invalid peft.ga_batches=4 with peft=lora: it is a key of peft=lora_ga; leave it out, or choose lora_ga."
     ]
-    assert faults("rho=sam", "rho.resample=micro_batch") == [
+    assert errors("rho=sam", "rho.resample=micro_batch") == [
         "Invalid rho.resample=micro_batch with rho=sam: it is a key of rho=flat; leave it out, or choose flat."
     ]
-    assert faults("peft=lora_pro", "peft.momments=bfloat16") == [
+    assert errors("peft=lora_pro", "peft.momments=bfloat16") == [
         "Unknown key peft.momments: did you mean peft.moments?"
     ]
 
@@ -241,17 +241,17 @@ def test_keys_of_another_method_are_unknown():
         (["peft.lora_r=null"], ["lora_r=None", "lora_relative_r=None", "exactly one"]),
     ],
 )
-def test_choices_that_do_not_go_together_are_one_fault(settings, needed):
-    (fault,) = faults(*settings)
-    assert all(text in fault for text in needed), fault
+def test_choices_that_do_not_go_together_are_one_error(settings, needed):
+    (message,) = errors(*settings)
+    assert all(text in message for text in needed), message
 
 
 def test_a_relative_rank_alone_is_fine():
     assert experiment("peft.lora_r=null", "peft.lora_relative_r=0.1").peft.lora_relative_r == 0.1
 
 
-def test_every_fault_is_told_at_once():
-    told = faults(
+def test_every_error_is_told_at_once():
+    told = errors(
         "sed=1",
         "rho=flat",
         "rho.sigma=-1",
@@ -268,12 +268,12 @@ def test_every_fault_is_told_at_once():
     )
     names = ("sed:", "sigma", "every", "lr", "warm_up", "seed=", "min_steps", "lora_r", "eval", "resume")
     assert len(told) == len(names)
-    assert all(any(name in fault for fault in told) for name in names), told
+    assert all(any(name in message for message in told) for name in names), told
 
 
 @pytest.mark.parametrize("broken", ["peft.method=lroa", "dataset.loader=x", "optim=5", "model.family=gpt", "~peft"])
-def test_a_section_that_cannot_be_built_hides_no_other_fault(broken):
-    told = faults(broken, "seed=-1", "rho.sigma=-1")
+def test_a_section_that_cannot_be_built_hides_no_other_error(broken):
+    told = errors(broken, "seed=-1", "rho.sigma=-1")
     assert len(told) == 3
     assert "seed=-1" in told[-1]
 
@@ -288,14 +288,14 @@ def test_a_section_that_cannot_be_built_hides_no_other_fault(broken):
     ],
 )
 def test_a_default_put_in_for_a_bad_value_breaks_no_rule(settings):
-    assert len(faults(*settings)) == 1
+    assert len(errors(*settings)) == 1
 
 
 def test_missing_sections_are_named():
     with pytest.raises(ConfigError) as caught:
         parse({"eval": "gsm8k", "seed": 3}, run_exp.SUITE)
-    assert "Missing model: every experiment has one; set model.KEY=VALUE, and leave out ~model." in caught.value.faults
-    assert any(fault.startswith("Invalid eval='gsm8k'") for fault in caught.value.faults)
+    assert "Missing model: every experiment has one; set model.KEY=VALUE, and leave out ~model." in caught.value.errors
+    assert any(message.startswith("Invalid eval='gsm8k'") for message in caught.value.errors)
 
 
 def test_whole_numbers_are_numbers_and_nothing_else_is_converted():
@@ -414,7 +414,7 @@ def test_names_that_are_no_folder_names_are_refused(name):
 def test_a_key_that_nothing_would_read_is_refused(settings, told):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(settings)
-    assert any(told in fault for fault in caught.value.faults), caught.value.faults
+    assert any(told in message for message in caught.value.errors), caught.value.errors
 
 
 def test_the_same_keys_are_taken_where_they_act():
@@ -445,8 +445,8 @@ def test_the_same_keys_are_taken_where_they_act():
 def test_messages_that_name_the_way_out(setting, told):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of([setting])
-    (fault,) = caught.value.faults
-    assert told in fault
+    (message,) = caught.value.errors
+    assert told in message
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_messages_that_name_the_way_out(setting, told):
     [["model=llama"], ["model=t5small", "dataset=sst2"], ["model=clip_b32", "dataset=cifar10"], ["model.quantize=nf4"]],
 )
 def test_fp16_is_trained_where_its_loss_is_scaled_alone(words):
-    told = faults(*words, "model.dtype=float16")
+    told = errors(*words, "model.dtype=float16")
     assert len(told) == 1
     assert told[0].startswith("Invalid model.dtype=float16 with model=")
     assert "underflow to 0 in FP16; use model.dtype=bfloat16 or float32" in told[0]
@@ -473,16 +473,16 @@ def test_projects_are_those_that_wandb_takes():
             refused = False
         except wandb.errors.UsageError:
             refused = True
-        faults = [error.message for error in WandbConfig(project=project).rule_errors()]
-        assert bool(faults) == refused, project
-        assert all("choose another, or set wandb.mode=disabled" in fault for fault in faults)
+        errors = [error.message for error in WandbConfig(project=project).rule_errors()]
+        assert bool(errors) == refused, project
+        assert all("choose another, or set wandb.mode=disabled" in message for message in errors)
         assert WandbConfig(project=project, mode="disabled").rule_errors() == []
     wandb.Settings(project="x" * 100)  # as many as a folder's name may have
 
 
-def test_faults_survive_the_way_between_processes():
-    error = pickle.loads(pickle.dumps(ConfigError(["one fault", "another"])))
-    assert error.faults == ["one fault", "another"]
+def test_errors_survive_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(ConfigError(["one error", "another"])))
+    assert error.errors == ["one error", "another"]
 
 
 @pytest.mark.parametrize(
@@ -531,17 +531,17 @@ def test_a_model_that_the_user_names_is_read_in_place_of_the_embedded_weights(op
 )
 def test_a_key_that_another_one_would_switch_off_is_refused(words, told, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[3])
-    (fault,) = faults(*words)
-    assert fault.startswith(told)
+    (message,) = errors(*words)
+    assert message.startswith(told)
 
 
 def test_epochs_beside_max_steps_are_refused_where_a_word_has_them():
-    told = faults("optim.epochs=3", "trainer.max_steps=7")
+    told = errors("optim.epochs=3", "trainer.max_steps=7")
     assert told == [
         "Invalid optim.epochs=3 with trainer.max_steps=7: the run ends after max_steps, however many epochs that is; "
         "leave one of them out, or set trainer.max_steps=null."
     ]
-    assert faults("model=sdxl", "dataset=icons3d", "optim.epochs=2")[0].startswith("Invalid optim.epochs=2 with")
+    assert errors("model=sdxl", "dataset=icons3d", "optim.epochs=2")[0].startswith("Invalid optim.epochs=2 with")
     for words in (["trainer.max_steps=7"], ["optim.epochs=3"], ["optim.epochs=3", "trainer.max_steps=null"]):
         assert experiment(*words).optim.epochs > 0
 

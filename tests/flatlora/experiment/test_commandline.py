@@ -28,10 +28,10 @@ def experiment(*words: str):
     return run_exp.experiment_of(commandline.rewrite(words)[0])
 
 
-def faults(function, *arguments) -> list[str]:
+def errors(function, *arguments) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         function(*arguments)
-    return caught.value.faults
+    return caught.value.errors
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_an_old_name_of_an_experiment_is_its_table_and_its_rows_overrides(words,
 
 
 def test_a_sweep_of_old_names_says_what_to_type():
-    (told,) = faults(commandline.rewrite, ["-m", "experiment=study/lora,study/flat_lora", "dataset=cola"])
+    (told,) = errors(commandline.rewrite, ["-m", "experiment=study/lora,study/flat_lora", "dataset=cola"])
     assert "study/lora is experiment=study; study/flat_lora is experiment=study rho=flat." in told
     assert len(OLD_EXPERIMENTS) == 2 * 19 + 2 * 19 + 2 + 5 + 7  # the files that there were
 
@@ -162,9 +162,9 @@ def test_expand_sweep(words, jobs):
     assert commandline.expand_sweep(words) == jobs
 
 
-def test_sweeps_without_a_list_of_values_are_faults():
-    told = faults(commandline.expand_sweep, ["seed=glob(*)", "optim.lr=interval(0,1)", "seed=1,2"])
-    assert [fault.partition(":")[0] for fault in told] == [
+def test_sweeps_without_a_list_of_values_are_errors():
+    told = errors(commandline.expand_sweep, ["seed=glob(*)", "optim.lr=interval(0,1)", "seed=1,2"])
+    assert [message.partition(":")[0] for message in told] == [
         "Cannot sweep over 'seed=glob(*)'",
         "Cannot sweep over 'optim.lr=interval(0,1)'",
     ]
@@ -182,14 +182,14 @@ def test_sweeps_without_a_list_of_values_are_faults():
         (f"seed={','.join(map(str, range(257)))}", "257 jobs: 256 are one sweep"),
     ],
 )
-def test_sweeps_without_an_end_or_a_value_are_faults_at_once(word, reason):
-    (told,) = faults(commandline.expand_sweep, [word])
+def test_sweeps_without_an_end_or_a_value_are_errors_at_once(word, reason):
+    (told,) = errors(commandline.expand_sweep, [word])
     assert told.startswith("Cannot sweep over ")
     assert reason in told
 
 
 def test_jobs_are_counted_over_all_sweeps():
-    (told,) = faults(commandline.expand_sweep, ["seed=range(0,17)", "rho.sigma=range(0,16)"])
+    (told,) = errors(commandline.expand_sweep, ["seed=range(0,17)", "rho.sigma=range(0,16)"])
     assert "272 jobs" in told
     assert len(commandline.expand_sweep(["seed=range(0,16)", "rho.sigma=range(0,1,0.0625)"])) == 256
 
@@ -214,14 +214,14 @@ def test_a_sweep_that_cannot_be_is_exit_code_2(word, capsys):
 @pytest.mark.parametrize("function", [commandline.rewrite, commandline.expand_sweep, run_exp.experiment_of])
 def test_what_no_parser_should_see_is_named_at_once(function, word, reason):
     begun = time.monotonic()
-    (told,) = faults(function, [word])
+    (told,) = errors(function, [word])
     assert reason in told
     assert len(told) < 300
     assert time.monotonic() - begun < 2.0
 
 
 def test_all_settings_together_have_a_length():
-    (told,) = faults(commandline.rewrite, [f"k{i}={'x' * 10_000}" for i in range(4)])
+    (told,) = errors(commandline.rewrite, [f"k{i}={'x' * 10_000}" for i in range(4)])
     assert told.startswith("Cannot read settings of 40")
 
 
@@ -232,7 +232,7 @@ def test_long_texts_and_brackets_within_them_are_taken():
 
 @pytest.mark.parametrize("word", ["model@dataset=smollm", "+model@peft=smollm", "peft@_global_=lora", "~model@dataset"])
 def test_an_option_is_not_put_at_another_place(word):
-    (told,) = faults(commandline.rewrite, [word])
+    (told,) = errors(commandline.rewrite, [word])
     assert told.startswith(f"Invalid {word}: @ would put")
 
 
@@ -249,9 +249,9 @@ def test_an_option_is_not_put_at_another_place(word):
         "hydra.run.dir=x",
     ],
 )
-def test_settings_of_hydra_that_it_cannot_take_are_faults(word, capsys):
+def test_settings_of_hydra_that_it_cannot_take_are_errors(word, capsys):
     assert run_exp.main([word, "dry_run=true"]) == 2
-    assert "1 fault" in capsys.readouterr().err
+    assert "1 error" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_settings_of_hydra_that_it_cannot_take_are_faults(word, capsys):
 )
 def test_hydra_writes_nowhere_else_and_starts_no_thousands_of_processes(word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (told,) = faults(commandline.rewrite, ["seed=1,2", "hydra/launcher=joblib", word])
+    (told,) = errors(commandline.rewrite, ["seed=1,2", "hydra/launcher=joblib", word])
     assert told.startswith(f"Invalid {word}: ")
     assert "; write " in told or "; leave it out" in told or "; set " in told or "such as" in told
     assert run_exp.main(["-m", "seed=1,2", "hydra/launcher=joblib", word]) == 2
@@ -311,7 +311,7 @@ def test_settings_of_hydra_that_stay_inside_are_taken(word):
 
 def test_references_to_other_keys_do_not_multiply():
     doubled = [f"k{i}='${{k{i + 1}}}${{k{i + 1}}}'" for i in range(40)]
-    (told,) = faults(run_exp.experiment_of, [*doubled, "k40=x"])
+    (told,) = errors(run_exp.experiment_of, [*doubled, "k40=x"])
     assert told.startswith("Too many references")
 
 
@@ -370,8 +370,8 @@ def test_option_files_of_ones_own_leave_no_log(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "cwd").iterdir())
 
 
-def test_several_values_without_a_sweep_are_faults():
-    told = faults(run_exp.experiment_of, ["model=llama,smollm", "seed=1,2"])
+def test_several_values_without_a_sweep_are_errors():
+    told = errors(run_exp.experiment_of, ["model=llama,smollm", "seed=1,2"])
     assert told == [f"Several values in {word}: a sweep needs -m." for word in ("model=llama,smollm", "seed=1,2")]
 
 
@@ -379,10 +379,10 @@ def test_texts_that_hydra_would_read_as_more_are_told_how_to_be_written():
     def prompt(word):
         return run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", word]).dataset.prompt
 
-    (told,) = faults(prompt, "dataset.prompt=a dog, sitting")
+    (told,) = errors(prompt, "dataset.prompt=a dog, sitting")
     assert told.endswith("""a text with a comma stands in quotes of its own, as dataset.prompt="'a dog, sitting'".""")
     assert prompt("dataset.prompt='a dog, sitting'") == "a dog, sitting"
-    (told,) = faults(prompt, "dataset.prompt=a ${x} dog")
+    (told,) = errors(prompt, "dataset.prompt=a ${x} dog")
     assert "'x' not found" in told
     assert "${KEY} takes the value of another key" in told
     assert prompt(r"dataset.prompt=a \${x} dog") == "a ${x} dog"
@@ -416,15 +416,15 @@ def test_a_folder_of_any_name_can_be_given(key, form, sign):
         found = text_of(key, [f"{key}={name}"])
         assert found == name
     except ConfigError as error:
-        (fault,) = error.faults
-        quoted = fault.rpartition(", as ")[2].removesuffix(".")
+        (message,) = error.errors
+        quoted = message.rpartition(", as ")[2].removesuffix(".")
         assert text_of(key, shlex.split(quoted)) == name
 
 
 def test_names_with_several_signs_reach_the_run():
     name = "a=b(c)[d]#%:'{e},漢😀~"
-    (fault,) = faults(commandline.rewrite, [f"wandb.name={name}"])
-    words = shlex.split(fault.rpartition(", as ")[2].removesuffix("."))
+    (message,) = errors(commandline.rewrite, [f"wandb.name={name}"])
+    words = shlex.split(message.rpartition(", as ")[2].removesuffix("."))
     found = experiment(*words, "wandb.mode=disabled")
     assert found.run_name() == name
     settings, _ = commandline.name_jobs([*words, "rho=flat", "rho.sigma=0,0.05"])
@@ -433,13 +433,13 @@ def test_names_with_several_signs_reach_the_run():
 
 
 def test_a_home_folder_is_written_for_the_shell():
-    (fault,) = faults(commandline.rewrite, ["data_root=~/sets"])
-    assert fault.endswith("write data_root=$HOME/sets, or the whole path.")
+    (message,) = errors(commandline.rewrite, ["data_root=~/sets"])
+    assert message.endswith("write data_root=$HOME/sets, or the whole path.")
 
 
-def test_every_fault_of_every_job_is_told():
-    told = faults(run_exp.experiments_of, [["peft=loar"], ["seed=1"], ["peft=lroa"], ["peft=loar"]])
-    assert [fault.partition(":")[0] for fault in told] == ["Unknown option peft=loar", "Unknown option peft=lroa"]
+def test_every_error_of_every_job_is_told():
+    told = errors(run_exp.experiments_of, [["peft=loar"], ["seed=1"], ["peft=lroa"], ["peft=loar"]])
+    assert [message.partition(":")[0] for message in told] == ["Unknown option peft=loar", "Unknown option peft=lroa"]
 
 
 def test_split_flags():
@@ -451,9 +451,9 @@ def test_split_flags():
 
 
 @pytest.mark.parametrize("function", [commandline.rewrite, commandline.expand_sweep, run_exp.experiment_of])
-def test_unreadable_words_are_one_fault_each(function):
-    told = faults(function, ["lora", "seed=1", "a=[1", "peft.lora_r"])
-    assert [fault.partition(":")[0] for fault in told] == [
+def test_unreadable_words_are_one_error_each(function):
+    told = errors(function, ["lora", "seed=1", "a=[1", "peft.lora_r"])
+    assert [message.partition(":")[0] for message in told] == [
         "Cannot read 'lora'",
         "Cannot read 'a=[1'",
         "Cannot read 'peft.lora_r'",
@@ -485,10 +485,10 @@ def test_unreadable_words_are_one_fault_each(function):
         (["dataset=metamath", "dataset.max_tokens=3", "model=clip_b32"], ["Unknown option dataset=metamath:"]),
     ],
 )
-def test_each_faulty_word_is_one_fault(settings, heads):
-    told = faults(run_exp.experiment_of, settings)
+def test_each_faulty_word_is_one_error(settings, heads):
+    told = errors(run_exp.experiment_of, settings)
     assert len(told) == len(heads)
-    assert all(fault.startswith(head) for fault, head in zip(told, heads, strict=True)), told
+    assert all(message.startswith(head) for message, head in zip(told, heads, strict=True)), told
 
 
 def partners(group, option, folder):
@@ -529,8 +529,8 @@ def test_every_option_file_composes_and_parses(group, option, tmp_path):
     "words", [["model=clip_b32"], ["dataset=cifar10"], ["model=sdxl"], ["model=sdxl", "dataset=sst2"]]
 )
 def test_pictures_and_text_do_not_mix(words):
-    (fault,) = faults(run_exp.experiment_of, words)
-    assert "CLIP takes image data sets, SDXL captioned ones, language models text" in fault
+    (message,) = errors(run_exp.experiment_of, words)
+    assert "CLIP takes image data sets, SDXL captioned ones, language models text" in message
 
 
 def test_a_model_chooses_the_layers_and_the_rank_of_its_paper():
@@ -559,9 +559,9 @@ def test_later_words_win_and_options_set_other_sections():
         (["dry_run=true"], 0, ["smollm", "off: no perturbation"]),
         ([*PUBLISHED, "++rho=0.05", "dry_run=true"], 0, ["results/P_meta_math/vanilla_lora/42", "sigma=0.05"]),
         (["-m", "++rho=0,0.05", "trainer.max_steps=2,4", "dry_run=true"], 0, ["off: no", "sigma=0.05", "max_steps=4"]),
-        (["model=lama", "rhoo=1"], 2, ["2 faults: nothing was loaded or written.", "model=llama", "did you mean rho?"]),
-        (["nonsense"], 2, ["1 fault:", "Cannot read 'nonsense'"]),
-        (["-m", "seed=-1,-2"], 2, ["2 faults", "seed=-1", "seed=-2"]),
+        (["model=lama", "rhoo=1"], 2, ["2 errors: nothing was loaded or written.", "model=llama", "did you mean rho?"]),
+        (["nonsense"], 2, ["1 error:", "Cannot read 'nonsense'"]),
+        (["-m", "seed=-1,-2"], 2, ["2 errors", "seed=-1", "seed=-2"]),
     ],
 )
 def test_exit_codes_and_nothing_is_written(words, code, printed, tmp_path, monkeypatch, capsys):
@@ -609,7 +609,7 @@ def test_jobs_over_lists_have_usable_names():
 
 def test_jobs_that_differ_in_their_benchmarks_alone_are_refused_for_their_one_folder():
     settings, _ = commandline.name_jobs(["wandb.name=N", "eval=[gsm8k],[]"])
-    (told,) = faults(run_exp.experiments_of, commandline.expand_sweep(settings))
+    (told,) = errors(run_exp.experiments_of, commandline.expand_sweep(settings))
     assert told.startswith("Two jobs of the sweep would write to ")
 
 
@@ -624,7 +624,7 @@ def test_jobs_that_differ_in_their_benchmarks_alone_are_refused_for_their_one_fo
     ],
 )
 def test_swept_values_that_make_no_folder_names_are_refused(word):
-    (told,) = faults(commandline.name_jobs, ["wandb.name=N", word])
+    (told,) = errors(commandline.name_jobs, ["wandb.name=N", word])
     assert told.startswith(f"Invalid wandb.name=N with {word}: these values make no folder names; leave out wandb.name")
     assert commandline.name_jobs([word]) == ([word], [])
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora.fused import lora_linear
-from flatlora.fused.lora_linear import FusedForward, fuse, groups_of, remake, unfuse
+from flatlora.fused.lora_linear import FusedForward, fuse, groups_of, recompute_norm, unfuse
 from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
 from tests.conftest import tiny_llama, tiny_lora
@@ -309,7 +309,7 @@ def test_a_norm_s_output_is_made_again_instead_of_kept(device):
         model = get_peft_model(Block(), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])).to(device)
         fuse(model.train())
         if again:
-            remake(model.base_model.model.norm)
+            recompute_norm(model.base_model.model.norm)
         kept: set[int] = set()
         x = torch.randn(6, 24, device=device, generator=torch.Generator(device).manual_seed(1))
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from flatlora.inputs import images
 from flatlora.inputs.captioned import CaptionedImages, cover, read_captioned, read_folder, rows_of
-from flatlora.inputs.images import ImageRows, LabelledImages, check_images, middle_of, png_of, read_images
+from flatlora.inputs.images import ImageRows, LabeledImages, check_images, middle_of, png_of, read_images
 from flatlora.inputs.rows import Source
 from flatlora.utils.errors import ConfigError
 
@@ -76,10 +76,10 @@ NAMED = {
 }
 
 
-def fault_of(function, *arguments, **more):
+def error_of(function, *arguments, **more):
     with pytest.raises(ConfigError) as caught:
         function(*arguments, **more)
-    return "\n".join(caught.value.faults)
+    return "\n".join(caught.value.errors)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def given(tmp_path):
 SOURCE = Source("me/set", "default", "train")
 
 
-@pytest.mark.parametrize("kind", ["labelled", "listed", "folder", "parquet", "captioned parquet"])
+@pytest.mark.parametrize("kind", ["labeled", "listed", "folder", "parquet", "captioned parquet"])
 def test_hostile_pictures_are_named_before_they_are_decoded(given, tmp_path, bomb, kind):
     wanted = hostile(given, bomb)
     if kind != "folder":
@@ -100,23 +100,23 @@ def test_hostile_pictures_are_named_before_they_are_decoded(given, tmp_path, bom
     columns = {"image": "image", "data_root": str(tmp_path / "root")}
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, reason in wanted.items():
-        if kind == "labelled":
+        if kind == "labeled":
             (given / "train.jsonl").write_text(json.dumps({"image": name, "label": 0}))
-            told = fault_of(check_images, read_images(SOURCE, label="label", **columns), [0])
+            told = error_of(check_images, read_images(SOURCE, label="label", **columns), [0])
         elif kind == "listed":
             (given / "metadata.jsonl").write_text(json.dumps({"file_name": name, "prompt": "p"}))
-            told = fault_of(rows_of, read_folder(str(given), None), [0], resolution=32)
+            told = error_of(rows_of, read_folder(str(given), None), [0], resolution=32)
         elif kind == "folder":
             pictures = read_folder(str(given), "p")
-            told = fault_of(rows_of, pictures, [pictures.names.index(name)], resolution=32)
+            told = error_of(rows_of, pictures, [pictures.names.index(name)], resolution=32)
         else:
             cell = pyarrow.array([{"bytes": None, "path": name}], pyarrow.struct({"bytes": "binary", "path": "string"}))
             pyarrow.parquet.write_table(pyarrow.table({"image": cell, "label": [0]}), given / "train.parquet")
             if kind == "parquet":
-                told = fault_of(check_images, read_images(SOURCE, label="label", **columns), [0])
+                told = error_of(check_images, read_images(SOURCE, label="label", **columns), [0])
             else:
                 pictures = read_captioned(SOURCE, image="image", prompt=None, fixed="p", data_root=columns["data_root"])
-                told = fault_of(rows_of, pictures, [0], resolution=32)
+                told = error_of(rows_of, pictures, [0], resolution=32)
         assert reason in told, (name, told)
     assert time.monotonic() - start < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
@@ -152,7 +152,7 @@ def test_large_pictures_are_tried_one_at_a_time(monkeypatch):
 
     monkeypatch.setattr(images, "_decode", decode)
     files = [png_of(np.full((8, 8), shade, np.uint8)) for shade in range(16)]
-    pictures = LabelledImages("here", np.zeros(16, np.int64), files.__getitem__)
+    pictures = LabeledImages("here", np.zeros(16, np.int64), files.__getitem__)
     check_images(pictures, range(8))
     assert max(most) > 1
     most.clear()
@@ -193,7 +193,7 @@ def test_the_longest_strips_are_rows_in_bounded_memory():
         seen.append(picture.size)
         return {"pixel_values": torch.zeros(1, 3, 2, 2)}
 
-    pictures = LabelledImages("here", np.zeros(1, np.int64), lambda index: buffer.getvalue())
+    pictures = LabeledImages("here", np.zeros(1, np.int64), lambda index: buffer.getvalue())
     ImageRows(pictures, np.array([0]), processor, [b""])[0]
     assert seen == [(1, 32)]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
@@ -214,7 +214,7 @@ def test_clip_sees_the_same_of_a_strips_middle():
 def wide_grey(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    return LabelledImages("here", np.zeros(1, np.int64), lambda index: buffer.getvalue())
+    return LabeledImages("here", np.zeros(1, np.int64), lambda index: buffer.getvalue())
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (65536, 1), (1, 65536)])
@@ -249,7 +249,7 @@ def test_a_large_grey_of_16_bits_takes_no_more_memory_than_its_pixels():
 def test_a_metadata_file_that_is_none_is_named(make, reason, tmp_path):
     (tmp_path / "a.png").write_bytes(png_of(np.zeros((8, 8), np.uint8)))
     make(tmp_path / "metadata.jsonl")
-    assert fault_of(read_folder, str(tmp_path), "a prompt").startswith(
+    assert error_of(read_folder, str(tmp_path), "a prompt").startswith(
         f"Cannot read {tmp_path}/metadata.jsonl: {reason}; make it a readable file"
     )
 
@@ -257,7 +257,7 @@ def test_a_metadata_file_that_is_none_is_named(make, reason, tmp_path):
 def test_a_prompt_of_megabytes_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(png_of(np.zeros((8, 8), np.uint8)))
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "prompt": "dog " * 2_500_000}))
-    told = fault_of(read_folder, str(tmp_path), None)
+    told = error_of(read_folder, str(tmp_path), None)
     assert "row 1: it has 10,000,000 letters, and a prompt has at most 10,000" in told
     assert len(told) < 500
 
@@ -274,5 +274,5 @@ def test_flipped_bytes_break_a_picture_and_nothing_else(kind):
         for place in draw.integers(0, min(len(damaged), 400), 3):
             damaged[place] ^= 1 << int(draw.integers(8))
         files.append(bytes(damaged))
-    pictures = LabelledImages("here", np.zeros(len(files), np.int64), files.__getitem__)
-    assert "Broken image in here, row " in fault_of(check_images, pictures, range(len(files)))
+    pictures = LabeledImages("here", np.zeros(len(files), np.int64), files.__getitem__)
+    assert "Broken image in here, row " in error_of(check_images, pictures, range(len(files)))

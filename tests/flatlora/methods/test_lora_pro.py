@@ -301,7 +301,7 @@ def test_other_parameters_get_adamw():
     torch.testing.assert_close(other, twin)
 
 
-def test_faults_are_told_together():
+def test_errors_are_told_together():
     A, B = nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="r × n") as caught:
         LoRAPro([("a", A, B, 1.0), ("a", A, B, -1.0)], lr=-1, betas=(0.9, 1.0), mode="lion", moments="int8")

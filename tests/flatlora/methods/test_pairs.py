@@ -62,8 +62,8 @@ def test_a_pair_runs_a_step_or_is_refused(peft, rho, tiny_settings):
     if reason is not None:
         with pytest.raises(ConfigError) as caught:
             run_exp.experiment_of(words)
-        (fault,) = caught.value.faults
-        assert fault.startswith(f"Invalid rho={rho} with peft={peft}: {reason}; use rho=off")
+        (message,) = caught.value.errors
+        assert message.startswith(f"Invalid rho={rho} with peft={peft}: {reason}; use rho=off")
         return
     assert run_exp.main(words) == 0
     record = json.loads((run_folder(words) / "run.json").read_text())
@@ -147,7 +147,7 @@ def test_lora_pro_by_sgd_refuses_settings_of_adam():
     assert run_exp.experiment_of(words).optim.adam_beta1 == 0.8
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of([*words, "peft.mode=sgd"])
-    heads = [fault.partition(" with")[0] for fault in caught.value.faults]
+    heads = [message.partition(" with")[0] for message in caught.value.errors]
     assert heads == ["Invalid optim.adam_beta1=0.8", "Invalid optim.adam_epsilon=1e-06"]
     head = ["model=clip_tiny", "dataset=digits", "model.head=linear"]  # AdamW moves the head
     assert run_exp.experiment_of([*words, "peft.mode=sgd", *head]).optim.adam_beta1 == 0.8

@@ -96,7 +96,7 @@ def test_a_checkpoint_is_evaluated_on_the_backbone_that_it_was_trained_on(adapt,
     assert starts.start_of_checkpoint(Path()).resolve() == tmp_path / "start"
     assert starts.start_of_checkpoint(checkpoint) == tmp_path / "start"
     backbone = tiny_llama()
-    starts.move_as_started(backbone, tmp_path / "start")
+    starts.subtract_initial_adapter(backbone, tmp_path / "start")
     assert not [n for n, _ in backbone.named_parameters() if "lora_" in n]
     assert torch.equal(logits(PeftModel.from_pretrained(backbone, checkpoint)), trained)
     assert starts.start_of_checkpoint(tmp_path / "adapter") is None
@@ -126,15 +126,15 @@ def test_without_a_kept_start_saving_is_refused(adapt, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_quantised_backbones_are_refused(name):
+def test_quantized_backbones_are_refused(name):
     backbone = tiny_llama().requires_grad_(False)
     layer = backbone.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ConfigError, match=f"peft={name} on a quantised backbone .*up_proj is torch.uint8.*unquantised"):
+    with pytest.raises(ConfigError, match=f"peft={name} on a quantized backbone .*up_proj is torch.uint8.*unquantized"):
         methods.ADAPTERS[name].apply(backbone, config_of(name), methods.Start(0, batches=batches_of))
     skeleton = tiny_llama()
-    skeleton.config.quantization_config = {"load_in_4bit": True}  # as a hub model that was saved quantised says
-    with pytest.raises(ConfigError, match=f"peft={name} on a quantised backbone .*config.json"):
+    skeleton.config.quantization_config = {"load_in_4bit": True}  # as a hub model that was saved quantized says
+    with pytest.raises(ConfigError, match=f"peft={name} on a quantized backbone .*config.json"):
         methods.ADAPTERS[name].check(skeleton, config_of(name))
 
 

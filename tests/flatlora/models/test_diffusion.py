@@ -202,7 +202,7 @@ def test_long_prompts_are_cut_and_that_is_said_once(source, caplog):
     with caplog.at_level(logging.WARNING):
         ids = diffusion.token_ids(tokenizers, ["x" * 200, "y" * 100, "short"])
         assert not caplog.records
-        diffusion.tell_long_prompts(tokenizers, ["x" * 200, "y" * 100, "short", "short", "x" * 200])
+        diffusion.warn_of_long_prompts(tokenizers, ["x" * 200, "y" * 100, "short", "short", "x" * 200])
     assert [one.shape for one in ids] == [(3, 77), (3, 77)]
     (told,) = [record.getMessage() for record in caplog.records]
     assert "2 of 3 prompts are longer than 77 tokens" in told
@@ -214,7 +214,7 @@ def test_a_vae_that_makes_nan_names_the_remedy(source):
         next(vae.parameters()).mul_(float("inf"))
     for act in (
         lambda: diffusion.moments(vae, torch.zeros(3, 64, 64)),
-        lambda: diffusion.refuse_broken(vae, torch.tensor(float("nan"))),
+        lambda: diffusion.validate_unbroken(vae, torch.tensor(float("nan"))),
     ):
         with pytest.raises(ConfigError, match=r"vae_dtype=float16.*model\.vae_dtype=float32"):
             act()
@@ -223,7 +223,7 @@ def test_a_vae_that_makes_nan_names_the_remedy(source):
 def test_a_vae_that_makes_nan_in_fp32_is_broken(source):
     vae = diffusion.load_vae(config_of(), source, CPU)
     with pytest.raises(ConfigError, match=r"vae_dtype=float32.*its weights are broken"):
-        diffusion.refuse_broken(vae, torch.tensor(float("inf")))
+        diffusion.validate_unbroken(vae, torch.tensor(float("inf")))
 
 
 @pytest.mark.parametrize(("dtype", "remedy"), [("float32", "the training diverged"), ("bfloat16", "wider range")])
@@ -292,9 +292,9 @@ def test_a_part_without_some_weights_is_refused_with_their_names(own_pipeline, p
     save_file(tensors | {"spare.weight": spare}, path, metadata={"format": "pt"})
     with pytest.raises(ConfigError) as told:
         load(config, str(folder))
-    (fault,) = told.value.faults
-    assert fault.startswith(f"Invalid model.hub_id={folder}: its weights do not make a whole ")
-    assert f"1 ({key}) missing; 1 (spare.weight) left over" in fault
+    (message,) = told.value.errors
+    assert message.startswith(f"Invalid model.hub_id={folder}: its weights do not make a whole ")
+    assert f"1 ({key}) missing; 1 (spare.weight) left over" in message
 
 
 def test_settings_of_a_pipeline_belong_to_its_state(own_pipeline):
@@ -452,7 +452,7 @@ def test_methods_that_are_not_of_diffusion_say_why(peft):
 def test_settings_of_a_diffusion_model_are_checked(words, head):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", *words])
-    assert [fault for fault in caught.value.faults if fault.startswith(head)], caught.value.faults
+    assert [message for message in caught.value.errors if message.startswith(head)], caught.value.errors
 
 
 def test_half_precision_needs_a_gpu_also_where_the_machine_chooses():
@@ -492,9 +492,9 @@ def test_a_hub_that_is_out_of_reach_is_no_broken_pipeline(monkeypatch):
         loading.skeleton(config)
 
 
-def test_faults_name_the_setting_that_was_given(tmp_path):
+def test_errors_name_the_setting_that_was_given(tmp_path):
     with pytest.raises(ConfigError, match=r"Cannot load model\.vae_id=\./nope: there is no such folder"):
-        loading.size_faults(config_of(vae_id="./nope"), [(64, 64)])
+        loading.size_errors(config_of(vae_id="./nope"), [(64, 64)])
     with pytest.raises(ConfigError, match=r"eval\.text_to_image\.clip=\./nope"):
         loading.check_clip("./nope")
     with pytest.raises(ConfigError, match=r"eval\.text_to_image\.captioner=\./nope"):
@@ -508,10 +508,10 @@ def _without_diffusers():
 
 
 def test_sizes_that_the_parts_cannot_halve_are_refused():
-    assert loading.size_faults(config_of(), [(68, 68)]) == []
-    assert "multiples of 8" in loading.size_faults(config_of(), [(68, 68)], drawn=True)[0]
-    (fault,) = loading.size_faults(config_of(), [(64, 64), (64, 62)])
-    assert "pictures of 64 × 62 pixels, and both sides must be multiples of 4" in fault
+    assert loading.size_errors(config_of(), [(68, 68)]) == []
+    assert "multiples of 8" in loading.size_errors(config_of(), [(68, 68)], drawn=True)[0]
+    (message,) = loading.size_errors(config_of(), [(64, 64), (64, 62)])
+    assert "pictures of 64 × 62 pixels, and both sides must be multiples of 4" in message
 
 
 def test_an_empty_set_has_no_rows():

@@ -74,7 +74,7 @@ def test_sdpa_drops_the_cap_that_gemma_2_has():
 def test_kernels_that_would_compute_something_else_are_refused(name, attn, reason):
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **ARCHITECTURES[name]))
-    told = fit.attention_faults(model_config("folder", attn=attn), skeleton)
+    told = fit.attention_errors(model_config("folder", attn=attn), skeleton)
     wanted = [f"Invalid model.attn={attn} with folder: {reason}; use model.attn=auto or eager."] if reason else []
     assert told == wanted
 
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_told_before_weights_are_loaded(name, tiny_model_fo
     experiment = run_exp.experiment_of([*kept, f"model.hub_id={folder}", *words])
     with pytest.raises(ConfigError) as caught:
         run_exp.prepare(experiment, CPU)
-    assert any(fault.startswith(told.format(folder)) for fault in caught.value.faults), caught.value.faults
+    assert any(message.startswith(told.format(folder)) for message in caught.value.errors), caught.value.errors
 
 
 def test_positions_of_pictures_do_not_bound_rows_nor_a_decoders_an_encoders():
@@ -164,8 +164,8 @@ def test_positions_of_pictures_do_not_bound_rows_nor_a_decoders_an_encoders():
     led = LEDForConditionalGeneration(LEDConfig(vocab_size=64, d_model=8, attention_window=4, **sides, **positions))
     assert sorted(fit.position_tables(led).values()) == [16, 64]
     config = ModelConfig(name="m", hub_id="m", family="seq2seq")
-    assert fit.position_faults(config, led, 64) == []
-    assert "ends at 64" in fit.position_faults(config, led, 65)[0]
+    assert fit.position_errors(config, led, 64) == []
+    assert "ends at 64" in fit.position_errors(config, led, 65)[0]
 
 
 def test_rows_beyond_rotary_positions_are_counted_before_weights_are_loaded(
@@ -201,5 +201,5 @@ def test_a_padding_token_beyond_the_embeddings_is_told_before_weights_are_loaded
     experiment = run_exp.experiment_of([*tiny_settings, f"model.hub_id={folder}"])
     with pytest.raises(ConfigError) as caught:
         run_exp.prepare(experiment, CPU)
-    (fault,) = caught.value.faults
-    assert fault.startswith(f"Invalid tokenizer of {folder}: 1 ([PAD] (4096)) lie beyond the model's 4096 embeddings")
+    (message,) = caught.value.errors
+    assert message.startswith(f"Invalid tokenizer of {folder}: 1 ([PAD] (4096)) lie beyond the model's 4096 embeddings")

@@ -48,7 +48,7 @@ def test_an_adapter_of_a_kind_that_peft_does_not_know_is_told_with_the_weights_t
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORAX"}')
     with pytest.raises(ConfigError) as told:
         loading.load_for_inference(str(tmp_path), None, CPU)
-    missing, unknown = told.value.faults
+    missing, unknown = told.value.errors
     assert missing.startswith("Missing file ")
     assert f"Invalid peft_type LORAX in {tmp_path}/adapter_config.json: PEFT {peft.__version__} does not" in unknown
 
@@ -90,10 +90,10 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_refused_with_the_names(nam
     ):
         with pytest.raises(ConfigError) as told:
             load()
-        (fault,) = told.value.faults
-        assert fault.startswith(f"Invalid model.hub_id={folder}: its weights do not make a whole LlamaForCausalLM: ")
-        shown = [key for key in wrong if key in fault]
-        assert shown == wrong or (shown and str(len(wrong)) in fault)
+        (message,) = told.value.errors
+        assert message.startswith(f"Invalid model.hub_id={folder}: its weights do not make a whole LlamaForCausalLM: ")
+        shown = [key for key in wrong if key in message]
+        assert shown == wrong or (shown and str(len(wrong)) in message)
 
 
 def test_a_training_on_an_incomplete_checkpoint_is_refused(tiny_model_folder, tiny_settings, tmp_path, capsys):

@@ -69,9 +69,9 @@ def test_an_adapter_that_is_not_whole_is_refused_with_the_names(name, tiny_model
     save_file(change(load_file(path)), path)
     with pytest.raises(ConfigError) as caught:
         loading.load_for_inference(str(tmp_path / "adapter"), None, CPU)
-    (fault,) = caught.value.faults
-    assert fault.startswith(f"Invalid adapter {tmp_path}/adapter: ")
-    assert all(part in fault for part in told), fault
+    (message,) = caught.value.errors
+    assert message.startswith(f"Invalid adapter {tmp_path}/adapter: ")
+    assert all(part in message for part in told), message
 
 
 def test_biases_that_an_adapter_trained_and_lacks_are_named(tmp_path):
@@ -224,10 +224,10 @@ def test_what_an_adapter_says_of_itself_is_checked(change, head, whole_adapter, 
         return
     with pytest.raises(ConfigError) as caught:
         loading.load_for_inference(str(tmp_path / "adapter"), None, CPU)
-    (fault,) = caught.value.faults
-    assert fault.startswith(head)
-    assert "adapter_config.json" in fault
-    assert len(fault) < 3000
+    (message,) = caught.value.errors
+    assert message.startswith(head)
+    assert "adapter_config.json" in message
+    assert len(message) < 3000
 
 
 HUGE = 10**9

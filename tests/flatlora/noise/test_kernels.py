@@ -162,7 +162,7 @@ def arguments(**changes):
         ({"counter": torch.zeros(2)}, "counter=torch.float32"),
     ],
 )
-def test_faults_are_refused(changes, message):
+def test_errors_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         triton_kernels.NoisePass(**arguments(**changes))
 

@@ -190,7 +190,7 @@ def test_bar_and_sam_move_convolutions(name):
     before = factor.detach().clone()
 
     def acting(name):
-        return rho(name).regulariser(model, rho(name).Config(name=name, method=name, sigma=0.1), 0)
+        return rho(name).regularizer(model, rho(name).Config(name=name, method=name, sigma=0.1), 0)
 
     acting("nbar").rescale(0.1, 0.1)
     assert not torch.equal(factor, before)  # by 1 ± αη, so that B·A keeps 1 − (αη)² of itself
@@ -207,7 +207,7 @@ def test_bi_lora_keeps_convolutions_in_their_ball():
     model = method("lora").apply(Net().requires_grad_(False), config_of("lora"), Start(0))
     section = rho("bi_lora").Config(name="bi_lora", method="bi_lora", sigma=0.1)
     rho("bi_lora").prepare(model, section, 0)
-    acting = rho("bi_lora").regulariser(model, section, 0)
+    acting = rho("bi_lora").regularizer(model, section, 0)
     for parameter in acting.parameters:
         nn.init.normal_(parameter)
     acting.clip()

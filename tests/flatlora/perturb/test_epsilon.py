@@ -48,7 +48,7 @@ def test_a_device_makes_what_the_host_makes(make, scale, tiny_model_folder):
     copies = [torch.empty(layer.stored_shape, dtype=layer.dtype, device=DEVICE) for layer in layers]
     device.write(draws, copies)
     for index, layer in enumerate(layers):
-        made = device.materialise(index, draws[index]).clone()
+        made = device.materialize(index, draws[index]).clone()
         assert torch.equal(made, copies[index])
-        assert torch.allclose(made, host.materialise(index, draws[index]), atol=1e-4)
+        assert torch.allclose(made, host.materialize(index, draws[index]), atol=1e-4)
         assert not torch.equal(made, layer.dense())

@@ -49,7 +49,7 @@ def test_the_loss_counts_every_token_alike(model):
     assert flatness.mean_loss(model, [one, other]) != pytest.approx(plain, abs=1e-6)  # they differ in length
 
 
-def test_directions_are_filter_normalised_and_equal_their_reference(layers):
+def test_directions_are_filter_normalized_and_equal_their_reference(layers):
     before = stored(layers)
     direction = flatness.Direction(layers, 5, 1)
     direction.add(-0.25)

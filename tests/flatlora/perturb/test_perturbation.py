@@ -391,7 +391,7 @@ def test_tied_weights_of_other_modules_are_not_perturbed():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_norms_equal_the_materialised_ones(dtype):
+def test_row_norms_equal_the_materialized_ones(dtype):
     torch.manual_seed(0)
     weight = torch.randn(50, 70).to(dtype)
     terms = [AdapterTerm(torch.randn(r, 70), torch.randn(50, r), s) for r, s in ((1, 2.0), (8, 0.25), (33, 1.0))]
@@ -406,7 +406,7 @@ def test_row_norms_where_the_adapter_nearly_cancels_the_weight():
     weight = -2.0 * B @ A + 1e-2 * torch.randn(32, 64)
     terms = [AdapterTerm(A, B, 2.0)]
     error = merged_row_norms(weight, terms).double() ** 2 - merged_row_norms_reference(weight, terms) ** 2
-    assert (error.abs() <= 1e-6 * weight.double().square().sum(dim=1)).all()  # of what cancelled, as FP32 allows
+    assert (error.abs() <= 1e-6 * weight.double().square().sum(dim=1)).all()  # of what canceled, as FP32 allows
 
 
 def test_row_norms_of_a_model_are_those_of_the_merged_weights():
@@ -653,7 +653,7 @@ def test_a_forward_that_another_library_wrapped_is_kept():
     assert layer.module.forward is wrapped
 
 
-def test_all_faults_at_once():
+def test_all_errors_at_once():
     with pytest.raises(ValueError, match="layers") as error:
         WeightPerturbation([], sigma=-0.1, total_steps=0, seed=0, ramp="sine", mode="add", every=0, resample="x")
     text = str(error.value)
@@ -834,4 +834,4 @@ def test_layers_on_several_devices_are_perturbed_as_on_one():
     parts.check()
     for index, (left, right) in enumerate(zip(*outs, strict=True)):
         assert torch.equal(left, right)
-        assert torch.equal(parts.materialise(index, draws[index]), left)
+        assert torch.equal(parts.materialize(index, draws[index]), left)

@@ -96,8 +96,8 @@ def claim(folder: RunFolder, experiment) -> None:
 def refusal(folder: RunFolder, experiment) -> str:
     with pytest.raises(ConfigError) as caught:
         folder.open(experiment)
-    (fault,) = caught.value.faults
-    return fault
+    (message,) = caught.value.errors
+    return message
 
 
 def test_the_folder_has_its_published_place(experiment, tmp_path):
@@ -154,13 +154,13 @@ def test_another_experiment_is_refused_by_the_keys_that_differ(experiment):
     claim(folder, experiment())
     folder.close()
     before = (folder.path / "config.yaml").read_bytes()
-    fault = refusal(
+    message = refusal(
         folder, experiment("optim.lr=1e-4", "peft.lora_r=4", "resume=true", "wandb.mode=offline", "eval=[]")
     )
-    assert "optim.lr is 0.001 there and 0.0001 here" in fault
-    assert "peft.lora_r is 8 there and 4 here" in fault
-    assert fault.count(" there and ") == 2
-    assert "overwrite=true" in fault
+    assert "optim.lr is 0.001 there and 0.0001 here" in message
+    assert "peft.lora_r is 8 there and 4 here" in message
+    assert message.count(" there and ") == 2
+    assert "overwrite=true" in message
     assert (folder.path / "config.yaml").read_bytes() == before
 
 
@@ -169,7 +169,7 @@ def test_a_refused_folder_is_not_kept_locked(experiment):
     claim(first, experiment())
     first.close()
     refusal(first, experiment("optim.lr=1e-4"))
-    second.open(experiment("resume=true"))  # BlockingIOError, so a fault, where the lock were still held
+    second.open(experiment("resume=true"))  # BlockingIOError, so a error, where the lock were still held
     assert second._lock is not None
     second.close()
 
@@ -318,13 +318,13 @@ def test_overwrite_leaves_nothing_of_the_old_run(experiment, tmp_path):
         ("pathlib.Path.mkdir", PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     ],
 )
-def test_a_folder_that_takes_no_files_is_a_fault_with_the_way_out(
+def test_a_folder_that_takes_no_files_is_a_error_with_the_way_out(
     experiment, monkeypatch, tmp_path, target, error, words
 ):
     monkeypatch.setattr(target, raising(error))
-    fault = refusal(RunFolder.of(experiment()), experiment())
-    assert words in fault
-    assert "set results_root=DIR" in fault
+    message = refusal(RunFolder.of(experiment()), experiment())
+    assert words in message
+    assert "set results_root=DIR" in message
     monkeypatch.undo()
     assert not list(tmp_path.iterdir())
     RunFolder.of(experiment()).open(experiment())

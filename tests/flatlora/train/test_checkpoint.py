@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora.models.hashes import backbone_sha256, trainable_sha256
-from flatlora.train.checkpoint import MANIFEST, checkpoints, fault_of, latest_good, remove_newer, rotate, seal
+from flatlora.train.checkpoint import MANIFEST, checkpoints, error_of, latest_good, remove_newer, rotate, seal
 from flatlora.utils import staging
 from flatlora.utils.errors import ConfigError
 
@@ -93,21 +93,21 @@ BREAKAGES = {
 
 def test_a_sealed_checkpoint_is_good_wherever_it_is_moved(tmp_path):
     folder = make(tmp_path, 3)
-    assert fault_of(folder) is None
+    assert error_of(folder) is None
     (folder / "later.txt").write_text("a file more breaks nothing")
     folder.rename(tmp_path / "moved")
-    assert fault_of(tmp_path / "moved") is None
+    assert error_of(tmp_path / "moved") is None
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_a_broken_checkpoint_is_named_removed_and_passed_over(tmp_path, caplog, name):
-    breakage, fault = BREAKAGES[name]
+    breakage, message = BREAKAGES[name]
     good, broken = make(tmp_path, 2), make(tmp_path, 10)
     breakage(broken)
-    assert fault_of(broken).startswith(fault)
+    assert error_of(broken).startswith(message)
     with caplog.at_level(logging.WARNING):
         assert latest_good(tmp_path, CONFIG, DATA) == good
-    assert f"Ignoring {broken}: {fault}" in caplog.text
+    assert f"Ignoring {broken}: {message}" in caplog.text
     assert os.path.lexists(broken)  # looking changes nothing
     remove_newer(tmp_path, good)
     assert checkpoints(tmp_path) == [good]
@@ -131,7 +131,7 @@ def test_a_link_into_a_folder_that_is_closed_to_the_user_is_named_and_passed_ove
             os.seteuid(0)
         assert f"Ignoring {folder}/run/checkpoint-4: it cannot be read (Permission denied)." in caplog.text
         assert list((folder / "run").iterdir()) == []
-        assert fault_of(folder / "closed" / "checkpoint-4") is None
+        assert error_of(folder / "closed" / "checkpoint-4") is None
     finally:
         shutil.rmtree(folder)
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_origin_is_refused_and_kept(tmp_path, config, da
     folder = make(tmp_path, 3)
     with pytest.raises(ConfigError, match=re.escape(f"{folder} is a checkpoint of {what}")):
         latest_good(tmp_path, config, data)
-    assert fault_of(folder) is None
+    assert error_of(folder) is None
 
 
 def test_a_checkpoint_of_more_processes_is_refused(tmp_path):
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, caplog):
     assert latest_good(tmp_path, CONFIG, DATA, base="sha256:a") == folder
     with pytest.raises(ConfigError, match=r"was trained on other weights of the backbone \(sha256:a, here sha256:b\)"):
         latest_good(tmp_path, CONFIG, DATA, base="sha256:b")
-    assert fault_of(folder) is None
+    assert error_of(folder) is None
     assert latest_good(tmp_path, CONFIG, DATA, base="sha256:a/config:c") == folder  # of a version without settings
     seal(folder, step=3, config_sha256=CONFIG, data_sha256=DATA, base="sha256:a/config:c")
     assert latest_good(tmp_path, CONFIG, DATA, base="sha256:a/config:c") == folder
@@ -196,7 +196,7 @@ def test_of_a_checkpoint_that_is_a_link_the_link_alone_is_removed(tmp_path):
     (run / "checkpoint-2").symlink_to(elsewhere / "kept")
     rotate(run, 1)
     assert [path.name for path in run.iterdir()] == ["checkpoint-4"]
-    assert fault_of(elsewhere / "kept") is None
+    assert error_of(elsewhere / "kept") is None
 
 
 def test_rotate_keeps_the_newest(tmp_path):
@@ -219,15 +219,15 @@ def test_a_rotation_that_dies_half_way_leaves_nothing_that_counts(tmp_path, monk
     monkeypatch.setattr(shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         rotate(tmp_path, 1)
-    assert fault_of(folders[0]) == f"{MANIFEST} is missing"
-    assert fault_of(folders[1]) is None
+    assert error_of(folders[0]) == f"{MANIFEST} is missing"
+    assert error_of(folders[1]) is None
 
 
 def test_sealing_again_takes_new_content(tmp_path):
     folder = make(tmp_path, 3)
     flip_a_bit(folder / "adapter.bin")
     seal(folder, step=3, config_sha256=CONFIG, data_sha256=DATA)
-    assert fault_of(folder) is None
+    assert error_of(folder) is None
 
 
 class Net(nn.Module):

@@ -157,7 +157,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
     assert code != 0
     assert time.monotonic() - begun < 60
     assert processes_of(folder.parents[2]) == []
-    assert checkpoint.fault_of(checkpoint.checkpoints(folder)[-1]) is None
+    assert checkpoint.error_of(checkpoint.checkpoints(folder)[-1]) is None
     end_well(*fork_two([*ddp, "resume=true", *hurt]))
     assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
 
@@ -212,7 +212,7 @@ def test_what_differs_is_told_by_rank(monkeypatch):
     distributed.check_agreement({"a": "x"}, "Do so.")
     with pytest.raises(ConfigError) as caught:
         distributed.check_agreement({"a": "x", "b": "2"}, "Do so.")
-    assert caught.value.faults == ["The processes differ in b: 2 on rank 0, 2; 1 on rank 1. Do so."]
+    assert caught.value.errors == ["The processes differ in b: 2 on rank 0, 2; 1 on rank 1. Do so."]
 
 
 def test_more_gpus_than_there_are_are_refused_before_a_process_is_started(settings):
@@ -252,7 +252,7 @@ def test_other_starters_start_zero2_as_torchrun_does(settings, starter):
 
 
 @pytest.mark.parametrize(
-    ("settings", "fault"),
+    ("settings", "error"),
     [
         (["trainer=zero2", "peft=lora_pro"], "Invalid trainer=zero2 with peft=lora_pro: that method reads the whole"),
         (["trainer=zero2", "rho=sam"], "Invalid trainer=zero2 with rho=sam: that method reads the whole"),
@@ -261,12 +261,12 @@ def test_other_starters_start_zero2_as_torchrun_does(settings, starter):
         (["trainer=single", "trainer.gpus=2"], "Invalid trainer.gpus=2 with trainer=single: it is one process"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings, fault):
+def test_what_does_not_go_together_is_refused(settings, message):
     import run_exp
 
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(settings)
-    assert any(told.startswith(fault) for told in caught.value.faults), caught.value.faults
+    assert any(told.startswith(message) for told in caught.value.errors), caught.value.errors
 
 
 def test_zero_is_told_neither_bf16_nor_fp16():

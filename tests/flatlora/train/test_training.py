@@ -334,7 +334,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_settings, monkeypat
     weights = "model.safetensors" if method == "full_ft" else "adapter_model.safetensors"
     for name in (weights, "optimizer.pt"):
         assert (folder / "checkpoint-2" / name).read_bytes() == (whole / "checkpoint-2" / name).read_bytes()
-    assert checkpoint.fault_of(folder / "checkpoint-2") is None
+    assert checkpoint.error_of(folder / "checkpoint-2") is None
 
 
 @pytest.mark.parametrize("part", ["safetensors.torch.save_file", "torch.save", "flatlora.train.checkpoint.seal"])
@@ -616,7 +616,7 @@ def test_a_sweep_into_a_folder_that_takes_no_files_is_refused_before_it_starts(t
     before = contents(tmp_path)
     assert run_exp.main(["-m", *tiny_settings, "seed=0,1"]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert "1 fault: nothing was loaded or written." in error
+    assert "1 error: nothing was loaded or written." in error
     assert f"Cannot write to results_root: Not a directory ({tmp_path / 'results'}" in error
     assert "set results_root=DIR" in error
     assert "Traceback" not in error

@@ -20,7 +20,7 @@ from data import cache
 from flatlora.config.sections import DiffusionModelConfig, ModelConfig
 from flatlora.inputs import images
 from flatlora.inputs.captioned import CaptionedImages, CaptionedRows
-from flatlora.inputs.images import LabelledImages, check_images, parquet_table, png_of
+from flatlora.inputs.images import LabeledImages, check_images, parquet_table, png_of
 from flatlora.models import diffusion, latents, sources
 from flatlora.models.random_weights import byte_tokenizer
 from flatlora.utils import caches, files, staging
@@ -60,7 +60,7 @@ def class_pictures(root):
 
 def decoded(root):
     made = [png_of(np.full((4, 4), shade, np.uint8)) for shade in range(3)]
-    return check_images(LabelledImages("here", np.arange(3), made.__getitem__), range(3))
+    return check_images(LabeledImages("here", np.arange(3), made.__getitem__), range(3))
 
 
 def parquet(root):
@@ -323,10 +323,12 @@ def test_another_users_closed_cache_is_named_as_that(shared, caplog):
         closed.chmod(0o700)
         with nobody(), pytest.raises(ConfigError) as caught:
             weights(shared)
-        (fault,) = caught.value.faults
-        assert fault.startswith(f"Cannot read the converted weights of random-clip in the cache folder {shared}/cache")
-        assert f"{closed} belongs to user 0" in fault
-        assert f"chmod -R a+rX {shared}/cache" in fault
+        (message,) = caught.value.errors
+        assert message.startswith(
+            f"Cannot read the converted weights of random-clip in the cache folder {shared}/cache"
+        )
+        assert f"{closed} belongs to user 0" in message
+        assert f"chmod -R a+rX {shared}/cache" in message
         closed.chmod(before)
     (file,) = (shared / "cache/data").iterdir()
     file.chmod(0o600)

@@ -21,10 +21,10 @@ def path(tmp_path):
 def refusal(path):
     with pytest.raises(ConfigError) as caught:
         records.read_record(path, "do this")
-    (fault,) = caught.value.faults
-    assert fault.startswith(f"Broken record {path}: ")
-    assert fault.endswith("; do this.")
-    return fault
+    (message,) = caught.value.errors
+    assert message.startswith(f"Broken record {path}: ")
+    assert message.endswith("; do this.")
+    return message
 
 
 def test_a_signed_record_is_read_back(path):
@@ -123,17 +123,17 @@ def test_damaged_files_are_named_each_with_what_became_of_it(run):
 
 
 def test_links_and_folders_where_a_run_writes_are_named(run, tmp_path):
-    assert records.own_paths_faults(run) == []
+    assert records.own_paths_errors(run) == []
     (run / "metrics.jsonl").rename(tmp_path / "elsewhere")
     (run / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
     (run / "config.yaml").mkdir()
     (run / "eval" / "gsm8k").mkdir(parents=True)
     (run / "eval" / "gsm8k" / "predictions.partial.jsonl").symlink_to("nothing")
     (run / "checkpoint-3").symlink_to("nothing")  # nothing is written through it
-    faults = records.own_paths_faults(run)
-    assert len(faults) == 3
+    errors = records.own_paths_errors(run)
+    assert len(errors) == 3
     for name in ("metrics.jsonl", "config.yaml", "eval/gsm8k/predictions.partial.jsonl"):
-        assert any(fault.startswith(f"Invalid {run / name}: ") for fault in faults)
+        assert any(message.startswith(f"Invalid {run / name}: ") for message in errors)
 
 
 @pytest.mark.parametrize("value", ["", " ", "~nouser", "~nouser/cache"])

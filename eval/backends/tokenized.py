@@ -29,7 +29,7 @@ class Context(NamedTuple):
     kind: Literal["learned", "rotary", "served"]
 
 
-class TokenisedBackend:
+class TokenizedBackend:
     """Generation by token ids; a subclass has `tokenizer`, `ends` and `_generate`.
 
     `ends` are the tokens that each end an answer.

@@ -10,9 +10,9 @@ from torch import nn
 import run_exp
 from flatlora import methods
 from flatlora.config.sections import RhoConfig
-from flatlora.methods.regularizers.bar import BarRegulariser
+from flatlora.methods.regularizers.bar import BarRegularizer
 from flatlora.methods.regularizers.bi_lora import ASCENT, BiLoraConfig
-from flatlora.methods.regularizers.sam import SamRegulariser
+from flatlora.methods.regularizers.sam import SamRegularizer
 from flatlora.optim.lora_pro import Pair, lora_pairs
 from flatlora.train.trainer import FlatTrainer
 from tests.conftest import adapter_bytes, metrics_rows, run_folder, tiny_lora
@@ -44,7 +44,7 @@ def test_sam_is_two_explicit_gradient_calls():
             parameter.copy_(value)
 
     gradient(model, batches)
-    sam = SamRegulariser(0.7)
+    sam = SamRegularizer(0.7)
     sam.ascend(trained(model))
     moved = torch.sqrt(sum((p - s).square().sum() for p, s in zip(trained(model), start, strict=True)))
     assert moved.item() == pytest.approx(0.7, rel=1e-5)
@@ -98,7 +98,7 @@ def test_bar_keeps_the_product_to_first_order_and_balances(by):
     A.grad, B.grad = torch.full((4, 4), 1.0), torch.full((4, 4), 0.1)
     product, before = (B @ A).detach(), (A.norm().item(), B.norm().item())
     alpha, lr = 0.5, 0.1
-    BarRegulariser([Pair("layer", A, B, 1.0)], alpha, by=by).rescale(alpha, lr)
+    BarRegularizer([Pair("layer", A, B, 1.0)], alpha, by=by).rescale(alpha, lr)
     torch.testing.assert_close(B @ A, (1 - (alpha * lr) ** 2) * product)
     assert A.norm().item() == pytest.approx((1 + alpha * lr) * before[0], rel=1e-5)  # g_A is larger, and A smaller
     assert B.norm().item() == pytest.approx((1 - alpha * lr) * before[1], rel=1e-5)
@@ -106,7 +106,7 @@ def test_bar_keeps_the_product_to_first_order_and_balances(by):
     with torch.no_grad():
         A.mul_(10)
     before = A.norm().item()
-    BarRegulariser([Pair("layer", A, B, 1.0)], alpha, by=by).rescale(alpha, lr)
+    BarRegularizer([Pair("layer", A, B, 1.0)], alpha, by=by).rescale(alpha, lr)
     assert A.norm().item() == pytest.approx((1 - alpha * lr) * before, rel=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_nbar_follows_sam_s_drift_of_balancedness():
     drift = balance(*sam) - balance(*plain)
     A, B = nn.Parameter(a.clone()), nn.Parameter(b.clone())
     A.grad, B.grad = gA, gB
-    BarRegulariser([Pair("layer", A, B, 1.0)], 0.1, by="gradient").rescale(0.1, lr)
+    BarRegularizer([Pair("layer", A, B, 1.0)], 0.1, by="gradient").rescale(0.1, lr)
     assert torch.sign(balance(A, B) - balance(a, b)) == torch.sign(drift)
 
 
@@ -141,7 +141,7 @@ def test_bar_s_strength_falls_to_zero(tiny_settings):
 def bi_lora_model(radius=0.05):
     model, config = tiny_lora(), BiLoraConfig(name="bi_lora", method="bi_lora", sigma=radius)
     methods.REGULARIZERS["bi_lora"].prepare(model, config, seed=0)
-    return model, methods.REGULARIZERS["bi_lora"].regulariser(model, config, seed=0)
+    return model, methods.REGULARIZERS["bi_lora"].regularizer(model, config, seed=0)
 
 
 def branch_norm(model):

@@ -56,9 +56,9 @@ def expected_weights(layers, sigma, step, seed):
     return made
 
 
-def test_a_layer_reads_its_dequantised_weight_plus_noise(model):
+def test_a_layer_reads_its_dequantized_weight_plus_noise(model):
     layers = find_lora_layers(model)
-    assert all(layer.quantised for layer in layers)
+    assert all(layer.quantized for layer in layers)
     assert layers[0].shape == (32, 32)
     assert layers[0].weight.shape != (32, 32)
     before = [layer.weight.detach().clone() for layer in layers]
@@ -126,7 +126,7 @@ def test_other_modes_are_refused(model, mode):
 
 
 @pytest.mark.parametrize(
-    ("words", "fault"),
+    ("words", "error"),
     [
         (["rho=flat", "rho.mode=copy"], "Invalid rho.mode=copy with model.quantize=nf4"),
         (["rho=flat", "rho.mode=inplace"], "Invalid rho.mode=inplace with model.quantize=nf4"),
@@ -136,11 +136,11 @@ def test_other_modes_are_refused(model, mode):
         (["model=clip_tiny", "dataset=digits"], "Invalid model.quantize=nf4 with model=clip_tiny"),
     ],
 )
-def test_what_4_bits_cannot_do_is_refused_before_anything_is_loaded(words, fault):
+def test_what_4_bits_cannot_do_is_refused_before_anything_is_loaded(words, message):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(["model.quantize=nf4", *words])
-    (told,) = caught.value.faults
-    assert told.startswith(fault)
+    (told,) = caught.value.errors
+    assert told.startswith(message)
 
 
 def test_a_missing_package_is_named(tiny_settings, monkeypatch, capsys):
