@@ -61,13 +61,8 @@ class Epsilon(Protocol):
 
 
 def epsilon_of(layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> Epsilon:
-    """Whatever serves the device, or the devices, that the layers are on."""
-    devices = list(dict.fromkeys(layer.weight.device for layer in layers))
-    if len(devices) > 1:
-        return ManyEpsilons(
-            layers, keys, [[i for i, la in enumerate(layers) if la.weight.device == d] for d in devices]
-        )
-    return HostEpsilon(layers) if devices[0].type == "cpu" else DeviceEpsilon(layers, keys)
+    """ε of layers that are on one device, made there."""
+    return HostEpsilon(layers) if layers[0].weight.is_cpu else DeviceEpsilon(layers, keys)
 
 
 class HostEpsilon:
@@ -248,44 +243,6 @@ class DeviceEpsilon:
             norms = merged_row_norms(layer.as_rows(layer.dense()), each, squared.double())
             squares.append(norms.square())
         return torch.cat(squares)
-
-
-class ManyEpsilons:
-    """Layers spread over several devices: one `Epsilon` for each, `indices` says which layers are whose."""
-
-    def __init__(
-        self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]], indices: Sequence[Sequence[int]]
-    ) -> None:
-        self._indices = indices
-        self._parts = [epsilon_of([layers[i] for i in part], [keys[i] for i in part]) for part in self._indices]
-
-    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
-        return self._merge([part.coefficients(sigma, scale=scale, fan_in=fan_in) for part in self._parts])
-
-    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return self._merge(
-            [p.restore([coefficients[i] for i in part]) for p, part in zip(self._parts, self._indices, strict=True)]
-        )
-
-    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
-        for epsilon, part in zip(self._parts, self._indices, strict=True):
-            epsilon.write([draws[i] for i in part], [outs[i] for i in part], sign)
-
-    def set_counter(self, draws: Sequence[Draw]) -> None:
-        for epsilon, part in zip(self._parts, self._indices, strict=True):
-            epsilon.set_counter([draws[i] for i in part])
-
-    def materialize(self, index: int, draw: Draw) -> torch.Tensor:
-        number = next(k for k, part in enumerate(self._indices) if index in part)
-        return self._parts[number].materialize(self._indices[number].index(index), draw)
-
-    def check(self) -> None:
-        for part in self._parts:
-            part.check()
-
-    def _merge(self, lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-        placed = {i: c for part, cs in zip(self._indices, lists, strict=True) for i, c in zip(part, cs, strict=True)}
-        return [placed[i] for i in range(len(placed))]
 
 
 class _Scratch:
