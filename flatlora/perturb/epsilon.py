@@ -306,7 +306,7 @@ def noise_coefficients(
     """
     weight = layer.as_rows(layer.dense())
     if layer.squared_norms is None:
-        layer.squared_norms = _squared_row_norms(weight)
+        layer.squared_norms = torch_passes.squared_row_norms(weight)
     norms = merged_row_norms(weight, layer.adapters(), layer.squared_norms)
     if not torch.isfinite(norms).all():
         raise FloatingPointError(_not_finite(layer.name))
@@ -336,7 +336,7 @@ def merged_row_norms(
     Stacking the terms as one pair B = [s₁B₁ …], A = [A₁; …], the square is ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ.
     `squared_norms` (m, FP64) may hold ‖W_i‖², which a frozen W never changes.
     """
-    squared = _squared_row_norms(weight) if squared_norms is None else squared_norms
+    squared = torch_passes.squared_row_norms(weight) if squared_norms is None else squared_norms
     if terms:
         A = torch.cat([term.A.detach() for term in terms]).float()
         B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).double()
@@ -354,11 +354,6 @@ def merged_row_norms_reference(weight: torch.Tensor, terms: Sequence[AdapterTerm
     for term in terms:
         merged = merged + term.scaling * (term.B.double() @ term.A.double())
     return merged.norm(dim=1)
-
-
-def _squared_row_norms(weight: torch.Tensor) -> torch.Tensor:
-    chunks = [weight[i:j].double().square().sum(dim=1) for i, j in _row_chunks(*weight.shape)]
-    return torch.cat(chunks) if chunks else weight.new_zeros(0, dtype=torch.float64)
 
 
 def _row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
