@@ -204,7 +204,7 @@ class Published:
         """Nothing is kept."""
 
     def _add(self, sign: float) -> None:
-        torch.cuda.manual_seed(self.seed)
+        torch.manual_seed(self.seed)
         for layer, c in zip(self.layers, self.c, strict=True):
             weight = layer.base_layer.weight
             weight.add_(torch.normal(0.0, c[:, None].expand_as(weight)).to(weight.dtype), alpha=sign)
