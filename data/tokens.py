@@ -28,10 +28,10 @@ from data.selection import batched
 from flatlora.inputs.rows import prompt_text
 from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.labels import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label of a token without loss
 _ROWS_AT_ONCE = 1000
 _ID_BYTES = 4
 
@@ -233,7 +233,7 @@ class CausalCollator:
         length = max(len(row["prompt"]) + len(row["answer"]) for row in rows)
         length = -(-length // self.pad_to_multiple) * self.pad_to_multiple
         input_ids = torch.full((len(rows), length), self.pad_token_id)
-        labels = torch.full((len(rows), length), IGNORED)
+        labels = torch.full((len(rows), length), IGNORED_LABEL)
         attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
         for i, row in enumerate(rows):
             start, stop = len(row["prompt"]), len(row["prompt"]) + len(row["answer"])
@@ -241,7 +241,7 @@ class CausalCollator:
             labels[i, start:stop] = input_ids[i, start:stop]
             attention_mask[i, :stop] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        supervised = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
+        supervised = (labels[:, 1:] != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
         return {**batch, "logits_to_keep": supervised, "shift_labels": labels[:, supervised + 1]}
 
 
@@ -260,7 +260,7 @@ class Seq2SeqCollator:
         return {
             "input_ids": input_ids,
             "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            "labels": pad(answers, batch_first=True, padding_value=IGNORED),
+            "labels": pad(answers, batch_first=True, padding_value=IGNORED_LABEL),
         }
 
 

@@ -5,6 +5,10 @@
 Row i is output filter i, n the input dimension; σ_t rises over the training as ½ (1 − cos π t/T). ε is drawn once an
 optimizer step and shared by its micro-batches. `WeightPerturbation`, `FlatLoraCallback` and the fused step do the same
 faster and with less memory; tests hold each of them to this file.
+
+    for step, micro_batches in enumerate(batches):
+        epsilon = draw(model, 0.05, step, total_steps, seed)
+        loss = train_step(model, optimizer, micro_batches, epsilon)
 """
 
 from __future__ import annotations
@@ -19,8 +23,15 @@ from torch import nn
 from flatlora.noise.host import normal
 
 
+@torch.no_grad()
+def row_std(layer: LoraLayer, sigma_t: float) -> torch.Tensor:
+    """c (m), the standard deviation of ε in each row of a LoRA layer's weight (m × n); paper section 3.3."""
+    merged = layer.base_layer.weight + layer.get_delta_weight("default")  # W' = W + s·B·A
+    return sigma_t / math.sqrt(merged.shape[1]) * merged.norm(dim=1)  # c_i = σ_t/√n · ‖W'_i‖
+
+
 def draw(model: nn.Module, sigma: float, step: int, total_steps: int, seed: int) -> dict[nn.Linear, torch.Tensor]:
-    """ε of one optimizer step: {frozen linear layer: (m, n) like its weight}.
+    """ε of one optimizer step: {frozen linear layer: (m, n), of the shape, dtype and device of its weight}.
 
     Args:
         model: a PEFT model with LoRA around `nn.Linear` layers.
@@ -31,13 +42,10 @@ def draw(model: nn.Module, sigma: float, step: int, total_steps: int, seed: int)
     sigma_t = sigma * 0.5 * (1 - math.cos(math.pi * step / total_steps))  # section 4, "cosine-increasing"
     epsilon = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        merged = layer.base_layer.weight + layer.get_delta_weight("default")  # W' = W + s·B·A
-        m, n = merged.shape
-        c = sigma_t / math.sqrt(n) * merged.norm(dim=1)  # c_i = σ_t/√n · ‖W'_i‖
-        z = normal(seed, step, 0, name.removeprefix("base_model.model."), (m, n))
-        epsilon[layer.base_layer] = (c[:, None] * z).to(merged.dtype)  # ε_ij = c_i z_ij
+        if isinstance(layer, LoraLayer):
+            weight, c = layer.base_layer.weight, row_std(layer, sigma_t)
+            z = normal(seed, step, 0, name.removeprefix("base_model.model."), tuple(weight.shape))  # z_ij ~ N(0, 1)
+            epsilon[layer.base_layer] = (c[:, None] * z.to(c.device)).to(weight.dtype)  # ε_ij = c_i z_ij
     return epsilon
 
 

@@ -53,6 +53,7 @@ from flatlora.runs import environment
 from flatlora.utils import files
 from flatlora.utils.console import quiet_libraries
 from flatlora.utils.precision import Precision, autocast, choose_precision
+from scripts.train_step import backward_of, train_step
 
 matplotlib.use("Agg")
 PROJECT = Path(__file__).parents[1]
@@ -222,15 +223,11 @@ def optimizer_step(
     perturbation: WeightPerturbation | None,
     step: int,
 ) -> None:
-    if perturbation:
-        perturbation.begin(step)
-    with autocast(torch.device("cpu"), precision()):
-        loss = model(**batch).loss
-    loss.backward()
-    if perturbation:
-        perturbation.end()
-    optimizer.step()
-    optimizer.zero_grad()
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with autocast(torch.device("cpu"), precision()):
+            return model(**batch).loss
+
+    train_step(backward_of(loss_of), [batch], optimizer, step=step, perturbation=perturbation)
 
 
 def drift_curves(model: nn.Module, steps: int) -> dict[str, list[dict[str, float]]]:

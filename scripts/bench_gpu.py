@@ -23,18 +23,21 @@ from typing import Any
 import matplotlib
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
+from flatlora import reference
 from flatlora.fused.acceleration import GraphedMicroStep, accelerate
 from flatlora.noise import philox, triton_kernels
-from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
+from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.runs import environment
 from flatlora.utils import files
+from scripts.train_step import MicroStep, backward_of, train_step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -139,7 +142,7 @@ class Contender:
 
     name: str
     model: nn.Module
-    micro_step: Callable[[torch.Tensor], torch.Tensor] = field(init=False)
+    micro_step: MicroStep = field(init=False)
     perturbation: Any = None
     graphed: GraphedMicroStep | None = None
     lr: float = 1e-4
@@ -147,9 +150,9 @@ class Contender:
     def __post_init__(self) -> None:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.lr, fused=True)
-        self.micro_step = self._plain
+        self.micro_step = backward_of(lambda ids: self._loss({"ids": ids}))
         if self.name == "published":
-            self.perturbation = Published(find_lora_layers(self.model))
+            self.perturbation = Published(self.model)
         if self.name == "PEFT+Liger":
             from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
@@ -170,22 +173,10 @@ class Contender:
         with torch.autocast("cuda", torch.bfloat16):
             return self.model(input_ids=inputs["ids"], labels=inputs["ids"]).loss
 
-    def _plain(self, ids: torch.Tensor) -> torch.Tensor:
-        loss = self._loss({"ids": ids})
-        loss.backward()
-        return loss.detach()
-
     def step(self, number: int, batch: torch.Tensor) -> torch.Tensor:
         """One optimizer step; batch is accumulation × micro-batch × length. Returns the first loss."""
-        if self.perturbation is not None:
-            self.perturbation.begin(number)
-        losses = [self.micro_step(ids) for ids in batch]
-        if self.perturbation is not None:
-            self.perturbation.end()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return losses[0]
+        settings = {"step": number, "perturbation": self.perturbation, "max_norm": 1.0}
+        return train_step(self.micro_step, batch, self.optimizer, **settings)[0]
 
     def close(self) -> None:
         if self.perturbation is not None:
@@ -195,19 +186,14 @@ class Contender:
 
 
 class Published:
-    """Flat-LoRA's published step, written plainly, as a `_reference`: paper section 3.3 with B·A in memory."""
+    """ε as published: that of reference.py, drawn by torch, added to the BF16 weights in place and subtracted again."""
 
-    def __init__(self, layers: list[PerturbedLayer]) -> None:
-        self.layers = layers
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
 
     @torch.no_grad()
     def begin(self, step: int) -> None:
-        self.seed = step
-        self.norms = []
-        for layer in self.layers:
-            (term,) = layer.adapters()
-            merged = layer.weight + term.scaling * (term.B @ term.A).to(layer.weight.dtype)
-            self.norms.append(merged.float().norm(dim=1, keepdim=True))
+        self.seed, self.c = step, [reference.row_std(layer, SIGMA) for layer in self.layers]
         self._add(+1.0)
 
     @torch.no_grad()
@@ -218,10 +204,10 @@ class Published:
         """Nothing is kept."""
 
     def _add(self, sign: float) -> None:
-        torch.cuda.manual_seed(self.seed)
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            std = (SIGMA / layer.weight.shape[1] ** 0.5) * norm
-            layer.weight.data.add_(torch.normal(0.0, std.expand_as(layer.weight)).to(layer.weight.dtype), alpha=sign)
+        torch.manual_seed(self.seed)
+        for layer, c in zip(self.layers, self.c, strict=True):
+            weight = layer.base_layer.weight
+            weight.add_(torch.normal(0.0, c[:, None].expand_as(weight)).to(weight.dtype), alpha=sign)
 
 
 @contextmanager

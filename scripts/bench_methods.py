@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 from transformers import LlamaForCausalLM
 
 from flatlora import methods
@@ -38,6 +37,7 @@ from scripts.bench_gpu import (
     shell_of,
     stock_modeling,
 )
+from scripts.train_step import update
 
 SHAPES = ("2x1024x16",)
 # label: (peft method, its settings, rho method)
@@ -142,13 +142,18 @@ class MethodStep:
             self.regularizer.extend_optimizer(self.optimizer, training.optim.lr)
         self.state = SimpleNamespace(max_steps=STEPS_IN_ALL, global_step=0)
         self.callbacks = [*method.callbacks(self.model, config, training), *filter(None, [self.regularizer])]
-        for callback in self.callbacks:
-            callback.on_train_begin(None, self.state, None)
+        self._call("on_train_begin")
+        self.optimizer.register_step_pre_hook(lambda *_: self._call("on_pre_optimizer_step"))
+        self.optimizer.register_step_post_hook(lambda *_: self._call("on_optimizer_step"))
         self.graphed = GraphedMicroStep(self._loss, self.model)
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
             return self.model(input_ids=inputs["ids"], labels=inputs["ids"]).loss
+
+    def _call(self, event: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(None, self.state, None, optimizer=self.optimizer)
 
     def step(self, number: int, batch: torch.Tensor) -> torch.Tensor:
         """One optimizer step; batch is accumulation × micro-batch × length. Returns the first loss."""
@@ -160,13 +165,7 @@ class MethodStep:
             for ids in batch:
                 self.graphed({"ids": ids})
             self.regularizer.descend()
-        nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
-        for callback in self.callbacks:
-            callback.on_pre_optimizer_step(None, self.state, None, optimizer=self.optimizer)
-        self.optimizer.step()
-        for callback in self.callbacks:
-            callback.on_optimizer_step(None, self.state, None)
-        self.optimizer.zero_grad()
+        update(self.optimizer, max_norm=1.0)
         return losses[0]
 
     def close(self) -> None:

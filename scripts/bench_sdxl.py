@@ -31,6 +31,7 @@ from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.runs import environment
 from flatlora.utils import files
 from scripts.bench_gpu import GIB, SEED, console, free_memory, gpu_state
+from scripts.train_step import backward_of, train_step
 
 UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
     "sample_size": 128,
@@ -171,7 +172,7 @@ def diffusers_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Cal
         parameter.data = parameter.data.float()
     optimizer, device = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-4), trained[0].device
 
-    def step(number: int, batch: Batch) -> torch.Tensor:
+    def loss_of(batch: Batch) -> torch.Tensor:
         noisy = schedule.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
         conditions = {"time_ids": batch["time_ids"], "text_embeds": batch["pooled"]}
         with torch.autocast(device.type, torch.bfloat16):
@@ -182,12 +183,10 @@ def diffusers_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Cal
                 added_cond_kwargs=conditions,
                 return_dict=False,
             )[0]
-            loss = functional.mse_loss(found.float(), batch["noise"].float(), reduction="mean")
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+            return functional.mse_loss(found.float(), batch["noise"].float(), reduction="mean")
+
+    def step(number: int, batch: Batch) -> torch.Tensor:
+        return train_step(backward_of(loss_of), [batch], optimizer, max_norm=1.0)[0]
 
     return step, lambda: None
 
@@ -211,15 +210,10 @@ def our_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Callable[
         perturbation = WeightPerturbation(layers, mode=mode, **settings)
 
     def step(number: int, batch: Batch) -> torch.Tensor:
-        if perturbation is not None:
-            perturbation.begin(number)
-        loss = graphed(batch, state=perturbation is not None and perturbation.perturbed)
-        if perturbation is not None:
-            perturbation.end()
-        nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+        return train_step(micro_step, [batch], optimizer, step=number, perturbation=perturbation, max_norm=1.0)[0]
+
+    def micro_step(batch: Batch) -> torch.Tensor:
+        return graphed(batch, state=perturbation is not None and perturbation.perturbed)
 
     def close() -> None:
         if perturbation is not None:

@@ -29,9 +29,9 @@ from eval.backends import Completion, Sampling, cut_at
 from eval.backends.tokenized import Context, TokenizedBackend, end_ids
 from flatlora.inputs.tokenizing import text_ids
 from flatlora.models.fit import position_tables, rotary_positions
+from flatlora.utils.labels import IGNORED_LABEL
 from flatlora.utils.precision import Precision, autocast
 
-_IGNORED = -100  # label of a place without an answer's token
 _MARGIN = 4  # tokens more than a stop can have: the first blank of what is decoded may be lost
 
 
@@ -149,7 +149,7 @@ class HFBackend(TokenizedBackend):
         """Σ log p of the answers' tokens, one number a pair."""
         width = max(map(len, answers))
         self.check_lengths([len(prompt) for prompt in prompts], width + 1)
-        labels = self._padded(answers, left=not self.encoder_decoder, fill=_IGNORED)
+        labels = self._padded(answers, left=not self.encoder_decoder, fill=IGNORED_LABEL)
         if self.encoder_decoder:
             input_ids = self._padded(prompts, left=False, fill=self.tokenizer.pad_token_id)
             mask = self._padded([[1] * len(ids) for ids in prompts], left=False, fill=0)
@@ -164,7 +164,7 @@ class HFBackend(TokenizedBackend):
                 input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=width + 1
             ).logits[:, :-1]
         losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
         return (-losses.view(labels.shape).sum(1)).tolist()
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-IGNORED = -100  # label of a token without loss, as transformers has it
+from flatlora.utils.labels import IGNORED_LABEL
+
 _GPU_ROWS = 1024  # tokens whose logits are in memory at a time
 _CPU_ROWS = 128
 
@@ -55,7 +56,7 @@ def forward_without_logits(base: nn.Module) -> Callable[..., Any]:
         if isinstance(logits_to_keep, torch.Tensor):
             hidden = hidden[:, logits_to_keep]
         if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
         return CausalLMOutputWithPast(
             loss=linear_cross_entropy(hidden, base.lm_head.weight, shift_labels, num_items_in_batch)
         )
@@ -75,7 +76,7 @@ def linear_cross_entropy(
     """
     labels = labels.reshape(-1)
     total = _HeadLoss.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels)
-    return total / ((labels != IGNORED).sum() if items is None else items)
+    return total / ((labels != IGNORED_LABEL).sum() if items is None else items)
 
 
 def linear_cross_entropy_reference(
@@ -83,8 +84,8 @@ def linear_cross_entropy_reference(
 ) -> torch.Tensor:
     """Slow twin of `linear_cross_entropy`: all logits at once, in FP32."""
     logits = hidden.reshape(-1, hidden.shape[-1]).float() @ weight.float().t()
-    total = nn.functional.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
-    return total / ((labels != IGNORED).sum() if items is None else items)
+    total = nn.functional.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / ((labels != IGNORED_LABEL).sum() if items is None else items)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -112,7 +113,7 @@ def _on_cpu(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) ->
         for start in range(0, labels.shape[0], _CPU_ROWS):
             rows = slice(start, start + _CPU_ROWS)
             target, scores = labels[rows], (hidden[rows].to(dtype) @ weight.t()).float()
-            with_loss = (target != IGNORED)[:, None]
+            with_loss = (target != IGNORED_LABEL)[:, None]
             target = target.clamp_min(0)[:, None]
             scores.sub_(scores.amax(1, keepdim=True))
             chosen = scores.gather(1, target)
@@ -153,7 +154,7 @@ def _on_gpu(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) ->
             n_non_ignore=1.0,
             sum_non_ignore_weight=1.0,
             weight_sum=0.0,
-            ignore_index=IGNORED,
+            ignore_index=IGNORED_LABEL,
             lse_square_scale=0.0,
             label_smoothing=0.0,
             reduction="sum",

@@ -25,8 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flatlora.fused.cross_entropy import IGNORED, forward_without_logits, has_frozen_linear_head
+from flatlora.fused.cross_entropy import forward_without_logits, has_frozen_linear_head
 from flatlora.utils.errors import reason_of
+from flatlora.utils.labels import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +111,8 @@ def loss_without_padding(
     lengths, order = attention_mask.sum(1).sort(stable=True)
     tokens = attention_mask[order].bool()
     positions = (attention_mask[order].cumsum(1) - 1)[tokens]
-    following = functional.pad(labels, (0, 1), value=IGNORED)[order, 1:][tokens]
-    labeled = (following != IGNORED).nonzero().squeeze(1)
+    following = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[order, 1:][tokens]
+    labeled = (following != IGNORED_LABEL).nonzero().squeeze(1)
     return forward(
         input_ids=input_ids[order][tokens][None],
         position_ids=positions[None],
@@ -145,7 +146,7 @@ def _forward_without_padding(
         plain = all(kwargs.get(name) is None for name in _NOT_PACKED)
         if args or not base.training or not plain or any(tensor is None for tensor in batch) or batch[1].dim() != 2:
             return original(*args, **kwargs)
-        if not bool((batch[2][:, 1:] != IGNORED).any()):
+        if not bool((batch[2][:, 1:] != IGNORED_LABEL).any()):
             return original(*args, **kwargs)  # no label: whatever the model makes of that
         given = {name: value for name, value in kwargs.items() if value is not None and name not in _REPLACED}
         return loss_without_padding(training, *batch, **given)
@@ -162,7 +163,7 @@ def _reason_against(base: nn.Module, original: Callable[..., Any]) -> str | None
     """Why packed rows cannot be used, found by a trial on two short rows; None where both ways have one loss."""
     ids = torch.arange(3, 13).view(2, 5) % base.config.vocab_size
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED_LABEL)}
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:

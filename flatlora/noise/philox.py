@@ -27,7 +27,7 @@ PHILOX_ROUNDS = 7
 COLUMNS_PER_BLOCK = 8
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
-_UINT32 = 0xFFFFFFFF
+UINT32 = 0xFFFFFFFF
 RESERVED_STREAMS = 0xFFFF0000  # from here on: for measures, whose noise must be none that a training drew
 
 
@@ -54,8 +54,8 @@ def noise_stream(rank: int, micro_batch: int, world_size: int, *, per_rank: bool
 def validate_counter(**words: int) -> None:
     """ValueError for a word of the Philox counter that does not fit."""
     for name, value in words.items():
-        if not 0 <= value <= _UINT32:
-            raise ValueError(f"Invalid {name}={value}: a noise counter has 32 bits; use a value from 0 to {_UINT32}.")
+        if not 0 <= value <= UINT32:
+            raise ValueError(f"Invalid {name}={value}: a noise counter has 32 bits; use a value from 0 to {UINT32}.")
 
 
 def normal_reference(
@@ -84,9 +84,9 @@ def philox_reference(
         product0, product1 = PHILOX_M0 * c0, PHILOX_M1 * c2
         c0, c1, c2, c3 = (
             (product1 >> 32) ^ c1 ^ k0,
-            product1 & _UINT32,
+            product1 & UINT32,
             (product0 >> 32) ^ c3 ^ k1,
-            product0 & _UINT32,
+            product0 & UINT32,
         )
-        k0, k1 = (k0 + PHILOX_W0) & _UINT32, (k1 + PHILOX_W1) & _UINT32
+        k0, k1 = (k0 + PHILOX_W0) & UINT32, (k1 + PHILOX_W1) & UINT32
     return c0, c1, c2, c3

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, validate_counter
+from flatlora.noise import philox
+from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, UINT32, validate_counter
 
-_UINT32 = 0xFFFFFFFF
 _CHUNK_ELEMENTS = 1 << 20  # bounds the INT64 and FP64 temporaries
 
 
@@ -23,16 +23,16 @@ def philox_torch(counter, key: tuple[int, int], rounds: int = PHILOX_ROUNDS) -> 
     """
     c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=counter[0].device) for word in counter)
     k0, k1 = key
-    m0, m1, w0, w1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
+    m0, m1, w0, w1 = philox.PHILOX_M0, philox.PHILOX_M1, philox.PHILOX_W0, philox.PHILOX_W1
     for _ in range(rounds):
         product0, product1 = m0 * c0, m1 * c2
         c0, c1, c2, c3 = (
-            (product1 >> 32 & _UINT32) ^ c1 ^ k0,
-            product1 & _UINT32,
-            (product0 >> 32 & _UINT32) ^ c3 ^ k1,
-            product0 & _UINT32,
+            (product1 >> 32 & UINT32) ^ c1 ^ k0,
+            product1 & UINT32,
+            (product0 >> 32 & UINT32) ^ c3 ^ k1,
+            product0 & UINT32,
         )
-        k0, k1 = (k0 + w0) & _UINT32, (k1 + w1) & _UINT32
+        k0, k1 = (k0 + w0) & UINT32, (k1 + w1) & UINT32
     return c0, c1, c2, c3
 
 
@@ -182,12 +182,12 @@ def validate_coefficients(c: torch.Tensor, rows: int) -> None:
 
 
 def validate_address(shape: Sequence[int], key: tuple[int, int], row: int, column: int) -> None:
-    last_column = _UINT32 * COLUMNS_PER_BLOCK
+    last_column = UINT32 * COLUMNS_PER_BLOCK
     bounds = {
-        "row": (row, _UINT32 - shape[0]),
+        "row": (row, UINT32 - shape[0]),
         "column": (column, last_column - shape[1]),
-        "key[0]": (key[0], _UINT32),
-        "key[1]": (key[1], _UINT32),
+        "key[0]": (key[0], UINT32),
+        "key[1]": (key[1], UINT32),
     }
     for name, (value, largest) in bounds.items():
         if not 0 <= value <= largest:

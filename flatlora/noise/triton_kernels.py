@@ -20,6 +20,7 @@ from contextlib import nullcontext
 
 import torch
 
+from flatlora.noise import philox
 from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_ROUNDS, validate_counter
 from flatlora.noise.torch_passes import (
     add_normal_unchecked,
@@ -287,8 +288,8 @@ class _Grid:
 
 _jit = triton.jit if HAS_TRITON else lambda function: function
 _constant = tl.constexpr if HAS_TRITON else lambda value: value
-_M0, _M1 = _constant(0xD2511F53), _constant(0xCD9E8D57)
-_W0, _W1 = _constant(0x9E3779B9), _constant(0xBB67AE85)
+_M0, _M1 = _constant(philox.PHILOX_M0), _constant(philox.PHILOX_M1)
+_W0, _W1 = _constant(philox.PHILOX_W0), _constant(philox.PHILOX_W1)
 _ROUNDS, _COLUMNS = _constant(PHILOX_ROUNDS), _constant(COLUMNS_PER_BLOCK)
 _TWO_PI, _MINUS_TWO_LN2 = _constant(6.283185307179586), _constant(-1.3862943611198906)
 

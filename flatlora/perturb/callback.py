@@ -208,7 +208,7 @@ class FlatLoraCallback(TrainerCallback):
     def _settings_of_draw(self, args: TrainingArguments) -> dict[str, Any]:
         """What a window's later steps share with its first."""
         names = ("sigma", "ramp", "every", "resample", "per_rank", "scale", "fan_in")
-        return {"seed": self._seed(args), **{name: getattr(self._running, name) for name in names}}
+        return {"seed": self._seed(args), **{name: getattr(self._running.noise, name) for name in names}}
 
     def _restore_draw(self, args: TrainingArguments, state: TrainerState) -> None:
         """Go on with the ε of the window that a checkpoint was written in.

@@ -61,13 +61,8 @@ class Epsilon(Protocol):
 
 
 def epsilon_of(layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> Epsilon:
-    """Whatever serves the device, or the devices, that the layers are on."""
-    devices = list(dict.fromkeys(layer.weight.device for layer in layers))
-    if len(devices) > 1:
-        return ManyEpsilons(
-            layers, keys, [[i for i, la in enumerate(layers) if la.weight.device == d] for d in devices]
-        )
-    return HostEpsilon(layers) if devices[0].type == "cpu" else DeviceEpsilon(layers, keys)
+    """ε of layers that are on one device, made there."""
+    return HostEpsilon(layers) if layers[0].weight.is_cpu else DeviceEpsilon(layers, keys)
 
 
 class HostEpsilon:
@@ -250,44 +245,6 @@ class DeviceEpsilon:
         return torch.cat(squares)
 
 
-class ManyEpsilons:
-    """Layers spread over several devices: one `Epsilon` for each, `indices` says which layers are whose."""
-
-    def __init__(
-        self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]], indices: Sequence[Sequence[int]]
-    ) -> None:
-        self._indices = indices
-        self._parts = [epsilon_of([layers[i] for i in part], [keys[i] for i in part]) for part in self._indices]
-
-    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
-        return self._merge([part.coefficients(sigma, scale=scale, fan_in=fan_in) for part in self._parts])
-
-    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return self._merge(
-            [p.restore([coefficients[i] for i in part]) for p, part in zip(self._parts, self._indices, strict=True)]
-        )
-
-    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
-        for epsilon, part in zip(self._parts, self._indices, strict=True):
-            epsilon.write([draws[i] for i in part], [outs[i] for i in part], sign)
-
-    def set_counter(self, draws: Sequence[Draw]) -> None:
-        for epsilon, part in zip(self._parts, self._indices, strict=True):
-            epsilon.set_counter([draws[i] for i in part])
-
-    def materialize(self, index: int, draw: Draw) -> torch.Tensor:
-        number = next(k for k, part in enumerate(self._indices) if index in part)
-        return self._parts[number].materialize(self._indices[number].index(index), draw)
-
-    def check(self) -> None:
-        for part in self._parts:
-            part.check()
-
-    def _merge(self, lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-        placed = {i: c for part, cs in zip(self._indices, lists, strict=True) for i, c in zip(part, cs, strict=True)}
-        return [placed[i] for i in range(len(placed))]
-
-
 class _Scratch:
     """Reusable flat buffers by (purpose, dtype, device); a request for more elements grows its buffer.
 
@@ -349,7 +306,7 @@ def noise_coefficients(
     """
     weight = layer.as_rows(layer.dense())
     if layer.squared_norms is None:
-        layer.squared_norms = _squared_row_norms(weight)
+        layer.squared_norms = torch_passes.squared_row_norms(weight)
     norms = merged_row_norms(weight, layer.adapters(), layer.squared_norms)
     if not torch.isfinite(norms).all():
         raise FloatingPointError(_not_finite(layer.name))
@@ -379,7 +336,7 @@ def merged_row_norms(
     Stacking the terms as one pair B = [s₁B₁ …], A = [A₁; …], the square is ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ.
     `squared_norms` (m, FP64) may hold ‖W_i‖², which a frozen W never changes.
     """
-    squared = _squared_row_norms(weight) if squared_norms is None else squared_norms
+    squared = torch_passes.squared_row_norms(weight) if squared_norms is None else squared_norms
     if terms:
         A = torch.cat([term.A.detach() for term in terms]).float()
         B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).double()
@@ -397,11 +354,6 @@ def merged_row_norms_reference(weight: torch.Tensor, terms: Sequence[AdapterTerm
     for term in terms:
         merged = merged + term.scaling * (term.B.double() @ term.A.double())
     return merged.norm(dim=1)
-
-
-def _squared_row_norms(weight: torch.Tensor) -> torch.Tensor:
-    chunks = [weight[i:j].double().square().sum(dim=1) for i, j in _row_chunks(*weight.shape)]
-    return torch.cat(chunks) if chunks else weight.new_zeros(0, dtype=torch.float64)
 
 
 def _row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -28,6 +28,7 @@ from flatlora.noise.torch_passes import fill_normal_torch
 from flatlora.perturb.epsilon import Draw, epsilon_of
 from flatlora.perturb.layers import PerturbedLayer
 from flatlora.perturb.perturbation import WeightPerturbation
+from flatlora.utils.labels import IGNORED_LABEL
 
 Batch = Mapping[str, torch.Tensor]
 FIRST_STREAM = philox.RESERVED_STREAMS  # kept with what was measured: other streams, other draws
@@ -64,7 +65,7 @@ def _counted(model: nn.Module, batch: Batch) -> int:
     if labels.dim() == 1:
         return len(labels)
     shifted = labels if getattr(model.config, "is_encoder_decoder", False) else labels[:, 1:]  # nothing tells the first
-    return int((shifted != -100).sum())
+    return int((shifted != IGNORED_LABEL).sum())
 
 
 def expected_rises(

@@ -384,6 +384,12 @@ def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dic
             f"Invalid layers: the weights of {len(elsewhere)} of them are not here, {name} among them ({reason}); load "
             "the model without device_map='auto' or offloading, and train by DDP or ZeRO-2 instead of FSDP or ZeRO-3."
         )
+    devices = sorted({str(layer.weight.device) for layer in layers if layer.name not in elsewhere})
+    if len(devices) > 1:
+        errors.append(
+            f"Invalid layers: their weights are on {len(devices)} devices ({', '.join(devices)}), and ε is drawn on "
+            "one; load the model without device_map='auto', and train on several GPUs by DDP or ZeRO-2."
+        )
     packed = [layer.name for layer in layers if layer.quantized]
     mode = settings.get("mode")
     if packed and mode in ("copy", "inplace"):

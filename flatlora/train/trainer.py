@@ -21,7 +21,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from flatlora.config.experiment import Experiment
 from flatlora.fused.acceleration import GraphedMicroStep
-from flatlora.fused.cross_entropy import IGNORED
 from flatlora.fused.lora_linear import fused_throughout
 from flatlora.methods import AdapterMethod, Training
 from flatlora.models.starts import load_adapter, mark_checkpoint
@@ -31,6 +30,7 @@ from flatlora.train.recorder import StepRecorder, put_back_rows
 from flatlora.train.samplers import BucketSampler, EpochSampler
 from flatlora.train.saving import BackgroundWriter, to_host
 from flatlora.utils.files import out_of_space
+from flatlora.utils.labels import IGNORED_LABEL
 from flatlora.utils.precision import autocast, choose_precision
 
 _GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured graph for each
@@ -268,7 +268,7 @@ class FlatTrainer(Trainer):
         missing = -inputs["input_ids"].shape[1] % _GRAPH_LENGTHS
         return {
             "input_ids": nn.functional.pad(inputs["input_ids"], (0, missing)),
-            "labels": nn.functional.pad(inputs["labels"], (0, missing), value=IGNORED),
+            "labels": nn.functional.pad(inputs["labels"], (0, missing), value=IGNORED_LABEL),
             "items": torch.as_tensor(items, device=self.args.device),
         }
 
@@ -353,7 +353,7 @@ def _units(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _losses_of(batch: Mapping[str, torch.Tensor]) -> int:
     """How many losses a model's loss is the mean of: tokens with a label, or rows."""
     labels = batch.get("shift_labels", batch.get("labels"))
-    return len(next(iter(batch.values()))) if labels is None else int((labels != IGNORED).sum())
+    return len(next(iter(batch.values()))) if labels is None else int((labels != IGNORED_LABEL).sum())
 
 
 def _is_complete(folder: Path) -> bool:

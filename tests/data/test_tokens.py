@@ -9,8 +9,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from data import Splits, tokens
-from data.tokens import IGNORED, CausalCollator, Seq2SeqCollator, prepare, tokenize
+from data.tokens import CausalCollator, Seq2SeqCollator, prepare, tokenize
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.labels import IGNORED_LABEL
 
 PAD, BOS, EOS, UNKNOWN = range(4)
 WORDS = [f"w{i}" for i in range(92)]
@@ -165,19 +166,19 @@ def test_causal_masks():
         padding = 16 - len(whole)
         assert line.tolist() == whole + [PAD] * padding
         assert mask.tolist() == [1] * len(whole) + [0] * padding
-        assert labels.tolist() == [IGNORED] * len(row["prompt"]) + row["answer"] + [IGNORED] * padding
+        assert labels.tolist() == [IGNORED_LABEL] * len(row["prompt"]) + row["answer"] + [IGNORED_LABEL] * padding
 
 
 def test_end_of_sequence_has_a_loss_also_where_it_is_the_padding_token():
     batch = CausalCollator(EOS)(ROWS[:1])
-    assert batch["labels"][0].tolist() == [IGNORED] * 4 + [*ids(4, 5), EOS] + [IGNORED]
+    assert batch["labels"][0].tolist() == [IGNORED_LABEL] * 4 + [*ids(4, 5), EOS] + [IGNORED_LABEL]
 
 
 def test_only_positions_with_a_loss_reach_the_head():
     batch = CausalCollator(PAD)(ROWS)
     shifted = batch["labels"].roll(-1, dims=1)
-    shifted[:, -1] = IGNORED
-    wanted = [i for i in range(16) if (shifted[:, i] != IGNORED).any()]
+    shifted[:, -1] = IGNORED_LABEL
+    wanted = [i for i in range(16) if (shifted[:, i] != IGNORED_LABEL).any()]
     assert batch["logits_to_keep"].tolist() == wanted
     assert torch.equal(batch["shift_labels"], shifted[:, wanted])
     assert len(wanted) < 16
@@ -261,7 +262,7 @@ def test_seq2seq_masks():
         prompt, answer = row["prompt"], row["answer"]
         assert batch["input_ids"][i].tolist() == prompt + [PAD] * (13 - len(prompt))
         assert batch["attention_mask"][i].tolist() == [1] * len(prompt) + [0] * (13 - len(prompt))
-        assert batch["labels"][i].tolist() == answer + [IGNORED] * (6 - len(answer))
+        assert batch["labels"][i].tolist() == answer + [IGNORED_LABEL] * (6 - len(answer))
 
 
 def test_a_prompt_may_hold_the_padding_token(t5):

@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 from flatlora import FlatLoraCallback, WeightPerturbation, find_lora_layers, reference
 from flatlora.fused.acceleration import accelerate
 from flatlora.models.hashes import backbone_sha256
+from scripts.train_step import backward_of, train_step
 from tests.conftest import tiny_lora
 
 SIGMA, STEPS, SEED, MICRO_BATCHES, LR = 0.3, 6, 5, 2, 1e-2
@@ -37,17 +38,13 @@ def by_hand(model: nn.Module, mode: str, device: torch.device) -> list[float]:
     layers = find_lora_layers(model)
     perturbation = WeightPerturbation(layers, sigma=SIGMA, total_steps=STEPS, seed=SEED, mode=mode)
     optimizer, losses = adamw(model), []
+
+    def loss_of(batch):
+        return model(**{key: value.to(device) for key, value in batch.items()}).loss / MICRO_BATCHES
+
     for step, micro_batches in enumerate(batches()):
-        perturbation.begin(step)
-        total = 0.0
-        for batch in micro_batches:
-            loss = model(**{key: value.to(device) for key, value in batch.items()}).loss / MICRO_BATCHES
-            loss.backward()
-            total += loss.item()
-        perturbation.end()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
+        parts = train_step(backward_of(loss_of), micro_batches, optimizer, step=step, perturbation=perturbation)
+        losses.append(sum(parts).item())
     perturbation.close()
     return losses
 

@@ -18,6 +18,7 @@ from flatlora.methods.adapters.computed_start import LayerwiseStart
 from flatlora.methods.adapters.lora import LoraMethodConfig, reads_images
 from flatlora.methods.base import ADAPTERS, Start
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.labels import IGNORED_LABEL
 
 _KEYS = ("input_ids", "attention_mask", "labels")
 
@@ -57,7 +58,7 @@ class Corda(LayerwiseStart):
                 for ids, mask, labels in zip(*(batch[key] for key in _KEYS), strict=True):
                     # Row by row: PEFT's covariance knows no padding.
                     inputs = {"input_ids": ids[mask.bool()][None]}
-                    model(**inputs, **({"labels": labels[labels != -100][None]} if decodes else {}))
+                    model(**inputs, **({"labels": labels[labels != IGNORED_LABEL][None]} if decodes else {}))
 
         mode = model.training
         preprocess_corda(model, self.peft_config(model, config), run_model=run_model)

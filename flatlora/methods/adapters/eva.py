@@ -14,6 +14,7 @@ from flatlora.methods.adapters.computed_start import ComputedStart
 from flatlora.methods.adapters.lora import LoraMethodConfig, rank_setting, reads_images, seeded
 from flatlora.methods.base import ADAPTERS, Start
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.labels import IGNORED_LABEL
 
 
 class EvaMethodConfig(LoraMethodConfig):
@@ -49,7 +50,8 @@ class Eva(ComputedStart):
             {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
             for batch in start.batches(config.eva_batches)
         ]
-        batches = [batch for batch in taken if (batch["labels"] != -100).sum() >= rank]  # PEFT waits for such for ever
+        # PEFT waits for ever for micro-batches that have fewer labels than the rank.
+        batches = [batch for batch in taken if (batch["labels"] != IGNORED_LABEL).sum() >= rank]
         if not batches:
             raise ConfigError(
                 [

@@ -15,6 +15,7 @@ from flatlora.fused.acceleration import GraphedMicroStep, accelerate
 from flatlora.fused.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
+from scripts.train_step import train_step
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, tiny_lora
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -141,28 +142,26 @@ class TestGraph:
         if mode:
             settings = {"sigma": 0.3, "total_steps": steps, "seed": 1, "resample": "micro_batch"}
             perturbation = WeightPerturbation(find_lora_layers(model), mode=mode, **settings)
-        micro_step = GraphedMicroStep(loss_of, model, **more)
-        optimizer = torch.optim.SGD(trained, lr=0.05)
-        losses = []
+        graphed = GraphedMicroStep(loss_of, model, **more)
+        optimizer, losses, gradients = torch.optim.SGD(trained, lr=0.05), [], []
+        optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in trained]))
+
+        def micro_step(numbered):
+            number, length = numbered
+            if perturbation:
+                perturbation.next_micro_batch(number)
+            ids = torch.randint(3, 96, (2, length), device=CUDA, generator=generator)
+            return graphed({"ids": ids}, perturbation is not None and perturbation.perturbed)
+
         for step in range(steps):
-            if perturbation:
-                perturbation.begin(step)
-            for number, length in enumerate((16, 16, 24)):
-                if perturbation:
-                    perturbation.next_micro_batch(number)
-                ids = torch.randint(3, 96, (2, length), device=CUDA, generator=generator)
-                state = perturbation is not None and perturbation.perturbed
-                losses.append(micro_step({"ids": ids}, state).item())
-            if perturbation:
-                perturbation.end()
-            gradients = [p.grad.clone() for p in trained]
-            optimizer.step()
-            optimizer.zero_grad()
+            micro_batches = enumerate((16, 16, 24))
+            taken = train_step(micro_step, micro_batches, optimizer, step=step, perturbation=perturbation)
+            losses += [loss.item() for loss in taken]
         if perturbation:
             perturbation.close()
-        self.captured = micro_step.captured
-        micro_step.close()
-        return losses, gradients
+        self.captured = graphed.captured
+        graphed.close()
+        return losses, gradients[-1]
 
     @pytest.mark.parametrize("mode", [None, "copy", "recompute"])
     @pytest.mark.parametrize("dropout", [0.0, 0.2])

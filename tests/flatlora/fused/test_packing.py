@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flatlora.fused import acceleration
 from flatlora.fused.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from flatlora.fused.packing import IGNORED
 from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
+from flatlora.utils.labels import IGNORED_LABEL
 from tests.conftest import tiny_lora
 
 CPU = torch.device("cpu")
@@ -49,11 +49,11 @@ def batch(*, left: bool = False) -> dict[str, torch.Tensor]:
     """Seven rows of 3 to 19 tokens, the first tokens of each without loss."""
     lengths, width = [19, 3, 11, 4, 16, 8, 12], 24
     ids, mask = torch.zeros(7, width, dtype=torch.long), torch.zeros(7, width, dtype=torch.long)
-    labels = torch.full((7, width), IGNORED)
+    labels = torch.full((7, width), IGNORED_LABEL)
     for row, length in enumerate(lengths):
         place = slice(width - length, width) if left else slice(0, length)
         ids[row, place], mask[row, place] = torch.randint(3, 96, (length,)), 1
-        labels[row, place] = torch.cat([torch.full((2,), IGNORED), ids[row, place][2:]])
+        labels[row, place] = torch.cat([torch.full((2,), IGNORED_LABEL), ids[row, place][2:]])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -119,7 +119,7 @@ def test_evaluation_and_generation_run_as_before():
 
 def test_a_batch_without_labels_gets_what_the_model_makes_of_it():
     model, inputs = architecture("llama"), batch()
-    inputs["labels"][:] = IGNORED
+    inputs["labels"][:] = IGNORED_LABEL
     expected = model(**inputs).loss
     acceleration.accelerate(model, CPU)
     torch.testing.assert_close(model(**inputs).loss, expected, equal_nan=True)
@@ -189,7 +189,7 @@ def test_a_head_with_more_than_a_product_keeps_its_own_code(setting):
 def test_the_chunked_head_is_its_reference(dtype, items):
     hidden, weight = torch.randn(300, 24), torch.randn(500, 24).to(dtype)
     labels = torch.randint(0, 500, (300,))
-    labels[::7] = IGNORED
+    labels[::7] = IGNORED_LABEL
     found = []
     for function in (linear_cross_entropy, linear_cross_entropy_reference):
         leaf = hidden.to(dtype).requires_grad_(True)

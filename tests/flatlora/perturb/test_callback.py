@@ -18,6 +18,7 @@ from flatlora.perturb import callback
 from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.utils import precision
+from scripts.train_step import backward_of, train_step
 from tests.conftest import tiny_llama, tiny_lora
 
 IDS = torch.randint(3, 96, (22, 10), generator=torch.Generator().manual_seed(0))
@@ -249,18 +250,15 @@ def test_a_streamed_epoch_may_end_inside_a_window(tmp_path, resample):
     counted = [epoch[:3], epoch[3:6], epoch[6:9], epoch[9:]]  # each has one mean over its tokens
     windows = [[counted[0]], [counted[1]], [counted[2]], [counted[3], counted[0]], [counted[1]], [counted[2]]]
     windows += [[counted[3], counted[0]], [counted[1]]]
+
+    def loss_of(micro_batch):
+        number, (ids, tokens) = micro_batch
+        perturbation.next_micro_batch(number)
+        return model(input_ids=ids, labels=ids, num_items_in_batch=tokens).loss
+
     for step, parts in enumerate(windows):
-        perturbation.begin(step)
-        micro_batch = 0
-        for part in parts:
-            for ids in part:
-                perturbation.next_micro_batch(micro_batch)
-                tokens = sum(one[:, 1:].numel() for one in part)
-                model(input_ids=ids, labels=ids, num_items_in_batch=tokens).loss.backward()
-                micro_batch += 1
-        perturbation.end()
-        optimizer.step()
-        optimizer.zero_grad()
+        micro_batches = [(ids, sum(one[:, 1:].numel() for one in part)) for part in parts for ids in part]
+        train_step(backward_of(loss_of), enumerate(micro_batches), optimizer, step=step, perturbation=perturbation)
     for name, parameter in parameters.items():
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-4, atol=1e-5)
 

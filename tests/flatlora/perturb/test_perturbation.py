@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,6 @@ from flatlora.models.hashes import backbone_sha256
 from flatlora.noise import host, philox
 from flatlora.optim.lora_pro import lora_pairs
 from flatlora.perturb.epsilon import (
-    Draw,
-    HostEpsilon,
-    ManyEpsilons,
     merged_row_norms,
     merged_row_norms_reference,
     noise_coefficients,
@@ -818,20 +816,9 @@ def test_weights_that_are_elsewhere_are_refused():
         find_lora_layers(wrapped)
 
 
-def test_layers_on_several_devices_are_perturbed_as_on_one():
-    layers = find_lora_layers(tiny_lora())
-    keys = [philox.layer_key(3, layer.name) for layer in layers]
-    whole, parts = HostEpsilon(layers), ManyEpsilons(layers, keys, [[1, *range(4, 14)], [3, 0, 2]])
-    c = whole.coefficients(0.1, scale="filter", fan_in=True)
-    c_parts = parts.coefficients(0.1, scale="filter", fan_in=True)
-    assert all(torch.equal(*pair) for pair in zip(c, c_parts, strict=True))
-    assert all(torch.equal(*pair) for pair in zip(c, parts.restore(c_parts), strict=True))
-    draws = [Draw(key, 5, 0, each) for key, each in zip(keys, c, strict=True)]
-    outs = [[torch.empty_like(layer.weight.detach()) for layer in layers] for _ in range(2)]
-    whole.write(draws, outs[0])
-    parts.write(draws, outs[1])
-    parts.aim(draws)
-    parts.check()
-    for index, (left, right) in enumerate(zip(*outs, strict=True)):
-        assert torch.equal(left, right)
-        assert torch.equal(parts.materialize(index, draws[index]), left)
+def test_layers_on_several_devices_are_refused():
+    layers = [PerturbedLayer(name, nn.Linear(20, 6).requires_grad_(False)) for name in ("a", "b")]
+    on_gpu = {"device": torch.device("cuda:1"), "requires_grad": False, "is_meta": False, "numel": lambda: 120}
+    layers[1].weight = SimpleNamespace(**on_gpu)
+    with pytest.raises(ValueError, match=r"on 2 devices \(cpu, cuda:1\).*without device_map='auto'.*DDP or ZeRO-2"):
+        perturb(layers)
