@@ -24,7 +24,7 @@ from flatlora.config.sections import DatasetConfig, TextDatasetConfig
 from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import fingerprint, gather
 from flatlora.utils import caches
-from flatlora.utils.console import counting
+from flatlora.utils.console import progress
 from flatlora.utils.files import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def prepared(
         splits = _load(loader, config, data_root, Encoder(limit_tokenizer or tokenizer))
         _warn_of_known_test_rows(splits)
         rows = len(splits.train) + len(splits.validation)
-        with counting(f"tokenize {config.name}", rows, least=_BAR_FROM) as advance:
+        with progress(f"tokenize {config.name}", rows, least=_BAR_FROM) as advance:
             made = prepare(splits, tokenizer, config.max_length, advance, encoder_decoder=encoder_decoder)
     _write(config, key, made, notes)
     return made
@@ -67,7 +67,7 @@ def prepared(
 def _load(loader: DataSet, config: TextDatasetConfig, data_root: str | None, counter: Encoder) -> data.Splits:
     if getattr(config, "max_tokens", None) is None:
         return loader.load(config, data_root, counter.lengths)
-    with counting(f"count tokens of {config.name}", None) as advance:
+    with progress(f"count tokens of {config.name}", None) as advance:
 
         def count_tokens(texts: list[str]) -> list[int]:
             lengths = counter.lengths(texts)

@@ -185,7 +185,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         if word_errors:
             raise ConfigError(word_errors)
 
-    def aim() -> Target:
+    def given_target() -> Target:
         if target is None:
             raise ConfigError(word_errors)
         return target
@@ -202,12 +202,12 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     place, _, _, _, config, folder, device, rows = gather(
         resolve,
         check_base,
-        lambda: _check_kind(module, aim(), given, resolve),
+        lambda: _check_kind(module, given_target(), given, resolve),
         check_words,
         configure,
-        lambda: _output_folder(words[0], aim(), given, resolve, benchmark),
-        lambda: _choose_device(aim()),
-        lambda: _rows(module, aim(), given, resolve, configure),
+        lambda: _output_folder(words[0], given_target(), given, resolve, benchmark),
+        lambda: _choose_device(given_target()),
+        lambda: _rows(module, given_target(), given, resolve, configure),
     )
     if target.score_only and not folder.is_dir():  # which is told, and no folder is made for it
         return module.score_file(folder / "predictions.jsonl", config)

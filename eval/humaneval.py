@@ -31,7 +31,7 @@ from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import Source, prompt_text, read_rows
 from flatlora.inputs.templates import prompt
-from flatlora.utils.console import counting
+from flatlora.utils.console import progress
 from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_atomic, write_json
 
@@ -302,7 +302,7 @@ def _outcomes(tasks: Sequence[sandbox.Task], limits: sandbox.Limits, path: Path)
     known = {row["key"]: row for row in rows if not str(row["error"]).startswith("no verdict")}
     write_atomic(path, predictions.appendable(rows))  # without a torn last line, which the first new one would join
     left = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}  # each program once
-    with counting("run programs", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
+    with progress("run programs", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, outcome in zip(left, sandbox.run_all(list(left.values()), limits), strict=True):
             known[key] = {"key": key, "passed": outcome.passed, "error": outcome.error}
             file.write(predictions.appendable([known[key]]))

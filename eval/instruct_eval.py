@@ -31,7 +31,7 @@ from flatlora.inputs.rows import Source, fingerprint, gather, jsonl, local_file,
 from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
 from flatlora.utils.files import write_atomic, write_json
 from flatlora.utils.plain_files import file_sha256
-from flatlora.utils.records import SEAL, read_record
+from flatlora.utils.records import ROWS_HASH, read_record
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -247,7 +247,7 @@ def run(
     if _settings(folder) != settings and any(kept.iterdir()):  # answers of another model, or of other settings
         kept.rename(predictions.free_name(folder / "tasks.stale"))
         kept.mkdir()
-    write_json(folder / "generation.json", settings | {SEAL: None})
+    write_json(folder / "generation.json", settings | {ROWS_HASH: None})
     names = [row["task"] for row in rows if row["task"] != "humaneval"]
     found: list[dict[str, Any]] = []
     for done, task in enumerate(names):
@@ -289,7 +289,7 @@ def _settings(folder: Path) -> Any:
         made = read_record(folder / "generation.json") or {}
     except ConfigError:
         return None
-    return {key: value for key, value in made.items() if key != SEAL}
+    return {key: value for key, value in made.items() if key != ROWS_HASH}
 
 
 def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list[dict[str, Any]]:

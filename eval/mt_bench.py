@@ -38,7 +38,7 @@ from flatlora.config.types import Url
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import MOST_BYTES, gather, read_jsonl, typed_columns
 from flatlora.inputs.templates import conversation
-from flatlora.utils.console import counting
+from flatlora.utils.console import progress
 from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_atomic, write_json
 from flatlora.utils.plain_files import read_plain
@@ -344,7 +344,7 @@ def _judge(
     )
     judge = OpenAIBackend(endpoint)
     write_atomic(path, predictions.appendable(told))  # without a torn last line, which the first new one would join
-    with counting(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
+    with progress(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, judgment in judge.each(lambda key: _ask_judge(judge, wanted[key], config), left):
             known[key] = {**judgment, "key": key}
             file.write(predictions.appendable([known[key]]))

@@ -16,7 +16,7 @@ from flatlora.inputs.rows import MOST_BYTES, jsonl, prompt_text, read_jsonl
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic, write_json
 from flatlora.utils.plain_files import read_plain
-from flatlora.utils.records import SEAL, read_record, seal_problem
+from flatlora.utils.records import ROWS_HASH, read_record, rows_problem
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def collect(
     settings: Mapping[str, Any],
     each: Each | None = None,
     on_progress: OnProgress | None = None,
-    still: Callable[[Mapping[str, Any]], bool] = lambda row: True,
+    is_valid: Callable[[Mapping[str, Any]], bool] = lambda row: True,
 ) -> Path:
     """Answer every row into `folder`/predictions.jsonl, in the rows' order; returns that path.
 
@@ -167,7 +167,7 @@ def collect(
         answer: indices of a batch → what is added to each of its rows.
         fields: keys of a whole row, and their types.
         settings: what decides the answers besides the rows; kept in generation.json.
-        still: whether what a row names is still there; others are answered anew.
+        is_valid: whether what a row names is still there; others are answered anew.
         each: how to ask row by row, several at a time, as `eval.backends.Generator` has it; None asks in batches.
 
     Raises:
@@ -178,15 +178,15 @@ def collect(
     hashed = hashlib.sha256(json.dumps(list(asked), default=str).encode()).hexdigest()
     settings = {**settings, "rows": len(asked), "prompts_sha256": hashed}
     made_by = _digest(settings)
-    done, sealed = _finished_rows(folder, [path, partial], settings, asked, fields)
-    done = {index: row for index, row in done.items() if still(row)}
-    if sealed and len(done) == len(asked) and not partial.is_file():
+    done, complete = _finished_rows(folder, [path, partial], settings, asked, fields)
+    done = {index: row for index, row in done.items() if is_valid(row)}
+    if complete and len(done) == len(asked) and not partial.is_file():
         if on_progress:
             on_progress(len(done), len(asked), [])
         return path
     if done or os.path.lexists(partial):  # without a torn last line, which an append would run into
         write_atomic(partial, jsonl(_checked(row, made_by) for row in done.values()))
-    write_json(folder / "generation.json", settings | {SEAL: None})
+    write_json(folder / "generation.json", settings | {ROWS_HASH: None})
     path.unlink(missing_ok=True)  # its rows are in the partial file now
     order = sorted(range(len(asked)), key=lambda i: (-lengths[i], i))
     if on_progress:
@@ -225,7 +225,7 @@ def _answers(
 def write_sealed(folder: Path, rows: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
     """Write finished answers, and generation.json with what made them and their hash; returns the answers' path."""
     content = jsonl(rows).encode()
-    write_json(folder / "generation.json", {**settings, SEAL: hashlib.sha256(content).hexdigest()})
+    write_json(folder / "generation.json", {**settings, ROWS_HASH: hashlib.sha256(content).hexdigest()})
     path = folder / "predictions.jsonl"
     write_atomic(path, content)
     return path
@@ -254,39 +254,39 @@ def _finished_rows(
     asked: Sequence[Mapping[str, Any]],
     fields: Fields,
 ) -> tuple[dict[int, dict[str, Any]], bool]:
-    """Rows that are there, and whether they are those of a finished file with a good seal."""
-    problem, seal = _origin_problem(folder, settings)
+    """Rows that are there, and whether they are those of a finished file whose hash is right."""
+    problem, manifest = _origin_problem(folder, settings)
     rows: dict[int, dict[str, Any]] = {}
-    sealed = False
+    complete = False
     for path in paths:
         if not os.path.lexists(path):
             continue
         partial, message = path != paths[0], problem
         if message is None:
             found = _whole_lines(path, asked, fields, _digest(settings) if partial else None)
-            broken = found is None or (not partial and seal is not None and seal_problem(path, seal) is not None)
+            broken = found is None or (not partial and manifest is not None and rows_problem(path, seal) is not None)
             message = "is damaged" if broken else None
         if message is None:
             rows |= {row["index"]: row for row in found}
-            sealed = sealed or (not partial and seal is not None)
+            complete = complete or (not partial and manifest is not None)
             continue
         stale = free_name(path.with_name(path.name.replace(".jsonl", ".stale.jsonl")))
         logger.warning("%s %s: kept as %s.", path, message, stale.name)
         path.replace(stale)
-    return rows, sealed
+    return rows, complete
 
 
 def _origin_problem(folder: Path, settings: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
-    """Why what lies there was made otherwise, None where it was not; and the record with the seal, where it has one."""
+    """Why what lies there was made otherwise, None where it was not; and the record with the hash, where it has one."""
     try:
         made = read_record(folder / "generation.json")
     except ConfigError:
         return "has a broken generation.json, which says not what made it", None
     if made is None:
         return "has no generation.json that says what made it", None
-    if {key: value for key, value in made.items() if key != SEAL} != settings:
+    if {key: value for key, value in made.items() if key != ROWS_HASH} != settings:
         return "was made by another model, settings or prompts", None
-    return None, made if SEAL in made else None
+    return None, made if ROWS_HASH in made else None
 
 
 def free_name(path: Path) -> Path:
@@ -424,7 +424,7 @@ def _made_otherwise(path: Path) -> str | None:
     made = read_record(path.with_name("generation.json"), "generate anew (leave out score_only=true)")
     if made is None:
         return None
-    if problem := seal_problem(path, made):
+    if problem := rows_problem(path, made):
         return problem
     folder, run = path.parent, path.parent.parent.parent
     if folder.parent.name != "eval" or "-checkpoint-" in folder.name or "weights" not in made:

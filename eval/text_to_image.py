@@ -212,7 +212,7 @@ def run(
             "compared_with": _pictures_sha256(rows),
         },
         on_progress=on_progress,
-        still=lambda row: _is_drawn(folder, row["file"]),
+        is_valid=lambda row: _is_drawn(folder, row["file"]),
     )
     return score_file(path, config)
 

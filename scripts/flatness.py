@@ -34,7 +34,7 @@ from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
 from flatlora.runs import environment
 from flatlora.runs.run_folder import RunFolder
 from flatlora.utils import records
-from flatlora.utils.console import console, counting, quiet_libraries, report_errors
+from flatlora.utils.console import console, progress, quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import widen
 from scripts.arguments import above_zero, odd, positive, several_above_zero
@@ -217,23 +217,23 @@ def _loaded(
 
 def _rise(model, layers, batches, options) -> dict[str, Any]:
     draws = {}
-    with counting("expected rise", options.draws * len(options.sigmas)) as told:
+    with progress("expected rise", options.draws * len(options.sigmas)) as advance:
         for sigma in options.sigmas:
             draws[f"{sigma:g}"] = flatness.expected_rises(
-                model, layers, batches, sigma, draws=options.draws, seed=options.seed, told=told
+                model, layers, batches, sigma, draws=options.draws, seed=options.seed, on_progress=advance
             )
     return {"draws": draws}
 
 
 def _hessian(model, layers, batches, options) -> dict[str, Any]:
     hessian = flatness.Hessian(model, layers, batches)
-    with counting("top eigenvalue", None) as told:
-        top = hessian.top_eigenvalue(seed=options.seed, iterations=options.iterations, told=told)
+    with progress("top eigenvalue", None) as advance:
+        top = hessian.top_eigenvalue(seed=options.seed, iterations=options.iterations, on_progress=advance)
     if top.residual > WELL_SETTLED:
         told = f"‖Hv − λv‖ / |λ| is {top.residual:.3f} after {top.iterations} iterations"
         console.print(f"the top eigenvalue has not settled: {told}; more come with --iterations", soft_wrap=True)
-    with counting("trace", options.probes) as told:
-        samples = hessian.trace_samples(seed=options.seed, probes=options.probes, told=told)
+    with progress("trace", options.probes) as advance:
+        samples = hessian.trace_samples(seed=options.seed, probes=options.probes, on_progress=advance)
     return {
         "top_eigenvalue": top.value,
         "iterations": top.iterations,
@@ -245,9 +245,9 @@ def _hessian(model, layers, batches, options) -> dict[str, Any]:
 def _landscape(model, layers, batches, options) -> dict[str, Any]:
     at = torch.linspace(-options.radius, options.radius, options.points).tolist()
     settings = {"seed": options.seed}
-    with counting("landscape", options.points + options.points**2) as told:
-        line = flatness.landscape(model, layers, batches, at, dimensions=1, told=told, **settings)
-        plane = flatness.landscape(model, layers, batches, at, dimensions=2, told=told, **settings)
+    with progress("landscape", options.points + options.points**2) as advance:
+        line = flatness.landscape(model, layers, batches, at, dimensions=1, on_progress=advance, **settings)
+        plane = flatness.landscape(model, layers, batches, at, dimensions=2, on_progress=advance, **settings)
     return {"at": at, "line": line.tolist(), "plane": plane.tolist()}
 
 

@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 from flatlora.inputs.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
 from flatlora.utils import caches
 from flatlora.utils.caches import cache_error, kept_folder
-from flatlora.utils.console import counting
+from flatlora.utils.console import progress
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import cache_folder
 from flatlora.utils.plain_files import place_inside, read_plain
@@ -282,7 +282,7 @@ def _broken(images: Pictures, problems: Mapping[int, str]) -> str:
 
 def _each(work: Callable[[int], Any], indices: Sequence[int], name: str) -> list[Any]:
     found = []
-    with counting(name, len(indices), least=_BAR_FROM) as advance, ThreadPoolExecutor(_CHECKERS) as pool:
+    with progress(name, len(indices), least=_BAR_FROM) as advance, ThreadPoolExecutor(_CHECKERS) as pool:
         for one in pool.map(work, indices):
             found.append(one)
             advance(1)

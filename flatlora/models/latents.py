@@ -25,7 +25,7 @@ from flatlora.inputs.captioned import CaptionedImages, CaptionedRows
 from flatlora.inputs.images import png_of
 from flatlora.models import diffusion
 from flatlora.utils import caches
-from flatlora.utils.console import counting
+from flatlora.utils.console import progress
 from flatlora.utils.files import cache_folder
 from flatlora.utils.precision import choose_precision
 
@@ -180,7 +180,7 @@ def _encode(
     tensors = {"timesteps": torch.tensor(diffusion.schedule(config, source).config.num_train_timesteps)}
     places = {place: row for row, place in enumerate(rows.indices)}
     vae = diffusion.load_vae(config, source, device)
-    with counting(f"encode {rows.images.source}", len(places), least=_BAR_FROM) as advance:
+    with progress(f"encode {rows.images.source}", len(places), least=_BAR_FROM) as advance:
         for place, row in places.items():
             views = [rows.view(row, flipped=flipped) for flipped in ((False, True) if flip else (False,))]
             found = [diffusion.moments(vae, view.pixels) for view in views]
@@ -244,7 +244,7 @@ def class_pictures(
     pictures: list[Path | bytes | None] = [caches.find(folder, name, ".png") for name in names]
     if missing := [number for number, picture in enumerate(pictures) if picture is None]:
         pipeline = diffusion.pipeline_of(diffusion.load_denoiser(config, source, device), config, source, device)
-        with counting(f"make pictures of {prompt!r}", len(missing)) as advance:
+        with progress(f"make pictures of {prompt!r}", len(missing)) as advance:
             for number in missing:
                 made = diffusion.sample(pipeline, [prompt], [number], size=size, steps=steps, guidance=CLASS_GUIDANCE)
                 png = png_of((made[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))

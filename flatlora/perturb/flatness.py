@@ -76,9 +76,9 @@ def expected_rises(
     *,
     draws: int,
     seed: int,
-    told: Callable[[int], None] = lambda count: None,
+    on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
-    """L(W' + ε) − L(W') of each draw of ε; their mean estimates the expected rise. `told(1)` is called after each."""
+    """L(W' + ε) − L(W') of each draw of ε; their mean estimates the expected rise. `on_progress(1)` is called after each."""
     at_rest = mean_loss(model, batches)
     perturbation = _MeasuringPerturbation(layers, sigma=sigma, total_steps=draws, seed=seed, ramp="constant")
     rises = []
@@ -87,7 +87,7 @@ def expected_rises(
             perturbation.begin(step)
             rises.append(mean_loss(model, batches) - at_rest)
             perturbation.end()
-            told(1)
+            on_progress(1)
     finally:
         perturbation.close()
     return rises
@@ -108,7 +108,7 @@ def landscape(
     *,
     dimensions: int,
     seed: int,
-    told: Callable[[int], None] = lambda count: None,
+    on_progress: Callable[[int], None] = lambda count: None,
 ) -> torch.Tensor:
     """L at each place of a grid of `at` in one or two dimensions: len(at) or len(at) × len(at), FP64, on the host.
 
@@ -122,7 +122,7 @@ def landscape(
             for direction, index in zip(directions, place, strict=True):
                 direction.add(at[index])
             grid[place] = mean_loss(model, batches)
-            told(1)
+            on_progress(1)
     return grid
 
 
@@ -197,27 +197,29 @@ class Hessian:
         seed: int,
         iterations: int = 50,
         tolerance: float = 1e-3,
-        told: Callable[[int], None] = lambda count: None,
+        on_progress: Callable[[int], None] = lambda count: None,
     ) -> TopEigenvalue:
-        """By power iteration, until λ changes by less than `tolerance` of itself; `told(1)` is called after each."""
+        """By power iteration, until λ changes by less than `tolerance` of itself; `on_progress(1)` is called after each."""
         vector, value = _unit(self._random(seed, _START, 0)), math.inf
-        for iteration in range(1, iterations + 1):  # noqa: B007  (told in the end)
+        for iteration in range(1, iterations + 1):  # noqa: B007  (on_progress in the end)
             product = self.times(vector)
             before, value = value, _dot(vector, product)  # Rayleigh's quotient
             rest = [p - value * v for p, v in zip(product, vector, strict=True)]
-            told(1)
+            on_progress(1)
             if value == 0 or abs(value - before) <= tolerance * abs(value):
                 break
             vector = _unit(product)
         return TopEigenvalue(value, iteration, math.sqrt(_dot(rest, rest)) / max(abs(value), 1e-30))
 
-    def trace_samples(self, *, seed: int, probes: int, told: Callable[[int], None] = lambda count: None) -> list[float]:
+    def trace_samples(
+        self, *, seed: int, probes: int, on_progress: Callable[[int], None] = lambda count: None
+    ) -> list[float]:
         """vᵀ∇²L v of each probe v of random signs (Hutchinson 1990); their mean estimates the trace."""
         samples = []
         for number in range(probes):
             vector = [part.sign() for part in self._random(seed, _PROBE, number)]
             samples.append(_dot(vector, self.times(vector)))
-            told(1)
+            on_progress(1)
         return samples
 
     def _random(self, seed: int, stream: int, number: int) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ MANIFEST = "checkpoint.json"
 _STEP = re.compile(r"checkpoint-[0-9]+")  # and no copy that a user made, such as checkpoint-40-best
 
 
-def seal(
+def write_manifest(
     folder: Path,
     *,
     step: int,
@@ -121,7 +121,7 @@ def latest_good(
     """Newest whole checkpoint; broken ones above it are named in the log. Nothing is changed.
 
     Args:
-        base: as in `seal`; None compares no backbones.
+        base: as in `write_manifest`; None compares no backbones.
         also: why a whole one cannot be used all the same, if so.
 
     Raises:

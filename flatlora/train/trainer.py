@@ -37,7 +37,7 @@ _GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured 
 
 
 class FlatTrainer(Trainer):
-    """Trainer with `EpochSampler`, sealed checkpoints, the method's optimizer, and what the regularizer asks for."""
+    """Trainer with `EpochSampler`, complete checkpoints, the method's optimizer, and what the regularizer asks for."""
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ class FlatTrainer(Trainer):
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint of this moment, which counts once the writer has sealed it; training goes on meanwhile."""
+        """A checkpoint of this moment, which counts once the writer has written its manifest; training goes on meanwhile."""
         self.writer.wait()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         consolidate = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "consolidate_state_dict", None)
@@ -293,12 +293,12 @@ class FlatTrainer(Trainer):
             self.writer.start(functools.partial(self._finish_checkpoint, folder, left))
 
     def _finish_checkpoint(self, folder: Path, left: Sequence[Callable[[], None]]) -> None:
-        """In the writer's thread: the large files, from copies on the host, and the seal that makes them all count."""
+        """In the writer's thread: the large files, from copies on the host, and the manifest that makes them count."""
         with self._removed_if_broken(folder):
             for write in left:
                 write()
             self.recorder.log.flush()
-            checkpoint.seal(
+            checkpoint.write_manifest(
                 folder,
                 step=checkpoint.step_of(folder),
                 config_sha256=self.experiment.sha256(),

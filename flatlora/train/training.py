@@ -134,7 +134,7 @@ def _run_to_the_end(
     try:
         with preemption:
             trainer.train_or_load(resume_from)
-            trainer.accelerator.wait_for_everyone()  # none ends before the newest checkpoint is sealed
+            trainer.accelerator.wait_for_everyone()  # none ends before the newest checkpoint is complete
             if preemption.stopped or preemption.asked(trainer.args):  # after the last step too: scoring may take hours
                 raise Preempted(preemption.forward)
         return recorder.effort(), best.restore(model) if best else None

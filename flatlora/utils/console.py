@@ -73,7 +73,7 @@ class ProgressBar:
 
 
 @contextlib.contextmanager
-def counting(name: str, total: int | None, *, least: int = 0) -> Iterator[Callable[[int], None]]:
+def progress(name: str, total: int | None, *, least: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar over work that is done a few units at a time: call what it gives with how many more are done.
 
     Args:

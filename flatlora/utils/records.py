@@ -21,7 +21,7 @@ from flatlora.utils.plain_files import file_sha256, open_plain, read_plain
 
 SIGNATURE = "record_sha256"
 FILES = "files"  # of run.json: {name in the run's folder: {"sha256", "bytes"}}
-SEAL = "predictions_sha256"  # of generation.json: the answers that its settings gave; None while they are made
+ROWS_HASH = "predictions_sha256"  # of generation.json: the answers that its settings gave; None while they are made
 _INPUTS = ("test.jsonl", "classes.json", "pictures.json")  # that scoring reads
 _RECORDED = (*_INPUTS, "metrics.jsonl")  # and all of adapter/
 _MOST_BYTES = 64 << 20  # of a record
@@ -178,21 +178,21 @@ def answers_damage(folder: Path, metrics: Mapping[str, Any] | None = None) -> li
         return [f"a record in eval/{name} is broken"]
     if made is None or score is None:
         return [f"eval/{name} is {'not whole' if folder.is_dir() else 'gone'}"]
-    if problem := seal_problem(folder / "predictions.jsonl", made):
+    if problem := rows_problem(folder / "predictions.jsonl", made):
         return [f"eval/{name}/predictions.jsonl {problem}"]
     if metrics is not None and _canonical(score.get("metrics")) != _canonical(dict(metrics)):
         return [f"eval/{name}/score.json has not the numbers of run.json"]
     return []
 
 
-def seal_problem(path: Path, made: Mapping[str, Any]) -> str | None:
+def rows_problem(path: Path, made: Mapping[str, Any]) -> str | None:
     """Why a predictions file is not what its generation.json says; None for a good one, and for one without a seal."""
-    if SEAL not in made:
+    if ROWS_HASH not in made:
         return None  # of an earlier version
     try:
-        if made[SEAL] is None:
+        if made[ROWS_HASH] is None:
             return "is not finished"
-        return None if file_sha256(path) == made[SEAL] else "is not what its generation.json says"
+        return None if file_sha256(path) == made[ROWS_HASH] else "is not what its generation.json says"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

@@ -501,7 +501,7 @@ def test_broken_answers_are_a_error_of_score_only(made, capsys):
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
     path = made / "eval/gsm8k/predictions.jsonl"
     record = json.loads(path.with_name("generation.json").read_text())
-    del record[records.SEAL]  # of a version that kept no hash, which would tell of any change
+    del record[records.ROWS_HASH]  # of a version that kept no hash, which would tell of any change
     path.with_name("generation.json").write_text(json.dumps(record))
     for old, new, message in (("#### 1", "none", "Row 0 has no number"), ('"none"', "null", "row 1 has no good")):
         path.write_text(path.read_text().replace(old, new))

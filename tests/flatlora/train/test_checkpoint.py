@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora.models.hashes import backbone_sha256, trainable_sha256
-from flatlora.train.checkpoint import MANIFEST, checkpoints, error_of, latest_good, remove_newer, rotate, seal
+from flatlora.train.checkpoint import MANIFEST, checkpoints, error_of, latest_good, remove_newer, rotate, write_manifest
 from flatlora.utils import staging
 from flatlora.utils.errors import ConfigError
 
@@ -27,7 +27,7 @@ def make(run, step, *, whole=True):
     (folder / "nested" / "state.json").write_text(f'{{"step": {step}}}')
     (folder / "empty").touch()
     if whole:
-        seal(folder, step=step, config_sha256=CONFIG, data_sha256=DATA)
+        write_manifest(folder, step=step, config_sha256=CONFIG, data_sha256=DATA)
     return folder
 
 
@@ -177,13 +177,13 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert latest_good(tmp_path, CONFIG, DATA, base="sha256:b") == folder  # of a version that did not write it
     assert f"{folder} does not say which backbone it was trained on" in caplog.text
-    seal(folder, step=3, config_sha256=CONFIG, data_sha256=DATA, base="sha256:a")
+    write_manifest(folder, step=3, config_sha256=CONFIG, data_sha256=DATA, base="sha256:a")
     assert latest_good(tmp_path, CONFIG, DATA, base="sha256:a") == folder
     with pytest.raises(ConfigError, match=r"was trained on other weights of the backbone \(sha256:a, here sha256:b\)"):
         latest_good(tmp_path, CONFIG, DATA, base="sha256:b")
     assert error_of(folder) is None
     assert latest_good(tmp_path, CONFIG, DATA, base="sha256:a/config:c") == folder  # of a version without settings
-    seal(folder, step=3, config_sha256=CONFIG, data_sha256=DATA, base="sha256:a/config:c")
+    write_manifest(folder, step=3, config_sha256=CONFIG, data_sha256=DATA, base="sha256:a/config:c")
     assert latest_good(tmp_path, CONFIG, DATA, base="sha256:a/config:c") == folder
     with pytest.raises(ConfigError, match=r"other settings of the backbone \(.*c, here .*d\): put the config.json of"):
         latest_good(tmp_path, CONFIG, DATA, base="sha256:a/config:d")
@@ -226,7 +226,7 @@ def test_a_rotation_that_dies_half_way_leaves_nothing_that_counts(tmp_path, monk
 def test_sealing_again_takes_new_content(tmp_path):
     folder = make(tmp_path, 3)
     flip_a_bit(folder / "adapter.bin")
-    seal(folder, step=3, config_sha256=CONFIG, data_sha256=DATA)
+    write_manifest(folder, step=3, config_sha256=CONFIG, data_sha256=DATA)
     assert error_of(folder) is None
 
 

@@ -337,7 +337,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_settings, monkeypat
     assert checkpoint.error_of(folder / "checkpoint-2") is None
 
 
-@pytest.mark.parametrize("part", ["safetensors.torch.save_file", "torch.save", "flatlora.train.checkpoint.seal"])
+@pytest.mark.parametrize(
+    "part", ["safetensors.torch.save_file", "torch.save", "flatlora.train.checkpoint.write_manifest"]
+)
 def test_a_disk_that_fills_up_in_mid_save(tiny_settings, monkeypatch, capsys, part):
     settings = [*tiny_settings, "trainer.save_steps=2"]
     whole = run(in_folder(settings, "whole"))

@@ -22,7 +22,7 @@ def test_modes_are_those_of_the_umask(tmp_path, mask):
         files.write_json(tmp_path / "run" / "run.json", {})
         (tmp_path / "run" / "checkpoint-1").mkdir()
         save_file({"a": torch.zeros(2)}, tmp_path / "run" / "checkpoint-1" / "model.safetensors")
-        checkpoint.seal(tmp_path / "run" / "checkpoint-1", step=1, config_sha256="", data_sha256="")
+        checkpoint.write_manifest(tmp_path / "run" / "checkpoint-1", step=1, config_sha256="", data_sha256="")
     found = {(path.is_dir(), path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
     assert found == {(True, 0o777 & ~mask), (False, 0o666 & ~mask)}
 
