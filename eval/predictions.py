@@ -264,7 +264,9 @@ def _finished_rows(
         partial, message = path != paths[0], problem
         if message is None:
             found = _whole_lines(path, asked, fields, _digest(settings) if partial else None)
-            broken = found is None or (not partial and manifest is not None and rows_problem(path, seal) is not None)
+            broken = found is None or (
+                not partial and manifest is not None and rows_problem(path, manifest) is not None
+            )
             message = "is damaged" if broken else None
         if message is None:
             rows |= {row["index"]: row for row in found}

@@ -151,14 +151,14 @@ class FlatLoraCallback(TrainerCallback):
 
     def _compare_noise(self, world_size: int) -> None:
         """Hash what each process reads in the first layer: shared noise is the same everywhere, or the run is void."""
-        told: list[str] = [""] * world_size
-        torch.distributed.all_gather_object(told, self._running.weight_sha256(0))
-        if not self._running.noise.per_rank and len(set(told)) > 1:
+        digests: list[str] = [""] * world_size
+        torch.distributed.all_gather_object(digests, self._running.weight_sha256(0))
+        if not self._running.noise.per_rank and len(set(digests)) > 1:
             raise RuntimeError(
-                f"The processes perturb {self._running.layers[0].name} by different noise ({told}), which is to be "
+                f"The processes perturb {self._running.layers[0].name} by different noise ({digests}), which is to be "
                 "shared: they run on machines that compute differently; use alike ones, or rho.per_rank=true."
             )
-        self.noise_sha256 = told
+        self.noise_sha256 = digests
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._micro_batch += 1
@@ -193,7 +193,7 @@ class FlatLoraCallback(TrainerCallback):
     def _keep_draw(self, args: TrainingArguments, state: TrainerState) -> None:
         """Put the ε of a window into the Trainer's state, and so into every checkpoint that is written in the window.
 
-        Not into a file of its own: a callback is not told which folder a training is resumed from, and an earlier
+        Not into a file of its own: a callback is not digests which folder a training is resumed from, and an earlier
         training may have left another file where this one would be looked for.
         """
         tensors = self._running.state_dict()

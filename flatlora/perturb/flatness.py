@@ -78,7 +78,10 @@ def expected_rises(
     seed: int,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
-    """L(W' + ε) − L(W') of each draw of ε; their mean estimates the expected rise. `on_progress(1)` is called after each."""
+    """L(W' + ε) − L(W') of each draw of ε; their mean estimates the expected rise.
+
+    `on_progress(1)` is called after each.
+    """
     at_rest = mean_loss(model, batches)
     perturbation = _MeasuringPerturbation(layers, sigma=sigma, total_steps=draws, seed=seed, ramp="constant")
     rises = []
@@ -199,7 +202,10 @@ class Hessian:
         tolerance: float = 1e-3,
         on_progress: Callable[[int], None] = lambda count: None,
     ) -> TopEigenvalue:
-        """By power iteration, until λ changes by less than `tolerance` of itself; `on_progress(1)` is called after each."""
+        """By power iteration, until λ changes by less than `tolerance` of itself.
+
+        `on_progress(1)` is called after each iteration.
+        """
         vector, value = _unit(self._random(seed, _START, 0)), math.inf
         for iteration in range(1, iterations + 1):  # noqa: B007  (on_progress in the end)
             product = self.times(vector)

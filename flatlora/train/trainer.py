@@ -273,7 +273,7 @@ class FlatTrainer(Trainer):
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint of this moment, which counts once the writer has written its manifest; training goes on meanwhile."""
+        """A checkpoint of this moment, which counts once its manifest is written; training goes on meanwhile."""
         self.writer.wait()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         consolidate = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "consolidate_state_dict", None)

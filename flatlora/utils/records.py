@@ -186,7 +186,7 @@ def answers_damage(folder: Path, metrics: Mapping[str, Any] | None = None) -> li
 
 
 def rows_problem(path: Path, made: Mapping[str, Any]) -> str | None:
-    """Why a predictions file is not what its generation.json says; None for a good one, and for one without a seal."""
+    """Why a predictions file is not what its generation.json says; None for a good one, and for one without a hash."""
     if ROWS_HASH not in made:
         return None  # of an earlier version
     try:

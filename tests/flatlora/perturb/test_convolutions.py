@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from flatlora.methods import Start, method, rho
+from flatlora.methods import ADAPTERS, REGULARIZERS, Start
 from flatlora.methods.adapters.lora import LoraMethodConfig, find_targets
 from flatlora.models.hashes import backbone_sha256
 from flatlora.noise import philox
@@ -174,13 +174,13 @@ def test_targets_take_convolutions_where_they_are_asked_for():
 
 
 def config_of(name, **changes):
-    return method(name).Config(name=name, method=name, lora_r=2, target_modules="all_conv", **changes)
+    return ADAPTERS[name].Config(name=name, method=name, lora_r=2, target_modules="all_conv", **changes)
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "lora_plus", "dora"])
 def test_bar_and_sam_move_convolutions(name):
     torch.manual_seed(0)
-    model = method(name).apply(Net().requires_grad_(False), config_of(name), Start(0)).train()
+    model = ADAPTERS[name].apply(Net().requires_grad_(False), config_of(name), Start(0)).train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
@@ -190,7 +190,7 @@ def test_bar_and_sam_move_convolutions(name):
     before = factor.detach().clone()
 
     def acting(name):
-        return rho(name).regularizer(model, rho(name).Config(name=name, method=name, sigma=0.1), 0)
+        return REGULARIZERS[name].regularizer(model, REGULARIZERS[name].Config(name=name, method=name, sigma=0.1), 0)
 
     acting("nbar").rescale(0.1, 0.1)
     assert not torch.equal(factor, before)  # by 1 ± αη, so that B·A keeps 1 − (αη)² of itself
@@ -204,10 +204,10 @@ def test_bar_and_sam_move_convolutions(name):
 
 
 def test_bi_lora_keeps_convolutions_in_their_ball():
-    model = method("lora").apply(Net().requires_grad_(False), config_of("lora"), Start(0))
-    section = rho("bi_lora").Config(name="bi_lora", method="bi_lora", sigma=0.1)
-    rho("bi_lora").prepare(model, section, 0)
-    acting = rho("bi_lora").regularizer(model, section, 0)
+    model = ADAPTERS["lora"].apply(Net().requires_grad_(False), config_of("lora"), Start(0))
+    section = REGULARIZERS["bi_lora"].Config(name="bi_lora", method="bi_lora", sigma=0.1)
+    REGULARIZERS["bi_lora"].prepare(model, section, 0)
+    acting = REGULARIZERS["bi_lora"].regularizer(model, section, 0)
     for parameter in acting.parameters:
         nn.init.normal_(parameter)
     acting.clip()
@@ -218,13 +218,13 @@ def test_bi_lora_keeps_convolutions_in_their_ball():
 @pytest.mark.parametrize("name", ["pissa", "olora", "lora_fa", "lora_pro", "lora_ga", "adalora"])
 def test_methods_of_matrices_refuse_convolutions(name):
     with pytest.raises(ConfigError, match="are convolutions"):
-        method(name).check(Net(), config_of(name))
+        ADAPTERS[name].check(Net(), config_of(name))
 
 
 def test_a_share_of_the_width_needs_one_width():
     config = LoraMethodConfig(name="lora", method="lora", lora_r=None, lora_relative_r=0.5, target_modules="all_conv")
     with pytest.raises(ConfigError, match=r"peft\.lora_relative_r=0\.5 with Net"):
-        method("lora").check(Net(), config)
+        ADAPTERS["lora"].check(Net(), config)
 
 
 def test_the_hessian_knows_convolutions():

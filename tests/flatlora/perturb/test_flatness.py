@@ -91,8 +91,8 @@ def test_an_interrupted_measure_puts_the_weights_back(model, layers):
         raise KeyboardInterrupt
 
     for measure in (
-        lambda: flatness.landscape(model, layers, batches(), [0.5], dimensions=1, seed=0, told=interrupt),
-        lambda: flatness.expected_rises(model, layers, batches(), 0.5, draws=1, seed=0, told=interrupt),
+        lambda: flatness.landscape(model, layers, batches(), [0.5], dimensions=1, seed=0, on_progress=interrupt),
+        lambda: flatness.expected_rises(model, layers, batches(), 0.5, draws=1, seed=0, on_progress=interrupt),
     ):
         with pytest.raises(KeyboardInterrupt):
             measure()

@@ -126,7 +126,7 @@ def test_other_modes_are_refused(model, mode):
 
 
 @pytest.mark.parametrize(
-    ("words", "error"),
+    ("words", "message"),
     [
         (["rho=flat", "rho.mode=copy"], "Invalid rho.mode=copy with model.quantize=nf4"),
         (["rho=flat", "rho.mode=inplace"], "Invalid rho.mode=inplace with model.quantize=nf4"),
