@@ -39,7 +39,7 @@ console = Console(highlight=False)
 
 
 def main(words: Sequence[str]) -> int:
-    """Exit code: 0 shown, 2 a error of the words or of what they name."""
+    """Exit code: 0 shown, 2 an error of the words or of what they name."""
     quiet_libraries()
     try:
         name, count, settings = _parse(words)

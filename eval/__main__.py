@@ -12,7 +12,7 @@ from flatlora.utils.errors import ConfigError
 
 
 def main(words: Sequence[str]) -> int:
-    """Exit code: 0 done, 2 a error of the words or of what they name."""
+    """Exit code: 0 done, 2 an error of the words or of what they name."""
     quiet_libraries()
     try:
         if not words or words[0] in ("-h", "--help"):

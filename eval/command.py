@@ -127,7 +127,7 @@ requests_per_minute and timeout (seconds of a request) say how it is asked."""
 
 
 def main(benchmark: str, words: Sequence[str]) -> int:
-    """Exit code: 0 scored, 1 failed on the way, 2 a error of the command line or of what it names, 130 interrupted."""
+    """Exit code: 0 scored, 1 failed on the way, 2 an error of the command line or of what it names, 130 interrupted."""
     if words and words[0] in ("-h", "--help"):
         print(benchmarks.BENCHMARKS[benchmark].help.strip())
         print(_SHARED_HELP)

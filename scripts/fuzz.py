@@ -235,7 +235,7 @@ def _hurt_word(draw: random.Random, word: str) -> str:
 
 
 def _eval_line(draw: random.Random) -> list[str]:
-    name = draw.choice(benchmarks.BENCHMARKS)
+    name = draw.choice(list(benchmarks.BENCHMARKS))
     known = [*command.Target.model_fields, *benchmarks.BENCHMARKS[name].Config.model_fields, "nope"]
     words = [f"{draw.choice(known)}={_value(draw)}" for _ in range(draw.randint(0, 4))]
     if draw.random() < 0.3:

@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 all done (or printed), 1 something is left, 2 a error of the words."""
+    """Exit code: 0 all done (or printed), 1 something is left, 2 an error of the words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status")

@@ -344,7 +344,7 @@ ALLOW_CODE = "eval.allow_code_execution"
 
 
 def _unchosen_benchmarks(folders: Sequence[Path], words: Sequence[str]) -> dict[str, NoSection]:
-    """`eval` with a error for each key such as eval.gsm8k.max_rows=5 whose benchmark `eval=[...]` does not name.
+    """`eval` with an error for each key such as eval.gsm8k.max_rows=5 whose benchmark `eval=[...]` does not name.
 
     Hydra would make a section of it all the same, and the benchmark would run.
     """

@@ -24,7 +24,7 @@ from flatlora.utils.errors import ConfigError
 
 
 def main(suite: Suite, words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a run failed, 2 a error of the configuration, 75 preempted, 130 interrupted."""
+    """Exit code: 0 done, 1 a run failed, 2 an error of the configuration, 75 preempted, 130 interrupted."""
     words = list(sys.argv[1:] if words is None else words)
     console.quiet_libraries()
     try:

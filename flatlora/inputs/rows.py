@@ -259,7 +259,7 @@ def hub_data(source: Source) -> Any:
 
 @contextlib.contextmanager
 def _hub_errors(source: Source) -> Iterator[None]:
-    """No network, an unknown or gated name, a broken file of the cache: as a error with the ways out."""
+    """No network, an unknown or gated name, a broken file of the cache: as an error with the ways out."""
     import datasets
 
     reachable = hub_is_reachable()

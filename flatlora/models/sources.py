@@ -184,7 +184,7 @@ def _shape(size: Iterable[int]) -> str:
 
 @contextlib.contextmanager
 def hub_errors(config: ModelConfig) -> Iterator[None]:
-    """Missing repository, no network, gated or broken folder: as a error of the configuration."""
+    """Missing repository, no network, gated or broken folder: as an error of the configuration."""
     folder = not config.embedded and os.path.isdir(config.hub_id)
     if folder and (irregular := irregular_files(Path(config.hub_id))):
         raise ConfigError(

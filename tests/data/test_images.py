@@ -226,7 +226,7 @@ def test_one_picture_under_two_classes_does_not_validate(tmp_path, processor, ca
     assert len(set(rows.test.digests)) == 4
 
 
-def test_no_picture_left_to_validate_is_a_error_of_early_stopping(tmp_path, settings, capsys):
+def test_no_picture_left_to_validate_is_an_error_of_early_stopping(tmp_path, settings, capsys):
     hub_id, config, image, label, _ = SETS["mnist"]
     for split in ("train", "test"):
         pictures = [{"bytes": png(i % 2), "path": None} for i in range(6)]
@@ -295,7 +295,7 @@ def test_missing_columns_and_files_are_told_at_once(tmp_path, processor):
     assert "test.jsonl (or .parquet) is not there" in told[2]
 
 
-def test_classes_without_names_are_a_error(tmp_path, processor):
+def test_classes_without_names_are_an_error(tmp_path, processor):
     hub_id, config, image, label, _ = SETS["cars"]
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
@@ -307,12 +307,12 @@ def named(*names, source="train"):
     return LabeledImages(source, np.arange(len(names)), lambda index: png(index), list(names))
 
 
-def test_another_number_of_names_is_a_error():
+def test_another_number_of_names_is_an_error():
     told = errors(images.classes_of, "mnist", named("a", "b", "c"))[0]
     assert "entry mnist has 10 names, and train has 3 classes" in told
 
 
-def test_classes_in_another_order_are_a_error_however_they_are_spelled():
+def test_classes_in_another_order_are_an_error_however_they_are_spelled():
     names = ["AnnualCrop", "Forest", *"abcdefgh"]
     assert images.classes_of("eurosat", named(*names)).names[0] == "annual crop land"
     names = OWN_NAMES["cifar10"]
@@ -333,7 +333,7 @@ def test_classes_in_other_words_are_a_warning_where_another_label_reads_more_ali
     assert "where label 6 reads more like it" in caplog.text
 
 
-def test_splits_that_name_other_classes_are_a_error():
+def test_splits_that_name_other_classes_are_an_error():
     names = OWN_NAMES["cifar10"]
     told = errors(images.classes_of, "cifar10", named(*names), named(*names[1:], names[0], source="test"))[0]
     assert "label 0 is automobile in test, and airplane in data/class_names.yaml, entry cifar10" in told
@@ -350,7 +350,7 @@ def test_digits_have_one_state():
     assert "dataset.revision=main with dataset=digits" in errors(dataset, "digits", "dataset.revision=main")[0]
 
 
-def test_an_entry_that_is_not_there_is_a_error():
+def test_an_entry_that_is_not_there_is_an_error():
     assert "data/class_names.yaml has cifar10, cifar100" in errors(dataset, "mnist", "dataset.classes=cifar11")[0]
 
 

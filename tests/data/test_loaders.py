@@ -97,7 +97,7 @@ def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "message"),
     [
         ({"train_rows": 21}, "Invalid dataset.train_rows=21: only 20 rows are left"),
         ({"train_rows": 18, "validation_rows": 3}, "Invalid dataset.validation_rows=3: only 2 rows are left"),
@@ -105,7 +105,7 @@ def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
         ({"test_rows": 6}, "Invalid dataset.test_rows=6: only 5 rows are left"),
     ],
 )
-def test_more_rows_than_there_are_is_a_error(root, changes, message):
+def test_more_rows_than_there_are_is_an_error(root, changes, message):
     (told,) = errors(gsm8k.load, gsm8k_config(**changes), str(root), count_words)
     assert told.startswith(message)
 
@@ -255,7 +255,7 @@ def test_columns_are_cut_to_those_asked(tmp_path):
         (b'{"x": "\xff"}\n', ["not UTF-8 at byte 7"]),
     ],
 )
-def test_a_broken_file_is_a_error_that_says_where(tmp_path, content, words):
+def test_a_broken_file_is_an_error_that_says_where(tmp_path, content, words):
     write(tmp_path, "owner/name", "default", "train", []).write_bytes(content)
     (message,) = errors(read, tmp_path, ["x"])
     assert all(word in message for word in words), message
@@ -293,7 +293,7 @@ def write_parquet(root, rows):
         lambda raw: raw.replace(b"owl", b"\xff\xff\xff"),  # text that is not UTF-8
     ],
 )
-def test_a_broken_parquet_file_is_a_error(tmp_path, damage):
+def test_a_broken_parquet_file_is_an_error(tmp_path, damage):
     path = write_parquet(tmp_path, [{"x": "owl", "y": "owl"}])
     path.write_bytes(damage(path.read_bytes()))
     (message,) = errors(read, tmp_path)
@@ -311,19 +311,19 @@ def test_a_broken_parquet_file_is_a_error(tmp_path, damage):
         ({"x": "1", "y": b"2"}, ["Invalid y", "b'2'"]),
     ],
 )
-def test_parquet_of_another_schema_is_a_error(tmp_path, row, words):
+def test_parquet_of_another_schema_is_an_error(tmp_path, row, words):
     write_parquet(tmp_path, [row])
     (message,) = errors(read, tmp_path)
     assert all(word in message for word in words), message
 
 
-def test_a_file_that_cannot_be_read_is_a_error(tmp_path):
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
     (message,) = errors(read_jsonl, tmp_path)
     assert message == f"Cannot read {tmp_path}: Is a directory; make it a readable file, or name another."
 
 
 @pytest.mark.parametrize(("name", "problem"), [("nowhere", "it is not there"), ("file", "it is a file, not a folder")])
-def test_a_data_root_that_is_no_folder_is_a_error(tmp_path, name, problem):
+def test_a_data_root_that_is_no_folder_is_an_error(tmp_path, name, problem):
     (tmp_path / "file").write_text("")
     (message,) = errors(read, tmp_path / name)
     assert message.startswith(
@@ -338,7 +338,7 @@ def test_errors_of_train_and_test_rows_are_told_together(root, module, config):
     assert [message.split()[1] for message in told] == ["dataset.train_rows=99:", "question", "answer"]
 
 
-def test_no_train_row_below_the_limit_is_a_error_of_the_limit(root):
+def test_no_train_row_below_the_limit_is_an_error_of_the_limit(root):
     config = meta_math_config(max_tokens=8, train_rows=None)
     (message,) = errors(meta_math.load, config, str(root), lambda texts: [9] * len(texts))
     assert "keeps none of its train rows; raise its limits, such as dataset.max_tokens" in message
@@ -365,7 +365,7 @@ def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
         ),
     ],
 )
-def test_a_hub_out_of_reach_is_a_error_with_the_local_way(monkeypatch, error, reason):
+def test_a_hub_out_of_reach_is_an_error_with_the_local_way(monkeypatch, error, reason):
     def unreachable(*args, **options):
         raise error
 
@@ -381,7 +381,7 @@ def test_jsonl_writes_one_line_a_row():
     assert lines[-1] == ""
 
 
-def test_an_endpoint_that_is_no_address_is_a_error(monkeypatch):
+def test_an_endpoint_that_is_no_address_is_an_error(monkeypatch):
     import huggingface_hub
 
     hub_is_reachable.cache_clear()

@@ -51,7 +51,7 @@ def test_pictures_are_shown_with_classes_and_prompts(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "error"),
+    ("words", "message"),
     [
         ([], "python -m data NAME"),
         (["colla"], "Unknown option dataset=colla: did you mean dataset=cola?"),

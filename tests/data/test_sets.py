@@ -182,7 +182,7 @@ def test_squad_learns_the_first_answer_and_keeps_all_to_score(root):
 
 
 @pytest.mark.parametrize("answers", [{"text": []}, {"text": [""]}, {}, "1 m", None])
-def test_squad_without_an_answer_is_a_error(tmp_path, answers):
+def test_squad_without_an_answer_is_an_error(tmp_path, answers):
     row = {"context": "c", "question": "q", "answers": answers}
     write_split(tmp_path, "rajpurkar/squad", "plain_text", "train", [row])
     write_split(tmp_path, "rajpurkar/squad", "plain_text", "validation", [row])
@@ -211,7 +211,7 @@ def test_a_sentence_that_trains_validates_under_no_other_label(tmp_path):
     assert [row["x"].split()[-2] for row in splits.validation] == ["c"]
 
 
-def test_a_tokenizer_that_counts_for_no_limit_is_a_error():
+def test_a_tokenizer_that_counts_for_no_limit_is_an_error():
     with pytest.raises(ConfigError, match=r"dataset.limit_tokenizer=some/model without dataset.max_tokens"):
         run_exp.experiment_of(["dataset=alpaca", "dataset.limit_tokenizer=some/model"])
 
@@ -266,7 +266,7 @@ def test_glue_rows_are_in_the_published_words(root, task):
 
 
 @pytest.mark.parametrize(("task", "label"), [("sst2", -1), ("mnli", 3), ("stsb", 5.1), ("stsb", -1.0)])
-def test_a_label_outside_the_map_is_a_error_that_names_it(tmp_path, task, label):
+def test_a_label_outside_the_map_is_an_error_that_names_it(tmp_path, task, label):
     write_glue(tmp_path, task)
     rows = glue_rows(task)
     rows[3]["label"] = label
@@ -279,7 +279,7 @@ def test_a_label_outside_the_map_is_a_error_that_names_it(tmp_path, task, label)
 
 
 @pytest.mark.parametrize("label", [None, "1", 1.0, True])
-def test_a_label_that_is_no_whole_number_is_a_error(tmp_path, label):
+def test_a_label_that_is_no_whole_number_is_an_error(tmp_path, label):
     write_glue(tmp_path, "cola")
     write_split(tmp_path, glue.HUB_ID, "cola", "train", [{"sentence": "s", "label": label, "idx": 0}])
     with pytest.raises(ConfigError, match="row 1: a whole number is needed"):

@@ -130,7 +130,7 @@ def test_many_rows_keep_their_order(monkeypatch):
     assert [row["answer"][0] for row in map(found.__getitem__, range(60))] == [i % 31 + 4 for i in range(60)]
 
 
-def test_a_set_that_no_row_is_left_of_is_a_error():
+def test_a_set_that_no_row_is_left_of_is_an_error():
     splits = Splits([{"x": text(0, 1), "y": text(2)}], [], [])
     with pytest.raises(ConfigError, match=r"none of 1 train rows is left at dataset\.max_length=2; raise it"):
         prepare(splits, make_tokenizer(bos=False), 2)
@@ -144,7 +144,7 @@ def test_a_set_that_no_row_is_left_of_is_a_error():
     assert len(caught.value.errors) == 2
 
 
-def test_a_tokenizer_that_cannot_end_an_answer_is_a_error():
+def test_a_tokenizer_that_cannot_end_an_answer_is_an_error():
     tokenizer = make_tokenizer(bos=False)
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="has no end-of-sequence token"):

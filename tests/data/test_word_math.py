@@ -273,7 +273,7 @@ def test_a_friend_never_shares_the_pronoun():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    ("arguments", "message"),
     [
         ({"split": "dev"}, r"Invalid split='dev': must be one of train, validation, test"),
         ({"count": -1}, r"Invalid count=-1: .* ≥ 0"),

@@ -146,7 +146,7 @@ def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_pat
     assert completions(tmp_path / "named") == expected
 
 
-def test_a_base_that_nothing_reads_or_that_is_none_is_a_error(made, tiny_model_folder, tmp_path, capsys):
+def test_a_base_that_nothing_reads_or_that_is_none_is_an_error(made, tiny_model_folder, tmp_path, capsys):
     (told,) = errors([made, "base=/nope"], capsys)
     assert told == "Invalid base=/nope: there is no such folder; name the folder of a whole model, or a hub id."
     (told,) = errors([made, f"base={tmp_path}"], capsys)
@@ -407,7 +407,7 @@ def test_whole_numbers_are_printed_whole(capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "error"),
+    ("word", "message"),
     [
         ("rows=[", "Invalid rows=[: no such file; name a .jsonl file with x and y."),
         (
@@ -455,7 +455,7 @@ def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "error"),
+    ("content", "message"),
     [
         ('{"x": "Q"}', "Missing column y in FILE, row 1: it has x;"),
         ('{"x": "Q", "y": "#### 1"}\n{"x": 5, "y": "#### 1"}', "Invalid x in FILE, row 2: text is needed, not 5;"),
@@ -465,7 +465,7 @@ def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("own", [True, False])
-def test_rows_that_cannot_be_scored_are_a_error_before_a_model_is_loaded(made, capsys, content, message, own):
+def test_rows_that_cannot_be_scored_are_an_error_before_a_model_is_loaded(made, capsys, content, message, own):
     path = made / ("test.jsonl" if own else "rows.jsonl")
     path.write_text(content)
     (told,) = errors([made] if own else [made, f"rows={path}"], capsys)
@@ -489,7 +489,7 @@ def test_the_benchmarks_own_rows_are_checked_too(made, capsys, tmp_path):
     assert told.startswith(f"Missing file {made}/test.jsonl: a run's test rows are in it;")
 
 
-def test_an_output_folder_that_cannot_be_is_a_error(made, capsys, monkeypatch):
+def test_an_output_folder_that_cannot_be_is_an_error(made, capsys, monkeypatch):
     (told,) = errors([made, f"out={made}/run.json/a/b"], capsys)
     assert told == f"Invalid out={made}/run.json/a/b: {made}/run.json is a file; name another folder with out=DIR."
     monkeypatch.setattr(command.os, "access", lambda path, mode: False)
@@ -497,7 +497,7 @@ def test_an_output_folder_that_cannot_be_is_a_error(made, capsys, monkeypatch):
     assert told == f"Invalid out={made}/eval/gsm8k: {made} cannot be written to; name another folder with out=DIR."
 
 
-def test_broken_answers_are_a_error_of_score_only(made, capsys):
+def test_broken_answers_are_an_error_of_score_only(made, capsys):
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
     path = made / "eval/gsm8k/predictions.jsonl"
     record = json.loads(path.with_name("generation.json").read_text())
@@ -532,14 +532,14 @@ def test_a_foreign_configuration_makes_no_run(tmp_path, capsys, monkeypatch, con
 
 @pytest.mark.parametrize("name", ["", "adapter", "checkpoint-6"])
 @pytest.mark.parametrize("content", ["", "a: [", "- 1", "\x00", "\xff"])
-def test_a_runs_broken_configuration_is_a_error(made, capsys, content, name):
+def test_a_runs_broken_configuration_is_an_error(made, capsys, content, name):
     (made / "config.yaml").write_bytes(content.encode("latin-1"))
     (told,) = errors([made / name], capsys)
     assert told.startswith(f"Broken file {made / 'config.yaml'}: it holds no settings; put those back that run.json")
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "message"),
     [
         ({"rho": None, "optim": None}, "Invalid FILE: the run's rho, optim is missing; score the run with the version"),
         (
@@ -554,7 +554,7 @@ def test_a_runs_broken_configuration_is_a_error(made, capsys, content, name):
         ({"eval": ["gsm8k"]}, "Invalid eval in FILE: a group of benchmarks is needed;"),
     ],
 )
-def test_a_configuration_of_another_version_is_a_error_that_names_it(made, capsys, changes, message):
+def test_a_configuration_of_another_version_is_an_error_that_names_it(made, capsys, changes, message):
     config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
     (made / "config.yaml").write_text(yaml.safe_dump(config))
     told = errors([made / "checkpoint-6"], capsys)
@@ -568,7 +568,7 @@ def test_a_run_that_was_not_scored_is_scored_with_the_defaults(made, scored):
     assert json.loads((made / "eval/gsm8k/score.json").read_text())["n"] == 5
 
 
-def test_a_folder_without_weights_is_a_error(made, capsys):
+def test_a_folder_without_weights_is_an_error(made, capsys):
     shutil.rmtree(made / "adapter")
     (told,) = errors([made], capsys)
     assert "this run has no adapter/ yet; finish it, or name one of its checkpoints" in told
@@ -587,7 +587,7 @@ def test_a_folder_without_weights_is_a_error(made, capsys):
         ("adapter_model.safetensors", None),
     ],
 )
-def test_an_adapter_that_cannot_be_loaded_is_a_error(made, tiny_model_folder, capsys, monkeypatch, name, content):
+def test_an_adapter_that_cannot_be_loaded_is_an_error(made, tiny_model_folder, capsys, monkeypatch, name, content):
     monkeypatch.undo()
     folder = made / "adapter"
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)

@@ -175,7 +175,7 @@ def test_metrics_of_another_task_are_refused():
         run_exp.experiment_of(["dataset=sst2", "eval.glue.task=stsb"])
 
 
-def test_glue_without_a_task_of_glue_is_a_error():
+def test_glue_without_a_task_of_glue_is_an_error():
     with pytest.raises(ConfigError, match=r"Invalid eval.glue.task=None"):
         run_exp.experiment_of(["dataset=gsm8k", "eval=[glue]"])
 

@@ -464,7 +464,7 @@ def answer_row(place, **changes):
         ({"index": -1}, "row 2 has a negative index;"),
     ],
 )
-def test_a_predictions_file_with_a_broken_row_is_a_error(tmp_path, second, words):
+def test_a_predictions_file_with_a_broken_row_is_an_error(tmp_path, second, words):
     path = tmp_path / "predictions.jsonl"
     path.write_text(jsonl([answer_row(0), answer_row(1, **second)]))
     with pytest.raises(ConfigError) as caught:
@@ -488,7 +488,7 @@ def test_every_real_reference_is_read_and_right_against_itself(split):
 
 
 @pytest.mark.parametrize(
-    ("completion", "strict", "lenient"),
+    ("completion", "strict", "flexible"),
     [
         ("#### 1,000", True, True),
         ("so $\\frac{2000}{2}$", False, True),
@@ -505,18 +505,18 @@ def test_every_real_reference_is_read_and_right_against_itself(split):
         ("<think>#### 1000</think>#### 5", False, False),
     ],
 )
-def test_both_parsers_read_the_same_answers(completion, strict, force_add):
+def test_both_parsers_read_the_same_answers(completion, strict, flexible):
     pytest.importorskip("math_verify")
     one = row("#### 1,000", completion)
     assert gsm8k.is_right(one, "strict") is strict
-    assert gsm8k.is_right(one, "math_verify") is force_add
+    assert gsm8k.is_right(one, "math_verify") is flexible
     scored = score([one], "math_verify")
-    assert scored["metrics"]["exact_match"] == scored["metrics"]["math_verify"] == float(force_add)
+    assert scored["metrics"]["exact_match"] == scored["metrics"]["math_verify"] == float(flexible)
     assert scored["metrics"]["strict"] == float(strict)
     assert scored["versions"]["math_verify"]
 
 
-def test_a_parser_that_is_not_installed_is_a_error(monkeypatch):
+def test_a_parser_that_is_not_installed_is_an_error(monkeypatch):
     monkeypatch.setattr(gsm8k, "_has_math_verify", lambda: False)
     (told,) = [error.message for error in gsm8k.Config(parser="math_verify").rule_errors()]
     assert "the package math-verify is not installed" in told

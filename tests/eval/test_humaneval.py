@@ -250,7 +250,7 @@ def test_samples_have_seeds_that_hang_on_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "message"),
     [
         ({"allow_code_execution": False}, "without eval.allow_code_execution=true"),
         ({"k": [2]}, r"Invalid eval.humaneval.k=\[2\] with samples=1"),

@@ -121,7 +121,7 @@ def test_corruptions_are_the_mean_over_kinds_and_severities(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("contents", "error"),
+    ("contents", "message"),
     [
         ({}, "labels.npy and one .npy file a corruption are needed"),
         ({"labels": [0] * 5}, "labels.npy and one .npy file a corruption are needed"),
@@ -131,7 +131,7 @@ def test_corruptions_are_the_mean_over_kinds_and_severities(tmp_path):
         ({"labels": [0] * 6, "fog": pictures([0] * 6)}, "6 rows are not five severities"),
     ],
 )
-def test_a_folder_that_does_not_do_is_a_error_of_the_config(tmp_path, contents, message):
+def test_a_folder_that_does_not_do_is_an_error_of_the_config(tmp_path, contents, message):
     folder = write_folder(tmp_path / "c", **contents)
     words = ["model=clip_tiny", "dataset=digits", "eval=[images,corruptions]", f"eval.corruptions.folder={folder}"]
     with pytest.raises(ConfigError) as caught:
@@ -192,7 +192,7 @@ def test_a_run_scores_corruptions_too(words, folder):
     assert metrics["corruptions/fog"] == metrics["corruptions/mean_accuracy"]
 
 
-def test_corruptions_of_other_classes_are_a_error_before_training(words, folder, capsys):
+def test_corruptions_of_other_classes_are_an_error_before_training(words, folder, capsys):
     np.save(folder / "labels.npy", np.array([0, 10] * 5))
     assert run_exp.main([*words, "eval=[corruptions]", f"eval.corruptions.folder={folder}"]) == 2
     assert (

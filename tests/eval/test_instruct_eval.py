@@ -120,7 +120,7 @@ def test_scores_are_means_of_groups():
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "message"),
     [
         ({"tasks": ["gsm8k"]}, "gsm8k is none of mmlu, drop, bbh, humaneval"),
         ({"tasks": []}, "there is nothing to ask"),

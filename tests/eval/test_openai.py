@@ -171,7 +171,7 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("words", "error"),
+    ("words", "message"),
     [
         (["backend=openai"], "Missing base_url"),
         (["base_url=http://x/v1"], "Invalid base_url=http://x/v1 with backend=hf"),
@@ -197,7 +197,7 @@ def test_an_answer_that_stays_null_is_an_empty_one(server):
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:80/v1", "", "ftp://x/v1", "http://[bad/v1", "http:///v1"])
-def test_no_address_is_a_error(url, capsys):
+def test_no_address_is_an_error(url, capsys):
     assert main("gsm8k", ["m", "backend=openai", f"base_url={url}", "rows=/nope"]) == 2
     assert "base_url" in capsys.readouterr().err.splitlines()[1]
 

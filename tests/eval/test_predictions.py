@@ -241,7 +241,7 @@ def test_answers_of_other_weights_than_their_runs_are_named(tmp_path):
     assert len(predictions.read(path)) == 11
 
 
-def test_a_prompt_without_a_token_is_a_error(tmp_path):
+def test_a_prompt_without_a_token_is_an_error(tmp_path):
     backend = Backend()
     with pytest.raises(ConfigError, match=r"Invalid prompt in row 2: .* no token"):
         generate(tmp_path / "run", backend, ["one", " "], ["1", "2"])
@@ -275,7 +275,7 @@ def test_what_made_the_file_is_recorded(tmp_path):
     assert recorded.items() >= {"backend": "fake", "batch_size": 3, "weights": "abc", "max_new_tokens": 5}.items()
 
 
-def test_a_missing_file_is_a_error(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="generate the answers first"):
         predictions.read(tmp_path / "predictions.jsonl")
 

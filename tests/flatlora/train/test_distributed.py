@@ -252,7 +252,7 @@ def test_other_starters_start_zero2_as_torchrun_does(settings, starter):
 
 
 @pytest.mark.parametrize(
-    ("settings", "error"),
+    ("settings", "message"),
     [
         (["trainer=zero2", "peft=lora_pro"], "Invalid trainer=zero2 with peft=lora_pro: that method reads the whole"),
         (["trainer=zero2", "rho=sam"], "Invalid trainer=zero2 with rho=sam: that method reads the whole"),
