@@ -166,9 +166,9 @@ MOST_BYTES = 4 << 30  # of a file of JSON lines, which is read whole
 def _text(path: Path) -> str:
     try:
         with _readable(path):
-            return read_plain(path, MOST_BYTES).decode(
-                "utf-8-sig"
-            )  # with or without the mark that Windows editors put in front
+            content = read_plain(path, MOST_BYTES)
+        text = content.decode("utf-8-sig")  # with or without the mark that Windows editors put in front
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError([f"Broken file {path}: not UTF-8 at byte {error.start}; save it as UTF-8."]) from error
 

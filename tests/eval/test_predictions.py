@@ -7,6 +7,7 @@ import pytest
 
 from eval import predictions
 from eval.backends import Completion, Sampling
+from flatlora.inputs.rows import read_jsonl
 from flatlora.utils.errors import ConfigError
 
 PROMPTS = [f"{'word ' * (7 * i % 5)}question {i}\u2028 ×" for i in range(11)]
@@ -327,3 +328,9 @@ def test_answers_that_no_memory_holds_or_nobody_writes_are_named(tmp_path, make,
     with pytest.raises(ConfigError, match=f"Cannot read .*outcomes.jsonl: {reason}.*; move it away, and it is made"):
         predictions.appended_rows(tmp_path / "outcomes.jsonl")
     assert predictions.appended_rows(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_on_any_system(tmp_path, end):
+    (tmp_path / "rows.jsonl").write_bytes(end.join(['\ufeff{"x": "a\u2028b"}', "", '{"x": 2}', ""]).encode())
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"x": "a\u2028b"}, {"x": 2}]
