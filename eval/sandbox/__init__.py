@@ -9,8 +9,8 @@ else of /usr, /proc, /sys, /etc, /dev and home folders; that a file is there, it
 path that its user may reach. `inside.py` has the walls and says why a program cannot reach the verdict. Linux alone.
 
 What a program and its tests compute is measured in CPU time (`clock.py`), so that other programs do not decide whether
-one is in time. A time-out while others wanted the same cores is repeated alone, and so is a program that something else
-killed, such as a kernel without memory.
+one is in time. A time-out while others wanted the same cores, or after a wait for a disk, is repeated alone, and so is
+a program that something else killed, such as a kernel without memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from flatlora.utils.errors import ConfigError
 _INSIDE = Path(inside.__file__)
 _MIB = 1 << 20
 _LOOK_S = 0.1
-_CROWDED = 0.1  # of the limit, spent waiting for a core: others may be why a program was late
+_CROWDED = 0.1  # of the limit, spent waiting for a core or a disk: others may be why a program was late
+_DISK_PATIENCE = 5  # times the limit, for a disk that does not answer
 _NO_FOLDER = "there is no folder to write to: this machine has no namespaces"
 _FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
 
@@ -244,11 +245,15 @@ def _attempt(task: Task, limits: Limits, held: Walls) -> tuple[Outcome, bool]:
             os.close(handle)
         for work in works:
             os.rmdir(work)  # what is written is written to a file system that nobody else sees, or not at all
-    crowded = clock.waited is None or clock.waited > _CROWDED * limits.seconds
+    crowded = clock.waited is None or clock.waited + clock.on_disk > _CROWDED * limits.seconds
     if clock.cpu > limits.seconds:
         return Outcome(False, f"no verdict within {limits.seconds:g} s of CPU time"), crowded
     if told is None:
-        return Outcome(False, f"no verdict within {limits.seconds:g} s asleep"), crowded
+        disk = clock.asleep <= limits.seconds
+        doing = (
+            f"{_DISK_PATIENCE * limits.seconds:g} s of waiting for a disk" if disk else f"{limits.seconds:g} s asleep"
+        )
+        return Outcome(False, f"no verdict within {doing}"), crowded
     if not told:
         return Outcome(False, "the tests ended without a verdict"), killed
     if told.get("sandbox") is False:
@@ -328,9 +333,9 @@ def _send(process: subprocess.Popen, order: Mapping[str, Any]) -> None:
 
 
 def _hear(handle: int, clock: Clock, seconds: float) -> dict[str, Any] | None:
-    """The verdict; {} when the checker ended without one, None when it is out of time, awake or asleep."""
+    """The verdict; {} when the checker ended without one, None when it is out of time, awake, asleep or on disk."""
     data = b""
-    while max(clock.cpu, clock.asleep) <= seconds:
+    while max(clock.cpu, clock.asleep, clock.on_disk / _DISK_PATIENCE) <= seconds:
         if not select.select([handle], [], [], min(_LOOK_S, seconds))[0]:
             clock.look()
             continue

@@ -1,4 +1,4 @@
-"""What processes have spent: CPU time, time asleep, and time in which they were ready and others had the cores."""
+"""What processes have spent: CPU time, time asleep, waiting for a disk, and ready while others had the cores."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ class Clock:
     Attributes:
         cpu: seconds of CPU time, of all threads.
         asleep: seconds in which none of them ran or wanted to.
+        on_disk: seconds in which none ran, and one waited for a disk or the like (state D), which is none of its doing.
         waited: seconds for which threads were ready to run and did not; None where the kernel does not count them.
     """
 
     def __init__(self, pids: list[int]) -> None:
-        self.cpu, self.asleep, self.waited = 0.0, 0.0, 0.0
+        self.cpu, self.asleep, self.on_disk, self.waited = 0.0, 0.0, 0.0, 0.0
         self._pids = pids
         self._waits: dict[str, float] = {}  # of each thread, those that have ended included
         self._settled = time.monotonic(), 0.0, 0.0
@@ -25,27 +26,31 @@ class Clock:
         """Read the kernel's counters; processes that have ended keep theirs until they are waited for."""
         now = time.monotonic()
         self.cpu = max(self.cpu, sum(_cpu_s(pid) for pid in self._pids))
-        ready = [self._look_at(pid) for pid in self._pids]
+        states = set().union(*map(self._states_of, self._pids))
         waited = sum(self._waits.values())
         self.waited = waited if self._waits else None
-        if any(ready):  # how long it waits is counted when it gets a core: what is not asleep is not known before
+        if b"R" in states:  # how long it waits is counted when it gets a core: what is not asleep is not known before
             return
         then, cpu, before = self._settled
-        self.asleep += max(0.0, now - then - (self.cpu - cpu) - (waited - before))
+        idle = max(0.0, now - then - (self.cpu - cpu) - (waited - before))
+        if b"D" in states:
+            self.on_disk += idle
+        else:
+            self.asleep += idle
         self._settled = now, self.cpu, waited
 
-    def _look_at(self, pid: int) -> bool:
-        """Whether a thread of it runs or is ready to."""
-        is_ready = False
+    def _states_of(self, pid: int) -> set[bytes]:
+        """What its threads do: R for one that runs or is ready to, D for one that waits for a disk, and others."""
+        states = set()
         for folder in _threads(pid):
             try:
                 with open(f"{folder}/stat", "rb") as file:
-                    is_ready |= file.read().rpartition(b")")[2].split()[0] == b"R"
+                    states.add(file.read().rpartition(b")")[2].split()[0])
                 with open(f"{folder}/schedstat", "rb") as file:
                     self._waits[folder] = int(file.read().split()[1]) / 1e9
             except (OSError, IndexError):  # it has ended meanwhile, or nobody counts
                 continue
-        return is_ready
+        return states
 
 
 def _cpu_s(pid: int) -> float:

@@ -20,6 +20,7 @@ import yaml
 
 from eval import humaneval, sandbox
 from eval.sandbox import inside
+from eval.sandbox.clock import Clock
 from flatlora.utils.errors import ConfigError
 
 PROMPT = "def double(x):\n    '''Twice x.'''\n"
@@ -413,3 +414,64 @@ def test_a_machine_that_cannot_keep_a_program_in_is_told_so(monkeypatch):
     with pytest.raises(ConfigError, match=r"cannot be run safely on this machine: its kernel has no Landlock"):
         sandbox.walls()
     sandbox.walls.cache_clear()
+
+
+# --- time that is nobody's doing
+
+
+IN_STATE_D = """
+import ctypes, platform, time
+number, vfork_and_sigchld = {"x86_64": 56, "aarch64": 220}[platform.machine()], 0x4000 | 17
+print("now", flush=True)
+if ctypes.CDLL(None).syscall(number, vfork_and_sigchld, 0, 0, 0, 0) == 0:  # its parent waits in state D for its end
+    time.sleep(SECONDS)
+"""
+
+
+def test_time_in_state_d_is_neither_asleep_nor_cpu():
+    script = IN_STATE_D.replace("SECONDS", "30")
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        process.stdout.readline()
+        deadline = time.monotonic() + 20
+        while b"D" not in Clock([process.pid])._states_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        clock, begun = Clock([process.pid]), time.monotonic()
+        while time.monotonic() - begun < 0.6:
+            time.sleep(0.1)
+            clock.look()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # it and its child, which have a session of their own
+        process.communicate()
+    assert clock.asleep == 0
+    assert 0.5 < clock.on_disk < 0.6 + 0.5
+    sleeping = subprocess.Popen([sys.executable, "-Sc", "import time\ntime.sleep(30)"])
+    try:
+        time.sleep(0.3)  # started by now
+        clock = Clock([sleeping.pid])
+        time.sleep(0.3)
+        clock.look()
+    finally:
+        sleeping.kill()
+        sleeping.wait()
+    assert clock.on_disk == 0
+    assert clock.asleep > 0.2
+
+
+class SlowDisk(Clock):
+    """A disk for which the program waits, and does not sleep: a second goes by with each look."""
+
+    def look(self):
+        super().look()
+        self.on_disk, self.asleep = self.on_disk + 1.0, 0.0
+
+
+def test_a_program_that_waits_for_a_disk_is_not_late_and_is_repeated_alone_before_it_counts_as_wrong(monkeypatch):
+    monkeypatch.setattr(sandbox, "Clock", SlowDisk)
+    monkeypatch.setattr(sandbox, "_LOOK_S", 0.2)
+    limits, held = sandbox.Limits(seconds=1.0), sandbox.walls()
+    slow = f"import time\ntime.sleep(0.5)\n{GOOD}"  # more than the limit on the disk
+    assert sandbox._attempt(sandbox.Task(slow, PROMPT, TEST, "double"), limits, held)[0].passed
+    endless = "import time\ndef double(x):\n    time.sleep(60)\n"
+    found = sandbox._attempt(sandbox.Task(endless, PROMPT, TEST, "double"), limits, held)
+    assert found == ((False, "no verdict within 5 s of waiting for a disk"), True)  # to be repeated
