@@ -1,6 +1,7 @@
 """Hostile programs: each fails its tests, in time, and leaves no process, file or connection behind."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -475,3 +476,94 @@ def test_a_program_that_waits_for_a_disk_is_not_late_and_is_repeated_alone_befor
     endless = "import time\ndef double(x):\n    time.sleep(60)\n"
     found = sandbox._attempt(sandbox.Task(endless, PROMPT, TEST, "double"), limits, held)
     assert found == ((False, "no verdict within 5 s of waiting for a disk"), True)  # to be repeated
+
+
+# --- each of the ways that a machine may have to keep a program in
+
+
+MODES = ["namespaces", "root without namespaces", "a user a program, without namespaces"]
+MODES += [pytest.param("another user", marks=pytest.mark.extra)]  # who imports it all anew, for half a minute
+RIGHT = (
+    "import fractions\ndef double(x):\n    return fractions.Fraction(x * 2) if x == 21 else (one for one in [x, x])\n"
+)
+RIGHT_TEST = "def check(candidate):\n    assert candidate(21) == 42\n    assert list(candidate(1)) == [1, 1]\n"
+IN_EACH_MODE = {
+    "a datagram to a path": False,
+    "objects of others: shared memory, semaphores, queues": False,
+    "a chain of sessions": False,
+    "removed files that stay open": False,
+    "memory by threads": False,
+    "infinite loop": False,
+    "what is mounted": False,
+    "busy beside a loop": True,
+    "right values": True,
+}
+
+
+def run_as_another_user(tasks, room):
+    """[passed, error] of each, run by the user nobody from start to end."""
+    script = "import json, sys\nfrom eval import sandbox\nfrom eval.sandbox import inside\n"
+    script += "held = sandbox.Walls(False, inside.landlock_version(), True, False)\n"
+    script += "for task in json.load(sys.stdin):\n    limits = sandbox.Limits(seconds=1.2)\n"
+    script += "    print(json.dumps(sandbox._run(sandbox.Task(*task), limits, held)), flush=True)\n"
+    folder = room / "nobody"
+    folder.mkdir()
+    folder.chmod(0o777)
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(folder), "HOME": str(folder)}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        told = subprocess.run(
+            [sys.executable, "-c", script],
+            input=json.dumps(tasks),
+            env=environment,
+            cwd=Path(__file__).parents[2],
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert list(folder.glob("flatlora-sandbox-*")) == []
+    finally:
+        shutil.rmtree(folder)
+    return [json.loads(line) for line in told.splitlines()]
+
+
+def outcomes_in(mode, tasks, room):
+    """Those of the tasks in one mode; skips what this machine cannot do."""
+    landlock = sandbox.walls().landlock
+    if mode == "namespaces":
+        held = sandbox.walls()
+        if not held.namespaces:
+            pytest.skip("this machine has no namespaces")
+    else:
+        held = sandbox.Walls(False, landlock, True, mode.startswith("a user"))
+        if os.geteuid() != 0:
+            pytest.skip("root alone takes another user's place")
+    if mode == "another user":
+        if subprocess.run(
+            ["test", "-x", sys.executable], user=65534, group=65534, extra_groups=[], check=False
+        ).returncode:
+            pytest.skip(f"no other user reaches {sys.executable}")
+        return run_as_another_user(tasks, room)
+    if mode.startswith("a user") and not holds(held):
+        pytest.skip(f"no user of its own can be had here, or none that reaches {sys.executable}")
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(lambda task: sandbox._run(task, LIMITS, held), tasks))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_walls_hold_in_each_mode(mode, surroundings, own_room):
+    around, servers = surroundings
+    own = {"busy beside a loop": (BUSY, TEST_ONE), "right values": (RIGHT, RIGHT_TEST)}
+    tasks = []
+    for name in IN_EACH_MODE:
+        program, test = own[name] if name in own else (aimed(name, around), TEST)
+        tasks.append(sandbox.Task(program, PROMPT, test, "double"))
+    found = outcomes_in(mode, tasks, own_room)
+    assert {name: passed for name, (passed, _) in zip(IN_EACH_MODE, found, strict=True)} == IN_EACH_MODE, found
+    assert processes() == []
+    assert left_over() == []
+    with pytest.raises(BlockingIOError):
+        servers[2].recv(1)
