@@ -215,7 +215,11 @@ _HYDRA_KEYS = (
     "hydra.searchpath",
     "hydra.verbose",
 )
-_PROCESSES = {"hydra.launcher.n_jobs": -MOST_JOBS, "hydra.launcher.tasks_per_node": 1}  # the least that each may be
+_PROCESSES = {  # the least that each may be
+    "hydra.launcher.n_jobs": -MOST_JOBS,
+    "hydra.launcher.tasks_per_node": 1,
+    "hydra.launcher.ray.init.num_cpus": 1,  # Ray starts so many workers before the first job
+}
 
 
 def _hydra_errors(override: Override) -> list[str]:

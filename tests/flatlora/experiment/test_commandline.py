@@ -262,6 +262,7 @@ def test_settings_of_hydra_that_it_cannot_take_are_errors(word, capsys):
         "hydra.launcher.n_jobs='${oc.env:MANY}'",
         "hydra.launcher.n_jobs=2,100000",
         "hydra.launcher.tasks_per_node=-1",
+        "hydra.launcher.ray.init.num_cpus=100000",
         "hydra.sweep.subdir=../../../../evil",
         "hydra.sweep.subdir=/evil",
         "hydra.sweep.subdir=a/../../evil",
