@@ -179,7 +179,7 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
         (["backend=openai", "base_url=http://x/v1", "batch_size=4"], "Invalid batch_size=4 with backend=openai"),
         (["backend=vllm", "device=cpu"], "Invalid device=cpu with backend=vllm"),
         (["backend=vllm"], "vLLM is not installed in this environment; make vllm makes one"),
-        (["backend=tgi"], "Invalid backend='tgi': input should be 'hf', 'vllm' or 'openai'"),
+        (["backend=tgi"], "Invalid backend='tgi': it must be one of 'hf', 'vllm' or 'openai'"),
     ],
 )
 def test_settings_of_backends_are_checked(words, message, tmp_path, capsys):
