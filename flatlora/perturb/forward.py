@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -15,22 +15,35 @@ from transformers.pytorch_utils import Conv1D
 from flatlora.perturb.epsilon import Draw
 from flatlora.perturb.layers import PerturbedLayer, has_standard_forward
 
-if TYPE_CHECKING:
-    from flatlora.perturb.perturbation import WeightPerturbation
+
+class Perturbation(Protocol):
+    """What the forwards ask of a `WeightPerturbation`."""
+
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def layers(self) -> Sequence[PerturbedLayer]: ...
+
+    def reading(self, index: int) -> Reading | None:
+        """What layer number `index` reads now; None while it reads W."""
+        ...
+
+    def perturbed_weight(self, index: int, draw: Draw) -> torch.Tensor:
+        """W + ε of layer number `index` in the stored layout."""
+        ...
 
 
 class Reading(NamedTuple):
     """W + ε of one layer as one forward read it; its backward must read the same."""
 
-    perturbation: WeightPerturbation
+    perturbation: Perturbation
     layer: int  # its number
     draw: Draw
 
     def weight(self) -> torch.Tensor:
-        """W + ε in the stored layout: the copy, or made in a buffer that the next call overwrites."""
-        if self.perturbation.mode == "copy":
-            return self.perturbation._copies[self.layer]
-        return self.perturbation._epsilon.materialize(self.layer, self.draw)
+        """W + ε in the stored layout."""
+        return self.perturbation.perturbed_weight(self.layer, self.draw)
 
 
 class _Wrapper:
@@ -40,7 +53,7 @@ class _Wrapper:
     weights, hashes, checkpoints, merges, and an evaluation after an interrupted step.
     """
 
-    def __init__(self, perturbation: WeightPerturbation, index: int, module: nn.Module) -> None:
+    def __init__(self, perturbation: Perturbation, index: int, module: nn.Module) -> None:
         self.perturbation, self.index, self.module = perturbation, index, module
         self.layer = perturbation.layers[index]
         self.replaced = module.__dict__.get("forward")  # accelerate's hooks sit there too
@@ -79,7 +92,7 @@ class _Wrapper:
 class PerturbedForward(_Wrapper):
     """The forward of a layer in copy and recompute mode: reads W + ε while there is a `reading`, else W."""
 
-    def __init__(self, perturbation: WeightPerturbation, index: int, module: nn.Module) -> None:
+    def __init__(self, perturbation: Perturbation, index: int, module: nn.Module) -> None:
         super().__init__(perturbation, index, module)
         self.is_standard = self.layer.quantized or (self.replaced is None and has_standard_forward(module))
         self._checked = self.is_standard

@@ -269,6 +269,11 @@ class WeightPerturbation:
         stored = weight.detach().contiguous().cpu().view(torch.uint8)
         return hashlib.sha256(stored.numpy()).hexdigest()
 
+    def perturbed_weight(self, index: int, draw: Draw) -> torch.Tensor:
+        """W + ε of layer number `index` in the stored layout: the copy, or made in a buffer that the next call
+        overwrites."""
+        return self._copies[index] if self.mode == "copy" else self._epsilon.materialize(index, draw)
+
     def reading(self, index: int) -> Reading | None:
         """What layer number `index` reads now; None while it reads W."""
         layer = self.layers[index]
