@@ -9,6 +9,15 @@ from flatlora.optim.lora_pro import LoRAPro, lora_pairs
 from flatlora.perturb.callback import FlatLoraCallback
 from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
+from flatlora.perturb.settings import NoiseSettings
 from flatlora.utils.precision import fast_dtype
 
-__all__ = ["FlatLoraCallback", "LoRAPro", "WeightPerturbation", "fast_dtype", "find_lora_layers", "lora_pairs"]
+__all__ = [
+    "FlatLoraCallback",
+    "LoRAPro",
+    "NoiseSettings",
+    "WeightPerturbation",
+    "fast_dtype",
+    "find_lora_layers",
+    "lora_pairs",
+]
