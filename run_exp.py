@@ -11,9 +11,11 @@ from data import DATASETS
 from data.kinds import KINDS
 from eval import BENCHMARKS
 from eval.command import BACKENDS, evaluate, print_score
-from flatlora import experiment
+from flatlora.experiment import launch
+from flatlora.experiment.prepare import prepare as prepare_inputs
+from flatlora.experiment.suite import Suite
 
-SUITE = experiment.Suite(
+SUITE = Suite(
     conf_dir=Path(__file__).parent / "conf",
     script=Path(__file__),
     datasets=DATASETS,
@@ -23,8 +25,8 @@ SUITE = experiment.Suite(
     evaluate=evaluate,
     print_score=print_score,
 )
-main, prepare = partial(experiment.main, SUITE), partial(experiment.prepare, SUITE)
-experiment_of, experiments_of = partial(experiment.experiment_of, SUITE), partial(experiment.experiments_of, SUITE)
+main, prepare = partial(launch.main, SUITE), partial(prepare_inputs, SUITE)
+experiment_of, experiments_of = partial(launch.experiment_of, SUITE), partial(launch.experiments_of, SUITE)
 
 if __name__ == "__main__":
     sys.exit(main())

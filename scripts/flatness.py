@@ -23,7 +23,7 @@ from torch import nn
 
 import run_exp
 from flatlora.config.experiment import Experiment, parse
-from flatlora.experiment import Inputs
+from flatlora.experiment.prepare import Inputs
 from flatlora.inputs.rows import gather
 from flatlora.methods.adapters.lora import find_targets
 from flatlora.models import loading
