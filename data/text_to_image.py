@@ -108,20 +108,26 @@ class Config(DatasetConfig):
             )
         return errors + self._prior_errors()
 
-    def _prior_errors(self) -> list[str]:
+    def _prior_errors(self) -> list[SettingError]:
         if self.class_prompt is None:
             given = {"class_folder": None, "class_images": None, "class_steps": 30, "prior_weight": 1.0}
             return [
-                f"Invalid dataset.{key}={getattr(self, key)} without dataset.class_prompt: it is of prior "
-                'preservation; set dataset.class_prompt="a photo of a dog", or leave the key out.'
+                SettingError(
+                    (key, "class_prompt"),
+                    f"Invalid dataset.{key}={getattr(self, key)} without dataset.class_prompt: it is of prior "
+                    'preservation; set dataset.class_prompt="a photo of a dog", or leave the key out.',
+                )
                 for key, plain in given.items()
                 if getattr(self, key) != plain
             ]
         if (self.class_folder is None) == (self.class_images is None):
             return [
-                f"Invalid dataset.class_images={self.class_images} with dataset.class_folder={self.class_folder}: "
-                "exactly one of them says where the pictures of dataset.class_prompt come from; set class_images=100 "
-                "to let the model make them, or name a folder."
+                SettingError(
+                    ("class_images", "class_folder"),
+                    f"Invalid dataset.class_images={self.class_images} with dataset.class_folder={self.class_folder}: "
+                    "exactly one of them says where the pictures of dataset.class_prompt come from; set "
+                    "class_images=100 to let the model make them, or name a folder.",
+                )
             ]
         return []
 

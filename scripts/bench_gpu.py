@@ -30,7 +30,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from flatlora import reference
 from flatlora.fused.acceleration import GraphedMicroStep, accelerate
 from flatlora.noise import philox, triton_kernels
 from flatlora.perturb.layers import find_lora_layers
@@ -186,14 +185,14 @@ class Contender:
 
 
 class Published:
-    """ε as published: that of reference.py, drawn by torch, added to the BF16 weights in place and subtracted again."""
+    """ε as published: drawn by torch, added to the BF16 weights in place and subtracted again."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
 
     @torch.no_grad()
     def begin(self, step: int) -> None:
-        self.seed, self.c = step, [reference.row_std(layer, SIGMA) for layer in self.layers]
+        self.seed, self.c = step, [self._row_std(layer) for layer in self.layers]
         self._add(+1.0)
 
     @torch.no_grad()
@@ -202,6 +201,13 @@ class Published:
 
     def close(self) -> None:
         """Nothing is kept."""
+
+    @staticmethod
+    def _row_std(layer: LoraLayer) -> torch.Tensor:
+        """`reference.row_std` with W' summed in BF16, as the published code does."""
+        weight = layer.base_layer.weight
+        merged = weight + layer.get_delta_weight("default").to(weight.dtype)
+        return SIGMA / weight.shape[1] ** 0.5 * merged.float().norm(dim=1)
 
     def _add(self, sign: float) -> None:
         torch.manual_seed(self.seed)

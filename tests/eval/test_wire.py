@@ -12,7 +12,7 @@ import pytest
 import wandb
 
 import run_exp
-from eval import mt_bench
+from eval import BENCHMARKS
 from eval.backends import Sampling, wire
 from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
 from eval.command import main
@@ -257,8 +257,11 @@ def test_a_judges_key_is_for_the_address_that_it_was_named_with(monkeypatch):
 
     saved = {"judge": "j", "judge_url": "https://a/v1", "judge_key": "MY_KEY"}
     place = SimpleNamespace(scored_with=saved)
-    assert _config(mt_bench, lambda: place, {}).judge_key == "MY_KEY"
-    assert _config(mt_bench, lambda: place, {"judge_url": "https://b/v1"}).judge_key is None
-    assert _config(mt_bench, lambda: place, {"judge_url": "https://b/v1", "judge_key": "MY_KEY"}).judge_key == "MY_KEY"
+    assert _config(BENCHMARKS["mt_bench"], lambda: place, {}).judge_key == "MY_KEY"
+    assert _config(BENCHMARKS["mt_bench"], lambda: place, {"judge_url": "https://b/v1"}).judge_key is None
+    assert (
+        _config(BENCHMARKS["mt_bench"], lambda: place, {"judge_url": "https://b/v1", "judge_key": "MY_KEY"}).judge_key
+        == "MY_KEY"
+    )
     with pytest.raises(ConfigError, match="is never the key itself"):
-        _config(mt_bench, lambda: place, {"judge_key": "abc123"})
+        _config(BENCHMARKS["mt_bench"], lambda: place, {"judge_key": "abc123"})
