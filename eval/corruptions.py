@@ -47,7 +47,7 @@ class Config(Section):
         try:
             read_folder(Path(self.folder))
         except ConfigError as error:
-            return error.errors
+            return [SettingError(("folder",), message) for message in error.errors]
         return []
 
 

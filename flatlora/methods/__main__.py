@@ -19,7 +19,7 @@ def matrix() -> str:
         cells = []
         for column in columns:
             reason = refusal(row, column)
-            cells.append("✓" if reason is None else f"[{reasons.setdeerror(reason, len(reasons) + 1)}]")
+            cells.append("✓" if reason is None else f"[{reasons.setdefault(reason, len(reasons) + 1)}]")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     notes = [f"[{number}] {reason}." for reason, number in reasons.items()]
     return "\n".join([*lines, "", "  \n".join(notes)])

@@ -250,7 +250,9 @@ def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys, monkeypa
     assert "pictures are scored by a run that says which classes there are" in told("images", "some/model")
     assert run_exp.main([*words, "eval=[]"]) == 0
     run = run_folder(words)
-    assert "Missing folder: write folder=VALUE; name the folder of CIFAR-10-C" in told("corruptions", run)
+    assert "Missing folder: this key has no default; set folder=VALUE; name the folder of CIFAR-10-C" in told(
+        "corruptions", run
+    )
     assert "Invalid eval.corruptions.folder=/nope" in told("corruptions", run, "folder=/nope")
     assert "Invalid rows: the pictures are known" in told("corruptions", run, f"folder={folder}", "rows=/x.jsonl")
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "label": 30}\n')

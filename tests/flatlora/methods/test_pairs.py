@@ -192,9 +192,9 @@ def test_lora_fa_steps_by_its_formula_in_the_precision_of_the_run(autocast, digi
     experiment = run_exp.experiment_of([*tiny_settings, "peft=lora_fa", "optim.adam_epsilon=1"])
     from tests.conftest import tiny_llama
 
-    model = methods.method("lora_fa").apply(tiny_llama(), experiment.peft, methods.Start(0))
+    model = methods.ADAPTERS["lora_fa"].apply(tiny_llama(), experiment.peft, methods.Start(0))
     settings = methods.Training(experiment.optim, autocast=autocast)
-    optimizer = methods.method("lora_fa").optimizer(model, experiment.peft, settings)
+    optimizer = methods.ADAPTERS["lora_fa"].optimizer(model, experiment.peft, settings)
     wanted, scaling = {}, experiment.peft.lora_alpha / experiment.peft.lora_r
     parameters, generator = dict(model.named_parameters()), torch.Generator().manual_seed(1)
     for name, B in parameters.items():

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, L
 
 import run_exp
 from flatlora.config.sections import ModelConfig
+from flatlora.experiment.run import EXIT_CONFIG
 from flatlora.models import loading
 from flatlora.models.clip import Classes
 from flatlora.models.random_weights import write_random_clip
@@ -98,7 +99,7 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_refused_with_the_names(nam
 
 def test_a_training_on_an_incomplete_checkpoint_is_refused(tiny_model_folder, tiny_settings, tmp_path, capsys):
     folder = rewritten(tiny_model_folder, tmp_path / "broken", without("lm_head"))
-    assert run_exp.main([*tiny_settings, f"model.hub_id={folder}"]) == run_exp.EXIT_CONFIG
+    assert run_exp.main([*tiny_settings, f"model.hub_id={folder}"]) == EXIT_CONFIG
     told = capsys.readouterr().err
     assert "1 (lm_head.weight) missing" in told
     assert "Traceback" not in told

@@ -479,7 +479,7 @@ def test_a_run_goes_on_with_the_weights_that_it_began_with(
     settings = json.loads((base / "config.json").read_bytes())
     changed = settings | {"rope_parameters": {**settings["rope_parameters"], "rope_theta": 500.0}}
     (base / "config.json").write_text(json.dumps(changed))
-    assert run_exp.main([*killed, "resume=true"]) == run_exp.EXIT_CONFIG
+    assert run_exp.main([*killed, "resume=true"]) == run_module.EXIT_CONFIG
     assert "was trained on other settings of the backbone" in " ".join(capsys.readouterr().err.split())
     assert contents(run_folder(killed)) == before
     (base / "config.json").write_text(json.dumps(settings | {"transformers_version": "5.0.0", "_name_or_path": "x"}))
