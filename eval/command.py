@@ -248,7 +248,7 @@ def print_score(benchmark: str, score: dict[str, Any]) -> None:
 
 
 def _parse_words(module: Benchmark, words: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
-    """(keys of every benchmark, None for faulty ones; the benchmark's own settings that are given; errors)."""
+    """(keys of every benchmark, None for invalid ones; the benchmark's own settings that are given; errors)."""
     known = {**Target.model_fields, **module.Config.model_fields}
     values, messages = {}, []
     for word in words:

@@ -40,9 +40,8 @@ class ResolvedModel:
     scored_with: dict[str, Any] = field(default_factory=dict)  # the run's own settings of the benchmark
     dataset: Mapping[str, Any] = field(default_factory=dict)  # the run's, as its config.yaml has it
     data_root: str | None = None
-    base: str | None = (
-        None  # the backbone's state that the run's record has, see `flatlora.models.loading.backbone_state`
-    )
+    # The backbone's state that the run's record has, see `flatlora.models.loading.backbone_state`.
+    base: str | None = None
     base_named: bool = False  # whether base=... says where the backbone is
 
 

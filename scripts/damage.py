@@ -47,7 +47,7 @@ from scripts.arguments import positive
 PROJECT = Path(__file__).parents[1]
 
 PATIENCE_S = 60
-FAULTS = ("traceback", "hang", "silent difference", "write outside")
+ERRORS = ("traceback", "hang", "silent difference", "write outside")
 SETTINGS = [
     "model.embedded=null",
     "model.dtype=float32",
@@ -105,14 +105,14 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="damage-") as folder, _own_cache(Path(folder) / "cache"):
         counts = damage_all(Path(folder), options.sample, options.seed, options.only, print)
     print(f"{counts['damages']} damages, {counts['actions']} actions; {counts['named']} named, {counts['equal']} equal")
-    print(", ".join(f"{counts[message]} {message}s" for message in FAULTS))
-    return int(any(counts[message] for message in FAULTS))
+    print(", ".join(f"{counts[kind]} {kind}s" for kind in ERRORS))
+    return int(any(counts[kind] for kind in ERRORS))
 
 
 def damage_all(
     root: Path, sample: int | None, seed: int, only: str = "", on_error: Callable[[str], None] = print
 ) -> Counter[str]:
-    """{what: how often} over all states, `FAULTS` among them; each error is told as it is found."""
+    """{what: how often} over all states, `ERRORS` among them; each error is told as it is found."""
     counts: Counter[str] = Counter()
     write_model(root / "model")
     work, outside = root / "work", root / "outside"
@@ -147,10 +147,10 @@ def damage_all(
                 answer, message = _answer(action, work)
                 counts["actions"] += 1
                 kind = message or _judge(answer, wanted[name], file)
-                if kind not in FAULTS and _state(root, work) != before:
+                if kind not in ERRORS and _state(root, work) != before:
                     kind = "write outside"
                 counts[kind] += 1
-                if kind in FAULTS:
+                if kind in ERRORS:
                     told = answer.told[-2000:]
                     on_error(f"{kind}: {stage.name} {file} {damage}, {name}: exit code {answer.code}\n{told}")
     return counts

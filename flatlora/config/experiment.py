@@ -94,8 +94,10 @@ class Experiment(Section):
 
 
 SectionChooser = Callable[[str, Mapping[str, Any]], type[Section] | str]
-"""(section, raw section) → the class that types it, or an error; lets methods, loaders and evaluators own their "
-"keys."""
+"""(section, raw section) → the class that types it, or an error.
+
+It lets methods, loaders and evaluators own their keys.
+"""
 
 
 class Registry(Protocol):

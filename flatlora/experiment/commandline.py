@@ -548,7 +548,7 @@ def mask_record(sweep_folder: Path) -> None:
 
 @contextlib.contextmanager
 def hydra_errors() -> Iterator[None]:
-    """Errors of Hydra's as errors: by itself it prints them, at times with a traceback, and ends the process."""
+    """Errors of Hydra's as `ConfigError`: by itself it prints them, at times with a traceback, and ends the process."""
     variable = "HYDRA_FULL_ERROR"  # set, it lets them through
     before = os.environ.get(variable)
     os.environ[variable] = "1"

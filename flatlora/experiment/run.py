@@ -113,10 +113,8 @@ def execute(
         base: state of the backbone's weights, as `loading.backbone_state` has it.
     """
     environment.reset_peak_memory()
-    for polite in (
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # recorded as interrupted; while it trains, see flatlora.train.preemption
+    # Recorded as interrupted; while it trains, see flatlora.train.preemption.
+    for polite in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(polite, signal.default_int_handler)
     record, code, forward = _new_record(experiment) | {"base": base}, 0, None
     try:

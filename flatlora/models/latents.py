@@ -120,7 +120,7 @@ def encoded(
 
     Args:
         source: folder or hub id of the pipeline.
-        state: of its weights, as `models.backbone_state` gives it.
+        state: of its weights, as `loading.backbone_state` gives it.
         flip: whether pictures are mirrored in half of their draws.
         name: keeps the draws of train, validation and prior rows apart.
 

@@ -1,6 +1,6 @@
 """The CPU's noise as numba compiles it: whole rows of z, alone or added to a weight in the same pass.
 
-The stream and its twin in plain NumPy stand in `noise.py`, which calls what is here.
+The stream and its twin in plain NumPy stand in `philox.py`; `host.py` calls what is here.
 """
 
 import numba

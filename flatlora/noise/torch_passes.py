@@ -1,7 +1,7 @@
 """The noise pass and the row-norm pass as plain torch operations, on any device: what runs without Triton.
 
-The same stream of normals as noise.py and kernels.py, and the slow twin that the kernels are tested against. What
-tensors a pass takes is checked here for both.
+The same stream of normals as philox.py and triton_kernels.py, and the slow twin that the kernels are tested against.
+What tensors a pass takes is checked here for both.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The noise pass and the row-norm pass on a GPU (Triton), one launch for all layers of a dtype.
 
-    noise pass      out_ij = round(W_ij + sign · c_i z_ij)   z: the stream of noise.py, c: paper section 3.3
+    noise pass      out_ij = round(W_ij + sign · c_i z_ij)   z: the stream of philox.py, c: paper section 3.3
     row-norm pass   ‖W'_i‖² = ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ,   W' = W + B·A, the scaling s inside B
 
 Both are bound by memory: each reads W once, and Philox, Box–Muller and the rank-r products hide under that. A pass is
@@ -8,7 +8,7 @@ built once over a list of weights; its addresses go into a table on the device, 
 which row each program of the grid works on. Step and stream are read from device memory, so a captured CUDA graph
 replays with new ones.
 
-Without Triton the passes run as plain torch operations (noise_torch.py), which are also their slow twin in tests.
+Without Triton the passes run as plain torch operations (torch_passes.py), which are also their slow twin in tests.
 """
 
 from __future__ import annotations

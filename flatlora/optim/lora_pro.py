@@ -142,7 +142,7 @@ class LoRAPro(torch.optim.Optimizer):
         if others is None:
             others = getattr(params_pairs, "others", ())
         pairs, others = [Pair(*pair) for pair in params_pairs], list(others)
-        _refuse_errors(pairs, lr, betas, eps, weight_decay, mode, moments, damping)
+        _validate_arguments(pairs, lr, betas, eps, weight_decay, mode, moments, damping)
         self.mode, self.moments, self.damping, self.seed = mode, _MOMENTS[moments], damping, seed
         groups: list[dict[str, Any]] = [
             {
@@ -432,7 +432,7 @@ def _owners(pairs: Sequence[Pair], processes: int) -> dict[str, int]:
     return owners
 
 
-def _refuse_errors(pairs, lr, betas, eps, weight_decay, mode, moments, damping) -> None:
+def _validate_arguments(pairs, lr, betas, eps, weight_decay, mode, moments, damping) -> None:
     errors = []
     if not pairs:
         errors.append("Invalid params_pairs=[]: at least one (A, B) pair is needed; see lora_pairs(model).")

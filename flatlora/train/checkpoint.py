@@ -86,11 +86,11 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
     try:
         return records.read_record(folder / MANIFEST)
     except ConfigError:
-        return None  # `fault_of` tells
+        return None  # `error_of` tells
 
 
 def inference_error(folder: Path) -> str | None:
-    """`fault_of` less what training alone reads. Warns of files beside it that are not those of its time."""
+    """`error_of` less what training alone reads. Warns of files beside it that are not those of its time."""
     manifest = _manifest_of(folder) or {}
     if changed := records.damage(folder.parent, {records.FILES: manifest.get("beside")}):
         logger.warning("%s was written when other files were beside it: %s.", folder, "; ".join(changed))

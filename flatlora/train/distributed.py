@@ -268,8 +268,10 @@ def check_dtypes(found: Mapping[str, list[str]]) -> None:
 
 
 def from_main_process(compute: Callable[[], T]) -> T:
-    """What `compute` returns on rank 0, on every rank; the others wait for it. An error there is an error "
-    "everywhere."""
+    """What `compute` returns on rank 0, on every rank; the others wait for it.
+
+    An error there is an error everywhere.
+    """
     if world_size() == 1:
         return compute()
     answer: list[Any] = [None, None]

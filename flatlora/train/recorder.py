@@ -191,7 +191,7 @@ class BestModel(TrainerCallback):
         self.folder, self.keep = folder, keep  # checkpoints that the run keeps
 
     def begin_from(self, checkpoint_folder: Path | None) -> None:
-        """Take up what was best when a checkpoint was written, which `best_fault` has found whole; None: nothing."""
+        """Take up what was best when a checkpoint was written, which `best_error` has found whole; None: nothing."""
         if checkpoint_folder is None:
             remove(self.folder)
         elif bests := _bests_of(checkpoint_folder):

@@ -1,4 +1,4 @@
-"""Errors that list every error at once, and how values and reasons are written in them."""
+"""The exception that lists every error at once, and how values and reasons are written in it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def test_a_sample_of_damages_has_no_error(tmp_path, monkeypatch, capsys):
     counts = damage.damage_all(tmp_path, sample=4, seed=3)
     assert counts["damages"] == 8
     assert counts["named"] + counts["equal"] == counts["actions"] > 8, capsys.readouterr().out
-    assert not any(counts[message] for message in damage.FAULTS)
+    assert not any(counts[kind] for kind in damage.ERRORS)
 
 
 def test_a_silent_difference_is_found(tmp_path, monkeypatch):

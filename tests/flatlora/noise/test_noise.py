@@ -1,4 +1,4 @@
-"""The noise is what host.py says it is: Philox, Box–Muller, a pure function, standard normal."""
+"""The noise is what philox.py says it is: Philox, Box–Muller, a pure function, standard normal."""
 
 import random
 
