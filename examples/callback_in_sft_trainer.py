@@ -41,10 +41,13 @@ def main() -> dict[str, float]:
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[FlatLoraCallback(sigma=0.05)],
         )
+        parameters = dict(trainer.model.named_parameters())
+        frozen = {name: p.detach().clone() for name, p in parameters.items() if not p.requires_grad}
         trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    print(f"loss {losses[0]:.3f} → {losses[-1]:.3f}")
-    return {"first": losses[0], "last": losses[-1]}
+    unchanged = all(torch.equal(parameters[name], weight) for name, weight in frozen.items())
+    print(f"loss {losses[0]:.3f} → {losses[-1]:.3f}; the backbone is unchanged: {unchanged}")
+    return {"first": losses[0], "last": losses[-1], "unchanged": unchanged}
 
 
 if __name__ == "__main__":
