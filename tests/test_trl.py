@@ -67,7 +67,8 @@ def test_sft_trains_on_perturbed_weights(tiny_model_folder, tmp_path):
         torch.testing.assert_close(copy[name], added[name], rtol=1e-3, atol=1e-5)
 
 
-def test_grpo_generates_without_noise_and_trains_with_it(tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("method", ["GRPO", pytest.param("RLOO", marks=pytest.mark.extra)])
+def test_online_methods_generate_without_noise_and_train_with_it(tiny_model_folder, tmp_path, method):
     """Each call of generate() inside a step, against plain PEFT with the same adapter and random state."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder, padding_side="left")
     model, calls = adapted(tiny_model_folder), []
@@ -81,57 +82,11 @@ def test_grpo_generates_without_noise_and_trains_with_it(tiny_model_folder, tmp_
         return answer
 
     model.generate = recorded
-    args = trl.GRPOConfig(
-        str(tmp_path),
-        per_device_train_batch_size=4,
-        num_generations=2,
-        max_completion_length=6,
-        beta=0.1,
-        **PLAIN,
-    )
-    trainer = trl.GRPOTrainer(
-        model,
-        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=args,
-        train_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=tokenizer,
-        callbacks=[flat],
-    )
-    before = backbone_sha256(model), trained(model)
-    trainer.train()
-    assert backbone_sha256(model) == before[0]
-    assert any(not torch.equal(p, before[1][name]) for name, p in trained(model).items())
-    assert len(calls) == 3
-    oracle = adapted(tiny_model_folder)
-    for args, kwargs, state, adapter, training, perturbed, answer in calls:
-        assert perturbed
-        oracle.load_state_dict(adapter, strict=False)
-        oracle.train(training)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.set_rng_state(state)
-            assert torch.equal(oracle.generate(*args, **kwargs), answer)
-
-
-@pytest.mark.extra
-def test_rloo_generates_without_noise_and_trains_with_it(tiny_model_folder, tmp_path):
-    """As with GRPO: what is generated inside a step is plain PEFT's, and the backbone stays as it was."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder, padding_side="left")
-    model, calls = adapted(tiny_model_folder), []
-    flat = FlatLoraCallback(sigma=1.0, ramp="constant")
-    generate = model.generate
-
-    def recorded(*args, **kwargs):
-        before = torch.get_rng_state(), trained(model), model.training
-        answer = generate(*args, **kwargs)
-        calls.append((args, kwargs, *before, flat.perturbation.perturbed, answer))
-        return answer
-
-    model.generate = recorded
     sizes = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6}
-    trainer = trl.RLOOTrainer(
+    trainer = getattr(trl, f"{method}Trainer")(
         model,
         reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=trl.RLOOConfig(str(tmp_path), beta=0.1, **sizes, **PLAIN),
+        args=getattr(trl, f"{method}Config")(str(tmp_path), beta=0.1, **sizes, **PLAIN),
         train_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,
         callbacks=[flat],
