@@ -123,12 +123,19 @@ def tiny_words(request, tiny_model_folder, tiny_t5_folder, cola):
 
 
 def with_extras() -> list:
-    """Rows of tables 3 and 4, and those that differ in a number alone, train in `make test-all`: others are alike."""
-    params = [pytest.param("cost", None, id="cost")]
+    """One row of each method and regularizer trains for a kind of model, a method's own row beside its flat one and
+    rows that differ in a number in `make test-all`."""
+    params, seen = [pytest.param("cost", None, id="cost")], set()
+    kinds = {"table1": "seq2seq", "table1_methods": "seq2seq", "table2": "clip", "table2_methods": "clip"}
     for name, row in ROWS:
-        overrides = LAYOUTS[name].rows[row].overrides
-        is_number = any(one.startswith(("rho.sigma=", "optim.lr=5e-4", "peft.lora_r=")) for one in overrides)
-        is_extra = name in SAME_ROWS[1:] or (name in ("study", "ablation") and is_number)
+        layout = LAYOUTS[name]
+        flat_twin = f"flat_{row}" in layout.rows or (row == "lora" and "flat_lora" in layout.rows)
+        others = [
+            one for one in layout.rows[row].overrides if one.startswith(("peft=", "rho=", "rho.fan", "rho.every"))
+        ]
+        setting = kinds.get(name, "sdxl" if name == "sdxl" else "causal_lm"), *others
+        is_extra = flat_twin or setting in seen
+        seen.add(setting)
         params.append(pytest.param(name, row, marks=pytest.mark.extra if is_extra else (), id=f"{name}-{row}"))
     return params
 

@@ -49,8 +49,11 @@ IN_EXPERIMENTS = ("lora", "rslora", "dora", "pissa", "adalora", "lora_plus", "lo
 
 
 def cost_of(peft, rho):
-    """Marks of a pair: tests/test_experiments.py trains these too, by the rows of the papers' tables."""
-    return [pytest.mark.extra] if peft in IN_EXPERIMENTS and rho in ("off", "flat") else []
+    """Marks of a pair: tests/test_experiments.py trains those of the papers' tables, and methods that are LoRA but for
+    their start or their optimizer's rates meet a regularizer as LoRA does."""
+    in_tables = peft in IN_EXPERIMENTS and rho in ("off", "flat")
+    as_lora = peft in ("rslora", "lora_plus", "olora", "corda", "eva", "lora_ga") and rho not in ("off", "flat")
+    return [pytest.mark.extra] if in_tables or as_lora else []
 
 
 @pytest.mark.slow
@@ -77,14 +80,15 @@ def test_the_documentation_has_the_matrix_that_the_code_prints():
     assert matrix() in (PROJECT / "docs/methods.md").read_text()
 
 
-SETTINGS_ALONE = ("attention", "rslora")  # plain LoRA with other targets or another scaling
+# Plain LoRA with other targets, another scaling, other rates, or a start that is kept as PiSSA's and LoRA-GA's are.
+AS_OTHERS = ("attention", "rslora", "lora_plus", "olora", "corda", "eva")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("peft", "rho"),
     [
-        pytest.param(peft, "flat", marks=pytest.mark.extra if peft in SETTINGS_ALONE else ())
+        pytest.param(peft, "flat", marks=pytest.mark.extra if peft in AS_OTHERS else ())
         for peft in PEFT
         if peft not in ("full_ft", "qv")
     ]
