@@ -70,8 +70,8 @@ class Experiment(Section):
         for key, value in raw.items():
             section = getattr(self, key, None)
             if isinstance(section, Section) and isinstance(value, Mapping):
-                value = {name: item for name, item in value.items() if section.decides(name)}
-            if self.decides(key):
+                value = {name: item for name, item in value.items() if section.decides(name, item)}
+            if self.decides(key, value):
                 identity[key] = value
         if raw["rho"]["method"] == "off" or raw["rho"]["sigma"] == 0:
             identity["rho"] = {"method": "off"}

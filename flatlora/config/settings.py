@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,12 +18,13 @@ class NoSection:
     errors: tuple[str, ...]
 
 
-def setting(default: Any = ..., *, remedy: str = "", identity: bool = True, **rules: Any) -> Any:
+def setting(default: Any = ..., *, remedy: str = "", identity: bool | Literal["changed"] = True, **rules: Any) -> Any:
     """A config field; numbers must be finite.
 
     Args:
         remedy: the end of its error message.
-        identity: whether the trained bytes depend on it; False for scoring, paths, logging and the like.
+        identity: whether the trained bytes depend on it; False for scoring, paths, logging and the like; "changed" for
+            a field that was added when runs had been recorded: at its default it is left out of their identity.
     """
     return Field(default, json_schema_extra={"remedy": remedy, "identity": identity}, **rules)
 
@@ -34,10 +35,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @classmethod
-    def decides(cls, key: str) -> bool:
-        """Whether the trained bytes depend on a field; True for one that this version does not have."""
+    def decides(cls, key: str, value: Any) -> bool:
+        """Whether the trained bytes depend on a field of this value; True for one that this version does not have."""
         field = cls.model_fields.get(key)
-        return field is None or (field.json_schema_extra or {}).get("identity", True)
+        identity = True if field is None else (field.json_schema_extra or {}).get("identity", True)
+        return value != field.get_default() if identity == "changed" else identity
 
     def rule_errors(self) -> list[SettingError]:
         """Errors in how this section's own keys go together; keys are names of fields."""

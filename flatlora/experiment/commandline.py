@@ -38,6 +38,7 @@ _MOST_REFERENCES = 24
 MOST_JOBS = 256
 """Of one sweep: each is composed and checked before the first begins."""
 
+_STRENGTHS = "strengths"  # option of rho → rho.sigma, where a model or protocol has its own; read by conf/rho alone
 GROUPS = ("model", "dataset", "peft", "rho", "trainer", "eval", "experiment")
 _RENAMED_GROUPS = {"dataset_name": "dataset"}
 
@@ -322,7 +323,7 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
             plain = OmegaConf.to_container(compose("config", overrides=force_add(kept)), resolve=True)
-            plain = {key: value for key, value in plain.items() if key not in deleted}
+            plain = {key: value for key, value in plain.items() if key not in (*deleted, _STRENGTHS)}
             return plain | _unchosen_benchmarks(folders, known) | unknown
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra/launcher=5 is a ValueError
         errors = [message for section in unknown.values() for message in section.errors]

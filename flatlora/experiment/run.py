@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +30,8 @@ from flatlora.utils import console, files, records
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import Precision, choose_precision
 
+logger = logging.getLogger(__name__)
+
 EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130  # 75: try again later (sysexits.h)
 
 
@@ -41,6 +44,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
     Raises:
         ConfigError: data, model or folder do not fit the experiment; no weight was loaded and nothing written.
     """
+    _warn_of_strength(experiment)
     if experiment.dry_run:
         console.print_pairs("Dry run: nothing is loaded or written", describe(suite, experiment))
         return 0
@@ -89,6 +93,14 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
         return execute(suite, experiment, folder, inputs, distributed.from_main_process(claim), base)
     finally:
         folder.close()
+
+
+def _warn_of_strength(experiment: Experiment) -> None:
+    strength = methods.REGULARIZERS[experiment.rho.method].strength
+    if strength is None or not experiment.regularized or not distributed.is_main_process():
+        return
+    if warning := strength.warning(experiment.rho.name, experiment.rho.sigma):
+        logger.warning("%s", warning)
 
 
 def _nothing_to_score_from(folder: RunFolder, experiment: Experiment) -> str:
@@ -175,7 +187,7 @@ def train_and_score(
     model = method.apply(backbone, experiment.peft, start)
     if experiment.regularized:
         methods.REGULARIZERS[experiment.rho.method].prepare(model, experiment.rho, experiment.seed)
-    if experiment.trainer.kernels == "auto":
+    if methods.uses_kernels(experiment):
         record["kernels"] = acceleration.accelerate(model, inputs.device)
     record["data_sha256"] = inputs.data_sha256
     record["params"] = loading.parameter_counts(model)

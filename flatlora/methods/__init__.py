@@ -10,10 +10,12 @@ from flatlora.methods.base import (
     Regularizer,
     RhoMethod,
     Start,
+    Strength,
     Training,
     combination_errors,
     owners,
     refusal,
+    uses_kernels,
 )
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "Regularizer",
     "RhoMethod",
     "Start",
+    "Strength",
     "Training",
     "combination_errors",
     "owners",
     "refusal",
+    "uses_kernels",
 ]

@@ -146,7 +146,8 @@ class AdapterMethod:
 class Regularizer(TrainerCallback):
     """What acts on a run besides its loss; one instance a run. A callback, with more hooks that the Trainer calls."""
 
-    second_gradient = False  # whether a step takes its gradient anew after `ascend`
+    second_gradient = False  # whether the running step takes its gradient again after `ascend`
+    reads_rows = False  # whether `weigh_rows` weighs the rows of each micro-batch
 
     @property
     def state(self) -> object:
@@ -170,6 +171,13 @@ class Regularizer(TrainerCallback):
         """Move back to where the step began."""
         raise NotImplementedError
 
+    def finish_gradient(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Change the step's complete gradient, before it is clipped."""
+
+    def weigh_rows(self, losses: torch.Tensor) -> torch.Tensor:
+        """Weights (rows,) of a micro-batch's rows in its loss, from their losses (rows,); of mean 1 or rescaled."""
+        raise NotImplementedError
+
     def extend_optimizer(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
         """Add what is trained besides the adapter."""
 
@@ -189,10 +197,32 @@ class Regularizer(TrainerCallback):
         """Undo what must not outlive the training; harmless at any time."""
 
 
+@dataclass(frozen=True)
+class Strength:
+    """What `rho.sigma` is for a regularizer.
+
+    Args:
+        name: what its paper calls it, with the symbol.
+        published: source → value; a strength more than ten times above or below all of them is warned of.
+    """
+
+    name: str
+    published: Mapping[str, float]
+
+    def warning(self, option: str, value: float) -> str | None:
+        """What to say of a value that is far from all published ones; None for a sensible one."""
+        if min(self.published.values()) / 10 <= value <= 10 * max(self.published.values()):
+            return None
+        known = ", ".join(f"{number:g} ({source})" for source, number in self.published.items())
+        return f"rho.sigma={value:g} is the {self.name} of rho={option}, and far from what papers use: {known}."
+
+
 class RhoMethod:
     """A registered regularizer: its config, and how one is made for a run."""
 
     Config: ClassVar[type[RhoConfig]] = RhoConfig
+    strength: ClassVar[Strength | None] = None  # None: any value is as good as another
+    needs_plain_layers: ClassVar[bool] = False  # PEFT's and transformers' own code, whatever trainer.kernels says
     reads_gradients: ClassVar[bool] = False  # as `AdapterMethod.reads_gradients`
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
@@ -221,6 +251,12 @@ def owners(section: str, key: str) -> list[str]:
 def refusal(peft_method: str, rho_method: str) -> str | None:
     """Why a pair is not run; None where it is."""
     return ADAPTERS[peft_method].refuses.get(rho_method)
+
+
+def uses_kernels(experiment: Experiment) -> bool:
+    """Whether the fast layers and steps of `flatlora.fused` may take part in the training."""
+    plain = experiment.regularized and REGULARIZERS[experiment.rho.method].needs_plain_layers
+    return experiment.trainer.kernels == "auto" and not plain
 
 
 def combination_errors(experiment: Experiment) -> list[SettingError]:

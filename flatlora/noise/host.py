@@ -32,6 +32,14 @@ def normal(
     return fill_normal(out, layer_key(seed, layer), step, stream, row=row, column=column)
 
 
+def normal_like(tensor: torch.Tensor, key: tuple[int, int], step: int, stream: int) -> torch.Tensor:
+    """z, FP32, of the shape and on the device of `tensor`; all dimensions but the last are rows."""
+    out = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
+    fill = fill_normal if out.is_cpu else torch_passes.fill_normal_torch
+    fill(out.view(-1, out.shape[-1]), key, step, stream)
+    return out
+
+
 def fill_normal(
     out: torch.Tensor, key: tuple[int, int], step: int, stream: int, *, row: int = 0, column: int = 0
 ) -> torch.Tensor:

@@ -39,7 +39,7 @@ class FlatLoraCallback(TrainerCallback):
     Args:
         sigma: σ, the `rho` of the published command line (0.05 for language models, 0.15 for CLIP).
         seed: seed of the noise; the Trainer's `args.seed` when None.
-        settings: other fields of `NoiseSettings` (mode, ramp, every, resample, per_rank, scale, fan_in).
+        settings: other fields of `NoiseSettings` (mode, ramp, every, interval, resample, per_rank, scale, fan_in).
     """
 
     def __init__(self, sigma: float, *, seed: int | None = None, **settings: Any) -> None:
@@ -101,7 +101,8 @@ class FlatLoraCallback(TrainerCallback):
     def _warn_of_no_noise(self, total_steps: int) -> None:
         """Every ramp rises: where the last window has no noise, none has."""
         perturbation = self._running
-        if self.sigma > 0 and perturbation.sigma_at(total_steps - 1) == 0:
+        last = total_steps - 1
+        if self.sigma > 0 and perturbation.sigma_at(last - last % perturbation.noise.interval) == 0:
             logger.warning(
                 "sigma=%g perturbs nothing in this training: the %s ramp begins at 0, and with every=%d all %d steps "
                 "take its first value; train for more steps, lower `every`, or use ramp=constant.",

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from flatlora.noise import host, philox
-from flatlora.noise.torch_passes import fill_normal_torch
 from flatlora.perturb.epsilon import Draw, epsilon_of
 from flatlora.perturb.layers import PerturbedLayer
 from flatlora.perturb.perturbation import WeightPerturbation
@@ -150,7 +149,7 @@ class Direction:
     def _row_lengths(self, layer: PerturbedLayer, key: tuple[int, int]) -> torch.Tensor:
         """‖W'_i‖ / ‖z_i‖ (m, FP32)."""
         rows = layer.as_rows(layer.dense())
-        z = _normal(rows, key, self.number, _DIRECTION)
+        z = host.normal_like(rows, key, self.number, _DIRECTION)
         return (rows.double().norm(dim=1) / z.double().norm(dim=1)).float()
 
 
@@ -231,7 +230,7 @@ class Hessian:
     def _random(self, seed: int, stream: int, number: int) -> list[torch.Tensor]:
         parts = []
         for layer in self.layers:
-            z = _normal(layer.as_rows(layer.dense()), philox.layer_key(seed, layer.name), number, stream)
+            z = host.normal_like(layer.as_rows(layer.dense()), philox.layer_key(seed, layer.name), number, stream)
             parts.append(layer.as_stored(z).to(layer.dtype))
         return parts
 
@@ -243,13 +242,6 @@ def _unit(vector: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _dot(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
     return float(sum((a.double() * b.double()).sum() for a, b in zip(left, right, strict=True)))
-
-
-def _normal(like: torch.Tensor, key: tuple[int, int], step: int, stream: int) -> torch.Tensor:
-    """z (m × n, FP32) on the device of `like`."""
-    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    fill = host.fill_normal if out.is_cpu else fill_normal_torch
-    return fill(out, key, step, stream)
 
 
 @contextlib.contextmanager

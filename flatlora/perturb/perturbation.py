@@ -160,7 +160,9 @@ class WeightPerturbation:
         self._epsilon.check()
 
     def sigma_at(self, step: int) -> float:
-        """σ_t that `begin(step)` uses."""
+        """σ_t that `begin(step)` uses; 0 in the steps between those that `interval` perturbs."""
+        if step % self.noise.interval:
+            return 0.0
         return sigma_at(step - step % self.noise.every, self.total_steps, self.noise.sigma, self.noise.ramp)
 
     def drift(self) -> dict[str, float] | None:

@@ -22,8 +22,9 @@ class NoiseSettings:
         mode: how layers read W + ε; auto is copy where the buffer takes at most half of the free memory, else
             recompute.
         every: draw a new ε only every so many optimizer steps, σ_t and row norms included, and train all steps of the
-            window on it. Not the published code's T: there ε is taken away after the window's first step, and the other
-            T − 1 are trained on W.
+            window on it.
+        interval: perturb only the first of every so many optimizer steps and train the others on W: the published
+            code's T.
         resample: "step" keeps one ε for all micro-batches of a step, "micro_batch" draws one for each.
         per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
         scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
@@ -37,6 +38,7 @@ class NoiseSettings:
     ramp: Ramp = "cosine"
     mode: Mode = "auto"
     every: int = 1
+    interval: int = 1
     resample: Resample = "step"
     per_rank: bool = False
     scale: Scale = "filter"
@@ -48,6 +50,10 @@ class NoiseSettings:
             errors.append(f"Invalid sigma={self.sigma}: it must be finite and ≥ 0; use sigma=0 for plain LoRA.")
         if self.every < 1:
             errors.append(f"Invalid every={self.every}: it counts optimizer steps and must be ≥ 1.")
+        if self.interval < 1:
+            errors.append(f"Invalid interval={self.interval}: it counts optimizer steps and must be ≥ 1.")
+        if self.every > 1 and self.interval > 1:
+            errors.append(f"Invalid every={self.every} with interval={self.interval}: set one of them.")
         for name, choices in (("ramp", Ramp), ("mode", Mode), ("resample", Resample), ("scale", Scale)):
             if (value := getattr(self, name)) not in get_args(choices):
                 errors.append(f"Invalid {name}={value!r}: choose one of {', '.join(get_args(choices))}.")

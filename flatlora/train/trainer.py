@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from flatlora.config.experiment import Experiment
 from flatlora.fused.acceleration import GraphedMicroStep
 from flatlora.fused.lora_linear import fused_throughout
-from flatlora.methods import AdapterMethod, Training
+from flatlora.methods import AdapterMethod, Training, uses_kernels
 from flatlora.models.starts import load_adapter, mark_checkpoint
 from flatlora.train import checkpoint
 from flatlora.train.distributed import is_main_process, zero_step
@@ -30,7 +30,7 @@ from flatlora.train.recorder import StepRecorder, put_back_rows
 from flatlora.train.samplers import BucketSampler, EpochSampler
 from flatlora.train.saving import BackgroundWriter, to_host
 from flatlora.utils.files import out_of_space
-from flatlora.utils.labels import IGNORED_LABEL
+from flatlora.utils.labels import IGNORED_LABEL, row_losses
 from flatlora.utils.precision import autocast, choose_precision
 
 _GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured graph for each
@@ -127,7 +127,27 @@ class FlatTrainer(Trainer):
             self._micro_batches.append(inputs)
             if last:
                 self._take_gradient_anew(model, num_items_in_batch)
+        if self.regularizer and last:
+            self.regularizer.finish_gradient([p for p in model.parameters() if p.requires_grad])
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The model's own loss, or that of the rows as the regularizer weighs them."""
+        if not (self.regularizer and self.regularizer.reads_rows):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs)
+        sums, counts = row_losses(outputs.logits, inputs["labels"], shifted=self.model_accepts_loss_kwargs)
+        weights = self.regularizer.weigh_rows(sums / counts.clamp_min(1))
+        loss = (weights * sums).sum() / (weights * counts).sum().clamp_min(1)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            loss = loss * counts.sum() * self.args.world_size / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
 
     def _sum_gradients(self, model: nn.Module) -> None:
         """Over the processes, once a step: graphed micro-steps leave theirs in one buffer, past all hooks."""
@@ -228,7 +248,7 @@ class FlatTrainer(Trainer):
 
     @property
     def _on_gpu(self) -> bool:
-        return self.experiment.trainer.kernels == "auto" and self.args.device.type == "cuda"
+        return uses_kernels(self.experiment) and self.args.device.type == "cuda"
 
     @property
     def _needs_no_mask(self) -> bool:

@@ -77,6 +77,7 @@ class AdaLora(Lora):
     refuses: ClassVar = {
         "nbar": _BAR,
         "obar": _BAR,
+        "rwp_lora": "RWP_LoRA perturbs a pair of factors, and AdaLoRA has three",
         "bi_lora": "PEFT trains one AdaLoRA adapter at a time, and Bi-LoRA needs two",
     }
 

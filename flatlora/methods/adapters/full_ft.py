@@ -15,8 +15,11 @@ _NO_PAIR = "there is no pair of factors in full fine-tuning"
 
 @ADAPTERS.register("full_ft")
 class FullFineTuning(AdapterMethod):
-    refuses: ClassVar = {"flat": _NO_BACKBONE, "nbar": _NO_PAIR, "obar": _NO_PAIR, "bi_lora": _NO_PAIR}
-
+    refuses: ClassVar = {
+        "flat": _NO_BACKBONE,
+        "sam_full": "it moves a frozen backbone under an adapter; under full fine-tuning rho=sam moves all weights",
+        **dict.fromkeys(("nbar", "obar", "bi_lora", "rwp_lora"), _NO_PAIR),
+    }
     needs_dense = True
     not_of_diffusion = "what is kept of a diffusion model is an adapter that diffusers loads, and this has none"
 

@@ -26,6 +26,7 @@ class LoraFA(Lora):
     refuses: ClassVar = {
         "nbar": "BAR rescales A and B against each other, and LoRA-FA's A is frozen",
         "obar": "BAR rescales A and B against each other, and LoRA-FA's A is frozen",
+        "rwp_lora": "RWP_LoRA perturbs both factors, and LoRA-FA's A is frozen",
         "bi_lora": "LoRA-FA's optimizer freezes every A, and Bi-LoRA trains two",
     }
     has_optimizer = True

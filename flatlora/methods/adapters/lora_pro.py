@@ -33,6 +33,9 @@ class LoraProConfig(LoraMethodConfig):
         return errors
 
 
+_SAM = "LoRA-Pro's closed form holds for gradients taken where A and B stand, and SAM takes them elsewhere"
+
+
 @ADAPTERS.register("lora_pro")
 class LoraPro(Lora):
     Config = LoraProConfig
@@ -40,7 +43,9 @@ class LoraPro(Lora):
     reads_gradients = True  # it rewrites those of a pair together
     refuses: ClassVar = {
         "bi_lora": "LoRA-Pro's optimizer moves one pair a layer, and Bi-LoRA has two that pull apart",
-        "sam": "LoRA-Pro's closed form holds for gradients taken where A and B stand, and SAM takes them elsewhere",
+        "sam": _SAM,
+        "look_sam": _SAM,
+        "esam": _SAM,
     }
     has_optimizer = True
 

@@ -12,18 +12,21 @@ rate of the step.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from flatlora.config.sections import RhoConfig
-from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod
+from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod, Strength
 from flatlora.optim.lora_pro import Pair, lora_pairs
+
+_STRENGTH = Strength("α", {"Bi-LoRA paper, after the BAR paper": 0.25})
 
 
 @REGULARIZERS.register("nbar")
 class NBar(RhoMethod):
+    strength: ClassVar = _STRENGTH
     reads_gradients = True
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
@@ -32,6 +35,7 @@ class NBar(RhoMethod):
 
 @REGULARIZERS.register("obar")
 class OBar(RhoMethod):
+    strength: ClassVar = _STRENGTH
     reads_gradients = True
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
@@ -23,7 +23,7 @@ from flatlora.config.experiment import Experiment
 from flatlora.config.sections import RhoConfig
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import seeded
-from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod
+from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod, Strength
 from flatlora.utils.errors import SettingError
 
 ASCENT = "ascent"  # name of the second adapter
@@ -38,6 +38,7 @@ class BiLoraConfig(RhoConfig):
 @REGULARIZERS.register("bi_lora")
 class BiLora(RhoMethod):
     Config = BiLoraConfig
+    strength: ClassVar = Strength("radius ρ", {"Bi-LoRA paper": 0.05, "SuperGLUE and Qwen2.5-14B there": 0.1})
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         yield from super().errors(experiment)

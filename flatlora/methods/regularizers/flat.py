@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import RhoConfig
 from flatlora.config.settings import MOST_STEPS, setting
-from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod
+from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod, Strength
 from flatlora.perturb.callback import FlatLoraCallback
 from flatlora.perturb.settings import Mode, NoiseSettings, Ramp, Resample, Scale
 from flatlora.utils.errors import SettingError
@@ -23,6 +23,9 @@ class FlatConfig(RhoConfig):
     ramp: Ramp = "cosine"
     mode: Mode = "auto"
     every: int = setting(1, ge=1, le=MOST_STEPS, remedy="1 draws a new ε at every optimizer step")
+    interval: int = setting(
+        1, identity="changed", ge=1, le=MOST_STEPS, remedy="1 perturbs every optimizer step; the published T"
+    )
     resample: Resample = "step"
     per_rank: bool = False
     scale: Scale = "filter"
@@ -40,6 +43,7 @@ class Off(RhoMethod):
 @REGULARIZERS.register("flat")
 class Flat(RhoMethod):
     Config = FlatConfig
+    strength: ClassVar = Strength("strength σ", {"language models": 0.05, "CLIP": 0.15, "SDXL": 0.1})
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         yield from super().errors(experiment)
@@ -49,6 +53,12 @@ class Flat(RhoMethod):
                 ("rho.every", "rho.resample"),
                 f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "
                 "several a step; drop one of them.",
+            )
+        if rho.every > 1 and rho.interval > 1:
+            yield SettingError(
+                ("rho.every", "rho.interval"),
+                f"Invalid rho.every={rho.every} with rho.interval={rho.interval}: one keeps ε over the steps of a "
+                "window, the other takes it away after the first; drop one of them.",
             )
         if not experiment.regularized:
             return

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from flatlora.config.sections import RhoConfig
-from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod
+from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod, Strength
 
 
 @REGULARIZERS.register("sam")
 class Sam(RhoMethod):
+    strength: ClassVar = Strength("radius ρ", {"Flat-LoRA paper": 0.003, "Bi-LoRA paper": 0.01})
     reads_gradients = True
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:

@@ -45,15 +45,17 @@ def test_every_method_has_an_option_of_its_name():
     assert set(methods.REGULARIZERS) < set(RHO)
 
 
+BASELINES = ("rop", "rwp_lora", "sam_full", "look_sam", "esam")
 IN_EXPERIMENTS = ("lora", "rslora", "dora", "pissa", "adalora", "lora_plus", "lora_ga", "lora_pro")
 
 
 def cost_of(peft, rho):
-    """Marks of a pair: tests/test_experiments.py trains those of the papers' tables, and methods that are LoRA but for
-    their start or their optimizer's rates meet a regularizer as LoRA does."""
+    """Marks of a pair: tests/test_experiments.py trains those of the papers' tables, methods that are LoRA but for their
+    start or their optimizer's rates meet a regularizer as LoRA does, and a baseline is tried on two methods."""
     in_tables = peft in IN_EXPERIMENTS and rho in ("off", "flat")
     as_lora = peft in ("rslora", "lora_plus", "olora", "corda", "eva", "lora_ga") and rho not in ("off", "flat")
-    return [pytest.mark.extra] if in_tables or as_lora else []
+    second = rho in BASELINES and peft not in ("lora", "dora")
+    return [pytest.mark.extra] if in_tables or as_lora or second else []
 
 
 @pytest.mark.slow
