@@ -142,7 +142,10 @@ class FlatTrainer(Trainer):
         if not (self.regularizer and self.regularizer.reads_rows):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs)
-        sums, counts = row_losses(outputs.logits, inputs["labels"], shifted=self.model_accepts_loss_kwargs)
+        shifted = inputs.get("shift_labels")  # of the tokens whose logits are kept
+        labels = inputs["labels"] if shifted is None else shifted
+        predicts_next = self.model_accepts_loss_kwargs and shifted is None
+        sums, counts = row_losses(outputs.logits, labels, shifted=predicts_next)
         weights = self.regularizer.weigh_rows(sums / counts.clamp_min(1))
         loss = (weights * sums).sum() / (weights * counts).sum().clamp_min(1)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:

@@ -94,7 +94,11 @@ AS_OTHERS = ("attention", "rslora", "lora_plus", "olora", "corda", "eva")
         for peft in PEFT
         if peft not in ("full_ft", "qv")
     ]
-    + [("full_ft", "off"), *(("lora", rho) for rho in ("sam", "nbar", "obar", "bi_lora")), ("lora_pro", "nbar")],
+    + [
+        ("full_ft", "off"),
+        *(("lora", rho) for rho in ("sam", "look_sam", "rop", "nbar", "obar", "bi_lora")),
+        ("lora_pro", "nbar"),
+    ],
 )
 def test_killed_and_resumed_is_never_killed(peft, rho, tiny_settings, monkeypatch):
     words = words_of(
