@@ -50,8 +50,8 @@ IN_EXPERIMENTS = ("lora", "rslora", "dora", "pissa", "adalora", "lora_plus", "lo
 
 
 def cost_of(peft, rho):
-    """Marks of a pair: tests/test_experiments.py trains those of the papers' tables, methods that are LoRA but for their
-    start or their optimizer's rates meet a regularizer as LoRA does, and a baseline is tried on two methods."""
+    """Marks of a pair: rows of the papers' tables are trained in tests/test_experiments.py, methods that are LoRA but for
+    their start or their rates meet a regularizer as LoRA does, and a baseline is tried on two methods."""
     in_tables = peft in IN_EXPERIMENTS and rho in ("off", "flat")
     as_lora = peft in ("rslora", "lora_plus", "olora", "corda", "eva", "lora_ga") and rho not in ("off", "flat")
     second = rho in BASELINES and peft not in ("lora", "dora")
