@@ -56,14 +56,14 @@ def sparse(path, size):
 THINGS = {
     "a folder": (lambda path: path.mkdir(), "Is a directory"),
     "a loop of links": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
-    "a link to nothing": (lambda path: path.symlink_to("nothing"), "a link to nothing"),
+    "a broken link": (lambda path: path.symlink_to("nothing"), "a broken link"),
     "a pipe": (os.mkfifo, "it is a pipe, not a file"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a file"),
     "brackets": (lambda path: path.write_text("[" * 100_000), "recursion"),
     "nested groups": (lambda path: path.write_text('{"a":' * 500 + "1" + "}" * 500), "nested deeper than 64"),
     "nothing": (lambda path: path.write_text(""), "Expecting value"),
     "no text": (lambda path: path.write_bytes(b'{"a": "\xff"}'), "decode"),
-    "a list": (lambda path: path.write_text("[1]"), "an object is needed, not a list"),
+    "a list": (lambda path: path.write_text("[1]"), "it must hold an object, not a list"),
     "200 GB": (lambda path: sparse(path, 200 << 30), "it has 204,800 MiB, and at most 64 are read"),
     "a long number": (lambda path: path.write_text("1" * 5000), "4300 digits"),
 }
