@@ -162,7 +162,7 @@ def test_a_diverged_pair_is_named():
     pairs[1].B.data.fill_(math.inf)
     for pair in pairs:
         pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
-    with pytest.raises(FloatingPointError, match="A or B of layer1 holds NaN or infinity"):
+    with pytest.raises(FloatingPointError, match="A or B of layer1 contains NaN or infinity"):
         LoRAPro(pairs).step()
 
 
@@ -261,7 +261,7 @@ def test_state_goes_by_name_and_resumes_exactly(moments, order):
         tolerance = {"rtol": tolerance, "atol": tolerance}
         torch.testing.assert_close(a.A, b.A, **tolerance)
         torch.testing.assert_close(a.B, b.B, **tolerance)
-    with pytest.raises(ValueError, match="other pairs"):
+    with pytest.raises(ValueError, match="its pairs differ"):
         LoRAPro([p._replace(name=f"x{p.name}") for p in resumed]).load_state_dict(saved)
 
 
@@ -385,7 +385,7 @@ def test_others_may_be_named_or_left_out(caplog):
     assert len(LoRAPro(model).param_groups) == 2
     assert caplog.text == ""
     assert len(LoRAPro(list(lora_pairs(model))).param_groups) == 1
-    assert "a plain list of pairs without others=: what is trained besides them" in caplog.text
+    assert "a plain list of pairs without others=: other trained parameters" in caplog.text
     caplog.clear()
     assert len(LoRAPro(list(lora_pairs(model)), others=lora_pairs(model).others).param_groups) == 2
     assert len(LoRAPro(lora_pairs(model)[:1], others=()).param_groups) == 1

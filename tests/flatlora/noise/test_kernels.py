@@ -153,7 +153,7 @@ def arguments(**changes):
         ({"outs": [torch.zeros(4, 8, device="meta")]}, "devices="),
         ({"weights": [torch.zeros(4, 8, dtype=torch.int8)]}, "weight=torch.int8"),
         ({"weights": [torch.zeros(32)]}, r"weight=torch.float32 \(32,\)"),
-        ({"coefficients": torch.ones(5)}, "one contiguous FP32 vector"),
+        ({"coefficients": torch.ones(5)}, "a contiguous FP32 vector"),
         ({"coefficients": torch.ones(4).double()}, "coefficients=torch.float64"),
         ({"keys": [(0, 2**32)]}, r"key\[1\]=4294967296"),
         ({"rows": [2**32 - 3]}, "row=4294967293"),

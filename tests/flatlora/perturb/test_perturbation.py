@@ -546,7 +546,7 @@ def test_begin_twice_and_close_after_an_error(mode):
         perturbation.begin(1)
     other = perturb([layer], mode)
     perturb([layer], mode)
-    with pytest.raises(RuntimeError, match="another one took over"):
+    with pytest.raises(RuntimeError, match="replaced by another one"):
         other.begin(1)
 
 
@@ -568,7 +568,7 @@ def test_a_trained_bias_gets_its_gradient_in_both_modes(make):
 def test_a_trained_weight_is_refused():
     layer = linear_layer()
     layer.weight.requires_grad_()
-    with pytest.raises(ValueError, match="the weights of 1 of them are trained, w among them"):
+    with pytest.raises(ValueError, match="the weights of 1 of them are trained, such as w"):
         perturb([layer])
 
 
@@ -719,7 +719,7 @@ def test_adapters_that_noise_passes_over_are_named(caplog):
     layers = find_lora_layers(get_peft_model(tiny_llama(), config))
     assert len(layers) == 2
     assert "LoRA layers without noise: 1 around Embedding." in caplog.text
-    assert "no LoRA is theirs" not in caplog.text
+    assert "they have no LoRA" not in caplog.text
     caplog.clear()
     for plain in (tiny_lora(), get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_dora=True))):
         find_lora_layers(plain)
@@ -741,7 +741,7 @@ def test_what_is_trained_without_lora_is_named_once(changes, named, caplog):
     find_lora_layers(model)
     (record,) = caplog.records
     told = record.getMessage()
-    assert told.startswith("Parameters trained without noise, for no LoRA is theirs: ")
+    assert told.startswith("Parameters trained without noise, as they have no LoRA: ")
     assert named in told
     beside = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     assert ("and " in told) == (len(beside) > 4)
@@ -808,7 +808,7 @@ def test_weights_that_are_elsewhere_are_refused():
     for weight, told in ((torch.empty(6, 20, device="meta"), "offloaded"), (torch.empty(0), "sharded")):
         layer = linear_layer()
         layer.weight = layer.module.weight = nn.Parameter(weight, requires_grad=False)
-        with pytest.raises(ValueError, match=rf"are not here, w among them \({told}.*DDP or ZeRO-2"):
+        with pytest.raises(ValueError, match=rf"are not on this device, such as w \({told}.*DDP or ZeRO-2"):
             perturb([layer])
     wrapped = nn.Module()
     wrapped.add_module(FSDP_WRAPPED_MODULE, tiny_lora())
