@@ -291,7 +291,7 @@ def _dtype_errors(experiment: Experiment) -> Iterable[SettingError]:
     if model.family == "sdxl" and model.dtype == "float16" and trainer.device == "cpu":
         yield SettingError(
             ("model.dtype", "trainer.device"),
-            f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 can only be trained on a GPU; use "
+            f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
             "model.dtype=bfloat16 or float32.",
         )
     if model.family != "sdxl" and model.dtype == "float16":

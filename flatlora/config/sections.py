@@ -131,7 +131,7 @@ class DiffusionModelConfig(ModelConfig):
         return self._source_errors() + [
             SettingError(
                 (key, "family"),
-                f"Invalid model.{key}={getattr(self, key)} with model={self.name} (sdxl): it has no effect on a "
+                f"Invalid model.{key}={getattr(self, key)} with model={self.name} (sdxl): nothing reads it for a "
                 "diffusion model; leave the key out.",
             )
             for key, plain in unread.items()
@@ -152,7 +152,7 @@ def own_weights(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_section(raw: Mapping[str, Any]) -> type[ModelConfig]:
-    """The class of a raw model section, by its family."""
+    """The class that types a model section, by its family."""
     return DiffusionModelConfig if raw.get("family") == "sdxl" else ModelConfig
 
 
@@ -161,7 +161,7 @@ class DatasetConfig(Section):
 
     name: FolderName = setting(remedy=_OWN_NAME)
     loader: str  # module of the data package
-    kind: ClassVar[Literal["text", "image", "captioned"]] = "text"  # set by the loader; not a setting
+    kind: ClassVar[Literal["text", "image", "captioned"]] = "text"  # of the loader, no setting
 
 
 class TextDatasetConfig(DatasetConfig):
@@ -262,4 +262,4 @@ _REFUSED_BY_WANDB = "\\#?%:"  # in names of projects, besides the slash, which `
 
 
 KINDS = {"causal_lm": "text", "seq2seq": "text", "clip": "image", "sdxl": "captioned"}
-"""Model family → kind of its data sets."""
+"""Family of a model → kind of the data sets that it is trained on."""

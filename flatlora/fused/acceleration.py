@@ -31,7 +31,7 @@ from flatlora.utils.errors import reason_of
 logger = logging.getLogger(__name__)
 
 _GRAPHS = 16  # number of micro-batch shapes that are captured; further shapes run without a graph
-_GRAPH_TOKENS = 4096  # for larger micro-batches, the host launches kernels faster than the GPU runs them
+_GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
 
 
 def accelerate(model: nn.Module, device: torch.device) -> list[str]:

@@ -389,8 +389,8 @@ def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dic
         name, reason = next(iter(elsewhere.items()))
         errors.append(
             f"Invalid layers: the weights of {len(elsewhere)} of them are not on this device, such as {name} "
-            f"({reason}); load the model without device_map='auto' or offloading, and use DDP or ZeRO-2 instead of FSDP "
-            "or ZeRO-3."
+            f"({reason}); load the model without device_map='auto' or offloading, and use DDP or ZeRO-2 instead of "
+            "FSDP or ZeRO-3."
         )
     devices = sorted({str(layer.weight.device) for layer in layers if layer.name not in elsewhere})
     if len(devices) > 1:

@@ -274,7 +274,7 @@ def test_a_label_outside_the_classes_is_named(tmp_path, processor):
 def test_a_label_of_many_digits_is_named(tmp_path, processor):
     for split in ("train", "test"):
         write_split(tmp_path, "ylecun/mnist", "mnist", split, [{"image": "0.png", "label": 10**25}])
-    assert "row 1: a whole number from 0 is needed, not 1000" in errors(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 1: it must be a whole number ≥ 0, not 1000" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_a_negative_label_is_named(tmp_path, processor):
@@ -282,7 +282,7 @@ def test_a_negative_label_is_named(tmp_path, processor):
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, -1]})
-    assert "row 3: a whole number from 0 is needed, not -1" in errors(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 3: it must be a whole number ≥ 0, not -1" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_missing_columns_and_files_are_told_at_once(tmp_path, processor):
@@ -292,7 +292,7 @@ def test_missing_columns_and_files_are_told_at_once(tmp_path, processor):
     pyarrow.parquet.write_table(pyarrow.table({"picture": [1], "digit": [2]}), path)
     told = errors(prepared, tmp_path, "mnist", processor)
     assert [message.split(" in ")[0] for message in told[:2]] == ["Missing column image", "Missing column label"]
-    assert "test.jsonl (or .parquet) is not there" in told[2]
+    assert "test.jsonl (or .parquet) does not exist" in told[2]
 
 
 def test_classes_without_names_are_an_error(tmp_path, processor):
@@ -330,7 +330,7 @@ def test_classes_in_other_words_are_a_warning_where_another_label_reads_more_ali
     own[0], own[6] = own[6], own[0]
     images.classes_of("eurosat", named(*own))
     assert [message.partition(" in ")[0] for message in caplog.messages] == ["Label 0 is PermanentCrop"]
-    assert "where label 6 reads more like it" in caplog.text
+    assert "where label 6 is more similar" in caplog.text
 
 
 def test_splits_that_name_other_classes_are_an_error():

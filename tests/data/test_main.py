@@ -59,7 +59,7 @@ def test_pictures_are_shown_with_classes_and_prompts(capsys):
         (["cola", "sst2"], "one data set is named"),
         (["cola", "dataset.trian_rows=3"], "Unknown key dataset.trian_rows: did you mean dataset.train_rows?"),
         (["cola", "dataset.mismatched=true"], "MNLI alone has a second validation split"),
-        (["cola", "data_root=/nope"], "Invalid data_root=/nope: it is not there"),
+        (["cola", "data_root=/nope"], "Invalid data_root=/nope: it does not exist"),
         (["word_math", "model.hub_id=./nowhere"], "Cannot load model.hub_id=./nowhere: there is no such folder."),
         (["word_math", "dataset.loader=nope"], "Unknown loader nope: known are "),
     ],

@@ -282,7 +282,7 @@ def test_a_label_outside_the_map_is_an_error_that_names_it(tmp_path, task, label
 def test_a_label_that_is_no_whole_number_is_an_error(tmp_path, label):
     write_glue(tmp_path, "cola")
     write_split(tmp_path, glue.HUB_ID, "cola", "train", [{"sentence": "s", "label": label, "idx": 0}])
-    with pytest.raises(ConfigError, match="row 1: a whole number is needed"):
+    with pytest.raises(ConfigError, match="row 1: it must be a whole number"):
         load(tmp_path, "dataset=cola")
 
 

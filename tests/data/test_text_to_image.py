@@ -156,27 +156,27 @@ def test_broken_tags_of_a_camera_break_no_picture(exif, kind):
 def test_pictures_that_no_row_names_are_told(tmp_path, caplog):
     root = folder_of(tmp_path / "own", metadata=[{"file_name": "0.png", "prompt": "a"}])
     assert len(prepared(root).train) == 1
-    assert "2 pictures are left out" in caplog.text
+    assert "2 images are not named in" in caplog.text
 
 
 def test_what_a_folder_holds_besides_pictures_is_told(tmp_path, caplog):
     root = folder_of(tmp_path / "own")
     (root / "other.heic").write_bytes(b"")
     assert len(prepared(root, "dataset.prompt=p").train) == 3
-    assert "1 things in" in caplog.text
+    assert "1 entries of" in caplog.text
     assert "other.heic" in caplog.text
     (tmp_path / "deep" / "inner").mkdir(parents=True)
-    assert "but inner; put some there" in errors(prepared, tmp_path / "deep", "dataset.prompt=p")[0]
+    assert "only inner; put some into it" in errors(prepared, tmp_path / "deep", "dataset.prompt=p")[0]
     assert "it is a file, not a folder" in errors(prepared, root / "0.png", "dataset.prompt=p")[0]
 
 
 def test_a_metadata_file_has_a_prompt_a_row_and_may_name_a_picture_twice(tmp_path, caplog):
     rows = [{"file_name": "0.png", "prompt": "a"}, {"file_name": "0.png", "prompt": "b"}]
     assert len(prepared(folder_of(tmp_path / "twice", metadata=rows)).train) == 2
-    assert "names 1 pictures more than once" in caplog.text
+    assert "names 1 images more than once" in caplog.text
     rows[1]["prompt"] = "  "
     (message,) = errors(prepared, folder_of(tmp_path / "blank", metadata=rows))
-    assert message.endswith("row 2: it is blank; write one, or set dataset.prompt for all pictures.")
+    assert message.endswith("row 2: it is blank; write one, or set dataset.prompt for all images.")
 
 
 def test_cover_cuts_the_middle():
@@ -250,7 +250,7 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
     picture(77).save(own / "2.png")
     (message,) = errors(pictures_of_run, tmp_path, section, None)
     assert "row 3 (2.png) of" in message
-    assert "that the run was trained on (1 of 2)" in message
+    assert "has changed since the run was trained (1 of 2 have)" in message
     (own / "2.png").write_bytes(whole)
     kept = (tmp_path / "pictures.json").read_text()
     for broken in (
@@ -277,7 +277,7 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
     [
         ([], ["Missing dataset.prompt:"]),
         (["dataset.folder=nowhere"], ["Invalid dataset.folder=nowhere: there is no such folder"]),
-        (["dataset.prompt=p", "dataset.min_side=70"], ["Invalid picture in"]),
+        (["dataset.prompt=p", "dataset.min_side=70"], ["Invalid image in"]),
         (["dataset.prompt=p", "dataset.train_rows=9"], ["Invalid dataset.train_rows=9: only 3 rows"]),
         (
             ["dataset.prompt=p", "dataset.train_rows=9", "dataset.class_prompt=c", "dataset.class_folder=nowhere"],
@@ -299,10 +299,10 @@ def test_small_and_broken_pictures_are_named(tmp_path):
     assert "row 2 (1.png) (and 1 more): it is 12 × 90 pixels" in message
     (root / "0.png").write_bytes(b"no picture")
     broken, small = errors(prepared, root, "dataset.prompt=p")
-    assert "row 1 (0.png): no picture of a known format" in broken
+    assert "row 1 (0.png): it is not an image of a known format" in broken
     assert "row 2 (1.png) (and 1 more)" in small
     (tmp_path / "empty").mkdir()
-    assert "no picture is in it" in errors(prepared, tmp_path / "empty", "dataset.prompt=p")[0]
+    assert "it has no images" in errors(prepared, tmp_path / "empty", "dataset.prompt=p")[0]
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_a_forward_that_does_not_read_the_weight_is_refused(mode):
     layer.module.kept = layer.weight.clone()
     perturbation = perturb([layer], mode)
     perturbation.begin(1)
-    with pytest.raises(TypeError, match=r"Invalid layer w=Cached: its forward does not compute with the weight"):
+    with pytest.raises(TypeError, match=r"Invalid layer w=Cached: its forward does not compute with its weight"):
         layer.module(torch.ones(2, 20))
 
 
