@@ -258,7 +258,7 @@ def test_broken_pictures_are_counted_and_named(tmp_path, processor):
     assert "train.parquet, row 3 (and 1 more)" in told[0]
     assert "test.parquet, row 3:" in told[1]
     write_parquet(tmp_path, hub_id, config, "train", {image: whole[4:], label: [0]})
-    assert "row 1: no picture of a known format (PNG, JPEG" in errors(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 1: it is not an image of a known format (PNG, JPEG" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_a_label_outside_the_classes_is_named(tmp_path, processor):
@@ -519,7 +519,9 @@ def test_an_adapter_loads_on_transformers_own_vision_model(tmp_path, settings):
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("peft", "reason"), [("eva", "decoder-only language models alone"), ("corda", "one row")])
+@pytest.mark.parametrize(
+    ("peft", "reason"), [("eva", "only supports decoder-only language models"), ("corda", "one row")]
+)
 def test_methods_that_know_text_alone_say_so(settings, peft, reason, capsys):
     assert run_exp.main([*settings, "dataset=digits", f"peft={peft}"]) == 2
     assert reason in capsys.readouterr().err

@@ -329,7 +329,7 @@ def test_a_data_root_that_is_no_folder_is_an_error(tmp_path, name, problem):
     (tmp_path / "file").write_text("")
     (message,) = errors(read, tmp_path / name)
     assert message.startswith(
-        f"Invalid data_root={tmp_path / name}: {problem}; name the folder that owner/name/default/"
+        f"Invalid data_root={tmp_path / name}: {problem}; name the folder that contains owner/name/default/"
     )
 
 

@@ -264,7 +264,7 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
         assert "is not what a run writes" in errors(pictures_of_run, tmp_path, section, None)[0]
     (tmp_path / "pictures.json").write_text(kept)
     picture(78).save(own / "0a.png")  # the places of all others move
-    assert "(1 of 2)" in errors(pictures_of_run, tmp_path, section, None)[0]
+    assert "(1 of 2 have)" in errors(pictures_of_run, tmp_path, section, None)[0]
     (own / "0a.png").unlink()
     (own / "2.png").unlink()
     assert "has 2, and the run was trained on number 3" in errors(pictures_of_run, tmp_path, section, None)[0]

@@ -61,7 +61,7 @@ def hostile(folder, bomb):
         "endless.png": "it is outside",
         "link.png": "it is outside",
         "circle.png": "Too many levels of symbolic links",
-        "eps.png": "no picture of a known format (PNG, JPEG,",
+        "eps.png": "it is not an image of a known format (PNG, JPEG,",
         "bomb.png": "it has 13000 × 13000 pixels, 169 million, and at most 160 are decoded",
         "folder.png": "it names a folder, not a file",
         "sparse.png": "it has 32,768 MiB, and at most 256 are read",

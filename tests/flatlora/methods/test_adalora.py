@@ -108,5 +108,5 @@ def test_schedules_that_shrink_nothing_are_refused():
     words = ["peft=adalora", "peft.lora_r=null", "peft.lora_relative_r=0.25", "peft.init_r=4"]
     with pytest.raises(ConfigError, match=r"peft\.init_r=4 with a final rank of 8"):
         methods.ADAPTERS["adalora"].check(tiny_llama(), run_exp.experiment_of(words).peft)
-    with pytest.raises(ConfigError, match="no step is left between them"):
+    with pytest.raises(ConfigError, match="leave no step in which ranks are reduced"):
         run_exp.experiment_of(["peft=adalora", "peft.tinit_ratio=0.5", "peft.tfinal_ratio=0.5"])

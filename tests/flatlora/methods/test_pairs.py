@@ -136,9 +136,9 @@ def test_lora_pro_refuses_another_optimizer():
     with pytest.raises(ConfigError, match=r"optim.optimizer=adamw_8bit with peft=lora_pro.*peft.moments=bfloat16"):
         run_exp.experiment_of(["peft=lora_pro", "optim.optimizer=adamw_8bit"])
     assert run_exp.experiment_of(["optim.optimizer=adamw_8bit"]).optim.optimizer == "adamw_8bit"
-    with pytest.raises(ConfigError, match=r"adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot climb"):
+    with pytest.raises(ConfigError, match=r"adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot maximize"):
         run_exp.experiment_of(["optim.optimizer=adamw_8bit", "rho=bi_lora"])
-    with pytest.raises(ConfigError, match=r"peft.moments=bfloat16, .* with peft.mode=sgd: that mode keeps no moments"):
+    with pytest.raises(ConfigError, match=r"peft.moments=bfloat16, .* with peft.mode=sgd: this mode has no moments"):
         run_exp.experiment_of(["peft=lora_pro", "peft.mode=sgd", "peft.moments=bfloat16"])
 
 

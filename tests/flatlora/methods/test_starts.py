@@ -59,7 +59,7 @@ def test_a_resumed_run_starts_from_the_same_bytes(adapt, name, dtype, monkeypatc
     assert first.keys() == again.keys()
     for key, value in first.items():
         assert torch.equal(value, again[key]), key
-    with pytest.raises(ConfigError, match="elsewhere is gone: the checkpoint belongs to the start"):
+    with pytest.raises(ConfigError, match="elsewhere is missing: it has the initial adapter"):
         adapt(name, dtype=dtype, resumed=True, folder="elsewhere")
 
 

@@ -412,7 +412,7 @@ def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_
         ({"target_modules": ["to_q", "to_w"]}, "to_w matches no layer of Denoiser"),
         ({"target_modules": "qv"}, "qv matches no layer"),
         ({"lora_r": 500}, "lora_r=500"),
-        ({"lora_r": None, "lora_relative_r": 0.5}, "many widths"),
+        ({"lora_r": None, "lora_relative_r": 0.5}, "different widths"),
     ],
 )
 def test_layers_that_are_not_there_are_refused_on_the_skeleton(changes, words):
