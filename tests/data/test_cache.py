@@ -78,7 +78,7 @@ def test_warnings_come_with_the_cached_rows_too(root, tokenizer, caplog, monkeyp
         caplog.clear()
         no_loading(monkeypatch)
     assert told[0] == told[1]
-    assert any("3 of 4 test rows stand among the train rows" in text for text in told[1])
+    assert any("3 of 4 test rows are also train rows" in text for text in told[1])
     assert any("rows are longer than dataset.max_length=16 tokens" in text for text in told[1])
 
 
@@ -203,7 +203,7 @@ def test_test_rows_that_train_are_counted(root, tokenizer, caplog):
     path = root / "openai/gsm8k/main/test.jsonl"
     path.write_text(json.dumps({"question": "train 2 + 1?", "answer": "3\n#### 3"}) + "\n" + path.read_text())
     prepared(root, tokenizer)
-    assert "1 of 5 test rows stand among the train rows" in caplog.text
+    assert "1 of 5 test rows are also train rows" in caplog.text
 
 
 def test_tokenize_is_its_slow_twin(tokenizer):

@@ -211,8 +211,8 @@ def test_pictures_that_train_do_not_validate(tmp_path, processor, caplog):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [i % 3 for i in range(7)] + [0]})
     rows = prepared(tmp_path, "mnist", processor, "dataset.validation_rows=4")
     assert [len(part) for part in rows[:3]] == [4, 1, 8]
-    assert "3 rows stand among the train rows already" in caplog.text
-    assert "7 of 8 test rows stand among the train rows" in caplog.text
+    assert "3 rows repeat train rows" in caplog.text
+    assert "7 of 8 test rows are also train rows" in caplog.text
 
 
 def test_one_picture_under_two_classes_does_not_validate(tmp_path, processor, caplog):
@@ -222,7 +222,7 @@ def test_one_picture_under_two_classes_does_not_validate(tmp_path, processor, ca
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, 5, 2]})
     rows = prepared(tmp_path, "mnist", processor, "dataset.train_rows=2", "dataset.validation_rows=2")
     assert rows.validation.labels == [2]
-    assert "1 rows stand among the train rows already" in caplog.text
+    assert "1 rows repeat train rows" in caplog.text
     assert len(set(rows.test.digests)) == 4
 
 
@@ -268,7 +268,7 @@ def test_a_label_outside_the_classes_is_named(tmp_path, processor):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 10, 11]})
     told = errors(prepared, tmp_path, "mnist", processor)
     assert len(told) == 2
-    assert "row 2: 10 is no class of 10 (0 to 9), and 1 more rows" in told[0]
+    assert "row 2 (and 1 more): 10 is none of 10 classes (0 to 9)" in told[0]
 
 
 def test_a_label_of_many_digits_is_named(tmp_path, processor):
@@ -300,7 +300,7 @@ def test_classes_without_names_are_an_error(tmp_path, processor):
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, 2]})
-    assert "entry cars nor the data set names the classes" in errors(prepared, tmp_path, "cars", processor)[0]
+    assert "entry cars nor the data set has class names" in errors(prepared, tmp_path, "cars", processor)[0]
 
 
 def named(*names, source="train"):

@@ -101,7 +101,7 @@ def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
     [
         ({"train_rows": 21}, "Invalid dataset.train_rows=21: only 20 rows are left"),
         ({"train_rows": 18, "validation_rows": 3}, "Invalid dataset.validation_rows=3: only 2 rows are left"),
-        ({"validation_rows": 20}, "Invalid dataset.validation_rows=20: only 19 rows are left for it; lower it."),
+        ({"validation_rows": 20}, "Invalid dataset.validation_rows=20: only 19 rows are left; lower it."),
         ({"test_rows": 6}, "Invalid dataset.test_rows=6: only 5 rows are left"),
     ],
 )
@@ -343,7 +343,7 @@ def test_errors_of_train_and_test_rows_are_told_together(root, module, config):
 def test_no_train_row_below_the_limit_is_an_error_of_the_limit(root):
     config = meta_math_config(max_tokens=8, train_rows=None)
     (message,) = errors(meta_math.load, config, str(root), lambda texts: [9] * len(texts))
-    assert "keeps none of its train rows; raise its limits, such as dataset.max_tokens" in message
+    assert "keeps no train rows; raise its limits, such as dataset.max_tokens" in message
 
 
 def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):

@@ -237,7 +237,7 @@ def test_a_row_that_trains_never_validates(tmp_path, caplog):
     write_split(tmp_path, "tatsu-lab/alpaca", "default", "train", rows)
     splits = load(tmp_path, "dataset=alpaca", *small(5, 1))
     assert "new" in splits.validation[0]["x"]
-    assert "3 rows stand among the train rows already" in caplog.text
+    assert "3 rows repeat train rows" in caplog.text
 
 
 GLUE_ROWS = {
@@ -274,7 +274,7 @@ def test_a_label_outside_the_map_is_an_error_that_names_it(tmp_path, task, label
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, f"dataset={task}")
     (message,) = caught.value.errors
-    assert f"row 4: {label} is none of" in message
+    assert f"row 4 (and 0 more): {label} is none of" in message
     assert "test split has no labels" in message
 
 

@@ -226,7 +226,7 @@ def test_a_copy_of_a_picture_does_not_validate(tmp_path, caplog):
     (root / "1b.png").write_bytes((root / "0.png").read_bytes())
     rows = prepared(root, "dataset.prompt=x", "dataset.validation_rows=2")
     assert [list(part.indices) for part in (rows.train, rows.validation)] == [[0, 1], [3]]
-    assert "1 rows stand among the train rows already and do not validate." in caplog.text
+    assert "1 rows repeat train rows and are not used for validation." in caplog.text
 
 
 def test_a_class_folder_gives_the_prior(tmp_path):

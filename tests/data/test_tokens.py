@@ -76,7 +76,7 @@ def test_names_of_special_tokens_in_rows_are_text_and_told(smollm_tokenizer, cap
     assert found[0]["answer"].count(smollm_tokenizer.eos_token_id) == 1  # its end
     assert smollm_tokenizer.decode(found[0]["answer"][:-1]) == y
     (record,) = caplog.records
-    assert "(<|im_end|> in 2 rows, <|im_start|> in 1 rows): they are read as the text that they are" in record.message
+    assert "(<|im_end|> in 2 rows, <|im_start|> in 1 rows): they are tokenized as text" in record.message
     reference = tokens.tokenize_reference(rows, smollm_tokenizer, 200)
     assert [found[i] for i in range(3)] == [reference[i] for i in range(3)]
 
