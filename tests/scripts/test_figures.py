@@ -175,7 +175,7 @@ def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_p
     assert not (tmp_path / "three").exists()
     told = capsys.readouterr().err
     assert told.count("too few runs") == len(figures.FIGURES) - 1
-    assert "left out: cost, for a record of it is broken (KeyError: 'steps')" in told.replace("\n", " ")
+    assert "left out: cost, because a record is broken (KeyError: 'steps')" in told.replace("\n", " ")
     (tmp_path / "file").write_text("")
     assert figures.main(["--results", str(tmp_path / "nowhere"), "--out", str(tmp_path / "file")]) == 2
     assert "2 errors" in capsys.readouterr().err

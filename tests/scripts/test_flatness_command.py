@@ -121,7 +121,7 @@ def test_runs_that_cannot_be_measured_are_told_all_at_once_before_any_is(run, tm
     records.write_signed(run / "run.json", record | {"status": "interrupted"})
     assert flatness.main([str(run), str(tmp_path), *QUICK]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert told.count("a finished run with its adapter/ is needed") == 2
+    assert told.count("it must be finished and have its adapter/") == 2
     for words in (
         ["--sigmas", "0.1,-1"],
         ["--sigmas", "0.2,0.2"],

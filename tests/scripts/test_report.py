@@ -64,7 +64,7 @@ def test_every_runs_numbers_configuration_and_machine_stand_in_it_and_what_is_le
         assert record["adapter_sha256"][:12] in text
         assert record["env"]["hardware"]["gpus"][0] in text
     assert "sigma: 0.15" in text
-    assert "&lt;b&gt;broken/0 has no good run.json" in text
+    assert "&lt;b&gt;broken/0 has no valid run.json" in text
     assert "<b>broken" not in text
 
 

@@ -67,10 +67,10 @@ def test_the_slurm_file_names_what_torchrun_needs_and_is_a_script(tmp_path):
 @pytest.mark.parametrize(
     ("words", "nodes", "message"),
     [
-        (["seed=0,1", "trainer=ddp"], 1, "they make 2 runs"),
-        (["trainer=single"], 1, "torchrun starts the processes here"),
-        (["trainer=ddp", "trainer.gpus=8", "optim.batch_size=64"], 1, "torchrun starts the processes here"),
-        (["trainer=ddp", "optim.batch_size=24"], 2, "2 nodes of 8 GPUs with micro-batches of"),
+        (["seed=0,1", "trainer=ddp"], 1, "they define 2 runs"),
+        (["trainer=single"], 1, "torchrun starts the processes"),
+        (["trainer=ddp", "trainer.gpus=8", "optim.batch_size=64"], 1, "torchrun starts the processes"),
+        (["trainer=ddp", "optim.batch_size=24"], 2, "it must be a multiple of 2 nodes × 8 GPUs × micro-batches of"),
     ],
 )
 def test_what_makes_no_job_is_refused(words, nodes, message):
