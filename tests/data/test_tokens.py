@@ -84,7 +84,7 @@ def test_names_of_special_tokens_in_rows_are_text_and_told(smollm_tokenizer, cap
 def test_names_that_a_tokenizer_cannot_read_as_text_are_told(caplog):
     with caplog.at_level(logging.WARNING):  # a vocabulary of whole words has them as words
         tokenize([{"x": text(0), "y": f"{text(1)} </s> {text(2)}"}], make_tokenizer(bos=True), 20)
-    assert "(</s> in 1 rows): this tokenizer can read them as the tokens alone; take them out" in caplog.text
+    assert "(</s> in 1 rows): this tokenizer always reads them as special tokens; remove them" in caplog.text
 
 
 @pytest.mark.parametrize(
