@@ -157,7 +157,7 @@ def rewrite(path, arrays):
 
 
 @pytest.mark.parametrize("damage", [torn, emptied, of_other_rows, of_other_test_rows, without_an_array])
-def test_a_broken_file_is_made_anew_with_a_warning(root, tokenizer, damage, caplog):
+def test_a_broken_file_is_made_again_with_a_warning(root, tokenizer, damage, caplog):
     first = prepared(root, tokenizer)
     (path,) = files(root)
     damage(path)
@@ -193,7 +193,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(root, tokenizer, monkeypatc
     assert "cannot be written" in caplog.text
 
 
-def test_missing_files_are_told_at_once(tmp_path, tokenizer):
+def test_missing_files_are_reported_at_once(tmp_path, tokenizer):
     with pytest.raises(ConfigError) as caught:
         prepared(tmp_path, tokenizer)
     assert len(caught.value.errors) == 2

@@ -334,7 +334,7 @@ def test_a_data_root_that_is_no_folder_is_an_error(tmp_path, name, problem):
 
 
 @pytest.mark.parametrize(("module", "config"), [(gsm8k, gsm8k_config), (meta_math, meta_math_config)])
-def test_errors_of_train_and_test_rows_are_told_together(root, module, config):
+def test_errors_of_train_and_test_rows_are_reported_together(root, module, config):
     write(root, "openai/gsm8k", "main", "test", [{"question": None, "answer": 5}])
     told = errors(module.load, config(train_rows=99, test_rows=1), str(root), count_words)
     assert [message.split()[1] for message in told] == ["dataset.train_rows=99:", "question", "answer"]

@@ -44,7 +44,7 @@ def test_the_same_words_show_the_same_fingerprints_and_other_limits_others(root,
         assert lines[0] != lines[1]
 
 
-def test_pictures_are_shown_with_classes_and_prompts(capsys):
+def test_images_are_shown_with_classes_and_prompts(capsys):
     out = shown(capsys, "digits", "--show", "2")
     assert 'a photo of the handwritten number "1".' in out
     assert "10 classes" in out
@@ -64,6 +64,6 @@ def test_pictures_are_shown_with_classes_and_prompts(capsys):
         (["word_math", "dataset.loader=nope"], "Unknown loader nope: known are "),
     ],
 )
-def test_errors_are_told(capsys, words, message):
+def test_errors_are_reported(capsys, words, message):
     assert main(words) == 2
     assert message in capsys.readouterr().err

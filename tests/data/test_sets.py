@@ -315,7 +315,7 @@ def test_a_set_without_test_rows_is_asked_the_benchmarks_own_in_its_own_template
     assert not (folder / "eval/gsm8k/predictions.stale.jsonl").is_file()
 
 
-def test_a_benchmarks_template_is_refused_where_the_runs_rows_are_asked(root, tiny_settings, capsys):
+def test_a_benchmarks_template_is_rejected_where_the_runs_rows_are_asked(root, tiny_settings, capsys):
     kept = [w for w in tiny_settings if not w.startswith(("dataset.", "eval"))]
     words = [
         *kept,

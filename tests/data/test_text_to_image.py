@@ -57,7 +57,7 @@ def errors(function, *arguments):
     return caught.value.errors
 
 
-def test_a_folder_gives_its_pictures_in_order(tmp_path):
+def test_a_folder_gives_its_images_in_order(tmp_path):
     rows = prepared(folder_of(tmp_path / "own"), "dataset.prompt=a sks dog")
     assert len(rows.train) == len(rows.test) == 3
     assert {rows.train.prompt(row) for row in range(3)} == {"a sks dog"}
@@ -69,7 +69,7 @@ def test_a_folder_gives_its_pictures_in_order(tmp_path):
     assert left == (round(80 * 32 / 60) - 32) // 2
 
 
-def test_each_picture_may_have_a_prompt_of_its_own(tmp_path):
+def test_each_image_may_have_a_prompt_of_its_own(tmp_path):
     rows = [{"file_name": f"{n}.png", "prompt": f"number {n}"} for n in (2, 0)]
     found = prepared(folder_of(tmp_path / "own", metadata=rows))
     assert [found.train.prompt(row) for row in range(2)] == ["number 2", "number 0"]
@@ -108,7 +108,7 @@ def test_parquet_from_a_data_root(tmp_path):
     assert "Missing column caption" in told[0]
 
 
-def test_a_picture_stands_upright_as_its_camera_says(tmp_path):
+def test_an_image_stands_upright_as_its_camera_says(tmp_path):
     root = folder_of(tmp_path / "own", sizes=())
     turned = Image.Exif()
     turned[0x0112] = 6  # a quarter turn
@@ -118,7 +118,7 @@ def test_a_picture_stands_upright_as_its_camera_says(tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("mode", ["RGB", "I;16", "RGBA"])
-def test_size_and_turn_of_a_file_are_those_of_its_picture(kind, mode):
+def test_size_and_turn_of_a_file_are_those_of_its_image(kind, mode):
     turned = Image.Exif()
     turned[0x0112] = 6
     buffer = io.BytesIO()
@@ -143,7 +143,7 @@ def test_size_and_turn_of_a_file_are_those_of_its_picture(kind, mode):
     ids=["no tags", "letters", "a fraction"],
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_broken_tags_of_a_camera_break_no_picture(exif, kind):
+def test_broken_tags_of_a_camera_break_no_image(exif, kind):
     buffer = io.BytesIO()
     Image.new("RGB", (120, 80)).save(buffer, kind, exif=exif)
     images = CaptionedImages("one", ["p"] * 2, lambda index: buffer.getvalue())
@@ -153,13 +153,13 @@ def test_broken_tags_of_a_camera_break_no_picture(exif, kind):
     assert rows.view(0).pixels.shape == (3, 32, 32)
 
 
-def test_pictures_that_no_row_names_are_told(tmp_path, caplog):
+def test_images_that_no_row_names_are_reported(tmp_path, caplog):
     root = folder_of(tmp_path / "own", metadata=[{"file_name": "0.png", "prompt": "a"}])
     assert len(prepared(root).train) == 1
     assert "2 images are not named in" in caplog.text
 
 
-def test_what_a_folder_holds_besides_pictures_is_told(tmp_path, caplog):
+def test_what_a_folder_holds_besides_images_is_reported(tmp_path, caplog):
     root = folder_of(tmp_path / "own")
     (root / "other.heic").write_bytes(b"")
     assert len(prepared(root, "dataset.prompt=p").train) == 3
@@ -170,7 +170,7 @@ def test_what_a_folder_holds_besides_pictures_is_told(tmp_path, caplog):
     assert "it is a file, not a folder" in errors(prepared, root / "0.png", "dataset.prompt=p")[0]
 
 
-def test_a_metadata_file_has_a_prompt_a_row_and_may_name_a_picture_twice(tmp_path, caplog):
+def test_a_metadata_file_has_a_prompt_a_row_and_may_name_an_image_twice(tmp_path, caplog):
     rows = [{"file_name": "0.png", "prompt": "a"}, {"file_name": "0.png", "prompt": "b"}]
     assert len(prepared(folder_of(tmp_path / "twice", metadata=rows)).train) == 2
     assert "names 1 images more than once" in caplog.text
@@ -221,7 +221,7 @@ def test_splits_repeats_and_hash(tmp_path):
     assert shuffled != [0, 1, 2, 3, 4]
 
 
-def test_a_copy_of_a_picture_does_not_validate(tmp_path, caplog):
+def test_a_copy_of_an_image_does_not_validate(tmp_path, caplog):
     root = folder_of(tmp_path / "own")
     (root / "1b.png").write_bytes((root / "0.png").read_bytes())
     rows = prepared(root, "dataset.prompt=x", "dataset.validation_rows=2")
@@ -238,7 +238,7 @@ def test_a_class_folder_gives_the_prior(tmp_path):
     assert rows.sha256 != without.sha256
 
 
-def test_the_pictures_of_a_run_are_found_again(tmp_path):
+def test_the_images_of_a_run_are_found_again(tmp_path):
     own = folder_of(tmp_path / "own")
     words = (f"dataset.folder={own}", "dataset.prompt=p", "dataset.resolution=32")
     section = dataset(*words).model_dump()
@@ -285,7 +285,7 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
         ),
     ],
 )
-def test_bad_pictures_are_told(tmp_path, words, heads):
+def test_bad_images_are_reported(tmp_path, words, heads):
     root = folder_of(tmp_path / "own")
     told = errors(prepared, root, *words)
     assert len(told) == len(heads)
@@ -293,7 +293,7 @@ def test_bad_pictures_are_told(tmp_path, words, heads):
         assert message.startswith(head)
 
 
-def test_small_and_broken_pictures_are_named(tmp_path):
+def test_small_and_broken_images_are_named(tmp_path):
     root = folder_of(tmp_path / "own", sizes=((80, 60), (12, 90), (9, 9)))
     (message,) = errors(prepared, root, "dataset.prompt=p")
     assert "row 2 (1.png) (and 1 more): it is 12 × 90 pixels" in message

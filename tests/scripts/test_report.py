@@ -56,7 +56,7 @@ def test_the_page_holds_all_it_shows_and_links_to_files_that_are_there(results):
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", path.read_text())
 
 
-def test_every_runs_numbers_configuration_and_machine_stand_in_it_and_what_is_left_out_does_too(results):
+def test_every_runs_numbers_configuration_and_machine_are_in_it_with_what_is_left_out(results):
     text = (results / "tables/report.html").read_text()
     for path in results.glob("study/*/smollm*/*/run.json"):
         record = json.loads(path.read_bytes())

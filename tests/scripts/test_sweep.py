@@ -14,7 +14,7 @@ from tests.conftest import run_folder
 WORDS = ["model=llama", "dataset=meta_math", "trainer=zero2", "seed=7", "resume=false"]
 
 
-def test_every_state_is_told_by_the_runs_own_files(tiny_settings, capsys):
+def test_every_state_is_reported_by_the_runs_own_files(tiny_settings, capsys):
     words = [*tiny_settings, "trainer.max_steps=2", "seed=0,1"]
     assert run_exp.main([*words[:-1], "seed=0"]) == 0
     folder = run_folder(words)
@@ -73,6 +73,6 @@ def test_the_slurm_file_names_what_torchrun_needs_and_is_a_script(tmp_path):
         (["trainer=ddp", "optim.batch_size=24"], 2, "it must be a multiple of 2 nodes × 8 GPUs × micro-batches of"),
     ],
 )
-def test_what_makes_no_job_is_refused(words, nodes, message):
+def test_overrides_of_no_job_is_rejected(words, nodes, message):
     with pytest.raises(ConfigError, match=message):
         sweep.sbatch_file(words, nodes, 8, "1:00:00", None)

@@ -129,7 +129,7 @@ def test_paired_differences_are_scipys():
         (lambda raw: raw["tables"]["table1"]["values"].update(lora_r8=[1]), "lora_r8=[1]", 20),
     ],
 )
-def test_a_published_number_that_is_none_or_has_no_source_is_named_and_left_out(tmp_path, change, told, left):
+def test_a_published_number_that_is_invalid_or_has_no_source_is_named_and_left_out(tmp_path, change, told, left):
     raw = yaml.safe_load(cells.PAPER.read_text())
     change(raw)
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(raw))
@@ -141,7 +141,7 @@ def test_a_published_number_that_is_none_or_has_no_source_is_named_and_left_out(
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "tables: {}", "sources: [S4]\ntables: {}", "a: b: c", "[" * 2_000])
-def test_a_file_of_published_numbers_that_is_none_is_an_error(tmp_path, text):
+def test_a_file_of_published_numbers_that_is_invalid_is_an_error(tmp_path, text):
     (tmp_path / "paper.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"paper\.yaml"):
         cells.read_paper(tmp_path / "paper.yaml")

@@ -161,7 +161,7 @@ def test_there_are_numbers():
         ("eval.gsm8k.max_new_tokens=1000000000000", "must be ≤ 1048576", "512 as published"),
     ],
 )
-def test_what_would_take_all_of_the_machine_is_refused(setting, rule, remedy):
+def test_a_value_that_exhausts_the_machine_is_rejected(setting, rule, remedy):
     (message,) = errors(setting)
     assert message.startswith(f"Invalid {setting.partition('=')[0]}=")
     assert rule in message
@@ -250,7 +250,7 @@ def test_a_relative_rank_alone_is_fine():
     assert experiment("peft.lora_r=null", "peft.lora_relative_r=0.1").peft.lora_relative_r == 0.1
 
 
-def test_every_error_is_told_at_once():
+def test_every_error_is_reported_at_once():
     told = errors(
         "sed=1",
         "rho=flat",
@@ -394,7 +394,7 @@ def test_run_names():
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a b", "n" * 101])
-def test_names_that_are_no_folder_names_are_refused(name):
+def test_names_that_are_no_folder_names_are_rejected(name):
     with pytest.raises(ConfigError, match="it names a folder"):
         run_exp.experiment_of([f"wandb.name='{name}'"])
 
@@ -411,7 +411,7 @@ def test_names_that_are_no_folder_names_are_refused(name):
         (["eval=[]", "eval.gsm8k.max_rows=5"], "eval.gsm8k.max_rows=5 with eval=[]: that benchmark is not chosen"),
     ],
 )
-def test_a_key_that_nothing_would_read_is_refused(settings, told):
+def test_a_key_that_nothing_would_read_is_rejected(settings, told):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(settings)
     assert any(told in message for message in caught.value.errors), caught.value.errors
@@ -529,13 +529,13 @@ def test_a_model_that_the_user_names_is_read_in_place_of_the_embedded_weights(op
         ),
     ],
 )
-def test_a_key_that_another_one_would_switch_off_is_refused(words, told, monkeypatch):
+def test_a_key_that_another_one_would_switch_off_is_rejected(words, told, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[3])
     (message,) = errors(*words)
     assert message.startswith(told)
 
 
-def test_epochs_beside_max_steps_are_refused_where_a_word_has_them():
+def test_epochs_beside_max_steps_are_rejected_in_an_override():
     told = errors("optim.epochs=3", "trainer.max_steps=7")
     assert told == [
         "Invalid optim.epochs=3 with trainer.max_steps=7: the run ends after max_steps, however many epochs that is; "

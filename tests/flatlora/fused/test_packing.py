@@ -218,7 +218,7 @@ def test_modes_are_bit_identical_on_packed_rows(dtype):
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
-def test_dropout_goes_on_working():
+def test_dropout_continues_working():
     model = tiny_lora(dropout=0.5).train()
     assert "batches without padding" in acceleration.accelerate(model, CPU)
     inputs = batch()

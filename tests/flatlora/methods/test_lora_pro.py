@@ -301,7 +301,7 @@ def test_other_parameters_get_adamw():
     torch.testing.assert_close(other, twin)
 
 
-def test_errors_are_told_together():
+def test_errors_are_reported_together():
     A, B = nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="r × n") as caught:
         LoRAPro([("a", A, B, 1.0), ("a", A, B, -1.0)], lr=-1, betas=(0.9, 1.0), mode="lion", moments="int8")
@@ -400,7 +400,7 @@ def test_an_fp16_backbone_without_loss_scaling_is_named(caplog, dtype, scaled, n
     assert caplog.text.count("The backbone is float16 and the loss is not scaled") == 2 * named
 
 
-def test_adapters_that_are_no_pair_are_refused_by_name():
+def test_adapters_that_are_no_pair_are_rejected_by_name():
     adalora = get_peft_model(
         tiny_llama(), AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
     )

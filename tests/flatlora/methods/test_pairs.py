@@ -55,7 +55,7 @@ def cost_of(peft, rho):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("peft", "rho"), [pytest.param(*pair, marks=cost_of(*pair)) for pair in PAIRS])
-def test_a_pair_runs_a_step_or_is_refused(peft, rho, tiny_settings):
+def test_a_pair_runs_a_step_or_is_rejected(peft, rho, tiny_settings):
     words = words_of(tiny_settings, peft, rho, "trainer.max_steps=1", "dataset.train_rows=4")
     words += [] if rho == "off" else ["rho.sigma=0.1"]
     reason = methods.refusal(method_of("peft", peft), method_of("rho", rho))
@@ -153,7 +153,7 @@ def test_lora_pro_by_sgd_refuses_settings_of_adam():
     assert run_exp.experiment_of([*words, "peft.mode=sgd", *head]).optim.adam_beta1 == 0.8
 
 
-def test_dora_with_dropout_is_refused():
+def test_dora_with_dropout_is_rejected():
     with pytest.raises(ConfigError, match=r"peft.lora_dropout=0.1: it must be ≤ 0; PEFT's DoRA"):
         run_exp.experiment_of(["peft=dora", "peft.lora_dropout=0.1"])
 

@@ -128,7 +128,7 @@ def test_a_resume_reads_the_draw_of_its_own_checkpoint_alone(tmp_path):
     assert same(whole, train(tmp_path / "d", [flat()], resume=str(tmp_path / "c" / "checkpoint-8"))[1])
 
 
-def test_a_draw_that_is_not_of_the_window_is_refused(tmp_path):
+def test_a_draw_that_is_not_of_the_window_is_rejected(tmp_path):
     train(tmp_path, [FlatLoraCallback(sigma=0.3, every=4)], save_strategy="steps", save_steps=6)
     folder = tmp_path / "checkpoint-6"
 
@@ -284,7 +284,7 @@ def test_fp16_without_loss_scaling_is_named(tmp_path, caplog, dtype, named):
     assert ("load the backbone with dtype=torch.bfloat16, or set fp16=True" in caplog.text) == named
 
 
-def test_offloaded_weights_are_refused_before_the_first_step(tmp_path):
+def test_offloaded_weights_are_rejected_before_the_first_step(tmp_path):
     model = accelerate.cpu_offload(tiny_lora(), execution_device=torch.device("cpu"))
     with pytest.raises(
         ValueError, match=r"weights of 14 of them are not on this device.*offloaded.*without device_map"
@@ -292,7 +292,7 @@ def test_offloaded_weights_are_refused_before_the_first_step(tmp_path):
         WeightPerturbation(find_lora_layers(model), sigma=0.1, total_steps=3, seed=0)
 
 
-def test_a_model_without_lora_is_refused(tmp_path):
+def test_a_model_without_lora_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="no LoRA layer in LlamaForCausalLM"):
         train(tmp_path, [FlatLoraCallback(sigma=0.1)], model=tiny_llama())
 

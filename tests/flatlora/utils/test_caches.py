@@ -173,7 +173,7 @@ def anew(caplog):
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_every_damage_of_every_file_is_told_and_mended(name, tmp_path, caplog):
+def test_every_damage_of_every_file_is_reported_and_repaired(name, tmp_path, caplog):
     read = CACHES[name]
     whole, counts = read(tmp_path), Counter()
     kept = sorted(path.relative_to(tmp_path) for path in (tmp_path / "cache" / name).rglob("*") if path.is_file())
@@ -229,7 +229,7 @@ FOLDER_DAMAGES = (nest_folder, file_instead, emptied, one_more_file, of_another_
 
 
 @pytest.mark.parametrize("damage", FOLDER_DAMAGES)
-def test_every_damage_of_a_folder_is_told_and_mended(damage, tmp_path, caplog):
+def test_every_damage_of_a_folder_is_reported_and_repaired(damage, tmp_path, caplog):
     whole = weights(tmp_path)
     damage(tmp_path / "cache/random-clip-1")
     assert weights(tmp_path) == whole

@@ -41,7 +41,7 @@ def test_names_of_folders(name):
         "\u2028",
     ],
 )
-def test_names_that_lead_elsewhere_or_cannot_be_shown_are_refused(name):
+def test_names_that_lead_elsewhere_or_cannot_be_shown_are_rejected(name):
     assert not takes(FolderName, name)
 
 

@@ -48,7 +48,7 @@ def test_a_file_that_is_too_large_is_not_read(folder):
 
 
 @pytest.mark.parametrize("name", ["../private.png", "out", "/etc/hostname", "sub/../../private.png", "endless", ".."])
-def test_what_lies_outside_is_refused(folder, name):
+def test_a_file_outside_is_rejected(folder, name):
     with pytest.raises(OSError, match="is outside"):
         place_inside(folder, name)
 

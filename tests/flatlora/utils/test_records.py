@@ -70,7 +70,7 @@ THINGS = {
 
 
 @pytest.mark.parametrize("thing", THINGS)
-def test_whatever_stands_in_the_place_of_a_record_is_named(tmp_path, thing):
+def test_anything_in_place_of_a_record_is_named(tmp_path, thing):
     make, told = THINGS[thing]
     make(tmp_path / "x.json")
     assert told in refusal(tmp_path / "x.json")
@@ -86,7 +86,7 @@ def test_a_record_that_the_disk_or_its_mode_withholds_is_named(path, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["[" * 2_000, "a: [1", "\x00"])
-def test_settings_that_are_none_are_named(tmp_path, text):
+def test_settings_that_are_invalid_are_named(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"Broken file .*config\.yaml: .*; do this\."):
         records.read_settings(tmp_path / "config.yaml", "do this")
@@ -137,7 +137,7 @@ def test_links_and_folders_where_a_run_writes_are_named(run, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["", " ", "~nouser", "~nouser/cache"])
-def test_a_cache_folder_that_is_none_is_refused(monkeypatch, value):
+def test_a_cache_folder_that_is_invalid_is_rejected(monkeypatch, value):
     monkeypatch.setenv("FLATLORA_CACHE", value)
     with pytest.raises(ConfigError, match="Invalid FLATLORA_CACHE"):
         cache_folder()
