@@ -18,7 +18,7 @@ class FullFineTuning(AdapterMethod):
     refuses: ClassVar = {"flat": _NO_BACKBONE, "nbar": _NO_PAIR, "obar": _NO_PAIR, "bi_lora": _NO_PAIR}
 
     needs_dense = True
-    not_of_diffusion = "what is kept of a diffusion model is an adapter that diffusers loads, and this has none"
+    not_of_diffusion = "of a diffusion model only an adapter is saved, and this method has none"
 
     def apply(self, model: nn.Module, config: PeftConfig, start: Start) -> nn.Module:
         model.float()
