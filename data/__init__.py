@@ -1,10 +1,10 @@
-"""Data sets, one file a family: load → format → split.
+"""Data sets, one file per family: load → format → split.
 
 A loader registers a `flatlora.experiment.plugins.DataSet`.
 
-Rows of text are {"x", "y"}: the prompt and the answer to be learned; the text of a row is x + " " + y +
-end-of-sequence, with the loss on y. A row to be scored by the likelihood of its possible answers also has "choices".
-`images` is the loader of all labeled pictures and `text_to_image` of those with prompts; kinds.py reads them.
+Rows of text are {"x", "y"}: the prompt and the answer to be learned. The text of a row is x + " " + y +
+end-of-sequence, with the loss on y. A row that is scored by the likelihood of its possible answers also has "choices".
+`images` loads all sets of labeled images and `text_to_image` all sets of images with prompts; kinds.py prepares them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ CountTokens = Callable[[list[str]], list[int]]  # lengths of texts, counted by `
 
 
 class Splits(NamedTuple):
-    """Rows of a data set; none of `train` stands in `validation` too."""
+    """Rows of a data set; `validation` contains no row of `train`."""
 
     train: list[Row]
     validation: list[Row]
-    test: list[Row]  # what an evaluator asks at the end
+    test: list[Row]  # scored at the end
 
 
 DATASETS: Registry[DataSet] = Registry("loader", "data")

@@ -1,10 +1,10 @@
-"""Look at a data set before training on it.
+"""Shows a data set, to look at before training.
 
     python -m data NAME [--show 3] [key=value ...]
 
 NAME is an option of `dataset`, keys are those of run_exp.py: model=llama, data_root=DIR, dataset.max_length=512.
-Prints sources and sizes, rows, one row as the model reads it (what has a loss and what has none), the lengths in
-tokens or the classes, and the fingerprints of files and rows. What is made is kept for the run that follows.
+Prints sizes, rows as the model reads them (with the tokens that have no loss marked), the lengths in tokens or the
+classes, and the hashes of files and rows. The prepared rows are cached for the training.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 
 CONF_DIR = Path(__file__).parents[1] / "conf"
-_BARS, _WIDTH = 12, 40  # of the histogram
+_BARS, _WIDTH = 12, 40  # number and width of a histogram's bars
 console = Console(highlight=False)
 
 
-def main(words: Sequence[str]) -> int:
-    """Exit code: 0 shown, 2 an error of the words or of what they name."""
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 0, or 2 for an error in the arguments or the data set."""
     quiet_libraries()
     try:
-        name, count, settings = _parse(words)
+        name, count, settings = _parse(arguments)
         _show(settings=[f"dataset={name}", *settings], count=count)
     except ConfigError as error:
         report_errors(error)
@@ -50,28 +50,26 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _parse(words: Sequence[str]) -> tuple[str, int, list[str]]:
-    words, count = list(words), "3"
-    if not words or {"-h", "--help"} & set(words):
+def _parse(arguments: Sequence[str]) -> tuple[str, int, list[str]]:
+    arguments, count = list(arguments), "3"
+    if not arguments or {"-h", "--help"} & set(arguments):
         raise ConfigError([(__doc__ or "").strip()])
-    for place, word in enumerate(words):
-        if word.startswith("--show"):
-            count = word.partition("=")[2] or (words.pop(place + 1) if place + 1 < len(words) else "")
-            del words[place]
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--show"):
+            count = argument.partition("=")[2] or (arguments.pop(index + 1) if index + 1 < len(arguments) else "")
+            del arguments[index]
             break
     errors = (
         []
         if count.isascii() and count.isdigit()
-        else [f"Invalid --show {count}: a whole number of rows is needed, such as --show 3."]
+        else [f"Invalid --show {count}: it must be a whole number of rows, such as --show 3."]
     )
-    names = [word for word in words if "=" not in word]
+    names = [argument for argument in arguments if "=" not in argument]
     if len(names) != 1 or names[0].startswith("-"):
-        errors.append(
-            f"Cannot read {' '.join(names) or 'no name'}: one data set is named, such as python -m data gsm8k."
-        )
+        errors.append(f"Invalid names {' '.join(names) or '(none)'}: name one data set, such as python -m data gsm8k.")
     if errors:
         raise ConfigError(errors)
-    return names[0], int(count), [word for word in words if "=" in word]
+    return names[0], int(count), [argument for argument in arguments if "=" in argument]
 
 
 def _show(settings: list[str], count: int) -> None:
@@ -115,7 +113,7 @@ def _show_text(config: DatasetConfig, rows: Prepared, tokenizer: PreTrainedToken
         row = rows.train[number]
         console.print(Panel(_marked(row, tokenizer), title=f"train row {number + 1}", title_align="left"))
     if count and len(rows.train):
-        console.print("dim, between ⟦ and ⟧: no loss; the rest is learned. │ parts tokens, ⏎ is a line's end.")
+        console.print("Dim text between ⟦ and ⟧ has no loss. │ separates tokens, ⏎ is the end of a line.")
     console.print(_histogram(rows.train, config.max_length))
     console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
 
@@ -134,20 +132,20 @@ def _sizes(config: DatasetConfig, rows: Prepared | images.PreparedImages) -> Tab
 
 
 def _marked(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The tokens of a row, those without a loss dim and between brackets."""
+    """The tokens of a row; those without a loss are dim and between brackets."""
 
-    def words(ids: list[int]) -> str:
-        return "│".join(tokenizer.decode([one]).replace("\n", "⏎\n") for one in ids)
+    def text(ids: list[int]) -> str:
+        return "│".join(tokenizer.decode([token]).replace("\n", "⏎\n") for token in ids)
 
-    return Text.assemble((f"⟦{words(row['prompt'])}⟧", "dim"), (words(row["answer"]), "bold"))
+    return Text.assemble((f"⟦{text(row['prompt'])}⟧", "dim"), (text(row["answer"]), "bold"))
 
 
 def _histogram(rows: TokenRows, limit: int) -> Table:
-    """Rows by length in tokens."""
+    """Numbers of rows by length in tokens."""
     lengths = rows.lengths
     width = max(1, -(-max(lengths) // _BARS))
     counts = Counter((length - 1) // width for length in lengths)
-    title = f"tokens of a train row: median {median(lengths):.0f}, longest {max(lengths)}, dataset.max_length {limit}"
+    title = f"tokens per train row: median {median(lengths):.0f}, longest {max(lengths)}, dataset.max_length {limit}"
     return _bars(title, {f"{k * width + 1}–{(k + 1) * width}": counts[k] for k in range(max(counts) + 1)})
 
 
@@ -166,7 +164,7 @@ def _show_images(config: DatasetConfig, rows: images.PreparedImages, count: int)
     console.print(_sizes(config, rows))
     shown = Table(title="train rows", title_justify="left")
     own = rows.train.images.names
-    for column in ("row", "class", "prompt", "model reads", *(["the data set's name"] if own else [])):
+    for column in ("row", "class", "prompt", "input shape", *(["name in the data set"] if own else [])):
         shown.add_column(column)
     for number in range(min(count, len(rows.train))):
         row: dict[str, Any] = rows.train[number]
@@ -184,7 +182,7 @@ def _show_images(config: DatasetConfig, rows: images.PreparedImages, count: int)
 def _show_captioned(config: DatasetConfig, rows: text_to_image.PreparedCaptioned, count: int) -> None:
     console.print(_sizes(config, rows))
     shown = Table(title="train rows", title_justify="left")
-    for column in ("row", "picture", "cut to", "prompt"):
+    for column in ("row", "image", "cropped to", "prompt"):
         shown.add_column(column)
     for number in range(min(count, len(rows.train))):
         height, width, *_ = rows.train.view(number).time_ids.int().tolist()
@@ -193,7 +191,7 @@ def _show_captioned(config: DatasetConfig, rows: text_to_image.PreparedCaptioned
         shown.add_row(*map(Text, cells))
     console.print(shown)
     if len(sizes := Counter(rows.train.sizes)) > 1:
-        console.print(_bars("pictures by size", {f"{w} × {h}": number for (h, w), number in sorted(sizes.items())}))
+        console.print(_bars("images by size", {f"{w} × {h}": number for (h, w), number in sorted(sizes.items())}))
     console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
 
 

@@ -1,9 +1,9 @@
 """Alpaca (Taori et al. 2023) and its answers by GPT-4 (Peng et al. 2023), for InstructEval.
 
-Hub: tatsu-lab/alpaca and vicgalle/alpaca-gpt4, split train. The first 90 % of the rows train and the last 10 % validate
-unless sizes are given. They have no test rows. Deviations from the published code, whose two splits overlap: it draws
-the tenth at random without a seed, has no preamble before an instruction with an input, and reads tatsu-lab/alpaca for
-both names.
+Hub: tatsu-lab/alpaca and vicgalle/alpaca-gpt4, split train. The first 90 % of the rows are train rows and the last 10 %
+validation rows, unless sizes are given. There are no test rows. Deviations from the published code, whose two splits
+overlap: it draws the validation rows at random without a seed, has no preamble before an instruction with an input, and
+reads tatsu-lab/alpaca for both names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source, read_rows
 
 HUB_IDS = {"alpaca": "tatsu-lab/alpaca", "alpaca_gpt4": "vicgalle/alpaca-gpt4"}
-_VALIDATION_SHARE = 10  # one row in so many
+_VALIDATION_SHARE = 10  # one row in ten
 
 
 class Config(InstructionConfig):

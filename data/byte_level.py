@@ -1,8 +1,8 @@
-"""Byte-level BPE chunk by chunk: the ids that the tokenizer gives, from a memory of chunks.
+"""Fast byte-level BPE: the same ids as the tokenizer's, from a cache of chunks of text.
 
-Such a tokenizer (GPT-2's kind: SmolLM2, and many more) cuts a text into words before it encodes each by itself, and
-most of its time goes into the cutting. A word never reaches over a single blank between two characters that are none:
-it begins at the blank. So a text may be cut there, at once, and a chunk's ids are what the tokenizer says, once.
+Such a tokenizer (that of GPT-2, SmolLM2 and many others) splits a text into words and encodes each separately; most of
+its time goes into the splitting. A word never extends over a single blank between two other characters, but begins at
+it. So texts can be split at such blanks, and each distinct chunk is encoded by the tokenizer only once.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import re
 import numpy as np
 from tokenizers import Tokenizer
 
-# Where a blank is no safe place to cut: beside another one, or where something else may be one to the tokenizer.
+# Texts that cannot be split at blanks: blanks next to each other, or other characters that may be white space.
 _UNSAFE = re.compile(r"[^\S \n]|  | \n|\n ")
-_MOST_CHUNKS = 1_000_000  # remembered at a time
+_MOST_CHUNKS = 1_000_000  # in the cache
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-_CUTTERS = ([_BYTE_LEVEL], [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL])
+_SPLITTERS = ([_BYTE_LEVEL], [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL])
 
 
 class ChunkMemory:
-    """Ids of texts as INT32 bytes; `of` says for which tokenizers there is one."""
+    """Encodes texts to INT32 bytes; `of` creates one for a tokenizer that supports it."""
 
     def __init__(self, backend: Tokenizer, added: list[str]) -> None:
         self._backend = backend
@@ -33,29 +33,29 @@ class ChunkMemory:
 
     @classmethod
     def of(cls, backend: Tokenizer) -> ChunkMemory | None:
-        """None where the tokenizer is of another kind."""
-        made_of = json.loads(backend.to_str())
-        model, cutter = made_of["model"], made_of["pre_tokenizer"]
-        parts = cutter["pretokenizers"] if cutter and cutter["type"] == "Sequence" else [cutter]
+        """The memory for a tokenizer; None if it is of another kind."""
+        spec = json.loads(backend.to_str())
+        model, splitter = spec["model"], spec["pre_tokenizer"]
+        parts = splitter["pretokenizers"] if splitter and splitter["type"] == "Sequence" else [splitter]
         known = [part and {key: value for key, value in part.items() if key != "trim_offsets"} for part in parts]
-        if made_of["normalizer"] is not None or model["type"] != "BPE" or model.get("dropout") or known not in _CUTTERS:
+        if spec["normalizer"] is not None or model["type"] != "BPE" or model.get("dropout") or known not in _SPLITTERS:
             return None
-        return cls(backend, [token["content"] for token in made_of["added_tokens"]])
+        return cls(backend, [token["content"] for token in spec["added_tokens"]])
 
     def encode(self, text: str, special: bool) -> bytes | None:
-        """Ids of a text, None where the tokenizer must be asked."""
+        """Ids of a text; None if the text must be encoded by the tokenizer itself."""
         body = text.rstrip(" \n")
         if _UNSAFE.search(body) or (self._added and self._added.search(text)) or text[:1].isspace():
             return None
         first, *later = body.split(" ")
         ids = self._first[first] + b"".join(map(self._later.__getitem__, later))
         if len(body) < len(text):
-            ids += self._first[text[len(body) :]]  # blanks at the end are words of their own
+            ids += self._first[text[len(body) :]]  # blanks at the end are separate words
         return self._before + ids + self._after if special else ids
 
 
 class _Chunks(dict[str, bytes]):
-    """Chunk → its ids, `prefix` put before it."""
+    """Chunk → ids of `prefix` + chunk."""
 
     def __init__(self, backend: Tokenizer, prefix: str) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def packed(ids: list[int]) -> bytes:
 
 
 def _special_ids(backend: Tokenizer) -> tuple[list[int], list[int]]:
-    """What a post-processor puts before and after the ids of a text."""
+    """The ids that the post-processor adds before and after those of a text."""
     ids, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
     start = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
     return ids[:start], ids[start + len(plain) :]

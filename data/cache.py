@@ -1,6 +1,6 @@
-"""Prepared rows, kept under the hash of all that made them: files, config, loader, tokenizers.
+"""Cache of prepared rows, keyed by the hash of everything that determines them: files, config, loader, tokenizers.
 
-Several processes may make the same file; what is broken or belongs elsewhere is made anew, see `flatlora.utils.caches`.
+Several processes may write the same file. A broken file is rebuilt; see `flatlora.utils.caches`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from flatlora.utils.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4  # raised whenever the same key would hold something else: the file's form, templates, tokens, selection
-_BAR_FROM = 5000  # rows; fewer are done before a bar could be read
+FORMAT = 4  # raise it whenever the same key would give another content: file format, templates, tokens, selection
+_BAR_FROM = 5000  # rows; fewer need no progress bar
 
 
 def prepared(
@@ -41,14 +41,14 @@ def prepared(
     *,
     encoder_decoder: bool = False,
 ) -> Prepared:
-    """The data set's rows as token ids: from the cache, else made and put there.
+    """Returns the data set's rows as token ids, from the cache if they are there.
 
     Args:
-        limit_tokenizer: counts for `max_tokens`; None counts with `tokenizer`.
-        encoder_decoder: whether an encoder reads the prompts, as its tokenizer ends them.
+        limit_tokenizer: counts tokens for `max_tokens`; None counts with `tokenizer`.
+        encoder_decoder: whether prompts keep the end-of-sequence token that the tokenizer appends.
 
     Raises:
-        ConfigError: files, rows or sizes do not do; every error at once.
+        ConfigError: files, rows or sizes are invalid; it lists every error.
     """
     loader = data.DATASETS[config.loader]
     key = cache_key(loader, config, data_root, tokenizer, limit_tokenizer, encoder_decoder=encoder_decoder)
@@ -59,9 +59,9 @@ def prepared(
         _warn_of_known_test_rows(splits)
         rows = len(splits.train) + len(splits.validation)
         with progress(f"tokenize {config.name}", rows, least=_BAR_FROM) as advance:
-            made = prepare(splits, tokenizer, config.max_length, advance, encoder_decoder=encoder_decoder)
-    _write(config, key, made, notes)
-    return made
+            tokenized = prepare(splits, tokenizer, config.max_length, advance, encoder_decoder=encoder_decoder)
+    _write(config, key, tokenized, notes)
+    return tokenized
 
 
 def _load(loader: DataSet, config: TextDatasetConfig, data_root: str | None, counter: Encoder) -> data.Splits:
@@ -79,7 +79,7 @@ def _load(loader: DataSet, config: TextDatasetConfig, data_root: str | None, cou
 
 @contextlib.contextmanager
 def _noted() -> Iterator[list[str]]:
-    """What this package warns of meanwhile: it is as true of the cached rows, and told again with them."""
+    """Collects the warnings that this package logs in the block; they are cached and logged again with the rows."""
     notes: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: notes.append(record.getMessage())
@@ -100,35 +100,35 @@ def cache_key(
     *,
     encoder_decoder: bool = False,
 ) -> str:
-    """SHA-256 of all that decides the prepared rows.
+    """SHA-256 of everything that determines the prepared rows.
 
     Raises:
-        ConfigError: a source that is not there.
+        ConfigError: a source does not exist.
     """
     parts = {
         "format": FORMAT,
         "loader": [config.loader, loader.version],
         "config": config.model_dump(mode="json"),
         "sources": gather(*(lambda s=source: fingerprint(s, data_root) for source in loader.sources(config))),
-        "tokenizers": [one and tokenizer_sha256(one) for one in (tokenizer, limit_tokenizer)],
+        "tokenizers": [used and tokenizer_sha256(used) for used in (tokenizer, limit_tokenizer)],
         "encoder_decoder": encoder_decoder,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that decides a tokenizer's ids."""
+    """Hash of everything that determines a tokenizer's ids."""
     if tokenizer.is_fast:
-        made_of = json.loads(tokenizer.backend_tokenizer.to_str())
-        made_of = {key: value for key, value in made_of.items() if key not in ("padding", "truncation")}
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        spec = {key: value for key, value in spec.items() if key not in ("padding", "truncation")}
     else:
-        made_of = tokenizer.get_vocab()
-    parts = [type(tokenizer).__name__, made_of, tokenizer.special_tokens_map]
+        spec = tokenizer.get_vocab()
+    parts = [type(tokenizer).__name__, spec, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def find(config: DatasetConfig, key: str) -> Path | None:
-    """The file of prepared rows of this key, whole: in $FLATLORA_CACHE/data, else in ~/.cache/flatlora/data."""
+    """The verified file of prepared rows in $FLATLORA_CACHE/data (~/.cache/flatlora/data); None if there is none."""
     return caches.find(*_place(config, key))
 
 
@@ -167,5 +167,5 @@ def _warn_of_known_test_rows(splits: data.Splits) -> None:
     known = sum(row_key(row) in learned for row in splits.test)
     if known:
         logger.warning(
-            "%d of %d test rows stand among the train rows, as the data set has them.", known, len(splits.test)
+            "%d of %d test rows are also train rows; the data set contains them twice.", known, len(splits.test)
         )

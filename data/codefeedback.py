@@ -1,9 +1,9 @@
 """CodeFeedback-Filtered-Instruction (Zheng et al. 2024). Hub: m-a-p/CodeFeedback-Filtered-Instruction, split train.
 
-As the published code prepares it: answers with a fenced block, up to the end of the first one, which is the code that
-HumanEval asks for; prompt and answer together below 1,024 tokens; the first 100,000 to train and the next 10,000 to
-validate. It has no test rows. Deviations: tokens are counted with the model's own tokenizer unless `limit_tokenizer`
-names another, and a block that does not end is left open, where the published code closes it.
+Prepared as by the published code: answers with a fenced block, cut after the first block, which has the code;
+prompt and answer together below 1,024 tokens; the first 100,000 rows for training and the next 10,000 for validation.
+There are no test rows. Deviations: tokens are counted with the model's own tokenizer unless `limit_tokenizer` names
+another, and a block that does not end is left open, where the published code closes it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def sources(config: Config) -> list[Source]:
 
 
 def examples(rows: list[Row], config: Config) -> Iterator[Example]:
-    """Rows whose answer has code, the answers as the config has them."""
+    """Examples of the rows whose answer has code, with answers as `config.response` selects."""
     for row in rows:
         if FENCE in row["answer"]:
             yield Example(row["query"], row["answer"] if config.response == "full" else first_block(row["answer"]))
 
 
 def first_block(answer: str) -> str:
-    """The answer up to the end of its first fenced block; all of it where the block does not end."""
+    """The answer up to the end of its first fenced block; all of it if the block does not end."""
     parts = answer.split(FENCE, 2)
     return FENCE.join(parts[:2]) + FENCE if len(parts) == 3 else answer
 

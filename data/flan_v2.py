@@ -1,8 +1,8 @@
-"""FLAN v2 (Longpre et al. 2023), tasks as their own templates put them. Hub: SirNeural/flan_v2, split train.
+"""FLAN v2 (Longpre et al. 2023), tasks in their own templates. Hub: SirNeural/flan_v2, split train.
 
-As LoRA-GA's code prepares it: inputs and targets as they are (`template=none`), rows below 512 tokens, the first
-100,000 to train and the next 10,000 to validate. `template` may put the inputs into one of ours as an instruction. It
-has no test rows. Deviations: tokens are counted with the model's own tokenizer, and the whole split is read.
+Prepared as by LoRA-GA's code: inputs and targets are unchanged (`template=none`), rows below 512 tokens, the first
+100,000 for training and the next 10,000 for validation. Other values of `template` use the inputs as instructions.
+There are no test rows. Deviations: tokens are counted with the model's own tokenizer, and the whole split is read.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""GLUE (Wang et al. 2019) as text to text, in the published prompts. Hub: nyu-mll/glue, one config a task.
+"""GLUE (Wang et al. 2019) as text to text, in the published prompts. Hub: nyu-mll/glue, one config per task.
 
     classify the sentiment of the text: {sentence}\nresult:  → negative, positive
 
-RTE and STS-B are not among the published tasks; their prompts are ours, STS-B's answer is the score rounded to the next
-fifth, as T5 has it. The hub's validation split is the test split here, for GLUE's own has no labels; what
-`validation_rows` asks for is taken from the end of the train rows. Rows with an empty sentence do not train; those of
-the test split are asked, so that a score is of the whole split.
+RTE and STS-B are not among the published tasks, so their prompts are ours; STS-B's answer is the score rounded to the
+nearest multiple of 0.2, as for T5. The hub's validation split is the test split here, because GLUE's test split has no
+labels; the `validation_rows` follow the train rows. Train rows with an empty sentence are left out; test rows with one
+are kept, so that a score is that of the whole split.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb"]
 
 
 class Task(NamedTuple):
-    """How a task's rows are put into words."""
+    """The prompt and the answers of a task."""
 
     request: str
     columns: tuple[str, ...]
-    labels: tuple[str, ...]  # words of label 0, 1, …; of STS-B the scores
+    labels: tuple[str, ...]  # the words for label 0, 1, …; for STS-B the scores
 
 
 _SIMILARITY = "classify the semantic similarity of the text: "
@@ -61,14 +61,14 @@ class Config(TextDatasetConfig):
     test_rows: int | None = setting(None, identity=False, ge=1, le=MOST_ROWS, remedy="null takes all rows")
     subset: Literal["first", "shuffled"] = "first"
     revision: str | None = None
-    mismatched: bool = False  # MNLI's validation split of other genres
+    mismatched: bool = False  # use MNLI's validation split of other genres
 
     def rule_errors(self) -> list[SettingError]:
         if self.mismatched and self.task != "mnli":
             return [
                 SettingError(
                     ("mismatched", "task"),
-                    f"Invalid dataset.mismatched=true with dataset.task={self.task}: MNLI alone has a second "
+                    f"Invalid dataset.mismatched=true with dataset.task={self.task}: only MNLI has a second "
                     "validation split; leave it out.",
                 )
             ]
@@ -90,7 +90,7 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
         whole = [{"x": row["x"], "y": row["y"]} for row in rows if not row["empty"]]
         if len(whole) < len(rows):
             logger.warning("%d train rows have an empty sentence and are left out.", len(rows) - len(whole))
-        # By the prompt alone: one with two labels would have its answer in training, or its contrary.
+        # Compared by prompt: a prompt with two labels must not be in both splits either.
         return split_train_validation(
             ordered(whole, config.subset), config.train_rows, config.validation_rows, same=lambda row: row["x"]
         )
@@ -99,7 +99,7 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
         rows = take(_read(test, config.task, data_root), config.test_rows, name="dataset.test_rows")
         rows = list(formatted(rows, config.task, str(test)))
         if empty := sum(row.pop("empty") for row in rows):
-            logger.warning("%d test rows have an empty sentence; they are asked all the same.", empty)
+            logger.warning("%d test rows have an empty sentence; they are scored as well.", empty)
         return rows
 
     (train_rows, validation), test_rows = gather(learned, asked)
@@ -107,12 +107,12 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
 
 
 def formatted(rows: Sequence[Row], name: TaskName, source: str) -> Iterator[Row]:
-    """Rows in words, with all the answers that may be chosen; of STS-B with the score itself besides.
+    """Yields rows with prompt "x", answer "y" and all possible answers "choices"; for STS-B also the score, "value".
 
-    `empty` says of each whether one of its sentences is.
+    "empty" is True if a sentence of the row is empty.
 
     Raises:
-        ConfigError: labels that the task does not have.
+        ConfigError: a label does not belong to the task.
     """
     task = TASKS[name]
     outside = [number for number, row in enumerate(rows, start=1) if not _has_label(row["label"], name)]
@@ -120,19 +120,19 @@ def formatted(rows: Sequence[Row], name: TaskName, source: str) -> Iterator[Row]
         known = "0.0 to 5.0" if name == "stsb" else ", ".join(f"{i} ({word})" for i, word in enumerate(task.labels))
         raise ConfigError(
             [
-                f"Invalid label in {source}, row {outside[0]}: {rows[outside[0] - 1]['label']} is none of {known}, "
-                f"and {len(outside) - 1} more rows have one like it; GLUE's test split has no labels (-1), use its "
+                f"Invalid label in {source}, row {outside[0]} (and {len(outside) - 1} more): "
+                f"{rows[outside[0] - 1]['label']} is none of {known}; GLUE's test split has no labels (-1), use its "
                 "train and validation splits."
             ]
         )
     for row in rows:
         text = "\n".join(row[column] for column in task.columns)
         empty = any(not row[column].strip() for column in task.columns)
-        made = {"x": f"{task.request}{text}\nresult: ", "choices": list(task.labels), "empty": empty}
+        prompt = {"x": f"{task.request}{text}\nresult: ", "choices": list(task.labels), "empty": empty}
         if name == "stsb":
-            yield {**made, "y": f"{round(row['label'] * 5) / 5:.1f}", "value": float(row["label"])}
+            yield {**prompt, "y": f"{round(row['label'] * 5) / 5:.1f}", "value": float(row["label"])}
         else:
-            yield {**made, "y": task.labels[row["label"]]}
+            yield {**prompt, "y": task.labels[row["label"]]}
 
 
 def _has_label(label: float, name: TaskName) -> bool:

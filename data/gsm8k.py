@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al. 2021): grade-school word problems, answer after "####". Hub: openai/gsm8k, config main.
 
-The hub has no validation split: the `validation_rows` train rows that follow the first `train_rows` take its place
-(null `train_rows` trains on all others, and validates on the last ones).
+The hub has no validation split: the `validation_rows` rows after the first `train_rows` of the train split are used. If
+`train_rows` is null, the last `validation_rows` are used, and all others are train rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Image classification sets of the papers, and small ones: hub or `data_root`, preprocessed as CLIP has it.
+"""Image classification sets of the papers, and small ones: from the hub or `data_root`, preprocessed for CLIP.
 
-Which repository, splits and columns a set has stands in conf/dataset; classes and prompts in class_names.yaml.
+conf/dataset has the repository, splits and columns of each set; class_names.yaml has its classes and prompts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Config(DatasetConfig):
             errors.append(
                 SettingError(
                     ("classes",),
-                    f"Invalid dataset.classes={self.classes}: data/class_names.yaml has {', '.join(known)}; name one "
+                    f"Invalid dataset.classes={self.classes}: data/class_names.yaml has {', '.join(known)}; choose one "
                     "of them, or add yours.",
                 )
             )
@@ -55,15 +55,15 @@ class Config(DatasetConfig):
             errors.append(
                 SettingError(
                     ("revision", "hub_id"),
-                    f"Invalid dataset.revision={self.revision} with dataset={self.name}: scikit-learn brings it "
-                    "along, in one state; leave the key out.",
+                    f"Invalid dataset.revision={self.revision} with dataset={self.name}: it is part of scikit-learn "
+                    "and has no revisions; leave the key out.",
                 )
             )
         return errors
 
 
 class PreparedImages(NamedTuple):
-    """What a run on images reads."""
+    """The rows and classes of a run on images."""
 
     train: ImageRows
     validation: ImageRows
@@ -72,12 +72,12 @@ class PreparedImages(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """Of the files and classes of all rows that training and validation read, in order."""
+        """Hash of the files and classes of all train and validation rows, in order."""
         digest = hashlib.sha256()
         for rows in (self.train, self.validation):
             digest.update(len(rows).to_bytes(8, "little"))
-            for one in rows.digests:
-                digest.update(one)
+            for row in rows.digests:
+                digest.update(row)
         return digest.hexdigest()
 
 
@@ -92,10 +92,10 @@ def _splits(config: Config) -> tuple[str, str]:
 
 
 def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedImages:
-    """Rows of all splits; every picture that will be read has been tried.
+    """Reads the rows of all splits; every image that will be used is decoded once.
 
     Raises:
-        ConfigError: files, columns, labels, sizes or pictures do not do; every error at once.
+        ConfigError: files, columns, labels, sizes or images are invalid; it lists every error.
     """
     train, test = _read(config, data_root)
     classes = classes_of(config.classes, train, test)
@@ -108,10 +108,10 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
     learned, held_out = set(map(picture_of, rows.digests)), first[len(places) :]
     fresh = fresh_places([picture_of(digest) for digest in held_out], learned)
     if known := sum(picture_of(digest) in learned for digest in scored):
-        logger.warning("%d of %d test rows stand among the train rows, as the data set has them.", known, len(scored))
+        logger.warning("%d of %d test rows are also train rows; the data set contains them twice.", known, len(scored))
     return PreparedImages(
         rows,
-        ImageRows(train, validation[fresh], processor, [held_out[place] for place in fresh]),
+        ImageRows(train, validation[fresh], processor, [held_out[row] for row in fresh]),
         ImageRows(test, asked, processor, scored),
         classes,
     )
@@ -145,19 +145,18 @@ def _label_errors(images: LabeledImages, chosen: np.ndarray, classes: Classes) -
     outside = np.flatnonzero((labels < 0) | (labels >= count))
     if not len(outside):
         return []
-    place = int(chosen[outside[0]])
+    index = int(chosen[outside[0]])
     return [
-        f"Invalid label in {images.source}, row {place + 1}: {images.labels[place]} is no "
-        f"class of {count} (0 to {count - 1}), and {len(outside) - 1} more rows have one like it; use a split with "
-        "labels, or another dataset.classes."
+        f"Invalid label in {images.source}, row {index + 1} (and {len(outside) - 1} more): {images.labels[index]} is "
+        f"none of {count} classes (0 to {count - 1}); use a split with labels, or another dataset.classes."
     ]
 
 
 def classes_of(entry: str, *splits: LabeledImages) -> Classes:
-    """Names and prompts of an entry of class_names.yaml; splits that name their classes must agree with it.
+    """Names and prompts of an entry of class_names.yaml; they must agree with the class names of the splits, if any.
 
     Raises:
-        ConfigError: no names at all, not equally many, or in another order.
+        ConfigError: there are no names, or their number or order differs.
     """
     listed, named = _class_file()[entry], [images for images in splits if images.names]
     names = listed.get("names") or [name.replace("_", " ") for name in (named[0].names if named else ())]
@@ -165,18 +164,18 @@ def classes_of(entry: str, *splits: LabeledImages) -> Classes:
     if not names:
         raise ConfigError(
             [
-                f"Invalid dataset.classes={entry}: neither {where} nor the data set names the classes; write them "
-                "there, in the order of the labels."
+                f"Invalid dataset.classes={entry}: neither {where} nor the data set has class names; add them to "
+                "that file, in the order of the labels."
             ]
         )
     errors = [message for images in named if (message := name_error(images, names, where))]
     errors = [
-        f"Invalid dataset.classes={entry}: {message}; name the entry that fits, or write one." for message in errors
+        f"Invalid dataset.classes={entry}: {message}; choose the entry that fits, or add one." for message in errors
     ]
     if not errors and named[1:] and named[0].names != named[1].names:
         label = next(i for i, pair in enumerate(zip(named[0].names, named[1].names, strict=True)) if pair[0] != pair[1])
         described = " and ".join(f"{images.names[label]} in {images.source}" for images in named)
-        errors = [f"Invalid splits: label {label} is {described}; fetch both from one revision."]
+        errors = [f"Invalid splits: label {label} is {described}; download both from one revision."]
     if errors:
         raise ConfigError(errors)
     return Classes(list(names), [[prompt.format(name) for prompt in listed["prompts"]] for name in names])

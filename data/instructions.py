@@ -1,4 +1,4 @@
-"""What data sets of instructions and responses share: their config, and the way from examples to rows."""
+"""Shared by data sets of instructions and responses: their config, and the conversion of examples to rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 class InstructionConfig(TextDatasetConfig):
     train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all rows")
     validation_rows: int = setting(0, ge=0, le=MOST_ROWS, remedy="0 takes none")
-    subset: Literal["first", "shuffled"] = "first"  # first is what the published code really takes
+    subset: Literal["first", "shuffled"] = "first"  # the published code takes the first rows
     revision: str | None = None
     template: Template = "alpaca"
-    # x + " " + y stays below.
+    # Rows whose x + " " + y has fewer tokens are kept.
     max_tokens: int | None = setting(None, ge=8, le=MOST_TOKENS, remedy="null keeps rows of every length")
     limit_tokenizer: str | None = setting(None, min_length=1, remedy="null counts with the model's own")
 
@@ -31,15 +31,15 @@ class InstructionConfig(TextDatasetConfig):
             return [
                 SettingError(
                     ("limit_tokenizer", "max_tokens"),
-                    f"Invalid dataset.limit_tokenizer={self.limit_tokenizer} without dataset.max_tokens: there is no "
-                    "limit that it could count for; set dataset.max_tokens, or leave the key out.",
+                    f"Invalid dataset.limit_tokenizer={self.limit_tokenizer} without dataset.max_tokens: without a "
+                    "limit no tokens are counted; set dataset.max_tokens, or leave the key out.",
                 )
             ]
         return []
 
 
 class Example(NamedTuple):
-    """One instruction as its data set has it."""
+    """One instruction and its response."""
 
     instruction: str
     response: str
@@ -52,13 +52,13 @@ def learned_rows(
     count_tokens: CountTokens,
     template: str | None = None,
 ) -> tuple[list[Row], list[Row]]:
-    """Train and validation rows: prompts made, empty and overlong ones left out, split without an overlap.
+    """Converts examples to disjoint train and validation rows, without empty and too long ones.
 
     Args:
-        template: another than the config's.
+        template: overrides that of the config.
 
     Raises:
-        ConfigError: fewer rows than the config asks for.
+        ConfigError: there are fewer rows than the config asks for.
     """
     rows = formatted(examples, template or config.template)
     if config.max_tokens is not None:
@@ -79,7 +79,7 @@ def formatted(examples: Iterable[Example], template: str) -> Iterator[Row]:
 
 
 def shorter_than(limit: int, rows: Iterable[Row], count_tokens: CountTokens) -> Iterator[Row]:
-    """Rows whose text x + " " + y has fewer than `limit` tokens, in order; counted a thousand rows at a time."""
+    """Rows whose text x + " " + y has fewer than `limit` tokens, in order."""
     for batch in batched(rows, 1000):
         counts = count_tokens([f"{row['x']} {row['y']}" for row in batch])
         yield from (row for row, count in zip(batch, counts, strict=True) if count < limit)

@@ -1,4 +1,4 @@
-"""Kinds of rows: text, labeled images and captioned pictures, as `flatlora.experiment.suite.RowKind` has them."""
+"""Implementations of `flatlora.experiment.suite.RowKind`: text, labeled images, and captioned images."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Text(RowKind):
         write_atomic(folder / "test.jsonl", jsonl(rows.test))
 
     def check(self, experiment: Experiment, skeleton: nn.Module, processor: Any, rows: tokens.Prepared) -> None:
-        """See that every token of the rows, and those that batches are padded with, has an embedding.
+        """Check that every token of the rows, and the padding token, has an embedding.
 
-        Warns of rows beyond the positions that the model was made for.
+        Warns of rows that are longer than the model's positions.
 
         Raises:
-            ConfigError: some have none.
+            ConfigError: a token has none.
         """
         name, parts = experiment.model.hub_id, (rows.train, rows.validation)
         lengths = itertools.chain.from_iterable(part.lengths for part in parts)
@@ -71,8 +71,8 @@ class Text(RowKind):
         if largest >= known and not errors:
             token = processor.convert_ids_to_tokens(largest)
             errors.append(
-                f"Invalid tokenizer of {name}: rows of {experiment.dataset.name} hold {token} ({largest}), and "
-                f"the model has {known} embeddings; give the folder the tokenizer that the model was trained with."
+                f"Invalid tokenizer of {name}: rows of {experiment.dataset.name} contain {token} ({largest}), but the "
+                f"model has {known} embeddings; put the tokenizer that the model was trained with into its folder."
             )
         if errors:
             raise ConfigError(errors)
@@ -94,7 +94,7 @@ class Image(RowKind):
         return {"classes": rows.classes.names}
 
     def check(self, experiment: Experiment, skeleton: nn.Module, processor: Any, rows: images.PreparedImages) -> None:
-        """Nothing: pictures are resized to what the model reads."""
+        """Does nothing: images are resized to the size that the model reads."""
 
     def save(self, folder: Path, rows: images.PreparedImages) -> None:
         write_json(folder / CLASSES_FILE, rows.classes._asdict())
@@ -104,24 +104,24 @@ class Image(RowKind):
 
 
 class Captioned(RowKind):
-    """Pictures with prompts."""
+    """Images with prompts."""
 
     def processor(self, model: ModelConfig) -> None:
         return None
 
     def read(self, experiment: Experiment, processor: None) -> text_to_image.PreparedCaptioned:
-        """Pictures with prompts, of sizes that the model takes, as many as a batch has.
+        """Read images with prompts; check that the model supports their sizes, and that there are enough for a batch.
 
         Raises:
-            ConfigError: every error of them.
+            ConfigError: it lists every error.
         """
         rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
         batch, count = experiment.optim.batch_size, len(rows.train)
-        drawn = isinstance(rows.prior, text_to_image.ClassPictures)  # in that size
+        drawn = isinstance(rows.prior, text_to_image.ClassPictures)  # whether the model generates images of that size
         errors = loading.size_errors(experiment.model, rows.train.sizes, drawn=drawn)
         if count < batch:
             errors.append(
-                f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} pictures to "
+                f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} images to "
                 "train on, fewer than a batch; lower optim.batch_size, or set dataset.repeats."
             )
         if errors:
@@ -146,7 +146,7 @@ class Captioned(RowKind):
     def encode(
         self, experiment: Experiment, rows: text_to_image.PreparedCaptioned, device: torch.device, base: str
     ) -> text_to_image.PreparedCaptioned:
-        """Latents and prompts, made before the model is loaded."""
+        """Encode images and prompts before the model is loaded."""
 
         def encoded() -> text_to_image.PreparedCaptioned:
             source = sources.backbone_source(experiment.model)

@@ -1,8 +1,8 @@
-"""MetaMathQA (Yu et al. 2023), the rows that were made from GSM8K. Hub: meta-math/MetaMathQA, split train.
+"""MetaMathQA (Yu et al. 2023), the rows that are derived from GSM8K. Hub: meta-math/MetaMathQA, split train.
 
-As the published code prepares it: rows whose type contains "GSM"; the response up to "\\nThe answer is:"; prompt and
-response together below `max_tokens` tokens; the first 100,000 to train and the next 10,000 to validate. LoRA-Pro's form
-(`template=alpaca`) keeps the full response. Scored on GSM8K's test split in the same prompt.
+Prepared as by the published code: rows whose type contains "GSM"; the response up to "\\nThe answer is:"; prompt and
+response together below `max_tokens` tokens; the first 100,000 rows for training and the next 10,000 for validation.
+LoRA-Pro's form (`template=alpaca`) keeps the full response. Scored on GSM8K's test split in the same prompt.
 
 Deviation: tokens are counted with the model's own tokenizer unless `limit_tokenizer` names another.
 """
@@ -40,7 +40,7 @@ def sources(config: Config) -> list[Source]:
 
 
 def examples(rows: list[Row], config: Config) -> Iterator[Example]:
-    """The rows made from GSM8K, their responses as the config has them."""
+    """Examples of the rows that are derived from GSM8K, with responses as `config.response` selects."""
     full = config.response == "full" or (config.response == "by_template" and config.template == "alpaca")
     for row in rows:
         if "GSM" in row["type"]:

@@ -1,4 +1,4 @@
-"""Which rows of a data set are used: sizes, order, and disjoint train and validation."""
+"""Selects the rows of a data set: number, order, and disjoint train and validation rows."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ T = TypeVar("T")
 
 
 def take(rows: Sequence[T], count: int | None, *, name: str, remedy: str = "lower it, or use null") -> list[T]:
-    """The first `count` rows, all for None.
+    """The first `count` rows; None takes all.
 
     Raises:
         ConfigError: there are fewer.
     """
     if count is not None and count > len(rows):
-        raise ConfigError([f"Invalid {name}={count}: only {len(rows)} rows are left for it; {remedy}."])
+        raise ConfigError([f"Invalid {name}={count}: only {len(rows)} rows are left; {remedy}."])
     return list(rows[:count])
 
 
 def ordered(rows: Sequence[T], subset: str, seed: int = 0) -> list[T]:
-    """`first` keeps the file's order, as the published code really did; `shuffled` permutes it once, by `seed`."""
+    """The rows in the file's order ("first", as in the published code), or permuted once by `seed` ("shuffled")."""
     rows = list(rows)
     if subset == "shuffled":
         random.Random(seed).shuffle(rows)
@@ -35,27 +35,28 @@ def ordered(rows: Sequence[T], subset: str, seed: int = 0) -> list[T]:
 
 
 def row_key(row: Row) -> tuple[str, str]:
-    """What makes two rows the same."""
+    """The key by which two rows are equal."""
     return row["x"], row["y"]
 
 
 def split_train_validation(
     rows: Iterable[Row], train_rows: int | None, validation_rows: int, same: Callable[[Row], object] = row_key
 ) -> tuple[list[Row], list[Row]]:
-    """The first `train_rows` rows and the next `validation_rows`; null train rows are all but the validation's.
+    """Returns the first `train_rows` rows and the next `validation_rows`. Reads no more rows than needed.
 
-    A row that repeats one of the train rows does not validate: the next one takes its place, and where none is left,
-    there are fewer. Reads no further than it must. `same` gives what two rows have in common that repeat each other.
+    Args:
+        train_rows: None takes all rows but the last `validation_rows`.
+        same: key of a row. A row with the key of a train row is not used for validation; the next one is, if any.
 
     Raises:
-        ConfigError: there are fewer, or none at all.
+        ConfigError: there are fewer rows, or no train row.
     """
     repeated: list[Row] = []
     if train_rows is None:
         rows = list(rows)
         train_rows = max(1, len(rows) - validation_rows)
         train, rest = rows[:train_rows], rows[train_rows:]
-        enough = rest  # those that repeat a train row are among those asked for
+        enough = rest  # counted with the rows that repeat a train row
         kept = list(_unseen(rest, train, repeated, same))
     else:
         rows = iter(rows)
@@ -63,7 +64,7 @@ def split_train_validation(
         enough = kept = list(islice(_unseen(rows, train, repeated, same), validation_rows))
     if not train:
         raise ConfigError(
-            ["Empty data set: the loader keeps none of its train rows; raise its limits, such as dataset.max_tokens."]
+            ["Empty data set: the loader keeps no train rows; raise its limits, such as dataset.max_tokens."]
         )
     take(train, train_rows, name="dataset.train_rows")
     take(enough, validation_rows, name="dataset.validation_rows", remedy="lower it")
@@ -72,16 +73,16 @@ def split_train_validation(
 
 
 def fresh_places(held_out: Sequence[Hashable], train: Iterable[Hashable]) -> list[int]:
-    """Places of the held-out rows that repeat no train row, by what two rows have in common that do."""
+    """Indices of the held-out rows whose key is not that of a train row."""
     seen = set(train)
-    places = [place for place, key in enumerate(held_out) if key not in seen]
-    _warn_of_repeated(len(held_out) - len(places))
-    return places
+    fresh = [index for index, key in enumerate(held_out) if key not in seen]
+    _warn_of_repeated(len(held_out) - len(fresh))
+    return fresh
 
 
 def _warn_of_repeated(count: int) -> None:
     if count:
-        logger.warning("%d rows stand among the train rows already and do not validate.", count)
+        logger.warning("%d rows repeat train rows and are not used for validation.", count)
 
 
 def _unseen(
@@ -96,7 +97,7 @@ def _unseen(
 
 
 def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Consecutive lists of `size` rows, the last one shorter."""
+    """Consecutive lists of `size` rows; the last one may be shorter."""
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch

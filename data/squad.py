@@ -1,8 +1,9 @@
-"""SQuAD 1.1 (Rajpurkar et al. 2016): answers that stand in a paragraph. Hub: rajpurkar/squad, splits train, validation.
+"""SQuAD 1.1 (Rajpurkar et al. 2016): answers are spans of a paragraph. Hub: rajpurkar/squad, splits train, validation.
 
 Trained on the first answer of each question; the hub's validation split, with all of its accepted answers, is the test
-split here. Prompts: the question is the instruction and the paragraph its context. `template=published` is LoRA-GA's
-code, "answer the question: …\ncontext: …\nresult: " and all answers of a row, joined. The sizes are our choice.
+split here. The question is the instruction, and the paragraph is its context. `template=published` is the prompt of
+LoRA-GA's code, "answer the question: …\ncontext: …\nresult: ", with all answers of a row, joined. The numbers of rows
+are our choice.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def _read(source: Source, data_root: str | None) -> list[Row]:
         if not texts or not all(isinstance(text, str) and text for text in texts):
             raise ConfigError(
                 [
-                    f'Invalid answers in {source}, row {number}: {{"text": [one answer or more], …}} is needed, '
-                    f"not {str(row['answers'])[:40]!r}; mend the row, or leave it out."
+                    f'Invalid answers in {source}, row {number}: they must be {{"text": [one answer or more], …}}, '
+                    f"not {str(row['answers'])[:40]!r}; fix the row, or leave it out."
                 ]
             )
         row["answers"] = list(texts)

@@ -1,8 +1,8 @@
-"""Pictures with prompts for a text-to-image model, and prior preservation (DreamBooth, CVPR 2023, section 3.2).
+"""Images with prompts for a text-to-image model, and prior preservation (DreamBooth, CVPR 2023, section 3.2).
 
-DreamBooth's loss is that of the pictures plus `prior_weight` times that of pictures of the class at large, which the
-model itself made before (`class_prompt`, `class_images`), or which lie in `class_folder`. There is no test split: what
-is scored are pictures that the trained model makes, against those that it was trained on.
+DreamBooth's loss is that of the images plus `prior_weight` times that of images of the class, which the untrained model
+generates (`class_prompt`, `class_images`) or which are in `class_folder`. There is no test split: images that the
+trained model generates are compared with those that it was trained on.
 """
 
 from __future__ import annotations
@@ -42,27 +42,26 @@ class Config(DatasetConfig):
     prompt_column: str | None = "prompt"
     folder: str | None = setting(None, min_length=1, remedy="null reads dataset.hub_id")
     prompt: str | None = setting(
-        None, min_length=1, max_length=LONGEST_PROMPT, remedy="null takes each picture's own"
-    )  # of every picture
+        None, min_length=1, max_length=LONGEST_PROMPT, remedy="null uses each image's own"
+    )  # for every image
     resolution: int = setting(1024, ge=16, le=MOST_PIXELS, remedy="the side of a square in pixels, 1024 for SDXL")
-    min_side: int = setting(256, ge=1, le=MOST_PIXELS, remedy="smaller pictures are refused")
-    flip: bool = False  # each picture mirrored in half of its steps
-    buckets: bool = False  # cut to the nearest of several aspect ratios instead of a square
+    min_side: int = setting(256, ge=1, le=MOST_PIXELS, remedy="smaller images are an error")
+    flip: bool = False  # each image is mirrored in half of its steps
+    buckets: bool = False  # crop to the nearest of several aspect ratios instead of a square
     bucket_step: int = setting(64, ge=8, le=MOST_PIXELS, remedy="sides of buckets are multiples of it")
-    repeats: int = setting(1, ge=1, le=10**6, remedy="how often an epoch goes through each picture")
-    drawn: str = setting(
-        "training", identity=False
-    )  # prompts that are drawn at the end: eval.text_to_image.prompts, unless that is given
-    train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all pictures")
+    repeats: int = setting(1, ge=1, le=10**6, remedy="it is the number of times that an epoch uses each image")
+    # Default of eval.text_to_image.prompts, the prompts of images that are generated at the end.
+    drawn: str = setting("training", identity=False)
+    train_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null takes all images")
     validation_rows: int = setting(0, ge=0, le=MOST_ROWS, remedy="0 takes none")
     subset: Literal["first", "shuffled"] = "first"
     revision: str | None = None
     class_prompt: str | None = setting(
         None, min_length=1, max_length=LONGEST_PROMPT, remedy="null is training without prior preservation"
     )
-    class_folder: str | None = setting(None, min_length=1, remedy="null lets the model make dataset.class_images")
+    class_folder: str | None = setting(None, min_length=1, remedy="null lets the model generate dataset.class_images")
     class_images: int | None = setting(None, ge=1, le=10**6, remedy="100 are usual")
-    class_steps: int = setting(30, ge=1, le=10**4, remedy="denoising steps of a picture that the model makes")
+    class_steps: int = setting(30, ge=1, le=10**4, remedy="denoising steps of an image that the model generates")
     prior_weight: float = setting(1.0, ge=0, le=1e6, remedy="1 is usual")
 
     def rule_errors(self) -> list[SettingError]:
@@ -71,15 +70,15 @@ class Config(DatasetConfig):
             errors.append(
                 SettingError(
                     ("hub_id", "folder"),
-                    f"Invalid dataset.hub_id={self.hub_id} with dataset.folder={self.folder}: exactly one of them says "
-                    "where the pictures are; set dataset.folder=DIR with dataset=pictures, or choose another data set.",
+                    f"Invalid dataset.hub_id={self.hub_id} with dataset.folder={self.folder}: exactly one of them must "
+                    "be set; set dataset.folder=DIR with dataset=pictures, or choose another data set.",
                 )
             )
         if self.hub_id is not None and self.prompt_column is None and self.prompt is None:
             errors.append(
                 SettingError(
                     ("prompt", "hub_id", "prompt_column"),
-                    "Missing dataset.prompt: without dataset.prompt_column it is the prompt of every picture.",
+                    "Missing dataset.prompt: without dataset.prompt_column it must be set, for every image.",
                 )
             )
         if self.buckets and self.bucket_step > self.resolution:
@@ -102,8 +101,8 @@ class Config(DatasetConfig):
             errors.append(
                 SettingError(
                     ("buckets", "class_prompt"),
-                    f"Invalid dataset.buckets=true with dataset.class_prompt={self.class_prompt}: a picture and one "
-                    "of its class make a row, so they must have one size; leave one of the keys out.",
+                    f"Invalid dataset.buckets=true with dataset.class_prompt={self.class_prompt}: an image and one "
+                    "of its class are one row, so they must have the same size; leave one of the keys out.",
                 )
             )
         return errors + self._prior_errors()
@@ -114,7 +113,7 @@ class Config(DatasetConfig):
             return [
                 SettingError(
                     (key, "class_prompt"),
-                    f"Invalid dataset.{key}={getattr(self, key)} without dataset.class_prompt: it is of prior "
+                    f"Invalid dataset.{key}={getattr(self, key)} without dataset.class_prompt: it belongs to prior "
                     'preservation; set dataset.class_prompt="a photo of a dog", or leave the key out.',
                 )
                 for key, plain in given.items()
@@ -125,15 +124,15 @@ class Config(DatasetConfig):
                 SettingError(
                     ("class_images", "class_folder"),
                     f"Invalid dataset.class_images={self.class_images} with dataset.class_folder={self.class_folder}: "
-                    "exactly one of them says where the pictures of dataset.class_prompt come from; set "
-                    "class_images=100 to let the model make them, or name a folder.",
+                    "exactly one of them must be set; set dataset.class_images=100 to let the model generate images "
+                    "of dataset.class_prompt, or name a folder of them.",
                 )
             ]
         return []
 
 
 class ClassPictures(NamedTuple):
-    """What is asked of the untrained model for prior preservation: pictures of a prompt."""
+    """Images that the untrained model must generate for prior preservation."""
 
     prompt: str
     count: int
@@ -141,22 +140,22 @@ class ClassPictures(NamedTuple):
 
 
 class PreparedCaptioned(NamedTuple):
-    """What a run on captioned pictures reads."""
+    """The rows of a run on captioned images."""
 
     train: CaptionedRows
     validation: CaptionedRows
-    test: CaptionedRows  # what pictures are compared with: those of training, each once
+    test: CaptionedRows  # generated images are compared with these: the train rows without repeats
     prior: CaptionedRows | ClassPictures | None
 
     @property
     def sha256(self) -> str:
-        """Of the files and prompts of all rows that training and validation read, in order."""
+        """Hash of the files and prompts of all train and validation rows, in order."""
         digest = hashlib.sha256()
         for rows in (self.train, self.validation, self.prior):
             if isinstance(rows, CaptionedRows):
                 digest.update(len(rows).to_bytes(8, "little"))
-                for one in rows.digests:
-                    digest.update(len(one).to_bytes(8, "little") + one)
+                for row in rows.digests:
+                    digest.update(len(row).to_bytes(8, "little") + row)
         return digest.hexdigest()
 
 
@@ -167,10 +166,10 @@ def sources(config: Config) -> list[Source]:
 
 
 def read(config: Config, data_root: str | None) -> CaptionedImages:
-    """The pictures of a data set's config.
+    """Reads the images of a data set's config.
 
     Raises:
-        ConfigError: they are not there; with the way out.
+        ConfigError: they do not exist; the message suggests a fix.
     """
     if config.folder is not None:
         return read_folder(config.folder, config.prompt)
@@ -184,10 +183,10 @@ def read(config: Config, data_root: str | None) -> CaptionedImages:
 
 
 def prepared(config: Config, data_root: str | None) -> PreparedCaptioned:
-    """Rows of a run; every picture that will be read has been tried.
+    """Reads the rows of a run; every image that will be used is decoded once.
 
     Raises:
-        ConfigError: files, columns, sizes or pictures do not do; every error at once.
+        ConfigError: files, columns, sizes or images are invalid; it lists every error.
     """
 
     def own() -> tuple[CaptionedRows, CaptionedRows]:
@@ -201,13 +200,13 @@ def prepared(config: Config, data_root: str | None) -> PreparedCaptioned:
     return PreparedCaptioned(repeated, validation, train, prior)
 
 
-def _rows(images: CaptionedImages, places: Sequence[int], config: Config) -> CaptionedRows:
+def _rows(images: CaptionedImages, indices: Sequence[int], config: Config) -> CaptionedRows:
     step = config.bucket_step if config.buckets else None
-    return rows_of(images, places, resolution=config.resolution, bucket_step=step, min_side=config.min_side)
+    return rows_of(images, indices, resolution=config.resolution, bucket_step=step, min_side=config.min_side)
 
 
 def _places(config: Config, count: int) -> tuple[list[int], list[int]]:
-    """Pictures to train on, and to validate with."""
+    """Indices of the images for training and for validation."""
     order = ordered(range(count), config.subset)
     wanted = config.train_rows or max(1, count - config.validation_rows)
     chosen, held_out = gather(
@@ -227,19 +226,19 @@ def encode(
     state: str,
     seed: int,
 ) -> PreparedCaptioned:
-    """The rows as latents and prompts; pictures of the class are made first, where they are asked of the model.
+    """Encodes the rows as latents and prompts; generates the images of the class first, if there is no folder of them.
 
     Args:
-        source, state: of the pipeline, as `latents.encoded` has them.
+        source, state: of the pipeline, as in `latents.encoded`.
 
     Raises:
-        ConfigError: the VAE makes NaN of a picture.
+        ConfigError: the VAE returns NaN for an image.
     """
     common = (model, source, device)
     prior = rows.prior
     if isinstance(prior, ClassPictures):
-        made = latents.class_pictures(*prior, config.resolution, *common, state=state)
-        prior = rows_of(made, range(prior.count), resolution=config.resolution)
+        generated = latents.class_pictures(*prior, config.resolution, *common, state=state)
+        prior = rows_of(generated, range(prior.count), resolution=config.resolution)
     train = latents.encoded(rows.train, *common, state=state, seed=seed, flip=config.flip)
     if prior is not None:
         train.prior = latents.encoded(prior, *common, state=state, seed=seed, flip=config.flip, name="prior")
@@ -259,8 +258,8 @@ def _prior(config: Config) -> CaptionedRows | ClassPictures | None:
 
 def describe(config: Config) -> Any:
     where = config.folder or f"{config.hub_id} ({config.split})"
-    cut = "buckets" if config.buckets else "squares"
-    return f"{where}, {cut} of {config.resolution} pixels"
+    crops = "buckets" if config.buckets else "squares"
+    return f"{where}, {crops} of {config.resolution} pixels"
 
 
 DATASETS.add("text_to_image", DataSet(Config=Config, version=1, describe=describe, sources=sources))

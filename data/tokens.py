@@ -1,9 +1,9 @@
-"""Rows to token ids and ids to batches.
+"""Tokenizes rows and collates batches.
 
-The prompt (x and a blank) and the answer (y and end-of-sequence) are tokenized apart and joined, so that an evaluator,
-which tokenizes the prompt alone, continues from exactly the ids that training saw. Deviation from the published code,
-which tokenizes the joined text: there the blank may fuse with the answer's first token. Names of special tokens in a
-row are text, and the end that a tokenizer puts behind every text is no part of a decoder's prompt
+The prompt (x and a blank) and the answer (y and end-of-sequence) are tokenized separately and joined, so that an
+evaluator, which only tokenizes the prompt, continues from exactly the ids of training. Deviation: the published code
+tokenizes the joined text, in which the blank may merge with the answer's first token. Names of special tokens in a row
+are text, and an end-of-sequence token that a tokenizer appends is removed from a decoder's prompt
 (`flatlora.inputs.tokenizing`).
 """
 
@@ -37,13 +37,13 @@ _ID_BYTES = 4
 
 
 class TokenRows(Dataset):
-    """Token ids of rows, kept flat: a list of ints takes nine times the memory, and a cache file holds what is here.
+    """Token ids of rows in flat arrays, as in the cache file; lists of ints would take nine times the memory.
 
     Args:
-        ids: INT32, prompt and answer of row after row.
-        prompt_lengths, answer_lengths: INT32, tokens of each.
-        cut: rows that were longer than the limit.
-        dropped: rows whose prompt alone left no room for an answer.
+        ids: prompt and answer of all rows, concatenated, INT32.
+        prompt_lengths, answer_lengths: numbers of tokens per row, INT32.
+        cut: number of rows that were longer than the limit.
+        dropped: number of rows that were left out because their prompt left no room for an answer.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class TokenRows(Dataset):
 
     @classmethod
     def of(cls, prompts: Sequence[list[int]], answers: Sequence[list[int]], **counts: int) -> TokenRows:
-        """From lists of ids, equally many of both."""
+        """Creates rows from a list of ids per prompt and per answer."""
         return cls.of_bytes([packed(ids) for pair in zip(prompts, answers, strict=True) for ids in pair], **counts)
 
     @classmethod
     def of_bytes(cls, parts: Sequence[bytes], **counts: int) -> TokenRows:
-        """From INT32 ids as bytes: prompt, answer, prompt, answer, and so on."""
+        """Creates rows from INT32 ids as bytes: prompt, answer, prompt, answer, and so on."""
         lengths = np.fromiter((len(part) // _ID_BYTES for part in parts), np.int32, len(parts))
         return cls(np.frombuffer(b"".join(parts), "<i4"), lengths[0::2].copy(), lengths[1::2].copy(), **counts)
 
@@ -77,13 +77,13 @@ class TokenRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         if not -len(self) <= index < len(self):
-            raise IndexError(index)  # ends a loop over the rows
+            raise IndexError(index)  # ends iteration over the rows
         start, stop = self._starts[index % len(self)], self._starts[index % len(self) + 1]
         middle = start + self.prompt_lengths[index]
         return {"prompt": self.ids[start:middle].tolist(), "answer": self.ids[middle:stop].tolist()}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What makes the same rows again."""
+        """The arguments of `from_arrays`."""
         counts = np.array([self.cut, self.dropped], np.int32)
         return {
             "ids": self.ids,
@@ -100,9 +100,9 @@ class TokenRows(Dataset):
 
 
 class Encoder:
-    """Ids of texts, as the tokenizer's own call gives them, without the masks and objects that it makes besides.
+    """Encodes texts to the ids of the tokenizer's own call, without its masks and other objects.
 
-    Byte-level tokenizers are asked once for each chunk of text; other fast ones encode on all cores.
+    Byte-level tokenizers encode each distinct chunk of text once; other fast ones encode on all cores.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,20 +113,20 @@ class Encoder:
             self._memory = ChunkMemory.of(tokenizer.backend_tokenizer)
 
     def __call__(self, texts: Sequence[str], *, special: bool = True) -> list[bytes]:
-        """INT32 ids of each text, `special` tokens (a beginning of the sequence) included if asked."""
+        """INT32 ids of each text; `special` adds special tokens, such as the beginning of the sequence."""
         if not self.tokenizer.is_fast:
             return [packed(text_ids(self.tokenizer, text, special=special)) for text in texts]
-        self.tokenizer.backend_tokenizer.encode_special_tokens = True  # the tokenizer's own call sets it as it needs it
-        found = [self._memory.encode(text, special) if self._memory else None for text in texts]
-        left = [place for place, ids in enumerate(found) if ids is None]
+        self.tokenizer.backend_tokenizer.encode_special_tokens = True  # the tokenizer's own call sets it again
+        encoded = [self._memory.encode(text, special) if self._memory else None for text in texts]
+        left = [index for index, ids in enumerate(encoded) if ids is None]
         backend = self.tokenizer.backend_tokenizer
-        asked = backend.encode_batch_fast([texts[place] for place in left], add_special_tokens=special)
-        for place, encoding in zip(left, asked, strict=True):
-            found[place] = packed(encoding.ids)
-        return found
+        encodings = backend.encode_batch_fast([texts[index] for index in left], add_special_tokens=special)
+        for index, encoding in zip(left, encodings, strict=True):
+            encoded[index] = packed(encoding.ids)
+        return encoded
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text."""
+        """Number of tokens of each text."""
         return [len(ids) // _ID_BYTES for ids in self(texts)]
 
 
@@ -138,10 +138,11 @@ def tokenize(
     *,
     encoder_decoder: bool = False,
 ) -> TokenRows:
-    """Ids of all rows, cut at `max_length` tokens (prompt + answer); `on_progress` gets the number of rows done.
+    """Tokenizes all rows, cut at `max_length` tokens (prompt + answer).
 
     Args:
-        encoder_decoder: whether an encoder reads the prompts, as its tokenizer ends them.
+        on_progress: called with the number of rows after each batch.
+        encoder_decoder: whether prompts keep the end-of-sequence token that the tokenizer appends.
     """
     parts, cut, dropped, encode = [], 0, 0, Encoder(tokenizer)
     end, most = packed([tokenizer.eos_token_id]), max_length * _ID_BYTES
@@ -172,10 +173,10 @@ def tokenize(
 
 
 class _SpecialNames:
-    """Counts the rows whose text holds the name of a special token, such as "<s>" in HTML.
+    """Counts the rows whose text contains the name of a special token, such as "<s>" in HTML.
 
-    It is read as text, except by tokenizers whose vocabulary has the name among its pieces of text (Unigram's, and
-    those of whole words).
+    Such a name is tokenized as text, except by tokenizers whose vocabulary has the name as a piece of text (Unigram
+    and word-level tokenizers).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, encode: Encoder) -> None:
@@ -187,24 +188,24 @@ class _SpecialNames:
     def look(self, rows: Sequence[Row]) -> None:
         for row in rows:
             text = f"{row['x']}\n{row['y']}"
-            if not (found := set(self.pattern.findall(text))):
+            if not (names := set(self.pattern.findall(text))):
                 continue
             ids = set(np.frombuffer(self.encode([text], special=False)[0], "<i4").tolist())
-            for name in found:
+            for name in names:
                 (self.as_token if self.ids[name] in ids else self.as_text)[name] += 1
 
     def warn(self) -> None:
         for counts, reading in (
-            (self.as_text, "they are read as the text that they are, not as the tokens"),
-            (self.as_token, "this tokenizer can read them as the tokens alone; take them out of the rows"),
+            (self.as_text, "they are tokenized as text, not as special tokens"),
+            (self.as_token, "this tokenizer always reads them as special tokens; remove them from the rows"),
         ):
             if counts:
-                told = ", ".join(f"{name} in {count} rows" for name, count in sorted(counts.items()))
-                logger.warning("Names of special tokens stand in the text of rows (%s): %s.", told, reading)
+                occurrences = ", ".join(f"{name} in {count} rows" for name, count in sorted(counts.items()))
+                logger.warning("Rows contain the names of special tokens (%s): %s.", occurrences, reading)
 
 
 def tokenize_reference(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:
-    """Slow twin of `tokenize` for a decoder-only model: one call of the tokenizer for each prompt and each answer."""
+    """Slow reference for `tokenize` with a decoder-only model: calls the tokenizer for each prompt and each answer."""
     pairs = []
     for row in rows:
         prompt = tokenizer(prompt_text(row["x"]), split_special_tokens=True)["input_ids"]
@@ -219,11 +220,11 @@ def tokenize_reference(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, 
 
 @dataclass(frozen=True)
 class CausalCollator:
-    """Rows → right-padded batch of a decoder-only model, prompt tokens without loss.
+    """Collates rows to a right-padded batch for a decoder-only model, in which prompt tokens have no loss.
 
-    Only positions that some row of the batch has a loss on reach the output head: `logits_to_keep` names them and
-    `shift_labels` holds their labels, which transformers' causal loss reads as they are. On short answers this saves
-    most of the vocabulary-sized products; the loss is the same number.
+    The output head only computes positions where a row of the batch has a loss: `logits_to_keep` has these positions
+    and `shift_labels` their labels, which transformers' causal loss uses without shifting. For short answers this saves
+    most of the products with the vocabulary and does not change the loss.
     """
 
     pad_token_id: int
@@ -247,7 +248,7 @@ class CausalCollator:
 
 @dataclass(frozen=True)
 class Seq2SeqCollator:
-    """Rows → batch of an encoder-decoder model: prompt to the encoder, answer as labels; both right-padded."""
+    """Collates rows for an encoder-decoder model: prompts as inputs, answers as labels, both right-padded."""
 
     pad_token_id: int
 
@@ -265,7 +266,7 @@ class Seq2SeqCollator:
 
 
 class Prepared(NamedTuple):
-    """What a run on text reads: token ids to learn from, rows to be scored at the end."""
+    """The rows of a run on text: token ids for training, and test rows to be scored at the end."""
 
     train: TokenRows
     validation: TokenRows
@@ -273,7 +274,7 @@ class Prepared(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """Of all token ids that training and validation read, and where each begins."""
+        """Hash of all token ids of the train and validation rows, and of the rows' lengths."""
         digest = hashlib.sha256()
         for rows in (self.train, self.validation):
             for array in (rows.prompt_lengths, rows.answer_lengths, rows.ids):
@@ -290,16 +291,16 @@ def prepare(
     *,
     encoder_decoder: bool = False,
 ) -> Prepared:
-    """Tokenize the train and validation rows; `encoder_decoder` as `tokenize` has it.
+    """Tokenizes the train and validation rows; for `encoder_decoder` see `tokenize`.
 
     Raises:
-        ConfigError: no train row is left, or none of the validation rows that there are; or answers cannot end.
+        ConfigError: no train row or no validation row is left, or the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             [
-                f"Invalid model: the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, which ends "
-                "each answer; choose a model whose tokenizer has one."
+                f"Invalid model: the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token to end an "
+                "answer; choose a model whose tokenizer has one."
             ]
         )
     train, validation = (

@@ -1,9 +1,9 @@
 """WizardLM's evolved instructions (Xu et al. 2023). Hub: silk-road/Wizard-LM-Chinese-instruct-evol, split train.
 
-As the published code prepares it: the English columns; outputs that neither refuse ("sorry") nor speak of themselves
-("as an ai"), in any case; prompt and output together below 1,024 tokens; the first 52,000 to train and the next 18,000
-to validate. It has no test rows: MT-Bench asks questions of its own. Deviation: tokens are counted with the model's own
-tokenizer unless `limit_tokenizer` names another.
+Prepared as by the published code: the English columns; outputs without "sorry" and "as an ai", in any case; prompt and
+output together below 1,024 tokens; the first 52,000 rows for training and the next 18,000 for validation. There are no
+test rows: MT-Bench has its own questions. Deviation: tokens are counted with the model's own tokenizer unless
+`limit_tokenizer` names another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sources(config: Config) -> list[Source]:
 
 
 def examples(rows: list[Row]) -> Iterator[Example]:
-    """Rows whose output answers."""
+    """Examples of the rows whose output is not a refusal."""
     for row in rows:
         if not any(word in row["output"].lower() for word in _REFUSALS):
             yield Example(row["instruction"], row["output"])
@@ -47,7 +47,7 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
 
 
 def describe(config: Config) -> str:
-    return f"{HUB_ID} (train, outputs that answer)"
+    return f"{HUB_ID} (train, without refusals)"
 
 
 DATASETS.add("wizard_lm", DataSet(Config=Config, version=1, describe=describe, sources=sources, load=load))

@@ -1,7 +1,7 @@
-"""Multi-step arithmetic word problems in GSM8K's form ("#### 42"), made from a seed: no file, no network.
+"""Multi-step arithmetic word problems in GSM8K's form ("#### 42"), generated from a seed: no file, no network.
 
-A problem is a short story about one running quantity: an opening with 0-3 equations, then events, each of which is a
-move (gain, lose, share, ...) told in one sentence and 1-2 equations. word_math.yaml has the sentences of each kind:
+A problem is a short story about one quantity: an opening with 0-3 equations, then events. Each event is a move (gain,
+lose, share, ...) with one sentence and 1-2 equations. word_math.yaml has the sentences of each kind of problem:
 
     Jack picks 3 baskets of 11 apples each. He sells all his apples for $3 each. How many dollars does he get?
 
@@ -9,12 +9,12 @@ move (gain, lose, share, ...) told in one sentence and 1-2 equations. word_math.
     33 * 3 = 99 dollars
     #### 99
 
-What always holds: a solution has as many equations as the problem has steps; numbers in a question are 2..max_value;
-every result is a whole number in 1..max_answer (1..max_value**2 when max_answer is None); divisions are exact.
+Invariants: a solution has as many equations as the problem has steps; numbers in a question are 2..max_value; every
+result is a whole number in 1..max_answer (1..max_value**2 if max_answer is None); divisions are exact.
 
-Splits are disjoint by construction. A hash of a problem's first two equations (operators and numbers; not the kind,
-names or nouns; a + b read as b + a) says which split may use it. So no problem of one split reappears in another in
-other words, nor as the beginning of a longer one, whatever the seed and the sizes.
+Splits are disjoint by construction. A hash of a problem's first two equations (operators and numbers, without kind,
+names and nouns; a + b equals b + a) decides which split may use it. So for every seed and size, no problem of one split
+occurs in another one with other words, or as the beginning of a longer problem.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source
 from flatlora.utils.errors import ConfigError, SettingError
 
-VERSION = 1  # raise it whenever the same arguments give other rows; a cache of rows must know it
+VERSION = 1  # raise it whenever the same arguments give other rows; the cache of rows depends on it
 SPLITS = {"train": range(80), "validation": range(80, 90), "test": range(90, 100)}  # percent of the hash space
 STEPS = (2, 5)
-MOST_ROWS = 100_000  # a minute's work
-LEAST_DRAWS = 100_000  # before a split is said to have no more problems
-SMALLEST_BOUND = 5  # below 5, kinds such as fuel (5 - 2 * 2) have no problem left
+MOST_ROWS = 100_000  # generated in a minute
+LEAST_DRAWS = 100_000  # draws before `generate` gives up
+SMALLEST_BOUND = 5  # below 5, kinds such as fuel (5 - 2 * 2) have no problems
 
 NAMES = (
     ("Ann", "Chloe", "Dina", "Ella", "Grace", "Ivy", "Julia", "Lily", "Maria", "Nora", "Ruby", "Sara", "Zoe"),
@@ -53,24 +53,24 @@ IRREGULAR = {"person": "people", "child": "children", "loaf": "loaves"}
 
 Equation = tuple[int, str, int]
 Draft = tuple[tuple[int, ...], list[Equation]]  # a move's numbers for {n} and {m}, and its equations
-Event = Mapping[str, str]  # {move: sentence}; of an ending also its unit
+Event = Mapping[str, str]  # {move: sentence}; an ending may also have a unit
 Kind = Mapping[str, Any]
 
 KINDS: dict[str, Kind] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 class Config(TextDatasetConfig):
-    train_rows: int = setting(2000, ge=1, le=MOST_ROWS, remedy="that many take a minute to make")
+    train_rows: int = setting(2000, ge=1, le=MOST_ROWS, remedy="100000 take a minute to generate")
     validation_rows: int = setting(100, ge=0, le=MOST_ROWS, remedy="0 takes none")
-    test_rows: int = setting(200, identity=False, ge=1, le=MOST_ROWS, remedy="that many take a minute to make")
+    test_rows: int = setting(200, identity=False, ge=1, le=MOST_ROWS, remedy="100000 take a minute to generate")
     min_steps: int = setting(2, ge=STEPS[0], le=STEPS[1], remedy="problems have 2 to 5 steps")
     max_steps: int = setting(3, ge=STEPS[0], le=STEPS[1], remedy="problems have 2 to 5 steps")
-    max_value: int = setting(20, ge=SMALLEST_BOUND, le=10_000, remedy="20 makes products up to 400")
+    max_value: int = setting(20, ge=SMALLEST_BOUND, le=10_000, remedy="20 gives products up to 400")
     max_answer: int | None = setting(None, ge=SMALLEST_BOUND, le=10**8, remedy="null allows max_value squared")
-    # Of the problems; the run's own seed does not change them.
+    # Seed of the problems; the run's own seed does not change them.
     seed: int = setting(0, ge=0, lt=2**63, remedy="use a whole number of at most 18 digits")
-    # How long an evaluator waits for an answer.
-    answer_tokens: int = setting(160, identity=False, ge=1, le=MOST_TOKENS, remedy="160 hold every answer")
+    # Maximum length of a generated answer.
+    answer_tokens: int = setting(160, identity=False, ge=1, le=MOST_TOKENS, remedy="160 are enough for every answer")
 
     def rule_errors(self) -> list[SettingError]:
         if self.min_steps <= self.max_steps:
@@ -78,8 +78,8 @@ class Config(TextDatasetConfig):
         return [
             SettingError(
                 ("min_steps", "max_steps"),
-                f"Invalid dataset.min_steps={self.min_steps} with dataset.max_steps={self.max_steps}: the least "
-                "number of steps must not exceed the greatest; change one of them.",
+                f"Invalid dataset.min_steps={self.min_steps} with dataset.max_steps={self.max_steps}: min_steps must "
+                "be ≤ max_steps; change one of them.",
             )
         ]
 
@@ -89,10 +89,10 @@ def sources(config: Config) -> list[Source]:
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
-    """The three splits in the prompt of GSM8K; nothing is read, so `data_root` changes nothing.
+    """Generates the three splits in GSM8K's prompt; `data_root` is not used.
 
     Raises:
-        ConfigError: the difficulty leaves fewer distinct problems than rows are asked for.
+        ConfigError: the settings allow fewer distinct problems than rows are requested.
     """
     sizes = {"train": config.train_rows, "validation": config.validation_rows, "test": config.test_rows}
     bounds = config.model_dump(include={"seed", "min_steps", "max_steps", "max_value", "max_answer"})
@@ -111,12 +111,12 @@ def describe(config: Config) -> str:
 
 
 class Misfit(Exception):
-    """The numbers drawn so far leave no way to go on within the bounds: draw another story."""
+    """The numbers drawn so far cannot be continued within the bounds: another story must be drawn."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem with what it is made of; `generate` hands out only its two texts."""
+    """One problem with its kind and equations; `generate` returns only its two texts."""
 
     kind: str
     question: str
@@ -125,7 +125,7 @@ class Problem:
 
     @property
     def signature(self) -> str:
-        """Kind, operators and numbers: equal for two tellings of one problem."""
+        """Kind, operators and numbers: equal for two wordings of one problem."""
         return f"{self.kind}: {chain(self.equations)}"
 
     @property
@@ -137,7 +137,7 @@ class Problem:
 
 
 def chain(equations: tuple[Equation, ...]) -> str:
-    """Equations as one canonical string, e.g. "7+12 19-4"; the operands of + and * in rising order."""
+    """Equations as one canonical string, e.g. "7+12 19-4"; the operands of + and * are sorted."""
     ordered = ((*sorted((a, b)), op) if op in "+*" else (a, b, op) for a, op, b in equations)
     return " ".join(f"{a}{op}{b}" for a, b, op in ordered)
 
@@ -152,19 +152,22 @@ def generate(
     max_value: int = 20,
     max_answer: int | None = None,
 ) -> list[dict[str, str]]:
-    """`count` rows {"question", "answer"} of distinct problems; the same arguments give the same rows anywhere.
+    """Generates `count` rows {"question", "answer"} of distinct problems, the same for the same arguments everywhere.
 
-    A smaller `count` gives a prefix of the rows of a larger one. No two rows share kind, operators and numbers. Steps
-    are drawn evenly from min_steps..max_steps, kinds about evenly. `max_value` bounds the numbers in the questions,
-    `max_answer` (default max_value**2) every result; below about 20 it leaves out the kinds with long products.
-    ValueError: bad arguments (all of them named), or too few problems found within max(LEAST_DRAWS, 100 * count) draws.
+    A smaller `count` gives a prefix of the rows of a larger one. No two rows have the same kind, operators and numbers.
+    Steps are drawn uniformly from min_steps..max_steps, kinds nearly so. `max_value` limits the numbers in questions,
+    and `max_answer` (default max_value**2) every result; below about 20, kinds with long products do not occur.
+
+    Raises:
+        ValueError: arguments are invalid (the message names all), or there are too few problems within
+            max(LEAST_DRAWS, 100 * count) draws.
     """
     check_arguments(split, count, min_steps, max_steps, max_value, max_answer)
     settings = {"seed": seed, "min_steps": min_steps, "max_steps": max_steps}
     settings |= {"max_value": max_value, "max_answer": max_answer}
     draws = max(LEAST_DRAWS, 100 * count)
-    found = itertools.islice(problems(split, draws, **settings), count)
-    rows = [{"question": problem.question, "answer": problem.answer} for problem in found]
+    distinct = itertools.islice(problems(split, draws, **settings), count)
+    rows = [{"question": problem.question, "answer": problem.answer} for problem in distinct]
     if len(rows) < count:
         bounds = ", ".join(f"{name}={value}" for name, value in settings.items())
         bound = "dataset.max_value" if max_answer is None else "dataset.max_value or dataset.max_answer"
@@ -178,7 +181,7 @@ def generate(
 def check_arguments(
     split: str, count: int, min_steps: int, max_steps: int, max_value: int, max_answer: int | None
 ) -> None:
-    """Raise one ValueError that names every bad argument of `generate`, its rule and the remedy."""
+    """Raise one ValueError that names every invalid argument of `generate`, its rule and the remedy."""
     fewest, most = STEPS
     rules = (
         (split in SPLITS, f"Invalid split={split!r}: must be one of {', '.join(SPLITS)}; use split='train'"),
@@ -206,9 +209,9 @@ def check_arguments(
 def problems(
     split: str, draws: int, *, seed: int, min_steps: int, max_steps: int, max_value: int, max_answer: int | None
 ) -> Iterator[Problem]:
-    """The distinct problems of `split` among the first `draws` draws of the stream that the other arguments name."""
+    """The distinct problems of `split` among the first `draws` draws of the stream that the other arguments define."""
     name = f"word_math {VERSION} {split} {seed} {min_steps} {max_steps} {max_value} {max_answer}"
-    # An int seed and randrange alone: their streams are the same in every Python version, hash() and sample() are not.
+    # Only int seeds and randrange are the same in every Python version; hash() and sample() are not.
     rng = random.Random(int.from_bytes(hashlib.blake2b(name.encode()).digest(), "big"))
     kinds = list(KINDS)
     seen = set()
@@ -222,7 +225,7 @@ def problems(
 
 
 def write(kind_name: str, steps: int, rng: random.Random, max_value: int, max_answer: int | None) -> Problem | None:
-    """A problem of one kind with exactly `steps` equations; None when ten stories in a row left the bounds."""
+    """A problem of one kind with exactly `steps` equations; None if ten stories in a row exceeded the bounds."""
     kind, limit = KINDS[kind_name], max_value**2 if max_answer is None else max_answer
     for _ in range(10):
         story = Story(rng, steps, max_value, min(limit, kind.get("most", limit)))
@@ -246,9 +249,9 @@ def plural(noun: str) -> str:
 
 
 class Story:
-    """A problem being written: its sentences, its equations, and how many equations are left to write.
+    """A problem while it is written: its sentences, its equations, and the number of equations that are left.
 
-    Sentences are templates: {n} and {m} are the numbers of the sentence, all else comes from `words`.
+    Sentences are templates: {n} and {m} are the numbers of the sentence, all other fields are in `words`.
     """
 
     def __init__(self, rng: random.Random, steps: int, max_value: int, limit: int):
@@ -265,7 +268,7 @@ class Story:
         return self.steps - len(self.equations)
 
     def pick(self, options):
-        """One of a non-empty sequence."""
+        """A random element of a non-empty sequence."""
         return options[self.rng.randrange(len(options))]
 
     def chance(self) -> bool:
@@ -273,7 +276,7 @@ class Story:
         return self.rng.randrange(2) == 1
 
     def number(self, high: int | None = None, low: int = 2) -> int:
-        """A number for the question, low..min(high, max_value). From 2 on, so that a plural can follow it."""
+        """A number for the question, low..min(high, max_value); at least 2 by default, so that a plural can follow."""
         high = self.max_value if high is None else min(high, self.max_value)
         if high < low:
             raise Misfit
@@ -286,23 +289,27 @@ class Story:
         return first, self.number(high // first)
 
     def cast(self) -> None:
-        """Choose {name} with {he}, {his}, {him}, and a {friend}: of the other sex, so that every pronoun is clear."""
+        """Choose {name} with {he}, {his}, {him}, and a {friend} of the other sex, so that pronouns are unambiguous."""
         sex = self.rng.randrange(2)
         self.words |= PRONOUNS[sex] | {"name": self.pick(NAMES[sex]), "friend": self.pick(NAMES[1 - sex])}
 
     def name(self, words: Mapping[str, Sequence[str]]) -> None:
-        """Words from here on, those at one place of all lists, with their plurals: {thing}, {things} and {Things}."""
-        place = self.rng.randrange(min(map(len, words.values())))
+        """Choose the words at one index of all lists, with their plurals: {thing}, {things} and {Things}."""
+        index = self.rng.randrange(min(map(len, words.values())))
         for key, options in words.items():
-            many = plural(options[place])
-            self.words |= {key: options[place], f"{key}s": many, f"{key.capitalize()}s": many.capitalize()}
+            many = plural(options[index])
+            self.words |= {key: options[index], f"{key}s": many, f"{key.capitalize()}s": many.capitalize()}
 
     def say(self, variants: Sequence[str], **numbers: int) -> None:
         """Add one of the variants to the question."""
         self.sentences.append(self.pick(variants).format_map(self.words | numbers))
 
     def step(self, left: int, op: str, right: int, unit: str | None = None) -> int:
-        """Write the equation `left op right` and its unit (singular; the story's); returns the result, if in bounds."""
+        """Write the equation `left op right` with its unit (singular; default: the story's); returns the result.
+
+        Raises:
+            Misfit: the result is not a whole number within the bounds.
+        """
         if op == "/" and left % right:
             raise Misfit
         result = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[op]
@@ -314,7 +321,7 @@ class Story:
         return result
 
     def happen(self, total: int, events: list[Event], unit: str | None = None) -> int:
-        """Tell a random one of the events that fit, removing it from the list; returns the new total."""
+        """Add a random event that fits and remove it from the list; returns the new total."""
         while events:
             ((move, sentence),) = events.pop(self.rng.randrange(len(events))).items()
             cost, draw = MOVES[move]
@@ -331,7 +338,7 @@ class Story:
         raise Misfit
 
     def tell(self, kind: Kind) -> None:
-        """Tell all of a story: its opening, then events until no equation is left; the last may be an ending."""
+        """Write the whole story: its opening, then events until no equation is left; the last may be an ending."""
         if kind.get("person"):
             self.cast()
         if "words" in kind:
@@ -355,7 +362,7 @@ class Story:
         return Problem(kind_name, " ".join(self.sentences), answer, tuple(self.equations))
 
 
-# Moves: what an event does to the total, with the number of its equations. Misfit: no number fits the bounds.
+# Moves: the effect of an event on the total, with its number of equations. Misfit: no number fits the bounds.
 
 Move = tuple[int, Callable[[Story, int], Draft]]
 Bound = Callable[[Story, int], int]
@@ -428,7 +435,7 @@ MOVES: dict[str, Move] = {
     "lose_gain": (2, lose_gain),
 }
 
-# Openings: they tell how a story begins, in the sentences of the kind's `say`, and return its first total.
+# Openings write the beginning of a story with the sentences of the kind's `say`, and return its first total.
 
 
 def number(story: Story, kind: Kind) -> int:
@@ -460,7 +467,7 @@ def sum_or_product(story: Story, kind: Kind) -> int:
 
 
 def shared_sum(story: Story, kind: Kind) -> int:
-    """(n + m, and what `before` brings) / k"""
+    """(n + m, changed by events of `before`) / k"""
     total, before = sum_of(story, kind), list(kind["before"])
     while story.left > 1 and before and story.chance():
         total = story.happen(total, before)
@@ -468,7 +475,7 @@ def shared_sum(story: Story, kind: Kind) -> int:
 
 
 def compare(story: Story, kind: Kind) -> int:
-    """A chain of people, each compared with the one before; asks for the last one, or for the last two together."""
+    """A chain of people, each compared with the previous one; asks for the last one, or for the sum of the last two."""
     everyone, say = [*NAMES[0], *NAMES[1]], kind["say"]
     names = [everyone.pop(story.rng.randrange(len(everyone))) for _ in range(1 + STEPS[1])]
     story.words |= {"name": names[0]}
@@ -487,7 +494,7 @@ def compare(story: Story, kind: Kind) -> int:
 
 
 def travel(story: Story, kind: Kind) -> int:
-    """Speed times time: at most 90 miles per hour, 12 hours."""
+    """Speed times time: at most 90 miles per hour and 12 hours."""
     n = story.number(min(90, story.limit // 2))
     m = story.number(min(12, story.limit // n))
     verb = "walk" if n <= 4 else "bike" if n <= 15 else "drive"
@@ -497,7 +504,7 @@ def travel(story: Story, kind: Kind) -> int:
 
 
 def recipe(story: Story, kind: Kind) -> int:
-    """At most 9 cups a piece."""
+    """n pieces with m cups each, m ≤ 9."""
     m = story.number(min(9, story.limit // 2))
     n = story.number(story.limit // m)
     story.say(kind["say"]["recipe"], n=n, m=m)
@@ -505,7 +512,7 @@ def recipe(story: Story, kind: Kind) -> int:
 
 
 def tickets(story: Story, kind: Kind) -> int:
-    """Tickets at one price or, with three equations to spend, at one for adults and a lower one for children."""
+    """Tickets at one price or, if three equations are left, at a price for adults and a lower one for children."""
     if story.left < 3 or story.chance():
         return product(story, kind)
     adults = story.number(story.limit // 3)
@@ -518,7 +525,7 @@ def tickets(story: Story, kind: Kind) -> int:
 
 
 def fuel(story: Story, kind: Kind) -> int:
-    """What trips leave in a tank, or cans that fill it."""
+    """The rest in a tank after some trips, or cans that fill it."""
     if not story.chance():
         return product(story, kind)
     trips, each = story.factors(min(story.limit, story.max_value) - 1)
@@ -529,7 +536,7 @@ def fuel(story: Story, kind: Kind) -> int:
 
 
 def sale(story: Story, kind: Kind) -> int:
-    """A price with a part off (10%, 20% and 25% where max_value allows the number), or at half price."""
+    """A reduced price (10%, 20% and 25% off if max_value allows the number), or half price."""
     percents = [(part, f"{100 // part}% off") for part in (10, 5, 4) if 100 // part <= story.max_value]
     part, offer = story.pick([*percents, (4, "a quarter off"), (3, "a third off"), (2, "half off")])
     story.words |= {"offer": offer}
@@ -543,7 +550,7 @@ def sale(story: Story, kind: Kind) -> int:
 
 
 def feed(story: Story, kind: Kind) -> int:
-    """Animals (of one sort or two) times food each, a day or several."""
+    """Animals (of one or two kinds) times food per animal, for one or several days."""
     say, two_sorts = kind["say"], story.chance()
     if two_sorts:
         animals = sum_of(story, kind, story.limit // 2, "animal")

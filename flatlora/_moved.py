@@ -1,4 +1,4 @@
-"""Import paths of version 0.1: the modules below are found under their old names, with a DeprecationWarning."""
+"""Import paths of version 0.1: the modules below still import under their old names, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOVED = {
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module of `MOVED` at its new place."""
+    """Imports a module of `MOVED` from its new path."""
 
     def find_spec(self, name, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
@@ -32,7 +32,7 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return alias
 
     def exec_module(self, module: ModuleType) -> None:
-        """The names are there already."""
+        """`create_module` has already filled the module."""
 
 
 sys.meta_path.insert(0, _MovedModules())

@@ -1,8 +1,8 @@
-"""What libraries say while they are imported, before a program could have set up its logging."""
+"""Hides messages that libraries log while they are imported, before a program can set up its logging."""
 
 import logging
 
-# With bitsandbytes installed, PEFT's import tells every command that an optional kernel of its CPU code is missing.
+# If bitsandbytes is installed, importing PEFT logs that an optional CPU kernel is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# With DeepSpeed installed, every command on a machine without a GPU tells that there is none.
+# If DeepSpeed is installed, it logs on every import on a machine without a GPU that there is none.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

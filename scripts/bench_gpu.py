@@ -1,11 +1,11 @@
-"""`python -m scripts.bench gpu`: one optimizer step of Llama-2-7B's shape (random weights), contenders side by side.
+"""`python -m scripts.bench gpu`: one optimizer step of Llama-2-7B's shape (random weights), for several contenders.
 
-    PEFT         transformers' Llama with PEFT's LoRA under BF16 autocast: a Trainer's step, written plainly
-    PEFT+Liger   the same with Liger's kernels, a user's other choice
+    PEFT         transformers' Llama with PEFT's LoRA under BF16 autocast: a Trainer's step in plain code
+    PEFT+Liger   the same with Liger's kernels
     published    PEFT with Flat-LoRA as published: B·A formed in memory, torch.normal, W += ε in place, later W -= ε
-    LoRA, Flat-LoRA copy / recompute / inplace      this suite: fused layers, Liger's kernels, replayed micro-steps
+    LoRA, Flat-LoRA copy / recompute / inplace      this suite: fused layers, Liger's kernels, CUDA graphs
 
-Every contender reads the same backbone. A step is `accumulation` micro-batches, clipping, fused AdamW and zero_grad.
+All contenders share one backbone. A step is `accumulation` micro-batches, clipping, fused AdamW and zero_grad.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) 
     for shape in shapes:
         report["steps"][shape] = measure_shape(backbone, shape, steps, device)
         console.print(steps_table(shape, report["steps"][shape]))
-        files.write_json(out / "gpu.json", report)  # after each: what is measured is kept
+        files.write_json(out / "gpu.json", report)  # after each shape, to keep what is measured
         plot_steps(report["steps"], out / "gpu_steps.png")
     console.print(f"written: {out / 'gpu.json'}, {out / 'gpu_steps.png'}", soft_wrap=True)
     return 0
 
 
 def report_head(command: str, layers: int) -> dict[str, Any]:
-    """What was run, where, and on which model."""
+    """The command, the environment and the model, for the report."""
     return {
         "command": command,
         "env": environment.environment(),
@@ -102,14 +102,14 @@ def random_backbone(layers: int, device: torch.device) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def fill_random(model: nn.Module) -> None:
-    """The same weights at every call: what an in-place contender has drifted is made good."""
+    """Fill with the same random weights at every call, to undo the drift of an in-place contender."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
     for parameter in model.parameters():
         parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02, generator=generator)
 
 
 def shell_of(backbone: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A model of its own around the same weights: what is patched in one is not in another."""
+    """A separate model that shares the weights, so that patches of one model do not affect another."""
     with torch.device("meta"):
         model = LlamaForCausalLM(backbone.config)
     for name, parameter in backbone.named_parameters():
@@ -120,7 +120,7 @@ def shell_of(backbone: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def with_lora(backbone: LlamaForCausalLM) -> nn.Module:
-    """`shell_of` the backbone with PEFT's LoRA on all linear layers, as after some training."""
+    """`shell_of` the backbone with PEFT's LoRA on all linear layers and nonzero B."""
     model, device = shell_of(backbone), next(backbone.parameters()).device
     with torch.random.fork_rng(devices=[device]):
         torch.manual_seed(SEED)
@@ -130,7 +130,7 @@ def with_lora(backbone: LlamaForCausalLM) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        if "lora_B" in name:  # as after some training: B = 0 would make W' = W
+        if "lora_B" in name:  # nonzero as after some training, so that W' differs from W
             nn.init.normal_(parameter, std=0.005, generator=generator)
     return model.train()
 
@@ -200,7 +200,7 @@ class Published:
         self._add(-1.0)
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Does nothing: there are no buffers."""
 
     @staticmethod
     def _row_std(layer: LoraLayer) -> torch.Tensor:
@@ -218,7 +218,7 @@ class Published:
 
 @contextmanager
 def stock_modeling() -> Iterator[None]:
-    """Liger changes transformers' module for every model made later; put back what was there."""
+    """Undo Liger's changes to transformers' module, which would affect later models."""
     before = dict(vars(modeling_llama))
     try:
         yield
@@ -228,7 +228,7 @@ def stock_modeling() -> Iterator[None]:
 
 
 def measure_shape(backbone: nn.Module, shape: str, steps: int, device: torch.device) -> dict[str, Any]:
-    """Median seconds of a step, peak memory and loss of every contender."""
+    """Step times, peak memory and loss of every contender."""
     micro, length, accumulation = map(int, shape.split("x"))
     generator = torch.Generator(device).manual_seed(SEED)
     batch = torch.randint(SHAPE["vocab_size"], (accumulation, micro, length), generator=generator, device=device)
@@ -244,7 +244,7 @@ def measure_shape(backbone: nn.Module, shape: str, steps: int, device: torch.dev
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 loss = contender.step(number + 1, batch)
-                state = gpu_state() if number == 1 else state  # while the GPU still works on it
+                state = gpu_state() if number == 1 else state  # while the GPU is still computing
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)
             contender.close()
@@ -265,7 +265,7 @@ def measure_shape(backbone: nn.Module, shape: str, steps: int, device: torch.dev
 
 
 def gpu_state() -> str:
-    """Clock and power under the load just measured: a GPU at its power limit runs below its clock."""
+    """Clock and power under the current load; a GPU at its power limit lowers its clock."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()[0]
 
@@ -275,14 +275,14 @@ def first_bytes(backbone: nn.Module) -> torch.Tensor:
 
 
 def free_memory() -> None:
-    """As in a new process: a stream's cuBLAS workspaces (64 MiB) would outlive the contender that had the stream."""
+    """Free cached memory, also cuBLAS workspaces (64 MiB per stream), which would outlive their contender."""
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 
 
 def gpu_seconds(work: Callable[[], object], repeats: int = 11) -> float:
-    """Median of the device's time."""
+    """Median device time of a call in seconds."""
     work()
     times = []
     for _ in range(repeats):
@@ -296,7 +296,7 @@ def gpu_seconds(work: Callable[[], object], repeats: int = 11) -> float:
 
 
 def matmul_seconds(backbone: nn.Module, tokens: int, device: torch.device) -> float:
-    """Seconds that the linear layers' own products need for a micro-batch, forward and gradient of the input."""
+    """Seconds of the linear layers' own products for a micro-batch: forward, and gradient of the input."""
     total = 0.0
     counts: dict[tuple[int, int], int] = {}
     for module in backbone.modules():
@@ -321,18 +321,18 @@ def measure_passes(backbone: nn.Module, device: torch.device) -> dict[str, float
     B = [torch.randn(weight.shape[0], RANK, device=device) for weight in weights]
     norm_pass = triton_kernels.RowNormPass(weights, A, B)
     elements = sum(weight.numel() for weight in weights)
-    one, other = (torch.empty(elements, dtype=torch.bfloat16, device=device) for _ in range(2))
+    source, target = (torch.empty(elements, dtype=torch.bfloat16, device=device) for _ in range(2))
     return {
         "bytes": 2 * elements,
         "noise_s": gpu_seconds(lambda: noise_pass(3, 0)),
         "row_norm_s": gpu_seconds(norm_pass),
-        "read_s": gpu_seconds(lambda: one.view(-1, 1 << 12).amax(dim=1)),
-        "copy_s": gpu_seconds(lambda: other.copy_(one)),
+        "read_s": gpu_seconds(lambda: source.view(-1, 1 << 12).amax(dim=1)),
+        "copy_s": gpu_seconds(lambda: target.copy_(source)),
     }
 
 
 def compare_losses(backbone: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Losses of twenty optimizer steps, PEFT's and ours from the same start on the same rows."""
+    """Losses of twenty optimizer steps, PEFT's and ours, from the same adapter on the same rows."""
     generator = torch.Generator(device).manual_seed(SEED + 1)
     batches = torch.randint(SHAPE["vocab_size"], (20, 1, 2, 512), generator=generator, device=device)
     curves = {}
@@ -386,7 +386,7 @@ def steps_table(shape: str, rows: dict[str, Any]) -> Table:
 
 
 def plot_steps(steps: dict[str, Any], path: Path) -> None:
-    """Time of a micro-step against its tokens, one line a contender."""
+    """Plot the time of a micro-step against its tokens, one line per contender."""
     figure, axes = pyplot.subplots(figsize=(6.2, 4.0), layout="constrained")
     points = {shape: tuple(map(int, shape.split("x"))) for shape in steps}
     order = sorted((shape for shape in steps if points[shape][1] == 1024), key=lambda shape: points[shape][0])

@@ -1,8 +1,8 @@
-"""`python -m scripts.bench methods`: an optimizer step of every method over LoRA's, Llama-2-7B's shape, random weights.
+"""`python -m scripts.bench methods`: an optimizer step of every method relative to LoRA's, Llama-2-7B's shape.
 
-All contenders run as a run with trainer.kernels=auto runs them: fused layers where they cover the method, Liger's
-kernels, replayed micro-steps. Methods that differ from LoRA in their start alone (PiSSA, OLoRA, CorDA, EVA, LoRA-GA,
-rsLoRA) take LoRA's step; of these LoRA-GA stands in the table, with the time that its start takes.
+All contenders run as with trainer.kernels=auto: fused layers if they support the method, Liger's kernels, CUDA graphs
+of micro-steps. Methods that only differ from LoRA in their initial adapter or scaling (PiSSA, OLoRA, CorDA, EVA,
+LoRA-GA, rsLoRA) have LoRA's step; of these the table contains LoRA-GA, with the time of its initialization.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Bi-LoRA": ("lora", {}, "bi_lora"),
     "DoRA": ("dora", {}, "off"),
 }
-STEPS_IN_ALL = 1000  # of the run that the timed steps stand for
+STEPS_IN_ALL = 1000  # steps of the run that the timed steps represent
 
 
 def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) -> int:
@@ -69,14 +69,14 @@ def run(shapes: list[str], *, layers: int, steps: int, out: Path, command: str) 
             with stock_modeling():
                 rows[label] = measure(backbone, label, shape, steps, device)
             console.print(f"  {shape} {label}: {describe(rows[label])}", soft_wrap=True)
-            files.write_json(out / "methods.json", report)  # after each: what is measured is kept
+            files.write_json(out / "methods.json", report)  # after each contender, to keep what is measured
         console.print(table_of(shape, rows))
     console.print(f"written: {out / 'methods.json'}", soft_wrap=True)
     return 0
 
 
 def measure(backbone: LlamaForCausalLM, label: str, shape: str, steps: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of each step, of the start, and the peak memory; or the reason why there are none."""
+    """Seconds of each step and of the initialization, and the peak memory; or the error."""
     micro, length, accumulation = map(int, shape.split("x"))
     generator = torch.Generator(device).manual_seed(SEED)
     batch = torch.randint(SHAPE["vocab_size"], (accumulation, micro, length), generator=generator, device=device)
@@ -100,7 +100,7 @@ def measure(backbone: LlamaForCausalLM, label: str, shape: str, steps: int, devi
         row |= {
             "step_s": seconds[1:],
             "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-            "reserved_gib": torch.cuda.max_memory_reserved() / GIB,  # with the pools of graphs between replays
+            "reserved_gib": torch.cuda.max_memory_reserved() / GIB,  # includes the memory pools of graphs
             "loss": loss.item(),
         }
         row["kernels"] = contender.kernels
@@ -108,13 +108,13 @@ def measure(backbone: LlamaForCausalLM, label: str, shape: str, steps: int, devi
         row["error"] = str(error).partition(". GPU")[0]
     if contender is not None:
         contender.close()
-    if CONTENDERS[label][0] == "lora_ga":  # it has moved the weights that all share
+    if CONTENDERS[label][0] == "lora_ga":  # it has changed the shared weights
         fill_random(backbone)
     return row
 
 
 class MethodStep:
-    """The optimizer step of a method: what FlatTrainer does with it, without the Trainer around."""
+    """The optimizer step of a method as in FlatTrainer, without a Trainer."""
 
     def __init__(
         self, backbone: LlamaForCausalLM, peft: str, settings: dict[str, Any], rho: str, batch: torch.Tensor

@@ -1,7 +1,7 @@
-"""`python -m scripts.bench processes`: whole runs of Llama-2-7B's shape (random weights), one GPU against several.
+"""`python -m scripts.bench processes`: whole runs of Llama-2-7B's shape (random weights) on one GPU and on several.
 
-Flat-LoRA on rows of 1,024 tokens, batches of 32 rows in micro-batches of 8, by `run_exp.py` itself: one process, DDP
-and ZeRO-2. Prints tokens/s, what several GPUs give over one, peak memory, and whether the processes drew equal noise.
+Flat-LoRA on rows of 1,024 tokens, batches of 32 rows in micro-batches of 8, with `run_exp.py`: one process, DDP and
+ZeRO-2. Prints tokens/s, the speedup over one GPU, peak memory, and whether the processes drew equal noise.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from scripts.bench_gpu import random_backbone
 
 PROJECT = Path(__file__).parents[1]
 
-LENGTH, MICRO_BATCH, BATCH, LEFT_OUT = 1024, 8, 32, 3  # the first steps compile and allocate
+LENGTH, MICRO_BATCH, BATCH, LEFT_OUT = 1024, 8, 32, 3  # steps that are left out: the first ones compile and allocate
 console = Console(highlight=False, width=150)
 
 
 def run(gpus: int, *, layers: int, steps: int, out: Path) -> int:
-    """Measure, print, and write `processes.json` into `out`; 2 where there are fewer GPUs."""
+    """Measure, print, and write `processes.json` into `out`; returns 2 if there are fewer GPUs."""
     if torch.cuda.device_count() < gpus:
-        console.print(f"bench.py processes --gpus {gpus} needs as many GPUs; torch sees {torch.cuda.device_count()}.")
+        console.print(f"bench.py processes --gpus {gpus} needs as many GPUs; torch finds {torch.cuda.device_count()}.")
         return 2
     report: dict[str, Any] = {
         "command": f"python -m scripts.bench processes --gpus {gpus} --layers {layers} --steps {steps}",
@@ -66,20 +66,20 @@ def run(gpus: int, *, layers: int, steps: int, out: Path) -> int:
 
 
 def write_model(folder: Path, layers: int, device: str = "cuda") -> None:
-    """Random weights in BF16, and a tokenizer of bytes."""
+    """Write random weights in BF16 and a byte tokenizer."""
     model = random_backbone(layers, torch.device(device))
     model.save_pretrained(folder)
     del model
     torch.cuda.empty_cache()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: place for place, text in enumerate(["<s>", "</s>", *alphabet])}
+    vocabulary = {text: number for number, text in enumerate(["<s>", "</s>", *alphabet])}
     backend = Tokenizer(BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 def write_rows(folder: Path, count: int) -> None:
-    """Rows in GSM8K's form that fill LENGTH tokens, so that no padding is counted or left out."""
+    """Write rows in GSM8K's form that have at least LENGTH tokens, so that there is no padding."""
     draw = random.Random(0)
     rows = [
         {"question": f"Row {i}", "answer": "".join(draw.choices(string.ascii_letters, k=LENGTH)) + "\n#### 1"}
@@ -90,7 +90,7 @@ def write_rows(folder: Path, count: int) -> None:
 
 
 def one_run(root: Path, name: str, words: list[str], steps: int) -> dict[str, Any]:
-    """What one run recorded: tokens/s (median of the later steps), GPU memory, time of its perturbation, noise."""
+    """Run once; returns tokens/s (median without the first steps), GPU memory, losses and hashes of the noise."""
     results_root = root / name.replace(", ", "-")
     command = [sys.executable, "run_exp.py", "model=llama", f"model.hub_id={root / 'model'}", "dataset=gsm8k"]
     command += [f"data_root={root / 'data'}", f"results_root={results_root}", "wandb.mode=disabled", "wandb.name=run"]
@@ -113,22 +113,22 @@ def one_run(root: Path, name: str, words: list[str], steps: int) -> dict[str, An
 
 
 def table_of(runs: dict[str, dict[str, Any]], gpus: int) -> Table:
-    """Speed over one process, memory, and noise."""
+    """The table of speed, memory and noise."""
     table = Table(title=f"Flat-LoRA, Llama-2-7B's shape, one GPU against {gpus}", title_justify="left")
     for column in ("", "tokens/s", "to one", "peak GiB a GPU", "first noise", "loss apart", "backbone"):
         table.add_column(column, justify="left" if not column else "right")
     first = runs["one"]
-    for name, one in runs.items():
-        hashes = one["noise_sha256"]
+    for name, result in runs.items():
+        hashes = result["noise_sha256"]
         noise = "—" if hashes is None else "equal" if len(set(hashes)) == 1 else "differs"
-        apart = max(abs(a - b) / b for a, b in zip(one["losses"], first["losses"], strict=False))
+        apart = max(abs(a - b) / b for a, b in zip(result["losses"], first["losses"], strict=False))
         table.add_row(
             name,
-            f"{one['tokens_per_s']:,.0f}",
-            f"{one['tokens_per_s'] / first['tokens_per_s']:.3f}",
-            f"{one['peak_gpu_gib'] or 0:.2f}",
+            f"{result['tokens_per_s']:,.0f}",
+            f"{result['tokens_per_s'] / first['tokens_per_s']:.3f}",
+            f"{result['peak_gpu_gib'] or 0:.2f}",
             noise,
             f"{apart:.1e}",
-            "unchanged" if one["backbone_unchanged"] else "CHANGED",
+            "unchanged" if result["backbone_unchanged"] else "CHANGED",
         )
     return table

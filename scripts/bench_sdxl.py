@@ -1,10 +1,10 @@
 """`python -m scripts.bench sdxl`: an optimizer step of SDXL-base's UNet, 1024 px, batch 1, random weights.
 
-    diffusers    the step of diffusers' own DreamBooth example: its UNet with PEFT's LoRA under BF16 autocast, AdamW
-    LoRA, Flat-LoRA copy / recompute      this suite: fused layers, products in BF16, replayed micro-steps
+    diffusers    the step of diffusers' DreamBooth example: its UNet with PEFT's LoRA under BF16 autocast, AdamW
+    LoRA, Flat-LoRA copy / recompute      this suite: fused layers, products in BF16, CUDA graphs
 
-All read the same BF16 weights, r = α = 4 on attention's projections, latents and prompts that were encoded before. A
-step is one picture, clipping, AdamW and zero_grad. The contenders take turns, round after round; each begins anew.
+All use the same BF16 weights, r = α = 4 on attention's projections, and latents and prompts that are encoded before. A
+step is one image, clipping, AdamW and zero_grad. The contenders take turns in each round, with new adapters.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 CONTENDERS = ("diffusers", "LoRA", "Flat-LoRA copy", "Flat-LoRA recompute")
 SIGMA, RANK = 0.1, 4
-WINDOWS = 3  # of `steps` steps each, in every round
+WINDOWS = 3  # measurements of `steps` steps each, in every round
 Batch = dict[str, torch.Tensor]
 
 
@@ -73,7 +73,7 @@ def run(*, steps: int, rounds: int, out: Path, command: str) -> int:
             console.print(f"  round {number + 1}, {name}: {describe(rows[name])}", soft_wrap=True)
         report["rounds"].append(rows)
         out.mkdir(parents=True, exist_ok=True)
-        files.write_json(out / "sdxl.json", report)  # after each: what is measured is kept
+        files.write_json(out / "sdxl.json", report)  # after each round, to keep what is measured
     console.print(table_of(report["rounds"]))
     console.print(f"written: {out / 'sdxl.json'}", soft_wrap=True)
     return 0
@@ -95,14 +95,14 @@ def random_unet(device: torch.device, **changes: Any) -> nn.Module:
 
 
 def noise_schedule() -> Any:
-    """SDXL's, as training has it."""
+    """SDXL's noise schedule for training."""
     import diffusers
 
     return diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 def random_batch(device: torch.device, side: int = 128, width: int = 2048, pooled: int = 1280) -> Batch:
-    """Latents, noise and an encoded prompt of one picture; side in latents, an eighth of the pixels."""
+    """Latents, noise and an encoded prompt of one image; `side` is in latents, an eighth of the pixels."""
     generator = torch.Generator().manual_seed(SEED)
     batch = {
         "latents": torch.randn(1, 4, side, side, generator=generator),
@@ -117,9 +117,9 @@ def random_batch(device: torch.device, side: int = 128, width: int = 2048, poole
 
 
 def measure(unet: nn.Module, schedule: Any, name: str, batch: Batch, steps: int) -> dict[str, Any]:
-    """Seconds of a step and the peak memory; the first step, which compiles and captures, is in the latter alone.
+    """Seconds of a step and the peak memory; the first step, which compiles and captures, only counts for memory.
 
-    A time is that of `steps` steps, between two waits for the device, as between two logged rows of a run.
+    A time is the mean of `steps` steps between two synchronizations, as between two logged rows of a run.
     """
     free_memory()
     torch.cuda.reset_peak_memory_stats()
@@ -136,13 +136,13 @@ def measure(unet: nn.Module, schedule: Any, name: str, batch: Batch, steps: int)
         seconds.append((time.perf_counter() - began) / steps)
     for _ in range(3):
         step(number, batch)
-    state = gpu_state()  # while the GPU still works on them
+    state = gpu_state()  # while the GPU is still computing
     torch.cuda.synchronize()
     row = {
         "step_s": seconds,
         "first_loss": first,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,  # with the pool of a graph between replays
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,  # includes the memory pool of the graph
         "clock_and_power": state,
     }
     close()
@@ -150,7 +150,7 @@ def measure(unet: nn.Module, schedule: Any, name: str, batch: Batch, steps: int)
 
 
 def shell_of(unet: nn.Module) -> nn.Module:
-    """A UNet of its own around the same weights: adapters of one are not in another."""
+    """A separate UNet that shares the weights, so that adapters of one do not affect another."""
     with torch.device("meta"):
         shell = type(unet).from_config(unet.config)
     for name, parameter in unet.named_parameters():
@@ -176,14 +176,14 @@ def diffusers_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Cal
         noisy = schedule.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
         conditions = {"time_ids": batch["time_ids"], "text_embeds": batch["pooled"]}
         with torch.autocast(device.type, torch.bfloat16):
-            found = unet(
+            prediction = unet(
                 noisy.bfloat16(),
                 batch["timesteps"],
                 batch["prompt_embeds"],
                 added_cond_kwargs=conditions,
                 return_dict=False,
             )[0]
-            return functional.mse_loss(found.float(), batch["noise"].float(), reduction="mean")
+            return functional.mse_loss(prediction.float(), batch["noise"].float(), reduction="mean")
 
     def step(number: int, batch: Batch) -> torch.Tensor:
         return train_step(backward_of(loss_of), [batch], optimizer, max_norm=1.0)[0]
@@ -192,7 +192,7 @@ def diffusers_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Cal
 
 
 def our_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Callable[[], None]]:
-    """What FlatTrainer does with a diffusion model, without the Trainer around."""
+    """The step of FlatTrainer for a diffusion model, without a Trainer."""
     config = LoraMethodConfig(
         name="attention", method="lora", lora_r=RANK, lora_alpha=float(RANK), target_modules="attention"
     )
@@ -229,8 +229,8 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def ratios(rounds: list[dict[str, dict[str, Any]]], name: str, other: str) -> list[float]:
-    """Of the medians of each round."""
-    return [statistics.median(one[name]["step_s"]) / statistics.median(one[other]["step_s"]) for one in rounds]
+    """Ratios of the medians of two contenders in each round."""
+    return [statistics.median(rows[name]["step_s"]) / statistics.median(rows[other]["step_s"]) for rows in rounds]
 
 
 def table_of(rounds: list[dict[str, dict[str, Any]]]) -> Table:
@@ -238,9 +238,9 @@ def table_of(rounds: list[dict[str, dict[str, Any]]]) -> Table:
     for column in ("", "step", "to diffusers", "to our LoRA", "peak GiB", "reserved GiB"):
         table.add_column(column, justify="right" if column else "left")
     for name in CONTENDERS:
-        numbers = [statistics.median(statistics.median(one[name]["step_s"]) for one in rounds)]
+        numbers = [statistics.median(statistics.median(row[name]["step_s"]) for row in rounds)]
         numbers += [statistics.median(ratios(rounds, name, other)) for other in ("diffusers", "LoRA")]
-        memory = [max(one[name][key] for one in rounds) for key in ("peak_gib", "reserved_gib")]
+        memory = [max(row[name][key] for row in rounds) for key in ("peak_gib", "reserved_gib")]
         table.add_row(
             name,
             f"{numbers[0]:.4f} s",

@@ -1,7 +1,7 @@
-"""What stands in a table: cells of rows and columns, and the runs and published numbers that fill them.
+"""The content of tables: cells of rows and columns, and the runs and published numbers that fill them.
 
-A run counts for a cell if its configuration is the cell's, whatever the seed; what is broken, unfinished, doubled or of
-another setting is named and left out.
+A run counts for a cell if its configuration is the cell's, for any seed. Runs that are broken, unfinished, duplicated
+or of another setting are named and left out.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ PROJECT = Path(__file__).parents[1]
 LAYOUTS = PROJECT / "results/tables.yaml"
 PAPER = PROJECT / "results/paper.yaml"
 SIGNIFICANT = 0.05
-NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ that hold no run
+NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ without runs
 
 
 class Row(Section):
-    """One row: its label, and the overrides behind `experiment=TABLE` that make its setting."""
+    """One row: its label, and the overrides after `experiment=TABLE` that define its setting."""
 
     title: str
     overrides: list[str] = setting([], remedy="write [KEY=VALUE]")
 
 
 class Column(Section):
-    """One column: the overrides added to those of a row, and which metric of run.json is shown, times `scale`."""
+    """One column: the overrides that are added to those of a row, and the metric of run.json, times `scale`."""
 
     title: str
     overrides: list[str]
     metric: str
     scale: float
     digits: int = 2
-    lower: bool = False  # whether less is better
+    lower: bool = False  # whether lower is better
 
     @property
     def dataset(self) -> str:
         """Option name of the data set."""
-        return next(one.partition("=")[2] for one in self.overrides if one.startswith("dataset="))
+        return next(override.partition("=")[2] for override in self.overrides if override.startswith("dataset="))
 
 
 class Layout(Section):
@@ -60,24 +60,24 @@ class Layout(Section):
 
     rows: dict[str, Row]
     columns: dict[str, Column]
-    title: str | None = None  # the published table's by default
-    experiment: str | None = None  # the file; the table's name by default
+    title: str | None = None  # default: the published table's
+    experiment: str | None = None  # file of conf/experiment; default: the table's name
     average: bool = True
-    against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows compared; else all with the first LoRA row
-    measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # how flatness.json must be
+    against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows to compare; default: all with the first
+    measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # settings of flatness.json
 
     def row_titles(self) -> dict[str, str]:
         """{row: its label}."""
-        return {row: one.title for row, one in self.rows.items()}
+        return {row: value.title for row, value in self.rows.items()}
 
     def rule_errors(self) -> list[SettingError]:
         return [
             SettingError(
                 ("columns",),
-                f"Invalid overrides={column.overrides} of column {key}: a data set is needed; write dataset=NAME.",
+                f"Invalid overrides={column.overrides} of column {key}: they must name a data set; add dataset=NAME.",
             )
             for key, column in self.columns.items()
-            if not any(one.startswith("dataset=") for one in column.overrides)
+            if not any(override.startswith("dataset=") for override in column.overrides)
         ]
 
 
@@ -91,17 +91,17 @@ class Published(Section):
 
 
 class Run(NamedTuple):
-    """A finished run as its record tells it."""
+    """A finished run, from its record."""
 
     path: Path
     experiment: Experiment
-    metrics: Mapping[str, float]  # those of flatness.json too
+    metrics: Mapping[str, float]  # including those of flatness.json
     train_s: float
-    measured: Mapping[str, Mapping[str, Any]]  # how each part of flatness.json was
+    measured: Mapping[str, Mapping[str, Any]]  # settings of each part of flatness.json
 
 
 class Cell(NamedTuple):
-    """What runs and paper say of one row and column, in the column's scale."""
+    """Values of the runs and of the paper for one row and column, in the column's scale."""
 
     by_seed: dict[int, float]
     paths: list[Path]
@@ -118,7 +118,7 @@ class Cell(NamedTuple):
 
 
 class TableData(NamedTuple):
-    """One table with all that stands in it."""
+    """One table with its content."""
 
     name: str
     layout: Layout
@@ -127,22 +127,22 @@ class TableData(NamedTuple):
     best: dict[str, str]  # column → the row that is better than all others
 
     def overrides_of(self, row: str, column: str) -> list[str]:
-        """All overrides of a cell but the seed."""
+        """All overrides of a cell without the seed."""
         return cell_overrides(self.name, self.layout, row, column)
 
 
 def check_folders(results: Path, out: Path) -> None:
-    """See to it that there is something to read and somewhere to write.
+    """Check that the folder of runs exists and that the output folder can be written.
 
     Raises:
-        ConfigError: no folder of runs, or a place that nothing can be written to.
+        ConfigError: one of them does not hold.
     """
     errors = []
     if not results.is_dir():
-        errors.append(f"Invalid --results={results}: no such folder; name one that runs are in.")
+        errors.append(f"Invalid --results={results}: no such folder; name a folder of runs.")
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        problem = "cannot be written to" if nearest.is_dir() else "is a file"
+        problem = "cannot be written" if nearest.is_dir() else "is a file"
         errors.append(f"Invalid --out={out}: {nearest} {problem}; name another folder.")
     if errors:
         raise ConfigError(errors)
@@ -152,13 +152,13 @@ def read_layouts(path: Path) -> dict[str, Layout]:
     """The tables of tables.yaml.
 
     Raises:
-        ConfigError: every key that is missing, unknown or of another kind.
+        ConfigError: it lists every key that is missing, unknown or invalid.
     """
     return {name: build_section(f"tables.{name}", Layout, raw) for name, raw in _yaml(path).items()}
 
 
 def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
-    """The published side of each table, and which numbers are left out of it: without a source, or none.
+    """The published side of each table, and messages about entries that are left out: without a source, or not numbers.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -166,43 +166,43 @@ def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
     raw = _yaml(path)
     sources, tables = raw.get("sources"), raw.get("tables")
     if not isinstance(sources, dict) or not isinstance(tables, dict):
-        raise ConfigError([f"Invalid {path}: two groups are needed, sources and tables; mend it."])
-    found, problems = {}, []
-    for name, one in tables.items():
-        values = one.get("values") if isinstance(one, dict) else None
+        raise ConfigError([f"Invalid {path}: it must have the groups sources and tables; fix it."])
+    published_tables, problems = {}, []
+    for name, table in tables.items():
+        values = table.get("values") if isinstance(table, dict) else None
         try:
-            published = build_section(f"paper.{name}", Published, one | {"values": {}} if values else one)
+            published = build_section(f"paper.{name}", Published, table | {"values": {}} if values else table)
         except ConfigError as error:
             problems += error.errors
             continue
-        numbers, told = _published_numbers(name, values or {})
+        numbers, number_problems = _published_numbers(name, values or {})
         if numbers and published.source not in sources:
-            told.append(
-                f"Invalid source of paper.{name}: {published.source} is none of {', '.join(sources)}, and a published "
-                "number needs one; name where it is from."
+            number_problems.append(
+                f"Invalid source of paper.{name}: {published.source} is none of {', '.join(sources)}, but a published "
+                "number needs a source; name it."
             )
             numbers = {}
-        problems += told
-        found[name] = published.model_copy(update={"values": numbers})
-    return found, problems
+        problems += number_problems
+        published_tables[name] = published.model_copy(update={"values": numbers})
+    return published_tables, problems
 
 
 def _published_numbers(name: str, values: Any) -> tuple[dict[str, dict[str, float]], list[str]]:
     numbers, problems = {}, []
     for row, by_column in values.items() if isinstance(values, dict) else [("values", values)]:
         if not isinstance(by_column, dict):
-            problems.append(f"Invalid paper.{name}.{row}={by_column!r}: numbers by column are needed; mend it.")
+            problems.append(f"Invalid paper.{name}.{row}={by_column!r}: it must be numbers by column; fix it.")
             continue
         for column, value in by_column.items():
             if _is_number(value):
                 numbers.setdefault(row, {})[column] = float(value)
             else:
-                problems.append(f"Invalid paper.{name}.{row}.{column}={value!r}: a number is needed; mend it.")
+                problems.append(f"Invalid paper.{name}.{row}.{column}={value!r}: it must be a number; fix it.")
     return numbers, problems
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no yes or no."""
+    """Whether it is a finite number, and not a bool."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e300 and value == value
@@ -210,18 +210,18 @@ def _is_number(value: Any) -> bool:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError([f"Cannot read {path}: {reason_of(error)}; mend it."]) from error
-    if not isinstance(found, dict):
-        raise ConfigError([f"Invalid {path}: it must hold groups by name; mend it."])
-    return found
+        raise ConfigError([f"Cannot read {path}: {reason_of(error)}; fix it."]) from error
+    if not isinstance(content, dict):
+        raise ConfigError([f"Invalid {path}: it must hold groups by name; fix it."])
+    return content
 
 
 def read_runs(results: Path) -> tuple[list[Run], list[str]]:
-    """Finished runs below a folder, in the order of their paths, and what is wrong with the others.
+    """Finished runs below a folder, in the order of their paths, and problems of the others.
 
-    A file that was damaged since is named; the numbers of its run stand in the signed record, and count.
+    Damaged files are named; the numbers of their run are in its signed record, and still count.
     """
     runs = []
     paths, problems = _records_below(results)
@@ -235,51 +235,51 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             metrics = {
                 name: value
                 for name, value in record["metrics"].items()
-                if value is not None and not name.startswith("flatness/")  # those are flatness.json's
+                if value is not None and not name.startswith("flatness/")  # read from flatness.json instead
             }
             if wrong := [name for name, value in metrics.items() if not _is_number(value)]:
-                raise ValueError(f"{wrong[0]} is no finite number")
+                raise ValueError(f"{wrong[0]} is not a finite number")
             train_s, adapter = float(record["timing"]["train_s"]), record.get("adapter_sha256")
         except BROKEN as error:
-            problems.append(f"{path.parent} has no good run.json ({type(error).__name__}: {str(error)[:200]}).")
+            problems.append(f"{path.parent} has no valid run.json ({type(error).__name__}: {str(error)[:200]}).")
             continue
         if damage := _damage(path.parent, record):
-            problems.append(f"{path.parent} was damaged since ({'; '.join(damage)}); the numbers of its record count.")
+            problems.append(f"{path.parent} is damaged ({'; '.join(damage)}); the numbers of its record count.")
         try:
             measured, more = _flatness(path.with_name("flatness.json"), adapter)
         except BROKEN as error:
             measured, more = {}, {}
-            told = f"{type(error).__name__}: {str(error)[:200]}"
-            problems.append(f"{path.parent} has no good flatness.json ({told}); its other numbers count.")
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            problems.append(f"{path.parent} has no valid flatness.json ({reason}); its other numbers count.")
         runs.append(Run(path.parent, experiment, metrics | more, train_s, measured))
     return runs, problems
 
 
 def _records_below(results: Path) -> tuple[list[Path], list[str]]:
-    """Every run.json, whatever it is, in the order of the paths; and folders that cannot be read."""
-    found, problems = [], []
+    """Paths of everything named run.json, sorted, and messages about folders that cannot be read."""
+    paths, problems = [], []
 
-    def tell(error: OSError) -> None:
+    def on_error(error: OSError) -> None:
         problems.append(f"{error.filename} cannot be read ({error.strerror}): runs below it are not counted.")
 
-    for parent, folders, names in os.walk(results, onerror=tell):
+    for parent, folders, names in os.walk(results, onerror=on_error):
         if Path(parent) == results:
             folders[:] = [name for name in folders if name not in NOT_RUNS]
         if "run.json" in (*folders, *names):
-            found.append(Path(parent, "run.json"))
-    return sorted(found), problems
+            paths.append(Path(parent, "run.json"))
+    return sorted(paths), problems
 
 
 def _damage(run: Path, record: Mapping[str, Any]) -> list[str]:
-    """What became of a run's files and answers since, weights by their sizes alone; nothing of a record kept alone."""
+    """Damage of a run's files and answers; of weights only sizes are compared, and of a lone record only its files."""
     if records.is_alone(run):
         return records.damage(run, record, wanted=lambda name: os.path.lexists(run / name))
-    found = [*records.damage(run, record, largest_bytes=_HASHED_BYTES), *records.settings_differ(run, record)]
+    problems = [*records.damage(run, record, largest_bytes=_HASHED_BYTES), *records.settings_differ(run, record)]
     names = record["experiment"]["eval"] if records.FILES in record else ()
-    return [*found, *(one for name in names for one in records.answers_damage(run / "eval" / name))]
+    return [*problems, *(problem for name in names for problem in records.answers_damage(run / "eval" / name))]
 
 
-_HASHED_BYTES = 64 << 20  # what is larger is a model's weights, which whoever loads them hashes
+_HASHED_BYTES = 64 << 20  # larger files are weights, which are hashed when they are loaded
 
 
 # ConfigError is a ValueError
@@ -287,17 +287,17 @@ BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowE
 
 
 def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], dict[str, float]]:
-    """How each part was measured, and {"flatness/<measure>": value}; nothing of a run that was not.
+    """Settings of each part, and {"flatness/<measure>": value}; both are empty if the run was not measured.
 
     Raises:
-        ValueError: the file is of other weights, or holds no numbers.
+        ValueError: the file is of other weights, or has invalid numbers.
     """
-    found = records.read_record(path, "measure anew with scripts/flatness.py")
-    if found is None:
+    record = records.read_record(path, "measure again with scripts/flatness.py")
+    if record is None:
         return {}, {}
-    if found["adapter_sha256"] != adapter_sha256:
+    if record["adapter_sha256"] != adapter_sha256:
         raise ValueError("it was measured on another adapter; measure this one with scripts/flatness.py")
-    parts = found["parts"]
+    parts = record["parts"]
     how = {part: dict(values["how"]) for part, values in parts.items()}
     metrics = {}
     for sigma, draws in parts["rise"]["draws"].items() if "rise" in parts else ():
@@ -312,22 +312,22 @@ def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], d
         for numbers in (at, line, *plane):
             _validate_numbers("landscape", numbers)
         if {len(at)} != {len(line), len(plane), *map(len, plane)}:
-            raise ValueError(f"its landscape has {len(at)} places, and losses of another number")
+            raise ValueError(f"its landscape has {len(at)} points, but another number of losses")
     return how, metrics
 
 
 def _validate_numbers(name: str, values: Any) -> None:
     if not isinstance(values, list) or not values or not all(map(_is_number, values)):
-        raise ValueError(f"{name}: finite numbers are needed")
+        raise ValueError(f"{name}: they must be finite numbers")
 
 
 def make(
     layouts: Mapping[str, Layout], papers: Mapping[str, Published], runs: Sequence[Run]
 ) -> tuple[list[TableData], list[str]]:
-    """The tables, and what is left out: runs of a cell that are doubled, published numbers of no cell.
+    """The tables, and messages about what is left out: duplicate runs, and published numbers without a cell.
 
     Raises:
-        ConfigError: overrides that do not compose, of a row and column that runs may fill.
+        ConfigError: overrides of a row and column do not compose.
     """
     made, problems = [], []
     datasets = {run.experiment.dataset.name for run in runs}
@@ -340,12 +340,12 @@ def make(
         cells = {}
         for row in layout.rows:
             for key, column in layout.columns.items():
-                found = []
+                matches = []
                 if column.dataset in datasets:  # composing takes a while
                     experiment = experiment_of(tuple(cell_overrides(name, layout, row, key)))
                     alike = [run for run in by_identity.get(setting_of(experiment), []) if column.metric in run.metrics]
-                    found = [run for run in alike if _scored_alike(run, experiment, column.metric, layout)]
-                by_seed, paths, doubled = _one_a_seed(found, column)
+                    matches = [run for run in alike if _scored_alike(run, experiment, column.metric, layout)]
+                by_seed, paths, doubled = _one_a_seed(matches, column)
                 problems += doubled
                 paper = published.values.get(row, {}).get(key) if published else None
                 cells[row, key] = Cell(by_seed, paths, paper)
@@ -354,14 +354,14 @@ def make(
 
 
 def cell_overrides(name: str, layout: Layout, row: str, column: str) -> list[str]:
-    """All overrides of a cell of table `name` but the seed."""
+    """All overrides of a cell of table `name` without the seed."""
     experiment = f"experiment={layout.experiment or name}"
     return [experiment, *layout.rows[row].overrides, *layout.columns[column].overrides]
 
 
 @cache  # columns may show several metrics of the same runs
 def experiment_of(overrides: tuple[str, ...]) -> Experiment:
-    """The experiment of a cell's overrides, of seed 0."""
+    """The experiment of a cell's overrides, with seed 0."""
     return run_exp.experiment_of([*overrides, "seed=0"])
 
 
@@ -370,7 +370,7 @@ def setting_of(experiment: Experiment) -> str:
 
 
 def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> bool:
-    """Whether the metric's benchmark asked the same rows in the same way; how many at a time does not matter."""
+    """Whether the metric's benchmark used the same rows and settings; the batch size does not matter."""
     benchmark = metric.partition("/")[0]
     if benchmark == "flatness":
         part = "rise" if metric.startswith("flatness/rise") else "hessian"
@@ -379,32 +379,30 @@ def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> 
 
     def asked(experiment: Experiment) -> Any:
         config = experiment.eval.get(benchmark)
-        how = {"batch_size", "judge_url", "judge_key", "folder"}  # and where judge or pictures are: no answer depends
-        usual = benchmarks.BENCHMARKS[
-            benchmark
-        ].Config.model_construct()  # a folder that nobody named is not looked for
-        settings = (config or usual).model_dump(mode="json", exclude=how)
+        irrelevant = {"batch_size", "judge_url", "judge_key", "folder"}  # settings that no answer depends on
+        usual = benchmarks.BENCHMARKS[benchmark].Config.model_construct()  # without validation of missing folders
+        settings = (config or usual).model_dump(mode="json", exclude=irrelevant)
         rows = getattr(experiment.model, "generated_test_rows", None), getattr(experiment.dataset, "test_rows", None)
         return settings, rows
 
     return asked(run.experiment) == asked(wanted)
 
 
-def _one_a_seed(found: Sequence[Run], column: Column) -> tuple[dict[int, float], list[Path], list[str]]:
-    """{seed: value}, the runs that gave them, and seeds that are left out: their runs differ."""
+def _one_a_seed(runs: Sequence[Run], column: Column) -> tuple[dict[int, float], list[Path], list[str]]:
+    """{seed: value}, the paths of the runs, and messages about seeds whose runs differ, which are left out."""
     seeds: dict[int, list[Run]] = {}
-    for run in found:
+    for run in runs:
         seeds.setdefault(run.experiment.seed, []).append(run)
     by_seed, paths, problems = {}, [], []
     for seed, same in sorted(seeds.items()):
         values = {run.metrics[column.metric] for run in same}
         if len(values) > 1:
-            told = ", ".join(f"{run.path} has {run.metrics[column.metric]}" for run in same)
-            problems.append(f"seed {seed} of {column.metric}: {told}; take one away.")
+            listed = ", ".join(f"{run.path} has {run.metrics[column.metric]}" for run in same)
+            problems.append(f"seed {seed} of {column.metric}: {listed}; remove one of them.")
             continue
         if len(same) > 1:
-            told = ", ".join(str(run.path) for run in same)
-            problems.append(f"seed {seed} stands in several folders that say the same: {told}; counted once.")
+            listed = ", ".join(str(run.path) for run in same)
+            problems.append(f"seed {seed} is in several folders with equal numbers: {listed}; counted once.")
         by_seed[seed] = values.pop() * column.scale
         paths.append(same[-1].path)
     return by_seed, paths, problems
@@ -414,7 +412,7 @@ def _unplaced(name: str, layout: Layout, published: Published | None) -> list[st
     if published is None:
         return []
     return [
-        f"Invalid paper.{name}: {row}, {column} is no cell of tables.{name}; name a row and a column of it."
+        f"Invalid paper.{name}: {row}, {column} is not a cell of tables.{name}; name a row and a column of it."
         for row, values in published.values.items()
         for column in values
         if row not in layout.rows or column not in layout.columns
@@ -424,32 +422,32 @@ def _unplaced(name: str, layout: Layout, published: Published | None) -> list[st
 def paired(left: Mapping[int, float], right: Mapping[int, float]) -> tuple[float, float, float, float, int] | None:
     """left − right over shared seeds: (mean, 95 % interval from, to, p of the paired t-test, seeds).
 
-    None for fewer than three seeds, or where all differences are equal.
+    None for fewer than three seeds, or if all differences are equal.
     """
     shared = sorted(left.keys() & right.keys())
     differences = [left[seed] - right[seed] for seed in shared]
     largest = max((abs(side[seed]) for side in (left, right) for seed in shared), default=0.0)
-    if len(shared) < 3 or statistics.stdev(differences) <= 1e-12 * largest:  # equal but for rounding
+    if len(shared) < 3 or statistics.stdev(differences) <= 1e-12 * largest:  # equal up to rounding
         return None
-    found = stats.ttest_1samp(differences, 0.0)
-    low, high = found.confidence_interval(0.95)
-    return statistics.fmean(differences), float(low), float(high), float(found.pvalue), len(shared)
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return statistics.fmean(differences), float(low), float(high), float(test.pvalue), len(shared)
 
 
 def unused(made: Sequence[TableData], runs: Sequence[Run]) -> list[str]:
-    """Runs whose setting is none of the tables'."""
-    shown = {path for one in made for cell in one.cells.values() for path in cell.paths}
+    """A message about runs whose setting is that of no cell."""
+    shown = {path for table in made for cell in table.cells.values() for path in cell.paths}
     settings = {run.path: setting_of(run.experiment) for run in runs}
     of_cells = {settings[path] for path in shown}
     others = [path for path, setting in settings.items() if setting not in of_cells]
     if not others:
         return []
     first = ", ".join(map(str, others[:5])) + (" …" if len(others) > 5 else "")
-    return [f"{len(others)} runs are of other settings than these tables' cells: {first}"]
+    return [f"{len(others)} runs have settings that belong to no cell of these tables: {first}"]
 
 
 def best_rows(layout: Layout, cells: Mapping[tuple[str, str], Cell]) -> dict[str, str]:
-    """{column: row} where one row is better than every other one that has runs, and not by chance."""
+    """{column: row} for columns in which one row is significantly better than every other row with runs."""
     best = {}
     for column in layout.columns:
         filled = [row for row in layout.rows if cells[row, column].by_seed]

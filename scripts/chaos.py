@@ -1,12 +1,12 @@
-"""Hurt a run of two processes again and again, go on with it each time, and compare with an undisturbed run.
+"""Injects errors into runs of two processes, resumes them, and compares them with an undisturbed run.
 
     python -m scripts.chaos [--rounds 20] [--seed N] [--disk DIR] [key=value ...]
 
-Each round is a run of its own that is hurt at a random moment: a rank is killed, the whole job is killed, the newest
+Each round is a separate run with one error at a random moment: a rank is killed, the whole job is killed, the newest
 checkpoint is corrupted while the job is down, or its disk is full for a while (`--disk` names an empty folder on a
-small file system, such as a tmpfs, with room for twice the run's folder; without it that harm is left out). Then it is
-resumed until it ends. Prints the harm of each round and whether its adapter equals the undisturbed one; exit code 1
-when one does not.
+small file system, such as a tmpfs, with room for twice the run's folder; without it this error is left out). Then it is
+resumed until it ends. Prints the error of each round and whether its adapter equals the undisturbed one; exit code 1
+if one does not.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ SETTINGS = [
     "wandb.mode=disabled",
     "wandb.name=run",
 ]
-TRIES = 12  # starts of a round before it is given up
+TRIES = 12  # maximum number of starts in a round
 PATIENCE_S = 600
 
 
 def main(words: list[str] | None = None) -> int:
-    """Exit code: 0 all rounds ended with the undisturbed adapter, 1 one did not, 2 a disk that is too small."""
+    """Returns the exit code: 0 if all adapters equal the undisturbed one, else 1; 2 if the disk is too small."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of harms and moments; printed")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="seed of errors and moments; printed")
     parser.add_argument("--disk", type=Path, help="an empty folder on a small file system of its own")
     parser.add_argument("settings", nargs="*")
     options = parser.parse_args(words)
@@ -62,9 +62,9 @@ def main(words: list[str] | None = None) -> int:
         root = Path(folder)
         settings = [*SETTINGS, *options.settings]
         begun = time.monotonic()
-        code, told = Job(settings, root / "whole").end()
+        code, output = Job(settings, root / "whole").end()
         if code:
-            print(told[-2000:])
+            print(output[-2000:])
             return 1
         span, wanted = time.monotonic() - begun, adapter_sha256(root / "whole")
         if options.disk and (message := _too_small(options.disk, root / "whole")):
@@ -75,10 +75,10 @@ def main(words: list[str] | None = None) -> int:
         for number in range(1, options.rounds + 1):
             harm = harms[(number - 1) % len(harms)]
             place = (options.disk if harm is fill_the_disk else root) / f"round-{number}"
-            starts, found = one_round(settings, place, harm, draw, span)
-            same = found == wanted
+            starts, adapter = one_round(settings, place, harm, draw, span)
+            same = adapter == wanted
             failed += not same
-            result = "equal" if same else f"DIFFERS: {found}"
+            result = "equal" if same else f"DIFFERS: {adapter}"
             print(f"round {number}: {harm.__name__.replace('_', ' ')}, {starts} starts, adapter {result}", flush=True)
             shutil.rmtree(place, ignore_errors=True)
     print(f"{options.rounds} rounds, {failed} failures")
@@ -86,7 +86,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 class Job:
-    """A started run, with all processes that it starts."""
+    """A started run and its processes."""
 
     def __init__(self, settings: list[str], place: Path) -> None:
         self.place = place
@@ -101,29 +101,29 @@ class Job:
         )
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train."""
+        """The training processes."""
         try:
-            found = psutil.Process(self.process.pid).children(recursive=True)
-            return [one for one in found if "RANK" in one.environ()]
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            return [child for child in children if "RANK" in child.environ()]
         except psutil.Error:
             return []
 
     def kill(self) -> None:
-        """All of them, at once."""
-        for one in [*self.ranks(), psutil.Process(self.process.pid)]:
+        """Kill all processes."""
+        for process in [*self.ranks(), psutil.Process(self.process.pid)]:
             try:
-                one.kill()
+                process.kill()
             except psutil.Error:
                 continue
         self.process.communicate()
 
     def end(self) -> tuple[int, str]:
-        """(exit code, what it said), once it has ended by itself."""
-        told, _ = self.process.communicate(timeout=PATIENCE_S)
-        return self.process.returncode, told
+        """Wait until it ends by itself; returns (exit code, output)."""
+        output, _ = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, output
 
     def wait(self, seconds: float) -> bool:
-        """Whether it still runs so much later."""
+        """Whether it still runs after this time."""
         try:
             self.process.wait(seconds)
             return False
@@ -132,7 +132,7 @@ class Job:
 
 
 def one_round(settings: list[str], place: Path, harm, draw: random.Random, span: float) -> tuple[int, str]:
-    """(number of starts, hash of the adapter at the end, or why there is none)."""
+    """Returns (number of starts, hash of the final adapter or the reason why there is none)."""
     job = Job(settings, place)
     if job.wait(draw.uniform(0.3, 1.0) * span):
         harm(job, draw)
@@ -141,9 +141,9 @@ def one_round(settings: list[str], place: Path, harm, draw: random.Random, span:
     for starts in range(2, TRIES):
         if _is_finished(place):
             return starts - 1, adapter_sha256(place)
-        code, told = Job([*settings, "resume=true"], place).end()
-        if code and "Traceback" in told:
-            return starts, f"a traceback:\n{told[-3000:]}"
+        code, output = Job([*settings, "resume=true"], place).end()
+        if code and "Traceback" in output:
+            return starts, f"a traceback:\n{output[-3000:]}"
     return TRIES, "not finished"
 
 
@@ -153,13 +153,13 @@ def _too_small(disk: Path, run: Path) -> str | None:
     if free >= need:
         return None
     return (
-        f"Invalid --disk={disk}: {free >> 20} MiB are free there, and twice the run's folder is {need >> 20}; take a "
+        f"Invalid --disk={disk}: it has {free >> 20} MiB free, but twice the run's folder is {need >> 20}; use a "
         "larger one."
     )
 
 
 def kill_a_rank(job: Job, draw: random.Random) -> None:
-    """One of the two; the other must end by itself."""
+    """Kill one of the two ranks; the other must end by itself."""
     ranks = job.ranks()
     if ranks:
         draw.choice(ranks).kill()
@@ -171,13 +171,13 @@ def kill_all(job: Job, draw: random.Random) -> None:
 
 
 def corrupt(job: Job, draw: random.Random) -> None:
-    """Kill all, then change a byte of a file of the newest checkpoint, or cut one, or take one away."""
+    """Kill all, then change a byte of a file of the newest checkpoint, truncate a file, or remove one."""
     job.kill()
     runs = [path.parent for path in job.place.glob("*/*/*/config.yaml")]
-    found = checkpoint.checkpoints(runs[0]) if runs else []
-    if not found:
+    checkpoints = checkpoint.checkpoints(runs[0]) if runs else []
+    if not checkpoints:
         return
-    path = draw.choice([one for one in sorted(found[-1].rglob("*")) if one.is_file()])
+    path = draw.choice([file for file in sorted(checkpoints[-1].rglob("*")) if file.is_file()])
     data = path.read_bytes()
     way = draw.choice(["change", "cut", "remove"])
     if way == "remove" or not data:
@@ -190,7 +190,7 @@ def corrupt(job: Job, draw: random.Random) -> None:
 
 
 def fill_the_disk(job: Job, draw: random.Random) -> None:
-    """Leave no room until the run has failed for it, or ended."""
+    """Fill the disk until the run has failed or ended."""
     ballast = job.place.parent / "ballast"
     with open(ballast, "wb") as file:
         try:
@@ -198,7 +198,7 @@ def fill_the_disk(job: Job, draw: random.Random) -> None:
                 file.write(bytes(1 << 16))
                 file.flush()
         except OSError:
-            pass  # full, as it should be
+            pass  # full, as intended
     try:
         job.end()
     finally:

@@ -1,12 +1,12 @@
-"""Damage every file of a finished and of an interrupted run, one at a time, and see what their readers make of it.
+"""Damages every file of a finished and of an interrupted run, one at a time, and checks how their readers respond.
 
     python -m scripts.damage [--sample N] [--seed N] [--only TEXT]
 
-Each damage (truncate, empty, nest, flip, folder, link, mode, gone) of each file is done to a fresh copy of the run's
-folder. Then the run is resumed, scored, put into tables and measured, as the file fits, in this process, with a model
-of two layers. An answer is good if it is that of the undamaged folder, or an error or a warning that names the file.
-Prints counts: tracebacks, hangs of more than a minute, silent differences, and writes outside results_root; exit code 1
-unless all are 0.
+Each damage (truncate, empty, nest, flip, folder, link, mode, gone) of each file is applied to a fresh copy of the run's
+folder. Then, depending on the file, the run is resumed, scored, put into tables and measured, in this process, with a
+model of two layers. A response is correct if its result is that of the undamaged folder, or if an error or a warning
+names the file. Prints counts of tracebacks, hangs of more than a minute, silent differences, and writes outside
+results_root; exit code 1 unless all are 0.
 """
 
 from __future__ import annotations
@@ -73,20 +73,20 @@ MEASURED = ["--device", "cpu", "--rows", "4", "--draws", "1", "--sigmas", "0.1",
 
 
 class Answer(NamedTuple):
-    """What an action came to."""
+    """The outcome of an action."""
 
     code: int
-    told: str  # all that it printed and logged
-    result: Any  # what must be that of the undamaged folder
+    output: str  # everything that it printed and logged
+    result: Any  # compared with that of the undamaged folder
 
 
 class Stage(NamedTuple):
-    """A state of the work folder that is damaged, file by file.
+    """A state of the work folder whose files are damaged one by one.
 
     Args:
-        make: brings the work folder, which is empty, into this state.
-        damaged: the folder below it whose files are damaged.
-        actions: by name, what reads it and where its damage can tell: (action, names of files that it may read).
+        make: creates this state in the empty work folder.
+        damaged: returns the folder below it whose files are damaged.
+        actions: {name: (action that reads the folder, beginnings of the names of files that it may read)}.
     """
 
     name: str
@@ -96,11 +96,11 @@ class Stage(NamedTuple):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 no error, 1 some."""
+    """Returns the exit code: 0 without errors, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=positive, help="damages of each state, drawn at random; all by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--only", default="", help="damages whose name, such as finished adapter/x flip, has this text")
+    parser.add_argument("--sample", type=positive, help="number of random damages per state; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    parser.add_argument("--only", default="", help="only damages whose name (finished adapter/x flip) has this text")
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory(prefix="damage-") as folder, _own_cache(Path(folder) / "cache"):
         counts = damage_all(Path(folder), options.sample, options.seed, options.only, print)
@@ -112,7 +112,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def damage_all(
     root: Path, sample: int | None, seed: int, only: str = "", on_error: Callable[[str], None] = print
 ) -> Counter[str]:
-    """{what: how often} over all states, `ERRORS` among them; each error is told as it is found."""
+    """Counts of all outcomes over all states, including `ERRORS`; `on_error` is called for each error."""
     counts: Counter[str] = Counter()
     write_model(root / "model")
     work, outside = root / "work", root / "outside"
@@ -127,7 +127,7 @@ def damage_all(
             _renew(work, kept)
             wanted[name], message = _answer(action, work)
             if message:
-                raise RuntimeError(f"{stage.name}, undamaged, {name}: {wanted[name].told}")
+                raise RuntimeError(f"{stage.name}, undamaged, {name}: {wanted[name].output}")
         top = stage.damaged(kept)
         files = sorted(path.relative_to(top) for path in top.rglob("*") if path.is_file() and path.name != ".lock")
         cases = [(file, damage) for file in files for damage in DAMAGES]
@@ -151,23 +151,23 @@ def damage_all(
                     kind = "write outside"
                 counts[kind] += 1
                 if kind in ERRORS:
-                    told = answer.told[-2000:]
-                    on_error(f"{kind}: {stage.name} {file} {damage}, {name}: exit code {answer.code}\n{told}")
+                    output = answer.output[-2000:]
+                    on_error(f"{kind}: {stage.name} {file} {damage}, {name}: exit code {answer.code}\n{output}")
     return counts
 
 
 def _judge(answer: Answer, wanted: Answer, file: Path) -> str:
-    if "Traceback (most recent call last)" in answer.told:
+    if "Traceback (most recent call last)" in answer.output:
         return "traceback"
-    told = "".join(answer.told.split())  # whatever the width of the console
-    named = file.name in told or (file.parent.name and file.parent.name in told)
+    output = "".join(answer.output.split())  # independent of line breaks
+    named = file.name in output or (file.parent.name and file.parent.name in output)
     if answer.code == wanted.code and answer.result == wanted.result:
         return "equal"
     return "named" if named else "silent difference"
 
 
 def _answer(action: Callable[[Path], Answer], work: Path) -> tuple[Answer, str | None]:
-    """What it came to, and `traceback` or `hang`."""
+    """Run an action; returns its answer, and "traceback", "hang" or None."""
     output, seen = io.StringIO(), logging.StreamHandler(stream := io.StringIO())
     logging.getLogger().addHandler(seen)
     previous = signal.signal(signal.SIGALRM, _ring)
@@ -185,18 +185,18 @@ def _answer(action: Callable[[Path], Answer], work: Path) -> tuple[Answer, str |
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
         logging.getLogger().removeHandler(seen)
-    return answer._replace(told=answer.told + output.getvalue() + stream.getvalue()), message
+    return answer._replace(output=answer.output + output.getvalue() + stream.getvalue()), message
 
 
 class _TooLong(BaseException):
-    """Passes what catches errors."""
+    """Raised after `PATIENCE_S`; not an Exception, so that no handler catches it."""
 
 
 def _ring(*_: Any) -> None:
     raise _TooLong
 
 
-# --- damages: (the file, a folder outside of everything)
+# --- Damages: functions of (the file, a folder outside of the run).
 
 
 def _truncate(path: Path, outside: Path) -> None:
@@ -237,11 +237,11 @@ DAMAGES: Mapping[str, Callable[[Path, Path], None]] = {
 }
 
 
-# --- states and actions; a cache is one more state, whose action is a run of its own
+# --- States and actions.
 
 
 def stages(model: Path) -> list[Stage]:
-    """The states that are damaged."""
+    """The states whose files are damaged."""
     adapted = ("adapter/", "config.yaml", "run.json", "classes.json")
     return [
         Stage(
@@ -267,11 +267,11 @@ def stages(model: Path) -> list[Stage]:
     ]
 
 
-_START = ("peft=pissa", "peft.lora_r=2")  # which keeps an initial adapter
+_START = ("peft=pissa", "peft.lora_r=2")  # PiSSA keeps an initial adapter
 
 
 def write_model(folder: Path) -> None:
-    """A random Llama of two layers with a tokenizer of bytes."""
+    """Write a random Llama of two layers with a byte tokenizer."""
     end = "<|endoftext|>"
     alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), end]
     backend = Tokenizer(BPE({text: number for number, text in enumerate(alphabet)}, []))
@@ -339,7 +339,7 @@ def _run(work: Path) -> Path:
 
 
 def _results(run: Path) -> Any:
-    """All that a run's numbers are made of, less the clock's."""
+    """The results of a run, without those of the clock."""
     record = json.loads((run / "run.json").read_bytes())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
@@ -361,16 +361,16 @@ def _renew(work: Path, kept: Path) -> None:
 
 
 def _state(root: Path, work: Path) -> dict[str, tuple[int, int, str]]:
-    """What must not change: all below `root` that is neither the work folder nor a cache, and what lies beside it."""
-    found = {}
+    """Size, time and hash of files that must not change: below `root` outside of results and cache, and in results/."""
+    state = {}
     for path in [*root.rglob("*"), *(PROJECT / "results").glob("*")]:
         if path.is_file() and not path.is_symlink() and not path.is_relative_to(root / "cache"):
             if path.is_relative_to(work / "results"):
                 continue
             stat = path.stat()
             small = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root / "outside") else ""
-            found[str(path)] = (stat.st_size, stat.st_mtime_ns, small)
-    return found
+            state[str(path)] = (stat.st_size, stat.st_mtime_ns, small)
+    return state
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""`make demo`: the main job on the embedded small model, without a network or a GPU.
+"""`make demo`: trains and scores the embedded small model, without a network or a GPU.
 
-Trains LoRA and Flat-LoRA on generated word problems on the same seed through `run_exp.py`, scores both and the
-untrained model on the same held-out problems, and prints one table made from the runs' records. The first line says how
-long that takes on this machine, from steps measured before.
+Trains LoRA and Flat-LoRA on generated word problems with the same seed through `run_exp.py`, scores both and the
+untrained model on the same held-out problems, and prints one table from the runs' records. The first line says how long
+this takes on this machine, estimated from measured steps.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PROJECT = Path(__file__).parents[1]
 
 FOLDER = Path("results") / "flatlora-demo_word_math"
 STEPS, TEST_ROWS, SEED = 10, 200, 42
-ANSWERS = ["max_new_tokens=32", "batch_size=50"]  # solutions have at most 31 tokens, and an end
-ANSWERING_STEPS = 30  # three times 200 problems take as long as so many LoRA steps of training
+ANSWERS = ["max_new_tokens=32", "batch_size=50"]  # solutions have at most 31 tokens and an end of sequence
+ANSWERING_STEPS = 30  # answering 3 × 200 problems takes as long as this number of training steps
 SETTINGS = [
     "wandb.project=flatlora-demo",
     "wandb.mode=disabled",
@@ -57,7 +57,7 @@ RUNS = {"LoRA": ["rho=off"], "Flat-LoRA": ["rho=flat", "rho.sigma=0.05"]}
 
 
 def main() -> int:
-    """Exit code of the demo; non-zero as soon as a part fails."""
+    """Returns the exit code; the demo stops at the first part that fails."""
     started = time.monotonic()
     os.chdir(PROJECT)
     quiet_libraries()
@@ -67,8 +67,8 @@ def main() -> int:
     minutes = (time.monotonic() - started) / 60 + expected_minutes(seconds)
     console.print(f"[bold]Flat-LoRA demo[/]: about {minutes:.0f} minutes on this machine ({how}).")
     console.print(
-        "SmolLM2-135M (a small model) on generated two-step word problems, LoRA and Flat-LoRA on the same seed. Not a "
-        "paper's setting: it shows that a run works, repeats, and leaves the backbone alone.\n"
+        "SmolLM2-135M (a small model) on generated two-step word problems, LoRA and Flat-LoRA with the same seed. This "
+        "is not a paper's setting: it shows that a run works, repeats, and leaves the backbone unchanged.\n"
     )
     for part, (name, settings) in enumerate(RUNS.items(), start=1):
         console.print(f"[bold]{part}/3 {name}[/]: train {STEPS} steps, then answer {TEST_ROWS} held-out problems")
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def measured_steps() -> tuple[dict[str, float], str]:
-    """Seconds of an optimizer step of LoRA and, with its noise, of Flat-LoRA; and how this CPU computes them."""
+    """Seconds of an optimizer step of LoRA and of Flat-LoRA, and a description of how this CPU computes them."""
     experiment = run_exp.experiment_of([*SETTINGS, *RUNS["Flat-LoRA"]])
     device = torch.device("cpu")
     inputs = run_exp.prepare(experiment, device)
@@ -97,10 +97,10 @@ def measured_steps() -> tuple[dict[str, float], str]:
     model = methods.ADAPTERS["lora"].apply(backbone, experiment.peft, methods.Start(SEED)).train()
     acceleration.accelerate(model, device)
     rows = inputs.rows.train
-    middle = sorted(range(len(rows)), key=rows.lengths.__getitem__)[len(rows) // 2 :][:16]  # of the usual length
+    middle = sorted(range(len(rows)), key=rows.lengths.__getitem__)[len(rows) // 2 :][:16]  # rows of median length
     two, batch = (inputs.collate([rows[index] for index in some]) for some in (middle[:2], middle))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-6)
-    perturbation = bench.new_perturbation(model, "copy", seed=SEED)  # compiles
+    perturbation = bench.new_perturbation(model, "copy", seed=SEED)  # compiles the noise kernels
     before = perturbation.seconds
     bench.optimizer_step(model, two, optimizer, perturbation, 1)
     noise = perturbation.seconds - before
@@ -115,7 +115,7 @@ def measured_steps() -> tuple[dict[str, float], str]:
 
 
 def expected_minutes(seconds: dict[str, float]) -> float:
-    """Minutes of all training and answering from measured seconds a step."""
+    """Estimated minutes of all training and answering, from measured seconds per step."""
     return (STEPS * (seconds["LoRA"] + seconds["Flat-LoRA"]) + ANSWERING_STEPS * seconds["LoRA"]) / 60
 
 

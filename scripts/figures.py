@@ -52,13 +52,14 @@ STYLE = {
     "pdf.fonttype": 42,  # text stays text
     "svg.hashsalt": "flatlora",
 }
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#000000")  # told apart by all
+# Distinguishable with color blindness (Okabe and Ito).
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#000000")
 SMOOTHED_ROWS = 5
 STACKED: ContextVar[bool] = ContextVar("STACKED", default=False)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 drawn, 2 a layout that is not in order or a figure that there is none of."""
+    """Returns the exit code: 0, or 2 for an invalid layout or an unknown figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(FIGURES)}; all by default")
     add_folders(parser, "RESULTS/tables")
@@ -85,54 +86,54 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def tables_of(results: Path) -> dict[str, cells.TableData]:
-    """What the figures are drawn of.
+    """The tables that the figures are drawn from.
 
     Raises:
-        ConfigError: a layout that is not in order.
+        ConfigError: a layout is invalid.
     """
     layouts = cells.read_layouts(cells.LAYOUTS)
-    runs, _ = cells.read_runs(results)  # what is wrong with them, scripts/tables.py tells
+    runs, _ = cells.read_runs(results)  # scripts/tables.py reports problems
     made, _ = cells.make({name: layouts[name] for name in LAYOUTS}, {}, runs)
-    return {one.name: one for one in made}
+    return {table.name: table for table in made}
 
 
 def drawn(name: str, tables: Mapping[str, cells.TableData], results: Path) -> tuple[plt.Figure | None, str]:
-    """A figure, or why there is none: too few runs, or a record that is not what a run writes."""
+    """Returns a figure, or None, and why there is none: too few runs, or a broken record."""
     try:
         return FIGURES[name](tables, results), "for which there are too few runs"
     except cells.BROKEN as error:
         plt.close("all")
-        return None, f"for a record of it is broken ({type(error).__name__}: {str(error)[:120]})"
+        return None, f"because a record is broken ({type(error).__name__}: {str(error)[:120]})"
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """PDF and PNG, the same bytes each time."""
+    """Write PDF and PNG, with the same bytes each time."""
     for kind, more in (("pdf", {"CreationDate": None, "Producer": None}), ("png", {"Software": None})):
         write_atomic(path.with_suffix(f".{kind}"), as_bytes(figure, kind, more))
     plt.close(figure)
 
 
 def as_bytes(figure: plt.Figure, kind: str, metadata: Mapping[str, None], dpi: int = 200) -> bytes:
-    """A file of the figure."""
+    """The encoded figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, bbox_inches="tight", dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
 def sigma_of(row: cells.Row) -> float | None:
-    """σ of a row of the study's layout: 0 for LoRA, Flat-LoRA's own; None for other methods."""
-    given = dict(one.split("=") for one in row.overrides)
+    """σ of a row of the study's layout: 0 for LoRA, that of Flat-LoRA, None for other methods."""
+    given = dict(override.split("=") for override in row.overrides)
     sigma = float(given.pop("rho.sigma", 0.05))
     return {(): 0.0, (("rho", "flat"),): sigma}.get(tuple(given.items()))
 
 
 def sigma_sweep(study: cells.TableData) -> plt.Figure | None:
-    """One panel a column that has three σ or more; None where there is none."""
+    """One panel per column with three or more σ; None if there is none."""
     panels = {}
     for key, column in study.layout.columns.items():
-        found = {sigma_of(one): study.cells[row, key] for row, one in study.layout.rows.items()}
-        found.pop(None, None)
-        if (points := points_of(found)).shape[0] >= 3:
+        by_sigma = {sigma_of(layout_row): study.cells[row, key] for row, layout_row in study.layout.rows.items()}
+        by_sigma.pop(None, None)
+        if (points := points_of(by_sigma)).shape[0] >= 3:
             panels[column.title] = points
     if not panels:
         return None
@@ -141,8 +142,8 @@ def sigma_sweep(study: cells.TableData) -> plt.Figure | None:
         axis.errorbar(points[:, 0], points[:, 1], yerr=points[:, 2], marker="o", capsize=3, color=COLORS[0])
         axis.set(title=title, xlabel="σ (0 is LoRA)", ylabel="per cent")
         axis.set_xticks(points[:, 0], [f"{sigma:g}" for sigma in points[:, 0]], rotation=45)
-    told = seeds_told(list(panels.values()))
-    title_of(figure, f"Flat-LoRA's σ, {SMALL}: mean ± std of {told} seeds")
+    seeds = seeds_told(list(panels.values()))
+    title_of(figure, f"Flat-LoRA's σ, {SMALL}: mean ± std of {seeds} seeds")
     return figure
 
 
@@ -150,15 +151,17 @@ def rank_sweep(ablation: cells.TableData) -> plt.Figure | None:
     """LoRA and Flat-LoRA against r in one panel; None for fewer than three ranks of either."""
     lines = {}
     for label, method in (("LoRA", ["rho=off"]), ("Flat-LoRA (σ = 0.05)", [])):
-        found = {rank_of(one, method): ablation.cells[row, "cola"] for row, one in ablation.layout.rows.items()}
-        found.pop(None, None)
-        lines[label] = points_of(found)
+        by_rank = {
+            rank_of(layout_row, method): ablation.cells[row, "cola"] for row, layout_row in ablation.layout.rows.items()
+        }
+        by_rank.pop(None, None)
+        lines[label] = points_of(by_rank)
     if any(points.shape[0] < 3 for points in lines.values()):
         return None
     figure, (axis,) = panels_of(1, width=4.2)
     for (label, points), color, shift in zip(lines.items(), COLORS, (0.98, 1.02), strict=False):
         style = {"marker": "o", "capsize": 3, "color": color, "label": label}
-        axis.errorbar(points[:, 0] * shift, points[:, 1], yerr=points[:, 2], **style)  # aside, so that bars show
+        axis.errorbar(points[:, 0] * shift, points[:, 1], yerr=points[:, 2], **style)  # shifted, so that all bars show
     axis.set_xscale("log", base=2)
     axis.set_xticks(points[:, 0], [f"{rank:g}" for rank in points[:, 0]])
     axis.minorticks_off()
@@ -171,26 +174,26 @@ def rank_sweep(ablation: cells.TableData) -> plt.Figure | None:
 
 
 def rank_of(row: cells.Row, method: Sequence[str]) -> int | None:
-    """Rank of a row of the ablations whose overrides but the rank are `method`; None for other rows."""
-    ranks = [one for one in row.overrides if one.startswith("peft.lora_r=")]
-    others = [one for one in row.overrides if one not in ranks]
+    """Rank of a row of the ablations whose other overrides are `method`; None for other rows."""
+    ranks = [override for override in row.overrides if override.startswith("peft.lora_r=")]
+    others = [override for override in row.overrides if override not in ranks]
     return (int(ranks[0].partition("=")[2]) if ranks else 8) if others == method else None
 
 
-def points_of(found: Mapping[float, cells.Cell]) -> np.ndarray:
-    """(places × 4): place, mean, sample standard deviation, seeds; places in order, those without runs left out."""
-    rows = [(place, cell.mean, cell.std or 0.0, len(cell.by_seed)) for place, cell in found.items() if cell.by_seed]
+def points_of(by_place: Mapping[float, cells.Cell]) -> np.ndarray:
+    """Array (points × 4) of x, mean, sample standard deviation and number of seeds, for cells with runs, sorted."""
+    rows = [(place, cell.mean, cell.std or 0.0, len(cell.by_seed)) for place, cell in by_place.items() if cell.by_seed]
     return np.array(sorted(rows)) if rows else np.empty((0, 4))
 
 
 def seeds_told(points: Iterable[np.ndarray]) -> str:
-    """How many seeds points are of: 5, or 3–5."""
-    counts = {int(count) for one in points for count in one[:, 3]}
+    """The number of seeds of some points, as text: 5, or 3–5."""
+    counts = {int(count) for line in points for count in line[:, 3]}
     return "–".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
 def panels_of(count: int, width: float = 3.4, height: float = 2.6) -> tuple[plt.Figure, list[plt.Axes]]:
-    """A figure with so many panels in a row; one below the other where `STACKED` says so, for narrow screens."""
+    """A figure with `count` panels in a row; if `STACKED` is set, in a column, for narrow screens."""
     if STACKED.get():
         shape, size = (count, 1), (4.2, height * count)
     else:
@@ -205,7 +208,7 @@ def title_of(figure: plt.Figure, text: str) -> None:
 
 
 def legend_below(figure: plt.Figure, axes: Iterable[plt.Axes]) -> None:
-    """One legend of what any of the panels shows."""
+    """One legend for all panels."""
     handles = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     columns = max(2, int(figure.get_figwidth() / 2))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, len(handles)))
@@ -214,17 +217,17 @@ def legend_below(figure: plt.Figure, axes: Iterable[plt.Axes]) -> None:
 def first_of_methods(layout: cells.Layout) -> list[str]:
     """The first row of each pair of peft and rho."""
     rows: dict[tuple[str, ...], str] = {}
-    for row, one in layout.rows.items():
-        rows.setdefault(tuple(word for word in one.overrides if word.startswith(("peft=", "rho="))), row)
+    for row, layout_row in layout.rows.items():
+        rows.setdefault(tuple(word for word in layout_row.overrides if word.startswith(("peft=", "rho="))), row)
     return list(rows.values())
 
 
 def training_curves(study: cells.TableData) -> plt.Figure | None:
-    """One panel a data set, one line a method (Flat-LoRA at the paper's σ); None where no run has metrics."""
+    """One panel per data set, one line per method (Flat-LoRA at the paper's σ); None if no run has metrics."""
     panels: dict[str, Mapping[str, np.ndarray]] = {}
     for key, column in study.layout.columns.items():
         if key == "matthews":
-            continue  # the runs of CoLA once more
+            continue  # the same runs as CoLA's accuracy
         rows = [row for row in first_of_methods(study.layout) if study.cells[row, key].by_seed]
         lines = {study.layout.rows[row].title: curves_of(study.cells[row, key].paths) for row in rows}
         if lines := {label: line for label, line in lines.items() if line.size}:
@@ -245,9 +248,9 @@ def training_curves(study: cells.TableData) -> plt.Figure | None:
 
 
 def curves_of(paths: Sequence[Path]) -> np.ndarray:
-    """(seeds × rows × 2) of steps and smoothed losses.
+    """Array (seeds × rows × 2) of steps and smoothed losses.
 
-    Runs whose metrics are broken, too short, or of other steps than most of the others' are named and left out.
+    Runs whose metrics are broken, too short, or of other steps than most others are named and left out.
     """
     curves: dict[Path, np.ndarray] = {}
     for path in paths:
@@ -265,16 +268,16 @@ def curves_of(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _curve(path: Path) -> np.ndarray:
-    """(rows × 2) of one run.
+    """Array (rows × 2) of one run.
 
     Raises:
-        ValueError: too few rows, rows without numbers, or others than the run wrote.
+        ValueError: there are too few rows, rows without numbers, or rows that the run did not write.
     """
     if damage := records.damage(path.parent, records.read_record(path.with_name("run.json")) or {}, wanted=_is_log):
         raise ValueError(damage[0])
     rows = [(float(row["step"]), float(row["loss"])) for row in MetricsLog(path).rows() if "loss" in row]
     if len(rows) < SMOOTHED_ROWS:
-        raise ValueError(f"{len(rows)} rows with a loss, {SMOOTHED_ROWS} are needed")
+        raise ValueError(f"{len(rows)} rows have a loss, but {SMOOTHED_ROWS} are needed")
     steps, losses = np.array(rows).T
     smooth = np.convolve(losses, np.ones(SMOOTHED_ROWS) / SMOOTHED_ROWS, mode="valid")
     return np.stack([steps[SMOOTHED_ROWS - 1 :], smooth], axis=1)
@@ -285,7 +288,7 @@ def _is_log(name: str) -> bool:
 
 
 def sharpness(flatness: cells.TableData) -> plt.Figure | None:
-    """Expected rise against σ, one line a row: mean over seeds, and the 95 % interval of it; None without measures."""
+    """Expected rise against σ, one line per row: mean over seeds with its 95 % interval; None without measures."""
     lines, counts = {}, set()
     for row, label in flatness.layout.row_titles().items():
         seeds = [measures_of(path)["rise"]["draws"] for path in flatness.cells[row, "rise05"].paths]
@@ -304,8 +307,8 @@ def sharpness(flatness: cells.TableData) -> plt.Figure | None:
     sigmas = sorted({float(sigma) for points in lines.values() for sigma in points[:, 0]})
     axis.set_xticks(sigmas, [f"{sigma:g}" for sigma in sigmas])
     axis.set(xlabel="σ of the noise that is added", ylabel="rise of the training loss")
-    told = "–".join(map(str, sorted({min(counts), max(counts)})))
-    axis.set_title(f"CoLA, {SMALL}: mean of {told} seeds, 95 % interval", fontsize=9)
+    seed_counts = "–".join(map(str, sorted({min(counts), max(counts)})))
+    axis.set_title(f"CoLA, {SMALL}: mean of {seed_counts} seeds, 95 % interval", fontsize=9)
     axis.legend()
     return figure
 
@@ -318,25 +321,25 @@ def mean_and_interval(seeds: Sequence[Mapping[str, list[float]]], sigma: str) ->
 
 
 def landscape(flatness: cells.TableData) -> plt.Figure | None:
-    """A panel of lines and one of contours a row, of the first seed that all rows have been measured at; else None."""
+    """A panel of lines, and one of contours per row, for the first seed with measures of all rows, else None."""
     by_row = {}
     for row, label in flatness.layout.row_titles().items():
         cell = flatness.cells[row, "rise05"]
-        found = {seed: measures_of(path) for seed, path in zip(cell.by_seed, cell.paths, strict=True)}
-        by_row[label] = {seed: parts["landscape"] for seed, parts in found.items() if "landscape" in parts}
-    shared = set.intersection(*(set(found) for found in by_row.values())) if by_row else set()
-    if not shared or len({json.dumps(found[min(shared)]["how"]) for found in by_row.values()}) > 1:
+        measures = {seed: measures_of(path) for seed, path in zip(cell.by_seed, cell.paths, strict=True)}
+        by_row[label] = {seed: parts["landscape"] for seed, parts in measures.items() if "landscape" in parts}
+    shared = set.intersection(*map(set, by_row.values())) if by_row else set()
+    if not shared or len({json.dumps(seeds[min(shared)]["how"]) for seeds in by_row.values()}) > 1:
         return None
-    found = {label: seeds[min(shared)] for label, seeds in by_row.items()}
-    figure, (first, *axes) = panels_of(1 + len(found), width=2.6, height=2.9)
-    for (label, one), color in zip(found.items(), COLORS, strict=False):
-        first.plot(one["at"], one["line"], color=color, label=label, linewidth=1.2)
-    ticks = [min(one["at"]), 0, max(one["at"])]
+    measured = {label: seeds[min(shared)] for label, seeds in by_row.items()}
+    figure, (first, *axes) = panels_of(1 + len(measured), width=2.6, height=2.9)
+    for (label, part), color in zip(measured.items(), COLORS, strict=False):
+        first.plot(part["at"], part["line"], color=color, label=label, linewidth=1.2)
+    ticks = [min(part["at"]), 0, max(part["at"])]
     first.set(xlabel="along d₁", ylabel="training loss", yscale="log", xticks=ticks)
-    planes = [np.array(one["plane"]) for one in found.values()]
+    planes = [np.array(part["plane"]) for part in measured.values()]
     levels = np.geomspace(min(plane.min() for plane in planes), max(plane.max() for plane in planes), 13)
-    for axis, (label, one), plane in zip(axes, found.items(), planes, strict=True):
-        lines = axis.contour(one["at"], one["at"], plane.T, levels=levels, cmap="viridis", linewidths=0.9, norm="log")
+    for axis, (label, part), plane in zip(axes, measured.items(), planes, strict=True):
+        lines = axis.contour(part["at"], part["at"], plane.T, levels=levels, cmap="viridis", linewidths=0.9, norm="log")
         axis.clabel(lines, levels[::3], fmt="%.2f", fontsize=6)
         axis.plot(0, 0, "+", color="black", markersize=5)
         axis.set(xlabel="along d₁", ylabel="along d₂", aspect="equal", xticks=ticks, yticks=ticks)
@@ -353,7 +356,7 @@ def measures_of(path: Path) -> dict[str, Any]:
 
 
 def severity(corruptions: cells.TableData) -> plt.Figure | None:
-    """Accuracy against severity, one line a row, the clean accuracy at 0; None where no row has all of them."""
+    """Accuracy against severity, one line per row, with the clean accuracy at 0; None if no row has all severities."""
     lines = {}
     for row, label in corruptions.layout.row_titles().items():
         points = points_of({place: corruptions.cells[row, key] for place, key in enumerate(corruptions.layout.columns)})
@@ -372,9 +375,9 @@ def severity(corruptions: cells.TableData) -> plt.Figure | None:
 
 
 def pictures(sdxl: cells.TableData) -> plt.Figure | None:
-    """Every row's pictures, of the smallest seed that all rows with pictures have; None where that is one row, or none.
+    """Images of every row, for the smallest seed that all rows with images have; None if fewer than two rows have any.
 
-    Pictures are no part of a kept record: only runs whose folder is whole have them.
+    Only whole run folders have images; records that are kept alone do not.
     """
     folders: dict[str, dict[int, Path]] = {}
     for row, label in sdxl.layout.row_titles().items():
@@ -384,23 +387,23 @@ def pictures(sdxl: cells.TableData) -> plt.Figure | None:
     shared = set.intersection(*map(set, folders.values())) if len(folders) > 1 else set()
     if not shared:
         return None
-    shown = [(label, found[min(shared)]) for label, found in folders.items()]
+    shown = [(label, by_seed[min(shared)]) for label, by_seed in folders.items()]
     return grid_figure([(label, path, MetricsLog(path / "predictions.jsonl").rows()) for label, path in shown])
 
 
 def cost(results: Path) -> plt.Figure | None:
-    """Median time of a step and peak memory of each way to train, a group of bars a shape; None without the record."""
+    """Median step time and peak memory of each contender, a group of bars per shape; None without the record."""
     path = results / "bench/gpu.json"
     if not path.is_file():
         return None
     record = json.loads(path.read_bytes())
-    shapes, ways = record["steps"], [way for way in WAYS if all(way in one for one in record["steps"].values())]
+    shapes, ways = record["steps"], [way for way in WAYS if all(way in times for times in record["steps"].values())]
     figure, (time, memory) = panels_of(2, width=4.0, height=3.0)
     for number, (way, color) in enumerate(zip(ways, COLORS, strict=False)):
         places = np.arange(len(shapes)) + (number - (len(ways) - 1) / 2) * 0.8 / len(ways)
         style = {"width": 0.8 / len(ways), "color": color, "label": way, "zorder": 2}
-        time.bar(places, [statistics.median(one[way]["step_s"]) for one in shapes.values()], **style)
-        memory.bar(places, [one[way]["peak_gib"] for one in shapes.values()], **style)
+        time.bar(places, [statistics.median(times[way]["step_s"]) for times in shapes.values()], **style)
+        memory.bar(places, [times[way]["peak_gib"] for times in shapes.values()], **style)
     for axis, label in ((time, "s per step, median"), (memory, "peak memory, GiB")):
         axis.set_xticks(range(len(shapes)), [name.replace("x", "×") for name in shapes])
         axis.set(xlabel="micro-batch × tokens × accumulation", ylabel=label)

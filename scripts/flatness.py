@@ -2,9 +2,9 @@
 
     python -m scripts.flatness RUN [RUN ...] [--data-root DIR] [--rows 512] [--parts rise,hessian,landscape]
 
-RUN is a folder below results/ with an adapter in it. What is measured, and along which shared directions, stands in
-flatlora/perturb/flatness.py; the loss is that of some of its training rows. Runs that have these measures already are
-passed over, so an interrupted start goes on; scripts/tables.py and scripts/figures.py read the files.
+RUN is the folder of a finished run with an adapter. flatlora/perturb/flatness.py describes the measures and their
+shared directions; the loss is that of some of the run's training rows. Parts that a run already has are skipped, so an
+interrupted command can be repeated. scripts/tables.py and scripts/figures.py read the files.
 """
 
 from __future__ import annotations
@@ -41,17 +41,22 @@ from scripts.arguments import above_zero, odd, positive, several_above_zero
 
 FILE = "flatness.json"
 PARTS = ("rise", "hessian", "landscape")
-WELL_SETTLED = 0.05  # residual of the top eigenvalue
+WELL_SETTLED = 0.05  # largest residual of a converged top eigenvalue
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 measured, 2 a run that cannot be, before any has been."""
+    """Returns the exit code: 0, or 2 if a run cannot be measured; all runs are checked before the first is measured."""
     options = _options(words)
     quiet_libraries()
     try:
         device = loading.choose_device(options.device)
         experiments = _experiments(options)
-        runs = gather(*(lambda run=run, one=one: (run, one, _inputs(run, one, device)) for run, one in experiments))
+        runs = gather(
+            *(
+                lambda run=run, experiment=experiment: (run, experiment, _inputs(run, experiment, device))
+                for run, experiment in experiments
+            )
+        )
         for run, experiment, inputs in runs:
             measure(run, experiment, inputs, options)
     except ConfigError as error:
@@ -61,33 +66,35 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _experiments(options: argparse.Namespace) -> list[tuple[Path, Experiment]]:
-    """
+    """The experiments of all runs.
+
     Raises:
-        ConfigError: what is wrong with any of the runs.
+        ConfigError: it lists the errors of all runs.
     """
     runs = [Path(run) for run in options.runs]
-    found = gather(*(lambda run=run: _experiment(run, options.data_root) for run in runs))
-    return list(zip(runs, found, strict=True))
+    experiments = gather(*(lambda run=run: _experiment(run, options.data_root) for run in runs))
+    return list(zip(runs, experiments, strict=True))
 
 
 def _inputs(run: Path, experiment: Experiment, device: torch.device) -> Inputs:
-    """
+    """The data of a run.
+
     Raises:
-        ConfigError: the data cannot be had, or are not those that the run was trained on.
+        ConfigError: the data cannot be read, or differ from those that the run was trained on.
     """
     if experiment.dataset.kind == "captioned":
         raise ConfigError(
             [
-                f"Invalid run {run}: the loss of a diffusion model is a mean over noise and timesteps, and flatness is "
-                "measured of losses that are functions of their rows; name runs of language or image models."
+                f"Invalid run {run}: the loss of a diffusion model depends on random noise and timesteps, and flatness "
+                "needs a deterministic loss; name runs of language or image models."
             ]
         )
     inputs, trained_on = run_exp.prepare(experiment, device), RunFolder(run).record["data_sha256"]
     if inputs.data_sha256 != trained_on:
         raise ConfigError(
             [
-                f"Invalid data of {run}: its training rows are {inputs.data_sha256[:12]} now, and it was trained on "
-                f"{trained_on[:12]} (data_sha256 in its run.json); name where those are with --data-root."
+                f"Invalid data of {run}: the hash of its training rows is {inputs.data_sha256[:12]}, but it was "
+                f"trained on {trained_on[:12]} (data_sha256 in its run.json); set --data-root to their folder."
             ]
         )
     return inputs
@@ -99,19 +106,19 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-root", help="instead of the run's own")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--parts", type=_parts, default=PARTS, help="some of " + ",".join(PARTS))
-    parser.add_argument("--rows", type=positive, default=512, help="training rows that the loss is of")
+    parser.add_argument("--rows", type=positive, default=512, help="number of training rows for the loss")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument(
-        "--sigmas", type=several_above_zero, default=(0.01, 0.05, 0.1, 0.15, 0.2), help="of the expected rise"
+        "--sigmas", type=several_above_zero, default=(0.01, 0.05, 0.1, 0.15, 0.2), help="σ of the expected rise"
     )
-    parser.add_argument("--draws", type=positive, default=16, help="of ε at each σ")
-    parser.add_argument("--probes", type=positive, default=16, help="of the trace")
-    parser.add_argument("--iterations", type=positive, default=50, help="of the power iteration, at most")
+    parser.add_argument("--draws", type=positive, default=16, help="number of draws of ε at each σ")
+    parser.add_argument("--probes", type=positive, default=16, help="number of probes for the trace")
+    parser.add_argument("--iterations", type=positive, default=50, help="maximum of the power iteration")
     parser.add_argument(
-        "--radius", type=above_zero, default=0.5, help="of the landscape; 1 is as long as each row of W'"
+        "--radius", type=above_zero, default=0.5, help="of the landscape; 1 is the norm of each row of W'"
     )
-    parser.add_argument("--points", type=odd, default=21, help="of the landscape, a side")
-    parser.add_argument("--seed", type=int, default=0, help="of directions, draws and probes, not the run's")
+    parser.add_argument("--points", type=odd, default=21, help="of the landscape, per dimension")
+    parser.add_argument("--seed", type=int, default=0, help="of directions, draws and probes; not that of the run")
     return parser.parse_args(words)
 
 
@@ -123,29 +130,32 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def _experiment(run: Path, data_root: str | None) -> Experiment:
-    """
+    """The experiment of a finished run.
+
     Raises:
-        ConfigError: no finished run with weights of its own, or one whose weights are packed.
+        ConfigError: the run is not finished, has no adapter or model, or its weights are packed.
     """
     record = RunFolder(run).record
     if record is None or record["status"] != "finished" or not os.path.isdir(run / "adapter"):
-        raise ConfigError([f"Invalid run {run}: a finished run with its adapter/ is needed; name another, or end it."])
+        raise ConfigError(
+            [f"Invalid run {run}: it must be finished and have its adapter/; finish it, or name another."]
+        )
     if damage := records.damage(run, record, wanted=lambda name: name.startswith(("adapter/", "classes.json"))):
-        raise ConfigError([f"Invalid run {run}: {'; '.join(damage)}; its command with resume=true makes it again."])
+        raise ConfigError([f"Invalid run {run}: {'; '.join(damage)}; restore it by its command with resume=true."])
     experiment = parse(record["experiment"], run_exp.SUITE)
     if experiment.model.quantize != "none":
         raise ConfigError(
-            [f"Invalid run {run}: its backbone is packed (model.quantize), and small steps would be lost."]
+            [f"Invalid run {run}: its backbone is packed (model.quantize), so small shifts of W would be lost."]
         )
     changed = {"eval": {}} | ({"data_root": data_root} if data_root else {})
     return experiment.model_copy(update=changed)
 
 
 def measure(run: Path, experiment: Experiment, inputs: Inputs, options: argparse.Namespace) -> None:
-    """The parts that the run's file does not have yet; written after each.
+    """Measure the parts that the run's file does not have yet; it is written after each part.
 
     Raises:
-        ConfigError: model or data cannot be had.
+        ConfigError: the model or the data cannot be loaded.
     """
     asked = {"rows": min(options.rows, len(inputs.rows.train)), "seed": options.seed, "streams": flatness.FIRST_STREAM}
     how = {
@@ -154,11 +164,11 @@ def measure(run: Path, experiment: Experiment, inputs: Inputs, options: argparse
         "landscape": asked | {"radius": options.radius, "points": options.points},
     }
     adapter = RunFolder(run).record["adapter_sha256"]
-    found = _kept(run, adapter)
-    weights = weights_sha256(run / "adapter")  # the record's hash is of what was trained, whatever lies there now
+    saved = _kept(run, adapter)
+    weights = weights_sha256(run / "adapter")  # of the files as they are now, unlike the hash in the record
 
     def is_done(part: str) -> bool:
-        kept = found["parts"].get(part, {})
+        kept = saved["parts"].get(part, {})
         return kept.get("how") == how[part] and kept.get("weights_sha256", weights) == weights
 
     left = [part for part in options.parts if not is_done(part)]
@@ -169,24 +179,24 @@ def measure(run: Path, experiment: Experiment, inputs: Inputs, options: argparse
     for part in left:
         begun = time.monotonic()
         values = _MEASURES[part](model, layers, batches, options)
-        told = {"how": how[part], **values, "loss": flatness.mean_loss(model, batches)}
-        told |= {"weights_sha256": weights, "git_sha": environment.git_sha(), "env": environment.environment()}
-        found = _kept(run, adapter)  # another process may have measured another part by now
-        found["parts"][part] = told | {"seconds": round(time.monotonic() - begun, 1)}
-        records.write_signed(run / FILE, found)
+        result = {"how": how[part], **values, "loss": flatness.mean_loss(model, batches)}
+        result |= {"weights_sha256": weights, "git_sha": environment.git_sha(), "env": environment.environment()}
+        saved = _kept(run, adapter)  # another process may have measured another part by now
+        saved["parts"][part] = result | {"seconds": round(time.monotonic() - begun, 1)}
+        records.write_signed(run / FILE, saved)
     console.print(f"written: {run / FILE}", markup=False, soft_wrap=True)
 
 
 def _kept(run: Path, adapter_sha256: str) -> dict[str, Any]:
-    """What the run's file has of this adapter."""
+    """The content of the run's file, or an empty one if there is none for this adapter."""
     try:
         kept = records.read_record(run / FILE)
-        if kept is None:  # nothing has been measured yet
+        if kept is None:  # not measured yet
             return {"adapter_sha256": adapter_sha256, "parts": {}}
         if kept["adapter_sha256"] == adapter_sha256 and all("how" in part for part in kept["parts"].values()):
             return kept
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        console.print(f"{run / FILE} is broken ({error}): measured anew", markup=False, soft_wrap=True)
+        console.print(f"{run / FILE} is broken ({error}): it will be measured again", markup=False, soft_wrap=True)
     return {"adapter_sha256": adapter_sha256, "parts": {}}
 
 
@@ -196,10 +206,10 @@ def _loaded(
     """The merged model in FP32 and evaluation mode, the layers that adapters act on, and the training rows."""
     device = inputs.device
     classes = Classes.of_run(run) if experiment.dataset.kind == "image" else None
-    eager = experiment.model.model_copy(update={"attn": "eager"})  # the one attention with a second derivative
-    model, _, told = loading.load_for_inference(str(run / "adapter"), eager, device, classes)
+    eager = experiment.model.model_copy(update={"attn": "eager"})  # the only attention with a second derivative
+    model, _, metadata = loading.load_for_inference(str(run / "adapter"), eager, device, classes)
     widen(model)
-    if told["adapter"]:
+    if metadata["adapter"]:
         names = [layer.name for layer in find_lora_layers(model)]
         model = model.merge_and_unload()
     else:
@@ -230,8 +240,8 @@ def _hessian(model, layers, batches, options) -> dict[str, Any]:
     with progress("top eigenvalue", None) as advance:
         top = hessian.top_eigenvalue(seed=options.seed, iterations=options.iterations, on_progress=advance)
     if top.residual > WELL_SETTLED:
-        told = f"‖Hv − λv‖ / |λ| is {top.residual:.3f} after {top.iterations} iterations"
-        console.print(f"the top eigenvalue has not settled: {told}; more come with --iterations", soft_wrap=True)
+        residual = f"‖Hv − λv‖ / |λ| is {top.residual:.3f} after {top.iterations} iterations"
+        console.print(f"the top eigenvalue has not converged: {residual}; raise --iterations", soft_wrap=True)
     with progress("trace", options.probes) as advance:
         samples = hessian.trace_samples(seed=options.seed, probes=options.probes, on_progress=advance)
     return {

@@ -1,8 +1,8 @@
-"""Runs in processes of their own that are forked from one that has made the imports already.
+"""Starts runs as processes that are forked from a server which has done the imports already.
 
-A process that starts from nothing spends ten seconds of a core on importing torch, transformers and PEFT, which is most
-of a run of a few steps. What is forked here is otherwise `python run_exp.py SETTINGS`: it can be killed, and shares
-nothing with its siblings.
+A new process spends ten seconds of a core on importing torch, transformers and PEFT, which is most of a run of a few
+steps. A forked process otherwise behaves like `python run_exp.py SETTINGS`: it can be killed, and shares nothing with
+its siblings.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["run_exp", "deepspeed"])  # one that is missing is left out
+SERVER.set_forkserver_preload(["run_exp", "deepspeed"])  # missing modules are skipped
 
 
 class ForkedRun:
-    """A run that has been started.
+    """A started run.
 
     Args:
-        settings: words of the command line.
-        log: file that its stdout and stderr are appended to.
-        entry: what takes the settings and returns the exit code; None: `run_exp.main`.
-        environment: variables set in addition to those of the first call's process.
+        settings: arguments of the command line.
+        log: file to which stdout and stderr are appended.
+        entry: function that takes the settings and returns the exit code; None is `run_exp.main`.
+        environment: environment variables in addition to those of the process that started the server.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class ForkedRun:
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code, -N after signal N; None while it runs."""
+        """The exit code, -N for signal N; None while it runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """The exit code as soon as there is one; None when so many seconds have passed."""
+        """Wait for the exit code; returns None after `timeout` seconds."""
         self._process.join(timeout)
         return self.poll()
 
@@ -56,7 +56,7 @@ class ForkedRun:
 
 
 def start_server() -> None:
-    """Make the imports now, so that the first run takes no longer than the next."""
+    """Do the imports now, so that the first run takes no longer than the next."""
     _let_children_import(PROJECT)
     process = SERVER.Process(target=os.getpid)
     process.start()
@@ -64,7 +64,7 @@ def start_server() -> None:
 
 
 def _let_children_import(folder: Path) -> None:
-    """Python 3.11's server does not take over sys.path."""
+    """Set PYTHONPATH, because Python 3.11's server does not inherit sys.path."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(folder) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, paths)])

@@ -1,12 +1,12 @@
-"""Try command lines that nobody would type: made of the grammar of settings, and real ones with errors put in.
+"""Fuzzes the command line: lines from the grammar of settings, and real lines with errors.
 
     python -m scripts.fuzz [--lines 1000] [--seed 2026]
 
-Every line is tried by run_exp.main with dry_run=true, or by a benchmark's command with score_only=true, so that nothing
-is loaded and nothing should be written. Each batch of lines is a child process; one that makes no progress for a minute
-is killed, which counts as a hang, and the rest of its batch goes on. Prints how many lines ended in which way, and
-those that ended in a traceback or a hang, wrote a file, or would have written outside results_root; exit code 1 where
-there is one.
+Every line runs with run_exp.main and dry_run=true, or with a benchmark's command and score_only=true, so that nothing
+is loaded and nothing should be written. Each batch of lines is a child process. A line that makes no progress for a
+minute counts as a hang; its process is killed, and the rest of the batch continues. Prints the number of lines by exit
+code, and all lines that ended in a traceback or a hang, wrote a file, or would have written outside results_root; exit
+code 1 if there are any.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import matplotlib  # noqa: F401 - makes its folders at the first import, which is not a line's doing
+import matplotlib  # noqa: F401 - creates its folders at the first import, which must not count as a write of a line
 import yaml
 
 import data
@@ -55,7 +55,7 @@ PROJECT = Path(__file__).parents[1]
 
 HANG_S = 60
 BATCH = 50
-_EVAL_SHARE = 0.2  # of all lines: those of a benchmark's own command
+_EVAL_SHARE = 0.2  # share of lines for a benchmark's command
 
 WORDS = yaml.safe_load(Path(__file__).with_name("fuzz_words.yaml").read_text(encoding="utf-8"))
 LONG = ["9" * 320, "9" * 5000, "漢" * 100, "é" * 60, "n" * 101, "n" * 300, "x" * 20_000, "${seed}" * 30, "b\udcff"]
@@ -66,12 +66,12 @@ VALUES = [WORDS["numbers"], WORDS["places"], WORDS["texts"], WORDS["grammar"], L
 
 @dataclass
 class Outcome:
-    """What became of one command line."""
+    """The outcome of one command line."""
 
     command: str
     code: int | str | None
     seconds: float
-    said: str = ""  # of a traceback
+    said: str = ""  # the output, if it has a traceback
     wrote: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
 
@@ -100,24 +100,26 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def report(outcomes: Sequence[Outcome], hangs: Sequence[str], seed: int) -> int:
-    """Print the counts and what is not fine; the exit code."""
-    codes = collections.Counter(str(one.code) for one in outcomes)
+    """Print the counts and all failures; returns the exit code."""
+    codes = collections.Counter(str(outcome.code) for outcome in outcomes)
     ended = ", ".join(f"{count} with exit code {code}" for code, count in codes.most_common())
-    slowest = max((one.seconds for one in outcomes), default=0.0)
+    slowest = max((outcome.seconds for outcome in outcomes), default=0.0)
     print(f"{len(outcomes) + len(hangs)} command lines (seed {seed}): {ended}; the slowest took {slowest:.1f} s")
-    for one in outcomes:
-        if not one.is_fine:
-            print(f"- {one.command[:500]}\n  wrote {one.wrote}, outside {one.outside}\n{one.said[-2000:]}")
+    for outcome in outcomes:
+        if not outcome.is_fine:
+            print(
+                f"- {outcome.command[:500]}\n  wrote {outcome.wrote}, outside {outcome.outside}\n{outcome.said[-2000:]}"
+            )
     for line in hangs:
         print(f"- hangs: {line[:500]}")
-    tracebacks = sum(bool(one.said) for one in outcomes)
-    writes = sum(bool(one.wrote or one.outside) for one in outcomes)
+    tracebacks = sum(bool(outcome.said) for outcome in outcomes)
+    writes = sum(bool(outcome.wrote or outcome.outside) for outcome in outcomes)
     print(f"{tracebacks} tracebacks, {len(hangs)} hangs over {HANG_S} s, {writes} writes outside results_root")
     return 1 if tracebacks or hangs or writes else 0
 
 
 def draw_lines(count: int, seed: int) -> list[list[str]]:
-    """Command lines, the first word of each being run_exp or a benchmark."""
+    """Command lines; the first word of each is run_exp or a benchmark."""
     draw, real = random.Random(seed), real_lines()
     keys = setting_keys()
     lines = []
@@ -132,17 +134,17 @@ def draw_lines(count: int, seed: int) -> list[list[str]]:
 
 
 def real_lines() -> list[list[str]]:
-    """The commands that README.md, the pages of docs/ and the files of conf/experiment give."""
+    """The run_exp.py commands in README.md, docs/ and conf/experiment."""
     pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
     files = [*pages, *sorted((PROJECT / "conf/experiment").rglob("*.yaml"))]
     texts = [path.read_text() for path in files]
-    found = [line for text in texts for line in re.findall(r"^(?:# )?python run_exp\.py +(.+)$", text, re.MULTILINE)]
-    lines = [shlex.split(line.rstrip("\\"), comments=True) for line in found]
+    commands = [line for text in texts for line in re.findall(r"^(?:# )?python run_exp\.py +(.+)$", text, re.MULTILINE)]
+    lines = [shlex.split(line.rstrip("\\"), comments=True) for line in commands]
     return [line for line in lines if line]
 
 
 def setting_keys() -> list[str]:
-    """Every setting of every option: group.key."""
+    """All keys of all options, as group.key."""
     plain = commandline.compose_config(run_exp.SUITE.conf_dir, [])
     keys = [f"{group}.{key}" for group, section in plain.items() if isinstance(section, dict) for key in section]
     keys += [key for key, section in plain.items() if not isinstance(section, dict)]
@@ -168,7 +170,7 @@ def _made_line(draw: random.Random, keys: Sequence[str]) -> list[str]:
 
 
 def _word(draw: random.Random, keys: Sequence[str]) -> str:
-    """One setting of the grammar: a group's option, a key's value, or something that is nearly one."""
+    """One override from the grammar: an option of a group, a value of a key, or an almost valid form."""
     kind, value = draw.random(), _value(draw)
     if kind < 0.15:
         group = draw.choice(commandline.GROUPS)
@@ -219,7 +221,7 @@ def _hurt_line(draw: random.Random, line: Sequence[str], keys: Sequence[str]) ->
 
 
 def _hurt_word(draw: random.Random, word: str) -> str:
-    """A word with a sign put in, taken out or changed, cut, or repeated."""
+    """A word with a character inserted, removed or replaced, or the word cut or repeated."""
     if not word:
         return draw.choice(WORDS["signs"])
     place, sign = draw.randrange(len(word)), draw.choice(WORDS["signs"])
@@ -244,34 +246,34 @@ def _eval_line(draw: random.Random) -> list[str]:
 
 
 def run_batch(lines: list[list[str]], place: Path) -> tuple[list[Outcome], list[str]]:
-    """(what became of the lines, those that hung), tried in child processes."""
+    """Try lines in child processes; returns (outcomes, lines that hung)."""
     place.mkdir(parents=True)
     outcomes, hangs, done = [], [], 0
     while done < len(lines):
-        todo, told = place / f"todo-{done}.json", place / f"told-{done}.jsonl"
+        todo, results = place / f"todo-{done}.json", place / f"told-{done}.jsonl"
         todo.write_text(json.dumps(lines[done:]))
-        told.touch()
-        child = ForkedRun([str(todo), str(told), str(place / "cwd")], place / "log", try_lines)
+        results.touch()
+        child = ForkedRun([str(todo), str(results), str(place / "cwd")], place / "log", try_lines)
         while child.wait(0.2) is None:
-            if time.time() - told.stat().st_mtime > HANG_S + (
-                0 if told.stat().st_size else 60
+            if time.time() - results.stat().st_mtime > HANG_S + (
+                0 if results.stat().st_size else 60
             ):  # the first one imports
                 os.killpg(child.pid, 9)
-        found = [Outcome(**json.loads(row)) for row in told.read_text().splitlines()]
-        outcomes += found
-        done += len(found)
-        if done < len(lines):  # the child ended within a line: it hung, or took the process with it
+        ended = [Outcome(**json.loads(row)) for row in results.read_text().splitlines()]
+        outcomes += ended
+        done += len(ended)
+        if done < len(lines):  # the child ended within a line, which hung or ended the process
             hangs.append(_shown(lines[done]))
             done += 1
     return outcomes, hangs
 
 
 def try_lines(words: list[str]) -> int:
-    """A child process: the lines of one file, and what becomes of each as a row of another."""
-    todo, told, folder = map(Path, words)
+    """Entry of a child process: try the lines of one file, and append each outcome as a row to another."""
+    todo, results, folder = map(Path, words)
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
-    with open(told, "a", encoding="utf-8") as file:
+    with open(results, "a", encoding="utf-8") as file:
         for line in json.loads(todo.read_text()):
             file.write(json.dumps(asdict(try_line(line))) + "\n")
             file.flush()
@@ -306,19 +308,19 @@ def _shown(line: Sequence[str]) -> str:
 
 
 class _Loaded(BaseException):
-    """Weights or data would be read now, or processes started."""
+    """Raised where weights or data would be read, or processes started."""
 
 
 @contextlib.contextmanager
 def _nothing_loaded(outside: list[str]) -> Iterator[None]:
-    """Let runs end before they load, and note the folder of each one that is not within its results_root."""
+    """End runs before they load anything, and collect run folders that are outside of their results_root."""
     plain = launch.run
 
     def stop(*_: Any) -> None:
         raise _Loaded
 
     def check(suite: Any, experiment: Any, settings: Sequence[str]) -> int:
-        root, path = (os.path.abspath(one) for one in (experiment.results_root, RunFolder.of(experiment).path))
+        root, path = (os.path.abspath(folder) for folder in (experiment.results_root, RunFolder.of(experiment).path))
         if os.path.commonpath([root, path]) != root or any(names.size(part) > 255 for part in path.split("/")):
             outside.append(path)
         return plain(suite, experiment, settings)
@@ -353,7 +355,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def _watched_writes() -> Iterator[list[str]]:
-    """What Python writes, by its audit events; a hook stays for good, so there is one."""
+    """Collects what Python writes, from its audit events; audit hooks cannot be removed, so there is only one."""
     if not getattr(_hook, "is_set", False):
         sys.addaudithook(_hook)
         _hook.is_set = True

@@ -1,9 +1,9 @@
-"""Kill a training run with SIGKILL at random moments, resume it each time, and compare with an undisturbed run.
+"""Kills a training run with SIGKILL at random moments, resumes it each time, and compares it with an undisturbed run.
 
     python -m scripts.kill_resume [--kills 3] [--seed N] [key=value ...]
 
-Settings go to both runs. Prints the moments, and whether adapter bytes and metrics.jsonl (less the clock's
-tokens_per_s) are equal; exit code 1 when they are not, or when a kill came too late.
+Settings apply to both runs. Prints the moments, and whether adapter bytes and metrics.jsonl (without tokens_per_s,
+which depends on the clock) are equal; exit code 1 if they are not, or if a kill came too late.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ DEFAULTS = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments; printed")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="seed of the moments; printed")
     parser.add_argument("settings", nargs="*")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="kill-resume-"))
     try:
-        start_server()  # the moments are drawn from how long a start takes
+        start_server()  # first, because the moments depend on the startup time
         whole, killed = root / "whole", root / "killed"
         startup_s, total_s = undisturbed([*DEFAULTS, *options.settings, f"results_root={whole}"], whole)
         print(f"undisturbed run: {total_s:.0f} s, {startup_s:.0f} s of it before the first step is recorded")
         moments = draw_moments(len(_metrics(_only_run(whole))), startup_s, total_s, options.kills, options.seed)
-        told = ", ".join(f"{delay_s:.2f} s after row {row}" for row, delay_s in moments)
-        print(f"moments drawn from seed {options.seed}: {told}")
+        listed = ", ".join(f"{delay_s:.2f} s after row {row}" for row, delay_s in moments)
+        print(f"moments drawn from seed {options.seed}: {listed}")
         kills = kill_and_resume([*DEFAULTS, *options.settings, f"results_root={killed}"], killed, moments)
         return report(_only_run(whole), _only_run(killed), kills, options.kills)
     finally:
@@ -61,7 +61,7 @@ def main() -> int:
 def draw_moments(rows: int, startup_s: float, total_s: float, kills: int, seed: int) -> list[tuple[int, float]]:
     """(row of metrics.jsonl, seconds after it) of each kill, each in its own share of the rows.
 
-    Rows, not seconds since the start: a machine that is faster than in the undisturbed run would have ended by then.
+    Rows instead of seconds since the start, because a faster run might have ended by then.
     """
     generator, step_s = random.Random(seed), (total_s - startup_s) / rows
     moments = []
@@ -73,7 +73,7 @@ def draw_moments(rows: int, startup_s: float, total_s: float, kills: int, seed: 
 
 
 def undisturbed(settings: list[str], root: Path) -> tuple[float, float]:
-    """Run to the end: seconds until the first row of metrics.jsonl, and in all."""
+    """Run to the end; returns seconds until the first row of metrics.jsonl, and in total."""
     started, startup_s = time.monotonic(), 0.0
     process = _command(settings, root)
     while process.poll() is None:
@@ -85,7 +85,7 @@ def undisturbed(settings: list[str], root: Path) -> tuple[float, float]:
 
 
 def kill_and_resume(settings: list[str], root: Path, moments: list[tuple[int, float]]) -> int:
-    """Start or resume the run and kill it at each moment, then let it end; the number of real kills."""
+    """Start or resume the run and kill it at each moment, then let it end; returns the number of kills."""
     kills = 0
     for number, (row, delay_s) in enumerate(moments, start=1):
         process = _command([*settings, "resume=true"], root)
@@ -98,9 +98,9 @@ def kill_and_resume(settings: list[str], root: Path, moments: list[tuple[int, fl
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            found = sorted(path.name for path in root.glob("*/*/*/checkpoint-*"))
-            found = ", ".join(found) or "no checkpoint"
-            print(f"  {number}. SIGKILL {delay_s:.2f} s after row {row}; there then: {found}")
+            checkpoints = sorted(path.name for path in root.glob("*/*/*/checkpoint-*"))
+            checkpoints = ", ".join(checkpoints) or "no checkpoint"
+            print(f"  {number}. SIGKILL {delay_s:.2f} s after row {row}; checkpoints at that time: {checkpoints}")
     process = _command([*settings, "resume=true"], root)
     process.wait()
     _raise_failure(process)
@@ -108,11 +108,11 @@ def kill_and_resume(settings: list[str], root: Path, moments: list[tuple[int, fl
 
 
 def report(whole: Path, killed: Path, kills: int, wanted: int) -> int:
-    """Print the comparison; 0 when everything is equal and every kill fell inside the run."""
+    """Print the comparison; returns 0 if everything is equal and every kill hit the run."""
     adapters = [_sha256(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, killed)]
     metrics = [_metrics(folder) for folder in (whole, killed)]
     same_adapter, same_metrics = adapters[0] == adapters[1], metrics[0] == metrics[1]
-    print(f"kills: {kills}" + ("" if kills == wanted else f" of {wanted}: too few to count; run it again"))
+    print(f"kills: {kills}" + ("" if kills == wanted else f" of {wanted}: too few; run it again"))
     print(f"adapter bytes:  {'equal' if same_adapter else 'DIFFERENT'} ({adapters[0][:16]}… {adapters[1][:16]}…)")
     print(f"metrics.jsonl:  {'equal' if same_metrics else 'DIFFERENT'} ({len(metrics[0])} and {len(metrics[1])} rows)")
     return 0 if same_adapter and same_metrics and kills == wanted else 1

@@ -1,8 +1,8 @@
-"""mkdocs hook: files that lie outside docs/ become part of the site, under the path that they have in the repository.
+"""mkdocs hook: adds files outside of docs/ to the site, under their paths in the repository.
 
-Pages of docs/ link to figures, tables and CONTRIBUTING.md by relative paths, as GitHub reads them
+Pages of docs/ link to figures, tables and CONTRIBUTING.md by relative paths, as GitHub needs them
 (`../results/bench/gpu_steps.png`). The site has the same files at `results/bench/gpu_steps.png`, so links are rewritten
-here; a link to a file that is not in the site stays broken, and `mkdocs build --strict` reports it.
+here. A link to a file that is not in the site stays broken, and `mkdocs build --strict` reports it.
 """
 
 from __future__ import annotations
@@ -59,5 +59,5 @@ def on_post_template(output: str, template_name: str, config: MkDocsConfig) -> s
 
 
 def _without_cdn(html: str, root: str) -> str:
-    """The offline plugin reads a script from a CDN; docs/assets/file-worker.js does the same."""
+    """Replace the script that the offline plugin loads from a CDN by docs/assets/file-worker.js."""
     return html.replace("https://unpkg.com/iframe-worker/shim", f"{root}/assets/file-worker.js")

@@ -1,8 +1,8 @@
-"""One HTML page of everything under results/: tables, figures, and each run's configuration and environment.
+"""Writes one HTML page of everything in results/: tables, figures, and each run's configuration and environment.
 
     python -m scripts.report [--results DIR] [--out FILE]     writes RESULTS/tables/report.html
 
-The page holds all it shows and opens without a network; its links lead to the raw files beside it.
+The page is self-contained and needs no network; its links lead to the raw files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECTIONS = ("model", "dataset", "peft", "rho", "optim", "trainer")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 written, 2 a layout or published number that is not in order."""
+    """Returns the exit code: 0, or 2 for an invalid layout or published number."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser, "RESULTS/tables/report.html")
     options = parser.parse_args(words)
@@ -52,10 +52,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def render(results: Path, home: Path) -> str:
-    """The page; `home` is the folder that it will lie in.
+    """The HTML of the page.
+
+    Args:
+        home: folder of the page, for relative links.
 
     Raises:
-        ConfigError: a layout or published number that is not in order.
+        ConfigError: a layout or published number is invalid.
     """
     layouts, (papers, left_out) = cells.read_layouts(cells.LAYOUTS), cells.read_paper(cells.PAPER)
     runs, problems = cells.read_runs(results)
@@ -64,8 +67,8 @@ def render(results: Path, home: Path) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        tables=[table_of(one) for one in made],
-        figures=pictures({one.name: one for one in made}, results),
+        tables=[table_of(table) for table in made],
+        figures=figure_entries({table.name: table for table in made}, results),
         groups=groups_of(runs, home),
         problems=[*left_out, *problems, *more, *cells.unused(made, runs)],
         count=len(runs),
@@ -73,7 +76,7 @@ def render(results: Path, home: Path) -> str:
 
 
 def table_of(made: cells.TableData) -> dict[str, Any]:
-    """What the template shows of one table."""
+    """The values of one table for the template."""
     return {
         "name": made.name,
         "title": title_of(made),
@@ -86,22 +89,22 @@ def table_of(made: cells.TableData) -> dict[str, Any]:
     }
 
 
-def pictures(tables: Mapping[str, cells.TableData], results: Path) -> list[dict[str, str]]:
-    """Each figure twice, as data URIs: panels in a row, and one below the other for narrow screens."""
+def figure_entries(tables: Mapping[str, cells.TableData], results: Path) -> list[dict[str, str]]:
+    """Each figure twice, as data URIs: with panels in a row, and in a column for narrow screens."""
     captions = dict(line.split(maxsplit=1) for line in (figures.__doc__ or "").splitlines() if line[:1].islower())
-    found = []
+    entries = []
     for name in figures.FIGURES:
-        shapes = [_picture(name, tables, results, stacked=stacked) for stacked in (False, True)]
+        shapes = [_data_uri(name, tables, results, stacked=stacked) for stacked in (False, True)]
         if None not in shapes:
-            found.append({"name": name, "wide": shapes[0], "narrow": shapes[1], "caption": captions[name]})
-    return found
+            entries.append({"name": name, "wide": shapes[0], "narrow": shapes[1], "caption": captions[name]})
+    return entries
 
 
-def _picture(name: str, tables: Mapping[str, cells.TableData], results: Path, *, stacked: bool) -> str | None:
+def _data_uri(name: str, tables: Mapping[str, cells.TableData], results: Path, *, stacked: bool) -> str | None:
     token = figures.STACKED.set(stacked)
     try:
         with figures.plt.rc_context(figures.STYLE):
-            figure, _ = figures.drawn(name, tables, results)  # scripts/figures.py says why there is none
+            figure, _ = figures.drawn(name, tables, results)  # scripts/figures.py reports why there is none
             if figure is None:
                 return None
             content = figures.as_bytes(figure, "png", {"Software": None}, dpi=160)
@@ -112,7 +115,7 @@ def _picture(name: str, tables: Mapping[str, cells.TableData], results: Path, *,
 
 
 def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
-    """Runs of one configuration together: what it is, and each seed's numbers, code, machine and files."""
+    """Runs grouped by configuration: the configuration, and each seed's numbers, code, machine and files."""
     groups: dict[Path, dict[str, Any]] = {}
     for run in runs:
         record = read_record(run.path / "run.json")
@@ -142,10 +145,10 @@ def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
 
 
 def _links(run: Path, home: Path) -> list[tuple[str, str]]:
-    """(name, address relative to the page) of what is there of a run's raw files."""
+    """(name, address relative to the page) of a run's raw files that exist."""
     names = ("run.json", "metrics.jsonl", "flatness.json", "config.yaml")
-    there = [name for name in names if (run / name).is_file()]
-    return [(name, quote(Path(os.path.relpath(run / name, home)).as_posix())) for name in there]
+    present = [name for name in names if (run / name).is_file()]
+    return [(name, quote(Path(os.path.relpath(run / name, home)).as_posix())) for name in present]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What has become of a sweep, and the Slurm file of a run on several nodes.
+"""Prints the status of a sweep, or the Slurm file of a run on several nodes.
 
-    python -m scripts.sweep status [-m] WORDS …        the words of run_exp.py, as they were given
-    python -m scripts.sweep sbatch [--nodes 2] [--gpus 8] [--time 24:00:00] [--partition P] [--python PATH] WORDS …
+    python -m scripts.sweep status [-m] OVERRIDES …        the overrides of run_exp.py
+    python -m scripts.sweep sbatch [--nodes 2] [--gpus 8] [--time 24:00:00] [--partition P] [--python PATH] OVERRIDES …
 
-status  one row a run: done, running, interrupted, failed (with its reason) or missing; how far it is, and time left.
-        Those that are not done are what the same sweep with resume=true does next. Exit code 0 when all are done.
-sbatch  prints a file for `sbatch`: torchrun on every node with one rendezvous, SIGTERM two minutes before the end, and
-        a run that it interrupted is queued again; it goes on from the checkpoint that it wrote then.
+status  one row per run: done, running, interrupted, failed (with the reason) or missing; progress, and time left.
+        The same sweep with resume=true continues those that are not done. Exit code 0 if all are done.
+sbatch  prints a file for `sbatch`: torchrun on every node with one rendezvous, and SIGTERM two minutes before the end.
+        An interrupted run is queued again and continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ PORT = 29500
 
 
 class State(NamedTuple):
-    """Of one run: what became of it, the share of its training that is behind it, seconds left, why it failed."""
+    """The state of one run."""
 
     name: str
-    share: float | None
+    share: float | None  # of its training that is done
     seconds_left: float | None
     reason: str
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 all done (or printed), 1 something is left, 2 an error of the words."""
+    """Returns the exit code: 0 if all runs are done (or the file is printed), 1 if some are not, 2 for an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status")
-    status.add_argument("-m", "--multirun", action="store_true", help="as in run_exp.py; a sweep is meant anyway")
+    status.add_argument("-m", "--multirun", action="store_true", help="accepted as in run_exp.py; has no effect")
     sbatch = commands.add_parser("sbatch")
     sbatch.add_argument("--nodes", type=int, default=1)
-    sbatch.add_argument("--gpus", type=int, default=8, help="of each node")
+    sbatch.add_argument("--gpus", type=int, default=8, help="per node")
     sbatch.add_argument("--time", default="24:00:00")
     sbatch.add_argument("--partition")
     sbatch.add_argument("--python", default=sys.executable)
@@ -71,10 +71,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def experiments(words: Sequence[str]) -> list[Experiment]:
-    """Those that run_exp.py would run for the words of a sweep.
+    """The experiments that run_exp.py would run for the overrides of a sweep.
 
     Raises:
-        ConfigError: every error of every one.
+        ConfigError: it lists every error of every experiment.
     """
     settings, _ = commandline.rewrite(commandline.split_flags(list(words))[1])
     settings, _ = commandline.name_jobs(settings)
@@ -88,21 +88,21 @@ def print_status(words: Sequence[str]) -> int:
     for column in ("state", "run", "trained", "time left", "why"):
         justify = "right" if column in ("trained", "time left") else "left"
         table.add_column(column, justify=justify, no_wrap=column == "state", overflow="fold")
-    found = []
+    states = []
     for folder, experiment in folders:
         state = state_of(folder, experiment)
-        found.append(state.name)
+        states.append(state.name)
         share = "—" if state.share is None else f"{state.share:.0%}"
         left = "—" if state.seconds_left is None else _duration(state.seconds_left)
         table.add_row(state.name, Text(str(folder.path.relative_to(parent))), share, left, Text(state.reason))
-    table.title = f"Sweep: {found.count('done')} of {len(found)} done, under {parent}"
+    table.title = f"Sweep: {states.count('done')} of {len(states)} done, under {parent}"
     printer = Console(highlight=False)
     (printer if printer.is_terminal else Console(highlight=False, width=170)).print(table)
-    return 0 if set(found) == {"done"} else 1
+    return 0 if set(states) == {"done"} else 1
 
 
 def state_of(folder: RunFolder, experiment: Experiment) -> State:
-    """What became of one run, by its own files."""
+    """The state of one run, from its files."""
     if not folder.is_run:
         return State("missing", None, None, "")
     running = folder.in_use
@@ -142,22 +142,22 @@ def sbatch_file(
     """A Slurm batch file of one run on nodes × gpus processes.
 
     Raises:
-        ConfigError: the words do not make one run, which several processes share.
+        ConfigError: the overrides do not define exactly one run, or it does not support these processes.
     """
     if nodes < 1 or gpus < 1:
-        raise ConfigError([f"Invalid --nodes={nodes} --gpus={gpus}: a run has at least one of each."])
+        raise ConfigError([f"Invalid --nodes={nodes} --gpus={gpus}: both must be ≥ 1."])
     words = [word for word in commandline.split_flags(list(words))[1] if not word.startswith("resume=")]
-    found = experiments([*words, "resume=true"])
-    if len(found) != 1:
-        raise ConfigError([f"Invalid words: they make {len(found)} runs; a batch file has one, so print one for each."])
-    experiment, processes = found[0], nodes * gpus
+    runs = experiments([*words, "resume=true"])
+    if len(runs) != 1:
+        raise ConfigError([f"Invalid overrides: they define {len(runs)} runs, but a file has one; print one for each."])
+    experiment, processes = runs[0], nodes * gpus
     errors = []
     if experiment.trainer.launch == "single" or experiment.trainer.gpus is not None:
-        errors.append("Invalid trainer: torchrun starts the processes here; use trainer=ddp or zero2, no trainer.gpus.")
+        errors.append("Invalid trainer: torchrun starts the processes; use trainer=ddp or zero2 without trainer.gpus.")
     if experiment.optim.batch_size % (experiment.trainer.micro_batch_size * processes):
         errors.append(
-            f"Invalid optim.batch_size={experiment.optim.batch_size}: {nodes} nodes of {gpus} GPUs with micro-batches "
-            f"of {experiment.trainer.micro_batch_size} do not divide it; change one of them."
+            f"Invalid optim.batch_size={experiment.optim.batch_size}: it must be a multiple of {nodes} nodes × {gpus} "
+            f"GPUs × micro-batches of {experiment.trainer.micro_batch_size}; change one of them."
         )
     if errors:
         raise ConfigError(errors)
@@ -186,7 +186,7 @@ def sbatch_file(
         f'    --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$MASTER_ADDR:{PORT}" \\',
         f"    {command}",
         "code=$?",
-        "# Told to end before it was done: its newest checkpoint is whole, and the next start goes on from it.",
+        "# The run was interrupted: it continues from its newest checkpoint at the next start.",
         f'if [ $code -ne 0 ] && grep -q \'"status": "interrupted"\' {record}; then',
         '    scontrol requeue "$SLURM_JOB_ID"',
         "fi",

@@ -12,7 +12,7 @@ from scripts.cells import Cell, Column, TableData, paired
 
 
 def title_of(made: TableData) -> str:
-    """The layout's own, or the published table's."""
+    """The title of the layout, or that of the published table."""
     return made.layout.title or (made.published.title if made.published else made.name)
 
 
@@ -28,21 +28,21 @@ def _difference(cell: Cell) -> str:
 
 
 def _mean(values: Iterable[float | None]) -> str:
-    found = list(values)
-    return "—" if not found or None in found else f"{statistics.fmean(found):.2f}"
+    numbers = list(values)
+    return "—" if not numbers or None in numbers else f"{statistics.fmean(numbers):.2f}"
 
 
 def titles_of(made: TableData) -> list[str]:
-    """Of the columns."""
+    """The titles of the columns."""
     return [column.title for column in made.layout.columns.values()] + (["avg"] if made.layout.average else [])
 
 
 def lines_of(made: TableData) -> list[tuple[str, list[str], set[int]]]:
-    """(label, one text a column, columns in bold): of each row ours, then the paper's and the difference."""
+    """(label, one text per column, indices of columns in bold): for each row ours, the paper's, and the difference."""
     layout, lines = made.layout, []
     for row, label in layout.row_titles().items():
         cells = [made.cells[row, column] for column in layout.columns]
-        bold = {place for place, column in enumerate(layout.columns) if made.best.get(column) == row}
+        bold = {index for index, column in enumerate(layout.columns) if made.best.get(column) == row}
         average = [_mean(cell.mean for cell in cells)] if layout.average else []
         lines.append(
             (
@@ -52,7 +52,7 @@ def lines_of(made: TableData) -> list[tuple[str, list[str], set[int]]]:
             )
         )
         if any(cell.paper is not None for cell in cells):
-            average = ["—"] if layout.average else []  # a mean of ours of published numbers is not published
+            average = ["—"] if layout.average else []  # our mean of published numbers is not a published number
             papers = ["—" if cell.paper is None else f"{cell.paper:.2f}" for cell in cells]
             lines.append((f"{label}, paper", [*papers, *average], set()))
             differences = [*map(_difference, cells), *(["—"] if layout.average else [])]
@@ -61,7 +61,7 @@ def lines_of(made: TableData) -> list[tuple[str, list[str], set[int]]]:
 
 
 def notes_of(made: TableData) -> list[str]:
-    """What stands below a table."""
+    """The notes below a table."""
     notes = [
         "Ours: mean ± sample standard deviation over seeds (their number); bold: better than every other row, p < 0.05."
     ]
@@ -75,7 +75,7 @@ COMPARED = ["paired over seeds", "", "difference", "95 % interval", "p", "seeds"
 
 
 def comparisons(made: TableData) -> list[list[str]]:
-    """Each row against its `against`, over the seeds that both have: one line a column."""
+    """Paired comparisons of each row with its `against`, over the seeds that both have: one line per column."""
     first, *others = [row for row in made.layout.rows if not row.startswith("full_ft")]
     lines = []
     for row, baseline in (made.layout.against or dict.fromkeys(others, first)).items():
@@ -84,9 +84,9 @@ def comparisons(made: TableData) -> list[list[str]]:
             if test is not None:
                 mean, low, high, p, seeds = test
                 mean, low, high = (f"{value:+.{column.digits}f}" for value in (mean, low, high))
-                told = [mean, f"{low} to {high}", "< 0.001" if p < 0.001 else f"{p:.3f}", str(seeds)]
+                texts = [mean, f"{low} to {high}", "< 0.001" if p < 0.001 else f"{p:.3f}", str(seeds)]
                 names = [f"{made.layout.rows[row].title} − {made.layout.rows[baseline].title}", column.title]
-                lines.append([*names, *(text.replace("-", "−") for text in told)])
+                lines.append([*names, *(text.replace("-", "−") for text in texts)])
     return lines
 
 
@@ -95,10 +95,10 @@ def markdown(made: TableData) -> str:
     titles = titles_of(made)
     lines = [f"# {title_of(made)}", "", _md_row(["", *titles]), _md_row(["---", *["---:"] * len(titles)])]
     for label, texts, bold in lines_of(made):
-        lines.append(_md_row([label, *(f"**{text}**" if place in bold else text for place, text in enumerate(texts))]))
+        lines.append(_md_row([label, *(f"**{text}**" if index in bold else text for index, text in enumerate(texts))]))
     lines += ["", *(f"{note}  " for note in notes_of(made))]
-    if found := comparisons(made):
-        lines += ["", _md_row(COMPARED), _md_row(["---", "---", *["---:"] * 4]), *map(_md_row, found)]
+    if rows := comparisons(made):
+        lines += ["", _md_row(COMPARED), _md_row(["---", "---", *["---:"] * 4]), *map(_md_row, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -112,7 +112,7 @@ def latex(made: TableData) -> str:
     lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(titles)}}}", r"\toprule"]
     lines += [" & ".join(["", *map(_tex, titles)]) + r" \\", r"\midrule"]
     for label, texts, bold in lines_of(made):
-        shown = [rf"\textbf{{{_tex(text)}}}" if place in bold else _tex(text) for place, text in enumerate(texts)]
+        shown = [rf"\textbf{{{_tex(text)}}}" if index in bold else _tex(text) for index, text in enumerate(texts)]
         lines.append(" & ".join([_tex(label), *shown]) + r" \\")
     notes = " ".join(_tex(note) for note in notes_of(made))
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex(title_of(made))}. {notes}}}", r"\end{table}"]
@@ -138,7 +138,7 @@ def _tex(text: str) -> str:
 
 
 def as_csv(made: TableData, results: Path) -> str:
-    """One line a cell, with the runs that made it."""
+    """One line per cell, with the paths of its runs."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["table", "row", "column", "mean", "std", "n", "seeds", "paper", "difference", "best", "runs"])

@@ -1,12 +1,13 @@
-"""The papers' tables and our own, from the records of runs: Markdown, LaTeX (booktabs) and CSV.
+"""Writes the papers' tables and our own from the records of runs: Markdown, LaTeX (booktabs) and CSV.
 
     python -m scripts.tables [NAME ...] [--results DIR] [--out DIR]     writes NAME.md, NAME.tex, NAME.csv
-    python -m scripts.tables status [NAME ...] [--seeds 3]              cells with runs, cells without, hours to fill
+    python -m scripts.tables status [NAME ...] [--seeds 3]              seeds that cells have and lack, hours to fill
     python -m scripts.tables commands [NAME ...] [--seeds 3]            the command of each cell
 
-results/tables.yaml says what stands in a table, results/paper.yaml what was published. A run counts for a cell if its
-configuration is the cell's, whatever the seed; what is broken, unfinished, doubled or of another setting is named and
-left out. The best of a column is bold only if it is better than every other row by a paired t-test over shared seeds.
+results/tables.yaml defines the tables, results/paper.yaml has the published numbers. A run counts for a cell if its
+configuration is the cell's, for any seed; runs that are broken, unfinished, duplicated or of another setting are named
+and left out. The best of a column is bold only if it is better than every other row by a paired t-test over shared
+seeds.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from scripts.table_formats import as_csv, latex, markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 made or shown, 2 a layout or published number that is not in order."""
+    """Returns the exit code: 0, or 2 for an invalid layout or published number."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="all tables by default; status and commands come before them")
+    parser.add_argument("names", nargs="*", help="tables, all by default; status or commands may come first")
     add_folders(parser, "RESULTS/tables")
-    parser.add_argument("--seeds", type=positive, default=3, help="of each cell, for status and commands")
+    parser.add_argument("--seeds", type=positive, default=3, help="seeds per cell, for status and commands")
     options = parser.parse_args(arguments)
     quiet_libraries()
     action, names = "write", options.names
@@ -74,15 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if action == "status":
         print_status(made, runs, options.seeds)
         return 0
-    for one in made:
-        for suffix, text in (("md", markdown(one)), ("tex", latex(one)), ("csv", as_csv(one, options.results))):
-            write_atomic(out / f"{one.name}.{suffix}", text)
-        print(f"written: {out / one.name}.md, .tex, .csv")
+    for table in made:
+        for suffix, text in (("md", markdown(table)), ("tex", latex(table)), ("csv", as_csv(table, options.results))):
+            write_atomic(out / f"{table.name}.{suffix}", text)
+        print(f"written: {out / table.name}.md, .tex, .csv")
     return 0
 
 
 def commands(layouts: Mapping[str, Layout], seeds: int) -> list[str]:
-    """Lines for a shell: the command of each cell, once where several columns show the same runs."""
+    """Shell lines with the command of each cell; columns that show the same runs share one."""
     cells_of: dict[str, list[str]] = {}
     for name, layout in layouts.items():
         for row, column in itertools.product(layout.rows, layout.columns):
@@ -95,38 +96,38 @@ def commands(layouts: Mapping[str, Layout], seeds: int) -> list[str]:
 
 
 def print_status(made: Sequence[TableData], runs: Sequence[Run], seeds: int) -> None:
-    """Each cell: how many seeds it has, how many it lacks, and the hours that these take by the runs of its kind."""
+    """Print for each cell the number of seeds that it has and lacks, and the hours of these, from similar runs."""
     shown = Shown(title=f"Cells of {seeds} seeds", title_justify="left")
     for column in ("table", "row", "column", "seeds", "missing", "hours"):
         shown.add_column(
             column, justify="right" if column in ("seeds", "missing", "hours") else "left", overflow="fold"
         )
     total, unknown, counted = 0.0, 0, set()
-    for one in made:
-        for (row, key), cell in one.cells.items():
+    for table in made:
+        for (row, key), cell in table.cells.items():
             missing = max(0, seeds - len(cell.by_seed))
-            hours = _hours(one, row, key, runs) if missing else 0.0
-            overrides = tuple(one.overrides_of(row, key))
+            hours = _hours(table, row, key, runs) if missing else 0.0
+            overrides = tuple(table.overrides_of(row, key))
             if overrides not in counted:  # several columns may show the same runs
                 unknown += missing if hours is None else 0
                 total += missing * (hours or 0.0)
             counted.add(overrides)
-            told = "—" if not missing else "?" if hours is None else f"{missing * hours:.2f}"
+            estimate = "—" if not missing else "?" if hours is None else f"{missing * hours:.2f}"
             shown.add_row(
-                one.name,
-                one.layout.rows[row].title,
-                one.layout.columns[key].title,
+                table.name,
+                table.layout.rows[row].title,
+                table.layout.columns[key].title,
                 str(len(cell.by_seed)),
                 str(missing),
-                told,
+                estimate,
             )
     Console(highlight=False).print(shown)
-    never = f"; {unknown} runs of a kind that never was (?)" if unknown else ""
-    print(f"{total:.2f} hours of training for cells whose kind was measured{never}.")
+    unmeasured = f"; {unknown} runs have no similar run to estimate from (?)" if unknown else ""
+    print(f"{total:.2f} hours of training for cells with similar runs{unmeasured}.")
 
 
 def _hours(made: TableData, row: str, key: str, runs: Sequence[Run]) -> float | None:
-    """Of one run of a cell: the median of those with its model and data set, of the same row where there are some."""
+    """Hours of one run of a cell: the median of its own runs or, if there are none, of its model and data set."""
     if made.layout.columns[key].dataset not in {run.experiment.dataset.name for run in runs}:
         return None
     experiment = experiment_of(tuple(made.overrides_of(row, key)))

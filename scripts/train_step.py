@@ -1,4 +1,4 @@
-"""One optimizer step without a Trainer, as benchmarks, the demo and tests take it."""
+"""One optimizer step without a Trainer, for benchmarks, the demo and tests."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 
 class Perturbation(Protocol):
-    """`flatlora.WeightPerturbation`, or another way to train on W + ε."""
+    """`flatlora.WeightPerturbation`, or another implementation of training at W + ε."""
 
     def begin(self, step: int) -> None: ...
 
     def end(self) -> None: ...
 
 
-MicroStep = Callable[[Any], torch.Tensor]  # micro-batch → its loss (0-d, detached), the gradients added
+MicroStep = Callable[[Any], torch.Tensor]  # micro-batch → its loss (0-d, detached); accumulates gradients
 
 
 def backward_of(loss_of: Callable[[Any], torch.Tensor]) -> MicroStep:
-    """The micro-step of a loss: forward and backward."""
+    """Returns the micro-step of a loss function: forward and backward."""
 
     def micro_step(batch: Any) -> torch.Tensor:
         loss = loss_of(batch)
@@ -42,8 +42,8 @@ def train_step(
     """Take one optimizer step; returns the losses of its micro-batches.
 
     Args:
-        step: number of the optimizer step, from 0; decides the noise of `perturbation`.
-        max_norm: clips the gradient's norm; None does not.
+        step: number of the optimizer step, from 0, for the noise of `perturbation`.
+        max_norm: maximum norm of the gradient; None does not clip.
     """
     if perturbation is not None:
         perturbation.begin(step)
@@ -55,7 +55,7 @@ def train_step(
 
 
 def update(optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> None:
-    """The end of a step, once the gradients are there."""
+    """Clip the gradients, step the optimizer, and zero the gradients."""
     if max_norm is not None:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, max_norm)

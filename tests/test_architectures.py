@@ -109,7 +109,7 @@ def test_a_killed_and_resumed_run_is_the_loop_written_out(model_folder, tiny_set
     common += ["dataset.test_rows=3"]
     if "Qwen2Moe" in (model_folder / "config.json").read_text():  # among all of its layers is one of a single output
         assert run_exp.main(common) == 2
-        assert "Invalid peft.lora_r=4: it takes 4 directions of a layer" in " ".join(capsys.readouterr().err.split())
+        assert "Invalid peft.lora_r=4: it needs 4 directions of a layer" in " ".join(capsys.readouterr().err.split())
         common.append("peft.target_modules=[q_proj,k_proj,v_proj,o_proj,up_proj,gate_proj,down_proj]")
     flat = ["rho=flat", f"rho.sigma={SIGMA}", "rho.ramp=constant"]
     adapters = {}

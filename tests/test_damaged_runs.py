@@ -114,9 +114,12 @@ DAMAGES = {
     ),
     "half an adapter": (lambda run: os.truncate(run / "adapter/adapter_model.safetensors", 99), "is not what the run"),
     "no adapter": (lambda run: shutil.rmtree(run / "adapter"), "adapter/adapter_model.safetensors is missing"),
-    "no answers": (lambda run: shutil.rmtree(run / "eval"), "eval/gsm8k is gone"),
-    "a flipped answer": (lambda run: flip(run / "eval/gsm8k/predictions.jsonl"), "predictions.jsonl is not what its"),
-    "another score": (lambda run: other_score(run / "eval/gsm8k/score.json"), "has not the numbers of run.json"),
+    "no answers": (lambda run: shutil.rmtree(run / "eval"), "eval/gsm8k is missing"),
+    "a flipped answer": (
+        lambda run: flip(run / "eval/gsm8k/predictions.jsonl"),
+        "predictions.jsonl does not match its",
+    ),
+    "another score": (lambda run: other_score(run / "eval/gsm8k/score.json"), "differs from the metrics in run.json"),
     "flipped rows": (lambda run: flip(run / "metrics.jsonl"), "metrics.jsonl is not what the run wrote"),
     "flipped questions": (lambda run: flip(run / "test.jsonl"), "test.jsonl is not what the run wrote"),
     "another config": (

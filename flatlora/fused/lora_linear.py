@@ -2,12 +2,12 @@
 
     y = x (W + ε)ᵀ + b + s · D(x) Aᵀ Bᵀ        D: dropout
 
-PEFT's forward keeps an FP32 copy of x for each layer and walks over y three times more than the products need. Here the
-branch is written first and the base product adds to it while it is written out; x is kept once, in its own dtype, for
-all layers that read it (query, key and value; gate and up), whose gradients meet in one buffer. A and B are FP32, their
-products are in the dtype of the base product: the same arithmetic as PEFT's under autocast, rounded fewer times.
+PEFT's forward saves an FP32 copy of x for each layer and makes three extra passes over y. Here the branch is written
+first, and the base product accumulates into it. x is saved once, in its own dtype, for all layers that read it (query,
+key and value; gate and up), and their gradients are summed in one buffer. A and B are FP32, and their products are in
+the dtype of the base product: the same arithmetic as PEFT's under autocast, with fewer roundings.
 
-`fuse` changes how layers are computed, never what they hold: parameters, names and checkpoints stay PEFT's.
+`fuse` only changes how layers are computed; parameters, names and checkpoints stay PEFT's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flatlora.perturb.forward import PerturbedForward, Reading
 
 logger = logging.getLogger(__name__)
 
-# Leaf names of layers that read one input, in the order in which their parent calls them.
+# Names of sibling layers that read the same input, in the order in which their parent calls them.
 SHARED_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -34,15 +34,15 @@ SHARED_INPUT = (
     ("q", "k", "v"),
     ("to_q", "to_k", "to_v"),
 )
-_CROSS_ATTENTION = ".attn2"  # of diffusers' blocks: keys and values read the prompt
+_CROSS_ATTENTION = ".attn2"  # in diffusers' blocks: keys and values read the prompt
 
 
 def fuse(model: nn.Module) -> int:
-    """Give every plain LoRA layer of a PEFT model the fused forward; the number of layers that took it.
+    """Replaces the forward of every plain LoRA layer of a PEFT model by the fused one; returns the number of layers.
 
-    Others (DoRA and further variants, LoRA on embeddings and convolutions, quantized weights) keep PEFT's forward and
-    are counted in the log. So do calls that the fused forward does not cover: disabled, merged or several adapters,
-    `adapter_names`.
+    Other layers (DoRA and further variants, LoRA on embeddings and convolutions, quantized weights) keep PEFT's forward
+    and are counted in the log. Calls that the fused forward does not support (disabled, merged or several adapters,
+    `adapter_names`) use PEFT's forward too.
     """
     fused: dict[str, FusedForward] = {}
     others: Counter[str] = Counter()
@@ -63,20 +63,20 @@ def fuse(model: nn.Module) -> int:
 
 
 def groups_of(model: nn.Module) -> list[LayerGroup]:
-    """The groups of all fused layers of a model, each once."""
+    """The distinct groups of all fused layers of a model."""
     forwards = (module.__dict__.get("forward") for module in model.modules())
     return list(dict.fromkeys(forward.group for forward in forwards if isinstance(forward, FusedForward)))
 
 
 def fused_throughout(model: nn.Module) -> bool:
-    """Whether everything that is trained is a factor of a fused layer."""
+    """Whether all trained parameters are factors of fused layers."""
     members = [member for group in groups_of(model) for member in group.members if member.covers()]
     factors = {id(factor) for member in members for factor in member.factors}
     return bool(members) and all(id(p) in factors for p in model.parameters() if p.requires_grad)
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give all layers PEFT's own forward back."""
+    """Restore PEFT's forward in all layers."""
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), FusedForward):
             del module.forward
@@ -96,7 +96,7 @@ def _reason_against(module: peft_lora.LoraLayer) -> str | None:
 
 
 def _families(names: Sequence[str]) -> list[list[str]]:
-    """Groups of layer names that read one input."""
+    """Groups of names of layers that read the same input."""
     by_parent: dict[str, dict[str, str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
@@ -107,14 +107,14 @@ def _families(names: Sequence[str]) -> list[list[str]]:
             continue  # keys and values come from the encoder
         for family in SHARED_INPUT:
             family = family[1:] if parent.endswith(_CROSS_ATTENTION) else family
-            found = [leaves[leaf] for leaf in family if leaf in leaves]
-            if len(found) > 1:
-                families.append(found)
+            siblings = [leaves[leaf] for leaf in family if leaf in leaves]
+            if len(siblings) > 1:
+                families.append(siblings)
     return families
 
 
 class FusedForward:
-    """Stands for the forward of one `peft.tuners.lora.layer.Linear`."""
+    """Replaces the forward of one `peft.tuners.lora.layer.Linear`."""
 
     def __init__(self, module: peft_lora.Linear) -> None:
         self.module, self.base = module, module.get_base_layer()
@@ -127,9 +127,9 @@ class FusedForward:
         return self.group.call(self, x)
 
     def covers(self) -> bool:
-        """Whether the layer is, at this moment, one plain adapter on a frozen floating-point weight.
+        """Whether the layer now has exactly one plain adapter on a frozen floating-point weight.
 
-        Not where another library wrapped or hooked the base layer, which the fused forward does not call.
+        False if another library wrapped or hooked the base layer, which the fused forward does not call.
         """
         module, own = self.module, self.base.__dict__
         forward = own.get("forward")
@@ -159,21 +159,21 @@ class FusedForward:
 
     @property
     def dropout(self) -> float:
-        """Rate of the dropout before A, 0 outside of training."""
+        """Probability of the dropout before A; 0 outside of training."""
         dropout = self.module.lora_dropout[self.adapter]
         return dropout.p if self.module.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def reading(self) -> Reading | None:
-        """W + ε, where a perturbation says so."""
+        """The `Reading` of W + ε; None while the layer reads W."""
         forward = self.base.__dict__.get("forward")
         return forward.reading() if forward is not None else None
 
 
 class LayerGroup:
-    """Layers that read one input: the first call computes all of them, the others take what is ready.
+    """Layers that read the same input: the call of the first computes all, and the other calls return its results.
 
-    `managed` says that a training loop calls `refresh` before each optimizer step and keeps `.grad` allocated. Then the
-    factors are cast to the products' dtype once a step, and their gradients are added to `.grad` by the product itself,
+    If `managed` is True, a training loop calls `refresh` before each optimizer step and keeps `.grad` allocated. Then
+    the factors are cast to the products' dtype once per step, and the products accumulate their gradients into `.grad`
     in FP32; hooks of the parameters (DDP's, ZeRO's) do not run.
     """
 
@@ -184,7 +184,7 @@ class LayerGroup:
         self._ready: dict[FusedForward, torch.Tensor] = {}
         self._casts: dict[torch.dtype, _Cast] = {}
 
-    @torch.compiler.disable  # what is ready depends on which call came before: torch.compile must break its graph here
+    @torch.compiler.disable  # the result depends on earlier calls, so torch.compile must break its graph here
     def call(self, member: FusedForward, x: torch.Tensor) -> torch.Tensor:
         if self._x is x and member in self._ready:
             y = self._ready.pop(member)
@@ -200,7 +200,7 @@ class LayerGroup:
         return y
 
     def refresh(self) -> None:
-        """Cast the factors anew: an optimizer has moved them."""
+        """Cast the factors again, after an optimizer step."""
         for cast in self._casts.values():
             cast.update(self.members)
 
@@ -223,17 +223,17 @@ class LayerGroup:
         adds = managed and bool(trained) and all(factor.grad is not None for factor in trained)
         dropout = members[0].dropout if len(members) == 1 else 0.0
         call = _Call(branches, factors, cast.A, dtype, dropout, adds)
-        with torch.autocast(device, enabled=False):  # every cast below is meant
+        with torch.autocast(device, enabled=False):  # all casts below are explicit
             return _FusedLora.apply(x, call, *([_ANCHOR] if adds else factors))
 
 
-# Stands for factors that autograd is not to see: their hooks would run, with or without a gradient. It is a tensor of
-# the CPU, whose gradient no stream waits for.
+# Passed to autograd in place of the factors, whose hooks would otherwise run, with or without a gradient. It is on the
+# CPU, so that no stream waits for its gradient.
 _ANCHOR = torch.zeros((), requires_grad=True)
 
 
 class _Cast:
-    """A of all layers, stacked (Σr × n), and s·B of each in the dtype of the products; the buffers stay in place."""
+    """A of all layers, stacked (Σr × n), and s·B of each, in the dtype of the products; updated in place."""
 
     def __init__(self, members: Sequence[FusedForward], dtype: torch.dtype) -> None:
         factors = [member.factors for member in members]
@@ -252,10 +252,10 @@ class _Cast:
 
 
 class _Branch(NamedTuple):
-    """What one layer brings to a fused call."""
+    """One layer's part of a fused call."""
 
     base: nn.Linear
-    reading: Reading | None  # of W + ε; None where W itself is read
+    reading: Reading | None  # None if W itself is read
     scaling: float
     B: torch.Tensor  # s·B, in the products' dtype
 
@@ -265,17 +265,17 @@ class _Branch(NamedTuple):
 
 class _Call(NamedTuple):
     branches: list[_Branch]
-    factors: list[torch.Tensor]  # A, B of each
+    factors: list[torch.Tensor]  # A, B of each branch
     A: torch.Tensor  # of all branches, stacked, in the products' dtype
     dtype: torch.dtype
     dropout: float
-    adds: bool  # gradients of the factors are added to their `.grad`
+    adds: bool  # whether the factors' gradients are added to their `.grad`
 
 
 def recompute_norm(norm: nn.Module) -> None:
-    """Let the fused layers behind a norm keep its input, which the norm keeps as well, and make its output anew.
+    """Let the fused layers after a norm save its input, which the norm saves too, and recompute its output in backward.
 
-    Costs a second pass of the norm and saves one activation of the size of the residual stream.
+    This costs a second forward of the norm and saves one activation of the size of the residual stream.
     """
     original = norm.forward
 
@@ -290,9 +290,9 @@ def recompute_norm(norm: nn.Module) -> None:
 
 
 class _FusedLora(torch.autograd.Function):
-    """k layers on one x. Kept for the backward: x, or what it is made from again, and h = x Aᵀ (tokens × Σr).
+    """k layers on one x. Saved for backward: x (or the tensor that it is recomputed from) and h = x Aᵀ (tokens × Σr).
 
-    Only the gradient of A reads x: where every A is frozen (LoRA-FA) it is not kept.
+    Only the gradient of A needs x, so x is not saved if every A is frozen (LoRA-FA).
     """
 
     @staticmethod
@@ -303,7 +303,7 @@ class _FusedLora(torch.autograd.Function):
         for branch, own in zip(call.branches, h.split(_ranks(call.factors), dim=1), strict=True):
             bias = branch.base.bias
             y = own @ branch.B.t() if bias is None else torch.addmm(bias.to(call.dtype), own, branch.B.t())
-            y.addmm_(rows, branch.weight(call.dtype).t())  # the base product adds to what is there as it is written
+            y.addmm_(rows, branch.weight(call.dtype).t())  # the base product accumulates into the branch
             ys.append(y.view(*x.shape[:-1], -1))
         ctx.make, kept = getattr(x, "_made_by", None), getattr(x, "_made_from", x)
         if not any(A.requires_grad for A in call.factors[0::2]):
@@ -321,7 +321,7 @@ class _FusedLora(torch.autograd.Function):
             x = ctx.make(x.detach())
         grads = [grad.reshape(-1, grad.shape[-1]).to(call.dtype) for grad in grad_ys]
         parts = [grad @ B for grad, B in zip(grads, Bs, strict=True)]
-        grad_h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # tokens × Σr, s in it
+        grad_h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # tokens × Σr, including s
         if x is not None:
             kept = x.reshape(-1, x.shape[-1]).to(call.dtype)
             kept = kept if mask is None else kept * mask / (1 - call.dropout)
@@ -347,16 +347,16 @@ class _FusedLora(torch.autograd.Function):
 
 
 def _ranks(factors: Sequence[torch.Tensor]) -> list[int]:
-    """r of each layer, of its factors A, B, A, B, ..."""
+    """r of each layer, from the list A, B, A, B, ..."""
     return [A.shape[0] for A in factors[0::2]]
 
 
 def _product(
     left: torch.Tensor, right: torch.Tensor, scaling: float, factor: torch.Tensor, adds: bool
 ) -> torch.Tensor | None:
-    """scaling · left · right, the gradient of a factor; None where it has been added to `factor.grad`."""
+    """scaling · left · right, the gradient of a factor; None if it has been added to `factor.grad`."""
     if adds:
-        if left.is_cuda and left.dtype != factor.grad.dtype:  # summed in FP32 by the product itself
+        if left.is_cuda and left.dtype != factor.grad.dtype:  # accumulated in FP32 by the product itself
             torch.addmm(factor.grad, left, right, out_dtype=factor.grad.dtype, alpha=scaling, out=factor.grad)
         else:
             factor.grad.add_(left @ right, alpha=scaling)

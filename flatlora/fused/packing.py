@@ -1,13 +1,12 @@
 """Micro-batches without padding: the rows of a batch as one sequence, for decoder-only models on a CPU.
 
-Every layer but attention works on each token alone, so padding costs as much there as tokens do and adds nothing. Here
-the tokens of all rows go through the model as one row of T = Σ lengths tokens, whose positions start again with each
-row. Attention alone pads its queries, keys and values, for a few rows of like length at a time, calls the model's own
-attention function with a causal mask, and takes the padding out again. The output head sees only the tokens that have a
-label.
+All layers except attention work on each token separately, where padding costs as much as tokens do. Here the tokens of
+all rows go through the model as one row of T = Σ lengths tokens, whose positions restart with each row. Only attention
+pads its queries, keys and values, for a few rows of similar length at a time, calls the model's own attention function
+with a causal mask, and removes the padding again. The output head only gets the tokens that have a label.
 
-The loss is that of the padded batch up to rounding. Tests hold it to that, and so does a trial on each model before it
-is used.
+The loss equals that of the padded batch up to rounding. Tests check this, and so does a trial on each model before
+packing is used.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ logger = logging.getLogger(__name__)
 _MASKS = {"eager": eager_mask, "sdpa": sdpa_mask}
 
 
-_ROWS_TOGETHER = 4  # of like length, in one call of attention
+_ROWS_TOGETHER = 4  # rows of similar length in one call of attention
 
 
 class RowGroup(NamedTuple):
-    """Consecutive tokens of a packed sequence: B rows, which padding would make L tokens long."""
+    """Consecutive tokens of a packed sequence: `rows` = B rows, which are padded to `length` = L tokens."""
 
-    places: torch.Tensor  # of each token in the padded rows, INT64: row · L + position
+    places: torch.Tensor  # index of each token in the padded rows, row · L + position, INT64
     rows: int
     length: int
 
 
 def remove_padding(base: nn.Module) -> list[str]:
-    """Let a causal language model train on packed rows; what was put in place, nothing where the model takes none.
+    """Lets a causal language model train on packed rows; returns the names of the fast paths, none if it cannot.
 
-    The model's `forward` is replaced: a training batch with labels and a mask is packed, all other calls run as before.
+    The model's `forward` is replaced: a training batch with labels and a mask is packed, all other calls are unchanged.
     """
     attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
     if attention not in _MASKS or not is_decoder_only(base):
@@ -84,7 +83,7 @@ def is_decoder_only(base: nn.Module) -> bool:
 
 
 def narrow_attention(base: PreTrainedModel) -> str | None:
-    """Which layers see less than all earlier tokens, as a reason for the user; None where none does."""
+    """Why some layers do not attend to all earlier tokens, for a message; None if all do."""
     for setting in ("sliding_window", "attention_chunk_size"):
         if width := getattr(base.config, setting, None):
             return f"its attention has a window ({setting}={width})"
@@ -101,7 +100,7 @@ def loss_without_padding(
     labels: torch.Tensor,
     **kwargs: Any,
 ) -> Any:
-    """Output of a causal model's `forward` for a batch, computed without its padding; `logits` are of labels alone.
+    """Returns the output of a causal model's `forward` for a batch, computed without padding; logits only for labels.
 
     Args:
         input_ids, attention_mask, labels: B × L, INT64; the mask is 1 for tokens, on either side of the padding, and
@@ -116,7 +115,7 @@ def loss_without_padding(
     return forward(
         input_ids=input_ids[order][tokens][None],
         position_ids=positions[None],
-        attention_mask=torch.zeros(1, 1, 1, 1),  # of four dimensions: transformers builds none of T × T
+        attention_mask=torch.zeros(1, 1, 1, 1),  # with four dimensions, so that transformers builds none of T × T
         labels=following[None],
         shift_labels=following[labeled][None],
         logits_to_keep=labeled,
@@ -127,7 +126,7 @@ def loss_without_padding(
 
 
 def _groups(lengths: list[int], positions: torch.Tensor) -> list[RowGroup]:
-    """The rows of a packed sequence, in order of length, a few at a time."""
+    """Groups of rows of a packed sequence that is sorted by length."""
     groups, start = [], 0
     for first in range(0, len(lengths), _ROWS_TOGETHER):
         own = lengths[first : first + _ROWS_TOGETHER]
@@ -147,7 +146,7 @@ def _forward_without_padding(
         if args or not base.training or not plain or any(tensor is None for tensor in batch) or batch[1].dim() != 2:
             return original(*args, **kwargs)
         if not bool((batch[2][:, 1:] != IGNORED_LABEL).any()):
-            return original(*args, **kwargs)  # no label: whatever the model makes of that
+            return original(*args, **kwargs)  # no label: keep the model's own behavior
         given = {name: value for name, value in kwargs.items() if value is not None and name not in _REPLACED}
         return loss_without_padding(training, *batch, **given)
 
@@ -160,7 +159,7 @@ _NOT_PACKED = ("inputs_embeds", "position_ids", "past_key_values", "output_atten
 
 @torch.no_grad()
 def _reason_against(base: nn.Module, original: Callable[..., Any]) -> str | None:
-    """Why packed rows cannot be used, found by a trial on two short rows; None where both ways have one loss."""
+    """Why packed rows cannot be used, from a trial on two short rows; None if the losses are equal."""
     ids = torch.arange(3, 13).view(2, 5) % base.config.vocab_size
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED_LABEL)}
@@ -168,16 +167,16 @@ def _reason_against(base: nn.Module, original: Callable[..., Any]) -> str | None
     base.eval()
     try:
         padded = original(**batch, use_cache=False).loss
-        base.training = True  # of the model alone: what its layers drop in training they keep here
+        base.training = True  # of the model only: its layers, such as dropout, stay in evaluation mode
         packed = base.forward(**batch).loss
     except (TypeError, KeyError, RuntimeError, ValueError, AttributeError) as error:
-        return f"it takes no packed rows ({reason_of(error)})"
+        return f"it does not accept packed rows ({reason_of(error)})"
     finally:
         for module, mode in modes:
             module.training = mode
     tolerance = 1e-4 if base.dtype == torch.float32 else 3e-2
     if not (packed - padded).abs() <= tolerance * padded.abs():
-        return f"it computes another loss without padding ({packed:.6g} where {padded:.6g} is right)"
+        return f"its loss changes without padding ({packed:.6g} instead of {padded:.6g})"
     return None
 
 
@@ -195,7 +194,7 @@ def _packed_attention(
     row_groups: list[RowGroup] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The model's own attention; on packed rows (1 × heads × T × d) with padding put in before and taken out after."""
+    """The model's own attention; packed rows (1 × heads × T × d) are padded before and unpadded after it."""
     own = ALL_ATTENTION_FUNCTIONS.get(attention) or sys.modules[type(module).__module__].eager_attention_forward
     if row_groups is None:
         return own(module, query, key, value, attention_mask, **kwargs)
@@ -214,12 +213,12 @@ for _attention, _mask in _MASKS.items():
 
 @functools.lru_cache(maxsize=64)
 def _causal_mask(length: int, dtype: torch.dtype) -> torch.Tensor:
-    """1 × 1 × L × L, added to the scores: 0 for a token and those before it, the dtype's least number elsewhere."""
+    """Additive mask, 1 × 1 × L × L: 0 for a token and those before it, the dtype's minimum elsewhere."""
     return torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None]
 
 
 class _Pad(torch.autograd.Function):
-    """1 × heads × T × d → B × heads × L × d, zeros in the padding."""
+    """1 × heads × T × d → B × heads × L × d, with zeros as padding."""
 
     @staticmethod
     def forward(ctx, packed: torch.Tensor, group: RowGroup) -> torch.Tensor:

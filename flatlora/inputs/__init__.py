@@ -1,1 +1,1 @@
-"""Rows, images and captioned images of public data sets or local files, as training and evaluation read them."""
+"""Reads rows, images and captioned images of public data sets or local files, for training and evaluation."""

@@ -1,7 +1,7 @@
-"""Pictures with prompts, cut to the sizes that a diffusion model is trained at.
+"""Images with prompts, cropped to the training sizes of a diffusion model.
 
-They are a split of a public data set (the hub, or `data_root`), or a folder: images, with a metadata.jsonl of rows
-{"file_name", "prompt"} where each has a prompt of its own. `flatlora/shapes`, eight shapes, is drawn here.
+They are a split of a public data set (the hub, or `data_root`), or a folder of images, in which a metadata.jsonl with
+rows {"file_name", "prompt"} gives each its prompt. `flatlora/shapes`, eight shapes, is drawn here.
 """
 
 from __future__ import annotations
@@ -51,47 +51,54 @@ logger = logging.getLogger(__name__)
 SHAPES = "flatlora/shapes"
 METADATA = "metadata.jsonl"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_NO_PICTURES = (METADATA, "README.md", "LICENSE")  # of a folder: nobody expects them to be read
-_MOST_SCALED = 16  # times the size that it is cut to: a picture that would be larger is cut before it is scaled
+_NO_PICTURES = (METADATA, "README.md", "LICENSE")  # files of a folder that are skipped without a warning
+_MOST_SCALED = 16  # an image that would be scaled to more than this many times the crop's pixels is cropped first
 LONGEST_PROMPT = 10_000  # letters; text encoders read 77 tokens, and a tokenizer would take minutes for megabytes
-_WIDEST = 2.0  # of buckets: aspect ratios from 1:2 to 2:1
+_WIDEST = 2.0  # aspect ratios of buckets are from 1:2 to 2:1
 
 
 @dataclass
 class CaptionedImages:
-    """Pictures as files, read one by one, and the prompt of each."""
+    """Encoded images with a prompt each.
+
+    Args:
+        source: the data set's name in messages.
+        read: index → the encoded image.
+        names: file names, for messages.
+    """
 
     source: str
     prompts: list[str]
     read: Callable[[int], bytes]
-    names: Sequence[str] | None = None  # of the files, for who has to find one
+    names: Sequence[str] | None = None
 
     def tag(self, index: int) -> bytes:
-        """What belongs to a picture besides its file: its prompt."""
+        """The prompt of an image as bytes, for its digest."""
         return self.prompts[index].encode()
 
 
 class View(NamedTuple):
-    """A picture as a model is given it."""
+    """An image as model input."""
 
     pixels: torch.Tensor  # 3 × H × W, FP32, −1 to 1
-    time_ids: torch.Tensor  # 6, FP32: height and width of the whole picture, top and left of the crop, H and W
+    time_ids: torch.Tensor  # (6,), FP32: height and width of the original, top and left of the crop, H and W
 
 
 @dataclass
 class CaptionedRows:
-    """Some pictures of a set, with the size (H, W) that each is cut to.
+    """A subset of a data set's images with their crop sizes.
 
     Args:
-        indices: places in `images`.
-        digests: of each row's file and prompt.
+        indices: indices into `images`.
+        digests: digests of each row's file and prompt.
+        sizes: (H, W) of each row's crop.
     """
 
     images: CaptionedImages
     indices: Sequence[int]
     digests: list[bytes]
     sizes: list[tuple[int, int]]
-    lengths: list[int] = field(init=False)  # a sampler that groups by length finds all alike
+    lengths: list[int] = field(init=False)  # all equal, for samplers that group by length
 
     def __post_init__(self) -> None:
         self.lengths = [1] * len(self.indices)
@@ -99,29 +106,27 @@ class CaptionedRows:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def only(self, places: Sequence[int]) -> CaptionedRows:
-        """These rows, in this order."""
-        indices, digests, sizes = (
-            [values[place] for place in places] for values in (self.indices, self.digests, self.sizes)
-        )
+    def only(self, rows: Sequence[int]) -> CaptionedRows:
+        """The given rows, in their order."""
+        indices, digests, sizes = ([values[row] for row in rows] for values in (self.indices, self.digests, self.sizes))
         return CaptionedRows(self.images, indices, digests, sizes)
 
     def prompt(self, row: int) -> str:
         return self.images.prompts[self.indices[row]]
 
     def view(self, row: int, *, flipped: bool = False) -> View:
-        """One picture: scaled until it covers its size, then cut in the middle."""
+        """One image, scaled to cover its size and center-cropped."""
         picture = picture_of(self.images, self.indices[row])
         original = picture.size
         picture = ImageOps.mirror(picture) if flipped else picture
         cut, top, left = cover(picture, self.sizes[row])
         pixels = torch.from_numpy(np.asarray(cut, np.float32).transpose(2, 0, 1).copy()) / 127.5 - 1.0
-        place = (original[1], original[0], top, left, *self.sizes[row])
-        return View(pixels, torch.tensor(place, dtype=torch.float32))
+        time_ids = (original[1], original[0], top, left, *self.sizes[row])
+        return View(pixels, torch.tensor(time_ids, dtype=torch.float32))
 
 
 def picture_of(images: CaptionedImages, index: int) -> Image.Image:
-    """One picture in RGB, upright as its camera says; what is transparent is white, not the color under it."""
+    """Decodes an image in RGB, turned upright by its EXIF tag; transparent pixels become white."""
     picture = decoded(images, index)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -130,13 +135,13 @@ def picture_of(images: CaptionedImages, index: int) -> Image.Image:
 
 
 def shape_of(images: CaptionedImages, index: int) -> tuple[int, int]:
-    """Width and height of a picture that stands upright, of its file's head alone."""
+    """Width and height of an image after it is turned upright, without decoding it."""
     with open_head(images, index) as picture:
         return picture.size[::-1] if turn_of(picture) in QUARTER_TURNS else picture.size
 
 
 def cover(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, int, int]:
-    """(the middle of a picture that was scaled to cover H × W, its top, its left)."""
+    """Returns (image scaled to cover H × W and center-cropped, top, left)."""
     height, width = size
     scale = max(height / picture.height, width / picture.width)
     scaled = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
@@ -147,11 +152,11 @@ def cover(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, int
     return picture.crop((left, top, left + width, top + height)), top, left
 
 
-_REACH = 3  # of Lanczos' kernel, in pixels of the coarser grid
+_REACH = 3  # radius of the Lanczos kernel in pixels of the coarser grid
 
 
 def _scaled_part(picture: Image.Image, scaled: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
-    """`picture.resize(scaled).crop(box)` up to rounding, of a whole that would not fit into memory."""
+    """`picture.resize(scaled).crop(box)` up to rounding, without the whole scaled image in memory."""
     for axis in (0, 1):
         step = picture.size[axis] / scaled[axis]
         begin, end = box[axis] * step, min(box[axis + 2] * step, picture.size[axis])
@@ -175,16 +180,16 @@ def rows_of(
     bucket_step: int | None = None,
     min_side: int = 1,
 ) -> CaptionedRows:
-    """Rows whose pictures have all been tried, each with its size.
+    """Rows with crop sizes, after every image was decoded once.
 
     Args:
-        resolution: side of a square, in pixels.
-        bucket_step: cut each picture to the size, of about as many pixels, that is nearest to its aspect ratio; sides
-            are multiples of this. None cuts squares.
-        min_side: the smaller side that a picture must have.
+        resolution: side of a square crop, in pixels.
+        bucket_step: if given, the crop of each image has the nearest aspect ratio, about as many pixels as the square,
+            and sides that are multiples of this. None crops squares.
+        min_side: smallest allowed side of an image, in pixels.
 
     Raises:
-        ConfigError: pictures that cannot be decoded, or are too small.
+        ConfigError: images cannot be decoded, or are too small.
     """
     digests, shapes = gather(
         lambda: check_images(images, indices), lambda: _shapes_from(images, indices, min_side=min_side)
@@ -194,17 +199,17 @@ def rows_of(
 
 
 def _shapes_from(images: CaptionedImages, indices: Sequence[int], *, min_side: int) -> list[tuple[int, int]]:
-    """(width, height) of each picture that has a head.
+    """(width, height) of each image that can be opened.
 
     Raises:
-        ConfigError: some are too small.
+        ConfigError: images are too small.
     """
     shapes, small = [], []
     for index in indices:
         try:
             shapes.append(shape_of(images, index))
         except BROKEN:
-            continue  # `check_images` opens it too, and tells it
+            continue  # reported by `check_images`
         if min(shapes[-1]) < min_side:
             small.append((index, shapes[-1]))
     if small:
@@ -212,8 +217,8 @@ def _shapes_from(images: CaptionedImages, indices: Sequence[int], *, min_side: i
         others = f" (and {len(small) - 1} more)" if small[1:] else ""
         raise ConfigError(
             [
-                f"Invalid picture in {images.source}, {row_name(images, index)}{others}: it is {width} × {height} "
-                f"pixels, and dataset.min_side={min_side} is the smaller side that it must have; take larger pictures, "
+                f"Invalid image in {images.source}, {row_name(images, index)}{others}: it is {width} × {height} "
+                f"pixels, and its smaller side must be at least dataset.min_side={min_side}; use larger images, "
                 "leave it out, or lower dataset.min_side."
             ]
         )
@@ -231,20 +236,22 @@ def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
 
 
 def _nearest(sizes: Sequence[tuple[int, int]], aspect: float) -> tuple[int, int]:
-    """The size whose aspect ratio is nearest; of two, the one of more pixels."""
+    """The size with the nearest aspect ratio; the larger one of a tie."""
     return min(sizes, key=lambda size: (abs(math.log(size[1] / size[0] / aspect)), -size[0] * size[1]))
 
 
 def read_captioned(
     source: Source, *, image: str, prompt: str | None, fixed: str | None, data_root: str | None
 ) -> CaptionedImages:
-    """The pictures of a split.
+    """Reads the images and prompts of a split.
 
     Args:
-        image, prompt: columns; no prompt column, or `fixed`, gives every picture that one prompt.
+        image, prompt: names of the columns.
+        fixed: one prompt for all images, instead of a column.
 
     Raises:
-        ConfigError: no such file, no network, or a column that is missing or holds something else; with the way out.
+        ConfigError: the file or the network is missing, or a column is missing or has values of another kind; the
+            message suggests a fix.
     """
     if source.hub_id == SHAPES:
         return _shapes(fixed)
@@ -269,11 +276,11 @@ def _of_table(
 def _listed(
     path: Path, rows: Sequence[dict], image: str, others: tuple[str, ...], fixed: str | None
 ) -> CaptionedImages:
-    """Pictures beside a JSON-lines file whose rows name them."""
+    """Reads images that a JSON-lines file names by paths relative to itself."""
     rows = typed_columns(rows, [image, *others], str(path))
     prompts, names = _prompts(rows, others, fixed, str(path)), [row[image] for row in rows]
     if twice := len(names) - len(set(names)):
-        logger.warning("%s names %d pictures more than once: each of its rows is trained on.", path, twice)
+        logger.warning("%s names %d images more than once: each of its rows is used.", path, twice)
     return CaptionedImages(str(path), prompts, lambda index: file_in(path.parent, names[index]), names)
 
 
@@ -286,7 +293,7 @@ def _prompts(rows: Sequence[dict], others: tuple[str, ...], fixed: str | None, s
         raise ConfigError(
             [
                 f"Invalid {others[0]} in {source}, row {blank[0]}{more}: it is blank; write one, or set dataset.prompt "
-                "for all pictures."
+                "for all images."
             ]
         )
     if errors := long_prompts(prompts, f"{others[0]} in {source}"):
@@ -295,7 +302,7 @@ def _prompts(rows: Sequence[dict], others: tuple[str, ...], fixed: str | None, s
 
 
 def long_prompts(prompts: Sequence[str], what: str) -> list[str]:
-    """The first of some prompts that is longer than any prompt, as one validation error."""
+    """A validation error about the first prompt that is too long; an empty list if there is none."""
     long = [number for number, prompt in enumerate(prompts, start=1) if len(prompt) > LONGEST_PROMPT]
     if not long:
         return []
@@ -307,71 +314,75 @@ def long_prompts(prompts: Sequence[str], what: str) -> list[str]:
 
 
 def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> CaptionedImages:
-    """The pictures of a folder in the order of their names, or in that of its metadata.jsonl.
+    """Reads the images of a folder, in the order of its metadata.jsonl or else of their names.
+
+    Args:
+        fixed: one prompt for all images, instead of those in metadata.jsonl.
+        key: the setting that names the folder, for messages.
 
     Raises:
-        ConfigError: no folder, no picture, or no prompt for them; with the way out. `key` names the setting.
+        ConfigError: the folder, its images or their prompts are missing; the message suggests a fix.
     """
     path = Path(folder)
     try:
-        found = sorted(path.iterdir())
+        entries = sorted(path.iterdir())
     except OSError as error:
         reason = {FileNotFoundError: "there is no such folder", NotADirectoryError: "it is a file, not a folder"}
         reason = reason.get(type(error), error.strerror)
-        raise ConfigError([f"Invalid {key}={folder}: {reason}; name one with pictures in it."]) from error
-    if os.path.lexists(path / METADATA):  # a link to nothing, too, which is told and not passed over
+        raise ConfigError([f"Invalid {key}={folder}: {reason}; name a folder of images."]) from error
+    if os.path.lexists(path / METADATA):  # also for a broken link, which is then an error
         rows = read_jsonl(path / METADATA)
-        rows = [{"prompt": row["text"], **row} if "text" in row else row for row in rows]  # as datasets has it
+        rows = [{"prompt": row["text"], **row} if "text" in row else row for row in rows]  # the column name of datasets
         images = _listed(path / METADATA, rows, "file_name", () if fixed is not None else ("prompt",), fixed)
-        if left := [f.name for f in found if f.suffix.lower() in _SUFFIXES and f.name not in images.names]:
-            logger.warning("%d pictures are left out that %s does not name: %s …", len(left), path / METADATA, left[0])
+        if left := [f.name for f in entries if f.suffix.lower() in _SUFFIXES and f.name not in images.names]:
+            logger.warning("%d images are not named in %s and are left out: %s …", len(left), path / METADATA, left[0])
         return images
-    files = [file for file in found if file.suffix.lower() in _SUFFIXES]
-    passed = [f for f in found if f not in files and f.name not in _NO_PICTURES and not f.name.startswith(".")]
+    files = [file for file in entries if file.suffix.lower() in _SUFFIXES]
+    skipped = [f for f in entries if f not in files and f.name not in _NO_PICTURES and not f.name.startswith(".")]
     kinds = ", ".join(_SUFFIXES)
     if not files:
-        there = f", but {passed[0].name}" if passed else ""
+        other = f", only {skipped[0].name}" if skipped else ""
         raise ConfigError(
-            [f"Invalid {key}={folder}: no picture is in it ({kinds}){there}; put some there, not in folders of it."]
+            [f"Invalid {key}={folder}: it has no images ({kinds}){other}; put some into it, not into its subfolders."]
         )
-    if passed:
+    if skipped:
         logger.warning(
-            "%d things in %s are not read, %s among them: pictures are %s.", len(passed), path, passed[0].name, kinds
+            "%d entries of %s are skipped, such as %s: images are %s.", len(skipped), path, skipped[0].name, kinds
         )
     if fixed is None:
         raise ConfigError(
             [
                 f'Missing dataset.prompt: {folder} has no {METADATA}; set dataset.prompt="a photo of …" for all of its '
-                'pictures, or write that file with rows {"file_name", "prompt"}.'
+                'images, or write that file with rows {"file_name", "prompt"}.'
             ]
         )
     names = [file.name for file in files]
     return CaptionedImages(str(path), [fixed] * len(files), lambda index: file_in(path, names[index]), names)
 
 
-PICTURES_FILE = "pictures.json"  # of a run's folder: which pictures of its data set it was trained on
+PICTURES_FILE = "pictures.json"  # in a run's folder: the images of the data set that it was trained on
 
 
 def identities(rows: CaptionedRows) -> dict[str, list[Any]]:
-    """What PICTURES_FILE holds: places in the set, and digests of files and prompts."""
-    return {"indices": list(rows.indices), "digests": [one.hex() for one in rows.digests]}
+    """The content of PICTURES_FILE: indices in the data set, and digests of files and prompts."""
+    return {"indices": list(rows.indices), "digests": [digest.hex() for digest in rows.digests]}
 
 
 def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None) -> CaptionedRows:
-    """The pictures that a run was trained on.
+    """Reads the images that a run was trained on.
 
     Args:
-        dataset: that section of the run's config.yaml.
+        dataset: the section of the run's config.yaml.
 
     Raises:
-        ConfigError: the run does not say which, or they are others, or not there any more.
+        ConfigError: the run has no valid PICTURES_FILE, or the images are missing or have changed.
     """
     path = run / PICTURES_FILE
     try:
         saved = json.loads(read_plain(path, MOST_BYTES))
         indices, digests = saved["indices"], saved["digests"]
         if [*map(type, indices)] != [int] * len(digests):
-            raise ValueError("a place and a digest of each picture are needed")
+            raise ValueError("it must have an index and a digest for each image")
         settings = {key: dataset[key] for key in ("resolution", "min_side")}
         folder, fixed = dataset["folder"], dataset["prompt"]
         where = [dataset[key] for key in ("hub_id", "hub_config", "split", "revision")]
@@ -380,7 +391,7 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
         raise ConfigError(
             [
                 f"Broken run {run}: {path.name} or the dataset of its config.yaml is not what a run writes ({error}); "
-                "copy the run's folder whole."
+                "copy the whole folder of the run."
             ]
         ) from error
     if folder is not None:
@@ -390,27 +401,27 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
     if beyond := [index for index in indices if not 0 <= index < len(images.prompts)]:
         raise ConfigError(
             [
-                f"Invalid pictures of {run}: {images.source} has {len(images.prompts)}, and the run was trained "
-                f"on number {beyond[0] + 1}; name with data_root where those are that it was trained on."
+                f"Invalid images of {run}: {images.source} has {len(images.prompts)}, and the run was trained on "
+                f"number {beyond[0] + 1}; set data_root to the folder of the images that it was trained on."
             ]
         )
     rows = rows_of(images, indices, **settings)
-    if others := [row for row, one in enumerate(rows.digests) if one.hex() != digests[row]]:
+    if others := [row for row, digest in enumerate(rows.digests) if digest.hex() != digests[row]]:
         raise ConfigError(
             [
-                f"Invalid pictures of {run}: {row_name(images, indices[others[0]])} of {images.source} is not the "
-                f"picture, or has not the prompt, that the run was trained on ({len(others)} of {len(indices)}); put "
-                "them back, or name with data_root where they are."
+                f"Invalid images of {run}: the image or the prompt of {row_name(images, indices[others[0]])} of "
+                f"{images.source} has changed since the run was trained ({len(others)} of {len(indices)} have); "
+                "restore them, or set data_root to their folder."
             ]
         )
     return rows
 
 
-# --- eight shapes
+# --- The eight shapes.
 
 _SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "bar", "hexagon")
 _COLORS = ("red", "green", "blue", "orange", "purple", "teal", "gold", "navy")
-_SIDE, _SMOOTH = 64, 4  # drawn at four times the size
+_SIDE, _SMOOTH = 64, 4  # drawn at 4 × 64 pixels and scaled down
 
 
 def _shapes(fixed: str | None) -> CaptionedImages:

@@ -1,8 +1,8 @@
-"""Labeled images of a public data set, decoded and preprocessed when they are read: in the loader's workers.
+"""Labeled images of a public data set, decoded and preprocessed when they are read, in the loader's workers.
 
 Sources are those of rows.py: the hub, or DIR/<owner>/<name>/<config>/<split>.{parquet,jsonl}. In a Parquet file an
-image is the hub's {"bytes", "path"}; in a JSON-lines file it is a path beside that file. `scikit-learn/digits`
-(1,797 images of 8 × 8 pixels, the last fifth is the test split) is made by scikit-learn and needs neither.
+image is the hub's {"bytes", "path"}; in a JSON-lines file it is a path relative to that file. `scikit-learn/digits`
+(1,797 images of 8 × 8 pixels, of which the last fifth is the test split) is part of scikit-learn.
 """
 
 from __future__ import annotations
@@ -44,25 +44,40 @@ logger = logging.getLogger(__name__)
 
 DIGITS = "scikit-learn/digits"
 _DIGITS_TRAIN = 1437  # of 1,797
-# As PIL raises them, of files that were made to break it, too.
+# Exceptions that PIL raises for broken files, malicious ones included.
 BROKEN = (OSError, SyntaxError, ValueError, LookupError, ArithmeticError, EOFError, MemoryError, TypeError)
 BROKEN += (RuntimeError, AttributeError, AssertionError, Image.DecompressionBombError, struct.error, zlib.error)
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # none that runs a program
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+)  # none for which PIL runs a program
 _MOST_BYTES = 1 << 28
 _MOST_PIXELS = 160_000_000  # the largest cameras make 151 million
-_LARGE_PIXELS = 1 << 24  # such pictures are tried one at a time: they are many times larger in memory than as files
-_LONGEST = 32  # times as long as wide
-_CHECKERS = 8  # threads: PIL lets go of Python's lock while it reads
-_BAR_FROM = 5000  # pictures; fewer are tried before a bar could be read
+_LARGE_PIXELS = 1 << 24  # larger images are decoded one at a time: they need much more memory than their files
+_LONGEST = 32  # largest ratio of the sides
+_CHECKERS = 8  # threads: PIL releases the GIL while it decodes
+_BAR_FROM = 5000  # images; fewer need no progress bar
 _LARGEST_LABEL = 2**31 - 1
 _PICTURE_BYTES = 16
 
 
 @dataclass
 class LabeledImages:
-    """Pictures as files, in memory-mapped columns or on disk one by one, with their classes.
+    """Encoded images, in memory-mapped columns or separate files, with their classes.
 
-    `labels` are INT64; `names` are the classes', where the data set says them.
+    Args:
+        source: the data set's name in messages.
+        labels: INT64.
+        read: index → the encoded image.
+        names: names of the classes, if the data set has them.
     """
 
     source: str
@@ -71,12 +86,12 @@ class LabeledImages:
     names: list[str] | None = None
 
     def tag(self, index: int) -> bytes:
-        """What belongs to a picture besides its file: its class."""
+        """The class of an image as bytes, for its digest."""
         return int(self.labels[index]).to_bytes(8, "little")
 
 
-class Pictures(Protocol):
-    """Pictures as files, each with something that belongs to it."""
+class ImageFiles(Protocol):
+    """Encoded images, each with a tag (class or prompt) for its digest."""
 
     source: str
     read: Callable[[int], bytes]
@@ -85,10 +100,11 @@ class Pictures(Protocol):
 
 
 def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> LabeledImages:
-    """The images and labels of one split; no picture is decoded.
+    """Reads the images and labels of one split, without decoding.
 
     Raises:
-        ConfigError: no such file, no network, or a column that is missing or holds something else; with the way out.
+        ConfigError: the file or the network is missing, or a column is missing or has values of another kind; the
+            message suggests a fix.
     """
     if source.hub_id == DIGITS:
         return _digits(source.split)
@@ -101,12 +117,13 @@ def read_images(source: Source, *, image: str, label: str, data_root: str | None
 
 
 def parquet_table(path: Path, sha256: str) -> Any:
-    """A `datasets.Dataset` of a Parquet file.
+    """Loads a Parquet file as a memory-mapped `datasets.Dataset`.
 
-    `sha256` names the memory-mapped copy: by path and time alone, another file in its place would not be seen.
+    Args:
+        sha256: hash of the file; the memory-mapped copy in the cache is named by it, so that a changed file is noticed.
 
     Raises:
-        ConfigError: it is broken.
+        ConfigError: the file is broken.
     """
     import datasets
     import pyarrow
@@ -115,7 +132,7 @@ def parquet_table(path: Path, sha256: str) -> Any:
         try:
             table = datasets.Dataset.from_parquet(str(path), cache_dir=str(folder / "made"))
         except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); fetch it again."]) from error
+            raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); download it again."]) from error
         for number, shard in enumerate(table.cache_files):
             os.replace(shard["filename"], folder / f"{number:05d}.arrow")
         remove(folder / "made")
@@ -138,7 +155,7 @@ def _of_table(table: Any, image: str, label: str, source: str, folder: Path | No
 
 
 def with_bytes(table: Any, image: str, others: Sequence[str], source: str) -> Any:
-    """A `datasets.Dataset` whose pictures are given as files, not decoded.
+    """The `datasets.Dataset` with encoded instead of decoded images.
 
     Raises:
         ConfigError: a column is missing, or there is no row.
@@ -147,19 +164,21 @@ def with_bytes(table: Any, image: str, others: Sequence[str], source: str) -> An
 
     missing = [column for column in (image, *others) if column not in table.column_names]
     if missing or not len(table):
-        found = ", ".join(table.column_names)
-        errors = [f"Missing column {column} in {source}: it has {found}; name it in the config." for column in missing]
-        raise ConfigError(errors or [f"Empty data set: {source} holds no row; at least one is needed."])
+        present = ", ".join(table.column_names)
+        errors = [
+            f"Missing column {column} in {source}: it has {present}; set its name in the config." for column in missing
+        ]
+        raise ConfigError(errors or [f"Empty data set: {source} has no rows; it needs at least one."])
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
     return table
 
 
 def bytes_of(table: Any, image: str, folder: Path | None) -> Callable[[int], bytes]:
-    """Row of a table that `with_bytes` gave → its picture's file.
+    """Returns a function: index → encoded image, for a table from `with_bytes`.
 
     Args:
-        folder: of the table, where the files lie that rows name; None: in the caches of the hub's libraries.
+        folder: the folder of files that rows name; None: the caches of the hub's libraries.
     """
 
     def read(index: int) -> bytes:
@@ -167,7 +186,7 @@ def bytes_of(table: Any, image: str, folder: Path | None) -> Callable[[int], byt
         if isinstance(value, dict):
             value = value.get("bytes") or (_named_file(value["path"], folder) if value.get("path") else None)
         if not isinstance(value, bytes):
-            raise OSError("the row holds no image")
+            raise OSError("the row has no image")
         return value
 
     return read
@@ -185,16 +204,16 @@ def _named_file(name: str, folder: Path | None) -> bytes:
 
 
 def file_in(folder: Path, name: str) -> bytes:
-    """A picture's file by its name in a folder.
+    """Reads an encoded image by its name in a folder.
 
     Raises:
-        OSError: it is not there, lies elsewhere after links, is no plain file, or is too large for a picture.
+        OSError: it does not exist, is outside the folder (after links), is not a plain file, or is too large.
     """
     return read_plain(place_inside(folder, name), _MOST_BYTES)
 
 
 def read_listed(path: Path, image: str, label: str) -> LabeledImages:
-    """Pictures beside a JSON-lines file that names them."""
+    """Reads images that a JSON-lines file names by paths relative to itself."""
     rows = typed_columns(read_jsonl(path), {image: "text", label: "int"}, str(path))
     labels = _labels([row[label] for row in rows], label, str(path))
     return LabeledImages(str(path), labels, lambda index: file_in(path.parent, rows[index][image]))
@@ -205,10 +224,10 @@ def _digits(split: str) -> LabeledImages:
 
     spans = {"train": slice(0, _DIGITS_TRAIN), "test": slice(_DIGITS_TRAIN, None)}
     if split not in spans:
-        raise ConfigError([f"Invalid split {split} of {DIGITS}: it has {' and '.join(spans)}; name one of them."])
-    found = load_digits()
-    pixels = (found.images * (255 / 16)).round().astype(np.uint8)[spans[split]]
-    labels = found.target.astype(np.int64)[spans[split]]
+        raise ConfigError([f"Invalid split {split} of {DIGITS}: it has {' and '.join(spans)}; choose one of them."])
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)[spans[split]]
+    labels = digits.target.astype(np.int64)[spans[split]]
     return LabeledImages(f"{DIGITS} ({split})", labels, lambda index: png_of(pixels[index]))
 
 
@@ -228,73 +247,73 @@ def _labels(values: Sequence[Any], column: str, source: str) -> np.ndarray:
         others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise ConfigError(
             [
-                f"Invalid {column} in {source}, row {broken[0]}{others}: a whole number from 0 is needed, not "
+                f"Invalid {column} in {source}, row {broken[0]}{others}: it must be a whole number ≥ 0, not "
                 f"{str(values[broken[0] - 1])[:40]}; use a split with labels."
             ]
         )
     return np.array(values, np.int64)
 
 
-def check_images(images: Pictures, indices: Sequence[int]) -> list[bytes]:
-    """See that every picture can be decoded, before a model is loaded; returns a digest of each file and its tag.
+def check_images(images: ImageFiles, indices: Sequence[int]) -> list[bytes]:
+    """Decodes every image once, before a model is loaded; returns a digest of each file and its tag.
 
-    A digest begins with that of the file, `picture_of`: one picture may stand under two classes.
+    A digest begins with that of the file (`picture_of`), since one image may occur with two classes.
 
-    Decoding a large set takes minutes, so a set that did is remembered by its digests; the files are read all the same.
+    Decoding a large set takes minutes, so its success is cached under the digests; the files are still read.
 
     Raises:
-        ConfigError: the number of broken ones, the first of them and why.
+        ConfigError: with the number of broken images, and the first of them with its reason.
     """
     indices, problems = list(map(int, indices)), {}
 
-    def tried(index: int, of: Callable[[int], Any]) -> Any:
+    def attempt(index: int, work: Callable[[int], Any]) -> Any:
         try:
-            return of(index)
+            return work(index)
         except BROKEN as error:
             reasons = {
-                # Its own words hold the address of a buffer.
-                UnidentifiedImageError: f"no picture of a known format ({', '.join(_FORMATS)})",
+                # PIL's message contains the address of a buffer.
+                UnidentifiedImageError: f"it is not an image of a known format ({', '.join(_FORMATS)})",
                 FileNotFoundError: "there is no such file",
                 IsADirectoryError: "it names a folder, not a file",
             }
             problems[index] = reasons.get(type(error)) or reason_of(error)
 
-    digests = _each(lambda i: tried(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
+    digests = _each(lambda i: attempt(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
     folder, key = cache_folder() / "decoded", "" if problems else _key_of(digests)
     if problems or caches.find(folder, key, ".json") is None:
         left = [index for index in indices if index not in problems]
-        _each(lambda i: tried(i, lambda j: _try(images, j)), left, f"try {images.source}")
+        _each(lambda i: attempt(i, lambda j: _try(images, j)), left, f"decode {images.source}")
         if problems:
             raise ConfigError([_broken(images, problems)])
-        told = {"pictures": len(indices), "pillow": PIL.__version__}
-        caches.keep(folder, key, ".json", json.dumps(told).encode())
+        entry = {"pictures": len(indices), "pillow": PIL.__version__}
+        caches.keep(folder, key, ".json", json.dumps(entry).encode())
     return digests
 
 
-def _broken(images: Pictures, problems: Mapping[int, str]) -> str:
+def _broken(images: ImageFiles, problems: Mapping[int, str]) -> str:
     others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     first = min(problems)
     return (
-        f"Broken image in {images.source}, {row_name(images, first)}{others}: {problems[first]}; fetch the file again, "
-        "or leave the row out."
+        f"Broken image in {images.source}, {row_name(images, first)}{others}: {problems[first]}; download the file "
+        "again, or leave the row out."
     )
 
 
 def _each(work: Callable[[int], Any], indices: Sequence[int], name: str) -> list[Any]:
-    found = []
+    results = []
     with progress(name, len(indices), least=_BAR_FROM) as advance, ThreadPoolExecutor(_CHECKERS) as pool:
-        for one in pool.map(work, indices):
-            found.append(one)
+        for result in pool.map(work, indices):
+            results.append(result)
             advance(1)
-    return found
+    return results
 
 
-def _digest(images: Pictures, index: int) -> bytes:
+def _digest(images: ImageFiles, index: int) -> bytes:
     return hashlib.blake2b(images.read(index), digest_size=_PICTURE_BYTES).digest() + images.tag(index)
 
 
 def picture_of(digest: bytes) -> bytes:
-    """What of a digest is the file's, without its tag."""
+    """The part of a digest that is that of the file, without its tag."""
     return digest[:_PICTURE_BYTES]
 
 
@@ -305,43 +324,43 @@ def _key_of(digests: Sequence[bytes]) -> str:
 _one_large = threading.Lock()
 
 
-def _try(images: Pictures, index: int) -> None:
+def _try(images: ImageFiles, index: int) -> None:
     picture = open_head(images, index)
     large = picture.width * picture.height > _LARGE_PIXELS
     with _one_large if large else contextlib.nullcontext():
         _decode(picture).convert("RGB")
 
 
-def row_name(images: Pictures, index: int) -> str:
-    """How an error names one picture: by its file, where there is one."""
+def row_name(images: ImageFiles, index: int) -> str:
+    """The name of an image in error messages: its row and, if there is one, its file name."""
     names = getattr(images, "names", None)
     name = "".join(letter if letter.isprintable() else "?" for letter in names[index][:80]) if names else ""
     return f"row {index + 1}" + (f" ({name})" if name else "")
 
 
-def open_image(images: Pictures, index: int) -> Image.Image:
-    """One picture in RGB, upright: what transformers' `load_image` gives a processor."""
+def open_image(images: ImageFiles, index: int) -> Image.Image:
+    """Decodes an image in RGB, turned upright, as transformers' `load_image` does."""
     return decoded(images, index).convert("RGB")
 
 
-def decoded(images: Pictures, index: int) -> Image.Image:
-    """One picture in the mode of its file, upright as its camera says. Wider greys are scaled to 8 bits: PIL alone
-    would cut them off at 255.
+def decoded(images: ImageFiles, index: int) -> Image.Image:
+    """Decodes an image in the mode of its file, turned upright by its EXIF tag. Gray values of 16 bits are scaled to 8
+    bits, which PIL would clip at 255.
     """
     return _decode(open_head(images, index))
 
 
-def open_head(images: Pictures, index: int) -> Image.Image:
-    """One picture of which no pixel is decoded yet: its format, its size, how it is turned.
+def open_head(images: ImageFiles, index: int) -> Image.Image:
+    """Opens an image without decoding its pixels: format, size and EXIF tags.
 
     Raises:
-        BROKEN: it is no picture, of another format, or larger than any camera's.
+        BROKEN: it is not an image, has an unknown format, or is too large.
     """
     return head_of(images.read(index))
 
 
 def head_of(file: bytes) -> Image.Image:
-    """The same of a picture's file."""
+    """`open_head` for an encoded image."""
     if len(file) > _MOST_BYTES:
         raise ValueError(f"it has {len(file) / 2**20:,.0f} MiB, and at most {_MOST_BYTES / 2**20:,.0f} are read")
     picture = Image.open(io.BytesIO(file), formats=_known_formats())
@@ -355,14 +374,14 @@ def head_of(file: bytes) -> Image.Image:
 
 @functools.cache
 def _known_formats() -> list[str]:
-    """Those of `_FORMATS` that this PIL was built with."""
+    """The formats in `_FORMATS` that this build of PIL supports."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def middle_of(picture: Image.Image) -> Image.Image:
-    """A picture, and of one that is longer than any photograph the middle: a model sees no more of it, and scaling it
-    whole to a model's height would need gigabytes.
+    """The image, or the middle part of an extremely long one, since scaling it to a model's height would need
+    gigabytes, and the model only sees the middle.
     """
     width, height = (min(side, _LONGEST * min(picture.size)) for side in picture.size)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
@@ -380,7 +399,7 @@ def _pixels_of(picture: Image.Image) -> Image.Image:
     with picture:
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of no known range")
-        if picture.mode == "I" and picture.format != "PNG":  # a PNG's are 16 bits wide
+        if picture.mode == "I" and picture.format != "PNG":  # a PNG has 16 bits
             raise ValueError("its pixels are 32-bit integers of no known range")
         if picture.mode.startswith("I"):
             return _in_8_bits(picture)
@@ -392,9 +411,9 @@ _STRIP_PIXELS = 1 << 20
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:
-    """Greys of 0–65,535 as round(gray / 257), a part at a time: a large picture fits into memory twice, not more often.
+    """Scales gray values of 0–65,535 to round(gray / 257), in parts, to save memory.
 
-    257 is odd, so no quotient lies half-way between two integers.
+    257 is odd, so no quotient is half-way between two integers.
     """
     gray = Image.new("L", picture.size)
     columns = min(picture.width, _STRIP_PIXELS)
@@ -403,7 +422,7 @@ def _in_8_bits(picture: Image.Image) -> Image.Image:
         box = left, top, min(left + columns, picture.width), min(top + rows, picture.height)
         wide = np.asarray(picture.crop(box)).astype(np.uint32)
         gray.paste(Image.fromarray(((wide + 128) // 257).astype(np.uint8)), (left, top))
-    gray.info = picture.info  # how it is turned
+    gray.info = picture.info  # has the EXIF orientation
     return gray
 
 
@@ -418,33 +437,33 @@ QUARTER_TURNS = [_TURNS[number] for number in (5, 6, 7, 8)]
 
 
 def turn_of(picture: Image.Image) -> Image.Transpose | None:
-    """What puts a picture upright, as its camera wrote down; None where it stands so, or says nothing readable."""
+    """The transposition that turns an image upright by its EXIF tag; None if it is upright or has no readable tag."""
     if picture.format == "TIFF":  # PIL turns those itself
         return None
     try:
         written = picture.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever PIL makes of broken tags, which say nothing then: the pixels are whole
+    except Exception:  # PIL raises many types for broken tags, which are ignored: the pixels are intact
         return None
     return _TURNS.get(written) if isinstance(written, int) else None
 
 
 @dataclass
 class ImageRows(Dataset):
-    """Some images of a data set, preprocessed when they are read.
+    """A subset of a data set's images, preprocessed when they are read.
 
     A row is {"pixel_values": FP32 channels × height × width, "labels": int}.
 
     Args:
-        indices: places in `images`.
+        indices: indices into `images`.
         processor: an image processor of transformers.
-        digests: of each row's file and class, as `check_images` gives them: equal for two copies of one picture.
+        digests: digests of each row's file and class from `check_images`; equal for two copies of one image.
     """
 
     images: LabeledImages
     indices: np.ndarray
     processor: Any
     digests: list[bytes]
-    lengths: list[int] = field(init=False)  # a sampler that groups by length finds all alike
+    lengths: list[int] = field(init=False)  # all equal, for samplers that group by length
 
     def __post_init__(self) -> None:
         self.lengths = [1] * len(self.indices)
@@ -453,9 +472,9 @@ class ImageRows(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = int(self.indices[index])
-        pixels = self.processor(middle_of(open_image(self.images, place)), return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": int(self.images.labels[place])}
+        number = int(self.indices[index])
+        pixels = self.processor(middle_of(open_image(self.images, number)), return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": int(self.images.labels[number])}
 
     @property
     def labels(self) -> list[int]:
@@ -463,10 +482,10 @@ class ImageRows(Dataset):
 
 
 def name_error(images: LabeledImages, names: Sequence[str], where: str) -> str | None:
-    """Why the classes that a data set names are not `names` of `where`; None if they agree or it names none.
+    """Why a data set's class names contradict `names` from the file `where`; None if they agree or it has none.
 
-    Prompts may word a class otherwise than the data set does. A word that stands at another place is another order;
-    a class that only reads more like another one's name is told as a warning.
+    Wording may differ. A name that has another label in `names` means another order, which is an error; a name that is
+    only more similar to another label's name gives a warning.
     """
     if not images.names:
         return None
@@ -483,7 +502,7 @@ def name_error(images: LabeledImages, names: Sequence[str], where: str) -> str |
         alike = [_likeness(words, other) for other in theirs]
         if max(alike) > alike[label]:
             logger.warning(
-                "Label %d is %s in %s and %s in %s, where label %d reads more like it: see that the order is the same.",
+                "Label %d is %s in %s and %s in %s, where label %d is more similar: check that the order is the same.",
                 *(label, images.names[label], images.source, names[label], where, alike.index(max(alike))),
             )
             break
@@ -494,13 +513,13 @@ def _words(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
 
 
-def _likeness(one: Sequence[str], other: Sequence[str]) -> float:
-    """Share of their words that two names have in common (Jaccard)."""
-    return len({*one} & {*other}) / len({*one, *other} or {""})
+def _likeness(left: Sequence[str], right: Sequence[str]) -> float:
+    """Jaccard similarity of the words of two names."""
+    return len({*left} & {*right}) / len({*left, *right} or {""})
 
 
 def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """{"pixel_values": B × 3 × H × W, "labels": B}."""
+    """Stacks rows: {"pixel_values": B × 3 × H × W, "labels": B}."""
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["labels"] for row in rows]),

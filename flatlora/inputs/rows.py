@@ -1,6 +1,6 @@
 """Rows of a public data set: from the hub, or from a local folder with the hub's layout and columns.
 
-data_root=DIR reads DIR/<owner>/<name>/<config>/<split>.{jsonl,parquet}; no network is touched.
+data_root=DIR reads DIR/<owner>/<name>/<config>/<split>.{jsonl,parquet} without network access.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Source(NamedTuple):
 
 
 Kind = Literal["text", "int", "number", "any"]
-Columns = Sequence[str] | Mapping[str, Kind]  # names of text columns, or of columns with what each holds
+Columns = Sequence[str] | Mapping[str, Kind]  # names of text columns, or {column: kind of its values}
 
 
 def read_rows(source: Source, *, columns: Columns, data_root: str | None = None) -> list[dict[str, Any]]:
-    """All rows of one split, cut to `columns`.
+    """Reads all rows of one split, with only `columns`.
 
     Raises:
-        ConfigError: no such file, no network, a broken line, no row at all, or a column that is missing or holds
-            something else; with the way out.
+        ConfigError: the file or the network is missing, a line is broken, there is no row, or a column is missing or
+            has values of another kind; the message suggests a fix.
     """
     if data_root is None:
         return typed_columns(hub_data(source).to_list(), columns, str(source))
@@ -53,10 +53,10 @@ def read_rows(source: Source, *, columns: Columns, data_root: str | None = None)
 
 
 def fingerprint(source: Source, data_root: str | None = None) -> str:
-    """What changes whenever the split does: the hash of the local file, or the hub's own of a pinned state.
+    """A text that changes whenever the split does: the hash of the local file, or the hub's hash of its current state.
 
     Raises:
-        ConfigError: as `read_rows`, for a file that is not there or a hub out of reach.
+        ConfigError: the file does not exist, or the hub cannot be reached.
     """
     if data_root is not None:
         with _readable(path := local_file(source, data_root)), open_plain(path) as file:
@@ -69,14 +69,14 @@ def fingerprint(source: Source, data_root: str | None = None) -> str:
 
 
 def typed_columns(rows: Sequence[dict[str, Any]], columns: Columns, source: str) -> list[dict[str, Any]]:
-    """`rows` cut to `columns`, each of them of its kind.
+    """`rows` with only `columns`, after checking the kinds of their values.
 
     Raises:
-        ConfigError: no row; or columns that are missing or hold something else, each named with its first bad row.
+        ConfigError: there is no row, or columns are missing or have values of another kind; names their first bad row.
     """
     kinds = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "text")
     if not rows:
-        raise ConfigError([f"Empty data set: {source} holds no row; at least one is needed."])
+        raise ConfigError([f"Empty data set: {source} has no rows; it needs at least one."])
     errors = [message for column, kind in kinds.items() if (message := _column_error(column, kind, rows, source))]
     if errors:
         raise ConfigError(errors)
@@ -84,7 +84,7 @@ def typed_columns(rows: Sequence[dict[str, Any]], columns: Columns, source: str)
 
 
 def gather(*steps: Callable[[], Any]) -> list[Any]:
-    """Results of all steps; one `ConfigError` with the errors of every step that has some."""
+    """Runs all steps and returns their results; raises one `ConfigError` with the errors of all steps."""
     results, errors = [], []
     for step in steps:
         try:
@@ -97,30 +97,31 @@ def gather(*steps: Callable[[], Any]) -> list[Any]:
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:
-    """All rows of a .jsonl or .parquet file, with every column.
+    """Reads all rows and columns of a .jsonl or .parquet file.
 
     Raises:
-        ConfigError: it cannot be read, or is broken.
+        ConfigError: the file cannot be read, or is broken.
     """
     return read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; blank lines are skipped, a broken one is named."""
+    """Reads a file with one JSON object per line; blank lines are skipped.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is broken.
+    """
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):  # U+2028 and the like are no line ends here
+    for number, line in enumerate(_text(path).split("\n"), start=1):  # splitlines() would also split at U+2028
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # not only JSONDecodeError: an int of 5,000 digits, 10,000 brackets
+        except (ValueError, RecursionError) as error:  # not only JSONDecodeError: 5,000 digits, 10,000 brackets
             reason = getattr(error, "msg", error)
-            raise ConfigError([f"Broken row in {path}, line {number}: not JSON ({reason}); mend it."]) from error
+            raise ConfigError([f"Broken row in {path}, line {number}: not JSON ({reason}); fix it."]) from error
         if not isinstance(row, dict):
-            raise ConfigError([f"Broken row in {path}, line {number}: a JSON object is needed, not {line[:40]!r}."])
+            raise ConfigError([f"Broken row in {path}, line {number}: it must be a JSON object, not {line[:40]!r}."])
         rows.append(row)
     return rows
 
@@ -128,10 +129,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _column_error(column: str, kind: Kind, rows: Sequence[dict[str, Any]], source: str) -> str | None:
     for number, row in enumerate(rows, start=1):
         if column not in row:
-            found = _printable(", ".join(row)) or "none"
-            return f"Missing column {column} in {source}, row {number}: it has {found}; name the columns as on the hub."
+            present = _printable(", ".join(row)) or "none"
+            return f"Missing column {column} in {source}, row {number}: it has {present}; name columns as on the hub."
         if problem := _problem(row[column], kind):
-            return f"Invalid {column} in {source}, row {number}: {problem}; mend the row, or leave it out."
+            return f"Invalid {column} in {source}, row {number}: {problem}; fix the row, or leave it out."
     return None
 
 
@@ -143,13 +144,13 @@ def _problem(value: Any, kind: Kind) -> str | None:
         return None
     needed, types = _NEEDED[kind]
     if not isinstance(value, types) or isinstance(value, bool):
-        found = "null" if value is None else json.dumps(value, default=str)
-        return f"{needed} is needed, not {found if len(found) <= 40 else found[:40] + '…'}"
+        given = "null" if value is None else json.dumps(value, default=str)
+        return f"it must be {needed}, not {given if len(given) <= 40 else given[:40] + '…'}"
     if kind != "text":
         return None
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a character; no tokenizer and no file can hold it
+    except UnicodeEncodeError as error:  # JSON can escape a lone surrogate, which tokenizers and files do not support
         return (
             f"its character {error.start + 1}, {_printable(value[error.start])}, is half of a pair (a lone surrogate)"
         )
@@ -160,14 +161,14 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-MOST_BYTES = 4 << 30  # of a file of JSON lines, which is read whole
+MOST_BYTES = 4 << 30  # of a JSON-lines file, which is read into memory
 
 
 def _text(path: Path) -> str:
     try:
         with _readable(path):
             content = read_plain(path, MOST_BYTES)
-        text = content.decode("utf-8-sig")  # with or without the mark that Windows editors put in front
+        text = content.decode("utf-8-sig")  # with or without a byte-order mark
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError([f"Broken file {path}: not UTF-8 at byte {error.start}; save it as UTF-8."]) from error
@@ -183,12 +184,12 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def prompt_text(x: str) -> str:
-    """What a model is given to answer: x as it stands before the answer in the training text x + " " + y."""
+    """The prompt that a model answers: the part of the training text x + " " + y before y."""
     return x + " "
 
 
 def jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    """The text that `read_jsonl` reads back; a row with half a character in it, which no file holds, is escaped."""
+    """The rows in the format of `read_jsonl`; a row with a lone surrogate is escaped, since files cannot hold one."""
     return "".join(_line(row) + "\n" for row in rows)
 
 
@@ -205,32 +206,32 @@ def local_file(source: Source, data_root: str) -> Path:
     """The file of a split under `data_root`.
 
     Raises:
-        ConfigError: it is not there; with the way out.
+        ConfigError: it does not exist; the message suggests a fix.
     """
     hub_id, config, split, _ = source
     if not all(map(stays_inside, (hub_id, config, split))):
         raise ConfigError(
             [
-                f"Invalid name of a data set: {hub_id} ({config}, {split}) leads out of data_root={data_root}; write "
-                "owner and name as on the hub, without a slash in front and without '..'."
+                f"Invalid name of a data set: {hub_id} ({config}, {split}) is outside data_root={data_root}; write "
+                "owner and name as on the hub, without a leading slash and without '..'."
             ]
         )
     root, folder = Path(data_root), Path(data_root) / hub_id / config
     for suffix in (".jsonl", ".parquet"):
-        if os.path.isfile(folder / f"{split}{suffix}"):  # false, where Path.is_file raises: for a closed folder
+        if os.path.isfile(folder / f"{split}{suffix}"):  # False for an unreadable folder, where Path.is_file raises
             return folder / f"{split}{suffix}"
     if not os.path.isdir(root):
-        problem = "is a file, not a folder" if os.path.exists(root) else "is not there"
+        problem = "is a file, not a folder" if os.path.exists(root) else "does not exist"
         raise ConfigError(
             [
-                f"Invalid data_root={root}: it {problem}; name the folder that {hub_id}/{config}/SPLIT.jsonl (or "
-                ".parquet) is in, or leave data_root out to read the hub."
+                f"Invalid data_root={root}: it {problem}; name the folder that contains {hub_id}/{config}/SPLIT.jsonl "
+                "(or .parquet), or leave data_root out to read the hub."
             ]
         )
     raise ConfigError(
         [
-            f"Invalid data_root={root}: {folder / split}.jsonl (or .parquet) is not there; put the split of {hub_id} "
-            "in that file with the hub's columns, or leave data_root out to read the hub."
+            f"Invalid data_root={root}: {folder / split}.jsonl (or .parquet) does not exist; write the split of "
+            f"{hub_id} to that file with the hub's columns, or leave data_root out to read the hub."
         ]
     )
 
@@ -239,17 +240,17 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        with open_plain(path) as file:  # the path itself would be read as a data set of many files, with other rules
+        with open_plain(path) as file:  # given a path, pyarrow would read it as a data set of several files
             return pyarrow.parquet.ParquetFile(file).read().to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:  # a broken page is an OSError, a broken text neither
-        raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); fetch it again."]) from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # the type depends on what is broken
+        raise ConfigError([f"Broken file {path}: not Parquet ({reason_of(error)}); download it again."]) from error
 
 
 def hub_data(source: Source) -> Any:
-    """A split of the hub as a `datasets.Dataset`.
+    """Loads a split of the hub as a `datasets.Dataset`.
 
     Raises:
-        ConfigError: it cannot be had; with the ways out.
+        ConfigError: it cannot be loaded; the message suggests fixes.
     """
     import datasets
 
@@ -259,7 +260,7 @@ def hub_data(source: Source) -> Any:
 
 @contextlib.contextmanager
 def _hub_errors(source: Source) -> Iterator[None]:
-    """No network, an unknown or gated name, a broken file of the cache: as an error with the ways out."""
+    """Turns errors of the hub (no network, unknown or gated name, broken cache) into a `ConfigError` with fixes."""
     import datasets
 
     reachable = hub_is_reachable()
@@ -279,16 +280,16 @@ UNREACHABLE = "the hub cannot be reached from here, and it is not in the hub's c
 
 
 def speaks_of_the_network(error: Exception) -> bool:
-    """Whether a library of the hub failed for want of it, and not for a broken file of its cache, say."""
-    words = ("offline", "couldn't connect", "couldn't reach", "network is unreachable", "no route to host")
-    words += ("if you were trying to load it from",)  # transformers, of a tokenizer or processor that no cache has
-    return any(word in str(error).lower() for word in words)
+    """Whether a library of the hub failed because of the network, and not because of a broken cache, for example."""
+    phrases = ("offline", "couldn't connect", "couldn't reach", "network is unreachable", "no route to host")
+    phrases += ("if you were trying to load it from",)  # transformers, for a tokenizer or processor outside the cache
+    return any(phrase in str(error).lower() for phrase in phrases)
 
 
 @functools.cache
 def hub_is_reachable() -> bool:
-    """Whether the hub answers. If it does not, its libraries are told to look in their caches alone: they would try for
-    a minute before they do so themselves. An offline mode that the user chose stays.
+    """Whether the hub answers. If not, its libraries are set to offline mode, since they would retry for a minute
+    before they read their caches. An offline mode that the user has set stays.
     """
     import datasets
     import huggingface_hub
@@ -299,12 +300,12 @@ def hub_is_reachable() -> bool:
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
     except urllib.error.HTTPError:
         pass  # it answered
-    except ValueError as error:  # no URL
+    except ValueError as error:  # not a URL
         raise ConfigError(
             [f"Invalid HF_ENDPOINT={huggingface_hub.constants.ENDPOINT}: {error}; write https://HOST, or unset it."]
         ) from error
     except OSError as error:
-        # Anything else, such as a certificate that is unknown here, is left to the hub's own client.
+        # Other errors, such as an unknown certificate, are left to the hub's client.
         reason = getattr(error, "reason", error)
         unreachable = getattr(reason, "errno", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH)
         if unreachable or isinstance(reason, socket.gaierror | TimeoutError | ConnectionError):

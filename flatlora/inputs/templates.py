@@ -1,18 +1,18 @@
-"""The two prompts of the papers: Flat-LoRA's and LoRA-GA's "Q: … A: ", and the Alpaca form (LoRA-Pro's everywhere)."""
+"""The two prompt templates of the papers: "Q: … A: " (Flat-LoRA, LoRA-GA), and the Alpaca form (LoRA-Pro)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-Template = Literal["qa", "alpaca"]  # a data set may have "none" too: its rows are prompts as they are
+Template = Literal["qa", "alpaca"]  # some data sets also have "none": instructions are used unchanged
 
 _BEGINNING = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
 
 
 def prompt(template: str, instruction: str, context: str = "") -> str:
-    """The x of a row; `context` is what the instruction speaks of, where the data set has it apart."""
+    """The x of a row; `context` is the input of the instruction, for data sets with a column for it."""
     if template == "none":
         return f"{instruction}\n{context}" if context else instruction
     if template == "qa":
@@ -26,9 +26,9 @@ def prompt(template: str, instruction: str, context: str = "") -> str:
 
 
 def conversation(template: str, turns: Sequence[str], said: Sequence[str]) -> str:
-    """What a model is given to answer the last of several turns, each of the earlier ones with its answer.
+    """The prompt for the last of several turns, after the earlier turns and their answers `said`.
 
-    Each turn stands as in training, x and a blank and the answer; the preamble of the Alpaca form comes once.
+    Each turn has the form of training: x, a blank and the answer. The preamble of the Alpaca form is not repeated.
     """
     text = f"{prompt(template, turns[0])} "
     for answer, turn in zip(said, turns[1:], strict=True):

@@ -1,8 +1,8 @@
-"""Texts as token ids, the same in training and in evaluation.
+"""Tokenization of texts, the same in training and in evaluation.
 
-What a text says is text: "<s>" in a page of HTML strikes a word out and begins no sequence. And a decoder-only model
-goes on where its prompt ends, so the end of the sequence that some tokenizers put behind every text
-(`add_eos_token=true`) is left off its prompts; an encoder reads the prompt whole, as it was trained to.
+Names of special tokens inside a text are text: "<s>" in HTML is a tag and does not begin a sequence. A decoder-only
+model continues its prompt, so the end-of-sequence token that some tokenizers append to every text
+(`add_eos_token=true`) is removed from its prompts; an encoder keeps it, as in its pretraining.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
-    """Ids of a text; `special` ones around it (a beginning of the sequence) if asked, none for names of them in it."""
+    """Ids of a text; names of special tokens inside it are text.
+
+    Args:
+        special: whether to add the special tokens around it, such as the beginning of the sequence.
+    """
     return tokenizer(text, add_special_tokens=special, split_special_tokens=True)["input_ids"]
 
 
 def appended_ends(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many end-of-sequence tokens the tokenizer puts behind every text."""
+    """Number of end-of-sequence tokens that the tokenizer appends to every text."""
 
     def ends(*, special: bool) -> int:
         ids = text_ids(tokenizer, "a", special=special)
@@ -26,7 +30,7 @@ def appended_ends(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """{text: id} of all tokens that stand for no text, the longest first."""
-    found = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return dict(sorted(found.items(), key=lambda pair: -len(pair[0])))
+    """{name: id} of all special tokens, the longest names first."""
+    tokens = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return dict(sorted(tokens.items(), key=lambda pair: -len(pair[0])))

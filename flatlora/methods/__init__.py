@@ -1,6 +1,6 @@
-"""Adapter methods (`peft=NAME`) and regularizers (`rho=NAME`), one file each, found by their registries.
+"""Adapter methods (`peft=NAME`) and regularizers (`rho=NAME`), one file each, and their registries.
 
-`python -m flatlora.methods` prints which pairs are run and which are refused, and why.
+`python -m flatlora.methods` prints which pairs are compatible, and the reasons why others are not.
 """
 
 from flatlora.methods.base import (

@@ -1,4 +1,4 @@
-"""`python -m flatlora.methods`: which peft × rho pairs run and which do not, as the table in docs/methods.md."""
+"""`python -m flatlora.methods` prints which peft × rho pairs are compatible: the table in docs/methods.md."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from flatlora.methods import ADAPTERS, REGULARIZERS, refusal
 
-_PRINTED = ("lora", "full_ft")  # first and last; the others by name between them
+_PRINTED = ("lora", "full_ft")  # first and last row; the others are sorted between them
 
 
 def matrix() -> str:
-    """Markdown: one row a peft method, one column a rho method, then the reasons."""
+    """Markdown: one row per peft method, one column per rho method, then the reasons."""
     columns = ["off", "flat", *(name for name in list(REGULARIZERS) if name not in ("off", "flat"))]
     rows = [_PRINTED[0], *(name for name in list(ADAPTERS) if name not in _PRINTED), _PRINTED[1]]
     reasons: dict[str, int] = {}
@@ -27,4 +27,4 @@ def matrix() -> str:
 
 if __name__ == "__main__":
     print(matrix())
-    print(f"\nOptions of one method differ in their settings alone; see {Path('conf')}/peft and {Path('conf')}/rho.")
+    print(f"\nOptions of one method differ only in their settings; see {Path('conf')}/peft and {Path('conf')}/rho.")

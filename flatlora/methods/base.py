@@ -1,4 +1,4 @@
-"""What a method is, and the two registries: `peft` (how an adapter is made) and `rho` (what acts on top of it)."""
+"""Base classes of methods and their two registries: `peft` (adapter methods) and `rho` (regularizers)."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from flatlora.utils.registry import Registry
 
 
 def _no_batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
-    raise RuntimeError(f"{count} batches are needed to start from, and Start(batches=...) was not given.")
+    raise RuntimeError(f"The initial adapter needs {count} batches, but Start(batches=...) was not given.")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a method begins: what it may look at, and the folder that keeps its initial adapter.
+    """What a method may use to initialize its adapter.
 
     Args:
-        seed: of all random draws.
-        folder: the initial adapter of a method that computes one; what is there is used again, so that a resumed run
-            starts from the same bytes. None: nothing is kept, and nothing can be converted when the adapter is saved.
-        batches: n → the first n micro-batches of training rows on the model's device, this rank's share.
-        rank, world_size: of this process.
-        resumed: whether a checkpoint of this run is gone on from, which belongs to the start in the folder.
+        seed: seed of all random draws.
+        folder: folder of the initial adapter of a method that computes one. A resumed run reads it, so that it starts
+            from the same bytes. None: it is not kept, and `save` cannot convert the adapter.
+        batches: n → the first n micro-batches of this rank's training rows, on the model's device.
+        rank, world_size: rank of this process and number of processes.
+        resumed: whether the run continues from a checkpoint, which belongs to the initial adapter in `folder`.
     """
 
     seed: int
@@ -45,37 +45,37 @@ class Start:
 
 @dataclass(frozen=True)
 class Training:
-    """What a method may need to know of the training around it."""
+    """What a method may need to know about the training."""
 
     optim: OptimConfig
     seed: int = 0
-    accumulation: int = 1  # micro-batches of an optimizer step
+    accumulation: int = 1  # micro-batches per optimizer step
     world_size: int = 1
-    fused: bool = False  # whether torch's fused optimizers serve the device
+    fused: bool = False  # whether torch's fused optimizers support the device
     autocast: torch.dtype | None = None  # of the forward passes
-    token_mean: bool = True  # the loss is a mean over the step's tokens (causal_lm), not over a micro-batch's
+    token_mean: bool = True  # whether the loss is the mean over the tokens of a step (causal_lm), not of a micro-batch
 
     def adamw_settings(self) -> dict[str, Any]:
-        """Keywords of torch.optim.AdamW, but lr and weight decay."""
+        """Keyword arguments of torch.optim.AdamW, without lr and weight decay."""
         betas = (self.optim.adam_beta1, self.optim.adam_beta2)
         return {"betas": betas, "eps": self.optim.adam_epsilon, "fused": self.fused}
 
 
 class AdapterMethod:
-    """How a backbone becomes trainable; one instance is registered, so it holds no state of a run.
+    """Makes a backbone trainable. One instance is registered, so it must not hold the state of a run.
 
-    `refuses` names the rho methods that it does not go with, and why.
+    `refuses` maps each rho method that it is incompatible with to the reason.
     """
 
     Config: ClassVar[type[PeftConfig]] = PeftConfig
     refuses: ClassVar[Mapping[str, str]] = {}
-    has_optimizer: ClassVar[bool] = False  # one of its own, which optim.optimizer does not choose
-    reads_gradients: ClassVar[bool] = False  # whole ones, of every parameter, between backward and optimizer step
-    needs_dense: ClassVar[bool] = False  # it computes with W, moves or trains it: a packed backbone will not do
-    not_of_diffusion: ClassVar[str | None] = None  # why it does not go with a diffusion model
+    has_optimizer: ClassVar[bool] = False  # its own, which optim.optimizer does not choose
+    reads_gradients: ClassVar[bool] = False  # reads the whole gradient of each parameter before the optimizer step
+    needs_dense: ClassVar[bool] = False  # computes with, moves or trains W, so the backbone must not be packed
+    not_of_diffusion: ClassVar[str | None] = None  # why it does not support diffusion models
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
-        """Choices of the experiment that do not go with this method."""
+        """Errors about choices of the experiment that are incompatible with this method."""
         peft, model, optim = experiment.peft, experiment.model, experiment.optim
         keys = ("peft", "peft.method")
         reason = self.refuses.get(experiment.rho.method) if experiment.regularized else None
@@ -88,8 +88,9 @@ class AdapterMethod:
         if model.quantize != "none" and self.needs_dense:
             yield SettingError(
                 (*keys, "model.quantize"),
-                f"Invalid model.quantize={model.quantize} with peft={peft.name}: that method computes its start from "
-                "W, moves part of it or trains it, which 4 bits cannot hold; use model.quantize=none, or peft=lora.",
+                f"Invalid model.quantize={model.quantize} with peft={peft.name}: this method computes its initial "
+                "adapter from W, moves part of W or trains it, which needs more than 4 bits; use model.quantize=none, "
+                "or peft=lora.",
             )
         if model.family == "sdxl" and self.not_of_diffusion:
             yield SettingError(
@@ -99,43 +100,43 @@ class AdapterMethod:
             )
         if self.reads_gradients and experiment.trainer.zero:
             yield _zero_error("peft", peft.name, experiment)
-        if model.head != "linear":  # a head that is trained besides moves by AdamW
+        if model.head != "linear":  # a trained head is updated by AdamW
             for key in self.unread_optim_keys(peft):
                 if getattr(optim, key) != type(optim).model_fields[key].get_default():
                     yield SettingError(
                         (*keys, f"optim.{key}"),
-                        f"Invalid optim.{key}={getattr(optim, key):g} with peft={peft.name}: its optimizer, as it is "
-                        "set here, does not read the key; leave it out, or choose a peft.mode that does.",
+                        f"Invalid optim.{key}={getattr(optim, key):g} with peft={peft.name}: its optimizer does not "
+                        "read this key in this mode; leave it out, or choose another peft.mode.",
                     )
         if optim.optimizer != "adamw" and self.has_optimizer:
             yield SettingError(
                 (*keys, "optim.optimizer"),
-                f"Invalid optim.optimizer={optim.optimizer} with peft={peft.name}: that method has an optimizer of its "
-                "own, whose moments are not 8-bit; leave optim.optimizer out (peft=lora_pro: peft.moments=bfloat16 "
-                "halves them).",
+                f"Invalid optim.optimizer={optim.optimizer} with peft={peft.name}: this method has its own optimizer, "
+                "whose moments are not 8-bit; leave optim.optimizer out (peft=lora_pro: peft.moments=bfloat16 halves "
+                "their memory).",
             )
 
     def unread_optim_keys(self, config: PeftConfig) -> Sequence[str]:
-        """Keys of optim that the method's own optimizer of adapters does not read."""
+        """Keys of `optim` that the method's own optimizer does not read."""
         return ()
 
     def check(self, skeleton: nn.Module, config: PeftConfig) -> None:
-        """Try the config on the architecture without weights.
+        """Validate the config on the architecture, without weights.
 
         Raises:
-            ConfigError: it does not fit this model (a target that matches nothing, a rank too large).
+            ConfigError: it does not fit the model (a target matches no layer, a rank is too large).
         """
 
     def apply(self, model: nn.Module, config: PeftConfig, start: Start) -> nn.Module:
-        """The model to train, trainable parameters in FP32 and all others frozen."""
+        """Return the model to train, with trainable parameters in FP32 and all others frozen."""
         raise NotImplementedError
 
     def optimizer(self, model: nn.Module, config: PeftConfig, training: Training) -> torch.optim.Optimizer | None:
-        """The method's own optimizer; None takes the Trainer's AdamW."""
+        """Return the method's own optimizer; None uses the Trainer's AdamW."""
         return None
 
     def callbacks(self, model: nn.Module, config: PeftConfig, training: Training) -> list[TrainerCallback]:
-        """What must happen during the training."""
+        """Return callbacks that the method needs during training."""
         return []
 
     def save(self, model: nn.Module, config: PeftConfig, folder: Path, start: Start) -> None:
@@ -144,31 +145,31 @@ class AdapterMethod:
 
 
 class Regularizer(TrainerCallback):
-    """What acts on a run besides its loss; one instance a run. A callback, with more hooks that the Trainer calls."""
+    """Acts on the training of one run: a callback with further hooks that this suite's Trainer calls."""
 
     second_gradient = False  # whether the running step takes its gradient again after `ascend`
     reads_rows = False  # whether `weigh_rows` weighs the rows of each micro-batch
 
     @property
     def state(self) -> object:
-        """What decides which kernels a micro-step runs: a graph is captured for each value."""
+        """A value that decides which kernels a micro-step runs; one CUDA graph is captured per value."""
         return None
 
     @property
     def seconds(self) -> float:
-        """Time spent in it so far."""
+        """Time spent in it so far, in seconds."""
         return 0.0
 
     def sigma_at(self, step: int) -> float:
-        """Strength in an optimizer step, for the metrics."""
+        """Strength in optimizer step `step`, for the metrics."""
         raise NotImplementedError
 
     def ascend(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Move to where the second gradient is taken; `.grad` holds the first."""
+        """Move the parameters to the point of the second gradient; `.grad` holds the first."""
         raise NotImplementedError
 
     def descend(self) -> None:
-        """Move back to where the step began."""
+        """Restore the parameters from before `ascend`."""
         raise NotImplementedError
 
     def finish_gradient(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -179,22 +180,22 @@ class Regularizer(TrainerCallback):
         raise NotImplementedError
 
     def extend_optimizer(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        """Add what is trained besides the adapter."""
+        """Add parameters that the regularizer trains besides the adapter."""
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around an evaluation in the middle of training: the model as it will be saved."""
+        """Context for an evaluation during training, in which the model is as it will be saved."""
         yield
 
     def record(self) -> dict[str, Any]:
-        """What of it belongs into run.json."""
+        """Its entries in run.json."""
         return {}
 
     def save_state(self, folder: Path) -> None:
-        """Write into a checkpoint what a resume needs; nothing where parameters and optimizer hold it all."""
+        """Write the state that a resume needs to a checkpoint's folder, besides parameters and optimizer state."""
 
     def close(self) -> None:
-        """Undo what must not outlive the training; harmless at any time."""
+        """Undo changes that must not outlive the training; can be called at any time."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class Strength:
 
 
 class RhoMethod:
-    """A registered regularizer: its config, and how one is made for a run."""
+    """A registered regularizer: its config, and a factory of the object that acts on one run."""
 
     Config: ClassVar[type[RhoConfig]] = RhoConfig
     strength: ClassVar[Strength | None] = None  # None: any value is as good as another
@@ -226,12 +227,12 @@ class RhoMethod:
     reads_gradients: ClassVar[bool] = False  # as `AdapterMethod.reads_gradients`
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
-        """Choices of the experiment that do not go with this regularizer."""
+        """Errors about choices of the experiment that are incompatible with this regularizer."""
         if self.reads_gradients and experiment.regularized and experiment.trainer.zero:
             yield _zero_error("rho", experiment.rho.name, experiment)
 
     def prepare(self, model: nn.Module, config: RhoConfig, seed: int) -> None:
-        """Add to the adapted model what the method trains besides; before a checkpoint is loaded."""
+        """Add parameters that the method trains besides the adapter; called before a checkpoint is loaded."""
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
         raise NotImplementedError
@@ -242,14 +243,14 @@ REGULARIZERS: Registry[RhoMethod] = Registry("rho method", "flatlora.methods.reg
 
 
 def owners(section: str, key: str) -> list[str]:
-    """Methods of a section (peft or rho) whose config has this key, the plainest first."""
+    """Methods of a section (peft or rho) whose config has this key, lora or flat first."""
     registry: Registry[Any] = {"peft": ADAPTERS, "rho": REGULARIZERS}[section]
-    found = [name for name, one in registry.items() if key in one.Config.model_fields and name != "off"]
-    return sorted(found, key=lambda name: (name not in ("lora", "flat"), name))
+    names = [name for name, method in registry.items() if key in method.Config.model_fields and name != "off"]
+    return sorted(names, key=lambda name: (name not in ("lora", "flat"), name))
 
 
 def refusal(peft_method: str, rho_method: str) -> str | None:
-    """Why a pair is not run; None where it is."""
+    """Why a pair of methods is incompatible; None if it is not."""
     return ADAPTERS[peft_method].refuses.get(rho_method)
 
 
@@ -260,7 +261,7 @@ def uses_kernels(experiment: Experiment) -> bool:
 
 
 def combination_errors(experiment: Experiment) -> list[SettingError]:
-    """Choices that do not go with the experiment's adapter method and regularizer."""
+    """Errors about choices that are incompatible with the experiment's adapter method or regularizer."""
     return [
         *ADAPTERS[experiment.peft.method].errors(experiment),
         *REGULARIZERS[experiment.rho.method].errors(experiment),
@@ -270,6 +271,6 @@ def combination_errors(experiment: Experiment) -> list[SettingError]:
 def _zero_error(section: str, name: str, experiment: Experiment) -> SettingError:
     return SettingError(
         (section, f"{section}.method", "trainer", "trainer.zero"),
-        f"Invalid trainer={experiment.trainer.name} with {section}={name}: that method reads the whole gradient of "
-        "each parameter before the optimizer step, and ZeRO leaves each process a share of it; use trainer=ddp.",
+        f"Invalid trainer={experiment.trainer.name} with {section}={name}: this method reads the whole gradient of "
+        "each parameter before the optimizer step, but ZeRO keeps only a part in each process; use trainer=ddp.",
     )

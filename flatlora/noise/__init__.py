@@ -1,1 +1,1 @@
-"""Standard-normal noise as a pure function of (seed, step, stream, layer, element): one pass a device."""
+"""Standard-normal noise as a pure function of (seed, step, stream, layer, element) (host, torch, Triton)."""

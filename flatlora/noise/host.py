@@ -1,4 +1,4 @@
-"""Noise on the CPU: whole matrices of z, written or added by compiled code, rows shared out over threads."""
+"""Noise on the CPU: writes z, or adds c·z to a weight, with compiled code that runs on several threads."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from flatlora.noise.philox import layer_key, validate_counter
 logger = logging.getLogger(__name__)
 
 _ELEMENTS_WORTH_A_THREAD = 32768
-_JOBS_WORTH_A_THREAD = 4  # fewer are not shared out evenly
-_thread = threading.local()  # `shares` in a thread that makes whole matrices alone
+_JOBS_WORTH_A_THREAD = 4  # with fewer jobs per thread the load is uneven
+_thread = threading.local()  # `shares` is True in a thread of `share`, which must not start further threads
 
 
 def normal(
     seed: int, step: int, stream: int, layer: str, shape: tuple[int, int], *, row: int = 0, column: int = 0
 ) -> torch.Tensor:
-    """z[row : row + shape[0], column : column + shape[1]] of a layer, FP32 on the CPU."""
+    """Returns z[row : row + shape[0], column : column + shape[1]] of a layer, FP32 on the CPU."""
     out = torch.empty(shape, dtype=torch.float32)
     return fill_normal(out, layer_key(seed, layer), step, stream, row=row, column=column)
 
@@ -67,17 +67,17 @@ def add_normal(
     column: int = 0,
     rounded: bool = False,
 ) -> torch.Tensor:
-    """out_ij = round(weight_ij + c_i z_ij), summed in FP32 and rounded once (to nearest even), in one pass.
+    """Writes out_ij = round(weight_ij + c_i z_ij), summed in FP32 and rounded once (to nearest even).
 
     Args:
         weight, out: m × n, both FP32 or both BF16, contiguous, CPU; `out` may be `weight`.
-        c: m, FP32.
-        rounded: round to BF16 also where weight and out are FP32, which then hold BF16 values.
+        c: shape (m,), FP32.
+        rounded: round to BF16 even if weight and out are FP32 tensors (which then hold BF16 values).
     """
     if weight.dtype not in FUSED_DTYPES or out.dtype != weight.dtype or not _is_plain_matrix(weight, out):
         raise ValueError(
-            f"Invalid weight={weight.dtype} {tuple(weight.shape)}, out={out.dtype} {tuple(out.shape)}: two contiguous "
-            "CPU matrices, both FP32 or both BF16, are needed; use perturbation.write_perturbed for others."
+            f"Invalid weight={weight.dtype} {tuple(weight.shape)}, out={out.dtype} {tuple(out.shape)}: both must be "
+            "contiguous CPU matrices, both FP32 or both BF16; use perturb.epsilon.write_perturbed for others."
         )
     if (kernels := _compiled()) is None:
         torch_passes.add_normal_torch(weight, c, out, key, step, stream, row=row, column=column)
@@ -94,10 +94,10 @@ def add_normal(
 
 @lru_cache(maxsize=1)
 def _compiled() -> ModuleType | None:
-    """The compiled code, None without numba; imported when noise is first made on a CPU, which compiles it."""
+    """The compiled code, None without numba; imported on first use, because the import compiles it."""
     if importlib.util.find_spec("numba") is None:
         logger.warning(
-            "numba is not installed: noise on the CPU is made by plain torch operations, which takes several times as "
+            "numba is not installed: noise on the CPU is drawn by plain torch operations, which takes several times as "
             "long; run pip install numba."
         )
         return None
@@ -123,7 +123,7 @@ def _over_rows(
     row: int,
     column: int,
 ) -> None:
-    """Run a compiled kernel, rows shared out over torch's number of threads; the result does not depend on it."""
+    """Run a compiled kernel with its rows split over torch's number of threads, which does not change the result."""
     rows = matrix.shape[0]
     validate_counter(step=step, stream=stream, row=row + rows)
     words = tuple(np.uint32(word) for word in (*key, step, stream, row))
@@ -143,9 +143,9 @@ def _over_rows(
 
 
 def share(jobs: Sequence[Callable[[], None]]) -> None:
-    """Run independent jobs, each in one of torch's number of threads.
+    """Run independent jobs on torch's number of threads, each job on one thread.
 
-    A model has hundreds of layers, and waking a thread for each costs more than the noise of a small one.
+    A model has hundreds of layers, and splitting a small one over threads costs more than its noise.
     """
     workers = min(torch.get_num_threads(), len(jobs) // _JOBS_WORTH_A_THREAD)
     if workers <= 1:
@@ -169,7 +169,7 @@ def share(jobs: Sequence[Callable[[], None]]) -> None:
 
 @lru_cache(maxsize=1)
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Box–Muller by look-up: radius [65536] and (cos, sin) [65536, 2], FP32, correctly rounded from FP64."""
+    """Lookup tables for Box–Muller: radius [65536] and (cos, sin) [65536, 2], FP32, correctly rounded from FP64."""
     uniform = (np.arange(65536) + 0.5) / 65536
     angle = 2.0 * np.pi * uniform
     return (
@@ -180,5 +180,5 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=8)
 def _thread_pool(workers: int) -> ThreadPoolExecutor:
-    # Plain threads around GIL-free code: a second OpenMP pool beside torch's would spin on the same cores.
+    # Plain threads, since the kernels release the GIL; a second OpenMP pool would spin on the same cores as torch's.
     return ThreadPoolExecutor(workers, thread_name_prefix="flatlora-noise")

@@ -1,6 +1,6 @@
-"""The CPU's noise as numba compiles it: whole rows of z, alone or added to a weight in the same pass.
+"""Noise kernels for the CPU, compiled by numba: write rows of z, or add c·z to rows of a weight.
 
-The stream and its twin in plain NumPy stand in `philox.py`; `host.py` calls what is here.
+`philox.py` defines the stream and has a plain NumPy reference; `host.py` calls these kernels.
 """
 
 import numba
@@ -8,7 +8,7 @@ import numpy as np
 
 from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
 
-_BLOCKS_AT_ONCE = 256  # columns are made in segments whose scratch stays in the L1 cache
+_BLOCKS_AT_ONCE = 256  # a segment's scratch buffers fit in the L1 cache
 _SEGMENT = _BLOCKS_AT_ONCE * COLUMNS_PER_BLOCK
 
 
@@ -83,7 +83,7 @@ def add_rows_fp32(weight, c, out, k0, k1, step, stream, first_row, first_column,
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def add_rows_rounded(weight, c, out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin):
-    """As `add_rows_fp32`, rounded to BF16: the bits of `add_rows_bf16`, for BF16 values that FP32 tensors hold."""
+    """As `add_rows_fp32`, but rounded to BF16: equals `add_rows_bf16` for BF16 values stored in FP32 tensors."""
     add_rows_fp32(weight, c, out, k0, k1, step, stream, first_row, first_column, start, stop, radius, cos_sin)
     bits = out.view(np.uint32)
     for i in range(start, stop):

@@ -2,19 +2,19 @@
 
     z = normal(seed, step, stream, layer)[row, column]
 
-Counter-based (Philox-4x32-7 of Salmon et al., SC 2011, then Box–Muller), so any element can be made again at
-any time, in any order, for any slice of a sharded weight, on any device; no global generator is read or moved.
+Counter-based (Philox-4x32-7 of Salmon et al., SC 2011, then Box–Muller), so any element can be drawn again at
+any time, in any order, for any slice of a sharded weight, on any device; no global generator is used.
 
 The stream, fixed for every device:
 
     key     = BLAKE2b-64(seed, layer)                          two 32-bit words, constant over a run
-    counter = (column // 8, row, step, stream)                 one Philox block makes eight columns of one row
+    counter = (column // 8, row, step, stream)                 one Philox block gives eight columns of one row
     word w of the block → columns 2w and 2w + 1:
         radius = √(−2 ln((lo + ½) / 65536)),  angle = 2π (hi + ½) / 65536      lo, hi: the word's 16-bit halves
         z[2w] = radius · cos(angle),  z[2w + 1] = radius · sin(angle)
 
-Sixteen-bit uniforms bound |z| by 4.86, which weight noise does not notice, and let one 32-bit word make two normals.
-`normal_reference` spells the same function out in NumPy, one obvious step at a time.
+Sixteen-bit uniforms give two normals per 32-bit word; they bound |z| by 4.86, which does not matter for weight noise.
+`normal_reference` is the same function in plain NumPy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLUMNS_PER_BLOCK = 8
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 UINT32 = 0xFFFFFFFF
-RESERVED_STREAMS = 0xFFFF0000  # from here on: for measures, whose noise must be none that a training drew
+RESERVED_STREAMS = 0xFFFF0000  # first stream for flatness measures, whose noise must differ from that of any training
 
 
 def layer_key(seed: int, layer: str) -> tuple[int, int]:
@@ -38,11 +38,11 @@ def layer_key(seed: int, layer: str) -> tuple[int, int]:
 
 
 def noise_stream(rank: int, micro_batch: int, world_size: int, *, per_rank: bool, per_micro_batch: bool) -> int:
-    """Counter word that says who shares a draw: 0 is shared by all ranks and micro-batches of a step.
+    """The stream word of the Philox counter; 0 is shared by all ranks and micro-batches of a step.
 
-    Always below `RESERVED_STREAMS`. With both switches on, the stream is 1 + the index of the micro-batch in the global
-    batch, so k ranks with one micro-batch each and one rank with k micro-batches average the gradient over the same k
-    draws.
+    Always below `RESERVED_STREAMS`. With both `per_rank` and `per_micro_batch`, the stream is 1 + the index of the
+    micro-batch in the global batch, so k ranks with one micro-batch each and one rank with k micro-batches average the
+    gradient over the same k draws.
     """
     if per_rank and per_micro_batch:
         return 1 + micro_batch * world_size + rank
@@ -52,7 +52,7 @@ def noise_stream(rank: int, micro_batch: int, world_size: int, *, per_rank: bool
 
 
 def validate_counter(**words: int) -> None:
-    """ValueError for a word of the Philox counter that does not fit."""
+    """Raise ValueError for a word of the Philox counter that does not fit in 32 bits."""
     for name, value in words.items():
         if not 0 <= value <= UINT32:
             raise ValueError(f"Invalid {name}={value}: a noise counter has 32 bits; use a value from 0 to {UINT32}.")
@@ -61,7 +61,7 @@ def validate_counter(**words: int) -> None:
 def normal_reference(
     seed: int, step: int, stream: int, layer: str, shape: tuple[int, int], *, row: int = 0, column: int = 0
 ) -> np.ndarray:
-    """Slow twin of `normal`: the definition at the top of this file in FP64, element by element."""
+    """Slow reference for `host.normal`: the definition at the top of this file in FP64, element by element."""
     key = layer_key(seed, layer)
     z = np.empty(shape)
     for i in range(shape[0]):

@@ -1,7 +1,7 @@
-"""The noise pass and the row-norm pass as plain torch operations, on any device: what runs without Triton.
+"""The noise pass and the row-norm pass as plain torch operations on any device, used without Triton.
 
-The same stream of normals as philox.py and triton_kernels.py, and the slow twin that the kernels are tested against.
-What tensors a pass takes is checked here for both.
+They draw the same stream of normals as philox.py and triton_kernels.py, and the kernels are tested against them. The
+validation of arguments here serves both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = 1 << 20  # bounds the INT64 and FP64 temporaries
 def philox_torch(counter, key: tuple[int, int], rounds: int = PHILOX_ROUNDS) -> tuple[torch.Tensor, ...]:
     """Philox-4x32 of four broadcastable INT64 tensors or integers (the first a tensor), each word in 0 … 2³² − 1.
 
-    INT64 products wrap modulo 2⁶⁴, which leaves both 32-bit halves right.
+    INT64 products wrap modulo 2⁶⁴, which keeps both 32-bit halves correct.
     """
     c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=counter[0].device) for word in counter)
     k0, k1 = key
@@ -61,7 +61,7 @@ def add_normal_torch(
     column: int = 0,
     sign: float = 1.0,
 ) -> torch.Tensor:
-    """out_ij = round(weight_ij + sign · c_i z_ij) as plain torch operations; see NoisePass for shapes and errors."""
+    """Writes out_ij = round(weight_ij + sign · c_i z_ij); see `NoisePass` for shapes and errors."""
     one_device([weight, c, out])
     validate_outs([weight], [out])
     validate_coefficients(c, weight.shape[0])
@@ -79,7 +79,7 @@ def add_normal_unchecked(weight, c, out, key, step, stream, row, column, sign):
 
 
 def _normal(like: torch.Tensor, key, step, stream, row: int, column: int) -> torch.Tensor:
-    """z, FP32, of the shape and on the device of `like`; step and stream may be 0-d INT64 tensors."""
+    """z, FP32, with the shape and device of `like`; step and stream may be 0-d INT64 tensors."""
     (rows, columns), first = like.shape, column // COLUMNS_PER_BLOCK
     block = torch.arange(first, -(-(column + columns) // COLUMNS_PER_BLOCK), device=like.device)
     words = torch.stack(
@@ -98,7 +98,13 @@ def squared_row_norms(
     b: torch.Tensor | None = None,
     squared: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """‖W_i + B_i A‖² (m, FP64 unless `squared` = ‖W_i‖² is given in less), W m × n, A r × n, B m × r; sums in FP64."""
+    """Returns ‖W_i + B_i A‖², shape (m,), FP64 or the dtype of `squared`; computed in FP64.
+
+    Args:
+        weight: W, m × n.
+        a, b: A, r × n, and B, m × r; None for no adapter.
+        squared: ‖W_i‖², shape (m,), if known.
+    """
     chunks = list(_row_chunks(*weight.shape))
     if squared is None:
         parts = [weight[start:stop].double().square().sum(dim=1) for start, stop in chunks]
@@ -115,33 +121,33 @@ def _row_chunks(rows: int, columns: int) -> Iterable[tuple[int, int]]:
     return ((start, min(start + height, rows)) for start in range(0, rows, height)) if columns else ()
 
 
-# --- What is refused.
+# --- Validation of arguments.
 
 
 def validate_equal_lengths(**lists: Sequence) -> None:
     if len({len(values) for values in lists.values()}) > 1:
         counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
-        raise ValueError(f"Invalid lists ({counts}): one of each is needed for every weight; pass equal lengths.")
+        raise ValueError(f"Invalid lists ({counts}): they must have one entry per weight; pass equal lengths.")
 
 
 def one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1:
         names = sorted(map(str, devices))
-        raise ValueError(f"Invalid devices={names}: a pass works on one device; make one pass for each.")
+        raise ValueError(f"Invalid devices={names}: a pass works on one device; build one pass per device.")
     return devices.pop()
 
 
 def validate_matrix(weight: torch.Tensor) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
-            f"Invalid weight={weight.dtype} {tuple(weight.shape)}: a floating-point matrix is needed; load the "
+            f"Invalid weight={weight.dtype} {tuple(weight.shape)}: it must be a floating-point matrix; load the "
             "backbone unquantized and view the weight as rows × columns."
         )
 
 
 def validate_outs(weights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
-    """Each out fits its weight, is that weight or lies apart from it, and occurs once."""
+    """Check that each out fits its weight, is that weight or does not overlap with it, and occurs once."""
     for weight, out in zip(weights, outs, strict=True):
         validate_matrix(weight)
         if out.shape != weight.shape or out.dtype != weight.dtype:
@@ -150,7 +156,9 @@ def validate_outs(weights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor])
                 "must be equal; make it with torch.empty_like(weight)."
             )
         if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-            raise ValueError(f"Invalid out strides={out.stride()}: an expanded view has one cell for many; clone it.")
+            raise ValueError(
+                f"Invalid out strides={out.stride()}: elements of an expanded view share memory; clone it."
+            )
         in_place = out.data_ptr() == weight.data_ptr() and out.stride() == weight.stride()
         if not in_place and _overlap(weight, out):
             raise ValueError(
@@ -160,24 +168,24 @@ def validate_outs(weights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor])
     starts = [out.data_ptr() for out in outs if out.numel()]
     if len(set(starts)) < len(starts):
         raise ValueError(
-            f"Invalid outs: {len(starts) - len(set(starts))} of them occur twice and would be written in any order; "
+            f"Invalid outs: {len(starts) - len(set(starts))} of them occur twice and would be written in no order; "
             "list a tied weight once."
         )
 
 
-def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
     def end(matrix: torch.Tensor) -> int:
         last = sum((size - 1) * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
         return matrix.data_ptr() + (last + 1) * matrix.element_size()
 
-    return one.numel() > 0 and one.data_ptr() < end(other) and other.data_ptr() < end(one)
+    return left.numel() > 0 and left.data_ptr() < end(right) and right.data_ptr() < end(left)
 
 
 def validate_coefficients(c: torch.Tensor, rows: int) -> None:
     if c.dtype != torch.float32 or c.shape != (rows,) or not c.is_contiguous():
         raise ValueError(
-            f"Invalid coefficients={c.dtype} {tuple(c.shape)}: one contiguous FP32 vector with a number for each row "
-            f"is needed, {rows} in all; use torch.cat of the layers' c."
+            f"Invalid coefficients={c.dtype} {tuple(c.shape)}: they must be a contiguous FP32 vector with one number "
+            f"per row, {rows} in all; use torch.cat of the layers' c."
         )
 
 

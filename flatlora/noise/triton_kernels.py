@@ -3,12 +3,12 @@
     noise pass      out_ij = round(W_ij + sign · c_i z_ij)   z: the stream of philox.py, c: paper section 3.3
     row-norm pass   ‖W'_i‖² = ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ,   W' = W + B·A, the scaling s inside B
 
-Both are bound by memory: each reads W once, and Philox, Box–Muller and the rank-r products hide under that. A pass is
-built once over a list of weights; its addresses go into a table on the device, row by row, and a second array says
-which row each program of the grid works on. Step and stream are read from device memory, so a captured CUDA graph
-replays with new ones.
+Both are memory-bound: each reads W once, which takes longer than Philox, Box–Muller and the rank-r products. A pass is
+built once for a list of weights. A table on the device has one row of addresses and sizes per weight, and a second
+array holds the table row of each program of the grid. Step and stream are read from device memory, so a captured CUDA
+graph can be replayed with new ones.
 
-Without Triton the passes run as plain torch operations (torch_passes.py), which are also their slow twin in tests.
+Without Triton the passes run as plain torch operations (torch_passes.py), which also are their reference in tests.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ try:
 except ImportError:
     HAS_TRITON = False
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python on CPU tensors, to test their logic
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python on CPU tensors, for tests
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-NOISE_TILE = {"ROWS": 4, "BLOCKS": 32, "num_warps": 1}  # 4 rows × 256 columns, 8 columns of each row a thread
+NOISE_TILE = {"ROWS": 4, "BLOCKS": 32, "num_warps": 1}  # 4 rows × 256 columns, 8 columns of each row per thread
 NOISE_TILE_TRANSPOSED = {"ROWS": 128, "BLOCKS": 4, "num_warps": 4}  # neighboring threads on neighboring rows
 ROW_NORM_TILE = {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3}
 ROW_NORM_TILE_WIDE = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}  # for FP32, FP16 and r > 32
 
 
 def available(device: torch.device | str) -> bool:
-    """Whether the Triton kernels serve this device: NVIDIA, compute capability 8.0 (BF16 arithmetic) or later."""
+    """Whether the Triton kernels support this device: NVIDIA, compute capability 8.0 (BF16 arithmetic) or later."""
     device = torch.device(device)
     if _INTERPRETED:
         return HAS_TRITON and device.type == "cpu"
@@ -64,21 +64,22 @@ def available(device: torch.device | str) -> bool:
 
 
 class NoisePass:
-    """out_ij = round(weight_ij + sign · c_i z_ij) for many weights, summed in FP32 (FP64 for FP64), rounded once.
+    """Writes out_ij = round(weight_ij + sign · c_i z_ij) for many weights, summed in FP32 (FP64 for FP64 weights).
 
-    Built once, called each step; it keeps the tensors' addresses, so build a new one when a storage is replaced.
+    A pass is built once and called each step. It keeps the tensors' addresses, so build a new one when a storage is
+    replaced.
 
     Args:
-        weights, outs: m_k × n_k matrices of one device, pairwise of one shape and floating dtype, any strides;
-            an out is its weight, or disjoint from all else. Full speed: row-major, 16-byte aligned, n_k and the
-            column offset multiples of 8.
-        coefficients: c of all weights, one after the other: Σ m_k, FP32, contiguous. Write into it, never replace it.
-        keys: two 32-bit Philox words for each weight; see noise.layer_key.
-        rows, columns: where each weight starts in its whole layer, for slices of a sharded weight; default 0.
-        counter: step and stream, 2, INT64 on the device; share one tensor between passes to set them all at once.
+        weights, outs: m_k × n_k matrices on one device, any strides; an out has the shape and floating dtype of its
+            weight, and is that weight or overlaps with no other tensor. The pass is fastest if they are row-major and
+            16-byte aligned, and n_k and the column offset are multiples of 8.
+        coefficients: c of all weights, concatenated: shape (Σ m_k,), FP32, contiguous. Write into it, never replace it.
+        keys: two 32-bit Philox words for each weight; see `noise.philox.layer_key`.
+        rows, columns: offset of each weight in its whole layer, for slices of a sharded weight; default 0.
+        counter: step and stream, shape (2,), INT64 on the device; passes that share it are set together.
 
     Raises:
-        ValueError: tensors that do not fit together, or an address outside Philox's 32-bit counter.
+        ValueError: tensors do not fit together, or an element is outside Philox's 32-bit counter.
     """
 
     def __init__(
@@ -103,15 +104,15 @@ class NoisePass:
             validate_address(weight.shape, key, row, column)
         if self.counter.dtype != torch.int64 or self.counter.shape != (2,) or self.counter.device != self.device:
             raise ValueError(
-                f"Invalid counter={self.counter.dtype} {tuple(self.counter.shape)} on {self.counter.device}: step and "
-                f"stream as two INT64 on {self.device} are needed; take the counter of another pass."
+                f"Invalid counter={self.counter.dtype} {tuple(self.counter.shape)} on {self.counter.device}: it must "
+                f"hold step and stream as two INT64 on {self.device}; use the counter of another pass."
             )
         c = coefficients.split([weight.shape[0] for weight in weights])
         jobs = [job for job in zip(weights, c, outs, keys, rows, columns, strict=True) if job[0].numel()]
         fast, self._slow = _divide(jobs, self.device)
         self._groups: list[tuple[dict, _Grid]] = []
         self._build_groups(fast)
-        self._alive = jobs  # the tables hold addresses: what lies there must not be freed
+        self._alive = jobs  # the tables hold addresses of these tensors, which must not be freed
 
     def _build_groups(self, fast: Sequence[tuple]) -> None:
         groups: defaultdict[tuple[torch.dtype, str], list[tuple]] = defaultdict(list)
@@ -138,7 +139,7 @@ class NoisePass:
         self.launch(sign)
 
     def set_counter(self, step: int, stream: int) -> None:
-        """What the next launch, or the next replay of a captured one, draws."""
+        """Set step and stream of the next launch, or of the next replay of a captured launch."""
         validate_counter(step=step, stream=stream)
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -150,7 +151,7 @@ class NoisePass:
 
     @torch.no_grad()
     def launch(self, sign: float = 1.0) -> None:
-        """The pass with step and stream as the counter holds them; may be captured in a CUDA graph."""
+        """Run the pass with step and stream from the counter; it can be captured in a CUDA graph."""
         for constants, grid in self._groups:
             grid.launch(_noise_kernel, self.counter, float(sign), FAST_MATH=not _INTERPRETED, **constants)
         for weight, c, out, key, row, column in self._slow:
@@ -159,22 +160,22 @@ class NoisePass:
 
 
 class RowNormPass:
-    """‖W_i + s B_i A‖² of each row of many frozen weights, W read once and B·A never in memory (paper section 3.3).
+    """Computes ‖W_i + s B_i A‖² of each row of many frozen weights without forming B·A (paper section 3.3).
 
-    ‖W_i‖² is computed at construction and kept, so build a new pass if a weight changes. Deterministic. For a slice of
-    a sharded weight pass A[:, columns] and B[rows]: the squares of column slices add up to those of the whole row.
-    An error of rounding may leave a square of nearly zero negative: clamp before the root.
+    ‖W_i‖² is computed at construction and kept, so build a new pass if a weight changes. The result is deterministic.
+    For a slice of a sharded weight pass A[:, columns] and B[rows]; the squares of column slices add up to those of the
+    whole row. Rounding may make a square near zero negative: clamp it before taking the root.
 
     Args:
         weights: m_k × n_k, floating, any strides, one device.
-        A, B: r × n_k and m_k × r, FP32, unit column stride, r ≥ 0; of several adapters, stacked: [A₁; …], [s₁B₁ …].
+        A, B: r × n_k and m_k × r, FP32, unit column stride, r ≥ 0; several adapters are stacked: [A₁; …], [s₁B₁ …].
             The pass keeps their addresses and reads their values at each call.
         scalings: s of each weight; default 1.
-        squared_norms: ‖W_i‖² of all weights, Σ m_k, to spare their computation.
-        out: where the squares go, Σ m_k, FP32; the caller may change it between calls. A buffer of the pass when None.
+        squared_norms: ‖W_i‖² of all weights, shape (Σ m_k,), if known.
+        out: output buffer, shape (Σ m_k,), FP32; the caller may change its values between calls. None allocates one.
 
     Raises:
-        ValueError: tensors that do not fit together.
+        ValueError: tensors do not fit together.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class RowNormPass:
             squared_norms = torch.cat([squared_row_norms(weight.detach()) for weight in weights])
         if squared_norms.shape != (sum(heights),):
             raise ValueError(
-                f"Invalid squared_norms={tuple(squared_norms.shape)}: one number a row is needed, {sum(heights)}."
+                f"Invalid squared_norms={tuple(squared_norms.shape)}: it must have one number per row, {sum(heights)}."
             )
         self.squared_norms = squared_norms.to(self.device, torch.float32).contiguous()
         self.result = torch.empty_like(self.squared_norms) if out is None else out
@@ -210,7 +211,7 @@ class RowNormPass:
         fast, self._slow = _divide(jobs, self.device)
         self._groups: list[tuple[dict, torch.Tensor, _Grid]] = []
         self._build_groups(fast)
-        self._alive = jobs  # the tables hold addresses: what lies there, the scalings above all, must not be freed
+        self._alive = jobs  # the tables hold addresses of these tensors, also of the scalings, which must not be freed
 
     def _build_groups(self, fast: Sequence[tuple]) -> None:
         groups: defaultdict[tuple[torch.dtype, int, bool], list[tuple]] = defaultdict(list)
@@ -231,8 +232,8 @@ class RowNormPass:
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
-        """The squares (Σ m_k, FP32), in a buffer that the next call overwrites; may be captured in a CUDA graph."""
-        self.result.copy_(self.squared_norms)  # the kernels leave rows without an adapter alone
+        """The squares, shape (Σ m_k,), FP32, in a buffer that the next call overwrites; can be captured."""
+        self.result.copy_(self.squared_norms)  # the kernels skip rows without an adapter
         for constants, grams, grid in self._groups:
             rank, rank_tile = constants["RANK"], min(constants["RANK"], 64)
             across = rank // rank_tile
@@ -245,16 +246,16 @@ class RowNormPass:
 
 
 def _divide(jobs: Sequence[tuple], device: torch.device) -> tuple[list[tuple], list[tuple]]:
-    """Jobs, each with its weight first, that the kernels take, and those left to torch."""
+    """Split jobs (tuples that start with a weight) into those for the kernels and those for torch."""
     served = available(device)
     fast = [job for job in jobs if served and job[0].dtype in _KERNEL_DTYPES]
     return fast, [job for job in jobs if not (served and job[0].dtype in _KERNEL_DTYPES)]
 
 
 class _Grid:
-    """Programs over many tensors: a device table with one INT64 row a tensor, and the row of every program.
+    """The launch grid over many tensors: a device table with one INT64 row per tensor, and each program's row.
 
-    A lone tensor needs no rows: recompute mode has a grid for each layer, whose four bytes a program would add up.
+    A single tensor does not need the latter: recompute mode has a grid per layer, and 4 bytes per program would add up.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -263,7 +264,7 @@ class _Grid:
         self._sizes: list[int] = []
 
     def add(self, *fields: Iterable[int], height: int, width: int = 1) -> None:
-        """A tensor cut in height × width tiles; a row of the table ends with its first program and its width."""
+        """Add a tensor cut into height × width tiles; its table row ends with its first program and its width."""
         values = [value for group in fields for value in group]
         values = [value - (1 << 64) if value >= 1 << 63 else value for value in values]
         self._rows.append((*values, sum(self._sizes), width))
@@ -284,7 +285,7 @@ class _Grid:
             kernel[(self.programs,)](self.table, self.owners, *arguments, **constants)
 
 
-# --- Triton. Every index that is multiplied with a stride is INT64: m · n may pass 2³¹.
+# --- Triton kernels. Every index that is multiplied by a stride is INT64, because m · n may exceed 2³¹.
 
 _jit = triton.jit if HAS_TRITON else lambda function: function
 _constant = tl.constexpr if HAS_TRITON else lambda value: value
@@ -294,9 +295,9 @@ _ROUNDS, _COLUMNS = _constant(PHILOX_ROUNDS), _constant(COLUMNS_PER_BLOCK)
 _TWO_PI, _MINUS_TWO_LN2 = _constant(6.283185307179586), _constant(-1.3862943611198906)
 
 # One word → two normals in 14 instructions, 4 of them on the special-function unit. The 16-bit halves become floats by
-# setting mantissa bits, which spares two conversions on that same unit: 2²³ + lo, then u = (lo + ½) / 2¹⁶ exactly;
-# 1 + (hi + ½) / 2¹⁶, then minus 1½ exactly. So the angle lies in (−π, π), where sin and cos .approx are good to 2⁻²⁰,
-# and is off by half a turn, which the negated radius takes back.
+# setting mantissa bits, which saves two conversions on that unit: 2²³ + lo, then exactly u = (lo + ½) / 2¹⁶; and
+# 1 + (hi + ½) / 2¹⁶, then exactly minus 1½. So the angle is in (−π, π), where sin and cos .approx have errors below
+# 2⁻²⁰, and it is off by half a turn, which the negated radius corrects.
 _BOX_MULLER_PTX = _constant("""{
     .reg .b32 bits; .reg .f32 v, radius, angle, c, s;
     lop3.b32 bits, $2, 0xFFFF, 0x4B000000, 0xEA;
@@ -320,7 +321,7 @@ _BOX_MULLER_PTX = _constant("""{
 
 @_jit
 def _philox(c0, c1, c2, c3, k0, k1):
-    """Philox-4x32-7; counter words that are scalars stay scalars for as long as they can."""
+    """Philox-4x32-7; scalar counter words are broadcast as late as possible."""
     for _ in tl.static_range(_ROUNDS):
         product0 = c0.to(tl.uint64) * _M0  # one wide multiplication gives both halves
         product1 = c2.to(tl.uint64) * _M1
@@ -335,13 +336,13 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @_jit
 def _box_muller(word, FAST_MATH: tl.constexpr):
-    """Two normals, cos and sin, of each 32-bit word; without FAST_MATH for the interpreter, which has no assembly."""
+    """Two normals (cos, sin) from each 32-bit word; the interpreter has no assembly and needs FAST_MATH=False."""
     if FAST_MATH:
         return tl.inline_asm_elementwise(
             _BOX_MULLER_PTX, "=f,=f,r", [word], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
         )
     uniform = ((word & 0xFFFF).to(tl.float32) + 0.5) / 65536
-    angle = (((word >> 16).to(tl.float32) + 0.5) / 65536) * _TWO_PI  # the tensor first: so the interpreter wants it
+    angle = (((word >> 16).to(tl.float32) + 0.5) / 65536) * _TWO_PI  # the interpreter needs the tensor first
     radius = tl.sqrt(tl.log2(uniform) * _MINUS_TWO_LN2)
     return radius * tl.cos(angle), radius * tl.sin(angle)
 
@@ -361,7 +362,7 @@ def _eight_normals(block, row, step, stream, k0, k1, FAST_MATH: tl.constexpr):
 
 @_jit
 def _tile_of(table, owners, FIELDS: tl.constexpr, LONE: tl.constexpr):
-    """This program's row of the table, and the place of its tile in that tensor."""
+    """This program's row of the table, and the (row, column) of its tile in that tensor."""
     program = tl.program_id(0)
     entry = table if LONE else table + tl.load(owners + program).to(tl.int64) * FIELDS
     tile = program - tl.load(entry + FIELDS - 2).to(tl.int32)
@@ -384,7 +385,7 @@ def _noise_kernel(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """One tile of ROWS × (8 · BLOCKS). ALIGNED: whole blocks at 16-byte addresses, so one access moves 16 bytes."""
+    """One tile of ROWS × (8 · BLOCKS). ALIGNED: blocks start at 16-byte addresses, so one access moves 16 bytes."""
     entry, tile_row, tile_column = _tile_of(table, owners, FIELDS, LONE)
     weight = tl.load(entry + 0).to(tl.pointer_type(DTYPE))
     out = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
@@ -396,12 +397,12 @@ def _noise_kernel(
     first_row, first_column = tl.load(entry + 11), tl.load(entry + 12)
     step, stream = tl.load(counter).to(tl.uint32), tl.load(counter + 1).to(tl.uint32)
 
-    # One axis of ROWS · BLOCKS Philox blocks, so that tile and noise get one layout: eight columns a thread.
+    # One axis of ROWS · BLOCKS Philox blocks, so that tile and noise have the same layout: eight columns per thread.
     lane = tl.arange(0, ROWS * BLOCKS)
     i = tile_row.to(tl.int64) * ROWS + (lane % ROWS if TRANSPOSED else lane // BLOCKS)
     block = tile_column.to(tl.int64) * BLOCKS + (lane // ROWS if TRANSPOSED else lane % BLOCKS)
     block += first_column // _COLUMNS
-    start = block * _COLUMNS - first_column  # a slice's first block may begin left of it
+    start = block * _COLUMNS - first_column  # negative if the slice starts inside a block
     j = start[:, None] + tl.arange(0, _COLUMNS)[None, :]
     if ALIGNED:
         weight_column, out_column = 1, 1
@@ -412,14 +413,14 @@ def _noise_kernel(
         weight_row, out_row = 1, 1
     sources = weight + (i * weight_row)[:, None] + j * weight_column
     targets = out + (i * out_row)[:, None] + j * out_column
-    if ALIGNED:  # said to the compiler, which cannot see into the table
+    if ALIGNED:  # a hint: the compiler cannot know the addresses in the table
         sources = tl.max_contiguous(tl.multiple_of(sources, (16, 16)), (1, 8))
         targets = tl.max_contiguous(tl.multiple_of(targets, (16, 16)), (1, 8))
 
     w = tl.load(sources, mask=inside, other=0.0)
     scale = sign * tl.load(c + i, mask=i < m, other=0.0)
     z = _eight_normals(block.to(tl.uint32), (first_row + i).to(tl.uint32), step, stream, k0, k1, FAST_MATH)
-    # An explicit FMA: left to the compiler, aligned and unaligned variants could round differently.
+    # An explicit FMA, because the compiler might round aligned and unaligned variants differently.
     total = tl.fma(tl.broadcast_to(scale[:, None], z.shape), z, w.to(tl.float32))
     tl.store(targets, total.to(DTYPE), mask=inside)
 
@@ -456,7 +457,7 @@ def _row_norm_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """‖W_i‖² + Σ_k sB_ik (2 (W Aᵀ)_ik + (sB A Aᵀ)_ik) of BM rows; W is read once for every RANK_TILE = 64 ranks."""
+    """‖W_i‖² + Σ_k sB_ik (2 (W Aᵀ)_ik + (sB A Aᵀ)_ik) of BM rows; W is read once per RANK_TILE = 64 ranks."""
     entry, tile, _ = _tile_of(table, owners, FIELDS, LONE)
     weight = tl.load(entry + 0).to(tl.pointer_type(DTYPE))
     a, b = tl.load(entry + 1).to(tl.pointer_type(tl.float32)), tl.load(entry + 2).to(tl.pointer_type(tl.float32))
@@ -482,7 +483,7 @@ def _row_norm_kernel(
             w_at = weight + (i * weight_row)[:, None] + (j * weight_column)[None, :]
             w = tl.load(w_at, mask=(i < m)[:, None] & (j < n)[None, :], other=0.0)
             x = tl.load(a + (k * a_row)[:, None] + j[None, :], mask=(k < r)[:, None] & (j < n)[None, :], other=0.0)
-            if SPLIT:  # W is exact, A = high + low to 2⁻¹⁷: FP32's worth at the speed of BF16
+            if SPLIT:  # W is exact and A = high + low up to 2⁻¹⁷: nearly FP32 precision at the speed of BF16
                 high = x.to(tl.bfloat16)
                 low = (x - high.to(tl.float32)).to(tl.bfloat16)
                 projected = tl.dot(w, high.T, projected)
@@ -506,7 +507,7 @@ def _triton_dtype(dtype: torch.dtype):
 
 
 def _noise_group(weight, c, out, key, row, column) -> tuple[torch.dtype, str]:
-    """Weights of one group share a launch: dtype, and which way the memory is read."""
+    """Key of the weights that share a launch: dtype and memory layout."""
     if column % COLUMNS_PER_BLOCK == 0 and _is_aligned(weight) and _is_aligned(out):
         return weight.dtype, "aligned"
     transposed = all(t.stride(0) == 1 and t.stride(1) != 1 for t in (weight, out))
@@ -514,13 +515,13 @@ def _noise_group(weight, c, out, key, row, column) -> tuple[torch.dtype, str]:
 
 
 def _row_norm_group(weight: torch.Tensor, a: torch.Tensor) -> tuple[torch.dtype, int, bool]:
-    """Weights of one group share a launch: dtype, the rank's power of two (the tensor cores want 16), alignment."""
+    """Key of the weights that share a launch: dtype, rank rounded up to a power of two (at least 16), alignment."""
     rank = max(16, triton.next_power_of_2(a.shape[0]))
     return weight.dtype, rank, _is_aligned(weight) and _is_aligned(a)
 
 
 def _is_aligned(matrix: torch.Tensor) -> bool:
-    """Rows of whole groups of eight columns, each at a 16-byte address."""
+    """Whether rows consist of whole groups of eight columns, each at a 16-byte address."""
     return (
         matrix.stride(1) == 1
         and matrix.shape[1] % COLUMNS_PER_BLOCK == 0
@@ -530,5 +531,5 @@ def _is_aligned(matrix: torch.Tensor) -> bool:
 
 
 def _on(device: torch.device):
-    # Triton launches on the current device, whatever the tensors' device is.
+    # Triton launches on the current device, not on that of the tensors.
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,1 +1,1 @@
-"""Optimizers that are written here."""
+"""LoRA-Pro's optimizer."""

@@ -1,20 +1,20 @@
-"""LoRA-Pro (2024): move A and B so that W moves as close as can be to where full fine-tuning moves it.
+"""LoRA-Pro (2024): updates A and B so that the change of W is as close as possible to that of full fine-tuning.
 
-W = W₀ + s·B·A, A r×n, B m×r; LoRA's gradients are g_A = s Bᵀ G and g_B = s G Aᵀ of the full gradient G (m×n), which is
-never formed. Among all changes of W that A and B can make, s·B·gA + s·gB·A, the nearest to G has
+W = W₀ + s·B·A with A (r×n) and B (m×r). LoRA's gradients are g_A = s Bᵀ G and g_B = s G Aᵀ for the full gradient
+G (m×n), which is never formed. Among all changes s·B·gA + s·gB·A that updates gA and gB can make, the nearest to G has
 
     gA = s⁻² (BᵀB)⁻¹ g_A + X A,     gB = s⁻² (I − B(BᵀB)⁻¹Bᵀ) g_B (AAᵀ)⁻¹ − B X
 
 for any X; the X that keeps gA and gB nearest to g_A and g_B solves BᵀB·X + X·AAᵀ = −s⁻² (BᵀB)⁻¹ g_A Aᵀ.
 
 mode="sgd" steps along (gA, gB). mode="adamw", the published full adjustment, keeps Adam's two moments of the equivalent
-gradient g̃ = s·B·gA + s·gB·A (m×n), and brings Adam's direction D back to A and B by the same closed form, with s Bᵀ D
-and s D Aᵀ in the place of the gradients. Inverses are damped by 1e-8, as published, and are pseudo-inverses: an
-eigenvalue of BᵀB or AAᵀ up to r·eps·λ_max, eps of the factors' dtype, is rounding, and its direction takes no part. So
-the first step is exact at B = 0, and a step stays the nearest one where B or A has a rank below r.
+gradient g̃ = s·B·gA + s·gB·A (m×n), and projects Adam's direction D back to A and B by the same closed form, with s Bᵀ D
+and s D Aᵀ in place of the gradients. Inverses are damped by 1e-8, as published, and are pseudo-inverses: eigenvalues
+of BᵀB or AAᵀ up to r·eps·λ_max (eps of the factors' dtype) are rounding errors and are treated as zero. So the first
+step, at B = 0, is exact, and a step is still the nearest one if B or A has a rank below r.
 
-Deviations: moments may be BF16, rounded stochastically (half the memory); under several processes each pair's moments
-live on one of them; weight decay is decoupled and acts on A and B.
+Deviations: moments may be BF16, rounded stochastically (half the memory); with several processes each pair's moments
+are kept on one of them; weight decay is decoupled and acts on A and B.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Pair(NamedTuple):
-    """The two factors of one layer: W gets `scaling` · B (m × r) · A (r × n); both FP32 or FP64 parameters."""
+    """The two factors of one layer, which add `scaling` · B (m × r) · A (r × n) to W; FP32 or FP64 parameters."""
 
     name: str
     A: nn.Parameter
@@ -49,7 +49,7 @@ class Pair(NamedTuple):
 
 
 class Pairs(list[Pair]):
-    """The pairs of a model, in `others` what is trained besides, as (name, parameter), and the dtypes of the rest."""
+    """The pairs of a model, its other trained parameters as (name, parameter), and the dtypes of the frozen ones."""
 
     def __init__(
         self,
@@ -62,13 +62,13 @@ class Pairs(list[Pair]):
 
 
 def lora_pairs(model: nn.Module) -> Pairs:
-    """The trained pairs of a PEFT model, by the names that the layers have without PEFT.
+    """The trained pairs of a PEFT model, by the names of their layers without PEFT.
 
-    Adapters of embeddings, DoRA's magnitudes, biases, and whole modules that are trained besides are no pairs: they are
-    among the others.
+    Other trained parameters, such as DoRA's magnitudes, biases and whole modules, are in the attribute `others` of the
+    result, a list of (name, parameter).
 
     Raises:
-        ConfigError: an adapter is no s·B·A on the weight of its layer: AdaLoRA's, PEFT's `target_parameters`, and some
+        ConfigError: an adapter is not s·B·A on the weight of its layer: AdaLoRA, PEFT's `target_parameters`, and some
             variants of LoRA.
     """
     pairs = []
@@ -76,8 +76,8 @@ def lora_pairs(model: nn.Module) -> Pairs:
         if isinstance(module, AdaLoraLayer):
             raise ConfigError(
                 [
-                    f"Invalid adapter of {name}: AdaLoRA's is s·B·diag(E)·A, three factors and no pair; use plain "
-                    "LoRA, rsLoRA or DoRA."
+                    f"Invalid adapter of {name}: AdaLoRA's s·B·diag(E)·A has three factors instead of a pair; use "
+                    "plain LoRA, rsLoRA or DoRA."
                 ]
             )
         for adapter in module.active_adapters:
@@ -90,27 +90,27 @@ def lora_pairs(model: nn.Module) -> Pairs:
 
 
 class LoRAPro(torch.optim.Optimizer):
-    """LoRA-Pro as an optimizer of a PEFT model's (A, B) pairs.
+    """LoRA-Pro as an optimizer for the (A, B) pairs of a PEFT model.
 
         optimizer = LoRAPro(peft_model, lr=1e-4)
 
     Args:
-        params_pairs: a PEFT model, `lora_pairs` of one, or `Pair`s or (name, A, B, scaling) tuples; names must differ,
-            since state is kept by name.
+        params_pairs: a PEFT model, the result of `lora_pairs`, or `Pair`s or (name, A, B, scaling) tuples. Names must
+            be unique, since state is kept by name.
         mode: "adamw" or "sgd".
-        moments: dtype of Adam's moments of the m×n equivalent gradient: "float32" (8 bytes a weight of the backbone) or
-            "bfloat16", rounded stochastically (4 bytes).
-        damping: added to the eigenvalues of BᵀB and AAᵀ that are inverted.
-        seed: of the stochastic rounding, which is a function of (seed, step, name).
-        others: trained parameters that are no pairs, as (name, parameter); they get AdamW with FP32 moments. None takes
-            those that `lora_pairs` found in its model; of a plain list of pairs there are none, with a warning, as
-            that list cannot tell what else is trained: others=() says that nothing is.
-        loss_scaled: as in `WeightPerturbation`; known of a model's pairs alone.
-        shard: with several processes, keep and update each pair on one of them and send the result to all. Gradients
-            must be averaged already (DDP does). Call `consolidate_state_dict()` on all before `state_dict()` on one.
+        moments: dtype of Adam's moments of the m×n equivalent gradient: "float32" (8 bytes per weight of the backbone)
+            or "bfloat16", rounded stochastically (4 bytes).
+        damping: added to the eigenvalues of BᵀB and AAᵀ before they are inverted.
+        seed: seed of the stochastic rounding, which is a function of (seed, step, name).
+        others: other trained parameters, as (name, parameter); they are updated by AdamW with FP32 moments. None uses
+            those of the model. For a plain list of pairs None means none, with a warning; others=() is the same without
+            the warning.
+        loss_scaled: as in `WeightPerturbation`; only used with a model or the result of `lora_pairs`.
+        shard: with several processes, keep and update each pair on one of them and broadcast the result. Gradients must
+            be averaged before (DDP does). Call `consolidate_state_dict()` on all of them before `state_dict()` on one.
 
     Raises:
-        ValueError: a setting out of range, equal names, shapes or dtypes that make no pair.
+        ValueError: a setting is out of range, names are equal, or shapes or dtypes do not fit.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class LoRAPro(torch.optim.Optimizer):
             params_pairs = lora_pairs(params_pairs)
         if others is None and not isinstance(params_pairs, Pairs):
             logger.warning(
-                "LoRAPro was given a plain list of pairs without others=: what is trained besides them (biases, "
-                "magnitudes, embeddings, whole modules) would stay where it is; give it the model, "
-                "others=lora_pairs(model).others, or others=() where nothing else is trained."
+                "LoRAPro was given a plain list of pairs without others=: other trained parameters (biases, "
+                "magnitudes, embeddings, whole modules) will not be updated; pass the model, "
+                "others=lora_pairs(model).others, or others=() if nothing else is trained."
             )
         if not loss_scaled:
             warn_of_unscaled_fp16(getattr(params_pairs, "frozen_dtypes", ()))
@@ -169,7 +169,7 @@ class LoRAPro(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> torch.Tensor | None:
-        """One step; a pair without gradients stays where it is."""
+        """One optimizer step; pairs without gradients are skipped."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -190,7 +190,7 @@ class LoRAPro(torch.optim.Optimizer):
         return loss
 
     def _step_pairs(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
-        """Pairs of one shape, their r×r algebra in one batch."""
+        """Update pairs of one shape, with their r×r algebra in one batch."""
         frame = _Frame.of(pairs, self.damping)
         A_grads, B_grads = torch.stack([p.A.grad for p in pairs]), torch.stack([p.B.grad for p in pairs])
         if self.mode == "adamw":
@@ -205,7 +205,7 @@ class LoRAPro(torch.optim.Optimizer):
                 factor.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _adam_direction(self, pair: Pair, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """Adam's direction (m × n) for the equivalent gradient, whose storage it takes over; moves the moments on."""
+        """Update the moments; returns Adam's direction (m × n), which overwrites the equivalent gradient."""
         state = self.state[pair.A]
         if not state:
             dtype = self.moments if self.moments != torch.float32 else gradient.dtype  # FP64 pairs have FP64 moments
@@ -242,11 +242,11 @@ class LoRAPro(torch.optim.Optimizer):
         parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1**step))
 
     def _send_updates(self) -> None:
-        """Every process gets the new factors of the pairs that others keep."""
-        mine = defaultdict(list)
+        """Broadcast the new factors of each pair from the process that owns it."""
+        owned = defaultdict(list)
         for pair in self.pairs:
-            mine[self._owners[pair.name], pair.A.device, pair.A.dtype].extend([pair.A, pair.B])
-        for (owner, _, _), factors in sorted(mine.items(), key=lambda item: item[0][0]):
+            owned[self._owners[pair.name], pair.A.device, pair.A.dtype].extend([pair.A, pair.B])
+        for (owner, _, _), factors in sorted(owned.items(), key=lambda item: item[0][0]):
             flat = torch.cat([factor.detach().flatten() for factor in factors])
             torch.distributed.broadcast(flat, src=owner)
             if owner != self._rank:
@@ -255,18 +255,18 @@ class LoRAPro(torch.optim.Optimizer):
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Collect the state of all pairs on process `to`, on its host; every process must call it."""
+        """Collect the state of all pairs on process `to`, in host memory; every process must call it."""
         if self._processes == 1:
             return
         gathered: dict[str, dict[str, torch.Tensor]] = {}
         for pair in self.pairs:
             owner = self._owners[pair.name]
-            about: list[Any] = [
+            dtypes: list[Any] = [
                 {key: value.dtype for key, value in self.state[pair.A].items()} if owner == self._rank else None
             ]
-            torch.distributed.broadcast_object_list(about, src=owner)
+            torch.distributed.broadcast_object_list(dtypes, src=owner)
             state = {}
-            for key, dtype in about[0].items():
+            for key, dtype in dtypes[0].items():
                 shape = () if key == "step" else (pair.B.shape[0], pair.A.shape[1])
                 value = torch.empty(shape, dtype=dtype, device=pair.A.device)
                 if owner == self._rank:
@@ -278,15 +278,15 @@ class LoRAPro(torch.optim.Optimizer):
         self._gathered = gathered if self._rank == to else None
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; of the process that `consolidate_state_dict` named, with the state of all pairs."""
+        """The state dict in torch's format; after `consolidate_state_dict(to)`, process `to` has that of all pairs."""
         state = super().state_dict()
-        for place, pair in enumerate(self.pairs):
+        for index, pair in enumerate(self.pairs):
             if self._gathered and self._gathered.get(pair.name):
-                state["state"][2 * place] = self._gathered[pair.name]
+                state["state"][2 * index] = self._gathered[pair.name]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """State of pairs with the same names, in any order.
+        """Load the state of pairs with the same names, in any order.
 
         Raises:
             ValueError: the names differ.
@@ -295,25 +295,25 @@ class LoRAPro(torch.optim.Optimizer):
         saved, names = state_dict["param_groups"][0]["names"], self.param_groups[0]["names"]
         if sorted(saved) != sorted(names):
             odd = sorted(set(saved) ^ set(names))
-            raise ValueError(f"Invalid state_dict: it is of other pairs than these ({', '.join(odd[:3])}, …).")
+            raise ValueError(f"Invalid state_dict: its pairs differ from these ({', '.join(odd[:3])}, …).")
         entries = state_dict["state"]
-        moved = {2 * names.index(name): entries.pop(2 * place, None) for place, name in enumerate(saved)}
-        owned = {2 * place for place, name in enumerate(names) if self._owners[name] == self._rank}
-        moved = {place: dict(entry) for place, entry in moved.items() if entry is not None and place in owned}
-        # Not left to torch, which gives every state its parameter's dtype: BF16 moments would take twice their room.
-        moments = {place: [entry.pop(key, None) for key in _MOMENT_KEYS] for place, entry in moved.items()}
+        moved = {2 * names.index(name): entries.pop(2 * index, None) for index, name in enumerate(saved)}
+        owned = {2 * index for index, name in enumerate(names) if self._owners[name] == self._rank}
+        moved = {index: dict(entry) for index, entry in moved.items() if entry is not None and index in owned}
+        # torch would convert moments to their parameter's dtype, and BF16 moments would take twice their memory.
+        moments = {index: [entry.pop(key, None) for key in _MOMENT_KEYS] for index, entry in moved.items()}
         entries |= moved
         group = {**state_dict["param_groups"][0], "names": names, "scalings": self.param_groups[0]["scalings"]}
         state_dict["param_groups"] = [group, *state_dict["param_groups"][1:]]
         super().load_state_dict(state_dict)
-        for place, pair in enumerate(self.pairs):
-            for key, value in zip(_MOMENT_KEYS, moments.get(2 * place, ()), strict=False):
+        for index, pair in enumerate(self.pairs):
+            for key, value in zip(_MOMENT_KEYS, moments.get(2 * index, ()), strict=False):
                 if value is not None:
                     dtype = self.moments if self.moments != torch.float32 else pair.A.dtype
                     self.state[pair.A][key] = value.to(pair.A.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: torch's own keeps parameters and state alone."""
+        """For copy and pickle; torch's own method only keeps parameters and state."""
         own = ("mode", "moments", "damping", "seed", "_rank", "_processes", "_owners")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_gathered": None}
 
@@ -321,8 +321,8 @@ class LoRAPro(torch.optim.Optimizer):
 class _Frame(NamedTuple):
     """k pairs of one shape with the eigendecompositions of BᵀB and AAᵀ (k × r × r).
 
-    All of it is FP64, as is what is computed with it before it is returned: these matrices are thin, and inverses of
-    r × r Gram matrices multiply rounding errors by their condition number.
+    All tensors and computations are FP64, which is cheap for these thin matrices: inverses of r × r Gram matrices
+    multiply rounding errors by their condition number.
     """
 
     A: torch.Tensor  # k × r × n
@@ -345,7 +345,7 @@ class _Frame(NamedTuple):
             if not broken:
                 raise
             raise FloatingPointError(
-                f"A or B of {broken[0]} holds NaN or infinity: training has diverged; lower the learning rate."
+                f"A or B of {broken[0]} contains NaN or infinity: training has diverged; lower the learning rate."
             ) from error
         return cls(A.double(), B.double(), scaling, *decompositions, damping)
 
@@ -358,13 +358,13 @@ class _Frame(NamedTuple):
         return B_inverse @ A_grads / self.scaling**2, outside @ A_inverse / self.scaling**2
 
     def equivalent_gradient(self, A_grads: torch.Tensor, B_grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """g̃ as left (k × m × 2r) times right (k × 2r × n), of the gradients' dtype; X takes no part in it."""
+        """g̃ as left (k × m × 2r) times right (k × 2r × n), in the gradients' dtype; it does not depend on X."""
         gA, gB = self.free_parts(A_grads, B_grads)
         left, right = torch.cat([self.scaling * self.B, self.scaling * gB], dim=2), torch.cat([gA, self.A], dim=1)
         return left.to(B_grads.dtype), right.to(A_grads.dtype)
 
     def nearest(self, A_grads: torch.Tensor, B_grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gA (k × r × n) and gB (k × m × r) with the X of the Sylvester equation, of the gradients' dtype."""
+        """gA (k × r × n) and gB (k × m × r) with the X of the Sylvester equation, in the gradients' dtype."""
         gA, gB = self.free_parts(A_grads, B_grads)
         rotated = self.B_vectors.mT @ -(gA @ self.A.mT) @ self.A_vectors
         B_values, A_values = self.B_values[:, :, None], self.A_values[:, None, :]
@@ -377,10 +377,10 @@ class _Frame(NamedTuple):
 def _spectrum(factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (k × r) and eigenvectors (k × r × r) of FᵀF of each factor F (k × m × r), FP64.
 
-    Eigenvalues up to r·eps·λ_max are set to zero: at the precision of F they are rounding. So are those up to the
-    rounding of FᵀF itself, which counts where F is FP64.
+    Eigenvalues up to r·eps·λ_max are set to zero, because they are rounding errors at the precision of F. So are those
+    up to the rounding error of FᵀF, which matters if F is FP64.
     """
-    wide = factors.double()  # sums over m rows in FP32 would be rounded to more than the limit
+    wide = factors.double()  # in FP32, rounding errors of sums over m rows would exceed the limit
     values, vectors = torch.linalg.eigh(wide.mT @ wide)
     rows, rank = factors.shape[-2:]
     limit = max(rank * torch.finfo(factors.dtype).eps, rows * torch.finfo(torch.float64).eps) * values[:, -1:]
@@ -388,7 +388,7 @@ def _spectrum(factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _inverse(values: torch.Tensor, vectors: torch.Tensor, damping: float) -> torch.Tensor:
-    """The damped pseudo-inverse."""
+    """The damped pseudo-inverse, from eigenvalues and eigenvectors."""
     inverted = torch.where(values > 0, 1.0 / (values + damping), 0.0)
     return (vectors * inverted[:, None, :]) @ vectors.mT
 
@@ -396,9 +396,9 @@ def _inverse(values: torch.Tensor, vectors: torch.Tensor, damping: float) -> tor
 def nearest_update_reference(
     A: torch.Tensor, B: torch.Tensor, scaling: float, full_gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slow twin of the closed form, from the full gradient: a least-squares solve over all (gA, gB), in FP64.
+    """Slow reference for the closed form: a least-squares solve over all (gA, gB) from the full gradient, in FP64.
 
-    Among the minimizers it takes the one nearest to LoRA's own gradients.
+    Among the minimizers it returns the one nearest to LoRA's own gradients.
     """
     A, B, G = A.double(), B.double(), full_gradient.double()
     (r, n), m = A.shape, B.shape[0]
@@ -413,9 +413,9 @@ def nearest_update_reference(
 
 @torch.no_grad()
 def round_stochastically(value: torch.Tensor, out: torch.Tensor, generator: torch.Generator) -> None:
-    """Write an FP32 value as BF16, up or down at random so that the mean is the value: small moves are not lost.
+    """Rounds an FP32 value to BF16, up or down at random, so that its expectation is the value and small updates count.
 
-    A BF16 is the upper half of an FP32: a random lower half is added before the lower half is dropped.
+    A BF16 number is the upper half of an FP32 number: a random lower half is added before the lower half is dropped.
     """
     bits = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
     bits.add_(value.float().view(torch.int32)).bitwise_and_(-(1 << 16))
@@ -423,7 +423,7 @@ def round_stochastically(value: torch.Tensor, out: torch.Tensor, generator: torc
 
 
 def _owners(pairs: Sequence[Pair], processes: int) -> dict[str, int]:
-    """Which process keeps a pair's moments: the largest first, each to whoever has least."""
+    """{name: process that keeps the pair's moments}; largest pairs first, each goes to the least loaded process."""
     loads, owners = [0] * processes, {}
     for pair in sorted(pairs, key=lambda pair: (-pair.A.shape[1] * pair.B.shape[0], pair.name)):
         owner = loads.index(min(loads))
@@ -435,14 +435,14 @@ def _owners(pairs: Sequence[Pair], processes: int) -> dict[str, int]:
 def _validate_arguments(pairs, lr, betas, eps, weight_decay, mode, moments, damping) -> None:
     errors = []
     if not pairs:
-        errors.append("Invalid params_pairs=[]: at least one (A, B) pair is needed; see lora_pairs(model).")
+        errors.append("Invalid params_pairs=[]: it must have at least one (A, B) pair; see lora_pairs(model).")
     names = [pair.name for pair in pairs]
     if len(set(names)) < len(names):
         errors.append(f"Invalid params_pairs: {len(names) - len(set(names))} names occur twice; state is kept by name.")
     for pair in pairs:
         if pair.A.ndim != 2 or pair.B.ndim != 2 or pair.A.shape[0] != pair.B.shape[1]:
             errors.append(
-                f"Invalid pair {pair.name}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}; not r × n, m × r."
+                f"Invalid pair {pair.name}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}; must be r × n and m × r."
             )
         if pair.A.dtype != pair.B.dtype or pair.A.dtype not in (torch.float32, torch.float64):
             errors.append(

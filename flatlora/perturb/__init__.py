@@ -1,1 +1,1 @@
-"""Flat-LoRA's perturbation of a model's weights, the callback for a Trainer, and measures of flatness."""
+"""Flat-LoRA's perturbation of a model's weights, the Trainer callback, and flatness measures."""

@@ -1,12 +1,12 @@
-"""FlatLoraCallback: Flat-LoRA in any transformers Trainer (TRL's too) by one line.
+"""FlatLoraCallback: Flat-LoRA in any transformers Trainer, including TRL's.
 
     trainer = Trainer(model=peft_model, ..., callbacks=[FlatLoraCallback(sigma=0.05)])
 
-ε is put on at the start of each optimizer step, before its first micro-batch, and taken away after its last backward,
-before the optimizer moves the adapter; evaluation, checkpoints and the saved adapter see the untouched backbone. So
-do, inside a step, all passes without gradients (generation, a policy's old log-probabilities, a reference model) and
-an evaluation after an interrupted step; not in rho.mode=inplace, where they read W + ε, and where an interrupted step
-leaves ε in the weights until `close()` or the next training.
+The weights are perturbed from the start of each optimizer step to its last backward, before the optimizer updates the
+adapter. Evaluation, checkpoints and the saved adapter use the untouched backbone. In the modes copy and recompute, so
+do all passes without gradients inside a step (generation, a policy's old log-probabilities, a reference model), and an
+evaluation after an interrupted step. In the mode inplace these passes read W + ε, and an interrupted step leaves ε in
+the weights until `close()` or the next training.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from flatlora.utils.precision import bf16_support, cpu_features, slow_bf16_warni
 
 logger = logging.getLogger(__name__)
 
-_DRAW = "flatlora_draw"  # key of TrainerState.stateful_callbacks, and no class: Trainer must not rebuild us by it
+_DRAW = "flatlora_draw"  # key in TrainerState.stateful_callbacks; not a class name, which Trainer would try to restore
 
 
 class FlatLoraCallback(TrainerCallback):
-    """Perturbs every LoRA-wrapped linear layer of the Trainer's model.
+    """Perturbs every linear and convolution layer with a LoRA adapter in the Trainer's model.
 
     Args:
         sigma: σ, the `rho` of the published command line (0.05 for language models, 0.15 for CLIP).
-        seed: seed of the noise; the Trainer's `args.seed` when None.
+        seed: seed of the noise; the Trainer's `args.seed` if None.
         settings: other fields of `NoiseSettings` (mode, ramp, every, interval, resample, per_rank, scale, fan_in).
     """
 
     def __init__(self, sigma: float, *, seed: int | None = None, **settings: Any) -> None:
         self.sigma, self.seed, self.settings = sigma, seed, settings
         self.perturbation: WeightPerturbation | None = None
-        self.noise_sha256: list[str] | None = None  # of each process's first layer, where there are several
+        self.noise_sha256: list[str] | None = None  # of the first layer in each process, if there are several
         self._micro_batch, self._step = 0, 0
         self._hooks: list[RemovableHandle] = []
-        self._pass: AbstractContextManager | None = None  # in which layers inside reentrant checkpoints are
+        self._pass: AbstractContextManager | None = None  # context around layers inside reentrant checkpoints
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
@@ -57,7 +57,7 @@ class FlatLoraCallback(TrainerCallback):
         if not layers:
             raise ValueError(
                 f"FlatLoraCallback found no LoRA layer in {type(model).__name__}: wrap the model with "
-                "peft.get_peft_model(model, LoraConfig(...)) before you give it to the Trainer."
+                "peft.get_peft_model(model, LoraConfig(...)) before you pass it to the Trainer."
             )
         self._warn_of_slow_products(model, layers[0].weight, args)
         self.close()  # of a training that was interrupted
@@ -77,11 +77,11 @@ class FlatLoraCallback(TrainerCallback):
         if state.global_step % self._running.noise.every:
             self._restore_draw(args, state)
         else:
-            state.stateful_callbacks.pop(_DRAW, None)  # of a window that is over
+            state.stateful_callbacks.pop(_DRAW, None)  # it belongs to a window that has ended
 
     @property
     def _running(self) -> WeightPerturbation:
-        """The perturbation of the training that is under way."""
+        """The perturbation of the current training."""
         if self.perturbation is None:
             raise RuntimeError("FlatLoraCallback has no perturbation before on_train_begin: let a Trainer call it.")
         return self.perturbation
@@ -91,7 +91,7 @@ class FlatLoraCallback(TrainerCallback):
 
     @staticmethod
     def _warn_of_slow_products(model: nn.Module, weight: torch.Tensor, args: TrainingArguments) -> None:
-        """Name what makes a CPU compute in BF16 that has no instructions for it."""
+        """Warn if the settings make a CPU without BF16 instructions compute in BF16."""
         setting = "bf16=True" if args.bf16 else f"dtype={str(weight.dtype).removeprefix('torch.')}"
         in_bf16 = args.bf16 or weight.dtype == torch.bfloat16
         if in_bf16 and weight.is_cpu and not bf16_support(cpu_features())[0]:
@@ -99,13 +99,13 @@ class FlatLoraCallback(TrainerCallback):
             logger.warning("%s", slow_bf16_warning(model, setting, remedy))
 
     def _warn_of_no_noise(self, total_steps: int) -> None:
-        """Every ramp rises: where the last window has no noise, none has."""
+        """Warn if σ_t is 0 in all steps. Ramps rise, so this is the case if it is 0 in the last window."""
         perturbation = self._running
         last = total_steps - 1
         if self.sigma > 0 and perturbation.sigma_at(last - last % perturbation.noise.interval) == 0:
             logger.warning(
-                "sigma=%g perturbs nothing in this training: the %s ramp begins at 0, and with every=%d all %d steps "
-                "take its first value; train for more steps, lower `every`, or use ramp=constant.",
+                "sigma=%g has no effect in this training: the %s ramp begins at 0, and with every=%d all %d steps "
+                "use its first value; train for more steps, lower `every`, or use ramp=constant.",
                 self.sigma,
                 perturbation.noise.ramp,
                 perturbation.noise.every,
@@ -113,10 +113,10 @@ class FlatLoraCallback(TrainerCallback):
             )
 
     def _see_through_checkpointing(self, model: nn.Module) -> None:
-        """Let layers inside reentrant checkpoints read what the pass around them reads.
+        """Let layers inside reentrant checkpoints read the same weights as the pass around them.
 
-        torch runs the first forward of such a checkpoint without gradients, which elsewhere means W. The models around
-        the checkpoints are hooked, not the checkpoints: TRL's trainers disable and enable these anew in every step.
+        torch runs the first forward of such a checkpoint without gradients, in which layers would read W. The hooks are
+        on the models instead of the checkpoints, because TRL's trainers disable and enable these in every step.
         """
         functions = [module.__dict__.get("_gradient_checkpointing_func") for module in model.modules()]
         if not any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
@@ -124,13 +124,13 @@ class FlatLoraCallback(TrainerCallback):
         entered: list[nn.Module] = []
 
         def enter(module: nn.Module, args: Any) -> None:
-            if not entered:  # models inside are part of the outermost one's pass
+            if not entered:  # inner models are part of the outermost model's pass
                 self._pass = self._running.within_pass(gradients=torch.is_grad_enabled())
                 self._pass.__enter__()
             entered.append(module)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if entered and entered[-1] is module:  # not where a hook before `enter` failed
+            if entered and entered[-1] is module:  # False if a hook before `enter` failed
                 entered.pop()
                 if not entered:
                     self._leave_pass()
@@ -142,7 +142,7 @@ class FlatLoraCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._running.active and state.global_step == self._step:
-            return  # an epoch of streamed rows ended inside the window: what follows adds to the same step's gradient
+            return  # an epoch of streamed rows ended inside an accumulation window, and the same step continues
         self._micro_batch, self._step = 0, state.global_step
         self._running.begin(state.global_step)
         if state.global_step % self._running.noise.every == 0:
@@ -151,13 +151,13 @@ class FlatLoraCallback(TrainerCallback):
             self._compare_noise(args.world_size)
 
     def _compare_noise(self, world_size: int) -> None:
-        """Hash what each process reads in the first layer: shared noise is the same everywhere, or the run is void."""
+        """Compare the hash of the first layer's perturbed weight over the processes: shared noise must be equal."""
         digests: list[str] = [""] * world_size
         torch.distributed.all_gather_object(digests, self._running.weight_sha256(0))
         if not self._running.noise.per_rank and len(set(digests)) > 1:
             raise RuntimeError(
-                f"The processes perturb {self._running.layers[0].name} by different noise ({digests}), which is to be "
-                "shared: they run on machines that compute differently; use alike ones, or rho.per_rank=true."
+                f"The processes perturb {self._running.layers[0].name} with different noise ({digests}), but must "
+                "share it: their machines compute differently; use machines of one kind, or rho.per_rank=true."
             )
         self.noise_sha256 = digests
 
@@ -178,7 +178,7 @@ class FlatLoraCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take ε away and free the buffers, wherever training stopped; harmless at any time."""
+        """Remove ε and free the buffers; can be called at any time, such as after an interrupted training."""
         self._leave_pass()
         for hook in self._hooks:
             hook.remove()
@@ -192,10 +192,10 @@ class FlatLoraCallback(TrainerCallback):
             self._pass = None
 
     def _keep_draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Put the ε of a window into the Trainer's state, and so into every checkpoint that is written in the window.
+        """Put the draw of a window into the Trainer's state, and so into every checkpoint within the window.
 
-        Not into a file of its own: a callback is not digests which folder a training is resumed from, and an earlier
-        training may have left another file where this one would be looked for.
+        A file of its own would not do: a callback does not know which folder a training is resumed from, and an earlier
+        training may have left another file there.
         """
         tensors = self._running.state_dict()
         if tensors:
@@ -207,25 +207,25 @@ class FlatLoraCallback(TrainerCallback):
             }
 
     def _settings_of_draw(self, args: TrainingArguments) -> dict[str, Any]:
-        """What a window's later steps share with its first."""
+        """The settings that must not change within a window."""
         names = ("sigma", "ramp", "every", "resample", "per_rank", "scale", "fan_in")
         return {"seed": self._seed(args), **{name: getattr(self._running.noise, name) for name in names}}
 
     def _restore_draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Go on with the ε of the window that a checkpoint was written in.
+        """Continue with the draw of the window that the checkpoint was written in.
 
         Raises:
-            ValueError: the checkpoint has none, or that of other settings or layers.
+            ValueError: the checkpoint has none, or one of other settings or layers.
         """
-        kept, here = state.stateful_callbacks.get(_DRAW), self._settings_of_draw(args)
-        if kept is None:
-            raise self._cannot_resume(state, "the checkpoint holds no draw of it (flatlora_draw in trainer_state.json)")
-        there = kept["settings"]
-        if differing := [name for name in here if there.get(name) != here[name]]:
-            changes = ", ".join(f"{name} was {there.get(name)!r} and is {here[name]!r}" for name in differing)
-            raise self._cannot_resume(state, f"it was drawn by other settings ({changes})")
-        packed = base64.b64decode(kept["tensors"])
-        if hashlib.sha256(packed).hexdigest() != kept["sha256"]:
+        draw, settings = state.stateful_callbacks.get(_DRAW), self._settings_of_draw(args)
+        if draw is None:
+            raise self._cannot_resume(state, "the checkpoint does not contain it (flatlora_draw in trainer_state.json)")
+        saved = draw["settings"]
+        if differing := [name for name in settings if saved.get(name) != settings[name]]:
+            changes = ", ".join(f"{name} was {saved.get(name)!r} and is {settings[name]!r}" for name in differing)
+            raise self._cannot_resume(state, f"it was drawn with other settings ({changes})")
+        packed = base64.b64decode(draw["tensors"])
+        if hashlib.sha256(packed).hexdigest() != draw["sha256"]:
             raise self._cannot_resume(state, "the draw in the checkpoint is broken")
         tensors = load(packed)
         if int(tensors["step"]) != state.global_step - state.global_step % self._running.noise.every:
@@ -239,15 +239,15 @@ class FlatLoraCallback(TrainerCallback):
         every = self._running.noise.every
         return ValueError(
             f"Cannot resume at step {state.global_step}, inside a window of every={every} steps that share one ε: "
-            f"{reason}; resume with the settings of before, or from a checkpoint whose step is a multiple of {every}."
+            f"{reason}; resume with the original settings, or from a checkpoint whose step is a multiple of {every}."
         )
 
 
 def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
-    """A callback's own file in the checkpoint that a training of this suite goes on from.
+    """Path of a callback's own file in the checkpoint that a training of this suite resumes from.
 
     Raises:
-        FileNotFoundError: it is not there; with where it was looked for.
+        FileNotFoundError: it does not exist; the message lists the folders that were searched.
     """
     folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
     if isinstance(args.resume_from_checkpoint, str):
@@ -257,5 +257,5 @@ def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> 
             return folder / name
     raise FileNotFoundError(
         f"Resuming at step {state.global_step} needs {name}, which is in none of {', '.join(map(str, folders))}: set "
-        "args.resume_from_checkpoint to the checkpoint's folder, or resume from another one."
+        "args.resume_from_checkpoint to the folder of the checkpoint, or resume from another one."
     )

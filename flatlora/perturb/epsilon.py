@@ -1,9 +1,9 @@
-"""How ε is made: the row norms that scale it, and the passes that write W + ε, on the host and on a GPU.
+"""Computes ε: the row norms that scale it, and the passes that write W + ε, on the host and on a GPU.
 
     c_i = σ_t/√n · ‖W'_i‖ (paper section 3.3; the ablations leave out 1/√n or the row),   out = round(W + c_i z_ij)
 
-`HostEpsilon` works layer by layer with the code of noise/host.py, `DeviceEpsilon` with noise/triton_kernels.py: one
-launch for all layers of a model. Both read the same stream of normals.
+`HostEpsilon` works layer by layer with noise/host.py; `DeviceEpsilon` uses noise/triton_kernels.py, with one launch for
+all layers of a model. Both draw the same stream of normals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CHUNK_ELEMENTS = 1 << 18  # 1 MiB of FP32: noise and weight of a chunk stay in 
 
 @dataclass(frozen=True)
 class Draw:
-    """All that makes one layer's ε again: Philox key, counter words, and c (m, FP32)."""
+    """Everything that determines one layer's ε: Philox key, counter words, and c, shape (m,), FP32."""
 
     key: tuple[int, int]
     step: int
@@ -33,14 +33,14 @@ class Draw:
 
 
 class Epsilon(Protocol):
-    """ε of a list of layers. Lists of tensors below have one entry a layer."""
+    """ε of a list of layers. The lists of tensors below have one entry per layer."""
 
     def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
-        """c (m, FP32) of every layer, from the weights and adapters as they are now."""
+        """c of every layer, shape (m,), FP32, from the current weights and adapters."""
         ...
 
     def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The c of a saved draw, on the layers' device."""
+        """Moves the c of a saved draw to the layers' device and uses them."""
         ...
 
     def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
@@ -48,7 +48,7 @@ class Epsilon(Protocol):
         ...
 
     def set_counter(self, draws: Sequence[Draw]) -> None:
-        """Set what `materialize` draws where a CUDA graph replays it, and no code of the host runs."""
+        """Set step and stream for the `materialize` calls that a CUDA graph replays without running host code."""
         ...
 
     def materialize(self, index: int, draw: Draw) -> torch.Tensor:
@@ -56,12 +56,12 @@ class Epsilon(Protocol):
         ...
 
     def check(self) -> None:
-        """FloatingPointError if row norms were not finite in any step up to now."""
+        """Raise FloatingPointError if row norms were not finite in any step so far."""
         ...
 
 
 def epsilon_of(layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> Epsilon:
-    """ε of layers that are on one device, made there."""
+    """The implementation for the device of the layers, which must be on one device."""
     return HostEpsilon(layers) if layers[0].weight.is_cpu else DeviceEpsilon(layers, keys)
 
 
@@ -85,25 +85,25 @@ class HostEpsilon:
         host.share([functools.partial(write, *each) for each in zip(self.layers, draws, outs, strict=True)])
 
     def set_counter(self, draws: Sequence[Draw]) -> None:
-        """Nothing to set: each call brings its own draw."""
+        """Does nothing: each call gets its draw as an argument."""
 
     def materialize(self, index: int, draw: Draw) -> torch.Tensor:
         layer = self.layers[index]
         stored = self._scratch.get("weight", layer.stored_shape, layer.dtype, layer.weight.device)
-        weight = layer.dense(stored)  # a packed weight is unpacked into the buffer, and ε added to it there
+        weight = layer.dense(stored)  # a packed weight is unpacked into the buffer, where ε is then added
         rows, dtype = layer.as_rows(weight), layer.stored_dtype
         write_perturbed(rows, draw, layer.as_rows(stored), self._scratch, stored=dtype)
         return stored
 
     def check(self) -> None:
-        """Nothing to add: `coefficients` looks at once."""
+        """Does nothing: `coefficients` has checked already."""
 
 
 class DeviceEpsilon:
-    """ε on one GPU: a launch for all row norms, a launch for all layers' noise, and no wait for the host.
+    """ε on one GPU: one launch for all row norms, one for the noise of all layers, without synchronization.
 
-    The coefficients of all layers lie in one vector whose address never changes, and step and stream on the device, so
-    that passes, and CUDA graphs that captured them, stay valid from step to step.
+    The coefficients of all layers are in one vector whose address never changes, and step and stream are on the device.
+    So passes, and CUDA graphs that captured them, stay valid from step to step.
     """
 
     def __init__(self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> None:
@@ -162,7 +162,7 @@ class DeviceEpsilon:
         if self._counted != (draw.step, draw.stream):
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"Cannot turn to step={draw.step}, stream={draw.stream} while a CUDA graph is captured: every "
+                    f"Cannot set step={draw.step}, stream={draw.stream} while a CUDA graph is captured: every "
                     "replay would draw the same noise; run the backward of a micro-batch before the next one begins."
                 )
             self._counter.copy_(torch.tensor([draw.step, draw.stream]), non_blocking=True)
@@ -171,7 +171,7 @@ class DeviceEpsilon:
     def _pass(
         self, indices: Sequence[int], weights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
     ) -> triton_kernels.NoisePass:
-        """The pass over these layers into these buffers; built once, for its tables take a while to fill."""
+        """The pass over these layers into these buffers; built once, because filling its tables takes a while."""
         address = tuple(indices), *(tuple(each.data_ptr() for each in tensors) for tensors in (outs, weights))
         if address not in self._passes:
             layers, c = [self.layers[i] for i in indices], self._c.split(self._rows)
@@ -185,7 +185,7 @@ class DeviceEpsilon:
         return self._passes[address]
 
     def _frozen_squares(self) -> torch.Tensor:
-        """‖W_i‖² of the rows of all layers, which a frozen W never changes: Σ m, FP32."""
+        """‖W_i‖² of the rows of all layers, shape (Σ m,), FP32; computed once, because W is frozen."""
         if self._squared is None:
             weights = (layer.as_rows(layer.dense()) for layer in self.layers)  # unpacked one at a time
             self._squared = torch.cat([torch_passes.squared_row_norms(weight) for weight in weights]).float()
@@ -193,8 +193,8 @@ class DeviceEpsilon:
 
     @torch.no_grad()
     def _merged_squares(self) -> torch.Tensor:
-        """‖W'_i‖² of the rows of all layers, Σ m, FP32."""
-        # What passes have to be built anew for: a factor that moved to another place, another scaling or adapter.
+        """‖W'_i‖² of the rows of all layers, shape (Σ m,), FP32."""
+        # Passes are rebuilt if a factor has moved in memory, or the scaling or the adapter has changed.
         state = [layer.state() for layer in self.layers]
         if self._norms is None or self._norms[0] != state:
             terms = [list(layer.adapters()) for layer in self.layers]
@@ -208,7 +208,7 @@ class DeviceEpsilon:
         return self._c
 
     def _norm_passes(self, pairs: Sequence[AdapterTerm]) -> list[tuple[range, triton_kernels.RowNormPass]]:
-        """One pass for all layers, or, as packed weights share a buffer, one for each; they write into `_c`."""
+        """One pass for all layers, or one per layer if weights are packed, as these share a buffer. Output is `_c`."""
         everyone = range(len(self.layers))
         groups = [range(i, i + 1) for i in everyone] if any(la.quantized for la in self.layers) else [everyone]
         whole = self._frozen_squares()
@@ -229,7 +229,7 @@ class DeviceEpsilon:
         ]
 
     def _readable(self, index: int) -> torch.Tensor:
-        """W of one layer in the stored layout: itself, or unpacked into the buffer that `materialize` uses too."""
+        """W of one layer in the stored layout: the weight, or unpacked into the buffer that `materialize` uses too."""
         layer = self.layers[index]
         return layer.dense(self._buffer(layer)) if layer.quantized else layer.dense()
 
@@ -237,7 +237,7 @@ class DeviceEpsilon:
         return self._scratch.get("weight", layer.stored_shape, layer.dtype, self.device, self._largest)
 
     def _merged_squares_of(self, terms: Sequence[Sequence[AdapterTerm]]) -> torch.Tensor:
-        """The same for layers with several adapters, or none: one layer after the other."""
+        """`_merged_squares` for layers with several adapters or none, one layer after the other."""
         squares = []
         for layer, each, squared in zip(self.layers, terms, self._frozen_squares().split(self._rows), strict=True):
             norms = merged_row_norms(layer.as_rows(layer.dense()), each, squared.double())
@@ -246,9 +246,9 @@ class DeviceEpsilon:
 
 
 class _Scratch:
-    """Reusable flat buffers by (purpose, dtype, device); a request for more elements grows its buffer.
+    """Reusable flat buffers by (purpose, dtype, device), which grow on demand.
 
-    `reserve` elements are allocated at once: a buffer that never grows keeps the address that passes were built for.
+    At least `reserve` elements are allocated, so that a buffer can keep the address that passes were built for.
     """
 
     def __init__(self) -> None:
@@ -273,9 +273,9 @@ def write_perturbed(
     sign: float = 1.0,
     stored: torch.dtype | None = None,
 ) -> None:
-    """out = round(W + sign · c_i z_ij), W and out m × n of one floating dtype; out may be W.
+    """Writes out = round(W + sign · c_i z_ij); W and out are m × n with the same floating dtype, and out may be W.
 
-    The sum is made in FP32 (FP64 for an FP64 weight) and rounded once, to `stored` (the weight's dtype when None).
+    The sum is computed in FP32 (FP64 for an FP64 weight) and rounded once, to `stored` (the weight's dtype if None).
     """
     rows, columns = weight.shape
     rounded = stored == torch.bfloat16 and weight.dtype == torch.float32
@@ -299,10 +299,10 @@ def write_perturbed(
 def noise_coefficients(
     layer: PerturbedLayer, sigma: float, *, scale: str = "filter", fan_in: bool = True
 ) -> torch.Tensor:
-    """c (m, FP32): the std of ε in each row of a layer (paper section 3.3).
+    """Returns c, the standard deviation of ε in each row of a layer, shape (m,), FP32 (paper section 3.3).
 
     Raises:
-        FloatingPointError: the weight or an adapter holds NaN or infinity.
+        FloatingPointError: the weight or an adapter contains NaN or infinity.
     """
     weight = layer.as_rows(layer.dense())
     if layer.squared_norms is None:
@@ -314,7 +314,7 @@ def noise_coefficients(
 
 
 def _coefficients(norms: torch.Tensor, columns: int, sigma: float, *, scale: str, fan_in: bool) -> torch.Tensor:
-    """c of the row norms of one layer."""
+    """c from the row norms of one layer."""
     if scale == "iid":
         norms = norms.square().mean().sqrt().expand_as(norms)
     return norms * (sigma / math.sqrt(columns) if fan_in else sigma)
@@ -322,7 +322,7 @@ def _coefficients(norms: torch.Tensor, columns: int, sigma: float, *, scale: str
 
 def _not_finite(name: str) -> str:
     return (
-        f"The row norms of {name} are not finite: its weight or adapter holds NaN or infinity; lower optim.lr or "
+        f"The row norms of {name} are not finite: its weight or adapter contains NaN or infinity; lower optim.lr or "
         "rho.sigma, or check the checkpoint."
     )
 
@@ -331,10 +331,10 @@ def _not_finite(name: str) -> str:
 def merged_row_norms(
     weight: torch.Tensor, terms: Sequence[AdapterTerm], squared_norms: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """‖W_i + Σ s B_i A‖ of each row (m, FP32) without forming any B·A.
+    """Returns ‖W_i + Σ s B_i A‖ of each row, shape (m,), FP32, without forming B·A.
 
-    Stacking the terms as one pair B = [s₁B₁ …], A = [A₁; …], the square is ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ.
-    `squared_norms` (m, FP64) may hold ‖W_i‖², which a frozen W never changes.
+    With the terms stacked as B = [s₁B₁ …] and A = [A₁; …], the square is ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ.
+    `squared_norms` is ‖W_i‖², shape (m,), FP64, if it is known.
     """
     squared = torch_passes.squared_row_norms(weight) if squared_norms is None else squared_norms
     if terms:
@@ -349,7 +349,7 @@ def merged_row_norms(
 
 @torch.no_grad()
 def merged_row_norms_reference(weight: torch.Tensor, terms: Sequence[AdapterTerm]) -> torch.Tensor:
-    """Slow twin of `merged_row_norms`: forms W' in FP64 (m × n) and takes its row norms."""
+    """Slow reference for `merged_row_norms`: forms W' in FP64 (m × n) and takes its row norms."""
     merged = weight.double()
     for term in terms:
         merged = merged + term.scaling * (term.B.double() @ term.A.double())

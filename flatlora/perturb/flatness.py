@@ -1,14 +1,14 @@
-"""How flat the loss is around a model's weights, in the full weight space: what Flat-LoRA is to improve.
+"""Measures of how flat the loss is around a model's weights in the full weight space.
 
-With W' the merged weights of the layers that adapters act on (paper § 3.1), L the mean loss of a token (or image):
+With W' the merged weights of the layers that adapters act on (paper § 3.1) and L the mean loss of a token (or image):
 
     expected rise   E_ε L(W' + ε) − L(W'),  ε as Flat-LoRA draws it at a σ (paper section 3.3)
     landscape       L(W' + a·d₁ + b·d₂),  d random, each row of it as long as that row of W' (Li et al. 2018, § 4)
-    top eigenvalue  of ∇² L by power iteration; trace of ∇² L by Hutchinson's probes
+    top eigenvalue  of ∇² L by power iteration; trace of ∇² L by Hutchinson's estimator
 
-Every random number is host.py's, keyed by seed and layer, in streams of their own: two models of one architecture are
-measured along the same directions, draws and probes, so that their differences are paired, and no model is measured on
-an ε that it was trained on. Weights are put back after each measure.
+All random numbers come from the noise stream, keyed by seed and layer. So two models of one architecture are measured
+with the same directions, draws and probes, and their differences are paired. The streams differ from those of training,
+so no model is measured with an ε that it was trained on. Weights are restored after each measure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.utils.labels import IGNORED_LABEL
 
 Batch = Mapping[str, torch.Tensor]
-FIRST_STREAM = philox.RESERVED_STREAMS  # kept with what was measured: other streams, other draws
+FIRST_STREAM = philox.RESERVED_STREAMS  # recorded with each measure: other streams give other draws
 _RISE, _DIRECTION, _PROBE, _START = (FIRST_STREAM + number for number in range(4))
 
 
@@ -38,14 +38,14 @@ def plain_layers(model: nn.Module, names: Sequence[str]) -> list[PerturbedLayer]
     """The named linear layers of a model without adapters.
 
     Raises:
-        ValueError: weights that cannot be shifted by a little: not FP32 or FP64.
+        ValueError: weights are not FP32 or FP64, and would round small shifts away.
     """
     layers = [PerturbedLayer(name, model.get_submodule(name)) for name in names]
     fine = (torch.float32, torch.float64)
     coarse = sorted({str(layer.stored_dtype) for layer in layers if layer.stored_dtype not in fine})
     if coarse or any(layer.quantized for layer in layers):
         raise ValueError(
-            f"Invalid weights={', '.join(coarse) or 'packed'}: a small step would be lost in their rounding; call "
+            f"Invalid weights={', '.join(coarse) or 'packed'}: small shifts would be lost in their rounding; call "
             "flatlora.utils.precision.widen(model) first."
         )
     return layers
@@ -53,7 +53,7 @@ def plain_layers(model: nn.Module, names: Sequence[str]) -> list[PerturbedLayer]
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """L over all batches: of each token that counts, or image, alike."""
+    """L over all batches: the mean over all tokens with a label, or all images."""
     counts = [_counted(model, batch) for batch in batches]
     losses = [model(**batch).loss.double() * count for batch, count in zip(batches, counts, strict=True)]
     return float(torch.stack(losses).sum()) / sum(counts)
@@ -63,7 +63,8 @@ def _counted(model: nn.Module, batch: Batch) -> int:
     labels = batch["labels"]
     if labels.dim() == 1:
         return len(labels)
-    shifted = labels if getattr(model.config, "is_encoder_decoder", False) else labels[:, 1:]  # nothing tells the first
+    # A decoder does not predict the first token.
+    shifted = labels if getattr(model.config, "is_encoder_decoder", False) else labels[:, 1:]
     return int((shifted != IGNORED_LABEL).sum())
 
 
@@ -77,17 +78,17 @@ def expected_rises(
     seed: int,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
-    """L(W' + ε) − L(W') of each draw of ε; their mean estimates the expected rise.
+    """Returns L(W' + ε) − L(W') for each draw of ε; their mean estimates the expected rise.
 
-    `on_progress(1)` is called after each.
+    `on_progress(1)` is called after each draw.
     """
-    at_rest = mean_loss(model, batches)
+    unperturbed = mean_loss(model, batches)
     perturbation = _MeasuringPerturbation(layers, sigma=sigma, total_steps=draws, seed=seed, ramp="constant")
     rises = []
     try:
         for step in range(draws):
             perturbation.begin(step)
-            rises.append(mean_loss(model, batches) - at_rest)
+            rises.append(mean_loss(model, batches) - unperturbed)
             perturbation.end()
             on_progress(1)
     finally:
@@ -96,7 +97,7 @@ def expected_rises(
 
 
 class _MeasuringPerturbation(WeightPerturbation):
-    """ε as in training, from a stream that no training draws from, whatever its seed."""
+    """Draws ε as in training, but from a stream that no training uses."""
 
     def draw(self, index: int, micro_batch: int = 0) -> Draw:
         return dataclasses.replace(super().draw(index, micro_batch), stream=_RISE)
@@ -112,18 +113,21 @@ def landscape(
     seed: int,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> torch.Tensor:
-    """L at each place of a grid of `at` in one or two dimensions: len(at) or len(at) × len(at), FP64, on the host.
+    """Returns L on a grid in one or two dimensions, shape (len(at),) or (len(at), len(at)), FP64, on the host.
 
-    1 is the length of W' itself, row by row. Rows of the result follow the first direction.
+    Args:
+        at: coordinates along each direction; 1 is the norm of W', row by row.
+        dimensions: 1 or 2; rows of the result follow the first direction.
+        on_progress: called with 1 after each point.
     """
     directions = [Direction(layers, seed, number) for number in range(dimensions)]
     grid = torch.empty([len(at)] * dimensions, dtype=torch.float64)
     with restored(layers) as originals:
-        for place in itertools.product(range(len(at)), repeat=dimensions):
+        for point in itertools.product(range(len(at)), repeat=dimensions):
             _copy(originals, layers)
-            for direction, index in zip(directions, place, strict=True):
+            for direction, index in zip(directions, point, strict=True):
                 direction.add(at[index])
-            grid[place] = mean_loss(model, batches)
+            grid[point] = mean_loss(model, batches)
             on_progress(1)
     return grid
 
@@ -131,7 +135,7 @@ def landscape(
 class Direction:
     """One random filter-normalized direction through all layers: d_i = ‖W'_i‖ z_i / ‖z_i‖ of each row i.
 
-    W' is what the layers hold when the direction is made; z is the noise of step `number` in a stream of its own.
+    W' are the weights when the direction is created; z is the noise of step `number` in the stream of directions.
     """
 
     def __init__(self, layers: Sequence[PerturbedLayer], seed: int, number: int) -> None:
@@ -154,26 +158,26 @@ class Direction:
 
 
 def direction_reference(layer: PerturbedLayer, seed: int, number: int) -> torch.Tensor:
-    """Slow twin of `Direction`: d of one layer as a whole matrix (m × n, FP64), row by row."""
+    """Slow reference for `Direction`: d of one layer as a matrix (m × n, FP64), row by row."""
     rows = layer.as_rows(layer.dense()).double().cpu()
     z = torch.from_numpy(philox.normal_reference(seed, number, _DIRECTION, layer.name, tuple(rows.shape)))
-    return torch.stack([row.norm() * one / one.norm() for row, one in zip(rows, z, strict=True)])
+    return torch.stack([row.norm() * z_row / z_row.norm() for row, z_row in zip(rows, z, strict=True)])
 
 
 @dataclass(frozen=True)
 class TopEigenvalue:
-    """The Hessian's eigenvalue of the largest magnitude, its sign kept."""
+    """The Hessian's eigenvalue of largest magnitude, with its sign."""
 
     value: float
     iterations: int
-    residual: float  # ‖Hv − λv‖ / |λ| of a unit v
+    residual: float  # ‖Hv − λv‖ / |λ| for the unit vector v
 
 
 class Hessian:
-    """∇² L with respect to the layers' weights, as a product with vectors: exact, by a second backward.
+    """∇² L with respect to the layers' weights; products with vectors are exact, by a second backward pass.
 
-    A vector has one tensor (FP32, the stored layout) a layer. Attention must be eager: the fused kernels have no second
-    derivative.
+    A vector has one tensor per layer (FP32, in the stored layout). Attention must be eager: the fused kernels have no
+    second derivative.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[PerturbedLayer], batches: Sequence[Batch]) -> None:
@@ -181,7 +185,7 @@ class Hessian:
         self._counts = [_counted(model, batch) for batch in batches]
 
     def times(self, vector: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """∇² L · vector."""
+        """Returns ∇² L · vector."""
         weights = [layer.weight for layer in self.layers]
         product = [torch.zeros_like(weight) for weight in weights]
         with _trained(weights):
@@ -201,14 +205,14 @@ class Hessian:
         tolerance: float = 1e-3,
         on_progress: Callable[[int], None] = lambda count: None,
     ) -> TopEigenvalue:
-        """By power iteration, until λ changes by less than `tolerance` of itself.
+        """Runs power iteration until the relative change of λ is at most `tolerance`.
 
         `on_progress(1)` is called after each iteration.
         """
         vector, value = _unit(self._random(seed, _START, 0)), math.inf
         for iteration in range(1, iterations + 1):  # noqa: B007  (on_progress in the end)
             product = self.times(vector)
-            before, value = value, _dot(vector, product)  # Rayleigh's quotient
+            before, value = value, _dot(vector, product)  # Rayleigh quotient
             rest = [p - value * v for p, v in zip(product, vector, strict=True)]
             on_progress(1)
             if value == 0 or abs(value - before) <= tolerance * abs(value):
@@ -219,7 +223,7 @@ class Hessian:
     def trace_samples(
         self, *, seed: int, probes: int, on_progress: Callable[[int], None] = lambda count: None
     ) -> list[float]:
-        """vᵀ∇²L v of each probe v of random signs (Hutchinson 1990); their mean estimates the trace."""
+        """Returns vᵀ∇²L v for each probe v of random signs (Hutchinson 1990); their mean estimates the trace."""
         samples = []
         for number in range(probes):
             vector = [part.sign() for part in self._random(seed, _PROBE, number)]
@@ -246,7 +250,7 @@ def _dot(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
 
 @contextlib.contextmanager
 def _trained(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients of these weights, and back to what was."""
+    """Turn gradients of these weights on, and restore `requires_grad` afterwards."""
     before = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:
@@ -259,7 +263,7 @@ def _trained(weights: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored(layers: Sequence[PerturbedLayer]) -> Iterator[list[torch.Tensor]]:
-    """Copies of the layers' weights, which are put back in the end, whatever happens."""
+    """Yields copies of the layers' weights and restores the weights from them at the end, also after an error."""
     originals = [layer.weight.detach().clone() for layer in layers]
     try:
         yield originals

@@ -1,4 +1,4 @@
-"""Forwards that read W + ε: wrappers around a module's own, and the recomputed linear layer and convolution."""
+"""Forwards that read W + ε: wrappers of a module's own forward, and the recomputed linear layer and convolution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flatlora.perturb.layers import PerturbedLayer, has_standard_forward
 
 
 class Perturbation(Protocol):
-    """What the forwards ask of a `WeightPerturbation`."""
+    """The part of `WeightPerturbation` that the forwards use."""
 
     @property
     def mode(self) -> str: ...
@@ -26,7 +26,7 @@ class Perturbation(Protocol):
     def layers(self) -> Sequence[PerturbedLayer]: ...
 
     def reading(self, index: int) -> Reading | None:
-        """What layer number `index` reads now; None while it reads W."""
+        """The `Reading` of layer number `index` now; None while it reads W."""
         ...
 
     def perturbed_weight(self, index: int, draw: Draw) -> torch.Tensor:
@@ -35,7 +35,7 @@ class Perturbation(Protocol):
 
 
 class Reading(NamedTuple):
-    """W + ε of one layer as one forward read it; its backward must read the same."""
+    """W + ε of one layer in one forward; the backward must read the same."""
 
     perturbation: Perturbation
     layer: int  # its number
@@ -47,16 +47,16 @@ class Reading(NamedTuple):
 
 
 class _Wrapper:
-    """Stands for the forward of a module that reads the weight of layer number `index`.
+    """Replaces the forward of a module that reads the weight of layer number `index`.
 
-    Wrapping the call rather than replacing the parameter for good leaves W to everything else that reads it: tied
-    weights, hashes, checkpoints, merges, and an evaluation after an interrupted step.
+    The call is wrapped, and the parameter stays W for everything else that reads it: tied weights, hashes, checkpoints,
+    merges, and an evaluation after an interrupted step.
     """
 
     def __init__(self, perturbation: Perturbation, index: int, module: nn.Module) -> None:
         self.perturbation, self.index, self.module = perturbation, index, module
         self.layer = perturbation.layers[index]
-        self.replaced = module.__dict__.get("forward")  # accelerate's hooks sit there too
+        self.replaced = module.__dict__.get("forward")  # such as that of accelerate's hooks
         self.plain = self.replaced or type(module).forward.__get__(module)
 
     def attach(self) -> None:
@@ -74,10 +74,11 @@ class _Wrapper:
         return self.perturbation.reading(self.index)
 
     def run_plain(self, reading: Reading, *args: Any, keeps_weight: bool, **kwargs: Any) -> torch.Tensor:
-        """The module's own forward, which finds W + ε in the layer.
+        """Run the module's own forward with W + ε as the layer's weight.
 
-        `keeps_weight` says that autograd keeps the weight for the backward: in recompute mode, where the next layer
-        overwrites it, the forward then runs again in the backward.
+        Args:
+            keeps_weight: whether autograd keeps the weight for the backward. In recompute mode the next layer
+                overwrites it, so the forward then runs again in the backward.
         """
 
         def run(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -90,14 +91,14 @@ class _Wrapper:
 
 
 class PerturbedForward(_Wrapper):
-    """The forward of a layer in copy and recompute mode: reads W + ε while there is a `reading`, else W."""
+    """The forward of a layer in copy and recompute mode: reads W + ε if there is a `reading`, else W."""
 
     def __init__(self, perturbation: Perturbation, index: int, module: nn.Module) -> None:
         super().__init__(perturbation, index, module)
         self.is_standard = self.layer.quantized or (self.replaced is None and has_standard_forward(module))
         self._checked = self.is_standard
 
-    @torch.compiler.disable  # what is read changes from step to step: torch.compile must break its graph here
+    @torch.compiler.disable  # the weight that is read changes in every step, so torch.compile must break its graph here
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         reading = self.reading()
         if reading is None:
@@ -113,10 +114,10 @@ class PerturbedForward(_Wrapper):
 
     @torch.no_grad()
     def _check_own_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Try a forward that is not torch's at σ → 0, and with another weight, when it is called first.
+        """Test a forward that is not torch's on its first call: with its own weight, and with another one.
 
         Raises:
-            TypeError: its output is not its own, or does not follow from the weight that it is given.
+            TypeError: the output differs with the same weight, or does not change with another one.
         """
         if self._checked or _is_capturing() or not x.any():
             return
@@ -126,28 +127,28 @@ class PerturbedForward(_Wrapper):
         if torch.allclose(own, same, **tolerance) and not (torch.equal(own, other) and own.any()):
             return
         raise TypeError(
-            f"Invalid layer {self.layer.name}={type(self.module).__name__}: its forward does not compute with the "
-            "weight that it holds when it is called (a copy of it, or one that a hook loads), so that noise would "
-            "change its output wrongly or not at all; take the layer out of the adapter's target_modules."
+            f"Invalid layer {self.layer.name}={type(self.module).__name__}: its forward does not compute with its "
+            "weight parameter (but with a copy, or one that a hook loads), so noise would change its output wrongly or "
+            "not at all; remove the layer from the adapter's target_modules."
         )
 
     def _outputs(
         self, weights: Sequence[torch.Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[torch.Tensor]:
-        """What the layer's own forward makes of each weight (None: as it is); generators and buffers stay."""
+        """Outputs of the layer's own forward with each weight (None: its own); restores generators and buffers."""
         devices = [self.layer.weight.device] if self.layer.weight.is_cuda else []
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        found = []
+        outputs = []
         for weight in weights:
             with torch.random.fork_rng(devices=devices), _holding(self.layer.module, weight):
-                found.append(self.plain(*args, **kwargs).clone())
+                outputs.append(self.plain(*args, **kwargs).clone())
             for name, buffer in buffers.items():
                 self.module.get_buffer(name).copy_(buffer)
-        return found
+        return outputs
 
 
 class PerturbedReader(_Wrapper):
-    """The forward of PEFT's DoRA module of a layer: ‖W + ε + s·B·A‖ is its norm, as it is where W itself is moved."""
+    """The forward of a layer's DoRA module in PEFT: its norm is ‖W + ε + s·B·A‖, as in inplace mode."""
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -160,7 +161,7 @@ class PerturbedReader(_Wrapper):
 
 @contextlib.contextmanager
 def _holding(module: nn.Module, weight: torch.Tensor | None) -> Iterator[None]:
-    """Let a module hold another weight for the time of a call; None leaves it its own."""
+    """Replace a module's weight within the block; None keeps its own."""
     parameters, own = module._parameters, module._parameters["weight"]
     if weight is not None:
         parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -171,7 +172,7 @@ def _holding(module: nn.Module, weight: torch.Tensor | None) -> Iterator[None]:
 
 
 def _is_capturing() -> bool:
-    """Whether a CUDA graph is captured, in which nothing may ask the device for a value."""
+    """Whether a CUDA graph is being captured, during which the host must not read values from the device."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -184,14 +185,14 @@ def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
         return rows.view(*x.shape[:-1], module.nf)
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return functional.linear(x, weight, module.bias)
-    bias = None if module.bias is None else module.bias.to(weight.dtype)  # a packed layer casts as it does by itself
+    bias = None if module.bias is None else module.bias.to(weight.dtype)  # the casts of a packed layer's own forward
     return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 class _RecomputedLinear(torch.autograd.Function):
-    """y = x (W + ε)ᵀ + b with W + ε made in the shared scratch buffer, once forward and once backward.
+    """y = x (W + ε)ᵀ + b, where W + ε is written to the shared scratch buffer in forward and again in backward.
 
-    W is frozen, so neither x nor W + ε is kept; the recipe of ε is. Casts follow autocast as `F.linear`'s do.
+    W is frozen, so x is not saved for backward, and only the draw of ε is. Casts follow autocast as in `F.linear`.
     """
 
     @staticmethod
@@ -220,7 +221,7 @@ def _recomputed_convolution(x: torch.Tensor, layer: PerturbedLayer, reading: Rea
 
 
 def _padded(x: torch.Tensor, module: nn.Conv2d) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The input, and the zeros that the convolution itself puts around it, as torch shares the two out."""
+    """Returns the padded input, and the zero padding that is left to the convolution, as torch splits the two."""
     left, right, top, bottom = module._reversed_padding_repeated_twice
     if module.padding_mode != "zeros":
         return functional.pad(x, (left, right, top, bottom), mode=module.padding_mode), (0, 0)
@@ -230,7 +231,7 @@ def _padded(x: torch.Tensor, module: nn.Conv2d) -> tuple[torch.Tensor, tuple[int
 
 
 class _RecomputedConvolution(torch.autograd.Function):
-    """y = x ∗ (W + ε) + b, as `_RecomputedLinear`: W + ε is made once forward and once backward, x is not kept."""
+    """y = x ∗ (W + ε) + b, as in `_RecomputedLinear`: W + ε is written in forward and backward, x is not saved."""
 
     @staticmethod
     def forward(
@@ -249,7 +250,7 @@ class _RecomputedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         module, (of_x, of_bias) = ctx.layer.module, ctx.needs_input_grad[:2]
-        # What autograd itself calls; of x it reads the layout alone, which decides how the product is made.
+        # The operator that autograd calls; it reads only the layout of x, which decides the algorithm.
         like_x = torch.empty_strided(*ctx.input_layout, dtype=grad_y.dtype, device=grad_y.device)
         grad_x, _, grad_bias = torch.ops.aten.convolution_backward(
             grad_y,

@@ -1,4 +1,4 @@
-"""The layers that a perturbation acts on: a frozen weight, and the low-rank terms of the adapters around it."""
+"""The layers that a perturbation acts on: each has a frozen weight and the low-rank terms of its adapters."""
 
 from __future__ import annotations
 
@@ -32,19 +32,24 @@ class AdapterTerm(NamedTuple):
 
 @dataclass
 class PerturbedLayer:
-    """A linear or convolution layer whose weight is to be perturbed.
+    """A linear or convolution layer whose weight is perturbed.
 
-    `module` owns the weight and is called by the model (nn.Linear: m × n; GPT-2's Conv1D: stored n × m; nn.Conv2d:
-    stored m × c × kh × kw, a row is an output channel and n = c·kh·kw); `adapters` returns the low-rank terms that act
-    on it at the time of the call; while `enabled` says no, the layer reads W (in copy and recompute), as a reference
-    model made by PEFT's `disable_adapter()` should. `readers` are other modules whose forward reads the weight: DoRA's.
+    Args:
+        name: the layer's name in the model without PEFT; the noise is keyed by it.
+        module: the module that owns the weight and is called by the model. nn.Linear stores m × n, GPT-2's Conv1D
+            n × m, and nn.Conv2d m × c × kh × kw (a row is an output channel, n = c·kh·kw).
+        adapters: returns the low-rank terms that are active at the time of the call.
+        enabled: while it returns False, the layer reads W (in copy and recompute mode), for a reference model made with
+            PEFT's `disable_adapter()`.
+        changes: a cheaper implementation of `state`, if there is one.
+        readers: other modules whose forward reads the weight, such as DoRA's.
     """
 
     name: str
     module: nn.Module
     adapters: Callable[[], Sequence[AdapterTerm]] = tuple
     enabled: Callable[[], bool] = lambda: True
-    changes: Callable[[], Hashable] | None = None  # as `state`, where it can be had without the terms
+    changes: Callable[[], Hashable] | None = None
     readers: Sequence[nn.Module] = ()
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
@@ -53,13 +58,13 @@ class PerturbedLayer:
         if not isinstance(self.module, PERTURBED_TYPES):
             raise TypeError(
                 f"Invalid layer {self.name}={type(self.module).__name__}: a perturbed layer must be nn.Linear, "
-                "nn.Conv2d or Conv1D; take it out of the targets."
+                "nn.Conv2d or Conv1D; remove it from the targets."
             )
         if "weight" not in self.module._parameters:
             raise TypeError(
                 f"Invalid layer {self.name}={type(self.module).__name__}: its weight is computed from other tensors "
-                "(torch.nn.utils.parametrize or weight_norm), so there is none that noise could be added to; call "
-                "torch.nn.utils.parametrize.remove_parametrizations, or take the layer out of the targets."
+                "(torch.nn.utils.parametrize or weight_norm), so noise cannot be added to it; call "
+                "torch.nn.utils.parametrize.remove_parametrizations, or remove the layer from the targets."
             )
         self.weight = self.module.weight
         if isinstance(self.module, nn.Conv2d):
@@ -71,36 +76,36 @@ class PerturbedLayer:
             )
 
     def _validate_like_a_matrix(self) -> None:
-        """A convolution whose weight is no m × n matrix as it lies in memory, or whose adapter is none."""
+        """Raise TypeError for a convolution whose weight or adapter is not an m × n matrix in memory."""
         if not self.weight.is_contiguous():
             raise TypeError(
                 f"Invalid memory format of {self.name}: the weight of a perturbed convolution must be contiguous, not "
-                "channels-last; take .to(memory_format=torch.channels_last) off the model (its inputs may keep it)."
+                "channels-last; do not call .to(memory_format=torch.channels_last) on the model (only on its inputs)."
             )
         if self.module.groups > 1:
             raise TypeError(
-                f"Invalid groups={self.module.groups} of {self.name}: an adapter of a grouped convolution is no "
-                "product of two matrices, so W' has no row norms; take it out of the targets."
+                f"Invalid groups={self.module.groups} of {self.name}: an adapter of a grouped convolution is not a "
+                "product of two matrices, so W' has no row norms; remove it from the targets."
             )
 
     def state(self) -> Hashable:
-        """What differs whenever `adapters()` would give other tensors or scalings; cheap, as it is asked every step."""
+        """A value that changes whenever `adapters()` would return other tensors or scalings; called each step."""
         if self.changes is not None:
             return self.changes()
         return tuple((term.A.data_ptr(), term.B.data_ptr(), term.scaling) for term in self.adapters())
 
     @property
     def quantized(self) -> bool:
-        """Whether the weight is packed: W is what `dense` makes of it."""
+        """Whether the weight is packed, so that W must be read with `dense`."""
         return getattr(self.weight, "quant_state", None) is not None
 
     @property
     def elsewhere(self) -> str | None:
-        """Why the module's parameter is not the whole W on a device; None where it is."""
+        """Why the module's parameter is not the whole W on a device; None if it is."""
         if self.weight.is_meta:
-            return "offloaded: it is on its device for the time of a forward alone"
+            return "offloaded: it is on its device only during a forward pass"
         if isinstance(self.weight, DTensor) or not self.weight.numel():
-            return "sharded: this process holds a piece of it"
+            return "sharded: this process holds only a part of it"
         return None
 
     @property
@@ -115,45 +120,45 @@ class PerturbedLayer:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Dtype that W + ε is rounded to: narrower than `dtype` where the weight is held in a wider tensor."""
+        """Dtype that W + ε is rounded to: narrower than `dtype` if the weight is held in a wider tensor."""
         return self.dtype if self.quantized else stored_dtype(self.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """m × n, one output filter a row."""
+        """(m, n), with one output filter per row."""
         rows, *columns = self.stored_shape[::-1] if isinstance(self.module, Conv1D) else self.stored_shape
         return rows, math.prod(columns)
 
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """W in the stored layout: the weight itself, or what its packed bytes stand for, made anew or in `out`."""
+        """W in the stored layout: the weight itself, or the unpacked weight, in a new tensor or in `out`."""
         if not self.quantized:
             return self.weight.detach()
         from bitsandbytes.functional import dequantize_4bit
 
         if getattr(self.weight.quant_state, "packing_format_for_cpu", False):
             raise RuntimeError(
-                f"The packed weight of {self.name} is in the order of a CPU's own kernel, which cannot be read back: "
-                "load the backbone with flatlora.models.loading.load_backbone, or set support_avx512bf16_for_cpu=False."
+                f"The packed weight of {self.name} is in the format of a CPU kernel and cannot be unpacked: load the "
+                "backbone with flatlora.models.loading.load_backbone, or set support_avx512bf16_for_cpu=False."
             )
 
         if out is not None and out.is_cuda:
             return dequantize_4bit(self.weight.data, self.weight.quant_state, out=out)
-        made = dequantize_4bit(self.weight.data, self.weight.quant_state)
-        return made if out is None else out.copy_(made)  # bitsandbytes cannot write into a buffer of the host
+        weight = dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return weight if out is None else out.copy_(weight)  # on the host, bitsandbytes cannot write into a buffer
 
     def as_rows(self, stored: torch.Tensor) -> torch.Tensor:
-        """A stored weight as m × n, one output filter a row (a view)."""
+        """A view of a stored weight as an m × n matrix, one output filter per row."""
         if isinstance(self.module, nn.Conv2d):
             return stored.view(len(stored), -1)
         return stored.t() if isinstance(self.module, Conv1D) else stored
 
     def as_stored(self, rows: torch.Tensor) -> torch.Tensor:
-        """An m × n matrix in the stored layout (a view)."""
+        """A view of an m × n matrix in the stored layout."""
         return rows.t() if isinstance(self.module, Conv1D) else rows.view(self.stored_shape)
 
 
 def has_standard_forward(module: nn.Module) -> bool:
-    """Whether a linear or convolution layer computes W x + b: its class may be a subclass with a forward of its own."""
+    """Whether a linear or convolution layer uses torch's own forward; its class may be a subclass that overrides it."""
     standard: dict[type[nn.Module], tuple[str, ...]] = {
         nn.Linear: ("forward",),
         nn.Conv2d: ("forward", "_conv_forward"),
@@ -164,20 +169,20 @@ def has_standard_forward(module: nn.Module) -> bool:
 
 
 def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
-    """Every linear or convolution layer that PEFT wrapped with a LoRA adapter, named as without PEFT and DDP.
+    """Finds every linear or convolution layer with a LoRA adapter of PEFT, by its name without PEFT and DDP.
 
-    What else is trained has no noise, and is named in a warning: LoRA layers of other kinds (embeddings, for example),
-    modules trained whole (`modules_to_save`), tokens (`trainable_token_indices`), biases.
+    Everything else that is trained gets no noise and is named in a warning: LoRA on other layers (such as embeddings),
+    whole modules (`modules_to_save`), tokens (`trainable_token_indices`), biases.
 
     Raises:
-        ConfigError: an adapter is no s·B·A on the weight of its layer, see `named_lora_layers`; or is around
-            nn.MultiheadAttention, which reads its weights past the forward of any layer.
-        TypeError: FSDP holds the weights; a layer reads pieces that come and go.
+        ConfigError: an adapter is not s·B·A on the weight of its layer, see `named_lora_layers`; or it is on
+            nn.MultiheadAttention, which does not read its weights in the forward of a layer.
+        TypeError: the model is sharded by FSDP.
     """
     if any("_fsdp_wrapped_module" in name.split(".") for name, _ in model.named_modules()):
         raise TypeError(
-            f"Invalid model {type(model).__name__}: FSDP shards its weights, whose row norms no process can then read; "
-            "train by DDP or DeepSpeed's ZeRO-2, which leave each process the whole backbone."
+            f"Invalid model {type(model).__name__}: FSDP shards its weights, so no process can compute row norms; "
+            "train with DDP or DeepSpeed ZeRO-2, which keep the whole backbone in each process."
         )
     layers, lora_modules = [], set()
     others: Counter[str] = Counter()
@@ -186,8 +191,8 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
         if isinstance(module.get_base_layer(), nn.MultiheadAttention):
             raise ConfigError(
                 [
-                    f"Invalid target_modules={name}: it is an nn.MultiheadAttention, which reads its weights past the "
-                    "forward of any layer, so noise would not act; leave it out of target_modules."
+                    f"Invalid target_modules={name}: it is an nn.MultiheadAttention, which does not read its weights "
+                    "in the forward of a layer, so noise would have no effect; leave it out of target_modules."
                 ]
             )
         if not isinstance(module.get_base_layer(), PERTURBED_TYPES):
@@ -208,7 +213,7 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
 
 
 def _trained_beside(model: nn.Module, lora_modules: set[str]) -> list[str]:
-    """Names of trained parameters that are no part of a LoRA adapter."""
+    """Names of trained parameters that are not part of a LoRA adapter."""
     trained = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [name for name in trained if name.partition(".lora_")[0] not in lora_modules or ".lora_" not in name]
 
@@ -217,10 +222,10 @@ def _warn_of_no_noise(others: Counter[str], beside: Sequence[str]) -> None:
     parts = []
     if others:
         kinds = ", ".join(f"{count} around {kind}" for kind, count in others.items())
-        parts.append(f"LoRA layers without noise: {kinds}. Linear layers and 2-d convolutions alone are perturbed.")
+        parts.append(f"LoRA layers without noise: {kinds}. Only linear layers and 2-d convolutions are perturbed.")
     if beside:
         more = f" and {len(beside) - _NAMED} more" if len(beside) > _NAMED else ""
-        parts.append(f"Parameters trained without noise, for no LoRA is theirs: {', '.join(beside[:_NAMED])}{more}.")
+        parts.append(f"Parameters trained without noise, as they have no LoRA: {', '.join(beside[:_NAMED])}{more}.")
     if parts:
         logger.warning("%s", " ".join(parts))
 
@@ -228,25 +233,25 @@ def _warn_of_no_noise(others: Counter[str], beside: Sequence[str]) -> None:
 _NAMED = 4  # parameters in a warning
 
 
-# Variants of LoRA in PEFT whose change of the weight is another function of A and B than s·B·A.
+# Variants of LoRA in PEFT whose change of the weight is not s·B·A.
 _UNLIKE_A_PRODUCT = ("ArrowLinear", "QALoraLinear", "BdLoraLinear", "MontecloraLinear", "KasaLinear")
 
 
 def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """PEFT's LoRA layers by the names that their layers have without PEFT and DDP.
+    """PEFT's LoRA layers, by the names of their layers without PEFT and DDP.
 
     Raises:
-        ConfigError: an adapter that is trained or active is no s·B·A (r × n, m × r) on the weight of its layer: PEFT's
-            `target_parameters`, whose factors may be of a whole bank of experts, and some variants of LoRA.
+        ConfigError: an adapter is not s·B·A (A: r × n, B: m × r) on the weight of its layer: PEFT's
+            `target_parameters`, whose factors may belong to several experts, and some variants of LoRA.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    found = [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    wrapped = [f"{name}.{module.parameter_name}" for name, module in found if isinstance(module, ParamWrapper)]
+    layers = [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    wrapped = [f"{name}.{module.parameter_name}" for name, module in layers if isinstance(module, ParamWrapper)]
     variants = [
         f"{name} ({kind})"
-        for name, module in found
+        for name, module in layers
         for variant in module.lora_variant.values()
         if (kind := type(variant).__name__.removesuffix("Variant")) in _UNLIKE_A_PRODUCT
     ]
@@ -254,8 +259,8 @@ def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if wrapped:
         errors.append(
             f"Invalid target_parameters={wrapped[0]} ({len(wrapped)} in all): an adapter of a parameter has no layer "
-            "that noise could act on, and the factors of a bank of experts are no single B·A; name linear layers in "
-            "target_modules and leave target_parameters out."
+            "to perturb, and the factors of several experts are not a single B·A; name linear layers in target_modules "
+            "and leave target_parameters out."
         )
     if variants:
         errors.append(
@@ -264,14 +269,14 @@ def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         )
     if errors:
         raise ConfigError(errors)
-    yield from found
+    yield from layers
 
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and checkpoint wrappers put into names
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # parts of names from torch.compile and checkpoint wrappers
 
 
 def plain_name(name: str) -> str:
-    """A module or parameter name as the untouched backbone has it."""
+    """The name of a module or parameter in the backbone without PEFT, DDP and other wrappers."""
     name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)
@@ -292,10 +297,10 @@ def _adapter_terms(module: nn.Module) -> Callable[[], list[AdapterTerm]]:
 
 
 def _adapter_state(module: nn.Module) -> Callable[[], Hashable]:
-    """Past all properties of PEFT's and torch's modules: a model of 560 layers asks so many times a step."""
+    """Reads private attributes instead of properties, which are slow: a model may have 560 layers, each step."""
 
     def state() -> Hashable:
-        if hasattr(module, "lora_E"):  # made anew at every call
+        if hasattr(module, "lora_E"):  # AdaLoRA: `_term` returns a new tensor at every call
             return object()
         active = module._active_adapter
         factors = [
@@ -313,6 +318,6 @@ def _term(module: nn.Module, name: str) -> AdapterTerm:
     if hasattr(module, "lora_E"):  # AdaLoRA: s/r̂ · B diag(E) A
         scaling = module.scaling[name] / (module.ranknum[name].item() + 1e-5)
         return AdapterTerm(module.lora_A[name] * module.lora_E[name], module.lora_B[name], scaling)
-    # Of a convolution, A is r × c × kh × kw and B is m × r × 1 × 1: as matrices, B·A is what PEFT merges into W.
+    # For a convolution, A is r × c × kh × kw and B is m × r × 1 × 1; flattened, B·A is what PEFT merges into W.
     A, B = module.lora_A[name].weight.flatten(1), module.lora_B[name].weight.flatten(1)
     return AdapterTerm(A, B, module.scaling[name])

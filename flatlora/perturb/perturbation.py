@@ -1,19 +1,20 @@
-"""Flat-LoRA's weight perturbation (paper section 3): train on W + ε, keep W.
+"""Flat-LoRA's weight perturbation (paper section 3): gradients at W + ε, while W stays unchanged.
 
     ε_ij = c_i z_ij,   c_i = σ_t/√n · ‖W'_i‖,   W' = W + Σ s·B·A     (row i = output filter i, n = input dimension)
 
-One ε lasts from `begin(step)` to `end()`, for all micro-batches of an optimizer step. Three ways to let the layers
-read W + ε give the same bits in loss and gradients:
+One ε is used from `begin(step)` to `end()`, for all micro-batches of an optimizer step. There are three modes, with
+bit-identical loss and gradients:
 
-- copy:       W + ε is written once into a second buffer that the layers' forwards read. W's bytes are never touched.
-- recompute:  W + ε is made in one scratch buffer in each layer's forward and again in its backward. No extra memory.
+- copy:       W + ε is written once into a second buffer that the layers' forwards read. W is never modified.
+- recompute:  W + ε is written to one scratch buffer in each layer's forward and again in its backward. Neither the
+              memory of a copy is needed, nor is W modified.
 - inplace:    the published way: W += ε, later W −= ε. Rounding makes a BF16 backbone drift; kept for comparison.
 
-In the first two the parameter itself is W whenever no forward of its layer runs: whatever hashes, saves or merges
-weights in mid-step sees W. A layer with a forward of its own, and a DoRA module, which takes the norm of the layer's
-weight, run that very code, and find W + ε where they read the weight.
+In copy and recompute mode the parameter is W except during a forward of its layer, so code that hashes, saves or merges
+weights within a step sees W. A layer that overrides forward, or a DoRA module, which takes the norm of its layer's
+weight, runs its own code with W + ε in place of the weight.
 
-Only a seed and the m row norms of each layer describe ε; `host.py` makes it again wherever it is needed.
+ε is determined by a seed and the m row norms of each layer, so it is recomputed wherever it is needed.
 """
 
 from __future__ import annotations
@@ -39,27 +40,27 @@ from flatlora.utils.precision import warn_of_unscaled_fp16
 
 logger = logging.getLogger(__name__)
 
-_HOLDER = "_weight_perturbation"  # attribute of a module: the perturbation that has it now
+_HOLDER = "_weight_perturbation"  # attribute of a module: the perturbation that acts on it
 
 
 class WeightPerturbation:
-    """ε on a set of layers, between `begin(step)` and `end()`.
+    """Perturbs a set of layers between `begin(step)` and `end()`.
+
+    If an interrupted loop left another perturbation on the layers, that one is closed.
 
     Args:
-        layers: what to perturb; see `flatlora.find_lora_layers`.
+        layers: the layers to perturb; see `flatlora.find_lora_layers`.
         total_steps: T of the ramp, in optimizer steps.
-        seed: the run's seed; ranks must agree on it.
-        training_only: layers in evaluation mode, and in passes without gradients, read W even inside a step (not in
-            inplace), so that an interrupted step or a generation within one does not evaluate W + ε. Needs a loop that
-            calls `model.train()`, and `within_pass` around passes with reentrant checkpoints.
-        loss_scaled: whether the loop scales its loss (torch.amp.GradScaler); without it an FP16 backbone is warned of.
-        rank, world_size: of this process.
+        seed: seed of the noise; all ranks must use the same.
+        training_only: whether layers in evaluation mode, and in passes without gradients, read W even inside a step (in
+            copy and recompute mode), so that generation, or an evaluation after an interrupted step, uses W. The loop
+            must call `model.train()`, and use `within_pass` around passes with reentrant checkpoints.
+        loss_scaled: whether the loop scales its loss (`torch.amp.GradScaler`); if not, FP16 backbones are warned about.
+        rank, world_size: rank of this process and number of processes.
         settings: fields of `NoiseSettings`; `sigma` is required.
 
-    Layers that another perturbation still holds, left behind by an interrupted loop, are taken over from it.
-
     Raises:
-        ValueError: no layer, or a setting out of range; the message lists every error.
+        ValueError: there is no layer, or a setting is out of range; the message lists every error.
     """
 
     def __init__(
@@ -86,12 +87,12 @@ class WeightPerturbation:
         self.active = False
         self._watch = _Stopwatch(self.layers[0].weight.device)
         self._keys = [philox.layer_key(seed, layer.name) for layer in self.layers]
-        self._coefficients: list[torch.Tensor] = []  # c of every layer, from the step that drew them
+        self._coefficients: list[torch.Tensor] = []  # c of every layer at `_drawn_step`
         self._drawn_step: int | None = None
         self._sigma_drawn = 0.0
-        self._draws: _Draws | None = None  # what the layers read now; None while they read W
-        self._pass_gradients: bool | None = None  # of the pass around a checkpoint; None: torch's own flag says it
-        self._written: tuple[int, int] | None = None  # (drawn step, stream) that the copies hold
+        self._draws: _Draws | None = None  # the ε that layers read now; None while they read W
+        self._pass_gradients: bool | None = None  # whether the pass around a checkpoint has gradients; None: ask torch
+        self._written: tuple[int, int] | None = None  # (drawn step, stream) of the copies
         self._copies: list[torch.Tensor] = []
         self._originals: list[torch.Tensor] = []
         self._epsilon = epsilon_of(self.layers, self._keys)
@@ -105,13 +106,13 @@ class WeightPerturbation:
                     PerturbedReader(self, index, reader).attach()
 
     def begin(self, step: int, micro_batch: int = 0) -> None:
-        """Perturb the layers for optimizer step `step` (counted from 0), first micro-batch."""
+        """Perturb the layers for optimizer step `step` (counted from 0) and its first micro-batch."""
         if self.active:
             raise RuntimeError(f"begin(step={step}) inside a perturbed step: call end() first.")
         if self.layers[0].module.__dict__.get(_HOLDER) is not self:
             raise RuntimeError(
-                f"begin(step={step}) of a perturbation that was closed, or whose layers another one took over: layers "
-                "read one perturbation at a time; make a new WeightPerturbation."
+                f"begin(step={step}) of a perturbation that was closed, or replaced by another one on its layers: a "
+                "layer has one perturbation at a time; create a new WeightPerturbation."
             )
         with self._watch:
             self._draw_coefficients(step)
@@ -120,23 +121,23 @@ class WeightPerturbation:
         self.active = True
 
     def next_micro_batch(self, micro_batch: int) -> None:
-        """Draw the ε of another micro-batch of the same step; does nothing when the step shares one ε."""
+        """Draw the ε of another micro-batch of the same step; does nothing if the step shares one ε."""
         if not self.active or self.noise.resample == "step" or self._sigma_drawn == 0:
             return
         with self._watch:
-            self._take_away()
+            self._remove()
             self._apply(micro_batch)
 
     def end(self) -> None:
-        """Let the layers read W again; harmless when no step is perturbed."""
+        """Let the layers read W again; does nothing outside of a step."""
         if not self.active:
             return
         with self._watch:
-            self._take_away()
+            self._remove()
         self.active = False
 
     def close(self) -> None:
-        """Undo everything: end(), forwards unwrapped, buffers freed."""
+        """Call `end()`, unwrap the forwards and free the buffers."""
         self.end()
         for layer in self.layers:
             if layer.module.__dict__.get(_HOLDER) is self:
@@ -148,14 +149,14 @@ class WeightPerturbation:
 
     @property
     def seconds(self) -> float:
-        """Time spent in begin, next_micro_batch and end; on a GPU that of the device. Reading it waits for a GPU."""
+        """Time spent in begin, next_micro_batch and end, in seconds. On a GPU it is device time; reading it waits."""
         return self._watch.seconds()
 
     def check_finite(self) -> None:
-        """Raise what a GPU found without making the host wait for it; called where metrics are logged.
+        """Check the row norms of all steps so far; waits for the GPU, so call it where metrics are logged.
 
         Raises:
-            FloatingPointError: a weight or an adapter holds NaN or infinity.
+            FloatingPointError: a weight or an adapter contained NaN or infinity.
         """
         self._epsilon.check()
 
@@ -166,7 +167,7 @@ class WeightPerturbation:
         return sigma_at(step - step % self.noise.every, self.total_steps, self.noise.sigma, self.noise.ramp)
 
     def drift(self) -> dict[str, float] | None:
-        """What the in-place way did to W: ‖ΔW‖/‖W‖ and the share of changed entries; None in the other modes."""
+        """How inplace mode has changed W: ‖ΔW‖/‖W‖ and the share of changed elements; None in the other modes."""
         if not self._originals:
             return None
         changed = total = 0
@@ -180,20 +181,20 @@ class WeightPerturbation:
         return {"relative_norm": math.sqrt(delta / norm) if norm else 0.0, "changed_share": changed / total}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The c vectors of the current draw: needed to resume inside an `every` window, empty otherwise."""
+        """The c vectors and step of the current draw, needed to resume inside a window of `every` steps; else empty."""
         if self.noise.every == 1 or self._drawn_step is None:
             return {}
         state = {layer.name: c.cpu() for layer, c in zip(self.layers, self._coefficients, strict=True)}
         return {**state, "step": torch.tensor(self._drawn_step)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue the draw that `state_dict` described."""
+        """Restore the draw that `state_dict` returned."""
         self._drawn_step, self._written = int(state["step"]), None
         self._sigma_drawn = self.sigma_at(self._drawn_step)
         self._coefficients = self._epsilon.restore([state[layer.name] for layer in self.layers])
 
     def draw(self, index: int, micro_batch: int = 0) -> Draw:
-        """The ε of layer number `index` in the current step, as its recipe."""
+        """The draw of ε of layer number `index` in the current step."""
         if self._drawn_step is None:
             raise RuntimeError("draw() before the first begin(): there is no ε yet.")
         stream = philox.noise_stream(
@@ -206,17 +207,17 @@ class WeightPerturbation:
         return Draw(self._keys[index], self._drawn_step, stream, self._coefficients[index])
 
     def _draw_coefficients(self, step: int) -> None:
-        """c of every layer for this step, kept over an `every` window."""
+        """Compute c of every layer for this step, unless its window of `every` steps has them already."""
         window = step - step % self.noise.every
         if self._drawn_step == window and self.noise.every > 1:
             return
         if step != window:
             raise RuntimeError(
                 f"Cannot begin at step {step}: with every={self.noise.every} its ε was drawn at step {window}, whose "
-                "row norms are gone; load_state_dict() what the checkpoint saved, or start at a multiple of `every`."
+                "row norms are gone; restore them with load_state_dict(), or start at a multiple of `every`."
             )
         self._drawn_step, self._sigma_drawn = step, self.sigma_at(step)
-        self._written = None  # the adapter may have moved since the copies were written, even for the same step
+        self._written = None  # the adapter may have changed since the copies were written, even for the same step
         if self._sigma_drawn > 0:
             self._coefficients = self._epsilon.coefficients(
                 self._sigma_drawn, scale=self.noise.scale, fan_in=self.noise.fan_in
@@ -234,7 +235,7 @@ class WeightPerturbation:
             self._epsilon.write(draws, [layer.weight.detach() for layer in self.layers])
         self._draws = draws
 
-    def _take_away(self) -> None:
+    def _remove(self) -> None:
         if self.mode == "inplace" and self._draws is not None:
             self._epsilon.write(self._draws, [layer.weight.detach() for layer in self.layers], sign=-1.0)
         self._draws = None
@@ -245,7 +246,7 @@ class WeightPerturbation:
         wanted = (draws[0].step, draws[0].stream)
         if self._written == wanted:
             return
-        self._written = None  # an interrupt in mid-write must not leave half of them taken for whole
+        self._written = None  # copies that an interrupt left half-written must not be used
         self._epsilon.write(draws, self._copies)
         self._written = wanted
 
@@ -260,11 +261,11 @@ class WeightPerturbation:
 
     @property
     def perturbed(self) -> bool:
-        """Whether layers read W + ε now; not before begin() and after end(), and never where σ_t = 0."""
+        """Whether layers read W + ε now: True between begin() and end() unless σ_t = 0."""
         return self._draws is not None
 
     def weight_sha256(self, index: int) -> str:
-        """Hash of what layer number `index` reads in a perturbed step: equal on two machines if they drew alike."""
+        """SHA-256 of the weight that layer number `index` reads now, to compare the noise of processes."""
         weight = self.layers[index].weight
         if self._draws is not None and self.mode != "inplace":
             weight = Reading(self, index, self._draws[index]).weight()
@@ -272,28 +273,28 @@ class WeightPerturbation:
         return hashlib.sha256(stored.numpy()).hexdigest()
 
     def perturbed_weight(self, index: int, draw: Draw) -> torch.Tensor:
-        """W + ε of layer number `index` in the stored layout: the copy, or made in a buffer that the next call
-        overwrites."""
+        """W + ε of layer number `index` in the stored layout: its copy, or a buffer that the next call overwrites."""
         return self._copies[index] if self.mode == "copy" else self._epsilon.materialize(index, draw)
 
     def reading(self, index: int) -> Reading | None:
-        """What layer number `index` reads now; None while it reads W."""
+        """The `Reading` of layer number `index` now; None while it reads W."""
         layer = self.layers[index]
         if self._draws is None or not layer.enabled() or (self.training_only and not self._trains(layer)):
             return None
         return Reading(self, index, self._draws[index])
 
     def _trains(self, layer: PerturbedLayer) -> bool:
-        """Whether a forward of this layer is one of a training pass: generation, say, may leave it in training mode."""
+        """Whether a forward of this layer now belongs to a training pass; generation may run in training mode."""
         gradients = torch.is_grad_enabled() if self._pass_gradients is None else self._pass_gradients
         return layer.module.training and gradients
 
     @contextlib.contextmanager
     def within_pass(self, *, gradients: bool) -> Iterator[None]:
-        """Around a forward with reentrant checkpoints, whose first forward torch runs without gradients in any pass.
+        """Context for a forward with reentrant checkpoints, whose first forward torch always runs without gradients.
 
         Args:
-            gradients: whether this pass takes them; checkpoints in it read W + ε then, as their recomputation will.
+            gradients: whether the pass computes gradients; if so, checkpoints in it read W + ε, as their recomputation
+                will.
         """
         before, self._pass_gradients = self._pass_gradients, gradients
         try:
@@ -303,7 +304,7 @@ class WeightPerturbation:
 
 
 class _Draws(Sequence):
-    """ε of every layer in one micro-batch, made when it is asked for: replayed steps ask for the first alone."""
+    """The draws of all layers in one micro-batch, computed lazily: a replayed step only needs the first."""
 
     def __init__(self, perturbation: WeightPerturbation, micro_batch: int) -> None:
         self._perturbation, self._micro_batch = perturbation, micro_batch
@@ -311,12 +312,12 @@ class _Draws(Sequence):
     def __len__(self) -> int:
         return len(self._perturbation.layers)
 
-    def __getitem__(self, index: int) -> Draw:  # type: ignore[override]  # slices are asked for by nobody
+    def __getitem__(self, index: int) -> Draw:  # type: ignore[override]  # slices are not used
         return self._perturbation.draw(index, self._micro_batch)
 
 
 class _Stopwatch:
-    """Adds up the time of its `with` blocks: of the host on a CPU, of the stream on a GPU, without waiting for it."""
+    """Sums the time of its `with` blocks: host time on a CPU, stream time on a GPU, without waiting for the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._total = device, 0.0
@@ -352,9 +353,9 @@ class _Stopwatch:
 
 
 def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"]:
-    """copy where a second set of weights takes at most half of the device's free memory, else recompute.
+    """Returns "copy" if a second set of weights takes at most half of the device's free memory, else "recompute".
 
-    Packed weights are always recomputed: a second set of them would undo what they are packed for.
+    Packed weights are always recomputed: an unpacked copy would take the memory that packing saves.
     """
     if any(layer.quantized for layer in layers):
         return "recompute"
@@ -365,9 +366,10 @@ def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"
 
 
 def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dict[str, Any]) -> NoiseSettings:
-    """
+    """Builds the settings and validates them with the layers.
+
     Raises:
-        ValueError: settings or layers that cannot be perturbed; the message lists all errors.
+        ValueError: the message lists all errors.
     """
     errors = []
     try:
@@ -377,32 +379,33 @@ def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dic
     if total_steps < 1:
         errors.append(f"Invalid total_steps={total_steps}: it counts optimizer steps and must be ≥ 1.")
     if not layers:
-        errors.append("Invalid layers=[]: at least one LoRA layer is needed; wrap the model with PEFT's LoRA first.")
+        errors.append("Invalid layers=[]: it must have at least one LoRA layer; wrap the model with PEFT's LoRA first.")
     trained = [layer.name for layer in layers if layer.weight.requires_grad]
     if trained:
         errors.append(
-            f"Invalid layers: the weights of {len(trained)} of them are trained, {trained[0]} among them; Flat-LoRA "
+            f"Invalid layers: the weights of {len(trained)} of them are trained, such as {trained[0]}; Flat-LoRA "
             "perturbs a frozen backbone: call requires_grad_(False) on them, as PEFT does."
         )
     elsewhere = {layer.name: reason for layer in layers if (reason := layer.elsewhere)}
     if elsewhere:
         name, reason = next(iter(elsewhere.items()))
         errors.append(
-            f"Invalid layers: the weights of {len(elsewhere)} of them are not here, {name} among them ({reason}); load "
-            "the model without device_map='auto' or offloading, and train by DDP or ZeRO-2 instead of FSDP or ZeRO-3."
+            f"Invalid layers: the weights of {len(elsewhere)} of them are not on this device, such as {name} "
+            f"({reason}); load the model without device_map='auto' or offloading, and use DDP or ZeRO-2 instead of "
+            "FSDP or ZeRO-3."
         )
     devices = sorted({str(layer.weight.device) for layer in layers if layer.name not in elsewhere})
     if len(devices) > 1:
         errors.append(
-            f"Invalid layers: their weights are on {len(devices)} devices ({', '.join(devices)}), and ε is drawn on "
-            "one; load the model without device_map='auto', and train on several GPUs by DDP or ZeRO-2."
+            f"Invalid layers: their weights are on {len(devices)} devices ({', '.join(devices)}), but ε is drawn on "
+            "one; load the model without device_map='auto', and train on several GPUs with DDP or ZeRO-2."
         )
     packed = [layer.name for layer in layers if layer.quantized]
     mode = settings.get("mode")
     if packed and mode in ("copy", "inplace"):
         errors.append(
-            f"Invalid mode={mode} with packed weights ({packed[0]} and {len(packed) - 1} more): a copy would undo what "
-            "they are packed for, and noise cannot be added to 4 bits; use mode=recompute."
+            f"Invalid mode={mode} with packed weights ({packed[0]} and {len(packed) - 1} more): a copy would take the "
+            "memory that packing saves, and noise cannot be added to 4 bits; use mode=recompute."
         )
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):

@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 
 def cosine(progress: float) -> float:
-    """½ (1 − cos π t/T): from 0 to 1, slow at both ends; the paper's choice."""
+    """½ (1 − cos π t/T), the paper's ramp: rises from 0 to 1."""
     return 0.5 * (1.0 - math.cos(math.pi * progress))
 
 
 def linear(progress: float) -> float:
-    """t/T: the ramp that the paper's discussion names as the alternative."""
+    """t/T: the alternative in the paper's discussion."""
     return progress
 
 
 def constant(progress: float) -> float:
-    """1 at every step: no ramp."""
+    """1 at every step."""
     return 1.0
 
 
@@ -25,5 +25,5 @@ RAMPS: dict[str, Callable[[float], float]] = {"cosine": cosine, "linear": linear
 
 
 def sigma_at(step: int, total_steps: int, sigma: float, ramp: str = "cosine") -> float:
-    """σ_t of optimizer step `step` (0 … total_steps − 1; later steps keep the last value of the ramp)."""
+    """σ_t of optimizer step `step`, counted from 0; steps after total_steps have the ramp's final value."""
     return sigma * RAMPS[ramp](min(step / total_steps, 1.0))

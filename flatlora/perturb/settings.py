@@ -1,4 +1,4 @@
-"""The settings of the noise, in one place: what they are, which values they take."""
+"""The settings of the noise and their validation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ class NoiseSettings:
     """How ε is drawn and added.
 
     Args:
-        sigma: σ ≥ 0, the `rho` of the published command line. 0 perturbs nothing.
-        ramp: of σ_t over the training (section 4: "cosine-increasing").
-        mode: how layers read W + ε; auto is copy where the buffer takes at most half of the free memory, else
-            recompute.
-        every: draw a new ε only every so many optimizer steps, σ_t and row norms included, and train all steps of the
-            window on it.
-        interval: perturb only the first of every so many optimizer steps and train the others on W: the published
-            code's T.
+        sigma: σ ≥ 0, the `rho` of the published command line. 0 means no noise.
+        ramp: how σ_t rises over the training (section 4: "cosine-increasing").
+        mode: how layers read W + ε; "auto" is "copy" if its buffer takes at most half of the free memory, else
+            "recompute".
+        every: number of optimizer steps that share one ε, including its σ_t and row norms.
+        interval: perturb only the first of this many optimizer steps and train the others on W: the published code's T.
         resample: "step" keeps one ε for all micro-batches of a step, "micro_batch" draws one for each.
-        per_rank: let every rank draw its own ε, so that the averaged gradient averages over them.
-        scale: "filter" scales row i by ‖W'_i‖; "iid" gives every entry of a layer the same std, with the same total.
-        fan_in: divide the variance by n (the paper's 1/n); off only for the ablation.
+        per_rank: whether each rank draws its own ε, so that the gradient is averaged over several.
+        scale: "filter" scales row i by ‖W'_i‖; "iid" gives every element of a layer the same standard deviation, with
+            the same total variance.
+        fan_in: whether to divide the variance by n, as in the paper; False only for the ablation.
 
     Raises:
-        ValueError: values out of range; the message lists all of them.
+        ValueError: values are out of range; the message lists all of them.
     """
 
     sigma: float

@@ -1,1 +1,1 @@
-"""What every other room uses: errors, files that are written whole or not at all, caches, the terminal, precision."""
+"""Used by every other package: errors, atomic writes of files, caches, the terminal, precision."""

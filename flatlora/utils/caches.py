@@ -1,7 +1,7 @@
-"""What is made once and kept, as files and folders whose hashes are known: whatever is broken is made anew.
+"""Caches of files and folders that verify themselves: a broken entry is rebuilt.
 
-The name of a file ends with the hash of what belongs in it, and a folder has a manifest with those of all of its files;
-both hashes cover the name too, so that nothing is taken for something else.
+The name of a cached file ends with the hash of its name and content. A cached folder has a manifest with its own name
+and the hashes of all of its files. So no entry can be mistaken for another one.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ _DIGITS = 20  # of a hash, in names
 
 
 def find(folder: Path, name: str, suffix: str) -> Path | None:
-    """The file that was kept under a name, read and found whole; None where there is none.
+    """The cached file of a name, after its hash was verified; None if there is none.
 
-    A broken one is removed, with a warning; and so is what dead processes left half-written beside it.
+    A broken file is removed with a warning. Temporary files of dead processes are removed as well.
     """
     sweep(folder)
     pattern = f"{glob.escape(os.fspath(folder / name))}-{'[0-9a-f]' * _DIGITS}{suffix}"
     for path in map(Path, sorted(glob.glob(pattern))):
         if (problem := _file_problem(path, name)) is None:
             return path
-        logger.warning("The cache file %s is broken (%s): it is made anew.", path, problem)
+        logger.warning("The cache file %s is broken (%s): it will be rebuilt.", path, problem)
     return None
 
 
 def keep(folder: Path, name: str, suffix: str, content: bytes) -> Path | None:
-    """Write a file for `find`. A cache that cannot be written costs the next run its time, so that is a warning."""
+    """Write a file for `find`. If the cache cannot be written, only a warning is logged: the next run rebuilds it."""
     path = folder / f"{name}-{_digest(folder, name, content)}{suffix}"
     try:
         write_atomic(path, content)
     except OSError as error:
-        logger.warning("What was made cannot be kept in %s: %s.", folder, error.strerror or error)
+        logger.warning("The cache folder %s cannot be written: %s.", folder, error.strerror or error)
         return None
     return path
 
@@ -58,9 +58,9 @@ def _digest(folder: Path, name: str, content: bytes) -> str:
 
 
 def _file_problem(path: Path, name: str) -> str | None:
-    """Why a kept file cannot be used; it is removed then, unless it is closed to this user."""
+    """Why a cached file cannot be used; such a file is removed, unless this user may not read it."""
     digest = hashlib.sha256(f"{path.parent.name}/{name}\0".encode())
-    problem = "it does not hold what its name says"
+    problem = "its content does not match the hash in its name"
     try:
         with open_plain(path) as file:
             while piece := file.read(1 << 22):
@@ -71,42 +71,42 @@ def _file_problem(path: Path, name: str) -> str | None:
         return reason_of(error)
     except OSError as error:
         problem = reason_of(error)
-    with contextlib.suppress(OSError):  # another process did, or the folder is somebody else's
+    with contextlib.suppress(OSError):  # another process removed it, or the folder belongs to another user
         remove(path)
     return problem
 
 
 def kept_folder(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, a folder that `make` has filled: now, or before and still whole. Several processes may make the same one.
+    """Returns the cached folder `path`; if it is missing or broken, `make` fills it. Safe under several processes.
 
-    Its files are read once a process; what dead processes left half-written beside it is removed then, too.
+    Its files are verified once per process. Temporary files of dead processes are removed as well.
 
     Raises:
-        PermissionError: the folder is there and closed to this user.
+        PermissionError: the folder exists and this user may not read it.
         OSError: it cannot be written.
     """
-    if (state := _state(path)) is not None and _found_whole.get(path) == state:
+    if (state := _state(path)) is not None and _verified.get(path) == state:
         return path
     sweep(path.parent)
     problem = _folder_problem(path)
     if problem is not None:
         if os.path.lexists(path):
-            logger.warning("The cache folder %s is broken (%s): it is made anew.", path, problem)
+            logger.warning("The cache folder %s is broken (%s): it will be rebuilt.", path, problem)
         with staging(path, folder=True) as fresh:
             make(fresh)
             obey_umask(fresh)
             hashes = {name: file_sha256(fresh / name) for name in _names(fresh)}
             write_json(fresh / MANIFEST, {"name": path.name, "files": hashes})
             _put(fresh, path)
-    _found_whole[path] = _state(path)
+    _verified[path] = _state(path)
     return path
 
 
-_found_whole: dict[Path, object] = {}  # folder → its state when its files were read
+_verified: dict[Path, object] = {}  # folder → its state when its files were read
 
 
 def _put(fresh: Path, path: Path) -> None:
-    """Rename a folder to its place, unless another process has put a whole one there."""
+    """Rename a folder to `path`, unless another process has put a valid one there."""
     try:
         if os.path.lexists(path) and _folder_problem(path) is not None:
             with staging(path, folder=True) as aside:
@@ -118,34 +118,34 @@ def _put(fresh: Path, path: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    """Of all files in a folder and its folders but the manifest and hidden ones, in order."""
-    found = [
+    """Sorted relative paths of all files below a folder, without the manifest and hidden files."""
+    paths = [
         os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in names
     ]
-    return sorted(name for name in found if name != MANIFEST and not os.path.basename(name).startswith("."))
+    return sorted(path for path in paths if path != MANIFEST and not os.path.basename(path).startswith("."))
 
 
 def _state(path: Path) -> object:
-    """What changes whenever a file of a folder is written or replaced; None where it cannot be had."""
+    """A value that changes whenever a file of a folder is written or replaced; None if the folder cannot be read."""
     try:
         stats = [os.stat(path / name) for name in (MANIFEST, *_names(path))]
     except OSError:
         return None
-    return tuple((one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in stats)
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def _folder_problem(path: Path) -> str | None:
-    """Why a kept folder cannot be used.
+    """Why a cached folder cannot be used; None if it can.
 
     Raises:
-        PermissionError: it is closed to this user.
+        PermissionError: this user may not read it.
     """
     try:
         with open_plain(path / MANIFEST) as file:
             manifest = json.loads(file.read())
         hashes = dict(manifest["files"])
         if manifest["name"] != path.name:
-            return f"it is that of {manifest['name']}"
+            return f"its manifest is that of {manifest['name']}"
         if differing := sorted(hashes.keys() ^ set(_names(path))):
             return f"{differing[0]} is {'missing' if differing[0] in hashes else 'not one of its files'}"
         wrong = next((name for name, sha256 in hashes.items() if file_sha256(path / name) != sha256), None)
@@ -161,10 +161,10 @@ def _folder_problem(path: Path) -> str | None:
 
 
 def cache_error(what: str, error: Exception, folder: Path) -> ConfigError:
-    """A cache folder that cannot be read or written, with the ways out.
+    """An error about a cache folder that cannot be read or written, with suggested fixes.
 
     Args:
-        what: is kept there.
+        what: what is cached there, for the message.
     """
     verb, reason = "keep", reason_of(error)
     remedy = "set FLATLORA_CACHE=DIR to a folder that can be written to, with 0.6 GB free"
@@ -177,8 +177,8 @@ def cache_error(what: str, error: Exception, folder: Path) -> ConfigError:
 
 
 def _owned(path: Path) -> tuple[Path, int]:
-    """A path, or the innermost folder around it that this user sees, and whose it is."""
-    for place in (path, *path.parents):
+    """The path, or its nearest parent that this user can see, and its owner's id."""
+    for visible in (path, *path.parents):
         with contextlib.suppress(OSError):
-            return place, os.lstat(place).st_uid
+            return visible, os.lstat(visible).st_uid
     raise FileNotFoundError(path)

@@ -1,4 +1,4 @@
-"""What a user sees: live bars on a terminal (a line now and then elsewhere), errors and plans on one screen."""
+"""Output for users: progress bars on a terminal (lines elsewhere), errors, tables, and filtered warnings."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rich.text import Text
 
 from flatlora.utils.errors import ConfigError
 
-console = Console(stderr=True, highlight=False, emoji=False)  # a name such as a:on:b stays as it is
+console = Console(stderr=True, highlight=False, emoji=False)  # emoji=True would replace :on: in a name such as a:on:b
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressBar:
-    """A named bar over units, None where nobody knows how many; `update` takes the count done and numbers to show.
+    """A named progress bar; `update` takes the number of units done and numbers to show.
 
-    Where the output is no terminal, a plain line every 5 s says the same.
+    If the output is not a terminal, a plain line is printed at most every 5 s instead.
     """
 
     def __init__(self, name: str) -> None:
@@ -74,11 +74,11 @@ class ProgressBar:
 
 @contextlib.contextmanager
 def progress(name: str, total: int | None, *, least: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar over work that is done a few units at a time: call what it gives with how many more are done.
+    """A progress bar; yields a function to call with the number of units that were completed since the last call.
 
     Args:
-        total: None where nobody knows.
-        least: fewer units than that are done before a bar could be read, so there is none.
+        total: number of units; None if unknown.
+        least: no bar is shown for fewer units, which are done before it could be read.
     """
     if total is not None and total < least:
         yield lambda count: None
@@ -105,7 +105,7 @@ def _numbers(row: dict[str, Any]) -> str:
 
 
 def report_errors(error: ConfigError) -> None:
-    """All errors of a configuration on one screen."""
+    """Print all errors of a configuration."""
     count = len(error.errors)
     console.print(f"[bold red]{count} error{'s' if count > 1 else ''}: nothing was loaded or written.[/]")
     for number, message in enumerate(error.errors, start=1):
@@ -113,7 +113,7 @@ def report_errors(error: ConfigError) -> None:
 
 
 def report_failure(error: Exception) -> None:
-    """A run that died: the message alone where it says all a user needs, else the traceback."""
+    """Print why a run failed: the message if it is enough for a user, else the traceback."""
     if isinstance(error, FloatingPointError | OSError):
         console.print(Text("The run failed: ", "bold red") + Text(str(error)), soft_wrap=True)
     else:
@@ -121,7 +121,7 @@ def report_failure(error: Exception) -> None:
 
 
 def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
-    """A two-column table on standard output."""
+    """Print a two-column table to standard output."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -131,7 +131,7 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def print_sweep(title: str, jobs: Iterable[tuple[str, Path, dict[str, Any] | None]]) -> None:
-    """One row a job of a sweep, (state, folder, record), on standard output; every number is read from the record."""
+    """Print one row per job of a sweep, (state, folder, record), to standard output; numbers are from the records."""
     jobs = list(jobs)
     parent = Path(os.path.commonpath([folder.parent.parent for _, folder, _ in jobs]))
     table = Table(title=Text(f"{title}, under {parent}"), title_justify="left")
@@ -143,7 +143,7 @@ def print_sweep(title: str, jobs: Iterable[tuple[str, Path, dict[str, Any] | Non
         cells = _sweep_cells(record) if record else ["—"] * 6
         table.add_row(state, Text(str(folder.relative_to(parent))), *cells)
     printer = Console(highlight=False)
-    # A file or a pipe has no width of its own, and rich would take 80 columns.
+    # For a file or a pipe, rich would assume 80 columns.
     (printer if printer.is_terminal else Console(highlight=False, width=150)).print(table)
 
 
@@ -166,9 +166,9 @@ def _sweep_cells(record: dict[str, Any]) -> list[str]:
 
 
 _LIBRARIES = r"(torch|transformers|peft|accelerate|numba|gguf|hydra|huggingface_hub|diffusers)"
-# Warnings of these libraries that say nothing of a result, by the beginning of their text.
+# Warnings of these libraries that do not concern a result, by the beginning of their text.
 _NOISE = (
-    "Could not find a config file in ",  # PEFT, of a base model out of reach: the vocabulary was not changed
+    "Could not find a config file in ",  # PEFT, offline: it cannot compare vocabularies, which never change here
     "Unable to fetch remote file",
     "'pin_memory' argument is set as true",
     "User provided device_type of 'cuda', but CUDA is not available",
@@ -178,13 +178,13 @@ _NOISE = (
     "Setting `save_embedding_layers` to `True`",
     "fan_in_fan_out is set to ",
 )
-# Warnings after which a model is not the one that was saved: never gone on from.
+# Warnings that mean that a loaded model is not the saved one; they are raised as errors.
 _WRONG_RESULT = (
     "Found missing adapter keys while loading the checkpoint",
     "Some weights of .* were not initialized from the model checkpoint",
     "Adapter .* tensor\\(s\\) have invalid shape",
 )
-# What transformers only logs, and what decides whether a model and its tokenizer compute what they were made for.
+# Messages that transformers only logs but that mean wrong results of a model or tokenizer.
 _DECIDES = re.compile(
     r"incorrect regex pattern|will NOT tie them|checkpoint seem corrupted|rope_parameters|rope_scaling"
     r"|instantiate a model of type|must be `None` or an integer within the vocabulary|is unrecognized"
@@ -193,10 +193,10 @@ _DECIDES = re.compile(
 
 
 def quiet_libraries() -> None:
-    """Warnings of this project and of libraries as single readable lines; no progress bars but ours.
+    """Show warnings of this project and of libraries as single lines, and only this project's progress bars.
 
-    Of libraries, what is about their interfaces, and what is named here as noise, is left out; what says that a model
-    was not read as it was saved is raised; the rest is shown.
+    Deprecation warnings of libraries and those in `_NOISE` are hidden. Warnings that a model was not loaded as it was
+    saved are raised as errors. All others are shown.
     """
     import datasets
     import transformers
@@ -208,9 +208,9 @@ def quiet_libraries() -> None:
     _show_decisive(transformers.utils.logging, handler)
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try again is a warning of three lines
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning of three lines
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # four warnings for each of a benchmark's 85 tasks
-    logging.getLogger("wandb").setLevel(logging.CRITICAL)  # tracebacks of its service; results.Tracker names the error
+    logging.getLogger("wandb").setLevel(logging.CRITICAL)  # tracebacks of its service; Tracker reports the error
     datasets.disable_progress_bars()
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
@@ -221,10 +221,10 @@ def quiet_libraries() -> None:
 
 
 def _show_decisive(library: Any, handler: logging.Handler) -> None:
-    """Let transformers log errors, and of its warnings those that decide a result."""
+    """Let transformers log errors, and those of its warnings that match `_DECIDES`."""
     own = logging.getLogger("transformers")
     library.set_verbosity_warning()
-    own.propagate = False  # where CI is set, transformers lets all of it through to the root logger besides
+    own.propagate = False  # if the variable CI is set, transformers also passes everything to the root logger
     shown = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     shown.setFormatter(handler.formatter)
     shown.addFilter(lambda record: record.levelno >= logging.ERROR or bool(_DECIDES.search(record.getMessage())))

@@ -1,4 +1,4 @@
-"""The exception that lists every error at once, and how values and reasons are written in it."""
+"""`ConfigError`, which lists all errors of a configuration, and helpers that format values and reasons in messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flatlora.utils.masking import masked
 
 
 class SettingError(NamedTuple):
-    """One error of settings, and the keys that it is about: names of fields, or whole ones such as "peft.lora_r"."""
+    """One error of settings, and the keys that it is about: field names, or full keys such as "peft.lora_r"."""
 
     keys: tuple[str, ...]
     message: str
@@ -23,23 +23,23 @@ class SettingError(NamedTuple):
 
 
 class ConfigError(ValueError):
-    """Every error of a configuration at once; `errors` holds one line each."""
+    """All errors of a configuration; `errors` holds one message per error."""
 
     def __init__(self, errors: Iterable[str]) -> None:
         self.errors = list(dict.fromkeys(names.printable(masked(message)) for message in errors))
         super().__init__("\n".join(self.errors))
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:
-        return type(self), (self.errors,)  # to travel between ranks: unpickling passes the text, not the list
+        return type(self), (self.errors,)  # pickled between ranks; the default would pass the joined text, not the list
 
 
 _LONGEST_REASON, _LONGEST_VALUE = 1000, 300  # characters
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library says of its error, on one line: the cause often stands in the last of several.
+    """The message of a library's exception on one line; all lines are kept, since the last often has the cause.
 
-    Of a very long one, such as a list of all tensors that do not fit, the beginning and the end.
+    A very long message, such as a list of all tensors that do not fit, is shortened to its beginning and end.
     """
     reason, half = " ".join(str(error).split()), _LONGEST_REASON // 2
     if len(reason) > _LONGEST_REASON:
@@ -48,12 +48,12 @@ def reason_of(error: BaseException) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: of a very long one, the beginning."""
+    """The repr of a value for a message; a very long one is cut."""
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to a mistyped one, None when none is close."""
+    """The known name closest to a mistyped one, or None if none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and the folder of what is made once and kept."""
+"""Atomic writes of files and folders, and the cache folder."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from flatlora.utils.staging import obey_umask, remove, staging
 
 
 def cache_folder() -> Path:
-    """Where converted weights and prepared rows are kept: $FLATLORA_CACHE, else ~/.cache/flatlora.
+    """The folder of converted weights and prepared rows: $FLATLORA_CACHE, else ~/.cache/flatlora.
 
     Raises:
-        ConfigError: the variable is empty, which would be the working directory, or names a user's home that is none.
+        ConfigError: the variable is empty (it would mean the working directory), or names a home that does not exist.
     """
     given = os.environ.get("FLATLORA_CACHE", "~/.cache/flatlora")
     if not given.strip():
-        raise ConfigError([f"Invalid FLATLORA_CACHE={given!r}: a folder's name is needed; name one, or unset it."])
+        raise ConfigError([f"Invalid FLATLORA_CACHE={given!r}: it must name a folder; set it to one, or unset it."])
     try:
         return Path(given).expanduser()
     except RuntimeError as error:  # ~nouser, or a user without a home
         raise ConfigError(
-            [f"Invalid FLATLORA_CACHE={given}: {reason_of(error)}; set it to a folder by its whole name."]
+            [f"Invalid FLATLORA_CACHE={given}: {reason_of(error)}; set it to the full path of a folder."]
         ) from error
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: temporary file in the same folder, fsync, rename; with the mode of the umask.
+    """Write a file atomically: temporary file in the same folder, fsync, rename. Its mode follows the umask.
 
     Raises:
-        OSError: as the file system says (read-only, full); `path` is as it was.
+        OSError: the file system is full or read-only; `path` is unchanged.
     """
     with staging(path) as temporary:
         with open(temporary, "wb") as file:
@@ -56,7 +56,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make all that is in `folder` survive a power cut."""
+    """Make all content of `folder` survive a power cut."""
     for parent, _, names in os.walk(folder):
         for name in names:
             fsync_folder(Path(parent, name))
@@ -64,13 +64,13 @@ def flush_folder(folder: Path) -> None:
 
 
 def no_link(path: str, flags: int) -> int:
-    """Opener for `open`: a link there is an error, so that nothing is written to where it points."""
+    """Opener for `open` that does not follow a symbolic link, so that nothing is written to its target."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 @contextlib.contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends well: whole or not there at all."""
+    """Write a folder atomically: yields a temporary folder, which replaces `path` if the block raises no error."""
     with staging(path, folder=True) as fresh:
         yield fresh
         obey_umask(fresh)
@@ -86,10 +86,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def out_of_space(error: Exception, folder: Path) -> bool:
-    """Whether an error is that of a full disk: safetensors, tokenizers and torch each have their own for it."""
+    """Whether an error means a full disk; safetensors, tokenizers and torch each raise their own type for it."""
     return "no space left" in str(error).lower() or disk_is_full(folder)
 
 
 def disk_is_full(folder: Path) -> bool:
-    """Whether less than a mebibyte is left for files in `folder`."""
+    """Whether less than 1 MiB is free for files in `folder`."""
     return folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20

@@ -1,4 +1,4 @@
-"""Passwords in addresses, which no message and no record is to have."""
+"""Removes passwords from URLs before they reach messages and records."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import re
 import urllib.parse
 
 MASK = "***"
-_ADDRESS = re.compile(r"(?<=://)[^/\s]\S*@")  # as far as the last @: a password may hold signs that end a host
+_ADDRESS = re.compile(r"(?<=://)[^/\s]\S*@")  # up to the last @: a password may contain characters that end a host
 
 
 def masked(text: str) -> str:
-    """A text whose addresses have no user and no password: `http://***@host`."""
+    """The text with user and password masked in all URLs: `http://***@host`."""
     return _ADDRESS.sub(f"{MASK}@", text)
 
 
 def masked_word(word: str) -> str:
-    """`masked` of what is one word, or one address, whatever blanks its password has."""
+    """`masked` for a single argument or URL, whose password may contain blanks."""
     return re.sub(r"(?<=://)(?!/).*@", f"{MASK}@", word, flags=re.DOTALL)
 
 
 def masked_url(url: str) -> str:
-    """One address without its user and password; what else is in it stays."""
+    """A URL with user and password masked; the rest is unchanged."""
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError:

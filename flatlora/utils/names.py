@@ -1,4 +1,4 @@
-"""Names that become folders or files: one rule for all of them, counted as file systems count, in bytes."""
+"""Names that become folders or files; their length is counted in bytes, as file systems do."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import hashlib
 import re
 
 MOST_BYTES = 255
-"""Of one part of a path, on every usual file system."""
-UNPRINTED = r"\x00-\x1f\x7f-\x9f\ud800-\udfff"  # controls, which end and move lines, and halves of signs
+"""Longest file name on the usual file systems, in bytes."""
+UNPRINTED = r"\x00-\x1f\x7f-\x9f\ud800-\udfff"  # control characters and lone surrogates
 
 
 def size(text: str) -> int:
-    """Bytes of a name on a disk."""
+    """Length of a name on disk in bytes."""
     return len(text.encode("utf-8", "surrogatepass"))
 
 
 def fitting(name: str) -> str:
-    """A part of a path for a text of any length: the text itself, or its beginning and a hash of the whole."""
+    """Returns `name`, or its beginning and a hash of all of it if it is too long for a file name."""
     if size(name) <= MOST_BYTES:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
@@ -24,15 +24,15 @@ def fitting(name: str) -> str:
 
 
 def stays_inside(path: str) -> bool:
-    """Whether a path made of names is below the folder that it is joined to: neither absolute nor upwards."""
+    """Whether a path stays below the folder that it is joined to: it is not absolute and has no '..'."""
     return not path.startswith("/") and ".." not in path.split("/") and "\x00" not in path
 
 
 def printable(text: str) -> str:
-    """A text of one or several lines as a terminal may have it: control characters are spelled, as \\x1b."""
-    return re.sub(rf"(?![\n\t])[{UNPRINTED}]", lambda found: ascii(found[0])[1:-1], text)
+    """The text with its control characters escaped, such as \\x1b; line feeds and tabs stay."""
+    return re.sub(rf"(?![\n\t])[{UNPRINTED}]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def is_text(word: str) -> bool:
-    """Whether a word of the command line is UTF-8: its other bytes could be neither printed nor recorded."""
+    """Whether an argument of the command line is valid UTF-8; other bytes can be neither printed nor recorded."""
     return not re.search(r"[\ud800-\udfff]", word)

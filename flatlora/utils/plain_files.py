@@ -1,4 +1,4 @@
-"""Files of folders that somebody else filled: asked what they are, where they lie and how large they are, then read."""
+"""Reads files from untrusted folders after checking their type, location and size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 
 class NotPlainError(OSError):
-    """What was to be read is no file: a pipe, a device or a socket."""
+    """The path is a pipe, a device or a socket instead of a file."""
 
     def __str__(self) -> str:
         return self.strerror
@@ -22,7 +22,7 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file for reading.
 
     Raises:
-        OSError: as `open`; `NotPlainError` for a pipe, a device or a socket, which may never end or never begin.
+        OSError: as `open`; `NotPlainError` for a pipe, a device or a socket, whose reading may never begin or end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -38,10 +38,10 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_plain(path: str | os.PathLike[str], most_bytes: int) -> bytes:
-    """All of a file.
+    """Reads a whole file.
 
     Raises:
-        OSError: as `open_plain`, and for a file of more than `most_bytes`.
+        OSError: as `open_plain`; or the file has more than `most_bytes` bytes.
     """
     with open_plain(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > most_bytes:
@@ -53,7 +53,7 @@ def file_sha256(path: Path, *, flush: bool = False) -> str:
     """SHA-256 of a file.
 
     Args:
-        flush: whether to wait until all of it is on the disk.
+        flush: whether to call fsync on it.
 
     Raises:
         OSError: as `open_plain`.
@@ -66,23 +66,23 @@ def file_sha256(path: Path, *, flush: bool = False) -> str:
 
 
 def place_inside(folder: Path, name: str, *others: str | Path) -> Path:
-    """Where a file lies that is named relative to a folder.
+    """The path of a file that is named relative to a folder, with links resolved.
 
     Args:
-        others: folders that it may lie in besides.
+        others: other folders that may contain it.
 
     Raises:
-        OSError: outside all of them, after all links. Links of the hub's cache lead to its own store of files.
+        OSError: the file is outside all of these folders. Links within the hub's cache are allowed.
     """
-    place = Path(os.path.realpath(folder / name))
-    roots = (root for one in (folder, *others) for root in _roots(Path(os.path.realpath(one))))
-    if not any(place.is_relative_to(root) for root in roots):
-        raise OSError(f"it lies outside {folder}, at {place}, and no other files are read than those in that folder")
-    return place
+    path = Path(os.path.realpath(folder / name))
+    roots = (root for allowed in (folder, *others) for root in _roots(Path(os.path.realpath(allowed))))
+    if not any(path.is_relative_to(root) for root in roots):
+        raise OSError(f"it is outside {folder}, at {path}, and only files in that folder are read")
+    return path
 
 
 def _roots(folder: Path) -> Iterator[Path]:
-    """A folder, and where the files are that it links to, if it is a snapshot in the hub's cache."""
+    """A folder and, if it is a snapshot in the hub's cache, the folder of blobs that its links point to."""
     yield folder
     for parent in (folder, *folder.parents):
         if parent.parent.name == "snapshots" and (parent.parent.parent / "blobs").is_dir():
@@ -90,33 +90,33 @@ def _roots(folder: Path) -> Iterator[Path]:
 
 
 def kind_of(mode: int) -> str:
-    """What a thing is that is no file, by its `st_mode`."""
+    """The kind of a path that is not a regular file, from its `st_mode`."""
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "something else")
 
 
 def irregular_files(folder: Path) -> list[str]:
-    """What in a folder, or in one of its folders, cannot be read as a file, and why: pipes, devices, links in a circle.
+    """Entries of a folder and its direct subfolders that are not files, with the reason: pipes, devices, link loops.
 
-    A library that opens a pipe waits for ever.
+    A library that opens a pipe would wait forever.
     """
-    found = []
-    for place in (folder, *filter(os.path.isdir, _entries(folder))):
-        for entry in _entries(place):
+    irregular = []
+    for parent in (folder, *filter(os.path.isdir, _entries(folder))):
+        for entry in _entries(parent):
             try:
                 mode = os.stat(entry).st_mode
             except FileNotFoundError:
-                continue  # a link to nothing: whoever needs the file misses it
+                continue  # a broken link: its reader reports the missing file
             except OSError as error:
-                found.append(f"{entry} ({error.strerror})")
+                irregular.append(f"{entry} ({error.strerror})")
                 continue
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                found.append(f"{entry} ({kind_of(mode)})")
-    return found
+                irregular.append(f"{entry} ({kind_of(mode)})")
+    return irregular
 
 
 def _entries(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError:
-        return []  # what reads the folder tells why
+        return []  # the reader of the folder reports the reason

@@ -32,18 +32,18 @@ _NATIVE = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16", "arm_bf16": "Arm BF1
 
 
 class CPUFeatures(NamedTuple):
-    """BF16 support as torch and oneDNN report it; None where this version of torch has no such query."""
+    """BF16 support as torch and oneDNN report it; None if this version of torch cannot report it."""
 
     avx512_bf16: bool | None = None
     amx_bf16: bool | None = None
     arm_bf16: bool | None = None
-    onednn_bf16: bool | None = None  # within ONEDNN_MAX_CPU_ISA, which the others do not follow
+    onednn_bf16: bool | None = None  # respects ONEDNN_MAX_CPU_ISA, unlike the others
 
 
 def cpu_features() -> CPUFeatures:
-    """What torch reports for the CPU of this process, and what the environment leaves of it to oneDNN."""
+    """What torch reports for this CPU, and whether the environment lets oneDNN use it."""
     reported = _query(torch.cpu, "get_capabilities")
-    if reported is None:  # of torch 2.13; 2.11 has single queries for x86 alone
+    if reported is None:  # torch before 2.13 only has queries for x86
         reported = {
             "avx512_bf16": _query(torch.cpu, "_is_avx512_bf16_supported"),
             "amx_bf16": _query(torch.cpu, "_is_amx_tile_supported"),
@@ -62,18 +62,18 @@ def cpu_features() -> CPUFeatures:
 def isa_limit_allows_bf16(limit: str | None) -> bool:
     """Whether oneDNN may use BF16 instructions of an x86 CPU under this value of ONEDNN_MAX_CPU_ISA, None for no limit.
 
-    oneDNN's own query says yes from AVX512_CORE on, where it emulates BF16. Letters' case does not matter, and values
-    that oneDNN does not know limit nothing.
+    oneDNN's own query returns True from AVX512_CORE on, where it emulates BF16. As in oneDNN, case is ignored and
+    unknown values set no limit.
     """
     return limit is None or limit.lower() not in _ISAS_WITHOUT_BF16
 
 
-# oneDNN's "CPU Dispatcher Control" names them all; AVX2_VNNI_2 converts BF16 and has no products of it.
+# From oneDNN's "CPU Dispatcher Control". AVX2_VNNI_2 converts BF16 but has no BF16 products.
 _ISAS_WITHOUT_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
 
 
 def _query(owner: Any, name: str) -> Any:
-    """Answer of a query; None where this version or build of torch has no such query."""
+    """Calls `owner.name()`; None if this version or build of torch does not have it."""
     query = getattr(owner, name, None)
     return query() if query else None
 
@@ -99,7 +99,7 @@ class Precision(NamedTuple):
     products: torch.dtype
     autocast: torch.dtype | None
     reason: str
-    slow: bool = False  # BF16 products were asked for on a CPU that is slow in them
+    slow: bool = False  # BF16 products were requested on a CPU that computes them slowly
 
     @property
     def held(self) -> torch.dtype:
@@ -108,7 +108,7 @@ class Precision(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What tells answers apart that were computed in different ways, for their record."""
+        """Name of the dtype that products are computed in, for the record of answers."""
         converted = self.autocast is None and self.products != self.stored
         return str(self.products if converted else self.autocast)
 
@@ -129,21 +129,21 @@ def _name(dtype: torch.dtype) -> str:
 def choose_precision(
     setting: str, stored: str, device: torch.device | str, features: CPUFeatures | None = None
 ) -> Precision:
-    """The precision that `trainer.autocast` and `model.dtype` mean on a device.
+    """The precision that `trainer.autocast` and `model.dtype` select on a device.
 
     Args:
         setting: auto, bfloat16 or none. auto is BF16 autocast for a BF16 backbone on a device that is fast in BF16.
-            Whatever it is, only bfloat16 makes a CPU without BF16 instructions compute in BF16.
+            A CPU without BF16 instructions computes in BF16 only with bfloat16.
         stored: dtype of the backbone: float32, bfloat16 or float16.
-        features: of the CPU; asked of torch when None.
+        features: of the CPU; queried from torch if None.
     """
     dtype = getattr(torch, stored)
     if torch.device(device).type != "cpu":
         autocast = torch.bfloat16 if setting == "bfloat16" or (setting == "auto" and stored == "bfloat16") else None
-        return Precision(dtype, autocast or dtype, autocast, "a GPU computes in the dtype that it is asked for")
+        return Precision(dtype, autocast or dtype, autocast, "a GPU computes in any of these dtypes")
     fast, reason = bf16_support(cpu_features() if features is None else features)
     if setting == "bfloat16":
-        return Precision(dtype, torch.bfloat16, torch.bfloat16, f"asked for, and {reason}", slow=not fast)
+        return Precision(dtype, torch.bfloat16, torch.bfloat16, f"requested, and {reason}", slow=not fast)
     if dtype == torch.float32:
         return Precision(dtype, dtype, None, "the weights are float32")
     if dtype == torch.float16:
@@ -156,7 +156,7 @@ def choose_precision(
 def autocast(
     device: torch.device, precision: Precision | None, cache_enabled: bool | None = None
 ) -> contextlib.AbstractContextManager:
-    """torch.autocast where the precision has it, else a context that changes nothing."""
+    """`torch.autocast` if the precision uses it, else a null context."""
     if precision is None or precision.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, precision.autocast, cache_enabled=cache_enabled)
@@ -165,33 +165,33 @@ def autocast(
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """The dtype to load a backbone in for your own training loop: BF16 where its products are fast, else FP32.
 
-    The weights are then those of this dtype: on a CPU that is fast in BF16 an FP32 checkpoint is rounded to BF16, and
-    on one that is slow in it W + ε is not rounded to BF16. Runs of the command line leave an FP32 backbone as it is,
-    and round W + ε of a BF16 one on every machine.
+    A backbone loaded in this dtype depends on the machine: a CPU that is fast in BF16 rounds an FP32 checkpoint and
+    W + ε to BF16, and one that is slow does not. In contrast, runs of the command line leave an FP32 backbone
+    as it is, and round W + ε of a BF16 backbone to BF16 on every machine.
     """
     return choose_precision("auto", "bfloat16", device).products
 
 
 def use_physical_cores() -> None:
-    """Let torch use no more threads than there are physical cores for this process, unless OMP_NUM_THREADS is set.
+    """Limit torch's threads to the physical cores available to this process, unless OMP_NUM_THREADS is set.
 
-    A second thread on a core waits for the same arithmetic units, and slows down the first.
+    A second thread on a core competes for the same arithmetic units and slows down the first.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    import joblib  # of the commands alone: whoever uses the library sets threads as they like
+    import joblib  # part of the suite; the library alone does not set threads
 
-    cores = joblib.cpu_count(only_physical_cores=True)  # of those that affinity and cgroups allow
+    cores = joblib.cpu_count(only_physical_cores=True)  # within affinity and cgroup limits
     if cores < torch.get_num_threads():
         torch.set_num_threads(cores)
 
 
 @torch.no_grad()
 def hold(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the BF16 and FP16 weights of a model in tensors of `dtype`, in place; every value stays what it was.
+    """Convert the BF16 and FP16 weights of a model to tensors of `dtype`, in place; their values do not change.
 
-    A parameter's `stored_dtype` says what it holds the values of. Weights packed by bitsandbytes stay packed: they are
-    unpacked to `dtype`, and their products are made in it.
+    A parameter's `stored_dtype` is then the dtype that its values came from. Weights packed by bitsandbytes stay so;
+    they are unpacked to `dtype` for their products.
     """
     for parameter in model.parameters():
         if parameter.dtype in _HALF:
@@ -207,9 +207,9 @@ def hold(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def widen(model: nn.Module) -> nn.Module:
-    """The model with FP32 weights that count as FP32 from now on, in place: W + ε is not rounded to a narrower dtype.
+    """Convert a model to FP32 and drop its `stored_dtype`, in place: W + ε is no longer rounded to a narrower dtype.
 
-    `model.float()` alone leaves the `stored_dtype` of a held weight, and so do PEFT's merges.
+    `model.float()` and PEFT's merges keep the `stored_dtype` of a held weight.
     """
     model.float()
     for parameter in model.parameters():
@@ -218,18 +218,18 @@ def widen(model: nn.Module) -> nn.Module:
 
 
 def hold_as_computed(model: nn.Module, precision: Precision) -> None:
-    """`hold` a model in the dtype of its products where that is wider than the stored one, else leave it."""
+    """`hold` a model in the dtype of its products if that is wider than the stored one."""
     if precision.held != precision.stored:
         hold(model, precision.held)
 
 
 def stored_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Dtype whose values a weight holds: its own, unless `hold` has put them into wider tensors."""
+    """The dtype that a weight was stored in: its own, unless `hold` has converted it to a wider one."""
     return getattr(weight, "stored_dtype", weight.dtype)
 
 
 def as_stored(weight: torch.Tensor) -> torch.Tensor:
-    """A frozen weight in its stored dtype; unchanged where some value is not representable in that dtype."""
+    """A frozen weight in its stored dtype; unchanged if some value is not representable in that dtype."""
     if weight.requires_grad or stored_dtype(weight) == weight.dtype:
         return weight.detach()
     narrow = weight.detach().to(stored_dtype(weight))
@@ -237,7 +237,7 @@ def as_stored(weight: torch.Tensor) -> torch.Tensor:
 
 
 def slow_bf16_warning(model: nn.Module, setting: str, remedy: str) -> str:
-    """A warning that `setting` makes a CPU compute in BF16 which is slow in it, with the measured ratio."""
+    """A warning that `setting` makes a CPU without fast BF16 compute in BF16, with the measured ratio."""
     shapes = Counter(
         tuple(module.weight.shape)
         for name, module in model.named_modules()
@@ -248,12 +248,12 @@ def slow_bf16_warning(model: nn.Module, setting: str, remedy: str) -> str:
     _, reason = bf16_support(cpu_features())
     return (
         f"{setting}: a BF16 product takes {ratio:.1f} times as long as an FP32 one on this CPU (measured, {m} × {n}), "
-        f"for {reason}; {remedy}."
+        f"because {reason}; {remedy}."
     )
 
 
 def warn_of_unscaled_fp16(dtypes: Iterable[torch.dtype]) -> None:
-    """Warn of a training whose loss is not scaled, where a weight of its backbone is FP16."""
+    """Warn that the loss is not scaled, if one of the backbone's dtypes is FP16."""
     if torch.float16 in set(dtypes):
         logger.warning(
             "The backbone is float16 and the loss is not scaled: small gradients of the adapter underflow to 0; load "
@@ -263,7 +263,7 @@ def warn_of_unscaled_fp16(dtypes: Iterable[torch.dtype]) -> None:
 
 
 def measured_ratio(m: int, n: int, rows: int = 32, rounds: int = 3) -> float:
-    """Time of an x Wᵀ in BF16 over that in FP32, W m × n and x rows × n; medians of a few rounds."""
+    """Time of x Wᵀ in BF16 divided by its time in FP32, for W (m × n) and x (rows × n); medians over `rounds`."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(rows, n, dtype=dtype), torch.ones(m, n, dtype=dtype)

@@ -1,7 +1,7 @@
-"""Records that runs and evaluations leave: one way to read them, and hashes that tell what was damaged since.
+"""Reads and writes the records of runs and evaluations, with hashes that detect later damage.
 
-run.json signs itself and holds the hash of every file of its folder that is read later. A record from before there were
-hashes is read as it is.
+run.json contains a hash of itself and of every file of its folder that is read later. Older records without hashes are
+read as they are.
 """
 
 from __future__ import annotations
@@ -20,84 +20,84 @@ from flatlora.utils.files import fsync_folder, write_json
 from flatlora.utils.plain_files import file_sha256, open_plain, read_plain
 
 SIGNATURE = "record_sha256"
-FILES = "files"  # of run.json: {name in the run's folder: {"sha256", "bytes"}}
-ROWS_HASH = "predictions_sha256"  # of generation.json: the answers that its settings gave; None while they are made
-_INPUTS = ("test.jsonl", "classes.json", "pictures.json")  # that scoring reads
-_RECORDED = (*_INPUTS, "metrics.jsonl")  # and all of adapter/
+FILES = "files"  # in run.json: {name in the run's folder: {"sha256", "bytes"}}
+ROWS_HASH = "predictions_sha256"  # in generation.json: hash of predictions.jsonl; None until it is finished
+_INPUTS = ("test.jsonl", "classes.json", "pictures.json")  # read by scoring
+_RECORDED = (*_INPUTS, "metrics.jsonl")  # hashed in run.json, besides all of adapter/
 _MOST_BYTES = 64 << 20  # of a record
-_MOST_SETTINGS = 1 << 20  # bytes; YAML is read at some 100 KB a second
-_DEEPEST = 64  # levels; what is nested further is no record, and would end whoever walks through it
+_MOST_SETTINGS = 1 << 20  # bytes; YAML is parsed at about 100 KB/s
+_DEEPEST = 64  # levels of nesting; more would exceed Python's recursion limit in functions that walk the record
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
-def read_record(path: Path, remedy: str = "put a whole copy back") -> dict[str, Any] | None:
-    """The object of a JSON file; None where there is no such file.
+def read_record(path: Path, remedy: str = "restore it from a copy") -> dict[str, Any] | None:
+    """Reads the object in a JSON file; None if there is no such file.
 
     Args:
-        remedy: what the user can do about a broken one.
+        remedy: end of the message about a broken file.
 
     Raises:
-        ConfigError: it cannot be read, holds something else, or is signed and not as it was written.
+        ConfigError: it cannot be read, does not hold an object, or does not match its own hash.
     """
     try:
-        found = json.loads(read_plain(path, _MOST_BYTES))
-        _validate_groups(found)
-        if SIGNATURE in found and found[SIGNATURE] != _signature(found):
-            raise ValueError(f"{SIGNATURE} in it is of another content: it was changed after it was written")
-        if FILES in found and SIGNATURE not in found:
+        record = json.loads(read_plain(path, _MOST_BYTES))
+        _validate_groups(record)
+        if SIGNATURE in record and record[SIGNATURE] != _signature(record):
+            raise ValueError(f"it does not match its {SIGNATURE}: it was changed after it was written")
+        if FILES in record and SIGNATURE not in record:
             raise ValueError(f"its {SIGNATURE} is missing")
-    except (FileNotFoundError, NotADirectoryError):  # the latter where results_root is a file
+    except (FileNotFoundError, NotADirectoryError):  # the latter if results_root is a file
         if not path.is_symlink():
             return None
-        raise _broken(path, "it is a link to nothing", remedy) from None
+        raise _broken(path, "it is a broken link", remedy) from None
     except (OSError, ValueError, RecursionError) as error:
         raise _broken(path, _reason(error), remedy) from error
-    return found
+    return record
 
 
 def read_settings(path: Path, remedy: str) -> Any:
-    """What a YAML file holds.
+    """Reads a YAML file.
 
     Raises:
-        ConfigError: it is not there, cannot be read, or is no YAML.
+        ConfigError: it does not exist, cannot be read, or is not YAML.
     """
     try:
-        found = yaml.safe_load(read_plain(path, _MOST_SETTINGS))
-        _validate_depth(found)
+        content = yaml.safe_load(read_plain(path, _MOST_SETTINGS))
+        _validate_depth(content)
     except (OSError, *_YAML_ERRORS) as error:
         raise _broken(path, _reason(error), remedy, "file") from error
-    return found
+    return content
 
 
 def write_signed(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record with the hash of itself, atomically."""
+    """Write a record and its own hash, atomically."""
     write_json(path, signed(record))
 
 
 def signed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with the hash of all else that is in it."""
+    """The record with the hash of its other keys added."""
     unsigned = {key: value for key, value in record.items() if key != SIGNATURE}
     return {**unsigned, SIGNATURE: _signature(unsigned)}
 
 
 def entry_of(path: Path, *, flush: bool = False) -> dict[str, Any]:
-    """What a record holds of a file: its hash and its bytes. Arguments and errors as `file_sha256`."""
+    """A file's SHA-256 and size in bytes, as records hold them. Arguments and errors as for `file_sha256`."""
     return {"sha256": file_sha256(path, flush=flush), "bytes": path.stat().st_size}
 
 
 def hash_files(run: Path) -> dict[str, dict[str, Any]]:
-    """What run.json holds of the files beside it, each of them flushed to the disk."""
+    """`entry_of` each file beside run.json, by its relative path; the files are flushed to the disk."""
     adapter = run / "adapter"
     paths = [run / name for name in _RECORDED if (run / name).is_file()]
     paths += sorted(path for path in adapter.rglob("*") if path.is_file())
-    found = {path.relative_to(run).as_posix(): entry_of(path, flush=True) for path in paths}
+    entries = {path.relative_to(run).as_posix(): entry_of(path, flush=True) for path in paths}
     for folder in {path.parent for path in paths}:
         fsync_folder(folder)
-    return found
+    return entries
 
 
 def hash_inputs(run: Path) -> dict[str, dict[str, Any]]:
-    """As `hash_files`, of what scoring reads besides weights, which is there from a run's beginning."""
+    """`entry_of` each file that scoring reads besides weights; these are written at the start of a run."""
     paths = [run / name for name in _INPUTS if (run / name).is_file()]
     return {path.name: entry_of(path) for path in paths}
 
@@ -109,27 +109,27 @@ def damage(
     wanted: Callable[[str], bool] = lambda name: True,
     largest_bytes: int | None = None,
 ) -> list[str]:
-    """What became of a finished run's files since its record was written, a phrase each; none for a record of before.
+    """One phrase for each file of a finished run that is missing or has changed; none for records without hashes.
 
     Args:
-        wanted: which of the names to look at.
-        largest_bytes: of larger files only the size is compared; None hashes all.
+        wanted: selects the names to check.
+        largest_bytes: only the size of larger files is compared; None hashes all files.
     """
-    found = []
+    problems = []
     for name, entry in (record.get(FILES) or {}).items():
         if wanted(name) and (problem := _file_problem(run / name, entry, largest_bytes)):
-            found.append(f"{name} {problem}")
-    return found
+            problems.append(f"{name} {problem}")
+    return problems
 
 
 def metrics_of(record: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
-    """What a run's record has of a benchmark's score.json."""
+    """The metrics of one benchmark in a run's record."""
     parts = [(key.partition("/"), value) for key, value in record["metrics"].items()]
     return {metric: value for (name, _, metric), value in parts if name == benchmark and metric}
 
 
 def is_alone(run: Path) -> bool:
-    """Whether a record was kept without the folder that it belongs to, as results/study/ keeps them."""
+    """Whether a record is kept without its run folder, as in results/study/."""
     return not os.path.lexists(run / "config.yaml") and not os.path.lexists(run / "adapter")
 
 
@@ -150,7 +150,7 @@ def _file_problem(path: Path, entry: Mapping[str, Any], largest_bytes: int | Non
 
 
 def settings_differ(run: Path, record: Mapping[str, Any]) -> list[str]:
-    """What became of a finished run's config.yaml, which run.json has a copy of."""
+    """How a finished run's config.yaml differs from the copy in run.json: a phrase, or an empty list."""
     experiment = record.get("experiment")
     if SIGNATURE not in record or not isinstance(experiment, dict):
         return []
@@ -165,34 +165,34 @@ def settings_differ(run: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def answers_damage(folder: Path, metrics: Mapping[str, Any] | None = None) -> list[str]:
-    """What is wrong with a folder of finished answers, a phrase each.
+    """What is wrong with a folder of finished answers, one phrase per problem.
 
     Args:
-        metrics: what the run's record has of its score.json; None looks at the answers alone.
+        metrics: the metrics in the run's record, compared with score.json; None checks the answers only.
     """
     name = folder.name
     try:
-        made = read_record(folder / "generation.json")
+        generation = read_record(folder / "generation.json")
         score = read_record(folder / "score.json") if metrics is not None else {}
     except ConfigError:
         return [f"a record in eval/{name} is broken"]
-    if made is None or score is None:
-        return [f"eval/{name} is {'not whole' if folder.is_dir() else 'gone'}"]
-    if problem := rows_problem(folder / "predictions.jsonl", made):
+    if generation is None or score is None:
+        return [f"eval/{name} is {'incomplete' if folder.is_dir() else 'missing'}"]
+    if problem := rows_problem(folder / "predictions.jsonl", generation):
         return [f"eval/{name}/predictions.jsonl {problem}"]
     if metrics is not None and _canonical(score.get("metrics")) != _canonical(dict(metrics)):
-        return [f"eval/{name}/score.json has not the numbers of run.json"]
+        return [f"eval/{name}/score.json differs from the metrics in run.json"]
     return []
 
 
-def rows_problem(path: Path, made: Mapping[str, Any]) -> str | None:
-    """Why a predictions file is not what its generation.json says; None for a good one, and for one without a hash."""
-    if ROWS_HASH not in made:
-        return None  # of an earlier version
+def rows_problem(path: Path, generation: Mapping[str, Any]) -> str | None:
+    """Why a predictions file does not match its generation.json; None if it does, or if there is no hash."""
+    if ROWS_HASH not in generation:
+        return None  # written by an earlier version
     try:
-        if made[ROWS_HASH] is None:
+        if generation[ROWS_HASH] is None:
             return "is not finished"
-        return None if file_sha256(path) == made[ROWS_HASH] else "is not what its generation.json says"
+        return None if file_sha256(path) == generation[ROWS_HASH] else "does not match its generation.json"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -205,13 +205,13 @@ def _signature(record: Mapping[str, Any]) -> str:
 
 
 def _canonical(value: Any) -> str:
-    """One text for all that JSON reads back as the same."""
+    """The same text for all values that are equal after a round trip through JSON."""
     return json.dumps(json.loads(json.dumps(value, default=str)), sort_keys=True)
 
 
 def _validate_groups(value: Any) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"an object is needed, not a {type(value).__name__}")
+        raise ValueError(f"it must hold an object, not a {type(value).__name__}")
     _validate_depth(value)
 
 
@@ -239,9 +239,9 @@ def _broken(path: Path, reason: str, remedy: str, kind: str = "record") -> Confi
 
 
 def own_paths_errors(run: Path) -> list[str]:
-    """Links, and folders in the place of files, where a run writes: nothing outside of it is written to.
+    """Errors about paths in a run's folder that are links, or folders where the run writes files (and vice versa).
 
-    Checkpoints may be links, for what is written anew replaces them.
+    A run must not write outside its folder. Checkpoints may be links: a new checkpoint replaces the link.
     """
     files = ("config.yaml", "metrics.jsonl", *_RECORDED, "run.json", ".lock", ".probe")
     kinds: Sequence[tuple[str, Callable[[Path], bool], str]] = [
@@ -252,19 +252,19 @@ def own_paths_errors(run: Path) -> list[str]:
     for name, is_right, needed in kinds:
         path = run / name
         if os.path.islink(path):
-            wrong.append((path, f"it is a link, and a run writes {needed} of its own there"))
+            wrong.append((path, f"it is a link, and the run writes {needed} of its own there"))
         elif os.path.lexists(path) and not is_right(path):
-            wrong.append((path, f"{needed} is needed there"))
+            wrong.append((path, f"it must be {needed}"))
     for folder in ("eval", "start", "best"):
         if not os.path.islink(run / folder):
             wrong += [
-                (path, "it is a link, and a run writes files of its own there") for path in links_in(run / folder)
+                (path, "it is a link, and the run writes files of its own there") for path in links_in(run / folder)
             ]
-    return [f"Invalid {path}: {problem}; move it away, or say overwrite=true." for path, problem in wrong]
+    return [f"Invalid {path}: {problem}; move it away, or use overwrite=true." for path, problem in wrong]
 
 
 def links_in(folder: Path) -> list[Path]:
-    """All links below a folder."""
+    """All symbolic links below a folder."""
     return sorted(
         Path(parent, name)
         for parent, folders, names in os.walk(folder)

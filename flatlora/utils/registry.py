@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Name → plug-in. A plug-in's module registers it when it is imported, which the registry sees to.
+    """Name → plug-in. A module registers its plug-ins when it is imported; the registry imports it on demand.
 
-    A name is looked for in the module of that name first, then in all modules of the packages.
+    A name is looked up in the module of that name first, then in all modules of the packages.
 
     Args:
-        kind: what the plug-ins are, for messages, such as "peft method".
-        packages: packages whose modules hold them.
+        kind: what the plug-ins are called in messages, such as "peft method".
+        packages: packages whose modules register plug-ins.
     """
 
     def __init__(self, kind: str, *packages: str) -> None:
@@ -26,9 +26,13 @@ class Registry(Mapping[str, T], Generic[T]):
         self._all_imported = False
 
     def add(self, name: str, item: T) -> T:
-        """Register a plug-in under a name; a name that is taken is a ValueError."""
+        """Register a plug-in under a name.
+
+        Raises:
+            ValueError: the name is taken.
+        """
         if name in self._items:
-            raise ValueError(f"Invalid name={name}: there is such a {self.kind} already; choose another name.")
+            raise ValueError(f"Invalid name={name}: a {self.kind} of this name exists already; choose another name.")
         self._items[name] = item
         return item
 

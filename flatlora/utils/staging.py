@@ -1,6 +1,6 @@
-"""Files and folders while they are written: beside their place, locked until they are renamed to it.
+"""Temporary files and folders, written beside their target and locked until they are renamed to it.
 
-The lock ends with the process that holds it, however that ends, so what nobody has locked was left by a dead one.
+A lock ends with its process, however that ends, so an unlocked temporary file was left by a dead process.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _LEFT_OVER = re.compile(r"\..+-[0-9a-z_]{8}")
 
 @contextlib.contextmanager
 def staging(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """An empty file or folder beside `path`, to be filled and renamed; what is still there in the end is removed.
+    """Yields an empty file or folder beside `path`, to be filled and renamed; removes it at the end if it still exists.
 
-    Its mode is what the umask leaves.
+    Its mode follows the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, descriptor = _create(path, folder)
@@ -34,7 +34,7 @@ def staging(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what dead processes left half-written in a folder. What cannot be removed stays."""
+    """Remove temporary files of dead processes from a folder; files that cannot be removed stay."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             if _LEFT_OVER.fullmatch(entry.name):
@@ -43,32 +43,32 @@ def sweep(folder: Path) -> None:
 
 
 def remove(path: Path, *, ignore_errors: bool = False) -> None:
-    """Delete a file or a folder, if it is there; of a link the link alone.
+    """Delete a file, a folder or a link (not its target), if it exists.
 
     Args:
-        ignore_errors: leave what cannot be deleted of a folder where it is.
+        ignore_errors: skip files of a folder that cannot be deleted.
 
     Raises:
         OSError: something cannot be deleted.
     """
-    if not path.is_symlink() and path.is_dir():  # in this order: a link may lead where nobody may look
+    if not path.is_symlink() and path.is_dir():  # in this order: the target of a link may be unreadable
         shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)
 
 
 def obey_umask(path: Path) -> None:
-    """Give a file, or a folder and all in it, the mode that it would have had if `open` or `mkdir` had made it.
+    """Give a file, or a folder and its content, the mode that `open` and `mkdir` would give it.
 
-    safetensors writes files that nobody but their owner can read, whatever the umask is.
+    safetensors writes files that only their owner can read, whatever the umask is.
     """
     mask = _umask()
-    for place in (path, *(path.rglob("*") if path.is_dir() else ())):
-        if place.is_symlink():
+    for entry in (path, *(path.rglob("*") if path.is_dir() else ())):
+        if entry.is_symlink():
             continue
-        wanted = (0o777 if place.is_dir() else 0o666) & ~mask
-        if stat.S_IMODE(place.stat().st_mode) != wanted:
-            place.chmod(wanted)
+        wanted = (0o777 if entry.is_dir() else 0o666) & ~mask
+        if stat.S_IMODE(entry.stat().st_mode) != wanted:
+            entry.chmod(wanted)
 
 
 def _create(path: Path, folder: bool) -> tuple[Path, int]:
@@ -76,9 +76,9 @@ def _create(path: Path, folder: bool) -> tuple[Path, int]:
     while True:
         temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
         temporary.mkdir() if folder else temporary.touch(exist_ok=False)
-        with contextlib.suppress(FileNotFoundError):  # a sweep of another process came between
+        with contextlib.suppress(FileNotFoundError):  # another process swept it before it was locked
             descriptor = os.open(temporary, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks, where nothing is swept either
+            with contextlib.suppress(OSError):  # a file system without locks, on which `sweep` removes nothing either
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if temporary.exists():
                 return temporary, descriptor
@@ -95,7 +95,7 @@ def _remove_unlocked(path: Path) -> None:
 
 
 def _umask() -> int:
-    """Of this process, read without setting it: other threads may be making files."""
+    """The umask of this process, read without setting it: other threads may be creating files."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)

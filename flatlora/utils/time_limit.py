@@ -1,4 +1,4 @@
-"""An end to work that may take for ever, such as a regular expression that somebody else wrote."""
+"""A time limit for work that may never end, such as a regular expression from a data set."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in a block that takes longer. By SIGALRM, so in the main thread alone; others go on.
+    """Raise TimeoutError if the block takes longer. It uses SIGALRM, so in other threads there is no limit.
 
-    Python's regular expressions look for signals while they match.
+    Python's regular expressions check for signals while they match.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

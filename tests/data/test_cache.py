@@ -78,7 +78,7 @@ def test_warnings_come_with_the_cached_rows_too(root, tokenizer, caplog, monkeyp
         caplog.clear()
         no_loading(monkeypatch)
     assert told[0] == told[1]
-    assert any("3 of 4 test rows stand among the train rows" in text for text in told[1])
+    assert any("3 of 4 test rows are also train rows" in text for text in told[1])
     assert any("rows are longer than dataset.max_length=16 tokens" in text for text in told[1])
 
 
@@ -157,13 +157,13 @@ def rewrite(path, arrays):
 
 
 @pytest.mark.parametrize("damage", [torn, emptied, of_other_rows, of_other_test_rows, without_an_array])
-def test_a_broken_file_is_made_anew_with_a_warning(root, tokenizer, damage, caplog):
+def test_a_broken_file_is_made_again_with_a_warning(root, tokenizer, damage, caplog):
     first = prepared(root, tokenizer)
     (path,) = files(root)
     damage(path)
     assert same(prepared(root, tokenizer), first)
     assert f"The cache file {path} is broken" in caplog.text
-    assert "made anew" in caplog.text
+    assert "will be rebuilt" in caplog.text
     caplog.clear()
     assert same(prepared(root, tokenizer), first)
     assert caplog.text == ""
@@ -177,7 +177,7 @@ def test_a_file_under_anothers_name_is_not_taken(root, tokenizer, caplog):
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
     assert same(prepared(root, tokenizer), first)
-    assert "does not hold what its name says" in caplog.text
+    assert "does not match the hash in its name" in caplog.text
 
 
 def test_a_second_maker_of_the_same_file_does_no_harm(root, tokenizer, monkeypatch):
@@ -190,10 +190,10 @@ def test_a_cache_that_cannot_be_written_is_a_warning(root, tokenizer, monkeypatc
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "file")
     assert len(prepared(root, tokenizer).train) == 26
-    assert "cannot be kept" in caplog.text
+    assert "cannot be written" in caplog.text
 
 
-def test_missing_files_are_told_at_once(tmp_path, tokenizer):
+def test_missing_files_are_reported_at_once(tmp_path, tokenizer):
     with pytest.raises(ConfigError) as caught:
         prepared(tmp_path, tokenizer)
     assert len(caught.value.errors) == 2
@@ -203,7 +203,7 @@ def test_test_rows_that_train_are_counted(root, tokenizer, caplog):
     path = root / "openai/gsm8k/main/test.jsonl"
     path.write_text(json.dumps({"question": "train 2 + 1?", "answer": "3\n#### 3"}) + "\n" + path.read_text())
     prepared(root, tokenizer)
-    assert "1 of 5 test rows stand among the train rows" in caplog.text
+    assert "1 of 5 test rows are also train rows" in caplog.text
 
 
 def test_tokenize_is_its_slow_twin(tokenizer):

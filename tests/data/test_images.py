@@ -135,7 +135,7 @@ def test_pixels_are_those_of_the_processor(tmp_path, processor):
     assert torch.equal(rows.train[4]["pixel_values"], expected)
 
 
-def test_grey_and_transparent_pictures_are_read_as_rgb(tmp_path, processor):
+def test_gray_and_transparent_images_are_read_as_rgb(tmp_path, processor):
     buffers = []
     for mode in ("L", "RGBA", "P"):
         buffer = io.BytesIO()
@@ -148,7 +148,7 @@ def test_grey_and_transparent_pictures_are_read_as_rgb(tmp_path, processor):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_turned_picture_is_read_upright_as_transformers_reads_it(tmp_path, processor, kind):
+def test_a_turned_image_is_read_upright_as_transformers_reads_it(tmp_path, processor, kind):
     """All eight ways that a camera may be held, against CLIP's own preprocessing of the file."""
     pictures, files = [], []
     for orientation in range(1, 9):
@@ -204,29 +204,29 @@ def test_sizes_and_order(tmp_path, processor, subset):
     assert (rows.train.labels == list(range(6))) == (subset == "first")
 
 
-def test_pictures_that_train_do_not_validate(tmp_path, processor, caplog):
+def test_images_that_train_do_not_validate(tmp_path, processor, caplog):
     hub_id, config, image, label, _ = SETS["mnist"]
     for split in ("train", "test"):
         pictures = [{"bytes": png(i % 3), "path": None} for i in range(7)] + [{"bytes": png(9), "path": None}]
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [i % 3 for i in range(7)] + [0]})
     rows = prepared(tmp_path, "mnist", processor, "dataset.validation_rows=4")
     assert [len(part) for part in rows[:3]] == [4, 1, 8]
-    assert "3 rows stand among the train rows already" in caplog.text
-    assert "7 of 8 test rows stand among the train rows" in caplog.text
+    assert "3 rows repeat train rows" in caplog.text
+    assert "7 of 8 test rows are also train rows" in caplog.text
 
 
-def test_one_picture_under_two_classes_does_not_validate(tmp_path, processor, caplog):
+def test_one_image_under_two_classes_does_not_validate(tmp_path, processor, caplog):
     hub_id, config, image, label, _ = SETS["mnist"]
     pictures = [{"bytes": png(i), "path": None} for i in (0, 1, 0, 2)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, 5, 2]})
     rows = prepared(tmp_path, "mnist", processor, "dataset.train_rows=2", "dataset.validation_rows=2")
     assert rows.validation.labels == [2]
-    assert "1 rows stand among the train rows already" in caplog.text
+    assert "1 rows repeat train rows" in caplog.text
     assert len(set(rows.test.digests)) == 4
 
 
-def test_no_picture_left_to_validate_is_an_error_of_early_stopping(tmp_path, settings, capsys):
+def test_no_image_left_to_validate_is_an_error_of_early_stopping(tmp_path, settings, capsys):
     hub_id, config, image, label, _ = SETS["mnist"]
     for split in ("train", "test"):
         pictures = [{"bytes": png(i % 2), "path": None} for i in range(6)]
@@ -248,7 +248,7 @@ def test_the_hash_sees_files_classes_and_order(tmp_path, processor):
 # --- bad input
 
 
-def test_broken_pictures_are_counted_and_named(tmp_path, processor):
+def test_broken_images_are_counted_and_named(tmp_path, processor):
     hub_id, config, image, label, _ = SETS["mnist"]
     whole = [{"bytes": png(i), "path": None} for i in range(5)]
     whole[2], whole[4] = {"bytes": png(2)[:40], "path": None}, {"bytes": b"no picture", "path": None}
@@ -258,7 +258,7 @@ def test_broken_pictures_are_counted_and_named(tmp_path, processor):
     assert "train.parquet, row 3 (and 1 more)" in told[0]
     assert "test.parquet, row 3:" in told[1]
     write_parquet(tmp_path, hub_id, config, "train", {image: whole[4:], label: [0]})
-    assert "row 1: no picture of a known format (PNG, JPEG" in errors(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 1: it is not an image of a known format (PNG, JPEG" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_a_label_outside_the_classes_is_named(tmp_path, processor):
@@ -268,13 +268,13 @@ def test_a_label_outside_the_classes_is_named(tmp_path, processor):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 10, 11]})
     told = errors(prepared, tmp_path, "mnist", processor)
     assert len(told) == 2
-    assert "row 2: 10 is no class of 10 (0 to 9), and 1 more rows" in told[0]
+    assert "row 2 (and 1 more): 10 is none of 10 classes (0 to 9)" in told[0]
 
 
 def test_a_label_of_many_digits_is_named(tmp_path, processor):
     for split in ("train", "test"):
         write_split(tmp_path, "ylecun/mnist", "mnist", split, [{"image": "0.png", "label": 10**25}])
-    assert "row 1: a whole number from 0 is needed, not 1000" in errors(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 1: it must be a whole number ≥ 0, not 1000" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
 def test_a_negative_label_is_named(tmp_path, processor):
@@ -282,17 +282,17 @@ def test_a_negative_label_is_named(tmp_path, processor):
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, -1]})
-    assert "row 3: a whole number from 0 is needed, not -1" in errors(prepared, tmp_path, "mnist", processor)[0]
+    assert "row 3: it must be a whole number ≥ 0, not -1" in errors(prepared, tmp_path, "mnist", processor)[0]
 
 
-def test_missing_columns_and_files_are_told_at_once(tmp_path, processor):
+def test_missing_columns_and_files_are_reported_at_once(tmp_path, processor):
     hub_id, config, *_ = SETS["mnist"]
     path = tmp_path / hub_id / config / "train.parquet"
     path.parent.mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.table({"picture": [1], "digit": [2]}), path)
     told = errors(prepared, tmp_path, "mnist", processor)
     assert [message.split(" in ")[0] for message in told[:2]] == ["Missing column image", "Missing column label"]
-    assert "test.jsonl (or .parquet) is not there" in told[2]
+    assert "test.jsonl (or .parquet) does not exist" in told[2]
 
 
 def test_classes_without_names_are_an_error(tmp_path, processor):
@@ -300,7 +300,7 @@ def test_classes_without_names_are_an_error(tmp_path, processor):
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 1, 2]})
-    assert "entry cars nor the data set names the classes" in errors(prepared, tmp_path, "cars", processor)[0]
+    assert "entry cars nor the data set has class names" in errors(prepared, tmp_path, "cars", processor)[0]
 
 
 def named(*names, source="train"):
@@ -330,7 +330,7 @@ def test_classes_in_other_words_are_a_warning_where_another_label_reads_more_ali
     own[0], own[6] = own[6], own[0]
     images.classes_of("eurosat", named(*own))
     assert [message.partition(" in ")[0] for message in caplog.messages] == ["Label 0 is PermanentCrop"]
-    assert "where label 6 reads more like it" in caplog.text
+    assert "where label 6 is more similar" in caplog.text
 
 
 def test_splits_that_name_other_classes_are_an_error():
@@ -354,18 +354,18 @@ def test_an_entry_that_is_not_there_is_an_error():
     assert "data/class_names.yaml has cifar10, cifar100" in errors(dataset, "mnist", "dataset.classes=cifar11")[0]
 
 
-def test_text_benchmarks_do_not_score_pictures():
+def test_text_benchmarks_do_not_score_images():
     assert "it scores text data sets" in errors(dataset, "mnist", "eval=[gsm8k]")[0]
 
 
-def test_a_picture_is_tried_in_every_thread(processor):
+def test_an_image_is_tried_in_every_thread(processor):
     rows = images.prepared(dataset("digits"), None, processor)
     assert check_images(rows.train.images, range(1437)) == rows.train.digests
     rows.train.images.read = lambda index: b""
     assert "row 1 (and 1436 more)" in errors(check_images, rows.train.images, range(1437))[0]
 
 
-def test_pictures_that_were_decoded_once_are_read_and_not_decoded_again(tmp_path, monkeypatch):
+def test_images_that_were_decoded_once_are_read_and_not_decoded_again(tmp_path, monkeypatch):
     monkeypatch.setattr("flatlora.inputs.images.cache_folder", lambda: tmp_path)
     opened, files = [], {0: png(0), 1: png(1)}
     plain = Image.open
@@ -392,7 +392,7 @@ def test_another_file_of_the_same_time_and_size_is_seen(tmp_path, processor):
         assert prepared(tmp_path, "mnist", processor).train.labels == labels
 
 
-def test_wide_greys_are_scaled_and_floats_refused(tmp_path, processor):
+def test_wide_grays_are_scaled_and_floats_rejected(tmp_path, processor):
     wide = np.linspace(0, 65535, 48).reshape(8, 6).astype(np.uint16)
     narrow = (wide / 257).round().astype(np.uint8)
     buffers = []
@@ -463,7 +463,7 @@ def test_both_heads_train_resume_and_load(tmp_path, settings, head, rho, monkeyp
     assert metrics_rows(run_folder(again)) == metrics_rows(whole)
 
 
-def test_a_run_is_scored_on_its_own_pictures_and_on_others_beside_them(tmp_path, settings):
+def test_a_run_is_scored_on_its_own_images_and_on_others_beside_them(tmp_path, settings):
     write_set(tmp_path, "mnist", (4, 3))
     words = [*settings, "dataset=mnist", "trainer.max_steps=1"]
     assert run_exp.main(words) == 0
@@ -519,15 +519,17 @@ def test_an_adapter_loads_on_transformers_own_vision_model(tmp_path, settings):
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("peft", "reason"), [("eva", "decoder-only language models alone"), ("corda", "one row")])
-def test_methods_that_know_text_alone_say_so(settings, peft, reason, capsys):
+@pytest.mark.parametrize(
+    ("peft", "reason"), [("eva", "only supports decoder-only language models"), ("corda", "one row")]
+)
+def test_methods_that_only_support_text_are_rejected(settings, peft, reason, capsys):
     assert run_exp.main([*settings, "dataset=digits", f"peft={peft}"]) == 2
     assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("peft", ["dora", "pissa", "lora_ga", "lora_pro", "adalora", "full_ft", "lora_fa"])
 @pytest.mark.parametrize("head", ["text", "linear"])
-def test_other_methods_take_a_step_on_pictures(settings, peft, head):
+def test_other_methods_take_a_step_on_images(settings, peft, head):
     words = [*settings, "dataset=digits", "dataset.train_rows=8", "eval=[]", f"peft={peft}", f"model.head={head}"]
     assert run_exp.main([*words, "trainer.max_steps=1"]) == 0
 

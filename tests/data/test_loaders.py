@@ -101,7 +101,7 @@ def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
     [
         ({"train_rows": 21}, "Invalid dataset.train_rows=21: only 20 rows are left"),
         ({"train_rows": 18, "validation_rows": 3}, "Invalid dataset.validation_rows=3: only 2 rows are left"),
-        ({"validation_rows": 20}, "Invalid dataset.validation_rows=20: only 19 rows are left for it; lower it."),
+        ({"validation_rows": 20}, "Invalid dataset.validation_rows=20: only 19 rows are left; lower it."),
         ({"test_rows": 6}, "Invalid dataset.test_rows=6: only 5 rows are left"),
     ],
 )
@@ -235,22 +235,22 @@ def test_columns_are_cut_to_those_asked(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ["Empty data set", "holds no row"]),
+        (b"", ["Empty data set", "has no rows"]),
         (b"\n\n", ["Empty data set"]),
         (b'{"x": 1}\n{"x": ', ["train.jsonl, line 2: not JSON"]),
-        (b'\n{"x": 1}\n[1, 2]\n', ["train.jsonl, line 3: a JSON object is needed, not '[1, 2]'"]),
+        (b'\n{"x": 1}\n[1, 2]\n', ["train.jsonl, line 3: it must be a JSON object, not '[1, 2]'"]),
         (b'{"z": 1}\n', ["Missing column x", "row 1", "it has z"]),
         (b'{"x": "1", "y": 2}\n{"y": 2}\n', ["Missing column x", "row 2", "it has y"]),
         (b'{"x": "1"}\n{}', ["Missing column x", "row 2", "it has none"]),
-        (b'{"x": "1"}\n{"x": null}\n{"x": 5}', ["Invalid x in", "row 2: text is needed, not null; mend the row"]),
-        (b'{"x": 5}\n{}', ["row 1: text is needed, not 5;"]),
-        (b'{"x": true}', ["row 1: text is needed, not true;"]),
-        (b'{"x": {"a": ["b"]}}', ['text is needed, not {"a": ["b"]};']),
-        (b'{"x": [' + b"1, " * 100 + b"1]}", ["text is needed, not [1, 1, ", "…; mend"]),
-        (b'{"x": "a\\ud83d"}', [r"row 1: its character 2, \ud83d, is half of a pair", "mend the row"]),
+        (b'{"x": "1"}\n{"x": null}\n{"x": 5}', ["Invalid x in", "row 2: it must be text, not null; fix the row"]),
+        (b'{"x": 5}\n{}', ["row 1: it must be text, not 5;"]),
+        (b'{"x": true}', ["row 1: it must be text, not true;"]),
+        (b'{"x": {"a": ["b"]}}', ['it must be text, not {"a": ["b"]};']),
+        (b'{"x": [' + b"1, " * 100 + b"1]}", ["it must be text, not [1, 1, ", "…; fix"]),
+        (b'{"x": "a\\ud83d"}', [r"row 1: its character 2, \ud83d, is half of a pair", "fix the row"]),
         (b'{"\\ud83d": "a"}', [r"Missing column x", r"it has \ud83d;"]),
-        pytest.param(b'{"x": ' + b"9" * 5000 + b"}", ["line 1: not JSON", "mend it"], id="5,000 digits"),
-        pytest.param(b'{"x": ' + b"[" * 100_000, ["line 1: not JSON", "mend it"], id="too deep"),
+        pytest.param(b'{"x": ' + b"9" * 5000 + b"}", ["line 1: not JSON", "fix it"], id="5,000 digits"),
+        pytest.param(b'{"x": ' + b"[" * 100_000, ["line 1: not JSON", "fix it"], id="too deep"),
         ('{"x": "1"}'.encode("utf-16"), ["not UTF-8 at byte 0"]),
         (b'{"x": "\xff"}\n', ["not UTF-8 at byte 7"]),
     ],
@@ -271,9 +271,9 @@ def test_every_column_without_text_is_named_once(tmp_path):
     write(tmp_path, "owner/name", "default", "train", rows)
     of_x, of_y = errors(read, tmp_path)
     assert "Invalid x" in of_x
-    assert "row 3: text is needed, not 3" in of_x
+    assert "row 3: it must be text, not 3" in of_x
     assert "Invalid y" in of_y
-    assert "row 2: text is needed, not null" in of_y
+    assert "row 2: it must be text, not null" in of_y
 
 
 def write_parquet(root, rows):
@@ -298,14 +298,14 @@ def test_a_broken_parquet_file_is_an_error(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     (message,) = errors(read, tmp_path)
     assert "train.parquet: not Parquet" in message
-    assert "fetch it again" in message
+    assert "download it again" in message
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         ({"x": "1", "z": "2"}, ["Missing column y", "it has x, z"]),
-        ({"x": "1", "y": 2}, ["Invalid y", "row 1: text is needed, not 2"]),
+        ({"x": "1", "y": 2}, ["Invalid y", "row 1: it must be text, not 2"]),
         ({"x": "1", "y": None}, ["Invalid y", "not null"]),
         ({"x": "1", "y": {"a": [1]}}, ["Invalid y", 'not {"a": [1]}']),
         ({"x": "1", "y": b"2"}, ["Invalid y", "b'2'"]),
@@ -322,17 +322,19 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
     assert message == f"Cannot read {tmp_path}: Is a directory; make it a readable file, or name another."
 
 
-@pytest.mark.parametrize(("name", "problem"), [("nowhere", "it is not there"), ("file", "it is a file, not a folder")])
+@pytest.mark.parametrize(
+    ("name", "problem"), [("nowhere", "it does not exist"), ("file", "it is a file, not a folder")]
+)
 def test_a_data_root_that_is_no_folder_is_an_error(tmp_path, name, problem):
     (tmp_path / "file").write_text("")
     (message,) = errors(read, tmp_path / name)
     assert message.startswith(
-        f"Invalid data_root={tmp_path / name}: {problem}; name the folder that owner/name/default/"
+        f"Invalid data_root={tmp_path / name}: {problem}; name the folder that contains owner/name/default/"
     )
 
 
 @pytest.mark.parametrize(("module", "config"), [(gsm8k, gsm8k_config), (meta_math, meta_math_config)])
-def test_errors_of_train_and_test_rows_are_told_together(root, module, config):
+def test_errors_of_train_and_test_rows_are_reported_together(root, module, config):
     write(root, "openai/gsm8k", "main", "test", [{"question": None, "answer": 5}])
     told = errors(module.load, config(train_rows=99, test_rows=1), str(root), count_words)
     assert [message.split()[1] for message in told] == ["dataset.train_rows=99:", "question", "answer"]
@@ -341,13 +343,13 @@ def test_errors_of_train_and_test_rows_are_told_together(root, module, config):
 def test_no_train_row_below_the_limit_is_an_error_of_the_limit(root):
     config = meta_math_config(max_tokens=8, train_rows=None)
     (message,) = errors(meta_math.load, config, str(root), lambda texts: [9] * len(texts))
-    assert "keeps none of its train rows; raise its limits, such as dataset.max_tokens" in message
+    assert "keeps no train rows; raise its limits, such as dataset.max_tokens" in message
 
 
 def test_a_missing_file_names_the_path_and_the_way_out(tmp_path):
     write(tmp_path, "owner/name", "default", "train", TRICKY)
     (message,) = errors(read, tmp_path, split="test")
-    assert f"{tmp_path}/owner/name/default/test.jsonl (or .parquet) is not there" in message
+    assert f"{tmp_path}/owner/name/default/test.jsonl (or .parquet) does not exist" in message
     assert "leave data_root out to read the hub" in message
 
 

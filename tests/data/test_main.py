@@ -44,7 +44,7 @@ def test_the_same_words_show_the_same_fingerprints_and_other_limits_others(root,
         assert lines[0] != lines[1]
 
 
-def test_pictures_are_shown_with_classes_and_prompts(capsys):
+def test_images_are_shown_with_classes_and_prompts(capsys):
     out = shown(capsys, "digits", "--show", "2")
     assert 'a photo of the handwritten number "1".' in out
     assert "10 classes" in out
@@ -55,15 +55,15 @@ def test_pictures_are_shown_with_classes_and_prompts(capsys):
     [
         ([], "python -m data NAME"),
         (["colla"], "Unknown option dataset=colla: did you mean dataset=cola?"),
-        (["cola", "--show", "x"], "Invalid --show x: a whole number of rows is needed"),
-        (["cola", "sst2"], "one data set is named"),
+        (["cola", "--show", "x"], "Invalid --show x: it must be a whole number of rows"),
+        (["cola", "sst2"], "Invalid names cola sst2: name one data set"),
         (["cola", "dataset.trian_rows=3"], "Unknown key dataset.trian_rows: did you mean dataset.train_rows?"),
-        (["cola", "dataset.mismatched=true"], "MNLI alone has a second validation split"),
-        (["cola", "data_root=/nope"], "Invalid data_root=/nope: it is not there"),
+        (["cola", "dataset.mismatched=true"], "only MNLI has a second validation split"),
+        (["cola", "data_root=/nope"], "Invalid data_root=/nope: it does not exist"),
         (["word_math", "model.hub_id=./nowhere"], "Cannot load model.hub_id=./nowhere: there is no such folder."),
         (["word_math", "dataset.loader=nope"], "Unknown loader nope: known are "),
     ],
 )
-def test_errors_are_told(capsys, words, message):
+def test_errors_are_reported(capsys, words, message):
     assert main(words) == 2
     assert message in capsys.readouterr().err

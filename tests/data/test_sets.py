@@ -237,7 +237,7 @@ def test_a_row_that_trains_never_validates(tmp_path, caplog):
     write_split(tmp_path, "tatsu-lab/alpaca", "default", "train", rows)
     splits = load(tmp_path, "dataset=alpaca", *small(5, 1))
     assert "new" in splits.validation[0]["x"]
-    assert "3 rows stand among the train rows already" in caplog.text
+    assert "3 rows repeat train rows" in caplog.text
 
 
 GLUE_ROWS = {
@@ -274,7 +274,7 @@ def test_a_label_outside_the_map_is_an_error_that_names_it(tmp_path, task, label
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, f"dataset={task}")
     (message,) = caught.value.errors
-    assert f"row 4: {label} is none of" in message
+    assert f"row 4 (and 0 more): {label} is none of" in message
     assert "test split has no labels" in message
 
 
@@ -282,7 +282,7 @@ def test_a_label_outside_the_map_is_an_error_that_names_it(tmp_path, task, label
 def test_a_label_that_is_no_whole_number_is_an_error(tmp_path, label):
     write_glue(tmp_path, "cola")
     write_split(tmp_path, glue.HUB_ID, "cola", "train", [{"sentence": "s", "label": label, "idx": 0}])
-    with pytest.raises(ConfigError, match="row 1: a whole number is needed"):
+    with pytest.raises(ConfigError, match="row 1: it must be a whole number"):
         load(tmp_path, "dataset=cola")
 
 
@@ -315,7 +315,7 @@ def test_a_set_without_test_rows_is_asked_the_benchmarks_own_in_its_own_template
     assert not (folder / "eval/gsm8k/predictions.stale.jsonl").is_file()
 
 
-def test_a_benchmarks_template_is_refused_where_the_runs_rows_are_asked(root, tiny_settings, capsys):
+def test_a_benchmarks_template_is_rejected_where_the_runs_rows_are_asked(root, tiny_settings, capsys):
     kept = [w for w in tiny_settings if not w.startswith(("dataset.", "eval"))]
     words = [
         *kept,

@@ -57,7 +57,7 @@ def errors(function, *arguments):
     return caught.value.errors
 
 
-def test_a_folder_gives_its_pictures_in_order(tmp_path):
+def test_a_folder_gives_its_images_in_order(tmp_path):
     rows = prepared(folder_of(tmp_path / "own"), "dataset.prompt=a sks dog")
     assert len(rows.train) == len(rows.test) == 3
     assert {rows.train.prompt(row) for row in range(3)} == {"a sks dog"}
@@ -69,7 +69,7 @@ def test_a_folder_gives_its_pictures_in_order(tmp_path):
     assert left == (round(80 * 32 / 60) - 32) // 2
 
 
-def test_each_picture_may_have_a_prompt_of_its_own(tmp_path):
+def test_each_image_may_have_a_prompt_of_its_own(tmp_path):
     rows = [{"file_name": f"{n}.png", "prompt": f"number {n}"} for n in (2, 0)]
     found = prepared(folder_of(tmp_path / "own", metadata=rows))
     assert [found.train.prompt(row) for row in range(2)] == ["number 2", "number 0"]
@@ -108,7 +108,7 @@ def test_parquet_from_a_data_root(tmp_path):
     assert "Missing column caption" in told[0]
 
 
-def test_a_picture_stands_upright_as_its_camera_says(tmp_path):
+def test_an_image_stands_upright_as_its_camera_says(tmp_path):
     root = folder_of(tmp_path / "own", sizes=())
     turned = Image.Exif()
     turned[0x0112] = 6  # a quarter turn
@@ -118,7 +118,7 @@ def test_a_picture_stands_upright_as_its_camera_says(tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("mode", ["RGB", "I;16", "RGBA"])
-def test_size_and_turn_of_a_file_are_those_of_its_picture(kind, mode):
+def test_size_and_turn_of_a_file_are_those_of_its_image(kind, mode):
     turned = Image.Exif()
     turned[0x0112] = 6
     buffer = io.BytesIO()
@@ -143,7 +143,7 @@ def test_size_and_turn_of_a_file_are_those_of_its_picture(kind, mode):
     ids=["no tags", "letters", "a fraction"],
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_broken_tags_of_a_camera_break_no_picture(exif, kind):
+def test_broken_tags_of_a_camera_break_no_image(exif, kind):
     buffer = io.BytesIO()
     Image.new("RGB", (120, 80)).save(buffer, kind, exif=exif)
     images = CaptionedImages("one", ["p"] * 2, lambda index: buffer.getvalue())
@@ -153,30 +153,30 @@ def test_broken_tags_of_a_camera_break_no_picture(exif, kind):
     assert rows.view(0).pixels.shape == (3, 32, 32)
 
 
-def test_pictures_that_no_row_names_are_told(tmp_path, caplog):
+def test_images_that_no_row_names_are_reported(tmp_path, caplog):
     root = folder_of(tmp_path / "own", metadata=[{"file_name": "0.png", "prompt": "a"}])
     assert len(prepared(root).train) == 1
-    assert "2 pictures are left out" in caplog.text
+    assert "2 images are not named in" in caplog.text
 
 
-def test_what_a_folder_holds_besides_pictures_is_told(tmp_path, caplog):
+def test_what_a_folder_holds_besides_images_is_reported(tmp_path, caplog):
     root = folder_of(tmp_path / "own")
     (root / "other.heic").write_bytes(b"")
     assert len(prepared(root, "dataset.prompt=p").train) == 3
-    assert "1 things in" in caplog.text
+    assert "1 entries of" in caplog.text
     assert "other.heic" in caplog.text
     (tmp_path / "deep" / "inner").mkdir(parents=True)
-    assert "but inner; put some there" in errors(prepared, tmp_path / "deep", "dataset.prompt=p")[0]
+    assert "only inner; put some into it" in errors(prepared, tmp_path / "deep", "dataset.prompt=p")[0]
     assert "it is a file, not a folder" in errors(prepared, root / "0.png", "dataset.prompt=p")[0]
 
 
-def test_a_metadata_file_has_a_prompt_a_row_and_may_name_a_picture_twice(tmp_path, caplog):
+def test_a_metadata_file_has_a_prompt_a_row_and_may_name_an_image_twice(tmp_path, caplog):
     rows = [{"file_name": "0.png", "prompt": "a"}, {"file_name": "0.png", "prompt": "b"}]
     assert len(prepared(folder_of(tmp_path / "twice", metadata=rows)).train) == 2
-    assert "names 1 pictures more than once" in caplog.text
+    assert "names 1 images more than once" in caplog.text
     rows[1]["prompt"] = "  "
     (message,) = errors(prepared, folder_of(tmp_path / "blank", metadata=rows))
-    assert message.endswith("row 2: it is blank; write one, or set dataset.prompt for all pictures.")
+    assert message.endswith("row 2: it is blank; write one, or set dataset.prompt for all images.")
 
 
 def test_cover_cuts_the_middle():
@@ -221,12 +221,12 @@ def test_splits_repeats_and_hash(tmp_path):
     assert shuffled != [0, 1, 2, 3, 4]
 
 
-def test_a_copy_of_a_picture_does_not_validate(tmp_path, caplog):
+def test_a_copy_of_an_image_does_not_validate(tmp_path, caplog):
     root = folder_of(tmp_path / "own")
     (root / "1b.png").write_bytes((root / "0.png").read_bytes())
     rows = prepared(root, "dataset.prompt=x", "dataset.validation_rows=2")
     assert [list(part.indices) for part in (rows.train, rows.validation)] == [[0, 1], [3]]
-    assert "1 rows stand among the train rows already and do not validate." in caplog.text
+    assert "1 rows repeat train rows and are not used for validation." in caplog.text
 
 
 def test_a_class_folder_gives_the_prior(tmp_path):
@@ -238,7 +238,7 @@ def test_a_class_folder_gives_the_prior(tmp_path):
     assert rows.sha256 != without.sha256
 
 
-def test_the_pictures_of_a_run_are_found_again(tmp_path):
+def test_the_images_of_a_run_are_found_again(tmp_path):
     own = folder_of(tmp_path / "own")
     words = (f"dataset.folder={own}", "dataset.prompt=p", "dataset.resolution=32")
     section = dataset(*words).model_dump()
@@ -250,7 +250,7 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
     picture(77).save(own / "2.png")
     (message,) = errors(pictures_of_run, tmp_path, section, None)
     assert "row 3 (2.png) of" in message
-    assert "that the run was trained on (1 of 2)" in message
+    assert "has changed since the run was trained (1 of 2 have)" in message
     (own / "2.png").write_bytes(whole)
     kept = (tmp_path / "pictures.json").read_text()
     for broken in (
@@ -264,7 +264,7 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
         assert "is not what a run writes" in errors(pictures_of_run, tmp_path, section, None)[0]
     (tmp_path / "pictures.json").write_text(kept)
     picture(78).save(own / "0a.png")  # the places of all others move
-    assert "(1 of 2)" in errors(pictures_of_run, tmp_path, section, None)[0]
+    assert "(1 of 2 have)" in errors(pictures_of_run, tmp_path, section, None)[0]
     (own / "0a.png").unlink()
     (own / "2.png").unlink()
     assert "has 2, and the run was trained on number 3" in errors(pictures_of_run, tmp_path, section, None)[0]
@@ -277,7 +277,7 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
     [
         ([], ["Missing dataset.prompt:"]),
         (["dataset.folder=nowhere"], ["Invalid dataset.folder=nowhere: there is no such folder"]),
-        (["dataset.prompt=p", "dataset.min_side=70"], ["Invalid picture in"]),
+        (["dataset.prompt=p", "dataset.min_side=70"], ["Invalid image in"]),
         (["dataset.prompt=p", "dataset.train_rows=9"], ["Invalid dataset.train_rows=9: only 3 rows"]),
         (
             ["dataset.prompt=p", "dataset.train_rows=9", "dataset.class_prompt=c", "dataset.class_folder=nowhere"],
@@ -285,7 +285,7 @@ def test_the_pictures_of_a_run_are_found_again(tmp_path):
         ),
     ],
 )
-def test_bad_pictures_are_told(tmp_path, words, heads):
+def test_bad_images_are_reported(tmp_path, words, heads):
     root = folder_of(tmp_path / "own")
     told = errors(prepared, root, *words)
     assert len(told) == len(heads)
@@ -293,16 +293,16 @@ def test_bad_pictures_are_told(tmp_path, words, heads):
         assert message.startswith(head)
 
 
-def test_small_and_broken_pictures_are_named(tmp_path):
+def test_small_and_broken_images_are_named(tmp_path):
     root = folder_of(tmp_path / "own", sizes=((80, 60), (12, 90), (9, 9)))
     (message,) = errors(prepared, root, "dataset.prompt=p")
     assert "row 2 (1.png) (and 1 more): it is 12 × 90 pixels" in message
     (root / "0.png").write_bytes(b"no picture")
     broken, small = errors(prepared, root, "dataset.prompt=p")
-    assert "row 1 (0.png): no picture of a known format" in broken
+    assert "row 1 (0.png): it is not an image of a known format" in broken
     assert "row 2 (1.png) (and 1 more)" in small
     (tmp_path / "empty").mkdir()
-    assert "no picture is in it" in errors(prepared, tmp_path / "empty", "dataset.prompt=p")[0]
+    assert "it has no images" in errors(prepared, tmp_path / "empty", "dataset.prompt=p")[0]
 
 
 @pytest.mark.parametrize(

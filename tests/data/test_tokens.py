@@ -66,7 +66,7 @@ def test_the_end_that_a_tokenizer_puts_behind_every_text_is_an_encoders_alone():
     assert row["prompt"] == asked
 
 
-def test_names_of_special_tokens_in_rows_are_text_and_told(smollm_tokenizer, caplog):
+def test_names_of_special_tokens_in_rows_are_text_and_reported(smollm_tokenizer, caplog):
     x, y = "What does <|im_end|> do?", "It ends <|im_start|> and <|im_end|> again."
     rows = [{"x": x, "y": y}, {"x": "plain", "y": "text"}, {"x": "plain", "y": "<|im_end|>"}]
     assert smollm_tokenizer(y)["input_ids"].count(smollm_tokenizer.eos_token_id) == 1  # as control tokens
@@ -76,15 +76,15 @@ def test_names_of_special_tokens_in_rows_are_text_and_told(smollm_tokenizer, cap
     assert found[0]["answer"].count(smollm_tokenizer.eos_token_id) == 1  # its end
     assert smollm_tokenizer.decode(found[0]["answer"][:-1]) == y
     (record,) = caplog.records
-    assert "(<|im_end|> in 2 rows, <|im_start|> in 1 rows): they are read as the text that they are" in record.message
+    assert "(<|im_end|> in 2 rows, <|im_start|> in 1 rows): they are tokenized as text" in record.message
     reference = tokens.tokenize_reference(rows, smollm_tokenizer, 200)
     assert [found[i] for i in range(3)] == [reference[i] for i in range(3)]
 
 
-def test_names_that_a_tokenizer_cannot_read_as_text_are_told(caplog):
+def test_names_that_a_tokenizer_cannot_read_as_text_are_reported(caplog):
     with caplog.at_level(logging.WARNING):  # a vocabulary of whole words has them as words
         tokenize([{"x": text(0), "y": f"{text(1)} </s> {text(2)}"}], make_tokenizer(bos=True), 20)
-    assert "(</s> in 1 rows): this tokenizer can read them as the tokens alone; take them out" in caplog.text
+    assert "(</s> in 1 rows): this tokenizer always reads them as special tokens; remove them" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -458,9 +458,9 @@ def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
     ("content", "message"),
     [
         ('{"x": "Q"}', "Missing column y in FILE, row 1: it has x;"),
-        ('{"x": "Q", "y": "#### 1"}\n{"x": 5, "y": "#### 1"}', "Invalid x in FILE, row 2: text is needed, not 5;"),
+        ('{"x": "Q", "y": "#### 1"}\n{"x": 5, "y": "#### 1"}', "Invalid x in FILE, row 2: it must be text, not 5;"),
         ('{"x": "Q", "y": "none"}', "Invalid answer in FILE, row 1: gsm8k scores a final number, and none can be read"),
-        ("\n", "Empty data set: FILE holds no row"),
+        ("\n", "Empty data set: FILE has no rows"),
         ("{", "Broken row in FILE, line 1: not JSON"),
     ],
 )

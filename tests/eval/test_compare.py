@@ -83,7 +83,7 @@ def test_two_runs_are_compared(runs, capsys):
     path.write_text(jsonl(rows))
     capsys.readouterr()
     assert command.main(["compare", *map(str, runs)]) == 2
-    assert "it is not what its generation.json says" in " ".join(capsys.readouterr().err.split())
+    assert "it does not match its generation.json" in " ".join(capsys.readouterr().err.split())
     made = json.loads(path.with_name("generation.json").read_text())
     del made[records.ROWS_HASH]  # of a version that kept no hash
     path.with_name("generation.json").write_text(json.dumps(made))

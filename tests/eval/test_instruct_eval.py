@@ -138,7 +138,7 @@ def test_missing_data_are_told_before_a_model_is_loaded(root, tmp_path):
     with pytest.raises(ConfigError) as told:
         instruct_eval.check_rows(instruct_eval.benchmark_rows(str(root), settings), "", settings)
     mmlu, bbh = told.value.errors
-    assert "cais/mmlu/astronomy/test.jsonl (or .parquet) is not there" in mmlu
+    assert "cais/mmlu/astronomy/test.jsonl (or .parquet) does not exist" in mmlu
     assert mmlu.endswith("3 more files of cais/mmlu are missing.")
     assert "SaylorTwift/bbh/snarks/test.jsonl" in bbh
 

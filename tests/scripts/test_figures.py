@@ -136,7 +136,7 @@ def write_pictures(results, row, seed, color, score):
     (folder / "run.json").write_text(json.dumps(record | {"timing": {"train_s": 1.0}}))
 
 
-def test_pictures_stand_side_by_side_and_their_scores_in_the_table(tmp_path):
+def test_images_are_side_by_side_and_their_scores_in_the_table(tmp_path):
     for row, seed, color in (("lora", 0, "red"), ("lora", 1, "red"), ("flat_lora", 1, "blue")):
         write_pictures(tmp_path, row, seed, color, 0.25 + seed / 100)
     sdxl = figures.tables_of(tmp_path)["sdxl"]
@@ -175,7 +175,7 @@ def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_p
     assert not (tmp_path / "three").exists()
     told = capsys.readouterr().err
     assert told.count("too few runs") == len(figures.FIGURES) - 1
-    assert "left out: cost, for a record of it is broken (KeyError: 'steps')" in told.replace("\n", " ")
+    assert "left out: cost, because a record is broken (KeyError: 'steps')" in told.replace("\n", " ")
     (tmp_path / "file").write_text("")
     assert figures.main(["--results", str(tmp_path / "nowhere"), "--out", str(tmp_path / "file")]) == 2
     assert "2 errors" in capsys.readouterr().err

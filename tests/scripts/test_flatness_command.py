@@ -87,7 +87,7 @@ def test_a_cpu_that_holds_bf16_in_fp32_adds_no_rounding(tiny_settings, monkeypat
     assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 0
 
 
-def test_an_adapter_that_is_not_the_runs_is_refused_and_one_of_before_measured_anew(run, capsys):
+def test_an_adapter_that_is_not_the_runs_is_rejected_and_an_earlier_one_measured_again(run, capsys):
     from safetensors.torch import load_file, save_file
 
     assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 0
@@ -106,14 +106,14 @@ def test_an_adapter_that_is_not_the_runs_is_refused_and_one_of_before_measured_a
     assert after["loss"] != before["loss"]
 
 
-def test_a_broken_file_is_measured_anew(run, capsys):
+def test_a_broken_file_is_measured_again(run, capsys):
     (run / flatness.FILE).write_text("{")
     assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 0
     assert list(parts_of(run)) == ["rise"]
     assert "is broken" in capsys.readouterr().err
 
 
-def test_runs_that_cannot_be_measured_are_told_all_at_once_before_any_is(run, tmp_path, capsys):
+def test_runs_that_cannot_be_measured_are_reported_all_at_once_before_any_is(run, tmp_path, capsys):
     record = json.loads((run / "run.json").read_bytes())
     records.write_signed(run / "run.json", record | {"data_sha256": "of other rows"})
     assert flatness.main([str(run), *QUICK]) == 2
@@ -121,7 +121,7 @@ def test_runs_that_cannot_be_measured_are_told_all_at_once_before_any_is(run, tm
     records.write_signed(run / "run.json", record | {"status": "interrupted"})
     assert flatness.main([str(run), str(tmp_path), *QUICK]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert told.count("a finished run with its adapter/ is needed") == 2
+    assert told.count("it must be finished and have its adapter/") == 2
     for words in (
         ["--sigmas", "0.1,-1"],
         ["--sigmas", "0.2,0.2"],

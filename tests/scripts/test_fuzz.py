@@ -12,7 +12,7 @@ from scripts import fuzz
 
 
 @pytest.mark.parametrize("line", fuzz.draw_lines(40, seed=24), ids=range(40))
-def test_a_line_that_nobody_would_type_is_shown_or_refused(line, tmp_path, monkeypatch):
+def test_a_line_of_the_fuzzer_is_shown_or_rejected(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = fuzz.try_line(line)
     assert outcome.is_fine, outcome
@@ -45,7 +45,7 @@ def test_what_it_looks_for_is_found(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.extra
-def test_a_batch_goes_on_behind_a_line_that_hangs(tmp_path, monkeypatch):
+def test_a_batch_continues_behind_a_line_that_hangs(tmp_path, monkeypatch):
     class Stuck:
         """A child that ends within its second line."""
 

@@ -56,7 +56,7 @@ def test_the_page_holds_all_it_shows_and_links_to_files_that_are_there(results):
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", path.read_text())
 
 
-def test_every_runs_numbers_configuration_and_machine_stand_in_it_and_what_is_left_out_does_too(results):
+def test_every_runs_numbers_configuration_and_machine_are_in_it_with_what_is_left_out(results):
     text = (results / "tables/report.html").read_text()
     for path in results.glob("study/*/smollm*/*/run.json"):
         record = json.loads(path.read_bytes())
@@ -64,7 +64,7 @@ def test_every_runs_numbers_configuration_and_machine_stand_in_it_and_what_is_le
         assert record["adapter_sha256"][:12] in text
         assert record["env"]["hardware"]["gpus"][0] in text
     assert "sigma: 0.15" in text
-    assert "&lt;b&gt;broken/0 has no good run.json" in text
+    assert "&lt;b&gt;broken/0 has no valid run.json" in text
     assert "<b>broken" not in text
 
 

@@ -108,7 +108,7 @@ def test_step_times_take_every_contender_and_each_reads_its_own_weights(monkeypa
 @pytest.mark.parametrize("text", ["0", "-1", "1000001", "9" * 5000, "1.5", "²", ""])
 def test_counts_of_scripts_have_bounds(text):
     assert (positive("1"), positive("1000000")) == (1, 1_000_000)
-    with pytest.raises(argparse.ArgumentTypeError, match=r"a whole number from 1 to 1,000,000 is needed"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"it must be a whole number from 1 to 1,000,000"):
         positive(text)
 
 

@@ -14,7 +14,7 @@ from tests.conftest import run_folder
 WORDS = ["model=llama", "dataset=meta_math", "trainer=zero2", "seed=7", "resume=false"]
 
 
-def test_every_state_is_told_by_the_runs_own_files(tiny_settings, capsys):
+def test_every_state_is_reported_by_the_runs_own_files(tiny_settings, capsys):
     words = [*tiny_settings, "trainer.max_steps=2", "seed=0,1"]
     assert run_exp.main([*words[:-1], "seed=0"]) == 0
     folder = run_folder(words)
@@ -67,12 +67,12 @@ def test_the_slurm_file_names_what_torchrun_needs_and_is_a_script(tmp_path):
 @pytest.mark.parametrize(
     ("words", "nodes", "message"),
     [
-        (["seed=0,1", "trainer=ddp"], 1, "they make 2 runs"),
-        (["trainer=single"], 1, "torchrun starts the processes here"),
-        (["trainer=ddp", "trainer.gpus=8", "optim.batch_size=64"], 1, "torchrun starts the processes here"),
-        (["trainer=ddp", "optim.batch_size=24"], 2, "2 nodes of 8 GPUs with micro-batches of"),
+        (["seed=0,1", "trainer=ddp"], 1, "they define 2 runs"),
+        (["trainer=single"], 1, "torchrun starts the processes"),
+        (["trainer=ddp", "trainer.gpus=8", "optim.batch_size=64"], 1, "torchrun starts the processes"),
+        (["trainer=ddp", "optim.batch_size=24"], 2, "it must be a multiple of 2 nodes × 8 GPUs × micro-batches of"),
     ],
 )
-def test_what_makes_no_job_is_refused(words, nodes, message):
+def test_overrides_of_no_job_is_rejected(words, nodes, message):
     with pytest.raises(ConfigError, match=message):
         sweep.sbatch_file(words, nodes, 8, "1:00:00", None)

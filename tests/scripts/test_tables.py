@@ -86,7 +86,7 @@ def test_what_is_broken_unfinished_or_contradictory_is_named_and_left_out(tmp_pa
     made, problems = made_of(tmp_path)
     assert made.cells["lora_r8", "cola"].by_seed == {1: pytest.approx(82)}
     assert len(problems) == 5
-    assert any("seed 1 stands in several folders" in one and "copied" in one for one in problems)
+    assert any("seed 1 is in several folders" in one and "copied" in one for one in problems)
     assert any("seed 0 of glue/accuracy" in one and "has 0.8;" in one and "has 0.81," in one for one in problems)
     assert any("is interrupted" in one for one in problems)
     assert any(str(torn) in one for one in problems)
@@ -129,7 +129,7 @@ def test_paired_differences_are_scipys():
         (lambda raw: raw["tables"]["table1"]["values"].update(lora_r8=[1]), "lora_r8=[1]", 20),
     ],
 )
-def test_a_published_number_that_is_none_or_has_no_source_is_named_and_left_out(tmp_path, change, told, left):
+def test_a_published_number_that_is_invalid_or_has_no_source_is_named_and_left_out(tmp_path, change, told, left):
     raw = yaml.safe_load(cells.PAPER.read_text())
     change(raw)
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(raw))
@@ -141,7 +141,7 @@ def test_a_published_number_that_is_none_or_has_no_source_is_named_and_left_out(
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "tables: {}", "sources: [S4]\ntables: {}", "a: b: c", "[" * 2_000])
-def test_a_file_of_published_numbers_that_is_none_is_an_error(tmp_path, text):
+def test_a_file_of_published_numbers_that_is_invalid_is_an_error(tmp_path, text):
     (tmp_path / "paper.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"paper\.yaml"):
         cells.read_paper(tmp_path / "paper.yaml")
@@ -161,12 +161,12 @@ def test_one_run_in_two_folders_is_counted_once_and_named(tmp_path):
     made, problems = made_of(tmp_path)
     assert made.cells["lora_r8", "cola"].by_seed == {0: pytest.approx(80)}
     assert len(problems) == 1
-    assert "seed 0 stands in several folders that say the same" in problems[0]
+    assert "seed 0 is in several folders with equal numbers" in problems[0]
     runs, _ = cells.read_runs(tmp_path)
     assert cells.unused([made], runs) == []
     other = write_run(tmp_path, words("lora_r8", 0, "optim.lr=1e-3"), 0.8)
     assert cells.unused([made], cells.read_runs(tmp_path)[0]) == [
-        f"1 runs are of other settings than these tables' cells: {other}"
+        f"1 runs have settings that belong to no cell of these tables: {other}"
     ]
 
 
@@ -190,11 +190,11 @@ def test_the_committed_tables_are_those_of_the_committed_runs(results, capsys):
         assert (results / "tables" / name).read_bytes() == (PROJECT / "results/tables" / name).read_bytes(), name
     status = ["status", "study", "--results", str(results), "--seeds", "3"]
     assert tables.main(status) == 0
-    assert capsys.readouterr().out.endswith(" hours of training for cells whose kind was measured.\n")
+    assert capsys.readouterr().out.endswith(" hours of training for cells with similar runs.\n")
     for folder in results.glob("study/flatlora_gsm8k/smollm-lora_*"):  # of two LoRA-GA rows and LoRA-Pro
         shutil.rmtree(folder)
     assert tables.main(status) == 0
-    assert " 9 runs of a kind that never was" in capsys.readouterr().out
+    assert " 9 runs have no similar run" in capsys.readouterr().out
     assert tables.main(["tabel1"]) == 2
     assert tables.main(["--results", str(results / "none")]) == 2
 
@@ -340,5 +340,5 @@ def test_a_column_without_a_data_set_is_an_error(tmp_path):
     column = {"title": "A", "overrides": [], "metric": "m", "scale": 1}
     raw = {"t": {"rows": {"lora": {"title": "LoRA"}}, "columns": {"a": column}}}
     (tmp_path / "tables.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(ConfigError, match="write dataset=NAME"):
+    with pytest.raises(ConfigError, match="add dataset=NAME"):
         cells.read_layouts(tmp_path / "tables.yaml")

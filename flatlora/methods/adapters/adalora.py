@@ -1,12 +1,13 @@
-"""AdaLoRA (ICLR 2023): W + s/r̂ · B·diag(E)·A, ranks moved to the layers where they matter.
+"""AdaLoRA (ICLR 2023): W + s/r̂ · B·diag(E)·A, with a rank budget that is allocated to the most important layers.
 
-PEFT builds the layers and ranks the triplets (A_k, E_k, B_k) by smoothed sensitivity; this file drives its schedule
-from the Trainer: ranks stay at `init_r` for the first `tinit_ratio` of the steps, shrink cubically to `lora_r` on
-average, every `delta_t` steps, and are fixed for the last `tfinal_ratio`. s is `lora_alpha`, r̂ `init_r`, as in PEFT.
+PEFT builds the layers and scores the triplets (A_k, E_k, B_k) by smoothed sensitivity; this file runs its schedule
+from the Trainer: ranks stay at `init_r` for the first `tinit_ratio` of the steps, decrease cubically to `lora_r` on
+average, every `delta_t` steps, and are fixed for the last `tfinal_ratio`. s is `lora_alpha` and r̂ is `init_r`, as in
+PEFT.
 
-The training loss holds the penalty that keeps A and B near orthogonal, an evaluation's does not. Deviation from PEFT in
-a Trainer: the penalty is divided by the number of micro-batches that a step has (fewer at an epoch's end), so that
-gradient accumulation does not strengthen it.
+The training loss contains the penalty that keeps A and B near orthogonal; the evaluation loss does not. Deviation from
+PEFT in a Trainer: the penalty is divided by the number of micro-batches in a step (fewer at the end of an epoch), so
+that gradient accumulation does not strengthen it.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from flatlora.utils.errors import ConfigError, SettingError
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "adalora.safetensors"
-_UNKNOWN_STEPS = 2**31  # PEFT wants a number before the Trainer knows it
+_UNKNOWN_STEPS = 2**31  # PEFT needs a number before the Trainer knows it
 _BAR = "BAR rescales A and B against each other, and AdaLoRA keeps both near orthonormal"
 
 
 class AdaLoraMethodConfig(LoraMethodConfig):
-    init_r: int | None = setting(None, ge=1, le=2**16, remedy="null takes 1.5 times the final rank")
+    init_r: int | None = setting(None, ge=1, le=2**16, remedy="null is 1.5 times the final rank")
     tinit_ratio: float = setting(0.1, ge=0, lt=1, remedy="it is a share of all steps")
     tfinal_ratio: float = setting(0.3, ge=0, lt=1, remedy="it is a share of all steps")
     delta_t: int = setting(10, ge=1, le=MOST_STEPS, remedy="10 is usual")
@@ -53,16 +54,16 @@ class AdaLoraMethodConfig(LoraMethodConfig):
             errors.append(
                 SettingError(
                     ("init_r", "lora_r"),
-                    f"Invalid peft.init_r={self.init_r} with peft.lora_r={self.lora_r}: AdaLoRA shrinks ranks from "
-                    "init_r to lora_r on average, so it must be larger; raise peft.init_r, or leave it out.",
+                    f"Invalid peft.init_r={self.init_r} with peft.lora_r={self.lora_r}: AdaLoRA reduces ranks from "
+                    "init_r to lora_r on average, so init_r must be larger; raise it, or leave it out.",
                 )
             )
         if self.tinit_ratio + self.tfinal_ratio >= 1:
             errors.append(
                 SettingError(
                     ("tinit_ratio", "tfinal_ratio"),
-                    f"Invalid peft.tinit_ratio={self.tinit_ratio} with peft.tfinal_ratio={self.tfinal_ratio}: no step "
-                    "is left between them to shrink ranks in; lower one of them.",
+                    f"Invalid peft.tinit_ratio={self.tinit_ratio} with peft.tfinal_ratio={self.tfinal_ratio}: they "
+                    "leave no step in which ranks are reduced; lower one of them.",
                 )
             )
         return errors
@@ -73,7 +74,7 @@ class AdaLora(Lora):
     Config = AdaLoraMethodConfig
     takes_convolutions = False
     not_of_diffusion = "diffusers reads pairs A and B, and AdaLoRA's adapter has a third factor"
-    reads_gradients = True  # its ranks follow from them
+    reads_gradients = True  # they determine its ranks
     refuses: ClassVar = {
         "nbar": _BAR,
         "obar": _BAR,
@@ -88,7 +89,7 @@ class AdaLora(Lora):
             raise ConfigError(
                 [
                     f"Invalid peft.init_r={config.init_r} with a final rank of {rank} (peft.lora_relative_r="
-                    f"{config.lora_relative_r}): AdaLoRA shrinks ranks; raise peft.init_r, or leave it out."
+                    f"{config.lora_relative_r}): AdaLoRA reduces ranks; raise peft.init_r, or leave it out."
                 ]
             )
 
@@ -116,7 +117,7 @@ class AdaLora(Lora):
         return [RankSchedule(model, config, training)]
 
     def save(self, model: nn.Module, config: AdaLoraMethodConfig, folder: Path, start: Start) -> None:
-        """The adapter with the ranks that are left; a layer's pruned triplets have E = 0 and are dropped."""
+        """Write the adapter with its remaining ranks: pruned triplets have E = 0 and are dropped."""
         adapter = model.peft_config["default"]
         adapter.rank_pattern = {
             name: (parameter.detach() != 0).view(-1).tolist()
@@ -124,9 +125,8 @@ class AdaLora(Lora):
             if "lora_E" in name
         }
         try:
-            with (
-                warnings.catch_warnings()
-            ):  # a layer without a triplet left has empty factors, which PEFT takes for lost
+            with warnings.catch_warnings():
+                # PEFT warns of the empty factors of a layer that has no triplets left.
                 warnings.filterwarnings("ignore", message="Adapter .* invalid shape")
                 model.save_pretrained(folder)
         finally:
@@ -138,7 +138,7 @@ def _init_r(rank: int, config: AdaLoraMethodConfig) -> int:
 
 
 class RankSchedule(TrainerCallback):
-    """Calls PEFT's allocator after each optimizer step, while the gradients are there, and keeps its state."""
+    """Calls PEFT's allocator after each optimizer step, before gradients are zeroed, and saves its state."""
 
     def __init__(self, model: nn.Module, config: AdaLoraMethodConfig, training: Training) -> None:
         self.model, self.config, self.training = model, config, training
@@ -152,10 +152,10 @@ class RankSchedule(TrainerCallback):
         adapter, steps = self._adapter, state.max_steps
         adapter.total_step = steps
         adapter.tinit, adapter.tfinal = int(self.config.tinit_ratio * steps), int(self.config.tfinal_ratio * steps)
-        self._shrinks = steps - adapter.tfinal > 1  # the last look needs a step's sensitivities before it
+        self._shrinks = steps - adapter.tfinal > 1  # the final allocation needs sensitivities of an earlier step
         if not self._shrinks:
-            logger.warning("AdaLoRA cannot shrink ranks within %d steps: they stay at peft.init_r.", steps)
-        if self.training.token_mean:  # then the Trainer adds the micro-batches' losses up, each with the penalty
+            logger.warning("AdaLoRA cannot reduce ranks within %d steps: they stay at peft.init_r.", steps)
+        if self.training.token_mean:  # the Trainer then sums the losses of micro-batches, each with the penalty
             device = next(parameter.device for parameter in self.model.parameters() if parameter.requires_grad)
             adapter.orth_reg_weight = _SharedWeight(self.config.orth_reg_weight, device)
             adapter.orth_reg_weight.share_out(self.training.accumulation * self.training.world_size)
@@ -172,12 +172,12 @@ class RankSchedule(TrainerCallback):
             return
         self._adapter.rank_pattern = self.pattern
         self.model.base_model.update_and_allocate(state.global_step + 1)
-        # Not left in the config: PEFT would cut the tensors of a checkpoint to it, and a resume needs them whole.
+        # Removed from the config: PEFT would cut a checkpoint's tensors by it, and a resume needs all of them.
         self.pattern, self._adapter.rank_pattern = self._adapter.rank_pattern or {}, {}
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around an evaluation: its loss is the model's alone, whatever the penalty's share of a micro-batch is."""
+        """Context for an evaluation, whose loss does not contain the penalty."""
         weight, self._adapter.orth_reg_weight = self._adapter.orth_reg_weight, 0.0
         try:
             yield
@@ -193,7 +193,7 @@ class RankSchedule(TrainerCallback):
             for name, value in values.items()
         }
         tensors |= {f"pattern|{name}": torch.tensor(kept) for name, kept in self.pattern.items()}
-        save_file({**tensors, "step": torch.zeros(())}, folder / STATE_FILE)  # never empty: the file must be there
+        save_file({**tensors, "step": torch.zeros(())}, folder / STATE_FILE)  # never empty: a resume needs the file
 
     def _load(self, tensors: dict[str, torch.Tensor]) -> None:
         allocator = self.model.base_model.rankallocator
@@ -209,10 +209,10 @@ class RankSchedule(TrainerCallback):
 
 
 class _SharedWeight(float):
-    """The penalty's weight, which acts on each micro-batch of a step by its share.
+    """The weight of the penalty, divided among the micro-batches of a step.
 
-    To PEFT, and in adapter_config.json, it is the configured number. The share is on the device, so that a micro-step
-    captured as a CUDA graph reads the one of its own step.
+    For PEFT, and in adapter_config.json, it is the configured number. The share of a micro-batch is on the device, so
+    that a CUDA graph reads its current value.
     """
 
     def __new__(cls, value: float, device: torch.device | None = None) -> _SharedWeight:
@@ -229,11 +229,11 @@ class _SharedWeight(float):
 
 
 def micro_batches_of(step: int, epoch_micro_batches: int, accumulation: int) -> int:
-    """Micro-batches of optimizer step `step` (from 0) in a Trainer: the last step of an epoch takes what is left."""
+    """Number of micro-batches in optimizer step `step` (from 0): the last step of an epoch has the remaining ones."""
     steps = math.ceil(epoch_micro_batches / accumulation)
     return min(accumulation, epoch_micro_batches - step % steps * accumulation)
 
 
 def allocator_parameters(model: nn.Module):
-    """Parameters by the names that PEFT's allocator has for them."""
+    """Parameters by the names that PEFT's allocator uses."""
     return model.base_model.model.named_parameters()

@@ -1,9 +1,9 @@
-"""What methods share that compute where the adapter starts, from W or from data.
+"""Base classes of methods that compute the initial adapter from W or from data.
 
-Most of them move part of W into the adapter: W ← W − s·B₀·A₀. The initial adapter is kept in `start/` of the run: a
-resumed run subtracts the same bytes, and the saved adapter is turned into s·(B·A − B₀·A₀), which fits the untouched
-backbone (PEFT's conversion; its rank is 2r). On a BF16 backbone W − s·B₀·A₀ is rounded, which the converted adapter
-cannot give back: its model differs from the trained one by that rounding, as every PiSSA adapter's does.
+Most of them move part of W into the adapter: W ← W − s·B₀·A₀. The initial adapter is kept in `start/` of the run. A
+resumed run subtracts the same bytes, and the saved adapter is converted to s·(B·A − B₀·A₀), which fits the untouched
+backbone (PEFT's conversion; its rank is 2r). On a BF16 backbone W − s·B₀·A₀ is rounded, and the conversion cannot undo
+that: the converted model differs from the trained one by this rounding, as with every PiSSA adapter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flatlora.utils.files import write_folder, write_json
 
 
 class ComputedStart(Lora):
-    """LoRA from an adapter that is computed once for a run and kept in `start.folder`."""
+    """LoRA with an initial adapter that is computed once per run and kept in `start.folder`."""
 
     moves_weights = True
     needs_dense = True
@@ -44,11 +44,11 @@ class ComputedStart(Lora):
         if start.resumed and not known and start.rank == 0:
             raise ConfigError(
                 [
-                    f"{start.folder} is gone: the checkpoint belongs to the start of {config.name} that was kept "
-                    "there; put it back, or begin anew with overwrite=true."
+                    f"{start.folder} is missing: it has the initial adapter of {config.name} that the checkpoint "
+                    "belongs to; restore it, or start over with overwrite=true."
                 ]
             )
-        if start.world_size > 1:  # one answer for all: rank 0 may be writing the folder
+        if start.world_size > 1:  # rank 0 decides, since it may be writing the folder already
             answer = [known]
             torch.distributed.broadcast_object_list(answer, src=0)
             known = answer[0]
@@ -72,11 +72,11 @@ class ComputedStart(Lora):
         return adapted
 
     def adapt(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
-        """The adapted model as LoRA starts it."""
+        """The adapted model with LoRA's own initial factors."""
         return super().apply(model, config, start)
 
     def begin(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
-        """The adapted model with its initial factors, W as it was."""
+        """Return the adapted model with its computed initial factors; W is unchanged."""
         raise NotImplementedError
 
     def save(self, model: nn.Module, config: LoraMethodConfig, folder: Path, start: Start) -> None:
@@ -85,8 +85,8 @@ class ComputedStart(Lora):
             return
         if start.folder is None:
             raise ValueError(
-                f"The adapter of {config.method} fits the untouched backbone only after its start is taken off, and "
-                "none was kept: give Start(folder=...) to apply() and save()."
+                f"The adapter of {config.method} fits the untouched backbone only after its initial adapter is "
+                "subtracted, which was not kept: pass Start(folder=...) to apply() and save()."
             )
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start.folder))
         add_trained_modules(model, folder)
@@ -97,15 +97,15 @@ class ComputedStart(Lora):
 
 
 class LayerwiseStart(ComputedStart):
-    """A start that PEFT's code computes layer by layer."""
+    """An initial adapter that PEFT's code computes layer by layer."""
 
     def begin(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
-        """The adapted model with its initial factors, W as it was."""
+        """Return the adapted model with its computed initial factors; W is unchanged."""
         adapted = self.adapt(model, config, start)
         with seeded(start.seed, adapted):
             for _, layer in lora_layers(adapted):
                 original = layer.get_base_layer().weight.data
-                layer.get_base_layer().weight.data = original.clone()  # PEFT's code moves the weight, in place or not
+                layer.get_base_layer().weight.data = original.clone()  # PEFT's code changes the weight, in place or not
                 self.initialize(layer, config)
                 layer.get_base_layer().weight.data = original
                 for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
@@ -113,42 +113,42 @@ class LayerwiseStart(ComputedStart):
         return adapted
 
     def initialize(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
-        """Set the factors of one layer; its weight may be moved."""
+        """Set the factors of one layer; its weight may be changed."""
         raise NotImplementedError
 
 
 def add_trained_modules(model: nn.Module, folder: Path) -> None:
-    """Put a head that is trained besides into a converted adapter: PEFT's conversion keeps the factors alone."""
+    """Add a trained head to a converted adapter, because PEFT's conversion only keeps the factors."""
     path = folder / ADAPTER
-    kept = load_file(path)
+    saved = load_file(path)
     trained = {name: tensor for name, tensor in get_peft_model_state_dict(model).items() if "lora_" not in name}
-    if trained.keys() - kept.keys():
-        save_file({**kept, **{n: t.contiguous().cpu() for n, t in trained.items()}}, path, metadata={"format": "pt"})
+    if trained.keys() - saved.keys():
+        save_file({**saved, **{n: t.contiguous().cpu() for n, t in trained.items()}}, path, metadata={"format": "pt"})
 
 
 def validate_forwards(model: nn.Module, targets: list[str], name: str) -> None:
-    """Refuse to move part of a weight that its layer does not read as W x + b: the start would change the model.
+    """Check that all layers compute W x + b, so that moving part of W into the adapter does not change the model.
 
     Raises:
-        ConfigError: with the first such layer.
+        ConfigError: with the first layer that does not.
     """
     own = [target for target in targets if not has_standard_forward(model.get_submodule(target))]
     if own:
         kind = type(model.get_submodule(own[0])).__name__
         raise ConfigError(
             [
-                f"Invalid peft={name} with {own[0]}={kind} ({len(own)} in all): that method moves part of W into the "
-                "adapter, and the layer has a forward of its own, whose output would change; use peft=lora, or leave "
-                "such layers out of peft.target_modules."
+                f"Invalid peft={name} with {own[0]}={kind} ({len(own)} in all): this method moves part of W into the "
+                "adapter, which would change the output of a layer with its own forward; use peft=lora, or leave such "
+                "layers out of peft.target_modules."
             ]
         )
 
 
 def validate_not_quantized(model: nn.Module, targets: list[str], name: str) -> None:
-    """Refuse to move part of a weight that is not floating point.
+    """Check that all weights are floating point.
 
     Raises:
-        ConfigError: with the first such layer.
+        ConfigError: with the first layer whose weight is not.
     """
     quantized = [target for target in targets if not model.get_submodule(target).weight.is_floating_point()]
     if quantized:
@@ -156,8 +156,8 @@ def validate_not_quantized(model: nn.Module, targets: list[str], name: str) -> N
         raise ConfigError([_quantized(name, f"{quantized[0]} is {dtype}")])
 
 
-def _quantized(name: str, found: str) -> str:
+def _quantized(name: str, reason: str) -> str:
     return (
-        f"Invalid peft={name} on a quantized backbone ({found}): its start is computed from W or moves part of it, and "
-        "what is left must be stored exactly; load the backbone unquantized, or use peft=lora."
+        f"Invalid peft={name} on a quantized backbone ({reason}): its initial adapter is computed from W or is a part "
+        "of it, and the rest must be stored exactly; load the backbone unquantized, or use peft=lora."
     )

@@ -1,7 +1,7 @@
-"""CorDA (NeurIPS 2024): s·B·A starts from singular directions of W·C, C the covariance of a layer's inputs.
+"""CorDA (NeurIPS 2024): s·B·A starts from singular directions of W·C, where C is the covariance of a layer's inputs.
 
-"kpm" takes the smallest ones, so that what the calibration rows use stays frozen; "ipm" the largest, so that it is
-learnt first. W ← W − s·B₀·A₀. PEFT's code; calibration rows are training rows of the run.
+"kpm" takes the smallest directions, so that those which calibration rows use stay frozen; "ipm" takes the largest, so
+that these are learned first. W ← W − s·B₀·A₀. PEFT's code; calibration rows are training rows of the run.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ _KEYS = ("input_ids", "attention_mask", "labels")
 
 
 class CordaMethodConfig(LoraMethodConfig):
-    # Micro-batches of this rank.
-    corda_batches: int = setting(32, ge=1, le=10**6, remedy="more rows make a better covariance")
-    corda_method: Literal["ipm", "kpm"] = "kpm"  # instruction-previewed, or knowledge-preserving as the paper's default
+    # Micro-batches on each rank.
+    corda_batches: int = setting(32, ge=1, le=10**6, remedy="more rows give a better covariance")
+    corda_method: Literal["ipm", "kpm"] = "kpm"  # instruction-previewed, or knowledge-preserving (the paper's default)
 
 
 @ADAPTERS.register("corda")
 class Corda(LayerwiseStart):
     Config = CordaMethodConfig
-    not_of_diffusion = "PEFT's CorDA takes covariances over the tokens of one row of text"
+    not_of_diffusion = "PEFT's CorDA computes covariances over the tokens of one row of text"
 
     def check(self, skeleton: nn.Module, config: CordaMethodConfig) -> None:
         super().check(skeleton, config)
         if reads_images(skeleton):
             raise ConfigError(
                 [
-                    f"Invalid peft={config.name} with {type(skeleton).__name__}: PEFT's CorDA takes covariances over "
-                    "the tokens of one row, and an image's projection sees a single vector; use peft=lora_ga or pissa."
+                    f"Invalid peft={config.name} with {type(skeleton).__name__}: PEFT's CorDA computes covariances "
+                    "over the tokens of one row, and an image projection has a single vector; use peft=lora_ga or "
+                    "pissa."
                 ]
             )
 
@@ -49,14 +50,14 @@ class Corda(LayerwiseStart):
         return super().settings(model, config) | {"corda_config": corda}
 
     def begin(self, model: nn.Module, config: CordaMethodConfig, start: Start) -> nn.Module:
-        from peft.tuners.lora.corda import preprocess_corda  # imports attrs, which PEFT does not bring along
+        from peft.tuners.lora.corda import preprocess_corda  # imports attrs, which PEFT does not depend on
 
         @torch.no_grad()
         def run_model() -> None:
             decodes = getattr(model.config, "is_encoder_decoder", False)
             for batch in start.batches(config.corda_batches):
                 for ids, mask, labels in zip(*(batch[key] for key in _KEYS), strict=True):
-                    # Row by row: PEFT's covariance knows no padding.
+                    # Row by row: PEFT's covariance does not support padding.
                     inputs = {"input_ids": ids[mask.bool()][None]}
                     model(**inputs, **({"labels": labels[labels != IGNORED_LABEL][None]} if decodes else {}))
 

@@ -1,8 +1,8 @@
 """DoRA (ICML 2024): W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖ by rows, m trained (PEFT's code).
 
-The noise of rho=flat lies on W, and the norm is that of W + ε + s·B·A in every rho.mode, as in the published code that
-moves W itself. Noise is scaled with W by m/‖W + ε + s·B·A‖, so one entry's std is σ/√n · m_i up to a factor of
-1/√(1 + σ²): m_i is the norm of that row of W', as the method asks.
+The noise of rho=flat is added to W, and the norm is that of W + ε + s·B·A in every rho.mode, as in the published code,
+which adds it in place. DoRA scales the noise, like W, by m/‖W + ε + s·B·A‖. So the standard deviation of an element of
+row i is σ/√n · m_i, up to a factor of 1/√(1 + σ²), and m_i is the norm of row i of W', as in Flat-LoRA.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flatlora.methods.base import ADAPTERS
 
 
 class DoraConfig(LoraMethodConfig):
-    lora_dropout: float = setting(0.0, ge=0, le=0, remedy="PEFT's DoRA with dropout reads W past its own layer")
+    lora_dropout: float = setting(0.0, ge=0, le=0, remedy="PEFT's DoRA with dropout does not read W through its layer")
 
 
 @ADAPTERS.register("dora")

@@ -1,5 +1,6 @@
-"""EVA (2024): A starts as the principal directions of each layer's inputs (of tokens with a
-label), B = 0; W stays (PEFT's code)."""
+"""EVA (2024): A starts from the principal directions of each layer's inputs (for tokens with a label), B = 0, and W is
+unchanged (PEFT's code).
+"""
 
 from __future__ import annotations
 
@@ -26,37 +27,37 @@ class EvaMethodConfig(LoraMethodConfig):
 class Eva(ComputedStart):
     Config = EvaMethodConfig
     moves_weights = False
-    not_of_diffusion = "PEFT's EVA looks at the tokens of a text that have a label"
+    not_of_diffusion = "PEFT's EVA needs tokens with a label"
 
     def check(self, skeleton: nn.Module, config: EvaMethodConfig) -> None:
         super().check(skeleton, config)
         if getattr(skeleton.config, "is_encoder_decoder", False) or reads_images(skeleton):
             raise ConfigError(
                 [
-                    f"Invalid peft={config.name} with {type(skeleton).__name__}: PEFT's EVA knows the inputs of "
-                    "decoder-only language models alone; use peft=corda or lora_ga, which look at data too."
+                    f"Invalid peft={config.name} with {type(skeleton).__name__}: PEFT's EVA only supports "
+                    "decoder-only language models; use peft=corda or lora_ga, which start from data too."
                 ]
             )
 
     def settings(self, model: nn.Module, config: EvaMethodConfig) -> dict[str, Any]:
-        eva = EvaConfig(rho=1.0)  # ranks stay equal: moved ones would not fit a resumed run
+        eva = EvaConfig(rho=1.0)  # equal ranks: redistributed ones would not fit a resumed run
         return super().settings(model, config) | {"init_lora_weights": "eva", "eva_config": eva}
 
     def begin(self, model: nn.Module, config: EvaMethodConfig, start: Start) -> nn.Module:
         adapted = self.adapt(model, config, start)
         mode = adapted.training
         rank = adapted.peft_config["default"].r
-        taken = [
+        candidates = [
             {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
             for batch in start.batches(config.eva_batches)
         ]
-        # PEFT waits for ever for micro-batches that have fewer labels than the rank.
-        batches = [batch for batch in taken if (batch["labels"] != IGNORED_LABEL).sum() >= rank]
+        # PEFT loops forever over micro-batches that have fewer labels than the rank.
+        batches = [batch for batch in candidates if (batch["labels"] != IGNORED_LABEL).sum() >= rank]
         if not batches:
             raise ConfigError(
                 [
-                    f"Invalid peft={config.name} with {rank_setting(config)}: none of {len(taken)} micro-batches has "
-                    "so many tokens with a label, of whose inputs the directions are made; raise "
+                    f"Invalid peft={config.name} with {rank_setting(config)}: none of {len(candidates)} micro-batches "
+                    "has so many tokens with a label, which the directions are computed from; raise "
                     "trainer.micro_batch_size."
                 ]
             )

@@ -21,7 +21,7 @@ class FullFineTuning(AdapterMethod):
         **dict.fromkeys(("nbar", "obar", "bi_lora", "rwp_lora"), _NO_PAIR),
     }
     needs_dense = True
-    not_of_diffusion = "what is kept of a diffusion model is an adapter that diffusers loads, and this has none"
+    not_of_diffusion = "of a diffusion model only an adapter is saved, and this method has none"
 
     def apply(self, model: nn.Module, config: PeftConfig, start: Start) -> nn.Module:
         model.float()

@@ -1,6 +1,6 @@
 """LoRA (ICLR 2022): y = W x + s·B·A x, s = α/r, A Kaiming-uniform, B zero; W frozen.
 
-Built with PEFT, so that checkpoints are plain PEFT. Deviation: A and B are FP32 whatever the backbone's dtype.
+Built with PEFT, so that checkpoints are plain PEFT. Deviation: A and B are FP32 for every dtype of the backbone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from flatlora.config.settings import setting
 from flatlora.methods.base import ADAPTERS, AdapterMethod, Start
 from flatlora.utils.errors import ConfigError, SettingError, nearest
 
-_EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as the published find_all_linear_modules leaves out
-# What models call attention's projections.
+_EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as in the published find_all_linear_modules
+# Names of attention's projections in different models.
 _QUERY_VALUE = ("q_proj", "v_proj", "q", "v", "query", "value", "c_attn")
 _ATTENTION = (*_QUERY_VALUE, "k_proj", "k", "key", "o_proj", "out_proj", "o", "to_q", "to_k", "to_v", "to_out.0")
 
@@ -32,7 +32,7 @@ class LoraMethodConfig(PeftConfig):
     lora_relative_r: float | None = setting(None, gt=0, le=1, remedy="it is a share of the hidden size")
     lora_alpha: float = setting(16.0, gt=0, le=1e6, remedy="16 is the paper's")
     lora_dropout: float = setting(0.0, ge=0, lt=1, remedy="it is a share, 0 is none")
-    # all: linear layers; all_conv: convolutions too; a list names both kinds.
+    # all: linear layers; all_conv: convolutions too; a list may name both kinds.
     target_modules: Literal["all", "all_conv", "attention", "qv"] | list[str] = setting(
         "all", remedy="all, all_conv, attention, qv or a list of module names"
     )
@@ -61,7 +61,7 @@ class LoraMethodConfig(PeftConfig):
 @ADAPTERS.register("lora")
 class Lora(AdapterMethod):
     Config = LoraMethodConfig
-    takes_convolutions: ClassVar[bool] = True  # False where PEFT's code, or the method's mathematics, is of matrices
+    takes_convolutions: ClassVar[bool] = True  # False if PEFT's code or the method only supports matrices
 
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         targets = find_targets(skeleton, config.target_modules)
@@ -70,8 +70,8 @@ class Lora(AdapterMethod):
             raise ConfigError(
                 [
                     f"Invalid peft.target_modules={config.target_modules} with peft={config.name}: {convolutions[0]} "
-                    f"and {len(convolutions) - 1} more are convolutions, and that method is one of matrices; name "
-                    "linear layers, or use peft=lora, rslora, lora_plus or dora."
+                    f"and {len(convolutions) - 1} more are convolutions, but this method only supports linear layers; "
+                    "name linear layers, or use peft=lora, rslora, lora_plus or dora."
                 ]
             )
         for part in getattr(skeleton, "parts", ()):
@@ -79,19 +79,19 @@ class Lora(AdapterMethod):
                 raise ConfigError(
                     [
                         f"Invalid peft.target_modules={config.target_modules}: no layer of the {part} is among them, "
-                        "and with model.train_text_encoders=true both encoders are trained; use "
+                        "but model.train_text_encoders=true trains both encoders; use "
                         "peft.target_modules=attention or all, or name layers of each."
                     ]
                 )
         check_rank(skeleton, targets, *self.needed_rank(rank_of(skeleton, config), config))
 
     def needed_rank(self, rank: int, config: LoraMethodConfig) -> tuple[int, str]:
-        """How many directions of a layer the method needs, its start included; and which setting asks for them."""
-        return rank, f"{rank_setting(config)}: it takes {rank} directions of a layer"
+        """The number of directions of a layer that the method needs, and the reason for messages."""
+        return rank, f"{rank_setting(config)}: it needs {rank} directions of a layer"
 
     def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
         self.check(model, config)
-        with seeded(start.seed, model):  # A's values depend on the seed alone, not on what ran before
+        with seeded(start.seed, model):  # A depends only on the seed, not on earlier draws
             adapted = get_peft_model(model, self.peft_config(model, config))
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -99,15 +99,15 @@ class Lora(AdapterMethod):
         return adapted
 
     def peft_config(self, model: nn.Module, config: LoraMethodConfig) -> LoraConfig:
-        """PEFT's own config; variants of LoRA override `settings`, or this."""
+        """PEFT's config; variants of LoRA override `settings` or this method."""
         return LoraConfig(**self.settings(model, config))
 
     def settings(self, model: nn.Module, config: LoraMethodConfig) -> dict[str, Any]:
-        """Keywords of PEFT's config."""
+        """Keyword arguments of PEFT's config."""
         targets = find_targets(model, config.target_modules)
         return {
             "task_type": _task_of(model),
-            "modules_to_save": getattr(model, "trained_modules", None),  # a head that is trained besides
+            "modules_to_save": getattr(model, "trained_modules", None),  # such as a trained head
             "r": rank_of(model, config),
             "lora_alpha": config.lora_alpha,
             "lora_dropout": config.lora_dropout,
@@ -117,20 +117,20 @@ class Lora(AdapterMethod):
 
 
 def _task_of(model: nn.Module) -> str | None:
-    """What PEFT is told of a language model; it has no name for the others."""
+    """PEFT's task type of a language model; None for other models, for which PEFT has none."""
     if not isinstance(model, PreTrainedModel) or reads_images(model):
         return None
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def reads_images(model: nn.Module) -> bool:
-    """Whether a model's input are pictures."""
+    """Whether a model's inputs are images."""
     return getattr(model, "main_input_name", None) == "pixel_values"
 
 
 @contextlib.contextmanager
 def seeded(seed: int, model: nn.Module) -> Iterator[None]:
-    """Global generators of the host and of the model's device seeded, and afterwards as they were."""
+    """Seed the global generators of the host and of the model's devices, and restore them afterwards."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
         torch.manual_seed(seed)
@@ -138,12 +138,14 @@ def seeded(seed: int, model: nn.Module) -> Iterator[None]:
 
 
 def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
-    """Full names of the layers that `wanted` (all, all_conv, attention, qv or module-name suffixes) means in a model.
+    """Full names of the layers that `wanted` selects in a model.
 
-    "all" are linear layers, "all_conv" linear layers and convolutions; a suffix may name either.
+    Args:
+        wanted: "all" (linear layers), "all_conv" (linear layers and convolutions), "attention", "qv", or suffixes of
+            module names, of either kind.
 
     Raises:
-        ConfigError: an entry of `wanted` matches no such layer; the nearest module name is given.
+        ConfigError: an entry of `wanted` matches no layer; the message has the nearest module name.
     """
     linear = [
         name
@@ -158,29 +160,29 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
         )
     matches = {suffix: [n for n in linear if n == suffix or n.endswith(f".{suffix}")] for suffix in suffixes}
     unmatched = [suffix for suffix in suffixes if not matches[suffix]] if isinstance(wanted, list) else []
-    found = sorted({name for names in matches.values() for name in names}, key=linear.index)
-    if unmatched or not found:
+    targets = sorted({name for names in matches.values() for name in names}, key=linear.index)
+    if unmatched or not targets:
         known = sorted({name.rpartition(".")[2] for name in linear})
-        asked = ", ".join(unmatched) or wanted
+        missing = ", ".join(unmatched) or wanted
         near = nearest(unmatched[0], known) if unmatched else None
         hint = f"did you mean {near}? " if near else ""
         message = (
-            f"Invalid peft.target_modules={wanted}: {asked} matches no layer of {type(model).__name__} that an adapter "
-            f"can go around; {hint}Such layers here: {', '.join(known)}."
+            f"Invalid peft.target_modules={wanted}: {missing} matches no layer of {type(model).__name__} that supports "
+            f"an adapter; {hint}Such layers here: {', '.join(known)}."
         )
         raise ConfigError([message])
-    return found
+    return targets
 
 
 def _is_adaptable(module: nn.Module, *, convolutions: bool) -> bool:
-    """Linear layers, and plain convolutions where asked: PEFT's adapter knows neither groups nor dilation."""
+    """Whether an adapter supports the module: linear layers, and convolutions without groups and dilation."""
     if isinstance(module, nn.Conv2d):
         return convolutions and module.groups == 1 and module.dilation == (1, 1)
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def _shortest_suffixes(model: nn.Module, targets: list[str]) -> list[str]:
-    """Targets as PEFT reads them: bare names where these match nothing else, so that the adapter's config is short."""
+    """Targets for PEFT: only the last part of a name if it matches nothing else, which keeps the config short."""
     wanted, result = set(targets), []
     for suffix in sorted({name.rpartition(".")[2] for name in targets}):
         same_name = {name for name, _ in model.named_modules() if name == suffix or name.endswith(f".{suffix}")}
@@ -196,8 +198,8 @@ def rank_of(model: nn.Module, config: LoraMethodConfig) -> int:
     if hidden_size is None:
         raise ConfigError(
             [
-                f"Invalid {rank_setting(config)} with {type(model).__name__}: its layers have many widths, so there is "
-                "no share of one; set peft.lora_r and peft.lora_relative_r=null."
+                f"Invalid {rank_setting(config)} with {type(model).__name__}: it has no hidden size, since its layers "
+                "have different widths; set peft.lora_r and peft.lora_relative_r=null."
             ]
         )
     return max(1, int(config.lora_relative_r * hidden_size))
@@ -209,7 +211,7 @@ def _hidden_size(model: nn.Module) -> int | None:
 
 
 def rank_setting(config: LoraMethodConfig) -> str:
-    """The setting that gave the rank, as the user typed it."""
+    """The setting that determines the rank, as an override."""
     if config.lora_r is not None:
         return f"peft.lora_r={config.lora_r}"
     return f"peft.lora_relative_r={config.lora_relative_r}"
@@ -217,13 +219,13 @@ def rank_setting(config: LoraMethodConfig) -> str:
 
 def _smaller_side(layer: nn.Module) -> int:
     if isinstance(layer, nn.Linear):
-        return min(layer.in_features, layer.out_features)  # a packed weight has another shape
+        return min(layer.in_features, layer.out_features)  # not from the weight, whose shape may be packed
     rows, *columns = layer.weight.shape
     return min(rows, math.prod(columns))
 
 
 def check_rank(model: nn.Module, targets: list[str], needed: int, reason: str) -> None:
-    """Refuse a rank above the smaller side of a layer.
+    """Check that no layer's smaller side is below the needed rank.
 
     Raises:
         ConfigError: with the layer's name and size.
@@ -233,7 +235,7 @@ def check_rank(model: nn.Module, targets: list[str], needed: int, reason: str) -
     if needed > sizes[smallest]:
         raise ConfigError(
             [
-                f"Invalid {reason}, and {smallest} has {sizes[smallest]}; lower it, or leave that layer out of "
+                f"Invalid {reason}, but {smallest} has {sizes[smallest]}; lower it, or leave that layer out of "
                 "peft.target_modules."
             ]
         )

@@ -1,9 +1,8 @@
-"""LoRA-FA (2023): A stays frozen and B's gradient becomes s⁻² g_B (AAᵀ)⁻¹, the nearest to the full one.
+"""LoRA-FA (2023): A is frozen, and B's gradient becomes s⁻² g_B (AAᵀ)⁻¹, the nearest to the full gradient.
 
-PEFT's optimizer, which multiplies with (AAᵀ)⁻¹ under BF16 autocast; here it does so in runs under BF16 autocast alone.
+Uses PEFT's optimizer, which multiplies by (AAᵀ)⁻¹ under BF16 autocast; here only in runs with BF16 autocast.
 Its eps is not bias-corrected: it divides by √v + eps before the correction, where AdamW divides by √(v/(1 − β₂ᵗ)) +
-eps. After t steps that is AdamW with an eps of eps/√(1 − β₂ᵗ): 32 times `optim.adam_epsilon` at first, and soon the
-same.
+eps. This equals AdamW with an eps of eps/√(1 − β₂ᵗ) in step t: 32 times `optim.adam_epsilon` at first, and soon 1 time.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class LoraFA(Lora):
             weight_decay=training.optim.weight_decay,
         )
         optimizer = _Optimizer(of_peft.param_groups, in_bf16=training.autocast == torch.bfloat16)
-        for group in optimizer.param_groups:  # PEFT leaves these at its own defaults
+        for group in optimizer.param_groups:  # PEFT's function has no arguments for these
             group["betas"] = (training.optim.adam_beta1, training.optim.adam_beta2)
             group["eps"] = training.optim.adam_epsilon
         optimizer.register_load_state_dict_post_hook(_state_to_parameters)
@@ -56,9 +55,9 @@ class LoraFA(Lora):
 
 
 class _Optimizer(lorafa.LoraFAOptimizer):
-    """PEFT's, with g_B (AAᵀ)⁻¹ in BF16 where the run computes under BF16 autocast, and in FP32 elsewhere.
+    """PEFT's optimizer, with g_B (AAᵀ)⁻¹ in BF16 if the run uses BF16 autocast, else in FP32.
 
-    PEFT asks accelerate whether the machine can do BF16, which every x86 CPU and most GPUs can.
+    PEFT uses BF16 whenever the machine supports it, as every x86 CPU and most GPUs do.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], *, in_bf16: bool) -> None:
@@ -66,15 +65,15 @@ class _Optimizer(lorafa.LoraFAOptimizer):
         self._in_bf16 = in_bf16
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        asked, lorafa.is_bf16_available = lorafa.is_bf16_available, lambda: self._in_bf16
+        original, lorafa.is_bf16_available = lorafa.is_bf16_available, lambda: self._in_bf16
         try:
             return super().step(closure)
         finally:
-            lorafa.is_bf16_available = asked
+            lorafa.is_bf16_available = original
 
 
 def _state_to_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """PEFT's optimizer keys its state by name, so that torch leaves a loaded one where the file was read to."""
+    """Move loaded state to the parameters' device: PEFT's optimizer keys it by name, so torch does not do so."""
     devices = {name[: name.find("lora")] + "lora": p.device for name, p in _named(optimizer)}
     for name, state in optimizer.state.items():
         for key, value in state.items():

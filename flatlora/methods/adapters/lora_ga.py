@@ -1,4 +1,4 @@
-"""LoRA-GA (NeurIPS 2024): start where the first step of LoRA is nearest to that of full fine-tuning.
+"""LoRA-GA (NeurIPS 2024): initializes LoRA so that its first step is nearest to that of full fine-tuning.
 
 G = U S Vᵀ, the mean gradient of W over a few batches (m×n):
 
@@ -7,10 +7,10 @@ G = U S Vᵀ, the mean gradient of W over a few batches (m×n):
 To first order a step of gradient descent then moves W by −η s² √m/γ · (the best rank-2r part of G). γ = 16 and s as in
 rsLoRA are the published settings; the SVD is torch.svd_lowrank with q = 4r, as there.
 
-Deviations: gradients are FP32 products of what enters a layer and the gradient of what leaves it, whatever the
-backbone's dtype; the backbone has no dropout while they are taken; singular vectors have their largest entry positive,
-so that a start does not hang on rounding. Layers are taken in groups whose gradients fit into `ga_memory_gib`, one pass
-over the batches for each group.
+Deviations: gradients are FP32 products of a layer's input and the gradient of its output, for every dtype of the
+backbone; dropout is off while they are computed; singular vectors have their largest element positive, so that the
+initial adapter does not depend on rounding. Layers are processed in groups whose gradients fit into `ga_memory_gib`,
+with one pass over the batches per group.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from flatlora.models.starts import lora_layers
 
 class LoraGaConfig(LoraMethodConfig):
     ga_batches: int = setting(8, ge=1, le=10**6, remedy="8 micro-batches are usual")  # on each rank
-    ga_gamma: float = setting(16.0, gt=0, le=1e6, remedy="16 as published; larger starts closer to zero")
-    ga_memory_gib: float = setting(4.0, gt=0, le=1e5, remedy="gradients of as many layers as fit are held at a time")
+    ga_gamma: float = setting(16.0, gt=0, le=1e6, remedy="16 as published; a larger value starts closer to zero")
+    ga_memory_gib: float = setting(4.0, gt=0, le=1e5, remedy="it limits the memory of the gradients of W")
 
 
 @ADAPTERS.register("lora_ga")
@@ -41,7 +41,7 @@ class LoraGa(ComputedStart):
     Config = LoraGaConfig
 
     def needed_rank(self, rank: int, config: LoraGaConfig) -> tuple[int, str]:
-        return 2 * rank, f"{rank_setting(config)}: A and B take r directions of a gradient each, {2 * rank} in all"
+        return 2 * rank, f"{rank_setting(config)}: A and B need r directions of a gradient each, {2 * rank} in all"
 
     def settings(self, model: nn.Module, config: LoraGaConfig) -> dict[str, Any]:
         return super().settings(model, config) | {"use_rslora": True}
@@ -64,7 +64,7 @@ class LoraGa(ComputedStart):
 
 
 def start_factors(gradient: torch.Tensor, rank: int, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A₀ (r × n) and B₀ (m × r), FP32, of a mean gradient (m × n). Draws from torch's global generator."""
+    """Returns A₀ (r × n) and B₀ (m × r), FP32, for a mean gradient (m × n). Draws from torch's global generator."""
     m, n = gradient.shape
     U, _, V = torch.svd_lowrank(gradient.float(), q=min(4 * rank, m, n), niter=4)
     factor = m**0.25 / gamma**0.5
@@ -73,13 +73,13 @@ def start_factors(gradient: torch.Tensor, rank: int, gamma: float) -> tuple[torc
 
 
 def _with_signs(vectors: torch.Tensor, dim: int) -> torch.Tensor:
-    """Singular vectors with their largest entry positive: an SVD leaves their signs to rounding."""
+    """Singular vectors with their largest element positive, since their signs in an SVD depend on rounding."""
     largest = vectors.gather(dim, vectors.abs().argmax(dim=dim, keepdim=True))
     return vectors * largest.sign()
 
 
 def start_factors_reference(gradient: torch.Tensor, rank: int, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slow twin of `start_factors`: the whole SVD, in FP64."""
+    """Slow reference for `start_factors`: the full SVD, in FP64."""
     U, _, Vh = torch.linalg.svd(gradient.double(), full_matrices=False)
     A = torch.stack([row * row[row.abs().argmax()].sign() for row in Vh[:rank]])
     B = torch.stack([column * column[column.abs().argmax()].sign() for column in U.t()[rank : 2 * rank]], dim=1)
@@ -88,7 +88,7 @@ def start_factors_reference(gradient: torch.Tensor, rank: int, gamma: float) -> 
 
 
 def layer_groups(layers: Mapping[str, nn.Module], budget_bytes: float) -> Iterator[dict[str, nn.Module]]:
-    """Layers in order, cut so that the FP32 gradients of a group fit the budget (or are one layer's)."""
+    """Groups of layers, in order, whose FP32 gradients fit the budget; a group has at least one layer."""
     group: dict[str, nn.Module] = {}
     used = 0
     for name, layer in layers.items():
@@ -104,10 +104,10 @@ def layer_groups(layers: Mapping[str, nn.Module], budget_bytes: float) -> Iterat
 def mean_gradients(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[dict[str, torch.Tensor]], world_size: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Mean over all batches, of all ranks, of the loss's gradient of each layer's weight: m × n, FP32, its device.
+    """Gradient of the loss with respect to each layer's weight, mean over the batches of all ranks: m × n, FP32.
 
-    The weights stay frozen: a hook multiplies what leaves the layer with what entered it, so that no gradient of
-    another layer is ever formed.
+    The weights stay frozen: a hook multiplies the gradient of a layer's output by its input, so that no gradients of
+    other layers are computed.
     """
     totals = {
         name: torch.zeros(_rows_and_columns(layer), device=layer.weight.device, dtype=torch.float32)
@@ -123,7 +123,7 @@ def mean_gradients(
                 count += 1
     finally:
         model.train(training)
-    if world_size > 1:  # ranks may have had unequal numbers of batches
+    if world_size > 1:  # ranks may have different numbers of batches
         counts = torch.tensor(count, device=next(iter(totals.values())).device)
         torch.distributed.all_reduce(counts)
         count = int(counts)
@@ -140,13 +140,11 @@ def _rows_and_columns(layer: nn.Module) -> Sequence[int]:
 
 @contextlib.contextmanager
 def _gradients_flow(model: nn.Module) -> Iterator[None]:
-    """All parameters are frozen: what the embeddings, or a model's `first_layers`, put out begins the graph instead."""
+    """Freeze all parameters and start the autograd graph at the outputs of embeddings and of `first_layers`."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    embeddings = [
-        m for m in model.modules() if isinstance(m, nn.Embedding)
-    ]  # an encoder-decoder has one on either side
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]  # an encoder-decoder has several
     handles = [
         module.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
         for module in [*embeddings, *getattr(model, "first_layers", ())]

@@ -1,7 +1,7 @@
-"""LoRA+ (ICML 2024): LoRA whose B learns `lr_ratio` times faster than A (PEFT's groups, torch's AdamW).
+"""LoRA+ (ICML 2024): B's learning rate is `lr_ratio` times that of A (PEFT's parameter groups, torch's AdamW).
 
-Deviation from PEFT: vectors that are trained besides, such as the bias of a linear head, learn as fast as A. PEFT gives
-them B's rate.
+Deviation from PEFT: other trained vectors, such as the bias of a linear head, have A's learning rate. PEFT gives them
+B's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LoraPlus(Lora):
 
 
 def _move_vectors(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> None:
-    """Give vectors that are no part of an adapter's B a group with the plain rate; PEFT's own has no weight decay."""
+    """Move vectors outside of an adapter's B to a group with A's rate, without weight decay as in PEFT."""
     vectors = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 1 and "lora_B" not in n]
     if vectors:
         moved = {id(vector) for vector in vectors}

@@ -18,7 +18,7 @@ class LoraProConfig(LoraMethodConfig):
     mode: Literal["adamw", "sgd"] = "adamw"
     moments: Literal["float32", "bfloat16"] = setting("float32", remedy="bfloat16 halves the memory")
     damping: float = setting(1e-8, gt=0, le=1000, remedy="1e-8 as published")
-    shard_moments: bool = True  # over the processes, pair by pair
+    shard_moments: bool = True  # each pair's moments are kept on one process
 
     def rule_errors(self) -> list[SettingError]:
         errors = super().rule_errors()
@@ -27,7 +27,7 @@ class LoraProConfig(LoraMethodConfig):
                 SettingError(
                     ("moments", "shard_moments", "mode"),
                     f"Invalid peft.moments={self.moments}, peft.shard_moments={self.shard_moments} with peft.mode=sgd: "
-                    "that mode keeps no moments; leave them out, or use peft.mode=adamw.",
+                    "this mode has no moments; leave them out, or use peft.mode=adamw.",
                 )
             )
         return errors
@@ -40,7 +40,7 @@ _SAM = "LoRA-Pro's closed form holds for gradients taken where A and B stand, an
 class LoraPro(Lora):
     Config = LoraProConfig
     takes_convolutions = False
-    reads_gradients = True  # it rewrites those of a pair together
+    reads_gradients = True  # it combines the gradients of a pair
     refuses: ClassVar = {
         "bi_lora": "LoRA-Pro's optimizer moves one pair a layer, and Bi-LoRA has two that pull apart",
         "sam": _SAM,
@@ -64,6 +64,6 @@ class LoraPro(Lora):
             moments=config.moments,
             damping=config.damping,
             seed=training.seed,
-            loss_scaled=True,  # FP16 is trained with a scaled loss, or refused
+            loss_scaled=True,  # FP16 is trained with a scaled loss or is an error
             shard=config.shard_moments and training.world_size > 1,
         )

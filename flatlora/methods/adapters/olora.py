@@ -21,7 +21,7 @@ class Olora(LayerwiseStart):
         if transposed:
             raise ConfigError(
                 [
-                    f"Invalid peft={config.name} with {transposed[0]}: PEFT's OLoRA does not know weights that are "
+                    f"Invalid peft={config.name} with {transposed[0]}: PEFT's OLoRA does not support weights that are "
                     "stored transposed (Conv1D); use peft=pissa, which starts from W too."
                 ]
             )

@@ -1,4 +1,4 @@
-"""PiSSA (NeurIPS 2024): s·B·A starts as the best rank-r part of W = U S Vᵀ, what is left is frozen.
+"""PiSSA (NeurIPS 2024): s·B·A starts as the best rank-r approximation of W = U S Vᵀ, and the rest of W is frozen.
 
 A₀ = √(S_r/s) V_rᵀ,   B₀ = U_r √(S_r/s),   W ← W − s·B₀·A₀        (PEFT's code)
 """
@@ -15,7 +15,7 @@ from flatlora.methods.base import ADAPTERS
 
 class PissaConfig(LoraMethodConfig):
     niter: int | None = setting(
-        None, ge=1, le=1000, remedy="null takes the exact SVD; 4 to 16 a fast one of that many rounds"
+        None, ge=1, le=1000, remedy="null computes the exact SVD; 4 to 16 iterations give a fast approximation"
     )
 
 

@@ -1,4 +1,4 @@
-"""rsLoRA (2023): LoRA with s = α/√r instead of α/r, so that a larger r does not learn more slowly."""
+"""rsLoRA (2023): LoRA with s = α/√r instead of α/r, so that a larger r does not slow down learning."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """nBAR and oBAR: SAM's implicit regularization of balancedness, made explicit (NeurIPS 2024).
 
-SAM on a product B·A drives ½(‖A‖² − ‖B‖²) by ρ(‖g_A‖² − ‖g_B‖²)/‖g‖, which needs no second gradient: before each
-optimizer step every pair is rescaled,
+SAM on a product B·A changes ½(‖A‖² − ‖B‖²) by ρ(‖g_A‖² − ‖g_B‖²)/‖g‖. BAR does so without a second gradient: before
+each optimizer step every pair is rescaled,
 
     nbar    A ← (1 ± αη) A,   B ← (1 ∓ αη) B,   + for A where ‖g_A‖ ≥ ‖g_B‖
     obar    the same,                           + for A where ‖A‖ < ‖B‖
 
-so that B·A stays the same to first order in αη. α is `rho.sigma`, falling linearly to zero over the run; η the learning
-rate of the step.
+so that B·A is unchanged to first order in αη. α starts at `rho.sigma` and decreases linearly to zero over the run; η is
+the learning rate of the step.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BarRegularizer(Regularizer):
 
     @torch.no_grad()
     def rescale(self, alpha: float, lr: float) -> None:
-        """One rescaling of all pairs with this α and η; no value travels to the host."""
+        """Rescale all pairs once with this α and η, without synchronizing with the host."""
         for pair in self.pairs:
             if pair.A.grad is None or pair.B.grad is None:
                 continue

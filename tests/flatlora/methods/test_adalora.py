@@ -102,11 +102,11 @@ def test_row_norms_are_those_of_the_merged_weight(adapt):
         torch.testing.assert_close(norms, merged.norm(dim=1), rtol=1e-4, atol=1e-5)
 
 
-def test_schedules_that_shrink_nothing_are_refused():
+def test_schedules_that_shrink_nothing_are_rejected():
     with pytest.raises(ConfigError, match=r"peft.init_r=8 with peft.lora_r=8: .*must be larger"):
         run_exp.experiment_of(["peft=adalora", "peft.init_r=8"])
     words = ["peft=adalora", "peft.lora_r=null", "peft.lora_relative_r=0.25", "peft.init_r=4"]
     with pytest.raises(ConfigError, match=r"peft\.init_r=4 with a final rank of 8"):
         methods.ADAPTERS["adalora"].check(tiny_llama(), run_exp.experiment_of(words).peft)
-    with pytest.raises(ConfigError, match="no step is left between them"):
+    with pytest.raises(ConfigError, match="leave no step in which ranks are reduced"):
         run_exp.experiment_of(["peft=adalora", "peft.tinit_ratio=0.5", "peft.tfinal_ratio=0.5"])

@@ -96,6 +96,6 @@ def test_needs_room_for_2r_directions():
     skeleton = tiny_llama()
     methods.ADAPTERS["lora"].check(skeleton, config_of("lora", lora_r=16))
     with pytest.raises(
-        ConfigError, match=r"Invalid peft\.lora_r=17: A and B take r directions of a gradient each, 34 in all, and"
+        ConfigError, match=r"Invalid peft\.lora_r=17: A and B need r directions of a gradient each, 34 in all, but"
     ):
         methods.ADAPTERS["lora_ga"].check(skeleton, config_of("lora_ga", lora_r=17))

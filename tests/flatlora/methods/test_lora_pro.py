@@ -158,7 +158,7 @@ def test_a_diverged_pair_is_named():
     pairs[1].B.data.fill_(math.inf)
     for pair in pairs:
         pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
-    with pytest.raises(FloatingPointError, match="A or B of layer1 holds NaN or infinity"):
+    with pytest.raises(FloatingPointError, match="A or B of layer1 contains NaN or infinity"):
         LoRAPro(pairs).step()
 
 
@@ -257,7 +257,7 @@ def test_state_goes_by_name_and_resumes_exactly(moments, order):
         tolerance = {"rtol": tolerance, "atol": tolerance}
         torch.testing.assert_close(a.A, b.A, **tolerance)
         torch.testing.assert_close(a.B, b.B, **tolerance)
-    with pytest.raises(ValueError, match="other pairs"):
+    with pytest.raises(ValueError, match="its pairs differ"):
         LoRAPro([p._replace(name=f"x{p.name}") for p in resumed]).load_state_dict(saved)
 
 
@@ -297,7 +297,7 @@ def test_other_parameters_get_adamw():
     torch.testing.assert_close(other, twin)
 
 
-def test_errors_are_told_together():
+def test_errors_are_reported_together():
     A, B = nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="r × n") as caught:
         LoRAPro([("a", A, B, 1.0), ("a", A, B, -1.0)], lr=-1, betas=(0.9, 1.0), mode="lion", moments="int8")
@@ -381,7 +381,7 @@ def test_others_may_be_named_or_left_out(caplog):
     assert len(LoRAPro(model).param_groups) == 2
     assert caplog.text == ""
     assert len(LoRAPro(list(lora_pairs(model))).param_groups) == 1
-    assert "a plain list of pairs without others=: what is trained besides them" in caplog.text
+    assert "a plain list of pairs without others=: other trained parameters" in caplog.text
     caplog.clear()
     assert len(LoRAPro(list(lora_pairs(model)), others=lora_pairs(model).others).param_groups) == 2
     assert len(LoRAPro(lora_pairs(model)[:1], others=()).param_groups) == 1
@@ -396,7 +396,7 @@ def test_an_fp16_backbone_without_loss_scaling_is_named(caplog, dtype, scaled, n
     assert caplog.text.count("The backbone is float16 and the loss is not scaled") == 2 * named
 
 
-def test_adapters_that_are_no_pair_are_refused_by_name():
+def test_adapters_that_are_no_pair_are_rejected_by_name():
     adalora = get_peft_model(
         tiny_llama(), AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
     )

@@ -50,7 +50,7 @@ IN_EXPERIMENTS = ("lora", "rslora", "dora", "pissa", "adalora", "lora_plus", "lo
 
 
 def cost_of(peft, rho):
-    """Marks of a pair: rows of the papers' tables are trained in tests/test_experiments.py, methods that are LoRA but for
+    """Marks of a pair: rows of the papers' tables train in tests/test_experiments.py, methods that are LoRA but for
     their start or their rates meet a regularizer as LoRA does, and a baseline is tried on two methods."""
     in_tables = peft in IN_EXPERIMENTS and rho in ("off", "flat")
     as_lora = peft in ("rslora", "lora_plus", "olora", "corda", "eva", "lora_ga") and rho not in ("off", "flat")
@@ -60,7 +60,7 @@ def cost_of(peft, rho):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("peft", "rho"), [pytest.param(*pair, marks=cost_of(*pair)) for pair in PAIRS])
-def test_a_pair_runs_a_step_or_is_refused(peft, rho, tiny_settings):
+def test_a_pair_runs_a_step_or_is_rejected(peft, rho, tiny_settings):
     words = words_of(tiny_settings, peft, rho, "trainer.max_steps=1", "dataset.train_rows=4")
     words += [] if rho == "off" else ["rho.sigma=0.1"]
     reason = methods.refusal(method_of("peft", peft), method_of("rho", rho))
@@ -146,9 +146,9 @@ def test_lora_pro_refuses_another_optimizer():
     with pytest.raises(ConfigError, match=r"optim.optimizer=adamw_8bit with peft=lora_pro.*peft.moments=bfloat16"):
         run_exp.experiment_of(["peft=lora_pro", "optim.optimizer=adamw_8bit"])
     assert run_exp.experiment_of(["optim.optimizer=adamw_8bit"]).optim.optimizer == "adamw_8bit"
-    with pytest.raises(ConfigError, match=r"adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot climb"):
+    with pytest.raises(ConfigError, match=r"adamw_8bit with rho=bi_lora: bitsandbytes' optimizer cannot maximize"):
         run_exp.experiment_of(["optim.optimizer=adamw_8bit", "rho=bi_lora"])
-    with pytest.raises(ConfigError, match=r"peft.moments=bfloat16, .* with peft.mode=sgd: that mode keeps no moments"):
+    with pytest.raises(ConfigError, match=r"peft.moments=bfloat16, .* with peft.mode=sgd: this mode has no moments"):
         run_exp.experiment_of(["peft=lora_pro", "peft.mode=sgd", "peft.moments=bfloat16"])
 
 
@@ -163,7 +163,7 @@ def test_lora_pro_by_sgd_refuses_settings_of_adam():
     assert run_exp.experiment_of([*words, "peft.mode=sgd", *head]).optim.adam_beta1 == 0.8
 
 
-def test_dora_with_dropout_is_refused():
+def test_dora_with_dropout_is_rejected():
     with pytest.raises(ConfigError, match=r"peft.lora_dropout=0.1: it must be ≤ 0; PEFT's DoRA"):
         run_exp.experiment_of(["peft=dora", "peft.lora_dropout=0.1"])
 

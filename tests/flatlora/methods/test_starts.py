@@ -59,12 +59,12 @@ def test_a_resumed_run_starts_from_the_same_bytes(adapt, name, dtype, monkeypatc
     assert first.keys() == again.keys()
     for key, value in first.items():
         assert torch.equal(value, again[key]), key
-    with pytest.raises(ConfigError, match="elsewhere is gone: the checkpoint belongs to the start"):
+    with pytest.raises(ConfigError, match="elsewhere is missing: it has the initial adapter"):
         adapt(name, dtype=dtype, resumed=True, folder="elsewhere")
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_start_without_a_checkpoint_is_computed_anew(adapt, name, monkeypatch):
+def test_a_start_without_a_checkpoint_is_computed_again(adapt, name, monkeypatch):
     """It may be of a run that was killed at once and whose data have changed since."""
     adapt(name)
     begun = []
@@ -119,14 +119,14 @@ def test_load_for_inference_moves_the_backbone_of_a_checkpoint(adapt, tmp_path, 
     torch.testing.assert_close(logits(loaded), logits(model))
 
 
-def test_without_a_kept_start_saving_is_refused(adapt, tmp_path):
+def test_without_a_kept_start_saving_is_rejected(adapt, tmp_path):
     model, config, start = adapt("pissa", folder=None)
     with pytest.raises(ValueError, match="Start\\(folder"):
         methods.ADAPTERS["pissa"].save(model, config, tmp_path / "adapter", start)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_quantized_backbones_are_refused(name):
+def test_quantized_backbones_are_rejected(name):
     backbone = tiny_llama().requires_grad_(False)
     layer = backbone.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.uint8), requires_grad=False)
@@ -194,7 +194,7 @@ def test_eva_refuses_batches_that_it_would_wait_for_for_ever(tmp_path):
 
 
 @pytest.mark.parametrize("name", MOVING)
-def test_layers_with_forwards_of_their_own_are_refused_where_w_moves(name, tmp_path):
+def test_layers_with_forwards_of_their_own_are_rejected_where_w_moves(name, tmp_path):
     class Scaled(nn.Linear):
         def forward(self, x):
             return 0.5 * super().forward(x)

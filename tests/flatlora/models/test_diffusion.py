@@ -193,7 +193,7 @@ def test_the_cache_is_used_and_a_broken_file_made_anew(source, tmp_path, monkeyp
     file.write_bytes(file.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
         anew = encoded(source)
-    assert "it is made anew" in caplog.text
+    assert "it will be rebuilt" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(first.means, anew.means, strict=True))
 
 
@@ -330,7 +330,7 @@ def test_class_pictures_are_what_the_model_made_or_made_anew(source, tmp_path, c
     again = encoded(source, *words).prior
     assert first.read_bytes() == whole
     assert all(torch.equal(one, other) for one, other in zip(before.means, again.means, strict=True))
-    assert sum("it is made anew" in record.getMessage() for record in caplog.records) == 3
+    assert sum("it will be rebuilt" in record.getMessage() for record in caplog.records) == 3
 
 
 def test_pictures_of_the_class_may_be_small(source):
@@ -412,7 +412,7 @@ def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_
         ({"target_modules": ["to_q", "to_w"]}, "to_w matches no layer of Denoiser"),
         ({"target_modules": "qv"}, "qv matches no layer"),
         ({"lora_r": 500}, "lora_r=500"),
-        ({"lora_r": None, "lora_relative_r": 0.5}, "many widths"),
+        ({"lora_r": None, "lora_relative_r": 0.5}, "different widths"),
     ],
 )
 def test_layers_that_are_not_there_are_refused_on_the_skeleton(changes, words):

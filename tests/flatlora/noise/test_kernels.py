@@ -153,7 +153,7 @@ def arguments(**changes):
         ({"outs": [torch.zeros(4, 8, device="meta")]}, "devices="),
         ({"weights": [torch.zeros(4, 8, dtype=torch.int8)]}, "weight=torch.int8"),
         ({"weights": [torch.zeros(32)]}, r"weight=torch.float32 \(32,\)"),
-        ({"coefficients": torch.ones(5)}, "one contiguous FP32 vector"),
+        ({"coefficients": torch.ones(5)}, "a contiguous FP32 vector"),
         ({"coefficients": torch.ones(4).double()}, "coefficients=torch.float64"),
         ({"keys": [(0, 2**32)]}, r"key\[1\]=4294967296"),
         ({"rows": [2**32 - 3]}, "row=4294967293"),
@@ -162,12 +162,12 @@ def arguments(**changes):
         ({"counter": torch.zeros(2)}, "counter=torch.float32"),
     ],
 )
-def test_errors_are_refused(changes, message):
+def test_errors_are_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         triton_kernels.NoisePass(**arguments(**changes))
 
 
-def test_shared_memory_is_refused():
+def test_shared_memory_is_rejected():
     memory = torch.zeros(8, 8)
     with pytest.raises(ValueError, match="shares part of its memory"):
         triton_kernels.NoisePass(**arguments(weights=[memory[:4]], outs=[memory[2:6]]))
@@ -190,7 +190,7 @@ def test_counters_out_of_range_are_refused(step, stream, message):
     ("A", "B"),
     [((2, 9), (4, 2)), ((2, 8), (5, 2)), ((2, 8), (4, 3))],
 )
-def test_factors_that_do_not_fit_are_refused(A, B):
+def test_factors_that_do_not_fit_are_rejected(A, B):
     with pytest.raises(ValueError, match="A is r × n and B m × r"):
         triton_kernels.RowNormPass([torch.zeros(4, 8)], [torch.zeros(A)], [torch.zeros(B)])
     with pytest.raises(ValueError, match="both FP32"):
@@ -312,7 +312,7 @@ def test_row_norms_equal_fp64(dtype, m, n, r):
 
 @pytest.mark.gpu
 @needs_triton
-def test_grouped_row_norms_read_the_factors_anew_and_repeat():
+def test_grouped_row_norms_read_the_factors_again_and_repeat():
     sizes = [(64, 72, 8), (40, 16, 0), (33, 65, 20), (0, 8, 4)]
     weights = [torch.randn(m, n, device=DEVICE).bfloat16() for m, n, _ in sizes]
     A = [torch.randn(r, n, device=DEVICE) for _, n, r in sizes]

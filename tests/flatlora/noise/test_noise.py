@@ -115,7 +115,7 @@ def test_counters_out_of_range_are_refused(arguments, message):
         host.normal(0, settings["step"], settings["stream"], "w", (2, 8), row=row)
 
 
-def test_wrong_buffers_are_refused():
+def test_wrong_buffers_are_rejected():
     with pytest.raises(ValueError, match="contiguous FP32"):
         host.fill_normal(torch.empty(4, 4, dtype=torch.float64), (0, 0), 0, 0)
     weight = torch.zeros(4, 4, dtype=torch.float16)

@@ -157,7 +157,7 @@ def test_stored_and_rows_are_one_memory():
     assert rows.data_ptr() == layer.weight.data_ptr()
 
 
-def test_what_is_no_matrix_is_refused():
+def test_a_weight_that_is_not_a_matrix_is_rejected():
     with pytest.raises(TypeError, match="groups=2"):
         PerturbedLayer("c", nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(TypeError, match="channels-last"):

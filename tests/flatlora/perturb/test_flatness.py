@@ -193,7 +193,7 @@ def test_a_gpu_measures_what_the_host_does(model, layers):
     assert all(torch.equal(layer.weight.cpu(), old) for layer, old in zip(layers, before, strict=True))
 
 
-def test_weights_that_are_too_coarse_are_refused(model):
+def test_weights_that_are_too_coarse_are_rejected(model):
     with pytest.raises(ValueError, match=r"bfloat16.*widen"):
         flatness.plain_layers(model.bfloat16(), NAMES)
 

@@ -292,7 +292,7 @@ def test_trying_a_forward_leaves_no_trace():
 
 
 @pytest.mark.parametrize("mode", ["copy", "recompute"])
-def test_a_forward_that_does_not_read_the_weight_is_refused(mode):
+def test_a_forward_that_does_not_read_the_weight_is_rejected(mode):
     class Cached(nn.Linear):
         def forward(self, x):
             return functional.linear(x, self.kept, self.bias)
@@ -301,11 +301,11 @@ def test_a_forward_that_does_not_read_the_weight_is_refused(mode):
     layer.module.kept = layer.weight.clone()
     perturbation = perturb([layer], mode)
     perturbation.begin(1)
-    with pytest.raises(TypeError, match=r"Invalid layer w=Cached: its forward does not compute with the weight"):
+    with pytest.raises(TypeError, match=r"Invalid layer w=Cached: its forward does not compute with its weight"):
         layer.module(torch.ones(2, 20))
 
 
-def test_a_weight_that_is_computed_from_others_is_refused():
+def test_a_weight_that_is_computed_from_others_is_rejected():
     module = nn.utils.parametrizations.weight_norm(nn.Linear(20, 6))
     with pytest.raises(TypeError, match=r"Invalid layer w=ParametrizedLinear: its weight is computed from other"):
         PerturbedLayer("w", module)
@@ -546,7 +546,7 @@ def test_begin_twice_and_close_after_an_error(mode):
         perturbation.begin(1)
     other = perturb([layer], mode)
     perturb([layer], mode)
-    with pytest.raises(RuntimeError, match="another one took over"):
+    with pytest.raises(RuntimeError, match="replaced by another one"):
         other.begin(1)
 
 
@@ -565,10 +565,10 @@ def test_a_trained_bias_gets_its_gradient_in_both_modes(make):
     assert torch.equal(*gradients)
 
 
-def test_a_trained_weight_is_refused():
+def test_a_trained_weight_is_rejected():
     layer = linear_layer()
     layer.weight.requires_grad_()
-    with pytest.raises(ValueError, match="the weights of 1 of them are trained, w among them"):
+    with pytest.raises(ValueError, match="the weights of 1 of them are trained, such as w"):
         perturb([layer])
 
 
@@ -701,14 +701,14 @@ def tiny_mixtral() -> nn.Module:
     ],
 )
 @pytest.mark.parametrize("find", [find_lora_layers, lora_pairs])
-def test_adapters_of_parameters_are_refused_by_name(find, make, parameter, name):
+def test_adapters_of_parameters_are_rejected_by_name(find, make, parameter, name):
     config = LoraConfig(r=2, target_modules=["k_proj"], target_parameters=[parameter])
     with pytest.raises(ConfigError, match=rf"Invalid target_parameters={name} \(\d in all\): .* name linear layers"):
         find(get_peft_model(make(), config))
 
 
 @pytest.mark.parametrize("find", [find_lora_layers, lora_pairs])
-def test_variants_that_add_no_product_are_refused_by_name(find):
+def test_variants_that_add_no_product_are_rejected_by_name(find):
     config = LoraConfig(r=4, target_modules=["q_proj"], kasa_config=KasaConfig())
     with pytest.raises(ConfigError, match=r"Invalid LoRA variant of model\.layers\.0\.self_attn\.q_proj \(KasaLinear"):
         find(get_peft_model(tiny_llama(), config))
@@ -719,7 +719,7 @@ def test_adapters_that_noise_passes_over_are_named(caplog):
     layers = find_lora_layers(get_peft_model(tiny_llama(), config))
     assert len(layers) == 2
     assert "LoRA layers without noise: 1 around Embedding." in caplog.text
-    assert "no LoRA is theirs" not in caplog.text
+    assert "they have no LoRA" not in caplog.text
     caplog.clear()
     for plain in (tiny_lora(), get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_dora=True))):
         find_lora_layers(plain)
@@ -741,7 +741,7 @@ def test_what_is_trained_without_lora_is_named_once(changes, named, caplog):
     find_lora_layers(model)
     (record,) = caplog.records
     told = record.getMessage()
-    assert told.startswith("Parameters trained without noise, for no LoRA is theirs: ")
+    assert told.startswith("Parameters trained without noise, as they have no LoRA: ")
     assert named in told
     beside = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     assert ("and " in told) == (len(beside) > 4)
@@ -755,7 +755,7 @@ def test_an_fp16_backbone_without_loss_scaling_is_named(dtype, scaled, caplog):
     assert caplog.text.count("The backbone is float16 and the loss is not scaled") == named
 
 
-def test_attention_that_reads_its_weights_itself_is_refused():
+def test_attention_that_reads_its_weights_itself_is_rejected():
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ConfigError, match=r"Invalid target_modules=0: it is an nn.MultiheadAttention"):
@@ -804,11 +804,11 @@ def test_a_compiled_model_reads_the_noise_of_each_step(mode):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
 
 
-def test_weights_that_are_elsewhere_are_refused():
+def test_weights_that_are_elsewhere_are_rejected():
     for weight, told in ((torch.empty(6, 20, device="meta"), "offloaded"), (torch.empty(0), "sharded")):
         layer = linear_layer()
         layer.weight = layer.module.weight = nn.Parameter(weight, requires_grad=False)
-        with pytest.raises(ValueError, match=rf"are not here, w among them \({told}.*DDP or ZeRO-2"):
+        with pytest.raises(ValueError, match=rf"are not on this device, such as w \({told}.*DDP or ZeRO-2"):
             perturb([layer])
     wrapped = nn.Module()
     wrapped.add_module(FSDP_WRAPPED_MODULE, tiny_lora())
@@ -816,7 +816,7 @@ def test_weights_that_are_elsewhere_are_refused():
         find_lora_layers(wrapped)
 
 
-def test_layers_on_several_devices_are_refused():
+def test_layers_on_several_devices_are_rejected():
     layers = [PerturbedLayer(name, nn.Linear(20, 6).requires_grad_(False)) for name in ("a", "b")]
     on_gpu = {"device": torch.device("cuda:1"), "requires_grad": False, "is_meta": False, "numel": lambda: 120}
     layers[1].weight = SimpleNamespace(**on_gpu)

@@ -120,7 +120,7 @@ def test_products_in_another_dtype_are_cast_as_the_layer_does(tiny_model_folder)
 
 
 @pytest.mark.parametrize("mode", ["copy", "inplace"])
-def test_other_modes_are_refused(model, mode):
+def test_other_modes_are_rejected(model, mode):
     with pytest.raises(ValueError, match=f"Invalid mode={mode} with packed weights"):
         WeightPerturbation(find_lora_layers(model), sigma=0.1, total_steps=2, seed=0, mode=mode)
 
@@ -136,7 +136,7 @@ def test_other_modes_are_refused(model, mode):
         (["model=clip_tiny", "dataset=digits"], "Invalid model.quantize=nf4 with model=clip_tiny"),
     ],
 )
-def test_what_4_bits_cannot_do_is_refused_before_anything_is_loaded(words, message):
+def test_what_4_bits_cannot_do_is_rejected_before_anything_is_loaded(words, message):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(["model.quantize=nf4", *words])
     (told,) = caught.value.errors

@@ -254,11 +254,11 @@ def test_other_starters_start_zero2_as_torchrun_does(settings, starter):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["trainer=zero2", "peft=lora_pro"], "Invalid trainer=zero2 with peft=lora_pro: that method reads the whole"),
-        (["trainer=zero2", "rho=sam"], "Invalid trainer=zero2 with rho=sam: that method reads the whole"),
+        (["trainer=zero2", "peft=lora_pro"], "Invalid trainer=zero2 with peft=lora_pro: this method reads the whole"),
+        (["trainer=zero2", "rho=sam"], "Invalid trainer=zero2 with rho=sam: this method reads the whole"),
         (["trainer=zero2", "optim.optimizer=adamw_8bit"], "Invalid optim.optimizer=adamw_8bit with trainer=zero2"),
         (["trainer=ddp", "trainer.offload=true"], "Invalid trainer.offload=true with trainer.zero=0"),
-        (["trainer=single", "trainer.gpus=2"], "Invalid trainer.gpus=2 with trainer=single: it is one process"),
+        (["trainer=single", "trainer.gpus=2"], "Invalid trainer.gpus=2 with trainer=single: it runs one process"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, message):

@@ -169,11 +169,11 @@ DAMAGES += [mode] if os.geteuid() == 0 else []  # others are refused by name: se
 
 
 def anew(caplog):
-    return sum("it is made anew" in record.getMessage() for record in caplog.records)
+    return sum("it will be rebuilt" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_every_damage_of_every_file_is_told_and_mended(name, tmp_path, caplog):
+def test_every_damage_of_every_file_is_reported_and_repaired(name, tmp_path, caplog):
     read = CACHES[name]
     whole, counts = read(tmp_path), Counter()
     kept = sorted(path.relative_to(tmp_path) for path in (tmp_path / "cache" / name).rglob("*") if path.is_file())
@@ -188,7 +188,7 @@ def test_every_damage_of_every_file_is_told_and_mended(name, tmp_path, caplog):
             assert (anew(caplog) > 0) != (damage is mode or gone), (path, damage.__name__)
             caplog.clear()
             assert read(tmp_path) == whole
-            assert not anew(caplog), "made anew twice"
+            assert not anew(caplog), "rebuilt twice"
     assert not list((tmp_path / "cache").rglob(".*")), "left half-written"
     assert counts.total() == len(kept) * len(DAMAGES)
     assert counts["anew"] >= len(kept) * (len(DAMAGES) - 2)
@@ -229,7 +229,7 @@ FOLDER_DAMAGES = (nest_folder, file_instead, emptied, one_more_file, of_another_
 
 
 @pytest.mark.parametrize("damage", FOLDER_DAMAGES)
-def test_every_damage_of_a_folder_is_told_and_mended(damage, tmp_path, caplog):
+def test_every_damage_of_a_folder_is_reported_and_repaired(damage, tmp_path, caplog):
     whole = weights(tmp_path)
     damage(tmp_path / "cache/random-clip-1")
     assert weights(tmp_path) == whole
@@ -313,7 +313,7 @@ def test_another_users_closed_cache_is_named_as_that(shared, caplog):
     with umask(0o022):
         whole, kept = weights(shared), rows(shared)
     with nobody():
-        caches._found_whole.clear()
+        caches._verified.clear()
         assert weights(shared) == whole
         assert rows(shared) == kept
     assert caplog.text == ""
@@ -335,7 +335,7 @@ def test_another_users_closed_cache_is_named_as_that(shared, caplog):
     with nobody():
         assert rows(shared) == kept
     assert "Permission denied" in caplog.text
-    assert "cannot be kept" in caplog.text
+    assert "cannot be written" in caplog.text
 
 
 def test_a_cache_that_takes_no_files_is_a_warning_for_what_fits_in_memory(tmp_path, monkeypatch, caplog):
@@ -343,7 +343,7 @@ def test_a_cache_that_takes_no_files_is_a_warning_for_what_fits_in_memory(tmp_pa
     for read in (rows, latents_of, class_pictures, decoded):
         caplog.clear()
         read(tmp_path)
-        assert "cannot be kept" in caplog.text
+        assert "cannot be written" in caplog.text
     for read in (weights, parquet):
         with pytest.raises(ConfigError) as caught:
             read(tmp_path)
@@ -363,7 +363,7 @@ def leave(folder, name):
 def test_what_dead_makers_left_is_swept_when_a_cache_is_opened(tmp_path):
     path = caches.kept_folder(tmp_path / "weights-1", lambda fresh: (fresh / "config.json").write_text("{}"))
     living = leave(tmp_path, "weights-2")
-    caches._found_whole.clear()  # as in a process of its own
+    caches._verified.clear()  # as in a process of its own
     assert caches.kept_folder(path, lambda fresh: pytest.fail("it is there, and whole")) == path
     assert sorted(one.name for one in tmp_path.iterdir()) == [".weights-2-4567cdef", "weights-1"]
     os.close(living)

@@ -41,7 +41,7 @@ def test_names_of_folders(name):
         "\u2028",
     ],
 )
-def test_names_that_lead_elsewhere_or_cannot_be_shown_are_refused(name):
+def test_names_that_lead_elsewhere_or_cannot_be_shown_are_rejected(name):
     assert not takes(FolderName, name)
 
 
@@ -68,7 +68,7 @@ def test_places_below_a_folder():
 
 @pytest.mark.parametrize("name", [("../x", "main", "train"), ("/etc", "main", "train"), ("a/b", "main", "../../train")])
 def test_names_of_data_sets_do_not_lead_out_of_data_root(name, tmp_path):
-    with pytest.raises(ConfigError, match="leads out of data_root"):
+    with pytest.raises(ConfigError, match="is outside data_root"):
         local_file(Source(*name), str(tmp_path))
 
 

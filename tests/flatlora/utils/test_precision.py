@@ -132,7 +132,7 @@ class TestChoice:
         assert supported is allowed
         assert ("ONEDNN_MAX_CPU_ISA" in told) is not allowed
 
-    def test_answers_of_other_arithmetic_are_told_apart(self):
+    def test_answers_of_other_arithmetic_are_distinguished(self):
         ways = [("auto", AMX), ("none", AMX), ("auto", AVX2)]
         labels = {choose_precision(setting, "bfloat16", CPU, features).label for setting, features in ways}
         assert labels == {"torch.bfloat16", "None", "torch.float32"}

@@ -56,21 +56,21 @@ def sparse(path, size):
 THINGS = {
     "a folder": (lambda path: path.mkdir(), "Is a directory"),
     "a loop of links": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
-    "a link to nothing": (lambda path: path.symlink_to("nothing"), "a link to nothing"),
+    "a broken link": (lambda path: path.symlink_to("nothing"), "a broken link"),
     "a pipe": (os.mkfifo, "it is a pipe, not a file"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a file"),
     "brackets": (lambda path: path.write_text("[" * 100_000), "recursion"),
     "nested groups": (lambda path: path.write_text('{"a":' * 500 + "1" + "}" * 500), "nested deeper than 64"),
     "nothing": (lambda path: path.write_text(""), "Expecting value"),
     "no text": (lambda path: path.write_bytes(b'{"a": "\xff"}'), "decode"),
-    "a list": (lambda path: path.write_text("[1]"), "an object is needed, not a list"),
+    "a list": (lambda path: path.write_text("[1]"), "it must hold an object, not a list"),
     "200 GB": (lambda path: sparse(path, 200 << 30), "it has 204,800 MiB, and at most 64 are read"),
     "a long number": (lambda path: path.write_text("1" * 5000), "4300 digits"),
 }
 
 
 @pytest.mark.parametrize("thing", THINGS)
-def test_whatever_stands_in_the_place_of_a_record_is_named(tmp_path, thing):
+def test_anything_in_place_of_a_record_is_named(tmp_path, thing):
     make, told = THINGS[thing]
     make(tmp_path / "x.json")
     assert told in refusal(tmp_path / "x.json")
@@ -86,7 +86,7 @@ def test_a_record_that_the_disk_or_its_mode_withholds_is_named(path, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["[" * 2_000, "a: [1", "\x00"])
-def test_settings_that_are_none_are_named(tmp_path, text):
+def test_settings_that_are_invalid_are_named(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"Broken file .*config\.yaml: .*; do this\."):
         records.read_settings(tmp_path / "config.yaml", "do this")
@@ -137,7 +137,7 @@ def test_links_and_folders_where_a_run_writes_are_named(run, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["", " ", "~nouser", "~nouser/cache"])
-def test_a_cache_folder_that_is_none_is_refused(monkeypatch, value):
+def test_a_cache_folder_that_is_invalid_is_rejected(monkeypatch, value):
     monkeypatch.setenv("FLATLORA_CACHE", value)
     with pytest.raises(ConfigError, match="Invalid FLATLORA_CACHE"):
         cache_folder()
