@@ -1,9 +1,9 @@
-"""Alpaca (Taori et al. 2023) and its answers by GPT-4 (Peng et al. 2023), for InstructEval.
+"""Alpaca (Taori et al. 2023), its corrected form, and its answers by GPT-4 (Peng et al. 2023), for InstructEval.
 
-Hub: tatsu-lab/alpaca and vicgalle/alpaca-gpt4, split train. The first 90 % of the rows are train rows and the last 10 %
-validation rows, unless sizes are given. There are no test rows. Deviations from the published code, whose two splits
-overlap: it draws the validation rows at random without a seed, has no preamble before an instruction with an input, and
-reads tatsu-lab/alpaca for both names.
+Hub: tatsu-lab/alpaca, yahma/alpaca-cleaned and vicgalle/alpaca-gpt4, split train. The first 90 % of the rows are train
+rows and the last 10 % validation rows, unless sizes are given. There are no test rows. Deviations from the published
+code, whose two splits overlap: it draws the validation rows at random without a seed, has no preamble before an
+instruction with an input, and reads tatsu-lab/alpaca for both names.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from flatlora.config.settings import MOST_ROWS, setting
 from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source, read_rows
 
-HUB_IDS = {"alpaca": "tatsu-lab/alpaca", "alpaca_gpt4": "vicgalle/alpaca-gpt4"}
+HUB_IDS = {
+    "alpaca": "tatsu-lab/alpaca",
+    "alpaca_cleaned": "yahma/alpaca-cleaned",
+    "alpaca_gpt4": "vicgalle/alpaca-gpt4",
+}
 _VALIDATION_SHARE = 10  # one row in ten
 
 
 class Config(InstructionConfig):
-    variant: Literal["alpaca", "alpaca_gpt4"] = "alpaca"
+    variant: Literal["alpaca", "alpaca_cleaned", "alpaca_gpt4"] = "alpaca"
     validation_rows: int | None = setting(None, ge=0, le=MOST_ROWS, remedy="null takes a tenth of the rows")
 
 

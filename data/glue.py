@@ -1,9 +1,10 @@
-"""GLUE (Wang et al. 2019) as text to text, in the published prompts. Hub: nyu-mll/glue, one config per task.
+"""GLUE and SuperGLUE (Wang et al. 2019) as text to text. Hub: nyu-mll/glue and aps/super_glue, one config per task.
 
     classify the sentiment of the text: {sentence}\nresult:  → negative, positive
 
-RTE and STS-B are not among the published tasks, so their prompts are ours; STS-B's answer is the score rounded to the
-nearest multiple of 0.2, as for T5. The hub's validation split is the test split here, because GLUE's test split has no
+GLUE's prompts are the published ones. RTE, STS-B and SuperGLUE's BoolQ, CB, COPA and WiC have no published prompt, so
+theirs are ours; STS-B's answer is the score rounded to the nearest multiple of 0.2, as for T5. RTE is the same data set
+in SuperGLUE. The hub's validation split is the test split here, because GLUE's test split has no
 labels; the `validation_rows` follow the train rows. Train rows with an empty sentence are left out; test rows with one
 are kept, so that a score is that of the whole split.
 """
@@ -24,8 +25,8 @@ from flatlora.utils.errors import ConfigError, SettingError
 
 logger = logging.getLogger(__name__)
 
-HUB_ID = "nyu-mll/glue"
-TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb"]
+HUB_ID, SUPER_HUB_ID = "nyu-mll/glue", "aps/super_glue"
+TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb", "boolq", "cb", "copa", "wic"]
 
 
 class Task(NamedTuple):
@@ -34,6 +35,7 @@ class Task(NamedTuple):
     request: str
     columns: tuple[str, ...]
     labels: tuple[str, ...]  # the words for label 0, 1, …; for STS-B the scores
+    hub_id: str = HUB_ID
 
 
 _SIMILARITY = "classify the semantic similarity of the text: "
@@ -51,6 +53,20 @@ TASKS: dict[str, Task] = {
     "qqp": Task(_SIMILARITY, ("question1", "question2"), ("different", "duplicate")),
     "rte": Task(_SIMILARITY, ("sentence1", "sentence2"), ("entailment", "not_entailment")),
     "stsb": Task("rate the semantic similarity of the text: ", ("sentence1", "sentence2"), _FIFTHS),
+    "boolq": Task("answer the question about the passage: ", ("passage", "question"), ("false", "true"), SUPER_HUB_ID),
+    "cb": Task(_SIMILARITY, ("premise", "hypothesis"), ("entailment", "contradiction", "neutral"), SUPER_HUB_ID),
+    "copa": Task(
+        "choose the cause or effect of the premise: ",
+        ("premise", "question", "choice1", "choice2"),
+        ("first", "second"),
+        SUPER_HUB_ID,
+    ),
+    "wic": Task(
+        "compare the meaning of the word in both sentences: ",
+        ("word", "sentence1", "sentence2"),
+        ("different", "same"),
+        SUPER_HUB_ID,
+    ),
 }
 
 
@@ -79,7 +95,7 @@ def sources(config: Config) -> list[Source]:
     test = "validation"
     if config.task == "mnli":
         test += "_mismatched" if config.mismatched else "_matched"
-    return [Source(HUB_ID, config.task, split, config.revision) for split in ("train", test)]
+    return [Source(TASKS[config.task].hub_id, config.task, split, config.revision) for split in ("train", test)]
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
@@ -145,7 +161,7 @@ def _read(source: Source, name: TaskName, data_root: str | None) -> list[Row]:
 
 
 def describe(config: Config) -> str:
-    return f"{HUB_ID} ({config.task}; {', '.join(source.split for source in sources(config))})"
+    return f"{TASKS[config.task].hub_id} ({config.task}; {', '.join(source.split for source in sources(config))})"
 
 
 DATASETS.add("glue", DataSet(Config=Config, version=2, describe=describe, sources=sources, load=load))

@@ -36,7 +36,7 @@ FIELDS: predictions.Fields = {
     "scores": list,
     "prediction": str,
 }
-TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb"]
+TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb", "boolq", "cb", "copa", "wic"]
 
 
 class Config(Section):
@@ -46,7 +46,7 @@ class Config(Section):
     batch_size: int = setting(32, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_errors(self) -> list[SettingError]:
-        if self.metric == "published" and self.task in ("mnli", "stsb"):
+        if self.metric == "published" and self.task in ("mnli", "stsb", "cb"):
             return [
                 SettingError(
                     ("metric", "task"),

@@ -37,6 +37,7 @@ class Row(Section):
 
     title: str
     overrides: list[str] = setting([], remedy="write [KEY=VALUE]")
+    published_only: bool = False  # a method that this suite does not have
 
 
 class Column(Section):
@@ -88,6 +89,9 @@ class Published(Section):
     setting: str
     source: str | None
     values: dict[str, dict[str, float]]
+    spreads: dict[str, dict[str, float]] = setting({}, remedy="leave it out: a value written [NUMBER, SPREAD] has one")
+    spread: str | None = None  # what the numbers behind ± are
+    notes: list[str] = setting([], remedy="write [TEXT]")  # what else the source says
 
 
 class Run(NamedTuple):
@@ -106,6 +110,7 @@ class Cell(NamedTuple):
     by_seed: dict[int, float]
     paths: list[Path]
     paper: float | None
+    paper_spread: float | None = None
 
     @property
     def mean(self) -> float | None:
@@ -175,30 +180,39 @@ def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
         except ConfigError as error:
             problems += error.errors
             continue
-        numbers, number_problems = _published_numbers(name, values or {})
+        numbers, spreads, number_problems = _published_numbers(name, values or {})
         if numbers and published.source not in sources:
             number_problems.append(
                 f"Invalid source of paper.{name}: {published.source} is none of {', '.join(sources)}, but a published "
                 "number needs a source; name it."
             )
-            numbers = {}
+            numbers, spreads = {}, {}
         problems += number_problems
-        published_tables[name] = published.model_copy(update={"values": numbers})
+        published_tables[name] = published.model_copy(update={"values": numbers, "spreads": spreads})
     return published_tables, problems
 
 
-def _published_numbers(name: str, values: Any) -> tuple[dict[str, dict[str, float]], list[str]]:
-    numbers, problems = {}, []
+_ByCell = dict[str, dict[str, float]]
+
+
+def _published_numbers(name: str, values: Any) -> tuple[_ByCell, _ByCell, list[str]]:
+    """Numbers and their spreads by row and column, and messages about entries that are no numbers."""
+    numbers: _ByCell = {}
+    spreads: _ByCell = {}
+    problems = []
     for row, by_column in values.items() if isinstance(values, dict) else [("values", values)]:
         if not isinstance(by_column, dict):
             problems.append(f"Invalid paper.{name}.{row}={by_column!r}: it must be numbers by column; fix it.")
             continue
         for column, value in by_column.items():
-            if _is_number(value):
-                numbers.setdefault(row, {})[column] = float(value)
-            else:
+            pair = value if isinstance(value, list) and len(value) == 2 else [value]
+            if not all(map(_is_number, pair)):
                 problems.append(f"Invalid paper.{name}.{row}.{column}={value!r}: it must be a number; fix it.")
-    return numbers, problems
+                continue
+            numbers.setdefault(row, {})[column] = float(pair[0])
+            if len(pair) == 2:
+                spreads.setdefault(row, {})[column] = float(pair[1])
+    return numbers, spreads, problems
 
 
 def _is_number(value: Any) -> bool:
@@ -341,14 +355,14 @@ def make(
         for row in layout.rows:
             for key, column in layout.columns.items():
                 matches = []
-                if column.dataset in datasets:  # composing takes a while
+                if column.dataset in datasets and not layout.rows[row].published_only:  # composing takes a while
                     experiment = experiment_of(tuple(cell_overrides(name, layout, row, key)))
                     alike = [run for run in by_identity.get(setting_of(experiment), []) if column.metric in run.metrics]
                     matches = [run for run in alike if _scored_alike(run, experiment, column.metric, layout)]
                 by_seed, paths, doubled = _one_a_seed(matches, column)
                 problems += doubled
-                paper = published.values.get(row, {}).get(key) if published else None
-                cells[row, key] = Cell(by_seed, paths, paper)
+                numbers = (published.values, published.spreads) if published else ({}, {})
+                cells[row, key] = Cell(by_seed, paths, *(by_row.get(row, {}).get(key) for by_row in numbers))
         made.append(TableData(name, layout, published, cells, best_rows(layout, cells)))
     return made, list(dict.fromkeys(problems))
 

@@ -23,6 +23,11 @@ def _ours(cell: Cell, column: Column) -> str:
     return f"{cell.mean:.{column.digits}f}{spread} ({len(cell.by_seed)})".replace("-", "−")
 
 
+def _paper(cell: Cell) -> str:
+    spread = "" if cell.paper_spread is None else f" ± {cell.paper_spread:.2f}"
+    return "—" if cell.paper is None else f"{cell.paper:.2f}{spread}"
+
+
 def _difference(cell: Cell) -> str:
     return "—" if cell.mean is None or cell.paper is None else f"{cell.mean - cell.paper:+.2f}".replace("-", "−")
 
@@ -44,19 +49,17 @@ def lines_of(made: TableData) -> list[tuple[str, list[str], set[int]]]:
         cells = [made.cells[row, column] for column in layout.columns]
         bold = {index for index, column in enumerate(layout.columns) if made.best.get(column) == row}
         average = [_mean(cell.mean for cell in cells)] if layout.average else []
-        lines.append(
-            (
-                f"{label}, ours" if made.published else label,
-                [*map(_ours, cells, layout.columns.values()), *average],
-                bold,
-            )
-        )
+        ours = [*map(_ours, cells, layout.columns.values()), *average]
+        published_only = layout.rows[row].published_only
+        if not published_only:
+            lines.append((f"{label}, ours" if made.published else label, ours, bold))
         if any(cell.paper is not None for cell in cells):
             average = ["—"] if layout.average else []  # our mean of published numbers is not a published number
-            papers = ["—" if cell.paper is None else f"{cell.paper:.2f}" for cell in cells]
+            papers = [_paper(cell) for cell in cells]
             lines.append((f"{label}, paper", [*papers, *average], set()))
             differences = [*map(_difference, cells), *(["—"] if layout.average else [])]
-            lines.append((f"{label}, difference", differences, set()))
+            if not published_only:
+                lines.append((f"{label}, difference", differences, set()))
     return lines
 
 
@@ -67,7 +70,9 @@ def notes_of(made: TableData) -> list[str]:
     ]
     if made.published:
         source = f" Paper: {made.published.source}, as results/paper.yaml has it." if made.published.source else ""
-        notes.append(f"Setting: {made.published.setting}.{source}")
+        spread = f" Behind its ±: {made.published.spread}." if made.published.spread else ""
+        notes.append(f"Setting: {made.published.setting}.{source}{spread}")
+        notes += made.published.notes
     return notes
 
 

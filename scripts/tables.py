@@ -86,7 +86,8 @@ def commands(layouts: Mapping[str, Layout], seeds: int) -> list[str]:
     """Shell lines with the command of each cell; columns that show the same runs share one."""
     cells_of: dict[str, list[str]] = {}
     for name, layout in layouts.items():
-        for row, column in itertools.product(layout.rows, layout.columns):
+        rows = [row for row, value in layout.rows.items() if not value.published_only]
+        for row, column in itertools.product(rows, layout.columns):
             overrides = [*cell_overrides(name, layout, row, column), f"seed={','.join(map(str, range(seeds)))}"]
             command = shlex.join(["python", "run_exp.py", *(["-m"] if seeds > 1 else []), *overrides])
             cells_of.setdefault(command, []).append(
@@ -105,6 +106,8 @@ def print_status(made: Sequence[TableData], runs: Sequence[Run], seeds: int) -> 
     total, unknown, counted = 0.0, 0, set()
     for table in made:
         for (row, key), cell in table.cells.items():
+            if table.layout.rows[row].published_only:
+                continue
             missing = max(0, seeds - len(cell.by_seed))
             hours = _hours(table, row, key, runs) if missing else 0.0
             overrides = tuple(table.overrides_of(row, key))

@@ -9,6 +9,7 @@ import pytest
 
 import run_exp
 from flatlora.experiment import commandline
+from flatlora.utils.errors import ConfigError
 from scripts import cells
 from tests.conftest import run_folder, write_split
 
@@ -16,8 +17,16 @@ PROJECT = Path(__file__).parents[1]
 LAUNCH = "# python run_exp.py "
 LAYOUTS = cells.read_layouts(cells.LAYOUTS)
 TABLES = [name for name in LAYOUTS if name not in ("flatness", "corruptions")]  # those have rows of others
-ROWS = [(name, row) for name in TABLES for row in LAYOUTS[name].rows]
-SHORT = ["seed=0", "eval=[]", "wandb.mode=disabled", "wandb.name=run", "trainer=cpu", "trainer.max_steps=1"]
+ROWS = [(name, row) for name in TABLES for row, value in LAYOUTS[name].rows.items() if not value.published_only]
+SHORT = [
+    "protocol=none",
+    "seed=0",
+    "eval=[]",
+    "wandb.mode=disabled",
+    "wandb.name=run",
+    "trainer=cpu",
+    "trainer.max_steps=1",
+]
 SHORT += ["optim.batch_size=2", "trainer.micro_batch_size=1", "dataset.train_rows=4", "dataset.validation_rows=0"]
 
 
@@ -93,6 +102,88 @@ def test_every_row_has_the_setting_of_its_paper(name):
     assert model != "smollm" or (found.optim.batch_size, found.trainer.micro_batch_size) == (32, 32)
 
 
+# Typed from the papers: (table, row, column) → lr, epochs, batch, micro-batch, tokens, strength, metric.
+OF_PAPERS = {
+    ("table1", "flat_lora_r8", "cola"): (5e-4, 10, 32, 32, 128, 0.05, "glue/accuracy"),
+    ("table1", "full_ft", "qnli"): (1e-4, 1, 32, 32, 128, 0, "glue/accuracy"),
+    ("table2", "flat_lora_r16", "dtd"): (5e-4, 10, 128, 128, None, 0.15, "images/top1"),
+    ("table3", "lora_sam", "gsm8k"): (5e-4, 2, 32, 2, 1024, 0.003, "gsm8k/exact_match"),
+    ("table3", "flat_lora", "mt_bench"): (5e-4, 2, 32, 2, 1024, 0.05, "mt_bench/turn_1"),
+    ("sdxl", "flat_lora", "image_text"): (1e-4, 1, 1, 1, None, 0.1, "text_to_image/image_text"),
+    ("bi_lora_llama2", "full_ft", "humaneval"): (5e-5, 2, 32, 4, 1024, 0, "humaneval/pass@1"),
+    ("bi_lora_llama2", "lora_sam", "gsm8k"): (5e-4, 2, 32, 4, 1024, 0.01, "gsm8k/exact_match"),
+    ("bi_lora_llama2", "bi_lora", "mt_bench"): (5e-4, 2, 32, 4, 1024, 0.05, "mt_bench/turn_1"),
+    ("bi_lora_llama2", "nbar", "gsm8k"): (5e-4, 2, 32, 4, 1024, 0.25, "gsm8k/exact_match"),
+    ("bi_lora_llama31", "lora", "mmlu"): (3e-4, 3, 128, 4, 256, 0, "instruct_eval/mmlu"),
+    ("bi_lora_qwen25", "lora_sam", "bbh"): (5e-5, 3, 128, 4, 256, 0.05, "instruct_eval/bbh"),
+    ("bi_lora_qwen25", "bi_lora", "drop"): (5e-5, 3, 128, 4, 256, 0.1, "instruct_eval/drop"),
+    ("bi_lora_qwen25", "rop", "drop"): (5e-5, 3, 128, 4, 256, 0.0316, "instruct_eval/drop"),
+    ("bi_lora_glue", "bi_lora", "mnli"): (5e-4, 3, 32, 32, 256, 0.05, "glue/accuracy"),
+    ("bi_lora_glue", "lora_sam", "cola"): (5e-4, 10, 32, 32, 256, 0.01, "glue/matthews"),
+    ("bi_lora_superglue", "bi_lora", "cb"): (5e-4, 50, 32, 32, 256, 0.1, "glue/accuracy"),
+    ("bi_lora_superglue", "lora_sam", "wic"): (5e-4, 10, 32, 32, 256, 0.05, "glue/accuracy"),
+    ("bi_lora_nf4", "bi_qlora", "gsm8k"): (5e-4, 2, 32, 4, 1024, 0.05, "gsm8k/exact_match"),
+    ("bi_lora_sdxl", "bi_lora", "text_text"): (2e-4, 1, 4, 1, None, 0.05, "text_to_image/text_text"),
+    ("lora_pro_llama2", "lora_pro", "gsm8k"): (2e-5, 1, 32, 1, 1024, 0, "gsm8k/exact_match"),
+    ("lora_pro_glue", "lora_pro", "sst2"): (1e-4, 1, 32, 32, 128, 0, "glue/accuracy"),
+}
+
+
+@pytest.mark.parametrize(("cell", "expected"), OF_PAPERS.items(), ids=lambda value: "-".join(map(str, value[:3])))
+def test_a_cell_has_the_settings_of_its_paper(cell, expected):
+    name, row, column = cell
+    found = cells.experiment_of(tuple(cells.cell_overrides(name, LAYOUTS[name], row, column)))
+    optim, length = found.optim, getattr(found.dataset, "max_length", None)
+    settings = (optim.lr, optim.epochs, optim.batch_size, found.trainer.micro_batch_size, length, found.rho.sigma)
+    assert (*settings, LAYOUTS[name].columns[column].metric) == expected
+
+
+def test_the_published_numbers_are_those_of_the_papers():
+    papers, problems = cells.read_paper(cells.PAPER)
+    assert not problems
+    assert not [problem for name, paper in papers.items() for problem in cells._unplaced(name, LAYOUTS[name], paper)]
+    assert papers["table3"].values == {"lora": {"gsm8k": 57.47}}  # B's LoRA, of other settings, has 58.21
+    assert papers["bi_lora_llama2"].values["lora"]["gsm8k"] == 58.21
+    assert papers["bi_lora_llama2"].spreads["lora"]["gsm8k"] == 0.34
+    assert papers["bi_lora_qwen25"].values["flat_lora"]["mmlu"] == 79.51
+    assert papers["bi_lora_qwen25"].spreads["bi_lora"] == {"mmlu": 0.05, "drop": 0.22, "humaneval": 0.93, "bbh": 0.05}
+    counts = {name: sum(map(len, paper.values.values())) for name, paper in papers.items()}
+    assert counts == {
+        "table1": 25,
+        "table2": 20,
+        "table3": 1,
+        "table4": 0,
+        "corruptions": 0,
+        "bi_lora_llama2": 36,
+        "bi_lora_llama31": 72,
+        "bi_lora_qwen25": 44,
+        "bi_lora_glue": 20,
+        "bi_lora_superglue": 20,
+        "bi_lora_methods": 12,
+        "bi_lora_nf4": 3,
+        "bi_lora_sdxl": 4,
+    }
+
+
+def test_a_protocol_without_the_task_names_those_that_it_has():
+    with pytest.raises(ConfigError) as caught:
+        run_exp.experiment_of(["protocol=lora_ga", "model=t5base", "dataset=rte"])
+    (message,) = caught.value.errors
+    assert message == (
+        "Invalid protocol=lora_ga with model=t5base dataset=rte: its paper has no such experiment, but model=llama: "
+        "meta_math, codefeedback, wizard_lm; model=t5base: mnli, sst2, cola, qnli, mrpc; choose one of these, or leave "
+        "protocol out."
+    )
+
+
+def test_a_protocol_is_no_part_of_the_trained_bytes():
+    plain, named = (
+        run_exp.experiment_of(["model=llama", "dataset=meta_math", *words]) for words in ([], ["protocol=flat_lora"])
+    )
+    assert named.protocol == "flat_lora"
+    assert plain.sha256() == named.sha256()
+
+
 def test_rows_of_one_change_have_it():
     def found(row):
         return cells.experiment_of(tuple(cells.cell_overrides("ablation", LAYOUTS["ablation"], row, "cola"))).rho
@@ -127,6 +218,8 @@ def with_extras() -> list:
     rows that differ in a number in `make test-all`."""
     params, seen = [pytest.param("cost", None, id="cost")], set()
     kinds = {"table1": "seq2seq", "table1_methods": "seq2seq", "table2": "clip", "table2_methods": "clip"}
+    kinds |= {"bi_lora_glue": "seq2seq", "bi_lora_superglue": "seq2seq", "bi_lora_methods": "seq2seq"}
+    kinds |= {"lora_pro_glue": "seq2seq", "lora_pro_clip": "clip", "bi_lora_sdxl": "sdxl"}
     for name, row in ROWS:
         layout = LAYOUTS[name]
         flat_twin = f"flat_{row}" in layout.rows or (row == "lora" and "flat_lora" in layout.rows)

@@ -43,6 +43,8 @@ class Experiment(Section):
     trainer: TrainerConfig
     eval: dict[str, SerializeAsAny[Section]] = setting({}, identity=False)
     wandb: WandbConfig = setting(WandbConfig(), identity=False)
+    # The paper whose settings were taken; what it sets is in the sections.
+    protocol: str | None = setting(None, identity=False, remedy="null takes the settings of model and data set")
     seed: int = setting(42, ge=0, le=2**32 - 1, remedy="use a whole number from 0 to 4294967295")
     data_root: FolderPath | None = setting(None, identity=False, remedy="null reads the hub")
     results_root: FolderPath = setting("results", identity=False, remedy="name a folder")

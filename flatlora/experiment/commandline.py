@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from flatlora.config.settings import NoSection
@@ -38,8 +38,9 @@ _MOST_REFERENCES = 24
 MOST_JOBS = 256
 """Of one sweep: each is composed and checked before the first begins."""
 
-_STRENGTHS = "strengths"  # option of rho → rho.sigma, where a model or protocol has its own; read by conf/rho alone
-GROUPS = ("model", "dataset", "peft", "rho", "trainer", "eval", "experiment")
+# Groups that option files read from each other: rho.sigma by option of rho, and what a protocol says of its tasks.
+_OF_OPTIONS = ("strengths", "tasks", "task", "full_ft_lr")
+GROUPS = ("model", "dataset", "peft", "rho", "trainer", "eval", "protocol", "experiment")
 _RENAMED_GROUPS = {"dataset_name": "dataset"}
 
 
@@ -322,9 +323,13 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
-            plain = OmegaConf.to_container(compose("config", overrides=force_add(kept)), resolve=True)
-            plain = {key: value for key, value in plain.items() if key not in (*deleted, _STRENGTHS)}
+            composed = compose("config", overrides=force_add(kept))
+            _validate_protocol(conf_dir, composed)
+            plain = OmegaConf.to_container(composed, resolve=True)
+            plain = {key: value for key, value in plain.items() if key not in (*deleted, *_OF_OPTIONS)}
             return plain | _unchosen_benchmarks(folders, known) | unknown
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra/launcher=5 is a ValueError
         errors = [message for section in unknown.values() for message in section.errors]
         reason = reason_of(error)
@@ -334,6 +339,26 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
             )
         errors.append(f"The configuration does not compose: {reason}")
         raise ConfigError(errors) from error
+
+
+def _validate_protocol(conf_dir: Path, composed: DictConfig) -> None:
+    """Check that the chosen protocol has the experiment.
+
+    Raises:
+        ConfigError: its paper does not train this model on this data set; the message lists those that it does.
+    """
+    protocol = composed.get("protocol")
+    model, dataset = (OmegaConf.select(composed, f"{group}.name") for group in ("model", "dataset"))
+    if protocol is None or dataset in composed.get("tasks", ()):
+        return
+    files = sorted((conf_dir / "protocol_of" / str(protocol)).glob("*.yaml"))
+    known = "; ".join(f"model={path.stem}: {', '.join(OmegaConf.load(path).tasks)}" for path in files)
+    raise ConfigError(
+        [
+            f"Invalid protocol={protocol} with model={model} dataset={dataset}: its paper has no such experiment, but "
+            f"{known}; choose one of these, or leave protocol out."
+        ]
+    )
 
 
 def _sweep_error(override: Override) -> str:

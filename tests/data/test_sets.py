@@ -74,6 +74,7 @@ def written(root):
         ("silk-road/Wizard-LM-Chinese-instruct-evol", "default", "train", wizard),
         ("tatsu-lab/alpaca", "default", "train", alpaca),
         ("vicgalle/alpaca-gpt4", "default", "train", alpaca),
+        ("yahma/alpaca-cleaned", "default", "train", alpaca),
         ("SirNeural/flan_v2", "default", "train", flan),
         ("rajpurkar/squad", "plain_text", "train", squad),
         ("rajpurkar/squad", "plain_text", "validation", squad[:4]),
@@ -95,9 +96,9 @@ def glue_rows(task, count=8):
 
 
 def write_glue(root, task):
-    write_split(root, glue.HUB_ID, task, "train", glue_rows(task))
+    write_split(root, glue.TASKS[task].hub_id, task, "train", glue_rows(task))
     for split in ("validation_matched", "validation_mismatched") if task == "mnli" else ("validation",):
-        write_split(root, glue.HUB_ID, task, split, glue_rows(task, 6))
+        write_split(root, glue.TASKS[task].hub_id, task, split, glue_rows(task, 6))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_wizard_lm_leaves_out_refusals_in_any_case(root):
     assert not any(word in row["y"].lower() for row in splits.train for word in wizard_lm._REFUSALS)
 
 
-@pytest.mark.parametrize("name", ["alpaca", "alpaca_gpt4"])
+@pytest.mark.parametrize("name", ["alpaca", "alpaca_cleaned", "alpaca_gpt4"])
 def test_alpaca_has_both_prompts_and_a_tenth_to_validate(root, name):
     splits = load(root, f"dataset={name}")
     assert [len(rows) for rows in splits] == [18, 2, 0]
@@ -252,6 +253,16 @@ GLUE_ROWS = {
     ),
     "rte": ("classify the semantic similarity of the text: sentence1 1.\nsentence2 1.\nresult: ", "not_entailment"),
     "stsb": ("rate the semantic similarity of the text: sentence1 1.\nsentence2 1.\nresult: ", "0.8"),
+    "boolq": ("answer the question about the passage: passage 1.\nquestion 1.\nresult: ", "true"),
+    "cb": ("classify the semantic similarity of the text: premise 1.\nhypothesis 1.\nresult: ", "contradiction"),
+    "copa": (
+        "choose the cause or effect of the premise: premise 1.\nquestion 1.\nchoice1 1.\nchoice2 1.\nresult: ",
+        "second",
+    ),
+    "wic": (
+        "compare the meaning of the word in both sentences: word 1.\nsentence1 1.\nsentence2 1.\nresult: ",
+        "same",
+    ),
 }
 
 
