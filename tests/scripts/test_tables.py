@@ -152,7 +152,7 @@ def test_a_published_number_of_no_cell_is_named_and_left_out():
     paper = cells.Published(title="t", setting="s", source="S4", values={"lora_r9": {"cola": 1.0}})
     (made,), problems = cells.make({"table1": layout}, {"table1": paper}, [])
     assert made.cells["lora_r8", "cola"].paper is None
-    assert "lora_r9, cola is no cell" in problems[0]
+    assert "lora_r9, cola is not a cell" in problems[0]
 
 
 def test_one_run_in_two_folders_is_counted_once_and_named(tmp_path):
