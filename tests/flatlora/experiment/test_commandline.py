@@ -472,7 +472,7 @@ def test_unreadable_words_are_one_error_each(function):
         (["model=lama", "rhoo=0.05"], ["Unknown option model=lama:", "Unknown key rhoo: did you mean rho?"]),
         (
             ["dataset=metamath", "rho=flat", "rho.sigma=-1"],
-            ["Invalid rho.sigma=-1", "Unknown option dataset=metamath:"],
+            ["Unknown option dataset=metamath:", "Invalid rho.sigma=-1"],
         ),
         (["eval=[gsm8k,foo,bar]"], ["Unknown option eval=foo:", "Unknown option eval=bar:"]),
         (["rho=true"], ["Unknown option rho=True:"]),
@@ -506,6 +506,8 @@ def partners(group, option, folder):
             "images": corrupted[:2],
             "corruptions": corrupted,
         }.get(option, [])
+    if group == "protocol" and option != "none":
+        return ["model=llama", "dataset=meta_math"]
     if group == "model" and option.startswith(("clip_", "sdxl")):
         return ["dataset=digits" if option.startswith("clip_") else "dataset=shapes"]
     text = (run_exp.SUITE.conf_dir / group / f"{option}.yaml").read_text()
@@ -522,6 +524,8 @@ def test_every_option_file_composes_and_parses(group, option, tmp_path):
     found = run_exp.experiment_of([word, *partners(group, option, tmp_path)])
     if group == "eval":
         assert list(found.eval) == [option]
+    elif group == "protocol":
+        assert found.protocol == (None if option == "none" else option)
     elif option != "all":  # peft=all is another name of lora
         assert getattr(found, group).name == option
 

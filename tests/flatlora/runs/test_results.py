@@ -375,7 +375,7 @@ def test_a_run_writes_through_no_link(experiment, tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("mine")
     (folder.path / "metrics.jsonl").symlink_to(outside)
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: it is a link, and a run writes a file of its own there"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: it is a link, and the run writes a file of its own there"):
         folder.open(experiment("resume=true"))
     with pytest.raises(OSError, match="symbolic links"):
         MetricsLog(folder.path / "metrics.jsonl").append({"step": 1})
