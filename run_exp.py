@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from data import DATASETS
-from data.kinds import KINDS
+from data.kinds import KINDS as ROW_KINDS
 from eval import BENCHMARKS
-from eval.command import BACKENDS, evaluate, print_score
+from eval.command import evaluate, print_score
+from eval.kinds import KINDS as BENCHMARK_KINDS
 from flatlora.experiment import launch
 from flatlora.experiment.prepare import prepare as prepare_inputs
 from flatlora.experiment.suite import Suite
@@ -20,8 +21,8 @@ SUITE = Suite(
     script=Path(__file__),
     datasets=DATASETS,
     benchmarks=BENCHMARKS,
-    kinds=KINDS,
-    backends=BACKENDS,
+    kinds=ROW_KINDS,
+    backends={name: kind.backend for name, kind in BENCHMARK_KINDS.items()},
     evaluate=evaluate,
     print_score=print_score,
 )

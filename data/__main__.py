@@ -25,11 +25,13 @@ from transformers import PreTrainedTokenizerBase
 import data
 from data import cache, images, text_to_image
 from data.tokens import Prepared, TokenRows
+from flatlora.config.families import trains_on
 from flatlora.config.sections import DatasetConfig, ModelConfig, own_weights
 from flatlora.config.settings import NoSection, build_section
 from flatlora.experiment.commandline import compose_config
 from flatlora.inputs.rows import fingerprint
-from flatlora.models.loading import load_image_processor, load_tokenizer
+from flatlora.models.family import FAMILIES
+from flatlora.models.processors import load_image_processor, load_tokenizer
 from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 
@@ -84,30 +86,24 @@ def _show(settings: list[str], count: int) -> None:
     except KeyError as error:
         raise ConfigError([error.args[0]]) from error
     config = build_section("dataset", loader.Config, raw["dataset"])
-    model, data_root = raw["model"], raw["data_root"]
-    if config.kind == "image" and model["family"] != "clip":
-        model = compose_config(CONF_DIR, [*settings, "model=clip_tiny"])["model"]
-    if config.kind == "captioned":
-        _show_captioned(config, text_to_image.prepared(config, data_root), count)
-        for source in loader.sources(config):
-            console.print(f"source       {source}: {fingerprint(source, data_root)}", soft_wrap=True)
-        return
-    model = build_section("model", ModelConfig, own_weights(model))
-    if config.kind == "image":
-        _show_images(config, images.prepared(config, data_root, load_image_processor(model)), count)
-    else:
-        tokenizer = load_tokenizer(model)
-        limit = getattr(config, "limit_tokenizer", None)
-        counting = load_tokenizer(model.counting_with(limit)) if limit else None
-        reader = {"encoder_decoder": model.family == "seq2seq"}
-        _show_text(config, cache.prepared(config, data_root, tokenizer, counting, **reader), tokenizer, count)
-        key = cache.cache_key(loader, config, data_root, tokenizer, counting, **reader)
-        console.print(f"cache        {cache.find(config, key) or 'not kept'}", soft_wrap=True)
+    _SHOWN[config.kind](config, raw, settings, count)
     for source in loader.sources(config):
-        console.print(f"source       {source}: {fingerprint(source, data_root)}", soft_wrap=True)
+        console.print(f"source       {source}: {fingerprint(source, raw['data_root'])}", soft_wrap=True)
 
 
-def _show_text(config: DatasetConfig, rows: Prepared, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+def _show_text(config: DatasetConfig, raw: dict[str, Any], settings: list[str], count: int) -> None:
+    model = build_section("model", ModelConfig, own_weights(raw["model"]))
+    tokenizer = load_tokenizer(model)
+    limit = getattr(config, "limit_tokenizer", None)
+    counting = load_tokenizer(model.counting_with(limit)) if limit else None
+    reader = {"encoder_decoder": FAMILIES[model.family].encoder_decoder}
+    _show_tokens(config, cache.prepared(config, raw["data_root"], tokenizer, counting, **reader), tokenizer, count)
+    loader = data.DATASETS[config.loader]
+    key = cache.cache_key(loader, config, raw["data_root"], tokenizer, counting, **reader)
+    console.print(f"cache        {cache.find(config, key) or 'not kept'}", soft_wrap=True)
+
+
+def _show_tokens(config: DatasetConfig, rows: Prepared, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
     console.print(_sizes(config, rows))
     for number in range(min(count, len(rows.train))):
         row = rows.train[number]
@@ -160,7 +156,13 @@ def _bars(title: str, counts: dict[str, int]) -> Table:
     return table
 
 
-def _show_images(config: DatasetConfig, rows: images.PreparedImages, count: int) -> None:
+def _show_images(config: DatasetConfig, raw: dict[str, Any], settings: list[str], count: int) -> None:
+    """As the model reads them, or the tiny CLIP where the model reads none."""
+    model = raw["model"]
+    if not trains_on(model["family"], config.kind):
+        model = compose_config(CONF_DIR, [*settings, "model=clip_tiny"])["model"]
+    processor = load_image_processor(build_section("model", ModelConfig, own_weights(model)))
+    rows = images.prepared(config, raw["data_root"], processor)
     console.print(_sizes(config, rows))
     shown = Table(title="train rows", title_justify="left")
     own = rows.train.images.names
@@ -179,7 +181,8 @@ def _show_images(config: DatasetConfig, rows: images.PreparedImages, count: int)
     console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
 
 
-def _show_captioned(config: DatasetConfig, rows: text_to_image.PreparedCaptioned, count: int) -> None:
+def _show_captioned(config: DatasetConfig, raw: dict[str, Any], settings: list[str], count: int) -> None:
+    rows = text_to_image.prepared(config, raw["data_root"])
     console.print(_sizes(config, rows))
     shown = Table(title="train rows", title_justify="left")
     for column in ("row", "image", "cropped to", "prompt"):
@@ -193,6 +196,9 @@ def _show_captioned(config: DatasetConfig, rows: text_to_image.PreparedCaptioned
     if len(sizes := Counter(rows.train.sizes)) > 1:
         console.print(_bars("images by size", {f"{w} × {h}": number for (h, w), number in sorted(sizes.items())}))
     console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
+
+
+_SHOWN = {"text": _show_text, "image": _show_images, "captioned": _show_captioned}
 
 
 if __name__ == "__main__":

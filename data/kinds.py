@@ -19,9 +19,12 @@ from flatlora.experiment.suite import RowKind
 from flatlora.inputs import captioned
 from flatlora.inputs.images import collate_images
 from flatlora.inputs.rows import jsonl
-from flatlora.models import fit, loading, sources
+from flatlora.models import fit, sources
 from flatlora.models.clip import CLASSES_FILE
+from flatlora.models.families import sdxl
+from flatlora.models.family import FAMILIES
 from flatlora.models.latents import collate_latents
+from flatlora.models.processors import load_tokenizer
 from flatlora.train import distributed
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_atomic, write_json
@@ -32,20 +35,17 @@ logger = logging.getLogger(__name__)
 class Text(RowKind):
     """Prompts and answers as token ids."""
 
-    def processor(self, model: ModelConfig) -> PreTrainedTokenizerBase:
-        return loading.load_tokenizer(model)
-
     def read(self, experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> tokens.Prepared:
         """Token ids of a text data set."""
         counting = getattr(experiment.dataset, "limit_tokenizer", None)
-        counting = loading.load_tokenizer(experiment.model.counting_with(counting)) if counting else None
-        encoder_decoder = experiment.model.family == "seq2seq"
+        counting = load_tokenizer(experiment.model.counting_with(counting)) if counting else None
+        encoder_decoder = FAMILIES[experiment.model.family].encoder_decoder
         return cache.prepared(
             experiment.dataset, experiment.data_root, tokenizer, counting, encoder_decoder=encoder_decoder
         )
 
     def collator(self, model: ModelConfig, processor: PreTrainedTokenizerBase) -> Callable[..., Any]:
-        return tokens.collator(model.family, processor.pad_token_id)
+        return tokens.collator(processor.pad_token_id, encoder_decoder=FAMILIES[model.family].encoder_decoder)
 
     def known(self, experiment: Experiment, processor: Any, rows: tokens.Prepared) -> dict[str, Any]:
         return {"tokenizer": processor}
@@ -81,9 +81,6 @@ class Text(RowKind):
 class Image(RowKind):
     """Labeled images of named classes."""
 
-    def processor(self, model: ModelConfig) -> Any:
-        return loading.load_image_processor(model)
-
     def read(self, experiment: Experiment, processor: Any) -> images.PreparedImages:
         return images.prepared(experiment.dataset, experiment.data_root, processor)
 
@@ -106,9 +103,6 @@ class Image(RowKind):
 class Captioned(RowKind):
     """Images with prompts."""
 
-    def processor(self, model: ModelConfig) -> None:
-        return None
-
     def read(self, experiment: Experiment, processor: None) -> text_to_image.PreparedCaptioned:
         """Read images with prompts; check that the model supports their sizes, and that there are enough for a batch.
 
@@ -118,7 +112,7 @@ class Captioned(RowKind):
         rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
         batch, count = experiment.optim.batch_size, len(rows.train)
         drawn = isinstance(rows.prior, text_to_image.ClassPictures)  # whether the model generates images of that size
-        errors = loading.size_errors(experiment.model, rows.train.sizes, drawn=drawn)
+        errors = sdxl.size_errors(experiment.model, rows.train.sizes, drawn=drawn)
         if count < batch:
             errors.append(
                 f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} images to "
@@ -141,7 +135,7 @@ class Captioned(RowKind):
         self, experiment: Experiment, skeleton: nn.Module, processor: None, rows: text_to_image.PreparedCaptioned
     ) -> None:
         prompts = [part.prompt(row) for part in (rows.test, rows.validation) for row in range(len(part))]
-        loading.warn_of_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
+        sdxl.warn_of_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
 
     def encode(
         self, experiment: Experiment, rows: text_to_image.PreparedCaptioned, device: torch.device, base: str
@@ -155,10 +149,6 @@ class Captioned(RowKind):
             )
 
         return distributed.main_process_first(encoded)
-
-    def backend_settings(self, model: ModelConfig) -> dict[str, Any]:
-        """The parts of a pipeline that training let go of."""
-        return {"config": model, "source": sources.backbone_source(model)}
 
 
 KINDS: dict[str, RowKind] = {"text": Text(), "image": Image(), "captioned": Captioned()}

@@ -35,6 +35,7 @@ from flatlora.utils.errors import SettingError
 
 class Config(DatasetConfig):
     kind: ClassVar[Literal["text", "image", "captioned"]] = "captioned"
+    has_lengths: ClassVar[bool] = False
     hub_id: str | None = setting(None, remedy="null reads dataset.folder")
     hub_config: str = "default"
     split: str = "train"

@@ -318,6 +318,6 @@ def prepare(
     return Prepared(train, validation, splits.test)
 
 
-def collator(family: str, pad_token_id: int) -> CausalCollator | Seq2SeqCollator:
-    """The collator of a model family."""
-    return Seq2SeqCollator(pad_token_id) if family == "seq2seq" else CausalCollator(pad_token_id)
+def collator(pad_token_id: int, *, encoder_decoder: bool) -> CausalCollator | Seq2SeqCollator:
+    """The collator of a language model."""
+    return Seq2SeqCollator(pad_token_id) if encoder_decoder else CausalCollator(pad_token_id)

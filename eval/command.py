@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import yaml
 from rich.table import Table
@@ -18,24 +17,20 @@ from safetensors import SafetensorError
 
 import eval as benchmarks
 from eval.backends import Backend, Generator, ImageBackend, wire
-from eval.backends.clip import CLIPBackend
-from eval.backends.diffusion import DiffusionBackend
-from eval.backends.hf import HFBackend
 from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
-from eval.place import OTHER_VERSION, YAML_ERRORS, ResolvedModel, base_errors, resolve_model
-from flatlora.config.sections import KINDS
+from eval.kinds import BENCHMARK, KINDS, Command
+from eval.place import YAML_ERRORS, ResolvedModel, base_errors, resolve_model
+from flatlora.config.families import trains_on
 from flatlora.config.settings import MOST_SECONDS, Section, checked_section, setting
 from flatlora.experiment.plugins import Benchmark
-from flatlora.inputs.captioned import pictures_of_run
-from flatlora.inputs.images import ImageRows, LabeledImages, check_images, name_error, read_images, read_listed
-from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
+from flatlora.inputs.rows import gather
 from flatlora.models.clip import Classes
+from flatlora.models.family import FAMILIES
 from flatlora.models.hashes import PUT_BACK, differing_part, short_state, weights_sha256
 from flatlora.models.loading import (
     choose_device,
     load_for_inference,
-    load_image_processor,
     model_of,
     saved_processor,
     weights_identity,
@@ -51,8 +46,6 @@ from flatlora.utils.precision import choose_precision, stored_dtype
 from flatlora.utils.records import links_in, read_record
 
 logger = logging.getLogger(__name__)
-
-BENCHMARK = "benchmark"  # rows=benchmark: its own rows, also for a run that has test rows
 
 
 class Target(Section):
@@ -207,7 +200,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         configure,
         lambda: _output_folder(words[0], given_target(), given, resolve, benchmark),
         lambda: _choose_device(given_target()),
-        lambda: _rows(module, given_target(), given, resolve, configure),
+        lambda: _rows(Command(module, given_target(), given, resolve, configure)),
     )
     if target.score_only and not folder.is_dir():  # which is told, and no folder is made for it
         return module.score_file(folder / "predictions.jsonl", config)
@@ -319,7 +312,7 @@ def _output_folder(
     own = place.run / "eval" / benchmark if place.run else None
     module = benchmarks.BENCHMARKS[benchmark]
     benchmark += _label(target, given, place.scored_with, module) + _served(target)
-    if module.kind != "text" and target.data_root not in (None, place.data_root):  # other pictures, perhaps
+    if KINDS[module.kind].of_pictures and target.data_root not in (None, place.data_root):  # other pictures, perhaps
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
     if target.base and place.base and not _is_hash(place.base):  # whether it is the run's, nobody can tell
         benchmark += f"-base={_in_short(target.base)}"
@@ -413,9 +406,9 @@ def _check_kind(
     Raises:
         ConfigError: they are not, such as words asked of a run that tells pictures apart.
     """
-    pictures = module.kind != "text"
-    if target.backend != "hf" and (pictures or not module.generates):
-        asked = "looks at pictures" if pictures else "weighs given answers"
+    asks = KINDS[module.kind]
+    if target.backend != "hf" and (asks.of_pictures or not module.generates):
+        asked = "looks at pictures" if asks.of_pictures else "weighs given answers"
         raise ConfigError(
             [f"Invalid backend={target.backend}: it writes answers, and this benchmark {asked}; use backend=hf."]
         )
@@ -427,130 +420,17 @@ def _check_kind(
             ]
         )
     place = resolve()
-    kind = KINDS[place.model.family] if place.run else None  # of a model that no run describes, nobody knows yet
-    if kind is None and module.kind == "image":
+    if place.run is None and asks.needs_run:  # else of a model that no run describes, nobody knows its kind yet
         raise ConfigError(
             [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
         )
-    if kind not in (None, module.kind):
-        has, needed = _KIND_WORDS[kind][0], _KIND_WORDS[module.kind][1]
-        raise ConfigError([f"Invalid path {place.weights}: this run {has}; name {needed}."])
+    if place.run is not None and not trains_on(place.model.family, module.kind):
+        does = KINDS[place.model.traits.rows].does
+        raise ConfigError([f"Invalid path {place.weights}: this run {does}; name {asks.needs}."])
 
 
-# kind: what a run of it does, and what its benchmarks score
-_KIND_WORDS = {
-    "text": ("writes words", "a language model"),
-    "image": (
-        "tells pictures apart and has no words",
-        "a run that says which classes of pictures there are",
-    ),
-    "captioned": ("makes pictures and has no words", "a text-to-image model"),
-}
-
-
-def _rows(
-    module: Benchmark,
-    target: Target,
-    given: Mapping[str, Any],
-    resolve: Callable[[], ResolvedModel],
-    configure: Callable[[], Section],
-) -> Sequence[Any]:
-    if target.score_only:
-        return []
-    if module.kind == "image":
-        return _pictures(module, target, resolve(), configure())
-    if module.kind == "captioned":
-        return _training_pictures(module, target, resolve(), configure())
-    path = _rows_file(module, target, resolve)
-    if path:
-        unread = {"data_root": target.data_root, "template": given.get("template")}
-        if errors := [
-            f"Invalid {key}={value}: nothing reads it, for the rows are those of {path}; drop it."
-            for key, value in unread.items()
-            if value is not None
-        ]:
-            raise ConfigError(errors)
-        rows, source = read_jsonl(path), str(path)
-        typed_columns(rows, module.row_columns, source)
-    else:
-        data_root = target.data_root or resolve().data_root
-        rows, source = module.benchmark_rows(data_root, configure()), "the benchmark's own rows"
-    module.check_rows(rows, source, configure())
-    return rows
-
-
-def _rows_file(module: Benchmark, target: Target, resolve: Callable[[], ResolvedModel]) -> Path | None:
-    """The file whose rows are asked; None for the benchmark's own: no run, or one whose data set has no test rows."""
-    if target.rows == BENCHMARK:
-        return None
-    if target.rows:
-        path = Path(target.rows)
-        if not path.is_file():
-            columns = " and ".join(module.row_columns)
-            raise ConfigError([f"Invalid rows={path}: no such file; name a .jsonl file with {columns}."])
-        return path
-    run = None if module.own_rows else resolve().run
-    if run is None:
-        return None
-    path = run / "test.jsonl"
-    if not path.is_file():  # the benchmark's own prompts would be others than the run's
-        raise ConfigError(
-            [f"Missing file {path}: a run's test rows are in it; copy the run's folder whole, or name rows=FILE."]
-        )
-    return path if path.stat().st_size else None
-
-
-def _pictures(module: Benchmark, target: Target, place: ResolvedModel, config: Section) -> Sequence[Any]:
-    """The pictures of rows=FILE, or of the run's test split; none for a benchmark that has its own."""
-    if place.run is None or place.model.family != "clip":
-        return []  # `_check_kind` tells it
-    unread = ["data_root"] if target.rows and target.data_root else []
-    if not module.row_columns:  # the benchmark has pictures of its own
-        unread = [key for key in ("rows", "data_root") if getattr(target, key)]
-    if unread:
-        raise ConfigError([f"Invalid {' and '.join(unread)}: the pictures are known without; leave the key out."])
-    classes, rows, source = Classes.of_run(place.run).names, [], "the benchmark's own pictures"
-    if module.row_columns:
-        if target.rows:
-            images, count = read_listed(Path(target.rows), *module.row_columns), None
-        else:
-            images, count = _test_split(place.dataset, target.data_root or place.data_root)
-        if message := name_error(images, classes, "the run's classes.json"):
-            raise ConfigError([f"Invalid classes of {images.source}: {message}; name pictures of the same classes."])
-        source, places = images.source, range(min(len(images.labels), count or len(images.labels)))
-        processor = load_image_processor(place.model)
-        rows = ImageRows(images, np.array(places), processor, check_images(images, places))
-    module.check_rows(rows, source, config, classes=classes)
-    return rows
-
-
-def _training_pictures(module: Benchmark, target: Target, place: ResolvedModel, config: Section) -> Sequence[Any]:
-    """The pictures that a run was trained on; none where no run says which."""
-    if target.rows:
-        raise ConfigError(
-            [f"Invalid rows={target.rows}: prompts=FILE.yaml says what is drawn, and the run what it is compared with."]
-        )
-    rows: Sequence[Any] = []
-    if place.run is not None and KINDS[place.model.family] == "captioned":
-        rows = pictures_of_run(place.run, place.dataset, target.data_root or place.data_root)
-    model = place.model or model_of(place.weights)
-    gather(
-        lambda: module.check_settings(config, model),
-        lambda: module.check_rows(rows, "the run's training pictures", config, model=model),
-    )
-    return rows
-
-
-def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[LabeledImages, int | None]:
-    """The test split of a run's data set, and how many of its rows the run takes."""
-    try:
-        source = Source(dataset["hub_id"], dataset["hub_config"], dataset["test_split"], dataset.get("revision"))
-        columns = {"image": dataset["image_column"], "label": dataset["label_column"]}
-    except KeyError as error:
-        raise ConfigError(
-            [f"Invalid dataset in the run's config.yaml: {error} is missing; {OTHER_VERSION}."]
-        ) from error
-    return read_images(source, **columns, data_root=data_root), dataset.get("test_rows")
+def _rows(command: Command) -> Sequence[Any]:
+    return [] if command.target.score_only else KINDS[command.module.kind].rows(command)
 
 
 def _backend(
@@ -642,7 +522,7 @@ def _load(
     place: ResolvedModel, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
 ) -> Backend | ImageBackend:
     try:
-        classes = Classes.of_run(place.run) if kind == "image" else None
+        classes = FAMILIES[place.model.family].classes_of_run(place.run) if place.run else None
         identity = _identity(place, classes) | ({"dtype": dtype} if dtype else {})
         model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype, place.autocast)
         _validate_unchanged(place, identity)
@@ -656,23 +536,16 @@ def _load(
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
     if dtype is None:
         dtype = place.model.dtype if place.model else str(stored_dtype(next(model.parameters()))).removeprefix("torch.")
-    parts = {}
-    if kind == "captioned":
-        config = (place.model or model_of(place.weights)).model_copy(update={"dtype": dtype})
-        parts = {"config": config, "source": backbone_source(config)}
     precision = choose_precision(place.autocast, dtype, device)
     console.print(f"precision: {precision}", markup=False, soft_wrap=True)
-    return BACKENDS[kind](
+    return KINDS[kind].backend(
         model,
         processor,
         batch_size=batch_size,
         precision=precision,
         identity=identity,
-        **parts,
+        **KINDS[kind].backend_settings(place, dtype),
     )
-
-
-BACKENDS = {"text": HFBackend, "image": CLIPBackend, "captioned": DiffusionBackend}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import eval as benchmarks
 from flatlora.config.sections import DiffusionModelConfig, ModelConfig, TrainerConfig, model_section
 from flatlora.config.settings import Section
 from flatlora.models.diffusion import INDEX
+from flatlora.models.family import FAMILIES
 from flatlora.models.loading import model_of
 from flatlora.models.saved_adapters import adapter_config
 from flatlora.train import checkpoint
@@ -51,6 +52,9 @@ class _BaseModel(ModelConfig):
 
 class _BasePipeline(DiffusionModelConfig):
     hub_setting: ClassVar[str] = "base"
+
+
+_BASES: Mapping[type[ModelConfig], type[ModelConfig]] = {ModelConfig: _BaseModel, DiffusionModelConfig: _BasePipeline}
 
 
 def resolve_model(name: str, benchmark: str, served: bool = False, base: str | None = None) -> ResolvedModel:
@@ -139,8 +143,7 @@ def _with_base(place: ResolvedModel, base: str | None) -> ResolvedModel:
     else:
         moved = {"hub_id": found, "revision": None, "embedded": None} if found != own.hub_id else {}
         fields = own.model_dump() | moved
-    cls = _BasePipeline if fields["family"] == "sdxl" else _BaseModel
-    return replace(place, model=cls(**fields), base_named=base is not None)
+    return replace(place, model=_BASES[model_section(fields)](**fields), base_named=base is not None)
 
 
 def _known_base(place: ResolvedModel) -> str | None:
@@ -172,7 +175,7 @@ def _beside(name: str, place: ResolvedModel) -> str:
 def base_errors(place: ResolvedModel, base: str | None) -> list[str]:
     """Why a base model cannot be where `base` says, or where the run or the adapter does."""
     adapter = (Path(place.weights) / "adapter_config.json").is_file()
-    if not (adapter or (place.model is not None and place.model.family == "clip")):  # whose head the base makes
+    if not (adapter or (place.model is not None and FAMILIES[place.model.family].whole_needs_base)):
         return [f"Invalid base={base}: {place.weights} is no adapter, and reads none; drop it."] if base else []
     name = base or _known_base(place)
     if name is None or (base is None and place.model is not None and place.model.embedded):

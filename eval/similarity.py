@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn import functional
 
 from flatlora.inputs.images import middle_of
-from flatlora.models.loading import load_captioner, load_clip
+from flatlora.models.scorers import load_captioner, load_clip
 
 
 class Similarity:

@@ -38,7 +38,8 @@ from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.captioned import CaptionedRows, long_prompts, picture_of
 from flatlora.inputs.images import png_of
 from flatlora.inputs.rows import gather
-from flatlora.models.loading import check_captioner, check_clip, size_factor, warn_of_long_prompts
+from flatlora.models.families.sdxl import size_factor, warn_of_long_prompts
+from flatlora.models.scorers import check_captioner, check_clip
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic
 from flatlora.utils.plain_files import place_inside, read_plain
@@ -279,11 +280,6 @@ def _is_drawn(folder: Path, name: str) -> bool:
         return False
 
 
-def benchmark_rows(data_root: str | None, config: Config) -> list[Any]:
-    """None: what pictures are compared with is the run's."""
-    return []
-
-
 if __name__ == "__main__":
     from eval.command import main
 
@@ -307,7 +303,6 @@ BENCHMARKS.add(
         run=run,
         score_file=score_file,
         row_scores=row_scores,
-        benchmark_rows=benchmark_rows,
         check_settings=check_settings,
     ),
 )

@@ -27,7 +27,7 @@ from flatlora.experiment.prepare import Inputs
 from flatlora.inputs.rows import gather
 from flatlora.methods.adapters.lora import find_targets
 from flatlora.models import loading
-from flatlora.models.clip import Classes
+from flatlora.models.family import FAMILIES
 from flatlora.models.hashes import weights_sha256
 from flatlora.perturb import flatness
 from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
@@ -82,7 +82,7 @@ def _inputs(run: Path, experiment: Experiment, device: torch.device) -> Inputs:
     Raises:
         ConfigError: the data cannot be read, or differ from those that the run was trained on.
     """
-    if experiment.dataset.kind == "captioned":
+    if FAMILIES[experiment.model.family].is_diffusion:
         raise ConfigError(
             [
                 f"Invalid run {run}: the loss of a diffusion model depends on random noise and timesteps, and flatness "
@@ -205,7 +205,7 @@ def _loaded(
 ) -> tuple[nn.Module, list[PerturbedLayer], list[flatness.Batch]]:
     """The merged model in FP32 and evaluation mode, the layers that adapters act on, and the training rows."""
     device = inputs.device
-    classes = Classes.of_run(run) if experiment.dataset.kind == "image" else None
+    classes = FAMILIES[experiment.model.family].classes_of_run(run)
     eager = experiment.model.model_copy(update={"attn": "eager"})  # the only attention with a second derivative
     model, _, metadata = loading.load_for_inference(str(run / "adapter"), eager, device, classes)
     widen(model)

@@ -16,7 +16,8 @@ from data import text_to_image as text_to_image_data
 from eval import command, predictions, text_to_image
 from eval.picture_grid import grid_figure, write_grid
 from flatlora import methods
-from flatlora.models import latents, loading, sources
+from flatlora.models import latents, loading, scorers, sources
+from flatlora.models.families.sdxl import RANDOM_SDXL
 from flatlora.models.random_weights import byte_tokenizer
 from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder
@@ -252,7 +253,7 @@ def test_scores_are_cosines_of_clip(scored):
     """A picture and its prompt, by transformers' own CLIPModel."""
     folder, _ = scored["off"]
     row = predictions.read(folder / "eval/text_to_image/predictions.jsonl", text_to_image.FIELDS)[2]
-    model, tokenizer, processor = loading.load_clip("flatlora/random-clip", torch.device("cpu"))
+    model, tokenizer, processor = scorers.load_clip("flatlora/random-clip", torch.device("cpu"))
     with Image.open(folder / "eval/text_to_image" / row["file"]) as picture, torch.no_grad():
         batch = {**tokenizer([row["prompt"]], return_tensors="pt"), **processor([picture], return_tensors="pt")}
         cosine = model(**batch).logits_per_image / model.logit_scale.exp()
@@ -334,7 +335,7 @@ def test_a_killed_evaluation_goes_on(scored, tmp_path, monkeypatch):
 
 
 def test_a_whole_pipeline_is_scored_without_a_run(tmp_path):
-    words = [loading.RANDOM_SDXL, f"out={tmp_path}", "clip=flatlora/random-clip", "captioner=null", "prompts=shapes"]
+    words = [RANDOM_SDXL, f"out={tmp_path}", "clip=flatlora/random-clip", "captioner=null", "prompts=shapes"]
     score = command.score_path("text_to_image", [*words, "resolution=64", "steps=1", "max_rows=2", "device=cpu"])
     assert score["n"] == 2
     assert score["metrics"]["image_image"] is None
@@ -459,7 +460,7 @@ def test_on_a_gpu_pictures_are_those_of_the_host(tmp_path):
     """Noise is drawn on the host, so that a prompt and seed begin alike everywhere."""
     seen = {}
     for device in ("cuda", "cpu"):
-        asked = [loading.RANDOM_SDXL, f"out={tmp_path / device}", "clip=flatlora/random-clip", "captioner=null"]
+        asked = [RANDOM_SDXL, f"out={tmp_path / device}", "clip=flatlora/random-clip", "captioner=null"]
         asked += ["prompts=shapes", "resolution=64", "steps=2", "max_rows=2", f"device={device}"]
         command.score_path("text_to_image", asked)
         with Image.open(tmp_path / device / "images/0001.png") as picture:

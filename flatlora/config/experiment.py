@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from pydantic import SerializeAsAny
 
 from flatlora.config.sections import (
-    KINDS,
     DatasetConfig,
     ModelConfig,
     OptimConfig,
@@ -239,14 +238,14 @@ def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
             f"Invalid trainer.micro_batch_size={trainer.micro_batch_size} with optim.batch_size={optim.batch_size}: "
             "the micro-batch must divide the batch; change one of them.",
         )
-    if KINDS[experiment.model.family] != experiment.dataset.kind:
+    if experiment.model.traits.rows != experiment.dataset.kind:
         yield SettingError(
             ("model.family", "dataset.kind"),
             f"Invalid dataset={experiment.dataset.name} ({experiment.dataset.kind}) with model="
             f"{experiment.model.name} ({experiment.model.family}): CLIP takes image data sets, SDXL captioned ones, "
             "language models text; change one of them.",
         )
-    if experiment.dataset.kind == "captioned" and optim.group_by_length:
+    if optim.group_by_length and not experiment.dataset.has_lengths:
         yield SettingError(
             ("dataset.kind", "optim.group_by_length"),
             f"Invalid optim.group_by_length=true with dataset={experiment.dataset.name}: pictures have no length; "
@@ -290,18 +289,18 @@ def _name_errors(experiment: Experiment) -> Iterable[SettingError]:
 def _dtype_errors(experiment: Experiment) -> Iterable[SettingError]:
     """Errors about FP16 weights where they cannot be trained."""
     model, trainer = experiment.model, experiment.trainer
-    if model.family == "sdxl" and model.dtype == "float16" and trainer.device == "cpu":
-        yield SettingError(
-            ("model.dtype", "trainer.device"),
-            f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
-            "model.dtype=bfloat16 or float32.",
-        )
-    if model.family != "sdxl" and model.dtype == "float16":
+    if model.dtype == "float16" and not model.traits.scales_loss:
         yield SettingError(
             ("model.dtype", "model.family"),
             f"Invalid model.dtype=float16 with model={model.name} ({model.family}): its loss is "
             "not scaled, and small gradients of an adapter underflow to 0 in FP16; use model.dtype=bfloat16 or float32 "
             "(FP16 is for scoring).",
+        )
+    elif model.dtype == "float16" and trainer.device == "cpu":
+        yield SettingError(
+            ("model.dtype", "trainer.device"),
+            f"Invalid model.dtype=float16 with trainer={trainer.name}: FP16 is trained on a GPU alone; use "
+            "model.dtype=bfloat16 or float32.",
         )
 
 

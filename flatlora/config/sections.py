@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from flatlora.config.families import TRAITS, FamilyTraits
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_STEPS, MOST_TOKENS, Section, setting
 from flatlora.config.types import FolderName
 from flatlora.utils.errors import SettingError
@@ -29,7 +30,7 @@ class ModelConfig(Section):
     name: FolderName = setting(remedy=_OWN_NAME)
     hub_id: str  # hub repository or local folder
     revision: str | None = None
-    family: Literal["causal_lm", "seq2seq", "clip", "sdxl"] = setting(remedy="see conf/model for the known families")
+    family: Literal[tuple(TRAITS)] = setting(remedy="see conf/model for the known families")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the backbone; adapters are always FP32
     attn: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     # nf4: the linear layers in bitsandbytes' 4 bits, products in `dtype`.
@@ -47,33 +48,24 @@ class ModelConfig(Section):
         """This config with another `hub_id` (or folder): that of `dataset.limit_tokenizer`, whose tokenizer is read."""
         return _CountingConfig(**self.model_dump() | {"hub_id": name, "revision": None, "embedded": None})
 
+    def at(self, folder: str) -> ModelConfig:
+        """The same kind of model in another folder."""
+        return self.model_copy(update={"hub_id": folder, "embedded": None, "revision": None})
+
+    @property
+    def traits(self) -> FamilyTraits:
+        return TRAITS[self.family]
+
     def rule_errors(self) -> list[SettingError]:
-        errors = self._source_errors()
-        if self.generated_test_rows is not None and self.family == "clip":
-            errors.append(
-                SettingError(
-                    ("generated_test_rows", "family"),
-                    f"Invalid model.generated_test_rows={self.generated_test_rows} with model={self.name} (clip): it "
-                    "generates no answers; leave the key out.",
-                )
+        fields = type(self).model_fields
+        return self._source_errors() + [
+            SettingError(
+                (key, "family"),
+                f"Invalid model.{key}={getattr(self, key)} with model={self.name} ({self.family}): {reason}.",
             )
-        if self.quantize != "none" and self.family == "clip":
-            errors.append(
-                SettingError(
-                    ("quantize", "family"),
-                    f"Invalid model.quantize={self.quantize} with model={self.name} (clip): its text tower is read "
-                    "once and its image encoder is small; leave the key out.",
-                )
-            )
-        if self.head == "linear" and self.family != "clip":
-            errors.append(
-                SettingError(
-                    ("head", "family"),
-                    f"Invalid model.head=linear with model={self.name} ({self.family}): a language model has its own "
-                    "head; leave the key out, or choose a CLIP model.",
-                )
-            )
-        return errors
+            for key, reason in self.traits.unread.items()
+            if getattr(self, key) != fields[key].get_default()
+        ]
 
     def _source_errors(self) -> list[SettingError]:
         """Errors about contradicting keys for the source of the weights."""
@@ -126,17 +118,8 @@ class DiffusionModelConfig(ModelConfig):
     scorer: str = setting("openai/clip-vit-large-patch14", identity=False)
     captioner: str | None = setting("Salesforce/blip-image-captioning-base", identity=False)
 
-    def rule_errors(self) -> list[SettingError]:
-        unread = {"attn": "auto", "quantize": "none", "head": "text", "generated_test_rows": None}
-        return self._source_errors() + [
-            SettingError(
-                (key, "family"),
-                f"Invalid model.{key}={getattr(self, key)} with model={self.name} (sdxl): nothing reads it for a "
-                "diffusion model; leave the key out.",
-            )
-            for key, plain in unread.items()
-            if getattr(self, key) != plain
-        ]
+
+_SECTIONS: dict[str, type[ModelConfig]] = {"sdxl": DiffusionModelConfig}  # of families with keys of their own
 
 
 def own_weights(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +136,7 @@ def own_weights(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_section(raw: Mapping[str, Any]) -> type[ModelConfig]:
     """The class that types a model section, by its family."""
-    return DiffusionModelConfig if raw.get("family") == "sdxl" else ModelConfig
+    return _SECTIONS.get(str(raw.get("family")), ModelConfig)
 
 
 class DatasetConfig(Section):
@@ -162,6 +145,7 @@ class DatasetConfig(Section):
     name: FolderName = setting(remedy=_OWN_NAME)
     loader: str  # module of the data package
     kind: ClassVar[Literal["text", "image", "captioned"]] = "text"  # of the loader, no setting
+    has_lengths: ClassVar[bool] = True  # of the loader: whether optim.group_by_length may be set
 
 
 class TextDatasetConfig(DatasetConfig):
@@ -259,7 +243,3 @@ class WandbConfig(Section):
 
 
 _REFUSED_BY_WANDB = "\\#?%:"  # in names of projects, besides the slash, which `FolderName` forbids
-
-
-KINDS = {"causal_lm": "text", "seq2seq": "text", "clip": "image", "sdxl": "captioned"}
-"""Family of a model → kind of the data sets that it is trained on."""

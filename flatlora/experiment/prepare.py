@@ -128,12 +128,11 @@ def _read(suite: Suite, experiment: Experiment) -> tuple[Any, Any]:
     Raises:
         ConfigError: processor or data are not there, or do not fit.
     """
-    kind = suite.kind(experiment)
     try:
-        processor = kind.processor(experiment.model)
+        processor = loading.load_processor(experiment.model)
     except ConfigError as error:
         raise ConfigError([*error.errors, *_file_errors(suite, experiment)]) from error
-    return processor, distributed.main_process_first(lambda: kind.read(experiment, processor))
+    return processor, distributed.main_process_first(lambda: suite.kind(experiment).read(experiment, processor))
 
 
 def _file_errors(suite: Suite, experiment: Experiment) -> list[str]:
@@ -189,7 +188,7 @@ def _test_rows(
     """
     module, config = suite.benchmarks[name], experiment.eval[name]
     template = getattr(config, "template", None)
-    if module.kind == "text" and (module.own_rows or not test):
+    if module.benchmark_rows is not None and (module.own_rows or not test):
         rows, source = module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
     elif template not in (None, getattr(experiment.dataset, "template", template)):
         raise ConfigError(

@@ -19,6 +19,7 @@ from flatlora.experiment.prepare import Inputs, prepare
 from flatlora.experiment.suite import Suite
 from flatlora.fused import acceleration
 from flatlora.models import hashes, loading, sources
+from flatlora.models.family import FAMILIES
 from flatlora.models.starts import start_of_checkpoint
 from flatlora.runs import environment, metrics_log, run_folder
 from flatlora.runs.metrics_log import MetricsLog, Tracker
@@ -258,8 +259,7 @@ def score(
 ) -> dict[str, Any]:
     """Every benchmark of `eval=[...]` on the data set's test rows: {"<benchmark>/<metric>": value}."""
     metrics = {}
-    kind = suite.kind(experiment)
-    classes = kind.classes(inputs.rows)
+    classes = suite.kind(experiment).classes(inputs.rows)
     identity = loading.weights_identity(str(folder.adapter), experiment.model, classes, base) if experiment.eval else {}
     backend_class = suite.backends[experiment.dataset.kind]
     for name, config in experiment.eval.items():
@@ -269,7 +269,7 @@ def score(
             batch_size=config.batch_size,
             precision=choose_precision(experiment.trainer.autocast, experiment.model.dtype, inputs.device),
             identity=identity,
-            **kind.backend_settings(experiment.model),
+            **FAMILIES[experiment.model.family].backend_settings(experiment.model),
         )
         with run_folder.answering(folder.path / "eval" / name, wait=True):
             result = suite.evaluate(name, backend, inputs.asked[name], folder.path / "eval" / name, config)

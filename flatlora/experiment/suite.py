@@ -27,10 +27,6 @@ class RowKind(ABC):
     """
 
     @abstractmethod
-    def processor(self, model: ModelConfig) -> Any:
-        """The tokenizer or image processor that turns rows into tensors; None where there is none."""
-
-    @abstractmethod
     def read(self, experiment: Experiment, processor: Any) -> Any:
         """The rows of the experiment's data set.
 
@@ -65,10 +61,6 @@ class RowKind(ABC):
     def classes(self, rows: Any) -> Any:
         """The classes that a classifier tells apart; None for rows without."""
         return None
-
-    def backend_settings(self, model: ModelConfig) -> dict[str, Any]:
-        """Keywords of the kind's backend besides the trained model."""
-        return {}
 
 
 @dataclass(frozen=True)
@@ -119,18 +111,18 @@ class Suite:
         return [*methods.combination_errors(experiment), *self._benchmark_errors(experiment)]
 
     def _benchmark_errors(self, experiment: Experiment) -> Iterable[SettingError]:
-        task, scored = getattr(experiment.dataset, "task", None), experiment.eval.get("glue")
-        if scored is not None and task is not None and scored.task != task:
+        task, glue = getattr(experiment.dataset, "task", None), experiment.eval.get("glue")
+        if glue is not None and task is not None and glue.task != task:
             yield SettingError(
                 ("dataset.task", "eval.glue.task"),
-                f"Invalid eval.glue.task={scored.task} with dataset={experiment.dataset.name}: its metrics are "
+                f"Invalid eval.glue.task={glue.task} with dataset={experiment.dataset.name}: its metrics are "
                 f"those of {task}; leave the key out.",
             )
         for name in experiment.eval:
-            kind = self.benchmarks[name].kind
-            if kind != experiment.dataset.kind:
+            scored = self.benchmarks[name].kind
+            if scored != experiment.dataset.kind:
                 yield SettingError(
                     ("dataset.kind", f"eval.{name}"),
                     f"Invalid eval=[{name}] with dataset={experiment.dataset.name} ({experiment.dataset.kind}): it "
-                    f"scores {kind} data sets; leave it out of eval=[...], or change the data set.",
+                    f"scores {scored} data sets; leave it out of eval=[...], or change the data set.",
                 )

@@ -31,7 +31,7 @@ from flatlora.utils.errors import reason_of
 logger = logging.getLogger(__name__)
 
 _GRAPHS = 16  # number of micro-batch shapes that are captured; further shapes run without a graph
-_GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
+GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
 
 
 def accelerate(model: nn.Module, device: torch.device) -> list[str]:
@@ -146,7 +146,7 @@ class GraphedMicroStep:
         self,
         compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
         model: nn.Module,
-        largest: int | None = _GRAPH_TOKENS,
+        largest: int | None = GRAPH_TOKENS,
     ) -> None:
         self.compute, self.parameters = compute, [p for p in model.parameters() if p.requires_grad]
         self._groups = groups_of(model)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import OptimConfig, PeftConfig, RhoConfig
+from flatlora.models.family import FAMILIES
 from flatlora.utils.errors import SettingError
 from flatlora.utils.registry import Registry
 
@@ -92,11 +93,11 @@ class AdapterMethod:
                 "adapter from W, moves part of W or trains it, which needs more than 4 bits; use model.quantize=none, "
                 "or peft=lora.",
             )
-        if model.family == "sdxl" and self.not_of_diffusion:
+        if self.not_of_diffusion and FAMILIES[model.family].is_diffusion:
             yield SettingError(
                 (*keys, "model.family"),
-                f"Invalid peft={peft.name} with model={model.name} (sdxl): {self.not_of_diffusion}; use peft=lora, or "
-                "another of the methods that python -m flatlora.methods lists.",
+                f"Invalid peft={peft.name} with model={model.name} ({model.family}): {self.not_of_diffusion}; use "
+                "peft=lora, or another of the methods that python -m flatlora.methods lists.",
             )
         if self.reads_gradients and experiment.trainer.zero:
             yield _zero_error("peft", peft.name, experiment)

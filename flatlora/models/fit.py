@@ -8,49 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from flatlora.config.sections import ModelConfig
-from flatlora.models.sources import described, in_short
-from flatlora.utils.errors import ConfigError
-
-
-def described_in_family(config: ModelConfig) -> PreTrainedConfig:
-    """`described`, of a model that is of `config.family`.
-
-    Raises:
-        ConfigError: it is of another kind; or as `described`.
-    """
-    known = described(config)
-    if reason := _other_kind(config.family, known):
-        raise ConfigError([f"Invalid {config.hub_setting}={config.hub_id} ({known.model_type}): {reason}."])
-    return known
-
-
-def _other_kind(family: str, known: PreTrainedConfig) -> str | None:
-    """Why a model is not of a family of transformers' models, with a remedy; None where it is."""
-    decodes = getattr(known, "is_encoder_decoder", False)
-    if family == "clip":
-        clip = known.model_type == "clip"
-        return None if clip else "it is no CLIP, which model.family=clip reads; name a CLIP, or another model=NAME"
-    if family == "seq2seq":
-        return None if decodes else "it has no encoder and decoder; use model.family=causal_lm, or name a T5"
-    if decodes:
-        return "it is an encoder-decoder; use model.family=seq2seq, or name a decoder-only model"
-    if known.model_type == "xlnet":
-        return "it predicts tokens in permuted order and sees those that follow; name a decoder-only model"
-    if known.model_type in _BIDIRECTIONAL and not (
-        getattr(known, "is_decoder", False) or getattr(known, "causal", False)
-    ):
-        return "it is an encoder, whose tokens see those that follow; name a decoder-only model"
-    return None
-
-
-# Encoders that transformers also loads as causal models: with is_decoder they are, without it they see the future.
-_BIDIRECTIONAL = {"bert-generation", *(MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+from flatlora.models.sources import in_short
 
 
 def packing_of(known: PreTrainedConfig) -> str | None:
@@ -69,7 +29,7 @@ def packing_errors(config: ModelConfig, skeleton: nn.Module, *, reads_weights: s
     Args:
         reads_weights: the setting that computes with W or trains it, None where a run only multiplies by it.
     """
-    packing = packing_of(skeleton.config) if config.family in ("causal_lm", "seq2seq") else None
+    packing = packing_of(skeleton.config) if config.traits.quantizable else None
     if packing is None:
         return []
     head, remedy = f"{config.hub_setting}={config.hub_id}", "name the model in float32, bfloat16 or float16"

@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import nn
 
+from flatlora.models.family import FAMILIES
 from flatlora.models.sources import in_short, not_finite
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.plain_files import irregular_files, read_plain
@@ -240,18 +241,14 @@ def _misfit(folder: Path, name: str, reason: str) -> str:
     )
 
 
-_TASKS = {"causal_lm": ("CAUSAL_LM",), "seq2seq": ("SEQ_2_SEQ_LM",)}
-"""Family of a model → PEFT's names for it; None, or FEATURE_EXTRACTION for a model without a head, suits all."""
-
-
 def _task_errors(folder: Path, family: str) -> list[str]:
     task = adapter_config(folder).get("task_type")
-    known = (*_TASKS.get(family, ()), "FEATURE_EXTRACTION")
-    if task is None or task in known:
+    known = FAMILIES[family].peft_task or "FEATURE_EXTRACTION"
+    if task in (None, known, "FEATURE_EXTRACTION"):  # the last is of a model without a head, and suits all
         return []
     return [
         f"Invalid task_type {task} in {folder}/adapter_config.json: the model is loaded as {family}, whose head is "
-        f"another; name an adapter that was trained for it ({known[0]})."
+        f"another; name an adapter that was trained for it ({known})."
     ]
 
 

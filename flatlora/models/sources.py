@@ -71,6 +71,15 @@ def described(config: ModelConfig) -> transformers.PreTrainedConfig:
         return transformers.AutoConfig.from_pretrained(source, **NO_FOREIGN_CODE, **options)
 
 
+def saved_dtype(config: ModelConfig) -> str:
+    """The dtype that a model's weights were saved in, as its config.json says.
+
+    Raises:
+        ConfigError: as `described`.
+    """
+    return str(described(config).dtype or "float32").removeprefix("torch.")
+
+
 _MOST = (  # of what a name says; the first that fits
     (re.compile(r"layer|block|expert|heads"), 10_000),
     (re.compile(r"image_size|sample_size|patch_size"), 16_384),
@@ -160,6 +169,17 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Floating-point tensors that hold NaN or infinity, as one validation error; none where all are finite."""
     names = [name for name, tensor in tensors.items() if tensor.dtype in _PLAIN and not _is_finite(tensor)]
     return [f"{in_short(names)} with NaN or infinity"] if names else []
+
+
+def validate_finite(model: nn.Module, name: str) -> None:
+    """
+    Raises:
+        ConfigError: weights hold NaN or infinity.
+    """
+    if broken := not_finite(model.state_dict()):
+        raise ConfigError(
+            [f"Invalid weights of {name}: {broken[0]}; copy the model again, or use the last one that was whole."]
+        )
 
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -148,7 +148,6 @@ class StepRecorder(TrainerCallback):
         seconds = time.perf_counter() - self._window_started
         steps, self._window_started = state.global_step - self._window_step, None
         self.step_seconds[-steps:] = [seconds / steps] * steps
-        rate = "tokens_per_s" if self.trainer.experiment.dataset.kind == "text" else "images_per_s"
         sigma = self.regularizer.sigma_at(state.global_step - 1) if self.regularizer else 0.0
         return {
             "step": state.global_step,
@@ -157,7 +156,7 @@ class StepRecorder(TrainerCallback):
             "lr": logs["learning_rate"],
             "grad_norm": float(logs["grad_norm"]),
             "sigma": sigma,
-            rate: round(units / seconds, 1),
+            f"{self.trainer.family.unit}_per_s": round(units / seconds, 1),
         }
 
 

@@ -23,6 +23,7 @@ from flatlora.config.experiment import Experiment
 from flatlora.fused.acceleration import GraphedMicroStep
 from flatlora.fused.lora_linear import fused_throughout
 from flatlora.methods import AdapterMethod, Training, uses_kernels
+from flatlora.models.family import FAMILIES
 from flatlora.models.starts import load_adapter, mark_checkpoint
 from flatlora.train import checkpoint
 from flatlora.train.distributed import is_main_process, zero_step
@@ -32,8 +33,6 @@ from flatlora.train.saving import BackgroundWriter, to_host
 from flatlora.utils.files import out_of_space
 from flatlora.utils.labels import IGNORED_LABEL, row_losses
 from flatlora.utils.precision import autocast, choose_precision
-
-_GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured graph for each
 
 
 class FlatTrainer(Trainer):
@@ -51,9 +50,8 @@ class FlatTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.method, self.regularizer = method, recorder.regularizer
-        # An encoder-decoder's forward takes any keyword and ignores the token count of the whole batch: its loss is the
-        # mean of a micro-batch, which Trainer must then divide by the number of micro-batches.
-        self.model_accepts_loss_kwargs = experiment.model.family == "causal_lm"
+        self.family = FAMILIES[experiment.model.family]
+        self.model_accepts_loss_kwargs = self.family.token_mean  # else Trainer divides by the number of micro-batches
         self.experiment, self.data_sha256, self.base, self.recorder = experiment, data_sha256, base, recorder
         self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
         self.step_units = torch.zeros((), device=self.args.device)  # tokens, or images, since the newest row
@@ -236,39 +234,26 @@ class FlatTrainer(Trainer):
             load_adapter(self.model, folder, name)
 
     def _graphed_micro_step(self) -> GraphedMicroStep | None:
-        """Replayed micro-steps where nothing in them needs the host: a decoder-only or a diffusion model on GPUs.
+        """Replayed micro-steps where nothing in them needs the host.
 
         ZeRO listens to every parameter whose gradient autograd adds up: it must be none.
         """
-        machine, diffusion = self.experiment.trainer, self._on_gpu and self.experiment.model.family == "sdxl"
-        if not (self._needs_no_mask or diffusion) or machine.gradient_checkpointing or self.args.fp16:
+        machine = self.experiment.trainer
+        if not (self._on_gpu and self.family.graphed) or machine.gradient_checkpointing or self.args.fp16:
             return None  # GradScaler wants each loss before its backward
         if machine.zero and not fused_throughout(self.model):
             return None
-        if diffusion:
-            return GraphedMicroStep(self._denoising_loss, self.model, largest=None)
-        return GraphedMicroStep(self._micro_loss, self.model)
+        return GraphedMicroStep(self._micro_loss, self.model, largest=self.family.largest_graph)
 
     @property
     def _on_gpu(self) -> bool:
         return uses_kernels(self.experiment) and self.args.device.type == "cuda"
 
-    @property
-    def _needs_no_mask(self) -> bool:
-        """Rows are padded on the right, so that a causal model needs no mask: no token with a loss sees the padding."""
-        return self._on_gpu and self.experiment.model.family == "causal_lm"
-
     def _without_mask(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On a GPU, where transformers would look at the mask on the host and wait for the device."""
-        return {key: inputs[key] for key in ("input_ids", "labels")} if self._needs_no_mask else inputs
+        return self.family.without_mask(inputs) if self._on_gpu else inputs
 
     def _micro_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        with self.autocast_smart_context_manager():
-            return self.model(
-                input_ids=inputs["input_ids"], labels=inputs["labels"], num_items_in_batch=inputs["items"]
-            ).loss
-
-    def _denoising_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.autocast_smart_context_manager():
             return self.model(**inputs).loss
 
@@ -276,24 +261,10 @@ class FlatTrainer(Trainer):
         """A micro-step of `GraphedMicroStep`."""
         if not self.model.training:  # after an evaluation; DDP's own flag would not tell
             model.train()
-        static = self._static_inputs(self._prepare_inputs(inputs), items)
+        shares = self.current_gradient_accumulation_steps * self.args.world_size
+        static = self.family.graph_inputs(self._prepare_inputs(inputs), items, shares)
         loss = self.graphed(static, state=self.regularizer.state if self.regularizer else None)
         return loss * self.args.world_size  # as Trainer has it, whose mean over processes is that of all tokens
-
-    def _static_inputs(self, inputs: dict[str, Any], items: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What a captured micro-step reads, the step's mean in it.
-
-        Rows of a diffusion model are weighted. Lengths of text are rounded up, which `_needs_no_mask` allows.
-        """
-        if self.experiment.model.family == "sdxl":
-            shares = self.current_gradient_accumulation_steps * self.args.world_size
-            return {**inputs, "weights": inputs["weights"] / shares}
-        missing = -inputs["input_ids"].shape[1] % _GRAPH_LENGTHS
-        return {
-            "input_ids": nn.functional.pad(inputs["input_ids"], (0, missing)),
-            "labels": nn.functional.pad(inputs["labels"], (0, missing), value=IGNORED_LABEL),
-            "items": torch.as_tensor(items, device=self.args.device),
-        }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint of this moment, which counts once its manifest is written; training goes on meanwhile."""
@@ -395,5 +366,5 @@ def training_of(experiment: Experiment, arguments: TrainingArguments) -> Trainin
         world_size=arguments.world_size,
         fused=arguments.device.type == "cuda",
         autocast=choose_precision(experiment.trainer.autocast, experiment.model.dtype, arguments.device).autocast,
-        token_mean=experiment.model.family == "causal_lm",
+        token_mean=FAMILIES[experiment.model.family].token_mean,
     )

@@ -22,6 +22,7 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from flatlora import methods
 from flatlora.config.experiment import Experiment
+from flatlora.models.family import FAMILIES
 from flatlora.runs.metrics_log import MetricsLog
 from flatlora.runs.run_folder import RunFolder
 from flatlora.train import checkpoint
@@ -182,6 +183,7 @@ def training_arguments(
     optim, machine = experiment.optim, experiment.trainer
     processes = world_size()
     on_gpu = machine.device != "cpu" and torch.cuda.is_available()
+    label_name = FAMILIES[experiment.model.family].label_name
     accumulation = optim.batch_size // (machine.micro_batch_size * processes)
     epoch_steps = max(1, math.ceil(math.ceil(train_rows / (machine.micro_batch_size * processes)) / accumulation))
     arguments = TrainingArguments(
@@ -223,8 +225,8 @@ def training_arguments(
         deepspeed=deepspeed_settings(machine),
         remove_unused_columns=False,
         prediction_loss_only=True,
-        label_names=["noise"] if experiment.dataset.kind == "captioned" else None,  # what marks a row that has a loss
-        fp16=on_gpu and experiment.model.family == "sdxl" and experiment.model.dtype == "float16",  # for its GradScaler
+        label_names=[label_name] if label_name else None,  # what marks a row that has a loss
+        fp16=on_gpu and experiment.model.traits.scales_loss and experiment.model.dtype == "float16",  # for GradScaler
         disable_tqdm=True,
         report_to=[],
     )

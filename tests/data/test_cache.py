@@ -239,6 +239,6 @@ def test_a_hash_knows_where_rows_begin():
 
 
 def test_collating_costs_no_row(tokenizer):
-    collate = tokens.collator("causal_lm", tokenizer.pad_token_id)
+    collate = tokens.collator(tokenizer.pad_token_id, encoder_decoder=False)
     batch = collate([tokens.TokenRows.of([[5, 6]], [[7, 8]])[0]])
     assert torch.equal(batch["input_ids"][0, :4], torch.tensor([5, 6, 7, 8]))

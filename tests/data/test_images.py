@@ -87,7 +87,7 @@ def write_set(root, name, counts=(12, 6)):
 
 @pytest.fixture(scope="module")
 def processor():
-    return loading.load_image_processor(clip_config())
+    return loading.load_processor(clip_config())
 
 
 def clip_config(**changes):
@@ -507,7 +507,7 @@ def test_an_adapter_loads_on_transformers_own_vision_model(tmp_path, settings):
     plain.vision_model, plain.visual_projection = whole.vision_model, whole.visual_projection
     loaded = PeftModel.from_pretrained(plain, str(run_folder(words) / "adapter"))
     config = clip_config(dtype="float32")
-    rows = images.prepared(dataset("digits", "dataset.test_rows=4"), None, loading.load_image_processor(config))
+    rows = images.prepared(dataset("digits", "dataset.test_rows=4"), None, loading.load_processor(config))
     pixels = torch.stack([rows.test[i]["pixel_values"] for i in range(4)])
     ours = loading.load_backbone(config, torch.device("cpu"), rows.classes)
     ours = PeftModel.from_pretrained(ours, str(run_folder(words) / "adapter"))

@@ -281,6 +281,6 @@ def test_seq2seq_loss_is_that_of_single_rows(t5):
 
 
 def test_each_family_has_its_collator():
-    assert isinstance(tokens.collator("causal_lm", PAD), CausalCollator)
-    assert isinstance(tokens.collator("seq2seq", PAD), Seq2SeqCollator)
-    assert tokens.collator("causal_lm", EOS).pad_token_id == EOS
+    assert isinstance(tokens.collator(PAD, encoder_decoder=False), CausalCollator)
+    assert isinstance(tokens.collator(PAD, encoder_decoder=True), Seq2SeqCollator)
+    assert tokens.collator(EOS, encoder_decoder=False).pad_token_id == EOS

@@ -16,7 +16,8 @@ from data import text_to_image
 from flatlora import methods
 from flatlora.config.sections import DiffusionModelConfig
 from flatlora.methods import Start
-from flatlora.models import diffusion, latents, loading, sources
+from flatlora.models import diffusion, latents, loading, scorers, sources
+from flatlora.models.families import sdxl
 from flatlora.models.latents import LatentRows, collate_latents
 from flatlora.train.samplers import BucketSampler
 from flatlora.utils.errors import ConfigError
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def config_of(**changes):
-    settings = {"name": "sdxl_tiny", "hub_id": loading.RANDOM_SDXL, "family": "sdxl", "embedded": "random-sdxl"}
+    settings = {"name": "sdxl_tiny", "hub_id": sdxl.RANDOM_SDXL, "family": "sdxl", "embedded": "random-sdxl"}
     return DiffusionModelConfig(**settings | {"dtype": "float32", "captioner": None} | changes)
 
 
@@ -400,7 +401,7 @@ def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_
     torch.testing.assert_close(peft_drew, ours, rtol=1e-4, atol=1e-4)
     loaded, processor, told = loading.load_for_inference(str(tmp_path), None, CPU)
     assert processor is None
-    assert told["base"] == loading.RANDOM_SDXL
+    assert told["base"] == sdxl.RANDOM_SDXL
     if not train_text:  # an adapter of the text encoders needs the run that says so
         drew = drawn(diffusion.pipeline_of(loaded.get_base_model(), config, source, CPU))
         torch.testing.assert_close(drew, ours, rtol=1e-4, atol=1e-4)
@@ -494,11 +495,11 @@ def test_a_hub_that_is_out_of_reach_is_no_broken_pipeline(monkeypatch):
 
 def test_errors_name_the_setting_that_was_given(tmp_path):
     with pytest.raises(ConfigError, match=r"Cannot load model\.vae_id=\./nope: there is no such folder"):
-        loading.size_errors(config_of(vae_id="./nope"), [(64, 64)])
+        sdxl.size_errors(config_of(vae_id="./nope"), [(64, 64)])
     with pytest.raises(ConfigError, match=r"eval\.text_to_image\.clip=\./nope"):
-        loading.check_clip("./nope")
+        scorers.check_clip("./nope")
     with pytest.raises(ConfigError, match=r"eval\.text_to_image\.captioner=\./nope"):
-        loading.check_captioner("./nope")
+        scorers.check_captioner("./nope")
 
 
 def _without_diffusers():
@@ -508,9 +509,9 @@ def _without_diffusers():
 
 
 def test_sizes_that_the_parts_cannot_halve_are_refused():
-    assert loading.size_errors(config_of(), [(68, 68)]) == []
-    assert "multiples of 8" in loading.size_errors(config_of(), [(68, 68)], drawn=True)[0]
-    (message,) = loading.size_errors(config_of(), [(64, 64), (64, 62)])
+    assert sdxl.size_errors(config_of(), [(68, 68)]) == []
+    assert "multiples of 8" in sdxl.size_errors(config_of(), [(68, 68)], drawn=True)[0]
+    (message,) = sdxl.size_errors(config_of(), [(64, 64), (64, 62)])
     assert "pictures of 64 × 62 pixels, and both sides must be multiples of 4" in message
 
 

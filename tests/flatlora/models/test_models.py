@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, L
 import run_exp
 from flatlora.config.sections import ModelConfig
 from flatlora.experiment.run import EXIT_CONFIG
-from flatlora.models import loading
+from flatlora.models import loading, scorers
 from flatlora.models.clip import Classes
 from flatlora.models.random_weights import write_random_clip
 from flatlora.utils import precision
@@ -149,7 +149,7 @@ def test_a_clip_without_some_weights_is_refused(tmp_path, part):
     classes = Classes(["a", "b"], [["a"], ["b"]])
     for load in (
         lambda: loading.load_backbone(config, CPU, classes),
-        lambda: loading.load_clip(str(folder), CPU),
+        lambda: scorers.load_clip(str(folder), CPU),
     ):
         with pytest.raises(ConfigError, match=f"do not make a whole CLIPModel: .*{part}"):
             load()

@@ -120,7 +120,7 @@ def with_fused_layers_alone(words):
     """`run_exp.main` with the micro-steps of a GPU."""
     import run_exp
 
-    trainer.FlatTrainer._needs_no_mask = property(lambda _: True)
+    trainer.FlatTrainer._on_gpu = property(lambda _: True)
     acceleration.accelerate = lambda model, device: [f"{acceleration.fuse(model)} fused LoRA layers"]
     return run_exp.main(words)
 

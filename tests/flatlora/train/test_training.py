@@ -286,7 +286,7 @@ def test_buffered_micro_steps_are_the_plain_ones_from_the_first_to_the_last(tiny
         "trainer.autocast=none",
     ]
     assert run_exp.main([*settings, "wandb.name=plain"]) == 0
-    monkeypatch.setattr(FlatTrainer, "_needs_no_mask", property(lambda trainer: True))
+    monkeypatch.setattr(FlatTrainer, "_on_gpu", property(lambda trainer: True))
     monkeypatch.setattr(acceleration, "accelerate", lambda model, device: [str(fuse(model))])
     assert run_exp.main([*settings, "wandb.name=buffered"]) == 0
     (root,) = [word.partition("=")[2] for word in settings if word.startswith("results_root=")]

@@ -1,0 +1,208 @@
+"""Kinds of benchmarks, by the rows that they score: which rows a command asks, and who answers in this process."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from eval.backends.clip import CLIPBackend
+from eval.backends.diffusion import DiffusionBackend
+from eval.backends.hf import HFBackend
+from eval.place import OTHER_VERSION, ResolvedModel
+from flatlora.config.families import trains_on
+from flatlora.config.settings import Section
+from flatlora.experiment.plugins import Benchmark
+from flatlora.inputs.captioned import pictures_of_run
+from flatlora.inputs.images import ImageRows, LabeledImages, check_images, name_error, read_images, read_listed
+from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
+from flatlora.models.clip import Classes
+from flatlora.models.family import FAMILIES
+from flatlora.models.loading import model_of
+from flatlora.models.processors import load_image_processor
+from flatlora.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from eval.command import Target
+
+BENCHMARK = "benchmark"  # rows=benchmark: its own rows, also for a run that has test rows
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that scores something.
+
+    Args:
+        module: the benchmark.
+        target: the keys of every benchmark.
+        given: the benchmark's own settings that are given.
+        resolve, configure: what is scored, and the benchmark's settings; each may raise a ConfigError.
+    """
+
+    module: Benchmark
+    target: Target
+    given: Mapping[str, Any]
+    resolve: Callable[[], ResolvedModel]
+    configure: Callable[[], Section]
+
+
+class BenchmarkKind(ABC):
+    """Benchmarks of one kind of rows (text, image, captioned).
+
+    Attributes:
+        backend: the class that answers with a model in memory.
+        does: what a run of a model of this kind does, for the user.
+        needs: whom its benchmarks score, for the user.
+        of_pictures: whether pictures are asked or drawn; words otherwise.
+        needs_run: whether only a run can be scored, and no model by itself.
+    """
+
+    backend: ClassVar[Callable[..., Any]]
+    does: ClassVar[str]
+    needs: ClassVar[str]
+    of_pictures: ClassVar[bool] = True
+    needs_run: ClassVar[bool] = False
+
+    @abstractmethod
+    def rows(self, command: Command) -> Sequence[Any]:
+        """The rows that a command asks.
+
+        Raises:
+            ConfigError: rows that are missing or cannot be scored, or keys of the command line that nothing reads.
+        """
+
+    def backend_settings(self, place: ResolvedModel, dtype: str) -> dict[str, Any]:
+        """Keywords of `backend` that only this kind has; `dtype` is that of the weights."""
+        return {}
+
+
+class Text(BenchmarkKind):
+    """Words are asked for, or given answers weighed."""
+
+    backend = HFBackend
+    does, needs = "writes words", "a language model"
+    of_pictures = False
+
+    def rows(self, command: Command) -> Sequence[Any]:
+        module, data_root = command.module, command.target.data_root
+        path = _rows_file(command)
+        if path:
+            unread = {"data_root": data_root, "template": command.given.get("template")}
+            if errors := [
+                f"Invalid {key}={value}: nothing reads it, for the rows are those of {path}; drop it."
+                for key, value in unread.items()
+                if value is not None
+            ]:
+                raise ConfigError(errors)
+            rows, source = read_jsonl(path), str(path)
+            typed_columns(rows, module.row_columns, source)
+        else:
+            data_root = data_root or command.resolve().data_root
+            rows, source = module.benchmark_rows(data_root, command.configure()), "the benchmark's own rows"
+        module.check_rows(rows, source, command.configure())
+        return rows
+
+
+def _rows_file(command: Command) -> Path | None:
+    """The file whose rows are asked; None for the benchmark's own: no run, or one whose data set has no test rows."""
+    rows = command.target.rows
+    if rows == BENCHMARK:
+        return None
+    if rows:
+        path = Path(rows)
+        if not path.is_file():
+            columns = " and ".join(command.module.row_columns)
+            raise ConfigError([f"Invalid rows={path}: no such file; name a .jsonl file with {columns}."])
+        return path
+    run = None if command.module.own_rows else command.resolve().run
+    if run is None:
+        return None
+    path = run / "test.jsonl"
+    if not path.is_file():  # the benchmark's own prompts would be others than the run's
+        raise ConfigError(
+            [f"Missing file {path}: a run's test rows are in it; copy the run's folder whole, or name rows=FILE."]
+        )
+    return path if path.stat().st_size else None
+
+
+class Image(BenchmarkKind):
+    """Pictures are told apart: those of rows=FILE, of the run's test split, or the benchmark's own."""
+
+    backend = CLIPBackend
+    does = "tells pictures apart and has no words"
+    needs = "a run that says which classes of pictures there are"
+    needs_run = True
+
+    def rows(self, command: Command) -> Sequence[Any]:
+        module, target, place, config = command.module, command.target, command.resolve(), command.configure()
+        if place.run is None or not trains_on(place.model.family, module.kind):
+            return []  # which the command reports
+        unread = ["data_root"] if target.rows and target.data_root else []
+        if not module.row_columns:  # the benchmark has pictures of its own
+            unread = [key for key in ("rows", "data_root") if getattr(target, key)]
+        if unread:
+            raise ConfigError([f"Invalid {' and '.join(unread)}: the pictures are known without; leave the key out."])
+        classes, rows, source = Classes.of_run(place.run).names, [], "the benchmark's own pictures"
+        if module.row_columns:
+            if target.rows:
+                images, count = read_listed(Path(target.rows), *module.row_columns), None
+            else:
+                images, count = _test_split(place.dataset, target.data_root or place.data_root)
+            if message := name_error(images, classes, "the run's classes.json"):
+                raise ConfigError(
+                    [f"Invalid classes of {images.source}: {message}; name pictures of the same classes."]
+                )
+            source, places = images.source, range(min(len(images.labels), count or len(images.labels)))
+            processor = load_image_processor(place.model)
+            rows = ImageRows(images, np.array(places), processor, check_images(images, places))
+        module.check_rows(rows, source, config, classes=classes)
+        return rows
+
+
+def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[LabeledImages, int | None]:
+    """The test split of a run's data set, and how many of its rows the run takes."""
+    try:
+        source = Source(dataset["hub_id"], dataset["hub_config"], dataset["test_split"], dataset.get("revision"))
+        columns = {"image": dataset["image_column"], "label": dataset["label_column"]}
+    except KeyError as error:
+        raise ConfigError(
+            [f"Invalid dataset in the run's config.yaml: {error} is missing; {OTHER_VERSION}."]
+        ) from error
+    return read_images(source, **columns, data_root=data_root), dataset.get("test_rows")
+
+
+class Captioned(BenchmarkKind):
+    """Pictures are drawn, and compared with those that the run was trained on."""
+
+    backend = DiffusionBackend
+    does, needs = "makes pictures and has no words", "a text-to-image model"
+
+    def rows(self, command: Command) -> Sequence[Any]:
+        module, target, place, config = command.module, command.target, command.resolve(), command.configure()
+        if target.rows:
+            raise ConfigError(
+                [
+                    f"Invalid rows={target.rows}: prompts=FILE.yaml says what is drawn, and the run what it is "
+                    "compared with."
+                ]
+            )
+        rows: Sequence[Any] = []
+        if place.run is not None and trains_on(place.model.family, module.kind):
+            rows = pictures_of_run(place.run, place.dataset, target.data_root or place.data_root)
+        model = place.model or model_of(place.weights)
+        gather(
+            lambda: module.check_settings(config, model),
+            lambda: module.check_rows(rows, "the run's training pictures", config, model=model),
+        )
+        return rows
+
+    def backend_settings(self, place: ResolvedModel, dtype: str) -> dict[str, Any]:
+        config = (place.model or model_of(place.weights)).model_copy(update={"dtype": dtype})
+        return FAMILIES[config.family].backend_settings(config)
+
+
+KINDS: dict[str, BenchmarkKind] = {"text": Text(), "image": Image(), "captioned": Captioned()}

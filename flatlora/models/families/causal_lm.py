@@ -1,0 +1,59 @@
+"""Decoder-only language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from flatlora.fused.acceleration import GRAPH_TOKENS
+from flatlora.models.family import FAMILIES
+from flatlora.models.language import LanguageModel
+from flatlora.utils.labels import IGNORED_LABEL
+
+# Encoders that transformers also loads as causal models: with is_decoder they are, without it they see the future.
+_BIDIRECTIONAL = {"bert-generation", *(MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+_GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured graph for each
+
+
+@FAMILIES.register("causal_lm")
+class CausalLM(LanguageModel):
+    """Rows are padded on the right, so that no token with a loss sees the padding: no mask is needed."""
+
+    auto = transformers.AutoModelForCausalLM
+    peft_task = "CAUSAL_LM"
+    token_mean = True
+    graphed = True
+    largest_graph = GRAPH_TOKENS
+
+    def mismatch(self, described: PreTrainedConfig) -> str | None:
+        if getattr(described, "is_encoder_decoder", False):
+            return "it is an encoder-decoder; use model.family=seq2seq, or name a decoder-only model"
+        if described.model_type == "xlnet":
+            return "it predicts tokens in permuted order and sees those that follow; name a decoder-only model"
+        decodes = getattr(described, "is_decoder", False) or getattr(described, "causal", False)
+        if described.model_type in _BIDIRECTIONAL and not decodes:
+            return "it is an encoder, whose tokens see those that follow; name a decoder-only model"
+        return None
+
+    def without_mask(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {key: inputs[key] for key in ("input_ids", "labels")}
+
+    def graph_inputs(
+        self, inputs: dict[str, torch.Tensor], items: torch.Tensor, shares: int
+    ) -> dict[str, torch.Tensor]:
+        """Lengths are rounded up, which padding on the right allows."""
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        missing = -ids.shape[1] % _GRAPH_LENGTHS
+        return {
+            "input_ids": functional.pad(ids, (0, missing)),
+            "labels": functional.pad(labels, (0, missing), value=IGNORED_LABEL),
+            "num_items_in_batch": torch.as_tensor(items, device=ids.device),
+        }

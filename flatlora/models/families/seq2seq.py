@@ -1,0 +1,27 @@
+"""Encoder-decoder language models, such as T5.
+
+Their forward takes any keyword and ignores the token count of a whole optimizer step: the loss is the mean of a
+micro-batch (`token_mean` is False).
+"""
+
+from __future__ import annotations
+
+import transformers
+from transformers import PreTrainedConfig
+
+from flatlora.models.family import FAMILIES
+from flatlora.models.language import LanguageModel
+
+
+@FAMILIES.register("seq2seq")
+class Seq2Seq(LanguageModel):
+    """An encoder reads the prompts, a decoder writes the answers."""
+
+    auto = transformers.AutoModelForSeq2SeqLM
+    encoder_decoder = True
+    peft_task = "SEQ_2_SEQ_LM"
+
+    def mismatch(self, described: PreTrainedConfig) -> str | None:
+        if getattr(described, "is_encoder_decoder", False):
+            return None
+        return "it has no encoder and decoder; use model.family=causal_lm, or name a T5"
