@@ -246,7 +246,7 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
         if damage := _damage(path.parent, record):
             problems.append(f"{path.parent} was damaged since ({'; '.join(damage)}); the numbers of its record count.")
         try:
-            measured, more = _flatness(path.with_name("flatness.json"), adapter)
+            measured, more = _flatness(path.with_name("flatness.json"), adapter, experiment.seed)
         except BROKEN as error:
             measured, more = {}, {}
             told = f"{type(error).__name__}: {str(error)[:200]}"
@@ -286,11 +286,11 @@ _HASHED_BYTES = 64 << 20  # what is larger is a model's weights, which whoever l
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], dict[str, float]]:
+def _flatness(path: Path, adapter_sha256: str | None, seed: int) -> tuple[dict[str, Any], dict[str, float]]:
     """How each part was measured, and {"flatness/<measure>": value}; nothing of a run that was not.
 
     Raises:
-        ValueError: the file is of other weights, or holds no numbers.
+        ValueError: the file is of other weights, was measured with noise of the training, or holds no numbers.
     """
     found = records.read_record(path, "measure anew with scripts/flatness.py")
     if found is None:
@@ -299,6 +299,11 @@ def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], d
         raise ValueError("it was measured on another adapter; measure this one with scripts/flatness.py")
     parts = found["parts"]
     how = {part: dict(values["how"]) for part, values in parts.items()}
+    if "rise" in how and "streams" not in how["rise"] and how["rise"].get("seed") == seed:
+        raise ValueError(  # an early version drew both from the same streams; those of other seeds differ
+            f"its rise was measured with the noise that the training of seed {seed} saw; measure anew with "
+            "scripts/flatness.py"
+        )
     metrics = {}
     for sigma, draws in parts["rise"]["draws"].items() if "rise" in parts else ():
         _validate_numbers(f"rise at σ = {float(sigma):g}", draws)
