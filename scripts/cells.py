@@ -260,7 +260,7 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
         if damage := _damage(path.parent, record):
             problems.append(f"{path.parent} is damaged ({'; '.join(damage)}); the numbers of its record count.")
         try:
-            measured, more = _flatness(path.with_name("flatness.json"), adapter)
+            measured, more = _flatness(path.with_name("flatness.json"), adapter, experiment.seed)
         except BROKEN as error:
             measured, more = {}, {}
             reason = f"{type(error).__name__}: {str(error)[:200]}"
@@ -300,11 +300,11 @@ _HASHED_BYTES = 64 << 20  # larger files are weights, which are hashed when they
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], dict[str, float]]:
+def _flatness(path: Path, adapter_sha256: str | None, seed: int) -> tuple[dict[str, Any], dict[str, float]]:
     """Settings of each part, and {"flatness/<measure>": value}; both are empty if the run was not measured.
 
     Raises:
-        ValueError: the file is of other weights, or has invalid numbers.
+        ValueError: the file is of other weights, was measured with the noise of the training, or has invalid numbers.
     """
     record = records.read_record(path, "measure again with scripts/flatness.py")
     if record is None:
@@ -313,6 +313,11 @@ def _flatness(path: Path, adapter_sha256: str | None) -> tuple[dict[str, Any], d
         raise ValueError("it was measured on another adapter; measure this one with scripts/flatness.py")
     parts = record["parts"]
     how = {part: dict(values["how"]) for part, values in parts.items()}
+    if "rise" in how and "streams" not in how["rise"] and how["rise"].get("seed") == seed:
+        raise ValueError(  # an early version drew both from the same streams; those of other seeds differ
+            f"its rise was measured with the noise that the training of seed {seed} saw; measure anew with "
+            "scripts/flatness.py"
+        )
     metrics = {}
     for sigma, draws in parts["rise"]["draws"].items() if "rise" in parts else ():
         _validate_numbers(f"rise at σ = {float(sigma):g}", draws)

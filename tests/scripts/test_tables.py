@@ -293,7 +293,7 @@ def test_a_changed_number_of_a_signed_record_is_left_out_and_damaged_files_are_n
 
 def measured(adapter, rises, **how):
     """A flatness.json as scripts/flatness.py writes it, with one part."""
-    part = {"how": {"rows": 512, "draws": 16, "seed": 0} | how, "draws": {"0.05": rises}}
+    part = {"how": {"rows": 512, "draws": 16, "seed": 0, "streams": 7} | how, "draws": {"0.05": rises}}
     return json.dumps({"adapter_sha256": adapter, "parts": {"rise": part}})
 
 
@@ -313,6 +313,18 @@ def test_flatness_fills_cells_if_it_is_of_the_runs_adapter_and_measured_as_the_t
     assert len(problems) == 2
     assert all("another adapter" in problem for problem in problems)
     assert "| LoRA | 0.0220 ± 0.0010 (3) | missing |" in table_formats.markdown(made)
+
+
+def test_a_rise_under_the_noise_of_the_training_itself_fills_no_cell(tmp_path):
+    """Before flatness had streams of its own, a measure of the run's own seed drew the ε that its training saw."""
+    for seed in (0, 5):
+        folder = write_run(tmp_path, ["experiment=study", "dataset=cola", f"seed={seed}"], 0.8, adapter_sha256="a")
+        found = json.loads(measured("a", [0.02, 0.03]))
+        del found["parts"]["rise"]["how"]["streams"]
+        (folder / "flatness.json").write_text(json.dumps(found))
+    made, (problem,) = made_of(tmp_path, "flatness")
+    assert list(made.cells["lora", "rise05"].by_seed) == [5]
+    assert "measured with the noise that the training of seed 0 saw; measure anew" in problem
 
 
 def test_a_broken_flatness_file_costs_its_numbers_alone(tmp_path):
