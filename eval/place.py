@@ -19,6 +19,7 @@ from flatlora.models.diffusion import INDEX
 from flatlora.models.family import FAMILIES
 from flatlora.models.loading import model_of
 from flatlora.models.saved_adapters import adapter_config
+from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.train import checkpoint
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError
@@ -106,10 +107,10 @@ def run_errors(run: Path, weights: Path) -> list[str]:
     if record is None:
         damage = []
     else:
-        damage = records.damage(
-            run, record, wanted=lambda name: name != "metrics.jsonl" and (in_adapter or not name.startswith("adapter/"))
+        damage = record.file_damage(
+            run, lambda name: name != "metrics.jsonl" and (in_adapter or not name.startswith("adapter/"))
         )
-        damage += records.settings_differ(run, record)
+        damage += record.settings_damage(run)
     errors = []
     if damage:
         errors.append(
@@ -125,9 +126,11 @@ def run_errors(run: Path, weights: Path) -> list[str]:
     return errors
 
 
-def _record(run: Path) -> dict[str, Any] | None:
-    remedy = "delete that file, then make it again with the run's command and resume=true"
-    return records.read_record(run / "run.json", remedy)
+def _record(run: Path) -> RunRecord | None:
+    return RunRecord.read(run, _REMEDY)
+
+
+_REMEDY = "delete that file, then make it again with the run's command and resume=true"
 
 
 def _with_base(place: ResolvedModel, base: str | None) -> ResolvedModel:
@@ -206,7 +209,7 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "config.yaml"
     if not os.path.lexists(path):
-        if os.path.lexists(folder / "run.json") and records.SIGNATURE in (_record(folder) or {}):
+        if records.SIGNATURE in (records.read_record(folder / RECORD_FILE, _REMEDY) or {}):  # else another program's
             raise ConfigError([f"Missing file {path}: write what run.json keeps under experiment there, as YAML."])
         return None
     try:
@@ -216,7 +219,7 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
     sections = [name for name in _RUN_SECTIONS if name in saved] if isinstance(saved, dict) else []
     if len(sections) == len(_RUN_SECTIONS):
         return saved
-    ran = any(os.path.isfile(folder / file) for file in ("run.json", "metrics.jsonl"))
+    ran = any(os.path.isfile(folder / file) for file in (RECORD_FILE, "metrics.jsonl"))
     if not ran or (saved and isinstance(saved, dict) and not sections):
         return None  # another program's
     if sections:
@@ -263,4 +266,5 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
 
 def _recorded_base(run: Path) -> str | None:
     """None before a run has ended, and of one whose record says nothing of it."""
-    return (_record(run) or {}).get("base")
+    record = _record(run)
+    return record.base if record else None

@@ -13,6 +13,7 @@ from typing import Any
 
 from eval.backends import Generator, Sampling
 from flatlora.inputs.rows import MOST_BYTES, jsonl, prompt_text, read_jsonl
+from flatlora.runs.record import RunRecord
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic, write_json
 from flatlora.utils.plain_files import read_plain
@@ -431,7 +432,8 @@ def _made_otherwise(path: Path) -> str | None:
     folder, run = path.parent, path.parent.parent.parent
     if folder.parent.name != "eval" or "-checkpoint-" in folder.name or "weights" not in made:
         return None
-    trained = (read_record(run / "run.json", "run it anew, or put a whole copy back") or {}).get("weights_sha256")
+    record = RunRecord.read(run, "run it anew, or put a whole copy back")
+    trained = record.weights_sha256 if record else None
     if trained in (None, made["weights"]):
         return None
     return f"holds answers of other weights ({made['weights'][:12]}) than those of {run} ({trained[:12]})"

@@ -3,20 +3,21 @@
 python examples/read_run_records.py [FOLDER]        # default: the runs of the study that are kept in results/study
 """
 
-import json
 import sys
 from pathlib import Path
+
+from flatlora.runs.record import RunRecord
 
 
 def main(folder: Path) -> list[tuple[str, ...]]:
     """Prints and returns (data set, method, σ, seed, metrics, backbone) of each finished run."""
     rows = []
     for path in sorted(folder.rglob("run.json")):
-        record = json.loads(path.read_text())
-        if record["status"] != "finished":
+        record = RunRecord.read(path.parent)
+        if not record.is_finished:
             continue
-        experiment, hashes = record["experiment"], record["backbone_sha256"]
-        scores = {name: value for name, value in record["metrics"].items() if "/" in name and not name.endswith("/n")}
+        experiment = record.experiment
+        scores = {name: value for name, value in record.metrics.items() if "/" in name and not name.endswith("/n")}
         rows.append(
             (
                 experiment["dataset"]["name"],
@@ -24,7 +25,7 @@ def main(folder: Path) -> list[tuple[str, ...]]:
                 f"{experiment['rho']['name']} {experiment['rho']['sigma']:g}",
                 str(experiment["seed"]),
                 "  ".join(f"{name} {value:.3f}" for name, value in scores.items() if isinstance(value, float)),
-                "unchanged" if hashes["before"] == hashes["after"] else "CHANGED",
+                "unchanged" if record.backbone_sha256.unchanged else "CHANGED",
             )
         )
     for row in rows:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flatlora.inputs.rows import jsonl
 from flatlora.runs import environment
+from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import files
 from scripts.bench_gpu import random_backbone
 
@@ -97,18 +98,18 @@ def one_run(root: Path, name: str, words: list[str], steps: int) -> dict[str, An
     command += [f"dataset.max_length={LENGTH}", f"optim.batch_size={BATCH}", f"trainer.micro_batch_size={MICRO_BATCH}"]
     command += [f"trainer.max_steps={steps}", "dataset.validation_rows=0", "eval=[]", "rho=flat", "rho.sigma=0.05"]
     subprocess.run([*command, *words], cwd=PROJECT, check=True)
-    folder = next(results_root.glob("*/*/*/run.json")).parent
-    record = json.loads((folder / "run.json").read_text())
+    folder = next(results_root.glob(f"*/*/*/{RECORD_FILE}")).parent
+    record = RunRecord.read(folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
     return {
         "tokens_per_s": statistics.median(rates[LEFT_OUT:] or rates),
-        "peak_gpu_gib": record["memory"]["peak_gpu_gib"],
+        "peak_gpu_gib": record.memory.peak_gpu_gib,
         "losses": [row["loss"] for row in rows if "loss" in row],
-        "distributed": record["distributed"],
-        "noise_sha256": record["perturbation"]["noise_sha256"],
-        "mode": record["perturbation"]["mode"],
-        "backbone_unchanged": record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"],
+        "distributed": record.distributed.model_dump(),
+        "noise_sha256": record.perturbation["noise_sha256"],
+        "mode": record.perturbation["mode"],
+        "backbone_unchanged": record.backbone_sha256.unchanged,
     }
 
 

@@ -21,6 +21,7 @@ import eval as benchmarks
 import run_exp
 from flatlora.config.experiment import Experiment, parse
 from flatlora.config.settings import Section, build_section, setting
+from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
 
@@ -241,26 +242,26 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
     paths, problems = _records_below(results)
     for path in paths:
         try:
-            record = records.read_record(path)
-            if record["status"] != "finished":
-                problems.append(f"{path.parent} is {record['status']}.")
+            record = RunRecord.read(path.parent)
+            if not record.is_finished:
+                problems.append(f"{path.parent} is {record.status}.")
                 continue
-            experiment = parse(record["experiment"], run_exp.SUITE)
+            experiment = parse(record.experiment, run_exp.SUITE)
             metrics = {
                 name: value
-                for name, value in record["metrics"].items()
+                for name, value in record.metrics.items()
                 if value is not None and not name.startswith("flatness/")  # read from flatness.json instead
             }
             if wrong := [name for name, value in metrics.items() if not _is_number(value)]:
                 raise ValueError(f"{wrong[0]} is not a finite number")
-            train_s, adapter = float(record["timing"]["train_s"]), record.get("adapter_sha256")
+            train_s = float(record.timing.train_s)
         except BROKEN as error:
             problems.append(f"{path.parent} has no valid run.json ({type(error).__name__}: {str(error)[:200]}).")
             continue
         if damage := _damage(path.parent, record):
             problems.append(f"{path.parent} is damaged ({'; '.join(damage)}); the numbers of its record count.")
         try:
-            measured, more = _flatness(path.with_name("flatness.json"), adapter, experiment.seed)
+            measured, more = _flatness(path.with_name("flatness.json"), record.adapter_sha256, experiment.seed)
         except BROKEN as error:
             measured, more = {}, {}
             reason = f"{type(error).__name__}: {str(error)[:200]}"
@@ -279,18 +280,16 @@ def _records_below(results: Path) -> tuple[list[Path], list[str]]:
     for parent, folders, names in os.walk(results, onerror=on_error):
         if Path(parent) == results:
             folders[:] = [name for name in folders if name not in NOT_RUNS]
-        if "run.json" in (*folders, *names):
-            paths.append(Path(parent, "run.json"))
+        if RECORD_FILE in (*folders, *names):
+            paths.append(Path(parent, RECORD_FILE))
     return sorted(paths), problems
 
 
-def _damage(run: Path, record: Mapping[str, Any]) -> list[str]:
+def _damage(run: Path, record: RunRecord) -> list[str]:
     """Damage of a run's files and answers; of weights only sizes are compared, and of a lone record only its files."""
     if records.is_alone(run):
-        return records.damage(run, record, wanted=lambda name: os.path.lexists(run / name))
-    problems = [*records.damage(run, record, largest_bytes=_HASHED_BYTES), *records.settings_differ(run, record)]
-    names = record["experiment"]["eval"] if records.FILES in record else ()
-    return [*problems, *(problem for name in names for problem in records.answers_damage(run / "eval" / name))]
+        return record.file_damage(run, lambda name: os.path.lexists(run / name))
+    return record.damage(run, largest_bytes=_HASHED_BYTES, scores=False)
 
 
 _HASHED_BYTES = 64 << 20  # larger files are weights, which are hashed when they are loaded

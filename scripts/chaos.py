@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import psutil
 
+from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.train import checkpoint
 
 PROJECT = Path(__file__).parents[1]
@@ -206,8 +206,7 @@ def fill_the_disk(job: Job, draw: random.Random) -> None:
 
 
 def _is_finished(place: Path) -> bool:
-    records = list(place.glob("*/*/*/run.json"))
-    return bool(records) and json.loads(records[0].read_text())["status"] == "finished"
+    return any(RunRecord.read(path.parent).is_finished for path in place.glob(f"*/*/*/{RECORD_FILE}"))
 
 
 def adapter_sha256(place: Path) -> str:

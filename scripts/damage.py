@@ -39,6 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import run_exp
 from eval import command
 from flatlora.experiment.run import EXIT_INTERRUPTED
+from flatlora.runs.record import RunRecord
 from flatlora.train.recorder import StepRecorder
 from flatlora.utils.staging import remove
 from scripts import cells, flatness
@@ -340,11 +341,11 @@ def _run(work: Path) -> Path:
 
 def _results(run: Path) -> Any:
     """The results of a run, without those of the clock."""
-    record = json.loads((run / "run.json").read_bytes())
+    record = RunRecord.read(run)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
     adapter = hashlib.sha256((run / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
-    return record["status"], record["metrics"], rows, adapter, _answers(run / "eval/gsm8k")
+    return record.status, record.metrics, rows, adapter, _answers(run / "eval/gsm8k")
 
 
 def _answers(folder: Path) -> Any:

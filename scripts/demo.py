@@ -7,7 +7,6 @@ this takes on this machine, estimated from measured steps.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -24,8 +23,10 @@ from eval import command
 from flatlora import methods
 from flatlora.fused import acceleration
 from flatlora.models import loading
+from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import precision
 from flatlora.utils.console import quiet_libraries
+from flatlora.utils.records import read_record
 from scripts import bench
 
 PROJECT = Path(__file__).parents[1]
@@ -81,10 +82,9 @@ def main() -> int:
     words = ["HuggingFaceTB/SmolLM2-135M-Instruct", f"rows={folders['LoRA'] / 'test.jsonl'}", f"out={zero_shot}"]
     if code := command.main("gsm8k", [*words, *ANSWERS, "device=cpu"]):
         return code
-    console.print(
-        comparison({name: _read(path / "run.json") for name, path in folders.items()}, _read(zero_shot / "score.json"))
-    )
-    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes. Records: {FOLDER}/<name>/{SEED}/run.json")
+    records = {name: RunRecord.read(path) for name, path in folders.items()}
+    console.print(comparison(records, read_record(zero_shot / "score.json")))
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes. Records: {FOLDER}/<name>/{SEED}/{RECORD_FILE}")
     return 0
 
 
@@ -119,7 +119,7 @@ def expected_minutes(seconds: dict[str, float]) -> float:
     return (STEPS * (seconds["LoRA"] + seconds["Flat-LoRA"]) + ANSWERING_STEPS * seconds["LoRA"]) / 60
 
 
-def comparison(records: dict[str, dict[str, Any]], zero_shot: dict[str, Any]) -> Table:
+def comparison(records: dict[str, RunRecord], zero_shot: dict[str, Any]) -> Table:
     """The demo's table; every number is read from a record."""
     n = zero_shot["n"]
     table = Table(title=f"SmolLM2-135M, {n} held-out problems, exact match", title_justify="left")
@@ -127,20 +127,15 @@ def comparison(records: dict[str, dict[str, Any]], zero_shot: dict[str, Any]) ->
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("zero-shot", f"{100 * zero_shot['metrics']['exact_match']:.1f} %", "—", "—", "—", "—")
     for name, record in records.items():
-        hashes = record["backbone_sha256"]
         table.add_row(
             name,
-            f"{100 * record['metrics']['gsm8k/exact_match']:.1f} %",
-            f"{record['metrics']['train_loss']:.3f}",
-            f"{record['timing']['step_s_median']:.2f} s",
-            f"{record['memory']['peak_rss_gib']:.2f} GiB",
-            "yes" if hashes["before"] == hashes["after"] else "NO",
+            f"{100 * record.metrics['gsm8k/exact_match']:.1f} %",
+            f"{record.metrics['train_loss']:.3f}",
+            f"{record.timing.step_s_median:.2f} s",
+            f"{record.memory.peak_rss_gib:.2f} GiB",
+            "yes" if record.backbone_sha256.unchanged else "NO",
         )
     return table
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 if __name__ == "__main__":

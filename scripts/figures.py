@@ -35,6 +35,7 @@ from scipy import stats
 
 from eval.picture_grid import grid_figure
 from flatlora.runs.metrics_log import MetricsLog
+from flatlora.runs.record import RunRecord
 from flatlora.utils import records
 from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
@@ -273,7 +274,8 @@ def _curve(path: Path) -> np.ndarray:
     Raises:
         ValueError: there are too few rows, rows without numbers, or rows that the run did not write.
     """
-    if damage := records.damage(path.parent, records.read_record(path.with_name("run.json")) or {}, wanted=_is_log):
+    record = RunRecord.read(path.parent)
+    if record and (damage := record.file_damage(path.parent, lambda name: name == "metrics.jsonl")):
         raise ValueError(damage[0])
     rows = [(float(row["step"]), float(row["loss"])) for row in MetricsLog(path).rows() if "loss" in row]
     if len(rows) < SMOOTHED_ROWS:
@@ -281,10 +283,6 @@ def _curve(path: Path) -> np.ndarray:
     steps, losses = np.array(rows).T
     smooth = np.convolve(losses, np.ones(SMOOTHED_ROWS) / SMOOTHED_ROWS, mode="valid")
     return np.stack([steps[SMOOTHED_ROWS - 1 :], smooth], axis=1)
-
-
-def _is_log(name: str) -> bool:
-    return name == "metrics.jsonl"
 
 
 def sharpness(flatness: cells.TableData) -> plt.Figure | None:

@@ -89,7 +89,7 @@ def _inputs(run: Path, experiment: Experiment, device: torch.device) -> Inputs:
                 "needs a deterministic loss; name runs of language or image models."
             ]
         )
-    inputs, trained_on = run_exp.prepare(experiment, device), RunFolder(run).record["data_sha256"]
+    inputs, trained_on = run_exp.prepare(experiment, device), RunFolder(run).record.data_sha256
     if inputs.data_sha256 != trained_on:
         raise ConfigError(
             [
@@ -136,13 +136,13 @@ def _experiment(run: Path, data_root: str | None) -> Experiment:
         ConfigError: the run is not finished, has no adapter or model, or its weights are packed.
     """
     record = RunFolder(run).record
-    if record is None or record["status"] != "finished" or not os.path.isdir(run / "adapter"):
+    if record is None or not record.is_finished or not os.path.isdir(run / "adapter"):
         raise ConfigError(
             [f"Invalid run {run}: it must be finished and have its adapter/; finish it, or name another."]
         )
-    if damage := records.damage(run, record, wanted=lambda name: name.startswith(("adapter/", "classes.json"))):
+    if damage := record.file_damage(run, lambda name: name.startswith(("adapter/", "classes.json"))):
         raise ConfigError([f"Invalid run {run}: {'; '.join(damage)}; restore it by its command with resume=true."])
-    experiment = parse(record["experiment"], run_exp.SUITE)
+    experiment = parse(record.experiment, run_exp.SUITE)
     if experiment.model.quantize != "none":
         raise ConfigError(
             [f"Invalid run {run}: its backbone is packed (model.quantize), so small shifts of W would be lost."]
@@ -163,7 +163,7 @@ def measure(run: Path, experiment: Experiment, inputs: Inputs, options: argparse
         "hessian": asked | {"probes": options.probes},
         "landscape": asked | {"radius": options.radius, "points": options.points},
     }
-    adapter = RunFolder(run).record["adapter_sha256"]
+    adapter = RunFolder(run).record.adapter_sha256
     saved = _kept(run, adapter)
     weights = weights_sha256(run / "adapter")  # of the files as they are now, unlike the hash in the record
 

@@ -1,6 +1,6 @@
 """Writes one HTML page of everything in results/: tables, figures, and each run's configuration and environment.
 
-    python -m scripts.report [--results DIR] [--out FILE]     writes RESULTS/tables/report.html
+    python -m scripts.report [--results DIR] [--out RECORD_FILE]     writes RESULTS/tables/report.html
 
 The page is self-contained and needs no network; its links lead to the raw files.
 """
@@ -19,10 +19,10 @@ from urllib.parse import quote
 import jinja2
 import yaml
 
+from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_atomic
-from flatlora.utils.records import read_record
 from scripts import cells, figures
 from scripts.arguments import add_folders
 from scripts.table_formats import COMPARED, comparisons, lines_of, notes_of, title_of, titles_of
@@ -118,14 +118,14 @@ def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
     """Runs grouped by configuration: the configuration, and each seed's numbers, code, machine and files."""
     groups: dict[Path, dict[str, Any]] = {}
     for run in runs:
-        record = read_record(run.path / "run.json")
+        record = RunRecord.read(run.path)
         experiment = run.experiment
         group = groups.setdefault(
             run.path.parent,
             {
                 "title": f"{experiment.dataset.name}: {experiment.run_name()}",
-                "config": yaml.safe_dump({name: record["experiment"][name] for name in SECTIONS}, sort_keys=False),
-                "environment": yaml.safe_dump(record.get("env"), sort_keys=False),
+                "config": yaml.safe_dump({name: record.experiment[name] for name in SECTIONS}, sort_keys=False),
+                "environment": yaml.safe_dump(record.env and record.env.model_dump(), sort_keys=False),
                 "runs": [],
             },
         )
@@ -136,8 +136,8 @@ def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
                 "metrics": ", ".join(f"{name} {value:.4g}" for name, value in headline.items()),
                 "loss": f"{run.metrics['train_loss']:.4f}" if "train_loss" in run.metrics else "—",
                 "minutes": f"{run.train_s / 60:.1f}",
-                "code": record.get("git_sha") or "—",
-                "adapter": str(record.get("adapter_sha256") or "—")[:12],
+                "code": record.git_sha or "—",
+                "adapter": (record.adapter_sha256 or "—")[:12],
                 "files": _links(run.path, home),
             }
         )
@@ -146,7 +146,7 @@ def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
 
 def _links(run: Path, home: Path) -> list[tuple[str, str]]:
     """(name, address relative to the page) of a run's raw files that exist."""
-    names = ("run.json", "metrics.jsonl", "flatness.json", "config.yaml")
+    names = (RECORD_FILE, "metrics.jsonl", "flatness.json", "config.yaml")
     present = [name for name in names if (run / name).is_file()]
     return [(name, quote(Path(os.path.relpath(run / name, home)).as_posix())) for name in present]
 

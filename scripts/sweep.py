@@ -28,6 +28,7 @@ import run_exp
 from flatlora.config.experiment import Experiment
 from flatlora.experiment import commandline
 from flatlora.runs.metrics_log import MetricsLog
+from flatlora.runs.record import RECORD_FILE
 from flatlora.runs.run_folder import RunFolder
 from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError, reason_of
@@ -107,7 +108,7 @@ def state_of(folder: RunFolder, experiment: Experiment) -> State:
         return State("missing", None, None, "")
     running = folder.in_use
     try:
-        record = folder.record or {}
+        record = folder.record
         share = _share(folder.path, experiment)
     except (ConfigError, OSError, KeyError, TypeError) as error:
         return State("failed", None, None, f"a record is broken: {reason_of(error)}")
@@ -115,11 +116,11 @@ def state_of(folder: RunFolder, experiment: Experiment) -> State:
         begun = (folder.path / "config.yaml").lstat().st_mtime
         spent = time.time() - begun
         return State("running", share, spent / share - spent if share else None, "")
-    if record.get("status") == "finished":
+    if record is None:
+        return State("interrupted", share, None, "it was killed: there is no record")
+    if record.is_finished:
         return State("done", 1.0, None, "")
-    if record.get("status") == "failed":
-        return State("failed", share, None, str(record.get("error", "")))
-    return State("interrupted", share, None, "" if record else "it was killed: there is no record")
+    return State(record.status, share, None, record.error or "")
 
 
 def _share(path: Path, experiment: Experiment) -> float:
@@ -162,7 +163,7 @@ def sbatch_file(
     if errors:
         raise ConfigError(errors)
     command = " ".join(shlex.quote(word) for word in ["run_exp.py", *words, "resume=true"])
-    record = shlex.quote(str(RunFolder.of(experiment).path / "run.json"))
+    record = shlex.quote(str(RunFolder.of(experiment).path / RECORD_FILE))
     settings = [
         f"--job-name={experiment.run_name()}",
         f"--nodes={nodes}",

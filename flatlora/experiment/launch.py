@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from flatlora.config.experiment import Experiment, parse
 from flatlora.experiment import commandline
 from flatlora.experiment.run import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, run
 from flatlora.experiment.suite import Suite
 from flatlora.inputs.rows import gather
+from flatlora.runs.record import Memory, RunRecord, Timing
 from flatlora.runs.run_folder import RunFolder
 from flatlora.train import distributed
 from flatlora.utils import console
@@ -97,12 +102,45 @@ def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], exper
             jobs.append((states[-1], folder.path, None))
             continue
         told = record is not None and (finished or record != old)  # an old record says nothing of this job
-        states.append(record["status"] if told else "not run")
+        states.append(record.status if told else "not run")
         jobs.append((states[-1], folder.path, record if told else None))
-    console.print_sweep(f"Sweep: {states.count('finished')} of {len(folders)} finished", jobs)
+    _print_sweep(f"Sweep: {states.count('finished')} of {len(folders)} finished", jobs)
     if interrupted:
         return EXIT_INTERRUPTED
     return 0 if set(states) == {"finished"} else EXIT_FAILED
+
+
+def _print_sweep(title: str, jobs: Sequence[tuple[str, Path, RunRecord | None]]) -> None:
+    """Print one row per job of a sweep, (state, folder, record), to standard output; numbers are from the records."""
+    parent = Path(os.path.commonpath([folder.parent.parent for _, folder, _ in jobs]))
+    table = Table(title=Text(f"{title}, under {parent}"), title_justify="left")
+    table.add_column("state", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for column in ("first loss", "last losses", "score", "step", "peak memory", "backbone"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for state, folder, record in jobs:
+        cells = _sweep_cells(record) if record else ["—"] * 6
+        table.add_row(state, Text(str(folder.relative_to(parent))), *cells)
+    printer = Console(highlight=False)
+    # For a file or a pipe, rich would assume 80 columns.
+    (printer if printer.is_terminal else Console(highlight=False, width=150)).print(table)
+
+
+def _sweep_cells(record: RunRecord) -> list[str]:
+    metrics, hashes = record.metrics, record.backbone_sha256
+    timing, memory = record.timing or Timing(), record.memory or Memory()
+    scores = [value for name, value in metrics.items() if "/" in name and not name.endswith("/n")]  # its first metric
+    numbers = [
+        (metrics.get("first_loss"), "{:.3f}"),
+        (metrics.get("train_loss"), "{:.3f}"),
+        (scores[0] if scores else None, "{:.3f}"),
+        (timing.step_s_median, "{:.2f} s"),
+        (memory.peak_gpu_gib or memory.peak_rss_gib, "{:.2f} GiB"),
+    ]
+    backbone = "trained" if hashes.before is None else "unchanged"
+    if not hashes.unchanged:
+        backbone = "CHANGED" if hashes.after else "—"
+    return [text.format(value) if value is not None else "—" for value, text in numbers] + [backbone]
 
 
 def experiment_of(suite: Suite, settings: Sequence[str]) -> Experiment:

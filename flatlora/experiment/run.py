@@ -23,6 +23,8 @@ from flatlora.models.family import FAMILIES
 from flatlora.models.starts import start_of_checkpoint
 from flatlora.runs import environment, metrics_log, run_folder
 from flatlora.runs.metrics_log import MetricsLog, Tracker
+from flatlora.runs.record import Distributed, Environment, Memory, Parameters, RunRecord
+from flatlora.runs.record import Precision as RecordedPrecision
 from flatlora.runs.run_folder import RunFolder
 from flatlora.train import checkpoint, distributed, training
 from flatlora.train.preemption import Preempted
@@ -129,33 +131,31 @@ def execute(
     # Recorded as interrupted; while it trains, see flatlora.train.preemption.
     for polite in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(polite, signal.default_int_handler)
-    record, code, forward = _new_record(experiment) | {"base": base}, 0, None
+    record, code, forward = _new_record(experiment, base), 0, None
     try:
         train_and_score(suite, experiment, folder, inputs, resume_from, record)
     except KeyboardInterrupt:
-        record["status"], code = "interrupted", EXIT_INTERRUPTED
+        record.status, code = "interrupted", EXIT_INTERRUPTED
         console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
     except Preempted as error:
-        record["status"], code, forward = "interrupted", EXIT_PREEMPTED, error.forward
+        record.status, code, forward = "interrupted", EXIT_PREEMPTED, error.forward
         console.console.print("Told to end: a checkpoint is written, and the same command with resume=true goes on.")
     except ConfigError as error:  # found only with the weights at hand
-        record |= {"status": "failed", "error": str(error)}
-        code = EXIT_CONFIG
+        record.error, code = str(error), EXIT_CONFIG
         console.console.print(f"The run failed: {error}", markup=False, soft_wrap=True)
     except Exception as error:
-        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        code = EXIT_FAILED
+        record.error, code = f"{type(error).__name__}: {error}", EXIT_FAILED
         if not isinstance(error, OSError) and files.out_of_space(error, folder.path):
             error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")
         console.report_failure(error)
-    record["memory"] = environment.peak_memory_gib()
+    record.memory = Memory(**environment.peak_memory_gib())
     if distributed.is_main_process():
         try:
-            records.write_signed(folder.path / "run.json", record)
+            record.write(folder.path)
             if code == 0:
-                hashes = record["backbone_sha256"]
-                unchanged = "unchanged" if hashes["before"] == hashes["after"] else "CHANGED"
-                told = "all weights trained" if hashes["before"] is None else f"backbone {unchanged}"
+                backbone = record.backbone_sha256
+                unchanged = "unchanged" if backbone.unchanged else "CHANGED"
+                told = "all weights trained" if backbone.before is None else f"backbone {unchanged}"
                 console.console.print(f"Finished: {folder.path} ({told})", markup=False, soft_wrap=True)
         except OSError as error:  # a full disk: what was there stays, and the run can be resumed
             console.report_failure(error)
@@ -171,16 +171,16 @@ def train_and_score(
     folder: RunFolder,
     inputs: Inputs,
     resume_from: Path | None,
-    record: dict[str, Any],
+    record: RunRecord,
 ) -> None:
     """The run itself; fills `record` as it goes."""
     kind = suite.kind(experiment)
     classes = kind.classes(inputs.rows)
     if distributed.is_main_process():
         kind.save(folder.path, inputs.rows)
-    inputs = replace(inputs, rows=kind.encode(experiment, inputs.rows, inputs.device, record["base"]))
+    inputs = replace(inputs, rows=kind.encode(experiment, inputs.rows, inputs.device, record.base))
     precision = choose_precision(experiment.trainer.autocast, experiment.model.dtype, inputs.device)
-    record["precision"] = precision.record()
+    record.precision = RecordedPrecision(**precision.record())
     if distributed.is_main_process():
         console.console.print(f"precision: {precision}", markup=False, soft_wrap=True)
     backbone = loading.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
@@ -189,18 +189,18 @@ def train_and_score(
     if experiment.regularized:
         methods.REGULARIZERS[experiment.rho.method].prepare(model, experiment.rho, experiment.seed)
     if methods.uses_kernels(experiment):
-        record["kernels"] = acceleration.accelerate(model, inputs.device)
-    record["data_sha256"] = inputs.data_sha256
-    record["params"] = loading.parameter_counts(model)
-    record["backbone_sha256"]["before"] = hashes.backbone_sha256(model)
+        record.kernels = acceleration.accelerate(model, inputs.device)
+    record.data_sha256 = inputs.data_sha256
+    record.params = Parameters(**loading.parameter_counts(model))
+    record.backbone_sha256.before = hashes.backbone_sha256(model)
     distributed.check_agreement(
         {
-            "the backbone": record["backbone_sha256"]["before"],
+            "the backbone": record.backbone_sha256.before,
             "the adapter's start": hashes.trainable_sha256(model),
         },
         "Give every node the same weights, or pin model.revision.",
     )
-    with metrics_log.tracking(experiment, folder.path, record["metrics"]) as tracker:
+    with metrics_log.tracking(experiment, folder.path, record.metrics) as tracker:
         outcome = training.train(
             experiment,
             model,
@@ -209,32 +209,31 @@ def train_and_score(
             inputs.rows.validation,
             inputs.collate,
             folder,
-            data_sha256=record["data_sha256"],
-            base=record["base"],
+            data_sha256=inputs.data_sha256,
+            base=record.base,
             log=MetricsLog(folder.path / "metrics.jsonl", tracker),
             resume_from=resume_from,
             progress=console.ProgressBar(f"train {experiment.run_name()}") if distributed.is_main_process() else None,
         )
-        record["backbone_sha256"]["after"] = hashes.backbone_sha256(model)
-        record["adapter_sha256"] = hashes.trainable_sha256(model)
-        record |= {"timing": outcome.timing, "perturbation": outcome.perturbation, "resumed_from": outcome.resumed_from}
-        record["distributed"] = {
-            "processes": distributed.world_size(),
-            "zero": experiment.trainer.zero,
-            "dtypes": outcome.dtypes,
-        }
-        record["metrics"].update(outcome.metrics)
-        training.check_invariants(experiment, model, record["backbone_sha256"])
+        record.backbone_sha256.after = hashes.backbone_sha256(model)
+        record.adapter_sha256 = hashes.trainable_sha256(model)
+        record.timing, record.perturbation = outcome.timing, outcome.perturbation
+        record.resumed_from = outcome.resumed_from
+        record.distributed = Distributed(
+            processes=distributed.world_size(), zero=experiment.trainer.zero, dtypes=outcome.dtypes
+        )
+        record.metrics.update(outcome.metrics)
+        training.check_invariants(experiment, model, record.backbone_sha256)
         if distributed.is_main_process():
             with files.write_folder(folder.adapter) as staging:
                 method.save(model, experiment.peft, staging, start)
                 if inputs.processor is not None:
                     inputs.processor.save_pretrained(staging)
                 loading.complete_adapter(experiment.model, staging)
-            record["metrics"].update(score(suite, experiment, model, inputs, folder, record["base"], tracker))
-            record["weights_sha256"] = hashes.weights_sha256(folder.adapter)
-            record[records.FILES] = records.hash_files(folder.path)
-    record["status"] = "finished"
+            record.metrics.update(score(suite, experiment, model, inputs, folder, record.base, tracker))
+            record.weights_sha256 = hashes.weights_sha256(folder.adapter)
+            record.files = records.hash_files(folder.path)
+    record.status = "finished"
 
 
 def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> methods.Start:
@@ -310,25 +309,14 @@ def _settings(section: Section) -> str:
     return " ".join(f"{key}={value}" for key, value in section.model_dump(mode="json").items() if value is not None)
 
 
-def _new_record(experiment: Experiment) -> dict[str, Any]:
-    return {
-        "status": "failed",
-        "experiment": experiment.model_dump(mode="json"),
-        "seed": experiment.seed,
-        "config_sha256": experiment.sha256(),
-        "data_sha256": None,
-        "base": None,
-        "git_sha": environment.git_sha(),
-        "env": environment.environment(),
-        "backbone_sha256": {"before": None, "after": None},
-        "adapter_sha256": None,
-        "params": None,
-        "precision": None,
-        "kernels": [],
-        "metrics": {},
-        "timing": None,
-        "perturbation": None,
-        "resumed_from": None,
-        "distributed": None,
-        "memory": None,
-    }
+def _new_record(experiment: Experiment, base: str) -> RunRecord:
+    """What is known before a run begins; it counts as failed until it has ended otherwise."""
+    return RunRecord(
+        status="failed",
+        experiment=experiment.model_dump(mode="json"),
+        seed=experiment.seed,
+        config_sha256=experiment.sha256(),
+        base=base,
+        git_sha=environment.git_sha(),
+        env=Environment(**environment.environment()),
+    )

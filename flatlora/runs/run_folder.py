@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from flatlora.config.experiment import Experiment
+from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import no_link, write_atomic
@@ -47,23 +48,20 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
-    def record(self) -> dict[str, Any] | None:
+    def record(self) -> RunRecord | None:
         """run.json, None before the run ended.
 
         Raises:
             ConfigError: the file is broken.
         """
-        path = self.path / "run.json"
         remedy = "delete that file and go on with resume=true, or start anew with overwrite=true"
-        record = records.read_record(path, remedy)
-        if record is not None and not isinstance(record.get("status"), str):
-            raise ConfigError([f"Broken record {path}: it is not what a run wrote (no status); {remedy}."])
-        return record
+        return RunRecord.read(self.path, remedy)
 
     @property
     def is_trained(self) -> bool:
         """Whether a run has ended here: its training has nothing left to do."""
-        return (self.record or {}).get("status") == "finished"
+        record = self.record
+        return record is not None and record.is_finished
 
     def is_finished(self, experiment: Experiment) -> bool:
         """Whether this very experiment has run to its end here, so that resume=true has nothing to do.
@@ -84,7 +82,7 @@ class RunFolder:
         if not self.is_trained:
             return False
         # run.json's own copy of the config: config.yaml may already be that of a scoring that was killed.
-        scored = self.record.get("experiment") or self._saved_config()
+        scored = self.record.experiment or self._saved_config()
         if scoring_of(scored) != scoring_of(experiment.model_dump(mode="json")):
             return False
         if damage := self.damage():
@@ -99,13 +97,7 @@ class RunFolder:
     def damage(self) -> list[str]:
         """What became of a finished run's files and answers since its record was written, a phrase each."""
         record = self.record
-        if record is None or records.FILES not in record:
-            return []
-        found = [*records.damage(self.path, record), *records.settings_differ(self.path, record)]
-        for name in record["experiment"]["eval"]:
-            own = records.metrics_of(record, name)
-            found += records.answers_damage(self.path / "eval" / name, own)
-        return found
+        return record.damage(self.path) if record else []
 
     def open(self, experiment: Experiment) -> None:
         """Lock the folder for this experiment; of several ranks, rank 0 does. `begin` is what changes it.
@@ -130,7 +122,7 @@ class RunFolder:
         if experiment.overwrite:
             self._clear()
         if not self.is_trained:  # what a killed start leaves is no record, and not that of an earlier one
-            (self.path / "run.json").unlink(missing_ok=True)
+            (self.path / RECORD_FILE).unlink(missing_ok=True)
         for left in self.path.glob(".*-????????"):  # half-written when a process was killed
             remove(left)
         write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))

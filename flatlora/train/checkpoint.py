@@ -92,7 +92,7 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
 def inference_error(folder: Path) -> str | None:
     """`error_of` less what training alone reads. Warns of files beside it that are not those of its time."""
     manifest = _manifest_of(folder) or {}
-    if changed := records.damage(folder.parent, {records.FILES: manifest.get("beside")}):
+    if changed := records.damage(folder.parent, manifest.get("beside")):
         logger.warning("%s was written when other files were beside it: %s.", folder, "; ".join(changed))
     return error_of(folder, lambda name: not name.startswith(("optimizer", "scheduler", "rng_state", "global_step")))
 

@@ -24,6 +24,7 @@ from flatlora import methods
 from flatlora.config.experiment import Experiment
 from flatlora.models.family import FAMILIES
 from flatlora.runs.metrics_log import MetricsLog
+from flatlora.runs.record import BackboneHashes, Timing
 from flatlora.runs.run_folder import RunFolder
 from flatlora.train import checkpoint
 from flatlora.train.distributed import deepspeed_settings, is_main_process, rank, world_size
@@ -50,7 +51,7 @@ class TrainingResult:
     """What a run's training came to, over all processes that had a part in it."""
 
     metrics: dict[str, float]
-    timing: dict[str, float | None]
+    timing: Timing
     steps: int
     perturbation: dict[str, Any] | None
     resumed_from: int | None = None
@@ -261,31 +262,31 @@ def _mean_of_last_losses(log: MetricsLog, rows: int = 10) -> float | None:
     return statistics.fmean(losses) if losses else None
 
 
-def _timing(effort: TrainingStats, log: MetricsLog) -> dict[str, float | None]:
+def _timing(effort: TrainingStats, log: MetricsLog) -> Timing:
     rates = {
-        key: statistics.median(found)
+        key: round(statistics.median(found), 1)
         for key in ("tokens_per_s", "images_per_s")
         if (found := [row[key] for row in log.rows() if key in row])
     }
-    return {
-        "train_s": round(effort.train_s, 3),
-        "step_s_median": round(statistics.median(effort.step_s), 4) if effort.step_s else None,
-        **({key: round(rate, 1) for key, rate in rates.items()} or {"tokens_per_s": None}),
-        "perturb_s": round(effort.perturb_s, 3),
-    }
+    return Timing(
+        train_s=round(effort.train_s, 3),
+        step_s_median=round(statistics.median(effort.step_s), 4) if effort.step_s else None,
+        perturb_s=round(effort.perturb_s, 3),
+        **rates,
+    )
 
 
-def check_invariants(experiment: Experiment, model: nn.Module, backbone_sha256: dict[str, str | None]) -> None:
+def check_invariants(experiment: Experiment, model: nn.Module, backbone: BackboneHashes) -> None:
     """What must hold after every run: the backbone's bytes are untouched, what was trained is FP32 and finite.
 
     Raises:
         RuntimeError: one of them does not; the run must not count.
     """
     drifts = experiment.flat and experiment.rho.mode == "inplace"
-    if backbone_sha256["before"] != backbone_sha256["after"] and not drifts:
+    if not (backbone.unchanged or drifts):
         raise RuntimeError(
-            f"The frozen backbone changed during training (SHA-256 {backbone_sha256['before']} before, "
-            f"{backbone_sha256['after']} after): something wrote to its weights; the adapter fits neither."
+            f"The frozen backbone changed during training (SHA-256 {backbone.before} before, "
+            f"{backbone.after} after): something wrote to its weights; the adapter fits neither."
         )
     lowered = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if lowered:

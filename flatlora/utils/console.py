@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -128,41 +126,6 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
     for name, value in pairs:
         table.add_row(Text(name, "bold"), Text(value))
     Console(highlight=False).print(table)
-
-
-def print_sweep(title: str, jobs: Iterable[tuple[str, Path, dict[str, Any] | None]]) -> None:
-    """Print one row per job of a sweep, (state, folder, record), to standard output; numbers are from the records."""
-    jobs = list(jobs)
-    parent = Path(os.path.commonpath([folder.parent.parent for _, folder, _ in jobs]))
-    table = Table(title=Text(f"{title}, under {parent}"), title_justify="left")
-    table.add_column("state", no_wrap=True)
-    table.add_column("run", overflow="fold")
-    for column in ("first loss", "last losses", "score", "step", "peak memory", "backbone"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for state, folder, record in jobs:
-        cells = _sweep_cells(record) if record else ["—"] * 6
-        table.add_row(state, Text(str(folder.relative_to(parent))), *cells)
-    printer = Console(highlight=False)
-    # For a file or a pipe, rich would assume 80 columns.
-    (printer if printer.is_terminal else Console(highlight=False, width=150)).print(table)
-
-
-def _sweep_cells(record: dict[str, Any]) -> list[str]:
-    metrics, hashes = record.get("metrics") or {}, record.get("backbone_sha256") or {"before": None, "after": None}
-    timing, memory = record.get("timing") or {}, record.get("memory") or {}
-    peak = memory.get("peak_gpu_gib") or memory.get("peak_rss_gib")
-    scores = [value for name, value in metrics.items() if "/" in name and not name.endswith("/n")]  # its first metric
-    numbers = [
-        (metrics.get("first_loss"), "{:.3f}"),
-        (metrics.get("train_loss"), "{:.3f}"),
-        (scores[0] if scores else None, "{:.3f}"),
-        (timing.get("step_s_median"), "{:.2f} s"),
-        (peak, "{:.2f} GiB"),
-    ]
-    backbone = "trained" if hashes["before"] is None else "unchanged"
-    if hashes["before"] != hashes["after"]:
-        backbone = "CHANGED" if hashes["after"] else "—"
-    return [text.format(value) if value is not None else "—" for value, text in numbers] + [backbone]
 
 
 _LIBRARIES = r"(torch|transformers|peft|accelerate|numba|gguf|hydra|huggingface_hub|diffusers)"

@@ -1,7 +1,6 @@
 """Reads and writes the records of runs and evaluations, with hashes that detect later damage.
 
-run.json contains a hash of itself and of every file of its folder that is read later. Older records without hashes are
-read as they are.
+Older records without hashes are read as they are; `flatlora.runs.record` has the schema of run.json.
 """
 
 from __future__ import annotations
@@ -104,28 +103,23 @@ def hash_inputs(run: Path) -> dict[str, dict[str, Any]]:
 
 def damage(
     run: Path,
-    record: Mapping[str, Any],
+    entries: Mapping[str, Mapping[str, Any]] | None,
     *,
     wanted: Callable[[str], bool] = lambda name: True,
     largest_bytes: int | None = None,
 ) -> list[str]:
-    """One phrase for each file of a finished run that is missing or has changed; none for records without hashes.
+    """One phrase for each file of a run that is missing or has changed.
 
     Args:
+        entries: `entry_of` each file by its name in the run's folder; None for records without hashes.
         wanted: selects the names to check.
         largest_bytes: only the size of larger files is compared; None hashes all files.
     """
     problems = []
-    for name, entry in (record.get(FILES) or {}).items():
+    for name, entry in (entries or {}).items():
         if wanted(name) and (problem := _file_problem(run / name, entry, largest_bytes)):
             problems.append(f"{name} {problem}")
     return problems
-
-
-def metrics_of(record: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
-    """The metrics of one benchmark in a run's record."""
-    parts = [(key.partition("/"), value) for key, value in record["metrics"].items()]
-    return {metric: value for (name, _, metric), value in parts if name == benchmark and metric}
 
 
 def is_alone(run: Path) -> bool:
@@ -149,21 +143,6 @@ def _file_problem(path: Path, entry: Mapping[str, Any], largest_bytes: int | Non
     return "is not what the run wrote"
 
 
-def settings_differ(run: Path, record: Mapping[str, Any]) -> list[str]:
-    """How a finished run's config.yaml differs from the copy in run.json: a phrase, or an empty list."""
-    experiment = record.get("experiment")
-    if SIGNATURE not in record or not isinstance(experiment, dict):
-        return []
-    try:
-        saved = read_settings(run / "config.yaml", "")
-    except ConfigError:
-        return ["config.yaml is missing" if not os.path.lexists(run / "config.yaml") else "config.yaml is broken"]
-    if not isinstance(saved, dict):
-        return ["config.yaml is broken"]
-    keys = [key for key in {**experiment, **saved} if _canonical(saved.get(key)) != _canonical(experiment.get(key))]
-    return [f"config.yaml is not what the run wrote (in {', '.join(keys)})"] if keys else []
-
-
 def answers_damage(folder: Path, metrics: Mapping[str, Any] | None = None) -> list[str]:
     """What is wrong with a folder of finished answers, one phrase per problem.
 
@@ -180,7 +159,7 @@ def answers_damage(folder: Path, metrics: Mapping[str, Any] | None = None) -> li
         return [f"eval/{name} is {'incomplete' if folder.is_dir() else 'missing'}"]
     if problem := rows_problem(folder / "predictions.jsonl", generation):
         return [f"eval/{name}/predictions.jsonl {problem}"]
-    if metrics is not None and _canonical(score.get("metrics")) != _canonical(dict(metrics)):
+    if metrics is not None and not same(score.get("metrics"), dict(metrics)):
         return [f"eval/{name}/score.json differs from the metrics in run.json"]
     return []
 
@@ -202,6 +181,11 @@ def rows_problem(path: Path, generation: Mapping[str, Any]) -> str | None:
 def _signature(record: Mapping[str, Any]) -> str:
     unsigned = {key: value for key, value in record.items() if key != SIGNATURE}
     return hashlib.sha256(_canonical(unsigned).encode()).hexdigest()
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two values are equal after a round trip through JSON."""
+    return _canonical(left) == _canonical(right)
 
 
 def _canonical(value: Any) -> str:

@@ -182,7 +182,7 @@ def test_a_base_with_other_settings_is_named_and_a_record_without_them_still_cou
     [("b/c", "b/c@0123", "gsm8k-base=c-"), ("b/c", "sha256:01", "gsm8k"), (None, "b/c@0123", "gsm8k")],
 )
 def test_answers_on_a_base_that_the_record_cannot_tell_have_their_own_folder(made, base, recorded, label):
-    (made / "run.json").write_text(json.dumps({"base": recorded}))
+    (made / "run.json").write_text(json.dumps({"status": "interrupted", "base": recorded}))
     assert main("gsm8k", [str(made), "device=cpu", *([f"base={base}"] if base else [])]) == 0
     (folder,) = (made / "eval").iterdir()
     assert folder.name.startswith(label)
@@ -322,7 +322,7 @@ def made(tmp_path, monkeypatch):
         (weights / "adapter_config.json").write_text("{}")
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "test.jsonl").write_text(jsonl(ROWS))
-    (folder / "run.json").write_text("{}")
+    (folder / "run.json").write_text('{"status": "interrupted"}')
     return folder
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from flatlora.runs.record import BackboneHashes, RunRecord
 from flatlora.utils import precision
 from scripts import bench, demo
 from scripts.arguments import positive
@@ -25,13 +26,14 @@ def text_of(table) -> str:
 
 
 def test_demo_table_shows_what_the_records_say():
-    record = {
-        "backbone_sha256": {"before": "a", "after": "a"},
-        "metrics": {"gsm8k/exact_match": 0.615, "train_loss": 0.1234},
-        "timing": {"step_s_median": 2.5},
-        "memory": {"peak_rss_gib": 3.25},
-    }
-    drifted = record | {"backbone_sha256": {"before": "a", "after": "b"}}
+    record = RunRecord(
+        status="finished",
+        backbone_sha256={"before": "a", "after": "a"},
+        metrics={"gsm8k/exact_match": 0.615, "train_loss": 0.1234},
+        timing={"step_s_median": 2.5},
+        memory={"peak_rss_gib": 3.25},
+    )
+    drifted = record.model_copy(update={"backbone_sha256": BackboneHashes(before="a", after="b")})
     text = text_of(
         demo.comparison({"LoRA": record, "Flat-LoRA": drifted}, {"n": 200, "metrics": {"exact_match": 0.03}})
     )

@@ -107,19 +107,19 @@ def run(tmp_path):
 
 
 def test_damaged_files_are_named_each_with_what_became_of_it(run):
-    record = {"files": records.hash_files(run)}
-    assert records.damage(run, record) == []
+    entries = records.hash_files(run)
+    assert records.damage(run, entries) == []
     (run / "adapter/weights").write_text("what adapter/weights h0lds")
     (run / "adapter/config.json").unlink()
     (run / "test.jsonl").unlink()
     (run / "test.jsonl").mkdir()
-    assert sorted(records.damage(run, record)) == [
+    assert sorted(records.damage(run, entries)) == [
         "adapter/config.json is missing",
         "adapter/weights is not what the run wrote",
         "test.jsonl cannot be read (Is a directory)",
     ]
-    assert records.damage(run, record, largest_bytes=4, wanted=lambda name: name == "adapter/weights") == []
-    assert records.damage(run, {"status": "finished"}) == []  # of a version that kept no hashes
+    assert records.damage(run, entries, largest_bytes=4, wanted=lambda name: name == "adapter/weights") == []
+    assert records.damage(run, None) == []  # of a version that kept no hashes
 
 
 def test_links_and_folders_where_a_run_writes_are_named(run, tmp_path):
