@@ -104,7 +104,9 @@ def test_a_start_that_was_damaged_is_refused(tiny_settings, monkeypatch, capsys,
     else:  # without which later checkpoints would be taken for adapters of the whole backbone
         (folder / "start/moved.json").unlink()
     assert run_exp.main([*settings, "resume=true"]) == 2
-    assert f"isnotin{folder / 'start'}" in told_by(capsys)
+    problem = {"a flipped bit": "adapter_model.safetensorsisanother", "no mark": "moved.jsonismissing"}
+    problem |= {"another scale": "adapter_config.jsonisanother"}
+    assert f"isnotin{folder / 'start'}({problem[damage]})" in told_by(capsys)
 
 
 DAMAGES = {
@@ -116,6 +118,10 @@ DAMAGES = {
     "no adapter": (lambda run: shutil.rmtree(run / "adapter"), "adapter/adapter_model.safetensors is missing"),
     "no answers": (lambda run: shutil.rmtree(run / "eval"), "eval/gsm8k is gone"),
     "a flipped answer": (lambda run: flip(run / "eval/gsm8k/predictions.jsonl"), "predictions.jsonl is not what its"),
+    "half a record": (
+        lambda run: os.truncate(run / "eval/gsm8k/generation.json", 99),
+        "gsm8k/generation.json is broken",
+    ),
     "another score": (lambda run: other_score(run / "eval/gsm8k/score.json"), "has not the numbers of run.json"),
     "flipped rows": (lambda run: flip(run / "metrics.jsonl"), "metrics.jsonl is not what the run wrote"),
     "flipped questions": (lambda run: flip(run / "test.jsonl"), "test.jsonl is not what the run wrote"),

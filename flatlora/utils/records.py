@@ -171,13 +171,17 @@ def answers_damage(folder: Path, metrics: Mapping[str, Any] | None = None) -> li
         metrics: what the run's record has of its score.json; None looks at the answers alone.
     """
     name = folder.name
-    try:
-        made = read_record(folder / "generation.json")
-        score = read_record(folder / "score.json") if metrics is not None else {}
-    except ConfigError:
-        return [f"a record in eval/{name} is broken"]
-    if made is None or score is None:
-        return [f"eval/{name} is {'not whole' if folder.is_dir() else 'gone'}"]
+    if not os.path.isdir(folder):
+        return [f"eval/{name} is gone"]
+    found = {}
+    for file in ("generation.json", *(("score.json",) if metrics is not None else ())):
+        try:
+            found[file] = read_record(folder / file)
+        except ConfigError:
+            return [f"eval/{name}/{file} is broken"]
+        if found[file] is None:
+            return [f"eval/{name}/{file} is missing"]
+    made, score = found["generation.json"], found.get("score.json", {})
     if problem := rows_problem(folder / "predictions.jsonl", made):
         return [f"eval/{name}/predictions.jsonl {problem}"]
     if metrics is not None and _canonical(score.get("metrics")) != _canonical(dict(metrics)):
