@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import gather
 from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
-from flatlora.models.hashes import PUT_BACK, differing_part, short_state, weights_sha256
+from flatlora.models.hashes import PUT_BACK, differing_part, short_state, weights_state
 from flatlora.models.loading import (
     choose_device,
     load_for_inference,
@@ -204,10 +205,35 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     )
     if target.score_only and not folder.is_dir():  # which is told, and no folder is made for it
         return module.score_file(folder / "predictions.jsonl", config)
-    with answering(folder):  # from before the weights are read: whoever would overwrite them is refused
+    with _in_use(folder, place.run):
         if target.score_only:
             return module.score_file(folder / "predictions.jsonl", config)
         return evaluate(benchmark, _backend(place, target, device, config.batch_size, module), rows, folder, config)
+
+
+@contextlib.contextmanager
+def _in_use(folder: Path, run: Path | None) -> Iterator[None]:
+    """Lock the folder of answers, from before the weights are read: whoever would overwrite their run is refused.
+
+    With out=DIR the run has a folder of its own for the lock, unless this user cannot write there.
+    """
+    own = run / "eval" if run else folder.parent
+    with contextlib.ExitStack() as held:
+        held.enter_context(answering(folder))
+        if own.resolve() != folder.parent.resolve() and _takes_files(own):
+            if not own.exists():
+                held.callback(_remove_empty, own)
+            held.enter_context(answering(own / f"out={_in_short(os.path.abspath(folder))}"))
+        yield
+
+
+def _takes_files(folder: Path) -> bool:
+    return not folder.is_symlink() and os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # another process has answered there meanwhile
+        folder.rmdir()
 
 
 def evaluate(
@@ -468,15 +494,16 @@ def _backend(
                 "vLLM would answer with another; use backend=hf."
             ]
         )
-    return VLLMBackend(
-        place.weights if place.model and adapter is None else backbone_source(model),
-        adapter,
-        tokenizer=saved_processor(model, adapter) if adapter else None,
-        revision=model.revision,
-        batch_size=batch_size,
-        dtype=dtype or model.dtype,
-        identity=_identity(place),
-    )
+    with _validated_unchanged(folder):
+        return VLLMBackend(
+            place.weights if place.model and adapter is None else backbone_source(model),
+            adapter,
+            tokenizer=saved_processor(model, adapter) if adapter else None,
+            revision=model.revision,
+            batch_size=batch_size,
+            dtype=dtype or model.dtype,
+            identity=_identity(place),
+        )
 
 
 def _identity(place: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
@@ -506,10 +533,12 @@ def _identity(place: ResolvedModel, classes: Classes | None = None) -> dict[str,
     return identity
 
 
-def _validate_unchanged(place: ResolvedModel, identity: Mapping[str, str]) -> None:
-    """An adapter that was written anew between its hash and its load would answer under the other's name."""
-    folder = Path(place.weights)
-    if (folder / "adapter_config.json").is_file() and weights_sha256(folder) != identity["weights"]:
+@contextlib.contextmanager
+def _validated_unchanged(folder: Path) -> Iterator[None]:
+    """Weights that are written anew between their hash and their load would answer under the other's name."""
+    before = weights_state(folder)
+    yield
+    if weights_state(folder) != before:
         raise ConfigError([f"{folder} was written to while it was read: wait for who writes there, then try again."])
 
 
@@ -523,9 +552,9 @@ def _load(
 ) -> Backend | ImageBackend:
     try:
         classes = FAMILIES[place.model.family].classes_of_run(place.run) if place.run else None
-        identity = _identity(place, classes) | ({"dtype": dtype} if dtype else {})
-        model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype, place.autocast)
-        _validate_unchanged(place, identity)
+        with _validated_unchanged(Path(place.weights)):
+            identity = _identity(place, classes) | ({"dtype": dtype} if dtype else {})
+            model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype, place.autocast)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

@@ -104,7 +104,9 @@ def test_a_start_that_was_damaged_is_refused(tiny_settings, monkeypatch, capsys,
     else:  # without which later checkpoints would be taken for adapters of the whole backbone
         (folder / "start/moved.json").unlink()
     assert run_exp.main([*settings, "resume=true"]) == 2
-    assert f"isnotin{folder / 'start'}" in told_by(capsys)
+    problem = {"a flipped bit": "adapter_model.safetensorsisanother", "no mark": "moved.jsonismissing"}
+    problem |= {"another scale": "adapter_config.jsonisanother"}
+    assert f"isnotin{folder / 'start'}({problem[damage]})" in told_by(capsys)
 
 
 DAMAGES = {
@@ -118,6 +120,10 @@ DAMAGES = {
     "a flipped answer": (
         lambda run: flip(run / "eval/gsm8k/predictions.jsonl"),
         "predictions.jsonl does not match its",
+    ),
+    "half a record": (
+        lambda run: os.truncate(run / "eval/gsm8k/generation.json", 99),
+        "gsm8k/generation.json is broken",
     ),
     "another score": (lambda run: other_score(run / "eval/gsm8k/score.json"), "differs from the metrics in run.json"),
     "flipped rows": (lambda run: flip(run / "metrics.jsonl"), "metrics.jsonl is not what the run wrote"),

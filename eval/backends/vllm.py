@@ -79,6 +79,8 @@ class VLLMBackend(TokenizedBackend):
             **lora,
             **_memory(),
         )
+        if self._adapter is not None:
+            self.llm.llm_engine.add_lora(self._adapter)  # now, and not with the first prompt
         self.tokenizer = self.llm.get_tokenizer()
         served = self.llm.llm_engine.model_config
         self.ends = end_ids(self.tokenizer.eos_token_id, served.try_get_generation_config().get("eos_token_id"))

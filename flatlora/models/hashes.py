@@ -50,6 +50,13 @@ def weights_sha256(folder: Path) -> str:
     return _files_sha256(folder, patterns)
 
 
+def weights_state(folder: Path) -> list[tuple[str | int, ...]]:
+    """What changes whenever a file of weights or settings of a folder, or of its parts, is written or replaced."""
+    paths = {path for pattern in _PART_FILES for deep in ("", "*/") for path in folder.glob(deep + pattern)}
+    stats = [(str(path), path.stat()) for path in sorted(paths)]
+    return [(name, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in stats]
+
+
 def folder_state(folder: Path) -> str:
     """ "sha256:" and the hash of a model folder's weights; where it has a config.json, "/config:" and its settings'."""
     state, config = f"sha256:{weights_sha256(folder)}", folder / "config.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,25 @@ def start_of_checkpoint(folder: Path) -> Path | None:
         return None
     start = folder.resolve().parent / "start"
     wanted = json.loads((folder / MOVED).read_text())
-    whole = (start / MOVED).is_file() and (start / ADAPTER).is_file() and _sha256(start) == wanted.get("start_sha256")
-    if not whole or wanted.get("settings", _settings(start)) != _settings(start):  # of before they were kept: any
+    if problem := _start_problem(start, wanted):
         raise ConfigError(
             [
-                f"The adapter in {folder} fits the backbone less the start of its run, and that is not in {start}: "
-                "keep checkpoints beside their run's start/, or score the run's adapter/, which fits the whole one."
+                f"The adapter in {folder} fits the backbone less the start of its run, and that is not in {start} "
+                f"({problem}): keep checkpoints beside their run's start/, or score the run's adapter/, which fits the "
+                "whole one."
             ]
         )
     return start
+
+
+def _start_problem(start: Path, wanted: Mapping[str, Any]) -> str | None:
+    if missing := [name for name in (MOVED, ADAPTER) if not (start / name).is_file()]:
+        return f"{missing[0]} is missing"
+    if _sha256(start) != wanted.get("start_sha256"):
+        return f"{ADAPTER} is another"
+    if wanted.get("settings", _settings(start)) != _settings(start):  # of before they were kept: any
+        return "adapter_config.json is another"
+    return None
 
 
 def _sha256(start: Path) -> str:

@@ -150,13 +150,17 @@ def answers_damage(folder: Path, metrics: Mapping[str, Any] | None = None) -> li
         metrics: the metrics in the run's record, compared with score.json; None checks the answers only.
     """
     name = folder.name
-    try:
-        generation = read_record(folder / "generation.json")
-        score = read_record(folder / "score.json") if metrics is not None else {}
-    except ConfigError:
-        return [f"a record in eval/{name} is broken"]
-    if generation is None or score is None:
-        return [f"eval/{name} is {'incomplete' if folder.is_dir() else 'missing'}"]
+    if not os.path.isdir(folder):
+        return [f"eval/{name} is missing"]
+    found = {}
+    for file in ("generation.json", *(("score.json",) if metrics is not None else ())):
+        try:
+            found[file] = read_record(folder / file)
+        except ConfigError:
+            return [f"eval/{name}/{file} is broken"]
+        if found[file] is None:
+            return [f"eval/{name}/{file} is missing"]
+    generation, score = found["generation.json"], found.get("score.json", {})
     if problem := rows_problem(folder / "predictions.jsonl", generation):
         return [f"eval/{name}/predictions.jsonl {problem}"]
     if metrics is not None and not same(score.get("metrics"), dict(metrics)):

@@ -23,6 +23,7 @@ from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import jsonl, prompt_text
 from flatlora.runs import run_folder as runs
 from flatlora.utils import precision, records
+from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder, tiny_llama
 
 SETTINGS = ("eval=[gsm8k]", "eval.gsm8k.max_new_tokens=6", "eval.gsm8k.batch_size=4")
@@ -711,6 +712,43 @@ def test_scoring_alone_takes_the_answers_lock_and_makes_no_folder(made, capsys, 
     command.score_path("gsm8k", [str(made), "score_only=true"])
     assert seen == [True]  # an overwrite of the run is refused meanwhile
     assert not runs.is_answering(folder)
+
+
+def test_a_run_whose_answers_go_elsewhere_is_not_overwritten_meanwhile(made, tmp_path, monkeypatch):
+    busy = []
+
+    def load(*_):
+        busy.append([runs.is_answering(folder) for folder in made.glob("eval/*")])
+        return Right()
+
+    monkeypatch.setattr(command, "_load", load)
+    assert main("gsm8k", [str(made), "device=cpu", f"out={tmp_path / 'out'}"]) == 0
+    assert busy == [[True]]
+    assert not (made / "eval").exists()  # nothing is left of it
+    assert (tmp_path / "out" / "score.json").is_file()
+
+
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_weights_that_are_replaced_while_they_are_loaded_do_not_answer(tmp_path, monkeypatch, backend, whole):
+    name = "model.safetensors" if whole else "adapter_model.safetensors"
+    (tmp_path / ("config.json" if whole else "adapter_config.json")).write_text("{}")
+    (tmp_path / name).write_bytes(b"one")
+
+    def load(*_, **__):
+        (tmp_path / "new").write_bytes(b"two")
+        (tmp_path / "new").replace(tmp_path / name)
+        return torch.nn.Linear(1, 1), None, None
+
+    model = ModelConfig(name="tiny", hub_id="none", family="causal_lm")
+    named = command.ResolvedModel(str(tmp_path), model=model)
+    monkeypatch.setattr(command, "_identity", lambda *_: {})
+    monkeypatch.setattr(command, "load_for_inference", load)
+    monkeypatch.setattr(command, "VLLMBackend", load)
+    monkeypatch.setattr(command, "backbone_source", lambda model: "none")
+    target, module = command.Target(backend=backend), command.benchmarks.BENCHMARKS["gsm8k"]
+    with pytest.raises(ConfigError, match=f"{tmp_path} was written to while it was read"):
+        command._backend(named, target, torch.device("cpu"), 1, module)
 
 
 def test_pipes_in_the_place_of_answers_and_of_an_adapters_config_are_named(made, capsys):

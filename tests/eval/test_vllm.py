@@ -45,7 +45,8 @@ class Engine:
     def __init__(self, tokenizer, said, reason, ends):
         self.tokenizer, self.said, self.reason = tokenizer, said, reason
         config = types.SimpleNamespace(max_model_len=64, try_get_generation_config=lambda: {"eos_token_id": ends})
-        self.llm_engine = types.SimpleNamespace(model_config=config)
+        self.loras = []
+        self.llm_engine = types.SimpleNamespace(model_config=config, add_lora=self.loras.append)
 
     def get_tokenizer(self):
         return self.tokenizer
@@ -150,6 +151,7 @@ def test_an_adapter_is_served_with_its_own_tokenizer_on_the_run_s_revision(serve
     tokenizer.save_pretrained(tmp_path / "run")
     _, engine = served([], "stop", None, adapter=folder, tokenizer=tmp_path / "run", revision="v2")
     assert engine.loaded["max_lora_rank"] == 8
+    assert engine.loras == [("adapter", 1, str(folder))]  # read now, not with the first prompt
     assert engine.loaded["tokenizer"] == str(tmp_path / "run")
     assert (engine.loaded["revision"], engine.loaded["tokenizer_revision"]) == ("v2", None)
     _, engine = served([], "stop", None, adapter=folder, revision="v2")
