@@ -1,12 +1,12 @@
-"""Damages every file of a finished and of an interrupted run, one at a time, and checks how their readers respond.
+"""Damages every file of a finished run, an interrupted run and the caches, and checks how their readers respond.
 
-    python -m scripts.damage [--sample N] [--seed N] [--only TEXT]
+    python -m scripts.damage [-j N] [--sample N] [--seed N] [--only TEXT]
 
-Each damage (truncate, empty, nest, flip, folder, link, mode, gone) of each file is applied to a fresh copy of the run's
-folder. Then, depending on the file, the run is resumed, scored, put into tables and measured, in this process, with a
-model of two layers. A response is correct if its result is that of the undamaged folder, or if an error or a warning
-names the file. Prints counts of tracebacks, hangs of more than a minute, silent differences, and writes outside
-results_root; exit code 1 unless all are 0.
+Each damage (truncate, empty, nest, flip, folder, link, mode, gone) of each file is applied to a fresh copy of the
+folder. Then, depending on the file, the run is resumed, scored, put into tables and measured, or made from what is
+cached, with models of two layers. A response is correct if its result is that of the undamaged folder, or if an error or
+a warning names the file. N child processes take a share each. Prints counts of tracebacks, hangs of more than a minute,
+silent differences, and writes outside results_root; exit code 1 unless all are 0.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pyarrow
+import pyarrow.parquet
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,11 +43,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import run_exp
 from eval import command
 from flatlora.experiment.run import EXIT_INTERRUPTED
+from flatlora.inputs.rows import jsonl
 from flatlora.runs.record import RunRecord
 from flatlora.train.recorder import StepRecorder
+from flatlora.utils.files import write_atomic
 from flatlora.utils.staging import remove
 from scripts import cells, flatness
 from scripts.arguments import positive
+from scripts.forked import ForkedRun
 
 PROJECT = Path(__file__).parents[1]
 
@@ -74,20 +81,20 @@ MEASURED = ["--device", "cpu", "--rows", "4", "--draws", "1", "--sigmas", "0.1",
 
 
 class Answer(NamedTuple):
-    """The outcome of an action."""
+    """What an action came to."""
 
     code: int
     output: str  # everything that it printed and logged
-    result: Any  # compared with that of the undamaged folder
+    result: Any  # what must be that of the undamaged folder
 
 
 class Stage(NamedTuple):
-    """A state of the work folder whose files are damaged one by one.
+    """A state of the work folder that is damaged, file by file.
 
     Args:
-        make: creates this state in the empty work folder.
-        damaged: returns the folder below it whose files are damaged.
-        actions: {name: (action that reads the folder, beginnings of the names of files that it may read)}.
+        make: brings the work folder, which is empty, into this state.
+        damaged: the folder below it whose files are damaged.
+        actions: by name, what reads it and where its damage can tell: (action, names of files that it may read).
     """
 
     name: str
@@ -99,25 +106,77 @@ class Stage(NamedTuple):
 def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 without errors, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=positive, help="number of random damages per state; all by default")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
-    parser.add_argument("--only", default="", help="only damages whose name (finished adapter/x flip) has this text")
+    parser.add_argument("--sample", type=positive, help="damages of each state, drawn at random; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--only", default="", help="damages whose name, such as finished adapter/x flip, has this text")
+    parser.add_argument("-j", "--jobs", type=positive, default=1, help="processes that share the damages")
     options = parser.parse_args(words)
-    with tempfile.TemporaryDirectory(prefix="damage-") as folder, _own_cache(Path(folder) / "cache"):
-        counts = damage_all(Path(folder), options.sample, options.seed, options.only, print)
+    counts, failed = Counter(), []
+    with tempfile.TemporaryDirectory(prefix="damage-") as folder:
+        children = []
+        for number in range(options.jobs):
+            share = Path(folder) / str(number)
+            share.mkdir()
+            (share / ERROR_LOG).touch()
+            given = [str(share), options.sample, options.seed, options.only, number, options.jobs]
+            children.append((share, ForkedRun([json.dumps(given)], share / "log", damage_share)))
+        try:
+            for _, child in children:
+                child.wait()
+        finally:
+            for _, child in children:
+                if child.poll() is None:
+                    child.send_signal(signal.SIGKILL)
+        for share, child in children:
+            if child.poll():
+                failed.append((share / "log").read_text()[-2000:])
+            else:
+                counts.update(json.loads((share / COUNTS).read_bytes()))
+            print((share / ERROR_LOG).read_text(), end="")
+    for log in failed:
+        print(f"A child process ended early:\n{log}")
     print(f"{counts['damages']} damages, {counts['actions']} actions; {counts['named']} named, {counts['equal']} equal")
     print(", ".join(f"{counts[kind]} {kind}s" for kind in ERRORS))
-    return int(any(counts[kind] for kind in ERRORS))
+    return int(bool(failed) or any(counts[kind] for kind in ERRORS))
+
+
+COUNTS, ERROR_LOG = "counts.json", "errors"
+
+
+def damage_share(words: list[str]) -> int:
+    """A child process: its share of the damages, in a folder of its own, where it leaves counts and errors."""
+    folder, sample, seed, only, number, jobs = json.loads(words[0])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    root = Path(folder)
+    with open(root / ERROR_LOG, "a") as errors, _own_cache(root / "cache"):
+
+        def tell(error: str) -> None:
+            print(error, file=errors, flush=True)
+
+        counts = damage_all(root / "all", sample, seed, only, tell, (number, jobs))
+    (root / COUNTS).write_text(json.dumps(counts))
+    return 0
 
 
 def damage_all(
-    root: Path, sample: int | None, seed: int, only: str = "", on_error: Callable[[str], None] = print
+    root: Path,
+    sample: int | None,
+    seed: int,
+    only: str = "",
+    on_error: Callable[[str], None] = print,
+    share: tuple[int, int] = (0, 1),
 ) -> Counter[str]:
-    """Counts of all outcomes over all states, including `ERRORS`; `on_error` is called for each error."""
+    """Counts of all outcomes over all states, including `ERRORS`; `on_error` is called for each error.
+
+    Args:
+        share: (number, count): of the damages, take number, number + count, and so on.
+    """
     counts: Counter[str] = Counter()
     write_model(root / "model")
     work, outside = root / "work", root / "outside"
     for stage in stages(root / "model"):
+        if " " in only and stage.name != only.partition(" ")[0]:
+            continue
         remove(work)
         work.mkdir()
         stage.make(work)
@@ -135,6 +194,7 @@ def damage_all(
         cases = [case for case in cases if only in f"{stage.name} {case[0]} {case[1]}"]
         if sample is not None and sample < len(cases):
             cases = sorted(random.Random(seed).sample(cases, sample))
+        cases = cases[share[0] :: share[1]]
         for file, damage in cases:
             counts["damages"] += 1
             for name, (action, readers) in stage.actions.items():
@@ -160,15 +220,20 @@ def damage_all(
 def _judge(answer: Answer, wanted: Answer, file: Path) -> str:
     if "Traceback (most recent call last)" in answer.output:
         return "traceback"
-    output = "".join(answer.output.split())  # independent of line breaks
-    named = file.name in output or (file.parent.name and file.parent.name in output)
+    output, usual = (_squeezed(response.output) for response in (answer, wanted))
+    named = any(output.count(name) > usual.count(name) for name in (str(file), file.name))
     if answer.code == wanted.code and answer.result == wanted.result:
         return "equal"
     return "named" if named else "silent difference"
 
 
+def _squeezed(output: str) -> str:
+    """The output without whitespace, which depends on the width of the console, and without the lines of scores."""
+    return "".join("".join(line.split()) for line in output.splitlines() if "rows, scorer" not in line)
+
+
 def _answer(action: Callable[[Path], Answer], work: Path) -> tuple[Answer, str | None]:
-    """Run an action; returns its answer, and "traceback", "hang" or None."""
+    """What it came to, and `traceback` or `hang`."""
     output, seen = io.StringIO(), logging.StreamHandler(stream := io.StringIO())
     logging.getLogger().addHandler(seen)
     previous = signal.signal(signal.SIGALRM, _ring)
@@ -190,14 +255,14 @@ def _answer(action: Callable[[Path], Answer], work: Path) -> tuple[Answer, str |
 
 
 class _TooLong(BaseException):
-    """Raised after `PATIENCE_S`; not an Exception, so that no handler catches it."""
+    """Passes what catches errors."""
 
 
 def _ring(*_: Any) -> None:
     raise _TooLong
 
 
-# --- Damages: functions of (the file, a folder outside of the run).
+# --- damages: (the file, a folder outside of everything)
 
 
 def _truncate(path: Path, outside: Path) -> None:
@@ -238,11 +303,11 @@ DAMAGES: Mapping[str, Callable[[Path, Path], None]] = {
 }
 
 
-# --- States and actions.
+# --- states and actions
 
 
 def stages(model: Path) -> list[Stage]:
-    """The states whose files are damaged."""
+    """The states that are damaged."""
     adapted = ("adapter/", "config.yaml", "run.json", "classes.json")
     return [
         Stage(
@@ -265,14 +330,40 @@ def stages(model: Path) -> list[Stage]:
                 "eval": (_scored_checkpoint, ("checkpoint-4/", "start/", "config.yaml", "run.json", "test.jsonl")),
             },
         ),
+        Stage(
+            "cached",
+            lambda work: [_succeed(_trained_with_cache(name, model, work)) for name in CACHED] and None,
+            lambda work: work / "cache",
+            {name: (partial(_trained_with_cache, name, model), folders) for name, (folders, _) in CACHED.items()},
+        ),
     ]
 
 
-_START = ("peft=pissa", "peft.lora_r=2")  # PiSSA keeps an initial adapter
+CACHED: Mapping[str, tuple[tuple[str, ...], list[str]]] = {  # what a run reads of the cache, and its settings
+    "tokens": (("data/",), ["dataset=gsm8k"]),
+    "images": (
+        ("images/", "decoded/", "random-clip"),
+        [
+            "model=clip_tiny",
+            "dataset=mnist",
+            "eval=[]",
+            "dataset.validation_rows=4",
+            "trainer.max_steps=2",
+            "optim.warmup_ratio=0",
+        ],
+    ),
+    "pictures": (
+        ("latents/", "random-sdxl"),
+        ["model=sdxl_tiny", "dataset=shapes", "eval=[]", "trainer.max_steps=1"],
+    ),
+}
+
+
+_START = ("peft=pissa", "peft.lora_r=2")  # which keeps an initial adapter
 
 
 def write_model(folder: Path) -> None:
-    """Write a random Llama of two layers with a byte tokenizer."""
+    """A random Llama of two layers with a tokenizer of bytes."""
     end = "<|endoftext|>"
     alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), end]
     backend = Tokenizer(BPE({text: number for number, text in enumerate(alphabet)}, []))
@@ -290,6 +381,35 @@ def write_model(folder: Path) -> None:
 def _trained(model: Path, work: Path, *more: str) -> Answer:
     code = run_exp.main([*SETTINGS, f"model.hub_id={model}", f"results_root={work / 'results'}", *more])
     return Answer(code, "", _results(_run(work)) if code == 0 else None)
+
+
+def _trained_with_cache(name: str, model: Path, work: Path) -> Answer:
+    """A run of its own on what $FLATLORA_CACHE holds, in a folder below the work folder's results."""
+    own, rows = work / "results" / name, work / "results/data"
+    if not rows.exists():
+        _write_rows(rows)
+    settings = [*CACHED[name][1], f"data_root={rows}", f"results_root={own / 'results'}", "overwrite=true"]
+    settings += ["wandb.mode=disabled", "wandb.name=run", "trainer.device=cpu"]
+    if name == "tokens":
+        settings = [*SETTINGS, f"model.hub_id={model}", *settings]
+    with _own_cache(work / "cache"):
+        code = run_exp.main(settings)
+    return Answer(code, "", _results(_run(own)) if code == 0 else None)
+
+
+def _write_rows(folder: Path) -> None:
+    """Rows of GSM8K and pictures of MNIST, as data_root has them."""
+    for split, count in (("train", 40), ("test", 8)):
+        asked = [{"question": f"{split} {number}?", "answer": f"#### {number}"} for number in range(count)]
+        (folder / "openai/gsm8k/main").mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f"openai/gsm8k/main/{split}.jsonl", jsonl(asked))
+        pictures = []
+        for number in range(count):
+            Image.new("L", (28, 28), number + count).save(buffer := io.BytesIO(), "PNG")
+            pictures.append({"bytes": buffer.getvalue(), "path": None})
+        table = pyarrow.table({"image": pictures, "label": [number % 10 for number in range(count)]})
+        (folder / "ylecun/mnist/mnist").mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(table, folder / f"ylecun/mnist/mnist/{split}.parquet")
 
 
 def _interrupted(model: Path, work: Path) -> None:
@@ -343,9 +463,10 @@ def _results(run: Path) -> Any:
     """The results of a run, without those of the clock."""
     record = RunRecord.read(run)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
-    adapter = hashlib.sha256((run / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
-    return record.status, record.metrics, rows, adapter, _answers(run / "eval/gsm8k")
+    rows = [{key: value for key, value in row.items() if not key.endswith("_per_s")} for row in rows]
+    weights = sorted((run / "adapter").glob("*.safetensors"))
+    adapter = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
+    return record.status, record.metrics, rows, adapter, list(map(_answers, sorted(run.glob("eval/*"))))
 
 
 def _answers(folder: Path) -> Any:
@@ -362,16 +483,16 @@ def _renew(work: Path, kept: Path) -> None:
 
 
 def _state(root: Path, work: Path) -> dict[str, tuple[int, int, str]]:
-    """Size, time and hash of files that must not change: below `root` outside of results and cache, and in results/."""
-    state = {}
+    """What must not change: all below `root` that is neither the work folder nor a cache, and what lies beside it."""
+    found = {}
     for path in [*root.rglob("*"), *(PROJECT / "results").glob("*")]:
         if path.is_file() and not path.is_symlink() and not path.is_relative_to(root / "cache"):
-            if path.is_relative_to(work / "results"):
+            if path.is_relative_to(work / "results") or path.is_relative_to(work / "cache"):
                 continue
             stat = path.stat()
             small = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root / "outside") else ""
-            state[str(path)] = (stat.st_size, stat.st_mtime_ns, small)
-    return state
+            found[str(path)] = (stat.st_size, stat.st_mtime_ns, small)
+    return found
 
 
 @contextlib.contextmanager

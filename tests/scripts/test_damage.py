@@ -27,7 +27,7 @@ def test_a_silent_difference_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "kind"),
+    ("output", "kind"),
     [
         ("Invalid run /r: adapter/adapter_model.safe\n  tensors is not what the run wrote.", "named"),
         ("a link in adapter/ of another file", "silent difference"),
@@ -36,9 +36,9 @@ def test_a_silent_difference_is_found(tmp_path, monkeypatch):
         ("", "silent difference"),
     ],
 )
-def test_an_answer_is_good_that_names_the_file_itself(told, kind):
+def test_an_answer_is_good_that_names_the_file_itself(output, kind):
     always = "written to adapter/adapter_model.safetensors"
-    wanted, given = damage.Answer(0, always, 1), damage.Answer(0, f"{always}\n{told}", 2)
+    wanted, given = damage.Answer(0, always, 1), damage.Answer(0, f"{always}\n{output}", 2)
     assert damage._judge(given, wanted, Path("adapter/adapter_model.safetensors")) == kind
 
 
