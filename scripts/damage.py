@@ -4,9 +4,9 @@
 
 Each damage (truncate, empty, nest, flip, folder, link, mode, gone) of each file is applied to a fresh copy of the
 folder. Then, depending on the file, the run is resumed, scored, put into tables and measured, or made from what is
-cached, with models of two layers. A response is correct if its result is that of the undamaged folder, or if an error or
-a warning names the file. N child processes take a share each. Prints counts of tracebacks, hangs of more than a minute,
-silent differences, and writes outside results_root; exit code 1 unless all are 0.
+cached, with models of two layers. A response is correct if its result is that of the undamaged folder, or if an error
+or a warning names the file. N child processes take a share each. Prints counts of tracebacks, hangs of more than a
+minute, silent differences, and writes outside results_root; exit code 1 unless all are 0.
 """
 
 from __future__ import annotations
