@@ -3,10 +3,10 @@
     python -m scripts.fuzz [--lines 1000] [--seed 2026] [-j N]
 
 Every line is tried by run_exp.main with dry_run=true, or by a benchmark's command with score_only=true, so that nothing
-is loaded and nothing should be written. Each batch of lines is a child process, N at a time; one that makes no progress for a minute
-is killed, which counts as a hang, and the rest of its batch goes on. Prints how many lines ended in which way, and
-those that ended in a traceback or a hang, wrote a file, or would have written outside results_root; exit code 1 where
-there is one.
+is loaded and nothing should be written. Each batch of lines is a child process, N at a time; one that makes no progress
+for a minute is killed, which counts as a hang, and the rest of its batch goes on. Prints how many lines ended in which
+way, and those that ended in a traceback or a hang, wrote a file, or would have written outside results_root; exit code
+1 where there is one.
 """
 
 from __future__ import annotations
