@@ -1,12 +1,12 @@
 """Fuzzes the command line: lines from the grammar of settings, and real lines with errors.
 
-    python -m scripts.fuzz [--lines 1000] [--seed 2026]
+    python -m scripts.fuzz [--lines 1000] [--seed 2026] [-j N]
 
 Every line runs with run_exp.main and dry_run=true, or with a benchmark's command and score_only=true, so that nothing
-is loaded and nothing should be written. Each batch of lines is a child process. A line that makes no progress for a
-minute counts as a hang; its process is killed, and the rest of the batch continues. Prints the number of lines by exit
-code, and all lines that ended in a traceback or a hang, wrote a file, or would have written outside results_root; exit
-code 1 if there are any.
+is loaded and nothing should be written. Each batch of lines is a child process, N at a time. A line that makes no
+progress for a minute counts as a hang; its process is killed, and the rest of the batch continues. Prints the number of
+lines by exit code, and all lines that ended in a traceback or a hang, wrote a file, or would have written outside
+results_root; exit code 1 if there are any.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,16 +85,18 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=positive, default=1000)
     parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("-j", "--jobs", type=positive, default=1, help="batches at a time")
     options = parser.parse_args(words)
     lines = draw_lines(options.lines, options.seed)
     place = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         outcomes, hangs = [], []
-        for start in range(0, len(lines), BATCH):
-            ended, hung = run_batch(lines[start : start + BATCH], place / str(start))
-            outcomes += ended
-            hangs += hung
-            print(f"{min(start + BATCH, len(lines))}/{len(lines)}", file=sys.stderr, flush=True)
+        batches = {place / str(start): lines[start : start + BATCH] for start in range(0, len(lines), BATCH)}
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for ended, hung in pool.map(run_batch, batches.values(), batches):
+                outcomes += ended
+                hangs += hung
+                print(f"{len(outcomes) + len(hangs)}/{len(lines)}", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return report(outcomes, hangs, options.seed)
