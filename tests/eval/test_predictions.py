@@ -290,7 +290,7 @@ def test_rows_that_are_gone_are_missed(tmp_path, whole):
         with pytest.raises(ConfigError, match=rf"has {len(kept)} of {len(lines)} rows; the same command without"):
             predictions.read(path)
     path.write_text("".join(lines)[:-5])
-    with pytest.raises(ConfigError, match=r"mend it, or the same command without score_only=true answers what is"):
+    with pytest.raises(ConfigError, match=r"fix it, or the same command without score_only=true answers what is"):
         predictions.read(path)
     assert generate(tmp_path / "cut", Backend()).read_text() == "".join(lines)
 

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from data import cache
 from flatlora.utils import records
+from flatlora.utils.files import cache_folder
 from scripts import damage
 
 
 def test_a_sample_of_damages_has_no_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "cache_folder", cache_folder)  # which the script chooses by that variable
     monkeypatch.setattr(damage, "CACHED", {"tokens": damage.CACHED["tokens"]})  # the others take a minute
     counts = damage.damage_all(tmp_path, sample=4, seed=3)
     assert counts["damages"] == 12  # 4 of each state
