@@ -11,6 +11,6 @@ from flatlora.methods.base import ADAPTERS
 
 
 @ADAPTERS.register("rslora")
-class RankStabilised(Lora):
+class RankStabilized(Lora):
     def settings(self, model: nn.Module, config: LoraMethodConfig) -> dict[str, Any]:
         return super().settings(model, config) | {"use_rslora": True}
