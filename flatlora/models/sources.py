@@ -245,7 +245,7 @@ def _load_error(config: ModelConfig, error: Exception, reachable: bool) -> str:
         reason = "it brings Python code of its own, which this suite never runs (trust_remote_code is False)."
         remedy = "name a model whose architecture is transformers' own"
     elif "gated" in str(error).lower() or "401" in reason or "403" in reason:
-        remedy = f"accept its licence on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
+        remedy = f"accept its license on the hub page of {config.hub_id} and log in with `hf auth login` (or HF_TOKEN)"
     elif os.path.exists(config.hub_id) or config.hub_id.startswith(("/", ".", "~")):
         remedy = "name the folder of a whole model, made by save_pretrained or `hf download`"
     else:
