@@ -173,7 +173,7 @@ def test_errors_of_model_data_and_scores_are_told_at_once(tmp_path, capsys):
     more = ["peft.target_modules=[to_w]", "dataset.min_side=80", "eval.text_to_image.prompts=nofile"]
     assert run_exp.main(words(tmp_path, *more, "eval.text_to_image.resolution=66", scored=True)) == 2
     told = capsys.readouterr().err
-    heads = ("peft.target_modules", "picture in flatlora/shapes", "eval.text_to_image.prompts=nofile")
+    heads = ("peft.target_modules", "image in flatlora/shapes", "eval.text_to_image.prompts=nofile")
     assert [f"Invalid {head}" in told for head in heads] == [True] * 3
     assert "Invalid eval.text_to_image.resolution=66" in told
 
@@ -360,9 +360,9 @@ def test_own_prompts_and_their_errors(tmp_path):
         assert [message.startswith(head) for message, head in zip(caught.value.errors, heads, strict=True)] == [
             True
         ] * len(heads)
-    with pytest.raises(ConfigError, match="name one of icons3d, shapes"):
+    with pytest.raises(ConfigError, match="name one of bi_lora, icons3d, shapes"):
         text_to_image.read_prompts("icons")
-    with pytest.raises(ConfigError, match="name one of icons3d, shapes"):
+    with pytest.raises(ConfigError, match="name one of bi_lora, icons3d, shapes"):
         text_to_image.read_prompts("training")  # of a model that no run describes
 
 

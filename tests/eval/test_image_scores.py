@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import run_exp
-from eval import command, corruptions, images
+from eval import corruptions, images, kinds
 from eval.backends.clip import CLIPBackend
 from eval.command import main
 from flatlora.inputs.images import LabeledImages
@@ -264,7 +264,7 @@ def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys, monkeypa
     assert "it writes answers, and this benchmark looks at pictures" in told("images", run, *served)
     named = [f"digit {name}" for name in json.loads((run / "classes.json").read_text())["names"]]
     other = LabeledImages("parquet", np.zeros(1, np.int64), lambda _: b"", named[::-1])
-    monkeypatch.setattr(command, "read_images", lambda *_, **options: other)
+    monkeypatch.setattr(kinds, "read_images", lambda *_, **options: other)
     record = json.loads((run / "run.json").read_text())
     del record[records.FILES], record[records.SIGNATURE]  # as a version wrote it that kept no hashes
     (run / "run.json").write_text(json.dumps(record))

@@ -135,7 +135,7 @@ UNFIT = {
     "a vocabulary larger than its embeddings": (
         ("llama", LARGE | {"vocab_size": 300}),
         [],
-        "Invalid tokenizer of {}: rows of word_math hold ",
+        "Invalid tokenizer of {}: rows of word_math contain ",
     ),
 }
 
