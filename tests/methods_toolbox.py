@@ -36,3 +36,15 @@ def nudge(model, std=0.02):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def gradient(model, batches):
+    """That of all batches together, one tensor per trained parameter."""
+    model.zero_grad()
+    for batch in batches:
+        model(**batch).loss.backward()
+    return [p.grad.clone() for p in trained(model)]

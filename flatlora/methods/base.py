@@ -173,7 +173,7 @@ class Regularizer(TrainerCallback):
         """Restore the parameters from before `ascend`."""
         raise NotImplementedError
 
-    def finish_gradient(self, parameters: Sequence[nn.Parameter]) -> None:
+    def finish_gradient(self) -> None:
         """Change the step's complete gradient, before it is clipped."""
 
     def weigh_rows(self, losses: torch.Tensor) -> torch.Tensor:

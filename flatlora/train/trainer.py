@@ -126,7 +126,7 @@ class FlatTrainer(Trainer):
             if last:
                 self._take_gradient_anew(model, num_items_in_batch)
         if self.regularizer and last:
-            self.regularizer.finish_gradient([p for p in model.parameters() if p.requires_grad])
+            self.regularizer.finish_gradient()
         return loss
 
     def compute_loss(

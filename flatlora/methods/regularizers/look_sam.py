@@ -38,20 +38,23 @@ class LookSam(RhoMethod):
     reads_gradients: ClassVar[bool] = True
 
     def regularizer(self, model: nn.Module, config: LookSamConfig, seed: int) -> Regularizer:
-        return LookSamRegularizer(config.sigma, config.every, config.reuse)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return LookSamRegularizer(trained, config.sigma, config.every, config.reuse)
 
 
 class LookSamRegularizer(SamRegularizer):
     """SAM in one step of `every`; the other steps add what it found across their own gradient.
 
     Args:
+        parameters: all that is trained.
         radius: ρ > 0.
         every: k ≥ 1.
         reuse: α ≥ 0.
     """
 
-    def __init__(self, radius: float, every: int, reuse: float) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], radius: float, every: int, reuse: float) -> None:
         super().__init__(radius)
+        self.parameters = parameters
         self.every, self.reuse = every, reuse
         self._step = 0
         self._first: list[torch.Tensor] = []  # g of the running step
@@ -84,10 +87,10 @@ class LookSamRegularizer(SamRegularizer):
         super().descend()
 
     @torch.no_grad()
-    def finish_gradient(self, parameters: Sequence[nn.Parameter]) -> None:
+    def finish_gradient(self) -> None:
         if self.second_gradient:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         ratio = (_dot(gradients, gradients) / _dot(self._across, self._across).clamp_min(1e-24)).sqrt()
         for gradient, across in zip(gradients, self._across, strict=True):
             gradient.add_(across * (self.reuse * ratio))

@@ -17,26 +17,16 @@ from flatlora.methods.regularizers.rwp_lora import RwpLoraRegularizer
 from flatlora.methods.regularizers.sam_full import SamFullRegularizer
 from flatlora.noise.philox import normal_reference
 from flatlora.perturb.layers import find_lora_layers
+from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.utils.labels import row_losses
 from tests.conftest import metrics_rows, run_folder, tiny_lora
-from tests.methods_toolbox import batches_of
+from tests.methods_toolbox import batches_of, gradient, trained
 
 ARGUMENTS = SimpleNamespace(process_index=0, world_size=1, device="cpu", output_dir="none", resume_from_checkpoint=None)
 
 
 def at(step):
     return SimpleNamespace(global_step=step, max_steps=10)
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def gradient(model, batches):
-    model.zero_grad()
-    for batch in batches:
-        model(**batch).loss.backward()
-    return [p.grad.clone() for p in trained(model)]
 
 
 def test_rwp_lora_adds_noise_of_std_rho_to_both_factors_and_takes_it_away():
@@ -122,27 +112,27 @@ def test_look_sam_reuses_what_sam_finds_across_the_gradient():
     generator = torch.Generator().manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(6, generator=generator))
     g, second, later = (torch.randn(6, generator=generator) for _ in range(3))
-    regularizer = LookSamRegularizer(0.1, every=2, reuse=0.7)
+    regularizer = LookSamRegularizer([parameter], 0.1, every=2, reuse=0.7)
     regularizer.on_step_begin(ARGUMENTS, at(0), None)
     assert regularizer.second_gradient
     parameter.grad = g.clone()
     regularizer.ascend([parameter])
     parameter.grad = second.clone()
     regularizer.descend()
-    regularizer.finish_gradient([parameter])
+    regularizer.finish_gradient()
     assert torch.equal(parameter.grad, second)
     across = second - (second @ g) / (g @ g) * g
     assert (across @ g).abs() < 1e-5
     regularizer.on_step_begin(ARGUMENTS, at(1), None)
     assert not regularizer.second_gradient
     parameter.grad = later.clone()
-    regularizer.finish_gradient([parameter])
+    regularizer.finish_gradient()
     torch.testing.assert_close(parameter.grad, later + 0.7 * later.norm() / across.norm() * across)
 
 
 def test_look_sam_goes_on_from_a_checkpoint_between_its_gradients(tmp_path):
     parameter = torch.nn.Parameter(torch.ones(4))
-    regularizer = LookSamRegularizer(0.1, every=5, reuse=0.7)
+    regularizer = LookSamRegularizer([parameter], 0.1, every=5, reuse=0.7)
     regularizer.on_step_begin(ARGUMENTS, at(0), None)
     parameter.grad = torch.tensor([1.0, 0, 0, 0])
     regularizer.ascend([parameter])
@@ -151,12 +141,12 @@ def test_look_sam_goes_on_from_a_checkpoint_between_its_gradients(tmp_path):
     folder = tmp_path / "checkpoint-2"
     folder.mkdir()
     regularizer.save_state(folder)
-    resumed = LookSamRegularizer(0.1, every=5, reuse=0.7)
+    resumed = LookSamRegularizer([parameter], 0.1, every=5, reuse=0.7)
     arguments = SimpleNamespace(**vars(ARGUMENTS) | {"output_dir": str(tmp_path)})
     resumed.on_train_begin(arguments, at(2), None)
     resumed.on_step_begin(arguments, at(2), None)
     parameter.grad = torch.tensor([3.0, 0, 4, 0])
-    resumed.finish_gradient([parameter])
+    resumed.finish_gradient()
     torch.testing.assert_close(parameter.grad, torch.tensor([3.0, 0.7 * 5, 4, 0]))
 
 
@@ -225,16 +215,32 @@ def test_the_sam_family_agrees_where_its_members_are_sam(tiny_settings):
         assert record["perturbation"]["gradients_a_step"] == 2
 
 
-def test_interval_perturbs_the_first_step_of_each_window_alone(tiny_settings):
-    """The published code's T. Steps 1, 2, 4 and 5 are trained on W: their loss is that of a run whose σ is 0 there."""
-    flat = ["rho=flat", "rho.sigma=0.3", "rho.ramp=constant", "trainer.max_steps=6"]
-    _, every_step, _ = trained_by(flat, tiny_settings, "all")
-    adapter, rows, _ = trained_by([*flat, "rho.interval=3"], tiny_settings, "interval")
+@pytest.mark.parametrize("mode", ["copy", "recompute", "inplace"])
+def test_interval_perturbs_the_first_step_of_each_window_alone(mode):
+    """The published code's T: all other steps read W, and the perturbed ones the ε of their own step."""
+    model, (batch,) = tiny_lora(), list(batches_of(1))
+    model.train()
+    plain, losses = model(**batch).loss.item(), {}
+    for interval in (1, 3):
+        settings = {"sigma": 0.5, "ramp": "constant", "mode": mode, "interval": interval}
+        perturbation = WeightPerturbation(find_lora_layers(model), total_steps=6, seed=2, **settings)
+        for step in range(6):
+            perturbation.begin(step)
+            assert perturbation.perturbed == (step % interval == 0)
+            assert perturbation.sigma_at(step) == (0.5 if step % interval == 0 else 0)
+            losses[interval, step] = model(**batch).loss.item()
+            perturbation.end()
+        perturbation.close()
+    for step in range(6):
+        expected = losses[1, step] if step % 3 == 0 else plain
+        assert losses[3, step] == pytest.approx(expected, rel=1e-6)
+        assert losses[1, step] != pytest.approx(plain, rel=1e-5)
+
+
+def test_interval_in_a_run_is_recorded_step_by_step(tiny_settings):
+    flat = ["rho=flat", "rho.sigma=0.3", "rho.ramp=constant", "rho.interval=3", "trainer.max_steps=6"]
+    _, rows, _ = trained_by(flat, tiny_settings, "interval")
     assert [row["sigma"] for row in rows] == pytest.approx([0.3, 0, 0, 0.3, 0, 0])
-    assert rows[0]["loss"] == every_step[0]["loss"]
-    assert rows[1]["loss"] != every_step[1]["loss"]
-    one_step, _, _ = trained_by([*flat, "rho.interval=6"], tiny_settings, "six")
-    assert any(not torch.equal(adapter[key], one_step[key]) for key in adapter)
 
 
 def test_baselines_run_and_leave_the_backbone(tiny_settings):

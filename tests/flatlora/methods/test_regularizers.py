@@ -16,18 +16,7 @@ from flatlora.methods.regularizers.sam import SamRegularizer
 from flatlora.optim.lora_pro import Pair, lora_pairs
 from flatlora.train.trainer import FlatTrainer
 from tests.conftest import adapter_bytes, metrics_rows, run_folder, tiny_lora
-from tests.methods_toolbox import batches_of, logits
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def gradient(model, batches):
-    model.zero_grad()
-    for batch in batches:
-        model(**batch).loss.backward()
-    return [p.grad.clone() for p in trained(model)]
+from tests.methods_toolbox import batches_of, gradient, logits, trained
 
 
 def test_sam_is_two_explicit_gradient_calls():
