@@ -1,6 +1,6 @@
 """Writes one HTML page of everything in results/: tables, figures, and each run's configuration and environment.
 
-    python -m scripts.report [--results DIR] [--out RECORD_FILE]     writes RESULTS/tables/report.html
+    python -m scripts.report [--results DIR] [--out FILE]     writes RESULTS/tables/report.html
 
 The page is self-contained and needs no network; its links lead to the raw files.
 """

@@ -33,7 +33,7 @@ class EsamConfig(RhoConfig):
 @REGULARIZERS.register("esam")
 class Esam(RhoMethod):
     Config = EsamConfig
-    strength: ClassVar = Strength("radius ρ", {"Bi-LoRA paper": 0.01})
+    strength: ClassVar = Strength("radius ρ", {"Bi-LoRA paper, of SAM": 0.01})
     reads_gradients: ClassVar[bool] = True
     needs_plain_layers: ClassVar[bool] = True  # the loss of each row is taken from all logits
 

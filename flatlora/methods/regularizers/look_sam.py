@@ -34,7 +34,7 @@ class LookSamConfig(RhoConfig):
 @REGULARIZERS.register("look_sam")
 class LookSam(RhoMethod):
     Config = LookSamConfig
-    strength: ClassVar = Strength("radius ρ", {"Bi-LoRA paper": 0.01})
+    strength: ClassVar = Strength("radius ρ", {"Bi-LoRA paper, of SAM": 0.01})
     reads_gradients: ClassVar[bool] = True
 
     def regularizer(self, model: nn.Module, config: LookSamConfig, seed: int) -> Regularizer:
