@@ -79,7 +79,7 @@ def size_factor(config: DiffusionModelConfig, *, drawn: bool = False) -> int:
     """Returns what both sides of an image must be multiples of, in pixels.
 
     Args:
-        drawn: whether the image is generated, for which diffusers has its own minimum.
+        drawn: whether the image is generated, for which diffusers also requires multiples of 8.
 
     Raises:
         ConfigError: the pipeline cannot be loaded; with a suggested fix.
