@@ -1,1 +1,1 @@
-"""From the command line to a finished run; run_exp.py says with which data sets and benchmarks."""
+"""Runs experiments from the command line; run_exp.py defines the datasets and benchmarks."""

@@ -1,7 +1,7 @@
-"""From command-line words to plain configuration: published spellings, composition with Hydra, sweeps.
+"""Converts command-line overrides to a plain configuration: published spellings, composition with Hydra, sweeps.
 
-Hydra cannot have a group `rho` and accept `++rho=0.05`, nor `peft` among its defaults and `+peft=all`. `rewrite` turns
-such published spellings into the canonical ones, with Hydra's own parser, before Hydra sees them.
+Hydra does not accept `++rho=0.05` if `rho` is a group, nor `+peft=all` if `peft` is in the defaults list. `rewrite`
+converts such published spellings to the canonical ones with Hydra's own parser, before Hydra gets them.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from flatlora.utils.files import write_atomic
 from flatlora.utils.masking import masked, masked_word
 from flatlora.utils.names import MOST_BYTES, is_text, size
 
-# Hydra's parser takes a second for a list of such a length, and Python's stack holds about ten times such a depth.
+# Hydra's parser takes about 1 s for lists of this length; nesting about ten times as deep overflows Python's stack.
 _LONGEST_WORD, _LONGEST_LINE, _DEEPEST_BRACKETS, _LONGEST_NUMBER = 16_000, 32_000, 20, 300
 _MOST_REFERENCES = 24
 MOST_JOBS = 256
-"""Of one sweep: each is composed and checked before the first begins."""
+"""Maximum number of jobs of a sweep; all are composed and checked before the first one starts."""
 
-# Groups that option files read from each other: rho.sigma by option of rho, and what a protocol says of its tasks.
+# Top-level keys used only inside option files, such as rho.sigma per option of rho and the tasks of a protocol.
 _OF_OPTIONS = ("strengths", "tasks", "task", "full_ft_lr")
 GROUPS = ("model", "dataset", "peft", "rho", "trainer", "eval", "protocol", "experiment")
 _RENAMED_GROUPS = {"dataset_name": "dataset"}
 
 
 def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Canonical words, and a note "old → new" for each published spelling that was rewritten.
+    """Returns canonical overrides, and a note "old → new" for each published spelling that was rewritten.
 
     `+peft=all` → `peft=all` · `++dataset_name=X` → `dataset=X` · `++rho=0.05` → `rho=flat rho.sigma=0.05` ·
     `++rho=0` → `rho=off` · `++rho=0,0.05` → `rho=flat rho.sigma=0,0.05` (σ = 0 is off, bit for bit) ·
-    `+peft.k=v` → `++peft.k=v` · `experiment=table2/dora_r8` → `experiment=table2 peft=dora peft.lora_r=8`, less the
-    keys that are set beside it.
+    `+peft.k=v` → `++peft.k=v` · `experiment=table2/dora_r8` → `experiment=table2 peft=dora peft.lora_r=8`, without
+    keys that are also set on the command line.
 
     Raises:
-        ConfigError: words that Hydra's parser cannot read, or several old names of experiments.
+        ConfigError: Hydra's parser cannot read an override, or a sweep contains old names of experiments.
     """
     canonical, notes = [], []
     errors: list[str] = []
@@ -69,7 +69,7 @@ def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
             errors += error.errors
             continue
         canonical += new
-        # A key set with ++ means what the plain key means, so only real changes of spelling are worth a line.
+        # ++key=value has the same meaning as key=value, so no note is needed.
         if new not in ([word], [word.lstrip("+")], [f"++{word}"]) or (new != [word] and word.startswith("+")):
             notes.append(f"{masked_word(word)} → {' '.join(map(masked_word, new))}")
     if errors:
@@ -92,10 +92,10 @@ def _rewrite_override(override: Override, given: Iterable[str]) -> list[str]:
 
 
 def _old_experiments(override: Override) -> list[str]:
-    """The name, if it is an old one.
+    """Returns the name of the experiment in a list if it is an old one; else an empty list.
 
     Raises:
-        ConfigError: a sweep with old names: their rows differ in several keys, which no sweep varies together.
+        ConfigError: a sweep with old names; their rows differ in several keys, which a sweep cannot vary together.
     """
     value = override.value()
     if not isinstance(value, ChoiceSweep):
@@ -125,7 +125,11 @@ def _is_number(override: Override) -> bool:
 
 
 def _parse_all(words: Iterable[str]) -> list[Override | None]:
-    """Parsed settings; None for an option of Hydra, such as -m."""
+    """Parses overrides; returns None in place of options of Hydra, such as -m.
+
+    Raises:
+        ConfigError: overrides that are too long, unreadable or not allowed.
+    """
     words, parsed = list(words), []
     errors = [message for word in words if not word.startswith("-") and (message := _size_error(word))]
     if not errors and (length := sum(map(len, words))) > _LONGEST_LINE:
@@ -150,7 +154,7 @@ def _parse_all(words: Iterable[str]) -> list[Override | None]:
     return parsed
 
 
-@functools.lru_cache(maxsize=1024)  # each job of a sweep is parsed several times, and most of its words are alike
+@functools.lru_cache(maxsize=1024)  # jobs of a sweep are parsed several times and share most overrides
 def _parse(word: str) -> Override:
     if word.lstrip("+~").startswith("="):
         raise HydraException("no key")
@@ -161,7 +165,7 @@ def _parse(word: str) -> Override:
 
 
 def _size_error(word: str) -> str | None:
-    """What no parser is to see: it would take minutes, or all of the stack."""
+    """Returns an error for an override that would take the parser minutes or overflow the stack; else None."""
     begin = word if len(word) <= 60 else f"{word[:60]}…"
     if not is_text(word):
         return f"Cannot read {word!r}: its bytes are no UTF-8; rename the folder, or mend the word."
@@ -190,7 +194,7 @@ def _deepest_brackets(text: str) -> int:
 
 
 def _place_errors(override: Override) -> list[str]:
-    """Words that put something at another place of the configuration than where it is looked for."""
+    """Returns errors for overrides that would put a value where nothing reads it."""
     line, key = override.input_line, override.key_or_group
     if override.package is not None:
         return [
@@ -217,15 +221,15 @@ _HYDRA_KEYS = (
     "hydra.searchpath",
     "hydra.verbose",
 )
-_PROCESSES = {  # the least that each may be
+_PROCESSES = {  # {key: minimum}
     "hydra.launcher.n_jobs": -MOST_JOBS,
     "hydra.launcher.tasks_per_node": 1,
-    "hydra.launcher.ray.init.num_cpus": 1,  # Ray starts so many workers before the first job
+    "hydra.launcher.ray.init.num_cpus": 1,  # Ray starts this many workers before the first job
 }
 
 
 def _hydra_errors(override: Override) -> list[str]:
-    """Settings of Hydra's by which it would write outside results_root, or start processes without end."""
+    """Returns errors for Hydra settings that would write outside results_root or start too many processes."""
     line, key, value = override.input_line, override.key_or_group, override.value()
     if not re.match(r"hydra[./]", key):
         return []
@@ -254,7 +258,7 @@ def _is_whole(text: str) -> bool:
 
 
 def _is_file_name(text: str) -> bool:
-    """Whether a text without references to other keys names a file, which Hydra and its launchers add endings to."""
+    """Whether a text is a valid file name without references to other keys, short enough for Hydra's suffixes."""
     return (
         text not in ("", ".", "..", "None") and not re.search(r"[/\x00]|\$\{", text) and size(text) <= MOST_BYTES - 40
     )
@@ -265,7 +269,7 @@ def _numbered(text: str) -> str:
 
 
 def _loses_blanks(override: Override) -> bool:
-    """Whether Hydra drops blanks at the ends of a text, where they may belong to a folder's name."""
+    """Whether Hydra would strip leading or trailing blanks of a text; they may be part of a folder's name."""
     value = override.input_line.partition("=")[2]
     return value != value.strip() and value.strip()[:1] not in ("'", '"') and isinstance(override.value(), str)
 
@@ -286,10 +290,10 @@ def _unreadable(word: str) -> str:
 
 
 def _quoted(key: str, value: str) -> str | None:
-    """A word for the shell by which a key takes this very text; None where there is none, as of no key."""
+    """Returns the override in shell quotes that sets `key` to exactly this text; None if there is none."""
     if not (key and value and value.isprintable()):
         return None
-    text = value if re.search(r"\$\{[^}]+\}", value) else value.replace("${", r"\${")  # the start of no interpolation
+    text = value if re.search(r"\$\{[^}]+\}", value) else value.replace("${", r"\${")  # not an interpolation
     inner = QuotedString(text, Quote.single if "'" not in text else Quote.double).with_quotes()
     try:
         if OverridesParser.create().parse_override(f"{key}={inner}").value() != text:
@@ -300,14 +304,14 @@ def _quoted(key: str, value: str) -> str | None:
 
 
 def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
-    """Plain nested data of one job: `config.experiment.parse` names its unknown keys and options (`NoSection`).
+    """Returns the plain nested configuration of one job; `parse` reports the errors in its `NoSection` values.
 
     Raises:
-        ConfigError: words that do not compose.
+        ConfigError: the overrides do not compose.
     """
     overrides = _parse_all(words)
     errors = [_sweep_error(override) for override in overrides if _is_sweep(override)]
-    if sum(word.count("${") for word in words) > _MOST_REFERENCES:  # each may double what the one before it made
+    if sum(word.count("${") for word in words) > _MOST_REFERENCES:  # nested references can grow exponentially
         errors.append(f"Too many references to other keys: ${{KEY}} may stand {_MOST_REFERENCES} times in a command.")
     if errors:
         raise ConfigError(errors)
@@ -318,7 +322,7 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
         if (errors := _option_errors(folders, override))
     }
     known = [override.input_line for override in overrides if override.key_or_group.split(".")[0] not in unknown]
-    deleted = {"peft"} if "~peft" in known else set()  # by hand: conf/optim_of follows it, and would not compose
+    deleted = {"peft"} if "~peft" in known else set()  # deleted after composing, as conf/optim_of depends on it
     kept = [word for word in known if word.removeprefix("~") not in deleted]
     GlobalHydra.instance().clear()
     try:
@@ -330,7 +334,7 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
             return plain | _unchosen_benchmarks(folders, known) | unknown
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra/launcher=5 is a ValueError
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra/launcher=5 raises ValueError
         errors = [message for section in unknown.values() for message in section.errors]
         reason = reason_of(error)
         if isinstance(error, InterpolationResolutionError):
@@ -342,10 +346,10 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _validate_protocol(conf_dir: Path, composed: DictConfig) -> None:
-    """Check that the chosen protocol has the experiment.
+    """Checks that the chosen protocol defines the experiment.
 
     Raises:
-        ConfigError: its paper does not train this model on this data set; the message lists those that it does.
+        ConfigError: its paper does not train this model on this dataset; the message lists its experiments.
     """
     protocol = composed.get("protocol")
     model, dataset = (OmegaConf.select(composed, f"{group}.name") for group in ("model", "dataset"))
@@ -374,12 +378,12 @@ ALLOW_CODE = "eval.allow_code_execution"
 
 
 def _unchosen_benchmarks(folders: Sequence[Path], words: Sequence[str]) -> dict[str, NoSection]:
-    """`eval` with an error for each key such as eval.gsm8k.max_rows=5 whose benchmark `eval=[...]` does not name.
+    """Returns {"eval": errors} for keys such as eval.gsm8k.max_rows=5 whose benchmark is not in `eval=[...]`; else {}.
 
-    Hydra would make a section of it all the same, and the benchmark would run.
+    Without this check Hydra would add a section for the key, and the benchmark would run.
     """
     keys = {word.lstrip("+").partition("=")[0]: word for word in words if word.lstrip("+").startswith("eval.")}
-    keys.pop(ALLOW_CODE, None)  # of no one benchmark
+    keys.pop(ALLOW_CODE, None)  # applies to all benchmarks
     if not keys:
         return {}
     others = [word for word in words if word not in keys.values()]
@@ -401,7 +405,7 @@ def _unchosen_benchmarks(folders: Sequence[Path], words: Sequence[str]) -> dict[
 
 
 def force_add(words: Sequence[str]) -> list[str]:
-    """Settings as Hydra takes them with keys of the typed config that no option file names."""
+    """Returns overrides with ++ where Hydra needs it for keys that are in no option file."""
     return [_force_add(override) for override in _parse_all(words)]
 
 
@@ -439,7 +443,7 @@ _OWN_FOLDERS = "hydra.searchpath"
 
 
 def _own_folders(overrides: Iterable[Override]) -> list[Path]:
-    """Folders with option files of the user's own."""
+    """Returns the user's own folders of option files."""
     values = [override.value() for override in overrides if override.key_or_group == _OWN_FOLDERS]
     named = [text for value in values if isinstance(value, list) for text in map(str, value)]
     return [Path(text.removeprefix("file://")) for text in named if "://" not in text or text.startswith("file://")]
@@ -450,13 +454,13 @@ def _option_name(value: Any) -> str:
 
 
 def name_jobs(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A sweep's settings with the swept keys in `wandb.name`, so that each job has its own folder; and notes of it.
+    """Appends the swept keys to `wandb.name`, so that each job has its own folder; returns overrides and notes.
 
-    `wandb.name=N rho.sigma=0,0.05` → `wandb.name=N-${rho.sigma}`. The seed has a folder level of its own; benchmarks
-    and experiment files have no name: jobs that differ in nothing else are refused for their one folder.
+    `wandb.name=N rho.sigma=0,0.05` → `wandb.name=N-${rho.sigma}`. The seed is not appended: it is a folder level of
+    its own. Nor are benchmarks and experiment files: jobs that differ only in those are rejected for their one folder.
 
     Raises:
-        ConfigError: swept values that make no folder name.
+        ConfigError: swept values that are not usable in a folder name.
     """
     overrides = _parse_all(words)
     swept = [override for override in overrides if _is_sweep(override) and override.key_or_group not in _UNNAMED]
@@ -464,8 +468,8 @@ def name_jobs(words: Sequence[str]) -> tuple[list[str], list[str]]:
     for override in overrides:
         line = override.input_line
         if override.key_or_group == "wandb.name" and swept and not _is_sweep(override) and "${" not in line:
-            labels = [_job_label(one) for one in swept]
-            errors += [_label_error(line, one) for one, label in zip(swept, labels, strict=True) if label is None]
+            labels = [_job_label(sweep) for sweep in swept]
+            errors += [_label_error(line, sweep) for sweep, label in zip(swept, labels, strict=True) if label is None]
             line = _appended(line, [label for label in labels if label])
             notes.append(f"{masked_word(override.input_line)} → {masked_word(line)} (each job has its own folder)")
         named.append(line)
@@ -475,7 +479,7 @@ def name_jobs(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _appended(line: str, labels: Sequence[str]) -> str:
-    """A setting whose text goes on with labels, within its quotes where it has some."""
+    """Appends labels to the value of an override, inside its quotes if it has any."""
     line = line.rstrip()
     quote = line[-1] if line.partition("=")[2].lstrip()[:1] in ("'", '"') else ""
     return "-".join([line.removesuffix(quote), *labels]) + quote
@@ -485,9 +489,9 @@ _UNNAMED = ("seed", "eval", "experiment")
 
 
 def _job_label(override: Override) -> str | None:
-    """Interpolation that tells the swept values apart in a folder's name; None when they make none.
+    """Returns an interpolation that distinguishes the swept values in a folder name; None if that is impossible.
 
-    Lists of one length are taken apart, `${key.0}+${key.1}`: as a whole they would have brackets and quotes.
+    Lists of equal length are joined by items, `${key.0}+${key.1}`, to avoid brackets and quotes.
     """
     key, sweep = override.key_or_group, override.value()
     if key in GROUPS:
@@ -520,10 +524,12 @@ def _label_error(name: str, override: Override) -> str:
 
 
 def expand_sweep(words: Sequence[str]) -> list[list[str]]:
-    """The jobs of a `-m` command line, as Hydra's basic sweeper makes them: all combinations, last key fastest.
+    """Returns the overrides of each job of a `-m` command line in the order of Hydra's basic sweeper.
+
+    The jobs are all combinations of swept values; the last key varies fastest.
 
     Raises:
-        ConfigError: sweeps whose values cannot be listed.
+        ConfigError: values that cannot be listed, or too many jobs.
     """
     overrides = _parse_all(words)
     counts, errors = [], []
@@ -531,7 +537,7 @@ def expand_sweep(words: Sequence[str]) -> list[list[str]]:
         if not _is_sweep(override):
             continue
         key, count = word.partition("=")[0], _count_values(override.value())
-        if count is None:  # glob, interval, a range that never ends
+        if count is None:  # glob, interval, infinite range
             errors.append(f"Cannot sweep over {word!r}: list the values, such as {key}=A,B, or use range(START,STOP).")
         elif count == 0:
             errors.append(f"Cannot sweep over {word!r}: there is no value in it; a range counts up from START to STOP.")
@@ -551,7 +557,7 @@ def expand_sweep(words: Sequence[str]) -> list[list[str]]:
 
 
 def _count_values(sweep: Any) -> int | None:
-    """How many values a sweep has, found without making them; None where they cannot be counted."""
+    """Returns the number of values of a sweep without generating them; None if they cannot be counted."""
     if isinstance(sweep, ChoiceSweep):
         return len(sweep.list)
     if not isinstance(sweep, RangeSweep):
@@ -564,7 +570,7 @@ def _count_values(sweep: Any) -> int | None:
 
 
 def mask_record(sweep_folder: Path) -> None:
-    """Take passwords out of the configuration that Hydra keeps of a sweep."""
+    """Masks passwords in the configuration that Hydra saves for a sweep."""
     path = sweep_folder / "multirun.yaml"
     with contextlib.suppress(FileNotFoundError):
         text = path.read_text(encoding="utf-8")
@@ -574,8 +580,8 @@ def mask_record(sweep_folder: Path) -> None:
 
 @contextlib.contextmanager
 def hydra_errors() -> Iterator[None]:
-    """Errors of Hydra's as `ConfigError`: by itself it prints them, at times with a traceback, and ends the process."""
-    variable = "HYDRA_FULL_ERROR"  # set, it lets them through
+    """Converts Hydra's errors in the block to `ConfigError`; by default Hydra prints them and exits."""
+    variable = "HYDRA_FULL_ERROR"  # if set, Hydra raises its errors
     before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
@@ -590,7 +596,7 @@ def hydra_errors() -> Iterator[None]:
 
 
 def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(Hydra's own options such as -m or --cfg job, settings)."""
+    """Splits a command line into Hydra's options, such as -m or --cfg job, and overrides."""
     flags: list[str] = []
     settings: list[str] = []
     iterator: Iterator[str] = iter(words)
@@ -620,7 +626,7 @@ Options besides settings (key=value):
 Sweeps: hydra/launcher=NAME (basic, and those of the extras sweep and ray), its keys, and hydra.sweep.dir; --cfg=hydra
 shows them. What Hydra offers besides: https://hydra.cc
 """
-_FLAGS = {  # name: (short form, what may follow it; () for nothing, None for any text)
+_FLAGS = {  # {name: (short form, allowed values; () for no value, None for any text)}
     "--multirun": ("-m", ()),
     "--help": ("-h", ()),
     "--hydra-help": (None, ()),
@@ -648,12 +654,12 @@ _NOT_OFFERED = {
 
 
 def read_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(Hydra's options that are left, settings that say the same as the others) of the first part of `split_flags`.
+    """Checks Hydra's options from `split_flags`; returns those to pass on, and overrides that replace the others.
 
-    `--config-dir DIR` → `hydra.searchpath=[file://DIR]`, which is known to all that composes.
+    `--config-dir DIR` → `hydra.searchpath=[file://DIR]`, which our own composition reads, too.
 
     Raises:
-        ConfigError: options that there are none of, that have no such value, or that do not go together.
+        ConfigError: unknown options, invalid values, or options that cannot be combined.
     """
     kept: dict[str, str | None] = {}
     settings, errors = [], []
@@ -675,7 +681,7 @@ def read_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
             errors.append(f"Missing value of {given}: write {name}=VALUE.")
         elif name == "--config-dir":
             folder = Path(value).absolute()
-            if os.path.isdir(folder):  # false, where Path.is_dir raises: for a name that is too long
+            if os.path.isdir(folder):  # False for too long names, for which Path.is_dir raises
                 settings.append(f"{_OWN_FOLDERS}=[{QuotedString(f'file://{folder}', Quote.single).with_quotes()}]")
             else:
                 errors.append(f"Invalid {given} {value}: there is no such folder; name one with option files.")

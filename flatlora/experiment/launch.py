@@ -1,4 +1,4 @@
-"""From the words of a command line to exit codes: one run, a sweep, or what Hydra shows."""
+"""Entry point: runs one experiment, a sweep or a Hydra command from the command line, and returns an exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from flatlora.utils.errors import ConfigError
 
 
 def main(suite: Suite, words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a run failed, 2 an error of the configuration, 75 preempted, 130 interrupted."""
+    """Runs the command line and returns its exit code.
+
+    0: success; 1: a run failed; 2: invalid configuration; 75: preempted; 130: interrupted.
+    """
     words = list(sys.argv[1:] if words is None else words)
     console.quiet_libraries()
     try:
@@ -61,16 +64,16 @@ def main(suite: Suite, words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.console.print("Interrupted before the run began: nothing was written.")
         return EXIT_INTERRUPTED
-    except OSError as error:  # of a cache or the run's folder, such as a disk that is full or became read-only
+    except OSError as error:  # of a cache or the run's folder, such as a full or read-only disk
         console.report_failure(error)
         return EXIT_FAILED
 
 
 def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], experiments: Sequence[Experiment]) -> int:
-    """Let Hydra launch the jobs, then show what became of each. One that fails does not stop the others.
+    """Launches the jobs with Hydra, then prints a summary. A failed job does not stop the others.
 
     Raises:
-        ConfigError: some job's folder is not free for it; none has been started.
+        ConfigError: the folder of a job cannot be used; no job was started.
     """
     folders = [RunFolder.of(experiment) for experiment in experiments]
     errors, before = [], []
@@ -83,7 +86,7 @@ def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], exper
         raise ConfigError(errors)
     for folder, (finished, _) in zip(folders, before, strict=True):
         if not finished and distributed.is_main_process():
-            folder.check_writable()  # Hydra makes folders there before any job does; the first error stands for all
+            folder.check_writable()  # before Hydra creates folders there; only the first error is reported
     try:
         _hand_to_hydra(suite, flags, settings)
         interrupted = False
@@ -91,19 +94,19 @@ def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], exper
         interrupted = True
         console.console.print("Sweep interrupted: the same command with resume=true does what is left.")
     if not distributed.is_main_process():
-        return 0  # what became of the jobs is the main process's to say
+        return 0  # only the main process prints the summary
     states, jobs = [], []
     for folder, (finished, old) in zip(folders, before, strict=True):
         try:
             record = folder.record
-        except ConfigError as error:  # one that was broken meanwhile hides no other
+        except ConfigError as error:  # a broken record does not hide the others
             console.report_errors(error)
             states.append("broken record")
             jobs.append((states[-1], folder.path, None))
             continue
-        told = record is not None and (finished or record != old)  # an old record says nothing of this job
-        states.append(record.status if told else "not run")
-        jobs.append((states[-1], folder.path, record if told else None))
+        is_current = record is not None and (finished or record != old)  # an old record is not of this job
+        states.append(record.status if is_current else "not run")
+        jobs.append((states[-1], folder.path, record if is_current else None))
     _print_sweep(f"Sweep: {states.count('finished')} of {len(folders)} finished", jobs)
     if interrupted:
         return EXIT_INTERRUPTED
@@ -111,7 +114,7 @@ def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], exper
 
 
 def _print_sweep(title: str, jobs: Sequence[tuple[str, Path, RunRecord | None]]) -> None:
-    """Print one row per job of a sweep, (state, folder, record), to standard output; numbers are from the records."""
+    """Prints a table with one row per job, (state, folder, record), to standard output."""
     parent = Path(os.path.commonpath([folder.parent.parent for _, folder, _ in jobs]))
     table = Table(title=Text(f"{title}, under {parent}"), title_justify="left")
     table.add_column("state", no_wrap=True)
@@ -122,14 +125,14 @@ def _print_sweep(title: str, jobs: Sequence[tuple[str, Path, RunRecord | None]])
         cells = _sweep_cells(record) if record else ["—"] * 6
         table.add_row(state, Text(str(folder.relative_to(parent))), *cells)
     printer = Console(highlight=False)
-    # For a file or a pipe, rich would assume 80 columns.
+    # rich assumes 80 columns for a file or a pipe.
     (printer if printer.is_terminal else Console(highlight=False, width=150)).print(table)
 
 
 def _sweep_cells(record: RunRecord) -> list[str]:
     metrics, hashes = record.metrics, record.backbone_sha256
     timing, memory = record.timing or Timing(), record.memory or Memory()
-    scores = [value for name, value in metrics.items() if "/" in name and not name.endswith("/n")]  # its first metric
+    scores = [value for name, value in metrics.items() if "/" in name and not name.endswith("/n")]  # the first is shown
     numbers = [
         (metrics.get("first_loss"), "{:.3f}"),
         (metrics.get("train_loss"), "{:.3f}"),
@@ -144,11 +147,11 @@ def _sweep_cells(record: RunRecord) -> list[str]:
 
 
 def experiment_of(suite: Suite, settings: Sequence[str]) -> Experiment:
-    """Typed experiment of canonical command-line settings.
+    """Returns the typed experiment of canonical command-line settings.
 
     Raises:
-        ConfigError: as `parse`; or epochs in a word where max_steps ends the run. Options of conf have epochs of their
-            own, which words may well cut short.
+        ConfigError: see `parse`; or optim.epochs is set on the command line and trainer.max_steps ends the run. Epochs
+            from an option file may be cut short by max_steps.
     """
     experiment = parse(commandline.compose_config(suite.conf_dir, settings), suite)
     steps = experiment.trainer.max_steps
@@ -162,7 +165,11 @@ def experiment_of(suite: Suite, settings: Sequence[str]) -> Experiment:
 
 
 def experiments_of(suite: Suite, jobs: Sequence[Sequence[str]]) -> list[Experiment]:
-    """`experiment_of` of each job of a sweep; every error of every job, before the first one starts."""
+    """Returns `experiment_of` for each job of a sweep.
+
+    Raises:
+        ConfigError: with the errors of all jobs; or two jobs have the same folder.
+    """
     experiments, errors = [], []
     for job in jobs:
         try:
@@ -181,17 +188,17 @@ def experiments_of(suite: Suite, jobs: Sequence[Sequence[str]]) -> list[Experime
 
 
 def _hand_to_hydra(suite: Suite, flags: Sequence[str], settings: Sequence[str]) -> int:
-    """Let Hydra run one job or the jobs of a sweep; returns the highest exit code of those in this process."""
+    """Runs Hydra with one job or a sweep; returns the highest exit code of the jobs in this process."""
     sys.argv = [sys.argv[0], *flags, *commandline.force_add(settings)]
-    if any(flag.startswith("--info") for flag in flags):  # told through the root logger, by a handler of Hydra's own
+    if any(flag.startswith("--info") for flag in flags):  # Hydra logs it to the root logger with its own handler
         logging.getLogger().handlers.clear()
-    exit_codes: list[int] = []  # Hydra drops what a job returns
+    exit_codes: list[int] = []  # Hydra discards the return value of a job
 
     @hydra.main(config_path=str(suite.conf_dir), config_name="config", version_base="1.3")
     def job(config: DictConfig) -> int:
         code = _run_job(suite, config)
         if code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
-            raise KeyboardInterrupt  # the jobs after this one are not wanted either
+            raise KeyboardInterrupt  # stops the remaining jobs, too
         exit_codes.append(code)
         return code
 

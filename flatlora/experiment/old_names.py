@@ -1,4 +1,4 @@
-"""Experiment names of earlier versions, which had a file for each row of a table, as overrides of the table's file."""
+"""Experiment names of earlier versions, one per row of a table, and the overrides that replace them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RANK_8 = {f"{name}_r8": [*overrides, "peft.lora_r=8"] for name, overrides in _M
 _RANKS = {"lora_r8": ["peft.lora_r=8"], "lora_r16": ["peft.lora_r=16"]}
 _FULL = {"full_ft": ["peft=full_ft"]}
 _REGULARIZERS = {"lora_sam": ["rho=sam"], "bi_lora": ["rho=bi_lora"]}
-_TABLE1 = {row: [*one, *_LOWER_LR.get(row.removesuffix("_r8"), [])] for row, one in _RANK_8.items()}
+_TABLE1 = {row: [*words, *_LOWER_LR.get(row.removesuffix("_r8"), [])] for row, words in _RANK_8.items()}
 _LANGUAGE = _FULL | _REGULARIZERS | _with_flat({"lora": []} | _METHOD_ROWS)
 _STUDY = {"base": [], **{name: [f"peft={name}", *lr] for name, lr in _LOWER_LR.items()}}
 
@@ -35,10 +35,10 @@ OLD_EXPERIMENTS: dict[str, list[str]] = {
     **_of_table("ablation", {name: [] for name in ("every", "noise", "ramp", "rank", "sigma")} | {"sam": ["rho=sam"]}),
     "ablation/cost": ["experiment=cost"],
 }
-"""{old name: the overrides to write in its place}"""
+"""{old name: overrides that replace it}"""
 
 
 def current_overrides(name: str, given: Iterable[str]) -> list[str]:
-    """What replaces `experiment=NAME` beside overrides of the keys `given`, which win over those of a row."""
+    """Returns the overrides that replace `experiment=NAME`, without those of keys in `given`, which take precedence."""
     given = set(given)
-    return [one for one in OLD_EXPERIMENTS[name] if one.partition("=")[0] not in given - {"experiment"}]
+    return [override for override in OLD_EXPERIMENTS[name] if override.partition("=")[0] not in given - {"experiment"}]

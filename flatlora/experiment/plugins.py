@@ -1,4 +1,4 @@
-"""What a data set and a benchmark bring along; each registers itself, one file each."""
+"""Interfaces of the plug-ins: datasets and benchmarks, one file each, which register themselves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flatlora.inputs.rows import Source
 
 @dataclass(frozen=True)
 class DataSet:
-    """A loader of rows.
+    """A dataset loader.
 
     Args:
-        Config: its config section.
-        version: raised whenever the same config and files give other rows.
-        describe: (config) → one line for people.
-        sources: (config) → the public splits that it reads; none where rows are generated.
-        load: (config, data_root, count_tokens) → `data.Splits`; None for pictures, which their kind of rows reads.
+        Config: class of its config section.
+        version: incremented when the same config and files give different rows.
+        describe: (config) → a one-line description.
+        sources: (config) → the public splits that it reads; empty if rows are generated.
+        load: (config, data_root, count_tokens) → `data.Splits`; None for images, which their `RowKind` reads.
     """
 
     Config: type[DatasetConfig]
@@ -32,34 +32,34 @@ class DataSet:
 
 
 def _no_check(config: Section, model: ModelConfig) -> None:
-    """Every setting goes with every model."""
+    """Accepts any settings with any model."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What asks a model and scores its answers; the answers' file, predictions.jsonl, lies between.
+    """A benchmark: generates a model's answers, saves them in predictions.jsonl, and scores this file.
 
     Args:
-        Config: its config section, with `max_rows` and `batch_size`.
-        help: what `python -m eval.NAME --help` prints.
-        kind: of the rows that it scores.
-        headline: the metric of tables.
-        scorer_version: raised whenever the same answers score otherwise.
+        Config: class of its config section, with `max_rows` and `batch_size`.
+        help: text of `python -m eval.NAME --help`.
+        kind: kind of rows that it scores.
+        headline: name of the metric in tables.
+        scorer_version: incremented when the same answers get different scores.
         fields: keys of a row of predictions.jsonl, and their types.
-        row_columns: what a row has, as `flatlora.inputs.rows.Columns`; empty if it has rows of its own.
-        check_rows: (rows, source, config, tokenizer=, classes=, model=); ConfigError for rows that cannot be scored.
-            What is known of the model, before its weights are loaded, is its tokenizer, its classes or its config.
-        run: (backend, rows, folder, config) → the score, {"scorer", "n", "metrics"}; asks and scores.
-        score_file: (path, config) → the score of a finished predictions.jsonl.
+        row_columns: columns of a dataset's rows, as `flatlora.inputs.rows.Columns`; empty if the benchmark uses its
+        own. check_rows: (rows, source, config, tokenizer=, classes=, model=) raises ConfigError for rows that cannot be
+            scored. The keyword arguments are what is known of the model before its weights are loaded.
+        run: (backend, rows, folder, config) → the score, {"scorer", "n", "metrics"}; generates and scores answers.
+        score_file: (path, config) → the score of a complete predictions.jsonl.
         row_scores: (rows, config, folder) → {row: score}.
-        benchmark_rows: (data_root, config) → the benchmark's own rows, for a model that no run describes.
-        check_settings: (config, model); ConfigError for settings that no rows could make good.
-        generates: whether words are asked for, which every backend has; of text alone.
-        own_rows: whether a run asks the benchmark's own rows, not its data set's; of text alone.
-        scoring: settings that decide scores and no answer.
-        is_share, digits: whether scores are shares of one, and how many decimals they are shown with if they are not.
-        picture: a file beside the answers that shows them.
-        belongs_to: setting → another that it is of: a new value of that one leaves a run's value of this one out.
+        benchmark_rows: (data_root, config) → the benchmark's own rows, for a model without a run.
+        check_settings: (config, model) raises ConfigError for settings that are invalid with any rows.
+        generates: whether answers are generated text, which every backend supports; text only.
+        own_rows: whether runs are scored on the benchmark's own rows, not on their dataset's; text only.
+        scoring: settings that affect scores but not answers.
+        is_share, digits: whether scores are fractions of one; if not, the number of decimals they are shown with.
+        picture: name of an image file beside the answers that shows them.
+        belongs_to: {setting: parent setting}; if the parent is changed, a run's value of the setting is not used.
     """
 
     Config: type[Section]

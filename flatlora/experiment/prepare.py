@@ -1,4 +1,4 @@
-"""Makes everything ready that a run reads, and checks that it fits together, before any weight is loaded."""
+"""Reads and checks all inputs of a run before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run reads besides weights."""
+    """Inputs of a run besides weights."""
 
     device: torch.device
     processor: training.Processor  # a tokenizer, an image processor, or none
     rows: Any  # with `train`, `validation`, `test` and `sha256`
-    asked: dict[str, Sequence[Any]]  # rows of each benchmark
+    asked: dict[str, Sequence[Any]]  # {benchmark: its rows}
     collate: Callable[[list[Any]], dict[str, torch.Tensor]]
-    data_sha256: str  # of all that training and validation read
+    data_sha256: str  # of the data of training and validation
 
 
 def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Inputs:
-    """Make the rows ready and try the method on the model's skeleton; no weight is loaded.
+    """Reads the rows and checks them and the method against the model's architecture; no weight is loaded.
 
     Raises:
-        ConfigError: model, method, data and benchmarks, or then the rows that are asked, do not fit; nothing has been
-            written.
+        ConfigError: model, method, data or benchmarks are invalid or do not fit together; nothing was written.
     """
     _warn_of_unread_data_root(suite, experiment)
     kind = suite.kind(experiment)
@@ -52,18 +51,18 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
     )
     known = kind.known(experiment, processor, rows)
     names = [name for name in experiment.eval if name not in own]
-    _, _, *found = gather(
+    _, _, *test_rows = gather(
         lambda: _check_validation(experiment, len(rows.validation)),
         lambda: kind.check(experiment, skeleton, processor, rows),
         *(lambda name=name: _test_rows(suite, experiment, rows.test, name, known) for name in names),
     )
-    asked = own | dict(zip(names, found, strict=True))
+    asked = own | dict(zip(names, test_rows, strict=True))
     collate = kind.collator(experiment.model, processor)
     return Inputs(device, processor, rows, asked, collate, rows.sha256)
 
 
 def _warn_of_unread_data_root(suite: Suite, experiment: Experiment) -> None:
-    """No error: one command may sweep over data sets that read files and such as are made."""
+    """Warns if data_root is not used. It is no error: a sweep may mix datasets from files and generated ones."""
     section = experiment.dataset
     own = any(suite.benchmarks[name].own_rows for name in experiment.eval)
     if experiment.data_root is None or own or suite.datasets[section.loader].sources(section):
@@ -75,7 +74,7 @@ def _warn_of_unread_data_root(suite: Suite, experiment: Experiment) -> None:
 
 
 def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:
-    """The architecture without weights, which has what the experiment asks for."""
+    """Returns the architecture without weights, after checking it against the experiment."""
     skeleton = loading.skeleton(experiment.model)
     gather(
         lambda: methods.ADAPTERS[experiment.peft.method].check(skeleton, experiment.peft),
@@ -96,7 +95,7 @@ def _raise_if(errors: Sequence[str]) -> None:
 
 
 def _reads_weights(experiment: Experiment) -> str | None:
-    """The setting that reads, moves or trains W itself; None where a run only multiplies by it."""
+    """Returns the setting that reads, changes or trains W; None if the run only multiplies by it."""
     if methods.ADAPTERS[experiment.peft.method].needs_dense:
         return f"peft={experiment.peft.name}"
     if experiment.flat and experiment.rho.mode in ("copy", "inplace"):
@@ -110,7 +109,7 @@ def _position_errors(experiment: Experiment, skeleton: nn.Module) -> list[str]:
 
 
 def _peft_errors(experiment: Experiment, skeleton: nn.Module) -> list[str]:
-    """What PEFT says against an adapter around the experiment's layers, tried on a skeleton that it changes."""
+    """Returns PEFT's error for an adapter on the experiment's layers; adds such an adapter to `skeleton`."""
     wanted = getattr(experiment.peft, "target_modules", None)
     if wanted is None:
         return []
@@ -123,10 +122,10 @@ def _peft_errors(experiment: Experiment, skeleton: nn.Module) -> list[str]:
 
 
 def _read(suite: Suite, experiment: Experiment) -> tuple[Any, Any]:
-    """What turns rows into tensors, and the rows; where the one cannot be had, the files of the others are looked for.
+    """Returns the processor and the rows; if the processor fails to load, errors of the data files are added.
 
     Raises:
-        ConfigError: processor or data are not there, or do not fit.
+        ConfigError: processor or data cannot be loaded, or do not fit together.
     """
     try:
         processor = loading.load_processor(experiment.model)
@@ -136,7 +135,7 @@ def _read(suite: Suite, experiment: Experiment) -> tuple[Any, Any]:
 
 
 def _file_errors(suite: Suite, experiment: Experiment) -> list[str]:
-    """Files of the data set that are not there, or a hub out of reach."""
+    """Returns errors for files of the dataset that are missing or cannot be reached on the hub."""
     known = suite.datasets[experiment.dataset.loader].sources(experiment.dataset)
     try:
         gather(*(lambda source=source: fingerprint(source, experiment.data_root) for source in known))
@@ -146,7 +145,11 @@ def _file_errors(suite: Suite, experiment: Experiment) -> list[str]:
 
 
 def _check_validation(experiment: Experiment, left: int) -> None:
-    """Rows that repeat train rows do not validate, which may leave none."""
+    """Checks that validation rows are left: those that repeat training rows are removed.
+
+    Raises:
+        ConfigError: none is left, and validation is requested.
+    """
     if not left and (keys := keys_of_validation(experiment.optim)):
         given = ", ".join(f"optim.{key}={getattr(experiment.optim, key)}" for key in keys)
         raise ConfigError(
@@ -158,17 +161,17 @@ def _check_validation(experiment: Experiment, left: int) -> None:
 
 
 def _check_benchmarks(suite: Suite, experiment: Experiment) -> None:
-    found = [(suite.benchmarks[name], config) for name, config in experiment.eval.items()]
+    benchmarks = [(suite.benchmarks[name], config) for name, config in experiment.eval.items()]
     gather(
         *(
             lambda module=module, config=config: module.check_settings(config, experiment.model)
-            for module, config in found
+            for module, config in benchmarks
         )
     )
 
 
 def _own_rows(suite: Suite, experiment: Experiment) -> dict[str, Sequence[Any]]:
-    """Rows of the benchmarks that ask their own, whatever the data set is."""
+    """Returns {benchmark: rows} of the benchmarks that use their own rows with any dataset."""
     names = [name for name in experiment.eval if suite.benchmarks[name].own_rows]
     rows = gather(*(lambda name=name: _test_rows(suite, experiment, [], name, {}) for name in names))
     return dict(zip(names, rows, strict=True))
@@ -177,14 +180,14 @@ def _own_rows(suite: Suite, experiment: Experiment) -> dict[str, Sequence[Any]]:
 def _test_rows(
     suite: Suite, experiment: Experiment, test: Sequence[Any], name: str, known: Mapping[str, Any]
 ) -> Sequence[Any]:
-    """What a benchmark asks at the end of a run.
+    """Returns the rows that a benchmark scores at the end of a run.
 
     Args:
-        test: the data set's test rows.
-        known: of the model, for `check_rows`.
+        test: the dataset's test rows.
+        known: keyword arguments of `check_rows` about the model.
 
     Raises:
-        ConfigError: they are not there, or cannot be scored.
+        ConfigError: the rows are missing or cannot be scored.
     """
     module, config = suite.benchmarks[name], experiment.eval[name]
     template = getattr(config, "template", None)

@@ -1,4 +1,4 @@
-"""One run: train, evaluate and record what came of it."""
+"""One run: trains, evaluates and records the results."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130  # 75
 
 
 def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
-    """Run one validated experiment, or show it for a dry run; returns the exit code.
+    """Runs one validated experiment, or prints it for a dry run; returns the exit code.
 
     Args:
-        settings: the words that the experiment was made of, for processes that this one starts.
+        settings: the overrides of the experiment, for processes that this one starts.
 
     Raises:
         ConfigError: data, model or folder do not fit the experiment; no weight was loaded and nothing written.
@@ -78,7 +78,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
     base = distributed.from_main_process(lambda: loading.backbone_state(experiment.model))
 
     def claim() -> Path | None:
-        """The checkpoint to go on from. Whatever refuses the folder does so before anything in it is changed."""
+        """Opens the folder and returns the checkpoint to resume from. All checks precede the first change."""
         folder.open(experiment)
         newest = None
         if not experiment.overwrite:
@@ -87,7 +87,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
             if newest is None and folder.is_trained:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
             if newest is not None:
-                start_of_checkpoint(newest)  # a start that was damaged is no start
+                start_of_checkpoint(newest)  # raises an error if the initial adapter is damaged
         folder.begin(experiment)
         checkpoint.remove_newer(folder.path, newest)
         return newest
@@ -111,10 +111,10 @@ def _nothing_to_score_from(folder: RunFolder, experiment: Experiment) -> str:
     damage = folder.damage()
     whole = not any(name.startswith("adapter/") for name in damage)
     remedy = f"score its adapter with {', '.join(names)}, or say overwrite=true" if names else "say overwrite=true"
-    told = f" ({'; '.join(damage)})" if damage else ""
+    details = f" ({'; '.join(damage)})" if damage else ""
     gone = "its checkpoints are damaged" if checkpoint.checkpoints(folder.path) else "its checkpoints are gone"
     return (
-        f"{folder.path} is finished{told} and {gone}, so resume=true would train it anew: "
+        f"{folder.path} is finished{details} and {gone}, so resume=true would train it anew: "
         f"{remedy if whole else 'say overwrite=true'}."
     )
 
@@ -122,15 +122,15 @@ def _nothing_to_score_from(folder: RunFolder, experiment: Experiment) -> str:
 def execute(
     suite: Suite, experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None, base: str
 ) -> int:
-    """Train, evaluate and record; whatever happens is in run.json. Returns the exit code.
+    """Trains and evaluates, writes run.json in any case, and returns the exit code.
 
     Args:
-        base: state of the backbone's weights, as `loading.backbone_state` has it.
+        base: identity of the backbone, from `loading.backbone_state`.
     """
     environment.reset_peak_memory()
-    # Recorded as interrupted; while it trains, see flatlora.train.preemption.
-    for polite in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(polite, signal.default_int_handler)
+    # Outside of training (see flatlora.train.preemption), these signals end the run as interrupted.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)
     record, code, forward = _new_record(experiment, base), 0, None
     try:
         train_and_score(suite, experiment, folder, inputs, resume_from, record)
@@ -140,7 +140,7 @@ def execute(
     except Preempted as error:
         record.status, code, forward = "interrupted", EXIT_PREEMPTED, error.forward
         console.console.print("Told to end: a checkpoint is written, and the same command with resume=true goes on.")
-    except ConfigError as error:  # found only with the weights at hand
+    except ConfigError as error:  # errors that need the weights
         record.error, code = str(error), EXIT_CONFIG
         console.console.print(f"The run failed: {error}", markup=False, soft_wrap=True)
     except Exception as error:
@@ -155,9 +155,9 @@ def execute(
             if code == 0:
                 backbone = record.backbone_sha256
                 unchanged = "unchanged" if backbone.unchanged else "CHANGED"
-                told = "all weights trained" if backbone.before is None else f"backbone {unchanged}"
-                console.console.print(f"Finished: {folder.path} ({told})", markup=False, soft_wrap=True)
-        except OSError as error:  # a full disk: what was there stays, and the run can be resumed
+                summary = "all weights trained" if backbone.before is None else f"backbone {unchanged}"
+                console.console.print(f"Finished: {folder.path} ({summary})", markup=False, soft_wrap=True)
+        except OSError as error:  # a full disk: older files are kept, and the run can be resumed
             console.report_failure(error)
             code = EXIT_FAILED
     if forward is not None:
@@ -256,7 +256,7 @@ def score(
     base: str,
     tracker: Tracker | None,
 ) -> dict[str, Any]:
-    """Every benchmark of `eval=[...]` on the data set's test rows: {"<benchmark>/<metric>": value}."""
+    """Scores all benchmarks of `eval=[...]`; returns {"<benchmark>/<metric>": value}."""
     metrics = {}
     classes = suite.kind(experiment).classes(inputs.rows)
     identity = loading.weights_identity(str(folder.adapter), experiment.model, classes, base) if experiment.eval else {}
@@ -281,7 +281,7 @@ def score(
 
 
 def describe(suite: Suite, experiment: Experiment) -> list[tuple[str, str]]:
-    """What a run would do and load, for a dry run."""
+    """Returns (name, description) pairs of what a run would do and load, for a dry run."""
     loader, optim = suite.datasets[experiment.dataset.loader], experiment.optim
     source = f" from {experiment.data_root or 'hub'}" if loader.sources(experiment.dataset) else ""  # else generated
     return [
@@ -300,7 +300,7 @@ def describe(suite: Suite, experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def _precision(experiment: Experiment) -> Precision:
-    """How a run on this machine would compute; of a GPU that is asked for and is not here, too."""
+    """Returns the precision of a run on this machine; for trainer.device=cuda that of a GPU, even if there is none."""
     on_gpu = experiment.trainer.device == "cuda" or (experiment.trainer.device == "auto" and torch.cuda.is_available())
     return choose_precision(experiment.trainer.autocast, experiment.model.dtype, "cuda" if on_gpu else "cpu")
 
@@ -310,7 +310,7 @@ def _settings(section: Section) -> str:
 
 
 def _new_record(experiment: Experiment, base: str) -> RunRecord:
-    """What is known before a run begins; it counts as failed until it has ended otherwise."""
+    """Returns the record at the start of a run, with the status "failed" until the run ends otherwise."""
     return RunRecord(
         status="failed",
         experiment=experiment.model_dump(mode="json"),

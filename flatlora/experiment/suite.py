@@ -1,4 +1,4 @@
-"""What the data sets and benchmarks of a suite bring along; run_exp.py puts them together."""
+"""The suite of datasets, benchmarks and option files, which run_exp.py defines."""
 
 from __future__ import annotations
 
@@ -21,60 +21,60 @@ from flatlora.utils.registry import Registry
 
 
 class RowKind(ABC):
-    """One kind of rows (text, image, captioned): how they are read, checked, collated and kept.
+    """Handles one kind of rows (text, image, captioned): reads, checks, collates and saves them.
 
-    `Rows` of a kind have `train`, `validation`, `test` and `sha256`.
+    The rows have the attributes `train`, `validation`, `test` and `sha256`.
     """
 
     @abstractmethod
     def read(self, experiment: Experiment, processor: Any) -> Any:
-        """The rows of the experiment's data set.
+        """Returns the rows of the experiment's dataset.
 
         Raises:
-            ConfigError: files that are missing, or rows that do not fit.
+            ConfigError: files are missing, or rows are invalid.
         """
 
     @abstractmethod
     def collator(self, model: ModelConfig, processor: Any) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
-        """What makes a micro-batch of rows."""
+        """Returns the function that makes a micro-batch from rows."""
 
     @abstractmethod
     def known(self, experiment: Experiment, processor: Any, rows: Any) -> dict[str, Any]:
-        """Keywords of a benchmark's `check_rows`: what is known of the model before its weights are loaded."""
+        """Returns keyword arguments of a benchmark's `check_rows`: what is known of the model before loading."""
 
     @abstractmethod
     def save(self, folder: Path, rows: Any) -> None:
-        """Write into a run's folder what scores the run later reads of its rows."""
+        """Saves the parts of the rows in a run's folder that are needed to score the run later."""
 
     @abstractmethod
     def check(self, experiment: Experiment, skeleton: nn.Module, processor: Any, rows: Any) -> None:
-        """Check the rows against the model's architecture.
+        """Checks the rows against the model's architecture.
 
         Raises:
-            ConfigError: rows that the model cannot read.
+            ConfigError: the model cannot read some rows.
         """
 
     def encode(self, experiment: Experiment, rows: Any, device: torch.device, base: str) -> Any:
-        """The rows as the model reads them; `base` is the state of the backbone's weights."""
+        """Returns the rows in the form that the model takes; `base` is the identity of the backbone."""
         return rows
 
     def classes(self, rows: Any) -> Any:
-        """The classes that a classifier tells apart; None for rows without."""
+        """Returns the classes of a classifier; None for rows without classes."""
         return None
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Data sets, benchmarks and option files.
+    """Datasets, benchmarks and option files.
 
     Args:
-        conf_dir: the folder of option files.
-        script: the entry point, which other processes of a run are started with.
-        datasets, benchmarks: the plug-ins.
-        kinds: kind of rows → how they are handled.
-        backends: kind of rows → what answers a benchmark with a model in memory.
+        conf_dir: folder of option files.
+        script: entry point for further processes of a run.
+        datasets, benchmarks: registries of plug-ins.
+        kinds: {kind of rows: its handler}.
+        backends: {kind of rows: class of the backend for a model in memory}.
         evaluate: (benchmark, backend, rows, folder, config) → score.
-        print_score: prints the score of a benchmark.
+        print_score: (benchmark, score) prints a score.
     """
 
     conf_dir: Path
@@ -87,10 +87,10 @@ class Suite:
     print_score: Callable[[str, dict[str, Any]], None]
 
     def kind(self, experiment: Experiment) -> RowKind:
-        """How the rows of an experiment are handled."""
+        """Returns the handler of an experiment's rows."""
         return self.kinds[experiment.dataset.kind]
 
-    # The methods below make it a `flatlora.config.experiment.Registry`.
+    # The methods below implement `flatlora.config.experiment.Registry`.
 
     def section_class(self, section: str, raw: Mapping[str, Any]) -> type[Section] | str:
         try:

@@ -1,1 +1,1 @@
-"""Backbones: where their files are, what they are, and how they are loaded, with adapters and without."""
+"""Models: finds, checks and loads backbones, with and without adapters."""

@@ -1,8 +1,8 @@
 """CLIP's image encoder with a head over named classes (Radford et al. 2021).
 
-`text`    logits = exp(τ) · cos(image, prompt of each class); prompts are embedded once by the frozen text tower, which
-          is then let go of, and τ is the model's own temperature.
-`linear`  logits = W · image embedding, W trained besides the adapter.
+`text`    logits = exp(τ) · cos(image, prompt of each class); prompts are embedded once by the frozen text encoder,
+          which is then freed, and τ is the model's own temperature.
+`linear`  logits = W · image embedding; W is trained together with the adapter.
 
 The encoder's modules are named as in transformers' CLIPVisionModelWithProjection, so an adapter loads there too.
 """
@@ -26,26 +26,26 @@ from flatlora.utils.plain_files import read_plain
 LINEAR_HEAD = "classifier"
 
 
-CLASSES_FILE = "classes.json"  # of a run's folder: its `Classes`
+CLASSES_FILE = "classes.json"  # in a run's folder: its `Classes`
 
 
 class Classes(NamedTuple):
-    """What a head tells apart: names, and the prompts of each for the text tower."""
+    """The classes of a head: their names, and the prompts of each class for the text encoder."""
 
     names: list[str]
     prompts: list[list[str]]
 
     @classmethod
     def of_run(cls, folder: Path) -> Classes:
-        """Those of a run's folder.
+        """Reads the classes of a run's folder.
 
         Raises:
-            ConfigError: they are not there, or broken.
+            ConfigError: the file is missing or broken.
         """
         path = folder / CLASSES_FILE
         try:
-            found = json.loads(read_plain(path, 16 << 20))
-            names, prompts = found["names"], found["prompts"]
+            content = json.loads(read_plain(path, 16 << 20))
+            names, prompts = content["names"], content["prompts"]
             if not (names and len(names) == len(prompts) and all(isinstance(text, str) for text in names)):
                 raise ValueError("names and prompts of each class are needed")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -56,12 +56,13 @@ class Classes(NamedTuple):
 
 
 class CLIPImageClassifier(CLIPVisionModelWithProjection):
-    """pixel_values (B × 3 × H × W), labels (B) → loss and logits (B × classes).
+    """Computes loss and logits (B, classes) from pixel_values (B, 3, H, W) and labels (B,).
 
     Args:
-        config: of the image encoder.
-        classes: their number.
-        head: "text" reads `class_embeddings` (classes × d, unit rows) and `temperature`; "linear" has a trained layer.
+        config: config of the image encoder.
+        classes: number of classes.
+        head: "text" uses the buffers `class_embeddings` ((classes, d), rows of norm 1) and `temperature`; "linear" has
+            a trained layer.
     """
 
     def __init__(self, config: CLIPVisionConfig, classes: int = 2, head: str = "text") -> None:
@@ -89,7 +90,7 @@ class CLIPImageClassifier(CLIPVisionModelWithProjection):
 
 
 def classifier_of(clip: CLIPModel, classes: Classes, head: str, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
-    """The image encoder of a whole CLIP with a head; `tokenizer` reads the prompts of head="text"."""
+    """Returns the image encoder of a full CLIP with a head; `tokenizer` is needed for head="text" only."""
     config = clip.config.vision_config
     config.projection_dim = clip.config.projection_dim
     with torch.device("meta"):
@@ -109,13 +110,13 @@ def classifier_of(clip: CLIPModel, classes: Classes, head: str, tokenizer: PreTr
 def class_embeddings(
     clip: CLIPModel, prompts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """Unit embeddings (classes × d, FP32): the mean over a class's prompts of their unit embeddings."""
+    """Returns class embeddings (classes, d), float32: the mean of the normalized prompt embeddings, normalized."""
     rows = []
     for texts in prompts:
         batch = tokenizer(list(texts), padding=True, truncation=True, max_length=_longest(clip), return_tensors="pt")
         pooled = clip.text_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
-        found = functional.normalize(clip.text_projection(pooled).float(), dim=-1)
-        rows.append(functional.normalize(found.mean(dim=0), dim=-1))
+        embeddings = functional.normalize(clip.text_projection(pooled).float(), dim=-1)
+        rows.append(functional.normalize(embeddings.mean(dim=0), dim=-1))
     return torch.stack(rows)
 
 

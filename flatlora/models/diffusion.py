@@ -1,4 +1,4 @@
-"""SDXL as something to train: a denoiser that takes latents and prompts and returns its loss, made of diffusers' parts.
+"""SDXL for training: a denoiser that takes latents and prompts and returns its loss, built from diffusers' modules.
 
     x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε,   loss = w_t ‖f(x_t, t, prompt) − target‖²      target: ε, or v = √ᾱ_t ε − √(1−ᾱ_t) x₀
 
@@ -45,15 +45,15 @@ class DenoisingOutput(ModelOutput):
 
 
 class Denoiser(nn.Module):
-    """latents, noise, timesteps and prompts of a micro-batch → its loss.
+    """Computes the loss of a micro-batch from its latents, noise, timesteps and prompts.
 
-    min-SNR weighs rows of prior preservation as all others.
+    Prior-preservation rows get the same min-SNR weights as all others.
 
     Args:
         unet: a UNet2DConditionModel.
-        schedule: diffusers' DDPMScheduler: ᾱ_t and what is predicted.
-        text_encoders: both, where they are trained too; prompts are then token ids, else embeddings.
-        snr_gamma: γ of min-SNR; None weighs all timesteps alike.
+        schedule: diffusers' DDPMScheduler, which defines ᾱ_t and the prediction type.
+        text_encoders: both text encoders if they are trained; prompts are then token ids, else embeddings.
+        snr_gamma: γ of min-SNR; None gives all timesteps the weight 1.
     """
 
     main_input_name = "latents"
@@ -81,12 +81,12 @@ class Denoiser(nn.Module):
 
     @property
     def parts(self) -> list[str]:
-        """Names of the modules that an adapter is to go around."""
+        """Names of the modules that an adapter may wrap."""
         return [name for name, _ in self.named_children()]
 
     @property
     def first_layers(self) -> list[nn.Module]:
-        """Where a gradient begins that is taken before anything is trained."""
+        """Layers that start the autograd graph when gradients are computed before training."""
         return [self.unet.conv_in]
 
     @property
@@ -94,7 +94,7 @@ class Denoiser(nn.Module):
         return self.alphas_cumprod.device
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        """As transformers' models have it; diffusers' UNet checkpoints each of its blocks, without reentrance."""
+        """Same interface as in transformers; diffusers' UNet checkpoints each of its blocks, non-reentrant."""
         self.unet.enable_gradient_checkpointing()
         for name in self.parts[1:]:
             getattr(self, name).gradient_checkpointing_enable(**settings)
@@ -113,12 +113,12 @@ class Denoiser(nn.Module):
     ) -> DenoisingOutput:
         """
         Args:
-            latents, noise: B × 4 × h × w, FP32.
-            timesteps: B, INT64.
-            weights: B, FP32; the loss is the sum of the rows' losses times these.
-            time_ids: B × 6, as `captioned.View` has them.
-            prompt_embeds, pooled: B × tokens × d and B × d₂; or
-            input_ids, input_ids_2: B × tokens, for text encoders that are trained.
+            latents, noise: (B, 4, h, w), float32.
+            timesteps: (B,), int64.
+            weights: (B,), float32; the loss is the weighted sum of the rows' losses.
+            time_ids: (B, 6), see `captioned.View`.
+            prompt_embeds, pooled: (B, tokens, d) and (B, d₂), if the text encoders are not trained.
+            input_ids, input_ids_2: (B, tokens), if they are.
         """
         if prompt_embeds is None:
             encoders = [getattr(self, name) for name in TEXT_ENCODERS]
@@ -126,7 +126,7 @@ class Denoiser(nn.Module):
         keep = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = keep.sqrt() * latents + (1 - keep).sqrt() * noise
         dtype = self.unet.dtype
-        found = self.unet(
+        predicted = self.unet(
             noisy.to(dtype),
             timesteps,
             prompt_embeds.to(dtype),
@@ -134,7 +134,7 @@ class Denoiser(nn.Module):
             return_dict=False,
         )[0]
         target = noise if self.prediction == "epsilon" else keep.sqrt() * noise - (1 - keep).sqrt() * latents
-        rows = (found.float() - target).square().mean(dim=(1, 2, 3))
+        rows = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         return DenoisingOutput(loss=(weights * self._timestep_weights(timesteps) * rows).sum())
 
     def _timestep_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -146,11 +146,11 @@ class Denoiser(nn.Module):
 
 
 def embed(encoders: Sequence[nn.Module], ids: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of both encoders (B × tokens) → what the UNet reads: B × tokens × (d + d₂), and pooled B × d₂.
+    """Returns the UNet's prompt embeddings (B, tokens, d + d₂) and pooled embeddings (B, d₂) for token ids (B, tokens).
 
-    As SDXL has it: the layer before the last of both encoders, and the pooled output of the second.
+    As in SDXL: the second-to-last layer of both encoders, and the pooled output of the second.
     """
-    outputs = [encoder(one, output_hidden_states=True) for encoder, one in zip(encoders, ids, strict=True)]
+    outputs = [encoder(tokens, output_hidden_states=True) for encoder, tokens in zip(encoders, ids, strict=True)]
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
 
@@ -160,7 +160,7 @@ def embed(encoders: Sequence[nn.Module], ids: Sequence[torch.Tensor]) -> tuple[t
 def require_diffusers() -> None:
     """
     Raises:
-        ConfigError: the package is not installed; with the way to it.
+        ConfigError: the package diffusers is not installed; with the command that installs it.
     """
     if importlib.util.find_spec("diffusers") is None:
         raise ConfigError(
@@ -169,12 +169,12 @@ def require_diffusers() -> None:
 
 
 def options_of(config: DiffusionModelConfig, source: str) -> dict[str, Any]:
-    """Keywords of from_pretrained that say which state of a repository is meant."""
+    """Returns the keyword arguments of from_pretrained that select the revision of a repository."""
     return {"revision": config.revision} if config.revision and not os.path.isdir(source) else {}
 
 
 def skeleton(config: DiffusionModelConfig, source: str) -> Denoiser:
-    """The denoiser without weights (meta device)."""
+    """Returns the denoiser without weights (meta device)."""
     check_parts(config, source)
     import diffusers
 
@@ -192,20 +192,20 @@ def skeleton(config: DiffusionModelConfig, source: str) -> Denoiser:
 
 
 def _text_classes(config: DiffusionModelConfig, *, always: bool = False) -> list[tuple[str, type[nn.Module]]]:
-    """Text encoders that are part of the denoiser; `always` gives them whether or not."""
+    """Returns (name, class) of the text encoders that are part of the denoiser; with `always`, of both in any case."""
     classes = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
     return list(zip(TEXT_ENCODERS, classes, strict=True)) if always or config.train_text_encoders else []
 
 
 def schedule(config: DiffusionModelConfig, source: str) -> Any:
-    """diffusers' DDPMScheduler with the pipeline's own settings."""
+    """Returns diffusers' DDPMScheduler with the pipeline's own settings."""
     import diffusers
 
     return diffusers.DDPMScheduler.from_pretrained(source, subfolder="scheduler", **options_of(config, source))
 
 
 def load_denoiser(config: DiffusionModelConfig, source: str, device: torch.device) -> Denoiser:
-    """The frozen denoiser in `config.dtype` on `device`."""
+    """Loads the denoiser, frozen, in `config.dtype` on `device`."""
     encoders = load_text_encoders(config, source, device) if config.train_text_encoders else ()
     model = Denoiser(load_unet(config, source), schedule(config, source), encoders, config.snr_gamma)
     return model.requires_grad_(False).to(device)
@@ -227,7 +227,7 @@ def load_unet(config: DiffusionModelConfig, source: str) -> nn.Module:
 
 
 def load_vae(config: DiffusionModelConfig, source: str, device: torch.device) -> nn.Module:
-    """The VAE in `config.vae_dtype`: the pipeline's own, or `config.vae_id`."""
+    """Loads the VAE in `config.vae_dtype`: `config.vae_id`, or the pipeline's own if that is None."""
     import diffusers
 
     name, options = _vae_place(config, source)
@@ -242,17 +242,17 @@ class _VAEConfig(ModelConfig):
 
 
 def _vae_place(config: DiffusionModelConfig, source: str) -> tuple[str, dict[str, Any]]:
-    """Where the VAE is, and the keywords that say so."""
+    """Returns the source of the VAE and the further keyword arguments of from_pretrained."""
     if config.vae_id is not None:
         return config.vae_id, {}
     return source, {"subfolder": "vae", "variant": config.variant, **options_of(config, source)}
 
 
 def vae_state(config: DiffusionModelConfig) -> str | None:
-    """What changes whenever `config.vae_id` does: its folder's hash, or the hub's commit; None for the pipeline's own.
+    """Returns the identity of `config.vae_id`: hash of a folder or commit on the hub; None for the pipeline's VAE.
 
     Raises:
-        ConfigError: it cannot be had; with the ways out.
+        ConfigError: the VAE cannot be read; with a suggested fix.
     """
     import diffusers
 
@@ -266,7 +266,7 @@ def vae_state(config: DiffusionModelConfig) -> str | None:
 
 
 def _vae_errors(config: DiffusionModelConfig) -> contextlib.AbstractContextManager:
-    """Errors of a VAE that is not the pipeline's, by its own setting's name."""
+    """`hub_errors` that name model.vae_id if the VAE is not the pipeline's own."""
     if config.vae_id is None:
         return contextlib.nullcontext()
     return hub_errors(_vae_config(config.vae_id))
@@ -277,7 +277,7 @@ def _vae_config(name: str) -> _VAEConfig:
 
 
 def load_text_encoders(config: DiffusionModelConfig, source: str, device: torch.device) -> list[nn.Module]:
-    """Both text encoders, their weights those of `config.dtype`."""
+    """Loads both text encoders, frozen, with their weights rounded to `config.dtype`."""
     options = {"dtype": getattr(torch, config.dtype), "variant": config.variant, **options_of(config, source)}
     encoders = [
         load_whole(config, cls, source, subfolder=name, **options) for name, cls in _text_classes(config, always=True)
@@ -289,7 +289,7 @@ def load_text_encoders(config: DiffusionModelConfig, source: str, device: torch.
 
 
 def load_tokenizers(config: DiffusionModelConfig, source: str) -> list[transformers.PreTrainedTokenizerBase]:
-    """Both tokenizers."""
+    """Loads both tokenizers."""
     options = options_of(config, source)
     options |= NO_FOREIGN_CODE
     return [transformers.AutoTokenizer.from_pretrained(source, subfolder=name, **options) for name in _TOKENIZERS]
@@ -297,7 +297,7 @@ def load_tokenizers(config: DiffusionModelConfig, source: str) -> list[transform
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """No bars and notes of the library: what matters is said by this suite."""
+    """Turns off progress bars and log messages of diffusers in the block."""
     import diffusers
 
     level, bars = diffusers.utils.logging.get_verbosity(), diffusers.utils.logging.is_progress_bar_enabled()
@@ -311,11 +311,11 @@ def _quiet_diffusers() -> Iterator[None]:
             diffusers.utils.logging.enable_progress_bar()
 
 
-DRAWN_FACTOR = 8  # of sides, in diffusers' pipeline
+DRAWN_FACTOR = 8  # sides of a generated image are multiples of it in diffusers' pipeline
 
 
 def size_factor(config: DiffusionModelConfig, source: str) -> int:
-    """What both sides of a picture must be multiples of: how often VAE and UNet halve it."""
+    """Returns what both sides of an image must be multiples of, in pixels: the downsampling of VAE and UNet."""
     check_parts(config, source)
     import diffusers
 
@@ -328,7 +328,7 @@ def size_factor(config: DiffusionModelConfig, source: str) -> int:
 
 
 def weight_files(config: DiffusionModelConfig, part: str = UNET) -> list[str]:
-    """Names that the weights of a part may have, one of which is there."""
+    """Returns the file names that the weights of a part may have; one of them must exist."""
     stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
     variant = f".{config.variant}" if config.variant else ""
     names = [f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"]
@@ -337,23 +337,23 @@ def weight_files(config: DiffusionModelConfig, part: str = UNET) -> list[str]:
 
 
 def commit_hash(config: DiffusionModelConfig, source: str) -> str:
-    """The hub's, of the state that is read."""
+    """Returns the commit on the hub that files are read from."""
     import diffusers
 
     options = options_of(config, source)
-    _, found = diffusers.UNet2DConditionModel.load_config(source, subfolder=UNET, return_commit_hash=True, **options)
-    return found
+    _, commit = diffusers.UNet2DConditionModel.load_config(source, subfolder=UNET, return_commit_hash=True, **options)
+    return commit
 
 
 def check_parts(config: DiffusionModelConfig, source: str) -> None:
-    """See to it that a pipeline has all of its parts; nothing is loaded.
+    """Checks that a pipeline has all of its parts; nothing is loaded.
 
     Raises:
-        ConfigError: some are missing, or diffusers is.
-        OSError: the hub is out of reach.
+        ConfigError: parts are missing, or the package diffusers is.
+        OSError: the hub cannot be reached.
     """
     require_diffusers()
-    weighed = [*TEXT_ENCODERS, *(["vae"] if config.vae_id is None else [])]  # the UNet's own are looked for elsewhere
+    weighed = [*TEXT_ENCODERS, *(["vae"] if config.vae_id is None else [])]  # the UNet's weights are checked elsewhere
     files = [[INDEX], ["scheduler/scheduler_config.json"], *([f"{name}/config.json"] for name in (UNET, *weighed))]
     files += [[f"{name}/tokenizer_config.json"] for name in _TOKENIZERS]
     files += [weight_files(config, name) for name in weighed]
@@ -361,7 +361,7 @@ def check_parts(config: DiffusionModelConfig, source: str) -> None:
     if not missing:
         return
     if not os.path.isdir(source) and not hub_is_reachable():
-        raise OSError("offline")  # what speaks_of_the_network knows
+        raise OSError("offline")  # a message that speaks_of_the_network recognizes
     raise ConfigError(
         [
             f"Invalid model.hub_id={config.hub_id}: it has no {', '.join(missing)}, so it is no SDXL pipeline; name a "
@@ -374,7 +374,7 @@ def _holds(config: DiffusionModelConfig, source: str, name: str) -> bool:
     return (Path(source) / name).is_file() if os.path.isdir(source) else _hub_holds(source, name, config.revision)
 
 
-@functools.cache  # a request each, and everything that reads a pipeline's settings looks for its parts first
+@functools.cache  # one request per file, and every reader of a pipeline's settings calls check_parts first
 def _hub_holds(repository: str, name: str, revision: str | None) -> bool:
     from transformers.utils.hub import has_file
 
@@ -384,7 +384,7 @@ def _hub_holds(repository: str, name: str, revision: str | None) -> bool:
 def token_ids(
     tokenizers: Sequence[transformers.PreTrainedTokenizerBase], prompts: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of both tokenizers, B × their limit; `warn_of_long_prompts` speaks of those that are cut."""
+    """Returns the token ids of both tokenizers, (B, maximum length) each; see `warn_of_long_prompts` for truncation."""
     return tuple(
         tokenizer(
             list(prompts),
@@ -398,7 +398,7 @@ def token_ids(
 
 
 def warn_of_long_prompts(tokenizers: Sequence[transformers.PreTrainedTokenizerBase], prompts: Sequence[str]) -> None:
-    """Warn, once for all of them, of prompts that are longer than a tokenizer's limit."""
+    """Logs one warning about all prompts that are longer than a tokenizer's maximum length."""
     texts = list(dict.fromkeys(prompts))
     for tokenizer in tokenizers:
         lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]] if texts else []
@@ -411,11 +411,11 @@ def warn_of_long_prompts(tokenizers: Sequence[transformers.PreTrainedTokenizerBa
             return
 
 
-# --- between pictures and latents
+# --- images and latents
 
 
 class Scale:
-    """How a VAE's latents are brought to the scale of the denoiser: (x − mean) · factor, by channel or alike."""
+    """Scales a VAE's latents for the denoiser: (x − mean) · factor, per channel or with one mean and factor."""
 
     def __init__(self, vae: nn.Module) -> None:
         mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
@@ -431,16 +431,16 @@ class Scale:
 
 @torch.no_grad()
 def moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std (4 × h × w, FP32, host) of a picture's latents, in the denoiser's scale.
+    """Returns mean and std of an image's latents in the denoiser's scale, (4, h, w) each, float32, on the CPU.
 
     Args:
-        pixels: 3 × H × W, −1 to 1.
+        pixels: (3, H, W), −1 to 1.
 
     Raises:
-        ConfigError: they are not finite, as those of SDXL's own VAE are in FP16.
+        ConfigError: they are not finite, as with SDXL's own VAE in FP16.
     """
-    found = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-    mean, std = found.mean[0].float().cpu(), found.std[0].float().cpu()
+    distribution = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+    mean, std = distribution.mean[0].float().cpu(), distribution.std[0].float().cpu()
     validate_unbroken(vae, torch.stack([mean, std]))
     scale = Scale(vae)
     return scale.to_model(mean), std * scale.factor
@@ -448,23 +448,23 @@ def moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 def decode(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures (B × 3 × H × W, FP32, 0 to 1, host) of latents in the denoiser's scale, one after the other.
+    """Decodes latents in the denoiser's scale one by one; returns images (B, 3, H, W), float32, 0 to 1, on the CPU.
 
     Raises:
         ConfigError: as `moments`.
     """
-    scale, pictures = Scale(vae), []
-    for one in latents.float().cpu():
-        found = vae.decode(scale.to_vae(one)[None].to(vae.device, vae.dtype)).sample[0].float().cpu()
-        validate_unbroken(vae, found)
-        pictures.append((found / 2 + 0.5).clamp(0, 1))
-    return torch.stack(pictures)
+    scale, images = Scale(vae), []
+    for latent in latents.float().cpu():
+        image = vae.decode(scale.to_vae(latent)[None].to(vae.device, vae.dtype)).sample[0].float().cpu()
+        validate_unbroken(vae, image)
+        images.append((image / 2 + 0.5).clamp(0, 1))
+    return torch.stack(images)
 
 
 def validate_unbroken(vae: nn.Module, found: torch.Tensor) -> None:
     """
     Raises:
-        ConfigError: what a VAE made is not finite.
+        ConfigError: the output of a VAE is not finite.
     """
     if not found.isfinite().all():
         dtype = _dtype_name(vae)
@@ -482,9 +482,9 @@ def validate_unbroken(vae: nn.Module, found: torch.Tensor) -> None:
 def _validate_latents(denoiser: nn.Module, latents: torch.Tensor, prompts: Sequence[str]) -> None:
     """
     Raises:
-        ConfigError: what a denoiser made is not finite.
+        ConfigError: the output of a denoiser is not finite.
     """
-    broken = [prompt for one, prompt in zip(latents, prompts, strict=True) if not one.isfinite().all()]
+    broken = [prompt for latent, prompt in zip(latents, prompts, strict=True) if not latent.isfinite().all()]
     if broken:
         dtype = _dtype_name(denoiser)
         remedy = (
@@ -498,7 +498,7 @@ def _validate_latents(denoiser: nn.Module, latents: torch.Tensor, prompts: Seque
 
 
 def _dtype_name(model: nn.Module) -> str:
-    """Of the weights as they are stored, which is what the settings name."""
+    """Returns the dtype in which the weights are stored, as the settings name it."""
     return str(stored_dtype(next(model.parameters()))).removeprefix("torch.")
 
 
@@ -506,7 +506,7 @@ def _dtype_name(model: nn.Module) -> str:
 
 
 def pipeline_of(denoiser: Denoiser, config: DiffusionModelConfig, source: str, device: torch.device) -> Any:
-    """diffusers' pipeline around a denoiser, adapters in place, and its VAE; whoever asks it takes latents."""
+    """Returns diffusers' pipeline with this denoiser, adapters included; call it with output_type="latent"."""
     import diffusers
 
     plain = isinstance(getattr(denoiser, TEXT_ENCODERS[0], None), nn.Module)
@@ -533,7 +533,7 @@ def pipeline_of(denoiser: Denoiser, config: DiffusionModelConfig, source: str, d
 
 
 def _pipeline_settings(config: DiffusionModelConfig, source: str) -> dict[str, bool]:
-    """What a pipeline says of itself besides its parts."""
+    """Returns the settings in a pipeline's index besides its parts."""
     described = _described(config, source, "", INDEX)
     return {key: described[key] for key in ("force_zeros_for_empty_prompt",) if key in described}
 
@@ -555,12 +555,12 @@ def sample(
     guidance: float,
     negative_prompt: str = "",
 ) -> torch.Tensor:
-    """Pictures (B × 3 × size × size, FP32, 0 to 1, host); each depends on its own prompt and seed alone.
+    """Generates images (B, 3, size, size), float32, 0 to 1, on the CPU; each depends only on its own prompt and seed.
 
-    Denoising follows the caller's autocast; the VAE keeps its own dtype.
+    The denoiser runs under the caller's autocast; the VAE keeps its own dtype.
 
     Raises:
-        ConfigError: latents or pictures are not finite.
+        ConfigError: latents or images are not finite.
     """
     with _quiet_diffusers():
         latents = pipeline(
@@ -582,7 +582,7 @@ def sample(
 
 
 def export_adapter(folder: Path) -> None:
-    """Write beside a saved PEFT adapter the file that `pipeline.load_lora_weights(folder)` reads."""
+    """Writes the file for `pipeline.load_lora_weights(folder)` into the folder of a saved PEFT adapter."""
     import diffusers
     from peft import LoraConfig
 

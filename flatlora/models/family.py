@@ -1,6 +1,6 @@
-"""What a family of models is, and the registry of families: all that depends on the kind of model.
+"""Base class and registry of model families; a family holds all code that depends on the kind of model.
 
-What the configuration must know of a family before anything is imported is in `flatlora.config.families`.
+The properties that the configuration needs before a family is imported are in `flatlora.config.families`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded, besides what its config says.
+    """Options of loading a model besides its config.
 
     Args:
+        device: where the model is placed.
         classes: the classes of a classifier.
-        dtype: of the weights, instead of the model's own.
-        autocast: the setting of that name: auto, bfloat16 or none.
+        dtype: dtype of the weights; None keeps the model's own.
+        autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
     """
 
     device: torch.device
@@ -43,22 +44,23 @@ class LoadOptions:
 
 
 class Family(ABC):
-    """One kind of model: how it is loaded, what it reads, how it is trained and scored.
+    """One kind of model: how it is loaded, trained and scored, and which inputs it takes.
 
-    One instance is registered, so it holds no state. Methods raise ConfigError, with the remedy, for what is missing.
+    One instance is registered, so a family holds no state. Methods raise ConfigError with a suggested fix if something
+    is missing.
 
     Attributes:
-        unit: what throughput is counted in: "tokens" or "images".
-        token_mean: whether the loss is a mean over the tokens of a whole optimizer step, whose number `forward` takes
-            as `num_items_in_batch`; else it is the mean of a micro-batch.
-        label_name: of the input without which a row has no loss; None where it is `labels`.
-        encoder_decoder: whether an encoder reads the prompts.
-        is_diffusion: whether the loss is that of a denoiser: a mean over random noise and timesteps.
+        unit: unit of throughput: "tokens" or "images".
+        token_mean: whether the loss is the mean over the tokens of a whole optimizer step, whose number is passed to
+            `forward` as `num_items_in_batch`; else it is the mean over a micro-batch.
+        label_name: name of the input that is required for a loss; None for `labels`.
+        encoder_decoder: whether the model is an encoder-decoder.
+        is_diffusion: whether the loss is a denoiser's: a mean over random noise and timesteps.
         peft_task: PEFT's `task_type` of its adapters besides FEATURE_EXTRACTION.
-        whole_needs_base: whether a model that was trained whole is completed by a part of its backbone.
-        processor_file: of a folder in which its processor was saved.
-        graphed: whether no micro-step needs the host, so that a GPU can replay it as a CUDA graph.
-        largest_graph: elements of the largest input of a micro-step that is captured; None captures all.
+        whole_needs_base: whether a fully fine-tuned model needs a part of its backbone that its files do not hold.
+        processor_file: name of a file that exists in every folder with a saved processor.
+        graphed: whether a micro-step runs without the host, so that it can be replayed as a CUDA graph.
+        largest_graph: maximum number of elements of the largest input of a captured micro-step; None: no maximum.
     """
 
     unit: ClassVar[str] = "images"
@@ -76,27 +78,26 @@ class Family(ABC):
 
     @abstractmethod
     def skeleton(self, config: ModelConfig) -> nn.Module:
-        """The architecture on the meta device."""
+        """Returns the architecture without weights, on the meta device."""
 
     @abstractmethod
     def weight_files(self, config: ModelConfig) -> Sequence[str]:
-        """Names that its weights may have; one of the files must exist."""
+        """Returns the possible names of weight files; one of them must exist."""
 
     @abstractmethod
     def commit(self, config: ModelConfig) -> str | None:
-        """The hub's commit of the files that are read."""
+        """Returns the commit on the hub that files are read from; None for a local folder."""
 
     @abstractmethod
     def load(self, config: ModelConfig, options: LoadOptions) -> nn.Module:
-        """The model with its weights, as they are stored."""
+        """Loads the model with its weights as stored."""
 
     @abstractmethod
     def load_trained(self, path: str, config: ModelConfig, options: LoadOptions) -> tuple[nn.Module, Any]:
-        """Model and processor of a folder where a run on `config` saved all parameters; `options.dtype` None keeps its
-        dtype."""
+        """Loads model and processor from a folder in which a run on `config` saved all parameters."""
 
     def load_backbone(self, config: ModelConfig, options: LoadOptions) -> nn.Module:
-        """`flatlora.models.loading.load_backbone`."""
+        """See `flatlora.models.loading.load_backbone`."""
         if options.device.type == "cpu":
             use_physical_cores()
         model = self.load(config, options)
@@ -105,15 +106,15 @@ class Family(ABC):
         if precision.slow:
             logger.warning("%s", slow_bf16_warning(model, "autocast=bfloat16", "autocast=auto computes in FP32 here"))
         validate_finite(model, config.hub_id)
-        model.name_or_path = config.hub_id  # what PEFT writes into the adapter: never a path of this machine
+        model.name_or_path = config.hub_id  # PEFT saves it with the adapter: no path of this machine
         return model.requires_grad_(False)
 
     def outline(self, config: ModelConfig) -> nn.Module:
-        """The model on the meta device, its files checked where another program may serve it."""
+        """Returns the model on the meta device, for models served by another program; may check the weight files."""
         return self.skeleton(config)
 
     def state(self, config: ModelConfig) -> str:
-        """`flatlora.models.loading.backbone_state`."""
+        """See `flatlora.models.loading.backbone_state`."""
         source, _ = source_and_options(config)
         if config.embedded:
             return f"sha256:{weights_sha256(Path(source))}"
@@ -122,47 +123,47 @@ class Family(ABC):
     # --- rows and adapters
 
     def processor(self, config: ModelConfig) -> Any:
-        """What turns a row into tensors: a tokenizer or an image processor; None where there is none."""
+        """Loads the tokenizer or image processor; None for a family without."""
         return None
 
     def holds_processor(self, folder: Path) -> bool:
-        """Whether a processor was saved in a folder."""
+        """Whether a processor was saved in `folder`."""
         return self.processor_file is not None and (folder / self.processor_file).is_file()
 
     def complete_adapter(self, folder: Path) -> None:
-        """Write beside a saved adapter the files that users of this kind of model load, if PEFT's do not suffice."""
+        """Writes the files into a saved adapter's folder that other libraries need besides PEFT's."""
         return None
 
     def of_adapter(self, config: ModelConfig, adapter: Path) -> ModelConfig:
-        """The backbone's config with the settings that the tensors of an adapter on it show."""
+        """Returns the backbone's config with the settings that follow from an adapter's tensors."""
         return config
 
     # --- training
 
     def without_mask(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A micro-batch without the mask that the host would look at, where the model does not need it."""
+        """Returns a micro-batch without its attention mask, if the model computes the same without one."""
         return inputs
 
     def graph_inputs(
         self, inputs: dict[str, torch.Tensor], items: torch.Tensor, shares: int
     ) -> dict[str, torch.Tensor]:
-        """The keywords of `forward` in a captured micro-step, its share of the step's mean among them.
+        """Returns the keyword arguments of `forward` in a captured micro-step, including the scale of its loss.
 
         Args:
             inputs: the micro-batch, on the device.
-            items: number of losses of the whole optimizer step.
-            shares: number of micro-batches of the whole optimizer step.
+            items: number of losses in the whole optimizer step.
+            shares: number of micro-batches in the whole optimizer step, over all processes.
         """
         raise NotImplementedError
 
     # --- scoring
 
     def backend_settings(self, config: ModelConfig) -> dict[str, Any]:
-        """Keywords of the backend that scores a model in memory, besides the model and its processor."""
+        """Returns keyword arguments of the backend for a model in memory, besides the model and its processor."""
         return {}
 
     def classes_of_run(self, run: Path) -> Classes | None:
-        """The classes that a run's classifier was trained on; None for a family without."""
+        """Returns the classes of a run's classifier; None for a family without classes."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""Whether a model fits what is asked of it, as its config.json and its architecture without weights tell."""
+"""Checks of a model against the experiment, from its config.json and its architecture without weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatlora.models.sources import in_short
 
 
 def packing_of(known: PreTrainedConfig) -> str | None:
-    """How the weights in a model's own files are packed, such as "bitsandbytes 8-bit"; None for plain ones."""
+    """Returns how the weights in a model's files are quantized, such as "bitsandbytes 8-bit"; None if they are not."""
     packed = getattr(known, "quantization_config", None)
     if not packed:
         return None
@@ -24,10 +24,10 @@ def packing_of(known: PreTrainedConfig) -> str | None:
 
 
 def packing_errors(config: ModelConfig, skeleton: nn.Module, *, reads_weights: str | None) -> list[str]:
-    """Packed weights in a model's own files that a run cannot do with.
+    """Returns errors for a model whose files hold quantized weights that the run cannot use.
 
     Args:
-        reads_weights: the setting that computes with W or trains it, None where a run only multiplies by it.
+        reads_weights: the setting that reads, changes or trains W; None if the run only multiplies by it.
     """
     packing = packing_of(skeleton.config) if config.traits.quantizable else None
     if packing is None:
@@ -47,7 +47,7 @@ def packing_errors(config: ModelConfig, skeleton: nn.Module, *, reads_weights: s
 
 
 def position_errors(config: ModelConfig, skeleton: nn.Module, max_length: int) -> list[str]:
-    """Rows that may be longer than a model's table of positions, beyond which it has none."""
+    """Returns errors for rows that may be longer than a model's table of position embeddings."""
     tables = position_tables(skeleton)
     longer = skeleton.config.is_encoder_decoder  # LED's encoder reads more than its decoder writes
     name = (max if longer else min)(tables, key=tables.get, default=None)
@@ -63,9 +63,9 @@ _POSITIONS = re.compile(r"(wpe|positions_embed|\w*positions?|\w*position_embeddi
 
 
 def position_tables(model: nn.Module) -> dict[str, int]:
-    """Name of each table of learned or fixed positions → how many positions it has; none where they are computed."""
-    found = {}
-    towers = [  # of pictures or sound, whose positions are no tokens
+    """Returns {name: number of positions} of each table of learned or fixed positions; empty for computed ones."""
+    tables = {}
+    towers = [  # image and audio encoders, whose positions are not tokens
         f"{name}."
         for name, module in model.named_modules()
         if name and isinstance(module, PreTrainedModel) and module.main_input_name not in ("input_ids", "inputs_embeds")
@@ -75,17 +75,17 @@ def position_tables(model: nn.Module) -> dict[str, int]:
             continue
         last = name.removesuffix(".base_layer").rpartition(".")[2]
         if isinstance(module, nn.Embedding) and _POSITIONS.match(last) and "relative" not in last:
-            # OPT's and BART's begin at the third row, RoBERTa's behind the padding's.
+            # OPT and BART skip the first two rows, RoBERTa those up to the padding token's.
             padding = -1 if module.padding_idx is None else module.padding_idx
-            found[name] = module.num_embeddings - getattr(module, "offset", padding + 1)
+            tables[name] = module.num_embeddings - getattr(module, "offset", padding + 1)
         if torch.is_tensor(table := getattr(module, "pos_encoding", None)):  # CTRL's
-            found[f"{name}.pos_encoding"] = len(table)
+            tables[f"{name}.pos_encoding"] = len(table)
     buffers = {name: len(table) for name, table in model.named_buffers() if name.endswith(".embed_positions")}
-    return found | buffers  # GPT-J's
+    return tables | buffers  # GPT-J's
 
 
 def rotary_positions(model: nn.Module) -> int | None:
-    """Tokens of the longest rows that a model with rotary positions was made for; None of learned or relative ones."""
+    """Returns the maximum sequence length of a model with rotary positions, in tokens; None for other positions."""
     trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if position_tables(model) or model.config.is_encoder_decoder or getattr(model.config, "alibi", False):
         return None
@@ -93,7 +93,7 @@ def rotary_positions(model: nn.Module) -> int | None:
 
 
 def long_rows_warning(config: ModelConfig, skeleton: nn.Module, lengths: Iterable[int]) -> str | None:
-    """A warning of rows beyond the positions that a model with rotary ones was made for; None where none is."""
+    """Returns a warning about rows longer than a model with rotary positions supports; None if there are none."""
     trained = rotary_positions(skeleton)
     beyond = [length for length in lengths if trained is not None and length > trained]
     if not beyond:
@@ -106,13 +106,14 @@ def long_rows_warning(config: ModelConfig, skeleton: nn.Module, lengths: Iterabl
 
 
 def attention_implementation(config: ModelConfig, known: PreTrainedConfig, device: torch.device) -> str | None:
-    """Attention kernels that compute the model's own formula, as from_pretrained takes them.
+    """Returns the `attn_implementation` of from_pretrained, such that the model's own formula is computed.
 
-    auto: on a GPU transformers' own choice (None: SDPA where the architecture has it, else eager), and eager where SDPA
-    would drop a part of the formula. Eager on a CPU, whose SDPA backward is slower at the lengths that a CPU can train.
+    model.attn=auto gives None on a GPU, so that transformers chooses (SDPA if the architecture supports it, else
+    eager), but eager if SDPA would ignore a part of the formula. On a CPU it gives eager: SDPA's backward is slower at
+    the lengths that a CPU can train.
 
     Args:
-        known: what the model says of itself.
+        known: the model's config.json.
     """
     if config.attn != "auto":
         return config.attn
@@ -120,13 +121,13 @@ def attention_implementation(config: ModelConfig, known: PreTrainedConfig, devic
 
 
 def caps_attention(known: PreTrainedConfig) -> bool:
-    """Whether attention's logits are soft-capped (Gemma 2 and its kin), which transformers' SDPA takes and ignores."""
+    """Whether attention logits are soft-capped, as in Gemma 2; transformers' SDPA silently ignores the cap."""
     parts = [known, *(getattr(known, name, None) for name in getattr(known, "sub_configs", {}))]
     return any(getattr(part, "attn_logit_softcapping", None) is not None for part in parts)
 
 
 def attention_errors(config: ModelConfig, skeleton: nn.Module) -> list[str]:
-    """Kernels that were asked for and that the architecture does not have, or that compute another formula."""
+    """Returns errors for a model.attn that the architecture does not support, or that computes another formula."""
     name = type(skeleton).__name__
     if config.attn == "sdpa" and not getattr(skeleton, "_supports_sdpa", True):
         reason = f"transformers' {name} has no SDPA"
@@ -142,17 +143,17 @@ def attention_errors(config: ModelConfig, skeleton: nn.Module) -> list[str]:
 def vocabulary_errors(
     tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str, added: Iterable[str] = ()
 ) -> list[str]:
-    """Tokens beyond a model's embeddings that its texts would hold.
+    """Returns errors for tokens that may occur in texts and for which a model has no embedding.
 
     Args:
-        model: with or without weights.
-        name: of the model, for the user.
-        added: tokens that are looked at besides those which a tokenizer puts into texts by itself.
+        model: a language model, with or without weights.
+        name: name of the model in the message.
+        added: tokens to check besides the tokenizer's bos, eos, pad and unk tokens.
     """
     rows = embedding_rows(model)
     own = [getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
     tokens = sorted({token for token in (*own, *added) if token is not None})
-    beyond = [f"{token} ({number})" for token in tokens if (number := tokenizer.convert_tokens_to_ids(token)) >= rows]
+    beyond = [f"{token} ({index})" for token in tokens if (index := tokenizer.convert_tokens_to_ids(token)) >= rows]
     if not beyond:
         return []
     return [
@@ -162,6 +163,6 @@ def vocabulary_errors(
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """Number of tokens that a language model has embeddings for."""
+    """Returns the number of rows of a language model's input embeddings."""
     layer = model.get_input_embeddings()
     return getattr(layer, "num_embeddings", None) or len(layer.weight)

@@ -1,4 +1,4 @@
-"""SHA-256 of weights: of a model in memory, of an adapter's and of a backbone's files; and of a backbone's settings."""
+"""SHA-256 hashes of weights (in memory, and in files of adapters and backbones) and of a backbone's settings."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from flatlora.utils.plain_files import file_sha256
 from flatlora.utils.precision import as_stored
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
-_PART_FILES = (*_WEIGHT_FILES, "*.json", "*.txt", "*.model")  # of a pipeline, whose parts' settings decide as much
+_PART_FILES = (*_WEIGHT_FILES, "*.json", "*.txt", "*.model")  # of a pipeline: settings count too
 
 
 def backbone_sha256(model: nn.Module) -> str | None:
-    """SHA-256 over name, dtype, shape and bytes of every frozen parameter, in name order; None when there is none.
+    """Returns SHA-256 over name, dtype, shape and bytes of all frozen parameters, in name order; None without any.
 
-    Names are those of the model without PEFT, and an adapter's frozen half (LoRA-FA's A) is left out, so the hash does
-    not depend on the adapter. A weight that is held in a wider tensor is hashed in the dtype it is stored in, so that
-    the hash is the same on every machine.
+    Names are those without PEFT, and frozen parameters of the adapter (A in LoRA-FA) are left out, so that the hash
+    does not depend on the adapter. A weight held in a wider dtype is hashed in its stored dtype, so that the hash is
+    the same on every machine.
     """
     parameters = ((plain_name(name), p) for name, p in model.named_parameters() if not p.requires_grad)
     frozen = {name: p for name, p in parameters if ".lora_" not in name and ".ranknum." not in name}
@@ -33,17 +33,17 @@ def backbone_sha256(model: nn.Module) -> str | None:
 
 
 def trainable_sha256(model: nn.Module) -> str:
-    """SHA-256 over the trained parameters, as `backbone_sha256`."""
+    """Returns SHA-256 over the trained parameters, computed as in `backbone_sha256`."""
     return _tensors_sha256({plain_name(name): p for name, p in model.named_parameters() if p.requires_grad})
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the weight files of an adapter or model folder, in name order.
+    """Returns SHA-256 over the weight files of an adapter or model folder, in name order.
 
-    Of a pipeline of diffusers, and of one of its parts, settings and vocabularies count too: the scale of a VAE or the
-    number of timesteps stands in no weight.
+    For a pipeline of diffusers, settings and vocabularies are hashed too: the scale of a VAE and the number of
+    timesteps are not in the weights.
     """
-    if (folder / "model_index.json").is_file():  # one folder a part
+    if (folder / "model_index.json").is_file():  # one folder per part
         patterns = ["model_index.json", *(f"*/{pattern}" for pattern in _PART_FILES)]
     else:
         patterns = _WEIGHT_FILES
@@ -51,14 +51,14 @@ def weights_sha256(folder: Path) -> str:
 
 
 def weights_state(folder: Path) -> list[tuple[str | int, ...]]:
-    """What changes whenever a file of weights or settings of a folder, or of its parts, is written or replaced."""
+    """Returns file stats that change when a weight or settings file of a folder or its parts is written or replaced."""
     paths = {path for pattern in _PART_FILES for deep in ("", "*/") for path in folder.glob(deep + pattern)}
     stats = [(str(path), path.stat()) for path in sorted(paths)]
-    return [(name, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in stats]
+    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
 
 
 def folder_state(folder: Path) -> str:
-    """ "sha256:" and the hash of a model folder's weights; where it has a config.json, "/config:" and its settings'."""
+    """Returns "sha256:HASH" of a model folder's weights, followed by "/config:HASH" if it has a config.json."""
     state, config = f"sha256:{weights_sha256(folder)}", folder / "config.json"
     return f"{state}{_SETTINGS}{settings_sha256(json.loads(config.read_bytes()))}" if config.is_file() else state
 
@@ -67,11 +67,11 @@ _SETTINGS = "/config:"
 
 
 def differing_part(recorded: str, here: str) -> str | None:
-    """In what two states of a backbone differ: "weights" or "settings"; None where both are of one model.
+    """Returns which part of two backbone states differs, "weights" or "settings"; None if they are equal.
 
     Args:
-        recorded, here: as `flatlora.models.loading.backbone_state` gives them; one of an earlier version has no
-            settings, and is of any.
+        recorded, here: from `flatlora.models.loading.backbone_state`. Earlier versions recorded no settings; these are
+            not compared then.
     """
     weights, _, settings = recorded.partition(_SETTINGS)
     own_weights, _, own_settings = here.partition(_SETTINGS)
@@ -81,11 +81,11 @@ def differing_part(recorded: str, here: str) -> str | None:
 
 
 PUT_BACK = {"weights": "those weights", "settings": "the config.json of then"}
-"""What to put back where `differing_part` names a part."""
+"""What to restore, by the result of `differing_part`."""
 
 
 def short_state(state: str) -> str:
-    """A backbone's state for the user, its hashes cut."""
+    """Returns a backbone state with shortened hashes, for messages."""
     return _HASH.sub(lambda match: f"{match[0][:12]}…", state).replace("+", " + ")
 
 
@@ -93,9 +93,9 @@ _HASH = re.compile(r"[0-9a-f]{40,}")
 
 
 def settings_sha256(config: Any) -> str:
-    """SHA-256 over those settings of a model's config.json that decide what its weights compute, such as rope_theta.
+    """Returns SHA-256 over the settings in a config.json that change what the weights compute, such as rope_theta.
 
-    A setting of null counts as one that is not there.
+    A setting of null is treated as missing.
     """
     return hashlib.sha256(json.dumps(_of_the_function(config), sort_keys=True).encode()).hexdigest()
 
@@ -114,7 +114,7 @@ def _of_the_function(config: Any) -> Any:
 
 
 def part_sha256(folder: Path) -> str:
-    """As `weights_sha256`, of one part of a pipeline that has a folder of its own."""
+    """Same as `weights_sha256`, for the folder of one part of a pipeline."""
     return _files_sha256(folder, _PART_FILES)
 
 

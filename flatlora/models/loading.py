@@ -1,4 +1,4 @@
-"""What the rest of the suite asks of models, whatever their family: backbones, adapters on them, and their identity."""
+"""Loads and identifies backbones and adapters of any family; the interface of this package to the rest of the suite."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from flatlora.utils.errors import ConfigError
 
 
 def skeleton(config: ModelConfig) -> nn.Module:
-    """The architecture without weights (meta device), to check what does not need them."""
+    """Returns the architecture without weights (meta device), for checks before loading."""
     return FAMILIES[config.family].skeleton(config)
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """What turns rows into tensors: a tokenizer or an image processor; None of a diffusion model.
+    """Loads the tokenizer or image processor; None for a diffusion model.
 
     Raises:
-        ConfigError: it cannot be loaded; with the remedy.
+        ConfigError: the processor cannot be loaded; with a suggested fix.
     """
     return FAMILIES[config.family].processor(config)
 
 
 def check_weights(config: ModelConfig, device: torch.device) -> None:
-    """See that `load_backbone` will find weights and its attention kernels; nothing is loaded.
+    """Checks that weights, attention kernels and packages that `load_backbone` needs exist; nothing is loaded.
 
     Raises:
-        ConfigError: weights or kernels are missing; with the ways out.
+        ConfigError: something is missing; with a suggested fix.
     """
     errors = []
     if config.attn == "flash_attention_2" and not (device.type == "cuda" and is_flash_attn_2_available()):
@@ -83,29 +83,29 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
 def load_backbone(
     config: ModelConfig, device: torch.device, classes: Classes | None = None, autocast: str = "auto"
 ) -> nn.Module:
-    """Frozen backbone on `device`, its weights those of `config.dtype`.
+    """Loads the frozen backbone onto `device` in `config.dtype`.
 
-    On a CPU that is slow in that dtype they are held in FP32; see `flatlora.utils.precision`.
+    On a CPU that is slow in this dtype, the rounded weights are held in float32; see `flatlora.utils.precision`.
 
     Args:
-        classes: what a CLIP model tells apart.
-        autocast: the setting of that name, auto, bfloat16 or none.
+        classes: the classes of a CLIP classifier.
+        autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
 
     Raises:
-        ConfigError: the weights cannot be had; with the ways out.
+        ConfigError: the weights cannot be loaded; with a suggested fix.
     """
     return FAMILIES[config.family].load_backbone(config, LoadOptions(device, classes, autocast=autocast))
 
 
 def backbone_state(config: ModelConfig) -> str:
-    """What changes whenever the function of the frozen backbone does: the hashes of a folder's weight files and
-    settings (`folder_state`), or the hub's commit.
+    """Returns the identity of the frozen backbone: hashes of a folder's weights and settings (`folder_state`), or
+    "REPOSITORY@COMMIT" on the hub.
 
-    Settings of embedded weights are the suite's own, and do not count. Of a pipeline with another VAE, that one's
-    stands behind a "+".
+    Settings of embedded weights are written by the suite and are not hashed. For a pipeline with model.vae_id, the
+    identity of that VAE is appended after a "+".
 
     Raises:
-        ConfigError: there is no such model; with the ways out.
+        ConfigError: the model does not exist; with a suggested fix.
     """
     return FAMILIES[config.family].state(config)
 
@@ -113,16 +113,19 @@ def backbone_state(config: ModelConfig) -> str:
 def weights_identity(
     path: str, config: ModelConfig | None, classes: Classes | None = None, base: str | None = None
 ) -> dict[str, str]:
-    """What decides a model's answers besides how it is asked, for the record of them.
+    """Returns the hashes and commits that identify a model, to be saved with its answers.
 
     Args:
-        path: as in `load_for_inference`.
-        config: the backbone of the run that `path` belongs to; None for a model that no run describes.
-        classes: what a CLIP model tells apart, in which words.
-        base: the backbone's state where it is known, for hashing it reads all of its files.
+        path: see `load_for_inference`.
+        config: the backbone of the run that `path` belongs to; None for a model without a run.
+        classes: classes and prompts of a CLIP classifier.
+        base: the backbone's state if it is known; None computes it, which reads all weight files.
+
+    Returns:
+        {"weights", "base", "classes"}; the last two only for an adapter or classifier.
 
     Raises:
-        ConfigError: as `backbone_state`.
+        ConfigError: see `backbone_state`.
     """
     folder = Path(path)
     identity = {"weights": weights_sha256(folder) if folder.is_dir() else backbone_state(model_of(path))}
@@ -134,10 +137,10 @@ def weights_identity(
 
 
 def choose_device(wanted: str) -> torch.device:
-    """cuda:<local rank> or cpu.
+    """Returns the device cuda:<local rank> or cpu for trainer.device.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: a GPU is requested and none is available.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["Invalid trainer.device=cuda: torch sees no GPU here; use trainer=cpu or trainer=auto."])
@@ -147,12 +150,12 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def complete_adapter(config: ModelConfig, folder: Path) -> None:
-    """Write beside a saved adapter what users of that kind of model load it by, if not by PEFT."""
+    """Writes the files into a saved adapter's folder that other libraries need besides PEFT's."""
     FAMILIES[config.family].complete_adapter(folder)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """{"trainable", "total"} numbers of parameters; tied ones counted once."""
+    """Returns the numbers of parameters as {"trainable", "total"}; tied parameters are counted once."""
     parameters = list(model.parameters())
     return {
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
@@ -168,20 +171,21 @@ def load_for_inference(
     dtype: str | None = None,
     autocast: str = "auto",
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Model of a folder or hub id, in evaluation mode: a PEFT adapter on its base, or a whole model.
+    """Loads a model for evaluation from a folder or hub id: a PEFT adapter on its backbone, or a full model.
 
     Args:
         path: adapter folder (with adapter_config.json), model folder, or hub id.
-        model_config: the backbone of the run that `path` belongs to; None takes it from the adapter's own config.
-        classes: what a CLIP model tells apart.
-        dtype: of the weights, instead of the model's own.
-        autocast: the setting of that name.
+        model_config: the backbone of the run that `path` belongs to; None reads it from the adapter's config.
+        classes: the classes of a CLIP classifier.
+        dtype: dtype of the weights; None keeps the model's own.
+        autocast: value of the setting trainer.autocast.
 
     Returns:
-        model, its tokenizer or image processor (None of a diffusion model), and {"base", "adapter"} for the record.
+        The model in evaluation mode, its tokenizer or image processor (None for a diffusion model), and
+        {"base", "adapter"} for the record.
 
     Raises:
-        ConfigError: weights cannot be had; with the ways out.
+        ConfigError: the weights cannot be loaded; with a suggested fix.
     """
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
     if adapter is not None:
@@ -206,27 +210,27 @@ def load_for_inference(
 
 
 def check_served(config: ModelConfig, adapter: Path | None = None, tokenizer: Path | None = None) -> None:
-    """Check a language model that another program loads as `load_for_inference` would; none of its weights is kept.
+    """Checks a language model that is served by another program, as `load_for_inference` would; keeps no weights.
 
     Args:
-        adapter: folder of a PEFT adapter on it.
-        tokenizer: folder of the adapter's tokenizer; None: the model's own.
+        adapter: folder of a PEFT adapter on the model.
+        tokenizer: folder of the adapter's tokenizer; None checks the model's own.
 
     Raises:
-        ConfigError: the model's or the adapter's tensors are not all there, are left over, of another shape or not
-            finite (of the adapter), or the tokenizer has tokens that the model has no embedding for.
+        ConfigError: tensors of the model or the adapter are missing, unexpected or of another shape, those of the
+            adapter are not finite, or the tokenizer has tokens without an embedding.
     """
     model = FAMILIES[config.family].outline(config)
     if adapter is not None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # as is meant here
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # intended here
             model = with_adapter(model, adapter, family=config.family, name=config.hub_id)
     processor = load_tokenizer(config.at(str(tokenizer)) if tokenizer else config)
     _check_vocabulary(processor, model, str(adapter or config.hub_id), config if adapter is not None else None)
 
 
 def saved_processor(config: ModelConfig, adapter: Path) -> Path | None:
-    """Where the processor was saved that an adapter was trained with: beside it, or in its training's folder."""
+    """Returns the folder with the processor of an adapter: the adapter's own or its parent; None if neither has one."""
     family = FAMILIES[config.family]
     return next((folder for folder in (adapter, adapter.parent) if family.holds_processor(folder)), None)
 
@@ -234,17 +238,19 @@ def saved_processor(config: ModelConfig, adapter: Path) -> Path | None:
 def _check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, model: nn.Module, path: str, base: ModelConfig | None
 ) -> None:
-    """
+    """Checks that every token of the tokenizer has an embedding.
+
     Args:
-        base: the backbone of an adapter: tokens beyond the embeddings that its own tokenizer has too are in no text.
+        base: the backbone of an adapter. Tokens without an embedding that its tokenizer also has are accepted: they do
+            not occur in texts.
 
     Raises:
-        ConfigError: the tokenizer gives tokens that the model has no embedding for.
+        ConfigError: the tokenizer has tokens without an embedding.
     """
     rows = embedding_rows(model)
-    added = [token for token, number in tokenizer.get_added_vocab().items() if number >= rows] if base else []
+    added = [token for token, index in tokenizer.get_added_vocab().items() if index >= rows] if base else []
     if added:
-        with contextlib.suppress(ConfigError):  # a backbone that has none
+        with contextlib.suppress(ConfigError):  # the backbone has no tokenizer
             own = load_tokenizer(base).get_vocab()
             added = [token for token in added if token not in own]
     if errors := vocabulary_errors(tokenizer, model, path, added):
@@ -252,12 +258,12 @@ def _check_vocabulary(
 
 
 def model_of(path: str) -> ModelConfig:
-    """The backbone of an adapter's folder, or the whole model of a folder or hub id, which no run describes."""
+    """Returns the config of an adapter's backbone, or of a full model in a folder or on the hub, without a run."""
     adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
     config = _guess_model_config(base_name(adapter) if adapter else path)
     return FAMILIES[config.family].of_adapter(config, adapter) if adapter else config
 
 
 def _guess_model_config(name: str) -> ModelConfig:
-    """Config of a model that no run describes: a pipeline says so in its index, any other is a language model."""
+    """Returns the config of a model without a run: a diffusers pipeline if it has an index, else a language model."""
     return described_pipeline(name) or described_language_model(name)

@@ -12,10 +12,10 @@ from flatlora.models.sources import NO_FOREIGN_CODE, hub_errors, source_and_opti
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token.
+    """Loads the model's tokenizer; a missing padding token is set to the end-of-sequence token.
 
     Raises:
-        ConfigError: it cannot be loaded; with the remedy.
+        ConfigError: the tokenizer cannot be loaded; with a suggested fix.
     """
     source, options = source_and_options(config)
     with hub_errors(config):
@@ -26,10 +26,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_image_processor(config: ModelConfig) -> Any:
-    """CLIP's preprocessing of images, by PIL: the same pixels whether torchvision is there or not.
+    """Loads CLIP's image processor in its PIL version: pixels are the same with and without torchvision.
 
     Raises:
-        ConfigError: it cannot be loaded; with the remedy.
+        ConfigError: the processor cannot be loaded; with a suggested fix.
     """
     source, options = source_and_options(config)
     cls = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)

@@ -1,4 +1,4 @@
-"""Whole models of random weights, seed 0, for machines and tests without a hub: not pretrained, for trying alone."""
+"""Small models with random weights (seed 0), for tests and machines without access to the hub; not pretrained."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-RANDOM_VERSION = 1  # raised whenever the weights below would be others
+RANDOM_VERSION = 1  # incremented when the weights below change
 
 
 def write_random_clip(folder: Path) -> None:
-    """A whole CLIP of random weights, seed 0: 32 × 32 pixels, four layers, a tokenizer of bytes; not pretrained."""
+    """Writes a full CLIP with random weights, seed 0: 32 × 32 pixels, four layers, a byte tokenizer."""
     tokenizer = byte_tokenizer()
     tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     with torch.random.fork_rng(devices=[]):
@@ -37,7 +37,7 @@ def write_random_clip(folder: Path) -> None:
 
 
 def write_random_sdxl(folder: Path) -> None:
-    """A whole SDXL pipeline of random weights, seed 0: 64 × 64 pixels, both text encoders, a tokenizer of bytes."""
+    """Writes a full SDXL pipeline with random weights, seed 0: 64 × 64 pixels, both text encoders, a byte tokenizer."""
     import diffusers
 
     tokenizer = byte_tokenizer()
@@ -89,7 +89,7 @@ def write_random_sdxl(folder: Path) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, 77 at most, with CLIP's marks of start and end."""
+    """Returns a tokenizer with one token per byte, at most 77 tokens, and CLIP's start and end tokens."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {text: i for i, text in enumerate([*alphabet, start, end])}
@@ -104,7 +104,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What a text encoder's config says of its tokenizer."""
+    """Returns the settings of a text encoder's config that depend on its tokenizer."""
     end = tokenizer.eos_token_id
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": end}
     return {"vocab_size": len(tokenizer)} | ids

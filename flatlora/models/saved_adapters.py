@@ -1,4 +1,4 @@
-"""PEFT adapters in folders: what they say of themselves, and how they are put on a backbone, whole or not at all."""
+"""Saved PEFT adapters: reads and checks their files, and loads them onto a backbone, complete or not at all."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from flatlora.utils.time_limit import time_limit
 
 
 def check_adapter(folder: Path) -> None:
-    """
+    """Checks an adapter's folder: files, PEFT type, and sizes in adapter_config.json.
+
     Raises:
-        ConfigError: weights that are missing, or of a kind that this PEFT does not know.
+        ConfigError: weights are missing, a size is invalid, or this version of PEFT does not know the type.
     """
     errors = []
     if not any(folder.glob("adapter_model.*")):
@@ -48,12 +49,15 @@ def check_adapter(folder: Path) -> None:
         raise ConfigError(errors)
 
 
-_MOST_RANK = 1024  # that needs no tensor to show it
-_NO_SIZE = re.compile(r"alpha|seed|prng|step|warmup|token_id|layers_to_transform")  # whole numbers that are none
+_MOST_RANK = 1024  # larger ranks and sizes must occur in the shapes of tensors
+_NO_SIZE = re.compile(r"alpha|seed|prng|step|warmup|token_id|layers_to_transform")  # integers that are no sizes
 
 
 def _number_errors(folder: Path) -> list[str]:
-    """Sizes and scalings of adapter_config.json that its tensors cannot have: PEFT would make layers of such sizes."""
+    """Returns errors for ranks and alphas in adapter_config.json that do not fit its tensors.
+
+    They are checked first, because PEFT allocates layers of the sizes in the file.
+    """
     config = adapter_config(folder)
     kind, ranks, alphas = config.get("peft_type"), {}, {}
     if kind not in (PeftType.LORA, PeftType.ADALORA):
@@ -63,34 +67,36 @@ def _number_errors(folder: Path) -> list[str]:
         for pattern, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             given = config.get(pattern) or {}
             named = given.items() if isinstance(given, dict) else [("?", given)]
-            values |= {f"{pattern}.{layer}": one for layer, one in named}
+            values |= {f"{pattern}.{layer}": value for layer, value in named}
     elif kind == PeftType.ADALORA:
         ranks, alphas = {"init_r": config.get("init_r", 12)}, {"lora_alpha": config.get("lora_alpha", 8)}
-    wrong = {name: one for name, one in ranks.items() if type(one) is not int or one < 1}
-    if large := {name: one for name, one in ranks.items() if name not in wrong and one > _MOST_RANK}:
+    wrong = {name: value for name, value in ranks.items() if type(value) is not int or value < 1}
+    if large := {name: value for name, value in ranks.items() if name not in wrong and value > _MOST_RANK}:
         most = max([0, *(len(tensor) for name, tensor in _weights(folder).items() if ".lora_A" in name)])
-        wrong |= {name: one for name, one in large.items() if one > most}
-    wrong |= {name: one for name, one in alphas.items() if type(one) not in (int, float) or not math.isfinite(one)}
+        wrong |= {name: value for name, value in large.items() if value > most}
+    wrong |= {
+        name: value for name, value in alphas.items() if type(value) not in (int, float) or not math.isfinite(value)
+    }
     return [
-        f"Invalid {_short(name)}={_short(one)} in {folder}/adapter_config.json: ranks are whole numbers from 1 that "
+        f"Invalid {_short(name)}={_short(value)} in {folder}/adapter_config.json: ranks are whole numbers from 1 that "
         f"its tensors have, and alphas are numbers; {_COPY}."
-        for name, one in wrong.items()
+        for name, value in wrong.items()
     ]
 
 
 def _size_errors(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """The same of methods that are not trained here, whose configs have sizes of many names."""
+    """Same as `_number_errors`, for PEFT types other than LoRA and AdaLoRA, whose sizes have many names."""
     sizes = {name: value for name, value in config.items() if not _NO_SIZE.search(name)}
     for name, value in config.items():
         if isinstance(value, dict):
-            sizes |= {f"{name}.{key}": one for key, one in value.items() if not _NO_SIZE.search(name)}
-    large = {name: one for name, one in sizes.items() if type(one) in (int, float) and not one <= _MOST_RANK}
+            sizes |= {f"{name}.{key}": entry for key, entry in value.items() if not _NO_SIZE.search(name)}
+    large = {name: size for name, size in sizes.items() if type(size) in (int, float) and not size <= _MOST_RANK}
     most = max([0, *(side for tensor in _weights(folder).values() for side in tensor.shape)]) if large else 0
     return [
-        f"Invalid {_short(name)}={_short(one)} in {folder}/adapter_config.json: a size above {_MOST_RANK:,} is one of "
+        f"Invalid {_short(name)}={_short(size)} in {folder}/adapter_config.json: a size above {_MOST_RANK:,} is one of "
         f"its tensors' too, and their largest is {most:,}; {_COPY}."
-        for name, one in large.items()
-        if not one <= most
+        for name, size in large.items()
+        if not size <= most
     ]
 
 
@@ -103,6 +109,11 @@ def _short(value: Any) -> str:
 
 
 def base_name(adapter: Path) -> str:
+    """Returns the base model's name in a saved adapter's config.
+
+    Raises:
+        ConfigError: there is none, or the file is broken.
+    """
     name = adapter_config(adapter).get("base_model_name_or_path")
     if not (isinstance(name, str) and name):
         raise ConfigError(
@@ -114,22 +125,27 @@ def base_name(adapter: Path) -> str:
     return name
 
 
-_MOST_BYTES = 16 << 20  # of an adapter_config.json
+_MOST_BYTES = 16 << 20  # maximum size of an adapter_config.json
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:
+    """Returns the content of adapter_config.json.
+
+    Raises:
+        ConfigError: the file is broken.
+    """
     path = adapter / "adapter_config.json"
     try:
-        found = json.loads(read_plain(path, _MOST_BYTES))
-        if not isinstance(found, dict):
+        config = json.loads(read_plain(path, _MOST_BYTES))
+        if not isinstance(config, dict):
             raise ValueError("it holds no keys")
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError([f"Broken file {path}: {error}; copy the adapter's folder whole."]) from error
-    return found
+    return config
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """Names of a saved adapter's tensors.
+    """Returns the names of a saved adapter's tensors.
 
     Raises:
         ConfigError: the file is broken.
@@ -138,7 +154,7 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def holds_tensors_of(folder: Path, part: str) -> bool:
-    """Whether a saved adapter goes around layers of a module of its model."""
+    """Whether a saved adapter has tensors for layers of the module `part` of its model."""
     return any(name.startswith(f"base_model.model.{part}.") for name in _weights(folder))
 
 
@@ -154,14 +170,14 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -> nn.Module:
-    """A backbone with a saved adapter, whose LoRA is FP32: every tensor of the file is used, and none is lacking.
+    """Loads a saved adapter onto a backbone, LoRA weights in FP32; no tensor may be missing or unexpected.
 
     Args:
-        family: of the backbone, as `ModelConfig.family`.
-        name: of the backbone, for the user.
+        family: `ModelConfig.family` of the backbone.
+        name: name of the backbone in error messages.
 
     Raises:
-        ConfigError: the adapter is of another task, or its tensors do not fit the backbone, its config or each other.
+        ConfigError: the adapter is for another task, or its tensors do not fit the backbone, its config or each other.
     """
     weights = _weights(folder)
     errors = [*_task_errors(folder, family), *_embedding_errors(backbone, weights, folder)]
@@ -171,13 +187,13 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
     _resize_embeddings(backbone, weights)
     _try_patterns(folder, [name for name, _ in backbone.named_modules()])
     try:
-        # As PeftModel.from_pretrained, which drops what the report says.
+        # Same as PeftModel.from_pretrained, which discards the loading report.
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         adapted = get_peft_model(backbone, config)
         mapping = getattr(backbone, "_checkpoint_conversion_mapping", None) or None
         report = adapted.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
-        # Biases that are missing the report passes over. Prompts are loaded by code of its own, without a report.
+        # The report omits missing biases. Prompt-learning adapters are loaded by separate code without a report.
         wanted = {} if config.is_prompt_learning else get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except torch.OutOfMemoryError:
         raise
@@ -199,17 +215,17 @@ _PATTERN_SECONDS = 20.0
 
 
 def _try_patterns(folder: Path, names: Sequence[str]) -> None:
-    """Match every layer's name with an adapter's patterns as PEFT will, in bounded time.
+    """Matches all layer names against an adapter's patterns as PEFT does, with a time limit.
 
     Raises:
-        ConfigError: one is no regular expression, or takes time that grows exponentially.
+        ConfigError: a pattern is no regular expression, or matching takes too long (exponential backtracking).
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
         patterns = [*(getattr(config, "rank_pattern", None) or {}), *(getattr(config, "alpha_pattern", None) or {})]
         has_targets = hasattr(config, "target_modules")
         if has_targets and config.target_modules is None:
-            config.target_modules = []  # PEFT knows those of the model; the other patterns act all the same
+            config.target_modules = []  # PEFT has defaults for the model; the other patterns are still used
         with time_limit(_PATTERN_SECONDS):
             for name in names:
                 if has_targets:
@@ -244,7 +260,7 @@ def _misfit(folder: Path, name: str, reason: str) -> str:
 def _task_errors(folder: Path, family: str) -> list[str]:
     task = adapter_config(folder).get("task_type")
     known = FAMILIES[family].peft_task or "FEATURE_EXTRACTION"
-    if task in (None, known, "FEATURE_EXTRACTION"):  # the last is of a model without a head, and suits all
+    if task in (None, known, "FEATURE_EXTRACTION"):  # the last is for a model without a head, and fits every family
         return []
     return [
         f"Invalid task_type {task} in {folder}/adapter_config.json: the model is loaded as {family}, whose head is "
@@ -253,9 +269,9 @@ def _task_errors(folder: Path, family: str) -> list[str]:
 
 
 def _embedding_rows(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int | None]]:
-    """Name of each embedding of tokens and output head → its rows, and those of its tensor in an adapter's file.
+    """Returns {name: (rows, rows of its tensor in the adapter's file or None)} of token embeddings and output head.
 
-    A head that shares the embeddings' tensor is not named apart.
+    A head that is tied to the embeddings has no entry of its own.
     """
     names = {module: name for name, module in model.named_modules()}
     if not hasattr(model, "get_input_embeddings") or (inner := model.get_input_embeddings()) is None:
@@ -274,7 +290,7 @@ def _embedding_rows(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> di
 
 
 def _embedding_errors(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> list[str]:
-    """Embeddings that were resized in training and only in part saved with the adapter."""
+    """Returns errors for embeddings that were resized in training and not all saved with the adapter."""
     rows = _embedding_rows(model, weights)
     wanted = sorted({saved for own, saved in rows.values() if saved not in (None, own)})
     lacking = [name for name, (own, saved) in rows.items() if wanted and saved != wanted[0] and own != wanted[0]]
@@ -288,7 +304,7 @@ def _embedding_errors(model: nn.Module, weights: Mapping[str, torch.Tensor], fol
 
 
 def _resize_embeddings(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Give a backbone the number of embeddings that an adapter's file has tensors for, so that these load."""
+    """Resizes a backbone's embeddings to the number of rows in an adapter's file."""
     for own, saved in _embedding_rows(model, weights).values():
         if saved not in (None, own):
             model.resize_token_embeddings(saved, mean_resizing=False)  # every row is read from the file afterwards

@@ -1,4 +1,4 @@
-"""Models that score pictures and are never trained: a whole CLIP, and one that describes pictures in words."""
+"""Models that score images and are never trained: CLIP with both encoders, and an image captioner."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class _CaptionerConfig(ModelConfig):
 
 
 def scorer_config(name: str) -> ModelConfig:
-    """A whole CLIP by its hub id or folder."""
+    """Returns the config of a CLIP with both encoders by its hub id or folder."""
     embedded = "random-clip" if name == "flatlora/random-clip" else None
     return _ScorerConfig(name="clip", hub_id=name, family="clip", dtype="float32", embedded=embedded)
 
 
 def check_clip(name: str) -> None:
-    """See that `load_clip` will find all that it reads.
+    """Checks that all files that `load_clip` reads exist.
 
     Raises:
         ConfigError: as `check_weights`.
@@ -42,10 +42,10 @@ def check_clip(name: str) -> None:
 
 
 def load_clip(name: str, device: torch.device) -> tuple[CLIPModel, PreTrainedTokenizerBase, Any]:
-    """A whole CLIP in FP32, frozen, its tokenizer and its image processor.
+    """Loads a CLIP with both encoders in FP32, frozen, its tokenizer and its image processor.
 
     Raises:
-        ConfigError: they cannot be had; with the ways out.
+        ConfigError: they cannot be loaded; with a suggested fix.
     """
     config = scorer_config(name)
     source, options = source_and_options(config)
@@ -58,7 +58,7 @@ def _captioner_config(name: str) -> ModelConfig:
 
 
 def check_captioner(name: str) -> None:
-    """See that `load_captioner` will find all that it reads.
+    """Checks that all files that `load_captioner` reads exist.
 
     Raises:
         ConfigError: as `check_weights`.
@@ -69,10 +69,10 @@ def check_captioner(name: str) -> None:
 
 
 def load_captioner(name: str, device: torch.device) -> tuple[nn.Module, Any]:
-    """A model that describes pictures, FP32, and its processor.
+    """Loads an image-captioning model in FP32 and its processor.
 
     Raises:
-        ConfigError: they cannot be had; with the ways out.
+        ConfigError: they cannot be loaded; with a suggested fix.
     """
     config = _captioner_config(name)
     auto = transformers.AutoModelForImageTextToText

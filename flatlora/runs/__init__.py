@@ -1,1 +1,1 @@
-"""A run's folder and what is recorded in it."""
+"""A run's folder, its record and its metrics."""

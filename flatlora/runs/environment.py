@@ -1,4 +1,4 @@
-"""What a run's record says of the machine: packages, hardware, code, peak memory."""
+"""The environment in a run's record: packages, hardware, commit of the code, peak memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _RECORDED_PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware of this process, for the record."""
+    """Returns package versions and hardware of this process, for the record."""
     versions = {"python": platform.python_version()}
     for name in _RECORDED_PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # diffusers is an extra
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # optional packages
             versions[name] = importlib.metadata.version(name)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -56,12 +56,12 @@ def _cpu_name() -> str:
 
 
 def git_sha() -> str | None:
-    """Commit of this code, with "-dirty" where the tree differs from it; None outside a git checkout.
+    """Returns the commit of this code, with "-dirty" if the tree has changes; None outside a git checkout.
 
-    $FLATLORA_GIT_SHA says it instead, for copies of a tree that clusters make without its history.
+    $FLATLORA_GIT_SHA overrides it, for copies of the tree without its history, as on clusters.
     """
-    if told := os.environ.get("FLATLORA_GIT_SHA"):
-        return told
+    if sha := os.environ.get("FLATLORA_GIT_SHA"):
+        return sha
     project = Path(__file__).parent
     command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -71,7 +71,10 @@ def git_sha() -> str | None:
 
 
 def peak_memory_gib() -> dict[str, float | None]:
-    """Peak memory of this process: GPU as torch allocated it, and resident set (VmHWM since `reset_peak_memory`)."""
+    """Returns peak memory of this process in GiB: allocated by torch on the GPU (None without), and resident set size.
+
+    Both are measured since `reset_peak_memory` if the system supports that, else since the process started.
+    """
     gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     status = Path("/proc/self/status")
     if status.exists():
@@ -82,7 +85,7 @@ def peak_memory_gib() -> dict[str, float | None]:
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak, so that each run of a sweep in one process has its own; where the kernel allows it."""
+    """Resets peak memory, so that each run of a sweep in one process has its own; ignored if the kernel refuses."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):

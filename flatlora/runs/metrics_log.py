@@ -1,4 +1,4 @@
-"""metrics.jsonl, and Weights & Biases fed with its rows."""
+"""metrics.jsonl, and Weights & Biases, which receives the same rows."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from flatlora.utils.plain_files import open_plain
 
 
 class MetricsLog:
-    """metrics.jsonl: append-only, one object a logged step, flushed at once; mirrored to W&B.
+    """metrics.jsonl: append-only, one object per logged step, flushed immediately; also sent to W&B.
 
-    Each checkpoint keeps the rows up to its step, see `flatlora.train.recorder.rows_of`.
+    Each checkpoint contains the rows up to its step, see `flatlora.train.recorder.rows_of`.
     """
 
     def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
         self.path, self.tracker = path, tracker
 
     def rewind(self, step: int, kept: Sequence[str] | None = None) -> None:
-        """Forget rows after `step`, which a resumed run will write again; a torn last line goes too.
+        """Removes rows after `step`, which a resumed run writes again, and an incomplete last line.
 
         Args:
-            kept: the lines up to `step` as the checkpoint has them, which replace others; None where it has none.
+            kept: the checkpoint's lines up to `step`, which replace those of the file; None if it has none.
         """
-        found = []
+        lines = []
         for line in self._text().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # torn: not a whole row
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # incomplete row
                 if json.loads(line)["step"] <= step:
-                    found.append(line)
-        wanted = found if kept is None else list(kept)
-        if wanted != found:
+                    lines.append(line)
+        wanted = lines if kept is None else list(kept)
+        if wanted != lines:
             logger.warning(
                 "%s had %d of the %d rows up to step %d, or others: put back from the checkpoint.",
-                *(self.path, len(set(found) & set(wanted)), len(wanted), step),
+                *(self.path, len(set(lines) & set(wanted)), len(wanted), step),
             )
         if wanted or os.path.lexists(self.path):
             write_atomic(self.path, "".join(line + "\n" for line in wanted))
@@ -56,18 +56,19 @@ class MetricsLog:
             return ""
 
     def flush(self) -> None:
-        """Wait until all rows are on the disk."""
+        """Flushes all rows to disk."""
         with contextlib.suppress(FileNotFoundError):  # no row yet
             fsync_folder(self.path)
 
     def append(self, row: dict[str, Any]) -> None:
+        """Appends a row with the key "step"."""
         with open(self.path, "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(row) + "\n")
         if self.tracker:
             self.tracker.log(row)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows but a torn last one, which a kill leaves or a running process is writing.
+        """Returns all rows, without an incomplete last one, which a killed or a still running process may leave.
 
         Raises:
             ConfigError: another row is broken.
@@ -89,9 +90,9 @@ class MetricsLog:
 
 
 class Tracker:
-    """Weights & Biases, fed with the rows of metrics.jsonl. Offline unless the user has a key.
+    """Sends the rows of metrics.jsonl to Weights & Biases; offline unless the user has an API key.
 
-    No error of W&B ends a training: the first one is named, and nothing more is sent.
+    Errors of W&B do not end the training: the first one is logged as a warning, and nothing more is sent.
     """
 
     def __init__(self, experiment: Experiment, folder: Path) -> None:
@@ -113,15 +114,18 @@ class Tracker:
                 config=experiment.model_dump(mode="json"),
                 dir=str(folder),
                 mode=mode,
-                id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12],  # a resumed run goes on in its page
+                id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12],  # a resumed run continues its page
                 resume="allow",
-                reinit="create_new",  # never the page of an earlier run of this process that could not be closed
+                reinit="create_new",  # not the unclosed page of an earlier run in this process
                 settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
             )
 
     @contextlib.contextmanager
     def _named_once(self, what: str) -> Iterator[None]:
-        """Around every use of W&B, whose errors are of its service, its server, the network and the disk."""
+        """Logs an error in the block as a warning and disables the tracker; wraps every call of W&B.
+
+        Any exception is caught: errors may come from W&B's service process, its server, the network or the disk.
+        """
         try:
             yield
         except Exception as error:
@@ -137,12 +141,13 @@ class Tracker:
             )
 
     def log(self, row: dict[str, Any]) -> None:
+        """Sends a row of metrics.jsonl."""
         if self._run is not None:
             with self._named_once("took no more rows"):
                 self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
     def show(self, name: str, picture: Path) -> None:
-        """Put an image file on the page."""
+        """Adds an image file to the run's page."""
         if self._run is not None:
             with self._named_once("took no picture"):
                 import wandb
@@ -150,7 +155,7 @@ class Tracker:
                 self._run.log({name: wandb.Image(str(picture))})
 
     def finish(self, metrics: dict[str, Any], *, failed: bool = False) -> None:
-        """Close the page, or the next run of this process would write on it."""
+        """Closes the run's page, so that the next run in this process gets its own; its summary is `metrics`."""
         if self._run is not None:
             with self._named_once("could not be closed"):
                 self._run.summary.update(metrics)
@@ -159,7 +164,7 @@ class Tracker:
 
 @contextlib.contextmanager
 def _masked_arguments() -> Iterator[None]:
-    """The command line without passwords, which W&B copies to its page."""
+    """Masks passwords in sys.argv in the block: W&B uploads the command line."""
     plain = sys.argv
     sys.argv = [*map(masked, plain)]
     try:
@@ -169,10 +174,10 @@ def _masked_arguments() -> Iterator[None]:
 
 
 def _forget_dead_service() -> None:
-    """Let wandb drop its service, which it would ask once more as the interpreter ends; the next run starts another."""
+    """Shuts down wandb's dead service process, which it would call at exit; the next run starts a new one."""
     import wandb
 
-    with contextlib.suppress(Exception):  # it says again that nobody answers
+    with contextlib.suppress(Exception):  # fails again, because the service does not answer
         wandb.teardown()
 
 
@@ -185,7 +190,7 @@ def _has_wandb_key() -> bool:
 
 @contextlib.contextmanager
 def tracking(experiment: Experiment, folder: Path, metrics: dict[str, Any]) -> Iterator[Tracker | None]:
-    """W&B for the time of a run, on the main process, unless wandb.mode=disabled; its summary is `metrics` then."""
+    """Yields a run's tracker, with `metrics` as its final summary; None if wandb.mode=disabled or not on rank 0."""
     if experiment.wandb.mode == "disabled" or int(os.environ.get("RANK", "0")):
         yield None
         return

@@ -1,6 +1,6 @@
-"""run.json, the record of a run: its schema, which every reader and writer of the file uses.
+"""run.json, the record of a run: the schema that every reader and writer of the file uses.
 
-The record contains a hash of itself and of every file of its folder that is read later.
+The record contains a hash of itself and of all files in the run's folder that are read later.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from flatlora.utils import records
 from flatlora.utils.errors import ConfigError
 
 RECORD_FILE = "run.json"
-SCHEMA_VERSION = 1  # raised whenever a key changes its meaning; a new key that may be missing needs no new version
+SCHEMA_VERSION = 1  # incremented when the meaning of a key changes; not for new optional keys
 
 
 class _Group(BaseModel):
-    """Base class of the record and its groups: typed; keys of other versions are kept."""
+    """Base class of the record and its groups: typed; unknown keys, from other versions, are kept."""
 
     model_config = ConfigDict(extra="allow", strict=True, validate_assignment=True)
 
@@ -29,7 +29,7 @@ class Hardware(_Group):
     """The machine of the main process."""
 
     cpu: str
-    cores: int  # that the process may use
+    cores: int  # available to the process
     threads: int  # of torch
     gpus: list[str]  # their names
     memory_gib: float  # of the whole machine
@@ -44,7 +44,7 @@ class Environment(_Group):
 class BackboneHashes(_Group):
     """SHA-256 of the frozen weights; None for runs that train all weights."""
 
-    before: str | None = None  # after the method's own initialization, which may move part of W into the adapter
+    before: str | None = None  # after the adapter's initialization, which may change W
     after: str | None = None
 
     @property
@@ -72,9 +72,9 @@ class Timing(_Group):
     """Times of the whole training, including processes that the run was resumed from."""
 
     train_s: float | None = None  # seconds
-    step_s_median: float | None = None  # seconds of an optimizer step, of the newest 1000
-    tokens_per_s: float | None = None  # median over the rows of metrics.jsonl; of text
-    images_per_s: float | None = None  # the same, of images
+    step_s_median: float | None = None  # seconds per optimizer step, over the newest 1000
+    tokens_per_s: float | None = None  # median over the rows of metrics.jsonl; text only
+    images_per_s: float | None = None  # the same, images only
     perturb_s: float | None = None  # seconds in the regularizer
 
 
@@ -85,21 +85,21 @@ class Distributed(_Group):
 
 
 class Memory(_Group):
-    """Peaks of the main process in GiB; None where there is no such device."""
+    """Peak memory of the main process in GiB; None without such a device."""
 
     peak_gpu_gib: float | None = None  # allocated by torch
     peak_rss_gib: float | None = None  # resident set
 
 
 class RunRecord(_Group):
-    """run.json. Groups are None, and hashes too, for a run that ended before they were known.
+    """run.json. Groups and hashes are None if the run ended before they were computed.
 
-    Records of earlier versions lack keys, which have their defaults then.
+    Keys missing from records of earlier versions get their defaults.
     """
 
     schema_version: int = Field(SCHEMA_VERSION, ge=1)
     status: Literal["finished", "failed", "interrupted"]
-    error: str | None = None  # message of what ended a failed run
+    error: str | None = None  # error message of a failed run
     experiment: dict[str, Any] = Field(default_factory=dict)  # the configuration, as in config.yaml
     seed: int | None = None
     config_sha256: str | None = None
@@ -112,7 +112,7 @@ class RunRecord(_Group):
     weights_sha256: str | None = None  # of the files of adapter/
     params: Parameters | None = None
     precision: Precision | None = None
-    kernels: list[str] = Field(default_factory=list)  # the fast paths that were used
+    kernels: list[str] = Field(default_factory=list)  # fused kernels that were used
     metrics: dict[str, Any] = Field(default_factory=dict)  # numbers or None; "<benchmark>/<metric>" for scores
     timing: Timing | None = None
     perturbation: dict[str, Any] | None = None  # what the regularizer records
@@ -124,13 +124,13 @@ class RunRecord(_Group):
 
     @classmethod
     def read(cls, run: Path, remedy: str = "restore it from a copy") -> RunRecord | None:
-        """The record in a run's folder; None if there is none.
+        """Reads the record in a run's folder; None if there is none.
 
         Args:
             remedy: end of the message about a broken file.
 
         Raises:
-            ConfigError: it cannot be read, does not match its own hash or the schema, or is of a newer version.
+            ConfigError: the file cannot be read, does not match its own hash or the schema, or is from a newer version.
         """
         path = run / RECORD_FILE
         raw = records.read_record(path, remedy)
@@ -147,12 +147,12 @@ class RunRecord(_Group):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg'].lower()}" for one in error.errors()]
+            wrong = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg'].lower()}" for detail in error.errors()]
             problem = f"it is not what a run wrote ({', '.join(wrong[:3])})"
             raise ConfigError([f"Broken record {path}: {problem}; {remedy}."]) from error
 
     def write(self, run: Path) -> None:
-        """Write run.json with its own hash, atomically."""
+        """Writes run.json with its own hash, atomically."""
         records.write_signed(run / RECORD_FILE, self.model_dump())
 
     @property
@@ -160,18 +160,18 @@ class RunRecord(_Group):
         return self.status == "finished"
 
     def metrics_of(self, benchmark: str) -> dict[str, Any]:
-        """The metrics of one benchmark."""
+        """Returns the metrics of one benchmark, without the prefix "<benchmark>/"."""
         prefix = f"{benchmark}/"
         return {name.removeprefix(prefix): value for name, value in self.metrics.items() if name.startswith(prefix)}
 
     def file_damage(
         self, run: Path, wanted: Callable[[str], bool] = lambda name: True, largest_bytes: int | None = None
     ) -> list[str]:
-        """What became of files of the run's folder, a phrase each; arguments as for `records.damage`."""
+        """Returns a phrase for each missing or changed file of the run's folder; arguments as in `records.damage`."""
         return records.damage(run, self.files, wanted=wanted, largest_bytes=largest_bytes)
 
     def settings_damage(self, run: Path) -> list[str]:
-        """How config.yaml differs from the configuration here: a phrase, or an empty list."""
+        """Returns a phrase that says how config.yaml differs from this record's configuration; empty if it does not."""
         if self.record_sha256 is None or not self.experiment:
             return []
         try:
@@ -186,11 +186,11 @@ class RunRecord(_Group):
         return [f"config.yaml is not what the run wrote (in {', '.join(keys)})"] if keys else []
 
     def damage(self, run: Path, *, largest_bytes: int | None = None, scores: bool = True) -> list[str]:
-        """What became of a finished run's files and answers, a phrase each; none for records without hashes.
+        """Returns a phrase for each missing or changed file of a finished run; empty for records without hashes.
 
         Args:
-            largest_bytes: only the size of larger files is compared; None hashes all files.
-            scores: whether score.json is compared with the metrics here.
+            largest_bytes: of files larger than this only the size is compared; None hashes all files.
+            scores: whether score.json is compared with the metrics in this record.
         """
         if self.files is None:
             return []

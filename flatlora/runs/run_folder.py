@@ -1,7 +1,8 @@
-"""A run's folder and record. Tables and figures read these files and nothing else.
+"""A run's folder. Tables and figures read these files and nothing else.
 
 results/<project>_<dataset>/<name>/<seed>/
-    config.yaml  metrics.jsonl  checkpoint-N/  adapter/  test.jsonl  eval/<benchmark>/  run.json (atomic, last)
+    config.yaml  metrics.jsonl  checkpoint-N/  adapter/  test.jsonl  eval/<benchmark>/  run.json (written last,
+    atomically)
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, experiment: Experiment) -> RunFolder:
-        """The folder that this experiment writes to."""
+        """Returns the folder of an experiment."""
         project = f"{experiment.wandb.project}_{experiment.dataset.name}"
         return cls(Path(experiment.results_root) / project / experiment.run_name() / str(experiment.seed))
 
@@ -49,7 +50,7 @@ class RunFolder:
 
     @property
     def record(self) -> RunRecord | None:
-        """run.json, None before the run ended.
+        """The content of run.json; None before the run ended.
 
         Raises:
             ConfigError: the file is broken.
@@ -59,18 +60,19 @@ class RunFolder:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a run has ended here: its training has nothing left to do."""
+        """Whether the folder holds a finished run, so that no training is left to do."""
         record = self.record
         return record is not None and record.is_finished
 
     def is_finished(self, experiment: Experiment) -> bool:
-        """Whether this very experiment has run to its end here, so that resume=true has nothing to do.
+        """Whether this experiment is finished here, so that resume=true has nothing to do.
 
-        A finished run whose benchmarks or test rows are asked for in another way is not: it is scored again. Neither is
-        one whose files were damaged since: they are named, and made again from a checkpoint.
+        False for a finished run with other settings of benchmarks or test rows, which is scored again, and for one with
+        damaged files, which are logged and restored from a checkpoint.
 
         Raises:
-            ConfigError: the folder is in use, holds another run, or this one and neither resume nor overwrite is given.
+            ConfigError: the folder is in use, holds another run, or holds this run and neither resume nor overwrite is
+                set.
         """
         if not self.is_run:
             return False
@@ -81,7 +83,7 @@ class RunFolder:
         self._validate_run(experiment)
         if not self.is_trained:
             return False
-        # run.json's own copy of the config: config.yaml may already be that of a scoring that was killed.
+        # The config in run.json: an interrupted scoring may already have changed config.yaml.
         scored = self.record.experiment or self._saved_config()
         if scoring_of(scored) != scoring_of(experiment.model_dump(mode="json")):
             return False
@@ -91,19 +93,19 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        """Whether a run has begun here."""
+        """Whether a run has been started in this folder."""
         return os.path.lexists(self.path / "config.yaml")
 
     def damage(self) -> list[str]:
-        """What became of a finished run's files and answers since its record was written, a phrase each."""
+        """Returns a phrase for each file of a finished run that is missing or changed since its record was written."""
         record = self.record
         return record.damage(self.path) if record else []
 
     def open(self, experiment: Experiment) -> None:
-        """Lock the folder for this experiment; of several ranks, rank 0 does. `begin` is what changes it.
+        """Locks the folder for this experiment without changing its content (see `begin`); called on rank 0 only.
 
         Raises:
-            ConfigError: not writable, in use by another process, or holding another run; nothing has been changed.
+            ConfigError: the folder is not writable, in use by another process, or holds another run.
         """
         self._acquire()
         try:
@@ -118,27 +120,27 @@ class RunFolder:
             raise
 
     def begin(self, experiment: Experiment) -> None:
-        """Make an opened folder this experiment's: emptied for overwrite=true, with the config in it."""
+        """Prepares an opened folder: empties it for overwrite=true, removes leftovers, and writes config.yaml."""
         if experiment.overwrite:
             self._clear()
-        if not self.is_trained:  # what a killed start leaves is no record, and not that of an earlier one
+        if not self.is_trained:  # the record of a run that did not finish
             (self.path / RECORD_FILE).unlink(missing_ok=True)
-        for left in self.path.glob(".*-????????"):  # half-written when a process was killed
+        for left in self.path.glob(".*-????????"):  # incomplete files of killed processes
             remove(left)
         write_atomic(self.path / "config.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
 
     def check_writable(self) -> None:
-        """See that `open` will find the disk ready; leaves nothing behind.
+        """Checks that `open` will succeed, and leaves nothing behind.
 
         Raises:
-            ConfigError: the folder takes no files, or another process has it.
+            ConfigError: the folder is not writable, or in use by another process.
         """
         missing = self._acquire()
         self.close()
         self._remove(missing)
 
     def close(self) -> None:
-        """Let other processes have the folder."""
+        """Unlocks the folder."""
         if self._lock:
             self._lock.close()
             self._lock = None
@@ -148,18 +150,22 @@ class RunFolder:
 
     @property
     def in_use(self) -> bool:
-        """Whether another process has the folder now."""
+        """Whether another process has locked the folder."""
         try:
             with open_plain(self.path / ".lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:  # no lock file, or not ours to read: `open` will tell
+        except OSError:  # no lock file, or no permission, which `open` reports
             return False
         return False
 
     def _validate_no_evaluations(self) -> None:
-        """What answers for the adapter that stands here must not go on among the answers of another."""
+        """Checks that no evaluation is running: it would mix answers of the old adapter with those of the new one.
+
+        Raises:
+            ConfigError: another process writes answers in eval/.
+        """
         if busy := [folder for folder in self.path.glob("eval/*") if is_answering(folder)]:
             raise ConfigError(
                 [
@@ -169,7 +175,7 @@ class RunFolder:
             )
 
     def _acquire(self) -> list[Path]:
-        """Make and lock the folder; those that were made for it, innermost first."""
+        """Creates and locks the folder; returns the folders that were created, innermost first."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -192,7 +198,7 @@ class RunFolder:
         return missing
 
     def _lock_folder(self) -> None:
-        """Try for half a second: somebody who only asks `in_use` has the lock for a moment."""
+        """Tries to lock for 0.5 s: a process that only checks `in_use` holds the lock for a moment."""
         deadline = time.monotonic() + 0.5
         while True:
             try:
@@ -203,14 +209,14 @@ class RunFolder:
                 time.sleep(0.02)
 
     def _remove(self, created: list[Path]) -> None:
-        """Leave nothing behind in folders that this call made, innermost first."""
+        """Removes folders that `_acquire` created, innermost first, unless they hold other files."""
         for folder in created:
-            with contextlib.suppress(OSError):  # never made, or it holds something after all
+            with contextlib.suppress(OSError):  # was not created, or is not empty
                 (folder / ".lock").unlink(missing_ok=True)
                 folder.rmdir()
 
     def _probe_space(self) -> None:
-        """Fail before training where a small file cannot be written."""
+        """Writes and deletes a small file, to fail before training if that is impossible."""
         probe = self.path / ".probe"
         try:
             with open(probe, "wb", opener=no_link) as file:
@@ -258,7 +264,7 @@ class RunFolder:
 
 
 def is_answering(folder: Path) -> bool:
-    """Whether a process writes answers there, as `answering` has it."""
+    """Whether a process holds the lock of `answering` on a folder."""
     try:
         with open_plain(folder / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -271,14 +277,14 @@ def is_answering(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def answering(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep a folder of answers for this process: others do not write there, and its run is not overwritten meanwhile.
+    """Locks a folder of answers in the block: no other process writes there, and its run cannot be overwritten.
 
     Args:
-        wait: whether to wait for another process that has it.
+        wait: whether to wait for another process that holds the lock.
 
     Raises:
-        ConfigError: another process has it.
-        OSError: the folder takes no files.
+        ConfigError: another process holds the lock, and `wait` is False.
+        OSError: the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a", opener=no_link) as lock:
@@ -294,13 +300,13 @@ def answering(folder: Path, *, wait: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(FileNotFoundError):  # removed with its run, on a disk that has no locks
-                if os.listdir(folder) == [".lock"]:  # nothing was answered
+            with contextlib.suppress(FileNotFoundError):  # removed with its run, on a file system without locks
+                if os.listdir(folder) == [".lock"]:  # no answers were written
                     shutil.rmtree(folder, ignore_errors=True)
 
 
 def scoring_of(raw: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config.yaml that decides the scores of given weights, and not the weights."""
+    """Returns the settings in a config.yaml that affect scores but not the trained weights."""
     return {
         "eval": raw["eval"],
         "test_rows": [raw["model"].get("generated_test_rows"), raw["dataset"].get("test_rows")],
@@ -308,12 +314,12 @@ def scoring_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(saved: dict[str, Any], experiment: Experiment) -> list[str]:
-    """`key: saved ≠ wanted` for every key that decides the trained bytes."""
+    """Returns a phrase for each setting that affects the trained weights and differs from the saved one."""
     identity, settings = dict(_flatten(experiment.identity_of(saved))), dict(_flatten(saved))
     return [
         f"{key} is {settings.get(key)!r} there and {value!r} here"
         for key, value in _flatten(experiment.identity())
-        if identity.get(key) != value and settings.get(key) != value  # σ = 0 hides the other keys of rho
+        if identity.get(key) != value and settings.get(key) != value  # an identity with σ = 0 has no keys of rho
     ]
 
 

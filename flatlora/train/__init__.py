@@ -1,1 +1,1 @@
-"""The training of one run: trainer, data order, checkpoints, metrics, several processes."""
+"""Training of one run: trainer, data order, checkpoints, metrics, distributed processes."""

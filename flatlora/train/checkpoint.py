@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or ignored, and hashes of what was trained on and what came out.
+"""Checkpoints, which are either complete or ignored.
 
-A checkpoint folder counts once its manifest `checkpoint.json` is in place: it is written last, atomically, and holds
-the SHA-256 of every file. A folder without one was being written when the process died.
+A checkpoint is valid once it has its manifest `checkpoint.json`, which is written last, atomically, and holds the
+SHA-256 of every file. A folder without one was being written when the process was killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flatlora.utils.plain_files import file_sha256
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
-_STEP = re.compile(r"checkpoint-[0-9]+")  # and no copy that a user made, such as checkpoint-40-best
+_STEP = re.compile(r"checkpoint-[0-9]+")  # excludes copies by users, such as checkpoint-40-best
 
 
 def write_manifest(
@@ -35,27 +35,27 @@ def write_manifest(
     zero: int = 0,
     base: str | None = None,
 ) -> None:
-    """Flush every file of a checkpoint to disk, then write the manifest that makes it count.
+    """Flushes every file of a checkpoint to disk, then writes the manifest that makes it valid.
 
     Args:
-        base: state of the backbone, as `flatlora.models.loading.backbone_state` has it.
+        base: identity of the backbone, from `flatlora.models.loading.backbone_state`.
     """
     staging.obey_umask(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    found = {str(path.relative_to(folder)): records.entry_of(path, flush=True) for path in paths}
+    files = {str(path.relative_to(folder)): records.entry_of(path, flush=True) for path in paths}
     fsync_folder(folder)
     origin = {"config_sha256": config_sha256, "data_sha256": data_sha256, "world_size": world_size, "zero": zero}
     origin |= {"base": base, "beside": records.hash_inputs(folder.parent)}
-    manifest = {"step": step, **origin, "files": found}
+    manifest = {"step": step, **origin, "files": files}
     records.write_signed(folder / MANIFEST, manifest)
     fsync_folder(folder.parent)
 
 
 def error_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
-    """Why a checkpoint cannot be used: no manifest, a missing or unreadable file, a wrong hash. None for a good one.
+    """Returns why a checkpoint is not valid: no manifest, a missing or unreadable file, or a wrong hash; else None.
 
     Args:
-        wanted: names of files that are needed.
+        wanted: whether a file of this name is checked.
     """
     try:
         folder.stat()
@@ -63,9 +63,9 @@ def error_of(folder: Path, wanted: Callable[[str], bool] = lambda name: True) ->
         if manifest is None:
             return f"{MANIFEST} is missing"
         needed = {name: entry["sha256"] for name, entry in manifest["files"].items() if wanted(name)}
-    except (ValueError, KeyError, TypeError, AttributeError):  # no record, or no manifest
+    except (ValueError, KeyError, TypeError, AttributeError):  # invalid JSON, hash or keys
         return f"{MANIFEST} is broken"
-    except OSError as error:  # a link to nothing, in a circle, or into a folder that is closed to this user
+    except OSError as error:  # a broken or circular link, or no permission
         return f"it cannot be read ({error.strerror})"
     return next(
         (f"{name} {message}" for name, sha256 in needed.items() if (message := _file_error(folder / name, sha256))),
@@ -78,7 +78,7 @@ def _file_error(path: Path, sha256: str) -> str | None:
         return None if file_sha256(path) == sha256 else "is not what was written"
     except FileNotFoundError:
         return "is missing"
-    except OSError as error:  # of opening or of reading, which names no file
+    except OSError as error:  # of read() too, whose errors name no file
         return f"cannot be read ({error.strerror})"
 
 
@@ -86,11 +86,11 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
     try:
         return records.read_record(folder / MANIFEST)
     except ConfigError:
-        return None  # `error_of` tells
+        return None  # `error_of` reports it
 
 
 def inference_error(folder: Path) -> str | None:
-    """`error_of` less what training alone reads. Warns of files beside it that are not those of its time."""
+    """Same as `error_of`, without the files that only training reads; warns if files beside the checkpoint changed."""
     manifest = _manifest_of(folder) or {}
     if changed := records.damage(folder.parent, manifest.get("beside")):
         logger.warning("%s was written when other files were beside it: %s.", folder, "; ".join(changed))
@@ -98,13 +98,13 @@ def inference_error(folder: Path) -> str | None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, whole or not; and links of such names, wherever they lead."""
-    found = [path for path in run.glob("checkpoint-*") if _STEP.fullmatch(path.name)]
-    return sorted((path for path in found if path.is_symlink() or os.path.isdir(path)), key=step_of)
+    """Returns the checkpoint folders of a run, oldest first, valid or not, including symbolic links of such names."""
+    paths = [path for path in run.glob("checkpoint-*") if _STEP.fullmatch(path.name)]
+    return sorted((path for path in paths if path.is_symlink() or os.path.isdir(path)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """Number of optimizer steps before a checkpoint."""
+    """Returns the number of optimizer steps before a checkpoint."""
     return int(folder.name.split("-")[1])
 
 
@@ -118,15 +118,16 @@ def latest_good(
     base: str | None = None,
     also: Callable[[Path], str | None] | None = None,
 ) -> Path | None:
-    """Newest whole checkpoint; broken ones above it are named in the log. Nothing is changed.
+    """Returns the newest valid checkpoint; logs a warning for invalid newer ones. Nothing is changed.
 
     Args:
-        base: as in `write_manifest`; None compares no backbones.
-        also: why a whole one cannot be used all the same, if so.
+        base: see `write_manifest`; None does not compare backbones.
+        also: a further check, which returns why a valid checkpoint cannot be used, or None.
 
     Raises:
-        ConfigError: the newest whole one was made by another experiment, on another backbone or other data, or by more
-            or fewer processes.
+        ConfigError: the checkpoint was written by another experiment, for another backbone, other data, another stage
+        of
+            ZeRO or another number of processes.
     """
     for folder in reversed(checkpoints(run)):
         message = error_of(folder) or (also(folder) if also else None)
@@ -138,14 +139,14 @@ def latest_good(
 
 
 def remove_newer(run: Path, newest: Path | None) -> None:
-    """Remove the checkpoints above `newest` (all for None), for training writes them anew."""
+    """Removes checkpoints newer than `newest` (all if None), which training writes again."""
     folders = checkpoints(run)
     for folder in folders[folders.index(newest) + 1 :] if newest else folders:
         remove(folder)
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, its manifest first: a half-deleted folder must not count."""
+    """Deletes a checkpoint, its manifest first, so that a partly deleted folder is not valid."""
     if not folder.is_symlink():
         staging.remove(folder / MANIFEST)
     staging.remove(folder)
@@ -187,6 +188,6 @@ def _validate_origin(
 
 
 def rotate(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Deletes all but the newest `keep` checkpoints."""
     for folder in checkpoints(run)[:-keep]:
         remove(folder)

@@ -1,4 +1,4 @@
-"""Several processes of one run: how they are started, who is who, what they tell each other, and ZeRO-2's settings."""
+"""Distributed runs: launching processes, ranks, communication between processes, and settings of ZeRO-2."""
 
 from __future__ import annotations
 
@@ -28,34 +28,37 @@ from flatlora.utils.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_LONGEST_BUILD_S = 600  # DeepSpeed's own take half a minute
+_LONGEST_BUILD_S = 600  # seconds; DeepSpeed's extensions take about 30
 
 
 def world_size() -> int:
-    """Number of processes; torchrun sets WORLD_SIZE."""
+    """Returns the number of processes; torchrun sets WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Number of this process; torchrun sets RANK."""
+    """Returns the rank of this process; torchrun sets RANK."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
-    """Whether this process writes."""
+    """Whether this is rank 0, which writes files and messages."""
     return rank() == 0
 
 
 def must_launch(machine: TrainerConfig) -> bool:
-    """Whether this process is to start those of the run: `trainer.gpus` are asked for, and torchrun started none."""
+    """Whether this process has to start those of the run: `trainer.gpus` is set, and torchrun did not start it."""
     return machine.gpus is not None and "WORLD_SIZE" not in os.environ
 
 
 def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
-    """Run `script` in so many processes on this machine, as torchrun does; returns the exit code of the first failure.
+    """Runs `script` in `trainer.gpus` processes on this machine, like torchrun.
 
-    When one fails or this process is told to end, by a signal of preemption.py too, the others are told so, and killed
-    `_patience_s` later. 75 is the answer to such a signal, as that of a run without processes.
+    If a process fails or this one receives a signal, all others are terminated, and killed after `_patience_s`.
+
+    Returns:
+        The exit code of the first failure; 0 without one. After a signal 130 for SIGINT and SIGQUIT, else 75, as in a
+        run with one process.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
@@ -71,7 +74,7 @@ def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.distributed.run"):  # tables of what the process has told itself
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):  # they repeat the processes' own errors
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_patience_s(machine))
     config = LaunchConfig(
@@ -90,24 +93,26 @@ def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-u", str(script), *words)
         return 0
     except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)  # a negative one is a signal
+        return max(1, error.get_first_failure()[1].exitcode)  # negative for a signal
     except SignalException as error:
         return 130 if error.sigval in (signal.SIGINT, signal.SIGQUIT) else 75
 
 
 def _patience_s(machine: TrainerConfig) -> int:
-    """Seconds from a signal to SIGKILL: for the running step and a checkpoint, within Slurm's two minutes."""
+    """Returns the time from a signal to SIGKILL in seconds: enough for a checkpoint, below Slurm's two minutes."""
     return min(110, max(30, int(machine.timeout_s)))
 
 
-_claimed: list[Any] = []  # the lock of this process's GPU, held to its end
+_claimed: list[Any] = []  # the lock file of this process's GPU, held until it exits
 
 
 def claim_gpu(count: int, folder: Path | None = None) -> int | None:
-    """The number of a GPU that no other process of this machine has claimed, for as long as this one lives.
+    """Claims a GPU of this machine until the process exits, and hides the others from it.
 
-    For workers that take one job of a sweep after the other: each sees its own GPU alone from then on. Waits for none:
-    None when all are taken, or where there are fewer than two.
+    For the workers of a sweep, which run several jobs one after another.
+
+    Returns:
+        The index of a GPU that no other process has claimed; None if there is none, or fewer than two GPUs.
     """
     if count < 2 or _claimed:
         return None
@@ -127,31 +132,31 @@ def claim_gpu(count: int, folder: Path | None = None) -> int | None:
 
 
 def gpu_count() -> int:
-    """GPUs that this process may see, without waking one: what is claimed afterwards must still be its first."""
+    """Returns the number of visible GPUs without initializing CUDA, so that `claim_gpu` still takes effect."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([one for one in visible.split(",") if one.strip()])
-    return torch.cuda.device_count()  # by NVML, which makes no context
+        return len([name for name in visible.split(",") if name.strip()])
+    return torch.cuda.device_count()  # uses NVML, which creates no context
 
 
 def initialize(experiment: Experiment, device: torch.device) -> None:
-    """Join the other processes; harmless where there are none.
+    """Initializes communication with the other processes; does nothing for a single process without ZeRO.
 
-    A process that waits for another longer than trainer.timeout_s gives up, and torchrun ends the others.
+    A process that waits for another longer than trainer.timeout_s fails, and torchrun terminates the others.
     """
     machine = experiment.trainer
     if world_size() > 1 or machine.zero:
         if machine.zero:
-            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # read by accelerate, now and when Trainer asks it
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # read by accelerate, here and in Trainer
         on_cpu = device.type == "cpu"
         state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(seconds=machine.timeout_s))
         if machine.zero:
             _free_stale_builds()
-        if machine.zero and on_cpu:  # accelerate itself has DeepSpeed on accelerators alone
+        if machine.zero and on_cpu:  # accelerate supports DeepSpeed on accelerators only
             import deepspeed
             from deepspeed.accelerator import get_accelerator
 
-            # Its reduction through shared memory is for inference, and would be compiled here for a minute or two.
+            # The shared-memory reduction is for inference, and compiling it takes a minute or two.
             shared_memory = get_accelerator().create_op_builder("ShareMemCommBuilder")
             if shared_memory is not None:
                 deepspeed.ops.__compatible_ops__[shared_memory.NAME] = False
@@ -160,7 +165,7 @@ def initialize(experiment: Experiment, device: torch.device) -> None:
 
 
 def _free_stale_builds() -> None:
-    """Take away the locks of extension builds that were killed: torch waits for whoever holds one, for ever."""
+    """Removes lock files of killed extension builds, for which torch would wait forever."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -171,18 +176,22 @@ def _free_stale_builds() -> None:
 
 
 def check_agreement(facts: Mapping[str, str | None], remedy: str) -> None:
-    """See to it that every process has the same facts.
+    """Checks that all processes have the same `facts`.
+
+    Args:
+        facts: {name in the message: value}.
+        remedy: end of the message.
 
     Raises:
-        ConfigError: on every process, with each fact that differs and what each rank has.
+        ConfigError: on every process, with the value of each rank for each fact that differs.
     """
     if world_size() == 1:
         return
-    told: list[dict[str, str | None]] = [{}] * world_size()
-    torch.distributed.all_gather_object(told, dict(facts))
+    gathered: list[dict[str, str | None]] = [{}] * world_size()
+    torch.distributed.all_gather_object(gathered, dict(facts))
     errors = []
     for name in facts:
-        values = [one.get(name) for one in told]
+        values = [rank_facts.get(name) for rank_facts in gathered]
         if len(set(values)) > 1:
             each = {value: [str(i) for i, other in enumerate(values) if other == value] for value in values}
             described = "; ".join(f"{str(value)[:12]} on rank {', '.join(ranks)}" for value, ranks in each.items())
@@ -192,7 +201,7 @@ def check_agreement(facts: Mapping[str, str | None], remedy: str) -> None:
 
 
 def code_sha256() -> str:
-    """Hash of this project's source files: two nodes with two versions of it would train two models."""
+    """Returns a hash of the project's source files, to detect nodes with different versions."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
     folders = ("flatlora", "data", "eval")
     for path in [root / "run_exp.py", *(path for name in folders for path in sorted((root / name).rglob("*.py")))]:
@@ -202,10 +211,10 @@ def code_sha256() -> str:
 
 
 def deepspeed_settings(machine: TrainerConfig) -> dict[str, Any] | None:
-    """DeepSpeed's own config for trainer.zero; None without it.
+    """Returns DeepSpeed's config for trainer.zero; None without ZeRO.
 
-    Neither its bf16 nor its fp16 is on: they would cast the FP32 adapters. The backbone is loaded in BF16, the products
-    run under autocast, and what is trained stays FP32 in weights, gradients, masters and moments.
+    bf16 and fp16 are off: they would cast the FP32 adapters. The backbone is loaded in BF16 and matrix products run
+    under autocast; trained weights, their gradients, masters and moments stay FP32.
     """
     if not machine.zero:
         return None
@@ -221,28 +230,28 @@ def deepspeed_settings(machine: TrainerConfig) -> dict[str, Any] | None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every micro-step
+        "timers": {"throughput": {"enabled": False}},  # it would synchronize in every micro-step
     }
 
 
 def zero_step(engine: Any, gradient: torch.Tensor) -> None:
-    """ZeRO's optimizer step on gradients that stand in the parameters' `.grad` already; they are reduced here, once.
+    """Reduces the gradients in the parameters' `.grad` and runs ZeRO's optimizer step.
 
     Args:
-        gradient: the flat buffer that holds them all, this process's share of a sum over the processes.
+        gradient: the flat buffer behind all `.grad`; its sum over the processes is the gradient of the step.
     """
     gradient.mul_(world_size())  # ZeRO takes the mean
     for parameter in engine.module.parameters():
         if parameter.grad is not None:
-            parameter.grad = parameter.grad.detach()  # ZeRO moves what it is given; the buffer's own views must stay
+            parameter.grad = parameter.grad.detach()  # ZeRO replaces its data; the buffer's views must stay
     with engine.coalesce_grad_reduction():
-        pass  # what the block leaves in .grad is reduced at its end, and no backward of the engine's own is needed
+        pass  # gradients in .grad are reduced at the end of the block, without the engine's backward
     engine.set_gradient_accumulation_boundary(True)
     engine.step()
 
 
 def zero_dtypes(engine: Any) -> dict[str, list[str]]:
-    """Dtypes of what ZeRO holds: {"backbone", "trained", "masters", "gradients"}; of each those that occur."""
+    """Returns the dtypes that occur in ZeRO's {"backbone", "trained", "masters", "gradients"}."""
 
     def names(tensors: Any) -> list[str]:
         return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor is not None})
@@ -257,10 +266,10 @@ def zero_dtypes(engine: Any) -> dict[str, list[str]]:
 
 
 def check_dtypes(found: Mapping[str, list[str]]) -> None:
-    """What ZeRO holds of the trained parameters is FP32.
+    """Checks that ZeRO holds trained parameters, masters and gradients in FP32.
 
     Raises:
-        RuntimeError: something is not.
+        RuntimeError: it does not.
     """
     lowered = {name: found[name] for name in ("trained", "masters", "gradients") if found[name] != ["float32"]}
     if lowered:
@@ -268,9 +277,9 @@ def check_dtypes(found: Mapping[str, list[str]]) -> None:
 
 
 def from_main_process(compute: Callable[[], T]) -> T:
-    """What `compute` returns on rank 0, on every rank; the others wait for it.
+    """Calls `compute` on rank 0 and returns its result on every rank.
 
-    An error there is an error everywhere.
+    An exception on rank 0 is raised on every rank: ConfigError as it is, others as RuntimeError.
     """
     if world_size() == 1:
         return compute()
@@ -280,7 +289,7 @@ def from_main_process(compute: Callable[[], T]) -> T:
             answer[0] = compute()
         except ConfigError as error:
             answer[1] = error
-        except BaseException as error:  # the others must not wait for an answer that never comes
+        except BaseException as error:  # the others must not wait forever
             answer[1] = RuntimeError(f"the main process failed: {type(error).__name__}: {error}")
             torch.distributed.broadcast_object_list(answer, src=0)
             raise
@@ -291,7 +300,7 @@ def from_main_process(compute: Callable[[], T]) -> T:
 
 
 def main_process_first(work: Callable[[], T]) -> T:
-    """What `work` returns, on every rank; the main process does it before the others, which find what it left."""
+    """Calls `work` on every rank and returns its result; rank 0 goes first, so that the others can use its caches."""
     if world_size() == 1:
         return work()
     first: list[T] = []
@@ -300,10 +309,11 @@ def main_process_first(work: Callable[[], T]) -> T:
 
 
 def check_launch(experiment: Experiment) -> None:
-    """Hold the number of processes that torchrun started against the config.
+    """Checks the number of processes and the environment against the config.
 
     Raises:
-        ConfigError: it does not divide the batch, or trainer=single and ddp are launched the other's way.
+        ConfigError: the batch size is not divisible, the run was launched in the wrong way, a package is missing, or
+            accelerate's settings contradict the config.
     """
     processes, machine, batch = world_size(), experiment.trainer, experiment.optim.batch_size
     errors = []
@@ -341,7 +351,7 @@ _OTHER_WAYS = {"FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG
 
 
 def _accelerate_errors(machine: TrainerConfig) -> list[str]:
-    """What `accelerate launch`, or its default_config.yaml, sets up against the config and cannot be ignored."""
+    """Returns errors for settings of `accelerate launch` or its default_config.yaml that contradict the config."""
     launched = "accelerate launch (or its default_config.yaml)"
     errors = [
         f"Invalid ACCELERATE_USE_{name}={os.environ[f'ACCELERATE_USE_{name}']}: {launched} asks for {what}, which this "
@@ -373,7 +383,7 @@ def _is_set(name: str) -> bool:
 
 
 def _name_what_is_ignored(experiment: Experiment) -> None:
-    """Settings of accelerate's that would change what is computed: the config alone decides that."""
+    """Warns about settings of accelerate that are ignored in favor of the config."""
     remedies = {
         "ACCELERATE_MIXED_PRECISION": f"trainer.autocast={experiment.trainer.autocast} and "
         f"model.dtype={experiment.model.dtype} say how this run computes",

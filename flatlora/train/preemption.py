@@ -1,7 +1,7 @@
-"""A cluster takes the machine away: end after the running step, with a checkpoint, and let the job be queued again.
+"""Preemption on a cluster: training stops after the current step with a checkpoint, so that the job can be requeued.
 
-SIGTERM and SIGUSR1 ask for it, and SIGUSR2, which submitit listens to: its own handler is called once the checkpoint is
-whole, so that it is queued again with nothing lost. Every process of a run stops at the same step.
+It is requested by SIGTERM, SIGUSR1, or SIGUSR2, which submitit uses: submitit's own handler is called once the
+checkpoint is complete, and requeues the job. All processes of a run stop at the same step.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preempted(BaseException):
-    """The training ended early because it was told to; its newest checkpoint is whole.
+    """Training stopped early because of a signal; the newest checkpoint is complete.
 
-    `forward` calls the handler that the signal had before, such as submitit's: last of all, for it ends the process.
+    `forward` calls the previous handler of the signal, such as submitit's. Call it last: it ends the process.
     """
 
     def __init__(self, forward: Callable[[], None]) -> None:
@@ -32,20 +32,20 @@ class Preempted(BaseException):
 
 
 class Preemption(TrainerCallback):
-    """Turns those signals into a checkpoint and a stop, for as long as the block lasts.
+    """Context manager and callback that turns the signals into a checkpoint and a stop.
 
-    A second signal interrupts at once, as it does outside; not one of several processes, which hear of it from the
-    cluster and from their launcher.
+    A second signal interrupts at once if the run has one process. With several, each gets the signal twice: from the
+    cluster and from the launcher.
     """
 
     def __init__(self) -> None:
-        self.accelerator: Accelerator | None = None  # of the trainer, to ask the other processes
+        self.accelerator: Accelerator | None = None  # the trainer's; set before training
         self.stopped = False
-        self._told: int | None = None
+        self._signal: int | None = None  # the first one received
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> Preemption:
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set signal handlers
             self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
         return self
 
@@ -54,30 +54,30 @@ class Preemption(TrainerCallback):
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._told is not None and distributed.world_size() == 1:
+        if self._signal is not None and distributed.world_size() == 1:
             raise KeyboardInterrupt
-        self._told = self._told or number
+        self._signal = self._signal or number
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.asked(args):
             self.stopped = control.should_save = True
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        # Not before: a checkpoint that holds this word would be taken for that of a finished training.
+        # Only after saving: a checkpoint with should_training_stop is treated as that of a finished training.
         control.should_training_stop |= self.stopped
 
     def asked(self, args) -> bool:
-        """Whether any process was told: signals reach them at different moments, and all must stop at one step."""
-        told = self._told is not None
+        """Whether any process received a signal: they arrive at different times, and all must stop at the same step."""
+        received = self._signal is not None
         if args.world_size == 1:
-            return told
+            return received
         import torch
 
-        count = torch.tensor(int(told), device=args.device)
+        count = torch.tensor(int(received), device=args.device)
         return self.accelerator.reduce(count, "sum").item() > 0
 
     def forward(self) -> None:
-        """As `Preempted` says."""
-        handler = self._before.get(self._told) if self._told is not None else None
+        """Calls the previous handler of the received signal, if there was one."""
+        handler = self._before.get(self._signal) if self._signal is not None else None
         if callable(handler) and handler is not signal.default_int_handler:
-            handler(self._told, None)
+            handler(self._signal, None)

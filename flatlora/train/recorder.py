@@ -1,4 +1,4 @@
-"""What is kept of a training while it goes on: a row of metrics a step, its time, and the best adapter so far."""
+"""Callbacks that record a training: metrics and time of each step, and the best adapter so far."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """Where the training shows how far it is; see `flatlora.utils.console.ProgressBar`."""
+    """Progress display of a training; see `flatlora.utils.console.ProgressBar`."""
 
     def start(self, total_steps: int, step: int) -> None: ...
 
@@ -39,15 +39,16 @@ class Progress(Protocol):
 
 @dataclass
 class TrainingStats:
-    """Time that training has taken so far; kept in each checkpoint, so that a resumed run's record has all of it."""
+    """Training time so far; saved in each checkpoint, so that the record of a resumed run includes it."""
 
     train_s: float = 0.0
     perturb_s: float = 0.0
-    step_s: list[float] = field(default_factory=list)  # of the newest steps
+    step_s: list[float] = field(default_factory=list)  # seconds of each of the newest steps
     perturbation: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, checkpoint_folder: Path | None) -> TrainingStats:
+        """Reads the stats of a checkpoint; zeros for None."""
         return cls(**json.loads((checkpoint_folder / _EFFORT_FILE).read_text())) if checkpoint_folder else cls()
 
     def write(self, checkpoint_folder: Path) -> None:
@@ -55,27 +56,27 @@ class TrainingStats:
 
 
 _EFFORT_FILE = "effort.json"
-_STEPS_TIMED = 1000  # median over the newest; a checkpoint of a long run stays small
+_STEPS_TIMED = 1000  # newest steps whose times are kept, to limit the size of checkpoints
 
 
 @dataclass
 class StepRecorder(TrainerCallback):
-    """One row of metrics.jsonl a logged step, step times, the progress display, and the stop at a broken loss."""
+    """Writes a row of metrics.jsonl per logged step, times steps, shows progress, and stops if a loss is not finite."""
 
     log: MetricsLog
     progress: Progress | None
-    before: TrainingStats  # of the processes before this one
+    before: TrainingStats  # of the processes that the run is resumed from
     regularizer: Regularizer | None = None
     trainer: Trainer | None = None  # a FlatTrainer, which counts losses and units for the rows
     step_seconds: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
-    _window_started: float | None = None  # when the first step after the newest row began
+    _window_started: float | None = None  # start of the first step after the newest row
 
     def effort(self) -> TrainingStats:
-        """All time up to now, that of the processes before included."""
+        """Returns the stats up to now, including those of previous processes."""
         if not self.step_seconds:
-            return self.before  # a finished training, read back
+            return self.before  # a finished training that was only loaded
         return TrainingStats(
             train_s=self.before.train_s + time.perf_counter() - self._train_started,
             perturb_s=self.before.perturb_s + (self.regularizer.seconds if self.regularizer else 0.0),
@@ -112,7 +113,7 @@ class StepRecorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.step_seconds.append(time.perf_counter() - self._step_started)
-        if state.global_step >= state.max_steps:  # the last step is logged and evaluated, wherever it falls
+        if state.global_step >= state.max_steps:  # the last step is always logged and evaluated
             control.should_log = True
             control.should_evaluate |= self.trainer.eval_dataset is not None
 
@@ -123,7 +124,7 @@ class StepRecorder(TrainerCallback):
             row = {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"]}
         else:
             return
-        state.log_history[-1]["row"] = json.dumps(row)  # goes into each checkpoint, which sorts keys
+        state.log_history[-1]["row"] = json.dumps(row)  # saved in checkpoints, as text because these sort keys
         if state.is_world_process_zero:
             self.log.append(row)
         self.last |= row
@@ -144,7 +145,7 @@ class StepRecorder(TrainerCallback):
         totals = torch.stack([self.trainer.step_loss, self.trainer.step_units]).double()
         totals = self.trainer.accelerator.reduce(totals, "sum") if args.world_size > 1 else totals
         loss, units = totals[0].item() / args.world_size, totals[1].item()
-        # Only now, with the numbers on the host, has the device done what the steps since the last row gave it.
+        # The device has finished the steps since the last row only now that the numbers are on the host.
         seconds = time.perf_counter() - self._window_started
         steps, self._window_started = state.global_step - self._window_step, None
         self.step_seconds[-steps:] = [seconds / steps] * steps
@@ -161,13 +162,13 @@ class StepRecorder(TrainerCallback):
 
 
 def rows_of(state: TrainerState) -> list[str] | None:
-    """The lines of metrics.jsonl that a checkpoint keeps; None for a checkpoint of a version that kept none."""
+    """Returns the lines of metrics.jsonl in a checkpoint's state; None if an earlier version saved none."""
     logged = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
     return None if any("row" not in entry for entry in logged) else [entry["row"] for entry in logged]
 
 
 def put_back_rows(log: MetricsLog, state: TrainerState) -> None:
-    """Leave in metrics.jsonl what a checkpoint's state says of the steps up to it."""
+    """Restores the rows of metrics.jsonl from a checkpoint's state and removes later ones."""
     kept = rows_of(state)
     log.rewind(state.global_step, kept)
     logged = sum("loss" in entry or "eval_loss" in entry for entry in state.log_history)
@@ -180,24 +181,24 @@ def put_back_rows(log: MetricsLog, state: TrainerState) -> None:
 
 
 class BestModel(TrainerCallback):
-    """Keeps the adapter of the lowest validation loss in `best/`; ties go to the earlier step.
+    """Keeps the adapter with the lowest validation loss in `best/`; of equal losses the earlier step counts.
 
-    Those that were best before it are kept for as long as a checkpoint is there that was written in their time: a run
-    resumed from it must find the best of then. Each checkpoint holds `best.json` of its time, with hashes.
+    Previous bests are kept as long as there is a checkpoint at which they were the best, for runs resumed from it. Each
+    checkpoint holds the `best.json` of its step, with hashes.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep  # checkpoints that the run keeps
+        self.folder, self.keep = folder, keep  # keep: number of checkpoints that the run keeps
 
     def begin_from(self, checkpoint_folder: Path | None) -> None:
-        """Take up what was best when a checkpoint was written, which `best_error` has found whole; None: nothing."""
+        """Restores best.json from a checkpoint that `best_error` accepted; None removes the folder."""
         if checkpoint_folder is None:
             remove(self.folder)
         elif bests := _bests_of(checkpoint_folder):
             self._write(bests)
 
     def save_state(self, checkpoint_folder: Path) -> None:
-        """Keep in a checkpoint what is best at its time."""
+        """Saves best.json in a checkpoint."""
         if bests := self._bests():
             write_json(checkpoint_folder / _BEST_FILE, bests)
 
@@ -222,12 +223,12 @@ class BestModel(TrainerCallback):
         self._write(bests[newest_then:])
 
     def read(self) -> dict[str, Any] | None:
-        """{"step", "eval_loss", "file"} of the best so far."""
+        """Returns {"step", "eval_loss", "file", "sha256"} of the best adapter so far; None if there is none."""
         bests = self._bests()
         return bests[-1] if bests else None
 
     def restore(self, model: nn.Module) -> int | None:
-        """Put the best parameters back; returns their step."""
+        """Loads the best parameters into the model and returns their step; None if there are none."""
         best = self.read()
         if best is None:
             return None
@@ -255,15 +256,16 @@ _BEST_FILE = "best.json"
 
 
 def _bests_of(folder: Path) -> list[dict[str, Any]]:
-    """
+    """Reads best.json, oldest best first; empty if there is none.
+
     Raises:
-        ConfigError: the file is there, and broken.
+        ConfigError: the file is broken.
     """
     path = folder / _BEST_FILE
     try:
         with open_plain(path) as file:
-            found = json.loads(file.read())
-        return [{"step": one["step"], "eval_loss": one["eval_loss"], "file": one["file"], **one} for one in found]
+            bests = json.loads(file.read())
+        return [{"step": best["step"], "eval_loss": best["eval_loss"], "file": best["file"], **best} for best in bests]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -271,11 +273,11 @@ def _bests_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def best_error(checkpoint_folder: Path) -> str | None:
-    """Why a whole checkpoint cannot be gone on from: what was best at its time, which its run keeps, was damaged."""
+    """Returns why a valid checkpoint cannot be resumed: an adapter in `best/` is damaged; None if all are intact."""
     folder = checkpoint_folder.parent / "best"
     for best in _bests_of(checkpoint_folder):
         try:
-            if best.get("sha256") not in (None, file_sha256(folder / best["file"])):  # None: of before hashes
+            if best.get("sha256") not in (None, file_sha256(folder / best["file"])):  # None: an earlier version
                 return f"best/{best['file']} of its time is not what was written"
         except FileNotFoundError:
             return f"best/{best['file']} of its time is missing"
@@ -285,7 +287,7 @@ def best_error(checkpoint_folder: Path) -> str | None:
 
 
 class SaveAtStop(TrainerCallback):
-    """A checkpoint where early stopping ends the training: a kill while scoring must not cost the whole of it."""
+    """Saves a checkpoint when early stopping ends the training, so that a run killed while scoring can be resumed."""
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         control.should_save |= control.should_training_stop

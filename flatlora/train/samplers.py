@@ -1,4 +1,4 @@
-"""In which order rows are trained on: a pure function of seed and epoch."""
+"""Samplers whose row order is a pure function of seed and epoch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.utils.data import Sampler
 
 
 class EpochSampler(Sampler[int]):
-    """Row order as a pure function of (seed, epoch), so that a resumed run sees what the killed one would have.
+    """Shuffles rows as a pure function of (seed, epoch), so that a resumed run gets the same order.
 
-    With `group` > 1, rows are shuffled, cut into runs of 50 groups, and sorted by length inside each run, so that
-    the `group` rows of an optimizer step are of like length; the order of the groups is shuffled again.
+    With `group` > 1, shuffled rows are cut into chunks of 50 groups and sorted by length inside each chunk, so that the
+    `group` rows of an optimizer step have similar lengths; then the order of the groups is shuffled.
     """
 
     def __init__(self, lengths: list[int], seed: int, group: int = 1) -> None:
@@ -41,10 +41,10 @@ class EpochSampler(Sampler[int]):
 
 
 class BucketSampler(EpochSampler):
-    """`EpochSampler` whose micro-batches are of rows of one bucket each: of pictures of one size, that is.
+    """`EpochSampler` whose micro-batches hold rows of one bucket each, such as images of one size.
 
-    Where a bucket's rows do not fill the last of its micro-batches, the first of that epoch's order are taken again, as
-    row + k · (number of rows) for the k-th time, which tells a data set to draw anew for them.
+    If the rows of a bucket do not fill its last micro-batch, its first rows of the epoch are repeated. The k-th
+    repetition has the index row + k · (number of rows), for which the dataset draws new random samples.
     """
 
     def __init__(self, buckets: Sequence[Hashable], seed: int, micro_batch: int) -> None:

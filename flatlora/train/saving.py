@@ -1,4 +1,4 @@
-"""Writing behind the training: what is written is copied to the host, and a thread puts it on the disk."""
+"""Asynchronous saving: state is copied to host memory and written by a background thread while training continues."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import torch
 
 
 def to_host(value: Any) -> Any:
-    """A copy of nested dicts, lists and tuples with every tensor in host memory; training on changes nothing of it.
+    """Returns a deep copy of nested dicts, lists and tuples with all tensors in host memory.
 
-    Tensors that are one in `value` are one in the copy.
+    Tensors that share memory in `value` share it in the copy.
     """
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def copy(one: Any) -> Any:
-        if isinstance(one, torch.Tensor):
-            key = (one.data_ptr(), one.device, one.dtype, tuple(one.shape), tuple(one.stride()))
-            if key not in copies or not one.numel():
-                copies[key] = one.detach().to("cpu", copy=True)
+    def copy(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            key = (item.data_ptr(), item.device, item.dtype, tuple(item.shape), tuple(item.stride()))
+            if key not in copies or not item.numel():
+                copies[key] = item.detach().to("cpu", copy=True)
             return copies[key]
-        if isinstance(one, dict):
-            return {key: copy(entry) for key, entry in one.items()}
-        if isinstance(one, list | tuple):
-            return type(one)(copy(entry) for entry in one)
-        return one
+        if isinstance(item, dict):
+            return {key: copy(entry) for key, entry in item.items()}
+        if isinstance(item, list | tuple):
+            return type(item)(copy(entry) for entry in item)
+        return item
 
     return copy(value)
 
 
 class BackgroundWriter:
-    """One thread that writes, one piece of work at a time.
+    """Runs one write at a time in a background thread.
 
-    An error of the thread is raised by the next `start`, `check` or `wait`, once.
+    An exception in the thread is raised once, by the next call of `start`, `check` or `wait`.
     """
 
     def __init__(self) -> None:
@@ -42,28 +42,28 @@ class BackgroundWriter:
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Do `work` in the thread, once what it is at is done."""
+        """Waits for the previous work and starts `work` in a thread."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint writer")
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what went wrong, if anything did; waits for nothing."""
+        """Raises the exception of finished work, if there was one; does not wait."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def wait(self) -> None:
-        """Until everything is written.
+        """Waits until everything is written.
 
         Raises:
-            OSError: the disk is full, or does not take it for another reason.
+            OSError: the disk is full or not writable.
         """
         self.join()
         self.check()
 
     def join(self) -> None:
-        """As `wait`, and keep an error for later."""
+        """Same as `wait`, but keeps an exception for the next call."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -71,5 +71,5 @@ class BackgroundWriter:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # raised again where the training can be ended by it
+        except BaseException as error:  # raised again in the main thread
             self._error = error

@@ -1,4 +1,4 @@
-"""transformers' Trainer with repeatable data order, whole checkpoints, and the steps that methods ask for."""
+"""transformers' Trainer with reproducible data order, complete checkpoints, and the training steps of our methods."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from flatlora.utils.precision import autocast, choose_precision
 
 
 class FlatTrainer(Trainer):
-    """Trainer with `EpochSampler`, complete checkpoints, the method's optimizer, and what the regularizer asks for."""
+    """Trainer with `EpochSampler`, complete checkpoints, the method's optimizer, and the regularizer's gradients."""
 
     def __init__(
         self,
@@ -53,19 +53,19 @@ class FlatTrainer(Trainer):
         self.family = FAMILIES[experiment.model.family]
         self.model_accepts_loss_kwargs = self.family.token_mean  # else Trainer divides by the number of micro-batches
         self.experiment, self.data_sha256, self.base, self.recorder = experiment, data_sha256, base, recorder
-        self.step_loss = torch.zeros((), device=self.args.device)  # of the running optimizer step
-        self.step_units = torch.zeros((), device=self.args.device)  # tokens, or images, since the newest row
+        self.step_loss = torch.zeros((), device=self.args.device)  # of the current optimizer step
+        self.step_units = torch.zeros((), device=self.args.device)  # tokens or images since the last logged row
         self._epoch_sampler: EpochSampler | None = None
-        self._micro_batches: list[dict[str, Any]] = []  # of the running step, where its gradient is taken twice
+        self._micro_batches: list[dict[str, Any]] = []  # of the current step, if its gradient is computed twice
         if self.args.fp16:
-            self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # the scaler alone is wanted
+            self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # only the loss scaler is used
         self.writer = BackgroundWriter()
-        self._left_to_write: list[Callable[[], None]] = []  # of the checkpoint that is being made
+        self._left_to_write: list[Callable[[], None]] = []  # of the current checkpoint, for the writer thread
         self.graphed = self._graphed_micro_step()
         self._precision = choose_precision(experiment.trainer.autocast, experiment.model.dtype, self.args.device)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """No torch.compile that $ACCELERATE_DYNAMO_BACKEND alone asks for."""
+        """Turns off torch.compile, which $ACCELERATE_DYNAMO_BACKEND would turn on."""
         return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -79,19 +79,19 @@ class FlatTrainer(Trainer):
         return self._epoch_sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the sampler directly: accelerate does not reach it through a resumed, sharded loader."""
+        """Sets the epoch of the sampler directly: accelerate does not reach it in a resumed, sharded loader."""
         self._epoch_sampler.set_epoch(epoch)
-        if hasattr(self.train_dataset, "begin_epoch"):  # rows that draw something anew in each
+        if hasattr(self.train_dataset, "begin_epoch"):  # rows with random samples in each epoch
             self.train_dataset.begin_epoch(epoch)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
-        """Autocast around the loss alone: TrainingArguments' bf16 would copy all logits to FP32 besides."""
+        """Returns trainer.autocast as a context manager; unlike bf16=True, it does not convert all logits to FP32."""
         return autocast(self.args.device, self._precision, cache_enabled)
 
     def train_or_load(self, resume_from: Path | None) -> None:
-        """Train to the end, or only read a checkpoint that was written there: `train` would run one step more."""
+        """Trains, or only loads a checkpoint of the last step, after which `train` would run one more step."""
         if resume_from is None or not _is_complete(resume_from):
-            self.model.train()  # loaded for inference, and PEFT's wrapper alone says otherwise
+            self.model.train()  # the backbone was loaded in evaluation mode
             try:
                 self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             finally:
@@ -136,11 +136,11 @@ class FlatTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """The model's own loss, or that of the rows as the regularizer weighs them."""
+        """Returns the model's own loss, or the loss of the rows weighted by the regularizer."""
         if not (self.regularizer and self.regularizer.reads_rows):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs)
-        shifted = inputs.get("shift_labels")  # of the tokens whose logits are kept
+        shifted = inputs.get("shift_labels")  # labels of the tokens whose logits are computed
         labels = inputs["labels"] if shifted is None else shifted
         predicts_next = self.model_accepts_loss_kwargs and shifted is None
         sums, counts = row_losses(outputs.logits, labels, shifted=predicts_next)
@@ -151,7 +151,7 @@ class FlatTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _sum_gradients(self, model: nn.Module) -> None:
-        """Over the processes, once a step: graphed micro-steps leave theirs in one buffer, past all hooks."""
+        """Reduces gradients over processes once per step; only for graphed micro-steps, which bypass DDP's hooks."""
         if self.graphed is None:
             return
         if self.experiment.trainer.zero:
@@ -160,13 +160,13 @@ class FlatTrainer(Trainer):
             torch.distributed.all_reduce(self.graphed.gradient)
 
     def _micro_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
-        """Loss of a micro-batch, its gradients added to the parameters'."""
+        """Runs forward and backward of a micro-batch, accumulates gradients and returns the loss."""
         if self.graphed is None:
             return super().training_step(model, self._without_mask(inputs), num_items_in_batch)
         return self._graphed_training_step(model, inputs, num_items_in_batch)
 
     def _take_gradient_anew(self, model: nn.Module, num_items_in_batch: Any) -> None:
-        """Replace the step's gradient by that at the point which the regularizer moves to."""
+        """Replaces the step's gradient by the one at the point that the regularizer moves the weights to."""
         micro_batches, self._micro_batches = self._micro_batches, []
         trained = [p for p in model.parameters() if p.requires_grad]
         self.regularizer.ascend(trained)
@@ -189,7 +189,7 @@ class FlatTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Each row in one process alone: accelerate repeats rows until all processes have equally many batches."""
+        """Returns a loader of this process's rows, without accelerate, which repeats rows to even out the batches."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         return DataLoader(
             Subset(rows, range(self.args.process_index, len(rows), self.args.world_size)),
@@ -197,20 +197,20 @@ class FlatTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
-            generator=torch.Generator(),  # seeds the workers; torch's own generator is the training's
+            generator=torch.Generator(),  # seeds the workers, to leave the global generator to training
         )
 
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """The sum of all losses over their number: the same for any number of processes and any batch size.
+        """Computes the mean over all losses, which is independent of the number of processes and the batch size.
 
-        Deviation from transformers, which takes the mean of the batches' means.
+        transformers takes the mean of the batches' means instead.
         """
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, their number
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum and number of losses
         for batch in dataloader:
             if count := _losses_of(batch):
                 with self.compute_loss_context_manager():
@@ -225,7 +225,7 @@ class FlatTrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Weights of all adapters, and nothing else: Trainer reads one of several, and may change what is trained."""
+        """Loads the weights of all adapters; Trainer loads only one, and may change which parameters are trained."""
         if not isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -234,13 +234,13 @@ class FlatTrainer(Trainer):
             load_adapter(self.model, folder, name)
 
     def _graphed_micro_step(self) -> GraphedMicroStep | None:
-        """Replayed micro-steps where nothing in them needs the host.
+        """Returns CUDA-graph micro-steps; None if a micro-step needs the host.
 
-        ZeRO listens to every parameter whose gradient autograd adds up: it must be none.
+        ZeRO hooks into every parameter whose gradient autograd accumulates, so there must be none: all are fused.
         """
         machine = self.experiment.trainer
         if not (self._on_gpu and self.family.graphed) or machine.gradient_checkpointing or self.args.fp16:
-            return None  # GradScaler wants each loss before its backward
+            return None  # GradScaler scales each loss before its backward
         if machine.zero and not fused_throughout(self.model):
             return None
         return GraphedMicroStep(self._micro_loss, self.model, largest=self.family.largest_graph)
@@ -250,7 +250,7 @@ class FlatTrainer(Trainer):
         return uses_kernels(self.experiment) and self.args.device.type == "cuda"
 
     def _without_mask(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On a GPU, where transformers would look at the mask on the host and wait for the device."""
+        """Drops the attention mask on a GPU, where transformers would inspect it on the host and synchronize."""
         return self.family.without_mask(inputs) if self._on_gpu else inputs
 
     def _micro_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -258,16 +258,16 @@ class FlatTrainer(Trainer):
             return self.model(**inputs).loss
 
     def _graphed_training_step(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
-        """A micro-step of `GraphedMicroStep`."""
-        if not self.model.training:  # after an evaluation; DDP's own flag would not tell
+        """Runs a micro-step with `GraphedMicroStep`."""
+        if not self.model.training:  # after an evaluation, which DDP's own flag does not show
             model.train()
         shares = self.current_gradient_accumulation_steps * self.args.world_size
         static = self.family.graph_inputs(self._prepare_inputs(inputs), items, shares)
         loss = self.graphed(static, state=self.regularizer.state if self.regularizer else None)
-        return loss * self.args.world_size  # as Trainer has it, whose mean over processes is that of all tokens
+        return loss * self.args.world_size  # as in Trainer: the mean over processes is the mean over all tokens
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint of this moment, which counts once its manifest is written; training goes on meanwhile."""
+        """Saves a checkpoint asynchronously; it is valid once its manifest is written."""
         self.writer.wait()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         consolidate = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "consolidate_state_dict", None)
@@ -287,7 +287,7 @@ class FlatTrainer(Trainer):
             self.writer.start(functools.partial(self._finish_checkpoint, folder, left))
 
     def _finish_checkpoint(self, folder: Path, left: Sequence[Callable[[], None]]) -> None:
-        """In the writer's thread: the large files, from copies on the host, and the manifest that makes them count."""
+        """Writes the large files from copies on the host, and then the manifest; runs in the writer's thread."""
         with self._removed_if_broken(folder):
             for write in left:
                 write()
@@ -305,23 +305,24 @@ class FlatTrainer(Trainer):
 
     @contextlib.contextmanager
     def _removed_if_broken(self, folder: Path) -> Iterator[None]:
+        """Deletes a checkpoint folder if writing it in the block fails."""
         try:
             yield
         except BaseException as error:
             full = isinstance(error, Exception) and out_of_space(error, folder)
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its room back
+                shutil.rmtree(folder, ignore_errors=True)  # frees space on a full disk
             if full:
                 raise OSError(f"no space left for {folder}; free some, then go on with resume=true") from error
             raise
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Every process has whole weights, also under ZeRO-2, for which Trainer would copy all of them to the host."""
+        """Saves rank 0's weights: they are complete under ZeRO-2 too, for which Trainer copies them all to the host."""
         if self.args.should_save:
             self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if isinstance(self.model, PeftModel):  # small, and what its file holds depends on more than tensors
+        if isinstance(self.model, PeftModel):  # small, and PEFT decides which tensors are saved
             super()._save(output_dir, state_dict)
             return
         weights, folder = to_host(self.model.state_dict()), Path(output_dir or self.args.output_dir)
@@ -330,7 +331,7 @@ class FlatTrainer(Trainer):
         self._left_to_write.append(lambda: self.model.save_pretrained(folder, state_dict=weights))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:  # each process's engine writes its own share
+        if self.is_deepspeed_enabled:  # each process writes its own shard
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
             state, folder = to_host(self.optimizer.state_dict()), Path(output_dir)
@@ -339,13 +340,13 @@ class FlatTrainer(Trainer):
 
 
 def _units(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens of a micro-batch without its padding, or its pictures."""
+    """Returns the number of tokens without padding, or of images, in a micro-batch."""
     mask = inputs.get("attention_mask")
     return torch.tensor(len(next(iter(inputs.values())))) if mask is None else mask.sum()
 
 
 def _losses_of(batch: Mapping[str, torch.Tensor]) -> int:
-    """How many losses a model's loss is the mean of: tokens with a label, or rows."""
+    """Returns the number of losses that a model's loss is the mean of: tokens with a label, or rows."""
     labels = batch.get("shift_labels", batch.get("labels"))
     return len(next(iter(batch.values()))) if labels is None else int((labels != IGNORED_LABEL).sum())
 
@@ -358,7 +359,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def training_of(experiment: Experiment, arguments: TrainingArguments) -> Training:
-    """What a method is told of the training around it."""
+    """Returns the properties of the training that a method depends on."""
     return Training(
         experiment.optim,
         seed=experiment.seed,

@@ -1,4 +1,4 @@
-"""A run's training: transformers' arguments, the trainer with its callbacks, what it came to, and what must hold."""
+"""Trains one run: sets up transformers' arguments and the trainer, collects the results and checks invariants."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Processor = PreTrainedTokenizerBase | BaseImageProcessor | None  # saved with ev
 
 
 class SizedRows(Protocol):
-    """A map-style data set that knows the length of each row in tokens."""
+    """A map-style dataset with the length of each row in tokens."""
 
     lengths: list[int]
 
@@ -48,14 +48,14 @@ class SizedRows(Protocol):
 
 @dataclass
 class TrainingResult:
-    """What a run's training came to, over all processes that had a part in it."""
+    """Results of a run's training, including the processes that it was resumed from."""
 
     metrics: dict[str, float]
     timing: Timing
     steps: int
     perturbation: dict[str, Any] | None
     resumed_from: int | None = None
-    dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds, where it does
+    dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds; None without ZeRO
 
 
 def train(
@@ -73,14 +73,14 @@ def train(
     resume_from: Path | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
-    """Train `model` in place to the end, from the checkpoint `resume_from` if there is one.
+    """Trains `model` in place, starting from the checkpoint `resume_from` if it is given.
 
     Args:
-        data_sha256, base: of the rows and of the backbone's weights, which a resumed run must have again.
+        data_sha256, base: identities of the rows and of the backbone, which a resumed run must match.
 
     Raises:
         FloatingPointError: the loss or a weight is NaN or infinite.
-        Preempted: a signal asked for an end; the newest checkpoint is whole.
+        Preempted: a signal stopped the training; the newest checkpoint is complete.
     """
     method, regularizer = methods.ADAPTERS[experiment.peft.method], None
     if experiment.regularized:
@@ -88,14 +88,15 @@ def train(
     optim, has_validation = experiment.optim, len(validation_rows) > 0
     arguments = training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation)
     if len(set(getattr(validation_rows, "buckets", ()))) > 1:
-        arguments.per_device_eval_batch_size = 1  # pictures of several sizes make no batch
+        arguments.per_device_eval_batch_size = 1  # images of different sizes cannot be batched
     keeps_best = optim.best_model and has_validation
     best = BestModel(run.path / "best", experiment.trainer.save_total_limit) if keeps_best else None
     if best and is_main_process():
         best.begin_from(resume_from)
     recorder = StepRecorder(log, progress, TrainingStats.read(resume_from), regularizer)
     of_method = method.callbacks(model, experiment.peft, training_of(experiment, arguments))
-    callbacks = [one for one in (recorder, best, *of_method, regularizer) if one]  # best before what asks for a save
+    # `best` comes before callbacks that request a save, so that the checkpoint holds its best.json.
+    callbacks = [callback for callback in (recorder, best, *of_method, regularizer) if callback]
     if optim.early_stopping_patience and has_validation:
         callbacks += [EarlyStoppingCallback(optim.early_stopping_patience), SaveAtStop()]
     preemption = Preemption()
@@ -116,13 +117,13 @@ def train(
     for unwanted in (PrinterCallback, TqdmCallback):
         trainer.remove_callback(unwanted)
     recorder.trainer, preemption.accelerator = trainer, trainer.accelerator
-    effort, best_step = _run_to_the_end(trainer, model, best, preemption, resume_from)
+    stats, best_step = _run_to_the_end(trainer, model, best, preemption, resume_from)
     kept = {"best_step": best_step, "eval_loss": best.read()["eval_loss"]} if best else {}
     return TrainingResult(
         metrics=_metrics(log) | kept,
-        timing=_timing(effort, log),
+        timing=_timing(stats, log),
         steps=trainer.state.global_step,
-        perturbation=effort.perturbation,
+        perturbation=stats.perturbation,
         resumed_from=checkpoint.step_of(resume_from) if resume_from else None,
         dtypes=recorder.dtypes,
     )
@@ -131,20 +132,20 @@ def train(
 def _run_to_the_end(
     trainer: FlatTrainer, model: nn.Module, best: BestModel | None, preemption: Preemption, resume_from: Path | None
 ) -> tuple[TrainingStats, int | None]:
-    """What it took, and the step of the best parameters where they were put back."""
+    """Returns timing statistics, and the step of the best parameters if these were restored."""
     recorder = trainer.recorder
     try:
         with preemption:
             trainer.train_or_load(resume_from)
-            trainer.accelerator.wait_for_everyone()  # none ends before the newest checkpoint is complete
-            if preemption.stopped or preemption.asked(trainer.args):  # after the last step too: scoring may take hours
+            trainer.accelerator.wait_for_everyone()  # until the newest checkpoint is complete
+            if preemption.stopped or preemption.asked(trainer.args):  # also after the last step: scoring may take hours
                 raise Preempted(preemption.forward)
         return recorder.effort(), best.restore(model) if best else None
     finally:
         if recorder.progress:
             recorder.progress.stop()
         if recorder.regularizer:
-            recorder.regularizer.close()  # whatever went wrong, the backbone is W again
+            recorder.regularizer.close()  # restores W, also after an error
         if trainer.graphed:
             trainer.graphed.close()
 
@@ -155,9 +156,9 @@ def calibration_batches(
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     device: torch.device,
 ) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
-    """n → the first n micro-batches that this rank would train on if rows were not grouped by length.
+    """Returns a function of n that yields the first n micro-batches of this rank, without grouping by length.
 
-    Fewer where the rows do not suffice; each n gives the same batches again.
+    It yields fewer if there are not enough rows, and the same batches in every call.
     """
 
     def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -165,7 +166,7 @@ def calibration_batches(
         order = list(EpochSampler(rows.lengths, experiment.seed))
         shares = [order[i : i + size] for i in range(0, len(order), size)][rank() :: world_size()]
         if len(order) < size * world_size():
-            shares = [order]  # so few rows that every rank looks at all of them
+            shares = [order]  # too few rows to share: every rank gets all of them
         for share in shares[:count]:
             batch = collate([rows[i] for i in share])
             yield {key: value.to(device) for key, value in batch.items()}
@@ -176,10 +177,10 @@ def calibration_batches(
 def training_arguments(
     experiment: Experiment, output_dir: Path, *, train_rows: int, has_validation: bool
 ) -> TrainingArguments:
-    """transformers' arguments for an experiment. Logging, progress and checkpoint rotation are ours.
+    """Returns transformers' arguments for an experiment. Logging, progress and checkpoint rotation are our own.
 
-    Epochs are written as steps: at an epoch's end Trainer would save first and evaluate afterwards, and a run killed
-    in between would lose that evaluation; by steps it evaluates, then saves.
+    Evaluation and saving once per epoch are given in steps: Trainer evaluates before saving at a step, but after it at
+    the end of an epoch, where a run killed in between would lose the evaluation.
     """
     optim, machine = experiment.optim, experiment.trainer
     processes = world_size()
@@ -199,7 +200,7 @@ def training_arguments(
         max_steps=machine.max_steps or -1,
         learning_rate=optim.lr,
         lr_scheduler_type=optim.lr_schedule if optim.lr_schedule != "constant" else "constant_with_warmup",
-        warmup_steps=optim.warmup_ratio,  # below 1: a share of all steps
+        warmup_steps=optim.warmup_ratio,  # a value below 1 is a fraction of all steps
         weight_decay=optim.weight_decay,
         adam_beta1=optim.adam_beta1,
         adam_beta2=optim.adam_beta2,
@@ -226,30 +227,30 @@ def training_arguments(
         deepspeed=deepspeed_settings(machine),
         remove_unused_columns=False,
         prediction_loss_only=True,
-        label_names=[label_name] if label_name else None,  # what marks a row that has a loss
+        label_names=[label_name] if label_name else None,  # the input without which there is no loss
         fp16=on_gpu and experiment.model.traits.scales_loss and experiment.model.dtype == "float16",  # for GradScaler
         disable_tqdm=True,
         report_to=[],
     )
-    # $ACCELERATE_MIXED_PRECISION, of `accelerate launch` or its default_config.yaml, would put all of the model under
-    # autocast; `FlatTrainer` has its own around the loss, as trainer.autocast says.
+    # Overrides $ACCELERATE_MIXED_PRECISION, set by `accelerate launch` or its default_config.yaml, which would run the
+    # whole model under autocast; `FlatTrainer` applies trainer.autocast around the loss.
     arguments.mixed_precision = "fp16" if arguments.fp16 else "no"
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process is one device: Trainer would wrap the model in nn.DataParallel
+        arguments._n_gpu = 1  # one device per process; else Trainer wraps the model in nn.DataParallel
     return arguments
 
 
-_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # as transformers names them
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # transformers' names
 
 
 def _metrics(log: MetricsLog) -> dict[str, float]:
-    """What a run's rows come to."""
-    found = {
+    """Returns the final metrics of a run, from its rows."""
+    metrics = {
         "first_loss": next((row["loss"] for row in log.rows() if "loss" in row), None),
         "train_loss": _mean_of_last_losses(log),
         "eval_loss": _last(log, "eval_loss"),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def _last(log: MetricsLog, key: str) -> float | None:
@@ -257,30 +258,31 @@ def _last(log: MetricsLog, key: str) -> float | None:
 
 
 def _mean_of_last_losses(log: MetricsLog, rows: int = 10) -> float | None:
-    """Training loss of a run: one step's is too noisy to compare runs by."""
+    """Returns the mean loss of the last rows; that of a single step is too noisy to compare runs."""
     losses = [row["loss"] for row in log.rows() if "loss" in row][-rows:]
     return statistics.fmean(losses) if losses else None
 
 
-def _timing(effort: TrainingStats, log: MetricsLog) -> Timing:
+def _timing(stats: TrainingStats, log: MetricsLog) -> Timing:
     rates = {
-        key: round(statistics.median(found), 1)
+        key: round(statistics.median(values), 1)
         for key in ("tokens_per_s", "images_per_s")
-        if (found := [row[key] for row in log.rows() if key in row])
+        if (values := [row[key] for row in log.rows() if key in row])
     }
     return Timing(
-        train_s=round(effort.train_s, 3),
-        step_s_median=round(statistics.median(effort.step_s), 4) if effort.step_s else None,
-        perturb_s=round(effort.perturb_s, 3),
+        train_s=round(stats.train_s, 3),
+        step_s_median=round(statistics.median(stats.step_s), 4) if stats.step_s else None,
+        perturb_s=round(stats.perturb_s, 3),
         **rates,
     )
 
 
 def check_invariants(experiment: Experiment, model: nn.Module, backbone: BackboneHashes) -> None:
-    """What must hold after every run: the backbone's bytes are untouched, what was trained is FP32 and finite.
+    """Checks after training that the backbone is unchanged and that trained parameters are FP32 and finite.
 
     Raises:
-        RuntimeError: one of them does not; the run must not count.
+        RuntimeError: the backbone changed, or a trained parameter is not FP32.
+        FloatingPointError: a trained parameter holds NaN or infinity.
     """
     drifts = experiment.flat and experiment.rho.mode == "inplace"
     if not (backbone.unchanged or drifts):

@@ -1,1 +1,1 @@
-"""Families of models, one file each; the name of the file is the value of `model.family`."""
+"""Model families, one file per family; the file name is the value of `model.family`."""

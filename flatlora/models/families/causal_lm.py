@@ -18,14 +18,14 @@ from flatlora.models.family import FAMILIES
 from flatlora.models.language import LanguageModel
 from flatlora.utils.labels import IGNORED_LABEL
 
-# Encoders that transformers also loads as causal models: with is_decoder they are, without it they see the future.
+# Encoders that transformers also loads as causal models; without is_decoder their attention is bidirectional.
 _BIDIRECTIONAL = {"bert-generation", *(MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
-_GRAPH_LENGTHS = 64  # lengths are rounded up to a multiple of it: one captured graph for each
+_GRAPH_LENGTHS = 64  # tokens; lengths are rounded up to a multiple of it, to capture fewer graphs
 
 
 @FAMILIES.register("causal_lm")
 class CausalLM(LanguageModel):
-    """Rows are padded on the right, so that no token with a loss sees the padding: no mask is needed."""
+    """Decoder-only models. Rows are padded on the right, so tokens with a loss need no mask to ignore padding."""
 
     auto = transformers.AutoModelForCausalLM
     peft_task = "CAUSAL_LM"
@@ -49,7 +49,7 @@ class CausalLM(LanguageModel):
     def graph_inputs(
         self, inputs: dict[str, torch.Tensor], items: torch.Tensor, shares: int
     ) -> dict[str, torch.Tensor]:
-        """Lengths are rounded up, which padding on the right allows."""
+        """Pads inputs on the right to a multiple of `_GRAPH_LENGTHS` tokens."""
         ids, labels = inputs["input_ids"], inputs["labels"]
         missing = -ids.shape[1] % _GRAPH_LENGTHS
         return {

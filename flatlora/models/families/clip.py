@@ -1,4 +1,4 @@
-"""CLIP's image encoder under a head, with an image processor."""
+"""CLIP's image encoder with a classification head."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from flatlora.utils.precision import choose_precision, hold_as_computed
 
 @FAMILIES.register("clip")
 class CLIP(TransformersFamily):
-    """`options.classes` are what the head tells apart."""
+    """Image classification with CLIP; `options.classes` are the classes of the head."""
 
     auto = CLIPModel
     processor_file = "preprocessor_config.json"
-    whole_needs_base = True  # no file holds the head that the text tower makes
+    whole_needs_base = True  # the head's class embeddings, from the text encoder, are in no file
 
     def mismatch(self, described: PreTrainedConfig) -> str | None:
         if described.model_type == "clip":
@@ -42,7 +42,7 @@ class CLIP(TransformersFamily):
         return classifier_of(clip, options.classes, config.head, tokenizer).to(options.device)
 
     def load_trained(self, path: str, config: ModelConfig, options: LoadOptions) -> tuple[nn.Module, Any]:
-        """With the head that the backbone's text tower makes."""
+        """Loads the trained model; with head="text", the class embeddings come from the backbone's text encoder."""
         base, saved = self.load_backbone(config, options), config.at(path)
         dtype = options.dtype or saved_dtype(saved)
         model = load_whole(

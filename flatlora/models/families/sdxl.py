@@ -1,6 +1,6 @@
-"""Text-to-image: SDXL's UNet, and its text encoders where they are trained.
+"""Text-to-image: SDXL's UNet, and its text encoders if they are trained.
 
-Rows are made by the pipeline's other parts, which training does not keep in memory.
+The other parts of the pipeline encode the rows before training and are not kept in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RANDOM_SDXL = "flatlora/random-sdxl"
 
 @FAMILIES.register("sdxl")
 class TextToImage(Family):
-    """Each row of a micro-batch has a weight, so that the loss is a weighted sum."""
+    """SDXL. Each row of a micro-batch has a weight; the loss is a weighted sum."""
 
     label_name = "noise"
     is_diffusion = True
@@ -36,7 +36,7 @@ class TextToImage(Family):
 
     def skeleton(self, config: DiffusionModelConfig) -> nn.Module:
         source = backbone_source(config)
-        with hub_errors(config):  # and a VAE of its own is looked for, whatever else is wrong
+        with hub_errors(config):  # size_factor also checks model.vae_id; all errors are reported together
             return gather(lambda: diffusion.skeleton(config, source), lambda: diffusion.size_factor(config, source))[0]
 
     def weight_files(self, config: DiffusionModelConfig) -> Sequence[str]:
@@ -54,7 +54,7 @@ class TextToImage(Family):
         raise ConfigError([f"Invalid model folder {path}: of a diffusion model only adapters are trained; name one."])
 
     def state(self, config: DiffusionModelConfig) -> str:
-        """Of a pipeline with another VAE, the state of that one follows after a "+"."""
+        """Returns the state of the backbone; with model.vae_id, the state of that VAE is appended after a "+"."""
         state, vae = super().state(config), diffusion.vae_state(config)
         return f"{state}+{vae}" if vae else state
 
@@ -62,7 +62,7 @@ class TextToImage(Family):
         diffusion.export_adapter(folder)
 
     def of_adapter(self, config: DiffusionModelConfig, adapter: Path) -> DiffusionModelConfig:
-        """Text encoders are loaded where the adapter has tensors for them, which would be left over without."""
+        """Returns the config with train_text_encoders set if the adapter has tensors for the text encoders."""
         return config.model_copy(update={"train_text_encoders": holds_tensors_of(adapter, diffusion.TEXT_ENCODERS[0])})
 
     def graph_inputs(
@@ -71,15 +71,18 @@ class TextToImage(Family):
         return {**inputs, "weights": inputs["weights"] / shares}
 
     def backend_settings(self, config: DiffusionModelConfig) -> dict[str, Any]:
-        """The pipeline that has the parts which are not trained."""
+        """Returns the config and source of the pipeline whose other parts generate images."""
         return {"config": config, "source": backbone_source(config)}
 
 
 def size_factor(config: DiffusionModelConfig, *, drawn: bool = False) -> int:
-    """What both sides of a picture must be multiples of: of a drawn one, of what diffusers asks for besides.
+    """Returns what both sides of an image must be multiples of, in pixels.
+
+    Args:
+        drawn: whether the image is generated, for which diffusers also requires multiples of 8.
 
     Raises:
-        ConfigError: the pipeline cannot be loaded; with the remedy.
+        ConfigError: the pipeline cannot be loaded; with a suggested fix.
     """
     with hub_errors(config):
         factor = diffusion.size_factor(config, backbone_source(config))
@@ -87,8 +90,7 @@ def size_factor(config: DiffusionModelConfig, *, drawn: bool = False) -> int:
 
 
 def size_errors(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]], *, drawn: bool = False) -> list[str]:
-    """Sizes of pictures (H, W) that the parts of a pipeline cannot halve as often as they do; `drawn` as `size_factor`
-    has it."""
+    """Returns errors for image sizes (H, W) that are not multiples of `size_factor`; see there for `drawn`."""
     factor = size_factor(config, drawn=drawn)
     odd = sorted({size for size in sizes if size[0] % factor or size[1] % factor})
     return [
@@ -99,10 +101,10 @@ def size_errors(config: DiffusionModelConfig, sizes: Sequence[tuple[int, int]], 
 
 
 def warn_of_long_prompts(config: DiffusionModelConfig, prompts: Sequence[str]) -> None:
-    """Warn of prompts that are longer than the model's tokenizers allow: they are cut.
+    """Warns about prompts that the model's tokenizers truncate.
 
     Raises:
-        ConfigError: the tokenizers cannot be loaded; with the remedy.
+        ConfigError: the tokenizers cannot be loaded; with a suggested fix.
     """
     with hub_errors(config):
         tokenizers = diffusion.load_tokenizers(config, backbone_source(config))
@@ -110,7 +112,7 @@ def warn_of_long_prompts(config: DiffusionModelConfig, prompts: Sequence[str]) -
 
 
 def described_pipeline(name: str) -> DiffusionModelConfig | None:
-    """Config of a pipeline that no run describes; None for a folder or hub id that is no pipeline of diffusers."""
+    """Returns the config of a pipeline without a run; None for a folder or hub id that is no diffusers pipeline."""
     if name != RANDOM_SDXL and not _is_pipeline(name):
         return None
     embedded = "random-sdxl" if name == RANDOM_SDXL else None

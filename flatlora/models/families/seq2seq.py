@@ -1,7 +1,7 @@
 """Encoder-decoder language models, such as T5.
 
-Their forward takes any keyword and ignores the token count of a whole optimizer step: the loss is the mean of a
-micro-batch (`token_mean` is False).
+Their `forward` accepts any keyword argument and ignores `num_items_in_batch`: the loss is the mean over a micro-batch
+(`token_mean` is False).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flatlora.models.language import LanguageModel
 
 @FAMILIES.register("seq2seq")
 class Seq2Seq(LanguageModel):
-    """An encoder reads the prompts, a decoder writes the answers."""
+    """Encoder-decoder models: the encoder reads the prompt, the decoder generates the answer."""
 
     auto = transformers.AutoModelForSeq2SeqLM
     encoder_decoder = True
