@@ -338,9 +338,9 @@ def _output_folder(
     own = place.run / "eval" / benchmark if place.run else None
     module = benchmarks.BENCHMARKS[benchmark]
     benchmark += _label(target, given, place.scored_with, module) + _served(target)
-    if KINDS[module.kind].of_pictures and target.data_root not in (None, place.data_root):  # other pictures, perhaps
+    if KINDS[module.kind].of_pictures and target.data_root not in (None, place.data_root):  # the images may differ
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
-    if target.base and place.base and not _is_hash(place.base):  # whether it is the run's, nobody can tell
+    if target.base and place.base and not _is_hash(place.base):  # a hub commit cannot be compared with it
         benchmark += f"-base={_in_short(target.base)}"
     benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
     if place.run is None:
@@ -360,14 +360,15 @@ def _output_folder(
 
 
 def _safe(name: str) -> str:
-    """A served name or hub id as a path below another: neither absolute nor upwards."""
+    """Returns a served name or hub id as a relative path without `..`."""
     return "/".join(fitting(part) for part in name.split("/") if part not in ("", ".", "..")) or "model"
 
 
 def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], benchmark: Benchmark) -> str:
-    """Suffix of the output folder for settings other than the run's own or the usual ones: no answers are overwritten.
+    """Suffix of the output folder for settings that differ from the run's or the defaults, so that no answers are
+    overwritten.
 
-    Settings that decide scores alone (the module's SCORING) leave the folder as it is.
+    Settings that only affect scores (`benchmark.scoring`) do not change the folder.
     """
     fields, scoring = benchmark.Config.model_fields, benchmark.scoring
     usual = {key: spec.get_default(call_default_factory=True) for key, spec in fields.items()} | own
@@ -379,7 +380,7 @@ def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], ben
 
 
 def _in_short(value: str) -> str:
-    """A value as a part of a folder's name: of a path the last part, and what tells it from others of that name."""
+    """Returns a value as part of a folder's name: a path as its stem and a hash of the absolute path."""
     path = Path(value)
     if path.name == value:
         return value
@@ -387,10 +388,10 @@ def _in_short(value: str) -> str:
 
 
 def _machine_label(target: Target, place: ResolvedModel, own: Path) -> str:
-    """Suffix for another device or autocast than that of the run's own answers: each answers otherwise.
+    """Suffix for a device or autocast other than that of the run's own answers, because answers depend on both.
 
     Args:
-        own: folder of the run's own answers; without a readable generation.json there are none to be kept.
+        own: folder of the run's own answers; without a readable generation.json it holds none to keep.
 
     score_only=true uses no device, so it means the run's own answers unless device=... is given too.
     """
@@ -427,10 +428,10 @@ def _choose_device(target: Target) -> torch.device | None:
 def _check_kind(
     benchmark: Benchmark, target: Target, given: Mapping[str, Any], resolve: Callable[[], ResolvedModel]
 ) -> None:
-    """See to it that model, backend and benchmark are of one kind.
+    """Checks that the model and the backend support the kind of benchmark.
 
     Raises:
-        ConfigError: they are not, such as words asked of a run that tells pictures apart.
+        ConfigError: they do not, such as a text benchmark for a run that classifies images.
     """
     asks = KINDS[benchmark.kind]
     if target.backend != "hf" and (asks.of_pictures or not benchmark.generates):
@@ -446,7 +447,7 @@ def _check_kind(
             ]
         )
     place = resolve()
-    if place.run is None and asks.needs_run:  # else of a model that no run describes, nobody knows its kind yet
+    if place.run is None and asks.needs_run:  # without a run, the model's kind is not known yet
         raise ConfigError(
             [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
         )
@@ -462,10 +463,10 @@ def _rows(command: Command) -> Sequence[Any]:
 def _backend(
     place: ResolvedModel, target: Target, device: torch.device | None, batch_size: int, benchmark: Benchmark
 ) -> Backend | ImageBackend | Generator:
-    """Who answers.
+    """Returns the backend that generates the answers.
 
     Raises:
-        ConfigError: a backend that cannot do what the benchmark asks, or is not installed.
+        ConfigError: the backend does not support the model, or is not installed.
     """
     dtype = None if target.dtype == "auto" else target.dtype
     if target.backend == "hf":
@@ -509,7 +510,7 @@ def _backend(
 def _identity(place: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
     """
     Raises:
-        ConfigError: the adapter was trained on another backbone than the one that stands there now.
+        ConfigError: the backbone differs from the one that the adapter was trained on.
     """
     identity = weights_identity(place.weights, place.model, classes)
     state = identity.get("base", place.base)
@@ -535,7 +536,7 @@ def _identity(place: ResolvedModel, classes: Classes | None = None) -> dict[str,
 
 @contextlib.contextmanager
 def _validated_unchanged(folder: Path) -> Iterator[None]:
-    """Weights that are written anew between their hash and their load would answer under the other's name."""
+    """Checks that the weights do not change between hashing and loading: the record would name the wrong weights."""
     before = weights_state(folder)
     yield
     if weights_state(folder) != before:
@@ -543,7 +544,7 @@ def _validated_unchanged(folder: Path) -> Iterator[None]:
 
 
 def _is_hash(state: str) -> bool:
-    """Whether a backbone's state is of a folder's bytes, and not a commit of the hub."""
+    """Whether a backbone's state is the hash of a folder, not a commit of the hub."""
     return state.startswith("sha256:")
 
 
@@ -558,7 +559,7 @@ def _load(
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        # a torn file, a config.json that is none, an adapter for another backbone: each library has its own way
+        # a truncated file, an invalid config.json, an adapter of another backbone: each library raises its own errors
         raise ConfigError(
             [f"Cannot load {place.weights}: {reason_of(error)}; name a whole adapter or model, or copy it again."]
         ) from error
