@@ -374,19 +374,19 @@ def _seed(seeds: Sequence[int] | None, index: int) -> dict[str, int]:
     return {} if seeds is None else {"seed": seeds[index] % (1 << 31)}
 
 
-def _completion(found: Any, text_of: Callable[[Any], str | None], sampling: Sampling) -> Completion:
+def _completion(reply: Any, text_of: Callable[[Any], str | None], sampling: Sampling) -> Completion:
     try:
-        choice = found.choices[0]
+        choice = reply.choices[0]
         text = text_of(choice)
         ended = choice.finish_reason
     except (AttributeError, IndexError, TypeError) as error:
-        raise _NoAnswer(f"a reply without an answer ({str(found)[:100]!r})") from error
+        raise _NoAnswer(f"a reply without an answer ({str(reply)[:100]!r})") from error
     if not text and ended == "content_filter":
         raise _Filtered("the server's filter ends the answer before its first word")
     if not isinstance(text, str):
         raise (_NoWords if text is None else _NoAnswer)("a reply whose answer is no text")
     text, stopped = sampling.cut(text)
-    tokens = getattr(getattr(found, "usage", None), "completion_tokens", None)
+    tokens = getattr(getattr(reply, "usage", None), "completion_tokens", None)
     return Completion(text, tokens if isinstance(tokens, int) else 0, ended == "stop" or stopped)
 
 
