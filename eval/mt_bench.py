@@ -256,7 +256,7 @@ def _next_answers(
 ) -> list[dict[str, Any]]:
     """Returns the next answer of each row of a batch, appended to those in `answered`."""
     before = [answered[i] for i in batch]
-    completions = _answers(backend, [rows[i] for i in batch], [completion["answers"] for completion in before], config)
+    completions = _answers(backend, [rows[i] for i in batch], [row["answers"] for row in before], config)
     return [
         {
             "answers": [*known["answers"], completion.text],
@@ -271,7 +271,7 @@ def _answers(
     backend: Any, rows: Sequence[dict[str, Any]], said: Sequence[list[str]], config: Config
 ) -> list[Completion]:
     """Returns the next answer of each conversation; rows with the same temperature are generated together."""
-    found: dict[int, Completion] = {}
+    completions: dict[int, Completion] = {}
     temperatures = [0.0 if config.greedy else _TEMPERATURES.get(row["category"], 0.0) for row in rows]
     for temperature in dict.fromkeys(temperatures):
         places = [place for place, one in enumerate(temperatures) if one == temperature]
@@ -283,8 +283,8 @@ def _answers(
             answered = backend.chat([_messages(*one) for one in turns], sampling, seeds)
         else:
             answered = backend.generate([conversation(config.template, *one) for one in turns], sampling, seeds)
-        found |= dict(zip(places, answered, strict=True))
-    return [found[place] for place in range(len(rows))]
+        completions |= dict(zip(places, answered, strict=True))
+    return [completions[place] for place in range(len(rows))]
 
 
 def _messages(turns: Sequence[str], said: Sequence[str]) -> list[dict[str, str]]:
