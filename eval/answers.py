@@ -1,4 +1,4 @@
-"""The answer in what a model said: without the draft before it, and a program without the talk around it."""
+"""Extracts answers from generated text: drops the thinking part, and the prose around a program."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _FENCE_BEHIND = re.compile(r"^([^`\n]*[^`\s])[ \t]*(`{3,})[ \t]*$", re.MULTILINE
 
 
 def without_draft(text: str) -> str:
-    """What follows the last thinking part; of one that never ends, what stands before it."""
+    """Returns the text after the last thinking part, or before it if it never ends."""
     return _DRAFT.split(_DRAFT_END.split(text)[-1])[0]
 
 
 def blocks(text: str) -> list[str]:
-    """The parts of a text between lines that open or close a block of code, in their order."""
+    """Splits a text at the lines that open or close a block of code."""
     return _FENCE.split(_fenced(_unix(text)))
 
 
@@ -53,17 +53,17 @@ def _unix(text: str) -> str:
 
 
 def _fenced(text: str) -> str:
-    """The text with fences on lines of their own."""
+    """Returns the text with each fence on its own line."""
     return _FENCE_BEHIND.sub(r"\1\n\2", text)
 
 
 def _unquoted(text: str) -> str:
-    """The text without what marks its lines as a quotation, or as typed at Python's prompt."""
+    """Removes quotation marks (`> `) and Python's prompts (`>>> `, `... `) from the lines of a text."""
     return _QUOTING.sub("", text)
 
 
 def function_in(text: str, name: str) -> str | None:
-    """The program that defines `name`, out of a text with fences, prose and examples; None where there is none.
+    """Returns the program that defines `name` in a text with fences, prose and examples; None if there is none.
 
     It is the longest run of lines that is Python and defines the name, as EvalPlus takes it, or the last one that the
     text says is corrected, fixed or final; cut to what the name needs: of the rest, such as an example that asks for
@@ -133,7 +133,7 @@ def _rank(run: Sequence[_Statement], name: str) -> tuple[bool, int]:
 
 
 def _is_stub(node: ast.stmt) -> bool:
-    """Whether a function has nothing but a docstring and what stands for a body that is still to be written."""
+    """Whether a function has only a docstring and a placeholder for the body."""
     return isinstance(node, _FUNCTION) and all(
         isinstance(one, ast.Pass)
         or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
@@ -147,7 +147,7 @@ def _size(text: str) -> int:
 
 
 class _Statement(NamedTuple):
-    """A statement of the outermost level."""
+    """A top-level statement."""
 
     node: ast.stmt
     text: str
@@ -239,7 +239,7 @@ def _run_at(lines: Sequence[str]) -> tuple[list[_Statement], int]:
 
 
 def _first_open(text: str) -> int | None:
-    """Line of the first bracket that nothing closes: Python names the last one, and each of many would be tried."""
+    """Returns the line of the first unclosed bracket; Python reports the last one, so each would take a parse."""
     opened: list[int] = []
     with contextlib.suppress(tokenize.TokenError, SyntaxError):
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -251,7 +251,7 @@ def _first_open(text: str) -> int | None:
 
 
 def _is_guarded(node: ast.stmt) -> bool:
-    """Whether a statement is for the program alone, as what stands under `if __name__ == "__main__"`."""
+    """Whether a statement only runs in the main program, as under `if __name__ == "__main__"`."""
     return isinstance(node, ast.If) and any(
         isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test)
     )

@@ -121,7 +121,7 @@ requests_per_minute and timeout (seconds of a request) say how it is asked."""
 
 
 def main(benchmark: str, words: Sequence[str]) -> int:
-    """Exit code: 0 scored, 1 failed on the way, 2 an error of the command line or of what it names, 130 interrupted."""
+    """Returns the exit code: 0, 1 if the evaluation failed, 2 for an invalid command line, 130 if interrupted."""
     if words and words[0] in ("-h", "--help"):
         print(benchmarks.BENCHMARKS[benchmark].help.strip())
         print(_SHARED_HELP)
@@ -150,10 +150,10 @@ def _report_failure(error: Exception, remedy: str) -> int:
 
 
 def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
-    """Generate (or go on generating) and score; returns the score.
+    """Generates the answers that are missing and scores all; returns the score.
 
     Raises:
-        ConfigError: every error of words, path, device, rows and output folder, before a model is loaded.
+        ConfigError: all errors of settings, path, device, rows and output folder, before a model is loaded.
     """
     module = benchmarks.BENCHMARKS[benchmark]
     if not words or words[0].startswith("-") or "=" in words[0]:
@@ -192,7 +192,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     def configure() -> Section:
         return _config(module, resolve, given)
 
-    # A step that needs an earlier one takes it again: its errors are told once, and those of all others beside them.
+    # A step that needs an earlier step repeats it. `gather` reports the errors of all steps together, each only once.
     place, _, _, _, config, folder, device, rows = gather(
         resolve,
         check_base,
@@ -203,7 +203,7 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         lambda: _choose_device(given_target()),
         lambda: _rows(Command(module, given_target(), given, resolve, configure)),
     )
-    if target.score_only and not folder.is_dir():  # which is told, and no folder is made for it
+    if target.score_only and not folder.is_dir():  # reported as an error, without creating the folder
         return module.score_file(folder / "predictions.jsonl", config)
     with _in_use(folder, place.run):
         if target.score_only:
@@ -213,9 +213,9 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _in_use(folder: Path, run: Path | None) -> Iterator[None]:
-    """Lock the folder of answers, from before the weights are read: whoever would overwrite their run is refused.
+    """Locks the folder of answers before the weights are read, so that their run cannot be overwritten meanwhile.
 
-    With out=DIR the run has a folder of its own for the lock, unless this user cannot write there.
+    With out=DIR the run itself is locked by a separate folder in it, unless this user cannot write there.
     """
     own = run / "eval" if run else folder.parent
     with contextlib.ExitStack() as held:
@@ -232,14 +232,14 @@ def _takes_files(folder: Path) -> bool:
 
 
 def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # another process has answered there meanwhile
+    with contextlib.suppress(OSError):  # not empty: another process has written answers to it
         folder.rmdir()
 
 
 def evaluate(
     benchmark: str, backend: Backend | ImageBackend, rows: Sequence[Any], folder: Path, config: Section
 ) -> dict[str, Any]:
-    """Run one benchmark with a progress bar; adapted.json says what an endpoint's model would not be sent."""
+    """Runs one benchmark with a progress bar; adapted.json lists the request parameters that an endpoint rejected."""
     bar, begun = ProgressBar(benchmark), False
 
     def show(done: int, total: int, _: Any) -> None:
@@ -250,25 +250,25 @@ def evaluate(
         bar.update(done)
 
     try:
-        found = benchmarks.BENCHMARKS[benchmark].run(backend, rows, folder, config, on_progress=show)
+        score = benchmarks.BENCHMARKS[benchmark].run(backend, rows, folder, config, on_progress=show)
         if adapted := getattr(backend, "adapted", None):
             write_json(folder / "adapted.json", adapted)
-        return found
+        return score
     finally:
         bar.stop()
 
 
 def print_score(benchmark: str, score: dict[str, Any]) -> None:
-    """One small table of a score."""
+    """Prints the metrics of a score as a table."""
     table = Table("metric", "value")
     for name, value in score["metrics"].items():
         table.add_row(name, "—" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}")
     console.print(f"{benchmark}: {score['n']} rows, scorer {score['scorer']}", table)
 
 
-def _parse_words(module: Benchmark, words: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
-    """(keys of every benchmark, None for invalid ones; the benchmark's own settings that are given; errors)."""
-    known = {**Target.model_fields, **module.Config.model_fields}
+def _parse_words(benchmark: Benchmark, words: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
+    """Returns (the shared settings, or None if invalid; the benchmark's own settings as given; errors)."""
+    known = {**Target.model_fields, **benchmark.Config.model_fields}
     values, messages = {}, []
     for word in words:
         key, separator, text = word.partition("=")
@@ -294,7 +294,7 @@ def _parse_words(module: Benchmark, words: Sequence[str]) -> tuple[Target | None
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without references: a few of them are a value of gigabytes."""
+    """YAML without aliases: nested aliases can expand a short value to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -302,20 +302,20 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _config(module: Benchmark, resolve: Callable[[], ResolvedModel], given: Mapping[str, Any]) -> Section:
-    """The benchmark's settings: the run's own, and over them what the command line says.
+def _config(benchmark: Benchmark, resolve: Callable[[], ResolvedModel], given: Mapping[str, Any]) -> Section:
+    """Returns the benchmark's settings: those of the run, overridden by those of the command line.
 
     Raises:
-        ConfigError: settings that are missing, wrong or do not go together; and the place's own errors.
+        ConfigError: missing, invalid or incompatible settings, and the errors of resolving the model.
     """
     try:
         known, messages = resolve().scored_with, []
     except ConfigError as error:
         known, messages = None, error.errors
-    stale = [key for key, owner in module.belongs_to.items() if owner in given]
+    stale = [key for key, owner in benchmark.belongs_to.items() if owner in given]
     known = None if known is None else {key: value for key, value in known.items() if key not in stale}
-    config, errors = checked_section("", module.Config, {**(known or {}), **given})
-    # Nobody knows what is missing while the place cannot be found that may say it.
+    config, errors = checked_section("", benchmark.Config, {**(known or {}), **given})
+    # A model that was not resolved may have set them: do not report missing settings.
     messages += [error.message for error in errors if known is not None or error.kind != "missing"]
     if messages or errors:
         raise ConfigError(messages)
@@ -323,7 +323,7 @@ def _config(module: Benchmark, resolve: Callable[[], ResolvedModel], given: Mapp
 
 
 def _served(target: Target) -> str:
-    """Suffix of the output folder for another backend or dtype than the run's own."""
+    """Suffix of the output folder if the backend or dtype is not the default."""
     changed = [f"dtype={target.dtype}"] if target.dtype != "auto" else []
     changed += [f"backend={target.backend}"] if target.backend != "hf" else []
     return "".join(f"-{word}" for word in changed)
@@ -338,9 +338,9 @@ def _output_folder(
     own = place.run / "eval" / benchmark if place.run else None
     module = benchmarks.BENCHMARKS[benchmark]
     benchmark += _label(target, given, place.scored_with, module) + _served(target)
-    if KINDS[module.kind].of_pictures and target.data_root not in (None, place.data_root):  # other pictures, perhaps
+    if KINDS[module.kind].of_pictures and target.data_root not in (None, place.data_root):  # the images may differ
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
-    if target.base and place.base and not _is_hash(place.base):  # whether it is the run's, nobody can tell
+    if target.base and place.base and not _is_hash(place.base):  # a hub commit cannot be compared with it
         benchmark += f"-base={_in_short(target.base)}"
     benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
     if place.run is None:
@@ -360,16 +360,17 @@ def _output_folder(
 
 
 def _safe(name: str) -> str:
-    """A served name or hub id as a path below another: neither absolute nor upwards."""
+    """Returns a served name or hub id as a relative path without `..`."""
     return "/".join(fitting(part) for part in name.split("/") if part not in ("", ".", "..")) or "model"
 
 
-def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], module: Benchmark) -> str:
-    """Suffix of the output folder for settings other than the run's own or the usual ones: no answers are overwritten.
+def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], benchmark: Benchmark) -> str:
+    """Suffix of the output folder for settings that differ from the run's or the defaults, so that no answers are
+    overwritten.
 
-    Settings that decide scores alone (the module's SCORING) leave the folder as it is.
+    Settings that only affect scores (`benchmark.scoring`) do not change the folder.
     """
-    fields, scoring = module.Config.model_fields, module.scoring
+    fields, scoring = benchmark.Config.model_fields, benchmark.scoring
     usual = {key: spec.get_default(call_default_factory=True) for key, spec in fields.items()} | own
     changed = [key for key in given if key not in scoring and given[key] != usual[key]]
     values = {key: str(given[key]) for key in changed}
@@ -379,7 +380,7 @@ def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], mod
 
 
 def _in_short(value: str) -> str:
-    """A value as a part of a folder's name: of a path the last part, and what tells it from others of that name."""
+    """Returns a value as part of a folder's name: a path as its stem and a hash of the absolute path."""
     path = Path(value)
     if path.name == value:
         return value
@@ -387,10 +388,10 @@ def _in_short(value: str) -> str:
 
 
 def _machine_label(target: Target, place: ResolvedModel, own: Path) -> str:
-    """Suffix for another device or autocast than that of the run's own answers: each answers otherwise.
+    """Suffix for a device or autocast other than that of the run's own answers, because answers depend on both.
 
     Args:
-        own: folder of the run's own answers; without a readable generation.json there are none to be kept.
+        own: folder of the run's own answers; without a readable generation.json it holds none to keep.
 
     score_only=true uses no device, so it means the run's own answers unless device=... is given too.
     """
@@ -425,15 +426,15 @@ def _choose_device(target: Target) -> torch.device | None:
 
 
 def _check_kind(
-    module: Benchmark, target: Target, given: Mapping[str, Any], resolve: Callable[[], ResolvedModel]
+    benchmark: Benchmark, target: Target, given: Mapping[str, Any], resolve: Callable[[], ResolvedModel]
 ) -> None:
-    """See to it that model, backend and benchmark are of one kind.
+    """Checks that the model and the backend support the kind of benchmark.
 
     Raises:
-        ConfigError: they are not, such as words asked of a run that tells pictures apart.
+        ConfigError: they do not, such as a text benchmark for a run that classifies images.
     """
-    asks = KINDS[module.kind]
-    if target.backend != "hf" and (asks.of_pictures or not module.generates):
+    asks = KINDS[benchmark.kind]
+    if target.backend != "hf" and (asks.of_pictures or not benchmark.generates):
         asked = "looks at pictures" if asks.of_pictures else "weighs given answers"
         raise ConfigError(
             [f"Invalid backend={target.backend}: it writes answers, and this benchmark {asked}; use backend=hf."]
@@ -446,11 +447,11 @@ def _check_kind(
             ]
         )
     place = resolve()
-    if place.run is None and asks.needs_run:  # else of a model that no run describes, nobody knows its kind yet
+    if place.run is None and asks.needs_run:  # without a run, the model's kind is not known yet
         raise ConfigError(
             [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
         )
-    if place.run is not None and not trains_on(place.model.family, module.kind):
+    if place.run is not None and not trains_on(place.model.family, benchmark.kind):
         does = KINDS[place.model.traits.rows].does
         raise ConfigError([f"Invalid path {place.weights}: this run {does}; name {asks.needs}."])
 
@@ -460,16 +461,16 @@ def _rows(command: Command) -> Sequence[Any]:
 
 
 def _backend(
-    place: ResolvedModel, target: Target, device: torch.device | None, batch_size: int, module: Benchmark
+    place: ResolvedModel, target: Target, device: torch.device | None, batch_size: int, benchmark: Benchmark
 ) -> Backend | ImageBackend | Generator:
-    """Who answers.
+    """Returns the backend that generates the answers.
 
     Raises:
-        ConfigError: a backend that cannot do what the benchmark asks, or is not installed.
+        ConfigError: the backend does not support the model, or is not installed.
     """
     dtype = None if target.dtype == "auto" else target.dtype
     if target.backend == "hf":
-        return _load(place, device, batch_size, module.kind, dtype)
+        return _load(place, device, batch_size, benchmark.kind, dtype)
     if target.backend == "openai":
         endpoint = Endpoint(
             target.base_url,
@@ -509,7 +510,7 @@ def _backend(
 def _identity(place: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
     """
     Raises:
-        ConfigError: the adapter was trained on another backbone than the one that stands there now.
+        ConfigError: the backbone differs from the one that the adapter was trained on.
     """
     identity = weights_identity(place.weights, place.model, classes)
     state = identity.get("base", place.base)
@@ -535,7 +536,7 @@ def _identity(place: ResolvedModel, classes: Classes | None = None) -> dict[str,
 
 @contextlib.contextmanager
 def _validated_unchanged(folder: Path) -> Iterator[None]:
-    """Weights that are written anew between their hash and their load would answer under the other's name."""
+    """Checks that the weights do not change between hashing and loading: the record would name the wrong weights."""
     before = weights_state(folder)
     yield
     if weights_state(folder) != before:
@@ -543,7 +544,7 @@ def _validated_unchanged(folder: Path) -> Iterator[None]:
 
 
 def _is_hash(state: str) -> bool:
-    """Whether a backbone's state is of a folder's bytes, and not a commit of the hub."""
+    """Whether a backbone's state is the hash of a folder, not a commit of the hub."""
     return state.startswith("sha256:")
 
 
@@ -558,7 +559,7 @@ def _load(
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        # a torn file, a config.json that is none, an adapter for another backbone: each library has its own way
+        # a truncated file, an invalid config.json, an adapter of another backbone: each library raises its own errors
         raise ConfigError(
             [f"Cannot load {place.weights}: {reason_of(error)}; name a whole adapter or model, or copy it again."]
         ) from error

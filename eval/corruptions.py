@@ -141,10 +141,10 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 
 
 def check_rows(rows: Any, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:
-    """See to it that the folder's labels are the model's classes; the data set's own rows are not asked here.
+    """Checks that the folder's labels are classes of the model; the rows of the data set itself are not used.
 
     Raises:
-        ConfigError: CIFAR-100-C for a model of CIFAR-10, say.
+        ConfigError: they are not, such as CIFAR-100-C for a model of CIFAR-10.
     """
     labels, _ = read_folder(Path(config.folder))
     validate_labels(labels.tolist(), f"{config.folder}/{LABELS}.npy", classes)

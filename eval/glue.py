@@ -92,10 +92,10 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 def check_rows(
     rows: Sequence[dict[str, Any]], source: str, config: Config, *, tokenizer: Any = None, **known: Any
 ) -> None:
-    """See to it that every row can be scored, by the metrics of its task.
+    """Checks that every row can be scored by the metrics of its task.
 
     Args:
-        tokenizer: tells, where it is known already, whether the answers' first tokens do for metric=published.
+        tokenizer: if given, checks that the answers' first tokens suffice for metric=published.
 
     Raises:
         ConfigError: a row without choices, whose answer is not among them, or of another task.

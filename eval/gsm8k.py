@@ -287,10 +287,10 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 
 
 def check_rows(rows: Sequence[dict[str, str]], source: str, config: Config, **known: Any) -> None:
-    """See to it that every answer can be scored, before a model answers for hours.
+    """Checks that every reference answer can be scored, before hours of generation.
 
     Raises:
-        ConfigError: an answer whose number cannot be read whole; `source` says in the error where the rows are from.
+        ConfigError: an answer whose number cannot be parsed; the error names `source`, where the rows are from.
     """
     broken = [number for number, row in enumerate(rows, start=1) if parse_reference(row["y"]) is None]
     if broken:

@@ -174,10 +174,10 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 
 
 def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
-    """See to it that every problem can be tried, and that this machine can keep a program in.
+    """Checks that every problem can be run, and that this machine can isolate programs.
 
     Raises:
-        ConfigError: a problem that is no Python, or lacks its function; as `sandbox.walls`.
+        ConfigError: a problem is not valid Python, or lacks its function; see also `sandbox.walls`.
     """
     for number, row in enumerate(rows, start=1):
         try:

@@ -75,7 +75,7 @@ def images_of(folder: Path) -> str | None:
 
 
 def check_rows(rows: LabeledImages, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:
-    """See to it that every label is one of the model's classes.
+    """Checks that every label is one of the model's classes.
 
     Raises:
         ConfigError: as `validate_labels`.

@@ -180,7 +180,7 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 
 
 def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
-    """See to it that every task's data are there, and that HumanEval, if asked, can be tried on this machine.
+    """Checks that the data of every task exist, and that HumanEval, if selected, can run on this machine.
 
     Raises:
         ConfigError: a split that is not below data_root; a data set that the hub does not give; as

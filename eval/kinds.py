@@ -38,9 +38,9 @@ class Command:
 
     Args:
         module: the benchmark.
-        target: the keys of every benchmark.
-        given: the benchmark's own settings that are given.
-        resolve, configure: what is scored, and the benchmark's settings; each may raise a ConfigError.
+        target: the settings that all benchmarks share.
+        given: the benchmark's own settings as given.
+        resolve, configure: return the model and the benchmark's settings; each may raise a ConfigError.
     """
 
     module: Benchmark

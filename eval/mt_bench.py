@@ -127,8 +127,8 @@ def score(rows: Sequence[dict[str, Any]], judgments: Sequence[Mapping[str, Any]]
     """
     categories = {row["question_id"]: row["category"] for row in rows}
 
-    def mean(found: list[float]) -> float | None:
-        return sum(found) / len(found) if found else None
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
 
     rated = [one for one in judgments if one["rating"] is not None]
     metrics: dict[str, Any] = {"n": len(rows), HEADLINE: mean([one["rating"] for one in rated])}
@@ -142,21 +142,21 @@ def score(rows: Sequence[dict[str, Any]], judgments: Sequence[Mapping[str, Any]]
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
     """{(question, turn, judge): rating}, as judgments.jsonl has them of these answers; unrated ones are left out."""
-    prompts, told = _kept_prompts(folder), _told(folder / "judgments.jsonl")
+    prompts, judgments = _kept_prompts(folder), _told(folder / "judgments.jsonl")
     wanted = {
         _key(judge, row["question_id"], turn, *judge_request(row, turn, prompts)[:2]): (row["question_id"], turn, judge)
-        for judge in {one["judge"] for one in told}
+        for judge in {judgment["judge"] for judgment in judgments}
         for row in rows
         for turn in (1, 2)
     }
-    rated = [one for one in told if one["key"] in wanted and one["rating"] is not None]
-    return {wanted[one["key"]]: float(one["rating"]) for one in rated}
+    rated = [judgment for judgment in judgments if judgment["key"] in wanted and judgment["rating"] is not None]
+    return {wanted[judgment["key"]]: float(judgment["rating"]) for judgment in rated}
 
 
 def _told(path: Path) -> list[dict[str, Any]]:
-    """The judgments of a file, each rated by its reply: what an older version read of it may be another number."""
-    told = [one for one in predictions.appended_rows(path) if one.keys() >= _JUDGMENT]
-    return [one | {"rating": parse_rating(one["reply"])} for one in told]
+    """Returns the judgments of a file, with ratings parsed again: an older version may have parsed them differently."""
+    judgments = [judgment for judgment in predictions.appended_rows(path) if judgment.keys() >= _JUDGMENT]
+    return [judgment | {"rating": parse_rating(judgment["reply"])} for judgment in judgments]
 
 
 def _key(judge: str, question: int, turn: int, system: str, text: str) -> str:
@@ -173,10 +173,10 @@ def _kept_prompts(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
-    """See to it that every question has two turns, and a reference where its category is judged by one.
+    """Checks that every question has two turns, and a reference if its category is judged by one.
 
     Raises:
-        ConfigError: one has not.
+        ConfigError: a question lacks a turn or its reference.
     """
     for number, row in enumerate(rows, start=1):
         problem = None
@@ -209,7 +209,7 @@ def run(
     prompts = judge_prompts(Path(config.folder or rows[0].get("folder") or "."))
     _check_lengths(backend, rows, config)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "judge_prompts.json", prompts)  # what scores later needs nothing else
+    write_json(folder / "judge_prompts.json", prompts)  # a later scoring needs no other file
 
     asked = [{key: row[key] for key in ("question_id", "category", "turns", "reference")} for row in rows]
     told: list[dict[str, Any]] = [{"answers": [], "tokens": [], "finished": []} for _ in rows]
@@ -236,7 +236,7 @@ def run(
 
 
 def _check_lengths(backend: Any, rows: Sequence[dict[str, Any]], config: Config) -> None:
-    """Check before the first turn that the model can read the second one, behind the longest first answer."""
+    """Checks before the first turn that the second one fits the model's context after the longest first answer."""
     if not hasattr(backend, "check_lengths"):
         return
     if config.template == "chat":
@@ -248,26 +248,30 @@ def _check_lengths(backend: Any, rows: Sequence[dict[str, Any]], config: Config)
 
 
 def _next_answers(
-    backend: Generator, rows: Sequence[dict[str, Any]], told: Sequence[dict[str, Any]], config: Config, batch: list[int]
+    backend: Generator,
+    rows: Sequence[dict[str, Any]],
+    answered: Sequence[dict[str, Any]],
+    config: Config,
+    batch: list[int],
 ) -> list[dict[str, Any]]:
-    """The next answer of each row of a batch, behind those in `told`."""
-    before = [told[i] for i in batch]
-    found = _answers(backend, [rows[i] for i in batch], [one["answers"] for one in before], config)
+    """Returns the next answer of each row of a batch, appended to those in `answered`."""
+    before = [answered[i] for i in batch]
+    completions = _answers(backend, [rows[i] for i in batch], [row["answers"] for row in before], config)
     return [
         {
-            "answers": [*known["answers"], one.text],
-            "tokens": [*known["tokens"], one.tokens],
-            "finished": [*known["finished"], one.finished],
+            "answers": [*known["answers"], completion.text],
+            "tokens": [*known["tokens"], completion.tokens],
+            "finished": [*known["finished"], completion.finished],
         }
-        for known, one in zip(before, found, strict=True)
+        for known, completion in zip(before, completions, strict=True)
     ]
 
 
 def _answers(
     backend: Any, rows: Sequence[dict[str, Any]], said: Sequence[list[str]], config: Config
 ) -> list[Completion]:
-    """The next answer of each conversation; rows of one temperature are asked together."""
-    found: dict[int, Completion] = {}
+    """Returns the next answer of each conversation; rows with the same temperature are generated together."""
+    completions: dict[int, Completion] = {}
     temperatures = [0.0 if config.greedy else _TEMPERATURES.get(row["category"], 0.0) for row in rows]
     for temperature in dict.fromkeys(temperatures):
         places = [place for place, one in enumerate(temperatures) if one == temperature]
@@ -279,15 +283,15 @@ def _answers(
             answered = backend.chat([_messages(*one) for one in turns], sampling, seeds)
         else:
             answered = backend.generate([conversation(config.template, *one) for one in turns], sampling, seeds)
-        found |= dict(zip(places, answered, strict=True))
-    return [found[place] for place in range(len(rows))]
+        completions |= dict(zip(places, answered, strict=True))
+    return [completions[place] for place in range(len(rows))]
 
 
 def _messages(turns: Sequence[str], said: Sequence[str]) -> list[dict[str, str]]:
-    told = [{"role": "user", "content": turns[0]}]
+    messages = [{"role": "user", "content": turns[0]}]
     for answer, turn in zip(said, turns[1:], strict=True):
-        told += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
-    return told
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
+    return messages
 
 
 def _seed(seed: int, question: int, turn: int) -> int:
@@ -343,7 +347,7 @@ def _judge(
         timeout_s=config.judge_timeout,
     )
     judge = OpenAIBackend(endpoint)
-    write_atomic(path, predictions.appendable(told))  # without a torn last line, which the first new one would join
+    write_atomic(path, predictions.appendable(told))  # drop an incomplete last line before appending
     with progress(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, judgment in judge.each(lambda key: _ask_judge(judge, wanted[key], config), left):
             known[key] = {**judgment, "key": key}
@@ -351,7 +355,7 @@ def _judge(
             file.flush()
             advance(1)
     found = [known[key] for key in wanted]
-    others = [one for one in told if one["key"] not in wanted]  # of another judge: they are paid for
+    others = [one for one in told if one["key"] not in wanted]  # of another judge: keep them, as they were paid for
     write_atomic(path, predictions.appendable([*others, *found]))
     return found
 

@@ -1,4 +1,4 @@
-"""What the user named on the command line: weights, and what the run that they belong to says of them."""
+"""Resolves the PATH of the command line to weights and the settings of their run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RUN_SECTIONS = ("model", "dataset", "peft", "rho", "optim", "trainer")
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What the user named: weights, and what the run that they belong to says of them."""
+    """The weights that PATH names, and the settings of the run that they belong to."""
 
     weights: str  # a folder or a hub id
     run: Path | None = None
@@ -97,7 +97,7 @@ def resolve_model(name: str, benchmark: str, served: bool = False, base: str | N
 
 
 def run_errors(run: Path, weights: Path) -> list[str]:
-    """What of a run's folder is not as it was written, of all that scoring these weights of it reads.
+    """Returns errors for the files of a run's folder that were changed, among those that scoring these weights reads.
 
     Raises:
         ConfigError: its run.json is broken.
@@ -150,7 +150,7 @@ def _with_base(place: ResolvedModel, base: str | None) -> ResolvedModel:
 
 
 def _known_base(place: ResolvedModel) -> str | None:
-    """The name that a run's config, or an adapter's own, has of its base model; None where there is none to be read."""
+    """Returns the base model's name in the config of a run or an adapter; None if there is none."""
     if place.model is not None:
         return place.model.hub_id
     try:
@@ -161,7 +161,7 @@ def _known_base(place: ResolvedModel) -> str | None:
 
 
 def _beside(name: str, place: ResolvedModel) -> str:
-    """A relative path from the working directory, as PEFT has it, else from the folder of the adapter or of its run."""
+    """Resolves a relative path against the working directory, as PEFT does, or the folder of the adapter or its run."""
     if os.path.isabs(name) or (place.model is not None and place.model.embedded):
         return name
     folders = [os.path.join(folder, name) for folder in (place.weights, place.run) if folder]
@@ -176,7 +176,7 @@ def _beside(name: str, place: ResolvedModel) -> str:
 
 
 def base_errors(place: ResolvedModel, base: str | None) -> list[str]:
-    """Why a base model cannot be where `base` says, or where the run or the adapter does."""
+    """Returns errors if there is no base model at `base`, or where the run or the adapter names it."""
     adapter = (Path(place.weights) / "adapter_config.json").is_file()
     if not (adapter or (place.model is not None and FAMILIES[place.model.family].whole_needs_base)):
         return [f"Invalid base={base}: {place.weights} is no adapter, and reads none; drop it."] if base else []
@@ -192,7 +192,7 @@ def base_errors(place: ResolvedModel, base: str | None) -> list[str]:
 
 
 def _folder_problem(name: str) -> str | None:
-    """Why no model can be there; None for one, and for what may be a hub id."""
+    """Returns why a path holds no model; None if it holds one or may be a hub id."""
     if os.path.isdir(name):
         held = any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", INDEX))
         return None if held else "the folder holds no model"
@@ -202,7 +202,7 @@ def _folder_problem(name: str) -> str | None:
 
 
 def _saved_config(folder: Path) -> dict[str, Any] | None:
-    """config.yaml of a run's folder; None for a folder that is no run's, whatever config.yaml it may have.
+    """Returns config.yaml of a run's folder; None if the folder does not belong to a run.
 
     Raises:
         ConfigError: the folder is a run's, and its config.yaml is broken or lacks a section.
@@ -265,6 +265,6 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
 
 
 def _recorded_base(run: Path) -> str | None:
-    """None before a run has ended, and of one whose record says nothing of it."""
+    """Returns the recorded base; None if the run has not ended or its record has no base."""
     record = _record(run)
     return record.base if record else None

@@ -1,4 +1,4 @@
-"""predictions.jsonl: one row a prompt, written batch by batch, so that a killed evaluation goes on where it stopped."""
+"""predictions.jsonl: one row per prompt, written batch by batch, so that an interrupted evaluation can be resumed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def generate(
     As `collect`; raises its errors.
 
     Args:
-        known: what else a scorer will want to read of each row.
+        known: further columns of each row, for the scorer.
         seeds: one a row where something is drawn; kept in the rows.
     """
     known, done = known or [{}] * len(prompts), 0
@@ -64,7 +64,7 @@ def generate(
         on_progress(rows, total, newest)
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
-        def tell(token: int) -> None:  # a batch can take a minute: its tokens move the bar, too
+        def tell(token: int) -> None:  # a batch can take a minute, so the bar also counts tokens
             on_progress(done + len(batch) * token // (sampling.max_new_tokens + 1), len(prompts), [])
 
         drawn = [seeds[index] for index in batch] if seeds is not None else None
@@ -94,7 +94,7 @@ def generate(
 
 @contextlib.contextmanager
 def _on_token(backend: Generator, report: Callable[[int], None] | None) -> Iterator[None]:
-    """Have the backend report its tokens meanwhile, if it can."""
+    """Makes the backend report its tokens meanwhile, if it supports that."""
     if not hasattr(backend, "on_token"):
         yield
         return
@@ -185,7 +185,7 @@ def collect(
         if on_progress:
             on_progress(len(done), len(asked), [])
         return path
-    if done or os.path.lexists(partial):  # without a torn last line, which an append would run into
+    if done or os.path.lexists(partial):  # drops an incomplete last line before appending
         write_atomic(partial, jsonl(_checked(row, made_by) for row in done.values()))
     write_json(folder / "generation.json", settings | {ROWS_HASH: None})
     path.unlink(missing_ok=True)  # its rows are in the partial file now
@@ -213,7 +213,7 @@ def _answers(
     batch_size: int,
     each: Each | None,
 ) -> Iterator[tuple[Sequence[int], Sequence[Mapping[str, Any]] | None]]:
-    """Batches of `order` with what is added to their rows; None for one whose rows are all done."""
+    """Yields batches of `order` with the columns added to their rows; None for a batch whose rows are all finished."""
     if each:
         for index, answers in each(lambda i: answer([i]), [i for i in order if i not in done]):
             yield [index], answers
@@ -224,7 +224,7 @@ def _answers(
 
 
 def write_sealed(folder: Path, rows: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
-    """Write finished answers, and generation.json with what made them and their hash; returns the answers' path."""
+    """Writes finished answers, and generation.json with their settings and hash; returns the path of the answers."""
     content = jsonl(rows).encode()
     write_json(folder / "generation.json", {**settings, ROWS_HASH: hashlib.sha256(content).hexdigest()})
     path = folder / "predictions.jsonl"
@@ -244,7 +244,7 @@ def _checksum(row: Mapping[str, Any], made_by: str = "appended") -> str:
 
 
 def _checked(row: Mapping[str, Any], made_by: str) -> dict[str, Any]:
-    """The row with a hash of itself and of what made it."""
+    """Returns the row with a hash of its contents and of the settings that generated it."""
     return {**row, _CHECK: _checksum(row, made_by)}
 
 
@@ -255,7 +255,7 @@ def _finished_rows(
     asked: Sequence[Mapping[str, Any]],
     fields: Fields,
 ) -> tuple[dict[int, dict[str, Any]], bool]:
-    """Rows that are there, and whether they are those of a finished file whose hash is right."""
+    """Returns the existing rows, and whether they are those of a finished file with a valid hash."""
     problem, manifest = _origin_problem(folder, settings)
     rows: dict[int, dict[str, Any]] = {}
     complete = False
@@ -301,7 +301,7 @@ def free_name(path: Path) -> Path:
 def _whole_lines(
     path: Path, asked: Sequence[Mapping[str, Any]], fields: Fields, made_by: str | None
 ) -> list[dict[str, Any]] | None:
-    """Rows of a file whose last line may be torn; None when any other is not one that answers what is asked.
+    """Returns the rows of a file whose last line may be incomplete; None if any other line does not match its prompt.
 
     Args:
         made_by: what the rows' checks must say; None: of a finished file, whose rows have none.
@@ -337,7 +337,7 @@ def _parse_line(line: bytes) -> Any:
 
 
 def appendable(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Lines of a file that is written row by row, each with a hash of itself."""
+    """Returns the lines of a file that is written row by row, each with a hash of its contents."""
     return jsonl({**row, _CHECK: _checksum(row)} for row in rows)
 
 
@@ -389,7 +389,7 @@ def score_file(path: Path, fields: Fields, score: Callable[[list[dict[str, Any]]
 
 
 def read(path: Path, fields: Fields = GENERATED) -> list[dict[str, Any]]:
-    """Rows of a finished predictions file, each of them whole and in its place.
+    """Returns the rows of a finished predictions file, after checking each of them.
 
     Raises:
         ConfigError: the file is not there, or broken.

@@ -72,10 +72,10 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 
 
 def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
-    """See to it that every row says which answers are accepted.
+    """Checks that every row lists its accepted answers.
 
     Raises:
-        ConfigError: one does not; `source` says in the error where the rows are from.
+        ConfigError: a row does not; the error names `source`, where the rows are from.
     """
     broken = [number for number, row in enumerate(rows, start=1) if not _has_answers(row)]
     if broken:

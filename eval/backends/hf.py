@@ -2,7 +2,7 @@
 
 Greedy is the largest logit at every step, whatever the model's own generation_config.json asks for (a repetition
 penalty, suppressed tokens, sampling). At a temperature each row draws from a generator of its own seed, so that its
-answer does not hang on the rows beside it, and a resumed evaluation goes on as it would have.
+answer is independent of the rest of the batch, and a resumed evaluation gives the same answers.
 """
 
 from __future__ import annotations
@@ -187,20 +187,20 @@ class HFBackend(TokenizedBackend):
 def adapted_model(model: nn.Module) -> nn.Module:
     """The model itself, with the layers that PEFT put into it.
 
-    AdaLoRA's wrapper adds a penalty of its training wherever there are labels, and fails where the adapter is loaded to
-    answer alone.
+    AdaLoRA's wrapper adds its training penalty whenever there are labels, which fails if the adapter was loaded for
+    inference.
     """
     wrapped = isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
     return model.base_model.model if wrapped else model
 
 
 def _contiguous(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The last places of hidden states are a view, for which torch would copy the head's weight once a row."""
+    """Makes hidden states contiguous: for a view, torch would copy the head's weight once per row."""
     return (arguments[0].contiguous(), *arguments[1:])
 
 
 class TokenCounter(BaseStreamer):
-    """Reports the number of each token of a batch as it is made."""
+    """Reports the index of each token of a batch as it is generated."""
 
     def __init__(self, report: Callable[[int], None]) -> None:
         self.report, self.tokens = report, -1  # what `generate` streams first is the prompt
@@ -215,7 +215,7 @@ class TokenCounter(BaseStreamer):
 
 
 def context_of(model: nn.Module) -> Context | None:
-    """What a model's positions reach to; None where they are relative, or unbounded."""
+    """Returns the number of positions of a model; None if they are relative or unbounded."""
     if tables := position_tables(model):
         return Context(min(tables.values()), "learned")
     trained = rotary_positions(model)
@@ -223,7 +223,7 @@ def context_of(model: nn.Module) -> Context | None:
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a row at the token that completes a stop in its own answer, whatever its prompt ends in.
+    """Ends a row at the token that completes a stop text in its answer, whatever its prompt ends in.
 
     Args:
         start: places of `input_ids` that are no answer's.

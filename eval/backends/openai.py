@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 
 class EndpointError(OSError):
-    """The endpoint cannot be used, or not for now: what was asked and why it failed."""
+    """The endpoint cannot be used, perhaps temporarily; the message names the request and the reason."""
 
     def __init__(self, message: str) -> None:
         super().__init__(masked(message))
@@ -53,7 +53,7 @@ class EndpointError(OSError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask, and how hard.
+    """Address, model and request limits of an endpoint.
 
     `url` ends in /v1; `key_variable` names the environment variable with its key, None: as `wire.key_of` says.
     """
@@ -111,7 +111,7 @@ class OpenAIBackend:
         weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     def describe(self) -> dict[str, Any]:
-        """Without the address: a server that moved is the same model."""
+        """Omits the address: a server that moved still has the same model."""
         return {
             "backend": "openai",
             "model": self.endpoint.model,
@@ -285,7 +285,7 @@ class OpenAIBackend:
 
 
 class _NoAnswer(Exception):
-    """A reply of the right status without what was asked for."""
+    """A successful reply without an answer."""
 
 
 class _NoWords(_NoAnswer):
@@ -331,7 +331,7 @@ _NAMED = re.compile(r"['`\"](\w+)['`\"]|\b(?:(?:support )?(?:parameter|argument)
 
 
 def _complaint(error: openai.APIStatusError) -> str:
-    """What a server says is wrong, and where; not what it repeats of the request."""
+    """Returns the server's error text and location, without what it repeats of the request."""
     body = _body(error)
     details = body.get("detail") if isinstance(body, Mapping) else None
     if not isinstance(details, list):
@@ -374,19 +374,19 @@ def _seed(seeds: Sequence[int] | None, index: int) -> dict[str, int]:
     return {} if seeds is None else {"seed": seeds[index] % (1 << 31)}
 
 
-def _completion(found: Any, text_of: Callable[[Any], str | None], sampling: Sampling) -> Completion:
+def _completion(reply: Any, text_of: Callable[[Any], str | None], sampling: Sampling) -> Completion:
     try:
-        choice = found.choices[0]
+        choice = reply.choices[0]
         text = text_of(choice)
         ended = choice.finish_reason
     except (AttributeError, IndexError, TypeError) as error:
-        raise _NoAnswer(f"a reply without an answer ({str(found)[:100]!r})") from error
+        raise _NoAnswer(f"a reply without an answer ({str(reply)[:100]!r})") from error
     if not text and ended == "content_filter":
         raise _Filtered("the server's filter ends the answer before its first word")
     if not isinstance(text, str):
         raise (_NoWords if text is None else _NoAnswer)("a reply whose answer is no text")
     text, stopped = sampling.cut(text)
-    tokens = getattr(getattr(found, "usage", None), "completion_tokens", None)
+    tokens = getattr(getattr(reply, "usage", None), "completion_tokens", None)
     return Completion(text, tokens if isinstance(tokens, int) else 0, ended == "stop" or stopped)
 
 

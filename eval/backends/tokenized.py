@@ -153,7 +153,7 @@ _BEYOND = {
 
 def end_ids(*declared: int | Iterable[int] | None) -> frozenset[int]:
     """All end-of-sequence ids of a tokenizer and a generation config, which may have one, several or none."""
-    found: set[int] = set()
-    for one in declared:
-        found |= set() if one is None else {one} if isinstance(one, int) else set(one)
-    return frozenset(found)
+    ids: set[int] = set()
+    for end in declared:
+        ids |= set() if end is None else {end} if isinstance(end, int) else set(end)
+    return frozenset(ids)

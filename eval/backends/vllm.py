@@ -117,8 +117,8 @@ class VLLMBackend(TokenizedBackend):
             for seed in drawn
         ]
         asked = [{"prompt_token_ids": ids} for ids in prompts]
-        found = self.llm.generate(asked, options, lora_request=self._adapter, use_tqdm=False)
-        outputs = [one.outputs[0] for one in found]
+        request_outputs = self.llm.generate(asked, options, lora_request=self._adapter, use_tqdm=False)
+        outputs = [request_output.outputs[0] for request_output in request_outputs]
         return [self._said(*pair, sampling) for pair in zip(prompts, outputs, strict=True)]
 
     def _said(self, prompt: list[int], output: Any, sampling: Sampling) -> Completion:

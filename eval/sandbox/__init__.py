@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run behind walls: what they return is compared, whatever else they do stays inside.
+"""Runs programs that a model wrote in a sandbox: only what they return leaves it, to be compared.
 
 Each program gets a process of its own, without network, environment or capabilities; its memory, time, files and
 threads are limited. It makes the system calls of `calls.py` and no others: it starts no process, so that nothing is
@@ -50,7 +50,7 @@ _FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """Resource limits of one program."""
 
     seconds: float = 10.0  # of CPU time, start and tests included; asleep it may be as long again
     memory: int = 1024 * _MIB  # of address space, in all: a program is one process; its tests have as much
@@ -70,7 +70,7 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Whether the tests passed; else why not, as the program or its tests put it."""
+    """Whether the tests passed; if not, the error of the program or its tests."""
 
     passed: bool
     error: str
@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Walls:
-    """What this machine can do to keep a program in."""
+    """The isolation mechanisms that this machine supports."""
 
     namespaces: bool
     landlock: int  # its version, 0 without
@@ -97,10 +97,10 @@ class Walls:
 
 @functools.cache
 def walls() -> Walls:
-    """Those that hold here, each tried on a program of ours.
+    """Returns the mechanisms that work on this machine, each tested with a program.
 
     Raises:
-        ConfigError: files or the network cannot be kept from a program on this machine; with what it would take.
+        ConfigError: this machine cannot isolate a program from files or the network; the message says what is needed.
     """
     errors = []
     if sys.platform != "linux":
@@ -136,7 +136,7 @@ _TRIAL = Task(
 
 
 def run(task: Task, limits: Limits | None = None) -> Outcome:
-    """Run the tests on a program; nothing of it is left when this returns.
+    """Runs the tests on a program; all its processes and files are gone when this returns.
 
     Raises:
         ConfigError: as `walls`.
@@ -193,7 +193,7 @@ _room = _Room()
 
 
 class _KilledEarly(OSError):
-    """A process was killed before there was a program in it."""
+    """A process was killed before the program started."""
 
 
 def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
@@ -265,7 +265,7 @@ def _attempt(task: Task, limits: Limits, held: Walls) -> tuple[Outcome, bool]:
 
 
 def _was_killed(processes: list[subprocess.Popen]) -> bool:
-    """Whether one of them was, by somebody else or by itself; one that is ending is waited for, briefly."""
+    """Whether one of the processes was killed; waits briefly for those that are ending."""
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_LOOK_S if _is_ending(process.pid) else 0)
@@ -312,7 +312,7 @@ def _granted() -> list[str]:
 
 
 def _start(role: str, handles: list[int], work: str) -> subprocess.Popen:
-    """A process with nothing of this one's but the pipes."""
+    """Starts a process that inherits only the pipes."""
     return subprocess.Popen(
         [sys.executable, "-I", "-B", str(_INSIDE), role, *map(str, handles)],
         stdin=subprocess.PIPE,
@@ -333,7 +333,7 @@ def _send(process: subprocess.Popen, order: Mapping[str, Any]) -> None:
 
 
 def _hear(handle: int, clock: Clock, seconds: float) -> dict[str, Any] | None:
-    """The verdict; {} when the checker ended without one, None when it is out of time, awake, asleep or on disk."""
+    """Returns the verdict; {} if the checker ended without one, None if it ran out of time (CPU, sleep or disk)."""
     data = b""
     while max(clock.cpu, clock.asleep, clock.on_disk / _DISK_PATIENCE) <= seconds:
         if not select.select([handle], [], [], min(_LOOK_S, seconds))[0]:
@@ -347,7 +347,7 @@ def _hear(handle: int, clock: Clock, seconds: float) -> dict[str, Any] | None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill a process, which has no others."""
+    """Kills a process, which has no children."""
     process.kill()
     process.wait()
     if process.stdin:

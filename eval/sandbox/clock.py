@@ -1,4 +1,4 @@
-"""What processes have spent: CPU time, time asleep, waiting for a disk, and ready while others had the cores."""
+"""Time that processes spent on CPU, asleep, waiting for a disk, and ready but waiting for a core."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 class Clock:
-    """Of some processes together, from its making on; `look` brings it up to date.
+    """Measures the time of a group of processes from its creation; `look` updates it.
 
     Attributes:
         cpu: seconds of CPU time, of all threads.
@@ -40,7 +40,7 @@ class Clock:
         self._settled = now, self.cpu, waited
 
     def _states_of(self, pid: int) -> set[bytes]:
-        """What its threads do: R for one that runs or is ready to, D for one that waits for a disk, and others."""
+        """Returns the states of its threads: R for running or ready, D for waiting for a disk, and others."""
         states = set()
         for folder in _threads(pid):
             try:

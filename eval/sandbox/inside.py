@@ -267,8 +267,8 @@ def decode(told, follow=None):
     if kind == "iterator":
         return follow(value)
     if kind == "dict":
-        return {decode(key, follow): decode(one, follow) for key, one in value}
-    items = [decode(one, follow) for one in value]
+        return {decode(key, follow): decode(item, follow) for key, item in value}
+    items = [decode(item, follow) for item in value]
     if kind == "keys":
         return dict.fromkeys(items).keys()
     if kind == "values":
