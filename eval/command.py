@@ -149,18 +149,18 @@ def _report_failure(error: Exception, remedy: str) -> int:
     return 1
 
 
-def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
+def score_path(name: str, words: Sequence[str]) -> dict[str, Any]:
     """Generates the answers that are missing and scores all; returns the score.
 
     Raises:
         ConfigError: all errors of settings, path, device, rows and output folder, before a model is loaded.
     """
-    module = benchmarks.BENCHMARKS[benchmark]
+    benchmark = benchmarks.BENCHMARKS[name]
     if not words or words[0].startswith("-") or "=" in words[0]:
         given = f" before {words[0]}" if words else ""
         raise ConfigError(
             [
-                f"Missing PATH{given}: python -m eval.{benchmark} PATH [key=value ...] scores what it names; --help "
+                f"Missing PATH{given}: python -m eval.{name} PATH [key=value ...] scores what it names; --help "
                 "tells more."
             ]
         )
@@ -169,11 +169,11 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
         f"Cannot read {word!r}: it is no UTF-8; rename the file, or mend it." for word in words if not is_text(word)
     ]:
         raise ConfigError(broken)
-    target, given, word_errors = _parse_words(module, words[1:])
+    target, given, word_errors = _parse_words(benchmark, words[1:])
 
     def resolve() -> ResolvedModel:
         served = target is not None and target.backend == "openai"
-        return resolve_model(words[0], benchmark, served, None if target is None else target.base)
+        return resolve_model(words[0], name, served, None if target is None else target.base)
 
     def check_words() -> None:
         if word_errors:
@@ -190,25 +190,25 @@ def score_path(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(errors)
 
     def configure() -> Section:
-        return _config(module, resolve, given)
+        return _config(benchmark, resolve, given)
 
     # A step that needs an earlier step repeats it. `gather` reports the errors of all steps together, each only once.
     place, _, _, _, config, folder, device, rows = gather(
         resolve,
         check_base,
-        lambda: _check_kind(module, given_target(), given, resolve),
+        lambda: _check_kind(benchmark, given_target(), given, resolve),
         check_words,
         configure,
-        lambda: _output_folder(words[0], given_target(), given, resolve, benchmark),
+        lambda: _output_folder(words[0], given_target(), given, resolve, name),
         lambda: _choose_device(given_target()),
-        lambda: _rows(Command(module, given_target(), given, resolve, configure)),
+        lambda: _rows(Command(benchmark, given_target(), given, resolve, configure)),
     )
     if target.score_only and not folder.is_dir():  # reported as an error, without creating the folder
-        return module.score_file(folder / "predictions.jsonl", config)
+        return benchmark.score_file(folder / "predictions.jsonl", config)
     with _in_use(folder, place.run):
         if target.score_only:
-            return module.score_file(folder / "predictions.jsonl", config)
-        return evaluate(benchmark, _backend(place, target, device, config.batch_size, module), rows, folder, config)
+            return benchmark.score_file(folder / "predictions.jsonl", config)
+        return evaluate(name, _backend(place, target, device, config.batch_size, benchmark), rows, folder, config)
 
 
 @contextlib.contextmanager
@@ -457,7 +457,7 @@ def _check_kind(
 
 
 def _rows(command: Command) -> Sequence[Any]:
-    return [] if command.target.score_only else KINDS[command.module.kind].rows(command)
+    return [] if command.target.score_only else KINDS[command.benchmark.kind].rows(command)
 
 
 def _backend(

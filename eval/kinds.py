@@ -37,13 +37,13 @@ class Command:
     """A command line that scores something.
 
     Args:
-        module: the benchmark.
+        benchmark: what is scored.
         target: the settings that all benchmarks share.
         given: the benchmark's own settings as given.
         resolve, configure: return the model and the benchmark's settings; each may raise a ConfigError.
     """
 
-    module: Benchmark
+    benchmark: Benchmark
     target: Target
     given: Mapping[str, Any]
     resolve: Callable[[], ResolvedModel]
@@ -88,7 +88,7 @@ class Text(BenchmarkKind):
     of_pictures = False
 
     def rows(self, command: Command) -> Sequence[Any]:
-        module, data_root = command.module, command.target.data_root
+        benchmark, data_root = command.benchmark, command.target.data_root
         path = _rows_file(command)
         if path:
             unread = {"data_root": data_root, "template": command.given.get("template")}
@@ -99,11 +99,11 @@ class Text(BenchmarkKind):
             ]:
                 raise ConfigError(errors)
             rows, source = read_jsonl(path), str(path)
-            typed_columns(rows, module.row_columns, source)
+            typed_columns(rows, benchmark.row_columns, source)
         else:
             data_root = data_root or command.resolve().data_root
-            rows, source = module.benchmark_rows(data_root, command.configure()), "the benchmark's own rows"
-        module.check_rows(rows, source, command.configure())
+            rows, source = benchmark.benchmark_rows(data_root, command.configure()), "the benchmark's own rows"
+        benchmark.check_rows(rows, source, command.configure())
         return rows
 
 
@@ -115,10 +115,10 @@ def _rows_file(command: Command) -> Path | None:
     if rows:
         path = Path(rows)
         if not path.is_file():
-            columns = " and ".join(command.module.row_columns)
+            columns = " and ".join(command.benchmark.row_columns)
             raise ConfigError([f"Invalid rows={path}: no such file; name a .jsonl file with {columns}."])
         return path
-    run = None if command.module.own_rows else command.resolve().run
+    run = None if command.benchmark.own_rows else command.resolve().run
     if run is None:
         return None
     path = run / "test.jsonl"
@@ -138,18 +138,18 @@ class Image(BenchmarkKind):
     needs_run = True
 
     def rows(self, command: Command) -> Sequence[Any]:
-        module, target, place, config = command.module, command.target, command.resolve(), command.configure()
-        if place.run is None or not trains_on(place.model.family, module.kind):
+        benchmark, target, place, config = command.benchmark, command.target, command.resolve(), command.configure()
+        if place.run is None or not trains_on(place.model.family, benchmark.kind):
             return []  # which the command reports
         unread = ["data_root"] if target.rows and target.data_root else []
-        if not module.row_columns:  # the benchmark has pictures of its own
+        if not benchmark.row_columns:  # the benchmark has pictures of its own
             unread = [key for key in ("rows", "data_root") if getattr(target, key)]
         if unread:
             raise ConfigError([f"Invalid {' and '.join(unread)}: the pictures are known without; leave the key out."])
         classes, rows, source = Classes.of_run(place.run).names, [], "the benchmark's own pictures"
-        if module.row_columns:
+        if benchmark.row_columns:
             if target.rows:
-                images, count = read_listed(Path(target.rows), *module.row_columns), None
+                images, count = read_listed(Path(target.rows), *benchmark.row_columns), None
             else:
                 images, count = _test_split(place.dataset, target.data_root or place.data_root)
             if message := name_error(images, classes, "the run's classes.json"):
@@ -159,7 +159,7 @@ class Image(BenchmarkKind):
             source, places = images.source, range(min(len(images.labels), count or len(images.labels)))
             processor = load_image_processor(place.model)
             rows = ImageRows(images, np.array(places), processor, check_images(images, places))
-        module.check_rows(rows, source, config, classes=classes)
+        benchmark.check_rows(rows, source, config, classes=classes)
         return rows
 
 
@@ -182,7 +182,7 @@ class Captioned(BenchmarkKind):
     does, needs = "makes pictures and has no words", "a text-to-image model"
 
     def rows(self, command: Command) -> Sequence[Any]:
-        module, target, place, config = command.module, command.target, command.resolve(), command.configure()
+        benchmark, target, place, config = command.benchmark, command.target, command.resolve(), command.configure()
         if target.rows:
             raise ConfigError(
                 [
@@ -191,12 +191,12 @@ class Captioned(BenchmarkKind):
                 ]
             )
         rows: Sequence[Any] = []
-        if place.run is not None and trains_on(place.model.family, module.kind):
+        if place.run is not None and trains_on(place.model.family, benchmark.kind):
             rows = pictures_of_run(place.run, place.dataset, target.data_root or place.data_root)
         model = place.model or model_of(place.weights)
         gather(
-            lambda: module.check_settings(config, model),
-            lambda: module.check_rows(rows, "the run's training pictures", config, model=model),
+            lambda: benchmark.check_settings(config, model),
+            lambda: benchmark.check_rows(rows, "the run's training pictures", config, model=model),
         )
         return rows
 
