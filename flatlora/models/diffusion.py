@@ -30,6 +30,7 @@ from flatlora.inputs.rows import hub_is_reachable
 from flatlora.models.hashes import part_sha256
 from flatlora.models.sources import NO_FOREIGN_CODE, count_errors, hub_errors, load_whole
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.files import write_atomic
 from flatlora.utils.precision import choose_precision, hold_as_computed, stored_dtype
 
 logger = logging.getLogger(__name__)
@@ -607,6 +608,21 @@ def export_adapter(folder: Path) -> None:
         described[f"{part}_lora_adapter_metadata"] = kept | {"target_modules": targets}
     with _quiet_diffusers():
         diffusers.StableDiffusionXLPipeline.save_lora_weights(folder, **layers, **described)
+    _sort_metadata(folder / "pytorch_lora_weights.safetensors")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in the header of a safetensors file: the library writes them in random order.
+
+    Without it the same adapter would have other bytes in each run.
+    """
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
+    write_atomic(path, len(text).to_bytes(8, "little") + text + content[end:])
 
 
 _EXPORTED = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules")

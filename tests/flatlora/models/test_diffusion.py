@@ -407,6 +407,26 @@ def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_
         torch.testing.assert_close(drew, ours, rtol=1e-4, atol=1e-4)
 
 
+def test_the_export_for_diffusers_has_the_same_bytes_each_time(tmp_path):
+    """safetensors writes metadata in random order, so that one pair of files in two would differ."""
+    config = config_of()
+    model, section = adapted(config)
+    methods.ADAPTERS["lora"].save(model, section, tmp_path, Start(0))
+    exported = tmp_path / "pytorch_lora_weights.safetensors"
+    contents = set()
+    for _ in range(8):
+        loading.complete_adapter(config, tmp_path)
+        contents.add(exported.read_bytes())
+        exported.unlink()
+    assert len(contents) == 1
+    (content,) = contents
+    assert (int.from_bytes(content[:8], "little")) % 8 == 0  # aligned, as the format asks
+    exported.write_bytes(content)
+    assert load_file(exported).keys() == {
+        name.removeprefix("base_model.model.") for name in load_file(tmp_path / "adapter_model.safetensors")
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
