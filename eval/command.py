@@ -17,6 +17,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 import eval as benchmarks
+from eval import predictions
 from eval.backends import Backend, Generator, ImageBackend, wire
 from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
@@ -251,6 +252,8 @@ def evaluate(
 
     try:
         score = benchmarks.BENCHMARKS[benchmark].run(backend, rows, folder, config, on_progress=show)
+        for problem in predictions.incomplete(score["metrics"]):
+            logger.warning("%s: %s.", benchmark, problem)
         if adapted := getattr(backend, "adapted", None):
             write_json(folder / "adapted.json", adapted)
         return score

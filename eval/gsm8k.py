@@ -275,8 +275,7 @@ def score(rows: Sequence[dict[str, Any]], parser: str = "strict") -> dict[str, A
             HEADLINE: shares[parser],
             **shares,
             "unparsed": unparsed / total if total else None,
-            "unfinished": sum(not row["finished"] for row in rows) / total if total else None,
-            "mean_tokens": sum(row["tokens"] for row in rows) / total if total else None,
+            **predictions.answer_counts(rows),
         },
     }
 

@@ -145,14 +145,12 @@ def score(rows: Sequence[dict[str, Any]], passed: Sequence[bool], ks: Sequence[i
     groups: dict[str, list[bool]] = defaultdict(list)
     for row, right in zip(rows, passed, strict=True):
         groups[row["task_id"]].append(right)
-    total = len(rows)
     metrics: dict[str, Any] = {"n": len(groups)}
     for k in ks:
         shares = [pass_at_k(len(found), sum(found), k) for found in groups.values()]
         metrics[f"pass@{k}"] = sum(shares) / len(shares) if shares else None
-    metrics["samples"] = total
-    metrics["unfinished"] = sum(not row["finished"] for row in rows) / total if total else None
-    metrics["mean_tokens"] = sum(row["tokens"] for row in rows) / total if total else None
+    metrics["samples"] = len(rows)
+    metrics |= predictions.answer_counts(rows)
     return {"scorer": f"humaneval/{SCORER_VERSION}", "n": len(groups), "metrics": metrics}
 
 

@@ -122,7 +122,7 @@ def score(rows: Sequence[dict[str, Any]], judgments: Sequence[Mapping[str, Any]]
     """Mean rating over all answers, by turn and by category.
 
     Args:
-        rows: {"question_id", "category"} each.
+        rows: {"question_id", "category", "finished", "tokens"} each, the last two lists of one entry a turn.
         judgments: {"question_id", "turn", "rating"}; a rating of None is counted apart.
     """
     categories = {row["question_id"]: row["category"] for row in rows}
@@ -137,7 +137,17 @@ def score(rows: Sequence[dict[str, Any]], judgments: Sequence[Mapping[str, Any]]
     for category in dict.fromkeys(categories.values()):
         metrics[category] = mean([one["rating"] for one in rated if categories[one["question_id"]] == category])
     metrics["unrated"] = len(judgments) - len(rated)
+    metrics |= predictions.answer_counts([answer for row in rows for answer in _single_answers(row)])
     return {"scorer": f"mt_bench/{SCORER_VERSION}", "n": len(rows), "metrics": metrics}
+
+
+def _single_answers(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row's answers as rows of their own, for `predictions.answer_counts`."""
+    refusals = row.get("refusals", {})
+    return [
+        {"finished": finished, "tokens": tokens, **({"refusal": refusals[str(turn)]} if str(turn) in refusals else {})}
+        for turn, (finished, tokens) in enumerate(zip(row["finished"], row["tokens"], strict=True))
+    ]
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
@@ -262,27 +272,44 @@ def _next_answers(
             "answers": [*known["answers"], completion.text],
             "tokens": [*known["tokens"], completion.tokens],
             "finished": [*known["finished"], completion.finished],
+            **_refusals(known, completion),
         }
         for known, completion in zip(before, completions, strict=True)
     ]
 
 
+def _refusals(known: Mapping[str, Any], completion: Completion) -> dict[str, dict[str, str]]:
+    """{"refusals": {turn, counted from 0: why an endpoint did not answer it}} if there are any."""
+    refusals = dict(known.get("refusals", {}))
+    if completion.refusal:
+        refusals[str(len(known["answers"]))] = completion.refusal
+    return {"refusals": refusals} if refusals else {}
+
+
 def _answers(
     backend: Any, rows: Sequence[dict[str, Any]], said: Sequence[list[str]], config: Config
 ) -> list[Completion]:
-    """Returns the next answer of each conversation; rows with the same temperature are generated together."""
+    """Returns the next answer of each conversation; rows with the same temperature are generated together.
+
+    A first answer can have more tokens as part of a prompt than it was generated with. If it leaves too few of a
+    model's learned positions, the second answer gets fewer tokens than `max_new_tokens`.
+    """
     completions: dict[int, Completion] = {}
     temperatures = [0.0 if config.greedy else _TEMPERATURES.get(row["category"], 0.0) for row in rows]
     for temperature in dict.fromkeys(temperatures):
         places = [place for place, one in enumerate(temperatures) if one == temperature]
         stop = () if config.template == "chat" else ("\n### Instruction:", "\nQ: ")
-        sampling = Sampling(config.max_new_tokens, temperature, stop=stop)
         seeds = [_seed(config.seed, rows[place]["question_id"], len(said[place])) for place in places]
         turns = [(rows[place]["turns"][: len(said[place]) + 1], said[place]) for place in places]
         if config.template == "chat":
-            answered = backend.chat([_messages(*one) for one in turns], sampling, seeds)
+            ask, length_of = backend.chat, getattr(backend, "chat_length", len)
+            prompts: list[Any] = [_messages(*one) for one in turns]
         else:
-            answered = backend.generate([conversation(config.template, *one) for one in turns], sampling, seeds)
+            ask, length_of = backend.generate, backend.prompt_length
+            prompts = [conversation(config.template, *one) for one in turns]
+        left = backend.tokens_left(list(map(length_of, prompts))) if hasattr(backend, "tokens_left") else None
+        most = config.max_new_tokens if left is None or left < 1 else min(left, config.max_new_tokens)
+        answered = ask(prompts, Sampling(most, temperature, stop=stop), seeds)
         completions |= dict(zip(places, answered, strict=True))
     return [completions[place] for place in range(len(rows))]
 

@@ -279,6 +279,9 @@ def _finished_rows(
     return rows, complete
 
 
+_LATER_KEYS = ("tokenizer", "settings")
+
+
 def _origin_problem(folder: Path, settings: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
     """Why what lies there was made otherwise, None where it was not; and the record with the hash, where it has one."""
     try:
@@ -287,7 +290,8 @@ def _origin_problem(folder: Path, settings: dict[str, Any]) -> tuple[str | None,
         return "has a broken generation.json, which says not what made it", None
     if made is None:
         return "has no generation.json that says what made it", None
-    if {key: value for key, value in made.items() if key != ROWS_HASH} != settings:
+    unknown = {key: settings[key] for key in _LATER_KEYS if key in settings}  # what earlier versions did not record
+    if unknown | {key: value for key, value in made.items() if key != ROWS_HASH} != settings:
         return "was made by another model, settings or prompts", None
     return None, made if ROWS_HASH in made else None
 
@@ -386,6 +390,38 @@ def score_file(path: Path, fields: Fields, score: Callable[[list[dict[str, Any]]
     result = score(read(path, fields))
     write_json(path.with_name("score.json"), result)
     return result
+
+
+def answer_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Metrics that every benchmark of generated answers has: answers without an end, refused ones, and their length.
+
+    Args:
+        rows: {"finished", "tokens"} each; "refusal" where an endpoint does not answer.
+
+    Returns:
+        {"unfinished", "mean_tokens"}, and "refused" if there are any: shares of the rows, and tokens.
+    """
+    total, refused = len(rows), sum("refusal" in row for row in rows)
+
+    def share(count: float) -> float | None:
+        return count / total if total else None
+
+    return {
+        "unfinished": share(sum(not row["finished"] and "refusal" not in row for row in rows)),
+        **({"refused": share(refused)} if refused else {}),
+        "mean_tokens": share(sum(row["tokens"] for row in rows)),
+    }
+
+
+def incomplete(metrics: Mapping[str, Any]) -> list[str]:
+    """One phrase for each way in which answers behind these metrics are not whole; empty if all are."""
+    return [f"{metrics[name]:.1%} of the answers {what}" for name, what in _INCOMPLETE.items() if metrics.get(name)]
+
+
+_INCOMPLETE = {
+    "unfinished": "were cut at max_new_tokens (unfinished) and are scored as they are",
+    "refused": "were refused by the endpoint and count as wrong",
+}
 
 
 def read(path: Path, fields: Fields = GENERATED) -> list[dict[str, Any]]:

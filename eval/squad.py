@@ -60,8 +60,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         HEADLINE: mean([max(compute_f1(answer, text) for answer in row["answers"]) for row, text in pairs]),
         "exact_match": mean([max(compute_exact(answer, text) for answer in row["answers"]) for row, text in pairs]),
         "unanswered": mean([not text for text in said]),
-        "unfinished": mean([not row["finished"] for row in rows]),
-        "mean_tokens": mean([row["tokens"] for row in rows]),
+        **predictions.answer_counts(rows),
     }
     return {"scorer": f"squad/{SCORER_VERSION}", "n": total, "metrics": metrics}
 

@@ -112,6 +112,7 @@ class Cell(NamedTuple):
     paths: list[Path]
     paper: float | None
     paper_spread: float | None = None
+    incomplete: str = ""  # what of the answers behind the values was cut, refused or not rated
 
     @property
     def mean(self) -> float | None:
@@ -282,6 +283,8 @@ def _records_below(results: Path) -> tuple[list[Path], list[str]]:
             folders[:] = [name for name in folders if name not in NOT_RUNS]
         if RECORD_FILE in (*folders, *names):
             paths.append(Path(parent, RECORD_FILE))
+        elif "metrics.jsonl" in names and "config.yaml" in names:
+            problems.append(f"{parent} has no {RECORD_FILE}: the run has not ended, or its record was deleted.")
     return sorted(paths), problems
 
 
@@ -366,7 +369,13 @@ def make(
                 by_seed, paths, doubled = _one_a_seed(matches, column)
                 problems += doubled
                 numbers = (published.values, published.spreads) if published else ({}, {})
-                cells[row, key] = Cell(by_seed, paths, *(by_row.get(row, {}).get(key) for by_row in numbers))
+                shown = [run.metrics for run in matches if run.path in paths]
+                cells[row, key] = Cell(
+                    by_seed,
+                    paths,
+                    *(by_row.get(row, {}).get(key) for by_row in numbers),
+                    _incomplete(shown, column.metric.partition("/")[0]),
+                )
         made.append(TableData(name, layout, published, cells, best_rows(layout, cells)))
     return made, list(dict.fromkeys(problems))
 
@@ -424,6 +433,23 @@ def _one_a_seed(runs: Sequence[Run], column: Column) -> tuple[dict[int, float], 
         by_seed[seed] = values.pop() * column.scale
         paths.append(same[-1].path)
     return by_seed, paths, problems
+
+
+_INCOMPLETE = {
+    "unfinished": "{:.1%} of the answers cut at max_new_tokens",
+    "refused": "{:.1%} refused by the endpoint",
+    "unrated": "{:g} not rated by the judge",
+}
+
+
+def _incomplete(runs: Sequence[Mapping[str, float]], benchmark: str) -> str:
+    """What was cut, refused or left unrated of a benchmark's answers, as the mean over runs; "" if nothing was."""
+    phrases = []
+    for metric, phrase in _INCOMPLETE.items():
+        values = [metrics.get(f"{benchmark}/{metric}", 0.0) for metrics in runs]
+        if any(values):
+            phrases.append(phrase.format(statistics.fmean(values)))
+    return ", ".join(phrases)
 
 
 def _unplaced(name: str, layout: Layout, published: Published | None) -> list[str]:

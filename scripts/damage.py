@@ -503,6 +503,7 @@ def _own_cache(folder: Path) -> Iterator[None]:
 
 if __name__ == "__main__":
     begun = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children and folders are removed
     code = main()
     print(f"{time.monotonic() - begun:.0f} s")
     sys.exit(code)

@@ -136,10 +136,11 @@ def _experiment(run: Path, data_root: str | None) -> Experiment:
         ConfigError: the run is not finished, has no adapter or model, or its weights are packed.
     """
     record = RunFolder(run).record
-    if record is None or not record.is_finished or not os.path.isdir(run / "adapter"):
-        raise ConfigError(
-            [f"Invalid run {run}: it must be finished and have its adapter/; finish it, or name another."]
-        )
+    if record is None:
+        raise ConfigError([f"Invalid run {run}: it has no run.json; finish it with resume=true, or name another."])
+    if not record.is_finished or not os.path.isdir(run / "adapter"):
+        problem = "has no adapter/" if record.is_finished else f"is {record.status}"
+        raise ConfigError([f"Invalid run {run}: it {problem}; finish it with resume=true, or name another."])
     if damage := record.file_damage(run, lambda name: name.startswith(("adapter/", "classes.json"))):
         raise ConfigError([f"Invalid run {run}: {'; '.join(damage)}; restore it by its command with resume=true."])
     experiment = parse(record.experiment, run_exp.SUITE)

@@ -7,8 +7,10 @@ its siblings.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,8 +72,18 @@ def _let_children_import(folder: Path) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, paths)])
 
 
+def _end_with_the_server() -> None:
+    """Let the kernel kill this process when the server ends, as it does when the process that started it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
 def _run(settings: list[str], log: Path, entry: Callable[[list[str]], int] | None, environment: dict[str, str]) -> None:
     os.setsid()
+    _end_with_the_server()
     os.chdir(PROJECT)
     os.environ.update(environment)
     with open(log, "ab") as file:

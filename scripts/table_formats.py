@@ -73,6 +73,13 @@ def notes_of(made: TableData) -> list[str]:
         spread = f" Behind its ±: {made.published.spread}." if made.published.spread else ""
         notes.append(f"Setting: {made.published.setting}.{source}{spread}")
         notes += made.published.notes
+    incomplete = [
+        f"{made.layout.rows[row].title}, {made.layout.columns[column].title}: {cell.incomplete}"
+        for (row, column), cell in made.cells.items()
+        if cell.incomplete
+    ]
+    if incomplete:
+        notes.append(f"Incomplete answers, mean over runs: {'; '.join(incomplete)}.")
     return notes
 
 

@@ -26,7 +26,8 @@ class Server(ThreadingHTTPServer):
         self.refuse = lambda body: None
         self.script, self.seen, self.times, self.at_once, self.most_at_once = [], [], [], 0, 0
         self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        poll_s = 0.01  # until it notices its end
+        threading.Thread(target=self.serve_forever, args=(poll_s,), daemon=True).start()
 
     @property
     def url(self):

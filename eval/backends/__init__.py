@@ -76,7 +76,8 @@ class Generator(Protocol):
     (item, what `work` makes of it) as they end, several at a time. Its rows are then asked one by one, not in batches.
     One that makes a batch's answers token by token may have `on_token`, to be set: called with the number of each.
     One that knows the model's context may have `check_lengths(lengths of prompts, new tokens)`, a ConfigError where the
-    model cannot take them; it is called before the first batch. It then has `chat_length(chat)` too, in tokens.
+    model cannot take them; it is called before the first batch. It then has `chat_length(chat)` too, in tokens, and
+    `tokens_left(lengths)`: for how many new tokens there is room after prompts of these lengths, None for any number.
     """
 
     batch_size: int

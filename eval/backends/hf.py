@@ -71,6 +71,7 @@ class HFBackend(TokenizedBackend):
             "autocast": self.precision.label if self.precision else "None",
             "device": self.device.type,
             "ends": sorted(self.ends),
+            "tokenizer": self.tokenizer_sha256,
             **self.identity,
         }
 

@@ -5,9 +5,11 @@ the model adds become an answer.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -78,6 +80,13 @@ class TokenizedBackend:
                 _BEYOND[kind],
             )
 
+    def tokens_left(self, lengths: Sequence[int]) -> int | None:
+        """How many new tokens there are learned positions for after prompts of these lengths; None: any number."""
+        if self.context is None or self.context.kind != "learned":
+            return None
+        # The last new token is read by nobody; an encoder-decoder model has positions of its own for the answer.
+        return self.context.limit if self.encoder_decoder else self.context.limit - max(lengths) + 1
+
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
@@ -139,6 +148,16 @@ class TokenizedBackend:
         before = [] if self.encoder_decoder else prompt
         head, whole = self._decode(before), self._decode([*before, *answer])
         return whole.removeprefix(head) if whole.startswith(head) else self._decode(answer)
+
+    @functools.cached_property
+    def tokenizer_sha256(self) -> str:
+        """SHA-256 over what turns texts and chats into ids and back; batching options, which calls change, are not."""
+        tokenizer, fast = self.tokenizer, getattr(self.tokenizer, "backend_tokenizer", None)
+        state: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+        if fast is not None:
+            state = json.loads(fast.to_str()) | {"padding": None, "truncation": None}
+        state |= {"ends": sorted(self.ends), "chat_template": getattr(tokenizer, "chat_template", None)}
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def _decode(self, ids: list[int]) -> str:
         """Never "cleaned up", which would take blanks before punctuation away."""

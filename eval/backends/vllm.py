@@ -95,6 +95,7 @@ class VLLMBackend(TokenizedBackend):
             "dtype": self._dtype,
             "batch_size": self.batch_size,
             "ends": sorted(self.ends),
+            "tokenizer": self.tokenizer_sha256,
             **self.identity,
         }
 

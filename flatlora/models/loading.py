@@ -22,10 +22,10 @@ from flatlora.models.clip import Classes
 from flatlora.models.families.sdxl import described_pipeline
 from flatlora.models.family import FAMILIES, LoadOptions
 from flatlora.models.fit import embedding_rows, vocabulary_errors
-from flatlora.models.hashes import weights_sha256
+from flatlora.models.hashes import settings_sha256, weights_sha256
 from flatlora.models.language import described_language_model
 from flatlora.models.processors import load_tokenizer
-from flatlora.models.saved_adapters import base_name, check_adapter, with_adapter
+from flatlora.models.saved_adapters import base_name, check_adapter, sort_names, with_adapter
 from flatlora.models.sources import hub_errors, source_and_options
 from flatlora.models.starts import start_of_checkpoint, subtract_initial_adapter
 from flatlora.utils.errors import ConfigError
@@ -122,7 +122,8 @@ def weights_identity(
         base: the backbone's state if it is known; None computes it, which reads all weight files.
 
     Returns:
-        {"weights", "base", "classes"}; the last two only for an adapter or classifier.
+        {"weights", "base", "settings", "classes"}: "base" for an adapter or classifier, "settings" (of config.json, see
+        `flatlora.models.hashes.settings_sha256`) for a folder with a whole model, "classes" for a classifier.
 
     Raises:
         ConfigError: see `backbone_state`.
@@ -131,6 +132,8 @@ def weights_identity(
     identity = {"weights": weights_sha256(folder) if folder.is_dir() else backbone_state(model_of(path))}
     if (folder / "adapter_config.json").is_file() or classes is not None:
         identity["base"] = base or backbone_state(config or model_of(path))
+    elif (folder / "config.json").is_file():  # the same weights compute something else with another rope_theta
+        identity["settings"] = settings_sha256(json.loads((folder / "config.json").read_bytes()))
     if classes is not None:
         identity["classes"] = hashlib.sha256(json.dumps(classes).encode()).hexdigest()
     return identity
@@ -150,7 +153,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def complete_adapter(config: ModelConfig, folder: Path) -> None:
-    """Writes the files into a saved adapter's folder that other libraries need besides PEFT's."""
+    """Completes a saved adapter's folder: sorted names, and the files that other libraries need besides PEFT's."""
+    sort_names(folder)
     FAMILIES[config.family].complete_adapter(folder)
 
 

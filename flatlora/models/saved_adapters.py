@@ -22,6 +22,7 @@ from torch import nn
 from flatlora.models.family import FAMILIES
 from flatlora.models.sources import in_short, not_finite
 from flatlora.utils.errors import ConfigError, reason_of
+from flatlora.utils.files import write_atomic
 from flatlora.utils.plain_files import irregular_files, read_plain
 from flatlora.utils.time_limit import time_limit
 
@@ -47,6 +48,21 @@ def check_adapter(folder: Path) -> None:
         errors += _number_errors(folder)
     if errors:
         raise ConfigError(errors)
+
+
+def sort_names(folder: Path) -> None:
+    """Sorts the module names in adapter_config.json, which PEFT writes in another order in each process.
+
+    Does nothing for a folder without an adapter.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_bytes())
+    for key in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    write_atomic(path, json.dumps(config, indent=2, sort_keys=True))
 
 
 _MOST_RANK = 1024  # larger ranks and sizes must occur in the shapes of tensors

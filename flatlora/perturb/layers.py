@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,6 +43,8 @@ class PerturbedLayer:
             PEFT's `disable_adapter()`.
         changes: a cheaper implementation of `state`, if there is one.
         readers: other modules whose forward reads the weight, such as DoRA's.
+        tied_to: names of modules that have the same parameter, such as the embedding of a tied head. They read W, which
+            mode=inplace cannot give them.
     """
 
     name: str
@@ -51,6 +53,7 @@ class PerturbedLayer:
     enabled: Callable[[], bool] = lambda: True
     changes: Callable[[], Hashable] | None = None
     readers: Sequence[nn.Module] = ()
+    tied_to: Sequence[str] = ()
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
@@ -185,6 +188,7 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
             "train with DDP or DeepSpeed ZeRO-2, which keep the whole backbone in each process."
         )
     layers, lora_modules = [], set()
+    owners = _owners(model)
     others: Counter[str] = Counter()
     for name, module in named_lora_layers(model):
         lora_modules.add(name)
@@ -206,10 +210,20 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
                     enabled=_enabled(module),
                     changes=_adapter_state(module),
                     readers=list(module.lora_magnitude_vector.values()),
+                    tied_to=[owner for owner in owners[id(module.get_base_layer().weight)] if owner != name],
                 )
             )
     _warn_of_no_noise(others, _trained_beside(model, lora_modules))
     return layers
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """{id of a parameter: names of the modules that have it}."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)].append(plain_name(name))
+    return owners
 
 
 def _trained_beside(model: nn.Module, lora_modules: set[str]) -> list[str]:

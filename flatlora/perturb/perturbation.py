@@ -407,6 +407,12 @@ def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dic
             f"Invalid mode={mode} with packed weights ({packed[0]} and {len(packed) - 1} more): a copy would take the "
             "memory that packing saves, and noise cannot be added to 4 bits; use mode=recompute."
         )
+    tied = [f"{layer.name} (to {layer.tied_to[0]})" for layer in layers if layer.tied_to]
+    if tied and mode == "inplace":
+        errors.append(
+            f"Invalid mode=inplace with tied weights, such as that of {tied[0]}: the other module would read W + ε "
+            "too; use mode=copy or recompute, or leave the layer out of the adapter's target_modules."
+        )
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
         errors.append(f"Invalid layers: {len(names) - len(set(names))} names occur twice; noise is keyed by name.")

@@ -78,6 +78,32 @@ def test_another_backbone_than_the_runs_is_refused_or_answers_anew(tiny_settings
     assert (tmp_path / "o/predictions.stale.jsonl").is_file()
 
 
+def test_a_whole_model_with_another_config_or_tokenizer_answers_anew(tiny_model_folder, tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model_folder, folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(jsonl([{"x": "Q: 1 + 1?\nA: ", "y": "#### 2"}]))
+    words = [str(folder), "device=cpu", f"rows={rows}", f"out={out}", "max_new_tokens=4"]
+
+    def stale_after(change=lambda content: None, file="config.json"):
+        content = json.loads((folder / file).read_text())
+        change(content)
+        (folder / file).write_text(json.dumps(content))
+        assert main("gsm8k", words) == 0
+        return len(list(out.glob("*.stale*")))
+
+    assert stale_after() == 0
+    assert stale_after(lambda config: config.update(use_cache=False)) == 0  # which changes no answer
+    assert stale_after(lambda config: config.update(rope_parameters={"rope_type": "default", "rope_theta": 9.0})) == 1
+    lower = {"type": "Lowercase"}
+    assert stale_after(lambda tokenizer: tokenizer.update(normalizer=lower), "tokenizer.json") == 2
+    record = out / "generation.json"
+    made = json.loads(record.read_text())
+    earlier = {key: value for key, value in made.items() if key not in ("tokenizer", "settings")}
+    record.write_text(json.dumps(earlier))  # as an earlier version wrote it
+    assert stale_after() == 2
+
+
 @pytest.fixture
 def with_own_base(tiny_settings, tiny_model_folder, tmp_path):
     """A finished run, and the folder of its base model."""

@@ -94,6 +94,8 @@ def test_both_turns_are_asked_and_judged(tmp_path, bench, judge):
         "turn_2": 7.0,
         **dict.fromkeys(CATEGORIES, 7.0),
         "unrated": 0,
+        "unfinished": 0.0,
+        "mean_tokens": 2.0,
     }
     assert result["judge"] == "judge"
     assert len(result["judged"]) == 1
@@ -113,6 +115,46 @@ def test_both_turns_are_asked_and_judged(tmp_path, bench, judge):
     assert asked[2][1]["content"].startswith("Q First 1? R R1 A said ")
     assert {body["temperature"] for _, body, _ in judge.seen} == {0.0}
     assert (tmp_path / "out/radar.png").stat().st_size > 10_000
+
+
+def test_a_first_answer_that_grew_leaves_the_second_fewer_tokens(tmp_path, bench, judge, tiny_model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    settings = config(judge, bench, max_rows=1, max_new_tokens=8, template="qa")
+    rows = mt_bench.benchmark_rows(None, settings)
+    first = "1 2 3 4 5 6"  # more tokens than the 8 that the model is said to have written
+    grown = len(tokenizer(conversation("qa", rows[0]["turns"], [first]))["input_ids"])
+    shape = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=grown + 4, **shape, eos_token_id=None))
+
+    class Grown(HFBackend):
+        def generate(self, prompts, sampling, seeds=None):
+            if "Then" not in prompts[0]:
+                return [Completion(first, 8, False)]
+            return super().generate(prompts, sampling, seeds)
+
+        def check_lengths(self, lengths, new_tokens, *, task=None):
+            if task is None:  # of the estimate for both turns, which this model passes nearly
+                super().check_lengths(lengths, new_tokens)
+
+    result = mt_bench.run(Grown(model, tokenizer, batch_size=2), rows, tmp_path / "out", settings)
+    (row,) = predictions.read(tmp_path / "out/predictions.jsonl", mt_bench.FIELDS)
+    assert row["tokens"] == [8, 5]  # positions for four, and the last one is not read
+    assert row["finished"] == [False, False]
+    assert result["metrics"]["unfinished"] == 1.0
+
+
+def test_refused_answers_are_counted(tmp_path, bench, judge):
+    class Refused(Echo):
+        def generate(self, prompts, sampling, seeds=None):
+            super().generate(prompts, sampling, seeds)
+            refused = ["First 1?" in prompt and "Then" in prompt for prompt in prompts]
+            return [Completion("", 0, False, "a filter") if no else Completion("yes", 2, True) for no in refused]
+
+    settings = config(judge, bench)
+    result = mt_bench.run(Refused(), mt_bench.benchmark_rows(None, settings), tmp_path / "out", settings)
+    rows = predictions.read(tmp_path / "out/predictions.jsonl", mt_bench.FIELDS)
+    assert [row.get("refusals") for row in rows] == [None, {"1": "a filter"}, None, None]
+    assert (result["metrics"]["refused"], result["metrics"]["unfinished"]) == (1 / 8, 0.0)
 
 
 @pytest.mark.parametrize("template", ["qa", "chat"])
@@ -201,13 +243,15 @@ def test_a_judge_without_a_rating_is_asked_again_and_then_counted_apart(tmp_path
     rows = mt_bench.benchmark_rows(None, settings)
     judge.script = [{"say": "no rating"}, {"say": "[[4]]"}, *[{"say": "I would rather not"}] * 3]
     result = mt_bench.run(Echo(), rows, tmp_path, settings)
-    assert result["metrics"] | {} == {
+    assert result["metrics"] == {
         "n": 1,
         "rating": 4.0,
         "turn_1": 4.0,
         "turn_2": None,
         "writing": 4.0,
         "unrated": 1,
+        "unfinished": 0.0,
+        "mean_tokens": 2.0,
     }
     assert [body["temperature"] for _, body, _ in judge.seen] == [0.0, 0.7, 0.0, 0.7, 0.7]
     told = [json.loads(line) for line in (tmp_path / "judgments.jsonl").read_text().splitlines()]

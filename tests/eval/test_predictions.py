@@ -56,6 +56,19 @@ def killed_at(folder, batch, **options):
         generate(folder, Backend(die_at=batch), **options)
 
 
+def test_answers_that_were_cut_or_refused_are_counted_and_named():
+    rows = [{"finished": True, "tokens": 4}] * 5 + [{"finished": False, "tokens": 8}] * 2
+    assert predictions.answer_counts(rows) == {"unfinished": 2 / 7, "mean_tokens": 36 / 7}
+    assert predictions.incomplete(predictions.answer_counts(rows[:5])) == []
+    rows += [{"finished": False, "tokens": 0, "refusal": "status 400: a filter"}]
+    counts = predictions.answer_counts(rows)
+    assert counts == {"unfinished": 2 / 8, "refused": 1 / 8, "mean_tokens": 36 / 8}
+    cut, refused = predictions.incomplete(counts)
+    assert cut.startswith("25.0% of the answers were cut at max_new_tokens")
+    assert refused == "12.5% of the answers were refused by the endpoint and count as wrong"
+    assert predictions.answer_counts([]) == {"unfinished": None, "mean_tokens": None}
+
+
 def test_rows_are_in_the_prompts_order_and_complete(tmp_path):
     rows = predictions.read(generate(tmp_path, Backend()))
     assert [row["index"] for row in rows] == list(range(11))

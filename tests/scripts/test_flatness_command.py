@@ -121,7 +121,8 @@ def test_runs_that_cannot_be_measured_are_reported_all_at_once_before_any_is(run
     records.write_signed(run / "run.json", record | {"status": "interrupted"})
     assert flatness.main([str(run), str(tmp_path), *QUICK]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert told.count("it must be finished and have its adapter/") == 2
+    assert f"Invalid run {run}: it is interrupted; finish it with resume=true" in told
+    assert f"Invalid run {tmp_path}: it has no run.json" in told
     for words in (
         ["--sigmas", "0.1,-1"],
         ["--sigmas", "0.2,0.2"],

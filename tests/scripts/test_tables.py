@@ -105,6 +105,16 @@ def test_the_best_is_bold_only_where_the_difference_is_no_chance(tmp_path):
     assert made.best == {}
 
 
+def test_a_note_says_which_answers_were_cut_or_refused(tmp_path):
+    for seed, (cut, refused) in enumerate(((0.25, 0.0), (0.0, 0.0))):
+        metrics = {"glue/accuracy": 0.8, "glue/unfinished": cut, "glue/refused": refused, "glue/unrated": 3 * seed}
+        write_run(tmp_path, words("lora_r8", seed), 0.8, metrics=metrics)
+    write_run(tmp_path, words("flat_lora_r8", 0), 0.8)
+    made, _ = made_of(tmp_path)
+    said = "LoRA (r = 8), CoLA: 12.5% of the answers cut at max_new_tokens, 1.5 not rated by the judge."
+    assert table_formats.notes_of(made)[-1] == f"Incomplete answers, mean over runs: {said}"
+
+
 def test_paired_differences_are_scipys():
     left, right = {0: 1.0, 1: 2.5, 2: 3.0, 7: 9.0}, {0: 0.5, 1: 2.75, 2: 2.0, 8: 1.0}
     mean, low, high, p, seeds = cells.paired(left, right)

@@ -46,13 +46,15 @@ def test_every_method_has_an_option_of_its_name():
 
 
 BASELINES = ("rop", "rwp_lora", "sam_full", "look_sam", "esam")
+LORA_IN_EXPERIMENTS = ("off", "flat", "flat_linear", "flat_constant", "flat_iid", "sam", "nbar", "obar", "bi_lora")
+LORA_IN_EXPERIMENTS += ("rop", "rwp_full", "rwp_lora", "esam", "look_sam")
 IN_EXPERIMENTS = ("lora", "rslora", "dora", "pissa", "adalora", "lora_plus", "lora_ga", "lora_pro")
 
 
 def cost_of(peft, rho):
     """Marks of a pair: rows of the papers' tables train in tests/test_experiments.py, methods that are LoRA but for
     their start or their rates meet a regularizer as LoRA does, and a baseline is tried on two methods."""
-    in_tables = peft in IN_EXPERIMENTS and rho in ("off", "flat")
+    in_tables = peft in IN_EXPERIMENTS and rho in (LORA_IN_EXPERIMENTS if peft == "lora" else ("off", "flat"))
     as_lora = peft in ("rslora", "lora_plus", "olora", "corda", "eva", "lora_ga") and rho not in ("off", "flat")
     second = rho in BASELINES and peft not in ("lora", "dora")
     return [pytest.mark.extra] if in_tables or as_lora or second else []

@@ -251,6 +251,21 @@ def test_huge_sizes_of_other_methods_are_refused(config, name, whole_adapter, tm
         saved_adapters.check_adapter(tmp_path / "adapter")
 
 
+def test_names_are_sorted_whatever_order_peft_wrote(whole_adapter, tmp_path):
+    texts = []
+    for order in (1, -1):
+        shutil.copytree(whole_adapter, folder := tmp_path / f"adapter{order}")
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text())
+        config["target_modules"] = sorted(config["target_modules"])[::order]
+        path.write_text(json.dumps(config))
+        saved_adapters.sort_names(folder)
+        assert json.loads(path.read_text()) == config | {"target_modules": sorted(config["target_modules"])}
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]
+    saved_adapters.sort_names(tmp_path)  # no adapter
+
+
 def test_sizes_that_the_tensors_of_another_method_have_are_taken(whole_adapter, tmp_path):
     shutil.copytree(whole_adapter, tmp_path / "adapter")
     peft.VeraConfig(r=3000, projection_prng_key=2**31).save_pretrained(tmp_path / "adapter")

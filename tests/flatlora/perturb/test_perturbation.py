@@ -388,6 +388,33 @@ def test_tied_weights_of_other_modules_are_not_perturbed():
         assert head.weight is embedding.weight
 
 
+def test_a_tied_head_is_perturbed_by_itself_or_refused():
+    model = tiny_llama(tie_word_embeddings=True)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    layers = find_lora_layers(model)
+    assert {layer.name: layer.tied_to for layer in layers if layer.tied_to} == {"lm_head": ["model.embed_tokens"]}
+    ids = torch.arange(3, 15)[None]
+    hidden = model.get_submodule("base_model.model.model")
+    outputs = []
+    for mode in ("copy", "recompute"):
+        perturbation = perturb(layers, mode)
+        embedded = model.get_input_embeddings()(ids)
+        perturbation.begin(1)
+        assert torch.equal(model.get_input_embeddings()(ids), embedded)
+        head, states = model.get_submodule("base_model.model.lm_head"), hidden(input_ids=ids).last_hidden_state
+        index = [layer.name for layer in layers].index("lm_head")
+        noisy = perturbation.reading(index).weight()
+        expected = states @ noisy.t() + head.scaling["default"] * (states @ head.lora_A["default"].weight.t()) @ (
+            head.lora_B["default"].weight.t()
+        )
+        outputs.append(model(input_ids=ids).logits)
+        torch.testing.assert_close(outputs[-1], expected, rtol=1e-5, atol=1e-5)
+        perturbation.close()
+    assert torch.equal(*outputs)
+    with pytest.raises(ValueError, match=r"mode=inplace with tied weights, such as that of lm_head \(to model.embed"):
+        perturb(layers, "inplace")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_norms_equal_the_materialized_ones(dtype):
     torch.manual_seed(0)

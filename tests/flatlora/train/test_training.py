@@ -80,6 +80,8 @@ def test_same_command_gives_the_same_bytes_and_another_seed_does_not(tiny_settin
     torch.manual_seed(999)  # what ran before must not matter
     assert adapter_bytes(run(in_folder(settings, "b"))) == first
     assert adapter_bytes(run(in_folder(settings, "c"), "seed=1")) != first
+    config = json.loads((run_folder(in_folder(settings, "a")) / "adapter/adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
 
 
 def test_the_config_decides_what_is_computed_and_not_accelerates(tiny_settings, monkeypatch, capsys):
