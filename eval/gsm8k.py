@@ -4,9 +4,9 @@
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: parser, template (of the
 benchmark's own rows; a run's test rows have its own), max_rows, max_new_tokens, temperature, top_p, seed, batch_size,
-rows=FILE.jsonl (rows {"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. A run is asked its data set's test rows;
-`rows=benchmark` asks it GSM8K's own, in the run's template. `parser=strict` reads the number after "####" or else the
-last one; `parser=math_verify` reads expressions and LaTeX too, by that package (extra `math`). A score has both.
+rows=FILE.jsonl (rows {"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. A run is asked its data set's test
+rows; `rows=benchmark` asks it GSM8K's own, in the run's template. `parser=strict` reads the number after "####" or else
+the last one; `parser=math_verify` reads expressions and LaTeX too, by that package (extra `math`). A score has both.
 `parser=peft_suite` compares as PEFT's own suite does (`eval.peft_suite`). temperature, top_p and seed draw the answers;
 temperature=0 is greedy. References are numbers: a row whose reference is a fraction, a root or a range is refused.
 A run's own answers stay: other settings, other rows and another device have folders of their own beside eval/gsm8k.

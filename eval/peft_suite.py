@@ -1,6 +1,6 @@
 """How PEFT's own suite (method_comparison/MetaMathQA of its repository) reads and compares an answer.
 
-It reads the prompt and the answer together, for texts of MetaMathQA's form ("The answer is: 18") and GSM8K's ("#### 18"):
+It reads the prompt and the answer together, in MetaMathQA's form ("The answer is: 18") or GSM8K's ("#### 18"):
 
 - Of `_MARKS`, the first one of the list that the text has announces the answer, at its last occurrence; without one
   there is no answer.

@@ -24,12 +24,14 @@ from flatlora.config.settings import Section, build_section, setting
 from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
+from scripts import published as published_files
 
 PROJECT = Path(__file__).parents[1]
 
 LAYOUTS = PROJECT / "results/tables.yaml"
 PAPER = PROJECT / "results/paper.yaml"
 SIGNIFICANT = 0.05
+MEASURED = ("timing", "memory")  # groups of a record whose numbers a column may show
 NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ without runs
 
 
@@ -65,6 +67,7 @@ class Layout(Section):
     title: str | None = None  # default: the published table's
     experiment: str | None = None  # file of conf/experiment; default: the table's name
     average: bool = True
+    published_rows: str | None = None  # a CSV file beside tables.yaml, whose rows come below the others
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows to compare; default: all with the first
     measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # settings of flatness.json
 
@@ -161,7 +164,13 @@ def read_layouts(path: Path) -> dict[str, Layout]:
     Raises:
         ConfigError: it lists every key that is missing, unknown or invalid.
     """
-    return {name: build_section(f"tables.{name}", Layout, raw) for name, raw in _yaml(path).items()}
+    layouts = {name: build_section(f"tables.{name}", Layout, raw) for name, raw in _yaml(path).items()}
+    for layout in layouts.values():
+        for name in (
+            published_files.read_published(path.parent / layout.published_rows) if layout.published_rows else ()
+        ):
+            layout.rows[name] = Row(title=published_files.title_of_row(name), published_only=True)
+    return layouts
 
 
 def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
@@ -182,7 +191,10 @@ def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
         except ConfigError as error:
             problems += error.errors
             continue
-        numbers, spreads, number_problems = _published_numbers(name, values or {})
+        if isinstance(values, dict) and isinstance(values.get("file"), str):
+            (numbers, number_problems), spreads = published_files.numbers_of(name, values, path.parent), {}
+        else:
+            numbers, spreads, number_problems = _published_numbers(name, values or {})
         if numbers and published.source not in sources:
             number_problems.append(
                 f"Invalid source of paper.{name}: {published.source} is none of {', '.join(sources)}, but a published "
@@ -253,6 +265,7 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
                 for name, value in record.metrics.items()
                 if value is not None and not name.startswith("flatness/")  # read from flatness.json instead
             }
+            metrics |= _measured(record)
             if wrong := [name for name, value in metrics.items() if not _is_number(value)]:
                 raise ValueError(f"{wrong[0]} is not a finite number")
             train_s = float(record.timing.train_s)
@@ -269,6 +282,20 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             problems.append(f"{path.parent} has no valid flatness.json ({reason}); its other numbers count.")
         runs.append(Run(path.parent, experiment, metrics | more, train_s, measured))
     return runs, problems
+
+
+def _measured(record: RunRecord) -> dict[str, float]:
+    """{"timing/<key>" or "memory/<key>": value} of a record; `train_and_score_s` is the sum of both times."""
+    timing, memory = (group.model_dump() if group else {} for group in (record.timing, record.memory))
+    if None not in (times := [timing.get("train_s"), timing.get("score_s")]):
+        timing["train_and_score_s"] = sum(times)
+    groups = {"timing": timing, "memory": memory}
+    return {
+        f"{group}/{key}": value
+        for group, values in groups.items()
+        for key, value in values.items()
+        if _is_number(value)
+    }
 
 
 def _records_below(results: Path) -> tuple[list[Path], list[str]]:
@@ -403,6 +430,9 @@ def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> 
         part = "rise" if metric.startswith("flatness/rise") else "hessian"
         measured = run.measured.get(part, {})
         return all(measured.get(key) == value for key, value in layout.measured.get(part, {}).items())
+
+    if benchmark in MEASURED:
+        return True
 
     def asked(experiment: Experiment) -> Any:
         config = experiment.eval.get(benchmark)

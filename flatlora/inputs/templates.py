@@ -19,7 +19,9 @@ def prompt(template: str, instruction: str, context: str = "") -> str:
     if template == "none":
         return f"{instruction}\n{context}" if context else instruction
     if template == "step_by_step":
-        return f"Question: {instruction}\n{context}{STEP_BY_STEP}" if context else f"Question: {instruction}{STEP_BY_STEP}"
+        return (
+            f"Question: {instruction}\n{context}{STEP_BY_STEP}" if context else f"Question: {instruction}{STEP_BY_STEP}"
+        )
     if template == "qa":
         return f"Q: {instruction}\n{context}\nA: " if context else f"Q: {instruction}\nA: "
     if context:

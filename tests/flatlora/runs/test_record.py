@@ -52,6 +52,8 @@ def test_keys_of_other_versions_are_kept_when_a_record_is_updated(tmp_path):
         "tokens_per_s": None,
         "images_per_s": None,
         "perturb_s": None,
+        "score_s": None,
+        "total_s": None,
         "wait_s": 0.5,
     }
 
