@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,9 +71,18 @@ def numbers_of(name: str, raw: Mapping, folder: Path) -> tuple[dict[str, dict[st
     numbers, problems = {}, []
     for row, found in read_published(folder / described.file).items():
         for key, quantity in quantities.items():
-            try:
-                numbers.setdefault(row, {})[key] = float(found[quantity.of]) * quantity.times / quantity.per
-            except (KeyError, ValueError):
-                value = found.get(quantity.of)
-                problems.append(f"Invalid paper.{name}.{row}.{key}={value!r}: it must be a number; fix it.")
+            text = found.get(quantity.of)
+            if text is None or (number := _number(text)) is None:
+                problems.append(f"Invalid paper.{name}.{row}.{key}={text!r}: it must be a number; fix it.")
+            else:
+                numbers.setdefault(row, {})[key] = number * quantity.times / quantity.per
     return numbers, problems
+
+
+def _number(text: str) -> float | None:
+    """A finite number; None for any other text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
