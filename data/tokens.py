@@ -245,6 +245,7 @@ class CausalCollator:
         attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
         for i, row in enumerate(rows):
             start, stop = len(row["prompt"]), len(row["prompt"]) + len(row["answer"])
+            start = max(1, start)  # nothing predicts the first token
             input_ids[i, :stop] = torch.tensor(row["prompt"] + row["answer"])
             labels[i, start:stop] = input_ids[i, start:stop]
             attention_mask[i, :stop] = 1

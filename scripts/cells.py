@@ -166,10 +166,9 @@ def read_layouts(path: Path) -> dict[str, Layout]:
     """
     layouts = {name: build_section(f"tables.{name}", Layout, raw) for name, raw in _yaml(path).items()}
     for layout in layouts.values():
-        for name in (
-            published_files.read_published(path.parent / layout.published_rows) if layout.published_rows else ()
-        ):
-            layout.rows[name] = Row(title=published_files.title_of_row(name), published_only=True)
+        if layout.published_rows:
+            for name in published_files.read_published(path.parent / layout.published_rows):
+                layout.rows[name] = Row(title=published_files.title_of_row(name), published_only=True)
     return layouts
 
 
@@ -424,17 +423,17 @@ def setting_of(experiment: Experiment) -> str:
 
 
 def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> bool:
-    """Whether the metric's benchmark used the same rows and settings; the batch size does not matter."""
+    """Whether the metric's benchmark used the same rows and settings; the batch size does not matter.
+
+    Time and memory are those of all benchmarks.
+    """
     benchmark = metric.partition("/")[0]
     if benchmark == "flatness":
         part = "rise" if metric.startswith("flatness/rise") else "hessian"
         measured = run.measured.get(part, {})
         return all(measured.get(key) == value for key, value in layout.measured.get(part, {}).items())
 
-    if benchmark in MEASURED:
-        return True
-
-    def asked(experiment: Experiment) -> Any:
+    def asked(experiment: Experiment, benchmark: str) -> Any:
         config = experiment.eval.get(benchmark)
         irrelevant = {"batch_size", "judge_url", "judge_key", "folder"}  # settings that no answer depends on
         usual = benchmarks.BENCHMARKS[benchmark].Config.model_construct()  # without validation of missing folders
@@ -442,7 +441,8 @@ def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> 
         rows = getattr(experiment.model, "generated_test_rows", None), getattr(experiment.dataset, "test_rows", None)
         return settings, rows
 
-    return asked(run.experiment) == asked(wanted)
+    scored = {*run.experiment.eval, *wanted.eval} if benchmark in MEASURED else {benchmark}
+    return all(asked(run.experiment, name) == asked(wanted, name) for name in scored)
 
 
 def _one_a_seed(runs: Sequence[Run], column: Column) -> tuple[dict[int, float], list[Path], list[str]]:

@@ -366,6 +366,8 @@ def test_public_results_of_a_file_are_rows_below_ours(tmp_path):
         own = ["experiment=peft_suite", "rho=flat", f"seed={seed}"]
         write_run(tmp_path, own, 0.0, metrics=metrics, timing=times, memory=memory)
     write_run(tmp_path, ["experiment=peft_suite", "rho=flat", "seed=2"], 0.0, metrics=metrics, timing={"train_s": 1.0})
+    fewer = ["experiment=peft_suite", "rho=flat", "seed=3", "eval.gsm8k.max_rows=9"]  # and so less time
+    write_run(tmp_path, fewer, 0.0, metrics=metrics, timing=times, memory=memory)
     made, problems = made_of(tmp_path, "peft_suite")
     assert problems == []
     row = {key: made.cells["flat_lora", key].by_seed for key in made.layout.columns}
