@@ -119,7 +119,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path, monkeypatch, more):
         pytest.param(("rho=sam",), marks=pytest.mark.extra),
         pytest.param(("peft=pissa", "peft.lora_r=2"), marks=pytest.mark.extra),
         ("peft=lora_ga", "peft.lora_r=2", "peft.target_modules=attention", "peft.ga_batches=2"),
-        ("peft=lora_pro", "peft.lora_r=2", "peft.target_modules=attention"),
+        pytest.param(("peft=lora_pro", "peft.lora_r=2", "peft.target_modules=attention"), marks=pytest.mark.extra),
         pytest.param(("optim.batch_size=4",), marks=pytest.mark.extra),
     ],
     ids=lambda more: more[0],

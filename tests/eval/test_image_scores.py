@@ -204,7 +204,14 @@ def test_corruptions_of_other_classes_are_an_error_before_training(words, folder
 
 
 @pytest.mark.parametrize(
-    "setting", ["model.head=text", "model.head=linear", "peft=full_ft", "peft=pissa", "peft=lora_ga"]
+    "setting",
+    [
+        "model.head=text",
+        pytest.param("model.head=linear", marks=pytest.mark.extra),
+        "peft=full_ft",
+        "peft=pissa",
+        pytest.param("peft=lora_ga", marks=pytest.mark.extra),
+    ],
 )
 def test_a_finished_run_is_scored_as_it_scored_itself(words, folder, setting, monkeypatch):
     words, seen = [*words, setting], []
