@@ -123,9 +123,9 @@ def test_corruptions_are_the_mean_over_kinds_and_severities(tmp_path):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({}, "labels.npy and one .npy file a corruption are needed"),
-        ({"labels": [0] * 5}, "labels.npy and one .npy file a corruption are needed"),
-        ({"fog": pictures([0] * 5)}, "labels.npy and one .npy file a corruption are needed"),
+        ({}, "labels.npy and one .npy file per corruption are needed"),
+        ({"labels": [0] * 5}, "labels.npy and one .npy file per corruption are needed"),
+        ({"fog": pictures([0] * 5)}, "labels.npy and one .npy file per corruption are needed"),
         ({"labels": [0] * 5, "fog": pictures([0] * 10)}, "fog.npy: 5 UINT8 images"),
         ({"labels": [0] * 5, "fog": np.zeros((5, 4, 4, 3))}, "not float64"),
         ({"labels": [0] * 6, "fog": pictures([0] * 6)}, "6 rows are not five severities"),
@@ -160,7 +160,7 @@ def test_corruptions_for_validation_have_figures_and_do_not_count(tmp_path):
     assert (metrics["mean_accuracy"], metrics["fog"], metrics["spatter"], metrics["saturate"]) == (1.0, 1.0, 0.0, 0.0)
     assert [metrics[f"severity_{level}"] for level in range(1, 6)] == [1.0] * 5
     (folder / "fog.npy").unlink()
-    with pytest.raises(ConfigError, match="saturate, spatter are for validation and do not count"):
+    with pytest.raises(ConfigError, match="saturate, spatter are for validation and not part of the score"):
         corruptions.read_folder(folder)
 
 
@@ -195,9 +195,7 @@ def test_a_run_scores_corruptions_too(words, folder):
 def test_corruptions_of_other_classes_are_an_error_before_training(words, folder, capsys):
     np.save(folder / "labels.npy", np.array([0, 10] * 5))
     assert run_exp.main([*words, "eval=[corruptions]", f"eval.corruptions.folder={folder}"]) == 2
-    assert (
-        "labels.npy, row 2 (and 4 more): 10 is no class of the model, which tells 10 apart" in capsys.readouterr().err
-    )
+    assert "labels.npy, row 2 (and 4 more): 10 is no class of the model, which has 10" in capsys.readouterr().err
 
 
 # --- python -m eval.images
