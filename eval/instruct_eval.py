@@ -263,7 +263,7 @@ def run(
         answer_rows += read_jsonl(path)
     if on_progress:
         on_progress(len(names), len(names), [])
-    answers = predictions.write_sealed(
+    answers = predictions.write_finished(
         folder, ({"index": index, **row} for index, row in enumerate(answer_rows)), settings
     )
     if "humaneval" in config.tasks:
