@@ -444,17 +444,17 @@ def test_whole_numbers_are_printed_whole(capsys):
         ("max_rows=0", "Invalid max_rows=0: it must be ≥ 1; null scores every row"),
         ("max_rows=abc", "Invalid max_rows='abc': it must be a whole number; null scores every row"),
         ("max_rows=1e400", "Invalid max_rows='1e400': it must be a whole number;"),
-        ("max_rows=[", "Cannot read 'max_rows=[': its value is not YAML; write a number"),
+        ("max_rows=[", "Cannot read 'max_rows=[': its value is not YAML; use a number"),
         ("max_rows=2024-13-45", "Cannot read 'max_rows=2024-13-45': its value is not YAML;"),  # a date, but none
         ("max_rows=!!python/name:os.system", "Cannot read"),
         ("max_new_tokens=0", "Invalid max_new_tokens=0: it must be ≥ 1; 512 as published."),
         ("batch_size=2.5", "Invalid batch_size=2.5: it must be a whole number; lower it when memory runs out."),
         ("device=gpu", "Invalid device='gpu': it must be one of 'auto', 'cpu' or 'cuda'."),
-        ("score_only=5", "Invalid score_only=5: it must be true or false; true scores answers that are there."),
+        ("score_only=5", "Invalid score_only=5: it must be true or false; true scores existing answers."),
         ("max_rowz=5", "Unknown key max_rowz: did you mean max_rows?"),
         ("=5", "Unknown key : known: "),
         ("max_rows", "Cannot read 'max_rows': a setting is written key=value"),
-        ("data_root=/nope", "Invalid data_root=/nope: nothing reads it, for the rows are those of "),
+        ("data_root=/nope", "Invalid data_root=/nope: it has no effect, as the rows are those of "),
     ],
 )
 def test_a_bad_word_is_one_error_with_its_remedy(made, capsys, word, message):
@@ -666,7 +666,7 @@ def test_a_full_disk_ends_with_one_line_and_a_later_call_goes_on(made, capsys, m
     told = capsys.readouterr().err
     (line,) = [line for line in told.splitlines() if "failed" in line]
     assert line.startswith("The evaluation failed: [Errno 28] No space left on device")
-    assert "the same command goes on with the answers that are missing" in line
+    assert "the same command continues with the missing answers" in line
     assert "Traceback" not in told
     assert len(asked) == 3
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
@@ -773,7 +773,7 @@ def test_weights_that_are_replaced_while_they_are_loaded_do_not_answer(tmp_path,
     monkeypatch.setattr(command, "VLLMBackend", load)
     monkeypatch.setattr(command, "backbone_source", lambda model: "none")
     target, module = command.Target(backend=backend), command.benchmarks.BENCHMARKS["gsm8k"]
-    with pytest.raises(ConfigError, match=f"{tmp_path} was written to while it was read"):
+    with pytest.raises(ConfigError, match=f"{tmp_path} changed while it was read"):
         command._backend(named, target, torch.device("cpu"), 1, module)
 
 

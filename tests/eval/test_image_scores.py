@@ -245,21 +245,23 @@ def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys, monkeypa
         return capsys.readouterr().err
 
     assert "python -m eval.images PATH [key=value ...]" in told("images")
-    assert "pictures are scored by a run that says which classes there are" in told("images", "some/model")
+    assert "only a run defines the classes of images; name a run that classifies images" in told("images", "some/model")
     assert run_exp.main([*words, "eval=[]"]) == 0
     run = run_folder(words)
     assert "Missing folder: this key has no default; set folder=VALUE; name the folder of CIFAR-10-C" in told(
         "corruptions", run
     )
     assert "Invalid eval.corruptions.folder=/nope" in told("corruptions", run, "folder=/nope")
-    assert "Invalid rows: the pictures are known" in told("corruptions", run, f"folder={folder}", "rows=/x.jsonl")
+    assert "Invalid rows: it has no effect on which images" in told(
+        "corruptions", run, f"folder={folder}", "rows=/x.jsonl"
+    )
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "label": 30}\n')
     assert "Broken image" in told("images", run, f"rows={tmp_path / 'rows.jsonl'}")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     assert "30 is no class of the model" in told("images", run, f"rows={tmp_path / 'rows.jsonl'}")
-    assert "tells pictures apart and has no words" in told("squad", run, "rows=benchmark")
+    assert "classifies images and generates no text" in told("squad", run, "rows=benchmark")
     served = ["backend=openai", "base_url=http://127.0.0.1:9/v1"]
-    assert "it writes answers, and this benchmark looks at pictures" in told("images", run, *served)
+    assert "it generates text, and this benchmark needs images" in told("images", run, *served)
     named = [f"digit {name}" for name in json.loads((run / "classes.json").read_text())["names"]]
     other = LabeledImages("parquet", np.zeros(1, np.int64), lambda _: b"", named[::-1])
     monkeypatch.setattr(kinds, "read_images", lambda *_, **options: other)

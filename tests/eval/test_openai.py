@@ -157,7 +157,7 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
     server.script = ["answer"] * 9 + [(400, {})]  # the requests beside it are answered, and kept
     assert main("gsm8k", words) == 1
     assert "refuses served: " in (told := capsys.readouterr().err)
-    assert "the same command goes on with the answers that are missing" in told
+    assert "the same command continues with the missing answers" in told
     asked = len(server.seen)
     assert 10 <= asked < 20
     kept = (tmp_path / "out/predictions.partial.jsonl").read_text().count("\n")
