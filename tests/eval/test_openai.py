@@ -178,7 +178,7 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
         (["concurrency=2"], "Invalid concurrency=2 with backend=hf"),
         (["backend=openai", "base_url=http://x/v1", "batch_size=4"], "Invalid batch_size=4 with backend=openai"),
         (["backend=vllm", "device=cpu"], "Invalid device=cpu with backend=vllm"),
-        (["backend=vllm"], "vLLM is not installed in this environment; make vllm makes one"),
+        (["backend=vllm"], "vLLM is not installed in this environment; create one with make vllm"),
         (["backend=tgi"], "Invalid backend='tgi': it must be one of 'hf', 'vllm' or 'openai'"),
     ],
 )
