@@ -84,7 +84,7 @@ def test_a_server_that_says_when_is_asked_then(server):
     [
         ((429, {}), 3, "failed 3 times, the last one: .*status 429"),
         ("garbage", 3, "failed 3 times, the last one"),
-        ("hang", 2, "no whole answer within 0.3 s"),
+        ("hang", 2, "no complete answer within 0.3 s"),
         ((401, {}), 1, "refuses served: .*status 401"),
         ((404, {}), 1, "refuses served: .*status 404"),
     ],
