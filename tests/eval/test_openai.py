@@ -215,7 +215,7 @@ def test_a_model_is_not_sent_twice_what_it_refuses(server, chat, caplog):
     assert one.adapted == {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
     told = [record.getMessage() for record in caplog.records if record.name == "eval.backends.openai"]
     assert len(told) == 3
-    assert "served does not take max_tokens" in told[0]
+    assert "served does not support max_tokens" in told[0]
     assert "max_completion_tokens is sent instead" in told[0]
     assert "Only the default (1) value is supported): it is left out" in told[1]
 
