@@ -140,7 +140,7 @@ def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
     assert command.main([]) == 0
     capsys.readouterr()
     assert command.main(["compare", "--help"]) == 0
-    assert "its bootstrap interval" in capsys.readouterr().out
+    assert "bootstrap confidence interval" in capsys.readouterr().out
 
 
 def test_rows_of_every_kind_have_scores(tmp_path):
