@@ -192,15 +192,15 @@ def _with_calls(statements: Sequence[_Statement], name: str) -> list[_Statement]
 
 def _needed(statements: Sequence[_Statement], name: str) -> list[_Statement]:
     """Returns the statements that bind or change `name`, or a name that another of them reads; "*" means all names."""
-    names, kept = {name, "*"}, set()
+    names, needed = {name, "*"}, set()
     while added := {
         index
         for index, statement in enumerate(statements)
-        if index not in kept and (statement.is_future or (statement.binds | statement.changes) & names)
+        if index not in needed and (statement.is_future or (statement.binds | statement.changes) & names)
     }:
-        kept |= added
+        needed |= added
         names = names.union(*(statements[index].reads for index in added))
-    return [statements[index] for index in sorted(kept)]
+    return [statements[index] for index in sorted(needed)]
 
 
 def _runs(lines: Sequence[str]) -> Iterator[tuple[str, list[_Statement]]]:
@@ -258,7 +258,7 @@ def _is_guarded(node: ast.stmt) -> bool:
 
 
 def _statement(node: ast.stmt, lines: Sequence[str]) -> _Statement:
-    first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
     text = "\n".join(lines[first - 1 : node.end_lineno])
     if ";" in text and not isinstance(node, _FUNCTION | ast.ClassDef):
         text = ast.unparse(node)  # its line may have other statements

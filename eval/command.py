@@ -194,7 +194,7 @@ def score_path(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         return _config(benchmark, resolve, given)
 
     # A step that needs an earlier step repeats it. `gather` reports the errors of all steps together, each only once.
-    place, _, _, _, config, folder, device, rows = gather(
+    resolved, _, _, _, config, folder, device, rows = gather(
         resolve,
         check_base,
         lambda: _check_kind(benchmark, given_target(), given, resolve),
@@ -206,10 +206,10 @@ def score_path(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     )
     if target.score_only and not folder.is_dir():  # reported as an error, without creating the folder
         return benchmark.score_file(folder / "predictions.jsonl", config)
-    with _in_use(folder, place.run):
+    with _in_use(folder, resolved.run):
         if target.score_only:
             return benchmark.score_file(folder / "predictions.jsonl", config)
-        return evaluate(name, _backend(place, target, device, config.batch_size, benchmark), rows, folder, config)
+        return evaluate(name, _backend(resolved, target, device, config.batch_size, benchmark), rows, folder, config)
 
 
 @contextlib.contextmanager
@@ -271,18 +271,18 @@ def print_score(benchmark: str, score: dict[str, Any]) -> None:
 
 def _parse_arguments(benchmark: Benchmark, arguments: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
     """Returns (the shared settings, or None if invalid; the benchmark's own settings as given; errors)."""
-    known = {**Target.model_fields, **benchmark.Config.model_fields}
+    fields = {**Target.model_fields, **benchmark.Config.model_fields}
     values, messages = {}, []
     for argument in arguments:
         key, separator, text = argument.partition("=")
         if not separator:
             messages.append(f"Cannot read {argument!r}: a setting is written key=value, such as max_rows=32.")
-        elif key not in known:
-            near = nearest(key, known)
+        elif key not in fields:
+            near = nearest(key, fields)
             messages.append(
-                f"Unknown key {key}: " + (f"did you mean {near}?" if near else f"known: {', '.join(known)}.")
+                f"Unknown key {key}: " + (f"did you mean {near}?" if near else f"known: {', '.join(fields)}.")
             )
-        elif known[key].annotation == str | None:  # out=2024 is a folder, not a number
+        elif fields[key].annotation == str | None:  # out=2024 is a folder, not a number
             values[key] = None if text == "null" else text
         else:
             try:
@@ -312,14 +312,16 @@ def _config(benchmark: Benchmark, resolve: Callable[[], ResolvedModel], given: M
         ConfigError: missing, invalid or incompatible settings, and the errors of resolving the model.
     """
     try:
-        known, messages = resolve().scored_with, []
+        run_settings, messages = resolve().scored_with, []
     except ConfigError as error:
-        known, messages = None, error.errors
+        run_settings, messages = None, error.errors
     stale = [key for key, owner in benchmark.belongs_to.items() if owner in given]
-    known = None if known is None else {key: value for key, value in known.items() if key not in stale}
-    config, errors = checked_section("", benchmark.Config, {**(known or {}), **given})
+    run_settings = (
+        None if run_settings is None else {key: value for key, value in run_settings.items() if key not in stale}
+    )
+    config, errors = checked_section("", benchmark.Config, {**(run_settings or {}), **given})
     # A model that was not resolved may have set them: do not report missing settings.
-    messages += [error.message for error in errors if known is not None or error.kind != "missing"]
+    messages += [error.message for error in errors if run_settings is not None or error.kind != "missing"]
     if messages or errors:
         raise ConfigError(messages)
     return config
@@ -337,24 +339,24 @@ def _output_folder(
 ) -> Path:
     if target.out:
         return _writable(Path(target.out))
-    place, path = resolve(), Path(name)
-    own = place.run / "eval" / benchmark if place.run else None
+    resolved, path = resolve(), Path(name)
+    own = resolved.run / "eval" / benchmark if resolved.run else None
     module = benchmarks.BENCHMARKS[benchmark]
-    benchmark += _label(target, given, place.scored_with, module) + _served(target)
-    if KINDS[module.kind].of_pictures and target.data_root not in (None, place.data_root):  # the images may differ
+    benchmark += _label(target, given, resolved.scored_with, module) + _served(target)
+    if KINDS[module.kind].of_pictures and target.data_root not in (None, resolved.data_root):  # the images may differ
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
-    if target.base and place.base and not _is_hash(place.base):  # a hub commit cannot be compared with it
+    if target.base and resolved.base and not _is_hash(resolved.base):  # a hub commit cannot be compared with it
         benchmark += f"-base={_in_short(target.base)}"
-    benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
-    if place.run is None:
+    benchmark += _machine_label(target, resolved, own) if own and target.backend == "hf" else ""
+    if resolved.run is None:
         return _writable(
             path / "eval" / fitting(benchmark)
             if path.is_dir()
             else Path("results") / "eval" / _safe(name) / fitting(benchmark)
         )
-    inside = path.resolve().relative_to(place.run.resolve()).parts
+    inside = path.resolve().relative_to(resolved.run.resolve()).parts
     label = benchmark if inside in ((), ("adapter",)) else f"{benchmark}-{'-'.join(inside)}"
-    answers = place.run / "eval" / fitting(label)
+    answers = resolved.run / "eval" / fitting(label)
     if links := [path for path in (answers.parent, answers) if path.is_symlink()] or links_in(answers):
         raise ConfigError(
             [f"Invalid {links[0]}: it is a link, and answers are written there; move it away, or give out=DIR."]
@@ -374,8 +376,8 @@ def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], ben
     Settings that only affect scores (`benchmark.scoring`) do not change the folder.
     """
     fields, scoring = benchmark.Config.model_fields, benchmark.scoring
-    usual = {key: spec.get_default(call_default_factory=True) for key, spec in fields.items()} | own
-    changed = [key for key in given if key not in scoring and given[key] != usual[key]]
+    defaults = {key: spec.get_default(call_default_factory=True) for key, spec in fields.items()} | own
+    changed = [key for key in given if key not in scoring and given[key] != defaults[key]]
     values = {key: str(given[key]) for key in changed}
     if target.rows:
         values["rows"] = target.rows if target.rows == BENCHMARK else os.path.abspath(target.rows)
@@ -390,7 +392,7 @@ def _in_short(value: str) -> str:
     return f"{path.stem}-{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:6]}"
 
 
-def _machine_label(target: Target, place: ResolvedModel, own: Path) -> str:
+def _machine_label(target: Target, resolved: ResolvedModel, own: Path) -> str:
     """Returns a suffix for a device or autocast other than that of the run's own answers, which depend on both.
 
     score_only=true uses no device, so it means the run's own answers unless device=... is given too.
@@ -401,7 +403,10 @@ def _machine_label(target: Target, place: ResolvedModel, own: Path) -> str:
     device = target.device
     if device == "auto":
         device = None if target.score_only else choose_device("auto").type
-    planned = {"device": device, "autocast": choose_precision(place.autocast, place.model.dtype, device or "cpu").label}
+    planned = {
+        "device": device,
+        "autocast": choose_precision(resolved.autocast, resolved.model.dtype, device or "cpu").label,
+    }
     try:
         generation = read_record(own / "generation.json")
     except ConfigError:
@@ -449,14 +454,14 @@ def _check_kind(
                 "sets how many run at a time; drop it."
             ]
         )
-    place = resolve()
-    if place.run is None and kind.needs_run:  # without a run, the model's kind is not known yet
+    resolved = resolve()
+    if resolved.run is None and kind.needs_run:  # without a run, the model's kind is not known yet
         raise ConfigError(
-            [f"Invalid path {place.weights}: only a run defines the classes of images; name {kind.needs}."]
+            [f"Invalid path {resolved.weights}: only a run defines the classes of images; name {kind.needs}."]
         )
-    if place.run is not None and not trains_on(place.model.family, benchmark.kind):
-        does = KINDS[place.model.traits.rows].does
-        raise ConfigError([f"Invalid path {place.weights}: this run {does}; name {kind.needs}."])
+    if resolved.run is not None and not trains_on(resolved.model.family, benchmark.kind):
+        does = KINDS[resolved.model.traits.rows].does
+        raise ConfigError([f"Invalid path {resolved.weights}: this run {does}; name {kind.needs}."])
 
 
 def _rows(command: Command) -> Sequence[Any]:
@@ -464,7 +469,7 @@ def _rows(command: Command) -> Sequence[Any]:
 
 
 def _backend(
-    place: ResolvedModel, target: Target, device: torch.device | None, batch_size: int, benchmark: Benchmark
+    resolved: ResolvedModel, target: Target, device: torch.device | None, batch_size: int, benchmark: Benchmark
 ) -> Backend | ImageBackend | Generator:
     """Returns the backend that generates the answers.
 
@@ -473,18 +478,18 @@ def _backend(
     """
     dtype = None if target.dtype == "auto" else target.dtype
     if target.backend == "hf":
-        return _load(place, device, batch_size, benchmark.kind, dtype)
+        return _load(resolved, device, batch_size, benchmark.kind, dtype)
     if target.backend == "openai":
         endpoint = Endpoint(
             target.base_url,
-            place.weights,
+            resolved.weights,
             target.base_key,
             concurrency=target.concurrency,
             requests_per_minute=target.requests_per_minute,
             timeout_s=target.timeout,
         )
         return OpenAIBackend(endpoint, chat=target.chat)
-    folder = Path(place.weights)
+    folder = Path(resolved.weights)
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     if adapter is not None and (folder / MOVED).is_file():
         raise ConfigError(
@@ -493,7 +498,7 @@ def _backend(
                 "the backbone, which vLLM does not do; score the run's adapter/, or use backend=hf."
             ]
         )
-    model = place.model or model_of(place.weights)
+    model = resolved.model or model_of(resolved.weights)
     if model.quantize != "none":
         raise ConfigError(
             [
@@ -503,41 +508,42 @@ def _backend(
         )
     with _validated_unchanged(folder):
         return VLLMBackend(
-            place.weights if place.model and adapter is None else backbone_source(model),
+            resolved.weights if resolved.model and adapter is None else backbone_source(model),
             adapter,
             tokenizer=saved_processor(model, adapter) if adapter else None,
             revision=model.revision,
             batch_size=batch_size,
             dtype=dtype or model.dtype,
-            identity=_identity(place),
+            identity=_identity(resolved),
         )
 
 
-def _identity(place: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
+def _identity(resolved: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
     """Returns the hashes that identify the weights, for generation.json.
 
     Raises:
         ConfigError: the backbone differs from the one that the adapter was trained on.
     """
-    identity = weights_identity(place.weights, place.model, classes)
-    state = identity.get("base", place.base)
-    part = differing_part(place.base, state) if place.base else "weights"
-    if place.base_named and part and not (place.base and _is_hash(place.base) == _is_hash(state)):
-        recorded = short_state(place.base) if place.base else "nothing"
+    identity = weights_identity(resolved.weights, resolved.model, classes)
+    state = identity.get("base", resolved.base)
+    part = differing_part(resolved.base, state) if resolved.base else "weights"
+    if resolved.base_named and part and not (resolved.base and _is_hash(resolved.base) == _is_hash(state)):
+        recorded = short_state(resolved.base) if resolved.base else "nothing"
         logger.warning(
             "Cannot check that base=%s is the backbone that %s was trained on: its record has %s, and this is %s.",
-            *(place.model.hub_id, place.weights, recorded, short_state(state)),
+            *(resolved.model.hub_id, resolved.weights, recorded, short_state(state)),
         )
-    elif place.base and part:
+    elif resolved.base and part:
         raise ConfigError(
             [
-                f"Invalid backbone of {place.weights}: {place.model.hub_id} is {short_state(identity['base'])} now, "
-                f"and the run was trained on {short_state(place.base)} (base in its run.json), which differ in {part}; "
-                f"put {PUT_BACK[part]} back, name them with base=PATH, or pin them with model.revision."
+                f"Invalid backbone of {resolved.weights}: {resolved.model.hub_id} is now "
+                f"{short_state(identity['base'])}, and the run was trained on {short_state(resolved.base)} (base in "
+                f"its run.json), which differ in {part}; put {PUT_BACK[part]} back, name them with base=PATH, or pin "
+                "them with model.revision."
             ]
         )
-    elif place.base and "base" in identity:
-        identity["base"] = place.base  # may be in an earlier version's format; the model is the same
+    elif resolved.base and "base" in identity:
+        identity["base"] = resolved.base  # may be in an earlier version's format; the model is the same
     return identity
 
 
@@ -556,24 +562,30 @@ def _is_hash(state: str) -> bool:
 
 
 def _load(
-    place: ResolvedModel, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
+    resolved: ResolvedModel, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
 ) -> Backend | ImageBackend:
     try:
-        classes = FAMILIES[place.model.family].classes_of_run(place.run) if place.run else None
-        with _validated_unchanged(Path(place.weights)):
-            identity = _identity(place, classes) | ({"dtype": dtype} if dtype else {})
-            model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype, place.autocast)
+        classes = FAMILIES[resolved.model.family].classes_of_run(resolved.run) if resolved.run else None
+        with _validated_unchanged(Path(resolved.weights)):
+            identity = _identity(resolved, classes) | ({"dtype": dtype} if dtype else {})
+            model, processor, _ = load_for_inference(
+                resolved.weights, resolved.model, device, classes, dtype, resolved.autocast
+            )
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         # a truncated file, an invalid config.json, an adapter of another backbone: each library raises its own errors
         raise ConfigError(
-            [f"Cannot load {place.weights}: {reason_of(error)}; name a complete adapter or model, or copy it again."]
+            [f"Cannot load {resolved.weights}: {reason_of(error)}; name a complete adapter or model, or copy it again."]
         ) from error
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
     if dtype is None:
-        dtype = place.model.dtype if place.model else str(stored_dtype(next(model.parameters()))).removeprefix("torch.")
-    precision = choose_precision(place.autocast, dtype, device)
+        dtype = (
+            resolved.model.dtype
+            if resolved.model
+            else str(stored_dtype(next(model.parameters()))).removeprefix("torch.")
+        )
+    precision = choose_precision(resolved.autocast, dtype, device)
     console.print(f"precision: {precision}", markup=False, soft_wrap=True)
     return KINDS[kind].backend(
         model,
@@ -581,7 +593,7 @@ def _load(
         batch_size=batch_size,
         precision=precision,
         identity=identity,
-        **KINDS[kind].backend_settings(place, dtype),
+        **KINDS[kind].backend_settings(resolved, dtype),
     )
 
 

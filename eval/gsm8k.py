@@ -209,11 +209,11 @@ def _marked_number(line: str) -> re.Match[str] | None:
     number = _NUMBER.search(line)
     if _WORDS_FIRST.match(line) and (word := _ANNOUNCEMENT.search(line)):
         number = _NUMBER.search(line, word.end()) or number
-    place, opened = 0, 0
+    position, opened = 0, 0
     while number and (total := _SUM.match(line, number.end())):
-        opened += line.count("(", place, total.end()) - line.count(")", place, total.end())
-        place = total.end()
-        if opened or not (result := _NUMBER.search(line, place)):  # in "5 (for 2 + 3 = 5)", 5 does not begin the sum
+        opened += line.count("(", position, total.end()) - line.count(")", position, total.end())
+        position = total.end()
+        if opened or not (result := _NUMBER.search(line, position)):  # in "5 (for 2 + 3 = 5)", 5 does not begin the sum
             break
         number = result
     return number

@@ -297,16 +297,16 @@ def _outcomes(tasks: Sequence[sandbox.Task], limits: sandbox.Limits, path: Path)
     ]
     rows = [row for row in predictions.appended_rows(path) if {"key", "passed", "error"} <= row.keys()]
     # A busy machine may be the reason for a time-out: run those programs again.
-    known = {row["key"]: row for row in rows if not str(row["error"]).startswith("no verdict")}
+    outcomes = {row["key"]: row for row in rows if not str(row["error"]).startswith("no verdict")}
     write_atomic(path, predictions.appendable(rows))  # drop an incomplete last line before appending
-    remaining = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}  # each program once
+    remaining = {key: task for key, task in zip(keys, tasks, strict=True) if key not in outcomes}  # each program once
     with progress("run programs", len(remaining), least=1) as advance, open(path, "a", encoding="utf-8") as file:
         for key, outcome in zip(remaining, sandbox.run_all(list(remaining.values()), limits), strict=True):
-            known[key] = {"key": key, "passed": outcome.passed, "error": outcome.error}
-            file.write(predictions.appendable([known[key]]))
+            outcomes[key] = {"key": key, "passed": outcome.passed, "error": outcome.error}
+            file.write(predictions.appendable([outcomes[key]]))
             file.flush()
             advance(1)
-    return [{name: known[key][name] for name in ("key", "passed", "error")} for key in keys]
+    return [{name: outcomes[key][name] for name in ("key", "passed", "error")} for key in keys]
 
 
 def benchmark_rows(data_root: str | None, config: Config | None = None) -> list[dict[str, Any]]:

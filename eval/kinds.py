@@ -75,7 +75,7 @@ class BenchmarkKind(ABC):
             ConfigError: rows are missing or cannot be scored, or the command line has keys without effect.
         """
 
-    def backend_settings(self, place: ResolvedModel, dtype: str) -> dict[str, Any]:
+    def backend_settings(self, resolved: ResolvedModel, dtype: str) -> dict[str, Any]:
         """Returns keyword arguments for `backend` that only this kind has; `dtype` is that of the weights."""
         return {}
 
@@ -141,8 +141,8 @@ class Image(BenchmarkKind):
     needs_run = True
 
     def rows(self, command: Command) -> Sequence[Any]:
-        benchmark, target, place, config = command.benchmark, command.target, command.resolve(), command.configure()
-        if place.run is None or not trains_on(place.model.family, benchmark.kind):
+        benchmark, target, resolved, config = command.benchmark, command.target, command.resolve(), command.configure()
+        if resolved.run is None or not trains_on(resolved.model.family, benchmark.kind):
             return []  # `command` reports it
         unread = ["data_root"] if target.rows and target.data_root else []
         if not benchmark.row_columns:  # the benchmark has its own images
@@ -151,17 +151,17 @@ class Image(BenchmarkKind):
             raise ConfigError(
                 [f"Invalid {' and '.join(unread)}: it has no effect on which images are scored; leave the key out."]
             )
-        classes, rows, source = Classes.of_run(place.run).names, [], "the benchmark's own pictures"
+        classes, rows, source = Classes.of_run(resolved.run).names, [], "the benchmark's own pictures"
         if benchmark.row_columns:
             if target.rows:
                 images, count = read_listed(Path(target.rows), *benchmark.row_columns), None
             else:
-                images, count = _test_split(place.dataset, target.data_root or place.data_root)
+                images, count = _test_split(resolved.dataset, target.data_root or resolved.data_root)
             if message := name_error(images, classes, "the run's classes.json"):
                 raise ConfigError([f"Invalid classes of {images.source}: {message}; use images of the same classes."])
-            source, places = images.source, range(min(len(images.labels), count or len(images.labels)))
-            processor = load_image_processor(place.model)
-            rows = ImageRows(images, np.array(places), processor, check_images(images, places))
+            source, indices = images.source, range(min(len(images.labels), count or len(images.labels)))
+            processor = load_image_processor(resolved.model)
+            rows = ImageRows(images, np.array(indices), processor, check_images(images, indices))
         benchmark.check_rows(rows, source, config, classes=classes)
         return rows
 
@@ -185,7 +185,7 @@ class Captioned(BenchmarkKind):
     does, needs = "generates images and no text", "a text-to-image model"
 
     def rows(self, command: Command) -> Sequence[Any]:
-        benchmark, target, place, config = command.benchmark, command.target, command.resolve(), command.configure()
+        benchmark, target, resolved, config = command.benchmark, command.target, command.resolve(), command.configure()
         if target.rows:
             raise ConfigError(
                 [
@@ -194,17 +194,17 @@ class Captioned(BenchmarkKind):
                 ]
             )
         rows: Sequence[Any] = []
-        if place.run is not None and trains_on(place.model.family, benchmark.kind):
-            rows = pictures_of_run(place.run, place.dataset, target.data_root or place.data_root)
-        model = place.model or model_of(place.weights)
+        if resolved.run is not None and trains_on(resolved.model.family, benchmark.kind):
+            rows = pictures_of_run(resolved.run, resolved.dataset, target.data_root or resolved.data_root)
+        model = resolved.model or model_of(resolved.weights)
         gather(
             lambda: benchmark.check_settings(config, model),
             lambda: benchmark.check_rows(rows, "the run's training images", config, model=model),
         )
         return rows
 
-    def backend_settings(self, place: ResolvedModel, dtype: str) -> dict[str, Any]:
-        config = (place.model or model_of(place.weights)).model_copy(update={"dtype": dtype})
+    def backend_settings(self, resolved: ResolvedModel, dtype: str) -> dict[str, Any]:
+        config = (resolved.model or model_of(resolved.weights)).model_copy(update={"dtype": dtype})
         return FAMILIES[config.family].backend_settings(config)
 
 

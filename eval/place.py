@@ -137,38 +137,38 @@ def _record(run: Path) -> RunRecord | None:
 _REMEDY = "delete that file, then repeat the run's command with resume=true"
 
 
-def _with_base(place: ResolvedModel, base: str | None) -> ResolvedModel:
-    """Returns `place` with the base model `base`, or with its own, which may be relative to the adapter's folder."""
-    recorded, own = _recorded_name(place), place.model
+def _with_base(resolved: ResolvedModel, base: str | None) -> ResolvedModel:
+    """Returns the model with the base model `base`, or with its own, which may be relative to the adapter's folder."""
+    recorded, own = _recorded_name(resolved), resolved.model
     if recorded is None:
-        return place
-    located = os.path.expanduser(base) if base is not None else _relative_to_adapter(recorded, place)
+        return resolved
+    located = os.path.expanduser(base) if base is not None else _relative_to_adapter(recorded, resolved)
     if own is None and (located == recorded or _folder_problem(located)):
-        return place  # PEFT finds it by the adapter's own config, or it is missing
+        return resolved  # PEFT finds it by the adapter's own config, or it is missing
     if own is None:
         fields = model_of(located).model_dump()
     else:
         moved = {"hub_id": located, "revision": None, "embedded": None} if located != own.hub_id else {}
         fields = own.model_dump() | moved
-    return replace(place, model=_BASES[model_section(fields)](**fields), base_named=base is not None)
+    return replace(resolved, model=_BASES[model_section(fields)](**fields), base_named=base is not None)
 
 
-def _recorded_name(place: ResolvedModel) -> str | None:
+def _recorded_name(resolved: ResolvedModel) -> str | None:
     """Returns the base model's name in the config of a run or an adapter; None if there is none."""
-    if place.model is not None:
-        return place.model.hub_id
+    if resolved.model is not None:
+        return resolved.model.hub_id
     try:
-        name = adapter_config(Path(place.weights)).get("base_model_name_or_path")
+        name = adapter_config(Path(resolved.weights)).get("base_model_name_or_path")
     except ConfigError:  # no adapter, or a broken one, which loading reports
         return None
     return name if isinstance(name, str) and name else None
 
 
-def _relative_to_adapter(name: str, place: ResolvedModel) -> str:
+def _relative_to_adapter(name: str, resolved: ResolvedModel) -> str:
     """Resolves a relative path against the working directory, as PEFT does, or the folder of the adapter or its run."""
-    if os.path.isabs(name) or (place.model is not None and place.model.embedded):
+    if os.path.isabs(name) or (resolved.model is not None and resolved.model.embedded):
         return name
-    folders = [os.path.join(folder, name) for folder in (place.weights, place.run) if folder]
+    folders = [os.path.join(folder, name) for folder in (resolved.weights, resolved.run) if folder]
     beside = next(filter(os.path.isdir, folders), None)
     if beside is None or not os.path.isdir(name):
         return beside or name
@@ -179,20 +179,20 @@ def _relative_to_adapter(name: str, place: ResolvedModel) -> str:
     return name
 
 
-def base_errors(place: ResolvedModel, base: str | None) -> list[str]:
+def base_errors(resolved: ResolvedModel, base: str | None) -> list[str]:
     """Returns errors if there is no base model at `base`, or at the path that the run or the adapter names."""
-    adapter = (Path(place.weights) / "adapter_config.json").is_file()
-    if not (adapter or (place.model is not None and FAMILIES[place.model.family].whole_needs_base)):
-        return [f"Invalid base={base}: {place.weights} is no adapter and needs no base; drop it."] if base else []
-    name = base or _recorded_name(place)
-    if name is None or (base is None and place.model is not None and place.model.embedded):
+    adapter = (Path(resolved.weights) / "adapter_config.json").is_file()
+    if not (adapter or (resolved.model is not None and FAMILIES[resolved.model.family].whole_needs_base)):
+        return [f"Invalid base={base}: {resolved.weights} is no adapter and needs no base; drop it."] if base else []
+    name = base or _recorded_name(resolved)
+    if name is None or (base is None and resolved.model is not None and resolved.model.embedded):
         return []
     problem = _folder_problem(os.path.expanduser(name))
     if problem is None:
         return []
     if base is not None:
         return [f"Invalid base={base}: {problem}; name the folder of a complete model, or a hub id."]
-    return [f"Invalid base model {name} of {place.weights}: {problem}; name its new place with base=PATH."]
+    return [f"Invalid base model {name} of {resolved.weights}: {problem}; name its new place with base=PATH."]
 
 
 def _folder_problem(name: str) -> str | None:

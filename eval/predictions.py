@@ -141,7 +141,7 @@ def prompt_lengths(backend: Generator, prompts: Sequence[str]) -> list[int]:
 
 
 def collect(
-    asked: Sequence[Mapping[str, Any]],
+    inputs: Sequence[Mapping[str, Any]],
     answer: Callable[[list[int]], list[dict[str, Any]]],
     folder: Path,
     *,
@@ -164,7 +164,7 @@ def collect(
     was made by another model, with other settings or for other rows, is renamed to predictions.stale.jsonl.
 
     Args:
-        asked: the columns of each row before it is answered; saved unchanged.
+        inputs: the columns of each row before it is answered; saved unchanged.
         answer: indices of a batch → the columns to add to each of its rows.
         fields: keys of a complete row, and their types.
         settings: what determines the answers besides the rows; saved in generation.json.
@@ -176,32 +176,32 @@ def collect(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
-    prompts_sha256 = hashlib.sha256(json.dumps(list(asked), default=str).encode()).hexdigest()
-    settings = {**settings, "rows": len(asked), "prompts_sha256": prompts_sha256}
+    prompts_sha256 = hashlib.sha256(json.dumps(list(inputs), default=str).encode()).hexdigest()
+    settings = {**settings, "rows": len(inputs), "prompts_sha256": prompts_sha256}
     made_by = _digest(settings)
-    done, complete = _finished_rows(folder, [path, partial], settings, asked, fields)
+    done, complete = _finished_rows(folder, [path, partial], settings, inputs, fields)
     done = {index: row for index, row in done.items() if is_valid(row)}
-    if complete and len(done) == len(asked) and not partial.is_file():
+    if complete and len(done) == len(inputs) and not partial.is_file():
         if on_progress:
-            on_progress(len(done), len(asked), [])
+            on_progress(len(done), len(inputs), [])
         return path
     if done or os.path.lexists(partial):  # drop an incomplete last line before appending
         write_atomic(partial, jsonl(_checked(row, made_by) for row in done.values()))
     write_json(folder / "generation.json", settings | {ROWS_HASH: None})
     path.unlink(missing_ok=True)  # its rows are in the partial file now
-    order = sorted(range(len(asked)), key=lambda i: (-lengths[i], i))
+    order = sorted(range(len(inputs)), key=lambda i: (-lengths[i], i))
     if on_progress:
-        on_progress(len(done), len(asked), [])
+        on_progress(len(done), len(inputs), [])
 
     for batch, answers in _answers(order, done, answer, batch_size, each):
         if answers is not None:
-            rows = [{"index": i, **asked[i], **answered} for i, answered in zip(batch, answers, strict=True)]
+            rows = [{"index": i, **inputs[i], **answered} for i, answered in zip(batch, answers, strict=True)]
             done.update({row["index"]: row for row in rows})
             with open(partial, "a", encoding="utf-8") as file:
                 file.write(jsonl(_checked(row, made_by) for row in rows))
         if on_progress:
-            on_progress(len(done), len(asked), [done[index] for index in batch])
-    write_finished(folder, (done[index] for index in range(len(asked))), settings)
+            on_progress(len(done), len(inputs), [done[index] for index in batch])
+    write_finished(folder, (done[index] for index in range(len(inputs))), settings)
     partial.unlink(missing_ok=True)
     return path
 
@@ -252,7 +252,7 @@ def _finished_rows(
     folder: Path,
     paths: Sequence[Path],
     settings: dict[str, Any],
-    asked: Sequence[Mapping[str, Any]],
+    inputs: Sequence[Mapping[str, Any]],
     fields: Fields,
 ) -> tuple[dict[int, dict[str, Any]], bool]:
     """Returns the existing rows, and whether they are those of a finished file with a valid hash."""
@@ -264,7 +264,7 @@ def _finished_rows(
             continue
         partial, message = path != paths[0], problem
         if message is None:
-            valid_rows = _read_rows(path, asked, fields, _digest(settings) if partial else None)
+            valid_rows = _read_rows(path, inputs, fields, _digest(settings) if partial else None)
             broken = valid_rows is None or (
                 not partial and manifest is not None and rows_problem(path, manifest) is not None
             )
@@ -303,7 +303,7 @@ def free_name(path: Path) -> Path:
 
 
 def _read_rows(
-    path: Path, asked: Sequence[Mapping[str, Any]], fields: Fields, made_by: str | None
+    path: Path, inputs: Sequence[Mapping[str, Any]], fields: Fields, made_by: str | None
 ) -> list[dict[str, Any]] | None:
     """Returns the rows of a file whose last line may be incomplete; None if any other line does not match its prompt.
 
@@ -322,9 +322,9 @@ def _read_rows(
             return None
         rows = [_unchecked(row) for row in rows]
     for row in rows:
-        if _row_problem(row, fields) or not row["index"] < len(asked):
+        if _row_problem(row, fields) or not row["index"] < len(inputs):
             return None
-        if any(row[key] != value for key, value in asked[row["index"]].items()):
+        if any(row[key] != value for key, value in inputs[row["index"]].items()):
             return None
     return rows
 

@@ -104,11 +104,11 @@ class HFBackend(TokenizedBackend):
 
     def _is_stopped(self, prompt: list[int], answer: list[int], sampling: Sampling) -> bool:
         """Whether an answer contains a stop; it had none before its last token."""
-        kept = self._before_end(answer)
+        ids = self._before_end(answer)
         newest = max(len(stop.encode()) for stop in sampling.stop) + _MARGIN  # tokens, which are at least a byte each
-        if len(kept) > newest and not cut_at(self._decode(kept[-newest:]), sampling.stop)[1]:
+        if len(ids) > newest and not cut_at(self._decode(ids[-newest:]), sampling.stop)[1]:
             return False
-        return sampling.cut(self._text(prompt, kept))[1]
+        return sampling.cut(self._text(prompt, ids))[1]
 
     def first_token(self, choice: str) -> int:
         return self._choice_ids(choice, first_token=True)[0]

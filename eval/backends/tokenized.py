@@ -133,9 +133,9 @@ class TokenizedBackend:
 
     def _completion(self, prompt: list[int], ids: list[int], sampling: Sampling) -> Completion:
         """Returns the answer in the ids that follow `prompt`: up to the first end token, and before the first stop."""
-        kept = self._before_end(ids)
-        text, stopped = sampling.cut(self._text(prompt, kept))
-        return Completion(text, len(kept), len(kept) < len(ids) or stopped)
+        answer = self._before_end(ids)
+        text, stopped = sampling.cut(self._text(prompt, answer))
+        return Completion(text, len(answer), len(answer) < len(ids) or stopped)
 
     def _before_end(self, ids: list[int]) -> list[int]:
         return ids[: next((index for index, token in enumerate(ids) if token in self.ends), len(ids))]
@@ -146,8 +146,8 @@ class TokenizedBackend:
         SentencePiece's decoders drop the first space of a text, so an answer must not be decoded by itself.
         """
         before = [] if self.encoder_decoder else prompt
-        head, whole = self._decode(before), self._decode([*before, *answer])
-        return whole.removeprefix(head) if whole.startswith(head) else self._decode(answer)
+        start, full = self._decode(before), self._decode([*before, *answer])
+        return full.removeprefix(start) if full.startswith(start) else self._decode(answer)
 
     @functools.cached_property
     def tokenizer_sha256(self) -> str:

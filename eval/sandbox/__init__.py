@@ -198,19 +198,19 @@ class _KilledEarly(OSError):
     """A process was killed before the program started."""
 
 
-def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
+def _run(task: Task, limits: Limits, isolation: Walls) -> Outcome:
     try:
         with _room.shared():
-            outcome, disturbed = _attempt(task, limits, held)
+            outcome, disturbed = _attempt(task, limits, isolation)
     except _KilledEarly:
         disturbed = True
     if disturbed:
         with _room.alone():
-            outcome, _ = _attempt(task, limits, held)
+            outcome, _ = _attempt(task, limits, isolation)
     return outcome
 
 
-def _attempt(task: Task, limits: Limits, held: Walls) -> tuple[Outcome, bool]:
+def _attempt(task: Task, limits: Limits, isolation: Walls) -> tuple[Outcome, bool]:
     """Returns (the outcome, whether a failure may have another cause than the program).
 
     Raises:
@@ -230,9 +230,9 @@ def _attempt(task: Task, limits: Limits, held: Walls) -> tuple[Outcome, bool]:
         checker = [answers_read, calls_write, verdict_write], folders[1], {"task": task._asdict()}
         for role, (handles, folder, more) in (("candidate", candidate), ("checker", checker)):
             processes.append(_start(role, handles, folder))
-            threads = held.namespaces or held.own_user
+            threads = isolation.namespaces or isolation.own_user
             own = {"parent": os.getpid(), "filter": calls.filter_program(processes[-1].pid, threads).hex()}
-            _send(processes[-1], {"limits": _sandbox_settings(limits, held) | own, "work": folder, **more})
+            _send(processes[-1], {"limits": _sandbox_settings(limits, isolation) | own, "work": folder, **more})
         while child_handles:  # close each only once: another thread may get the same number for a new file
             os.close(child_handles.pop())
         clock = Clock([process.pid for process in processes])
@@ -263,7 +263,7 @@ def _attempt(task: Task, limits: Limits, held: Walls) -> tuple[Outcome, bool]:
     if verdict.get("sandbox") is False:
         raise (_KilledEarly if killed else OSError)(f"no sandbox: {verdict['error']}")
     error = verdict["error"]
-    if not held.namespaces and re.match(r"PermissionError: \[Errno 13\]|FileNotFoundError: .* temporary", error):
+    if not isolation.namespaces and re.match(r"PermissionError: \[Errno 13\]|FileNotFoundError: .* temporary", error):
         error = f"{error} ({_NO_FOLDER})"
     return Outcome(verdict["passed"] is True, error), killed
 
@@ -283,17 +283,17 @@ def _is_ending(pid: int) -> bool:
         return True
 
 
-def _sandbox_settings(limits: Limits, held: Walls) -> dict[str, Any]:
+def _sandbox_settings(limits: Limits, isolation: Walls) -> dict[str, Any]:
     """Returns the settings that `inside.enter` reads."""
     return {
-        "namespaces": held.namespaces,
+        "namespaces": isolation.namespaces,
         "memory": limits.memory,
         "cpu_s": int(limits.seconds) + 1,  # of each process, in case this process kills it too late
         "file": limits.file,
         "files": limits.files,
         "threads": limits.threads,
         "open_files": limits.open_files,
-        "uid": _FIRST_UID + (os.getpid() * 1000 + next(_uids)) % 100_000_000 if held.own_user else None,
+        "uid": _FIRST_UID + (os.getpid() * 1000 + next(_uids)) % 100_000_000 if isolation.own_user else None,
         "readable": [sys.prefix, sys.base_prefix],
         "granted": _granted(),
     }

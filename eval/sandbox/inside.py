@@ -111,9 +111,9 @@ def _open_private_folders(readable):
 
 def _leave_namespaces(root):
     """Enters new namespaces for mounts, network, IPC and host name; without root, in a user namespace of one user."""
-    wanted = [name for name in _CLONE if name != "user" or not root]
+    names = [name for name in _CLONE if name != "user" or not root]
     uid, gid = os.getuid(), os.getgid()
-    _check(_libc.unshare(sum(_CLONE[name] for name in wanted)), "unshare")
+    _check(_libc.unshare(sum(_CLONE[name] for name in names)), "unshare")
     if not root:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{name}", "w") as file:
@@ -187,11 +187,11 @@ _TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes
 _ARRAY_KINDS, _LARGEST_ARRAY = "?biufcSUmM", 1 << 20  # no Python objects; numbers
 
 
-def encode(value, kept=None, depth=0):
+def encode(value, iterators=None, depth=0):
     """Converts a value to JSON by its exact type; objects with their own `__eq__` are not supported.
 
     Args:
-        kept: a list to which iterators are added, whose items are requested one by one later.
+        iterators: a list to which iterators are added; their items are requested one by one later.
     """
     kind = type(value)
     if depth > 100:
@@ -207,13 +207,16 @@ def encode(value, kept=None, depth=0):
     if kind in (bytes, bytearray):
         return {kind.__name__: value.hex()}
     if kind in _CONTAINERS:
-        return {kind.__name__: [encode(item, kept, depth + 1) for item in value]}
+        return {kind.__name__: [encode(item, iterators, depth + 1) for item in value]}
     if kind in (dict, collections.Counter, collections.defaultdict, collections.OrderedDict):  # equal where dicts are
         return {
-            "dict": [[encode(key, kept, depth + 1), encode(item, kept, depth + 1)] for key, item in dict.items(value)]
+            "dict": [
+                [encode(key, iterators, depth + 1), encode(item, iterators, depth + 1)]
+                for key, item in dict.items(value)
+            ]
         }
     if kind in _VIEWS:
-        return {_VIEWS[kind]: [encode(item, kept, depth + 1) for item in value]}
+        return {_VIEWS[kind]: [encode(item, iterators, depth + 1) for item in value]}
     if kind is type and _TYPES.get(value.__name__) is value:
         return {"type": value.__name__}
     if kind is range:
@@ -229,13 +232,13 @@ def encode(value, kept=None, depth=0):
             raise UnsupportedValue(f"an array of {value.size} {value.dtype} is not passed on to the tests")
         return {"ndarray": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
     if kind.__module__ == "numpy" and hasattr(kind, "item") and kind.__name__ != "ndarray":
-        return encode(kind.item(value), kept, depth + 1)
-    if kept is not None and hasattr(kind, "__next__"):
-        kept.append(value)
-        return {"iterator": len(kept) - 1}
+        return encode(kind.item(value), iterators, depth + 1)
+    if iterators is not None and hasattr(kind, "__next__"):
+        iterators.append(value)
+        return {"iterator": len(iterators) - 1}
     for base, plain in _PLAIN.items():  # such as a named tuple or an IntEnum, which compare like their base class
         if issubclass(kind, base) and kind.__eq__ is base.__eq__:
-            return encode(plain(value), kept, depth + 1)
+            return encode(plain(value), iterators, depth + 1)
     raise UnsupportedValue(f"{kind.__name__} may compare as it likes, and is not passed on")
 
 
@@ -275,7 +278,7 @@ def decode(data, follow=None):
         return dict(enumerate(items)).values()
     if kind == "items":
         return dict(items).items()
-    return {known.__name__: known for known in _CONTAINERS}[kind](items)
+    return {container.__name__: container for container in _CONTAINERS}[kind](items)
 
 
 class Channel:
@@ -312,16 +315,16 @@ def candidate(channel):
     except BaseException as error:
         channel.send({"error": _error_text(error)})
         return
-    kept = []
+    iterators = []
     while True:
         request = channel.receive()
         try:
             if "next" in request:
-                value = next(kept[request["next"]])
+                value = next(iterators[request["next"]])
             else:
                 arguments, named = decode(request["call"])
                 value = function(*arguments, **named)
-            answer = {"value": encode(value, kept)}
+            answer = {"value": encode(value, iterators)}
         except StopIteration:
             answer = {"end": True}
         except BaseException as error:
