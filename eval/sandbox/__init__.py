@@ -31,7 +31,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,12 +89,7 @@ class Walls:
 
     def describe(self) -> dict[str, Any]:
         """Returns the entries for score.json."""
-        return {
-            "namespaces": self.namespaces,
-            "landlock": self.landlock,
-            "seccomp": self.seccomp,
-            "own_user": self.own_user,
-        }
+        return asdict(self)
 
 
 @functools.cache
@@ -334,7 +329,6 @@ def _send(process: subprocess.Popen, settings: Mapping[str, Any]) -> None:
     with contextlib.suppress(BrokenPipeError):  # it has already ended: there will be no verdict
         process.stdin.write(json.dumps(settings).encode())
         process.stdin.close()
-    return process
 
 
 def _read_verdict(handle: int, clock: Clock, seconds: float) -> dict[str, Any] | None:
