@@ -137,7 +137,7 @@ def _check_same_parser(benchmark: str, a: Path, b: Path) -> None:
 
 
 def print_comparisons(a: str, b: str, comparisons: Sequence[Comparison]) -> None:
-    """Prints a table, comparison row per comparison; `a` and `b` are the titles of the two runs."""
+    """Prints a table, one row per comparison; `a` and `b` are the titles of the two runs."""
     table = Table(title=f"A = {a}\nB = {b}", title_justify="left")
     interval = f"{CONFIDENCE:.0%} interval"
     for column in ("benchmark", "questions", "A", "B", "B − A", interval, "A better", "B better", "p"):

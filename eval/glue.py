@@ -71,7 +71,9 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     metrics: dict[str, Any] = {"n": total, HEADLINE: None}
     if total:
         metrics[HEADLINE] = sum(a == b for a, b in zip(truth, guess, strict=True)) / total
-        metrics["majority"] = max(truth.count(word) for word in set(truth)) / total  # of the most frequent answer
+        metrics["majority"] = (
+            max(truth.count(word) for word in set(truth)) / total
+        )  # accuracy of the most frequent answer
         task = rows[0]["task"]
         if task == "cola":
             metrics["matthews"] = float(matthews_corrcoef(truth, guess))
