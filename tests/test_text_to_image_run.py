@@ -403,7 +403,7 @@ def test_a_caption_is_written_as_it_is(tmp_path):
 def test_other_benchmarks_and_runs_do_not_mix(scored):
     folder, _ = scored["off"]
     for benchmark in ("gsm8k", "images"):
-        with pytest.raises(ConfigError, match="makes pictures and has no words"):
+        with pytest.raises(ConfigError, match="generates images and no text"):
             command.score_path(benchmark, [str(folder)])
     assert methods.ADAPTERS["lora"].not_of_diffusion is None
 
