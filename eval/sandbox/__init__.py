@@ -55,9 +55,7 @@ class Limits:
     seconds: float = 10.0  # of CPU time, including start and tests; it may sleep as long in addition
     memory: int = 1024 * _MIB  # of address space of the program, which is one process; its tests have as much
     file: int = 16 * _MIB  # of one file
-    files: int = (
-        64 * _MIB
-    )  # of all files, including removed ones that are still open; without namespaces there are none
+    files: int = 64 * _MIB  # of all files, removed ones that are open included; none without namespaces
     threads: int = 12  # of the process; only one if they cannot be counted, with neither namespaces nor an own user
     open_files: int = 64
 
