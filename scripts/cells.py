@@ -94,7 +94,7 @@ class Published(Section):
     source: str | None
     values: dict[str, dict[str, float]]
     spreads: dict[str, dict[str, float]] = setting({}, remedy="leave it out: a value written [NUMBER, SPREAD] has one")
-    spread: str | None = None  # what the numbers behind ± are
+    spread: str | None = None  # what the numbers after ± mean
     notes: list[str] = setting([], remedy="write [TEXT]")  # what else the source says
 
 
@@ -115,7 +115,7 @@ class Cell(NamedTuple):
     paths: list[Path]
     paper: float | None
     paper_spread: float | None = None
-    incomplete: str = ""  # what of the answers behind the values was cut, refused or not rated
+    incomplete: str = ""  # fractions of the answers that were cut, refused or not rated
 
     @property
     def mean(self) -> float | None:
@@ -343,7 +343,7 @@ def _flatness(path: Path, adapter_sha256: str | None, seed: int) -> tuple[dict[s
     how = {part: dict(values["how"]) for part, values in parts.items()}
     if "rise" in how and "streams" not in how["rise"] and how["rise"].get("seed") == seed:
         raise ValueError(  # an early version drew both from the same streams; those of other seeds differ
-            f"its rise was measured with the noise that the training of seed {seed} saw; measure anew with "
+            f"its rise was measured with the noise that the training of seed {seed} saw; measure again with "
             "scripts/flatness.py"
         )
     metrics = {}
@@ -422,7 +422,7 @@ def setting_of(experiment: Experiment) -> str:
     return json.dumps({key: value for key, value in experiment.identity().items() if key != "seed"}, sort_keys=True)
 
 
-def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> bool:
+def _scored_alike(run: Run, expected: Experiment, metric: str, layout: Layout) -> bool:
     """Whether the metric's benchmark used the same rows and settings; the batch size does not matter.
 
     Time and memory are those of all benchmarks.
@@ -433,16 +433,16 @@ def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> 
         measured = run.measured.get(part, {})
         return all(measured.get(key) == value for key, value in layout.measured.get(part, {}).items())
 
-    def asked(experiment: Experiment, benchmark: str) -> Any:
+    def answer_settings(experiment: Experiment, benchmark: str) -> Any:
         config = experiment.eval.get(benchmark)
         irrelevant = {"batch_size", "judge_url", "judge_key", "folder"}  # settings that no answer depends on
-        usual = benchmarks.BENCHMARKS[benchmark].Config.model_construct()  # without validation of missing folders
-        settings = (config or usual).model_dump(mode="json", exclude=irrelevant)
+        default = benchmarks.BENCHMARKS[benchmark].Config.model_construct()  # without validation of missing folders
+        settings = (config or default).model_dump(mode="json", exclude=irrelevant)
         rows = getattr(experiment.model, "generated_test_rows", None), getattr(experiment.dataset, "test_rows", None)
         return settings, rows
 
-    scored = {*run.experiment.eval, *wanted.eval} if benchmark in MEASURED else {benchmark}
-    return all(asked(run.experiment, name) == asked(wanted, name) for name in scored)
+    scored = {*run.experiment.eval, *expected.eval} if benchmark in MEASURED else {benchmark}
+    return all(answer_settings(run.experiment, name) == answer_settings(expected, name) for name in scored)
 
 
 def _one_a_seed(runs: Sequence[Run], column: Column) -> tuple[dict[int, float], list[Path], list[str]]:
@@ -473,7 +473,7 @@ _INCOMPLETE = {
 
 
 def _incomplete(runs: Sequence[Mapping[str, float]], benchmark: str) -> str:
-    """What was cut, refused or left unrated of a benchmark's answers, as the mean over runs; "" if nothing was."""
+    """Returns the fractions of answers that were cut, refused or not rated, as means over runs; "" if all are 0."""
     phrases = []
     for metric, phrase in _INCOMPLETE.items():
         values = [metrics.get(f"{benchmark}/{metric}", 0.0) for metrics in runs]
