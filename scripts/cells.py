@@ -185,13 +185,15 @@ def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
     published_tables, problems = {}, []
     for name, table in tables.items():
         values = table.get("values") if isinstance(table, dict) else None
+        from_file = isinstance(values, dict) and isinstance(values.get("file"), str)
         try:
             published = build_section(f"paper.{name}", Published, table | {"values": {}} if values else table)
+            read = published_files.numbers_of(name, values, path.parent) if from_file else None
         except ConfigError as error:
             problems += error.errors
             continue
-        if isinstance(values, dict) and isinstance(values.get("file"), str):
-            (numbers, number_problems), spreads = published_files.numbers_of(name, values, path.parent), {}
+        if read is not None:
+            (numbers, number_problems), spreads = read, {}
         else:
             numbers, spreads, number_problems = _published_numbers(name, values or {})
         if numbers and published.source not in sources:
