@@ -117,7 +117,7 @@ class Denoiser(nn.Module):
             latents, noise: (B, 4, h, w), float32.
             timesteps: (B,), int64.
             weights: (B,), float32; the loss is the weighted sum of the rows' losses.
-            time_ids: (B, 6), see `captioned.View`.
+            time_ids: (B, 6), see `inputs.text_to_image.View`.
             prompt_embeds, pooled: (B, tokens, d) and (B, d₂), if the text encoders are not trained.
             input_ids, input_ids_2: (B, tokens), if they are.
         """
@@ -274,7 +274,7 @@ def _vae_errors(config: DiffusionModelConfig) -> contextlib.AbstractContextManag
 
 
 def _vae_config(name: str) -> _VAEConfig:
-    return _VAEConfig(name="vae", hub_id=name, family="sdxl")
+    return _VAEConfig(name="vae", hub_id=name, family="text_to_image")
 
 
 def load_text_encoders(config: DiffusionModelConfig, source: str, device: torch.device) -> list[nn.Module]:

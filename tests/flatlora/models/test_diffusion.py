@@ -17,7 +17,7 @@ from flatlora import methods
 from flatlora.config.sections import DiffusionModelConfig
 from flatlora.methods import Start
 from flatlora.models import diffusion, latents, loading, scorers, sources
-from flatlora.models.families import sdxl
+from flatlora.models.families.text_to_image import RANDOM_SDXL, size_errors
 from flatlora.models.latents import LatentRows, collate_latents
 from flatlora.train.samplers import BucketSampler
 from flatlora.utils.errors import ConfigError
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def config_of(**changes):
-    settings = {"name": "sdxl_tiny", "hub_id": sdxl.RANDOM_SDXL, "family": "sdxl", "embedded": "random-sdxl"}
+    settings = {"name": "sdxl_tiny", "hub_id": RANDOM_SDXL, "family": "text_to_image", "embedded": "random-sdxl"}
     return DiffusionModelConfig(**settings | {"dtype": "float32", "captioner": None} | changes)
 
 
@@ -401,7 +401,7 @@ def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_
     torch.testing.assert_close(peft_drew, ours, rtol=1e-4, atol=1e-4)
     loaded, processor, told = loading.load_for_inference(str(tmp_path), None, CPU)
     assert processor is None
-    assert told["base"] == sdxl.RANDOM_SDXL
+    assert told["base"] == RANDOM_SDXL
     if not train_text:  # an adapter of the text encoders needs the run that says so
         drew = drawn(diffusion.pipeline_of(loaded.get_base_model(), config, source, CPU))
         torch.testing.assert_close(drew, ours, rtol=1e-4, atol=1e-4)
@@ -454,15 +454,15 @@ def test_trained_text_encoders_need_layers_of_theirs():
 
 @pytest.mark.parametrize("peft", ["adalora", "eva", "corda", "full_ft"])
 def test_methods_that_are_not_of_diffusion_say_why(peft):
-    with pytest.raises(ConfigError, match=rf"Invalid peft={peft} with model=sdxl_tiny \(sdxl\)"):
+    with pytest.raises(ConfigError, match=rf"Invalid peft={peft} with model=sdxl_tiny \(text_to_image\)"):
         run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", f"peft={peft}"])
 
 
 @pytest.mark.parametrize(
     ("words", "head"),
     [
-        (["model.quantize=nf4"], "Invalid model.quantize=nf4 with model=sdxl_tiny (sdxl)"),
-        (["model.attn=eager"], "Invalid model.attn=eager with model=sdxl_tiny (sdxl)"),
+        (["model.quantize=nf4"], "Invalid model.quantize=nf4 with model=sdxl_tiny (text_to_image)"),
+        (["model.attn=eager"], "Invalid model.attn=eager with model=sdxl_tiny (text_to_image)"),
         (["model.dtype=float16", "trainer=cpu"], "Invalid model.dtype=float16 with trainer=cpu"),
         (["model.snr_gamma=0"], "Invalid model.snr_gamma=0: it must be > 0"),
         (["model.revision=main"], "Invalid model.revision=main with model.embedded=random-sdxl"),
@@ -515,7 +515,7 @@ def test_a_hub_that_is_out_of_reach_is_no_broken_pipeline(monkeypatch):
 
 def test_errors_name_the_setting_that_was_given(tmp_path):
     with pytest.raises(ConfigError, match=r"Cannot load model\.vae_id=\./nope: there is no such folder"):
-        sdxl.size_errors(config_of(vae_id="./nope"), [(64, 64)])
+        size_errors(config_of(vae_id="./nope"), [(64, 64)])
     with pytest.raises(ConfigError, match=r"eval\.text_to_image\.clip=\./nope"):
         scorers.check_clip("./nope")
     with pytest.raises(ConfigError, match=r"eval\.text_to_image\.captioner=\./nope"):
@@ -529,9 +529,9 @@ def _without_diffusers():
 
 
 def test_sizes_that_the_parts_cannot_halve_are_refused():
-    assert sdxl.size_errors(config_of(), [(68, 68)]) == []
-    assert "multiples of 8" in sdxl.size_errors(config_of(), [(68, 68)], drawn=True)[0]
-    (message,) = sdxl.size_errors(config_of(), [(64, 64), (64, 62)])
+    assert size_errors(config_of(), [(68, 68)]) == []
+    assert "multiples of 8" in size_errors(config_of(), [(68, 68)], drawn=True)[0]
+    (message,) = size_errors(config_of(), [(64, 64), (64, 62)])
     assert "pictures of 64 × 62 pixels, and both sides must be multiples of 4" in message
 
 

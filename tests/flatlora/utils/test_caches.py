@@ -19,8 +19,8 @@ import run_exp
 from data import cache
 from flatlora.config.sections import DiffusionModelConfig, ModelConfig
 from flatlora.inputs import images
-from flatlora.inputs.captioned import CaptionedImages, CaptionedRows
 from flatlora.inputs.images import LabeledImages, check_images, parquet_table, png_of
+from flatlora.inputs.text_to_image import TextToImageData, TextToImageRows
 from flatlora.models import diffusion, latents, sources
 from flatlora.models.random_weights import byte_tokenizer
 from flatlora.utils import caches, files, staging
@@ -28,7 +28,7 @@ from flatlora.utils.errors import ConfigError
 from tests.conftest import write_split
 from tests.processes import die, in_a_child, umask
 
-SDXL = DiffusionModelConfig(name="sdxl", hub_id="flatlora/random-sdxl", family="sdxl", embedded="random-sdxl")
+SDXL = DiffusionModelConfig(name="sdxl", hub_id="flatlora/random-sdxl", family="text_to_image", embedded="random-sdxl")
 CLIP = ModelConfig(name="clip", hub_id="flatlora/random-clip", family="clip", embedded="random-clip")
 
 
@@ -46,9 +46,9 @@ def rows(root):
 
 
 def latents_of(root):
-    pictures = CaptionedImages("here", ["p"], lambda index: b"")
+    pictures = TextToImageData("here", ["p"], lambda index: b"")
     found = latents.encoded(
-        CaptionedRows(pictures, [0], [b"0"], [(8, 8)]), SDXL, "source", torch.device("cpu"), state="", seed=0
+        TextToImageRows(pictures, [0], [b"0"], [(8, 8)]), SDXL, "source", torch.device("cpu"), state="", seed=0
     )
     return found[0]["latents"].tolist(), found[0]["prompt_embeds"].tolist()
 
