@@ -1,4 +1,4 @@
-"""Pictures of prompts by a denoiser in memory, with its adapters in place; the other parts are loaded to it."""
+"""Pictures of prompts by a text-to-image model in memory, with its adapters; the pipeline's other parts are loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DiffusionBackend:
     """Draws with a model in memory.
 
     Args:
-        model: a `diffusion.Denoiser`, with or without a PEFT adapter (never merged: a merge rounds).
+        model: a `diffusion.TextToImageModel`, with or without a PEFT adapter (never merged: a merge rounds).
         processor: none.
         config, source: of the pipeline that it is part of.
         precision: how the model computes; None: without autocast, in the weights' own dtype.
@@ -37,8 +37,8 @@ class DiffusionBackend:
     ) -> None:
         self.model, self.config, self.source, self.batch_size = model.eval(), config, source, batch_size
         self.precision, self.identity = precision, identity or {}
-        self.denoiser = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.device = self.denoiser.device
+        self.plain_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.device = self.plain_model.device
         self._pipeline: Any = None
 
     def describe(self) -> dict[str, Any]:
@@ -54,6 +54,6 @@ class DiffusionBackend:
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> torch.Tensor:
         """B × 3 × H × W, FP32, 0 to 1, on the host; `settings` as `diffusion.sample` has them."""
         if self._pipeline is None:
-            self._pipeline = diffusion.pipeline_of(self.denoiser, self.config, self.source, self.device)
+            self._pipeline = diffusion.pipeline_of(self.plain_model, self.config, self.source, self.device)
         with autocast(self.device, self.precision):
             return diffusion.sample(self._pipeline, prompts, seeds, **settings)

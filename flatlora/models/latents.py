@@ -1,5 +1,5 @@
-"""Training rows of a denoiser: latents and prompts of all images, encoded once, so that VAE and text encoders take no
-memory during training.
+"""Training rows of a text-to-image model: latents and prompts of all images, encoded once, so that VAE and text
+encoders take no memory during training.
 
 The cache holds mean and std of the latents. Latents, noise and timesteps are sampled in every epoch as a pure function
 of (seed, epoch, row): a resumed run gets the same samples, independent of how processes share the rows.
@@ -37,8 +37,8 @@ _BAR_FROM = 16  # images; fewer are encoded too quickly for a progress bar
 class LatentRows(Dataset):
     """Images as latents, prompts as embeddings or token ids, optionally with prior-preservation images.
 
-    A row is a dict of tensors whose keys are the arguments of `diffusion.Denoiser.forward`. Their first dimension is 1,
-    or 2 with prior preservation: the image, then an image of the class.
+    A row is a dict of tensors whose keys are the arguments of `diffusion.TextToImageModel.forward`. Their first
+    dimension is 1, or 2 with prior preservation: the image, then an image of the class.
 
     Args:
         means, stds: one tensor per image, (flips, 4, h, w), float32; flips is 2 if images are also mirrored, else 1.
@@ -244,7 +244,7 @@ def class_pictures(
     names = [f"{number:05d}" for number in range(count)]
     pictures: list[Path | bytes | None] = [caches.find(folder, name, ".png") for name in names]
     if missing := [number for number, picture in enumerate(pictures) if picture is None]:
-        pipeline = diffusion.pipeline_of(diffusion.load_denoiser(config, source, device), config, source, device)
+        pipeline = diffusion.pipeline_of(diffusion.load_model(config, source, device), config, source, device)
         with progress(f"make pictures of {prompt!r}", len(missing)) as advance:
             for number in missing:
                 image = diffusion.sample(pipeline, [prompt], [number], size=size, steps=steps, guidance=CLASS_GUIDANCE)

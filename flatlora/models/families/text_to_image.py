@@ -48,7 +48,7 @@ class TextToImage(Family):
 
     def load(self, config: DiffusionModelConfig, options: LoadOptions) -> nn.Module:
         with hub_errors(config):
-            return diffusion.load_denoiser(config, backbone_source(config), options.device)
+            return diffusion.load_model(config, backbone_source(config), options.device)
 
     def load_trained(self, path: str, config: ModelConfig, options: LoadOptions) -> tuple[nn.Module, Any]:
         raise ConfigError([f"Invalid model folder {path}: of a diffusion model only adapters are trained; name one."])

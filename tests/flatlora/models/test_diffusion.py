@@ -1,4 +1,4 @@
-"""The denoiser against diffusers' own parts: noising, weights, embeddings, latents, adapters; and what is refused."""
+"""The model against diffusers' own parts: noising, weights, embeddings, latents, adapters; and what is refused."""
 
 import json
 import logging
@@ -65,7 +65,7 @@ def adapted(config, **changes):
 
 
 def reference_loss(pipeline, batch, gamma=None):
-    """Slow twin of `Denoiser.forward`: diffusers' scheduler noises, its functions weigh, one row at a time."""
+    """Slow twin of `TextToImageModel.forward`: diffusers' scheduler noises, its functions weigh, one row at a time."""
     schedule, total = DDPMScheduler.from_config(pipeline.scheduler.config), 0.0
     for row in range(len(batch["latents"])):
         one = {key: value[row : row + 1] for key, value in batch.items()}
@@ -90,21 +90,28 @@ def reference_loss(pipeline, batch, gamma=None):
 def test_the_loss_is_diffusers(source, prediction, gamma):
     pipeline = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
     pipeline.scheduler.register_to_config(prediction_type=prediction)
-    denoiser = diffusion.Denoiser(pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config), (), gamma)
+    model = diffusion.TextToImageModel(pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config), (), gamma)
     rows = encoded(source)
     batch = collate_latents([rows[0], rows[3], rows[5]])
     batch["timesteps"][0] = 20  # little noise: a signal-to-noise ratio far above gamma, which weighs it down
     wanted = reference_loss(pipeline, batch, gamma)
-    torch.testing.assert_close(denoiser(**batch).loss, wanted.squeeze(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(**batch).loss, wanted.squeeze(), rtol=1e-5, atol=1e-6)
     if gamma is not None:
-        assert denoiser(**batch).loss != reference_loss(pipeline, batch)
+        assert model(**batch).loss != reference_loss(pipeline, batch)
 
 
 def test_other_predictions_are_refused(source):
     unet = loading.load_backbone(config_of(), CPU).unet
     schedule = DDPMScheduler(prediction_type="sample")
     with pytest.raises(ConfigError, match="prediction_type=sample"):
-        diffusion.Denoiser(unet, schedule)
+        diffusion.TextToImageModel(unet, schedule)
+
+
+def test_the_models_old_name_still_works():
+    with pytest.warns(DeprecationWarning, match="TextToImageModel"):
+        assert diffusion.Denoiser is diffusion.TextToImageModel
+    with pytest.raises(AttributeError, match="has no attribute 'Denoisers'"):
+        _ = diffusion.Denoisers
 
 
 @torch.no_grad()
@@ -228,12 +235,12 @@ def test_a_vae_that_makes_nan_in_fp32_is_broken(source):
 
 
 @pytest.mark.parametrize(("dtype", "remedy"), [("float32", "the training diverged"), ("bfloat16", "wider range")])
-def test_a_denoiser_that_makes_nan_is_told_from_its_vae(source, dtype, remedy):
+def test_a_unet_that_makes_nan_is_told_from_its_vae(source, dtype, remedy):
     config = config_of(dtype=dtype)
     pipeline = diffusion.pipeline_of(loading.load_backbone(config, CPU), config, source, CPU)
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(ConfigError, match=rf"Invalid model\.dtype={dtype}: the denoiser makes NaN.* of 'a'.*{remedy}"):
+    with pytest.raises(ConfigError, match=rf"Invalid model\.dtype={dtype}: the UNet makes NaN.* of 'a'.*{remedy}"):
         diffusion.sample(pipeline, ["a"], [0], size=64, steps=1, guidance=1.0)
 
 
@@ -430,7 +437,7 @@ def test_the_export_for_diffusers_has_the_same_bytes_each_time(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"target_modules": ["to_q", "to_w"]}, "to_w matches no layer of Denoiser"),
+        ({"target_modules": ["to_q", "to_w"]}, "to_w matches no layer of TextToImageModel"),
         ({"target_modules": "qv"}, "qv matches no layer"),
         ({"lora_r": 500}, "lora_r=500"),
         ({"lora_r": None, "lora_relative_r": 0.5}, "different widths"),

@@ -101,7 +101,7 @@ def own_folder(tmp_path, monkeypatch):
     names = ("mean", "std", "time_ids", "prompt_embeds", "pooled")
     encoded = {f"{name}.0": torch.arange(256.0).reshape(1, 4, 8, 8) for name in names}
     monkeypatch.setattr(latents, "_encode", lambda *args: encoded | {"timesteps": torch.tensor(1000)})
-    for name in ("load_denoiser", "pipeline_of"):
+    for name in ("load_model", "pipeline_of"):
         monkeypatch.setattr(diffusion, name, lambda *args: None)
     monkeypatch.setattr(diffusion, "sample", lambda p, prompts, seeds, **more: [torch.full((3, 8, 8), seeds[0] / 2)])
 
