@@ -208,7 +208,7 @@ def tiny_words(request, tiny_model_folder, tiny_t5_folder, cola):
     return {
         "seq2seq": [f"model.hub_id={tiny_t5_folder}", *local, "dataset=cola", f"data_root={cola}"],
         "clip": ["model=clip_tiny", "dataset=digits", "dataset.test_rows=4"],
-        "sdxl": ["model=sdxl_tiny", "dataset=shapes"],
+        "text_to_image": ["model=sdxl_tiny", "dataset=shapes"],
         "causal_lm": [f"model.hub_id={tiny_model_folder}", *local, "dataset=word_math", "dataset.test_rows=2"],
     }
 
@@ -219,14 +219,15 @@ def with_extras() -> list:
     params, seen = [pytest.param("cost", None, id="cost")], set()
     kinds = {"table1": "seq2seq", "table1_methods": "seq2seq", "table2": "clip", "table2_methods": "clip"}
     kinds |= {"bi_lora_glue": "seq2seq", "bi_lora_superglue": "seq2seq", "bi_lora_methods": "seq2seq"}
-    kinds |= {"lora_pro_glue": "seq2seq", "lora_pro_clip": "clip", "bi_lora_sdxl": "sdxl"}
+    kinds |= {"lora_pro_glue": "seq2seq", "lora_pro_clip": "clip"}
+    kinds |= {"sdxl": "text_to_image", "bi_lora_sdxl": "text_to_image"}
     for name, row in ROWS:
         layout = LAYOUTS[name]
         flat_twin = f"flat_{row}" in layout.rows or (row == "lora" and "flat_lora" in layout.rows)
         others = [
             one for one in layout.rows[row].overrides if one.startswith(("peft=", "rho=", "rho.fan", "rho.every"))
         ]
-        setting = kinds.get(name, "sdxl" if name == "sdxl" else "causal_lm"), *others
+        setting = kinds.get(name, "causal_lm"), *others
         is_extra = flat_twin or setting in seen or name == "table2_methods"  # tests/data/test_images.py trains these
         seen.add(setting)
         params.append(pytest.param(name, row, marks=pytest.mark.extra if is_extra else (), id=f"{name}-{row}"))

@@ -42,6 +42,11 @@ class Section(BaseModel):
         identity = True if field is None else (field.json_schema_extra or {}).get("identity", True)
         return value != field.get_default() if identity == "changed" else identity
 
+    @classmethod
+    def identity_items(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the items of a raw section that the trained bytes depend on, as an experiment's identity has them."""
+        return {key: value for key, value in raw.items() if cls.decides(key, value)}
+
     def rule_errors(self) -> list[SettingError]:
         """Errors about incompatible keys within this section; `keys` of an error are field names."""
         return []

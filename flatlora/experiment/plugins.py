@@ -64,7 +64,7 @@ class Benchmark:
 
     Config: type[Section]
     help: str
-    kind: Literal["text", "image", "captioned"]
+    kind: Literal["text", "image", "text_to_image"]
     headline: str
     scorer_version: int
     fields: Mapping[str, Any]

@@ -21,7 +21,7 @@ from flatlora.utils.registry import Registry
 
 
 class RowKind(ABC):
-    """Handles one kind of rows (text, image, captioned): reads, checks, collates and saves them.
+    """Handles one kind of rows (text, image, text_to_image): reads, checks, collates and saves them.
 
     The rows have the attributes `train`, `validation`, `test` and `sha256`.
     """
