@@ -108,7 +108,8 @@ def test_an_old_name_of_a_model_family_is_the_new_one(prefix):
 
 
 def test_a_sweep_of_old_and_new_names_of_a_model_family_is_of_one_family():
-    jobs = run_exp.experiments_of(["-m", "model=sdxl_tiny", "dataset=shapes", "model.family=sdxl,text_to_image"])
+    words = ["model=sdxl_tiny", "dataset=shapes", "model.family=sdxl,text_to_image"]
+    jobs = run_exp.experiments_of(commandline.expand_sweep(words))
     assert [job.model.family for job in jobs] == ["text_to_image"] * 2
 
 
