@@ -25,7 +25,7 @@ REFUSED = {
     ("eva", "seq2seq"),
     ("eva", "clip"),
     ("corda", "clip"),
-    *((name, "sdxl") for name in ("adalora", "eva", "corda", "full_ft")),
+    *((name, "sdxl") for name in ("adalora", "eva", "corda", "hira", "delora", "full_ft")),
 }
 
 
