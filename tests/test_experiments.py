@@ -115,6 +115,8 @@ OF_PAPERS = {
     ("bi_lora_llama2", "bi_lora", "mt_bench"): (5e-4, 2, 32, 4, 1024, 0.05, "mt_bench/turn_1"),
     ("bi_lora_llama2", "nbar", "gsm8k"): (5e-4, 2, 32, 4, 1024, 0.25, "gsm8k/exact_match"),
     ("bi_lora_llama31", "lora", "mmlu"): (3e-4, 3, 128, 4, 256, 0, "instruct_eval/mmlu"),
+    ("bi_lora_llama31", "hira", "drop"): (3e-4, 3, 128, 4, 256, 0, "instruct_eval/drop"),
+    ("bi_lora_llama31", "delora", "bbh"): (3e-4, 3, 128, 4, 256, 0, "instruct_eval/bbh"),
     ("bi_lora_qwen25", "lora_sam", "bbh"): (5e-5, 3, 128, 4, 256, 0.05, "instruct_eval/bbh"),
     ("bi_lora_qwen25", "bi_lora", "drop"): (5e-5, 3, 128, 4, 256, 0.1, "instruct_eval/drop"),
     ("bi_lora_qwen25", "rop", "drop"): (5e-5, 3, 128, 4, 256, 0.0316, "instruct_eval/drop"),
@@ -136,6 +138,13 @@ def test_a_cell_has_the_settings_of_its_paper(cell, expected):
     optim, length = found.optim, getattr(found.dataset, "max_length", None)
     settings = (optim.lr, optim.epochs, optim.batch_size, found.trainer.micro_batch_size, length, found.rho.sigma)
     assert (*settings, LAYOUTS[name].columns[column].metric) == expected
+
+
+def test_rows_without_a_command_are_the_methods_that_the_suite_does_not_have():
+    without = [
+        (name, row) for name, layout in LAYOUTS.items() for row in layout.rows if layout.rows[row].published_only
+    ]
+    assert without == [("bi_lora_llama31", "wsam"), ("bi_lora_llama31", "s2_sam")]
 
 
 def test_the_published_numbers_are_those_of_the_papers():

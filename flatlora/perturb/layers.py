@@ -366,7 +366,7 @@ def _adapter_state(module: nn.Module) -> Callable[[], Hashable]:
 
 def _term(module: nn.Module, name: str) -> AdapterTerm:
     if hasattr(module, "hira_A"):
-        return AdapterTerm(module.hira_A[name], module.hira_B[name], 1.0)
+        return AdapterTerm(module.hira_A[name].flatten(1), module.hira_B[name].flatten(1), 1.0)
     if hasattr(module, "delora_A"):
         return _normalized_term(module, name)
     if hasattr(module, "lora_E"):  # AdaLoRA: s/r̂ · B diag(E) A
