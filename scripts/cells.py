@@ -20,7 +20,7 @@ from scipy import stats
 import eval as benchmarks
 import run_exp
 from flatlora.config.experiment import Experiment, parse
-from flatlora.config.settings import Section, build_section, setting
+from flatlora.config.settings import Section, build_section, checked_section, setting
 from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
@@ -30,6 +30,8 @@ PROJECT = Path(__file__).parents[1]
 LAYOUTS = PROJECT / "results/tables.yaml"
 PAPER = PROJECT / "results/paper.yaml"
 SIGNIFICANT = 0.05
+USUAL_SEEDS = 3  # of a cell whose table names no number
+_MOST_SEEDS = 1000
 NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ without runs
 
 
@@ -50,6 +52,7 @@ class Column(Section):
     scale: float
     digits: int = 2
     lower: bool = False  # whether lower is better
+    seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="leave it out to take the table's")
 
     @property
     def dataset(self) -> str:
@@ -65,12 +68,17 @@ class Layout(Section):
     title: str | None = None  # default: the published table's
     experiment: str | None = None  # file of conf/experiment; default: the table's name
     average: bool = True
+    seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="the paper's number; leave it out if it has none")
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows to compare; default: all with the first
     measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # settings of flatness.json
 
     def row_titles(self) -> dict[str, str]:
         """{row: its label}."""
         return {row: value.title for row, value in self.rows.items()}
+
+    def seeds_of(self, column: str) -> int:
+        """Number of seeds that a cell of a column should have."""
+        return self.columns[column].seeds or self.seeds or USUAL_SEEDS
 
     def rule_errors(self) -> list[SettingError]:
         return [
@@ -161,7 +169,20 @@ def read_layouts(path: Path) -> dict[str, Layout]:
     Raises:
         ConfigError: it lists every key that is missing, unknown or invalid.
     """
-    return {name: build_section(f"tables.{name}", Layout, raw) for name, raw in _yaml(path).items()}
+    raw = _yaml(path)
+    if errors := [error.message for name, layout in raw.items() for error in _part_errors(f"tables.{name}", layout)]:
+        raise ConfigError(errors)
+    return {name: build_section(f"tables.{name}", Layout, layout) for name, layout in raw.items()}
+
+
+def _part_errors(path: str, layout: Any) -> list[SettingError]:
+    """Errors of single rows and columns, by their own keys: a layout's error would be about all rows at once."""
+    errors: list[SettingError] = []
+    for part, cls in (("rows", Row), ("columns", Column)):
+        sections = layout.get(part) if isinstance(layout, Mapping) else None
+        for key, section in sections.items() if isinstance(sections, Mapping) else ():
+            errors += checked_section(f"{path}.{part}.{key}", cls, section)[1]
+    return errors
 
 
 def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:

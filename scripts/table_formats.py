@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from scripts.cells import Cell, Column, TableData, paired
+from scripts.cells import USUAL_SEEDS, Cell, Column, Layout, TableData, paired
 
 
 def title_of(made: TableData) -> str:
@@ -73,6 +73,7 @@ def notes_of(made: TableData) -> list[str]:
         spread = f" Behind its ±: {made.published.spread}." if made.published.spread else ""
         notes.append(f"Setting: {made.published.setting}.{source}{spread}")
         notes += made.published.notes
+    notes += _seeds_note(made.layout)
     incomplete = [
         f"{made.layout.rows[row].title}, {made.layout.columns[column].title}: {cell.incomplete}"
         for (row, column), cell in made.cells.items()
@@ -81,6 +82,15 @@ def notes_of(made: TableData) -> list[str]:
     if incomplete:
         notes.append(f"Incomplete answers, mean over runs: {'; '.join(incomplete)}.")
     return notes
+
+
+def _seeds_note(layout: Layout) -> list[str]:
+    """The numbers of seeds that the layout names; empty if it names none."""
+    own = [f"{column.title} {column.seeds}" for column in layout.columns.values() if column.seeds is not None]
+    if layout.seeds is None and not own:
+        return []
+    of_columns = f" ({', '.join(own)})" if own else ""
+    return [f"Seeds per cell in the paper: {layout.seeds or USUAL_SEEDS}{of_columns}."]
 
 
 COMPARED = ["paired over seeds", "", "difference", "95 % interval", "p", "seeds"]
