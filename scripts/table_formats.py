@@ -74,6 +74,7 @@ def notes_of(made: TableData) -> list[str]:
         notes.append(f"Setting: {made.published.setting}.{source}{spread}")
         notes += made.published.notes
     notes += _seeds_note(made.layout)
+    notes += _machines_note(made)
     incomplete = [
         f"{made.layout.rows[row].title}, {made.layout.columns[column].title}: {cell.incomplete}"
         for (row, column), cell in made.cells.items()
@@ -82,6 +83,16 @@ def notes_of(made: TableData) -> list[str]:
     if incomplete:
         notes.append(f"Incomplete answers, mean over runs: {'; '.join(incomplete)}.")
     return notes
+
+
+def _machines_note(made: TableData) -> list[str]:
+    """The machines that times and memory are of, with the rows of each."""
+    rows_of: dict[str, list[str]] = {}
+    for (row, _), cell in made.cells.items():
+        for machine in cell.machines:
+            rows_of.setdefault(machine, []).append(made.layout.rows[row].title)
+    parts = [f"{machine} ({', '.join(dict.fromkeys(rows))})" for machine, rows in sorted(rows_of.items())]
+    return [f"Time and memory of ours: {'; '.join(parts)}."] if parts else []
 
 
 def _seeds_note(layout: Layout) -> list[str]:
@@ -147,6 +158,8 @@ _TEX = {
     "—": "--",
     "σ": r"$\sigma$",
     "α": r"$\alpha$",
+    "ρ": r"$\rho$",
+    "²": "$^2$",
     "<": "$<$",
     "%": r"\%",
     "_": r"\_",

@@ -250,6 +250,27 @@ def test_a_table_and_its_columns_name_their_seeds(tmp_path, capsys):
     assert made.layout.seeds_of("cola") == 3
 
 
+def test_time_and_memory_are_shown_with_the_machines_that_they_are_of(tmp_path):
+    gpus = {"lora": ["NVIDIA H200"] * 2, "flat_lora": ["NVIDIA GeForce RTX 4090"]}
+    layout = cells.read_layouts(cells.LAYOUTS)["table7"]
+    for row, seed, minutes, memory in (("lora", 0, 60, 20.5), ("flat_lora", 0, 71, 20.6), ("flat_lora", 1, 73, None)):
+        hardware = {"cpu": "c", "cores": 1, "threads": 1, "gpus": gpus[row], "memory_gib": 1.0, "world_size": 1}
+        own = [*cells.cell_overrides("table7", layout, row, "memory"), f"seed={seed}"]
+        changes = {"timing": {"train_s": 60.0 * minutes}, "memory": {"peak_gpu_gib": memory, "peak_rss_gib": 1.0}}
+        write_run(tmp_path, own, 0.0, metrics={}, env={"versions": {}, "hardware": hardware}, **changes)
+    made, problems = made_of(tmp_path, "table7")
+    assert problems == []
+    assert {key: cell.by_seed for key, cell in made.cells.items()} == {
+        ("lora", "memory"): {0: 20.5},
+        ("lora", "minutes"): {0: pytest.approx(60)},
+        ("flat_lora", "memory"): {0: 20.6},
+        ("flat_lora", "minutes"): {0: pytest.approx(71), 1: pytest.approx(73)},
+    }
+    note = "Time and memory of ours: 2 × NVIDIA H200 (LoRA); NVIDIA GeForce RTX 4090 (Flat-LoRA)."
+    assert note in table_formats.notes_of(made)
+    assert "| Flat-LoRA, ours | 20.60 (1) | 72.0 ± 1.4 (2) |" in table_formats.markdown(made)
+
+
 def test_columns_that_show_the_same_runs_get_the_most_seeds_of_them():
     columns = {key: COLUMN.model_copy(update={"seeds": seeds}) for key, seeds in (("a", 2), ("b", 5), ("c", None))}
     layout = cells.Layout(rows={"lora": cells.Row(title="LoRA")}, columns=columns, experiment="table1")
@@ -286,7 +307,8 @@ def test_every_row_and_column_composes_and_every_column_asks_the_benchmark_of_it
         for key, one in layout.columns.items():
             asked = cells.experiment_of(tuple(made.overrides_of(first, key))).eval
             benchmark = one.metric.partition("/")[0]
-            assert benchmark in asked or benchmark in ("flatness", "corruptions")  # asked besides, by the user
+            others = ("flatness", "corruptions")  # asked besides, by the user
+            assert benchmark in asked or benchmark in others or one.metric in cells.COSTS
         assert set(layout.against) | set(layout.against.values()) <= set(layout.rows)
     made = cells.TableData("table4", layouts["table4"], None, {}, {})
     command = [*made.overrides_of("lora", "mmlu"), "seed=0", "eval.instruct_eval.batch_size=2"]
