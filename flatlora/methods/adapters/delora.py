@@ -1,10 +1,11 @@
-"""DeLoRA (arXiv 2503.18225): the directions of a low-rank update are trained apart from its strength λ (PEFT's code).
+"""DeLoRA (ICLR 2025): the directions of a low-rank update are trained apart from its strength λ (PEFT's code).
 
     W' = W + λ/r · Σ_k b_k a_k / (‖b_k‖ ‖a_k‖) · diag(w)      a_k: rows of A, b_k: columns of B, w_j = ‖W_:,j‖
 
 A starts as LoRA's, B = 0, and λ, one number a layer, is trained from `delora_lambda`. There is no α. Norms below 1e-4
-count as 1e-4, so that B = 0 gives no update; after the first step it has the strength λ. Deviation from PEFT: w is
-computed in FP32 on a BF16 backbone too, so that it is the same on every machine.
+count as 1e-4, so that B = 0 gives no update; after the first step it has the strength λ. Deviation of PEFT from the
+authors' description: w has a norm for each column, where theirs is one ‖W‖ a layer. Deviation from PEFT: w is computed
+in FP32 on a BF16 backbone too, so that it is the same on every machine.
 
 PEFT's documentation recommends learning rates 10 to 100 times as large as LoRA's.
 """
