@@ -1,4 +1,4 @@
-"""Benchmarks, one file each: generate() → predictions.jsonl, score() → score.json; the file lies between.
+"""Benchmarks, one file each: `run` writes predictions.jsonl, and `score_file` reads it and writes score.json.
 
 A benchmark registers a `flatlora.experiment.plugins.Benchmark` and has a command line, `python -m eval.NAME PATH
 [key=value ...]`.

@@ -11,19 +11,19 @@ from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 
 
-def main(words: Sequence[str]) -> int:
-    """Exit code: 0 done, 2 an error of the words or of what they name."""
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 0, or 2 for an invalid command line or invalid runs."""
     quiet_libraries()
     try:
-        if not words or words[0] in ("-h", "--help"):
+        if not arguments or arguments[0] in ("-h", "--help"):
             print(f"{__doc__}\nBenchmarks: {', '.join(benchmarks.BENCHMARKS)}.")
-        elif words[0] == "compare":
-            compare.main(words[1:])
+        elif arguments[0] == "compare":
+            compare.main(arguments[1:])
         else:
             raise ConfigError(
                 [
-                    f"Unknown command {words[0]}: python -m eval compare RUN_A RUN_B, or python -m eval.NAME PATH with "
-                    f"one of {', '.join(benchmarks.BENCHMARKS)}."
+                    f"Unknown command {arguments[0]}: use python -m eval compare RUN_A RUN_B, or python -m eval.NAME "
+                    f"PATH, where NAME is one of {', '.join(benchmarks.BENCHMARKS)}."
                 ]
             )
     except ConfigError as error:

@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-_UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)  # as Python's parser refuses a text
+_UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)  # errors of Python's parser
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
-# How a line may begin that a run begins at; prose mostly does not.
+# Possible beginnings of the first line of a run; prose rarely begins like this.
 _BEGINNING = re.compile(r"\s*(?:(?:from|import|async|def|class|try|if)\b|@|[A-Za-z_][\w.,\s\[\]]*(?::[^=]*)?=)")
 _NOT_WRITTEN = re.compile(r"raise NotImplementedError\b")
 _UNCLOSED = re.compile("never closed|too many nested")
-_TAGS = "think|thinking|thought|reasoning"  # as models mark their thinking; Magistral in brackets
+_TAGS = "think|thinking|thought|reasoning"  # tags of thinking parts; Magistral's has square brackets
 _DRAFT = re.compile(rf"<(?:{_TAGS})>|\[THINK\]", re.IGNORECASE)
 _DRAFT_END = re.compile(rf"</(?:{_TAGS})>|\[/THINK\]", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*$", re.MULTILINE)
@@ -30,7 +30,7 @@ _LAST_VERSION = re.compile(  # "**Final**", "I fixed it:", "the corrected versio
     rf"|\b{_LAST}(?:[ *_]+\w+)?[ *_]+(?:version|code|solution|answer|function|implementation|program)\b",
     re.IGNORECASE | re.MULTILINE,
 )
-_FENCE_BEHIND = re.compile(r"^([^`\n]*[^`\s])[ \t]*(`{3,})[ \t]*$", re.MULTILINE)  # as in "    return x```"
+_TRAILING_FENCE = re.compile(r"^([^`\n]*[^`\s])[ \t]*(`{3,})[ \t]*$", re.MULTILINE)  # as in "    return x```"
 
 
 def without_draft(text: str) -> str:
@@ -39,12 +39,12 @@ def without_draft(text: str) -> str:
 
 
 def blocks(text: str) -> list[str]:
-    """Splits a text at the lines that open or close a block of code."""
+    """Splits a text at the lines that open or close a code block."""
     return _FENCE.split(_fenced(_unix(text)))
 
 
 def opens_block(text: str) -> bool:
-    """Whether a line of a text, quoted or not, opens a block of code."""
+    """Whether a line of a text, quoted or not, opens a code block."""
     return bool(_FENCE.search(_unquoted(_unix(text))))
 
 
@@ -54,7 +54,7 @@ def _unix(text: str) -> str:
 
 def _fenced(text: str) -> str:
     """Returns the text with each fence on its own line."""
-    return _FENCE_BEHIND.sub(r"\1\n\2", text)
+    return _TRAILING_FENCE.sub(r"\1\n\2", text)
 
 
 def _unquoted(text: str) -> str:
@@ -65,22 +65,22 @@ def _unquoted(text: str) -> str:
 def function_in(text: str, name: str) -> str | None:
     """Returns the program that defines `name` in a text with fences, prose and examples; None if there is none.
 
-    It is the longest run of lines that is Python and defines the name, as EvalPlus takes it, or the last one that the
-    text says is corrected, fixed or final; cut to what the name needs: of the rest, such as an example that asks for
-    input, nothing is run. What it needs and another run of the text defines comes before it. Lines in quotation marks
-    or at Python's prompt are read where there is no other definition.
+    It is the longest run of lines that is Python and defines the name, as in EvalPlus, or the last one that the text
+    calls corrected, fixed or final. Only the statements that the name needs are kept, so that nothing else is run, such
+    as an example that reads input. Statements that it needs from other runs of the text come before it. Quoted lines
+    and lines at Python's prompt are read only if there is no other definition.
     """
     text = _unix(text)
     for version in dict.fromkeys((text, _unquoted(text))):
-        # The first line may have a blank of the tokenizer's before it, and the last one a fence behind it.
-        ways = dict.fromkeys((version, version.lstrip(), _fenced(version)))
-        if programs := [found for one in ways if (found := _program(one, name))]:
-            return max(programs, key=lambda found: (found.is_last_version, _size(found.text))).text
+        # The tokenizer may have added a space before the first line, and the last line may end with a fence.
+        variants = dict.fromkeys((version, version.lstrip(), _fenced(version)))
+        if programs := [program for variant in variants if (program := _program(variant, name))]:
+            return max(programs, key=lambda program: (program.is_last_version, _size(program.text))).text
     return None
 
 
 def body_in(text: str, head: str, name: str) -> str | None:
-    """The first block of a text that goes on with the function `name`, begun by `head`; None where there is none."""
+    """Returns the first block of a text that completes the function `name`, begun by `head`; None if there is none."""
     for block in [*blocks(text), *blocks(_unquoted(_unix(text)))]:
         for body in (block, textwrap.indent(textwrap.dedent(block), "    ")):
             if _returns(head + body, name):
@@ -103,42 +103,42 @@ def _returns(program: str, name: str) -> bool:
 
 class _Program(NamedTuple):
     text: str
-    is_last_version: bool  # as the words before it say
+    is_last_version: bool  # according to the prose before it
 
 
 def _program(text: str, name: str) -> _Program | None:
-    runs, defining, last, words = [], [], None, ""
+    runs, defining, last, prose = [], [], None, ""
     for before, run in _runs(text.split("\n")):
         runs.append(run)
-        words += before
-        if any(one.defines(name) for one in run):
-            if defining and _LAST_VERSION.search(words) and _rank(run, name)[0]:
+        prose += before
+        if any(statement.defines(name) for statement in run):
+            if defining and _LAST_VERSION.search(prose) and _rank(run, name)[0]:
                 last = run
             defining.append(run)
-            words = ""
+            prose = ""
     if not defining:
         return None
     chosen = last or max(defining, key=lambda run: _rank(run, name))
-    bound = frozenset().union(*(one.binds for one in chosen))
-    others = [one for run in runs if run is not chosen for one in run if not one.binds & bound]
-    kept = _needed(_with_calls([*others, *chosen], name), name)
-    kept.sort(key=lambda one: not one.is_future)  # nothing may come before these
-    return _Program("\n".join(one.text for one in kept) + "\n", last is not None)
+    bound = frozenset().union(*(statement.binds for statement in chosen))
+    others = [statement for run in runs if run is not chosen for statement in run if not statement.binds & bound]
+    needed = _needed(_with_calls([*others, *chosen], name), name)
+    needed.sort(key=lambda statement: not statement.is_future)  # these must come first
+    return _Program("\n".join(statement.text for statement in needed) + "\n", last is not None)
 
 
 def _rank(run: Sequence[_Statement], name: str) -> tuple[bool, int]:
-    """A longer run is better, but none is worse than one that repeats the question's empty function."""
-    last = [one for one in run if one.defines(name)][-1]
-    return not _is_stub(last.node), sum(_size(one.text) for one in run)
+    """Returns the sort key of a run: longer is better, and a stub, as in the question, is worst."""
+    last = [statement for statement in run if statement.defines(name)][-1]
+    return not _is_stub(last.node), sum(_size(statement.text) for statement in run)
 
 
 def _is_stub(node: ast.stmt) -> bool:
     """Whether a function has only a docstring and a placeholder for the body."""
     return isinstance(node, _FUNCTION) and all(
-        isinstance(one, ast.Pass)
-        or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
-        or (isinstance(one, ast.Raise) and _NOT_WRITTEN.match(ast.unparse(one)))
-        for one in node.body
+        isinstance(statement, ast.Pass)
+        or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        or (isinstance(statement, ast.Raise) and _NOT_WRITTEN.match(ast.unparse(statement)))
+        for statement in node.body
     )
 
 
@@ -151,13 +151,13 @@ class _Statement(NamedTuple):
 
     node: ast.stmt
     text: str
-    binds: frozenset[str]  # names of the module that it binds
-    changes: frozenset[str]  # those whose values it changes, as table[0] = 1 does
+    binds: frozenset[str]  # module-level names that it binds
+    changes: frozenset[str]  # names whose values it mutates, as table[0] = 1 does
     reads: frozenset[str]
-    effects: frozenset[str]  # of a function: what a call of it binds or changes of the module
+    effects: frozenset[str]  # of a function: module-level names that a call binds or mutates
 
     def defines(self, name: str) -> bool:
-        """Also by an assignment, but by no import: a test has "from solution import NAME"."""
+        """Whether it binds `name`, other than by an import: tests have "from solution import NAME"."""
         return name in self.binds and not isinstance(self.node, ast.Import | ast.ImportFrom)
 
     @property
@@ -165,46 +165,46 @@ class _Statement(NamedTuple):
         return isinstance(self.node, ast.ImportFrom) and self.node.module == "__future__"
 
 
-_ASKS = frozenset(("input", "print", "open", "exit", "quit", "sys"))
+_INTERACTIVE = frozenset(("input", "print", "open", "exit", "quit", "sys"))
 
 
 def _with_calls(statements: Sequence[_Statement], name: str) -> list[_Statement]:
-    """The statements; one that calls functions such as `fill()` changes what these change of the module.
+    """Adds to the `changes` of each statement the effects of the functions that it calls, such as `fill()`.
 
-    Not an example: a call that reaches the wanted function, or that asks for input or prints.
+    Examples are left as they are: statements that call the function `name`, read input or print.
     """
-    functions = {one.node.name: one for one in statements if isinstance(one.node, _FUNCTION)}
+    functions = {statement.node.name: statement for statement in statements if isinstance(statement.node, _FUNCTION)}
 
-    def with_calls(one: _Statement) -> _Statement:
-        calls = [part.func for part in ast.walk(one.node) if isinstance(part, ast.Call)]
+    def with_calls(statement: _Statement) -> _Statement:
+        calls = [part.func for part in ast.walk(statement.node) if isinstance(part, ast.Call)]
         called = {function.id for function in calls if isinstance(function, ast.Name)}
-        reached, more = set(), called & functions.keys()
-        while more:
-            reached |= more
-            more = set().union(*(functions[other].reads for other in more)) & functions.keys() - reached
-        reads = one.reads.union(*(functions[other].reads for other in reached))
-        if isinstance(one.node, _FUNCTION) or name in reached or reads & _ASKS:
-            return one
-        return one._replace(changes=one.changes.union(*(functions[other].effects for other in reached)))
+        reachable, pending = set(), called & functions.keys()
+        while pending:
+            reachable |= pending
+            pending = set().union(*(functions[other].reads for other in pending)) & functions.keys() - reachable
+        reads = statement.reads.union(*(functions[other].reads for other in reachable))
+        if isinstance(statement.node, _FUNCTION) or name in reachable or reads & _INTERACTIVE:
+            return statement
+        return statement._replace(changes=statement.changes.union(*(functions[other].effects for other in reachable)))
 
-    return [with_calls(one) for one in statements]
+    return [with_calls(statement) for statement in statements]
 
 
 def _needed(statements: Sequence[_Statement], name: str) -> list[_Statement]:
-    """Those that bind or change the name, or a name that a kept one reads; "*" stands for all names."""
-    wanted, kept = {name, "*"}, set()
-    while more := {
-        place
-        for place, one in enumerate(statements)
-        if place not in kept and (one.is_future or (one.binds | one.changes) & wanted)
+    """Returns the statements that bind or change `name`, or a name that another of them reads; "*" means all names."""
+    names, needed = {name, "*"}, set()
+    while added := {
+        index
+        for index, statement in enumerate(statements)
+        if index not in needed and (statement.is_future or (statement.binds | statement.changes) & names)
     }:
-        kept |= more
-        wanted = wanted.union(*(statements[place].reads for place in more))
-    return [statements[place] for place in sorted(kept)]
+        needed |= added
+        names = names.union(*(statements[index].reads for index in added))
+    return [statements[index] for index in sorted(needed)]
 
 
 def _runs(lines: Sequence[str]) -> Iterator[tuple[str, list[_Statement]]]:
-    """Runs of lines that are Python, each as long as it can be, as statements; with the other lines before each."""
+    """Yields (the other lines before it, its statements) for each run of lines that is Python, as long as possible."""
     start, others = 0, []
     while start < len(lines):
         run, length = _run_at(lines[start:]) if _BEGINNING.match(lines[start]) else ([], 0)
@@ -217,9 +217,9 @@ def _runs(lines: Sequence[str]) -> Iterator[tuple[str, list[_Statement]]]:
 
 
 def _run_at(lines: Sequence[str]) -> tuple[list[_Statement], int]:
-    """(the statements of the longest run from the first line on, how many lines it has); none where that is prose."""
+    """Returns (statements, number of lines) of the longest run that begins at the first line; ([], 0) for prose."""
     indent = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
-    if indent:  # a block in a list, say: as far as it is indented
+    if indent:  # such as a block in a list: it ends with its indentation
         end = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith(indent)), len(lines))
         lines = [line.removeprefix(indent) for line in lines[:end]]
     end = len(lines)
@@ -239,7 +239,7 @@ def _run_at(lines: Sequence[str]) -> tuple[list[_Statement], int]:
 
 
 def _first_open(text: str) -> int | None:
-    """Returns the line of the first unclosed bracket; Python reports the last one, so each would take a parse."""
+    """Returns the line of the first unclosed bracket; Python reports the last, which would take a parse for each."""
     opened: list[int] = []
     with contextlib.suppress(tokenize.TokenError, SyntaxError):
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -258,27 +258,27 @@ def _is_guarded(node: ast.stmt) -> bool:
 
 
 def _statement(node: ast.stmt, lines: Sequence[str]) -> _Statement:
-    first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
     text = "\n".join(lines[first - 1 : node.end_lineno])
     if ";" in text and not isinstance(node, _FUNCTION | ast.ClassDef):
-        text = ast.unparse(node)  # it may share its line with others
+        text = ast.unparse(node)  # its line may have other statements
     return _Statement(node, text, *_names(node))
 
 
 def _changed_by(called: ast.expr) -> set[str]:
-    """Names whose values the call of a method, as a statement, may change; "*" of a change that all depends on."""
+    """Returns the names whose values a method call, as a statement, may change; {"*"} if it affects everything."""
     if not (isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name)):
         return set()
-    if called.value.id == "sys":  # sys.exit() is for the program alone
+    if called.value.id == "sys":  # not sys.exit(), which only ends the program
         return {"*"} if called.attr == "setrecursionlimit" else set()
     return {called.value.id}
 
 
 def _names(node: ast.stmt) -> tuple[frozenset[str], ...]:
-    """As `_Statement` has them behind its text."""
+    """Returns `binds`, `changes`, `reads` and `effects` of a `_Statement`."""
     try:
         module = symtable.symtable(ast.unparse(node), "<answer>", "exec")
-    except _UNREADABLE:  # Python to its parser alone, such as a return outside of a function
+    except _UNREADABLE:  # it parses but does not compile, such as a return outside of a function
         return frozenset(), frozenset(), frozenset(), frozenset()
     binds = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
@@ -286,15 +286,17 @@ def _names(node: ast.stmt) -> tuple[frozenset[str], ...]:
     changes = set()
     for part in ast.walk(node):  # table[0] = 1, point.x = 2
         if isinstance(part, ast.Subscript | ast.Attribute) and isinstance(part.ctx, ast.Store):
-            changes |= {one.id for one in ast.walk(part.value) if isinstance(one, ast.Name)}
+            changes |= {symbol.id for symbol in ast.walk(part.value) if isinstance(symbol, ast.Name)}
         if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
             changes |= _changed_by(part.value.func)
     reads, assigned, tables = set(), set(), [module]
     while tables:
         table = tables.pop()
         tables += table.get_children()
-        reads |= {one.get_name() for one in table.get_symbols() if table is module or one.is_global()}
-        assigned |= {one.get_name() for one in table.get_symbols() if one.is_declared_global() and one.is_assigned()}
-    if isinstance(node, _FUNCTION | ast.ClassDef):  # which happens when they are called
+        reads |= {symbol.get_name() for symbol in table.get_symbols() if table is module or symbol.is_global()}
+        assigned |= {
+            symbol.get_name() for symbol in table.get_symbols() if symbol.is_declared_global() and symbol.is_assigned()
+        }
+    if isinstance(node, _FUNCTION | ast.ClassDef):  # whose changes happen when they are called
         return frozenset(binds), frozenset(), frozenset(reads), frozenset(changes & reads | assigned)
     return frozenset(binds), frozenset(changes), frozenset(reads), frozenset()

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 class Target(Section):
-    """Keys of the command line that every benchmark has."""
+    """Keys of the command line that all benchmarks share."""
 
     rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file, or write rows=benchmark")
     data_root: str | None = setting(None, min_length=1, remedy="name a folder with the hub's layout")
@@ -59,7 +59,7 @@ class Target(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", remedy="auto is the model's own")
     out: str | None = setting(None, min_length=1, remedy="name a folder")
-    score_only: bool = setting(False, remedy="true scores answers that are there")
+    score_only: bool = setting(False, remedy="true scores existing answers")
     backend: Literal["hf", "vllm", "openai"] = setting("hf", remedy="hf is transformers in this process")
     base_url: str | None = setting(None, min_length=1, remedy="name the endpoint of backend=openai, ending in /v1")
     base_key: str | None = setting(None, min_length=1, remedy="name the environment variable with the key of base_url")
@@ -74,7 +74,7 @@ class Target(Section):
             errors.append(
                 SettingError(
                     ("base_url", "backend"),
-                    "Missing base_url: backend=openai asks an endpoint; base_url=http://HOST:PORT/v1 names it.",
+                    "Missing base_url: backend=openai needs an endpoint; name it with base_url=http://HOST:PORT/v1.",
                 )
             )
         elif self.backend == "openai":
@@ -83,7 +83,7 @@ class Target(Section):
             errors += [
                 SettingError(
                     (key, "backend"),
-                    f"Invalid {key}={getattr(self, key)} with backend={self.backend}: backend=openai reads it; "
+                    f"Invalid {key}={getattr(self, key)} with backend={self.backend}: only backend=openai reads it; "
                     "drop it.",
                 )
                 for key in ("base_url", "base_key", "chat", "concurrency", "requests_per_minute", "timeout")
@@ -114,22 +114,22 @@ class Target(Section):
 
 
 _SHARED_HELP = """
-Every benchmark besides: rows, data_root, base (where an adapter's base model is, if it moved), device (auto, cpu,
-cuda), dtype (auto, float32, bfloat16, float16), out, score_only. Those that ask for words: backend (hf, vllm, openai);
-with backend=openai PATH is the name that the endpoint serves, and base_url, base_key (the environment variable with
-its key; without it OPENAI_API_KEY goes to api.openai.com and OPENAI_BASE_URL alone), chat, concurrency,
-requests_per_minute and timeout (seconds of a request) say how it is asked."""
+Keys of every benchmark: rows, data_root, base (path of an adapter's base model, if it moved), device (auto, cpu,
+cuda), dtype (auto, float32, bfloat16, float16), out, score_only. Benchmarks that generate text: backend (hf, vllm,
+openai). With backend=openai, PATH is the name of a model at the endpoint, and these keys configure the requests:
+base_url, base_key (the environment variable with its key; without it OPENAI_API_KEY is sent only to api.openai.com and
+OPENAI_BASE_URL), chat, concurrency, requests_per_minute and timeout (seconds per request)."""
 
 
-def main(benchmark: str, words: Sequence[str]) -> int:
+def main(benchmark: str, arguments: Sequence[str]) -> int:
     """Returns the exit code: 0, 1 if the evaluation failed, 2 for an invalid command line, 130 if interrupted."""
-    if words and words[0] in ("-h", "--help"):
+    if arguments and arguments[0] in ("-h", "--help"):
         print(benchmarks.BENCHMARKS[benchmark].help.strip())
         print(_SHARED_HELP)
         return 0
     quiet_libraries()
     try:
-        print_score(benchmark, score_path(benchmark, words))
+        print_score(benchmark, score_path(benchmark, arguments))
         return 0
     except ConfigError as error:
         report_errors(error)
@@ -137,11 +137,9 @@ def main(benchmark: str, words: Sequence[str]) -> int:
     except torch.OutOfMemoryError as error:
         return _report_failure(error, "A lower batch_size needs less.")
     except OSError as error:
-        return _report_failure(
-            error, "Once that is mended, the same command goes on with the answers that are missing."
-        )
+        return _report_failure(error, "Once that is fixed, the same command continues with the missing answers.")
     except KeyboardInterrupt:
-        console.print("Interrupted: the same command goes on with the answers that are missing.")
+        console.print("Interrupted: the same command continues with the missing answers.")
         return 130
 
 
@@ -150,39 +148,41 @@ def _report_failure(error: Exception, remedy: str) -> int:
     return 1
 
 
-def score_path(name: str, words: Sequence[str]) -> dict[str, Any]:
+def score_path(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Generates the answers that are missing and scores all; returns the score.
 
     Raises:
         ConfigError: all errors of settings, path, device, rows and output folder, before a model is loaded.
     """
     benchmark = benchmarks.BENCHMARKS[name]
-    if not words or words[0].startswith("-") or "=" in words[0]:
-        given = f" before {words[0]}" if words else ""
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        given = f" before {arguments[0]}" if arguments else ""
         raise ConfigError(
             [
-                f"Missing PATH{given}: python -m eval.{name} PATH [key=value ...] scores what it names; --help "
-                "tells more."
+                f"Missing PATH{given}: python -m eval.{name} PATH [key=value ...] scores the model at PATH; --help "
+                "shows more."
             ]
         )
 
     if broken := [
-        f"Cannot read {word!r}: it is no UTF-8; rename the file, or mend it." for word in words if not is_text(word)
+        f"Cannot read {argument!r}: it is not UTF-8; rename the file, or correct the argument."
+        for argument in arguments
+        if not is_text(argument)
     ]:
         raise ConfigError(broken)
-    target, given, word_errors = _parse_words(benchmark, words[1:])
+    target, given, argument_errors = _parse_arguments(benchmark, arguments[1:])
 
     def resolve() -> ResolvedModel:
         served = target is not None and target.backend == "openai"
-        return resolve_model(words[0], name, served, None if target is None else target.base)
+        return resolve_model(arguments[0], name, served, None if target is None else target.base)
 
-    def check_words() -> None:
-        if word_errors:
-            raise ConfigError(word_errors)
+    def check_arguments() -> None:
+        if argument_errors:
+            raise ConfigError(argument_errors)
 
     def given_target() -> Target:
         if target is None:
-            raise ConfigError(word_errors)
+            raise ConfigError(argument_errors)
         return target
 
     def check_base() -> None:
@@ -194,41 +194,41 @@ def score_path(name: str, words: Sequence[str]) -> dict[str, Any]:
         return _config(benchmark, resolve, given)
 
     # A step that needs an earlier step repeats it. `gather` reports the errors of all steps together, each only once.
-    place, _, _, _, config, folder, device, rows = gather(
+    resolved, _, _, _, config, folder, device, rows = gather(
         resolve,
         check_base,
         lambda: _check_kind(benchmark, given_target(), given, resolve),
-        check_words,
+        check_arguments,
         configure,
-        lambda: _output_folder(words[0], given_target(), given, resolve, name),
+        lambda: _output_folder(arguments[0], given_target(), given, resolve, name),
         lambda: _choose_device(given_target()),
         lambda: _rows(Command(benchmark, given_target(), given, resolve, configure)),
     )
     if target.score_only and not folder.is_dir():  # reported as an error, without creating the folder
         return benchmark.score_file(folder / "predictions.jsonl", config)
-    with _in_use(folder, place.run):
+    with _in_use(folder, resolved.run):
         if target.score_only:
             return benchmark.score_file(folder / "predictions.jsonl", config)
-        return evaluate(name, _backend(place, target, device, config.batch_size, benchmark), rows, folder, config)
+        return evaluate(name, _backend(resolved, target, device, config.batch_size, benchmark), rows, folder, config)
 
 
 @contextlib.contextmanager
 def _in_use(folder: Path, run: Path | None) -> Iterator[None]:
     """Locks the folder of answers before the weights are read, so that their run cannot be overwritten meanwhile.
 
-    With out=DIR the run itself is locked by a separate folder in it, unless this user cannot write there.
+    With out=DIR, a separate folder in the run locks the run itself, unless this user cannot write there.
     """
     own = run / "eval" if run else folder.parent
-    with contextlib.ExitStack() as held:
-        held.enter_context(answering(folder))
-        if own.resolve() != folder.parent.resolve() and _takes_files(own):
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(answering(folder))
+        if own.resolve() != folder.parent.resolve() and _can_write(own):
             if not own.exists():
-                held.callback(_remove_empty, own)
-            held.enter_context(answering(own / f"out={_in_short(os.path.abspath(folder))}"))
+                locks.callback(_remove_empty, own)
+            locks.enter_context(answering(own / f"out={_in_short(os.path.abspath(folder))}"))
         yield
 
 
-def _takes_files(folder: Path) -> bool:
+def _can_write(folder: Path) -> bool:
     return not folder.is_symlink() and os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK)
 
 
@@ -269,27 +269,27 @@ def print_score(benchmark: str, score: dict[str, Any]) -> None:
     console.print(f"{benchmark}: {score['n']} rows, scorer {score['scorer']}", table)
 
 
-def _parse_words(benchmark: Benchmark, words: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
+def _parse_arguments(benchmark: Benchmark, arguments: Sequence[str]) -> tuple[Target | None, dict[str, Any], list[str]]:
     """Returns (the shared settings, or None if invalid; the benchmark's own settings as given; errors)."""
-    known = {**Target.model_fields, **benchmark.Config.model_fields}
+    fields = {**Target.model_fields, **benchmark.Config.model_fields}
     values, messages = {}, []
-    for word in words:
-        key, separator, text = word.partition("=")
+    for argument in arguments:
+        key, separator, text = argument.partition("=")
         if not separator:
-            messages.append(f"Cannot read {word!r}: a setting is written key=value, such as max_rows=32.")
-        elif key not in known:
-            near = nearest(key, known)
+            messages.append(f"Cannot read {argument!r}: a setting is written key=value, such as max_rows=32.")
+        elif key not in fields:
+            near = nearest(key, fields)
             messages.append(
-                f"Unknown key {key}: " + (f"did you mean {near}?" if near else f"known: {', '.join(known)}.")
+                f"Unknown key {key}: " + (f"did you mean {near}?" if near else f"known: {', '.join(fields)}.")
             )
-        elif known[key].annotation == str | None:  # out=2024 is a folder, not a number
+        elif fields[key].annotation == str | None:  # out=2024 is a folder, not a number
             values[key] = None if text == "null" else text
         else:
             try:
                 values[key] = yaml.load(text, _PlainLoader)
             except YAML_ERRORS:
                 messages.append(
-                    f"Cannot read {word!r}: its value is not YAML; write a number, true, false, null or text."
+                    f"Cannot read {argument!r}: its value is not YAML; use a number, true, false, null or text."
                 )
     given = {key: value for key, value in values.items() if key not in Target.model_fields}
     target, errors = checked_section("", Target, {key: value for key, value in values.items() if key not in given})
@@ -312,14 +312,16 @@ def _config(benchmark: Benchmark, resolve: Callable[[], ResolvedModel], given: M
         ConfigError: missing, invalid or incompatible settings, and the errors of resolving the model.
     """
     try:
-        known, messages = resolve().scored_with, []
+        run_settings, messages = resolve().scored_with, []
     except ConfigError as error:
-        known, messages = None, error.errors
+        run_settings, messages = None, error.errors
     stale = [key for key, owner in benchmark.belongs_to.items() if owner in given]
-    known = None if known is None else {key: value for key, value in known.items() if key not in stale}
-    config, errors = checked_section("", benchmark.Config, {**(known or {}), **given})
+    run_settings = (
+        None if run_settings is None else {key: value for key, value in run_settings.items() if key not in stale}
+    )
+    config, errors = checked_section("", benchmark.Config, {**(run_settings or {}), **given})
     # A model that was not resolved may have set them: do not report missing settings.
-    messages += [error.message for error in errors if known is not None or error.kind != "missing"]
+    messages += [error.message for error in errors if run_settings is not None or error.kind != "missing"]
     if messages or errors:
         raise ConfigError(messages)
     return config
@@ -329,7 +331,7 @@ def _served(target: Target) -> str:
     """Suffix of the output folder if the backend or dtype is not the default."""
     changed = [f"dtype={target.dtype}"] if target.dtype != "auto" else []
     changed += [f"backend={target.backend}"] if target.backend != "hf" else []
-    return "".join(f"-{word}" for word in changed)
+    return "".join(f"-{argument}" for argument in changed)
 
 
 def _output_folder(
@@ -337,24 +339,24 @@ def _output_folder(
 ) -> Path:
     if target.out:
         return _writable(Path(target.out))
-    place, path = resolve(), Path(name)
-    own = place.run / "eval" / benchmark if place.run else None
+    resolved, path = resolve(), Path(name)
+    own = resolved.run / "eval" / benchmark if resolved.run else None
     module = benchmarks.BENCHMARKS[benchmark]
-    benchmark += _label(target, given, place.scored_with, module) + _served(target)
-    if KINDS[module.kind].of_pictures and target.data_root not in (None, place.data_root):  # the images may differ
+    benchmark += _label(target, given, resolved.scored_with, module) + _served(target)
+    if KINDS[module.kind].of_pictures and target.data_root not in (None, resolved.data_root):  # the images may differ
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
-    if target.base and place.base and not _is_hash(place.base):  # a hub commit cannot be compared with it
+    if target.base and resolved.base and not _is_hash(resolved.base):  # a hub commit cannot be compared with it
         benchmark += f"-base={_in_short(target.base)}"
-    benchmark += _machine_label(target, place, own) if own and target.backend == "hf" else ""
-    if place.run is None:
+    benchmark += _machine_label(target, resolved, own) if own and target.backend == "hf" else ""
+    if resolved.run is None:
         return _writable(
             path / "eval" / fitting(benchmark)
             if path.is_dir()
             else Path("results") / "eval" / _safe(name) / fitting(benchmark)
         )
-    inside = path.resolve().relative_to(place.run.resolve()).parts
+    inside = path.resolve().relative_to(resolved.run.resolve()).parts
     label = benchmark if inside in ((), ("adapter",)) else f"{benchmark}-{'-'.join(inside)}"
-    answers = place.run / "eval" / fitting(label)
+    answers = resolved.run / "eval" / fitting(label)
     if links := [path for path in (answers.parent, answers) if path.is_symlink()] or links_in(answers):
         raise ConfigError(
             [f"Invalid {links[0]}: it is a link, and answers are written there; move it away, or give out=DIR."]
@@ -374,8 +376,8 @@ def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], ben
     Settings that only affect scores (`benchmark.scoring`) do not change the folder.
     """
     fields, scoring = benchmark.Config.model_fields, benchmark.scoring
-    usual = {key: spec.get_default(call_default_factory=True) for key, spec in fields.items()} | own
-    changed = [key for key in given if key not in scoring and given[key] != usual[key]]
+    defaults = {key: spec.get_default(call_default_factory=True) for key, spec in fields.items()} | own
+    changed = [key for key in given if key not in scoring and given[key] != defaults[key]]
     values = {key: str(given[key]) for key in changed}
     if target.rows:
         values["rows"] = target.rows if target.rows == BENCHMARK else os.path.abspath(target.rows)
@@ -383,32 +385,35 @@ def _label(target: Target, given: Mapping[str, Any], own: Mapping[str, Any], ben
 
 
 def _in_short(value: str) -> str:
-    """Returns a value as part of a folder's name: a path as its stem and a hash of the absolute path."""
+    """Returns a value for use in a folder's name: a path becomes its stem and a hash of the absolute path."""
     path = Path(value)
     if path.name == value:
         return value
     return f"{path.stem}-{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:6]}"
 
 
-def _machine_label(target: Target, place: ResolvedModel, own: Path) -> str:
-    """Suffix for a device or autocast other than that of the run's own answers, because answers depend on both.
-
-    Args:
-        own: folder of the run's own answers; without a readable generation.json it holds none to keep.
+def _machine_label(target: Target, resolved: ResolvedModel, own: Path) -> str:
+    """Returns a suffix for a device or autocast other than that of the run's own answers, which depend on both.
 
     score_only=true uses no device, so it means the run's own answers unless device=... is given too.
+
+    Args:
+        own: folder of the run's own answers; without a readable generation.json there are none to keep.
     """
     device = target.device
     if device == "auto":
         device = None if target.score_only else choose_device("auto").type
-    planned = {"device": device, "autocast": choose_precision(place.autocast, place.model.dtype, device or "cpu").label}
+    planned = {
+        "device": device,
+        "autocast": choose_precision(resolved.autocast, resolved.model.dtype, device or "cpu").label,
+    }
     try:
-        made = read_record(own / "generation.json")
+        generation = read_record(own / "generation.json")
     except ConfigError:
         return ""
-    if device is None or made is None:
+    if device is None or generation is None:
         return ""
-    changed = {key: value for key, value in planned.items() if key in made and made[key] != value}
+    changed = {key: value for key, value in planned.items() if key in generation and generation[key] != value}
     return "".join(f"-{key}={value.removeprefix('torch.').lower()}" for key, value in changed.items())
 
 
@@ -436,27 +441,27 @@ def _check_kind(
     Raises:
         ConfigError: they do not, such as a text benchmark for a run that classifies images.
     """
-    asks = KINDS[benchmark.kind]
-    if target.backend != "hf" and (asks.of_pictures or not benchmark.generates):
-        asked = "looks at pictures" if asks.of_pictures else "weighs given answers"
+    kind = KINDS[benchmark.kind]
+    if target.backend != "hf" and (kind.of_pictures or not benchmark.generates):
+        needs = "images" if kind.of_pictures else "likelihoods of given answers"
         raise ConfigError(
-            [f"Invalid backend={target.backend}: it writes answers, and this benchmark {asked}; use backend=hf."]
+            [f"Invalid backend={target.backend}: it generates text, and this benchmark needs {needs}; use backend=hf."]
         )
     if target.backend == "openai" and "batch_size" in given:
         raise ConfigError(
             [
-                f"Invalid batch_size={given['batch_size']} with backend=openai: requests go out one by one, and "
-                "concurrency says how many at a time; drop it."
+                f"Invalid batch_size={given['batch_size']} with backend=openai: each row is a request, and concurrency "
+                "sets how many run at a time; drop it."
             ]
         )
-    place = resolve()
-    if place.run is None and asks.needs_run:  # without a run, the model's kind is not known yet
+    resolved = resolve()
+    if resolved.run is None and kind.needs_run:  # without a run, the model's kind is not known yet
         raise ConfigError(
-            [f"Invalid path {place.weights}: pictures are scored by a run that says which classes there are; name one."]
+            [f"Invalid path {resolved.weights}: only a run defines the classes of images; name {kind.needs}."]
         )
-    if place.run is not None and not trains_on(place.model.family, benchmark.kind):
-        does = KINDS[place.model.traits.rows].does
-        raise ConfigError([f"Invalid path {place.weights}: this run {does}; name {asks.needs}."])
+    if resolved.run is not None and not trains_on(resolved.model.family, benchmark.kind):
+        does = KINDS[resolved.model.traits.rows].does
+        raise ConfigError([f"Invalid path {resolved.weights}: this run {does}; name {kind.needs}."])
 
 
 def _rows(command: Command) -> Sequence[Any]:
@@ -464,7 +469,7 @@ def _rows(command: Command) -> Sequence[Any]:
 
 
 def _backend(
-    place: ResolvedModel, target: Target, device: torch.device | None, batch_size: int, benchmark: Benchmark
+    resolved: ResolvedModel, target: Target, device: torch.device | None, batch_size: int, benchmark: Benchmark
 ) -> Backend | ImageBackend | Generator:
     """Returns the backend that generates the answers.
 
@@ -473,67 +478,72 @@ def _backend(
     """
     dtype = None if target.dtype == "auto" else target.dtype
     if target.backend == "hf":
-        return _load(place, device, batch_size, benchmark.kind, dtype)
+        return _load(resolved, device, batch_size, benchmark.kind, dtype)
     if target.backend == "openai":
         endpoint = Endpoint(
             target.base_url,
-            place.weights,
+            resolved.weights,
             target.base_key,
             concurrency=target.concurrency,
             requests_per_minute=target.requests_per_minute,
             timeout_s=target.timeout,
         )
         return OpenAIBackend(endpoint, chat=target.chat)
-    folder = Path(place.weights)
+    folder = Path(resolved.weights)
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     if adapter is not None and (folder / MOVED).is_file():
         raise ConfigError(
-            [f"Invalid backend=vllm for {folder}: this checkpoint needs its run's start taken off; score the adapter/."]
+            [
+                f"Invalid backend=vllm for {folder}: this checkpoint needs its run's initial adapter subtracted from "
+                "the backbone, which vLLM does not do; score the run's adapter/, or use backend=hf."
+            ]
         )
-    model = place.model or model_of(place.weights)
+    model = resolved.model or model_of(resolved.weights)
     if model.quantize != "none":
         raise ConfigError(
             [
-                f"Invalid backend=vllm for {folder}: its backbone has 4 bits (model.quantize={model.quantize}), and "
-                "vLLM would answer with another; use backend=hf."
+                f"Invalid backend=vllm for {folder}: its backbone is quantized to 4 bits "
+                f"(model.quantize={model.quantize}), and vLLM would load it without that; use backend=hf."
             ]
         )
     with _validated_unchanged(folder):
         return VLLMBackend(
-            place.weights if place.model and adapter is None else backbone_source(model),
+            resolved.weights if resolved.model and adapter is None else backbone_source(model),
             adapter,
             tokenizer=saved_processor(model, adapter) if adapter else None,
             revision=model.revision,
             batch_size=batch_size,
             dtype=dtype or model.dtype,
-            identity=_identity(place),
+            identity=_identity(resolved),
         )
 
 
-def _identity(place: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
-    """
+def _identity(resolved: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
+    """Returns the hashes that identify the weights, for generation.json.
+
     Raises:
         ConfigError: the backbone differs from the one that the adapter was trained on.
     """
-    identity = weights_identity(place.weights, place.model, classes)
-    state = identity.get("base", place.base)
-    part = differing_part(place.base, state) if place.base else "weights"
-    if place.base_named and part and not (place.base and _is_hash(place.base) == _is_hash(state)):
-        recorded = short_state(place.base) if place.base else "nothing"
+    identity = weights_identity(resolved.weights, resolved.model, classes)
+    state = identity.get("base", resolved.base)
+    part = differing_part(resolved.base, state) if resolved.base else "weights"
+    if resolved.base_named and part and not (resolved.base and _is_hash(resolved.base) == _is_hash(state)):
+        recorded = short_state(resolved.base) if resolved.base else "nothing"
         logger.warning(
-            "Whether base=%s is what %s was trained on cannot be told: its record has %s, and this is %s.",
-            *(place.model.hub_id, place.weights, recorded, short_state(state)),
+            "Cannot check that base=%s is the backbone that %s was trained on: its record has %s, and this is %s.",
+            *(resolved.model.hub_id, resolved.weights, recorded, short_state(state)),
         )
-    elif place.base and part:
+    elif resolved.base and part:
         raise ConfigError(
             [
-                f"Invalid backbone of {place.weights}: {place.model.hub_id} is {short_state(identity['base'])} now, "
-                f"and the run was trained on {short_state(place.base)} (base in its run.json), which differ in {part}; "
-                f"put {PUT_BACK[part]} back, name them with base=PATH, or pin them with model.revision."
+                f"Invalid backbone of {resolved.weights}: {resolved.model.hub_id} is now "
+                f"{short_state(identity['base'])}, and the run was trained on {short_state(resolved.base)} (base in "
+                f"its run.json), which differ in {part}; put {PUT_BACK[part]} back, name them with base=PATH, or pin "
+                "them with model.revision."
             ]
         )
-    elif place.base and "base" in identity:
-        identity["base"] = place.base  # of an earlier version, perhaps: its answers are of the same model
+    elif resolved.base and "base" in identity:
+        identity["base"] = resolved.base  # may be in an earlier version's format; the model is the same
     return identity
 
 
@@ -543,7 +553,7 @@ def _validated_unchanged(folder: Path) -> Iterator[None]:
     before = weights_state(folder)
     yield
     if weights_state(folder) != before:
-        raise ConfigError([f"{folder} was written to while it was read: wait for who writes there, then try again."])
+        raise ConfigError([f"{folder} changed while it was read: wait until nothing writes there, then try again."])
 
 
 def _is_hash(state: str) -> bool:
@@ -552,24 +562,30 @@ def _is_hash(state: str) -> bool:
 
 
 def _load(
-    place: ResolvedModel, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
+    resolved: ResolvedModel, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
 ) -> Backend | ImageBackend:
     try:
-        classes = FAMILIES[place.model.family].classes_of_run(place.run) if place.run else None
-        with _validated_unchanged(Path(place.weights)):
-            identity = _identity(place, classes) | ({"dtype": dtype} if dtype else {})
-            model, processor, _ = load_for_inference(place.weights, place.model, device, classes, dtype, place.autocast)
+        classes = FAMILIES[resolved.model.family].classes_of_run(resolved.run) if resolved.run else None
+        with _validated_unchanged(Path(resolved.weights)):
+            identity = _identity(resolved, classes) | ({"dtype": dtype} if dtype else {})
+            model, processor, _ = load_for_inference(
+                resolved.weights, resolved.model, device, classes, dtype, resolved.autocast
+            )
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         # a truncated file, an invalid config.json, an adapter of another backbone: each library raises its own errors
         raise ConfigError(
-            [f"Cannot load {place.weights}: {reason_of(error)}; name a whole adapter or model, or copy it again."]
+            [f"Cannot load {resolved.weights}: {reason_of(error)}; name a complete adapter or model, or copy it again."]
         ) from error
     # A run's autocast follows its model.dtype, also where full fine-tuning made the weights FP32.
     if dtype is None:
-        dtype = place.model.dtype if place.model else str(stored_dtype(next(model.parameters()))).removeprefix("torch.")
-    precision = choose_precision(place.autocast, dtype, device)
+        dtype = (
+            resolved.model.dtype
+            if resolved.model
+            else str(stored_dtype(next(model.parameters()))).removeprefix("torch.")
+        )
+    precision = choose_precision(resolved.autocast, dtype, device)
     console.print(f"precision: {precision}", markup=False, soft_wrap=True)
     return KINDS[kind].backend(
         model,
@@ -577,7 +593,7 @@ def _load(
         batch_size=batch_size,
         precision=precision,
         identity=identity,
-        **KINDS[kind].backend_settings(place, dtype),
+        **KINDS[kind].backend_settings(resolved, dtype),
     )
 
 

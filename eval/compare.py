@@ -1,10 +1,10 @@
-"""Two runs on the same questions: the paired difference, its bootstrap interval, and McNemar's test.
+"""Compares two runs on the same questions: paired difference, bootstrap confidence interval, and McNemar's test.
 
     python -m eval compare RUN_A RUN_B [BENCHMARK ...]
 
-A and B are run folders, or folders of answers such as RUN/eval/gsm8k-max_rows=100 or what out=DIR named. Every
-benchmark that both have answered is compared on the questions that both were asked. The gains of the papers are of the
-size of the noise that a few hundred questions leave, which an interval shows and two numbers do not.
+RUN_A and RUN_B are run folders, or folders of answers such as RUN/eval/gsm8k-max_rows=100 or the one given as out=DIR.
+Every benchmark that both have answers to is compared on the questions that both answered. The gains that the papers
+report are about as large as the sampling noise of a few hundred questions: an interval shows it, two scores do not.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Comparison:
-    """B against A on one benchmark; scores and their difference are shares, or ratings."""
+    """Comparison of B with A on one benchmark; scores and their difference are fractions, or ratings."""
 
     benchmark: str
     questions: int
-    left_out: int  # questions that one of both was asked alone
+    left_out: int  # questions that only one of the two answered
     a: float
     b: float
     difference: float
-    interval: tuple[float, float] | None  # None for one question, or where all differences are the same
+    interval: tuple[float, float] | None  # None for a single question, or if all differences are equal
     only_a: int  # questions that A answers better than B
     only_b: int
-    p: float | None  # exact McNemar; None where rows are neither right nor wrong
+    p: float | None  # exact McNemar; None if scores are not just 0 and 1
 
 
 def compare(benchmark: str, a: Mapping[Any, float], b: Mapping[Any, float]) -> Comparison:
-    """Compare the scores of rows, {row: score}, on the rows that both have.
+    """Compares two mappings {row: score} on the rows that both contain.
 
     Raises:
-        ConfigError: none in common.
+        ConfigError: they have no row in common.
     """
     from scipy.stats import binomtest, bootstrap
 
@@ -59,7 +59,7 @@ def compare(benchmark: str, a: Mapping[Any, float], b: Mapping[Any, float]) -> C
     differences = right - left
     interval = None
     if len(common) > 1 and len(set(differences.tolist())) > 1:
-        found = bootstrap(
+        bounds = bootstrap(
             (differences,),
             np.mean,
             n_resamples=RESAMPLES,
@@ -67,7 +67,7 @@ def compare(benchmark: str, a: Mapping[Any, float], b: Mapping[Any, float]) -> C
             method="percentile",
             rng=np.random.default_rng(0),
         ).confidence_interval
-        interval = float(found.low), float(found.high)
+        interval = float(bounds.low), float(bounds.high)
     only_a, only_b = int((differences < 0).sum()), int((differences > 0).sum())
     binary = set(np.concatenate([left, right]).tolist()) <= {0.0, 1.0}
     decided = only_a + only_b
@@ -86,101 +86,101 @@ def compare(benchmark: str, a: Mapping[Any, float], b: Mapping[Any, float]) -> C
     )
 
 
-def main(words: Sequence[str]) -> None:
-    """Print one row a benchmark, or the help that is asked for.
+def main(arguments: Sequence[str]) -> None:
+    """Prints a table with one row per benchmark, or the help for --help.
 
     Raises:
-        ConfigError: folders without answers, or answers that cannot be compared; every error at once.
+        ConfigError: folders without answers, or answers that cannot be compared; all errors together.
     """
-    if {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(arguments):
         print((__doc__ or "").strip())
         return
-    if len(words) < 2:
+    if len(arguments) < 2:
         raise ConfigError(
             [
-                f"Missing {' and '.join(['RUN_A', 'RUN_B'][len(words) :])}: two runs are compared, as python -m eval "
-                "compare RUN_A RUN_B [BENCHMARK ...]; --help tells more."
+                f"Missing {' and '.join(['RUN_A', 'RUN_B'][len(arguments) :])}: name two runs, as in python -m eval "
+                "compare RUN_A RUN_B [BENCHMARK ...]; --help shows more."
             ]
         )
-    a, b = gather(*(lambda name=name: _answered(Path(name)) for name in words[:2]))
-    wanted = list(words[2:]) or [name for name in a if name in b]
-    if not wanted:
+    a, b = gather(*(lambda name=name: _answer_folders(Path(name)) for name in arguments[:2]))
+    names = list(arguments[2:]) or [name for name in a if name in b]
+    if not names:
         raise ConfigError(
             [
-                f"Nothing to compare: {words[0]} has answers to {', '.join(a)}, and {words[1]} to {', '.join(b)}; "
-                "score both on one benchmark."
+                f"Nothing to compare: {arguments[0]} has answers to {', '.join(a)}, and {arguments[1]} to "
+                f"{', '.join(b)}; score both on one benchmark."
             ]
         )
     missing = [
-        f"No answers to {name} in {path}: it has {', '.join(found)}; score it with python -m eval.{name} {path}."
-        for name in wanted
-        for path, found in ((words[0], a), (words[1], b))
-        if name not in found
+        f"No answers to {name} in {path}: it has {', '.join(answered)}; score it with python -m eval.{name} {path}."
+        for name in names
+        for path, answered in ((arguments[0], a), (arguments[1], b))
+        if name not in answered
     ]
     if missing:
         raise ConfigError(missing)
-    gather(*(lambda name=name: _check_alike(name, a[name], b[name]) for name in wanted))
+    gather(*(lambda name=name: _check_same_parser(name, a[name], b[name]) for name in names))
     print_comparisons(
-        words[0], words[1], [compare(name, _scores(name, a[name]), _scores(name, b[name])) for name in wanted]
+        arguments[0], arguments[1], [compare(name, _scores(name, a[name]), _scores(name, b[name])) for name in names]
     )
 
 
-def _check_alike(benchmark: str, a: Path, b: Path) -> None:
+def _check_same_parser(benchmark: str, a: Path, b: Path) -> None:
     parsers = [getattr(_settings(benchmarks.BENCHMARKS[benchmark], folder), "parser", None) for folder in (a, b)]
     if parsers[0] != parsers[1]:
         raise ConfigError(
             [
                 f"Invalid pair for {benchmark}: {a} was scored by parser={parsers[0]} and {b} by parser={parsers[1]}; "
-                f"score one anew, with python -m eval.{benchmark} PATH score_only=true parser={parsers[0]}."
+                f"score one again, with python -m eval.{benchmark} PATH score_only=true parser={parsers[0]}."
             ]
         )
 
 
-def print_comparisons(a: str, b: str, found: Sequence[Comparison]) -> None:
-    """One table on standard output."""
+def print_comparisons(a: str, b: str, comparisons: Sequence[Comparison]) -> None:
+    """Prints a table, one row per comparison; `a` and `b` are the titles of the two runs."""
     table = Table(title=f"A = {a}\nB = {b}", title_justify="left")
     interval = f"{CONFIDENCE:.0%} interval"
     for column in ("benchmark", "questions", "A", "B", "B − A", interval, "A better", "B better", "p"):
         table.add_column(column, justify="left" if column == "benchmark" else "right", no_wrap=True)
-    for one in found:
-        share = benchmarks.BENCHMARKS[one.benchmark].is_share
-        form = "{:+.2%}" if share else f"{{:+.{benchmarks.BENCHMARKS[one.benchmark].digits}f}}"
-        interval = " to ".join(map(form.format, one.interval)) if one.interval else "—"
+    for comparison in comparisons:
+        share = benchmarks.BENCHMARKS[comparison.benchmark].is_share
+        form = "{:+.2%}" if share else f"{{:+.{benchmarks.BENCHMARKS[comparison.benchmark].digits}f}}"
+        interval = " to ".join(map(form.format, comparison.interval)) if comparison.interval else "—"
         table.add_row(
-            f"{one.benchmark} {benchmarks.BENCHMARKS[one.benchmark].headline}",
-            f"{one.questions:,}" + (f" ({one.left_out} left out)" if one.left_out else ""),
-            form.format(one.a).lstrip("+"),
-            form.format(one.b).lstrip("+"),
-            form.format(one.difference),
+            f"{comparison.benchmark} {benchmarks.BENCHMARKS[comparison.benchmark].headline}",
+            f"{comparison.questions:,}" + (f" ({comparison.left_out} left out)" if comparison.left_out else ""),
+            form.format(comparison.a).lstrip("+"),
+            form.format(comparison.b).lstrip("+"),
+            form.format(comparison.difference),
             interval,
-            str(one.only_a),
-            str(one.only_b),
-            "—" if one.p is None else f"{one.p:.3g}",
+            str(comparison.only_a),
+            str(comparison.only_b),
+            "—" if comparison.p is None else f"{comparison.p:.3g}",
         )
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=150)).print(table)
 
 
-def _answered(folder: Path) -> dict[str, Path]:
-    """{benchmark: folder with its predictions.jsonl} of a run, or of one folder of answers."""
+def _answer_folders(folder: Path) -> dict[str, Path]:
+    """Returns {benchmark: folder with its predictions.jsonl} for a run's folder, or for one folder of answers."""
     if not folder.is_dir():
         raise ConfigError([f"Invalid path {folder}: no such folder; name a run that was scored."])
     if (folder / "predictions.jsonl").is_file():
         return {_benchmark_of(folder): folder}
-    found = {name: folder / "eval" / name for name in benchmarks.BENCHMARKS}
-    found = {name: path for name, path in found.items() if (path / "predictions.jsonl").is_file()}
-    if not found:
+    folders = {name: folder / "eval" / name for name in benchmarks.BENCHMARKS}
+    folders = {name: path for name, path in folders.items() if (path / "predictions.jsonl").is_file()}
+    if not folders:
         others = sorted(str(path.parent) for path in folder.glob("eval/*/predictions.jsonl"))
-        there = f" (there are {', '.join(others)}, which can be named themselves)" if others else ""
-        raise ConfigError([f"No answers in {folder}{there}: score it first, as with python -m eval.gsm8k {folder}."])
-    return found
+        hint = f" (there are {', '.join(others)}; name one of those)" if others else ""
+        raise ConfigError([f"No answers in {folder}{hint}: score it first, as with python -m eval.gsm8k {folder}."])
+    return folders
 
 
 def _benchmark_of(folder: Path) -> str:
-    """Whose answers a folder holds: its score says so, for out=DIR may have named it anything.
+    """Returns the benchmark that a folder's answers belong to: by score.json, as out=DIR can have any name.
 
     Raises:
-        ConfigError: neither its score nor its name does.
+        ConfigError: neither score.json nor the folder's name says it.
     """
     try:
         scorer = str((read_record(folder / "score.json") or {})["scorer"])
@@ -190,7 +190,7 @@ def _benchmark_of(folder: Path) -> str:
     if name not in benchmarks.BENCHMARKS:
         raise ConfigError(
             [
-                f"Invalid path {folder}: it holds answers, and neither its score.json nor its name says to which "
+                f"Invalid path {folder}: it holds answers, but neither its score.json nor its name says to which "
                 f"benchmark; score them with python -m eval.NAME PATH out={folder} score_only=true, where NAME is one "
                 f"of {', '.join(benchmarks.BENCHMARKS)}."
             ]
@@ -208,7 +208,7 @@ def _scores(benchmark: str, folder: Path) -> dict[Any, float]:
 
 
 def _settings(module: Any, folder: Path) -> Any:
-    """The settings that the answers were scored with, as far as they decide a row's score."""
+    """Returns the settings with which the answers were scored, as far as they affect a row's score."""
     try:
         parser = (read_record(folder / "score.json") or {}).get("parser")
     except ConfigError:

@@ -1,11 +1,12 @@
-"""Accuracy on corrupted images (Hendrycks and Dietterich 2019): CIFAR-10-C and CIFAR-100-C, the out-of-domain figure.
+"""Accuracy on corrupted images, out of domain: CIFAR-10-C and CIFAR-100-C (Hendrycks and Dietterich 2019).
 
     python -m eval.corruptions PATH folder=DIR [key=value ...]
 
 PATH is a run's folder or one of its checkpoints. Keys: folder, max_rows (of each corruption and severity), batch_size,
-device, out=DIR, score_only=true. `folder` holds one .npy file a corruption, images of five severities one after the
-other (N × 32 × 32 × 3, UINT8), and labels.npy (N). The score is the mean over corruptions and severities, and over each
-of both; the four corruptions that their authors set apart to validate on have figures of their own and do not count.
+device, out=DIR, score_only=true. `folder` holds one .npy file per corruption, with the images of the five severities
+one after the other (N × 32 × 32 × 3, UINT8), and labels.npy (N). The score is the mean over corruptions and severities;
+it also has the mean of each severity and of each corruption. The four corruptions that the authors reserved for
+validation are reported but not part of the means.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ SCORER_VERSION = 2
 HEADLINE = "mean_accuracy"
 SEVERITIES = 5
 LABELS = "labels"
-FOR_VALIDATION = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # the other 15 are the benchmark
+FOR_VALIDATION = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # the benchmark is the other 15
 FIELDS: predictions.Fields = {"index": int, "corruption": str, "severity": int, "label": int, "prediction": int}
 
 
 class Config(Section):
     folder: str = setting(min_length=1, remedy="name the folder of CIFAR-10-C or CIFAR-100-C")
-    # Of a corruption and severity.
+    # Per corruption and severity.
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every image")
     batch_size: int = setting(128, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
@@ -52,16 +53,16 @@ class Config(Section):
 
 
 def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Labels, and the memory-mapped images of each corruption.
+    """Returns the labels (N) and the memory-mapped images of each corruption (N × H × W × 3, UINT8).
 
     Raises:
-        ConfigError: files that are missing, broken or do not fit together; every error at once.
+        ConfigError: files are missing or broken, or do not fit together; all errors together.
     """
     files = sorted(folder.glob("*.npy"))
     errors, arrays = [], {}
     for path in files:
         try:
-            open_plain(path).close()  # a pipe would be waited for
+            open_plain(path).close()  # opening a named pipe would block
             arrays[path.stem] = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as error:
             errors.append(f"Broken file {path}: {reason_of(error)}; fetch it again.")
@@ -69,17 +70,17 @@ def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     if labels is not None and (
         labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu" or labels.min() < 0
     ):
-        errors.append(f"Invalid {folder / LABELS}.npy: whole numbers from 0, one an image, are needed; fetch it again.")
+        errors.append(f"Invalid {folder / LABELS}.npy: one whole number from 0 up per image is needed; fetch it again.")
         labels = None
     if not errors and labels is not None and arrays and not set(arrays) - set(FOR_VALIDATION):
         errors.append(
-            f"Invalid eval.corruptions.folder={folder}: {', '.join(arrays)} are for validation and do not count; the "
-            "benchmark's own corruptions are needed."
+            f"Invalid eval.corruptions.folder={folder}: {', '.join(arrays)} are for validation and not part of the "
+            "score; the benchmark's other corruptions are needed."
         )
     if not errors and (labels is None or not arrays):
         errors.append(
-            f"Invalid eval.corruptions.folder={folder}: labels.npy and one .npy file a corruption are needed, as "
-            f"CIFAR-10-C has them; found {', '.join(path.name for path in files) or 'none'}."
+            f"Invalid eval.corruptions.folder={folder}: labels.npy and one .npy file per corruption are needed, as in "
+            f"CIFAR-10-C; found {', '.join(path.name for path in files) or 'none'}."
         )
     for name, images in arrays.items():
         fits = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
@@ -96,7 +97,7 @@ def read_folder(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hash of all files of a folder: other pictures under the same names and labels have other answers."""
+    """Returns the SHA-256 of all .npy files of a folder; predictions of other images must not be reused."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.npy")):
         with open(path, "rb") as file:
@@ -105,17 +106,21 @@ def folder_sha256(folder: Path) -> str:
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean accuracy over the benchmark's corruptions and severities, of each severity, and of each corruption."""
+    """Returns the mean accuracy over corruptions and severities, of each severity, and of each corruption.
+
+    Args:
+        rows: {"corruption", "severity", "label", "prediction"} each.
+    """
     groups: dict[tuple[str, int], list[bool]] = {}
     for row in rows:
         groups.setdefault((row["corruption"], row["severity"]), []).append(row["label"] == row["prediction"])
-    shares = {key: sum(found) / len(found) for key, found in groups.items()}
+    shares = {key: sum(correct) / len(correct) for key, correct in groups.items()}
     names = sorted({name for name, _ in shares})
     counted = [name for name in names if name not in FOR_VALIDATION]
 
-    def mean(of: Callable[[str, int], bool]) -> float | None:
-        found = [share for (name, severity), share in shares.items() if of(name, severity)]
-        return float(np.mean(found)) if found else None
+    def mean(selects: Callable[[str, int], bool]) -> float | None:
+        selected = [share for (name, severity), share in shares.items() if selects(name, severity)]
+        return float(np.mean(selected)) if selected else None
 
     metrics = {
         "n": len(rows),
@@ -130,21 +135,21 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
-    """{row: 1.0 or 0.0}, of the corruptions that count."""
-    pictures, seen, found = images_of(folder), Counter(), {}
+    """Returns {row: 1.0 or 0.0}, without the corruptions for validation."""
+    images_sha256, seen, scores = images_of(folder), Counter(), {}
     for row in rows:
         group = row["corruption"], row["severity"]
-        if row["corruption"] not in FOR_VALIDATION:  # the place in its group: an index depends on max_rows
-            found[pictures, *group, seen[group]] = float(row["prediction"] == row["label"])
+        if row["corruption"] not in FOR_VALIDATION:  # counted within its group, as "index" depends on max_rows
+            scores[images_sha256, *group, seen[group]] = float(row["prediction"] == row["label"])
         seen[group] += 1
-    return found
+    return scores
 
 
 def check_rows(rows: Any, source: str, config: Config, *, classes: Sequence[str] = (), **known: Any) -> None:
-    """Checks that the folder's labels are classes of the model; the rows of the data set itself are not used.
+    """Checks that the folder's labels are classes of the model; the rows of the run's data set are not used.
 
     Raises:
-        ConfigError: they are not, such as CIFAR-100-C for a model of CIFAR-10.
+        ConfigError: a label is no class of the model, such as CIFAR-100-C's for a model of CIFAR-10.
     """
     labels, _ = read_folder(Path(config.folder))
     validate_labels(labels.tolist(), f"{config.folder}/{LABELS}.npy", classes)
@@ -158,21 +163,24 @@ def run(
     *,
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Classify the corrupted images and score them; writes predictions.jsonl and score.json, returns the score."""
+    """Classifies and scores the corrupted images; writes predictions.jsonl and score.json, returns the score."""
     labels, corruptions = read_folder(Path(config.folder))
-    each = len(labels) // SEVERITIES
-    taken = range(min(each, config.max_rows or each))
-    places = [
-        (name, severity, severity * each + i) for name in corruptions for severity in range(SEVERITIES) for i in taken
+    per_severity = len(labels) // SEVERITIES
+    selected = range(min(per_severity, config.max_rows or per_severity))
+    sources = [
+        (name, severity, severity * per_severity + i)
+        for name in corruptions
+        for severity in range(SEVERITIES)
+        for i in selected
     ]
 
     def pixels(index: int) -> torch.Tensor:
-        name, _, row = places[index]
+        name, _, row = sources[index]
         return backend.processor(Image.fromarray(corruptions[name][row]), return_tensors="pt")["pixel_values"][0]
 
     path = classify(
         backend,
-        [{"corruption": name, "severity": severity + 1, "label": int(labels[row])} for name, severity, row in places],
+        [{"corruption": name, "severity": severity + 1, "label": int(labels[row])} for name, severity, row in sources],
         pixels,
         folder,
         fields=FIELDS,

@@ -1,12 +1,12 @@
-"""GLUE and data sets in its form: each row's answers are weighed by their likelihood, the likeliest is the prediction.
+"""GLUE and data sets of its format: each row's choices are ranked by likelihood; the most likely is the prediction.
 
     python -m eval.glue PATH [key=value ...]
 
-PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: task (a run's data set says it),
-metric, max_rows, batch_size, rows=FILE.jsonl (rows {"x", "y", "choices"}), device, out=DIR, score_only=true.
-`metric=likelihood` takes all tokens of an answer and the end of the sequence, for any number of answers;
-`metric=published` compares the first tokens of two answers, as the public code does. Accuracy, and Matthews'
-correlation (CoLA), F1 (MRPC, QQP) or Pearson's (STS-B).
+PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: task (default: that of the run's
+data set), metric, max_rows, batch_size, rows=FILE.jsonl (rows {"x", "y", "choices"}), device, out=DIR, score_only=true.
+`metric=likelihood` sums over all tokens of a choice and the end of the sequence, for any number of choices;
+`metric=published` compares the first tokens of two choices, as the public code does. Reports accuracy, and the Matthews
+correlation (CoLA), F1 (MRPC, QQP) or the Pearson correlation (STS-B).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb",
 
 
 class Config(Section):
-    task: TaskName = setting(remedy="it decides which metrics are taken")
+    task: TaskName = setting(remedy="it determines the metrics")
     metric: Literal["likelihood", "published"] = "likelihood"
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
     batch_size: int = setting(32, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
@@ -58,10 +58,10 @@ class Config(Section):
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy and what the task's own paper reports.
+    """Returns accuracy and the metric that the task's own paper reports.
 
     Args:
-        rows: {"task", "reference", "choices", "prediction"} each, and "value" for STS-B: the number behind a reference.
+        rows: {"task", "reference", "choices", "prediction"} each, and for STS-B "value", the unrounded reference.
     """
     from scipy.stats import pearsonr
     from sklearn.metrics import f1_score, matthews_corrcoef
@@ -71,7 +71,9 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     metrics: dict[str, Any] = {"n": total, HEADLINE: None}
     if total:
         metrics[HEADLINE] = sum(a == b for a, b in zip(truth, guess, strict=True)) / total
-        metrics["majority"] = max(truth.count(word) for word in set(truth)) / total  # of the likeliest answer alone
+        metrics["majority"] = (
+            max(truth.count(word) for word in set(truth)) / total
+        )  # accuracy of the most frequent answer
         task = rows[0]["task"]
         if task == "cola":
             metrics["matthews"] = float(matthews_corrcoef(truth, guess))
@@ -79,13 +81,13 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             metrics["f1"] = float(f1_score(truth, guess, pos_label=rows[0]["choices"][1], zero_division=0.0))
         if task == "stsb":
             values, guesses = [row["value"] for row in rows], [float(word) for word in guess]
-            constant = len(set(values)) < 2 or len(set(guesses)) < 2  # without variance there is no correlation
+            constant = len(set(values)) < 2 or len(set(guesses)) < 2  # without variance, correlation is undefined
             metrics["pearson"] = None if constant else float(pearsonr(values, guesses).statistic)
     return {"scorer": f"glue/{SCORER_VERSION}", "n": total, "metrics": metrics}
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
-    """{row: 1.0 or 0.0}."""
+    """Returns {row: 1.0 or 0.0}."""
     return {(row["prompt"], row["index"]): float(row["prediction"] == row["reference"]) for row in rows}
 
 
@@ -95,22 +97,22 @@ def check_rows(
     """Checks that every row can be scored by the metrics of its task.
 
     Args:
-        tokenizer: if given, checks that the answers' first tokens suffice for metric=published.
+        tokenizer: if given, checks that the choices' first tokens differ, for metric=published.
 
     Raises:
-        ConfigError: a row without choices, whose answer is not among them, or of another task.
+        ConfigError: a row has no choices, an answer that is not among them, or is of another task.
     """
-    offered = rows[0].get("choices") if rows else None
+    expected = rows[0].get("choices") if rows else None
     broken = {
         number: problem
         for number, row in enumerate(rows, start=1)
-        if (problem := _problem(row) or _task_problem(row, config.task, offered))
+        if (problem := _problem(row) or _task_problem(row, config.task, expected))
     }
     if broken:
         first, others = min(broken), f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise ConfigError(
             [
-                f"Invalid choices in {source}, row {first}{others}: {broken[first]}; glue weighs given answers, so use "
+                f"Invalid choices in {source}, row {first}{others}: {broken[first]}; glue ranks given answers, so use "
                 "a data set of GLUE and its own task, or leave the benchmark out."
             ]
         )
@@ -118,19 +120,23 @@ def check_rows(
         _check_first_tokens(lambda choice: tokenizer(choice, add_special_tokens=False)["input_ids"][0], rows)
 
 
-def _task_problem(row: dict[str, Any], task: str, offered: list[str]) -> str | None:
-    """What the task's metrics cannot be taken of: STS-B's scores are numbers, the binary tasks have two answers."""
+def _task_problem(row: dict[str, Any], task: str, expected: list[str]) -> str | None:
+    """Returns why the task's metrics cannot be computed for a row; None if they can.
+
+    Args:
+        expected: the choices of the first row, which those of every row of a binary task must equal.
+    """
     choices, value = row["choices"], row.get("value")
     if task == "stsb":
         if not isinstance(value, int | float) or isinstance(value, bool):
-            return 'its "value", the number behind its answer, is missing, which task=stsb needs'
+            return 'its "value", the unrounded number of its answer, is missing, which task=stsb needs'
         return None if all(_is_number(choice) for choice in choices) else "task=stsb needs answers that are numbers"
-    if task in _BINARY and (len(choices) != 2 or choices != offered):
-        return f"task={task} needs the same two answers in every row, the one that counts as found second"
+    if task in _BINARY and (len(choices) != 2 or choices != expected):
+        return f"task={task} needs the same two answers in every row, the positive one second"
     return None
 
 
-_BINARY = ("cola", "mrpc", "qqp")  # their metrics beside accuracy are of two classes
+_BINARY = ("cola", "mrpc", "qqp")  # tasks with a metric for two classes besides accuracy
 
 
 def _is_number(text: str) -> bool:
@@ -143,7 +149,7 @@ def _is_number(text: str) -> bool:
 def _problem(row: dict[str, Any]) -> str | None:
     choices = row.get("choices")
     if not isinstance(choices, list) or len(set(map(str, choices))) != len(choices) or len(choices) < 2:
-        return "it needs a list of two different answers or more"
+        return "it needs a list of at least two different answers"
     if not all(isinstance(choice, str) and choice for choice in choices):
         return "its answers must be texts"
     return None if row["y"] in choices else f"its answer {row['y'][:40]!r} is not among them"
@@ -157,11 +163,11 @@ def run(
     *,
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Weigh the choices of `rows` and score them; writes predictions.jsonl and score.json, returns the score.
+    """Ranks the choices of `rows` and scores them; writes predictions.jsonl and score.json, returns the score.
 
     Raises:
-        ConfigError: metric=published for answers that begin with the same token, or for more than two; rows that are
-            longer than the model's positions.
+        ConfigError: metric=published for choices that begin with the same token, or for more than two; rows that are
+            longer than the model's context.
     """
     rows = rows[: config.max_rows]
     prompts = [prompt_text(row["x"]) for row in rows]
@@ -171,12 +177,12 @@ def run(
     backend.check_choices(prompts, [row["choices"] for row in rows], first_token=published)
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
-        found = backend.log_likelihoods(
+        likelihoods = backend.log_likelihoods(
             [prompts[index] for index in batch], [rows[index]["choices"] for index in batch], first_token=published
         )
         return [
             {"scores": scores, "prediction": rows[index]["choices"][scores.index(max(scores))]}
-            for index, scores in zip(batch, found, strict=True)
+            for index, scores in zip(batch, likelihoods, strict=True)
         ]
 
     path = predictions.collect(
@@ -218,14 +224,14 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
-    """None of its own: a task's rows come with the run, or as rows=FILE.
+    """GLUE has no default rows: they come from a run, or from rows=FILE.
 
     Raises:
         ConfigError: always.
     """
     raise ConfigError(
         [
-            "Missing rows: glue has no rows of its own for a model that no run describes; name them with "
+            "Missing rows: glue has no rows of its own for a model without a run; name them with "
             'rows=FILE.jsonl ({"x", "y", "choices"}; a run\'s test.jsonl is such a file).'
         ]
     )

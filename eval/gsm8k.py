@@ -1,14 +1,14 @@
-"""GSM8K and data sets in its form: zero-shot, greedy, exact match of the final answer.
+"""GSM8K and data sets of its format: zero-shot, greedy, exact match of the final answer.
 
     python -m eval.gsm8k PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: parser, template (of the
-benchmark's own rows; a run's test rows have its own), max_rows, max_new_tokens, batch_size, rows=FILE.jsonl (rows
-{"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. A run is asked its data set's test rows;
-`rows=benchmark` asks it GSM8K's own, in the run's template. `parser=strict` reads the number after "####" or else the
-last one; `parser=math_verify` reads expressions and LaTeX too, by that package (extra `math`). A score has both.
-References are numbers under both: a row whose reference is a fraction, a root or a range is refused.
-A run's own answers stay: other settings, other rows and another device have folders of their own beside eval/gsm8k.
+benchmark's own rows; a run's test rows already have one), max_rows, max_new_tokens, batch_size, rows=FILE.jsonl (rows
+{"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. A run is scored on the test rows of its data set;
+`rows=benchmark` takes GSM8K's own instead, in the run's template. `parser=strict` reads the number after "####", or
+else the last one; `parser=math_verify` reads expressions and LaTeX too, with that package (extra `math`). A score has
+both. References must be numbers for both: a fraction, a root or a range is an error. A run's own answers are never
+overwritten: other settings, other rows or another device write to a folder of their own beside eval/gsm8k.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from flatlora.utils.files import write_json
 SCORER_VERSION = 3
 HEADLINE = "exact_match"
 
-# A number as people write it: sign, dollar sign, thousands separators, decimals; "42." ends a sentence. A sign touches
-# its number and follows no other, so that "5-3", "10 - 7" and the dash of a list are not negative.
+# A number as people write it: sign, dollar sign, thousands separators, decimals; "42." ends a sentence. A sign directly
+# precedes its number and follows no other number, so that "5-3", "10 - 7" and the dash of a list are not negative.
 _NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\$\s?)?[-−]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _WORD = r"[^\W\d_]+"
-# LaTeX and Markdown that dress a number, and how each is read; what else they have, such as \frac, makes it no number.
-_DRESS = [
+# LaTeX and Markdown around a number, and their replacements; anything else, such as \frac, is not read as a number.
+_MARKUP = [
     (re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"\\[()\[\],;!]"), " "),
@@ -48,24 +48,24 @@ _DRESS = [
     (re.compile(r"(?<!\d)\*\*|\*\*(?!\d)|__"), " "),
     (re.compile(r"\s+"), " "),
 ]
-# What makes a number beside it a part of something else: of a sum, a fraction, a power, a root, a range, a time.
+# Text next to a number that makes it part of something else: a sum, a fraction, a power, a root, a range, a time.
 _JOINED_BEFORE = re.compile(r"(?:[/^×÷·√+*\\{}]|[\d)] ?[-−:]) ?\$?$")
 _JOINED_AFTER = re.compile(
     r" ?(?:[×÷·√+^\\{⁄½¼¾⅐-⅞²³]|(?<= )(?:and )?\d+ ?[/⁄] ?\d+(?![\d/-])|(?:\*\*|[/*−-]) ?[\d($\\]|[:_]\d)"
 )
-# From a number to the "=" of the sum that it begins: "3 + 4 =", "$3 a day * 2 days =".
+# From the first number of a sum to its "=": "3 + 4 =", "$3 a day * 2 days =".
 _SUM = re.compile(rf"%?(?:{_WORD})?(?: {_WORD}){{0,2}}[ )]*[-−+*/×÷·^][^=]*=")
-_ANNOUNCED = re.compile(r"[:=]|\b(?:is|are|equals)\b")  # in "The answer is 18", "Total for 3 days: 42"
+_ANNOUNCEMENT = re.compile(r"[:=]|\b(?:is|are|equals)\b")  # in "The answer is 18", "Total for 3 days: 42"
 _WORDS_FIRST = re.compile(r"[\W_]*[^\W\d_]")
-# Words that are no heading: they name the answer, or are a sentence.
+# Marked text that is not a heading: it names the answer, or is a sentence.
 _NAMED = re.compile(r"[^:=]*\banswer\b\W*(?:(?:is|are)\b|[:=])\D*\d", re.IGNORECASE)
 _SENTENCE = re.compile(r"[^:]*(?:\b(?:is|are|equals)\b[^:]*\d|\d[^:]*\. *$)")
-_BARE = re.compile(r"(?:[^:=\d]*\banswer\W*)?$", re.IGNORECASE)  # a mark, or a name, with nothing behind it
-_NUMBERED = re.compile(r"\W*(\d{1,2})(?:[.)] +\S|: +[^\W\d_])")  # headings, in their order: "1. Add"
+_BARE = re.compile(r"(?:[^:=\d]*\banswer\W*)?$", re.IGNORECASE)  # a mark with nothing, or only "Answer:", after it
+_NUMBERED = re.compile(r"\W*(\d{1,2})(?:[.)] +\S|: +[^\W\d_])")  # numbered headings: "1. Add"
 _NEXT_QUESTION = re.compile(r"\W*(?:q|question|problem|instruction)\b[^:]{0,12}:", re.IGNORECASE)
 _ALONE = re.compile(rf"[ *_$=:(]*{_NUMBER.pattern}[ %]*(?:{_WORD})?(?: {_WORD}){{0,2}}[ *_.!)$]*$")
 
-# What may stand around the number of a reference: a word or what announces it, and a unit.
+# What may precede and follow the number of a reference: a word, ":" or "=" before it, and a unit after it.
 _LEAD_END = re.compile(r"(?:^|:|(?<![<>!~≠])=|\b([^\W\d_]{2,}))$")
 _NO_LEADS = frozenset(
     (
@@ -87,7 +87,7 @@ _NO_UNITS = frozenset(
         *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty"),
     )
 )
-_SENTENCE_END = re.compile(r"(?:(?<=\d)|(?<=[^\W\d_]{3}))[.!?]\s+(?=[A-Z])")  # not behind "ft." or "vs."
+_SENTENCE_END = re.compile(r"(?:(?<=\d)|(?<=[^\W\d_]{3}))[.!?]\s+(?=[A-Z])")  # not after "ft." or "vs."
 
 
 class Config(Section):
@@ -114,42 +114,45 @@ def _has_math_verify() -> bool:
 
 
 def parse_answer(text: str) -> Decimal | None:
-    """The number on the first line that "####" marks as an answer, else the last number of the text; None without one.
+    """Returns the number on the first line that "####" marks as an answer, else the last number; None if there is none.
 
-    Reads 1,000 · -5 · $42.50 · 42. · +7 as people mean them, exactly, however long; digits of every script count, and
-    there are no exponents: 1e400 is 1, as 18kg is 18. A draft in <think>…</think> is not read. Of a marked line:
+    Reads 1,000 · -5 · $42.50 · 42. · +7 as people mean them, exactly and at any length. Digits of every script are
+    read; exponents are not: 1e400 is 1, as 18kg is 18. A thinking part in <think>…</think> is skipped.
 
-    - Its first number counts; where that begins a sum, "3 + 4 = 7", what the sum comes to; and where words come first,
-      the first number behind their colon, "=" or "is". One that is part of something else (1/2, 3^2, 2:30) is none.
-    - Alone on its line, a mark announces the number that is alone on the next one.
-    - Markdown's headings are passed over: words with more text below them than a next question, unless they name the
-      answer ("#### Answer: 18") or are a sentence; and "#### 1. Add" with those that go on counting.
-    - The first line that is no heading decides, for a base model rambles on with questions and answers of its own; one
-      without a number is no answer.
+    In a marked line:
 
-    lm-eval's flexible-extract, which takes the last number of all and compares texts, differs in this alone: in marked
-    lines and drafts; 42.0 is not 42 there; and it takes the dash of "5-3" for a sign, "1,00" for 100, "A18" for 18 and
-    bare punctuation such as "..." for a number.
+    - The first number is the answer. If it begins a sum, "3 + 4 = 7", the answer is the result; if words come first,
+      it is the first number after their colon, "=" or "is". A number that is part of something else (1/2, 3^2, 2:30)
+      is not read.
+    - If the mark is alone on its line, the answer is a number that is alone on the next line.
+    - Markdown headings are skipped: words that are followed by more text than a next question, unless they name the
+      answer ("#### Answer: 18") or are a sentence; also numbered headings, "#### 1. Add", "#### 2. Multiply".
+    - The first line that is not a heading decides, because a base model continues with questions and answers of its
+      own; if it has no number, there is no answer.
+
+    lm-eval's flexible-extract takes the last number of the text and compares strings. It differs only in these points:
+    marked lines and thinking parts; 42.0 does not equal 42; the dash of "5-3" is a sign; and "1,00" is 100, "A18" is
+    18, and bare punctuation such as "..." is a number.
     """
     text = without_draft(text)
     line = _marked_line(text)
     if line is not None:
-        return _value(line, _announced(line))
+        return _value(line, _marked_number(line))
     numbers = _NUMBER.findall(text)
     return _to_decimal(numbers[-1]) if numbers else None
 
 
 def parse_reference(text: str) -> Decimal | None:
-    """The number that a reference gives; None where there is none, several, or one that cannot be read whole.
+    """Returns the number of a reference; None if it has none, several, or one that cannot be read completely.
 
-    "1/2" cut to 1 would take 1/3 for right. Beside the number may stand words or a sum before it and a unit of at most
-    three words behind it. Without a mark, the last sentence is the reference.
+    If "1/2" were read as 1, 1/3 would count as correct. The number may have words or a sum before it and a unit of at
+    most three words after it. Without a mark, the last sentence is the reference.
     """
     text = without_draft(text)
     line = _marked_line(text)
     if line is None:
-        line = _undressed(_SENTENCE_END.split(text.rstrip().rpartition("\n")[2])[-1])
-    number = _announced(line) if "=" in line or len(_NUMBER.findall(line)) == 1 else None
+        line = _without_markup(_SENTENCE_END.split(text.rstrip().rpartition("\n")[2])[-1])
+    number = _marked_number(line) if "=" in line or len(_NUMBER.findall(line)) == 1 else None
     if number is None or text.count("####") > 1:
         return None
     lead = _LEAD_END.search(line[: number.start()].rstrip(" *_$€£¥+([\"'"))
@@ -159,58 +162,58 @@ def parse_reference(text: str) -> Decimal | None:
 
 
 def _is_unit(text: str) -> bool:
-    """Whether what follows a number leaves its value alone: "%", "miles/hour", but not "x", "million", "²"."""
+    """Whether the text after a number does not change its value: "%", "miles/hour", but not "x", "million", "²"."""
     if text[:1].isalpha():
         return False
-    said = _ASIDE.sub(" ", text).strip(" *_$€£¥¢,;)]\"'").removesuffix(".").removeprefix("%").strip(" *_$€£¥¢)]\"'")
-    words = [word if word in "²³" else word.rstrip("²³") for word in said.replace("/", " ").split()]
+    unit = _ASIDE.sub(" ", text).strip(" *_$€£¥¢,;)]\"'").removesuffix(".").removeprefix("%").strip(" *_$€£¥¢)]\"'")
+    words = [word if word in "²³" else word.rstrip("²³") for word in unit.replace("/", " ").split()]
     return len(words) <= 3 and all(
         word.isalpha() and (len(word) > 1 or word in _LETTER_UNITS) and word.lower() not in _NO_UNITS for word in words
     )
 
 
 def _marked_line(text: str) -> str | None:
-    """What the first "####" that is no heading announces, undressed; None where there is none."""
+    """Returns the text after the first "####" that is not a heading, without markup; None if there is none."""
     lines, numbered = text.split("\n"), 0
-    following: list[str] = []  # what the next line with words is, from each line on
+    following: list[str] = []  # the next non-empty line after each line
     for line in reversed(lines):
         following.append(line if line.strip() or not following else following[-1])
     following = [*following[-2::-1], ""]
     for line, after in zip(lines, following, strict=True):
-        _, mark, said = line.partition("####")
+        _, mark, marked = line.partition("####")
         if not mark:
             continue
-        said = _undressed(said.lstrip("#").partition("####")[0])
-        if _BARE.match(said):
-            if _ALONE.match(below := _undressed(after)):
+        marked = _without_markup(marked.lstrip("#").partition("####")[0])
+        if _BARE.match(marked):
+            if _ALONE.match(below := _without_markup(after)):
                 return below
-            if not said.strip():
+            if not marked.strip():
                 return ""
-        if (item := _NUMBERED.match(said)) and int(item[1]) == numbered + 1:
+        if (item := _NUMBERED.match(marked)) and int(item[1]) == numbered + 1:
             numbered += 1
-        elif not (after.strip() and _WORDS_FIRST.match(said)) or any(
-            (_NEXT_QUESTION.match(after), _NAMED.match(said), _SENTENCE.match(said))
+        elif not (after.strip() and _WORDS_FIRST.match(marked)) or any(
+            (_NEXT_QUESTION.match(after), _NAMED.match(marked), _SENTENCE.match(marked))
         ):
-            return said
+            return marked
     return None
 
 
-def _undressed(line: str) -> str:
-    for pattern, plain in _DRESS:
+def _without_markup(line: str) -> str:
+    for pattern, plain in _MARKUP:
         line = pattern.sub(plain, line)
     return line
 
 
-def _announced(line: str) -> re.Match[str] | None:
-    """The number that a marked line announces."""
+def _marked_number(line: str) -> re.Match[str] | None:
+    """Returns the number that a marked line gives as the answer."""
     number = _NUMBER.search(line)
-    if _WORDS_FIRST.match(line) and (word := _ANNOUNCED.search(line)):
+    if _WORDS_FIRST.match(line) and (word := _ANNOUNCEMENT.search(line)):
         number = _NUMBER.search(line, word.end()) or number
-    place, opened = 0, 0
+    position, opened = 0, 0
     while number and (total := _SUM.match(line, number.end())):
-        opened += line.count("(", place, total.end()) - line.count(")", place, total.end())
-        place = total.end()
-        if opened or not (result := _NUMBER.search(line, place)):  # "5 (for 2 + 3 = 5)" is no sum that 5 begins
+        opened += line.count("(", position, total.end()) - line.count(")", position, total.end())
+        position = total.end()
+        if opened or not (result := _NUMBER.search(line, position)):  # in "5 (for 2 + 3 = 5)", 5 does not begin the sum
             break
         number = result
     return number
@@ -221,7 +224,7 @@ def _value(line: str, number: re.Match[str] | None) -> Decimal | None:
 
 
 def _stands_alone(line: str, number: re.Match[str]) -> bool:
-    before = line[: number.start()].lstrip(" *_>#+")  # of a list, emphasis, a sign
+    before = line[: number.start()].lstrip(" *_>#+")  # a list's bullet, emphasis or a sign
     return not (_JOINED_BEFORE.search(before) or _JOINED_AFTER.match(line, number.end()))
 
 
@@ -229,19 +232,19 @@ def is_right(row: Mapping[str, Any], parser: str) -> bool:
     """Whether a row's completion gives the number of its reference.
 
     Raises:
-        ValueError: a reference whose number cannot be read whole: a score of it would mean nothing.
+        ValueError: the reference's number cannot be read completely, so that the row cannot be scored.
     """
-    wanted = parse_reference(row["reference"])
-    if wanted is None:
-        said = row["reference"][-60:]
-        raise ValueError(f"Row {row.get('index')} has no number that can be read whole in its reference {said!r}.")
+    reference = parse_reference(row["reference"])
+    if reference is None:
+        end = row["reference"][-60:]
+        raise ValueError(f"Row {row.get('index')} has no number that can be read whole in its reference {end!r}.")
     if parser == "strict":
-        return parse_answer(row["completion"]) == wanted
+        return parse_answer(row["completion"]) == reference
     from math_verify import parse, verify
 
     text = without_draft(row["completion"]).replace("−", "-")
     line = _marked_line(text)
-    return verify(parse(str(wanted)), parse(text if line is None else line))
+    return verify(parse(str(reference)), parse(text if line is None else line))
 
 
 def _to_decimal(number: str) -> Decimal:
@@ -251,11 +254,11 @@ def _to_decimal(number: str) -> Decimal:
 
 
 def score(rows: Sequence[dict[str, Any]], parser: str = "strict") -> dict[str, Any]:
-    """Exact match of predictions; an unparsed prediction is wrong and counted apart.
+    """Returns the exact match; completions without a number count as wrong and are reported as "unparsed".
 
     Args:
         rows: {"reference", "completion", "finished", "tokens"} each.
-        parser: whose count is the exact match; that of the other stands beside it, where its package is installed.
+        parser: the parser of the exact match; the result of the other is added if its package is installed.
 
     Raises:
         ValueError: as `is_right`.
@@ -271,7 +274,7 @@ def score(rows: Sequence[dict[str, Any]], parser: str = "strict") -> dict[str, A
         "parser": parser,
         "versions": versions,
         "metrics": {
-            "n": total,  # again, for run.json keeps the metrics alone
+            "n": total,  # repeated, as run.json keeps only the metrics
             HEADLINE: shares[parser],
             **shares,
             "unparsed": unparsed / total if total else None,
@@ -281,7 +284,7 @@ def score(rows: Sequence[dict[str, Any]], parser: str = "strict") -> dict[str, A
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
-    """{row: 1.0 or 0.0}; rows of two models with the same name are the same question."""
+    """Returns {row: 1.0 or 0.0}; the same key for two models means the same question."""
     return {(row["prompt"], row["index"]): float(is_right(row, config.parser)) for row in rows}
 
 
@@ -289,7 +292,7 @@ def check_rows(rows: Sequence[dict[str, str]], source: str, config: Config, **kn
     """Checks that every reference answer can be scored, before hours of generation.
 
     Raises:
-        ConfigError: an answer whose number cannot be parsed; the error names `source`, where the rows are from.
+        ConfigError: an answer's number cannot be parsed; the error names `source`, where the rows come from.
     """
     broken = [number for number, row in enumerate(rows, start=1) if parse_reference(row["y"]) is None]
     if broken:
@@ -311,7 +314,7 @@ def run(
     *,
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Answer `rows` ({"x", "y"}) and score them; writes predictions.jsonl and score.json, returns the score."""
+    """Answers `rows` ({"x", "y"}) and scores them; writes predictions.jsonl and score.json, returns the score."""
     path = predictions.answer_rows(
         backend, rows[: config.max_rows], folder, Sampling(config.max_new_tokens), on_progress=on_progress
     )
@@ -319,22 +322,22 @@ def run(
 
 
 def score_file(path: Path, config: Config) -> dict[str, Any]:
-    """Score a predictions file and write score.json beside it.
+    """Scores a predictions file and writes score.json beside it.
 
     Raises:
-        ConfigError: the file is not there, or broken.
+        ConfigError: the file is missing or broken.
     """
     rows = predictions.read(path)
     try:
         result = score(rows, config.parser)
     except ValueError as error:
-        raise ConfigError([f"Broken file {path}: {error} Mend the data set's row, and generate anew."]) from error
+        raise ConfigError([f"Broken file {path}: {error} Fix the data set's row, and generate again."]) from error
     write_json(path.with_name("score.json"), result)
     return result
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, str]]:
-    """GSM8K's 1,319 test questions, for models that no run of ours describes."""
+    """Returns GSM8K's 1,319 test questions, for models without a run."""
     rows = read_rows(Source("openai/gsm8k", "main", "test"), columns=("question", "answer"), data_root=data_root)
     return [{"x": prompt(config.template, row["question"]), "y": row["answer"]} for row in rows]
 

@@ -1,11 +1,11 @@
-"""Image classification: the class with the largest score; accuracy over all images and as the mean over classes.
+"""Image classification: predicts the class with the largest logit; accuracy over images, and its mean over classes.
 
     python -m eval.images PATH [key=value ...]
 
-PATH is a run's folder or one of its checkpoints: the run says which classes there are, and its data set's test split is
-scored. Keys: max_rows, batch_size, rows=FILE.jsonl (rows {"image": path beside the file, "label"}), data_root=DIR,
-device, out=DIR, score_only=true. Some data sets' own papers take the mean over classes (SUN397, DTD), so both stand in
-every score; the Flat-LoRA paper's tables have the first.
+PATH is a run's folder or one of its checkpoints: the run defines the classes, and the test split of its data set is
+scored. Keys: max_rows, batch_size, rows=FILE.jsonl (rows {"image": path relative to the file, "label"}),
+data_root=DIR, device, out=DIR, score_only=true. The papers of some data sets (SUN397, DTD) report the mean over
+classes, so every score has both; the Flat-LoRA paper's tables have the accuracy over images.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ FIELDS: predictions.Fields = {"index": int, "label": int, "prediction": int}
 
 
 class LabeledImages(Protocol):
-    """Rows {"pixel_values", "labels"}, whose classes are known without reading a picture."""
+    """Rows {"pixel_values", "labels"}, whose labels are known without decoding an image."""
 
     labels: list[int]
-    digests: list[bytes]  # a hash of each picture and class
+    digests: list[bytes]  # a hash of each image and its label
 
     def __len__(self) -> int: ...
 
@@ -47,7 +47,7 @@ class Config(Section):
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Top-1 accuracy and its mean over classes, of rows {"label", "prediction"}."""
+    """Returns top-1 accuracy and its mean over classes, for rows {"label", "prediction"}."""
     total, right, seen = len(rows), {}, {}
     for row in rows:
         seen[row["label"]] = seen.get(row["label"], 0) + 1
@@ -61,13 +61,13 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
-    """{row: 1.0 or 0.0}."""
-    pictures = images_of(folder)
-    return {(pictures, row["label"], row["index"]): float(row["prediction"] == row["label"]) for row in rows}
+    """Returns {row: 1.0 or 0.0}."""
+    images_sha256 = images_of(folder)
+    return {(images_sha256, row["label"], row["index"]): float(row["prediction"] == row["label"]) for row in rows}
 
 
 def images_of(folder: Path) -> str | None:
-    """The hash of the pictures that the answers of a folder are about."""
+    """Returns the hash of the images that a folder's predictions belong to; None if it is not recorded."""
     try:
         return (read_record(folder / "generation.json") or {}).get("images_sha256")
     except ConfigError:
@@ -84,16 +84,17 @@ def check_rows(rows: LabeledImages, source: str, config: Config, *, classes: Seq
 
 
 def validate_labels(labels: Sequence[int], source: str, classes: Sequence[str]) -> None:
-    """
+    """Checks that every label is a class of the model.
+
     Raises:
-        ConfigError: a label that is no class of the model; every row of it would count as wrong.
+        ConfigError: a label is not; its rows would all count as wrong.
     """
-    outside = [place for place, label in enumerate(labels) if not 0 <= label < len(classes)]
+    outside = [row for row, label in enumerate(labels) if not 0 <= label < len(classes)]
     if outside:
         raise ConfigError(
             [
                 f"Invalid label in {source}, row {outside[0] + 1} (and {len(outside) - 1} more): {labels[outside[0]]} "
-                f"is no class of the model, which tells {len(classes)} apart; name pictures of the same classes."
+                f"is no class of the model, which has {len(classes)}; use images of the same classes."
             ]
         )
 
@@ -106,7 +107,7 @@ def run(
     *,
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Classify the images and score them; writes predictions.jsonl and score.json, returns the score."""
+    """Classifies and scores the images; writes predictions.jsonl and score.json, returns the score."""
     labels = rows.labels[: config.max_rows]
 
     path = classify(
@@ -123,7 +124,7 @@ def run(
 
 def classify(
     backend: ImageBackend,
-    asked: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
     pixels: Callable[[int], torch.Tensor],
     folder: Path,
     *,
@@ -131,23 +132,23 @@ def classify(
     images_sha256: str,
     on_progress: predictions.OnProgress | None,
 ) -> Path:
-    """Add to each row asked the class with the largest score, in `folder`/predictions.jsonl; returns that path.
+    """Adds the class with the largest logit to each row, in `folder`/predictions.jsonl; returns that path.
 
     Args:
-        pixels: place of a row → its preprocessed picture.
-        images_sha256: of all pictures: others under the same labels have other answers.
+        pixels: index of a row → its preprocessed image.
+        images_sha256: hash of all images; predictions of other images are not reused.
     """
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
         logits = backend.logits(torch.stack([pixels(index) for index in batch]))
-        return [{"prediction": place} for place in logits.argmax(dim=1).tolist()]
+        return [{"prediction": label} for label in logits.argmax(dim=1).tolist()]
 
     return predictions.collect(
-        asked,
+        rows,
         answer,
         folder,
         fields=fields,
-        lengths=[1] * len(asked),
+        lengths=[1] * len(rows),
         batch_size=backend.batch_size,
         settings={**backend.describe(), "images_sha256": images_sha256},
         on_progress=on_progress,

@@ -2,13 +2,13 @@
 
     python -m eval.instruct_eval PATH [key=value ...]
 
-PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: tasks (of mmlu, drop, bbh,
+PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: tasks (any of mmlu, drop, bbh and
 humaneval, or single lm-eval tasks such as mmlu_anatomy), allow_code_execution (for humaneval), max_rows (of each
 lm-eval task), batch_size, data_root=DIR, device, out=DIR, score_only=true.
 
-The tasks' data are the hub's, or DIR/<owner>/<name>/<config>/<split>.jsonl (or .parquet) as everywhere: cais/mmlu,
-EleutherAI/drop, SaylorTwift/bbh. Each of MMLU's 57 subjects and BBH's 27 tasks is kept once it is answered, and not
-asked again. Needs the extra `instruct`.
+The data come from the hub (cais/mmlu, EleutherAI/drop, SaylorTwift/bbh), or from
+DIR/<owner>/<name>/<config>/<split>.jsonl (or .parquet). Answers are saved after each of MMLU's 57 subjects and BBH's 27
+tasks; a repeated call continues with the next one. Needs the extra `instruct`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 SCORER_VERSION = 1
-_ASKING_VERSION = 2  # of how tasks are put to a model: kept answers of another are asked for again
+_ASKING_VERSION = 2  # of the way models are prompted: saved answers of another version are generated again
 HEADLINE = "average"
 FIELDS: predictions.Fields = {"index": int, "task": str, "doc": int, "score": float}
-# (lm-eval's name, its folder there, shots, the metric of a row)
+# (lm-eval's name, its folder in lm-eval, shots, the metric of a row)
 _GROUPS = {
     "mmlu": ("mmlu", "mmlu/default", 5, "acc"),
     "drop": ("drop", "drop", 3, "f1"),
@@ -53,7 +53,7 @@ class Config(Section):
         ["mmlu", "drop", "bbh"], remedy="name mmlu, drop, bbh, humaneval, or lm-eval's own tasks"
     )
     allow_code_execution: bool = setting(False, remedy="true runs what the model wrote for humaneval, in a sandbox")
-    template: Literal["alpaca", "qa", "none"] = "alpaca"  # of humaneval
+    template: Literal["alpaca", "qa", "none"] = "alpaca"  # for humaneval
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks every row of every task")
     batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
@@ -89,7 +89,7 @@ class Config(Section):
         return errors
 
     def humaneval(self) -> humaneval.Config:
-        """Zero-shot and greedy, as InstructEval has it."""
+        """Returns HumanEval's settings, zero-shot and greedy as in InstructEval."""
         return humaneval.Config(
             allow_code_execution=self.allow_code_execution,
             template=self.template,
@@ -101,13 +101,13 @@ class Config(Section):
 
 
 def _group(task: str) -> str | None:
-    """mmlu, drop or bbh: what a task is part of."""
+    """Returns the group of a task: mmlu, drop or bbh; None for other names."""
     return next((name for name in _GROUPS if task == name or task.startswith(f"{name}_")), None)
 
 
 @functools.cache
 def _task_manager() -> TaskManager:
-    """lm-eval's index of the three groups; that of all its tasks takes it 10 s to make."""
+    """Returns lm-eval's index of the three groups; an index of all its tasks would take 10 s."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -121,7 +121,7 @@ def _known_tasks() -> list[str]:
 
 
 def _parts(task: str) -> list[str]:
-    """The tasks that a name stands for, mmlu's subjects say, in lm-eval's order; none for a name that lm-eval lacks."""
+    """Returns the tasks of a name, such as mmlu's subjects, in lm-eval's order; [] for a name unknown to lm-eval."""
     from lm_eval.tasks._index import Kind
 
     index = _task_manager().task_index
@@ -140,12 +140,12 @@ def _parts(task: str) -> list[str]:
 
 
 def _name(task: str) -> str:
-    """lm-eval's name of a task."""
+    """Returns lm-eval's name of a task."""
     return task if task.startswith("bbh_fewshot") else task.replace("bbh", "bbh_fewshot")
 
 
 def _sources(task: str) -> list[Source]:
-    """The splits that lm-eval reads for a task: questions and shots."""
+    """Returns the splits that lm-eval reads for a task: questions and shots."""
     entry = _task_manager().task_index[_name(task)].cfg
     splits = [entry.get(f"{use}_split") for use in ("test", "validation", "training", "fewshot")]
     config = entry.get("dataset_name") or "default"
@@ -153,29 +153,29 @@ def _sources(task: str) -> list[Source]:
 
 
 def score(rows: Sequence[dict[str, Any]], programs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The mean over the rows of each group, and the average over groups.
+    """Returns the mean over the rows of each group, and the average over groups.
 
     Args:
         rows: {"task", "score"} each; a score is 1 or 0, or DROP's F1.
-        programs: HumanEval's score, where it was asked.
+        programs: HumanEval's score, if it is one of the tasks.
     """
-    found: dict[str, list[float]] = {}
+    scores_of_group: dict[str, list[float]] = {}
     for row in rows:
-        found.setdefault(_group(row["task"]) or row["task"], []).append(row["score"])
-    shares, asked = {name: sum(values) / len(values) for name, values in found.items()}, len(rows)
+        scores_of_group.setdefault(_group(row["task"]) or row["task"], []).append(row["score"])
+    means, n_rows = {name: sum(values) / len(values) for name, values in scores_of_group.items()}, len(rows)
     if programs is not None:
-        shares["humaneval"] = programs["metrics"][humaneval.HEADLINE]
-        asked += programs["n"]
-    average = sum(shares.values()) / len(shares) if shares else None
+        means["humaneval"] = programs["metrics"][humaneval.HEADLINE]
+        n_rows += programs["n"]
+    average = sum(means.values()) / len(means) if means else None
     return {
         "scorer": f"instruct_eval/{SCORER_VERSION}",
-        "n": asked,
-        "metrics": {"n": asked, HEADLINE: average, **shares},
+        "n": n_rows,
+        "metrics": {"n": n_rows, HEADLINE: average, **means},
     }
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
-    """{row: score} of the lm-eval tasks."""
+    """Returns {row: score} of the lm-eval tasks."""
     return {(row["task"], row["doc"]): row["score"] for row in rows}
 
 
@@ -183,7 +183,7 @@ def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **kn
     """Checks that the data of every task exist, and that HumanEval, if selected, can run on this machine.
 
     Raises:
-        ConfigError: a split that is not below data_root; a data set that the hub does not give; as
+        ConfigError: a split is missing in data_root, or a data set cannot be read from the hub; or as
             `humaneval.check_rows`.
     """
     root = _root(rows)
@@ -193,8 +193,8 @@ def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **kn
 
     names = [row["task"] for row in rows if row["task"] != "humaneval"]
     by_data_set: dict[str, list[Source]] = {}
-    for one in (source for name in names for source in _sources(name)):
-        by_data_set.setdefault(one.hub_id, []).append(one)
+    for split in (split for name in names for split in _sources(name)):
+        by_data_set.setdefault(split.hub_id, []).append(split)
     gather(
         *(lambda sources=sources: _check_data(sources, root) for sources in by_data_set.values()),
         *([check_programs] if "humaneval" in config.tasks else []),
@@ -202,7 +202,7 @@ def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **kn
 
 
 def _check_data(sources: Sequence[Source], data_root: str | None) -> None:
-    """The hub is asked for one of a data set's parts alone: MMLU has 57."""
+    """Checks the sources of one data set: all below `data_root`, or only the first at the hub, as MMLU has 57."""
     if data_root is None:
         fingerprint(sources[0])
         return
@@ -218,7 +218,7 @@ def _check_data(sources: Sequence[Source], data_root: str | None) -> None:
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
-    """One row a task that is kept by itself; lm-eval reads the tasks' own rows when it comes to them."""
+    """Returns one row per task; lm-eval reads the rows of a task when it runs it."""
     names = [part for task in config.tasks for part in ([task] if task == "humaneval" else _parts(task))]
     return [{"task": name, "data_root": data_root} for name in dict.fromkeys(names)]
 
@@ -235,68 +235,74 @@ def run(
     *,
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Ask every task; tasks/NAME.jsonl each, predictions.jsonl of all, score.json."""
+    """Runs every task: writes tasks/NAME.jsonl for each, predictions.jsonl of all, and score.json."""
     settings = {
         **backend.describe(),
         "max_rows": config.max_rows,
         "lm_eval": importlib.metadata.version("lm_eval"),
         "asking": _ASKING_VERSION,
     }
-    kept = folder / "tasks"
-    kept.mkdir(parents=True, exist_ok=True)
-    if _settings(folder) != settings and any(kept.iterdir()):  # answers of another model, or of other settings
-        kept.rename(predictions.free_name(folder / "tasks.stale"))
-        kept.mkdir()
+    tasks_folder = folder / "tasks"
+    tasks_folder.mkdir(parents=True, exist_ok=True)
+    if _settings(folder) != settings and any(
+        tasks_folder.iterdir()
+    ):  # answers of another model, or with other settings
+        tasks_folder.rename(predictions.free_name(folder / "tasks.stale"))
+        tasks_folder.mkdir()
     write_json(folder / "generation.json", settings | {ROWS_HASH: None})
     names = [row["task"] for row in rows if row["task"] != "humaneval"]
-    found: list[dict[str, Any]] = []
+    answer_rows: list[dict[str, Any]] = []
     for done, task in enumerate(names):
         if on_progress:
             on_progress(done, len(names), [])
-        path = kept / f"{task}.jsonl"
+        path = tasks_folder / f"{task}.jsonl"
         if not _is_answered(path, task, _root(rows)):
-            read = _files(task, _root(rows))
+            files = _files(task, _root(rows))
             write_atomic(path, jsonl(_ask(backend, task, config, _root(rows))))
-            write_json(path.with_suffix(".read.json"), {"read": read, "sha256": file_sha256(path)})
-        found += read_jsonl(path)
+            write_json(path.with_suffix(".read.json"), {"read": files, "sha256": file_sha256(path)})
+        answer_rows += read_jsonl(path)
     if on_progress:
         on_progress(len(names), len(names), [])
-    answers = predictions.write_sealed(folder, ({"index": index, **row} for index, row in enumerate(found)), settings)
+    answers = predictions.write_finished(
+        folder, ({"index": index, **row} for index, row in enumerate(answer_rows)), settings
+    )
     if "humaneval" in config.tasks:
-        asked = humaneval.benchmark_rows(_root(rows))
-        humaneval.run(backend, asked, folder / "humaneval", config.humaneval(), on_progress=on_progress)
+        problems = humaneval.benchmark_rows(_root(rows))
+        humaneval.run(backend, problems, folder / "humaneval", config.humaneval(), on_progress=on_progress)
     return score_file(answers, config)
 
 
 def _is_answered(path: Path, task: str, data_root: str | None) -> bool:
-    """Whether a task's answers are there and whole, and its data are those that it was asked."""
+    """Whether a task's answers are saved and undamaged, and its data have not changed since."""
     try:
-        made = read_record(path.with_suffix(".read.json")) or {}
-        return made == {"read": _files(task, data_root), "sha256": file_sha256(path)}
+        record = read_record(path.with_suffix(".read.json")) or {}
+        return record == {"read": _files(task, data_root), "sha256": file_sha256(path)}
     except (OSError, ConfigError):
         return False
 
 
 def _files(task: str, data_root: str | None) -> dict[str, str]:
-    """The files below `data_root` that a task is asked from, with their hashes; none for the hub's."""
+    """Returns the files below `data_root` that a task is read from, with their hashes; {} for the hub's."""
     if data_root is None:
         return {}
-    return {f"{one.hub_id}/{one.config}/{one.split}": fingerprint(one, data_root) for one in _sources(task)}
+    return {
+        f"{source.hub_id}/{source.config}/{source.split}": fingerprint(source, data_root) for source in _sources(task)
+    }
 
 
 def _settings(folder: Path) -> Any:
     try:
-        made = read_record(folder / "generation.json") or {}
+        record = read_record(folder / "generation.json") or {}
     except ConfigError:
         return None
-    return {key: value for key, value in made.items() if key != ROWS_HASH}
+    return {key: value for key, value in record.items() if key != ROWS_HASH}
 
 
 def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list[dict[str, Any]]:
-    """Rows {"task", "doc", "prompt", "answer", "target", "score"} of one lm-eval task, as lm-eval scores them.
+    """Returns rows {"task", "doc", "prompt", "answer", "target", "score"} of one lm-eval task, as lm-eval scores them.
 
     Raises:
-        OSError: lm-eval cannot ask the task, for want of its data mostly.
+        OSError: lm-eval cannot run the task, mostly because its data are missing.
     """
     import lm_eval
     from jinja2 import TemplateError
@@ -320,24 +326,24 @@ def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list
         ValueError,
         OSError,
         TemplateError,
-    ) as error:  # a ConfigError too: weights are loaded, and answers are kept
-        raise OSError(f"lm-eval cannot ask {_name(task)}: {reason_of(error)}") from error
+    ) as error:  # also a ConfigError, since the weights are loaded and earlier answers are saved
+        raise OSError(f"lm-eval cannot run {_name(task)}: {reason_of(error)}") from error
     return [
         {
             "task": task,
             "doc": sample["doc_id"],
-            "prompt": str(sample["arguments"][0][0]),  # of its first request; the others differ in the choice alone
+            "prompt": str(sample["arguments"][0][0]),  # of its first request; the others differ only in the choice
             "answer": json.dumps(sample["filtered_resps"], default=str, ensure_ascii=False),
             "target": str(sample["target"]),
             "score": float(sample[metric]),
         }
-        for sample in sorted(results["samples"][_name(task)], key=lambda one: one["doc_id"])
+        for sample in sorted(results["samples"][_name(task)], key=lambda sample: sample["doc_id"])
     ]
 
 
 @contextlib.contextmanager
 def _data_of(task: str, data_root: str | None) -> Iterator[None]:
-    """Let lm-eval read a task's splits from data_root instead of the hub."""
+    """Makes lm-eval read a task's splits from `data_root` instead of the hub."""
     if data_root is None:
         yield
         return
@@ -345,21 +351,24 @@ def _data_of(task: str, data_root: str | None) -> Iterator[None]:
 
     def load(*_: Any, **options: Any) -> Any:
         return datasets.DatasetDict(
-            {one.split: datasets.Dataset.from_list(read_file(local_file(one, data_root))) for one in _sources(task)}
+            {
+                source.split: datasets.Dataset.from_list(read_file(local_file(source, data_root)))
+                for source in _sources(task)
+            }
         )
 
-    usual, datasets.load_dataset = datasets.load_dataset, load
+    original, datasets.load_dataset = datasets.load_dataset, load
     try:
         yield
     finally:
-        datasets.load_dataset = usual
+        datasets.load_dataset = original
 
 
 def score_file(path: Path, config: Config) -> dict[str, Any]:
-    """Score a finished predictions.jsonl, and HumanEval's beside it; writes score.json.
+    """Scores a finished predictions.jsonl, and HumanEval's beside it; writes score.json.
 
     Raises:
-        ConfigError: a file is not there, or broken.
+        ConfigError: a file is missing or broken.
     """
     programs = None
     if "humaneval" in config.tasks:

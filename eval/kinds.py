@@ -1,4 +1,4 @@
-"""Kinds of benchmarks, by the rows that they score: which rows a command asks, and who answers in this process."""
+"""Kinds of benchmarks, by their rows: which rows a command scores, and the backend for a model in this process."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class BenchmarkKind(ABC):
     """Benchmarks of one kind of rows (text, image, captioned).
 
     Attributes:
-        backend: the class that answers with a model in memory.
-        does: what a run of a model of this kind does, for the user.
-        needs: whom its benchmarks score, for the user.
-        of_pictures: whether pictures are asked or drawn; words otherwise.
-        needs_run: whether only a run can be scored, and no model by itself.
+        backend: class that answers with a model in memory.
+        does: what a run of this kind does, for error messages.
+        needs: what its benchmarks can score, for error messages.
+        of_pictures: whether images are classified or generated, rather than text.
+        needs_run: whether it can only score runs, not a model without one.
     """
 
     backend: ClassVar[Callable[..., Any]]
@@ -69,22 +69,22 @@ class BenchmarkKind(ABC):
 
     @abstractmethod
     def rows(self, command: Command) -> Sequence[Any]:
-        """The rows that a command asks.
+        """Returns the rows that a command scores.
 
         Raises:
-            ConfigError: rows that are missing or cannot be scored, or keys of the command line that nothing reads.
+            ConfigError: rows are missing or cannot be scored, or the command line has keys without effect.
         """
 
-    def backend_settings(self, place: ResolvedModel, dtype: str) -> dict[str, Any]:
-        """Keywords of `backend` that only this kind has; `dtype` is that of the weights."""
+    def backend_settings(self, resolved: ResolvedModel, dtype: str) -> dict[str, Any]:
+        """Returns keyword arguments for `backend` that only this kind has; `dtype` is that of the weights."""
         return {}
 
 
 class Text(BenchmarkKind):
-    """Words are asked for, or given answers weighed."""
+    """Text generation, or ranking of given answers."""
 
     backend = HFBackend
-    does, needs = "writes words", "a language model"
+    does, needs = "generates text", "a language model"
     of_pictures = False
 
     def rows(self, command: Command) -> Sequence[Any]:
@@ -93,7 +93,7 @@ class Text(BenchmarkKind):
         if path:
             unread = {"data_root": data_root, "template": command.given.get("template")}
             if errors := [
-                f"Invalid {key}={value}: nothing reads it, for the rows are those of {path}; drop it."
+                f"Invalid {key}={value}: it has no effect, as the rows are those of {path}; drop it."
                 for key, value in unread.items()
                 if value is not None
             ]:
@@ -108,7 +108,10 @@ class Text(BenchmarkKind):
 
 
 def _rows_file(command: Command) -> Path | None:
-    """The file whose rows are asked; None for the benchmark's own: no run, or one whose data set has no test rows."""
+    """Returns the file with the rows to score; None for the benchmark's own rows.
+
+    Its own are scored for a model without a run, and for a run whose data set has no test rows.
+    """
     rows = command.target.rows
     if rows == BENCHMARK:
         return None
@@ -122,7 +125,7 @@ def _rows_file(command: Command) -> Path | None:
     if run is None:
         return None
     path = run / "test.jsonl"
-    if not path.is_file():  # the benchmark's own prompts would be others than the run's
+    if not path.is_file():  # do not fall back to the benchmark's own rows, whose prompts differ from the run's
         raise ConfigError(
             [f"Missing file {path}: a run's test rows are in it; copy the run's folder whole, or name rows=FILE."]
         )
@@ -130,41 +133,41 @@ def _rows_file(command: Command) -> Path | None:
 
 
 class Image(BenchmarkKind):
-    """Pictures are told apart: those of rows=FILE, of the run's test split, or the benchmark's own."""
+    """Image classification: of rows=FILE, of the run's test split, or of the benchmark's own images."""
 
     backend = CLIPBackend
-    does = "tells pictures apart and has no words"
-    needs = "a run that says which classes of pictures there are"
+    does = "classifies images and generates no text"
+    needs = "a run that classifies images"
     needs_run = True
 
     def rows(self, command: Command) -> Sequence[Any]:
-        benchmark, target, place, config = command.benchmark, command.target, command.resolve(), command.configure()
-        if place.run is None or not trains_on(place.model.family, benchmark.kind):
-            return []  # which the command reports
+        benchmark, target, resolved, config = command.benchmark, command.target, command.resolve(), command.configure()
+        if resolved.run is None or not trains_on(resolved.model.family, benchmark.kind):
+            return []  # `command` reports it
         unread = ["data_root"] if target.rows and target.data_root else []
-        if not benchmark.row_columns:  # the benchmark has pictures of its own
+        if not benchmark.row_columns:  # the benchmark has its own images
             unread = [key for key in ("rows", "data_root") if getattr(target, key)]
         if unread:
-            raise ConfigError([f"Invalid {' and '.join(unread)}: the pictures are known without; leave the key out."])
-        classes, rows, source = Classes.of_run(place.run).names, [], "the benchmark's own pictures"
+            raise ConfigError(
+                [f"Invalid {' and '.join(unread)}: it has no effect on which images are scored; leave the key out."]
+            )
+        classes, rows, source = Classes.of_run(resolved.run).names, [], "the benchmark's own pictures"
         if benchmark.row_columns:
             if target.rows:
                 images, count = read_listed(Path(target.rows), *benchmark.row_columns), None
             else:
-                images, count = _test_split(place.dataset, target.data_root or place.data_root)
+                images, count = _test_split(resolved.dataset, target.data_root or resolved.data_root)
             if message := name_error(images, classes, "the run's classes.json"):
-                raise ConfigError(
-                    [f"Invalid classes of {images.source}: {message}; name pictures of the same classes."]
-                )
-            source, places = images.source, range(min(len(images.labels), count or len(images.labels)))
-            processor = load_image_processor(place.model)
-            rows = ImageRows(images, np.array(places), processor, check_images(images, places))
+                raise ConfigError([f"Invalid classes of {images.source}: {message}; use images of the same classes."])
+            source, indices = images.source, range(min(len(images.labels), count or len(images.labels)))
+            processor = load_image_processor(resolved.model)
+            rows = ImageRows(images, np.array(indices), processor, check_images(images, indices))
         benchmark.check_rows(rows, source, config, classes=classes)
         return rows
 
 
 def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[LabeledImages, int | None]:
-    """The test split of a run's data set, and how many of its rows the run takes."""
+    """Returns the test split of a run's data set, and the number of its rows that the run uses (None: all)."""
     try:
         source = Source(dataset["hub_id"], dataset["hub_config"], dataset["test_split"], dataset.get("revision"))
         columns = {"image": dataset["image_column"], "label": dataset["label_column"]}
@@ -176,32 +179,32 @@ def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[Labe
 
 
 class Captioned(BenchmarkKind):
-    """Pictures are drawn, and compared with those that the run was trained on."""
+    """Text-to-image generation: images are compared with those that the run was trained on."""
 
     backend = DiffusionBackend
-    does, needs = "makes pictures and has no words", "a text-to-image model"
+    does, needs = "generates images and no text", "a text-to-image model"
 
     def rows(self, command: Command) -> Sequence[Any]:
-        benchmark, target, place, config = command.benchmark, command.target, command.resolve(), command.configure()
+        benchmark, target, resolved, config = command.benchmark, command.target, command.resolve(), command.configure()
         if target.rows:
             raise ConfigError(
                 [
-                    f"Invalid rows={target.rows}: prompts=FILE.yaml says what is drawn, and the run what it is "
-                    "compared with."
+                    f"Invalid rows={target.rows}: the prompts come from prompts=FILE.yaml, and the images to compare "
+                    "with from the run."
                 ]
             )
         rows: Sequence[Any] = []
-        if place.run is not None and trains_on(place.model.family, benchmark.kind):
-            rows = pictures_of_run(place.run, place.dataset, target.data_root or place.data_root)
-        model = place.model or model_of(place.weights)
+        if resolved.run is not None and trains_on(resolved.model.family, benchmark.kind):
+            rows = pictures_of_run(resolved.run, resolved.dataset, target.data_root or resolved.data_root)
+        model = resolved.model or model_of(resolved.weights)
         gather(
             lambda: benchmark.check_settings(config, model),
-            lambda: benchmark.check_rows(rows, "the run's training pictures", config, model=model),
+            lambda: benchmark.check_rows(rows, "the run's training images", config, model=model),
         )
         return rows
 
-    def backend_settings(self, place: ResolvedModel, dtype: str) -> dict[str, Any]:
-        config = (place.model or model_of(place.weights)).model_copy(update={"dtype": dtype})
+    def backend_settings(self, resolved: ResolvedModel, dtype: str) -> dict[str, Any]:
+        config = (resolved.model or model_of(resolved.weights)).model_copy(update={"dtype": dtype})
         return FAMILIES[config.family].backend_settings(config)
 
 

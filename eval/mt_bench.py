@@ -3,17 +3,17 @@
     python -m eval.mt_bench PATH judge=NAME judge_url=http://HOST:PORT/v1 folder=DIR [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: judge, judge_url, judge_key (the
-environment variable with its key; without it OPENAI_API_KEY goes to api.openai.com and OPENAI_BASE_URL alone),
+environment variable with its key; without it OPENAI_API_KEY is sent only to api.openai.com and OPENAI_BASE_URL),
 judge_concurrency, judge_rpm, judge_tokens, judge_tries, judge_timeout, template (alpaca, qa, none, or chat for the
 tokenizer's own), greedy, seed, max_new_tokens, max_rows, batch_size, device, backend, out=DIR, score_only=true.
 
 DIR (or data_root/HuggingFaceH4/mt_bench) holds FastChat's own files: question.jsonl, judge_prompts.jsonl and
-reference_gpt-4.jsonl. Single-answer grading with the official prompts; math, reasoning and coding are judged against
-the reference answers. Temperatures are FastChat's, by category; `greedy=true` takes none. A judge's verdict is the
-first rating behind the last "Rating:" of its reply, or without that its last one (deviation: FastChat takes the first,
-which may be a quotation of its prompt). A reply without a rating is asked for again; what stays without one, or is
-refused by the judge's filter, is counted apart and never as a zero. A score means nothing without its judge: its name
-and the day stand beside it.
+reference_gpt-4.jsonl. Answers are graded one at a time with the official prompts; math, reasoning and coding are judged
+against the reference answers. Temperatures are FastChat's, by category; `greedy=true` sets all to 0. The rating is the
+first one after the last "Rating:" of the judge's reply, or else the last one of the reply (deviation: FastChat takes
+the first, which may be quoted from the prompt). A judge that gives no rating is asked again; an answer that stays
+without a rating, or that the judge's filter refuses, is counted as "unrated" and never as a zero. A score depends on
+its judge, so score.json has the judge's name and the day.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _JUDGMENT = {"key", "question_id", "turn", "reply", "rating", "judge", "day"}
 
 
 class Config(Section):
-    judge: str = setting(min_length=1, remedy="name the model that rates, as its endpoint knows it")
+    judge: str = setting(min_length=1, remedy="name the judge model, as its endpoint calls it")
     judge_url: Url = setting(min_length=1, remedy="name its OpenAI-compatible endpoint, ending in /v1")
     judge_key: str | None = setting(None, min_length=1, remedy="name the environment variable that holds the key")
     judge_concurrency: int = setting(8, ge=1, le=1024, remedy="how many requests are under way at a time")
@@ -78,7 +78,7 @@ class Config(Section):
     judge_tokens: int = setting(
         2048, ge=1, le=MOST_TOKENS, remedy="2048 as the official judge; a reply cut off has no rating"
     )
-    judge_tries: int = setting(3, ge=1, le=100, remedy="how often a judge is asked that gives no rating")
+    judge_tries: int = setting(3, ge=1, le=100, remedy="how often a judge is asked until it gives a rating")
     judge_timeout: float = setting(300.0, gt=0, le=MOST_SECONDS, remedy="seconds for one request")
     folder: str | None = setting(None, min_length=1, remedy="name the folder with question.jsonl")
     template: Literal["alpaca", "qa", "none", "chat"] = "alpaca"
@@ -93,56 +93,58 @@ class Config(Section):
         return wire.endpoint_errors(names[0], self.judge_url, names[1], self.judge_key)
 
 
-# An index, as in x[[0]], is no rating; nor is a link, as in [1](address).
+# Neither an index, as in x[[0]], nor a link, as in [1](address), is a rating.
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _RATINGS = (
     re.compile(rf"(?:(?<=rating)|(?<=\d\))|(?<![A-Za-z0-9\])]))\[\[{_NUMBER}\]\]", re.IGNORECASE),
     re.compile(rf"(?:(?<=rating)|(?<![A-Za-z0-9\])[]))\[{_NUMBER}\](?![\](])", re.IGNORECASE),
 )
-_ANNOUNCED = re.compile(r"(?<![\"'`“‘])\brating\b[^\[\]\n:]{0,40}:", re.IGNORECASE)  # a quoted one is the format's
+_RATING_LABEL = re.compile(r"(?<![\"'`“‘])\brating\b[^\[\]\n:]{0,40}:", re.IGNORECASE)  # in quotes, it is the prompt's
 
 
 def parse_rating(reply: str) -> float | None:
-    """The rating "[[5]]" of the verdict, or "[5]" where there is none of those; None if it is not from 1 to 10.
+    """Returns the rating "[[5]]" of a judge's reply, or "[5]" if it has none of those; None if it is not from 1 to 10.
 
-    It is the first one behind the last "Rating:" that has any, or the last of all where none has. The verdict is what
-    follows a thinking part; one that does not end has none.
+    It is the first rating after the last "Rating:" that is followed by one, else the last rating. A thinking part is
+    skipped; if it never ends, the reply has no rating.
     """
     verdict = without_draft(reply).replace("\\[", "[").replace("\\]", "]")  # as Markdown escapes them
-    starts = [announced.end() for announced in _ANNOUNCED.finditer(verdict)]
+    starts = [label.end() for label in _RATING_LABEL.finditer(verdict)]
     for pattern in _RATINGS:
-        behind = [found[1] for start in starts if (found := pattern.search(verdict, start))]
-        if ratings := behind or pattern.findall(verdict):
+        labeled = [match[1] for start in starts if (match := pattern.search(verdict, start))]
+        if ratings := labeled or pattern.findall(verdict):
             rating = float(ratings[-1])
             return rating if 1 <= rating <= 10 else None
     return None
 
 
 def score(rows: Sequence[dict[str, Any]], judgments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean rating over all answers, by turn and by category.
+    """Returns the mean rating over all answers, by turn and by category.
 
     Args:
-        rows: {"question_id", "category", "finished", "tokens"} each, the last two lists of one entry a turn.
-        judgments: {"question_id", "turn", "rating"}; a rating of None is counted apart.
+        rows: {"question_id", "category", "finished", "tokens"} each; the last two are lists with one entry per turn.
+        judgments: {"question_id", "turn", "rating"} each; a rating of None counts as "unrated".
     """
     categories = {row["question_id"]: row["category"] for row in rows}
 
     def mean(values: list[float]) -> float | None:
         return sum(values) / len(values) if values else None
 
-    rated = [one for one in judgments if one["rating"] is not None]
-    metrics: dict[str, Any] = {"n": len(rows), HEADLINE: mean([one["rating"] for one in rated])}
+    rated = [judgment for judgment in judgments if judgment["rating"] is not None]
+    metrics: dict[str, Any] = {"n": len(rows), HEADLINE: mean([judgment["rating"] for judgment in rated])}
     for turn in (1, 2):
-        metrics[f"turn_{turn}"] = mean([one["rating"] for one in rated if one["turn"] == turn])
+        metrics[f"turn_{turn}"] = mean([judgment["rating"] for judgment in rated if judgment["turn"] == turn])
     for category in dict.fromkeys(categories.values()):
-        metrics[category] = mean([one["rating"] for one in rated if categories[one["question_id"]] == category])
+        metrics[category] = mean(
+            [judgment["rating"] for judgment in rated if categories[judgment["question_id"]] == category]
+        )
     metrics["unrated"] = len(judgments) - len(rated)
     metrics |= predictions.answer_counts([answer for row in rows for answer in _single_answers(row)])
     return {"scorer": f"mt_bench/{SCORER_VERSION}", "n": len(rows), "metrics": metrics}
 
 
 def _single_answers(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row's answers as rows of their own, for `predictions.answer_counts`."""
+    """Returns a row's answers as one row per turn, for `predictions.answer_counts`."""
     refusals = row.get("refusals", {})
     return [
         {"finished": finished, "tokens": tokens, **({"refusal": refusals[str(turn)]} if str(turn) in refusals else {})}
@@ -151,39 +153,39 @@ def _single_answers(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
-    """{(question, turn, judge): rating}, as judgments.jsonl has them of these answers; unrated ones are left out."""
-    prompts, judgments = _kept_prompts(folder), _told(folder / "judgments.jsonl")
-    wanted = {
+    """Returns {(question, turn, judge): rating} from judgments.jsonl for these answers, without unrated ones."""
+    prompts, judgments = _saved_prompts(folder), _read_judgments(folder / "judgments.jsonl")
+    answers = {
         _key(judge, row["question_id"], turn, *judge_request(row, turn, prompts)[:2]): (row["question_id"], turn, judge)
         for judge in {judgment["judge"] for judgment in judgments}
         for row in rows
         for turn in (1, 2)
     }
-    rated = [judgment for judgment in judgments if judgment["key"] in wanted and judgment["rating"] is not None]
-    return {wanted[judgment["key"]]: float(judgment["rating"]) for judgment in rated}
+    rated = [judgment for judgment in judgments if judgment["key"] in answers and judgment["rating"] is not None]
+    return {answers[judgment["key"]]: float(judgment["rating"]) for judgment in rated}
 
 
-def _told(path: Path) -> list[dict[str, Any]]:
+def _read_judgments(path: Path) -> list[dict[str, Any]]:
     """Returns the judgments of a file, with ratings parsed again: an older version may have parsed them differently."""
     judgments = [judgment for judgment in predictions.appended_rows(path) if judgment.keys() >= _JUDGMENT]
     return [judgment | {"rating": parse_rating(judgment["reply"])} for judgment in judgments]
 
 
 def _key(judge: str, question: int, turn: int, system: str, text: str) -> str:
-    """What a judgment is about: this judge, and this very request."""
+    """Returns the key of a judgment: a hash of the judge and the exact request."""
     return hashlib.sha256(json.dumps([judge, question, turn, system, text]).encode()).hexdigest()
 
 
-def _kept_prompts(folder: Path) -> dict[str, dict[str, str]]:
+def _saved_prompts(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / "judge_prompts.json"
     try:
         return json.loads(read_plain(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError([f"Broken file {path}: {error}; generate anew (leave out score_only=true)."]) from error
+        raise ConfigError([f"Broken file {path}: {error}; generate again (leave out score_only=true)."]) from error
 
 
 def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
-    """Checks that every question has two turns, and a reference if its category is judged by one.
+    """Checks that every question has two turns, and a reference answer if its category needs one.
 
     Raises:
         ConfigError: a question lacks a turn or its reference.
@@ -195,7 +197,7 @@ def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **kn
         elif row["category"] in _WITH_REFERENCE and not _two_texts(row["reference"]):
             problem = f"{row['category']} is judged against reference answers, and it has none"
         if problem:
-            raise ConfigError([f"Invalid question in {source}, row {number}: {problem}; mend it, or leave it out."])
+            raise ConfigError([f"Invalid question in {source}, row {number}: {problem}; fix it, or leave it out."])
 
 
 def _two_texts(value: Any) -> bool:
@@ -210,24 +212,26 @@ def run(
     *,
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Answer both turns, have them judged, score: predictions.jsonl, judgments.jsonl, score.json and radar.png.
+    """Answers both turns, judges and scores them: predictions.jsonl, judgments.jsonl, score.json and radar.png.
 
     Raises:
-        ConfigError: two turns and their answers may be longer than the model's positions.
+        ConfigError: two turns and their answers may be longer than the model's context.
     """
     rows = rows[: config.max_rows]
     prompts = judge_prompts(Path(config.folder or rows[0].get("folder") or "."))
     _check_lengths(backend, rows, config)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "judge_prompts.json", prompts)  # a later scoring needs no other file
+    write_json(folder / "judge_prompts.json", prompts)  # so that score_only=true needs no other file
 
-    asked = [{key: row[key] for key in ("question_id", "category", "turns", "reference")} for row in rows]
-    told: list[dict[str, Any]] = [{"answers": [], "tokens": [], "finished": []} for _ in rows]
-    for turn, place in enumerate((folder / "first_turn", folder)):
+    questions = [{key: row[key] for key in ("question_id", "category", "turns", "reference")} for row in rows]
+    answered: list[dict[str, Any]] = [{"answers": [], "tokens": [], "finished": []} for _ in rows]
+    for turn, turn_folder in enumerate((folder / "first_turn", folder)):
         path = predictions.collect(
-            asked if turn == 0 else [{**row, "first": one["answers"][0]} for row, one in zip(asked, told, strict=True)],
-            partial(_next_answers, backend, rows, told, config),
-            place,
+            questions
+            if turn == 0
+            else [{**row, "first": first["answers"][0]} for row, first in zip(questions, answered, strict=True)],
+            partial(_next_answers, backend, rows, answered, config),
+            turn_folder,
             fields=FIELDS,
             lengths=predictions.prompt_lengths(backend, [row["turns"][turn] for row in rows]),
             batch_size=backend.batch_size,
@@ -241,12 +245,12 @@ def run(
             },
             on_progress=on_progress,
         )
-        told = predictions.read(path, FIELDS)
+        answered = predictions.read(path, FIELDS)
     return score_file(path, config)
 
 
 def _check_lengths(backend: Any, rows: Sequence[dict[str, Any]], config: Config) -> None:
-    """Checks before the first turn that the second one fits the model's context after the longest first answer."""
+    """Checks before the first turn that the second turn fits the model's context after the longest first answer."""
     if not hasattr(backend, "check_lengths"):
         return
     if config.template == "chat":
@@ -266,57 +270,60 @@ def _next_answers(
 ) -> list[dict[str, Any]]:
     """Returns the next answer of each row of a batch, appended to those in `answered`."""
     before = [answered[i] for i in batch]
-    completions = _answers(backend, [rows[i] for i in batch], [row["answers"] for row in before], config)
+    completions = _answers(backend, [rows[i] for i in batch], [earlier["answers"] for earlier in before], config)
     return [
         {
-            "answers": [*known["answers"], completion.text],
-            "tokens": [*known["tokens"], completion.tokens],
-            "finished": [*known["finished"], completion.finished],
-            **_refusals(known, completion),
+            "answers": [*row["answers"], completion.text],
+            "tokens": [*row["tokens"], completion.tokens],
+            "finished": [*row["finished"], completion.finished],
+            **_refusals(row, completion),
         }
-        for known, completion in zip(before, completions, strict=True)
+        for row, completion in zip(before, completions, strict=True)
     ]
 
 
-def _refusals(known: Mapping[str, Any], completion: Completion) -> dict[str, dict[str, str]]:
-    """{"refusals": {turn, counted from 0: why an endpoint did not answer it}} if there are any."""
-    refusals = dict(known.get("refusals", {}))
+def _refusals(row: Mapping[str, Any], completion: Completion) -> dict[str, dict[str, str]]:
+    """Returns {"refusals": {turn, counted from 0: why an endpoint did not answer}} if there are any, else {}."""
+    refusals = dict(row.get("refusals", {}))
     if completion.refusal:
-        refusals[str(len(known["answers"]))] = completion.refusal
+        refusals[str(len(row["answers"]))] = completion.refusal
     return {"refusals": refusals} if refusals else {}
 
 
 def _answers(
-    backend: Any, rows: Sequence[dict[str, Any]], said: Sequence[list[str]], config: Config
+    backend: Any, rows: Sequence[dict[str, Any]], answers: Sequence[list[str]], config: Config
 ) -> list[Completion]:
     """Returns the next answer of each conversation; rows with the same temperature are generated together.
 
-    A first answer can have more tokens as part of a prompt than it was generated with. If it leaves too few of a
-    model's learned positions, the second answer gets fewer tokens than `max_new_tokens`.
+    Tokenized as part of a prompt, a first answer can have more tokens than when it was generated. If it leaves too few
+    of a model's learned positions, the second answer gets fewer tokens than `max_new_tokens`.
+
+    Args:
+        answers: the earlier answers of each row.
     """
     completions: dict[int, Completion] = {}
     temperatures = [0.0 if config.greedy else _TEMPERATURES.get(row["category"], 0.0) for row in rows]
     for temperature in dict.fromkeys(temperatures):
-        places = [place for place, one in enumerate(temperatures) if one == temperature]
+        indices = [index for index, other in enumerate(temperatures) if other == temperature]
         stop = () if config.template == "chat" else ("\n### Instruction:", "\nQ: ")
-        seeds = [_seed(config.seed, rows[place]["question_id"], len(said[place])) for place in places]
-        turns = [(rows[place]["turns"][: len(said[place]) + 1], said[place]) for place in places]
+        seeds = [_seed(config.seed, rows[index]["question_id"], len(answers[index])) for index in indices]
+        turns = [(rows[index]["turns"][: len(answers[index]) + 1], answers[index]) for index in indices]
         if config.template == "chat":
-            ask, length_of = backend.chat, getattr(backend, "chat_length", len)
-            prompts: list[Any] = [_messages(*one) for one in turns]
+            generate, length_of = backend.chat, getattr(backend, "chat_length", len)
+            prompts: list[Any] = [_messages(*pair) for pair in turns]
         else:
-            ask, length_of = backend.generate, backend.prompt_length
-            prompts = [conversation(config.template, *one) for one in turns]
-        left = backend.tokens_left(list(map(length_of, prompts))) if hasattr(backend, "tokens_left") else None
-        most = config.max_new_tokens if left is None or left < 1 else min(left, config.max_new_tokens)
-        answered = ask(prompts, Sampling(most, temperature, stop=stop), seeds)
-        completions |= dict(zip(places, answered, strict=True))
-    return [completions[place] for place in range(len(rows))]
+            generate, length_of = backend.generate, backend.prompt_length
+            prompts = [conversation(config.template, *pair) for pair in turns]
+        available = backend.tokens_left(list(map(length_of, prompts))) if hasattr(backend, "tokens_left") else None
+        most = config.max_new_tokens if available is None or available < 1 else min(available, config.max_new_tokens)
+        batch = generate(prompts, Sampling(most, temperature, stop=stop), seeds)
+        completions |= dict(zip(indices, batch, strict=True))
+    return [completions[index] for index in range(len(rows))]
 
 
-def _messages(turns: Sequence[str], said: Sequence[str]) -> list[dict[str, str]]:
+def _messages(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": turns[0]}]
-    for answer, turn in zip(said, turns[1:], strict=True):
+    for answer, turn in zip(answers, turns[1:], strict=True):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
     return messages
 
@@ -326,22 +333,22 @@ def _seed(seed: int, question: int, turn: int) -> int:
 
 
 def score_file(path: Path, config: Config) -> dict[str, Any]:
-    """Have the answers of a finished predictions.jsonl judged, and score them. Answers that have a judgment keep it.
+    """Judges and scores the answers of a finished predictions.jsonl; existing judgments are kept.
 
     Raises:
-        ConfigError: the file, or the judge's prompts beside it, are not there or broken.
-        EndpointError: the judge cannot be asked; what it has said is kept.
+        ConfigError: the file, or the judge's prompts beside it, are missing or broken.
+        EndpointError: the judge cannot be reached or used; the judgments so far are kept.
     """
     rows = predictions.read(path, FIELDS)
-    prompts = _kept_prompts(path.parent)
+    prompts = _saved_prompts(path.parent)
     judgments = _judge(rows, prompts, config, path.with_name("judgments.jsonl"))
     result = score(rows, judgments)
     result["judge"] = config.judge
-    result["judged"] = sorted({one["day"] for one in judgments})
-    if adapted := [one["adapted"] for one in judgments if "adapted" in one]:
+    result["judged"] = sorted({judgment["day"] for judgment in judgments})
+    if adapted := [judgment["adapted"] for judgment in judgments if "adapted" in judgment]:
         result["adapted"] = adapted[-1]
-    if refused := [one for one in judgments if "refusal" in one]:
-        result["refused"] = [{key: one[key] for key in ("question_id", "turn", "refusal")} for one in refused]
+    if refused := [judgment for judgment in judgments if "refusal" in judgment]:
+        result["refused"] = [{key: judgment[key] for key in ("question_id", "turn", "refusal")} for judgment in refused]
     write_json(path.with_name("score.json"), result)
     plot_categories({config.judge: result["metrics"]}, rows, path.with_name("radar.png"))
     return result
@@ -350,21 +357,21 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
 def _judge(
     rows: Sequence[dict[str, Any]], prompts: Mapping[str, Any], config: Config, path: Path
 ) -> list[dict[str, Any]]:
-    """Judgments of both turns of each row: what `path` has, and what the judge says of the others."""
-    wanted = {}
+    """Returns the judgments of both turns of each row: from `path` if it has them, else by asking the judge."""
+    requests = {}
     for row in rows:
         for turn in (1, 2):
             system, text, name = judge_request(row, turn, prompts)
-            about = {"question_id": row["question_id"], "turn": turn}
-            wanted[_key(config.judge, *about.values(), system, text)] = {
-                **about,
+            answer = {"question_id": row["question_id"], "turn": turn}
+            requests[_key(config.judge, *answer.values(), system, text)] = {
+                **answer,
                 "prompt": name,
                 "system": system,
                 "text": text,
             }
-    told = _told(path)
-    known = {one["key"]: one for one in told if one["key"] in wanted}
-    left = [key for key in wanted if key not in known or known[key]["rating"] is None]
+    saved = _read_judgments(path)
+    judged = {judgment["key"]: judgment for judgment in saved if judgment["key"] in requests}
+    remaining = [key for key in requests if key not in judged or judged[key]["rating"] is None]
     endpoint = Endpoint(
         config.judge_url,
         config.judge,
@@ -374,27 +381,31 @@ def _judge(
         timeout_s=config.judge_timeout,
     )
     judge = OpenAIBackend(endpoint)
-    write_atomic(path, predictions.appendable(told))  # drop an incomplete last line before appending
-    with progress(f"judge ({config.judge})", len(left), least=1) as advance, open(path, "a", encoding="utf-8") as file:
-        for key, judgment in judge.each(lambda key: _ask_judge(judge, wanted[key], config), left):
-            known[key] = {**judgment, "key": key}
-            file.write(predictions.appendable([known[key]]))
+    write_atomic(path, predictions.appendable(saved))  # drop an incomplete last line before appending
+    with (
+        progress(f"judge ({config.judge})", len(remaining), least=1) as advance,
+        open(path, "a", encoding="utf-8") as file,
+    ):
+        for key, judgment in judge.each(lambda key: _ask_judge(judge, requests[key], config), remaining):
+            judged[key] = {**judgment, "key": key}
+            file.write(predictions.appendable([judged[key]]))
             file.flush()
             advance(1)
-    found = [known[key] for key in wanted]
-    others = [one for one in told if one["key"] not in wanted]  # of another judge: keep them, as they were paid for
-    write_atomic(path, predictions.appendable([*others, *found]))
-    return found
+    judgments = [judged[key] for key in requests]
+    # Other judgments, such as those of another judge, are kept: they cost money.
+    of_others = [judgment for judgment in saved if judgment["key"] not in requests]
+    write_atomic(path, predictions.appendable([*of_others, *judgments]))
+    return judgments
 
 
 def _ask_judge(judge: OpenAIBackend, request: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """What the judge says of one answer; a reply without a rating is asked for again, up to `judge_tries` times.
+    """Returns the judgment of one answer; asks up to `judge_tries` times until a reply has a rating.
 
-    "adapted" is what the judge's model was not sent, or by another name; "refusal" is why it says nothing.
+    Its "adapted" has the parameters that the judge's model does not take, and its "refusal" why there is no reply.
     """
     messages = [{"role": "system", "content": request["system"]}, {"role": "user", "content": request["text"]}]
     for attempt in range(1, config.judge_tries + 1):
-        # The first try is greedy, as the official one is; asked again, a greedy judge would say the same.
+        # The first try is greedy, as in FastChat; later ones are not, as a greedy judge would repeat its reply.
         sampling = Sampling(config.judge_tokens, 0.0 if attempt == 1 else 0.7)
         reply = judge.chat([messages], sampling, [attempt])[0]
         rating = parse_rating(reply.text)
@@ -416,7 +427,7 @@ def _ask_judge(judge: OpenAIBackend, request: Mapping[str, Any], config: Config)
 
 
 def judge_request(row: Mapping[str, Any], turn: int, prompts: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(system prompt, request, the official prompt's name) for one turn of an answered question."""
+    """Returns (system prompt, request, the official prompt's name) for one turn of an answered question."""
     reference = row.get("reference") if row["category"] in _WITH_REFERENCE else None
     name = _PROMPTS[turn, reference is not None]
     values = {
@@ -428,36 +439,36 @@ def judge_request(row: Mapping[str, Any], turn: int, prompts: Mapping[str, Any])
         "answer_2": row["answers"][1],
         **({"ref_answer_1": reference[0], "ref_answer_2": reference[1]} if reference else {}),
     }
-    # By hand, not str.format: an answer may hold braces of its own, and so may a reference.
-    text = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), prompts[name]["prompt_template"])
+    # Not by str.format: answers and references can contain braces.
+    text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), prompts[name]["prompt_template"])
     return prompts[name]["system_prompt"], text, name
 
 
 def judge_prompts(folder: Path) -> dict[str, dict[str, str]]:
-    """{name: {"system_prompt", "prompt_template"}} of the official prompts for single answers.
+    """Returns {name: {"system_prompt", "prompt_template"}} of the official prompts for single answers.
 
     Raises:
         ConfigError: the file or one of the four is missing.
     """
     path = folder / "judge_prompts.jsonl"
     columns = {"name": "text", "system_prompt": "text", "prompt_template": "text"}
-    found = {row["name"]: row for row in typed_columns(read_jsonl(path), columns, str(path))}
-    missing = [name for name in _PROMPTS.values() if name not in found]
+    rows = {row["name"]: row for row in typed_columns(read_jsonl(path), columns, str(path))}
+    missing = [name for name in _PROMPTS.values() if name not in rows]
     if missing:
         raise ConfigError([f"Missing prompt {', '.join(missing)} in {path}; fetch FastChat's file again."])
-    return {name: {key: found[name][key] for key in list(columns)[1:]} for name in _PROMPTS.values()}
+    return {name: {key: rows[name][key] for key in list(columns)[1:]} for name in _PROMPTS.values()}
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
-    """The questions, with their reference answers.
+    """Returns the questions, with their reference answers.
 
     Raises:
-        ConfigError: files are missing or broken; every error at once.
+        ConfigError: files are missing or broken; all errors together.
     """
     if config.folder is None and data_root is None:
         raise ConfigError(
             [
-                "Missing folder: MT-Bench's questions are on no hub as FastChat has them; put its question.jsonl, "
+                "Missing folder: MT-Bench's questions are on no hub in FastChat's format; put its question.jsonl, "
                 "judge_prompts.jsonl and reference_gpt-4.jsonl in one folder, and name it: folder=DIR "
                 "(eval.mt_bench.folder=DIR)."
             ]
@@ -473,7 +484,7 @@ def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]
 
 
 def _reference(row: Mapping[str, Any]) -> list[str] | None:
-    """The turns of a reference answer; `check_rows` says where one is needed and is none."""
+    """Returns the turns of a reference answer, None if it has none; `check_rows` reports those that are needed."""
     choices = row["choices"]
     first = choices[0] if isinstance(choices, list) and choices else None
     return first.get("turns") if isinstance(first, dict) else None
@@ -484,7 +495,7 @@ def _read(path: Path, columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plot_categories(metrics: Mapping[str, Mapping[str, Any]], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A radar of the mean rating in each category, one line for each entry of `metrics`."""
+    """Writes a radar chart of the mean rating in each category to `path`, with one line per entry of `metrics`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -494,8 +505,8 @@ def plot_categories(metrics: Mapping[str, Mapping[str, Any]], rows: Sequence[dic
     categories = list(dict.fromkeys(row["category"] for row in rows))
     angles = np.linspace(0, 2 * np.pi, len(categories), endpoint=False)
     figure, axes = plt.subplots(figsize=(6, 6), subplot_kw={"projection": "polar"})
-    for label, found in metrics.items():
-        values = [found[category] if found[category] is not None else np.nan for category in categories]
+    for label, ratings in metrics.items():
+        values = [ratings[category] if ratings[category] is not None else np.nan for category in categories]
         axes.plot([*angles, angles[0]], [*values, values[0]], marker="o", label=f"judged by {label}")
         if not np.isnan(values).any():
             axes.fill([*angles, angles[0]], [*values, values[0]], alpha=0.15)

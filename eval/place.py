@@ -27,7 +27,7 @@ from flatlora.utils.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # a 13th month is a ValueError
-OTHER_VERSION = "score the run with the version of the suite that made it, or mend the file"
+OTHER_VERSION = "score the run with the version of the suite that made it, or fix the file"
 _RUN_SECTIONS = ("model", "dataset", "peft", "rho", "optim", "trainer")
 
 
@@ -40,11 +40,11 @@ class ResolvedModel:
     model: ModelConfig | None = None
     autocast: str = "auto"
     scored_with: dict[str, Any] = field(default_factory=dict)  # the run's own settings of the benchmark
-    dataset: Mapping[str, Any] = field(default_factory=dict)  # the run's, as its config.yaml has it
+    dataset: Mapping[str, Any] = field(default_factory=dict)  # the section of the run's config.yaml
     data_root: str | None = None
-    # The backbone's state that the run's record has, see `flatlora.models.loading.backbone_state`.
+    # The backbone's state in the run's record, see `flatlora.models.loading.backbone_state`.
     base: str | None = None
-    base_named: bool = False  # whether base=... says where the backbone is
+    base_named: bool = False  # whether base=... names the backbone
 
 
 class _BaseModel(ModelConfig):
@@ -59,11 +59,15 @@ _BASES: Mapping[type[ModelConfig], type[ModelConfig]] = {ModelConfig: _BaseModel
 
 
 def resolve_model(name: str, benchmark: str, served: bool = False, base: str | None = None) -> ResolvedModel:
-    """
+    """Resolves a path, hub id or served name to weights, and to the settings of their run if they belong to one.
+
     Args:
-        served: the name is one that an endpoint knows, whatever it looks like.
-        base: where the base model of an adapter is; None: where its run or its own config says. `base_errors` tells of
-            one that is not there.
+        served: `name` is the name of a model at an endpoint, even if it looks like a path.
+        base: path or hub id of an adapter's base model; None: as its run or its own config says. `base_errors` reports
+            a missing one.
+
+    Raises:
+        ConfigError: there is no such folder, it holds no weights, or files of its run are damaged or invalid.
     """
     path = Path(name)
     if served:
@@ -86,18 +90,18 @@ def resolve_model(name: str, benchmark: str, served: bool = False, base: str | N
         if weights != path:
             problem = "this run has no adapter/ yet; finish it, or name one of its checkpoints"
         else:
-            problem = "neither weights nor a run are in it; name a run, checkpoint, adapter or model folder"
+            problem = "it holds neither weights nor a run; name a run, checkpoint, adapter or model folder"
         raise ConfigError([f"Invalid path {name}: {problem}."])
     if saved is None:
         return _with_base(ResolvedModel(str(weights)), base)
-    place, errors = _place_in_run(str(weights), folder, saved, benchmark), run_errors(folder, weights)
+    resolved, errors = _resolve_in_run(str(weights), folder, saved, benchmark), run_errors(folder, weights)
     if errors:
         raise ConfigError(errors)
-    return _with_base(place, base)
+    return _with_base(resolved, base)
 
 
 def run_errors(run: Path, weights: Path) -> list[str]:
-    """Returns errors for the files of a run's folder that were changed, among those that scoring these weights reads.
+    """Returns errors for changed files of a run's folder, of those that are read to score these weights.
 
     Raises:
         ConfigError: its run.json is broken.
@@ -114,8 +118,8 @@ def run_errors(run: Path, weights: Path) -> list[str]:
     errors = []
     if damage:
         errors.append(
-            f"Invalid run {run}: {'; '.join(damage)}. The command that made the run makes it again with resume=true, "
-            "from its newest checkpoint, or with overwrite=true anew."
+            f"Invalid run {run}: {'; '.join(damage)}. Repeat the run's command with resume=true, which continues from "
+            "the newest checkpoint, or with overwrite=true, which starts over."
         )
     if (
         not in_adapter
@@ -130,72 +134,72 @@ def _record(run: Path) -> RunRecord | None:
     return RunRecord.read(run, _REMEDY)
 
 
-_REMEDY = "delete that file, then make it again with the run's command and resume=true"
+_REMEDY = "delete that file, then repeat the run's command with resume=true"
 
 
-def _with_base(place: ResolvedModel, base: str | None) -> ResolvedModel:
-    """The place with the model that `base` names, else with its own, looked for beside its adapter too."""
-    known, own = _known_base(place), place.model
-    if known is None:
-        return place
-    found = os.path.expanduser(base) if base is not None else _beside(known, place)
-    if own is None and (found == known or _folder_problem(found)):
-        return place  # an adapter's own config says where, or nothing does
+def _with_base(resolved: ResolvedModel, base: str | None) -> ResolvedModel:
+    """Returns the model with the base model `base`, or with its own, which may be relative to the adapter's folder."""
+    recorded, own = _recorded_name(resolved), resolved.model
+    if recorded is None:
+        return resolved
+    located = os.path.expanduser(base) if base is not None else _relative_to_adapter(recorded, resolved)
+    if own is None and (located == recorded or _folder_problem(located)):
+        return resolved  # PEFT finds it by the adapter's own config, or it is missing
     if own is None:
-        fields = model_of(found).model_dump()
+        fields = model_of(located).model_dump()
     else:
-        moved = {"hub_id": found, "revision": None, "embedded": None} if found != own.hub_id else {}
+        moved = {"hub_id": located, "revision": None, "embedded": None} if located != own.hub_id else {}
         fields = own.model_dump() | moved
-    return replace(place, model=_BASES[model_section(fields)](**fields), base_named=base is not None)
+    return replace(resolved, model=_BASES[model_section(fields)](**fields), base_named=base is not None)
 
 
-def _known_base(place: ResolvedModel) -> str | None:
+def _recorded_name(resolved: ResolvedModel) -> str | None:
     """Returns the base model's name in the config of a run or an adapter; None if there is none."""
-    if place.model is not None:
-        return place.model.hub_id
+    if resolved.model is not None:
+        return resolved.model.hub_id
     try:
-        name = adapter_config(Path(place.weights)).get("base_model_name_or_path")
-    except ConfigError:  # no adapter, or a broken one, which loading tells
+        name = adapter_config(Path(resolved.weights)).get("base_model_name_or_path")
+    except ConfigError:  # no adapter, or a broken one, which loading reports
         return None
     return name if isinstance(name, str) and name else None
 
 
-def _beside(name: str, place: ResolvedModel) -> str:
+def _relative_to_adapter(name: str, resolved: ResolvedModel) -> str:
     """Resolves a relative path against the working directory, as PEFT does, or the folder of the adapter or its run."""
-    if os.path.isabs(name) or (place.model is not None and place.model.embedded):
+    if os.path.isabs(name) or (resolved.model is not None and resolved.model.embedded):
         return name
-    folders = [os.path.join(folder, name) for folder in (place.weights, place.run) if folder]
-    found = next(filter(os.path.isdir, folders), None)
-    if found is None or not os.path.isdir(name):
-        return found or name
-    if not os.path.samefile(name, found):
+    folders = [os.path.join(folder, name) for folder in (resolved.weights, resolved.run) if folder]
+    beside = next(filter(os.path.isdir, folders), None)
+    if beside is None or not os.path.isdir(name):
+        return beside or name
+    if not os.path.samefile(name, beside):
         logger.warning(
-            "Of two folders %s the one in the working directory is taken; base=%s names the other.", name, found
+            "There are two folders %s: the one in the working directory is used; base=%s is the other.", name, beside
         )
     return name
 
 
-def base_errors(place: ResolvedModel, base: str | None) -> list[str]:
-    """Returns errors if there is no base model at `base`, or where the run or the adapter names it."""
-    adapter = (Path(place.weights) / "adapter_config.json").is_file()
-    if not (adapter or (place.model is not None and FAMILIES[place.model.family].whole_needs_base)):
-        return [f"Invalid base={base}: {place.weights} is no adapter, and reads none; drop it."] if base else []
-    name = base or _known_base(place)
-    if name is None or (base is None and place.model is not None and place.model.embedded):
+def base_errors(resolved: ResolvedModel, base: str | None) -> list[str]:
+    """Returns errors if there is no base model at `base`, or at the path that the run or the adapter names."""
+    adapter = (Path(resolved.weights) / "adapter_config.json").is_file()
+    if not (adapter or (resolved.model is not None and FAMILIES[resolved.model.family].whole_needs_base)):
+        return [f"Invalid base={base}: {resolved.weights} is no adapter and needs no base; drop it."] if base else []
+    name = base or _recorded_name(resolved)
+    if name is None or (base is None and resolved.model is not None and resolved.model.embedded):
         return []
     problem = _folder_problem(os.path.expanduser(name))
     if problem is None:
         return []
     if base is not None:
-        return [f"Invalid base={base}: {problem}; name the folder of a whole model, or a hub id."]
-    return [f"Invalid base model {name} of {place.weights}: {problem}; say where it is now with base=PATH."]
+        return [f"Invalid base={base}: {problem}; name the folder of a complete model, or a hub id."]
+    return [f"Invalid base model {name} of {resolved.weights}: {problem}; name its new place with base=PATH."]
 
 
 def _folder_problem(name: str) -> str | None:
     """Returns why a path holds no model; None if it holds one or may be a hub id."""
     if os.path.isdir(name):
-        held = any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", INDEX))
-        return None if held else "the folder holds no model"
+        has_model = any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", INDEX))
+        return None if has_model else "the folder holds no model"
     if os.path.exists(name):
         return "it is a file, not a folder"
     return "there is no such folder" if name.startswith((".", "/", "~")) or name.count("/") > 1 else None
@@ -210,7 +214,7 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.yaml"
     if not os.path.lexists(path):
         if records.SIGNATURE in (records.read_record(folder / RECORD_FILE, _REMEDY) or {}):  # else another program's
-            raise ConfigError([f"Missing file {path}: write what run.json keeps under experiment there, as YAML."])
+            raise ConfigError([f'Missing file {path}: write it from "experiment" in run.json, as YAML.'])
         return None
     try:
         saved = records.read_settings(path, "")
@@ -225,12 +229,10 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
     if sections:
         missing = ", ".join(name for name in _RUN_SECTIONS if name not in sections)
         raise ConfigError([f"Invalid {path}: the run's {missing} is missing; {OTHER_VERSION}."])
-    raise ConfigError(
-        [f"Broken file {path}: it holds no settings; put those back that run.json keeps under experiment."]
-    )
+    raise ConfigError([f'Broken file {path}: it holds no settings; restore them from "experiment" in run.json.'])
 
 
-def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: str) -> ResolvedModel:
+def _resolve_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: str) -> ResolvedModel:
     path, errors = run / "config.yaml", []
 
     def section(key: str, cls: type[Section], value: Any) -> Any:
@@ -243,21 +245,21 @@ def _place_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: 
 
     model = section("model", model_section(saved["model"]), saved["model"])
     trainer = section("trainer", TrainerConfig, saved["trainer"])
-    scored = saved.get("eval") or {}
-    if not isinstance(scored, Mapping):
+    eval_settings = saved.get("eval") or {}
+    if not isinstance(eval_settings, Mapping):
         errors.append(f"Invalid eval in {path}: a group of benchmarks is needed; {OTHER_VERSION}.")
-    elif benchmark in scored:
-        own = section(f"eval.{benchmark}", benchmarks.BENCHMARKS[benchmark].Config, scored[benchmark])
+    elif benchmark in eval_settings:
+        own = section(f"eval.{benchmark}", benchmarks.BENCHMARKS[benchmark].Config, eval_settings[benchmark])
     if errors:
         raise ConfigError(errors)
-    if benchmark in scored:
+    if benchmark in eval_settings:
         settings = own.model_dump()
-    else:  # what the run's data set says of any benchmark: the task, and the template that its rows have
+    else:  # the data set's settings that apply to any benchmark: its task, and the template of its rows
         fields = benchmarks.BENCHMARKS[benchmark].Config.model_fields
         settings = {
             key: saved["dataset"][key]
             for key in ("task", "template")
-            if key in fields and saved["dataset"].get(key) in get_args(fields[key].annotation)  # not squad's own prompt
+            if key in fields and saved["dataset"].get(key) in get_args(fields[key].annotation)  # not squad's template
         }
     return ResolvedModel(
         weights, run, model, trainer.autocast, settings, saved["dataset"], saved.get("data_root"), _recorded_base(run)

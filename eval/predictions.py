@@ -46,13 +46,13 @@ def generate(
     seeds: Sequence[int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Answer every prompt into `folder`/predictions.jsonl, in the prompts' order; returns that path.
+    """Generates a completion for every prompt, in `folder`/predictions.jsonl in the prompts' order; returns that path.
 
-    As `collect`; raises its errors.
+    Works like `collect`, and raises its errors.
 
     Args:
         known: further columns of each row, for the scorer.
-        seeds: one a row where something is drawn; kept in the rows.
+        seeds: one per row if completions are sampled; saved in the rows.
     """
     known, done = known or [{}] * len(prompts), 0
     if seeds is not None:
@@ -64,16 +64,16 @@ def generate(
         on_progress(rows, total, newest)
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
-        def tell(token: int) -> None:  # a batch can take a minute, so the bar also counts tokens
+        def report_token(token: int) -> None:  # a batch can take a minute, so the progress bar also counts tokens
             on_progress(done + len(batch) * token // (sampling.max_new_tokens + 1), len(prompts), [])
 
         drawn = [seeds[index] for index in batch] if seeds is not None else None
-        with _on_token(backend, tell if on_progress else None):
+        with _on_token(backend, report_token if on_progress else None):
             completions = backend.generate([prompts[index] for index in batch], sampling, drawn)
         return [
-            {"completion": one.text, "tokens": one.tokens, "finished": one.finished}
-            | ({"refusal": one.refusal} if one.refusal else {})
-            for one in completions
+            {"completion": completion.text, "tokens": completion.tokens, "finished": completion.finished}
+            | ({"refusal": completion.refusal} if completion.refusal else {})
+            for completion in completions
         ]
 
     lengths = prompt_lengths(backend, prompts)
@@ -94,7 +94,7 @@ def generate(
 
 @contextlib.contextmanager
 def _on_token(backend: Generator, report: Callable[[int], None] | None) -> Iterator[None]:
-    """Makes the backend report its tokens meanwhile, if it supports that."""
+    """Makes the backend call `report` for each token inside the context, if it supports that."""
     if not hasattr(backend, "on_token"):
         yield
         return
@@ -114,7 +114,7 @@ def answer_rows(
     keep: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """`generate` for rows {"x", "y"} of a data set; columns in `keep` stay with the answers."""
+    """Calls `generate` for rows {"x", "y"} of a data set; columns in `keep` are saved with the answers."""
     return generate(
         backend,
         [prompt_text(row["x"]) for row in rows],
@@ -127,10 +127,10 @@ def answer_rows(
 
 
 def prompt_lengths(backend: Generator, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each prompt.
+    """Returns the number of tokens of each prompt.
 
     Raises:
-        ConfigError: a prompt without a token.
+        ConfigError: a prompt has no tokens.
     """
     lengths = [backend.prompt_length(prompt) for prompt in prompts]
     if 0 in lengths:
@@ -141,7 +141,7 @@ def prompt_lengths(backend: Generator, prompts: Sequence[str]) -> list[int]:
 
 
 def collect(
-    asked: Sequence[Mapping[str, Any]],
+    inputs: Sequence[Mapping[str, Any]],
     answer: Callable[[list[int]], list[dict[str, Any]]],
     folder: Path,
     *,
@@ -153,55 +153,55 @@ def collect(
     on_progress: OnProgress | None = None,
     is_valid: Callable[[Mapping[str, Any]], bool] = lambda row: True,
 ) -> Path:
-    """Answer every row into `folder`/predictions.jsonl, in the rows' order; returns that path.
+    """Answers every row, in `folder`/predictions.jsonl in the rows' order; returns that path.
 
-    generation.json says what made the answers, with the hash of the finished file; each row of an unfinished one has a
-    hash of itself and of those settings. So neither a damaged answer nor one that a process with another model writes
-    there passes for an answer of this one.
+    generation.json records the settings that determine the answers, and the hash of the finished file. Each row of an
+    unfinished file has a hash of the row and of those settings. Damaged answers, and answers that a process with
+    another model wrote, are therefore never used.
 
-    Rows are answered in batches of like length. Greedy decoding in low precision can depend on a batch's company,
-    so a resumed call forms the same batches and redoes a batch that is not whole. A file that is damaged, or made by
-    another model, with other settings or for other rows, is put aside as predictions.stale.jsonl.
+    Rows are answered in batches of similar length. With greedy decoding in low precision an answer can depend on the
+    rest of its batch, so a resumed call forms the same batches and repeats incomplete ones. A file that is damaged, or
+    was made by another model, with other settings or for other rows, is renamed to predictions.stale.jsonl.
 
     Args:
-        asked: what is known of a row before it is answered; stands in the file as it is.
-        answer: indices of a batch → what is added to each of its rows.
-        fields: keys of a whole row, and their types.
-        settings: what decides the answers besides the rows; kept in generation.json.
-        is_valid: whether what a row names is still there; others are answered anew.
-        each: how to ask row by row, several at a time, as `eval.backends.Generator` has it; None asks in batches.
+        inputs: the columns of each row before it is answered; saved unchanged.
+        answer: indices of a batch → the columns to add to each of its rows.
+        fields: keys of a complete row, and their types.
+        settings: what determines the answers besides the rows; saved in generation.json.
+        is_valid: whether the files that a row names still exist; other rows are answered again.
+        each: how to answer single rows concurrently, see `eval.backends.Generator`; None answers in batches.
 
     Raises:
-        OSError: as the file system says (full, read-only); a later call goes on.
+        OSError: the file system is full or read-only; a later call continues.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
-    hashed = hashlib.sha256(json.dumps(list(asked), default=str).encode()).hexdigest()
-    settings = {**settings, "rows": len(asked), "prompts_sha256": hashed}
+    prompts_sha256 = hashlib.sha256(json.dumps(list(inputs), default=str).encode()).hexdigest()
+    settings = {**settings, "rows": len(inputs), "prompts_sha256": prompts_sha256}
     made_by = _digest(settings)
-    done, complete = _finished_rows(folder, [path, partial], settings, asked, fields)
+    done, complete = _finished_rows(folder, [path, partial], settings, inputs, fields)
     done = {index: row for index, row in done.items() if is_valid(row)}
-    if complete and len(done) == len(asked) and not partial.is_file():
+    if complete and len(done) == len(inputs) and not partial.is_file():
         if on_progress:
-            on_progress(len(done), len(asked), [])
+            on_progress(len(done), len(inputs), [])
         return path
-    if done or os.path.lexists(partial):  # drops an incomplete last line before appending
+    if done or os.path.lexists(partial):  # drop an incomplete last line before appending
         write_atomic(partial, jsonl(_checked(row, made_by) for row in done.values()))
     write_json(folder / "generation.json", settings | {ROWS_HASH: None})
     path.unlink(missing_ok=True)  # its rows are in the partial file now
-    order = sorted(range(len(asked)), key=lambda i: (-lengths[i], i))
+    order = sorted(range(len(inputs)), key=lambda i: (-lengths[i], i))
     if on_progress:
-        on_progress(len(done), len(asked), [])
+        on_progress(len(done), len(inputs), [])
 
     for batch, answers in _answers(order, done, answer, batch_size, each):
         if answers is not None:
-            rows = [{"index": i, **asked[i], **answered} for i, answered in zip(batch, answers, strict=True)]
+            rows = [{"index": i, **inputs[i], **answered} for i, answered in zip(batch, answers, strict=True)]
             done.update({row["index"]: row for row in rows})
             with open(partial, "a", encoding="utf-8") as file:
                 file.write(jsonl(_checked(row, made_by) for row in rows))
         if on_progress:
-            on_progress(len(done), len(asked), [done[index] for index in batch])
-    write_sealed(folder, (done[index] for index in range(len(asked))), settings)
+            on_progress(len(done), len(inputs), [done[index] for index in batch])
+    write_finished(folder, (done[index] for index in range(len(inputs))), settings)
     partial.unlink(missing_ok=True)
     return path
 
@@ -223,7 +223,7 @@ def _answers(
         yield batch, None if all(index in done for index in batch) else answer(batch)
 
 
-def write_sealed(folder: Path, rows: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
+def write_finished(folder: Path, rows: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
     """Writes finished answers, and generation.json with their settings and hash; returns the path of the answers."""
     content = jsonl(rows).encode()
     write_json(folder / "generation.json", {**settings, ROWS_HASH: hashlib.sha256(content).hexdigest()})
@@ -232,7 +232,7 @@ def write_sealed(folder: Path, rows: Iterable[Mapping[str, Any]], settings: Mapp
     return path
 
 
-_CHECK = "check"  # of a row of an unfinished file, or of one that is written row by row
+_CHECK = "check"  # hash in the rows of an unfinished file, or of one that is appended to row by row
 
 
 def _digest(settings: Mapping[str, Any]) -> str:
@@ -252,7 +252,7 @@ def _finished_rows(
     folder: Path,
     paths: Sequence[Path],
     settings: dict[str, Any],
-    asked: Sequence[Mapping[str, Any]],
+    inputs: Sequence[Mapping[str, Any]],
     fields: Fields,
 ) -> tuple[dict[int, dict[str, Any]], bool]:
     """Returns the existing rows, and whether they are those of a finished file with a valid hash."""
@@ -264,13 +264,13 @@ def _finished_rows(
             continue
         partial, message = path != paths[0], problem
         if message is None:
-            found = _whole_lines(path, asked, fields, _digest(settings) if partial else None)
-            broken = found is None or (
+            valid_rows = _read_rows(path, inputs, fields, _digest(settings) if partial else None)
+            broken = valid_rows is None or (
                 not partial and manifest is not None and rows_problem(path, manifest) is not None
             )
             message = "is damaged" if broken else None
         if message is None:
-            rows |= {row["index"]: row for row in found}
+            rows |= {row["index"]: row for row in valid_rows}
             complete = complete or (not partial and manifest is not None)
             continue
         stale = free_name(path.with_name(path.name.replace(".jsonl", ".stale.jsonl")))
@@ -279,39 +279,39 @@ def _finished_rows(
     return rows, complete
 
 
-_LATER_KEYS = ("tokenizer", "settings")
+_LATER_KEYS = ("tokenizer", "settings")  # of generation.json, added by later versions
 
 
 def _origin_problem(folder: Path, settings: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
-    """Why what lies there was made otherwise, None where it was not; and the record with the hash, where it has one."""
+    """Returns (why the existing answers have another origin, or None; generation.json if it has the rows' hash)."""
     try:
-        made = read_record(folder / "generation.json")
+        manifest = read_record(folder / "generation.json")
     except ConfigError:
-        return "has a broken generation.json, which says not what made it", None
-    if made is None:
-        return "has no generation.json that says what made it", None
-    unknown = {key: settings[key] for key in _LATER_KEYS if key in settings}  # what earlier versions did not record
-    if unknown | {key: value for key, value in made.items() if key != ROWS_HASH} != settings:
+        return "has a broken generation.json, so its origin is unknown", None
+    if manifest is None:
+        return "has no generation.json, so its origin is unknown", None
+    unknown = {key: settings[key] for key in _LATER_KEYS if key in settings}  # earlier versions did not record these
+    if unknown | {key: value for key, value in manifest.items() if key != ROWS_HASH} != settings:
         return "was made by another model, settings or prompts", None
-    return None, made if ROWS_HASH in made else None
+    return None, manifest if ROWS_HASH in manifest else None
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or where it is taken the first of NAME-2, NAME-3, …: what was put aside before is not written over."""
+    """Returns `path`, or if it exists the first free one of NAME-2, NAME-3, …, so that nothing is overwritten."""
     names = [path, *(path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(2, 1000))]
     return next(name for name in names if not name.exists())
 
 
-def _whole_lines(
-    path: Path, asked: Sequence[Mapping[str, Any]], fields: Fields, made_by: str | None
+def _read_rows(
+    path: Path, inputs: Sequence[Mapping[str, Any]], fields: Fields, made_by: str | None
 ) -> list[dict[str, Any]] | None:
     """Returns the rows of a file whose last line may be incomplete; None if any other line does not match its prompt.
 
     Args:
-        made_by: what the rows' checks must say; None: of a finished file, whose rows have none.
+        made_by: the digest of the settings for the rows' checks; None for a finished file, whose rows have no checks.
     """
     try:
-        *lines, last = read_plain(path, MOST_BYTES).split(b"\n")  # U+2028 and the like end no line
+        *lines, last = read_plain(path, MOST_BYTES).split(b"\n")  # unlike splitlines, not at U+2028 and the like
     except OSError:
         return None
     rows = [_parse_line(line) for line in lines]
@@ -322,9 +322,9 @@ def _whole_lines(
             return None
         rows = [_unchecked(row) for row in rows]
     for row in rows:
-        if _row_problem(row, fields) or not row["index"] < len(asked):
+        if _row_problem(row, fields) or not row["index"] < len(inputs):
             return None
-        if any(row[key] != value for key, value in asked[row["index"]].items()):
+        if any(row[key] != value for key, value in inputs[row["index"]].items()):
             return None
     return rows
 
@@ -341,51 +341,51 @@ def _parse_line(line: bytes) -> Any:
 
 
 def appendable(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Returns the lines of a file that is written row by row, each with a hash of its contents."""
+    """Returns the rows as lines of a file that is appended to row by row, each with a hash of its contents."""
     return jsonl({**row, _CHECK: _checksum(row)} for row in rows)
 
 
 def appended_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of such a file, its last line torn perhaps; none where there is no file.
+    """Returns the rows of a file of `appendable` lines, whose last line may be incomplete; [] if there is no file.
 
-    A damaged row is left out with a warning; one of an earlier version has no hash, and is taken as it is.
+    Damaged rows are left out with a warning; rows of earlier versions have no hash and are not checked.
 
     Raises:
-        ConfigError: it is no file, or cannot be read.
+        ConfigError: it is not a file, or cannot be read.
     """
     try:
         *lines, last = read_plain(path, MOST_BYTES).split(b"\n") if os.path.lexists(path) else [b""]
     except OSError as error:
-        raise ConfigError([f"Cannot read {path}: {reason_of(error)}; move it away, and it is made anew."]) from error
+        raise ConfigError([f"Cannot read {path}: {reason_of(error)}; move it away, and it is made again."]) from error
     rows = [_parse_line(line) for line in (*filter(None, lines), *filter(_parse_line, [last]))]
-    whole = [row for row in rows if isinstance(row, dict) and row.get(_CHECK) in (None, _checksum(_unchecked(row)))]
-    if len(whole) < len(rows):
-        logger.warning("%s: damaged lines are left out (%d).", path, len(rows) - len(whole))
-    return [_unchecked(row) for row in whole]
+    valid = [row for row in rows if isinstance(row, dict) and row.get(_CHECK) in (None, _checksum(_unchecked(row)))]
+    if len(valid) < len(rows):
+        logger.warning("%s: damaged lines are left out (%d).", path, len(rows) - len(valid))
+    return [_unchecked(row) for row in valid]
 
 
 def _row_problem(row: Any, fields: Fields) -> str | None:
     if not isinstance(row, dict):
-        return "is no row"
+        return "is not a JSON object"
     wrong = [key for key, kind in fields.items() if type(row.get(key)) is not kind]
     if wrong:
-        return f"has no good {', '.join(wrong)}"
+        return f"has no valid {', '.join(wrong)}"
     return None if row["index"] >= 0 else "has a negative index"
 
 
-def _rows_asked(folder: Path) -> int | None:
-    """As generation.json says; None where it is not there, or from before it did."""
+def _expected_rows(folder: Path) -> int | None:
+    """Returns the number of rows in generation.json; None if it is missing or broken, or does not have the number."""
     try:
         return (read_record(folder / "generation.json") or {}).get("rows")
     except ConfigError:
-        return None  # `read` tells
+        return None  # `read` reports it
 
 
 def score_file(path: Path, fields: Fields, score: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
-    """Score a predictions file and write score.json beside it.
+    """Scores a predictions file and writes score.json beside it.
 
     Raises:
-        ConfigError: the file is not there, or broken.
+        ConfigError: the file is missing or broken.
     """
     result = score(read(path, fields))
     write_json(path.with_name("score.json"), result)
@@ -393,13 +393,14 @@ def score_file(path: Path, fields: Fields, score: Callable[[list[dict[str, Any]]
 
 
 def answer_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Metrics that every benchmark of generated answers has: answers without an end, refused ones, and their length.
+    """Returns the metrics that every benchmark of generated answers has.
 
     Args:
-        rows: {"finished", "tokens"} each; "refusal" where an endpoint does not answer.
+        rows: {"finished", "tokens"} each, and "refusal" if an endpoint did not answer.
 
     Returns:
-        {"unfinished", "mean_tokens"}, and "refused" if there are any: shares of the rows, and tokens.
+        {"unfinished": fraction of the answers cut at max_new_tokens, "mean_tokens"}, and "refused", the fraction of
+        refused answers, if there are any.
     """
     total, refused = len(rows), sum("refusal" in row for row in rows)
 
@@ -414,7 +415,7 @@ def answer_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def incomplete(metrics: Mapping[str, Any]) -> list[str]:
-    """One phrase for each way in which answers behind these metrics are not whole; empty if all are."""
+    """Returns one phrase for each reason for which some answers are incomplete; [] if all are complete."""
     return [f"{metrics[name]:.1%} of the answers {what}" for name, what in _INCOMPLETE.items() if metrics.get(name)]
 
 
@@ -428,48 +429,48 @@ def read(path: Path, fields: Fields = GENERATED) -> list[dict[str, Any]]:
     """Returns the rows of a finished predictions file, after checking each of them.
 
     Raises:
-        ConfigError: the file is not there, or broken.
+        ConfigError: the file is missing or broken.
     """
     if not os.path.lexists(path):
         raise ConfigError([f"{path} is not there: generate the answers first (leave out score_only=true)."])
     try:
         rows = read_jsonl(path)
     except ConfigError as error:
-        remedy = "the same command without score_only=true answers what is missing"
+        remedy = "run the same command without score_only=true for the missing answers"
         raise ConfigError([f"{message.rstrip('.')}, or {remedy}." for message in error.errors]) from error
-    wanted = _rows_asked(path.parent)
-    if wanted is not None and len(rows) != wanted:
+    expected = _expected_rows(path.parent)
+    if expected is not None and len(rows) != expected:
         raise ConfigError(
             [
-                f"Broken file {path}: it has {len(rows)} of {wanted} rows; the same command without score_only=true "
-                "answers what is missing."
+                f"Broken file {path}: it has {len(rows)} of {expected} rows; run the same command without "
+                "score_only=true for the missing answers."
             ]
         )
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         problem = _row_problem(row, fields) or (
-            f"has index {row['index']}, not {place}" if row["index"] != place else None
+            f"has index {row['index']}, not {index}" if row["index"] != index else None
         )
         if problem:
             raise ConfigError(
-                [f"Broken file {path}: row {place + 1} {problem}; generate anew (leave out score_only=true)."]
+                [f"Broken file {path}: row {index + 1} {problem}; generate again (leave out score_only=true)."]
             )
-    if problem := _made_otherwise(path):
-        raise ConfigError([f"Broken file {path}: it {problem}; generate anew (leave out score_only=true)."])
+    if problem := _mismatch(path):
+        raise ConfigError([f"Broken file {path}: it {problem}; generate again (leave out score_only=true)."])
     return rows
 
 
-def _made_otherwise(path: Path) -> str | None:
-    """Why answers are not those that their generation.json names, or not of the adapter of the run they lie in."""
-    made = read_record(path.with_name("generation.json"), "generate anew (leave out score_only=true)")
-    if made is None:
+def _mismatch(path: Path) -> str | None:
+    """Returns why answers do not match their generation.json, or the adapter of the run in whose folder they are."""
+    manifest = read_record(path.with_name("generation.json"), "generate again (leave out score_only=true)")
+    if manifest is None:
         return None
-    if problem := rows_problem(path, made):
+    if problem := rows_problem(path, manifest):
         return problem
     folder, run = path.parent, path.parent.parent.parent
-    if folder.parent.name != "eval" or "-checkpoint-" in folder.name or "weights" not in made:
+    if folder.parent.name != "eval" or "-checkpoint-" in folder.name or "weights" not in manifest:
         return None
-    record = RunRecord.read(run, "run it anew, or put a whole copy back")
+    record = RunRecord.read(run, "run it again, or restore a complete copy")
     trained = record.weights_sha256 if record else None
-    if trained in (None, made["weights"]):
+    if trained in (None, manifest["weights"]):
         return None
-    return f"holds answers of other weights ({made['weights'][:12]}) than those of {run} ({trained[:12]})"
+    return f"has answers of other weights ({manifest['weights'][:12]}) than those of {run} ({trained[:12]})"

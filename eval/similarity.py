@@ -1,4 +1,4 @@
-"""Cosines between pictures and texts in CLIP's space, and what a captioning model says of a picture."""
+"""CLIP features of images and texts for cosine similarities, and captions of images by a captioning model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatlora.models.scorers import load_captioner, load_clip
 
 
 class Similarity:
-    """A CLIP in memory, FP32. Features are unit rows, so that their products are cosines."""
+    """CLIP in FP32. Features have unit length, so that their dot products are cosine similarities."""
 
     def __init__(self, clip: str, device: torch.device) -> None:
         self.device = device
@@ -22,7 +22,7 @@ class Similarity:
 
     @torch.inference_mode()
     def of_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """B × d, FP32, on the host."""
+        """Returns the features of texts, B × d, FP32, on the CPU."""
         limit = self.model.config.text_config.max_position_embeddings
         batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         pooled = self.model.text_model(
@@ -32,14 +32,14 @@ class Similarity:
 
     @torch.inference_mode()
     def of_pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """B × d, FP32, on the host."""
+        """Returns the features of images, B × d, FP32, on the CPU."""
         pixels = self.processor(list(map(middle_of, pictures)), return_tensors="pt")["pixel_values"].to(self.device)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1).cpu()
 
 
 class Captioner:
-    """A model that says in words what is in a picture, greedily."""
+    """A captioning model with greedy decoding."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
@@ -47,6 +47,7 @@ class Captioner:
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
+        """Returns one caption per image."""
         batch: Any = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
         ids = self.model.generate(**batch, max_new_tokens=40, do_sample=False)
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]

@@ -1,11 +1,11 @@
-"""SQuAD (Rajpurkar et al. 2016): greedy answers against all accepted ones, by exact match and by F1 of their words.
+"""SQuAD (Rajpurkar et al. 2016): exact match and token F1 of greedy answers with the best of the accepted answers.
 
     python -m eval.squad PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: max_rows, max_new_tokens,
-batch_size, rows=FILE.jsonl (rows {"x", "y", "answers"}; rows=benchmark asks a run SQuAD's own), data_root=DIR, device,
-out=DIR, score_only=true. The first line of what a model says is its answer; case, punctuation, articles and blanks do
-not count, as in SQuAD's own script.
+batch_size, rows=FILE.jsonl (rows {"x", "y", "answers"}; rows=benchmark is SQuAD's own rows, also for a run),
+data_root=DIR, device, out=DIR, score_only=true. The first non-empty line of a completion is the answer; case,
+punctuation, articles and whitespace are ignored, as in SQuAD's own script.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ FIELDS: predictions.Fields = {**predictions.GENERATED, "answers": list}
 
 class Config(Section):
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
-    max_new_tokens: int = setting(48, ge=1, le=MOST_TOKENS, remedy="48 holds all but a few of SQuAD's answers")
+    max_new_tokens: int = setting(48, ge=1, le=MOST_TOKENS, remedy="48 is enough for all but a few of SQuAD's answers")
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
 
 def parse_answer(text: str) -> str:
-    """The first line that says something, after a thinking part; "" when there is none."""
+    """Returns the first non-empty line after any thinking part; "" if there is none."""
     return next((line.strip() for line in without_draft(text).splitlines() if line.strip()), "")
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Exact match and F1 with the accepted answer that fits best, the mean over rows.
+    """Returns exact match and F1 with the best of the accepted answers, averaged over rows.
 
     Args:
         rows: {"answers", "completion", "finished", "tokens"} each.
@@ -53,20 +53,20 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def mean(values: list[float]) -> float | None:
         return float(sum(values) / total) if total else None
 
-    said = [parse_answer(row["completion"]) for row in rows]
-    pairs = list(zip(rows, said, strict=True))
+    parsed = [parse_answer(row["completion"]) for row in rows]
+    pairs = list(zip(rows, parsed, strict=True))
     metrics = {
         "n": total,
         HEADLINE: mean([max(compute_f1(answer, text) for answer in row["answers"]) for row, text in pairs]),
         "exact_match": mean([max(compute_exact(answer, text) for answer in row["answers"]) for row, text in pairs]),
-        "unanswered": mean([not text for text in said]),
+        "unanswered": mean([not text for text in parsed]),
         **predictions.answer_counts(rows),
     }
     return {"scorer": f"squad/{SCORER_VERSION}", "n": total, "metrics": metrics}
 
 
 def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
-    """{row: F1}."""
+    """Returns {row: F1}."""
     return {(row["prompt"], row["index"]): score([row])["metrics"][HEADLINE] for row in rows}
 
 
@@ -74,15 +74,15 @@ def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **kn
     """Checks that every row lists its accepted answers.
 
     Raises:
-        ConfigError: a row does not; the error names `source`, where the rows are from.
+        ConfigError: a row does not; the error names `source`, where the rows come from.
     """
     broken = [number for number, row in enumerate(rows, start=1) if not _has_answers(row)]
     if broken:
         others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise ConfigError(
             [
-                f'Invalid answers in {source}, row {broken[0]}{others}: squad needs {{"answers": [text, …]}}, one '
-                "text or more; use dataset=squad, or leave the benchmark out."
+                f'Invalid answers in {source}, row {broken[0]}{others}: squad needs {{"answers": [text, …]}}, at '
+                "least one text; use dataset=squad, or leave the benchmark out."
             ]
         )
 
@@ -100,7 +100,7 @@ def run(
     *,
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Answer `rows` ({"x", "y", "answers"}) and score them; writes predictions.jsonl and score.json."""
+    """Answers `rows` ({"x", "y", "answers"}) and scores them; writes predictions.jsonl and score.json."""
     path = predictions.answer_rows(
         backend,
         rows[: config.max_rows],
@@ -118,11 +118,11 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
-    """SQuAD 1.1's 10,570 validation questions as "Q: … A: ", for models that no run of ours describes."""
+    """Returns SQuAD 1.1's 10,570 validation questions as "Q: … A: ", for models without a run."""
     columns = {"context": "text", "question": "text", "answers": "any"}
     rows = read_rows(Source("rajpurkar/squad", "plain_text", "validation"), columns=columns, data_root=data_root)
     accepted = [row["answers"].get("text") if isinstance(row["answers"], dict) else None for row in rows]
-    return [  # answers that are none are `check_rows`' to tell
+    return [  # `check_rows` reports invalid answers
         {
             "x": prompt("qa", row["question"], row["context"]),
             "y": answers[0] if answers else "",

@@ -37,7 +37,7 @@ PROJECT = Path(__file__).parents[1]
 _START_S = 600
 
 
-def main(words: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 if a backend failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="an adapter's folder outside of its run, a model folder or a hub id")
@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--python", type=Path, default=PROJECT / ".venv-vllm" / "bin" / "python")
     parser.add_argument("--port", type=int, default=8431)
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if not options.python.is_file():
         console.print(f"{options.python} does not exist: run make vllm first.", markup=False)
         return 1
@@ -79,8 +79,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     server, name = serve(options)
     try:
         url = f"http://127.0.0.1:{options.port}/v1"
-        words = ["backend=openai", f"base_url={url}", "concurrency=16"]
-        results["openai"] = run(options, sys.executable, name, folder / "openai", words)
+        settings = ["backend=openai", f"base_url={url}", "concurrency=16"]
+        results["openai"] = run(options, sys.executable, name, folder / "openai", settings)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
@@ -88,19 +88,23 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for backend, name in zip(results, ("hf", "vllm", "openai"), strict=True):
         rows = read(folder / name / "predictions.jsonl")
         pairs = [(a["completion"], b["completion"]) for a, b in zip(first, rows, strict=True)]
-        parts = [where_they_part(*pair) for pair in pairs if pair[0] != pair[1]]
-        results[backend] |= {"rows": len(rows), "equal": len(rows) - len(parts), "parts_at_character": parts}
+        differences = [first_difference(*pair) for pair in pairs if pair[0] != pair[1]]
+        results[backend] |= {
+            "rows": len(rows),
+            "equal": len(rows) - len(differences),
+            "parts_at_character": differences,
+        }
     return results
 
 
-def where_they_part(a: str, b: str) -> int:
+def first_difference(a: str, b: str) -> int:
     """Length of the common beginning of two texts, in characters."""
     return next((n for n, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
 
 
-def run(options: argparse.Namespace, python: Any, path: str, out: Path, words: list[str]) -> dict[str, Any]:
+def run(options: argparse.Namespace, python: Any, path: str, out: Path, settings: list[str]) -> dict[str, Any]:
     """Run one evaluation; measure the time of the whole command, and of answering by the times of its files."""
-    command = [str(python), "-m", "eval.gsm8k", str(path), f"data_root={options.data_root}", f"out={out}", *words]
+    command = [str(python), "-m", "eval.gsm8k", str(path), f"data_root={options.data_root}", f"out={out}", *settings]
     command += [f"max_rows={options.rows}", f"max_new_tokens={options.tokens}"]
     begun, answering_since = time.monotonic(), None
     process = subprocess.Popen(command, cwd=PROJECT, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})

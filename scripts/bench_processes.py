@@ -116,20 +116,20 @@ def one_run(root: Path, name: str, words: list[str], steps: int) -> dict[str, An
 def table_of(runs: dict[str, dict[str, Any]], gpus: int) -> Table:
     """The table of speed, memory and noise."""
     table = Table(title=f"Flat-LoRA, Llama-2-7B's shape, one GPU against {gpus}", title_justify="left")
-    for column in ("", "tokens/s", "to one", "peak GiB a GPU", "first noise", "loss apart", "backbone"):
+    for column in ("", "tokens/s", "ratio to one", "peak GiB per GPU", "first noise", "loss difference", "backbone"):
         table.add_column(column, justify="left" if not column else "right")
     first = runs["one"]
     for name, result in runs.items():
         hashes = result["noise_sha256"]
         noise = "—" if hashes is None else "equal" if len(set(hashes)) == 1 else "differs"
-        apart = max(abs(a - b) / b for a, b in zip(result["losses"], first["losses"], strict=False))
+        difference = max(abs(a - b) / b for a, b in zip(result["losses"], first["losses"], strict=False))
         table.add_row(
             name,
             f"{result['tokens_per_s']:,.0f}",
             f"{result['tokens_per_s'] / first['tokens_per_s']:.3f}",
             f"{result['peak_gpu_gib'] or 0:.2f}",
             noise,
-            f"{apart:.1e}",
+            f"{difference:.1e}",
             "unchanged" if result["backbone_unchanged"] else "CHANGED",
         )
     return table

@@ -63,7 +63,7 @@ def run(*, steps: int, rounds: int, out: Path, command: str) -> int:
         "env": environment.environment(),
         "git_sha": environment.git_sha(),
         "model": f"SDXL-base's UNet, {count / 1e9:.3f} billion random weights, BF16, r = α = {RANK} on attention",
-        "micro_step": "one picture of 1024 × 1024",
+        "micro_step": "one image of 1024 × 1024",
         "rounds": [],
     }
     for number in range(rounds):

@@ -104,7 +104,7 @@ class Published(Section):
     source: str | None
     values: dict[str, dict[str, float]]
     spreads: dict[str, dict[str, float]] = setting({}, remedy="leave it out: a value written [NUMBER, SPREAD] has one")
-    spread: str | None = None  # what the numbers behind ± are
+    spread: str | None = None  # what the numbers after ± mean
     notes: list[str] = setting([], remedy="write [TEXT]")  # what else the source says
 
 
@@ -133,7 +133,7 @@ class Cell(NamedTuple):
     paper: float | None
     paper_spread: float | None = None
     machines: Sequence[str] = ()  # of the runs, for a column of `COSTS`
-    incomplete: str = ""  # what of the answers behind the values was cut, refused or not rated
+    incomplete: str = ""  # fractions of the answers that were cut, refused or not rated
 
     @property
     def mean(self) -> float | None:
@@ -361,7 +361,7 @@ def _flatness(path: Path, adapter_sha256: str | None, seed: int) -> tuple[dict[s
     how = {part: dict(values["how"]) for part, values in parts.items()}
     if "rise" in how and "streams" not in how["rise"] and how["rise"].get("seed") == seed:
         raise ValueError(  # an early version drew both from the same streams; those of other seeds differ
-            f"its rise was measured with the noise that the training of seed {seed} saw; measure anew with "
+            f"its rise was measured with the noise that the training of seed {seed} saw; measure again with "
             "scripts/flatness.py"
         )
     metrics = {}
@@ -445,7 +445,7 @@ def setting_of(experiment: Experiment) -> str:
     return json.dumps({key: value for key, value in experiment.identity().items() if key != "seed"}, sort_keys=True)
 
 
-def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> bool:
+def _scored_alike(run: Run, expected: Experiment, metric: str, layout: Layout) -> bool:
     """Whether the metric's benchmark used the same rows and settings; the batch size does not matter."""
     if metric in COSTS:
         return True
@@ -455,15 +455,15 @@ def _scored_alike(run: Run, wanted: Experiment, metric: str, layout: Layout) -> 
         measured = run.measured.get(part, {})
         return all(measured.get(key) == value for key, value in layout.measured.get(part, {}).items())
 
-    def asked(experiment: Experiment) -> Any:
+    def answer_settings(experiment: Experiment) -> Any:
         config = experiment.eval.get(benchmark)
         irrelevant = {"batch_size", "judge_url", "judge_key", "folder"}  # settings that no answer depends on
-        usual = benchmarks.BENCHMARKS[benchmark].Config.model_construct()  # without validation of missing folders
-        settings = (config or usual).model_dump(mode="json", exclude=irrelevant)
+        default = benchmarks.BENCHMARKS[benchmark].Config.model_construct()  # without validation of missing folders
+        settings = (config or default).model_dump(mode="json", exclude=irrelevant)
         rows = getattr(experiment.model, "generated_test_rows", None), getattr(experiment.dataset, "test_rows", None)
         return settings, rows
 
-    return asked(run.experiment) == asked(wanted)
+    return answer_settings(run.experiment) == answer_settings(expected)
 
 
 def _one_a_seed(runs: Sequence[Run], column: Column) -> tuple[dict[int, float], list[Path], list[str]]:
@@ -494,7 +494,7 @@ _INCOMPLETE = {
 
 
 def _incomplete(runs: Sequence[Mapping[str, float]], benchmark: str) -> str:
-    """What was cut, refused or left unrated of a benchmark's answers, as the mean over runs; "" if nothing was."""
+    """Returns the fractions of answers that were cut, refused or not rated, as means over runs; "" if all are 0."""
     phrases = []
     for metric, phrase in _INCOMPLETE.items():
         values = [metrics.get(f"{benchmark}/{metric}", 0.0) for metrics in runs]

@@ -48,14 +48,14 @@ TRIES = 12  # maximum number of starts in a round
 PATIENCE_S = 600
 
 
-def main(words: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 if all adapters equal the undisturbed one, else 1; 2 if the disk is too small."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="seed of errors and moments; printed")
     parser.add_argument("--disk", type=Path, help="an empty folder on a small file system of its own")
     parser.add_argument("settings", nargs="*")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     draw, failed = random.Random(options.seed), 0
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
@@ -66,21 +66,21 @@ def main(words: list[str] | None = None) -> int:
         if code:
             print(output[-2000:])
             return 1
-        span, wanted = time.monotonic() - begun, adapter_sha256(root / "whole")
+        span, expected = time.monotonic() - begun, adapter_sha256(root / "whole")
         if options.disk and (message := _too_small(options.disk, root / "whole")):
             print(message)
             return 2
-        print(f"undisturbed: {span:.0f} s, adapter {wanted[:12]}", flush=True)
-        harms = [kill_a_rank, kill_all, corrupt] + ([fill_the_disk] if options.disk else [])
+        print(f"undisturbed: {span:.0f} s, adapter {expected[:12]}", flush=True)
+        faults = [kill_a_rank, kill_all, corrupt] + ([fill_the_disk] if options.disk else [])
         for number in range(1, options.rounds + 1):
-            harm = harms[(number - 1) % len(harms)]
-            place = (options.disk if harm is fill_the_disk else root) / f"round-{number}"
-            starts, adapter = one_round(settings, place, harm, draw, span)
-            same = adapter == wanted
+            fault = faults[(number - 1) % len(faults)]
+            round_folder = (options.disk if fault is fill_the_disk else root) / f"round-{number}"
+            starts, adapter = one_round(settings, round_folder, fault, draw, span)
+            same = adapter == expected
             failed += not same
             result = "equal" if same else f"DIFFERS: {adapter}"
-            print(f"round {number}: {harm.__name__.replace('_', ' ')}, {starts} starts, adapter {result}", flush=True)
-            shutil.rmtree(place, ignore_errors=True)
+            print(f"round {number}: {fault.__name__.replace('_', ' ')}, {starts} starts, adapter {result}", flush=True)
+            shutil.rmtree(round_folder, ignore_errors=True)
     print(f"{options.rounds} rounds, {failed} failures")
     return 1 if failed else 0
 
@@ -131,11 +131,11 @@ class Job:
             return True
 
 
-def one_round(settings: list[str], place: Path, harm, draw: random.Random, span: float) -> tuple[int, str]:
+def one_round(settings: list[str], place: Path, fault, draw: random.Random, span: float) -> tuple[int, str]:
     """Returns (number of starts, hash of the final adapter or the reason why there is none)."""
     job = Job(settings, place)
     if job.wait(draw.uniform(0.3, 1.0) * span):
-        harm(job, draw)
+        fault(job, draw)
     else:
         job.process.communicate()
     for starts in range(2, TRIES):

@@ -81,20 +81,20 @@ MEASURED = ["--device", "cpu", "--rows", "4", "--draws", "1", "--sigmas", "0.1",
 
 
 class Answer(NamedTuple):
-    """What an action came to."""
+    """The result of an action."""
 
     code: int
     output: str  # everything that it printed and logged
-    result: Any  # what must be that of the undamaged folder
+    result: Any  # must equal that of the undamaged folder
 
 
 class Stage(NamedTuple):
     """A state of the work folder that is damaged, file by file.
 
     Args:
-        make: brings the work folder, which is empty, into this state.
-        damaged: the folder below it whose files are damaged.
-        actions: by name, what reads it and where its damage can tell: (action, names of files that it may read).
+        make: creates this state in the empty work folder.
+        damaged: returns the folder, inside the work folder, whose files are damaged.
+        actions: {name: (action, prefixes of the files that it may read)}.
     """
 
     name: str
@@ -143,17 +143,17 @@ def main(words: Sequence[str] | None = None) -> int:
 COUNTS, ERROR_LOG = "counts.json", "errors"
 
 
-def damage_share(words: list[str]) -> int:
-    """A child process: its share of the damages, in a folder of its own, where it leaves counts and errors."""
-    folder, sample, seed, only, number, jobs = json.loads(words[0])
+def damage_share(arguments: list[str]) -> int:
+    """Entry of a child process: runs its share of the damages in its own folder; writes counts and errors to it."""
+    folder, sample, seed, only, number, jobs = json.loads(arguments[0])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     root = Path(folder)
     with open(root / ERROR_LOG, "a") as errors, _own_cache(root / "cache"):
 
-        def tell(error: str) -> None:
+        def log_error(error: str) -> None:
             print(error, file=errors, flush=True)
 
-        counts = damage_all(root / "all", sample, seed, only, tell, (number, jobs))
+        counts = damage_all(root / "all", sample, seed, only, log_error, (number, jobs))
     (root / COUNTS).write_text(json.dumps(counts))
     return 0
 
@@ -180,15 +180,15 @@ def damage_all(
         remove(work)
         work.mkdir()
         stage.make(work)
-        kept = root / stage.name
-        shutil.copytree(work, kept, symlinks=True)
-        wanted = {}
+        original = root / stage.name
+        shutil.copytree(work, original, symlinks=True)
+        expected = {}
         for name, (action, _) in stage.actions.items():
-            _renew(work, kept)
-            wanted[name], message = _answer(action, work)
+            _renew(work, original)
+            expected[name], message = _answer(action, work)
             if message:
-                raise RuntimeError(f"{stage.name}, undamaged, {name}: {wanted[name].output}")
-        top = stage.damaged(kept)
+                raise RuntimeError(f"{stage.name}, undamaged, {name}: {expected[name].output}")
+        top = stage.damaged(original)
         files = sorted(path.relative_to(top) for path in top.rglob("*") if path.is_file() and path.name != ".lock")
         cases = [(file, damage) for file in files for damage in DAMAGES]
         cases = [case for case in cases if only in f"{stage.name} {case[0]} {case[1]}"]
@@ -200,14 +200,14 @@ def damage_all(
             for name, (action, readers) in stage.actions.items():
                 if not str(file).startswith(readers):
                     continue
-                _renew(work, kept)
+                _renew(work, original)
                 remove(outside)
                 outside.mkdir()
                 DAMAGES[damage](stage.damaged(work) / file, outside)
                 before = _state(root, work)
                 answer, message = _answer(action, work)
                 counts["actions"] += 1
-                kind = message or _judge(answer, wanted[name], file)
+                kind = message or _judge(answer, expected[name], file)
                 if kind not in ERRORS and _state(root, work) != before:
                     kind = "write outside"
                 counts[kind] += 1
@@ -217,12 +217,12 @@ def damage_all(
     return counts
 
 
-def _judge(answer: Answer, wanted: Answer, file: Path) -> str:
+def _judge(answer: Answer, expected: Answer, file: Path) -> str:
     if "Traceback (most recent call last)" in answer.output:
         return "traceback"
-    output, usual = (_squeezed(response.output) for response in (answer, wanted))
-    named = any(output.count(name) > usual.count(name) for name in (str(file), file.name))
-    if answer.code == wanted.code and answer.result == wanted.result:
+    output, expected_output = (_squeezed(each.output) for each in (answer, expected))
+    named = any(output.count(name) > expected_output.count(name) for name in (str(file), file.name))
+    if answer.code == expected.code and answer.result == expected.result:
         return "equal"
     return "named" if named else "silent difference"
 
@@ -233,10 +233,10 @@ def _squeezed(output: str) -> str:
 
 
 def _answer(action: Callable[[Path], Answer], work: Path) -> tuple[Answer, str | None]:
-    """What it came to, and `traceback` or `hang`."""
-    output, seen = io.StringIO(), logging.StreamHandler(stream := io.StringIO())
-    logging.getLogger().addHandler(seen)
-    previous = signal.signal(signal.SIGALRM, _ring)
+    """Runs an action; returns its answer, and "traceback", "hang" or None."""
+    output, handler = io.StringIO(), logging.StreamHandler(stream := io.StringIO())
+    logging.getLogger().addHandler(handler)
+    previous = signal.signal(signal.SIGALRM, _on_alarm)
     signal.alarm(PATIENCE_S)
     message, answer = None, Answer(-1, "", None)
     try:
@@ -250,15 +250,15 @@ def _answer(action: Callable[[Path], Answer], work: Path) -> tuple[Answer, str |
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
-        logging.getLogger().removeHandler(seen)
+        logging.getLogger().removeHandler(handler)
     return answer._replace(output=answer.output + output.getvalue() + stream.getvalue()), message
 
 
 class _TooLong(BaseException):
-    """Passes what catches errors."""
+    """Not an Exception, so that no code catches it as an error."""
 
 
-def _ring(*_: Any) -> None:
+def _on_alarm(*_: Any) -> None:
     raise _TooLong
 
 
@@ -339,7 +339,7 @@ def stages(model: Path) -> list[Stage]:
     ]
 
 
-CACHED: Mapping[str, tuple[tuple[str, ...], list[str]]] = {  # what a run reads of the cache, and its settings
+CACHED: Mapping[str, tuple[tuple[str, ...], list[str]]] = {  # {name: (folders of the cache, settings of a run)}
     "tokens": (("data/",), ["dataset=gsm8k"]),
     "images": (
         ("images/", "decoded/", "random-clip"),
@@ -359,7 +359,7 @@ CACHED: Mapping[str, tuple[tuple[str, ...], list[str]]] = {  # what a run reads 
 }
 
 
-_START = ("peft=pissa", "peft.lora_r=2")  # which keeps an initial adapter
+_START = ("peft=pissa", "peft.lora_r=2")  # a method that saves an initial adapter
 
 
 def write_model(folder: Path) -> None:
@@ -384,7 +384,7 @@ def _trained(model: Path, work: Path, *more: str) -> Answer:
 
 
 def _trained_with_cache(name: str, model: Path, work: Path) -> Answer:
-    """A run of its own on what $FLATLORA_CACHE holds, in a folder below the work folder's results."""
+    """Runs a separate training that uses $FLATLORA_CACHE, in a folder below the work folder's results."""
     own, rows = work / "results" / name, work / "results/data"
     if not rows.exists():
         _write_rows(rows)
@@ -398,11 +398,11 @@ def _trained_with_cache(name: str, model: Path, work: Path) -> Answer:
 
 
 def _write_rows(folder: Path) -> None:
-    """Rows of GSM8K and pictures of MNIST, as data_root has them."""
+    """Writes rows of GSM8K and images of MNIST, in the layout of data_root."""
     for split, count in (("train", 40), ("test", 8)):
-        asked = [{"question": f"{split} {number}?", "answer": f"#### {number}"} for number in range(count)]
+        rows = [{"question": f"{split} {number}?", "answer": f"#### {number}"} for number in range(count)]
         (folder / "openai/gsm8k/main").mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / f"openai/gsm8k/main/{split}.jsonl", jsonl(asked))
+        write_atomic(folder / f"openai/gsm8k/main/{split}.jsonl", jsonl(rows))
         pictures = []
         for number in range(count):
             Image.new("L", (28, 28), number + count).save(buffer := io.BytesIO(), "PNG")
@@ -460,7 +460,7 @@ def _run(work: Path) -> Path:
 
 
 def _results(run: Path) -> Any:
-    """The results of a run, without those of the clock."""
+    """Returns the results of a run without times and speeds."""
     record = RunRecord.read(run)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if not key.endswith("_per_s")} for row in rows]
@@ -474,25 +474,25 @@ def _answers(folder: Path) -> Any:
     return score["metrics"], (folder / "predictions.jsonl").read_bytes()
 
 
-def _renew(work: Path, kept: Path) -> None:
+def _renew(work: Path, original: Path) -> None:
     for path in work.rglob("*"):
         if not path.is_symlink():
             path.chmod(0o700)
     remove(work)
-    shutil.copytree(kept, work, symlinks=True)
+    shutil.copytree(original, work, symlinks=True)
 
 
 def _state(root: Path, work: Path) -> dict[str, tuple[int, int, str]]:
-    """What must not change: all below `root` that is neither the work folder nor a cache, and what lies beside it."""
-    found = {}
+    """Returns the files that must not change: in `root` outside of the work folder and the cache, and in results/."""
+    state = {}
     for path in [*root.rglob("*"), *(PROJECT / "results").glob("*")]:
         if path.is_file() and not path.is_symlink() and not path.is_relative_to(root / "cache"):
             if path.is_relative_to(work / "results") or path.is_relative_to(work / "cache"):
                 continue
             stat = path.stat()
             small = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root / "outside") else ""
-            found[str(path)] = (stat.st_size, stat.st_mtime_ns, small)
-    return found
+            state[str(path)] = (stat.st_size, stat.st_mtime_ns, small)
+    return state
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ training_curves  loss of training against the step, mean over seeds and their ra
 sharpness        rise of the training loss under the noise of training at several σ, on merged weights, over seeds
 landscape        training loss along shared random directions of the full weight space, merged weights, one seed
 severity         accuracy on corrupted images against the severity, of models trained on clean ones
-pictures         what LoRA and Flat-LoRA make of the same prompts and seeds, of one seed of training
+pictures         images of LoRA and Flat-LoRA for the same prompts and seeds, from one seed of training
 cost             time of a step and peak memory, as results/bench/gpu.json has them
 """
 
@@ -375,13 +375,13 @@ def severity(corruptions: cells.TableData) -> plt.Figure | None:
 def pictures(sdxl: cells.TableData) -> plt.Figure | None:
     """Images of every row, for the smallest seed that all rows with images have; None if fewer than two rows have any.
 
-    Only whole run folders have images; records that are kept alone do not.
+    Only complete run folders have images; records that are kept alone do not.
     """
     folders: dict[str, dict[int, Path]] = {}
     for row, label in sdxl.layout.row_titles().items():
         paths = {int(path.name): path / "eval/text_to_image" for path in sdxl.cells[row, "image_text"].paths}
-        if whole := {seed: path for seed, path in paths.items() if (path / "images").is_dir()}:
-            folders[label] = whole
+        if with_images := {seed: path for seed, path in paths.items() if (path / "images").is_dir()}:
+            folders[label] = with_images
     shared = set.intersection(*map(set, folders.values())) if len(folders) > 1 else set()
     if not shared:
         return None

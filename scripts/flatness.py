@@ -158,44 +158,44 @@ def measure(run: Path, experiment: Experiment, inputs: Inputs, options: argparse
     Raises:
         ConfigError: the model or the data cannot be loaded.
     """
-    asked = {"rows": min(options.rows, len(inputs.rows.train)), "seed": options.seed, "streams": flatness.FIRST_STREAM}
+    common = {"rows": min(options.rows, len(inputs.rows.train)), "seed": options.seed, "streams": flatness.FIRST_STREAM}
     how = {
-        "rise": asked | {"sigmas": list(options.sigmas), "draws": options.draws},
-        "hessian": asked | {"probes": options.probes},
-        "landscape": asked | {"radius": options.radius, "points": options.points},
+        "rise": common | {"sigmas": list(options.sigmas), "draws": options.draws},
+        "hessian": common | {"probes": options.probes},
+        "landscape": common | {"radius": options.radius, "points": options.points},
     }
     adapter = RunFolder(run).record.adapter_sha256
-    saved = _kept(run, adapter)
+    saved = _saved_parts(run, adapter)
     weights = weights_sha256(run / "adapter")  # of the files as they are now, unlike the hash in the record
 
     def is_done(part: str) -> bool:
-        kept = saved["parts"].get(part, {})
-        return kept.get("how") == how[part] and kept.get("weights_sha256", weights) == weights
+        part_saved = saved["parts"].get(part, {})
+        return part_saved.get("how") == how[part] and part_saved.get("weights_sha256", weights) == weights
 
-    left = [part for part in options.parts if not is_done(part)]
-    if not left:
-        console.print(f"{run}: measured already", markup=False, soft_wrap=True)
+    missing = [part for part in options.parts if not is_done(part)]
+    if not missing:
+        console.print(f"{run}: already measured", markup=False, soft_wrap=True)
         return
     model, layers, batches = _loaded(run, experiment, inputs, options)
-    for part in left:
+    for part in missing:
         begun = time.monotonic()
         values = _MEASURES[part](model, layers, batches, options)
         result = {"how": how[part], **values, "loss": flatness.mean_loss(model, batches)}
         result |= {"weights_sha256": weights, "git_sha": environment.git_sha(), "env": environment.environment()}
-        saved = _kept(run, adapter)  # another process may have measured another part by now
+        saved = _saved_parts(run, adapter)  # another process may have measured another part by now
         saved["parts"][part] = result | {"seconds": round(time.monotonic() - begun, 1)}
         records.write_signed(run / FILE, saved)
     console.print(f"written: {run / FILE}", markup=False, soft_wrap=True)
 
 
-def _kept(run: Path, adapter_sha256: str) -> dict[str, Any]:
-    """The content of the run's file, or an empty one if there is none for this adapter."""
+def _saved_parts(run: Path, adapter_sha256: str) -> dict[str, Any]:
+    """Returns the content of the run's file, or an empty one if there is none for this adapter."""
     try:
-        kept = records.read_record(run / FILE)
-        if kept is None:  # not measured yet
+        saved = records.read_record(run / FILE)
+        if saved is None:  # not measured yet
             return {"adapter_sha256": adapter_sha256, "parts": {}}
-        if kept["adapter_sha256"] == adapter_sha256 and all("how" in part for part in kept["parts"].values()):
-            return kept
+        if saved["adapter_sha256"] == adapter_sha256 and all("how" in part for part in saved["parts"].values()):
+            return saved
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         console.print(f"{run / FILE} is broken ({error}): it will be measured again", markup=False, soft_wrap=True)
     return {"adapter_sha256": adapter_sha256, "parts": {}}

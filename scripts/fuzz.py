@@ -72,13 +72,13 @@ class Outcome:
     command: str
     code: int | str | None
     seconds: float
-    said: str = ""  # the output, if it has a traceback
+    output: str = ""  # empty without a traceback
     wrote: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
 
     @property
     def is_fine(self) -> bool:
-        return not (self.said or self.wrote or self.outside)
+        return not (self.output or self.wrote or self.outside)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -88,17 +88,17 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("-j", "--jobs", type=positive, default=1, help="batches at a time")
     options = parser.parse_args(words)
     lines = draw_lines(options.lines, options.seed)
-    place = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         outcomes, hangs = [], []
-        batches = {place / str(start): lines[start : start + BATCH] for start in range(0, len(lines), BATCH)}
+        batches = {folder / str(start): lines[start : start + BATCH] for start in range(0, len(lines), BATCH)}
         with ThreadPoolExecutor(options.jobs) as pool:
             for ended, hung in pool.map(run_batch, batches.values(), batches):
                 outcomes += ended
                 hangs += hung
                 print(f"{len(outcomes) + len(hangs)}/{len(lines)}", file=sys.stderr, flush=True)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return report(outcomes, hangs, options.seed)
 
 
@@ -110,12 +110,11 @@ def report(outcomes: Sequence[Outcome], hangs: Sequence[str], seed: int) -> int:
     print(f"{len(outcomes) + len(hangs)} command lines (seed {seed}): {ended}; the slowest took {slowest:.1f} s")
     for outcome in outcomes:
         if not outcome.is_fine:
-            print(
-                f"- {outcome.command[:500]}\n  wrote {outcome.wrote}, outside {outcome.outside}\n{outcome.said[-2000:]}"
-            )
+            written = f"wrote {outcome.wrote}, outside {outcome.outside}"
+            print(f"- {outcome.command[:500]}\n  {written}\n{outcome.output[-2000:]}")
     for line in hangs:
         print(f"- hangs: {line[:500]}")
-    tracebacks = sum(bool(outcome.said) for outcome in outcomes)
+    tracebacks = sum(bool(outcome.output) for outcome in outcomes)
     writes = sum(bool(outcome.wrote or outcome.outside) for outcome in outcomes)
     print(f"{tracebacks} tracebacks, {len(hangs)} hangs over {HANG_S} s, {writes} writes outside results_root")
     return 1 if tracebacks or hangs or writes else 0
@@ -130,9 +129,9 @@ def draw_lines(count: int, seed: int) -> list[list[str]]:
         if draw.random() < _EVAL_SHARE:
             lines.append(_eval_line(draw))
         elif draw.random() < 0.5:
-            lines.append(["run_exp", *_made_line(draw, keys)])
+            lines.append(["run_exp", *_generated_line(draw, keys)])
         else:
-            lines.append(["run_exp", *_hurt_line(draw, draw.choice(real), keys)])
+            lines.append(["run_exp", *_mutated_line(draw, draw.choice(real), keys)])
     return lines
 
 
@@ -165,7 +164,7 @@ def _value(draw: random.Random) -> str:
     return draw.choice(draw.choice(VALUES))
 
 
-def _made_line(draw: random.Random, keys: Sequence[str]) -> list[str]:
+def _generated_line(draw: random.Random, keys: Sequence[str]) -> list[str]:
     words = [_word(draw, keys) for _ in range(draw.randint(1, 4))]
     if draw.random() < 0.3:
         words[:0] = draw.choice(WORDS["flags"]).split()
@@ -200,40 +199,40 @@ def _option_names(group: str) -> list[str]:
     return [path.stem for path in sorted((run_exp.SUITE.conf_dir / group).rglob("*.yaml"))]
 
 
-def _hurt_line(draw: random.Random, line: Sequence[str], keys: Sequence[str]) -> list[str]:
+def _mutated_line(draw: random.Random, line: Sequence[str], keys: Sequence[str]) -> list[str]:
     """A real line with one to three errors."""
     words = list(line)
     for _ in range(draw.randint(1, 3)):
-        place = draw.randrange(len(words))
+        index = draw.randrange(len(words))
         kind = draw.randrange(7)
         if kind == 0:
-            words[place] = _hurt_word(draw, words[place])
+            words[index] = _mutated_word(draw, words[index])
         elif kind == 1:
-            words[place] = f"{words[place].partition('=')[0]}={_value(draw)}"
+            words[index] = f"{words[index].partition('=')[0]}={_value(draw)}"
         elif kind == 2:
-            words.insert(place, words[draw.randrange(len(words))])
+            words.insert(index, words[draw.randrange(len(words))])
         elif kind == 3:
-            words.insert(place, _word(draw, keys))
+            words.insert(index, _word(draw, keys))
         elif kind == 4:
-            words.insert(place, draw.choice(WORDS["flags"]).split()[0])
+            words.insert(index, draw.choice(WORDS["flags"]).split()[0])
         elif kind == 5:
-            words += [words[place]] * 50
+            words += [words[index]] * 50
         elif len(words) > 1:
-            del words[place]
+            del words[index]
     return words
 
 
-def _hurt_word(draw: random.Random, word: str) -> str:
+def _mutated_word(draw: random.Random, word: str) -> str:
     """A word with a character inserted, removed or replaced, or the word cut or repeated."""
     if not word:
         return draw.choice(WORDS["signs"])
-    place, sign = draw.randrange(len(word)), draw.choice(WORDS["signs"])
+    index, sign = draw.randrange(len(word)), draw.choice(WORDS["signs"])
     return draw.choice(
         [
-            word[:place] + sign + word[place:],
-            word[:place] + word[place + 1 :],
-            word[:place] + sign + word[place + 1 :],
-            word[:place],
+            word[:index] + sign + word[index:],
+            word[:index] + word[index + 1 :],
+            word[:index] + sign + word[index + 1 :],
+            word[:index],
             word * draw.choice([2, 100]),
         ]
     )
@@ -244,23 +243,23 @@ def _eval_line(draw: random.Random) -> list[str]:
     known = [*command.Target.model_fields, *benchmarks.BENCHMARKS[name].Config.model_fields, "nope"]
     words = [f"{draw.choice(known)}={_value(draw)}" for _ in range(draw.randint(0, 4))]
     if draw.random() < 0.3:
-        words = [_hurt_word(draw, word) for word in words]
+        words = [_mutated_word(draw, word) for word in words]
     return [name, draw.choice([*WORDS["paths"], "漢" * 200, "a\udcff"]), *words]
 
 
-def run_batch(lines: list[list[str]], place: Path) -> tuple[list[Outcome], list[str]]:
+def run_batch(lines: list[list[str]], folder: Path) -> tuple[list[Outcome], list[str]]:
     """Try lines in child processes; returns (outcomes, lines that hung)."""
-    place.mkdir(parents=True)
+    folder.mkdir(parents=True)
     outcomes, hangs, done = [], [], 0
     while done < len(lines):
-        todo, results = place / f"todo-{done}.json", place / f"told-{done}.jsonl"
+        todo, results = folder / f"todo-{done}.json", folder / f"outcomes-{done}.jsonl"
         todo.write_text(json.dumps(lines[done:]))
         results.touch()
-        child = ForkedRun([str(todo), str(results), str(place / "cwd")], place / "log", try_lines)
+        child = ForkedRun([str(todo), str(results), str(folder / "cwd")], folder / "log", try_lines)
         while child.wait(0.2) is None:
             if time.time() - results.stat().st_mtime > HANG_S + (
                 0 if results.stat().st_size else 60
-            ):  # the first one imports
+            ):  # the first line also waits for the imports
                 os.killpg(child.pid, 9)
         ended = [Outcome(**json.loads(row)) for row in results.read_text().splitlines()]
         outcomes += ended
@@ -286,11 +285,11 @@ def try_lines(words: list[str]) -> int:
 def try_line(line: Sequence[str]) -> Outcome:
     """Try one command line in this process, in its working folder."""
     name, words = line[0], list(line[1:])
-    said, begun, outside = io.StringIO(), time.monotonic(), []
+    output, begun, outside = io.StringIO(), time.monotonic(), []
     code: int | str | None = None
-    with _nothing_loaded(outside), _watched_writes() as wrote, contextlib.redirect_stdout(said):
+    with _nothing_loaded(outside), _watched_writes() as wrote, contextlib.redirect_stdout(output):
         try:
-            with contextlib.redirect_stderr(said), mock.patch.object(sys, "argv", ["run_exp.py"]):
+            with contextlib.redirect_stderr(output), mock.patch.object(sys, "argv", ["run_exp.py"]):
                 if name == "run_exp":
                     code = run_exp.main([*words, "dry_run=true"])
                 else:
@@ -300,8 +299,8 @@ def try_line(line: Sequence[str]) -> Outcome:
         except _Loaded:
             code = "loads"
         except BaseException:
-            said.write(traceback.format_exc())
-    text = said.getvalue()
+            output.write(traceback.format_exc())
+    text = output.getvalue()
     failed = text if "Traceback" in text else ""
     return Outcome(_shown(line), code, round(time.monotonic() - begun, 2), failed, wrote, outside)
 

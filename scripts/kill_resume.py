@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.forked import ForkedRun, start_server
@@ -37,12 +38,13 @@ DEFAULTS = [
 ]
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="seed of the moments; printed")
     parser.add_argument("settings", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     root = Path(tempfile.mkdtemp(prefix="kill-resume-"))
     try:
         start_server()  # first, because the moments depend on the startup time

@@ -256,7 +256,7 @@ def with_extras() -> list:
             one for one in layout.rows[row].overrides if one.startswith(("peft=", "rho=", "rho.fan", "rho.every"))
         ]
         setting = kinds.get(name, "sdxl" if name == "sdxl" else "causal_lm"), *others
-        is_extra = flat_twin or setting in seen
+        is_extra = flat_twin or setting in seen or name == "table2_methods"  # tests/data/test_images.py trains these
         seen.add(setting)
         params.append(pytest.param(name, row, marks=pytest.mark.extra if is_extra else (), id=f"{name}-{row}"))
     return params

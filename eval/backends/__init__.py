@@ -1,4 +1,4 @@
-"""Who answers the prompts: in its own words, or by weighing the answers that it is offered."""
+"""Interfaces of the backends: text generation, likelihoods of given answers, and image classification."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ class Completion(NamedTuple):
 
     text: str
     tokens: int
-    finished: bool  # ended by itself, not by the limit
-    refusal: str | None = None  # why an endpoint does not answer this request, in its own words
+    finished: bool  # ended by the model, not by the token limit
+    refusal: str | None = None  # the endpoint's message if it does not answer this request
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. Temperature 0 is greedy, whatever the model's own generation_config.json asks for."""
+    """Decoding settings. Temperature 0 is greedy; the model's own generation_config.json is ignored."""
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # an answer ends before the first of these
-    stop_in_body: bool = False  # only one that goes on with a function's body; others, such as a fence, are whole
+    stop_in_body: bool = False  # `stop` applies only to answers that continue a function's body, see `is_body`
 
     def cut(self, text: str) -> tuple[str, bool]:
-        """(the answer before its first stop, whether there was one)."""
+        """Returns (the answer before its first stop, whether there was one)."""
         return (text, False) if self.stop_in_body and not is_body(text) else cut_at(text, self.stop)
 
     def describe(self) -> dict[str, Any]:
-        """For the record: what decides the answers; greedy ones without what they do not read."""
+        """Returns the settings that affect the answers, for generation.json."""
         settings = asdict(self) | {"stop": list(self.stop)}
         unread = {"top_p", "temperature"} if self.temperature == 0 else set()
         unread |= {key for key in ("stop", "stop_in_body") if not settings[key]}
@@ -43,63 +43,65 @@ class Sampling:
 
 
 def is_body(text: str) -> bool:
-    """Whether a text begins with an indented line, as what goes on with a function's body does, and with no fence."""
+    """Whether a text begins with an indented line that is no fence, as the rest of a function's body does."""
     first = next((line for line in text.split("\n") if line.strip()), "")
     return first.startswith(("  ", "\t")) and not first.lstrip().startswith(("```", "~~~"))
 
 
 def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """(the text before the first of the stops, whether there was one)."""
-    places = [place for one in stop if (place := text.find(one)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
+    """Returns (the text before the first of the stops, whether there was one)."""
+    starts = [start for string in stop if (start := text.find(string)) >= 0]
+    return (text[: min(starts)], True) if starts else (text, False)
 
 
 class ImageBackend(Protocol):
-    """Class scores of images."""
+    """Image classification."""
 
     batch_size: int
-    processor: Any  # of pictures, as the model was trained with
+    processor: Any  # image processor that the model was trained with
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the model and the way it answers; part of the record."""
+        """Returns what identifies the model and its settings, for generation.json."""
         ...
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """B × 3 × H × W → B × classes, FP32, on the host."""
+        """B × 3 × H × W → B × classes, FP32, on the CPU."""
         ...
 
 
 class Generator(Protocol):
     """Text generation.
 
-    A backend whose answers depend on their own prompts alone, such as an endpoint, may have `each(work, items)` too:
-    (item, what `work` makes of it) as they end, several at a time. Its rows are then asked one by one, not in batches.
-    One that makes a batch's answers token by token may have `on_token`, to be set: called with the number of each.
-    One that knows the model's context may have `check_lengths(lengths of prompts, new tokens)`, a ConfigError where the
-    model cannot take them; it is called before the first batch. It then has `chat_length(chat)` too, in tokens, and
-    `tokens_left(lengths)`: for how many new tokens there is room after prompts of these lengths, None for any number.
+    Optional members:
+        each(work, items): yields (item, work(item)) as they finish, several at a time. For backends whose answers do
+            not depend on the rest of a batch, such as endpoints; rows are then answered one by one, not in batches.
+        on_token: callback that is set from outside and called with the index of each token of a batch.
+        check_lengths(lengths of prompts, new tokens): raises a ConfigError if the model's context is too short; called
+            before the first batch. A backend that has it also has the next two.
+        chat_length(chat): number of tokens of a chat.
+        tokens_left(lengths): number of new tokens that fit after prompts of these lengths; None for any number.
     """
 
     batch_size: int
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the model and the way it answers; part of the record."""
+        """Returns what identifies the model and its settings, for generation.json."""
         ...
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens of a prompt."""
+        """Returns the number of tokens of a prompt."""
         ...
 
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        """One completion for each prompt, in order; `seeds`, one a prompt, decide what is drawn at a temperature."""
+        """Returns one completion per prompt, in order; `seeds`, one per prompt, are used at a temperature above 0."""
         ...
 
     def chat(
         self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        """One reply to each chat, in the form that the model's tokenizer has for chats."""
+        """Returns one reply per chat, formatted with the chat template of the model's tokenizer."""
         ...
 
 
@@ -107,15 +109,18 @@ class Backend(Generator, Protocol):
     """Text generation, and likelihoods of given answers."""
 
     def check_choices(self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool) -> None:
-        """See before the first batch that `log_likelihoods` can read these; a ConfigError where it cannot."""
+        """Checks before the first batch that `log_likelihoods` can read these; raises a ConfigError if it cannot."""
         ...
 
     def first_token(self, choice: str) -> int:
-        """The id that an answer begins with."""
+        """Returns the id of the first token of an answer."""
         ...
 
     def log_likelihoods(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool = False
     ) -> list[list[float]]:
-        """log p(choice, end of sequence | prompt) of each choice of each prompt; of its first token alone if asked."""
+        """Returns log p(choice, end of sequence | prompt) for each choice of each prompt.
+
+        `first_token` takes only the first token of each choice, without the end of the sequence.
+        """
         ...

@@ -1,7 +1,7 @@
-"""Chats as token ids: special tokens are those that the tokenizer's template writes, and what a turn says is text.
+"""Converts chats to token ids: only the chat template adds special tokens; their names in a turn are plain text.
 
-A tokenizer reads the rendered chat as one text, where an "<|im_end|>" in a question would end the turn. Chats with such
-names go to a copy of the tokenizer whose special tokens have other names, which stand in for the template's own.
+A tokenizer reads the rendered chat as one text, so an "<|im_end|>" in a question would end the turn. Chats with such
+names are encoded by a copy of the tokenizer whose special tokens have other names, which replace those of the template.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class ChatEncoder:
-    """Ids of chats, as `apply_chat_template` gives them where no turn holds the name of a special token."""
+    """Token ids of chats: those of `apply_chat_template`, if no turn contains the name of a special token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -32,13 +32,13 @@ class ChatEncoder:
         self._any_name = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
 
     def __call__(self, chats: Sequence[Messages]) -> list[list[int]]:
-        """Warns of names that a tokenizer in Python can read as the tokens alone."""
+        """Returns the ids of each chat; warns of names that a slow tokenizer can only read as special tokens."""
         names = [sorted({name for turn in chat for name in self._any_name.findall(turn["content"])}) for chat in chats]
         if any(names) and not self.tokenizer.is_fast:
             counts = sorted(Counter(name for in_chat in names for name in in_chat).items())
             logger.warning(
-                "Names of special tokens stand in the turns of chats (%s): this tokenizer can read them as the tokens "
-                "alone; take them out.",
+                "The turns of chats contain names of special tokens (%s), which this tokenizer can only read as those "
+                "tokens; remove them.",
                 ", ".join(f"{name} in {count}" for name, count in counts),
             )
         return [
@@ -52,11 +52,11 @@ class ChatEncoder:
         return rendered["input_ids"] if tokenize else rendered
 
     def _text_ids(self, chat: Messages) -> list[int]:
-        """Ids of a chat whose turns hold names of special tokens, none of them read as the token."""
+        """Returns the ids of a chat whose turns contain names of special tokens, which are encoded as text."""
         marked = [{**turn, "content": self._replaced(turn["content"], _as_text)} for turn in chat]
         text = self._replaced(self._render(marked, tokenize=False), _as_token)
-        for place, name in enumerate(self._names):
-            text = text.replace(_as_text(place), name)
+        for index, name in enumerate(self._names):
+            text = text.replace(_as_text(index), name)
         return self._renamed.encode(text, add_special_tokens=False).ids
 
     def _replaced(self, text: str, code: Callable[[int], str]) -> str:
@@ -64,8 +64,8 @@ class ChatEncoder:
 
     @functools.cached_property
     def _renamed(self) -> Tokenizer:
-        """The tokenizer with the same ids and text, its special tokens called by their codes."""
-        codes = {name: _as_token(place) for place, name in enumerate(self._names)}
+        """A tokenizer with the same ids and vocabulary, whose special tokens are named by `_as_token`."""
+        codes = {name: _as_token(index) for index, name in enumerate(self._names)}
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         model, vocabulary = state["model"], state["model"]["vocab"]
         for token in state["added_tokens"]:
@@ -76,15 +76,15 @@ class ChatEncoder:
             model["vocab"] = [[codes.get(name, name), score] for name, score in vocabulary]
         if model.get("unk_token") is not None:
             model["unk_token"] = codes.get(model["unk_token"], model["unk_token"])
-        state |= {"post_processor": None, "padding": None, "truncation": None}  # of single texts
+        state |= {"post_processor": None, "padding": None, "truncation": None}  # these are for other uses
         return Tokenizer.from_str(json.dumps(state))
 
 
-def _as_token(place: int) -> str:
-    """What stands for a special token of the template; no text holds Unicode's noncharacters."""
-    return f"\ufdd0{place}\ufdd1"
+def _as_token(index: int) -> str:
+    """Returns the placeholder of a special token of the template: noncharacters of Unicode, which texts do not have."""
+    return f"\ufdd0{index}\ufdd1"
 
 
-def _as_text(place: int) -> str:
-    """What stands for the name of a special token in a turn."""
-    return f"\ufdd2{place}\ufdd3"
+def _as_text(index: int) -> str:
+    """Returns the placeholder of a special token's name in a turn."""
+    return f"\ufdd2{index}\ufdd3"

@@ -11,13 +11,13 @@ from flatlora.utils.precision import Precision, autocast
 
 
 class CLIPBackend:
-    """Scores with a model in memory.
+    """Classifies images with a model in memory.
 
     Args:
-        model: pixel_values → logits, with or without a PEFT adapter (never merged: a merge rounds).
+        model: pixel_values → logits, with or without a PEFT adapter (not merged, as merging rounds).
         processor: image processor of the model.
-        precision: how the model computes; None: without autocast, in the weights' own dtype.
-        identity: what the record says of the model, such as hashes.
+        precision: autocast of the model; None: none, in the dtype of the weights.
+        identity: what identifies the model in generation.json, such as hashes.
     """
 
     def __init__(
@@ -44,5 +44,6 @@ class CLIPBackend:
 
     @torch.inference_mode()
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """B × 3 × H × W → B × classes, FP32, on the CPU."""
         with autocast(self.device, self.precision):
             return self.model(pixel_values=pixel_values.to(self.device)).logits.float().cpu()

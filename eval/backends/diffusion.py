@@ -1,4 +1,4 @@
-"""Pictures of prompts by a denoiser in memory, with its adapters in place; the other parts are loaded to it."""
+"""Text-to-image generation by a denoiser in memory, with its adapters; loads the other parts of the pipeline."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flatlora.utils.precision import Precision, autocast
 
 
 class DiffusionBackend:
-    """Draws with a model in memory.
+    """Generates images with a model in memory.
 
     Args:
-        model: a `diffusion.Denoiser`, with or without a PEFT adapter (never merged: a merge rounds).
-        processor: none.
-        config, source: of the pipeline that it is part of.
-        precision: how the model computes; None: without autocast, in the weights' own dtype.
-        identity: what the record says of the model, such as hashes.
+        model: a `diffusion.Denoiser`, with or without a PEFT adapter (not merged, as merging rounds).
+        processor: unused; diffusion models have none.
+        config, source: settings and folder or hub id of the pipeline that the model is part of.
+        precision: autocast of the model; None: none, in the dtype of the weights.
+        identity: what identifies the model in generation.json, such as hashes.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class DiffusionBackend:
         }
 
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> torch.Tensor:
-        """B × 3 × H × W, FP32, 0 to 1, on the host; `settings` as `diffusion.sample` has them."""
+        """Returns B × 3 × H × W, FP32, 0 to 1, on the CPU; `settings` are arguments of `diffusion.sample`."""
         if self._pipeline is None:
             self._pipeline = diffusion.pipeline_of(self.denoiser, self.config, self.source, self.device)
         with autocast(self.device, self.precision):

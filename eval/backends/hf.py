@@ -1,7 +1,7 @@
-"""Answers with transformers: batched decoding, KV cache, left padding.
+"""Generates with transformers: batched decoding, KV cache, left padding.
 
-Greedy is the largest logit at every step, whatever the model's own generation_config.json asks for (a repetition
-penalty, suppressed tokens, sampling). At a temperature each row draws from a generator of its own seed, so that its
+Greedy decoding takes the largest logit at every step and ignores the model's own generation_config.json (a repetition
+penalty, suppressed tokens, sampling). At a temperature each row has a random generator with its own seed, so that its
 answer is independent of the rest of the batch, and a resumed evaluation gives the same answers.
 """
 
@@ -32,16 +32,16 @@ from flatlora.models.fit import position_tables, rotary_positions
 from flatlora.utils.labels import IGNORED_LABEL
 from flatlora.utils.precision import Precision, autocast
 
-_MARGIN = 4  # tokens more than a stop can have: the first blank of what is decoded may be lost
+_MARGIN = 4  # extra tokens to decode before a stop, as decoding can lose the first space
 
 
 class HFBackend(TokenizedBackend):
-    """Answers with a model in memory.
+    """Generates, and computes likelihoods, with a model in memory.
 
     Args:
-        model: causal or encoder-decoder model, with or without a PEFT adapter (never merged: a merge rounds).
-        precision: how the model computes; None: without autocast, in the weights' own dtype.
-        identity: what the record says of the model, such as hashes.
+        model: causal or encoder-decoder model, with or without a PEFT adapter (not merged, as merging rounds).
+        precision: autocast of the model; None: none, in the dtype of the weights.
+        identity: what identifies the model in generation.json, such as hashes.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class HFBackend(TokenizedBackend):
         self.device = next(model.parameters()).device
         self.on_token: Callable[[int], None] | None = None
         self.encoder_decoder = model.config.is_encoder_decoder
-        own = getattr(model, "generation_config", None)  # often a list, as of chat models
+        own = getattr(model, "generation_config", None)  # of chat models, its eos_token_id is often a list
         self.ends = end_ids(tokenizer.eos_token_id, getattr(own, "eos_token_id", None))
         self.context = context_of(model)
         if (head := model.get_output_embeddings()) is not None:
@@ -84,7 +84,7 @@ class HFBackend(TokenizedBackend):
         stops = StopTexts(len(prompts), start, lambda row, ids: self._is_stopped(prompts[row], ids, sampling))
         greedy = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,  # the draw is made by the processor below: its largest score is the drawn token
+            do_sample=False,  # `SeededDraw` below samples: the token with its largest score
             use_cache=True,
             eos_token_id=sorted(self.ends) or None,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -103,51 +103,54 @@ class HFBackend(TokenizedBackend):
         return [self._completion(*pair, sampling) for pair in zip(prompts, answers, strict=True)]
 
     def _is_stopped(self, prompt: list[int], answer: list[int], sampling: Sampling) -> bool:
-        """Whether a stop stands in an answer that had none before its last token."""
-        kept = self._before_end(answer)
-        newest = max(len(one.encode()) for one in sampling.stop) + _MARGIN  # tokens, a byte each at least
-        if len(kept) > newest and not cut_at(self._decode(kept[-newest:]), sampling.stop)[1]:
+        """Whether an answer contains a stop; it had none before its last token."""
+        ids = self._before_end(answer)
+        newest = max(len(stop.encode()) for stop in sampling.stop) + _MARGIN  # tokens, which are at least a byte each
+        if len(ids) > newest and not cut_at(self._decode(ids[-newest:]), sampling.stop)[1]:
             return False
-        return sampling.cut(self._text(prompt, kept))[1]
+        return sampling.cut(self._text(prompt, ids))[1]
 
     def first_token(self, choice: str) -> int:
         return self._choice_ids(choice, first_token=True)[0]
 
     def check_choices(self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool) -> None:
-        """Check that `log_likelihoods` can read every prompt with the longest of all choices behind it.
+        """Checks that every prompt followed by the longest of all choices fits the model's context.
 
         Raises:
             ConfigError: as `check_lengths`.
         """
-        offered = {choice for one in choices for choice in one}
-        longest = max((len(self._choice_ids(choice, first_token)) for choice in offered), default=0)
+        distinct = {choice for row_choices in choices for choice in row_choices}
+        longest = max((len(self._choice_ids(choice, first_token)) for choice in distinct), default=0)
         self.check_lengths([self.prompt_length(prompt) for prompt in prompts], longest + 1)
 
     @torch.inference_mode()
     def log_likelihoods(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, first_token: bool = False
     ) -> list[list[float]]:
-        """log p(choice, end of sequence | prompt), summed over its tokens; the prompt and a choice are tokenized apart.
+        """Returns log p(choice, end of sequence | prompt), summed over tokens, for each choice of each prompt.
 
-        `first_token` takes the first token of each choice alone, without an end.
+        Prompt and choice are tokenized separately. `first_token` takes only the first token of each choice, without
+        the end of the sequence.
         """
-        pairs = [(prompt, choice) for prompt, offered in zip(prompts, choices, strict=True) for choice in offered]
-        asked = {prompt: self.prompt_ids(prompt) for prompt in prompts}
-        answers = {choice: self._choice_ids(choice, first_token) for _, choice in pairs}
-        found: list[float] = []
+        pairs = [
+            (prompt, choice) for prompt, row_choices in zip(prompts, choices, strict=True) for choice in row_choices
+        ]
+        prompt_ids = {prompt: self.prompt_ids(prompt) for prompt in prompts}
+        choice_ids = {choice: self._choice_ids(choice, first_token) for _, choice in pairs}
+        sums: list[float] = []
         for start in range(0, len(pairs), self.batch_size):
-            part = pairs[start : start + self.batch_size]
+            batch = pairs[start : start + self.batch_size]
             with self._autocast():
-                found += self._sequence_scores([asked[p] for p, _ in part], [answers[c] for _, c in part])
-        scores = iter(found)
-        return [[next(scores) for _ in offered] for offered in choices]
+                sums += self._sequence_scores([prompt_ids[p] for p, _ in batch], [choice_ids[c] for _, c in batch])
+        scores = iter(sums)
+        return [[next(scores) for _ in row_choices] for row_choices in choices]
 
     def _choice_ids(self, choice: str, first_token: bool) -> list[int]:
         ids = text_ids(self.tokenizer, choice, special=False)
         return ids[:1] if first_token else [*ids, self.tokenizer.eos_token_id]
 
     def _sequence_scores(self, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
-        """Σ log p of the answers' tokens, one number a pair."""
+        """Returns Σ log p of the answer's tokens for each pair of prompt and answer."""
         width = max(map(len, answers))
         self.check_lengths([len(prompt) for prompt in prompts], width + 1)
         labels = self._padded(answers, left=not self.encoder_decoder, fill=IGNORED_LABEL)
@@ -156,7 +159,7 @@ class HFBackend(TokenizedBackend):
             mask = self._padded([[1] * len(ids) for ids in prompts], left=False, fill=0)
             logits = adapted_model(self.model)(input_ids=input_ids, attention_mask=mask, labels=labels).logits
         else:
-            # Padded on the left, so that every answer ends at the last place: the logits before it are all it takes.
+            # Padding is on the left, so that every answer ends at the last position: only the last logits are needed.
             joined = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
             input_ids = self._padded(joined, left=True, fill=self.tokenizer.pad_token_id)
             mask = self._padded([[1] * len(ids) for ids in joined], left=True, fill=0)
@@ -176,17 +179,17 @@ class HFBackend(TokenizedBackend):
         return pad(tensors, batch_first=True, padding_value=fill, padding_side=side).to(self.device)
 
     def _decoder_start(self) -> int | None:
-        """First token of an encoder-decoder model's answer, from whichever of its configs has it."""
+        """Returns the first token of an encoder-decoder model's answer, from whichever of its configs has it."""
         own = getattr(self.model, "generation_config", None)
-        found = [getattr(config, "decoder_start_token_id", None) for config in (own, self.model.config)]
-        return next((token for token in found if token is not None), None)
+        tokens = [getattr(config, "decoder_start_token_id", None) for config in (own, self.model.config)]
+        return next((token for token in tokens if token is not None), None)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.precision)
 
 
 def adapted_model(model: nn.Module) -> nn.Module:
-    """The model itself, with the layers that PEFT put into it.
+    """Returns the model inside PEFT's wrapper, with the adapter layers.
 
     AdaLoRA's wrapper adds its training penalty whenever there are labels, which fails if the adapter was loaded for
     inference.
@@ -204,7 +207,7 @@ class TokenCounter(BaseStreamer):
     """Reports the index of each token of a batch as it is generated."""
 
     def __init__(self, report: Callable[[int], None]) -> None:
-        self.report, self.tokens = report, -1  # what `generate` streams first is the prompt
+        self.report, self.tokens = report, -1  # `generate` streams the prompt first
 
     def put(self, value: torch.Tensor) -> None:
         self.tokens += 1
@@ -212,7 +215,7 @@ class TokenCounter(BaseStreamer):
             self.report(self.tokens)
 
     def end(self) -> None:
-        """Nothing is left to report."""
+        """Does nothing; the last token has been reported."""
 
 
 def context_of(model: nn.Module) -> Context | None:
@@ -224,13 +227,14 @@ def context_of(model: nn.Module) -> Context | None:
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a row at the token that completes a stop text in its answer, whatever its prompt ends in.
+    """Ends a row at the token that completes a stop text in its answer; its prompt is not searched.
 
     Args:
-        start: places of `input_ids` that are no answer's.
-        is_stopped: (row, ids of its answer) → whether a stop stands there.
+        start: index of the first token of the answers in `input_ids`.
+        is_stopped: (row, ids of its answer) → whether the answer contains a stop.
 
-    `lengths` has how many tokens of each row's answer there were by then; None where no stop came.
+    Attributes:
+        lengths: number of tokens of each row's answer when it stopped; None if it has not.
     """
 
     def __init__(self, rows: int, start: int, is_stopped: Callable[[int, list[int]], bool]) -> None:
@@ -245,10 +249,10 @@ class StopTexts(StoppingCriteria):
 
 
 class SeededDraw(LogitsProcessor):
-    """Scores whose largest is a draw from the nucleus of softmax(logits / temperature), by the Gumbel-max trick.
+    """Returns scores whose argmax is a sample from the nucleus of softmax(logits / temperature) (Gumbel-max trick).
 
     Args:
-        seeds: one a row; the k-th token of a row takes the k-th vector of uniforms from its seed.
+        seeds: one per row; the k-th token of a row uses the k-th vector of uniforms of its generator.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
@@ -258,20 +262,20 @@ class SeededDraw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = scores.float() / self.sampling.temperature
         if self.sampling.top_p < 1:
-            ordered, places = logits.sort(dim=-1, descending=True)
+            ordered, indices = logits.sort(dim=-1, descending=True)
             probabilities = ordered.softmax(-1)
             before = probabilities.cumsum(-1) - probabilities
-            outside = torch.zeros_like(before, dtype=torch.bool).scatter(1, places, before >= self.sampling.top_p)
+            outside = torch.zeros_like(before, dtype=torch.bool).scatter(1, indices, before >= self.sampling.top_p)
             logits = logits.masked_fill(outside, -torch.inf)
-        uniform = torch.stack([torch.rand(logits.shape[1], generator=one) for one in self.generators])
+        uniform = torch.stack([torch.rand(logits.shape[1], generator=generator) for generator in self.generators])
         return logits - (-uniform.clamp_min(1e-20).log()).log().to(logits.device)
 
 
 @contextlib.contextmanager
 def _without_own_generation_config(model: nn.Module) -> Iterator[None]:
-    """`generate` fills every unset field of the config it is given from the model's own: give it an empty one.
+    """Replaces the model's generation config by an empty one, as `generate` takes fields that are not set from it.
 
-    PEFT's wrapper keeps a second reference, which it puts into the model at each call.
+    PEFT's wrapper has a second reference, which it assigns to the model at each call.
     """
     owners = {module: module.generation_config for module in model.modules() if "generation_config" in vars(module)}
     for module in owners:

@@ -1,9 +1,9 @@
-"""lm-eval's model over `HFBackend`: lm-eval's tasks and scores, with the token ids and the decoding of this suite.
+"""Model class for lm-eval on `HFBackend`: lm-eval's tasks and scores, with this suite's token ids and decoding.
 
-lm-eval's own class gives texts to the tokenizer as they are, so that an appended end of the sequence is scored in place
-of an answer, and "<s>" in a question begins a sequence. It cuts prompts that are too long on the left, and generates by
-the model's own generation config. Here ids are those of `TokenizedBackend`, nothing is cut, and greedy is the largest
-logit.
+lm-eval's own class tokenizes texts as they are: an end-of-sequence token that the tokenizer appends is then scored in
+place of an answer, and "<s>" in a question becomes a special token. It truncates long prompts on the left, and uses the
+model's own generation config. Here ids are those of `TokenizedBackend`, nothing is truncated, and greedy decoding takes
+the largest logit.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from flatlora.inputs.tokenizing import text_ids
 
 
 class LMEvalModel(HFLM):
-    """What lm-eval asks for likelihoods and answers.
+    """Likelihoods and greedy answers for lm-eval.
 
     Args:
-        task: what warnings call the prompts.
+        task: name of the prompts in errors and warnings.
     """
 
     def __init__(self, backend: HFBackend, task: str, batch_size: int) -> None:
@@ -35,7 +35,7 @@ class LMEvalModel(HFLM):
             batch_size=batch_size,
             mixed_precision_dtype=backend.precision and backend.precision.autocast,
             backend="seq2seq" if backend.encoder_decoder else "causal",
-            max_length=sys.maxsize,  # what is too long is refused or warned about below, never cut
+            max_length=sys.maxsize,  # never truncate: `check_lengths` below raises or warns instead
         )
         self._answering, self._task = backend, task
 
@@ -45,22 +45,23 @@ class LMEvalModel(HFLM):
         return self._answering.prompt_ids(string)
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> Any:
-        """
+        """As in HFLM, after checking the lengths.
+
         Raises:
-            ConfigError: a prompt with its answer is longer than the model's positions.
+            ConfigError: a prompt with its answer is longer than the model's context.
         """
-        contexts = {tuple(context) for _, context, _ in requests}  # each stands here once for every choice
+        contexts = {tuple(context) for _, context, _ in requests}  # `requests` has a context once per choice
         longest = max((len(answer) for _, _, answer in requests), default=0)
         self._answering.check_lengths([len(context) for context in contexts], longest, task=self._task)
         return super()._loglikelihood_tokens(requests, **options)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers, without the blank that parts them from their prompts.
+        """Returns greedy answers, without the space between prompt and answer.
 
-        SentencePiece's decoders leave that blank out, byte-level ones keep it, and exact_match would count it.
+        SentencePiece's decoders drop that space, byte-level ones keep it, and exact_match would see the difference.
 
         Raises:
-            ConfigError: a prompt with its answer is longer than the model's positions.
+            ConfigError: a prompt with its answer is longer than the model's context.
         """
         groups: dict[Sampling, list[int]] = {}
         for index, request in enumerate(requests):
@@ -77,5 +78,5 @@ class LMEvalModel(HFLM):
         return [answers[index].removeprefix(" ") for index in range(len(requests))]
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        wanted = normalize_gen_kwargs(options, self.max_gen_toks)
-        return Sampling(wanted["max_gen_toks"], stop=tuple(filter(None, wanted["until"])))
+        normalized = normalize_gen_kwargs(options, self.max_gen_toks)
+        return Sampling(normalized["max_gen_toks"], stop=tuple(filter(None, normalized["until"])))

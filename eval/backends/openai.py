@@ -1,15 +1,16 @@
-"""Answers of any OpenAI-compatible endpoint, such as `vllm serve` in an environment of its own.
+"""Generates with any OpenAI-compatible endpoint, such as `vllm serve` in a separate environment.
 
-So many requests are under way at a time, and so many begin a minute; what fails for a moment (no connection, 408, 409,
-429, 5xx, silence, an answer that is none) is tried again after a wait that doubles, or as long as the server says. What
-keeps failing ends the evaluation; every answer that came is kept, and the same command goes on from there.
+The number of concurrent requests and of requests per minute is limited. Temporary failures (no connection, 408, 409,
+429, 5xx, a time-out, an invalid reply) are retried after a wait that doubles each time, or that the server sets. A
+request that keeps failing ends the evaluation; the answers so far are saved, and the same command continues.
 
-Models differ in the parameters that they take: GPT-5 and the o-series refuse max_tokens, temperature=0 and seed. What a
-400 names as unsupported is left out, or renamed, from then on, with a warning; `OpenAIBackend.adapted` records it. A
-request whose content is refused by a filter, or that is longer than the context, has an empty answer with its
-`refusal`, and the rest goes on; where the first requests are all too long, it is the settings that are, and it ends.
+Models differ in the parameters that they support: GPT-5 and the o-series reject max_tokens, temperature=0 and seed.
+Parameters that a 400 reply names as unsupported are omitted or renamed from then on, with a warning, and recorded in
+`OpenAIBackend.adapted`. A request that a content filter rejects, or that is longer than the context, gets an empty
+answer with a `refusal`, and the evaluation continues; if the first requests are all too long, it ends, as the settings
+are probably wrong.
 
-Which key goes to which endpoint, and how much of a reply is read, stands in `eval.backends.wire`.
+`eval.backends.wire` decides which key is sent to which endpoint, and limits the size of replies.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class EndpointError(OSError):
 class Endpoint:
     """Address, model and request limits of an endpoint.
 
-    `url` ends in /v1; `key_variable` names the environment variable with its key, None: as `wire.key_of` says.
+    Args:
+        url: ends in /v1.
+        key_variable: environment variable with the key; None: see `wire.key_of`.
     """
 
     url: str
@@ -63,7 +66,7 @@ class Endpoint:
     key_variable: str | None = None
     concurrency: int = 8
     requests_per_minute: float | None = None
-    timeout_s: float = 300.0  # of one request, however slowly its answer trickles
+    timeout_s: float = 300.0  # of one request until its complete reply
     tries: int = 6
     first_wait_s: float = 1.0
 
@@ -72,8 +75,8 @@ class OpenAIBackend:
     """Completions and chats of one model at an endpoint.
 
     Args:
-        chat: `generate` sends each prompt as a user's message of a chat; else as a text to be completed.
-        identity: what the record says besides.
+        chat: `generate` sends each prompt as a user message of a chat, instead of as a text to complete.
+        identity: more entries for generation.json.
     """
 
     def __init__(self, endpoint: Endpoint, *, chat: bool = False, identity: Mapping[str, Any] | None = None) -> None:
@@ -86,32 +89,32 @@ class OpenAIBackend:
         self.endpoint, self.batch_size, self.as_chat = endpoint, endpoint.concurrency, chat
         self.identity = dict(identity or {})
         self._next_slot = 0.0
-        self._answered, self._too_long = False, 0  # whether a request was, and how many were too long before
+        self._answered, self._too_long = False, 0  # whether any request was answered; how many were too long before
         self._given_up = threading.Event()
-        self.adapted: dict[str, str | None] = {}  # parameter that the model refuses → its other name; None: left out
+        self.adapted: dict[str, str | None] = {}  # parameter that the model rejects → its other name; None: omitted
         self._key = key_of(endpoint.key_variable, endpoint.url)
         self._secrets = [text for text in (self._key, httpx.URL(endpoint.url).password) if text]
         headers: dict[str, Any] = {"Accept-Encoding": "identity"}
-        if self._key is None:  # nor the account that OPENAI_ORG_ID and OPENAI_PROJECT_ID name
+        if self._key is None:  # do not send OPENAI_ORG_ID and OPENAI_PROJECT_ID either
             headers |= {"OpenAI-Organization": openai.omit, "OpenAI-Project": openai.omit}
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.url,
             api_key=self._key or "none",
-            # Its own retries know neither the deadline of a whole reply, nor the rate, nor a reply without an answer.
+            # The client's own retries have no deadline for a whole reply and no rate, and accept replies without text.
             max_retries=0,
             default_headers=headers,
-            # A proxy, which the environment may name, is another machine.
+            # For a loopback address, ignore a proxy in the environment: it is another machine.
             http_client=openai.DefaultAsyncHttpxClient(
                 event_hooks={"response": [limit_reply]}, trust_env=not is_loopback(endpoint.url)
             ),
         )
-        # A loop in a thread of its own: a request has a deadline as a whole, which only a coroutine can be held to.
+        # An event loop in its own thread: only a coroutine can be canceled at the deadline of a whole request.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="requests", daemon=True).start()
         weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     def describe(self) -> dict[str, Any]:
-        """Omits the address: a server that moved still has the same model."""
+        """Returns the entries for generation.json; without the address, as a server that moved has the same model."""
         return {
             "backend": "openai",
             "model": self.endpoint.model,
@@ -120,7 +123,7 @@ class OpenAIBackend:
         }
 
     def prompt_length(self, prompt: str) -> int:
-        """Characters: nobody here knows the endpoint's tokenizer."""
+        """Returns the number of characters, as the endpoint's tokenizer is unknown."""
         return len(prompt)
 
     def generate(
@@ -131,32 +134,32 @@ class OpenAIBackend:
         options, create = _options(sampling), self._client.completions.create
 
         async def ask(index: int) -> Completion:
-            found = await self._request(partial(create, prompt=prompts[index]), options | _seed(seeds, index))
-            return _completion(found, lambda choice: choice.text, sampling)
+            reply = await self._request(partial(create, prompt=prompts[index]), options | _seed(seeds, index))
+            return _completion(reply, lambda choice: choice.text, sampling)
 
         return self._all(ask, len(prompts))
 
     def chat(
         self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        """One reply for each chat, in order.
+        """Returns one reply per chat, in order.
 
         Raises:
-            EndpointError: as the module says.
+            EndpointError: the endpoint rejects a request, or a request keeps failing.
         """
         options, create = _options(sampling), self._client.chat.completions.create
 
         async def ask(index: int) -> Completion:
             messages = list(chats[index])
-            found = await self._request(partial(create, messages=messages), options | _seed(seeds, index))
-            return _completion(found, lambda choice: choice.message.content, sampling)
+            reply = await self._request(partial(create, messages=messages), options | _seed(seeds, index))
+            return _completion(reply, lambda choice: choice.message.content, sampling)
 
         return self._all(ask, len(chats))
 
     def each(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R]]:
-        """(item, what `work` makes of it) in the order in which they end; `concurrency` are under way at a time.
+        """Yields (item, work(item)) in the order in which they finish; `concurrency` run at a time.
 
-        Once one has failed no other begins or is tried again, and what those under way bring is still given.
+        After a failure no other item is started or retried; results of the running ones are still yielded.
 
         Raises:
             EndpointError: the first failure.
@@ -180,7 +183,7 @@ class OpenAIBackend:
                 for future in as_completed(futures):
                     if future.exception() is None and future.result() is not None:
                         yield futures[future], future.result()
-            except BaseException:  # an interrupt, or nobody wants the rest: what is under way is not waited for
+            except BaseException:  # an interrupt, or the caller stops: do not wait for running requests
                 self._given_up.set()
                 self._loop.call_soon_threadsafe(self._cancel_requests)
                 raise
@@ -193,89 +196,93 @@ class OpenAIBackend:
             task.cancel()
 
     def _all(self, ask: Callable[[int], Awaitable[Completion]], count: int) -> list[Completion]:
-        def one(index: int) -> Completion:
+        def answer(index: int) -> Completion:
             return asyncio.run_coroutine_threadsafe(self._one(lambda: ask(index)), self._loop).result()
 
-        if count == 1:  # from a thread of `each`, perhaps
-            return [one(0)]
-        found = dict(self.each(one, range(count)))
-        return [found[index] for index in range(count)]
+        if count == 1:  # may be called from a thread of `each`
+            return [answer(0)]
+        completions = dict(self.each(answer, range(count)))
+        return [completions[index] for index in range(count)]
 
     async def _request(self, create: Callable[..., Awaitable[Any]], options: Mapping[str, Any]) -> Any:
-        """The reply to one request, with the parameters that the model takes."""
+        """Returns the reply to one request, sent with the parameters that the model supports."""
         import openai
 
         while True:
-            sent = self._taken(options)
+            sent = self._supported(options)
             try:
-                # Another name is in the body alone: the client's methods have arguments for those that it knows.
-                own, renamed = ({k: v for k, v in sent.items() if (k in options) is known} for known in (True, False))
+                # Renamed parameters go into the body: the client's methods have no arguments for unknown names.
+                own, renamed = (
+                    {k: v for k, v in sent.items() if (k in options) is is_known} for is_known in (True, False)
+                )
                 return await create(model=self.endpoint.model, **own, extra_body=renamed or None)
             except openai.APIStatusError as error:
-                if (refused := _unsupported(error, sent)) is None:
+                if (rejected := _unsupported(error, sent)) is None:
                     raise
-                if refused not in self.adapted:  # a request beside this one may have been told the same
-                    self._adapt(refused, error)
+                if rejected not in self.adapted:  # a concurrent request may have adapted it already
+                    self._adapt(rejected, error)
 
-    def _taken(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        taken = {}
+    def _supported(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the options without, or under the other names of, parameters that the model rejected."""
+        supported = {}
         for name, value in options.items():
             while name in self.adapted:
                 name = self.adapted[name]
             if name is not None:
-                taken[name] = value
-        return taken
+                supported[name] = value
+        return supported
 
-    def _adapt(self, refused: str, error: openai.APIStatusError) -> None:
+    def _adapt(self, rejected: str, error: openai.APIStatusError) -> None:
         other = re.search(r"use ['`\"](\w+)['`\"] instead", _server_message(error), re.IGNORECASE)
-        name = other[1] if other else _OTHER_NAMES.get(refused)
-        self.adapted[refused] = name if name != refused and name not in self.adapted else None
-        done = f"{self.adapted[refused]} is sent instead" if self.adapted[refused] else "it is left out"
-        logger.warning("%s does not take %s (%s): %s.", self.endpoint.model, refused, _server_message(error), done)
+        name = other[1] if other else _OTHER_NAMES.get(rejected)
+        self.adapted[rejected] = name if name != rejected and name not in self.adapted else None
+        change = f"{self.adapted[rejected]} is sent instead" if self.adapted[rejected] else "it is left out"
+        logger.warning(
+            "%s does not support %s (%s): %s.", self.endpoint.model, rejected, _server_message(error), change
+        )
 
     async def _one(self, ask: Callable[[], Awaitable[Completion]]) -> Completion:
         for attempt in range(1, self.endpoint.tries + 1):
             await self._slot()
             try:
-                answer = await asyncio.wait_for(ask(), self.endpoint.timeout_s)
+                completion = await asyncio.wait_for(ask(), self.endpoint.timeout_s)
                 self._answered = True
-                return answer
+                return completion
             except Exception as raised:
                 error = raised.__cause__ if isinstance(raised.__cause__, ReplyRefused) else raised
                 reason, wait = self._reason(error), _retry_after(error)
-                refused = _is_refused(error)
-                if refused and not self._answered and _LENGTH.search(reason.lower()):
+                is_refused = _is_refused(error)
+                if is_refused and not self._answered and _LENGTH.search(reason.lower()):
                     self._too_long += 1
-                if refused and self._too_long <= _MOST_TOO_LONG:
-                    logger.warning("%s refuses a request: %s.", self.endpoint.model, reason)
+                if is_refused and self._too_long <= _MOST_TOO_LONG:
+                    logger.warning("%s refused a request: %s.", self.endpoint.model, reason)
                     return Completion("", 0, False, refusal=reason)
-                if wait is None and not _may_pass(error):
+                if wait is None and not _is_temporary(error):
                     raise EndpointError(f"{self.endpoint.url} refuses {self.endpoint.model}: {reason}") from error
                 last = error
             if self._given_up.is_set():
                 break
             if attempt < self.endpoint.tries:
-                doubled = self.endpoint.first_wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
-                await asyncio.sleep(min(wait if wait is not None else doubled, _LONGEST_WAIT_S))
-        if isinstance(last, _NoWords) and attempt == self.endpoint.tries:
-            return Completion(
-                "", 0, False, refusal=reason
-            )  # it will not say more: a filter's answer, and no reason to end the rest
+                backoff = self.endpoint.first_wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+                await asyncio.sleep(min(wait if wait is not None else backoff, _LONGEST_WAIT_S))
+        if isinstance(last, _NullText) and attempt == self.endpoint.tries:
+            # Most likely a filter: this answer stays empty, and the evaluation continues.
+            return Completion("", 0, False, refusal=reason)
         raise EndpointError(f"{self.endpoint.url} failed {attempt} times, the last one: {reason}")
 
     def _reason(self, error: Exception) -> str:
-        """Why a request failed, without what a server repeats of the secrets that it was sent."""
+        """Returns why a request failed; secrets that the server repeats are masked."""
         if isinstance(error, TimeoutError):
-            return f"no whole answer within {self.endpoint.timeout_s:g} s"
+            return f"no complete answer within {self.endpoint.timeout_s:g} s"
         reason = _server_message(error)
         for secret in self._secrets:
             reason = reason.replace(secret, MASK)
         if not self._secrets and getattr(error, "status_code", None) in (401, 403):
-            reason += "; no key was sent, for none was named for this address (judge_key or base_key)"
+            reason += "; no key was sent, as none was given for this address (judge_key or base_key)"
         return reason
 
     async def _slot(self) -> None:
-        """Wait until the rate allows one more request."""
+        """Waits until the rate limit allows one more request."""
         if self.endpoint.requests_per_minute is None:
             return
         now = time.monotonic()
@@ -288,15 +295,15 @@ class _NoAnswer(Exception):
     """A successful reply without an answer."""
 
 
-class _NoWords(_NoAnswer):
-    """A reply in its form whose text is null, as filters give it."""
+class _NullText(_NoAnswer):
+    """A valid reply whose text is null, as filters return it."""
 
 
 class _Filtered(_NoAnswer):
-    """A reply that ends because of a filter, before a word."""
+    """A reply that a filter ended before its first word."""
 
 
-# What a model may do without or take by another name; anything else decides what is asked.
+# Parameters that may be omitted or renamed; all others determine the request.
 _ADAPTABLE = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop")
 _OTHER_NAMES = {"max_tokens": "max_completion_tokens"}
 _UNSUPPORTED = re.compile(
@@ -304,69 +311,69 @@ _UNSUPPORTED = re.compile(
     r"|deprecated",
     re.IGNORECASE,
 )
-# Codes and words by which servers say that it is this request's content, or its length, that they refuse.
+# Error codes and phrases of servers that reject the content or the length of a request.
 _REFUSED_CODES = (
     *("content_filter", "content_policy_violation", "invalid_prompt", "ResponsibleAIPolicyViolation"),
     *("moderation_blocked", "content_moderation", "data_inspection_failed", "context_length_exceeded"),
 )
-_REFUSED_WORDS = (
+_REFUSED_PHRASES = (
     *("content management policy", "content filter", "content_filter", "content policy", "usage policy", "moderation"),
     *("inappropriate content", "maximum context length", "context size", "prompt is too long"),
 )
 _LENGTH = re.compile("context|too long")
-_MOST_TOO_LONG = 8  # requests that are too long before one is answered: then it is the settings that are
+_MOST_TOO_LONG = 8  # if more requests are too long before one is answered, the settings are wrong
 
 
 def _unsupported(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str | None:
-    """The parameter of a request that its model does not take, or not with this value."""
-    said = _complaint(error)
-    if error.status_code not in (400, 422) or not _UNSUPPORTED.search(said):
+    """Returns the parameter of a request that the model does not support, or not with this value; None if none."""
+    text = _error_text(error)
+    if error.status_code not in (400, 422) or not _UNSUPPORTED.search(text):
         return None
-    named = [error.param, *(name for pair in _NAMED.findall(said) for name in pair)]
+    named = [error.param, *(name for pair in _NAMED.findall(text) for name in pair)]
     return next((name for name in named if name in sent and name in _ADAPTABLE), None)
 
 
-# A parameter in quotes, or behind what announces one: "temperature" and "stop" may be other words.
+# A parameter in quotes, or after a word such as "parameter"; elsewhere "temperature" and "stop" may be ordinary words.
 _NAMED = re.compile(r"['`\"](\w+)['`\"]|\b(?:(?:support )?(?:parameter|argument)s?|support|on this model):?\s+(\w+)")
 
 
-def _complaint(error: openai.APIStatusError) -> str:
-    """Returns the server's error text and location, without what it repeats of the request."""
+def _error_text(error: openai.APIStatusError) -> str:
+    """Returns the server's error text and its location, without the parts of the request that it repeats."""
     body = _body(error)
     details = body.get("detail") if isinstance(body, Mapping) else None
     if not isinstance(details, list):
         return _server_message(error)
-    found = [one for one in details if isinstance(one, Mapping)]
-    return "; ".join(f"{[str(part) for part in one.get('loc', [])]}: {one.get('msg')}" for one in found)
+    errors = [detail for detail in details if isinstance(detail, Mapping)]
+    return "; ".join(f"{[str(part) for part in detail.get('loc', [])]}: {detail.get('msg')}" for detail in errors)
 
 
 def _body(error: Exception) -> Any:
     body = getattr(error, "body", None)
-    if isinstance(body, list) and body and isinstance(body[0], Mapping):  # as Gemini's endpoint has it
+    if isinstance(body, list) and body and isinstance(body[0], Mapping):  # as from Gemini's endpoint
         body = body[0].get("error", body[0])
     return body
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether it is this one request that is refused, for its content or its length."""
+    """Whether only this request is rejected, because of its content or its length."""
     if isinstance(error, _Filtered):
         return True
     import openai
 
-    if isinstance(error, openai.PermissionDeniedError):  # else of the key or the account
+    if isinstance(error, openai.PermissionDeniedError):  # with another code, the key or the account is rejected
         return error.code in _REFUSED_CODES
     if not isinstance(error, openai.BadRequestError):
         return False
     message = _server_message(error).lower()
-    return error.code in _REFUSED_CODES or any(words in message for words in _REFUSED_WORDS)
+    return error.code in _REFUSED_CODES or any(phrase in message for phrase in _REFUSED_PHRASES)
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:
     options: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
     if sampling.temperature:
         options["top_p"] = sampling.top_p
-    if sampling.stop and not sampling.stop_in_body:  # which an endpoint cannot know
-        options["stop"] = list(sampling.stop)[:4]  # as many as the interface takes; the rest is cut off here
+    if sampling.stop and not sampling.stop_in_body:  # endpoints have no equivalent of `stop_in_body`
+        options["stop"] = list(sampling.stop)[:4]  # the API's maximum; `_completion` cuts at the others
     return options
 
 
@@ -384,32 +391,32 @@ def _completion(reply: Any, text_of: Callable[[Any], str | None], sampling: Samp
     if not text and ended == "content_filter":
         raise _Filtered("the server's filter ends the answer before its first word")
     if not isinstance(text, str):
-        raise (_NoWords if text is None else _NoAnswer)("a reply whose answer is no text")
+        raise (_NullText if text is None else _NoAnswer)("a reply whose answer is no text")
     text, stopped = sampling.cut(text)
     tokens = getattr(getattr(reply, "usage", None), "completion_tokens", None)
     return Completion(text, tokens if isinstance(tokens, int) else 0, ended == "stop" or stopped)
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_temporary(error: Exception) -> bool:
     import openai
 
     if isinstance(error, openai.APIStatusError):
         return error.status_code in (408, 409, 425, 429) or error.status_code >= 500
-    passing = (openai.APIConnectionError, openai.APIResponseValidationError, TimeoutError, _NoAnswer, ValueError)
-    return isinstance(error, passing)
+    temporary = (openai.APIConnectionError, openai.APIResponseValidationError, TimeoutError, _NoAnswer, ValueError)
+    return isinstance(error, temporary)
 
 
 def _retry_after(error: Exception) -> float | None:
     response = getattr(error, "response", None)
-    told = response.headers.get("retry-after") if response is not None else None
+    seconds = response.headers.get("retry-after") if response is not None else None
     try:
-        return max(0.0, float(told)) if told else None
+        return max(0.0, float(seconds)) if seconds else None
     except ValueError:
         return None
 
 
 def _server_message(error: Exception) -> str:
-    """What the server itself says, behind the status; else the client's words."""
+    """Returns the status and the server's own message; without a message, the client's."""
     body = _body(error)
     message = body.get("message") or body.get("detail") if isinstance(body, Mapping) else None
     status = f"status {error.status_code}: " if hasattr(error, "status_code") else ""

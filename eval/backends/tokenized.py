@@ -1,6 +1,4 @@
-"""What backends share that have the model's own tokenizer: how prompts and chats become token ids, and how those that
-the model adds become an answer.
-"""
+"""Base class of backends with the model's own tokenizer: prompts and chats to token ids, generated ids to answers."""
 
 from __future__ import annotations
 
@@ -22,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 class Context(NamedTuple):
-    """How many tokens a model takes, prompt and answer together (an encoder-decoder model: each by itself).
+    """Maximum number of tokens of prompt and answer together (for an encoder-decoder model, of each).
 
-    Beyond `limit`, "learned" positions do not exist, "rotary" ones were never trained, and a "served" answer is cut.
+    Beyond `limit`, "learned" positions do not exist, "rotary" ones were not trained, and a "served" answer is cut.
     """
 
     limit: int
@@ -34,7 +32,9 @@ class Context(NamedTuple):
 class TokenizedBackend:
     """Generation by token ids; a subclass has `tokenizer`, `ends` and `_generate`.
 
-    `ends` are the tokens that each end an answer.
+    Attributes:
+        ends: ids of the tokens that end an answer.
+        context: limit of the model's context; None: none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,18 +47,18 @@ class TokenizedBackend:
         return len(self.prompt_ids(prompt))
 
     def check_lengths(self, lengths: Sequence[int], new_tokens: int, *, task: str | None = None) -> None:
-        """Check that the model can read prompts of these lengths and `new_tokens` after each; warns once for each task.
+        """Checks that prompts of these lengths with `new_tokens` more fit the model's context; warns once per task.
 
         Args:
-            task: what the messages say that the prompts are of; None: of any.
+            task: name of the prompts in messages; None: unnamed.
 
         Raises:
-            ConfigError: it cannot; with how many there are of those.
+            ConfigError: they do not fit; the message has their number.
         """
         if self.context is None or not lengths:
             return
         limit, kind = self.context
-        # The last new token is an answer's, and read by nobody.
+        # The last new token is not fed back to the model.
         read = [max(length, new_tokens) if self.encoder_decoder else length + new_tokens - 1 for length in lengths]
         beyond, alone, longest = sum(n > limit for n in read), sum(n > limit for n in lengths), max(lengths)
         of_task = f" of {task}" if task else ""
@@ -66,11 +66,11 @@ class TokenizedBackend:
             raise ConfigError(
                 [
                     f"Too long for the model: {beyond} of {len(lengths)} prompts{of_task}, the longest of {longest} "
-                    f"tokens, with up to {new_tokens} tokens of an answer; it has positions for {limit} tokens and "
-                    "none beyond. Lower max_new_tokens, leave those rows out, or use a model with a longer context."
+                    f"tokens, with up to {new_tokens} tokens of an answer; it has positions for {limit} tokens. Lower "
+                    "max_new_tokens, leave those rows out, or use a model with a longer context."
                 ]
             )
-        # A batch of a task is no task of its own: it was warned about with all the prompts.
+        # Batches (task=None) do not warn again: all prompts of the task were checked before.
         if beyond and not (self._warned_of if task is None else task in self._warned_of):
             self._warned_of |= {task}
             logger.warning(
@@ -81,10 +81,10 @@ class TokenizedBackend:
             )
 
     def tokens_left(self, lengths: Sequence[int]) -> int | None:
-        """How many new tokens there are learned positions for after prompts of these lengths; None: any number."""
+        """Returns how many new tokens have learned positions after prompts of these lengths; None: any number."""
         if self.context is None or self.context.kind != "learned":
             return None
-        # The last new token is read by nobody; an encoder-decoder model has positions of its own for the answer.
+        # The last new token is not fed back; an encoder-decoder model has separate positions for the answer.
         return self.context.limit if self.encoder_decoder else self.context.limit - max(lengths) + 1
 
     def generate(
@@ -95,22 +95,22 @@ class TokenizedBackend:
     def chat(
         self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        """One reply to each chat.
+        """Returns one reply per chat.
 
         Raises:
-            ConfigError: the tokenizer has no form for chats.
+            ConfigError: the tokenizer has no chat template.
         """
         return self._generate(self._chat_ids(chats), sampling, seeds)
 
     def chat_length(self, chat: Messages) -> int:
-        """Tokens of a chat; raises as `chat`."""
+        """Returns the number of tokens of a chat; raises as `chat`."""
         return len(self._chat_ids([chat])[0])
 
     def _chat_ids(self, chats: Sequence[Messages]) -> list[list[int]]:
         if getattr(self.tokenizer, "chat_template", None) is None:
             name = self.tokenizer.name_or_path
             raise ConfigError(
-                [f"Invalid template=chat: the tokenizer of {name} has no form for chats; use alpaca or qa."]
+                [f"Invalid template=chat: the tokenizer of {name} has no chat template; use alpaca or qa."]
             )
         return self._encode_chats(chats)
 
@@ -119,11 +119,11 @@ class TokenizedBackend:
         return ChatEncoder(self.tokenizer)
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
-        """One completion for each list of token ids, in order."""
+        """Returns one completion per list of token ids, in order."""
         raise NotImplementedError
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of a prompt: names of special tokens are text, and a decoder's prompt has no end."""
+        """Returns the ids of a prompt: names of special tokens are text, and a decoder's prompt has no end token."""
         ids = text_ids(self.tokenizer, prompt)
         return ids[: len(ids) - self._appended_ends]
 
@@ -132,26 +132,26 @@ class TokenizedBackend:
         return 0 if self.encoder_decoder else appended_ends(self.tokenizer)
 
     def _completion(self, prompt: list[int], ids: list[int], sampling: Sampling) -> Completion:
-        """The answer in the ids that the model put behind `prompt`: up to its first end, and before its first stop."""
-        kept = self._before_end(ids)
-        text, stopped = sampling.cut(self._text(prompt, kept))
-        return Completion(text, len(kept), len(kept) < len(ids) or stopped)
+        """Returns the answer in the ids that follow `prompt`: up to the first end token, and before the first stop."""
+        answer = self._before_end(ids)
+        text, stopped = sampling.cut(self._text(prompt, answer))
+        return Completion(text, len(answer), len(answer) < len(ids) or stopped)
 
     def _before_end(self, ids: list[int]) -> list[int]:
-        return ids[: next((place for place, token in enumerate(ids) if token in self.ends), len(ids))]
+        return ids[: next((index for index, token in enumerate(ids) if token in self.ends), len(ids))]
 
     def _text(self, prompt: list[int], answer: list[int]) -> str:
-        """What an answer adds to its prompt's text.
+        """Decodes an answer as what it adds to the text of its prompt.
 
-        SentencePiece's decoders take the first blank off a text, so an answer decoded by itself would lose its own.
+        SentencePiece's decoders drop the first space of a text, so an answer must not be decoded by itself.
         """
         before = [] if self.encoder_decoder else prompt
-        head, whole = self._decode(before), self._decode([*before, *answer])
-        return whole.removeprefix(head) if whole.startswith(head) else self._decode(answer)
+        start, full = self._decode(before), self._decode([*before, *answer])
+        return full.removeprefix(start) if full.startswith(start) else self._decode(answer)
 
     @functools.cached_property
     def tokenizer_sha256(self) -> str:
-        """SHA-256 over what turns texts and chats into ids and back; batching options, which calls change, are not."""
+        """SHA-256 of the tokenizer and its chat template, without the padding and truncation that calls change."""
         tokenizer, fast = self.tokenizer, getattr(self.tokenizer, "backend_tokenizer", None)
         state: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
         if fast is not None:
@@ -160,18 +160,18 @@ class TokenizedBackend:
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def _decode(self, ids: list[int]) -> str:
-        """Never "cleaned up", which would take blanks before punctuation away."""
+        """Decodes without "clean up", which would remove spaces before punctuation."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 _BEYOND = {
-    "rotary": "it was not trained on positions beyond, and what it says there is worth little; nothing is cut",
+    "rotary": "it was not trained on positions beyond, so answers there are unreliable; nothing is cut",
     "served": "an answer that reaches the limit is cut there, and counts as unfinished",
 }
 
 
 def end_ids(*declared: int | Iterable[int] | None) -> frozenset[int]:
-    """All end-of-sequence ids of a tokenizer and a generation config, which may have one, several or none."""
+    """Returns all end-of-sequence ids of a tokenizer and a generation config, which may have one, several or none."""
     ids: set[int] = set()
     for end in declared:
         ids |= set() if end is None else {end} if isinstance(end, int) else set(end)

@@ -1,7 +1,7 @@
-"""Answers with vLLM in this process: the whole batch at once, an adapter by LoRARequest, nothing merged.
+"""Generates with vLLM in this process: whole batches, with adapters by LoRARequest, not merged.
 
-vLLM pins its own torch and numba: it has an environment of its own, made by `make vllm`, in which the commands of
-`eval` run as in any other.
+vLLM pins its own torch and numba, so it has a separate environment, made by `make vllm`, in which the commands of
+`eval` also run.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from flatlora.utils.errors import ConfigError
 
 
 class VLLMBackend(TokenizedBackend):
-    """Answers with a model that vLLM serves in this process.
+    """Generates with vLLM's engine in this process.
 
     Args:
-        weights: folder or hub id of the backbone, or of a whole model.
+        weights: folder or hub id of the backbone, or of a complete model.
         adapter: folder of a PEFT adapter on it.
-        tokenizer: folder of the one that the adapter was trained with; None: the backbone's.
+        tokenizer: folder of the tokenizer that the adapter was trained with; None: the backbone's.
         revision: of the backbone at the hub.
-        dtype: of weights and products.
-        context: tokens of the longest prompt with its answer; None takes the model's own limit.
+        dtype: of the weights and computations.
+        context: maximum number of tokens of prompt and answer; None: the model's own limit.
 
     Raises:
-        ConfigError: vLLM is not installed here, or takes no such adapter; or as `flatlora.models.loading.check_served`.
+        ConfigError: vLLM is not installed or does not support the adapter; or as
+            `flatlora.models.loading.check_served`.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class VLLMBackend(TokenizedBackend):
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(
                 [
-                    "Invalid backend=vllm: vLLM is not installed in this environment; make vllm makes one that has it, "
-                    "and .venv-vllm/bin/python -m eval.NAME … backend=vllm uses it. backend=hf needs nothing."
+                    "Invalid backend=vllm: vLLM is not installed in this environment; create one with make vllm, and "
+                    "run .venv-vllm/bin/python -m eval.NAME … backend=vllm, or use backend=hf."
                 ]
             )
         from vllm import LLM
@@ -64,7 +65,7 @@ class VLLMBackend(TokenizedBackend):
         if adapter is not None:
             lora = {"enable_lora": True, "max_lora_rank": _rank_that_fits(_served_rank(adapter))}
             self._adapter = LoRARequest("adapter", 1, str(adapter.resolve()))
-        # vLLM leaves out what an adapter lacks and what the model has no place for.
+        # vLLM ignores missing tensors of an adapter, and tensors that the model has no layer for.
         check_served(model_of(weights).model_copy(update={"revision": revision}), adapter, tokenizer)
         self._dtype = dtype
         self.llm = LLM(
@@ -80,11 +81,11 @@ class VLLMBackend(TokenizedBackend):
             **_memory(),
         )
         if self._adapter is not None:
-            self.llm.llm_engine.add_lora(self._adapter)  # now, and not with the first prompt
+            self.llm.llm_engine.add_lora(self._adapter)  # so that errors show now, not at the first prompt
         self.tokenizer = self.llm.get_tokenizer()
-        served = self.llm.llm_engine.model_config
-        self.ends = end_ids(self.tokenizer.eos_token_id, served.try_get_generation_config().get("eos_token_id"))
-        self.context = Context(served.max_model_len, "served")
+        model_config = self.llm.llm_engine.model_config
+        self.ends = end_ids(self.tokenizer.eos_token_id, model_config.try_get_generation_config().get("eos_token_id"))
+        self.context = Context(model_config.max_model_len, "served")
 
     def describe(self) -> dict[str, Any]:
         import vllm
@@ -103,33 +104,33 @@ class VLLMBackend(TokenizedBackend):
         from vllm import SamplingParams
 
         self.check_lengths([len(prompt) for prompt in prompts], sampling.max_new_tokens)
-        drawn = [None] * len(prompts)
+        vllm_seeds = [None] * len(prompts)
         if seeds is not None and sampling.temperature:
-            drawn = [seed % (1 << 63) for seed in seeds]
+            vllm_seeds = [seed % (1 << 63) for seed in seeds]
         options = [
             SamplingParams(
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p if sampling.temperature else 1.0,
-                stop=None if sampling.stop_in_body else list(sampling.stop) or None,  # cut off here
+                stop=None if sampling.stop_in_body else list(sampling.stop) or None,  # else `_completion` cuts
                 stop_token_ids=sorted(self.ends),
                 seed=seed,
             )
-            for seed in drawn
+            for seed in vllm_seeds
         ]
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
-        request_outputs = self.llm.generate(asked, options, lora_request=self._adapter, use_tqdm=False)
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        request_outputs = self.llm.generate(requests, options, lora_request=self._adapter, use_tqdm=False)
         outputs = [request_output.outputs[0] for request_output in request_outputs]
-        return [self._said(*pair, sampling) for pair in zip(prompts, outputs, strict=True)]
+        return [self._output_completion(*pair, sampling) for pair in zip(prompts, outputs, strict=True)]
 
-    def _said(self, prompt: list[int], output: Any, sampling: Sampling) -> Completion:
-        """The text is made of the tokens as for backend=hf, so that the same tokens are the same answer."""
-        answer = self._completion(prompt, list(output.token_ids), sampling)
-        return answer._replace(finished=answer.finished or output.finish_reason == "stop")
+    def _output_completion(self, prompt: list[int], output: Any, sampling: Sampling) -> Completion:
+        """Decodes vLLM's tokens like backend=hf, so that the same tokens give the same answer."""
+        completion = self._completion(prompt, list(output.token_ids), sampling)
+        return completion._replace(finished=completion.finished or output.finish_reason == "stop")
 
 
 def _memory() -> dict[str, float]:
-    """On a CPU, where vLLM would take nine tenths of all memory: half of what is free."""
+    """Returns vLLM's memory setting on a CPU: half of the free memory, as vLLM's default is 90% of all memory."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -139,30 +140,33 @@ def _memory() -> dict[str, float]:
 
 
 def _served_rank(adapter: Path) -> int:
-    """The rank of an adapter.
+    """Returns the rank of an adapter.
 
     Raises:
-        ConfigError: it is broken, or vLLM's LoRA layers do not compute it as PEFT does.
+        ConfigError: it is broken, or vLLM's LoRA layers do not compute the same as PEFT.
     """
     check_adapter(adapter)
     config = adapter_config(adapter)
     if (kind := config.get("peft_type")) != "LORA":
         errors = [f"its kind is {kind}"]
     else:
-        errors = [words for key, words in _NOT_SERVED.items() if config.get(key) not in (None, False, "none", {}, [])]
+        errors = [text for key, text in _NOT_SERVED.items() if config.get(key) not in (None, False, "none", {}, [])]
         others = [name for name in tensor_names(adapter) if ".lora_" not in name]
-        errors += [f"it has other tensors besides, {in_short(others)}"] if others and not errors else []
+        errors += [f"it also has other tensors, {in_short(others)}"] if others and not errors else []
     if errors:
         raise ConfigError(
-            [f"Invalid backend=vllm for {adapter}: {' and '.join(errors)}, which vLLM does not serve; use backend=hf."]
+            [
+                f"Invalid backend=vllm for {adapter}: {' and '.join(errors)}, which vLLM does not support; use "
+                "backend=hf."
+            ]
         )
     return config["r"]
 
 
-_NOT_SERVED = {  # of adapter_config.json: vLLM refuses these, or passes over them
+_NOT_SERVED = {  # keys of adapter_config.json that vLLM rejects or ignores
     "use_dora": "it is DoRA, whose magnitudes are no low-rank term",
-    "modules_to_save": "it has whole modules (modules_to_save) besides",
-    "bias": "it has biases (bias) besides",
+    "modules_to_save": "it also has whole modules (modules_to_save)",
+    "bias": "it also has biases (bias)",
     "lora_bias": "its B has biases (lora_bias)",
     "rank_pattern": "its layers have ranks of their own (rank_pattern)",
     "alpha_pattern": "its layers have scalings of their own (alpha_pattern)",
@@ -173,9 +177,18 @@ _NOT_SERVED = {  # of adapter_config.json: vLLM refuses these, or passes over th
 
 
 def _rank_that_fits(rank: int) -> int:
-    """vLLM has layers for some ranks alone; a smaller adapter fits into a larger one."""
+    """Returns the smallest rank that vLLM has layers for and that the adapter's rank does not exceed.
+
+    Raises:
+        ConfigError: the adapter's rank is larger than vLLM supports.
+    """
     sizes = (1, 8, 16, 32, 64, 128, 256, 320, 512)
     fitting = [size for size in sizes if size >= rank]
     if not fitting:
-        raise ConfigError([f"Invalid backend=vllm: the adapter's rank is {rank}, and vLLM serves {sizes[-1]} at most."])
+        raise ConfigError(
+            [
+                f"Invalid backend=vllm: the adapter's rank is {rank}, and vLLM supports {sizes[-1]} at most; use "
+                "backend=hf."
+            ]
+        )
     return fitting[0]

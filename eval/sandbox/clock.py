@@ -1,4 +1,4 @@
-"""Time that processes spent on CPU, asleep, waiting for a disk, and ready but waiting for a core."""
+"""Measures the time that processes spend on the CPU, asleep, waiting for a disk, and waiting for a core."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ class Clock:
 
     Attributes:
         cpu: seconds of CPU time, of all threads.
-        asleep: seconds in which none of them ran or wanted to.
-        on_disk: seconds in which none ran, and one waited for a disk or the like (state D), which is none of its doing.
-        waited: seconds for which threads were ready to run and did not; None where the kernel does not count them.
+        asleep: seconds in which no thread ran or was ready to run.
+        on_disk: seconds in which no thread ran and one waited for a disk or the like (state D), through no fault of its
+            own.
+        waited: seconds in which threads were ready but did not run; None if the kernel does not count them.
     """
 
     def __init__(self, pids: list[int]) -> None:
         self.cpu, self.asleep, self.on_disk, self.waited = 0.0, 0.0, 0.0, 0.0
         self._pids = pids
-        self._waits: dict[str, float] = {}  # of each thread, those that have ended included
+        self._waits: dict[str, float] = {}  # of each thread, including ended ones
         self._settled = time.monotonic(), 0.0, 0.0
 
     def look(self) -> None:
-        """Read the kernel's counters; processes that have ended keep theirs until they are waited for."""
+        """Reads the kernel's counters; those of an ended process exist until its parent waits for it."""
         now = time.monotonic()
         self.cpu = max(self.cpu, sum(_cpu_s(pid) for pid in self._pids))
         states = set().union(*map(self._states_of, self._pids))
         waited = sum(self._waits.values())
         self.waited = waited if self._waits else None
-        if b"R" in states:  # how long it waits is counted when it gets a core: what is not asleep is not known before
+        if b"R" in states:  # its wait is counted only once it gets a core, so the idle time is not known yet
             return
         then, cpu, before = self._settled
         idle = max(0.0, now - then - (self.cpu - cpu) - (waited - before))
@@ -48,15 +49,15 @@ class Clock:
                     states.add(file.read().rpartition(b")")[2].split()[0])
                 with open(f"{folder}/schedstat", "rb") as file:
                     self._waits[folder] = int(file.read().split()[1]) / 1e9
-            except (OSError, IndexError):  # it has ended meanwhile, or nobody counts
+            except (OSError, IndexError):  # it has ended meanwhile, or the kernel does not count
                 continue
         return states
 
 
 def _cpu_s(pid: int) -> float:
     try:
-        return time.clock_gettime((~pid << 3) | 2)  # the number that Linux gives the CPU clock of a process
-    except OSError:  # it is gone, waited for
+        return time.clock_gettime((~pid << 3) | 2)  # Linux's id of the CPU clock of a process
+    except OSError:  # its parent has waited for it
         return 0.0
 
 

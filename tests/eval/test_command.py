@@ -135,7 +135,7 @@ def test_a_base_that_moved_is_named(with_own_base, tmp_path, capsys):
     moved, own = tmp_path / "elsewhere", run / "eval/gsm8k"
     base.rename(moved)
     (told,) = errors([run, "device=cpu"], capsys)
-    wanted = f"Invalid base model {base} of {run}/adapter: there is no such folder; say where it is now with base=PATH."
+    wanted = f"Invalid base model {base} of {run}/adapter: there is no such folder; name its new place with base=PATH."
     assert told == wanted
     before = {path.name: path.read_bytes() for path in own.iterdir()}
     assert main("gsm8k", [str(run), "device=cpu", f"base={moved}"]) == 0
@@ -166,7 +166,7 @@ def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_pat
     shutil.copytree(tmp_path / "moved/models/base", tmp_path / "some/models/base")  # where PEFT itself would look
     assert main("gsm8k", [*words, f"out={tmp_path / 'working'}"]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "Of two folders ../models/base the one in the working directory is taken" in told
+    assert "There are two folders ../models/base: the one in the working directory is used" in told
     shutil.rmtree(tmp_path / "some/models")
     (tmp_path / "moved/models/base").rename(tmp_path / "third")
     assert main("gsm8k", [*words, f"out={tmp_path / 'named'}", f"base={tmp_path / 'third'}"]) == 0
@@ -175,11 +175,11 @@ def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_pat
 
 def test_a_base_that_nothing_reads_or_that_is_none_is_an_error(made, tiny_model_folder, tmp_path, capsys):
     (told,) = errors([made, "base=/nope"], capsys)
-    assert told == "Invalid base=/nope: there is no such folder; name the folder of a whole model, or a hub id."
+    assert told == "Invalid base=/nope: there is no such folder; name the folder of a complete model, or a hub id."
     (told,) = errors([made, f"base={tmp_path}"], capsys)
     assert told.startswith(f"Invalid base={tmp_path}: the folder holds no model;")
     (told,) = errors([tiny_model_folder, "base=some/model", f"rows={made / 'test.jsonl'}"], capsys)
-    assert told == f"Invalid base=some/model: {tiny_model_folder} is no adapter, and reads none; drop it."
+    assert told == f"Invalid base=some/model: {tiny_model_folder} is no adapter and needs no base; drop it."
     served = ["served", "backend=openai", "base_url=http://127.0.0.1:9/v1", "base=some/model"]
     (told,) = errors([*served, f"rows={made / 'test.jsonl'}", f"out={tmp_path / 'o'}"], capsys)
     assert told == "Invalid base=some/model with backend=openai: the server has its own; drop it."
@@ -444,17 +444,17 @@ def test_whole_numbers_are_printed_whole(capsys):
         ("max_rows=0", "Invalid max_rows=0: it must be ≥ 1; null scores every row"),
         ("max_rows=abc", "Invalid max_rows='abc': it must be a whole number; null scores every row"),
         ("max_rows=1e400", "Invalid max_rows='1e400': it must be a whole number;"),
-        ("max_rows=[", "Cannot read 'max_rows=[': its value is not YAML; write a number"),
+        ("max_rows=[", "Cannot read 'max_rows=[': its value is not YAML; use a number"),
         ("max_rows=2024-13-45", "Cannot read 'max_rows=2024-13-45': its value is not YAML;"),  # a date, but none
         ("max_rows=!!python/name:os.system", "Cannot read"),
         ("max_new_tokens=0", "Invalid max_new_tokens=0: it must be ≥ 1; 512 as published."),
         ("batch_size=2.5", "Invalid batch_size=2.5: it must be a whole number; lower it when memory runs out."),
         ("device=gpu", "Invalid device='gpu': it must be one of 'auto', 'cpu' or 'cuda'."),
-        ("score_only=5", "Invalid score_only=5: it must be true or false; true scores answers that are there."),
+        ("score_only=5", "Invalid score_only=5: it must be true or false; true scores existing answers."),
         ("max_rowz=5", "Unknown key max_rowz: did you mean max_rows?"),
         ("=5", "Unknown key : known: "),
         ("max_rows", "Cannot read 'max_rows': a setting is written key=value"),
-        ("data_root=/nope", "Invalid data_root=/nope: nothing reads it, for the rows are those of "),
+        ("data_root=/nope", "Invalid data_root=/nope: it has no effect, as the rows are those of "),
     ],
 )
 def test_a_bad_word_is_one_error_with_its_remedy(made, capsys, word, message):
@@ -530,7 +530,7 @@ def test_broken_answers_are_an_error_of_score_only(made, capsys):
     record = json.loads(path.with_name("generation.json").read_text())
     del record[records.ROWS_HASH]  # of a version that kept no hash, which would tell of any change
     path.with_name("generation.json").write_text(json.dumps(record))
-    for old, new, message in (("#### 1", "none", "Row 0 has no number"), ('"none"', "null", "row 1 has no good")):
+    for old, new, message in (("#### 1", "none", "Row 0 has no number"), ('"none"', "null", "row 1 has no valid")):
         path.write_text(path.read_text().replace(old, new))
         (told,) = errors([made, "score_only=true"], capsys)
         assert told.startswith(f"Broken file {path}: {message}")
@@ -562,7 +562,7 @@ def test_a_foreign_configuration_makes_no_run(tmp_path, capsys, monkeypatch, con
 def test_a_runs_broken_configuration_is_an_error(made, capsys, content, name):
     (made / "config.yaml").write_bytes(content.encode("latin-1"))
     (told,) = errors([made / name], capsys)
-    assert told.startswith(f"Broken file {made / 'config.yaml'}: it holds no settings; put those back that run.json")
+    assert told.startswith(f"Broken file {made / 'config.yaml'}: it holds no settings; restore them from")
 
 
 @pytest.mark.parametrize(
@@ -601,7 +601,7 @@ def test_a_folder_without_weights_is_an_error(made, capsys):
     assert "this run has no adapter/ yet; finish it, or name one of its checkpoints" in told
     (made / "empty").mkdir()
     (told,) = errors([made / "empty"], capsys)
-    assert "neither weights nor a run are in it; name a run, checkpoint, adapter or model folder" in told
+    assert "it holds neither weights nor a run; name a run, checkpoint, adapter or model folder" in told
 
 
 @pytest.mark.parametrize(
@@ -666,7 +666,7 @@ def test_a_full_disk_ends_with_one_line_and_a_later_call_goes_on(made, capsys, m
     told = capsys.readouterr().err
     (line,) = [line for line in told.splitlines() if "failed" in line]
     assert line.startswith("The evaluation failed: [Errno 28] No space left on device")
-    assert "the same command goes on with the answers that are missing" in line
+    assert "the same command continues with the missing answers" in line
     assert "Traceback" not in told
     assert len(asked) == 3
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
@@ -773,7 +773,7 @@ def test_weights_that_are_replaced_while_they_are_loaded_do_not_answer(tmp_path,
     monkeypatch.setattr(command, "VLLMBackend", load)
     monkeypatch.setattr(command, "backbone_source", lambda model: "none")
     target, module = command.Target(backend=backend), command.benchmarks.BENCHMARKS["gsm8k"]
-    with pytest.raises(ConfigError, match=f"{tmp_path} was written to while it was read"):
+    with pytest.raises(ConfigError, match=f"{tmp_path} changed while it was read"):
         command._backend(named, target, torch.device("cpu"), 1, module)
 
 

@@ -111,7 +111,7 @@ def test_answers_of_any_folder_are_compared(runs, tmp_path, capsys):
     capsys.readouterr()
     assert command.main(["compare", str(out), str(runs[1])]) == 2
     assert (
-        f"Invalid path {out}: it holds answers, and neither its score.json nor its name says" in capsys.readouterr().err
+        f"Invalid path {out}: it holds answers, but neither its score.json nor its name says" in capsys.readouterr().err
     )
 
 
@@ -122,8 +122,8 @@ def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "Unknown command compar: " in told("compar", *runs)
-    assert "Missing RUN_A and RUN_B: two runs are compared, as python -m eval compare RUN_A RUN_B" in told("compare")
-    assert "Missing RUN_B: two runs are compared" in told("compare", runs[0])
+    assert "Missing RUN_A and RUN_B: name two runs, as in python -m eval compare RUN_A RUN_B" in told("compare")
+    assert "Missing RUN_B: name two runs" in told("compare", runs[0])
     both = told("compare", "/nope", tmp_path)
     assert "Invalid path /nope: no such folder" in both
     assert f"No answers in {tmp_path}" in both
@@ -132,7 +132,7 @@ def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"parser": "math_verify"}))
     assert "was scored by parser=strict and" in told("compare", *runs)
     (runs[1] / "eval/gsm8k").rename(runs[1] / "eval/gsm8k-max_rows=2")
-    assert "eval/gsm8k-max_rows=2, which can be named themselves" in told("compare", *runs)
+    assert "eval/gsm8k-max_rows=2; name one of those" in told("compare", *runs)
     (runs[1] / "eval/gsm8k-max_rows=2").rename(runs[1] / "eval/gsm8k")
     path.unlink()
     (runs[1] / "eval/gsm8k/predictions.jsonl").write_text("{")
@@ -140,7 +140,7 @@ def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
     assert command.main([]) == 0
     capsys.readouterr()
     assert command.main(["compare", "--help"]) == 0
-    assert "its bootstrap interval" in capsys.readouterr().out
+    assert "bootstrap confidence interval" in capsys.readouterr().out
 
 
 def test_rows_of_every_kind_have_scores(tmp_path):

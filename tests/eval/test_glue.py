@@ -183,9 +183,9 @@ def test_glue_without_a_task_of_glue_is_an_error():
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"choices": None}, "two different answers or more"),
-        ({"choices": ["a"]}, "two different answers or more"),
-        ({"choices": ["a", "a"]}, "two different answers or more"),
+        ({"choices": None}, "at least two different answers"),
+        ({"choices": ["a"]}, "at least two different answers"),
+        ({"choices": ["a", "a"]}, "at least two different answers"),
         ({"choices": ["a", ""]}, "must be texts"),
         ({"choices": ["b", "c"]}, "'a' is not among them"),
     ],
@@ -200,7 +200,7 @@ def test_rows_that_cannot_be_scored_are_named(changes, problem):
 @pytest.mark.parametrize(
     ("task", "changes", "problem"),
     [
-        ("stsb", {}, 'row 1: its "value", the number behind its answer, is missing'),
+        ("stsb", {}, 'row 1: its "value", the unrounded number of its answer, is missing'),
         ("stsb", {"value": 1.0}, "row 1: task=stsb needs answers that are numbers"),
         ("mrpc", {"choices": ["a", "b", "c"]}, r"row 1 \(and 1 more\): .* the same two answers in every row"),
     ],
@@ -248,5 +248,5 @@ def test_a_finished_run_says_its_task(sst2, capsys):
     assert "Invalid eval.glue.metric=published with eval.glue.task=mnli" in capsys.readouterr().err
     assert main("glue", ["some/model", "rows=/nope.jsonl"]) == 2
     told = capsys.readouterr().err
-    assert "Missing task: this key has no default; set task=VALUE; it decides which metrics are taken." in told
+    assert "Missing task: this key has no default; set task=VALUE; it determines the metrics." in told
     assert "Invalid rows=/nope.jsonl" in told

@@ -456,10 +456,10 @@ def answer_row(place, **changes):
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        ({"reference": "no number"}, "Row 1 has no number that can be read whole in its reference 'no number'. Mend"),
-        ({"reference": None}, "row 2 has no good reference; generate anew"),
-        ({"completion": 5, "tokens": "4"}, "row 2 has no good completion, tokens; generate anew"),
-        ({"finished": "yes"}, "row 2 has no good finished;"),
+        ({"reference": "no number"}, "Row 1 has no number that can be read whole in its reference 'no number'. Fix"),
+        ({"reference": None}, "row 2 has no valid reference; generate again"),
+        ({"completion": 5, "tokens": "4"}, "row 2 has no valid completion, tokens; generate again"),
+        ({"finished": "yes"}, "row 2 has no valid finished;"),
         ({"index": 2}, "row 2 has index 2, not 1;"),  # a row is missing
         ({"index": -1}, "row 2 has a negative index;"),
     ],

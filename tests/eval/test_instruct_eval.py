@@ -173,7 +173,7 @@ def test_rows_that_lm_eval_cannot_ask_end_the_evaluation_and_keep_what_is_answer
     ]
     assert main("instruct_eval", [*command, f"data_root={broken}"]) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert "lm-eval cannot ask bbh_fewshot_navigate" in told
+    assert "lm-eval cannot run bbh_fewshot_navigate" in told
     assert "nothing was loaded" not in told
     kept = tmp_path / "answers/tasks"
     assert [path.name for path in sorted(kept.glob("*.jsonl"))] == ["mmlu_anatomy.jsonl"]

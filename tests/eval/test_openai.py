@@ -84,7 +84,7 @@ def test_a_server_that_says_when_is_asked_then(server):
     [
         ((429, {}), 3, "failed 3 times, the last one: .*status 429"),
         ("garbage", 3, "failed 3 times, the last one"),
-        ("hang", 2, "no whole answer within 0.3 s"),
+        ("hang", 2, "no complete answer within 0.3 s"),
         ((401, {}), 1, "refuses served: .*status 401"),
         ((404, {}), 1, "refuses served: .*status 404"),
     ],
@@ -157,7 +157,7 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
     server.script = ["answer"] * 9 + [(400, {})]  # the requests beside it are answered, and kept
     assert main("gsm8k", words) == 1
     assert "refuses served: " in (told := capsys.readouterr().err)
-    assert "the same command goes on with the answers that are missing" in told
+    assert "the same command continues with the missing answers" in told
     asked = len(server.seen)
     assert 10 <= asked < 20
     kept = (tmp_path / "out/predictions.partial.jsonl").read_text().count("\n")
@@ -178,7 +178,7 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
         (["concurrency=2"], "Invalid concurrency=2 with backend=hf"),
         (["backend=openai", "base_url=http://x/v1", "batch_size=4"], "Invalid batch_size=4 with backend=openai"),
         (["backend=vllm", "device=cpu"], "Invalid device=cpu with backend=vllm"),
-        (["backend=vllm"], "vLLM is not installed in this environment; make vllm makes one"),
+        (["backend=vllm"], "vLLM is not installed in this environment; create one with make vllm"),
         (["backend=tgi"], "Invalid backend='tgi': it must be one of 'hf', 'vllm' or 'openai'"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_model_is_not_sent_twice_what_it_refuses(server, chat, caplog):
     assert one.adapted == {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
     told = [record.getMessage() for record in caplog.records if record.name == "eval.backends.openai"]
     assert len(told) == 3
-    assert "served does not take max_tokens" in told[0]
+    assert "served does not support max_tokens" in told[0]
     assert "max_completion_tokens is sent instead" in told[0]
     assert "Only the default (1) value is supported): it is left out" in told[1]
 

@@ -300,10 +300,10 @@ def test_rows_that_are_gone_are_missed(tmp_path, whole):
     lines = [f"{line}\n" for line in path.read_text().split("\n")[:-1]]
     for kept in (lines[:-1], []):
         path.write_text("".join(kept))
-        with pytest.raises(ConfigError, match=rf"has {len(kept)} of {len(lines)} rows; the same command without"):
+        with pytest.raises(ConfigError, match=rf"has {len(kept)} of {len(lines)} rows; run the same command without"):
             predictions.read(path)
     path.write_text("".join(lines)[:-5])
-    with pytest.raises(ConfigError, match=r"fix it, or the same command without score_only=true answers what is"):
+    with pytest.raises(ConfigError, match=r"fix it, or run the same command without score_only=true for the missing"):
         predictions.read(path)
     assert generate(tmp_path / "cut", Backend()).read_text() == "".join(lines)
 

@@ -162,13 +162,13 @@ def test_an_adapter_is_served_with_its_own_tokenizer_on_the_run_s_revision(serve
     ("changes", "message"),
     [
         ({"use_dora": True}, "it is DoRA"),
-        ({"bias": "all"}, "it has biases"),
+        ({"bias": "all"}, "it also has biases"),
         ({"alpha_pattern": {"q": 32}}, "scalings of their own"),
         ({"rank_pattern": {"q": 2}}, "ranks of their own"),
         ({"modules_to_save": ["lm_head"]}, "whole modules"),
         ({"peft_type": "IA3"}, "its kind is IA3"),
         ({"r": 10**9}, "ranks are whole numbers"),
-        ({"r": 600}, "the adapter's rank is 600, and vLLM serves 512 at most"),
+        ({"r": 600}, "the adapter's rank is 600, and vLLM supports 512 at most"),
     ],
 )
 def test_an_adapter_that_vllm_would_compute_otherwise_is_refused(served, adapter, changes, message):
@@ -196,7 +196,10 @@ B = A.replace("lora_A", "lora_B")
             lambda tensors: tensors.update({A.replace("layers.0", "layers.7"): tensors[A].clone()}),
             "layers.7.*left over",
         ),
-        (lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2)}), "other tensors besides"),
+        (
+            lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2)}),
+            "it also has other tensors",
+        ),
         (lambda tensors: tensors.update({B: tensors[B][:5]}), "size mismatch for .*q_proj.lora_B"),
         (lambda tensors: tensors.update({B: tensors[B] * torch.nan}), "q_proj.lora_B.weight. with NaN or infinity"),
     ],

@@ -110,9 +110,12 @@ def test_addresses_that_the_client_would_not_take_are_named(host):
             ["base_url=http://10.0.0.7/v1", "base_key=MY_KEY"],
             "Invalid base_url=http://10.0.0.7/v1 with base_key=MY_KEY",
         ),
-        (["base_url=https://x/v1", "base_key=sk-mine"], "Invalid base_key: it names an environment variable"),
-        (["base_url=https://x/v1?api-version=1"], "no ? and no # may be in it"),
-        (["base_url=http://***@x/v1"], "records keep no password"),
+        (
+            ["base_url=https://x/v1", "base_key=sk-mine"],
+            "Invalid base_key: it must be the name of an environment variable",
+        ),
+        (["base_url=https://x/v1?api-version=1"], "it must not have ? or #"),
+        (["base_url=http://***@x/v1"], "from a record, which has no password"),
     ],
 )
 def test_what_would_give_a_key_away_is_refused(words, message, tmp_path, capsys):
@@ -158,7 +161,7 @@ def test_a_compressed_reply_is_refused_before_it_is_unpacked():
     bomb = gzip.compress(bytes(1 << 28), 1)
     url = raw_server(b"content-encoding: gzip\r\ncontent-length: %d\r\n" % len(bomb), bomb)
     begun = time.monotonic()
-    with pytest.raises(EndpointError, match=r"its reply is compressed \(gzip\), though none was asked for"):
+    with pytest.raises(EndpointError, match=r"its reply is compressed \(gzip\) without a request for it"):
         ask(url)
     assert time.monotonic() - begun < 2.0
 
@@ -263,5 +266,5 @@ def test_a_judges_key_is_for_the_address_that_it_was_named_with(monkeypatch):
         _config(BENCHMARKS["mt_bench"], lambda: place, {"judge_url": "https://b/v1", "judge_key": "MY_KEY"}).judge_key
         == "MY_KEY"
     )
-    with pytest.raises(ConfigError, match="is never the key itself"):
+    with pytest.raises(ConfigError, match="not the key itself"):
         _config(BENCHMARKS["mt_bench"], lambda: place, {"judge_key": "abc123"})

@@ -35,7 +35,7 @@ def test_what_it_looks_for_is_found(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(commandline, "rewrite", misbehave)
         broken = fuzz.try_line(["run_exp", "seed=1"])
-    assert "ValueError: a bug" in broken.said
+    assert "ValueError: a bug" in broken.output
     assert any("left.log" in event for event in broken.wrote)
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "of", classmethod(lambda cls, experiment: cls(tmp_path / "evil")))

@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +9,9 @@ from rich.console import Console
 
 from flatlora.runs.record import BackboneHashes, RunRecord
 from flatlora.utils import precision
-from scripts import bench, demo
+from scripts import bench, demo, kill_resume
 from scripts.arguments import positive
 from tests.conftest import tiny_lora
-
-PROJECT = Path(__file__).parents[2]
 
 
 def text_of(table) -> str:
@@ -115,11 +110,11 @@ def test_counts_of_scripts_have_bounds(text):
 
 
 @pytest.mark.slow
-def test_two_kills_leave_no_trace(tiny_model_folder):
+def test_two_kills_leave_no_trace(tiny_model_folder, capsys):
     settings = [f"model.hub_id={tiny_model_folder}", "model.embedded=null", "trainer.device=cpu"]
-    command = [sys.executable, "-m", "scripts.kill_resume", "--kills", "2", "--seed", "1", *settings]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "kills: 2" in result.stdout
-    assert "adapter bytes:  equal" in result.stdout
-    assert "metrics.jsonl:  equal (14 and 14 rows)" in result.stdout
+    code = kill_resume.main(["--kills", "2", "--seed", "1", *settings])
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert "kills: 2" in output
+    assert "adapter bytes:  equal" in output
+    assert "metrics.jsonl:  equal (14 and 14 rows)" in output

@@ -405,7 +405,7 @@ def test_a_rise_under_the_noise_of_the_training_itself_fills_no_cell(tmp_path):
         (folder / "flatness.json").write_text(json.dumps(found))
     made, (problem,) = made_of(tmp_path, "flatness")
     assert list(made.cells["lora", "rise05"].by_seed) == [5]
-    assert "measured with the noise that the training of seed 0 saw; measure anew" in problem
+    assert "measured with the noise that the training of seed 0 saw; measure again" in problem
 
 
 def test_a_broken_flatness_file_costs_its_numbers_alone(tmp_path):

@@ -98,8 +98,9 @@ AS_OTHERS = ("attention", "rslora", "lora_plus", "olora", "corda", "eva")
     ]
     + [
         ("full_ft", "off"),
-        *(("lora", rho) for rho in ("sam", "look_sam", "rop", "nbar", "obar", "bi_lora")),
-        ("lora_pro", "nbar"),
+        *(("lora", rho) for rho in ("sam", "look_sam", "nbar", "bi_lora")),
+        *(pytest.param(*pair, marks=pytest.mark.extra) for pair in (("lora", "rop"), ("lora", "obar"))),
+        pytest.param("lora_pro", "nbar", marks=pytest.mark.extra),
     ],
 )
 def test_killed_and_resumed_is_never_killed(peft, rho, tiny_settings, monkeypatch):

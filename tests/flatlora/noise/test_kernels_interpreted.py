@@ -23,7 +23,11 @@ def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/flatlora/noise/test_kernels.py"]
     command.append("tests/flatlora/perturb/test_epsilon.py")
     done = subprocess.run(
-        [*command, "-k", f"({chosen}) and not shape3 and not ((shape4 or 264-256 or 1001) and not dtype0)"],
+        [
+            *command,
+            "-k",
+            f"({chosen}) and not shape3 and not dtype1 and not ((shape4 or 264-256 or 1001) and not dtype0)",
+        ],
         cwd=PROJECT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
