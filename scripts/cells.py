@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from scipy import stats
 import eval as benchmarks
 import run_exp
 from flatlora.config.experiment import Experiment, parse
-from flatlora.config.settings import Section, build_section, setting
+from flatlora.config.settings import Section, build_section, checked_section, setting
 from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
@@ -30,6 +31,9 @@ PROJECT = Path(__file__).parents[1]
 LAYOUTS = PROJECT / "results/tables.yaml"
 PAPER = PROJECT / "results/paper.yaml"
 SIGNIFICANT = 0.05
+USUAL_SEEDS = 3  # of a cell whose table names no number
+_MOST_SEEDS = 1000
+COSTS = ("timing/train_s", "memory/peak_gpu_gib")  # of run.json: they depend on the machine
 NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ without runs
 
 
@@ -42,7 +46,10 @@ class Row(Section):
 
 
 class Column(Section):
-    """One column: the overrides that are added to those of a row, and the metric of run.json, times `scale`."""
+    """One column: the overrides that are added to those of a row, and the metric of run.json, times `scale`.
+
+    The metric may be one of `COSTS` too.
+    """
 
     title: str
     overrides: list[str]
@@ -50,6 +57,7 @@ class Column(Section):
     scale: float
     digits: int = 2
     lower: bool = False  # whether lower is better
+    seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="leave it out to take the table's")
 
     @property
     def dataset(self) -> str:
@@ -65,12 +73,17 @@ class Layout(Section):
     title: str | None = None  # default: the published table's
     experiment: str | None = None  # file of conf/experiment; default: the table's name
     average: bool = True
+    seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="the paper's number; leave it out if it has none")
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows to compare; default: all with the first
     measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # settings of flatness.json
 
     def row_titles(self) -> dict[str, str]:
         """{row: its label}."""
         return {row: value.title for row, value in self.rows.items()}
+
+    def seeds_of(self, column: str) -> int:
+        """Number of seeds that a cell of a column should have."""
+        return self.columns[column].seeds or self.seeds or USUAL_SEEDS
 
     def rule_errors(self) -> list[SettingError]:
         return [
@@ -103,6 +116,13 @@ class Run(NamedTuple):
     metrics: Mapping[str, float]  # including those of flatness.json
     train_s: float
     measured: Mapping[str, Mapping[str, Any]]  # settings of each part of flatness.json
+    peak_gpu_gib: float | None = None
+    machine: str = "an unknown machine"  # its GPUs, or its processor
+
+    def value(self, metric: str) -> float | None:
+        """The number of a column; None if the run has none."""
+        costs = {"timing/train_s": self.train_s, "memory/peak_gpu_gib": self.peak_gpu_gib}
+        return costs[metric] if metric in COSTS else self.metrics.get(metric)
 
 
 class Cell(NamedTuple):
@@ -112,6 +132,7 @@ class Cell(NamedTuple):
     paths: list[Path]
     paper: float | None
     paper_spread: float | None = None
+    machines: Sequence[str] = ()  # of the runs, for a column of `COSTS`
     incomplete: str = ""  # fractions of the answers that were cut, refused or not rated
 
     @property
@@ -161,7 +182,20 @@ def read_layouts(path: Path) -> dict[str, Layout]:
     Raises:
         ConfigError: it lists every key that is missing, unknown or invalid.
     """
-    return {name: build_section(f"tables.{name}", Layout, raw) for name, raw in _yaml(path).items()}
+    raw = _yaml(path)
+    if errors := [error.message for name, layout in raw.items() for error in _part_errors(f"tables.{name}", layout)]:
+        raise ConfigError(errors)
+    return {name: build_section(f"tables.{name}", Layout, layout) for name, layout in raw.items()}
+
+
+def _part_errors(path: str, layout: Any) -> list[SettingError]:
+    """Errors of single rows and columns, by their own keys: a layout's error would be about all rows at once."""
+    errors: list[SettingError] = []
+    for part, cls in (("rows", Row), ("columns", Column)):
+        sections = layout.get(part) if isinstance(layout, Mapping) else None
+        for key, section in sections.items() if isinstance(sections, Mapping) else ():
+            errors += checked_section(f"{path}.{part}.{key}", cls, section)[1]
+    return errors
 
 
 def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
@@ -256,6 +290,8 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             if wrong := [name for name, value in metrics.items() if not _is_number(value)]:
                 raise ValueError(f"{wrong[0]} is not a finite number")
             train_s = float(record.timing.train_s)
+            peak_gpu_gib = record.memory.peak_gpu_gib if record.memory else None
+            machine = _machine(record)
         except BROKEN as error:
             problems.append(f"{path.parent} has no valid run.json ({type(error).__name__}: {str(error)[:200]}).")
             continue
@@ -267,8 +303,16 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             measured, more = {}, {}
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             problems.append(f"{path.parent} has no valid flatness.json ({reason}); its other numbers count.")
-        runs.append(Run(path.parent, experiment, metrics | more, train_s, measured))
+        runs.append(Run(path.parent, experiment, metrics | more, train_s, measured, peak_gpu_gib, machine))
     return runs, problems
+
+
+def _machine(record: RunRecord) -> str:
+    if record.env is None:
+        return Run._field_defaults["machine"]
+    hardware = record.env.hardware
+    gpus = [f"{count} × {name}" if count > 1 else name for name, count in Counter(hardware.gpus).items()]
+    return ", ".join(gpus) or hardware.cpu
 
 
 def _records_below(results: Path) -> tuple[list[Path], list[str]]:
@@ -364,17 +408,22 @@ def make(
                 matches = []
                 if column.dataset in datasets and not layout.rows[row].published_only:  # composing takes a while
                     experiment = experiment_of(tuple(cell_overrides(name, layout, row, key)))
-                    alike = [run for run in by_identity.get(setting_of(experiment), []) if column.metric in run.metrics]
+                    alike = [
+                        run
+                        for run in by_identity.get(setting_of(experiment), [])
+                        if run.value(column.metric) is not None
+                    ]
                     matches = [run for run in alike if _scored_alike(run, experiment, column.metric, layout)]
                 by_seed, paths, doubled = _one_a_seed(matches, column)
                 problems += doubled
                 numbers = (published.values, published.spreads) if published else ({}, {})
-                shown = [run.metrics for run in matches if run.path in paths]
+                shown = [run for run in matches if run.path in paths]
                 cells[row, key] = Cell(
                     by_seed,
                     paths,
                     *(by_row.get(row, {}).get(key) for by_row in numbers),
-                    _incomplete(shown, column.metric.partition("/")[0]),
+                    sorted({run.machine for run in shown}) if column.metric in COSTS else (),
+                    _incomplete([run.metrics for run in shown], column.metric.partition("/")[0]),
                 )
         made.append(TableData(name, layout, published, cells, best_rows(layout, cells)))
     return made, list(dict.fromkeys(problems))
@@ -398,6 +447,8 @@ def setting_of(experiment: Experiment) -> str:
 
 def _scored_alike(run: Run, expected: Experiment, metric: str, layout: Layout) -> bool:
     """Whether the metric's benchmark used the same rows and settings; the batch size does not matter."""
+    if metric in COSTS:
+        return True
     benchmark = metric.partition("/")[0]
     if benchmark == "flatness":
         part = "rise" if metric.startswith("flatness/rise") else "hessian"
@@ -422,9 +473,9 @@ def _one_a_seed(runs: Sequence[Run], column: Column) -> tuple[dict[int, float], 
         seeds.setdefault(run.experiment.seed, []).append(run)
     by_seed, paths, problems = {}, [], []
     for seed, same in sorted(seeds.items()):
-        values = {run.metrics[column.metric] for run in same}
+        values = {run.value(column.metric) for run in same}
         if len(values) > 1:
-            listed = ", ".join(f"{run.path} has {run.metrics[column.metric]}" for run in same)
+            listed = ", ".join(f"{run.path} has {run.value(column.metric)}" for run in same)
             problems.append(f"seed {seed} of {column.metric}: {listed}; remove one of them.")
             continue
         if len(same) > 1:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from scripts.cells import Cell, Column, TableData, paired
+from scripts.cells import USUAL_SEEDS, Cell, Column, Layout, TableData, paired
 
 
 def title_of(made: TableData) -> str:
@@ -73,6 +73,8 @@ def notes_of(made: TableData) -> list[str]:
         spread = f" Behind its ±: {made.published.spread}." if made.published.spread else ""
         notes.append(f"Setting: {made.published.setting}.{source}{spread}")
         notes += made.published.notes
+    notes += _seeds_note(made.layout)
+    notes += _machines_note(made)
     incomplete = [
         f"{made.layout.rows[row].title}, {made.layout.columns[column].title}: {cell.incomplete}"
         for (row, column), cell in made.cells.items()
@@ -81,6 +83,25 @@ def notes_of(made: TableData) -> list[str]:
     if incomplete:
         notes.append(f"Incomplete answers, mean over runs: {'; '.join(incomplete)}.")
     return notes
+
+
+def _machines_note(made: TableData) -> list[str]:
+    """The machines that times and memory are of, with the rows of each."""
+    rows_of: dict[str, list[str]] = {}
+    for (row, _), cell in made.cells.items():
+        for machine in cell.machines:
+            rows_of.setdefault(machine, []).append(made.layout.rows[row].title)
+    parts = [f"{machine} ({', '.join(dict.fromkeys(rows))})" for machine, rows in sorted(rows_of.items())]
+    return [f"Time and memory of ours: {'; '.join(parts)}."] if parts else []
+
+
+def _seeds_note(layout: Layout) -> list[str]:
+    """The numbers of seeds that the layout names; empty if it names none."""
+    own = [f"{column.title} {column.seeds}" for column in layout.columns.values() if column.seeds is not None]
+    if layout.seeds is None and not own:
+        return []
+    of_columns = f" ({', '.join(own)})" if own else ""
+    return [f"Seeds per cell in the paper: {layout.seeds or USUAL_SEEDS}{of_columns}."]
 
 
 COMPARED = ["paired over seeds", "", "difference", "95 % interval", "p", "seeds"]
@@ -137,6 +158,8 @@ _TEX = {
     "—": "--",
     "σ": r"$\sigma$",
     "α": r"$\alpha$",
+    "ρ": r"$\rho$",
+    "²": "$^2$",
     "<": "$<$",
     "%": r"\%",
     "_": r"\_",

@@ -1,10 +1,11 @@
 """Writes the papers' tables and our own from the records of runs: Markdown, LaTeX (booktabs) and CSV.
 
     python -m scripts.tables [NAME ...] [--results DIR] [--out DIR]     writes NAME.md, NAME.tex, NAME.csv
-    python -m scripts.tables status [NAME ...] [--seeds 3]              seeds that cells have and lack, hours to fill
-    python -m scripts.tables commands [NAME ...] [--seeds 3]            the command of each cell
+    python -m scripts.tables status [NAME ...] [--seeds N]              seeds that cells have and lack, hours to fill
+    python -m scripts.tables commands [NAME ...] [--seeds N]            the command of each cell
 
-results/tables.yaml defines the tables, results/paper.yaml has the published numbers. A run counts for a cell if its
+results/tables.yaml defines the tables and their numbers of seeds, which --seeds replaces; results/paper.yaml has the
+published numbers. A run counts for a cell if its
 configuration is the cell's, for any seed; runs that are broken, unfinished, duplicated or of another setting are named
 and left out. The best of a column is bold only if it is better than every other row by a paired t-test over shared
 seeds.
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="tables, all by default; status or commands may come first")
     add_folders(parser, "RESULTS/tables")
-    parser.add_argument("--seeds", type=positive, default=3, help="seeds per cell, for status and commands")
+    parser.add_argument("--seeds", type=positive, help="seeds per cell, for status and commands; default: the table's")
     options = parser.parse_args(arguments)
     quiet_libraries()
     action, names = "write", options.names
@@ -82,39 +83,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def commands(layouts: Mapping[str, Layout], seeds: int) -> list[str]:
-    """Shell lines with the command of each cell; columns that show the same runs share one."""
-    cells_of: dict[str, list[str]] = {}
+def commands(layouts: Mapping[str, Layout], seeds: int | None = None) -> list[str]:
+    """Shell lines with the command of each cell; columns that show the same runs share one, with the most seeds.
+
+    Args:
+        seeds: per cell; None takes those of the layouts.
+    """
+    titles_of: dict[tuple[str, ...], list[str]] = {}
+    seeds_of: dict[tuple[str, ...], int] = {}
     for name, layout in layouts.items():
         rows = [row for row, value in layout.rows.items() if not value.published_only]
         for row, column in itertools.product(rows, layout.columns):
-            overrides = [*cell_overrides(name, layout, row, column), f"seed={','.join(map(str, range(seeds)))}"]
-            command = shlex.join(["python", "run_exp.py", *(["-m"] if seeds > 1 else []), *overrides])
-            cells_of.setdefault(command, []).append(
-                f"# {name}, {layout.rows[row].title}, {layout.columns[column].title}"
-            )
-    return [line for command, titles in cells_of.items() for line in (*titles, command)]
+            overrides = tuple(cell_overrides(name, layout, row, column))
+            title = f"# {name}, {layout.rows[row].title}, {layout.columns[column].title}"
+            titles_of.setdefault(overrides, []).append(title)
+            seeds_of[overrides] = max(seeds_of.get(overrides, 1), seeds or layout.seeds_of(column))
+    lines = []
+    for overrides, titles in titles_of.items():
+        count = seeds_of[overrides]
+        several = ["-m"] if count > 1 else []
+        last = f"seed={','.join(map(str, range(count)))}"
+        lines += [*titles, shlex.join(["python", "run_exp.py", *several, *overrides, last])]
+    return lines
 
 
-def print_status(made: Sequence[TableData], runs: Sequence[Run], seeds: int) -> None:
-    """Print for each cell the number of seeds that it has and lacks, and the hours of these, from similar runs."""
-    shown = Shown(title=f"Cells of {seeds} seeds", title_justify="left")
+def print_status(made: Sequence[TableData], runs: Sequence[Run], seeds: int | None = None) -> None:
+    """Print for each cell the number of seeds that it has and lacks, and the hours of these, from similar runs.
+
+    Args:
+        seeds: per cell; None takes those of the layouts.
+    """
+    title = f"Cells of {seeds} seeds" if seeds else "Cells, by the seeds of their tables"
+    shown = Shown(title=title, title_justify="left")
     for column in ("table", "row", "column", "seeds", "missing", "hours"):
         shown.add_column(
             column, justify="right" if column in ("seeds", "missing", "hours") else "left", overflow="fold"
         )
-    total, unknown, counted = 0.0, 0, set()
+    hours_of: dict[tuple[str, ...], float | None] = {}  # of one run
+    missing_of: dict[tuple[str, ...], int] = {}  # several columns may show the same runs
     for table in made:
         for (row, key), cell in table.cells.items():
             if table.layout.rows[row].published_only:
                 continue
-            missing = max(0, seeds - len(cell.by_seed))
+            missing = max(0, (seeds or table.layout.seeds_of(key)) - len(cell.by_seed))
             hours = _hours(table, row, key, runs) if missing else 0.0
             overrides = tuple(table.overrides_of(row, key))
-            if overrides not in counted:  # several columns may show the same runs
-                unknown += missing if hours is None else 0
-                total += missing * (hours or 0.0)
-            counted.add(overrides)
+            if missing >= missing_of.get(overrides, 0):
+                hours_of[overrides], missing_of[overrides] = hours, missing
             estimate = "—" if not missing else "?" if hours is None else f"{missing * hours:.2f}"
             shown.add_row(
                 table.name,
@@ -125,6 +140,8 @@ def print_status(made: Sequence[TableData], runs: Sequence[Run], seeds: int) -> 
                 estimate,
             )
     Console(highlight=False).print(shown)
+    unknown = sum(missing for overrides, missing in missing_of.items() if hours_of[overrides] is None)
+    total = sum(missing * (hours_of[overrides] or 0.0) for overrides, missing in missing_of.items())
     unmeasured = f"; {unknown} runs have no similar run to estimate from (?)" if unknown else ""
     print(f"{total:.2f} hours of training for cells with similar runs{unmeasured}.")
 

@@ -25,7 +25,7 @@ REFUSED = {
     ("eva", "seq2seq"),
     ("eva", "clip"),
     ("corda", "clip"),
-    *((name, "text_to_image") for name in ("adalora", "eva", "corda", "full_ft")),
+    *((name, "text_to_image") for name in ("adalora", "eva", "corda", "hira", "delora", "full_ft")),
 }
 
 
