@@ -144,6 +144,8 @@ class DatasetConfig(Section):
 
     name: FolderName = setting(remedy=_OWN_NAME)
     loader: str  # module of the data package
+    # The rows that benchmarks score. With validation no test row is read: for choosing settings.
+    evaluate: Literal["test", "validation"] = setting("test", identity="changed", remedy="test is what papers report")
     kind: ClassVar[Literal["text", "image", "captioned"]] = "text"  # of the loader, no setting
     has_lengths: ClassVar[bool] = True  # of the loader: whether optim.group_by_length may be set
 
