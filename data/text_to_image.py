@@ -67,6 +67,14 @@ class Config(DatasetConfig):
 
     def rule_errors(self) -> list[SettingError]:
         errors = []
+        if self.evaluate == "validation":
+            errors.append(
+                SettingError(
+                    ("evaluate",),
+                    f"Invalid dataset.evaluate=validation with dataset={self.name}: there are no test rows, and images "
+                    "that the model generates are compared with those of the training; leave the key out.",
+                )
+            )
         if (self.hub_id is None) == (self.folder is None):
             errors.append(
                 SettingError(

@@ -25,6 +25,8 @@ from flatlora.config.settings import Section, build_section, checked_section, se
 from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
+from scripts import tuning
+from scripts.tuning import Tuned, Tuning, Value
 
 PROJECT = Path(__file__).parents[1]
 
@@ -43,6 +45,8 @@ class Row(Section):
     title: str
     overrides: list[str] = setting([], remedy="write [KEY=VALUE]")
     published_only: bool = False  # a method that this suite does not have
+    # Settings that are chosen by validation scores, see scripts/tuning.py.
+    tune: dict[str, list[Value]] = setting({}, remedy="write {KEY: [VALUE, VALUE]}")
 
 
 class Column(Section):
@@ -58,6 +62,7 @@ class Column(Section):
     digits: int = 2
     lower: bool = False  # whether lower is better
     seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="leave it out to take the table's")
+    tuned_by: str | None = None  # validation metric that tuned rows are chosen by; default: `metric`
 
     @property
     def dataset(self) -> str:
@@ -76,6 +81,7 @@ class Layout(Section):
     seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="the paper's number; leave it out if it has none")
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows to compare; default: all with the first
     measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # settings of flatness.json
+    tuning: Tuning | None = setting(None, remedy="write {seeds: [100, 101], test_seeds: [0, 1, 2]}")
 
     def row_titles(self) -> dict[str, str]:
         """{row: its label}."""
@@ -93,7 +99,44 @@ class Layout(Section):
             )
             for key, column in self.columns.items()
             if not any(override.startswith("dataset=") for override in column.overrides)
-        ]
+        ] + [SettingError(("rows", "tuning"), message) for message in self._tuning_errors()]
+
+    def _tuning_errors(self) -> list[str]:
+        errors = []
+        tuned = {row: value for row, value in self.rows.items() if value.tune}
+        if tuned and self.tuning is None:
+            errors.append(
+                f"Missing tuning: rows {', '.join(tuned)} are tuned; add tuning: {{seeds: [100, 101], test_seeds: "
+                "[0, 1, 2]}."
+            )
+        if self.tuning is not None and not tuned:
+            errors.append("Invalid tuning: no row is tuned; add tune: {optim.lr: [VALUE, VALUE]} to one, or drop it.")
+        if self.tuning is not None:
+            seeds, test_seeds = self.tuning.seeds, self.tuning.test_seeds
+            for key, given in (("seeds", seeds), ("test_seeds", test_seeds)):
+                if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= 2**32:
+                    errors.append(
+                        f"Invalid tuning.{key}={given}: one or more different whole numbers from 0 to 4294967295 are "
+                        "needed."
+                    )
+            if both := sorted(set(seeds) & set(test_seeds)):
+                errors.append(
+                    f"Invalid tuning.test_seeds={test_seeds}: seeds {', '.join(map(str, both))} are tuning seeds too, "
+                    "and the runs that chose a setting cannot test it; use other seeds."
+                )
+        for row, value in tuned.items():
+            fixed = {one.lstrip("+").partition("=")[0] for one in value.overrides}
+            fixed |= {one.lstrip("+").partition("=")[0] for column in self.columns.values() for one in column.overrides}
+            for key, values in value.tune.items():
+                if len({one if (number := tuning.number_of(one)) is None else number for one in values}) < 2:
+                    errors.append(
+                        f"Invalid tune of row {row}: {key}={values}; at least two different values are needed."
+                    )
+                if key in fixed:
+                    errors.append(f"Invalid tune of row {row}: {key} is set by an override too; drop one of them.")
+            if value.published_only:
+                errors.append(f"Invalid tune of row {row}: it is published_only, so nothing is run; drop one of them.")
+        return errors
 
 
 class Published(Section):
@@ -117,6 +160,7 @@ class Run(NamedTuple):
     train_s: float
     measured: Mapping[str, Mapping[str, Any]]  # settings of each part of flatness.json
     peak_gpu_gib: float | None = None
+    diverged: bool = False  # whether the training diverged, and there is no metric
     machine: str = "an unknown machine"  # its GPUs, or its processor
 
     def value(self, metric: str) -> float | None:
@@ -134,6 +178,7 @@ class Cell(NamedTuple):
     paper_spread: float | None = None
     machines: Sequence[str] = ()  # of the runs, for a column of `COSTS`
     incomplete: str = ""  # fractions of the answers that were cut, refused or not rated
+    tuned: Tuned | None = None  # validation runs of a tuned row
 
     @property
     def mean(self) -> float | None:
@@ -155,8 +200,11 @@ class TableData(NamedTuple):
     best: dict[str, str]  # column → the row that is better than all others
 
     def overrides_of(self, row: str, column: str) -> list[str]:
-        """All overrides of a cell without the seed."""
-        return cell_overrides(self.name, self.layout, row, column)
+        """All overrides of a cell without the seed, with the chosen values of a tuned row."""
+        overrides = cell_overrides(self.name, self.layout, row, column)
+        cell = self.cells.get((row, column))
+        chosen = cell.tuned.chosen if cell is not None and cell.tuned is not None else None
+        return overrides if chosen is None else [*overrides, *chosen.overrides]
 
 
 def check_folders(results: Path, out: Path) -> None:
@@ -280,6 +328,9 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             record = RunRecord.read(path.parent)
             if not record.is_finished:
                 problems.append(f"{path.parent} is {record.status}.")
+                if (record.error or "").startswith(FloatingPointError.__name__):
+                    experiment = parse(record.experiment, run_exp.SUITE)
+                    runs.append(Run(path.parent, experiment, {}, 0.0, {}, diverged=True))
                 continue
             experiment = parse(record.experiment, run_exp.SUITE)
             metrics = {
@@ -396,6 +447,7 @@ def make(
     """
     made, problems = [], []
     datasets = {run.experiment.dataset.name for run in runs}
+    validated = {run.experiment.dataset.name for run in runs if run.experiment.dataset.evaluate == "validation"}
     by_identity: dict[str, list[Run]] = {}
     for run in runs:
         by_identity.setdefault(setting_of(run.experiment), []).append(run)
@@ -405,15 +457,17 @@ def make(
         cells = {}
         for row in layout.rows:
             for key, column in layout.columns.items():
-                matches = []
-                if column.dataset in datasets and not layout.rows[row].published_only:  # composing takes a while
-                    experiment = experiment_of(tuple(cell_overrides(name, layout, row, key)))
-                    alike = [
-                        run
-                        for run in by_identity.get(setting_of(experiment), [])
-                        if run.value(column.metric) is not None
-                    ]
-                    matches = [run for run in alike if _scored_alike(run, experiment, column.metric, layout)]
+                matches, tuned, overrides = [], None, cell_overrides(name, layout, row, key)
+                if layout.rows[row].tune:
+                    known = by_identity if column.dataset in validated else {}
+                    tuned, doubled = _tuned(name, layout, row, key, known)
+                    problems += doubled
+                    overrides += tuned.chosen.overrides if tuned.chosen else []
+                is_run = not layout.rows[row].published_only and (tuned is None or tuned.chosen is not None)
+                if column.dataset in datasets and is_run:  # composing takes a while
+                    matches = _matches(experiment_of(tuple(overrides)), column.metric, layout, by_identity)
+                if layout.tuning is not None:
+                    matches = [run for run in matches if run.experiment.seed in layout.tuning.test_seeds]
                 by_seed, paths, doubled = _one_a_seed(matches, column)
                 problems += doubled
                 numbers = (published.values, published.spreads) if published else ({}, {})
@@ -424,6 +478,7 @@ def make(
                     *(by_row.get(row, {}).get(key) for by_row in numbers),
                     sorted({run.machine for run in shown}) if column.metric in COSTS else (),
                     _incomplete([run.metrics for run in shown], column.metric.partition("/")[0]),
+                    tuned,
                 )
         made.append(TableData(name, layout, published, cells, best_rows(layout, cells)))
     return made, list(dict.fromkeys(problems))
@@ -433,6 +488,89 @@ def cell_overrides(name: str, layout: Layout, row: str, column: str) -> list[str
     """All overrides of a cell of table `name` without the seed."""
     experiment = f"experiment={layout.experiment or name}"
     return [experiment, *layout.rows[row].overrides, *layout.columns[column].overrides]
+
+
+def _matches(
+    experiment: Experiment, metric: str, layout: Layout, by_identity: Mapping[str, Sequence[Run]]
+) -> list[Run]:
+    """Runs of the experiment's setting, of any seed, that were scored alike."""
+    alike = [run for run in by_identity.get(setting_of(experiment), []) if run.value(metric) is not None]
+    return [run for run in alike if _scored_alike(run, experiment, metric, layout)]
+
+
+def tuning_overrides(name: str, layout: Layout, row: str, column: str) -> list[str]:
+    """All overrides of a cell's tuning runs without the seed and the tuned values."""
+    return [*cell_overrides(name, layout, row, column), *layout.tuning.overrides, tuning.EVALUATE]
+
+
+def _tuned(
+    name: str, layout: Layout, row: str, key: str, by_identity: Mapping[str, Sequence[Run]]
+) -> tuple[Tuned, list[str]]:
+    """The validation scores of a cell's grid, and messages about seeds whose runs differ.
+
+    Raises:
+        ConfigError: a point of the grid is no valid setting.
+    """
+    column, seeds = layout.columns[key], layout.tuning.seeds
+    metric, problems, points = column.tuned_by or column.metric, [], []
+    shows = next((one for one in layout.columns.values() if one.metric == metric), None)
+    scale, lower = (shows.scale, shows.lower) if shows else (1.0, metric == tuning.LOSS)
+    scored = column.model_copy(update={"metric": metric, "scale": scale})
+    base = experiment_of(tuple(tuning_overrides(name, layout, row, key))) if by_identity else None
+    for values in tuning.grid(layout.rows[row].tune):
+        matches, diverged = [], []
+        if base is not None:
+            experiment = tuning.with_values(base, values)
+            alike = by_identity.get(setting_of(experiment), [])
+            diverged = sorted({run.experiment.seed for run in alike if run.diverged and run.experiment.seed in seeds})
+            matches = _matches(experiment, metric, layout, by_identity)
+            matches = [run for run in matches if run.experiment.seed in seeds]
+        by_seed, paths, doubled = _one_a_seed(matches, scored)
+        problems += doubled
+        points.append(tuning.Point(values, by_seed, paths, [seed for seed in diverged if seed not in by_seed]))
+    return Tuned(points, list(seeds), metric, lower), problems
+
+
+def check_tuning(layouts: Mapping[str, Layout]) -> None:
+    """Check every tuned cell before anything runs: its validation score, its keys and values.
+
+    Raises:
+        ConfigError: it lists every error, with the cell.
+    """
+    errors: dict[str, str] = {}  # {message: first cell}
+    for name, layout in layouts.items():
+        for row, value in layout.rows.items():
+            for key in layout.columns if value.tune else ():
+                for message in _tuning_errors(name, layout, row, key):
+                    errors.setdefault(message, f"tables.{name}, row {row}, column {key}")
+    if errors:
+        raise ConfigError(f"{cell}: {message}" for message, cell in errors.items())
+
+
+def _tuning_errors(name: str, layout: Layout, row: str, key: str) -> list[str]:
+    """Errors about the tuning runs of one cell."""
+    try:
+        base = experiment_of(tuple(tuning_overrides(name, layout, row, key)))
+    except ConfigError as error:
+        return error.errors
+    errors, tune = [], layout.rows[row].tune
+    metric = layout.columns[key].tuned_by or layout.columns[key].metric
+    if metric != tuning.LOSS and metric.partition("/")[0] not in base.eval:
+        errors.append(
+            f"Invalid tuned_by={metric}: tuning runs have no such validation score; choose {tuning.LOSS}, or a metric "
+            f"of eval=[{','.join(base.eval)}]."
+        )
+    settings = []
+    for values in tuning.grid(tune):
+        try:
+            settings.append(setting_of(tuning.with_values(base, values)))
+        except ConfigError as error:
+            errors += [message for message in error.errors if message not in errors]
+    if not errors and len(set(settings)) < len(settings):
+        errors.append(
+            f"Invalid tune={tune}: some of its values are the same setting; tune what the training depends on."
+        )
+    return errors
 
 
 @cache  # columns may show several metrics of the same runs
@@ -447,9 +585,9 @@ def setting_of(experiment: Experiment) -> str:
 
 def _scored_alike(run: Run, expected: Experiment, metric: str, layout: Layout) -> bool:
     """Whether the metric's benchmark used the same rows and settings; the batch size does not matter."""
-    if metric in COSTS:
-        return True
-    benchmark = metric.partition("/")[0]
+    benchmark, _, of_benchmark = metric.partition("/")
+    if metric in COSTS or not of_benchmark:
+        return True  # measured while training
     if benchmark == "flatness":
         part = "rise" if metric.startswith("flatness/rise") else "hessian"
         measured = run.measured.get(part, {})
@@ -514,13 +652,18 @@ def _unplaced(name: str, layout: Layout, published: Published | None) -> list[st
     ]
 
 
+def differences_of(left: Mapping[int, float], right: Mapping[int, float]) -> list[float]:
+    """left − right of each shared seed."""
+    return [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
+
+
 def paired(left: Mapping[int, float], right: Mapping[int, float]) -> tuple[float, float, float, float, int] | None:
     """left − right over shared seeds: (mean, 95 % interval from, to, p of the paired t-test, seeds).
 
     None for fewer than three seeds, or if all differences are equal.
     """
     shared = sorted(left.keys() & right.keys())
-    differences = [left[seed] - right[seed] for seed in shared]
+    differences = differences_of(left, right)
     largest = max((abs(side[seed]) for side in (left, right) for seed in shared), default=0.0)
     if len(shared) < 3 or statistics.stdev(differences) <= 1e-12 * largest:  # equal up to rounding
         return None
@@ -531,8 +674,10 @@ def paired(left: Mapping[int, float], right: Mapping[int, float]) -> tuple[float
 
 def unused(made: Sequence[TableData], runs: Sequence[Run]) -> list[str]:
     """A message about runs whose setting is that of no cell."""
-    shown = {path for table in made for cell in table.cells.values() for path in cell.paths}
-    settings = {run.path: setting_of(run.experiment) for run in runs}
+    cells = [cell for table in made for cell in table.cells.values()]
+    shown = {path for cell in cells for path in cell.paths}
+    shown |= {path for cell in cells if cell.tuned for point in cell.tuned.points for path in point.paths}
+    settings = {run.path: setting_of(run.experiment) for run in runs if not run.diverged}
     of_cells = {settings[path] for path in shown}
     others = [path for path, setting in settings.items() if setting not in of_cells]
     if not others:

@@ -322,6 +322,12 @@ def _unread_key_errors(experiment: Experiment) -> Iterable[SettingError]:
                 "leave one of them out.",
             )
     if getattr(experiment.dataset, "validation_rows", None) == 0:
+        if experiment.dataset.evaluate == "validation":
+            yield SettingError(
+                ("dataset.evaluate", "dataset.validation_rows"),
+                "Invalid dataset.evaluate=validation with dataset.validation_rows=0: no row of "
+                f"dataset={experiment.dataset.name} is held out; set dataset.validation_rows, or leave the key out.",
+            )
         for key in keys_of_validation(optim):
             yield SettingError(
                 (f"optim.{key}", "dataset.validation_rows"),

@@ -156,6 +156,8 @@ class DatasetConfig(Section):
 
     name: FolderName = setting(remedy=_OWN_NAME)
     loader: str  # module of the data package
+    # The rows that benchmarks score. With validation no test row is read: for choosing settings.
+    evaluate: Literal["test", "validation"] = setting("test", identity="changed", remedy="test is what papers report")
     kind: ClassVar[Literal["text", "image", "text_to_image"]] = "text"  # of the loader, no setting
     has_lengths: ClassVar[bool] = True  # of the loader: whether optim.group_by_length may be set
 

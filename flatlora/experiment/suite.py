@@ -126,3 +126,11 @@ class Suite:
                     f"Invalid eval=[{name}] with dataset={experiment.dataset.name} ({experiment.dataset.kind}): it "
                     f"scores {scored} data sets; leave it out of eval=[...], or change the data set.",
                 )
+            elif experiment.dataset.evaluate == "validation" and (
+                self.benchmarks[name].own_rows or self.benchmarks[name].test_only
+            ):
+                yield SettingError(
+                    ("dataset.evaluate", f"eval.{name}"),
+                    f"Invalid eval=[{name}] with dataset.evaluate=validation: its rows are test rows; leave it out of "
+                    "eval=[...] (eval_loss is of validation rows).",
+                )
