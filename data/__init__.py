@@ -3,7 +3,8 @@
 A loader registers a `flatlora.experiment.plugins.DataSet`.
 
 Rows of text are {"x", "y"}: the prompt and the answer to be learned. The text of a row is x + " " + y +
-end-of-sequence, with the loss on y. A row that is scored by the likelihood of its possible answers also has "choices".
+end-of-sequence (without the blank in the template step_by_step), with the loss on y (`loss_on=text`: on x too). A row
+that is scored by the likelihood of its possible answers also has "choices".
 `images` loads all sets of labeled images and `text_to_image` all sets of images with prompts; kinds.py prepares them.
 """
 

@@ -62,7 +62,10 @@ def prepared(
         _warn_of_known_test_rows(splits)
         rows = len(splits.train) + len(splits.validation)
         with progress(f"tokenize {config.name}", rows, least=_BAR_FROM) as advance:
-            tokenized = prepare(splits, tokenizer, config.max_length, advance, encoder_decoder=encoder_decoder)
+            whole = config.loss_on == "text"
+            tokenized = prepare(
+                splits, tokenizer, config.max_length, advance, encoder_decoder=encoder_decoder, whole=whole
+            )
     _write(config, key, tokenized, notes)
     return tokenized
 

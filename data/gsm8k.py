@@ -14,7 +14,7 @@ from data.selection import ordered, take
 from flatlora.config.settings import MOST_ROWS, setting
 from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source, gather, read_rows
-from flatlora.inputs.templates import Template, prompt
+from flatlora.inputs.templates import MathTemplate, prompt
 
 HUB_ID, CONFIG = "openai/gsm8k", "main"
 
@@ -22,7 +22,7 @@ HUB_ID, CONFIG = "openai/gsm8k", "main"
 class Config(InstructionConfig):
     validation_rows: int = setting(100, ge=0, le=MOST_ROWS, remedy="0 takes none")
     test_rows: int | None = setting(None, identity=False, ge=1, le=MOST_ROWS, remedy="null takes all 1,319 rows")
-    template: Template = "qa"
+    template: MathTemplate = "qa"
 
 
 def sources(config: Config) -> list[Source]:

@@ -1,8 +1,9 @@
-"""MetaMathQA (Yu et al. 2023), the rows that are derived from GSM8K. Hub: meta-math/MetaMathQA, split train.
+"""MetaMathQA (Yu et al. 2023): all rows, or those that are derived from GSM8K. Hub: meta-math/MetaMathQA, split train.
 
 Prepared as by the published code: rows whose type contains "GSM"; the response up to "\\nThe answer is:"; prompt and
 response together below `max_tokens` tokens; the first 100,000 rows for training and the next 10,000 for validation.
-LoRA-Pro's form (`template=alpaca`) keeps the full response. Scored on GSM8K's test split in the same prompt.
+LoRA-Pro's form (`template=alpaca`) keeps the full response. Scored on GSM8K's test split in the same prompt. PEFT's
+suite (`protocol=peft_suite`) takes rows of every type with at most `max_characters` characters of query and response.
 
 Most rows rephrase a question of GSM8K's train split, which has dozens of them. So `evaluate=validation` holds out whole
 questions, a tenth of them by hash: its validation rows come from these, and no row of them is trained on.
@@ -13,6 +14,7 @@ Deviation: tokens are counted with the model's own tokenizer unless `limit_token
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -34,7 +36,11 @@ class Config(gsm8k.Config):
         512, ge=8, le=MOST_TOKENS, remedy="512 as published, null keeps rows of every length"
     )
     test_revision: str | None = None  # of GSM8K; `revision` is MetaMathQA's
-    response: Literal["by_template", "cut", "full"] = "by_template"  # cut for qa, full for alpaca
+    response: Literal["by_template", "cut", "full"] = "by_template"  # cut for qa, full for the others
+    types: Literal["gsm", "all"] = setting("gsm", identity="changed", remedy="gsm as published, all takes MATH's too")
+    max_characters: int | None = setting(
+        None, identity="changed", ge=8, le=MOST_TOKENS, remedy="null keeps rows of every length"
+    )
 
 
 def sources(config: Config) -> list[Source]:
@@ -46,11 +52,13 @@ def sources(config: Config) -> list[Source]:
 
 
 def examples(rows: list[Row], config: Config) -> Iterator[Example]:
-    """Examples of the rows that are derived from GSM8K, with responses as `config.response` selects."""
-    full = config.response == "full" or (config.response == "by_template" and config.template == "alpaca")
+    """Examples of the rows that `config` selects, with responses as `config.response` says."""
+    full = config.response == "full" or (config.response == "by_template" and config.template != "qa")
+    most = config.max_characters or math.inf
     for row in rows:
-        if "GSM" in row["type"]:
-            yield Example(row["query"], row["response"] if full else row["response"].split("\nThe answer is:")[0])
+        query, response = row["query"], row["response"]
+        if (config.types == "all" or "GSM" in row["type"]) and len(f"{query} {response}") <= most:
+            yield Example(query, response if full else response.split("\nThe answer is:")[0])
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
@@ -80,8 +88,9 @@ def _is_held_out(question: str) -> bool:
 
 
 def describe(config: Config) -> str:
+    types = "all types" if config.types == "all" else "type contains GSM"
     scored = "questions held out" if config.evaluate == "validation" else gsm8k.HUB_ID
-    return f"{HUB_ID} (train, type contains GSM); test: {scored}"
+    return f"{HUB_ID} (train, {types}); test: {scored}"
 
 
 DATASETS.add("meta_math", DataSet(Config=Config, version=1, describe=describe, sources=sources, load=load))

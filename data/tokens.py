@@ -4,7 +4,8 @@ The prompt (x and a blank) and the answer (y and end-of-sequence) are tokenized 
 evaluator, which only tokenizes the prompt, continues from exactly the ids of training. Deviation: the published code
 tokenizes the joined text, in which the blank may merge with the answer's first token. Names of special tokens in a row
 are text, and an end-of-sequence token that a tokenizer appends is removed from a decoder's prompt
-(`flatlora.inputs.tokenizing`).
+(`flatlora.inputs.tokenizing`). With `loss_on=text`, where every token is learned, prompt and answer are tokenized
+together; such a row has an empty prompt.
 """
 
 from __future__ import annotations
@@ -137,20 +138,26 @@ def tokenize(
     on_progress: Callable[[int], None] = lambda done: None,
     *,
     encoder_decoder: bool = False,
+    whole: bool = False,
 ) -> TokenRows:
     """Tokenizes all rows, cut at `max_length` tokens (prompt + answer).
 
     Args:
         on_progress: called with the number of rows after each batch.
         encoder_decoder: whether prompts keep the end-of-sequence token that the tokenizer appends.
+        whole: whether the prompt belongs to what is learned, as with `loss_on=text`.
     """
     parts, cut, dropped, encode = [], 0, 0, Encoder(tokenizer)
     end, most = packed([tokenizer.eos_token_id]), max_length * _ID_BYTES
     appended = 0 if encoder_decoder else appended_ends(tokenizer) * _ID_BYTES
     names = _SpecialNames(tokenizer, encode)
     for batch in batched(rows, _ROWS_AT_ONCE):
-        prompts = [ids[: len(ids) - appended] for ids in encode([prompt_text(row["x"]) for row in batch])]
-        answers = encode([row["y"] for row in batch], special=False)
+        begins = [prompt_text(row["x"]) + (row["y"] if whole else "") for row in batch]
+        begins = [ids[: len(ids) - appended] for ids in encode(begins)]
+        if whole:
+            prompts, answers = [b""] * len(batch), begins
+        else:
+            prompts, answers = begins, encode([row["y"] for row in batch], special=False)
         names.look(batch)
         for prompt, answer in zip(prompts, answers, strict=True):
             room = most - len(prompt)
@@ -238,6 +245,7 @@ class CausalCollator:
         attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
         for i, row in enumerate(rows):
             start, stop = len(row["prompt"]), len(row["prompt"]) + len(row["answer"])
+            start = max(1, start)  # nothing predicts the first token
             input_ids[i, :stop] = torch.tensor(row["prompt"] + row["answer"])
             labels[i, start:stop] = input_ids[i, start:stop]
             attention_mask[i, :stop] = 1
@@ -290,8 +298,9 @@ def prepare(
     on_progress: Callable[[int], None] = lambda done: None,
     *,
     encoder_decoder: bool = False,
+    whole: bool = False,
 ) -> Prepared:
-    """Tokenizes the train and validation rows; for `encoder_decoder` see `tokenize`.
+    """Tokenizes the train and validation rows; for `encoder_decoder` and `whole` see `tokenize`.
 
     Raises:
         ConfigError: no train row or no validation row is left, or the tokenizer has no end-of-sequence token.
@@ -304,7 +313,7 @@ def prepare(
             ]
         )
     train, validation = (
-        tokenize(rows, tokenizer, max_length, on_progress, encoder_decoder=encoder_decoder)
+        tokenize(rows, tokenizer, max_length, on_progress, encoder_decoder=encoder_decoder, whole=whole)
         for rows in (splits.train, splits.validation)
     )
     errors = [

@@ -1,18 +1,21 @@
-"""GSM8K and data sets of its format: zero-shot, greedy, exact match of the final answer.
+"""GSM8K and data sets of its format: zero-shot, exact match of the final answer.
 
     python -m eval.gsm8k PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: parser, template (of the
-benchmark's own rows; a run's test rows already have one), max_rows, max_new_tokens, batch_size, rows=FILE.jsonl (rows
-{"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. A run is scored on the test rows of its data set;
-`rows=benchmark` takes GSM8K's own instead, in the run's template. `parser=strict` reads the number after "####", or
-else the last one; `parser=math_verify` reads expressions and LaTeX too, with that package (extra `math`). A score has
-both. References must be numbers for both: a fraction, a root or a range is an error. A run's own answers are never
-overwritten: other settings, other rows or another device write to a folder of their own beside eval/gsm8k.
+benchmark's own rows; a run's test rows already have one), max_rows, max_new_tokens, temperature, top_p, seed,
+batch_size, rows=FILE.jsonl (rows {"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. A run is scored on the
+test rows of its data set; `rows=benchmark` takes GSM8K's own instead, in the run's template. `parser=strict` reads the
+number after "####", or else the last one; `parser=math_verify` reads expressions and LaTeX too, with that package
+(extra `math`). A score has both. `parser=peft_suite` compares as PEFT's own suite does (`eval.peft_suite`).
+temperature, top_p and seed sample the answers; temperature=0 is greedy. References must be numbers: a fraction, a root
+or a range is an error. A run's own answers are never overwritten: other settings, other rows or another device write to
+a folder of their own beside eval/gsm8k.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
@@ -22,7 +25,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from eval import BENCHMARKS, predictions
+from eval import BENCHMARKS, peft_suite, predictions
 from eval.answers import without_draft
 from eval.backends import Generator, Sampling
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
@@ -94,8 +97,12 @@ class Config(Section):
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
     max_new_tokens: int = setting(512, ge=1, le=MOST_TOKENS, remedy="512 as published")
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
-    parser: Literal["strict", "math_verify"] = "strict"
-    template: Literal["qa", "alpaca", "none"] = "qa"
+    parser: Literal["strict", "math_verify", "peft_suite"] = "strict"
+    template: Literal["qa", "alpaca", "step_by_step", "none"] = "qa"
+    temperature: float = setting(0.0, ge=0, le=100, remedy="0 is greedy, as published")
+    top_p: float = setting(1.0, gt=0, le=1, remedy="1 draws from all tokens")
+    # Of what a temperature draws; each row has its own.
+    seed: int = setting(42, ge=0, le=2**32 - 1, remedy="use a whole number from 0 to 4294967295")
 
     def rule_errors(self) -> list[SettingError]:
         if self.parser == "math_verify" and not _has_math_verify():
@@ -240,6 +247,8 @@ def is_right(row: Mapping[str, Any], parser: str) -> bool:
         raise ValueError(f"Row {row.get('index')} has no number that can be read whole in its reference {end!r}.")
     if parser == "strict":
         return parse_answer(row["completion"]) == reference
+    if parser == "peft_suite":
+        return peft_suite.is_right(row.get("prompt", "") + row["completion"], row["reference"])
     from math_verify import parse, verify
 
     text = without_draft(row["completion"]).replace("−", "-")
@@ -265,8 +274,9 @@ def score(rows: Sequence[dict[str, Any]], parser: str = "strict") -> dict[str, A
     """
     total = len(rows)
     parsers = ["strict", "math_verify"] if _has_math_verify() else ["strict"]
+    parsers += [parser] if parser not in parsers else []
     shares = {name: sum(is_right(row, name) for row in rows) / total if total else None for name in parsers}
-    versions = {"math_verify": importlib.metadata.version("math-verify")} if len(parsers) > 1 else {}
+    versions = {"math_verify": importlib.metadata.version("math-verify")} if "math_verify" in parsers else {}
     unparsed = sum(parse_answer(row["completion"]) is None for row in rows)
     return {
         "scorer": f"gsm8k/{SCORER_VERSION}",
@@ -315,10 +325,21 @@ def run(
     on_progress: predictions.OnProgress | None = None,
 ) -> dict[str, Any]:
     """Answers `rows` ({"x", "y"}) and scores them; writes predictions.jsonl and score.json, returns the score."""
+    asked = rows[: config.max_rows]
     path = predictions.answer_rows(
-        backend, rows[: config.max_rows], folder, Sampling(config.max_new_tokens), on_progress=on_progress
+        backend,
+        asked,
+        folder,
+        Sampling(config.max_new_tokens, config.temperature, config.top_p),
+        seeds=[_seed(config.seed, index) for index in range(len(asked))] if config.temperature else None,
+        on_progress=on_progress,
     )
     return score_file(path, config)
+
+
+def _seed(seed: int, index: int) -> int:
+    """The seed of one row's answer, which depends on nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:6], "little")
 
 
 def score_file(path: Path, config: Config) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def answer_rows(
     sampling: Sampling,
     *,
     keep: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
     """Calls `generate` for rows {"x", "y"} of a data set; columns in `keep` are saved with the answers."""
@@ -122,6 +123,7 @@ def answer_rows(
         folder,
         sampling=sampling,
         known=[{key: row[key] for key in keep} for row in rows],
+        seeds=seeds,
         on_progress=on_progress,
     )
 

@@ -25,6 +25,7 @@ from flatlora.config.settings import Section, build_section, checked_section, se
 from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
+from scripts import published as published_files
 from scripts import tuning
 from scripts.tuning import Tuned, Tuning, Value
 
@@ -35,7 +36,7 @@ PAPER = PROJECT / "results/paper.yaml"
 SIGNIFICANT = 0.05
 USUAL_SEEDS = 3  # of a cell whose table names no number
 _MOST_SEEDS = 1000
-COSTS = ("timing/train_s", "memory/peak_gpu_gib")  # of run.json: they depend on the machine
+MEASURED = ("timing", "memory")  # groups of a record whose numbers a column may show; they depend on the machine
 NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ without runs
 
 
@@ -52,7 +53,7 @@ class Row(Section):
 class Column(Section):
     """One column: the overrides that are added to those of a row, and the metric of run.json, times `scale`.
 
-    The metric may be one of `COSTS` too.
+    The metric may be one of time or memory too, such as timing/train_s.
     """
 
     title: str
@@ -79,6 +80,7 @@ class Layout(Section):
     experiment: str | None = None  # file of conf/experiment; default: the table's name
     average: bool = True
     seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="the paper's number; leave it out if it has none")
+    published_rows: str | None = None  # a CSV file beside tables.yaml, whose rows come below the others
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows to compare; default: all with the first
     measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # settings of flatness.json
     tuning: Tuning | None = setting(None, remedy="write {seeds: [100, 101], test_seeds: [0, 1, 2]}")
@@ -159,14 +161,8 @@ class Run(NamedTuple):
     metrics: Mapping[str, float]  # including those of flatness.json
     train_s: float
     measured: Mapping[str, Mapping[str, Any]]  # settings of each part of flatness.json
-    peak_gpu_gib: float | None = None
     diverged: bool = False  # whether the training diverged, and there is no metric
     machine: str = "an unknown machine"  # its GPUs, or its processor
-
-    def value(self, metric: str) -> float | None:
-        """The number of a column; None if the run has none."""
-        costs = {"timing/train_s": self.train_s, "memory/peak_gpu_gib": self.peak_gpu_gib}
-        return costs[metric] if metric in COSTS else self.metrics.get(metric)
 
 
 class Cell(NamedTuple):
@@ -176,7 +172,7 @@ class Cell(NamedTuple):
     paths: list[Path]
     paper: float | None
     paper_spread: float | None = None
-    machines: Sequence[str] = ()  # of the runs, for a column of `COSTS`
+    machines: Sequence[str] = ()  # of the runs, for a column of time or memory
     incomplete: str = ""  # fractions of the answers that were cut, refused or not rated
     tuned: Tuned | None = None  # validation runs of a tuned row
 
@@ -233,7 +229,12 @@ def read_layouts(path: Path) -> dict[str, Layout]:
     raw = _yaml(path)
     if errors := [error.message for name, layout in raw.items() for error in _part_errors(f"tables.{name}", layout)]:
         raise ConfigError(errors)
-    return {name: build_section(f"tables.{name}", Layout, layout) for name, layout in raw.items()}
+    layouts = {name: build_section(f"tables.{name}", Layout, layout) for name, layout in raw.items()}
+    for layout in layouts.values():
+        if layout.published_rows:
+            for name in published_files.read_published(path.parent / layout.published_rows):
+                layout.rows[name] = Row(title=published_files.title_of_row(name), published_only=True)
+    return layouts
 
 
 def _part_errors(path: str, layout: Any) -> list[SettingError]:
@@ -264,7 +265,10 @@ def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
         except ConfigError as error:
             problems += error.errors
             continue
-        numbers, spreads, number_problems = _published_numbers(name, values or {})
+        if isinstance(values, dict) and isinstance(values.get("file"), str):
+            (numbers, number_problems), spreads = published_files.numbers_of(name, values, path.parent), {}
+        else:
+            numbers, spreads, number_problems = _published_numbers(name, values or {})
         if numbers and published.source not in sources:
             number_problems.append(
                 f"Invalid source of paper.{name}: {published.source} is none of {', '.join(sources)}, but a published "
@@ -338,10 +342,10 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
                 for name, value in record.metrics.items()
                 if value is not None and not name.startswith("flatness/")  # read from flatness.json instead
             }
+            metrics |= _measured(record)
             if wrong := [name for name, value in metrics.items() if not _is_number(value)]:
                 raise ValueError(f"{wrong[0]} is not a finite number")
             train_s = float(record.timing.train_s)
-            peak_gpu_gib = record.memory.peak_gpu_gib if record.memory else None
             machine = _machine(record)
         except BROKEN as error:
             problems.append(f"{path.parent} has no valid run.json ({type(error).__name__}: {str(error)[:200]}).")
@@ -354,7 +358,7 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             measured, more = {}, {}
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             problems.append(f"{path.parent} has no valid flatness.json ({reason}); its other numbers count.")
-        runs.append(Run(path.parent, experiment, metrics | more, train_s, measured, peak_gpu_gib, machine))
+        runs.append(Run(path.parent, experiment, metrics | more, train_s, measured, machine=machine))
     return runs, problems
 
 
@@ -364,6 +368,20 @@ def _machine(record: RunRecord) -> str:
     hardware = record.env.hardware
     gpus = [f"{count} × {name}" if count > 1 else name for name, count in Counter(hardware.gpus).items()]
     return ", ".join(gpus) or hardware.cpu
+
+
+def _measured(record: RunRecord) -> dict[str, float]:
+    """{"timing/<key>" or "memory/<key>": value} of a record; `train_and_score_s` is the sum of both times."""
+    timing, memory = (group.model_dump() if group else {} for group in (record.timing, record.memory))
+    if None not in (times := [timing.get("train_s"), timing.get("score_s")]):
+        timing["train_and_score_s"] = sum(times)
+    groups = {"timing": timing, "memory": memory}
+    return {
+        f"{group}/{key}": value
+        for group, values in groups.items()
+        for key, value in values.items()
+        if _is_number(value)
+    }
 
 
 def _records_below(results: Path) -> tuple[list[Path], list[str]]:
@@ -476,7 +494,7 @@ def make(
                     by_seed,
                     paths,
                     *(by_row.get(row, {}).get(key) for by_row in numbers),
-                    sorted({run.machine for run in shown}) if column.metric in COSTS else (),
+                    sorted({run.machine for run in shown}) if column.metric.partition("/")[0] in MEASURED else (),
                     _incomplete([run.metrics for run in shown], column.metric.partition("/")[0]),
                     tuned,
                 )
@@ -494,7 +512,7 @@ def _matches(
     experiment: Experiment, metric: str, layout: Layout, by_identity: Mapping[str, Sequence[Run]]
 ) -> list[Run]:
     """Runs of the experiment's setting, of any seed, that were scored alike."""
-    alike = [run for run in by_identity.get(setting_of(experiment), []) if run.value(metric) is not None]
+    alike = [run for run in by_identity.get(setting_of(experiment), []) if metric in run.metrics]
     return [run for run in alike if _scored_alike(run, experiment, metric, layout)]
 
 
@@ -584,16 +602,19 @@ def setting_of(experiment: Experiment) -> str:
 
 
 def _scored_alike(run: Run, expected: Experiment, metric: str, layout: Layout) -> bool:
-    """Whether the metric's benchmark used the same rows and settings; the batch size does not matter."""
+    """Whether the metric's benchmark used the same rows and settings; the batch size does not matter.
+
+    Time and memory are those of all benchmarks.
+    """
     benchmark, _, of_benchmark = metric.partition("/")
-    if metric in COSTS or not of_benchmark:
+    if not of_benchmark:
         return True  # measured while training
     if benchmark == "flatness":
         part = "rise" if metric.startswith("flatness/rise") else "hessian"
         measured = run.measured.get(part, {})
         return all(measured.get(key) == value for key, value in layout.measured.get(part, {}).items())
 
-    def answer_settings(experiment: Experiment) -> Any:
+    def answer_settings(experiment: Experiment, benchmark: str) -> Any:
         config = experiment.eval.get(benchmark)
         irrelevant = {"batch_size", "judge_url", "judge_key", "folder"}  # settings that no answer depends on
         default = benchmarks.BENCHMARKS[benchmark].Config.model_construct()  # without validation of missing folders
@@ -601,7 +622,8 @@ def _scored_alike(run: Run, expected: Experiment, metric: str, layout: Layout) -
         rows = getattr(experiment.model, "generated_test_rows", None), getattr(experiment.dataset, "test_rows", None)
         return settings, rows
 
-    return answer_settings(run.experiment) == answer_settings(expected)
+    scored = {*run.experiment.eval, *expected.eval} if benchmark in MEASURED else {benchmark}
+    return all(answer_settings(run.experiment, name) == answer_settings(expected, name) for name in scored)
 
 
 def _one_a_seed(runs: Sequence[Run], column: Column) -> tuple[dict[int, float], list[Path], list[str]]:
@@ -611,9 +633,9 @@ def _one_a_seed(runs: Sequence[Run], column: Column) -> tuple[dict[int, float], 
         seeds.setdefault(run.experiment.seed, []).append(run)
     by_seed, paths, problems = {}, [], []
     for seed, same in sorted(seeds.items()):
-        values = {run.value(column.metric) for run in same}
+        values = {run.metrics[column.metric] for run in same}
         if len(values) > 1:
-            listed = ", ".join(f"{run.path} has {run.value(column.metric)}" for run in same)
+            listed = ", ".join(f"{run.path} has {run.metrics[column.metric]}" for run in same)
             problems.append(f"seed {seed} of {column.metric}: {listed}; remove one of them.")
             continue
         if len(same) > 1:

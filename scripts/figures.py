@@ -11,14 +11,17 @@ severity         accuracy on corrupted images against the severity, of models tr
 pictures         images of LoRA and Flat-LoRA for the same prompts and seeds, from one seed of training
 tuning_curves    validation score against the learning rate of each tuned row, mean over tuning seeds; ringed: chosen
 cost             time of a step and peak memory, as results/bench/gpu.json has them
+peft_suite       GSM8K against peak memory: public results of PEFT's suite, ours by its settings, and the Pareto front
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import statistics
+import string
 import sys
 import textwrap
 from collections import Counter
@@ -95,8 +98,9 @@ def tables_of(results: Path) -> dict[str, cells.TableData]:
     """
     layouts = cells.read_layouts(cells.LAYOUTS)
     runs, _ = cells.read_runs(results)  # scripts/tables.py reports problems
+    papers, _ = cells.read_paper(cells.PAPER)
     names = [*LAYOUTS, *(name for name, layout in layouts.items() if layout.tuning is not None)]
-    made, _ = cells.make({name: layouts[name] for name in dict.fromkeys(names)}, {}, runs)
+    made, _ = cells.make({name: layouts[name] for name in dict.fromkeys(names)}, papers, runs)
     return {table.name: table for table in made}
 
 
@@ -463,9 +467,75 @@ def cost(results: Path) -> plt.Figure | None:
     return figure
 
 
+def peft_suite(suite: cells.TableData) -> plt.Figure | None:
+    """Accuracy against memory, a mark per row, in two panels: all, and the upper left part; None without public rows.
+
+    The Pareto front joins rows that are more accurate than every row with as little memory. Ours are means over seeds.
+    """
+    public, ours = places_of(suite, "paper"), places_of(suite, "mean")
+    if not public:
+        return None
+    front = pareto_front(public | ours)
+    figure, axes = panels_of(2, width=4.4, height=3.8 if STACKED.get() else 5.0)  # with a long legend
+    line = np.array([(public | ours)[title] for title in front])
+    for axis in axes:
+        axis.plot(*zip(*public.values(), strict=True), "o", color=COLORS[6], markersize=3, label="public, one seed")
+        style = {"where": "post", "color": COLORS[7], "linewidth": 0.8, "zorder": 1}
+        axis.step(line[:, 0], line[:, 1], label="Pareto front", **style)
+        for (title, place), marker, color in zip(ours.items(), _MARKERS, itertools.cycle(COLORS[:6]), strict=False):
+            axis.plot(*place, marker, color=color, markersize=6, label=f"{title}, ours")
+        axis.set(xlabel="peak memory, GiB", ylabel="GSM8K, per cent")
+    axes[0].set_title("all", fontsize=9)
+    axes[1].set_title("its upper left part", fontsize=9)
+    if upper := [place for place in (public | ours).values() if _is_upper(place)]:
+        (left, bottom), (right, top) = np.min(upper, axis=0), np.max(upper, axis=0)
+        axes[1].set(xlim=(left - 0.4, right + 0.3), ylim=(bottom - 0.5, top + 1))
+    letter_points(axes, {title: public[title] for title in (*_NAMED, *front) if title in public})
+    title_of(figure, suite.published.title if suite.published else suite.name)
+    legend_below(figure, axes)
+    return figure
+
+
+_MARKERS = "sD^v<>Pp*Xhd"
+_NAMED = ("lora/rank32", "lora/rank32-dora", "full-finetuning/lr_0.00001")
+
+
+def places_of(suite: cells.TableData, side: str) -> dict[str, tuple[float, float]]:
+    """{title of a row: (memory, accuracy)} of the rows that have both; `side` is paper or mean."""
+    rows = {
+        value.title: tuple(getattr(suite.cells[row, column], side) for column in ("memory", "gsm8k"))
+        for row, value in suite.layout.rows.items()
+    }
+    return {title: place for title, place in rows.items() if None not in place}
+
+
+def _is_upper(place: tuple[float, float]) -> bool:
+    return place[0] <= 26 and place[1] >= 40
+
+
+def letter_points(axes: Sequence[plt.Axes], points: Mapping[str, tuple[float, float]]) -> None:
+    """Puts a letter beside each point, in the panel with more room, and its name into the legend."""
+    for letter, title in zip(string.ascii_letters, sorted(points, key=lambda name: points[name][1]), strict=False):
+        place, style = points[title], {"markeredgewidth": 0, "linestyle": "", "color": COLORS[7]}
+        axes[0].plot([], [], marker=rf"$\mathrm{{{letter}}}$", label=title, **style)
+        for axis in axes if _is_upper(place) else axes[:1]:
+            axis.plot(*place, "o", color=COLORS[7], markersize=3)
+        offset = {"xytext": (-3, 4), "textcoords": "offset points", "ha": "right"}
+        axes[_is_upper(place)].annotate(letter, place, fontsize=9, **offset)
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points (cost, gain) with more gain than every point that costs as little, from low to high cost."""
+    front: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if not front or points[name][1] > points[front[-1]][1]:
+            front.append(name)
+    return front
+
+
 SMALL = "SmolLM2-135M"
 WAYS = ("PEFT", "PEFT+Liger", "published", "LoRA", "Flat-LoRA copy", "Flat-LoRA recompute")
-LAYOUTS = ("study", "ablation", "flatness", "corruptions", "sdxl")
+LAYOUTS = ("study", "ablation", "flatness", "corruptions", "sdxl", "peft_suite")
 FIGURES: Mapping[str, Callable[[Mapping[str, cells.TableData], Path], plt.Figure | None]] = {
     "sigma_sweep": lambda tables, results: sigma_sweep(tables["study"]),
     "rank_sweep": lambda tables, results: rank_sweep(tables["ablation"]),
@@ -476,6 +546,7 @@ FIGURES: Mapping[str, Callable[[Mapping[str, cells.TableData], Path], plt.Figure
     "pictures": lambda tables, results: pictures(tables["sdxl"]),
     "tuning_curves": lambda tables, results: tuning_curves(tables.values()),
     "cost": lambda tables, results: cost(results),
+    "peft_suite": lambda tables, results: peft_suite(tables["peft_suite"]),
 }
 
 

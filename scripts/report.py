@@ -130,7 +130,8 @@ def groups_of(runs: Iterable[cells.Run], home: Path) -> list[dict[str, Any]]:
                 "runs": [],
             },
         )
-        headline = {name: value for name, value in run.metrics.items() if "/" in name and isinstance(value, float)}
+        scores = {name: value for name, value in run.metrics.items() if name.partition("/")[0] not in cells.MEASURED}
+        headline = {name: value for name, value in scores.items() if "/" in name and isinstance(value, float)}
         group["runs"].append(
             {
                 "seed": experiment.seed,

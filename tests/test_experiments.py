@@ -137,6 +137,8 @@ OF_PAPERS = {
     ("bi_lora_sdxl", "bi_lora", "text_text"): (2e-4, 1, 4, 1, None, 0.05, "text_to_image/text_text"),
     ("lora_pro_llama2", "lora_pro", "gsm8k"): (2e-5, 1, 32, 1, 1024, 0, "gsm8k/exact_match"),
     ("lora_pro_glue", "lora_pro", "sst2"): (1e-4, 1, 32, 32, 128, 0, "glue/accuracy"),
+    ("peft_suite", "flat_lora", "gsm8k"): (1e-4, 1, 4, 4, 768, 0.05, "gsm8k/exact_match"),
+    ("peft_suite", "lora_sam", "memory"): (1e-4, 1, 4, 4, 768, 0.003, "memory/peak_reserved_gib"),
 }
 
 
@@ -190,7 +192,9 @@ def test_the_published_numbers_are_those_of_the_papers():
         "bi_lora_methods": 12,
         "bi_lora_nf4": 3,
         "bi_lora_sdxl": 4,
+        "peft_suite": 189,  # 63 rows
     }
+    assert papers["peft_suite"].values["lora/llama-3.2-3B-rank32"]["gsm8k"] == pytest.approx(47.84, abs=0.005)
 
 
 def test_a_protocol_without_the_task_names_those_that_it_has():
@@ -202,6 +206,36 @@ def test_a_protocol_without_the_task_names_those_that_it_has():
         "meta_math, codefeedback, wizard_lm; model=t5base: mnli, sst2, cola, qnli, mrpc; choose one of these, or leave "
         "protocol out."
     )
+
+
+def test_the_protocol_of_pefts_suite_has_its_settings():
+    """Typed from default_training_params.json and utils.py of the suite."""
+    words = ["protocol=peft_suite", "model=llama32_3b", "dataset=meta_math", "rho=flat"]
+    found = run_exp.experiment_of(words)
+    assert (found.protocol, found.seed, found.model.hub_id) == ("peft_suite", 0, "meta-llama/Llama-3.2-3B")
+    assert (found.model.dtype, found.trainer.autocast) == ("bfloat16", "none")
+    optim = found.optim
+    assert (optim.lr, optim.weight_decay, optim.warmup_ratio, optim.lr_schedule) == (1e-4, 0.1, 0.1, "cosine")
+    assert (optim.max_grad_norm, optim.batch_size, found.trainer.max_steps) == (1.0, 4, 5000)
+    rows = found.dataset
+    assert (rows.train_rows, rows.validation_rows, rows.subset) == (5000 * 4, 0, "first")
+    assert (rows.types, rows.max_characters, rows.max_tokens, rows.max_length) == ("all", 1300, None, 768)
+    assert (rows.template, rows.loss_on) == ("step_by_step", "text")
+    peft = found.peft
+    assert (peft.lora_r, peft.lora_alpha, peft.lora_dropout, peft.target_modules) == (32, 64, 0, "qv")
+    asked = found.eval["gsm8k"]
+    assert (asked.max_new_tokens, asked.batch_size, asked.max_rows, asked.parser) == (300, 50, None, "peft_suite")
+    assert (asked.template, asked.temperature, asked.top_p) == ("step_by_step", 0.6, 0.9)
+    assert run_exp.experiment_of([*words, "seed=3"]).seed == 3
+    assert run_exp.experiment_of([*words, "eval=[]"]).eval == {}
+    assert run_exp.experiment_of([*words, "peft=rslora", "peft.lora_r=64"]).peft.lora_r == 64
+    full = ["protocol=peft_suite", "model=llama32_3b", "dataset=meta_math", "peft=full_ft"]
+    assert run_exp.experiment_of(full).optim.lr == 1e-5
+
+
+def test_a_loss_on_the_prompt_is_of_decoders():
+    with pytest.raises(ConfigError, match=r"Invalid dataset\.loss_on=text with model=t5base"):
+        run_exp.experiment_of(["model=t5base", "dataset=gsm8k", "dataset.loss_on=text"])
 
 
 def test_a_protocol_is_no_part_of_the_trained_bytes():

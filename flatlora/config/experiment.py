@@ -321,6 +321,12 @@ def _unread_key_errors(experiment: Experiment) -> Iterable[SettingError]:
                 f"Invalid dataset.{key}={pinned} with data_root={experiment.data_root}: only the hub has revisions; "
                 "leave one of them out.",
             )
+    if getattr(experiment.dataset, "loss_on", "answer") == "text" and experiment.model.family != "causal_lm":
+        yield SettingError(
+            ("dataset.loss_on", "model.family"),
+            f"Invalid dataset.loss_on=text with model={experiment.model.name} ({experiment.model.family}): only a "
+            "decoder-only model predicts its prompt; leave the key out.",
+        )
     if getattr(experiment.dataset, "validation_rows", None) == 0:
         if experiment.dataset.evaluate == "validation":
             yield SettingError(

@@ -165,6 +165,8 @@ class DatasetConfig(Section):
 class TextDatasetConfig(DatasetConfig):
     # In tokens, prompt + answer.
     max_length: int = setting(512, ge=8, le=MOST_TOKENS, remedy="longer rows are cut; 512 or 1024 is usual")
+    # text: the prompt is learned too, and tokenized together with the answer.
+    loss_on: Literal["answer", "text"] = setting("answer", identity="changed", remedy="the papers learn the answer")
 
 
 class PeftConfig(Section):

@@ -40,7 +40,7 @@ MOST_JOBS = 256
 """Maximum number of jobs of a sweep; all are composed and checked before the first one starts."""
 
 # Top-level keys used only inside option files, such as rho.sigma per option of rho and the tasks of a protocol.
-_OF_OPTIONS = ("strengths", "tasks", "task", "full_ft_lr")
+_OF_OPTIONS = ("strengths", "tasks", "task", "full_ft_lr", "adapter", "answers")
 GROUPS = ("model", "dataset", "peft", "rho", "trainer", "eval", "protocol", "experiment")
 _RENAMED_GROUPS = {"dataset_name": "dataset"}
 

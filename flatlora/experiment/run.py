@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import signal
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -127,6 +131,7 @@ def execute(
     Args:
         base: identity of the backbone, from `loading.backbone_state`.
     """
+    started = time.perf_counter()
     environment.reset_peak_memory()
     # Outside of training (see flatlora.train.preemption), these signals end the run as interrupted.
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -148,7 +153,9 @@ def execute(
         if not isinstance(error, OSError) and files.out_of_space(error, folder.path):
             error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")
         console.report_failure(error)
-    record.memory = Memory(**environment.peak_memory_gib())
+    record.memory = (record.memory or Memory()).model_copy(update=environment.peak_memory_gib())
+    if record.timing:
+        record.timing.total_s = round(time.perf_counter() - started, 3)
     if distributed.is_main_process():
         try:
             record.write(folder.path)
@@ -218,6 +225,7 @@ def train_and_score(
         record.backbone_sha256.after = hashes.backbone_sha256(model)
         record.adapter_sha256 = hashes.trainable_sha256(model)
         record.timing, record.perturbation = outcome.timing, outcome.perturbation
+        record.memory = _reserved(outcome.reserved_gib)
         record.resumed_from = outcome.resumed_from
         record.distributed = Distributed(
             processes=distributed.world_size(), zero=experiment.trainer.zero, dtypes=outcome.dtypes
@@ -230,10 +238,20 @@ def train_and_score(
                 if inputs.processor is not None:
                     inputs.processor.save_pretrained(staging)
                 loading.complete_adapter(experiment.model, staging)
+            before = time.perf_counter()
             record.metrics.update(score(suite, experiment, model, inputs, folder, record.base, tracker))
+            record.timing.score_s = round(time.perf_counter() - before, 3)
             record.weights_sha256 = hashes.weights_sha256(folder.adapter)
             record.files = records.hash_files(folder.path)
     record.status = "finished"
+
+
+def _reserved(reserved_gib: Sequence[float]) -> Memory:
+    """Returns the mean and the 99th percentile of GPU memory over steps; None without a GPU."""
+    if not reserved_gib:
+        return Memory()
+    mean, high = statistics.fmean(reserved_gib), float(np.percentile(reserved_gib, 99))
+    return Memory(reserved_mean_gib=round(mean, 3), reserved_p99_gib=round(high, 3))
 
 
 def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None) -> methods.Start:
@@ -318,5 +336,6 @@ def _new_record(experiment: Experiment, base: str) -> RunRecord:
         config_sha256=experiment.sha256(),
         base=base,
         git_sha=environment.git_sha(),
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         env=Environment(**environment.environment()),
     )

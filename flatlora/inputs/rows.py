@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from flatlora.inputs.templates import STEP_BY_STEP
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.names import stays_inside
 from flatlora.utils.plain_files import open_plain, read_plain
@@ -184,8 +185,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def prompt_text(x: str) -> str:
-    """The prompt that a model answers: the part of the training text x + " " + y before y."""
-    return x + " "
+    """The prompt that a model answers: the part of the training text before y.
+
+    It is x and a blank; x alone if x is in the template step_by_step.
+    """
+    return x if x.endswith(STEP_BY_STEP) else f"{x} "
 
 
 def jsonl(rows: Iterable[dict[str, Any]]) -> str:

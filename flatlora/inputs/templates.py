@@ -1,4 +1,4 @@
-"""The two prompt templates of the papers: "Q: … A: " (Flat-LoRA, LoRA-GA), and the Alpaca form (LoRA-Pro)."""
+"""Prompt templates: "Q: … A: " (Flat-LoRA, LoRA-GA), the Alpaca form (LoRA-Pro), and that of PEFT's own suite."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ from collections.abc import Sequence
 from typing import Literal
 
 Template = Literal["qa", "alpaca"]  # some data sets also have "none": instructions are used unchanged
+MathTemplate = Literal["qa", "alpaca", "step_by_step"]  # the last one is of PEFT's suite
 
 _BEGINNING = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
+STEP_BY_STEP = " Think step by step.\nAnswer:"
+"""End of a prompt in the template step_by_step, the only one that no blank follows."""
 
 
 def prompt(template: str, instruction: str, context: str = "") -> str:
     """The x of a row; `context` is the input of the instruction, for data sets with a column for it."""
     if template == "none":
         return f"{instruction}\n{context}" if context else instruction
+    if template == "step_by_step":
+        return (
+            f"Question: {instruction}\n{context}{STEP_BY_STEP}" if context else f"Question: {instruction}{STEP_BY_STEP}"
+        )
     if template == "qa":
         return f"Q: {instruction}\n{context}\nA: " if context else f"Q: {instruction}\nA: "
     if context:

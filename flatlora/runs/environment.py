@@ -25,6 +25,8 @@ _RECORDED_PACKAGES = (
     "tokenizers",
     "pillow",
     "diffusers",
+    "datasets",
+    "bitsandbytes",
 )
 
 
@@ -71,17 +73,20 @@ def git_sha() -> str | None:
 
 
 def peak_memory_gib() -> dict[str, float | None]:
-    """Returns peak memory of this process in GiB: allocated by torch on the GPU (None without), and resident set size.
+    """Returns peak memory of this process in GiB: allocated and reserved by torch on the GPU (None without), and RSS.
 
-    Both are measured since `reset_peak_memory` if the system supports that, else since the process started.
+    All are measured since `reset_peak_memory` if the system supports that, else since the process started.
     """
-    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    on_gpu = torch.cuda.is_available()
+    gpu = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    reserved = round(torch.cuda.max_memory_reserved() / 2**30, 3) if on_gpu else None
     status = Path("/proc/self/status")
     if status.exists():
         kib = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     else:
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-    return {"peak_gpu_gib": gpu and round(gpu, 3), "peak_rss_gib": round(kib / 2**20, 3)}
+    peak = {"peak_gpu_gib": gpu and round(gpu, 3), "peak_rss_gib": round(kib / 2**20, 3)}
+    return peak | {"peak_reserved_gib": reserved}
 
 
 def reset_peak_memory() -> None:

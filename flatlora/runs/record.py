@@ -76,6 +76,8 @@ class Timing(_Group):
     tokens_per_s: float | None = None  # median over the rows of metrics.jsonl; text only
     images_per_s: float | None = None  # the same, images only
     perturb_s: float | None = None  # seconds in the regularizer
+    score_s: float | None = None  # seconds of all benchmarks, of the process that ended the run
+    total_s: float | None = None  # seconds from the start of that process's run to its record
 
 
 class Distributed(_Group):
@@ -89,6 +91,9 @@ class Memory(_Group):
 
     peak_gpu_gib: float | None = None  # allocated by torch
     peak_rss_gib: float | None = None  # resident set
+    peak_reserved_gib: float | None = None  # reserved by torch on the GPU
+    reserved_mean_gib: float | None = None  # the same after each optimizer step, over the newest 1000
+    reserved_p99_gib: float | None = None  # and its 99th percentile
 
 
 class RunRecord(_Group):
@@ -106,6 +111,7 @@ class RunRecord(_Group):
     data_sha256: str | None = None  # of the training rows
     base: str | None = None  # identity of the backbone, see `flatlora.models.loading.backbone_state`
     git_sha: str | None = None  # commit of the suite, with "-dirty" for a changed tree
+    started_at: str | None = None  # UTC, ISO 8601; of the process that ended the run
     env: Environment | None = None
     backbone_sha256: BackboneHashes = Field(default_factory=BackboneHashes)
     adapter_sha256: str | None = None  # of the trained parameters in memory

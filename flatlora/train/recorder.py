@@ -44,6 +44,7 @@ class TrainingStats:
     train_s: float = 0.0
     perturb_s: float = 0.0
     step_s: list[float] = field(default_factory=list)  # seconds of each of the newest steps
+    reserved_gib: list[float] = field(default_factory=list)  # by torch on the GPU, after each of them; empty without
     perturbation: dict[str, Any] | None = None
 
     @classmethod
@@ -69,6 +70,7 @@ class StepRecorder(TrainerCallback):
     regularizer: Regularizer | None = None
     trainer: Trainer | None = None  # a FlatTrainer, which counts losses and units for the rows
     step_seconds: list[float] = field(default_factory=list)
+    reserved_gib: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
     _window_started: float | None = None  # start of the first step after the newest row
@@ -81,6 +83,7 @@ class StepRecorder(TrainerCallback):
             train_s=self.before.train_s + time.perf_counter() - self._train_started,
             perturb_s=self.before.perturb_s + (self.regularizer.seconds if self.regularizer else 0.0),
             step_s=[*self.before.step_s, *self.step_seconds][-_STEPS_TIMED:],
+            reserved_gib=[*self.before.reserved_gib, *self.reserved_gib][-_STEPS_TIMED:],
             perturbation=self.regularizer.record() if self.regularizer else None,
         )
 
@@ -113,6 +116,8 @@ class StepRecorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.step_seconds.append(time.perf_counter() - self._step_started)
+        if args.device.type == "cuda":
+            self.reserved_gib.append(round(torch.cuda.memory_reserved(args.device) / 2**30, 3))
         if state.global_step >= state.max_steps:  # the last step is always logged and evaluated
             control.should_log = True
             control.should_evaluate |= self.trainer.eval_dataset is not None
@@ -157,6 +162,7 @@ class StepRecorder(TrainerCallback):
             "lr": logs["learning_rate"],
             "grad_norm": float(logs["grad_norm"]),
             "sigma": sigma,
+            self.trainer.family.unit: int(units),
             f"{self.trainer.family.unit}_per_s": round(units / seconds, 1),
         }
 

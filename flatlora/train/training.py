@@ -52,6 +52,7 @@ class TrainingResult:
 
     metrics: dict[str, float]
     timing: Timing
+    reserved_gib: list[float]  # after each of the newest steps; empty without a GPU
     steps: int
     perturbation: dict[str, Any] | None
     resumed_from: int | None = None
@@ -122,6 +123,7 @@ def train(
     return TrainingResult(
         metrics=_metrics(log) | kept,
         timing=_timing(stats, log),
+        reserved_gib=stats.reserved_gib,
         steps=trainer.state.global_step,
         perturbation=stats.perturbation,
         resumed_from=checkpoint.step_of(resume_from) if resume_from else None,

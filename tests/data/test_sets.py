@@ -8,6 +8,7 @@ import data
 import run_exp
 from data import codefeedback, glue, wizard_lm
 from eval import command
+from flatlora.inputs.rows import prompt_text
 from flatlora.utils.errors import ConfigError
 from tests.conftest import metrics_rows, run_folder, write_split
 
@@ -163,6 +164,26 @@ def test_meta_math_has_two_families_of_templates(root):
     assert theirs.test[0]["x"].startswith(ALPACA)  # asked as it was trained
     cut = load(root, "dataset=meta_math", "dataset.template=alpaca", "dataset.response=cut", *small(8))
     assert cut.train[0]["y"] == ours.train[0]["y"]
+
+
+def test_meta_math_in_the_form_of_pefts_suite(tmp_path):
+    root = tmp_path
+    write_split(root, "openai/gsm8k", "main", "test", [{"question": "2?", "answer": "#### 2"}])
+    rows = [
+        {"type": kind, "query": query, "response": "It is 2.\nThe answer is: 2", "original_question": "q"}
+        for kind, query in (("MATH_SV", "1 + 1?"), ("GSM_Rephrased", "long" * 400), ("GSM_SV", "3 - 1?"))
+    ]
+    write_split(root, "meta-math/MetaMathQA", "default", "train", rows)
+    words = ["dataset=meta_math", "dataset.template=step_by_step", "dataset.types=all", "dataset.max_characters=1300"]
+    splits = load(root, *words, "dataset.max_tokens=null", *small(2, 0))
+    begins = [f"Question: {query} Think step by step.\nAnswer:" for query in ("1 + 1?", "3 - 1?")]
+    assert splits.train == [{"x": x, "y": "It is 2.\nThe answer is: 2"} for x in begins]
+    assert [prompt_text(row["x"]) for row in splits.train] == begins
+    assert splits.test[0]["x"].endswith("? Think step by step.\nAnswer:")
+    exactly = len("1 + 1? It is 2.\nThe answer is: 2")
+    assert len(load(root, *words[:-1], f"dataset.max_characters={exactly}", *small(1, 0)).train) == 1
+    with pytest.raises(ConfigError, match=r"only 0 rows are left|keeps no train rows"):
+        load(root, *words[:-1], f"dataset.max_characters={exactly - 1}", *small(1, 0))
 
 
 def test_flan_rows_are_prompts_as_they_are(root):

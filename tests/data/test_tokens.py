@@ -51,6 +51,26 @@ def test_prompt_and_answer_are_tokenized_apart_and_only_the_prompt_begins(tokeni
     assert (found.cut, found.dropped) == (0, 0)
 
 
+def test_a_row_that_is_learned_whole_is_one_text(tokenizer):
+    row = {"x": text(0, 1), "y": text(2, 3, 4)}
+    start = tokenizer("")["input_ids"]
+    found = tokenize([row], tokenizer, 20, whole=True)
+    assert found[0] == {"prompt": [], "answer": [*start, *ids(0, 1, 2, 3, 4), EOS]}
+    assert found[0]["answer"][:-1] == tokenizer(f"{row['x']} {row['y']}")["input_ids"]
+    batch = CausalCollator(PAD)([found[0]])
+    labeled = batch["labels"][0] != IGNORED_LABEL
+    assert labeled.sum() == found.lengths[0] - 1  # nothing predicts the first token
+    assert batch["shift_labels"][0, : found.lengths[0] - 1].tolist() == found[0]["answer"][1:]
+    cut = tokenize([row], tokenizer, 4, whole=True)
+    assert (cut[0]["answer"], cut.cut, cut.dropped) == ([*start, *ids(0, 1, 2, 3)][:4], 1, 0)
+
+
+def test_a_word_that_spans_prompt_and_answer_is_tokenized_as_in_the_text(smollm_tokenizer):
+    row = {"x": "Question: n? Think step by step.\nAnswer:", "y": "James has 2."}
+    (found,) = [tokenize([row], smollm_tokenizer, 99, whole=True)[0]]
+    assert found["answer"] == [*smollm_tokenizer(row["x"] + row["y"])["input_ids"], smollm_tokenizer.eos_token_id]
+
+
 def test_the_end_that_a_tokenizer_puts_behind_every_text_is_an_encoders_alone():
     rows, plain, ending = (
         [{"x": text(0, 1), "y": text(2)}],
@@ -207,12 +227,17 @@ def plain_causal_loss(model, rows):
         whole = torch.tensor(row["prompt"] + row["answer"])
         logits = model(input_ids=whole[None]).logits[0].float()
         log_probs = logits.log_softmax(-1)
-        start = len(row["prompt"])
+        start = max(1, len(row["prompt"]))
         losses += [-log_probs[i - 1, whole[i]] for i in range(start, len(whole))]
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:], [ROWS[2]] * 2], ids=["all", "one", "two", "eos-only"])
+WHOLE = [{"prompt": [], "answer": row["prompt"] + row["answer"]} for row in ROWS[:2]]
+
+
+@pytest.mark.parametrize(
+    "rows", [ROWS, ROWS[:1], ROWS[1:], [ROWS[2]] * 2, WHOLE], ids=["all", "one", "two", "eos-only", "whole"]
+)
 @pytest.mark.parametrize("pad_to", [1, 8, 64])
 def test_causal_loss_is_that_of_the_full_logits(llama, rows, pad_to):
     batch = CausalCollator(PAD, pad_to)(rows)

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import stats
 
 import run_exp
-from scripts import figures
+from scripts import cells, figures
 
 PROJECT = Path(__file__).parents[2]
 
@@ -113,6 +113,34 @@ def test_severity_is_drawn_of_runs_that_have_it(tmp_path):
     assert [text.get_text() for text in axis.get_xticklabels()] == ["clean", "1", "2", "3", "4", "5"]
 
 
+def test_the_pareto_front_has_what_no_cheaper_row_equals():
+    points = {"a": (2.0, 5.0), "b": (1.0, 3.0), "c": (2.0, 4.0), "d": (3.0, 5.0), "e": (1.0, 2.0), "f": (4.0, 6.0)}
+    assert figures.pareto_front(points) == ["b", "a", "f"]
+    assert figures.pareto_front({}) == []
+
+
+def test_our_rows_stand_among_the_public_ones_of_pefts_suite(tmp_path):
+    for seed, memory in enumerate((18.0, 19.0)):
+        experiment = run_exp.experiment_of(["experiment=peft_suite", "rho=flat", f"seed={seed}"])
+        record = {"status": "finished", "experiment": experiment.model_dump(mode="json")}
+        record |= {"metrics": {"gsm8k/exact_match": 0.52}, "memory": {"peak_reserved_gib": memory}}
+        path = tmp_path / experiment.run_name() / str(seed) / "run.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(record | {"timing": {"train_s": 1.0, "score_s": 1.0}}))
+    for folder in (PROJECT / "results/study", tmp_path):
+        suite = figures.tables_of(folder)["peft_suite"]
+        figure = figures.peft_suite(suite)
+        public = figure.axes[0].lines[0]
+        assert len(public.get_xdata()) == 63
+        named = [text.get_text() for text in figure.legends[0].texts]
+        assert {"lora/rank32", "lily/rank140-mlp-a2-b2-s8.0"} <= set(named)
+        figures.plt.close(figure)
+    assert "Flat-LoRA (r = 32), ours" in named
+    assert "miss/default" not in named  # ours has less memory and more right
+    assert figures.places_of(suite, "mean") == {"Flat-LoRA (r = 32)": (18.5, pytest.approx(52))}
+    assert figures.peft_suite(suite._replace(cells=dict.fromkeys(suite.cells, cells.Cell({}, [], None)))) is None
+
+
 def test_cost_shows_the_records_medians():
     time, memory = figures.cost(PROJECT / "results").axes
     record = json.loads((PROJECT / "results/bench/gpu.json").read_bytes())["steps"]
@@ -175,9 +203,9 @@ def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_p
     (tmp_path / "none/bench").mkdir(parents=True)
     (tmp_path / "none/bench/gpu.json").write_text("{}")
     assert figures.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path / "three")]) == 0
-    assert not (tmp_path / "three").exists()
+    assert {path.stem for path in (tmp_path / "three").iterdir()} == {"peft_suite"}  # of public results
     told = capsys.readouterr().err
-    assert told.count("too few runs") == len(figures.FIGURES) - 1
+    assert told.count("too few runs") == len(figures.FIGURES) - 2
     assert "left out: cost, because a record is broken (KeyError: 'steps')" in told.replace("\n", " ")
     (tmp_path / "file").write_text("")
     assert figures.main(["--results", str(tmp_path / "nowhere"), "--out", str(tmp_path / "file")]) == 2

@@ -13,7 +13,7 @@ from scipy import stats
 import run_exp
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError
-from scripts import cells, table_formats, tables
+from scripts import cells, published, table_formats, tables
 
 PROJECT = Path(__file__).parents[2]
 COLUMN = cells.Column(title="CoLA", overrides=["dataset=cola"], metric="glue/accuracy", scale=100)
@@ -307,8 +307,8 @@ def test_every_row_and_column_composes_and_every_column_asks_the_benchmark_of_it
         for key, one in layout.columns.items():
             asked = cells.experiment_of(tuple(made.overrides_of(first, key))).eval
             benchmark = one.metric.partition("/")[0]
-            others = ("flatness", "corruptions")  # asked besides, by the user
-            assert benchmark in asked or benchmark in others or one.metric in cells.COSTS
+            besides = ("flatness", "corruptions", *cells.MEASURED)  # asked by the user, or in every record
+            assert benchmark in asked or benchmark in besides
         assert set(layout.against) | set(layout.against.values()) <= set(layout.rows)
     made = cells.TableData("table4", layouts["table4"], None, {}, {})
     command = [*made.overrides_of("lora", "mmlu"), "seed=0", "eval.instruct_eval.batch_size=2"]
@@ -427,6 +427,56 @@ def test_a_broken_flatness_file_costs_its_numbers_alone(tmp_path):
     made, problems = made_of(tmp_path, "study")
     assert len(made.cells["lora", "cola"].by_seed) == len(texts) == len(problems)
     assert all("its other numbers count" in problem for problem in problems)
+
+
+def test_public_results_of_a_file_are_rows_below_ours(tmp_path):
+    metrics = {"gsm8k/exact_match": 0.5}
+    for seed in (0, 1):
+        times, memory = {"train_s": 600.0 + 60 * seed, "score_s": 120.0}, {"peak_reserved_gib": 20.5 + seed}
+        own = ["experiment=peft_suite", "rho=flat", f"seed={seed}"]
+        write_run(tmp_path, own, 0.0, metrics=metrics, timing=times, memory=memory)
+    write_run(tmp_path, ["experiment=peft_suite", "rho=flat", "seed=2"], 0.0, metrics=metrics, timing={"train_s": 1.0})
+    fewer = ["experiment=peft_suite", "rho=flat", "seed=3", "eval.gsm8k.max_rows=9"]  # and so less time
+    write_run(tmp_path, fewer, 0.0, metrics=metrics, timing=times, memory=memory)
+    made, problems = made_of(tmp_path, "peft_suite")
+    assert problems == []
+    row = {key: made.cells["flat_lora", key].by_seed for key in made.layout.columns}
+    assert row["gsm8k"] == {0: 50, 1: 50, 2: 50}
+    assert row["memory"] == {0: 20.5, 1: 21.5}  # none of the run on a CPU
+    assert row["minutes"] == {0: pytest.approx(12), 1: pytest.approx(13)}
+    public = [key for key, value in made.layout.rows.items() if value.published_only]
+    assert (len(public), public[0]) == (63, "lily/llama-3.2-3B-rank140-mlp-a2-b2-s8.0")
+    best = [made.cells["lora/llama-3.2-3B-rank32", key].paper for key in made.layout.columns]
+    assert best == [pytest.approx(value, abs=0.005) for value in (47.84, 20.76, 15.70)]
+    text = table_formats.markdown(made)
+    assert "| Flat-LoRA (r = 32), ours | 50.00 ± 0.00 (3) | 21.00 ± 0.71 (2) | 12.5 ± 0.7 (2) |" in text
+    assert "| lora/rank32, paper | 47.84 | 20.76 | 15.70 |" in text
+    assert text.count(", ours |") == 11
+    assert "commands" not in text
+    assert all("lily" not in command for command in tables.commands({"peft_suite": made.layout}, 1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "experiment,a\n", "name,a\nx,1\n", "experiment,a\nx,1\nx,2\n", "experiment,a\nx\n", "experiment,a\nx,1,2\n"],
+)
+def test_a_file_of_public_results_that_is_invalid_is_an_error(tmp_path, text):
+    (tmp_path / "public.csv").write_text(text)
+    with pytest.raises(ConfigError, match=r"public\.csv"):
+        published.read_published(tmp_path / "public.csv")
+    with pytest.raises(ConfigError, match=r"Cannot read .*none\.csv"):
+        published.read_published(tmp_path / "none.csv")
+
+
+def test_a_public_result_that_is_no_number_is_named_and_left_out(tmp_path):
+    (tmp_path / "public.csv").write_text("experiment,a\nx,1.5\ny,much\nz,nan\n")
+    columns = {"one": {"of": "a", "times": 100}, "two": {"of": "b"}}
+    numbers, problems = published.numbers_of("t", {"file": "public.csv", "columns": columns}, tmp_path)
+    assert numbers == {"x": {"one": 150.0}}
+    assert len(problems) == 5
+    assert problems[0] == "Invalid paper.t.x.two=None: it must be a number; fix it."
+    with pytest.raises(ConfigError, match=r"did you mean paper\.t\.values\.columns\.one\.times"):
+        published.numbers_of("t", {"file": "public.csv", "columns": {"one": {"of": "a", "tims": 100}}}, tmp_path)
 
 
 def test_a_column_without_a_data_set_is_an_error(tmp_path):

@@ -59,7 +59,7 @@ def test_record_is_complete_and_adapter_loads_with_peft(tiny_settings, tiny_mode
     assert {t.dtype for t in load_file(folder / "adapter/adapter_model.safetensors").values()} == {torch.float32}
     rows = metrics_rows(folder)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
-    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "sigma"}
+    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "sigma", "tokens"}
     assert rows[-1]["eval_loss"] == pytest.approx(record["metrics"]["eval_loss"])
     ids = torch.arange(3, 20)[None]
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
