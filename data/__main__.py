@@ -123,7 +123,8 @@ def _sizes(config: DatasetConfig, rows: Prepared | images.PreparedImages) -> Tab
             table.add_row(name, f"{len(part):,}", f"{part.cut:,}", f"{part.dropped:,}", f"{sum(part.lengths):,}")
         else:
             table.add_row(name, f"{len(part):,}", "—", "—", "—")
-    table.add_row("test", f"{len(rows.test):,}", "—", "—", "—")
+    scored = "test" if config.evaluate == "test" else "scored (of train)"
+    table.add_row(scored, f"{len(rows.test):,}", "—", "—", "—")
     return table
 
 

@@ -153,7 +153,10 @@ def test_a_cell_has_the_settings_of_its_paper(cell, expected):
 
 def test_rows_without_a_command_are_the_methods_that_the_suite_does_not_have():
     without = [
-        (name, row) for name, layout in LAYOUTS.items() for row in layout.rows if layout.rows[row].published_only
+        (name, row)
+        for name, layout in LAYOUTS.items()
+        for row in layout.rows
+        if layout.rows[row].published_only and not layout.published_rows  # a file of public results
     ]
     assert without == [("bi_lora_llama31", "wsam"), ("bi_lora_llama31", "s2_sam")]
 

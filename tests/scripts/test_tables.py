@@ -143,6 +143,7 @@ def test_a_published_number_that_is_invalid_or_has_no_source_is_named_and_left_o
     raw = yaml.safe_load(cells.PAPER.read_text())
     change(raw)
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(raw))
+    shutil.copy(cells.PAPER.with_name("peft_suite.csv"), tmp_path)
     papers, problems = cells.read_paper(tmp_path / "paper.yaml")
     assert [told in problem for problem in problems] == [True]
     assert "table2" in papers  # the others are made all the same

@@ -291,14 +291,17 @@ def with_tuning(**changes):
         (with_tuning(test_seeds=[2**32]), "Invalid tuning.test_seeds=[4294967296]"),
         (with_tuning(seed=[1]), "Unknown key tables.t.tuning.seed: write {seeds: [100, 101], test_seeds:"),
         ({"tuning": {"seeds": [1]}}, "Missing tables.t.tuning.test_seeds: write {seeds:"),
-        (with_row(tun={"optim.lr": RATES}), "Unknown key tables.t.rows.lora.tun; fix it."),
+        (
+            with_row(tun={"optim.lr": RATES}),
+            "Unknown key tables.t.rows.lora.tun: did you mean tables.t.rows.lora.tune?",
+        ),
         ({"tuning": None}, "Missing tuning: rows lora, flat are tuned"),
         ({"rows": {"dora": {"title": "DoRA"}}}, "Invalid tuning: no row is tuned"),
         (with_row(tune={"optim.lr": ["1e-4"]}), "Invalid tune of row lora: optim.lr=['1e-4']; at least two"),
         (with_row(tune={"optim.lr": ["1e-4", 0.0001]}), "at least two different values are needed"),
         (with_row(tune={"optim.lr": RATES}, overrides=["optim.lr=1"]), "optim.lr is set by an override too"),
         (with_row(tune={"optim.lr": RATES}, published_only=True), "it is published_only, so nothing is run"),
-        (with_row(tune={"optim.lr": 5}), "Invalid tables.t.rows="),
+        (with_row(tune={"optim.lr": 5}), "Invalid tables.t.rows.lora.tune={'optim.lr': 5}"),
     ],
 )
 def test_a_layout_that_cannot_be_tuned_is_an_error(layouts, changes, told):

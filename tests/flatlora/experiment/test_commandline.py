@@ -531,7 +531,7 @@ def partners(group, option, folder):
             "corruptions": corrupted,
         }.get(option, [])
     if group == "protocol" and option != "none":
-        return ["model=llama", "dataset=meta_math"]
+        return [f"model={'llama32_3b' if option == 'peft_suite' else 'llama'}", "dataset=meta_math"]
     if group == "model" and option.startswith(("clip_", "sdxl")):
         return ["dataset=digits" if option.startswith("clip_") else "dataset=shapes"]
     text = (run_exp.SUITE.conf_dir / group / f"{option}.yaml").read_text()

@@ -203,7 +203,7 @@ def test_bar_and_rwp_read_hira_s_pairs_and_lora_pro_refuses_both(adapt):
         (["model.quantize=nf4"], "Invalid model.quantize=nf4 with peft={}: this method computes with W"),
         (
             ["model=sdxl_tiny", "dataset=shapes"],
-            r"Invalid peft={} with model=sdxl_tiny \(sdxl\): diffusers reads pairs",
+            r"Invalid peft={} with model=sdxl_tiny \(text_to_image\): diffusers reads pairs",
         ),
         (["peft.lora_alpha=16"], r"Invalid peft\.lora_alpha=16 with peft={}: it is a key of peft=lora"),
     ],
