@@ -123,7 +123,8 @@ def _sizes(config: DatasetConfig, rows: Prepared | images.PreparedImages) -> Tab
             table.add_row(name, f"{len(part):,}", f"{part.cut:,}", f"{part.dropped:,}", f"{sum(part.lengths):,}")
         else:
             table.add_row(name, f"{len(part):,}", "—", "—", "—")
-    table.add_row("test", f"{len(rows.test):,}", "—", "—", "—")
+    scored = "test" if config.evaluate == "test" else "scored (of train)"
+    table.add_row(scored, f"{len(rows.test):,}", "—", "—", "—")
     return table
 
 
@@ -181,7 +182,7 @@ def _show_images(config: DatasetConfig, raw: dict[str, Any], settings: list[str]
     console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
 
 
-def _show_captioned(config: DatasetConfig, raw: dict[str, Any], settings: list[str], count: int) -> None:
+def _show_text_to_image(config: DatasetConfig, raw: dict[str, Any], settings: list[str], count: int) -> None:
     rows = text_to_image.prepared(config, raw["data_root"])
     console.print(_sizes(config, rows))
     shown = Table(title="train rows", title_justify="left")
@@ -198,7 +199,7 @@ def _show_captioned(config: DatasetConfig, raw: dict[str, Any], settings: list[s
     console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
 
 
-_SHOWN = {"text": _show_text, "image": _show_images, "captioned": _show_captioned}
+_SHOWN = {"text": _show_text, "image": _show_images, "text_to_image": _show_text_to_image}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import fingerprint, gather
 from flatlora.utils import caches
 from flatlora.utils.console import progress
+from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def prepared(
         return _read(path)
     with _noted() as notes:
         splits = _load(loader, config, data_root, Encoder(limit_tokenizer or tokenizer))
+        if config.evaluate == "validation":
+            splits = _scored_on_validation(splits, config)
         _warn_of_known_test_rows(splits)
         rows = len(splits.train) + len(splits.validation)
         with progress(f"tokenize {config.name}", rows, least=_BAR_FROM) as advance:
@@ -78,6 +81,24 @@ def _load(loader: DataSet, config: TextDatasetConfig, data_root: str | None, cou
             return lengths
 
         return loader.load(config, data_root, count_tokens)
+
+
+def _scored_on_validation(splits: data.Splits, config: TextDatasetConfig) -> data.Splits:
+    """The splits with validation rows in the place of the test rows, whatever the loader gave.
+
+    Raises:
+        ConfigError: a validation row is a train row.
+    """
+    learned = {row_key(row) for row in splits.train}
+    scored = splits.validation[: getattr(config, "test_rows", None)]
+    if known := sum(row_key(row) in learned for row in scored):
+        raise ConfigError(
+            [
+                f"Invalid dataset.evaluate=validation with dataset={config.name}: {known} of {len(scored)} validation "
+                f"rows are train rows; let its loader ({config.loader}) leave them out."
+            ]
+        )
+    return splits._replace(test=scored)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@
 
 GLUE's prompts are the published ones. RTE, STS-B and SuperGLUE's BoolQ, CB, COPA and WiC have no published prompt, so
 theirs are ours; STS-B's answer is the score rounded to the nearest multiple of 0.2, as for T5. RTE is the same data set
-in SuperGLUE. The hub's validation split is the test split here, because GLUE's test split has no
-labels; the `validation_rows` follow the train rows. Train rows with an empty sentence are left out; test rows with one
-are kept, so that a score is that of the whole split.
+in SuperGLUE. The hub's validation split is the test split here, because GLUE's test split has no labels; the
+`validation_rows` follow the train rows, and `evaluate=validation` scores these. Train rows with an empty sentence are
+left out; test rows with one are kept, so that a score is that of the whole split.
 """
 
 from __future__ import annotations
@@ -92,26 +92,32 @@ class Config(TextDatasetConfig):
 
 
 def sources(config: Config) -> list[Source]:
+    """The train split, and the split of the test rows unless validation rows are scored."""
     test = "validation"
     if config.task == "mnli":
         test += "_mismatched" if config.mismatched else "_matched"
-    return [Source(TASKS[config.task].hub_id, config.task, split, config.revision) for split in ("train", test)]
+    splits = ("train",) if config.evaluate == "validation" else ("train", test)
+    return [Source(TASKS[config.task].hub_id, config.task, split, config.revision) for split in splits]
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
-    train, test = sources(config)
+    train, *tests = sources(config)
 
     def learned() -> tuple[list[Row], list[Row]]:
         rows = list(formatted(_read(train, config.task, data_root), config.task, str(train)))
-        whole = [{"x": row["x"], "y": row["y"]} for row in rows if not row["empty"]]
+        whole = [row for row in rows if not row.pop("empty")]  # with choices, as validation rows may be scored
         if len(whole) < len(rows):
             logger.warning("%d train rows have an empty sentence and are left out.", len(rows) - len(whole))
         # Compared by prompt: a prompt with two labels must not be in both splits either.
-        return split_train_validation(
+        train_rows, validation = split_train_validation(
             ordered(whole, config.subset), config.train_rows, config.validation_rows, same=lambda row: row["x"]
         )
+        return _learned(train_rows), _learned(validation) if tests else validation
 
     def asked() -> list[Row]:
+        if not tests:
+            return []
+        (test,) = tests
         rows = take(_read(test, config.task, data_root), config.test_rows, name="dataset.test_rows")
         rows = list(formatted(rows, config.task, str(test)))
         if empty := sum(row.pop("empty") for row in rows):
@@ -120,6 +126,10 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
 
     (train_rows, validation), test_rows = gather(learned, asked)
     return Splits(train_rows, validation, test_rows)
+
+
+def _learned(rows: Sequence[Row]) -> list[Row]:
+    return [{"x": row["x"], "y": row["y"]} for row in rows]
 
 
 def formatted(rows: Sequence[Row], name: TaskName, source: str) -> Iterator[Row]:

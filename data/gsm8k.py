@@ -6,6 +6,8 @@ The hub has no validation split: the `validation_rows` rows after the first `tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from data import DATASETS, CountTokens, Row, Splits
 from data.instructions import Example, InstructionConfig, learned_rows
 from data.selection import ordered, take
@@ -24,22 +26,27 @@ class Config(InstructionConfig):
 
 
 def sources(config: Config) -> list[Source]:
-    return [Source(HUB_ID, CONFIG, split, config.revision) for split in ("train", "test")]
+    """The train split, and the test split unless validation rows are scored."""
+    splits = ("train",) if config.evaluate == "validation" else ("train", "test")
+    return [Source(HUB_ID, CONFIG, split, config.revision) for split in splits]
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
-    train, test = sources(config)
+    train, *tests = sources(config)
 
     def learned() -> tuple[list[Row], list[Row]]:
         rows = ordered(_read(train, data_root), config.subset)
         return learned_rows((Example(row["question"], row["answer"]) for row in rows), config, count_tokens)
 
-    (train_rows, validation), asked = gather(learned, lambda: read_test(test, config, data_root))
+    (train_rows, validation), asked = gather(learned, lambda: read_test(tests, config, data_root))
     return Splits(train_rows, validation, asked)
 
 
-def read_test(source: Source, config: Config, data_root: str | None) -> list[Row]:
-    """The first `config.test_rows` rows of GSM8K's test split, in the config's prompt."""
+def read_test(sources: Sequence[Source], config: Config, data_root: str | None) -> list[Row]:
+    """The first `config.test_rows` rows of GSM8K's test split, in the config's prompt; none without a source."""
+    if not sources:
+        return []
+    (source,) = sources
     rows = [{"x": prompt(config.template, row["question"]), "y": row["answer"]} for row in _read(source, data_root)]
     return take(rows, config.test_rows, name="dataset.test_rows")
 
@@ -49,7 +56,7 @@ def _read(source: Source, data_root: str | None) -> list[Row]:
 
 
 def describe(config: Config) -> str:
-    return f"{HUB_ID} ({CONFIG}; train, test)"
+    return f"{HUB_ID} ({CONFIG}; {', '.join(source.split for source in sources(config))})"
 
 
 DATASETS.add("gsm8k", DataSet(Config=Config, version=1, describe=describe, sources=sources, load=load))

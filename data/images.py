@@ -87,8 +87,9 @@ def sources(config: Config) -> list[Source]:
     return [Source(config.hub_id, config.hub_config, split, config.revision) for split in _splits(config)]
 
 
-def _splits(config: Config) -> tuple[str, str]:
-    return config.train_split, config.test_split
+def _splits(config: Config) -> tuple[str, ...]:
+    """The train split, and the test split unless validation rows are scored."""
+    return (config.train_split,) if config.evaluate == "validation" else (config.train_split, config.test_split)
 
 
 def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedImages:
@@ -97,8 +98,9 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
     Raises:
         ConfigError: files, columns, labels, sizes or images are invalid; it lists every error.
     """
-    train, test = _read(config, data_root)
-    classes = classes_of(config.classes, train, test)
+    train, *tests = _read(config, data_root)
+    classes = classes_of(config.classes, train, *tests)
+    test = tests[0] if tests else train
     places, validation, asked = _places(config, train, test)
     chosen = ((train, np.concatenate([places, validation])), (test, asked))
     if errors := [message for images, indices in chosen for message in _label_errors(images, indices, classes)]:
@@ -107,14 +109,15 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
     rows = ImageRows(train, places, processor, first[: len(places)])
     learned, held_out = set(map(picture_of, rows.digests)), first[len(places) :]
     fresh = fresh_places([picture_of(digest) for digest in held_out], learned)
+    rest = ImageRows(train, validation[fresh], processor, [held_out[row] for row in fresh])
+    if not tests:
+        few = fresh[: config.test_rows]
+        return PreparedImages(
+            rows, rest, ImageRows(train, validation[few], processor, [held_out[row] for row in few]), classes
+        )
     if known := sum(picture_of(digest) in learned for digest in scored):
         logger.warning("%d of %d test rows are also train rows; the data set contains them twice.", known, len(scored))
-    return PreparedImages(
-        rows,
-        ImageRows(train, validation[fresh], processor, [held_out[row] for row in fresh]),
-        ImageRows(test, asked, processor, scored),
-        classes,
-    )
+    return PreparedImages(rows, rest, ImageRows(test, asked, processor, scored), classes)
 
 
 def _read(config: Config, data_root: str | None) -> list[LabeledImages]:
@@ -134,6 +137,8 @@ def _places(config: Config, train: LabeledImages, test: LabeledImages) -> tuple[
         return chosen, take(rest, config.validation_rows, name="dataset.validation_rows", remedy="lower it")
 
     def asked() -> list[int]:
+        if config.evaluate == "validation":
+            return []
         return take(range(len(test.labels)), config.test_rows, name="dataset.test_rows")
 
     (chosen, validation), scored = gather(learned, asked)
@@ -186,7 +191,7 @@ def _class_file() -> dict[str, Any]:
 
 
 def describe(config: Config) -> str:
-    return f"{config.hub_id} ({config.train_split}, {config.test_split})"
+    return f"{config.hub_id} ({', '.join(_splits(config))})"
 
 
 DATASETS.add("images", DataSet(Config=Config, version=2, describe=describe, sources=sources))

@@ -1,4 +1,4 @@
-"""Implementations of `flatlora.experiment.suite.RowKind`: text, labeled images, and captioned images."""
+"""Implementations of `flatlora.experiment.suite.RowKind`: text, labeled images, and images with prompts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from data import cache, images, text_to_image, tokens
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import ModelConfig
 from flatlora.experiment.suite import RowKind
-from flatlora.inputs import captioned
 from flatlora.inputs.images import collate_images
 from flatlora.inputs.rows import jsonl
+from flatlora.inputs.text_to_image import PICTURES_FILE, identities
 from flatlora.models import fit, sources
 from flatlora.models.clip import CLASSES_FILE
-from flatlora.models.families import sdxl
+from flatlora.models.families.text_to_image import size_errors, warn_of_long_prompts
 from flatlora.models.family import FAMILIES
 from flatlora.models.latents import collate_latents
 from flatlora.models.processors import load_tokenizer
@@ -100,10 +100,10 @@ class Image(RowKind):
         return rows.classes
 
 
-class Captioned(RowKind):
+class TextToImage(RowKind):
     """Images with prompts."""
 
-    def read(self, experiment: Experiment, processor: None) -> text_to_image.PreparedCaptioned:
+    def read(self, experiment: Experiment, processor: None) -> text_to_image.PreparedTextToImage:
         """Read images with prompts; check that the model supports their sizes, and that there are enough for a batch.
 
         Raises:
@@ -112,7 +112,7 @@ class Captioned(RowKind):
         rows = text_to_image.prepared(experiment.dataset, experiment.data_root)
         batch, count = experiment.optim.batch_size, len(rows.train)
         drawn = isinstance(rows.prior, text_to_image.ClassPictures)  # whether the model generates images of that size
-        errors = sdxl.size_errors(experiment.model, rows.train.sizes, drawn=drawn)
+        errors = size_errors(experiment.model, rows.train.sizes, drawn=drawn)
         if count < batch:
             errors.append(
                 f"Invalid optim.batch_size={batch} with dataset={experiment.dataset.name}: it has {count} images to "
@@ -125,24 +125,24 @@ class Captioned(RowKind):
     def collator(self, model: ModelConfig, processor: None) -> Callable[..., Any]:
         return collate_latents
 
-    def known(self, experiment: Experiment, processor: Any, rows: text_to_image.PreparedCaptioned) -> dict[str, Any]:
+    def known(self, experiment: Experiment, processor: Any, rows: text_to_image.PreparedTextToImage) -> dict[str, Any]:
         return {"model": experiment.model}
 
-    def save(self, folder: Path, rows: text_to_image.PreparedCaptioned) -> None:
-        write_json(folder / captioned.PICTURES_FILE, captioned.identities(rows.test))
+    def save(self, folder: Path, rows: text_to_image.PreparedTextToImage) -> None:
+        write_json(folder / PICTURES_FILE, identities(rows.test))
 
     def check(
-        self, experiment: Experiment, skeleton: nn.Module, processor: None, rows: text_to_image.PreparedCaptioned
+        self, experiment: Experiment, skeleton: nn.Module, processor: None, rows: text_to_image.PreparedTextToImage
     ) -> None:
         prompts = [part.prompt(row) for part in (rows.test, rows.validation) for row in range(len(part))]
-        sdxl.warn_of_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
+        warn_of_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
 
     def encode(
-        self, experiment: Experiment, rows: text_to_image.PreparedCaptioned, device: torch.device, base: str
-    ) -> text_to_image.PreparedCaptioned:
+        self, experiment: Experiment, rows: text_to_image.PreparedTextToImage, device: torch.device, base: str
+    ) -> text_to_image.PreparedTextToImage:
         """Encode images and prompts before the model is loaded."""
 
-        def encoded() -> text_to_image.PreparedCaptioned:
+        def encoded() -> text_to_image.PreparedTextToImage:
             source = sources.backbone_source(experiment.model)
             return text_to_image.encode(
                 rows, experiment.dataset, experiment.model, source, device, state=base, seed=experiment.seed
@@ -151,4 +151,4 @@ class Captioned(RowKind):
         return distributed.main_process_first(encoded)
 
 
-KINDS: dict[str, RowKind] = {"text": Text(), "image": Image(), "captioned": Captioned()}
+KINDS: dict[str, RowKind] = {"text": Text(), "image": Image(), "text_to_image": TextToImage()}

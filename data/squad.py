@@ -29,21 +29,31 @@ class Config(InstructionConfig):
 
 
 def sources(config: Config) -> list[Source]:
-    return [Source(HUB_ID, CONFIG, split, config.revision) for split in ("train", "validation")]
+    """The train split, and the split of the test rows unless rows of the train split are scored."""
+    splits = ("train",) if config.evaluate == "validation" else ("train", "validation")
+    return [Source(HUB_ID, CONFIG, split, config.revision) for split in splits]
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
-    train, test = sources(config)
+    train, *tests = sources(config)
 
     def learned() -> tuple[list[Row], list[Row]]:
         rows = ordered(_read(train, data_root), config.subset)
         if config.template == "published":
             whole = (Example(_prompt(row, config), ", ".join(row["answers"])) for row in rows)
-            return learned_rows(whole, config, count_tokens, template="none")
-        examples = (Example(row["question"], row["answers"][0], row["context"]) for row in rows)
-        return learned_rows(examples, config, count_tokens)
+            train_rows, validation = learned_rows(whole, config, count_tokens, template="none")
+        else:
+            examples = (Example(row["question"], row["answers"][0], row["context"]) for row in rows)
+            train_rows, validation = learned_rows(examples, config, count_tokens)
+        if not tests:  # validation rows are scored
+            accepted = {_prompt(row, config): row["answers"] for row in rows}
+            validation = [row | {"answers": accepted[row["x"]]} for row in validation]
+        return train_rows, validation
 
     def asked() -> list[Row]:
+        if not tests:
+            return []
+        (test,) = tests
         rows = take(_read(test, data_root), config.test_rows, name="dataset.test_rows")
         return [{"x": _prompt(row, config), "y": row["answers"][0], "answers": row["answers"]} for row in rows]
 
@@ -75,7 +85,7 @@ def _read(source: Source, data_root: str | None) -> list[Row]:
 
 
 def describe(config: Config) -> str:
-    return f"{HUB_ID} (train, validation)"
+    return f"{HUB_ID} ({', '.join(source.split for source in sources(config))})"
 
 
 DATASETS.add("squad", DataSet(Config=Config, version=2, describe=describe, sources=sources, load=load))

@@ -18,23 +18,23 @@ from data.selection import fresh_places, ordered, take
 from flatlora.config.sections import DatasetConfig, DiffusionModelConfig
 from flatlora.config.settings import MOST_PIXELS, MOST_ROWS, setting
 from flatlora.experiment.plugins import DataSet
-from flatlora.inputs.captioned import (
-    LONGEST_PROMPT,
-    SHAPES,
-    CaptionedImages,
-    CaptionedRows,
-    read_captioned,
-    read_folder,
-    rows_of,
-)
 from flatlora.inputs.images import picture_of
 from flatlora.inputs.rows import Source, gather
+from flatlora.inputs.text_to_image import (
+    LONGEST_PROMPT,
+    SHAPES,
+    TextToImageData,
+    TextToImageRows,
+    read_folder,
+    read_text_to_image,
+    rows_of,
+)
 from flatlora.models import latents
 from flatlora.utils.errors import SettingError
 
 
 class Config(DatasetConfig):
-    kind: ClassVar[Literal["text", "image", "captioned"]] = "captioned"
+    kind: ClassVar[Literal["text", "image", "text_to_image"]] = "text_to_image"
     has_lengths: ClassVar[bool] = False
     hub_id: str | None = setting(None, remedy="null reads dataset.folder")
     hub_config: str = "default"
@@ -67,6 +67,14 @@ class Config(DatasetConfig):
 
     def rule_errors(self) -> list[SettingError]:
         errors = []
+        if self.evaluate == "validation":
+            errors.append(
+                SettingError(
+                    ("evaluate",),
+                    f"Invalid dataset.evaluate=validation with dataset={self.name}: there are no test rows, and images "
+                    "that the model generates are compared with those of the training; leave the key out.",
+                )
+            )
         if (self.hub_id is None) == (self.folder is None):
             errors.append(
                 SettingError(
@@ -140,20 +148,20 @@ class ClassPictures(NamedTuple):
     steps: int
 
 
-class PreparedCaptioned(NamedTuple):
-    """The rows of a run on captioned images."""
+class PreparedTextToImage(NamedTuple):
+    """The rows of a run that trains a text-to-image model."""
 
-    train: CaptionedRows
-    validation: CaptionedRows
-    test: CaptionedRows  # generated images are compared with these: the train rows without repeats
-    prior: CaptionedRows | ClassPictures | None
+    train: TextToImageRows
+    validation: TextToImageRows
+    test: TextToImageRows  # generated images are compared with these: the train rows without repeats
+    prior: TextToImageRows | ClassPictures | None
 
     @property
     def sha256(self) -> str:
         """Hash of the files and prompts of all train and validation rows, in order."""
         digest = hashlib.sha256()
         for rows in (self.train, self.validation, self.prior):
-            if isinstance(rows, CaptionedRows):
+            if isinstance(rows, TextToImageRows):
                 digest.update(len(rows).to_bytes(8, "little"))
                 for row in rows.digests:
                     digest.update(len(row).to_bytes(8, "little") + row)
@@ -166,7 +174,7 @@ def sources(config: Config) -> list[Source]:
     return [Source(config.hub_id, config.hub_config, config.split, config.revision)]
 
 
-def read(config: Config, data_root: str | None) -> CaptionedImages:
+def read(config: Config, data_root: str | None) -> TextToImageData:
     """Reads the images of a data set's config.
 
     Raises:
@@ -174,7 +182,7 @@ def read(config: Config, data_root: str | None) -> CaptionedImages:
     """
     if config.folder is not None:
         return read_folder(config.folder, config.prompt)
-    return read_captioned(
+    return read_text_to_image(
         Source(config.hub_id, config.hub_config, config.split, config.revision),
         image=config.image_column,
         prompt=config.prompt_column,
@@ -183,14 +191,14 @@ def read(config: Config, data_root: str | None) -> CaptionedImages:
     )
 
 
-def prepared(config: Config, data_root: str | None) -> PreparedCaptioned:
+def prepared(config: Config, data_root: str | None) -> PreparedTextToImage:
     """Reads the rows of a run; every image that will be used is decoded once.
 
     Raises:
         ConfigError: files, columns, sizes or images are invalid; it lists every error.
     """
 
-    def own() -> tuple[CaptionedRows, CaptionedRows]:
+    def own() -> tuple[TextToImageRows, TextToImageRows]:
         images = read(config, data_root)
         chosen, held_out = _places(config, len(images.prompts))
         return tuple(gather(lambda: _rows(images, chosen, config), lambda: _rows(images, held_out, config)))
@@ -198,10 +206,10 @@ def prepared(config: Config, data_root: str | None) -> PreparedCaptioned:
     (train, held_out), prior = gather(own, lambda: _prior(config))
     validation = held_out.only(fresh_places(*(list(map(picture_of, rows.digests)) for rows in (held_out, train))))
     repeated = train.only([*range(len(train))] * config.repeats)
-    return PreparedCaptioned(repeated, validation, train, prior)
+    return PreparedTextToImage(repeated, validation, train, prior)
 
 
-def _rows(images: CaptionedImages, indices: Sequence[int], config: Config) -> CaptionedRows:
+def _rows(images: TextToImageData, indices: Sequence[int], config: Config) -> TextToImageRows:
     step = config.bucket_step if config.buckets else None
     return rows_of(images, indices, resolution=config.resolution, bucket_step=step, min_side=config.min_side)
 
@@ -218,7 +226,7 @@ def _places(config: Config, count: int) -> tuple[list[int], list[int]]:
 
 
 def encode(
-    rows: PreparedCaptioned,
+    rows: PreparedTextToImage,
     config: Config,
     model: DiffusionModelConfig,
     source: str,
@@ -226,7 +234,7 @@ def encode(
     *,
     state: str,
     seed: int,
-) -> PreparedCaptioned:
+) -> PreparedTextToImage:
     """Encodes the rows as latents and prompts; generates the images of the class first, if there is no folder of them.
 
     Args:
@@ -248,7 +256,7 @@ def encode(
     return rows._replace(train=train, validation=validation)
 
 
-def _prior(config: Config) -> CaptionedRows | ClassPictures | None:
+def _prior(config: Config) -> TextToImageRows | ClassPictures | None:
     if config.class_prompt is None:
         return None
     if config.class_folder is None:

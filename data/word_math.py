@@ -94,7 +94,8 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
     Raises:
         ConfigError: the settings allow fewer distinct problems than rows are requested.
     """
-    sizes = {"train": config.train_rows, "validation": config.validation_rows, "test": config.test_rows}
+    tested = 0 if config.evaluate == "validation" else config.test_rows
+    sizes = {"train": config.train_rows, "validation": config.validation_rows, "test": tested}
     bounds = config.model_dump(include={"seed", "min_steps", "max_steps", "max_value", "max_answer"})
     try:
         return Splits(**{split: [_prompted(row) for row in generate(split, n, **bounds)] for split, n in sizes.items()})

@@ -207,6 +207,7 @@ BENCHMARKS.add(
         Config=Config,
         help=__doc__,
         kind="image",
+        test_only=True,
         scorer_version=SCORER_VERSION,
         headline=HEADLINE,
         row_columns={},

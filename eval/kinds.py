@@ -17,9 +17,9 @@ from eval.place import OTHER_VERSION, ResolvedModel
 from flatlora.config.families import trains_on
 from flatlora.config.settings import Section
 from flatlora.experiment.plugins import Benchmark
-from flatlora.inputs.captioned import pictures_of_run
 from flatlora.inputs.images import ImageRows, LabeledImages, check_images, name_error, read_images, read_listed
 from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
+from flatlora.inputs.text_to_image import rows_of_run
 from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
 from flatlora.models.loading import model_of
@@ -51,7 +51,7 @@ class Command:
 
 
 class BenchmarkKind(ABC):
-    """Benchmarks of one kind of rows (text, image, captioned).
+    """Benchmarks of one kind of rows (text, image, text_to_image).
 
     Attributes:
         backend: class that answers with a model in memory.
@@ -178,7 +178,7 @@ def _test_split(dataset: Mapping[str, Any], data_root: str | None) -> tuple[Labe
     return read_images(source, **columns, data_root=data_root), dataset.get("test_rows")
 
 
-class Captioned(BenchmarkKind):
+class TextToImage(BenchmarkKind):
     """Text-to-image generation: images are compared with those that the run was trained on."""
 
     backend = DiffusionBackend
@@ -195,7 +195,7 @@ class Captioned(BenchmarkKind):
             )
         rows: Sequence[Any] = []
         if resolved.run is not None and trains_on(resolved.model.family, benchmark.kind):
-            rows = pictures_of_run(resolved.run, resolved.dataset, target.data_root or resolved.data_root)
+            rows = rows_of_run(resolved.run, resolved.dataset, target.data_root or resolved.data_root)
         model = resolved.model or model_of(resolved.weights)
         gather(
             lambda: benchmark.check_settings(config, model),
@@ -208,4 +208,4 @@ class Captioned(BenchmarkKind):
         return FAMILIES[config.family].backend_settings(config)
 
 
-KINDS: dict[str, BenchmarkKind] = {"text": Text(), "image": Image(), "captioned": Captioned()}
+KINDS: dict[str, BenchmarkKind] = {"text": Text(), "image": Image(), "text_to_image": TextToImage()}

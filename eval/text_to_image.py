@@ -35,10 +35,10 @@ from eval.similarity import Captioner, Similarity
 from flatlora.config.sections import DiffusionModelConfig
 from flatlora.config.settings import MOST_BATCH, MOST_PIXELS, MOST_ROWS, Section, setting
 from flatlora.experiment.plugins import Benchmark
-from flatlora.inputs.captioned import CaptionedRows, long_prompts, picture_of
 from flatlora.inputs.images import png_of
 from flatlora.inputs.rows import gather
-from flatlora.models.families.sdxl import size_factor, warn_of_long_prompts
+from flatlora.inputs.text_to_image import TextToImageRows, long_prompts, picture_of
+from flatlora.models.families.text_to_image import size_factor, warn_of_long_prompts
 from flatlora.models.scorers import check_captioner, check_clip
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic
@@ -76,7 +76,7 @@ class Prompts(NamedTuple):
     seeds: list[int]
 
 
-def read_prompts(name: str, rows: CaptionedRows | Sequence[Any] = ()) -> Prompts:
+def read_prompts(name: str, rows: TextToImageRows | Sequence[Any] = ()) -> Prompts:
     """The prompts and seeds of a file of eval/prompts, or of one's own; "training": those of the first pictures.
 
     Raises:
@@ -130,7 +130,7 @@ def check_settings(config: Config, model: DiffusionModelConfig) -> None:
 
 
 def check_rows(
-    rows: CaptionedRows | Sequence[Any], source: str, config: Config, *, model: DiffusionModelConfig, **known: Any
+    rows: TextToImageRows | Sequence[Any], source: str, config: Config, *, model: DiffusionModelConfig, **known: Any
 ) -> None:
     """
     Args:
@@ -172,7 +172,7 @@ def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> 
 
 def run(
     backend: DiffusionBackend,
-    rows: CaptionedRows | Sequence[Any],
+    rows: TextToImageRows | Sequence[Any],
     folder: Path,
     config: Config,
     *,
@@ -222,14 +222,14 @@ def _bytes(picture: torch.Tensor) -> np.ndarray:
     return (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
 
 
-def _pictures_sha256(rows: CaptionedRows | Sequence[Any]) -> str | None:
+def _pictures_sha256(rows: TextToImageRows | Sequence[Any]) -> str | None:
     return hashlib.sha256(b"".join(rows.digests)).hexdigest() if len(rows) else None
 
 
 class _Measure:
     """Cosines of pictures, with models that are loaded when the first one is there."""
 
-    def __init__(self, config: Config, rows: CaptionedRows | Sequence[Any], device: torch.device) -> None:
+    def __init__(self, config: Config, rows: TextToImageRows | Sequence[Any], device: torch.device) -> None:
         self.config, self.rows, self.device = config, rows, device
         self._clip: Similarity | None = None
         self._captioner: Captioner | None = None
@@ -291,7 +291,7 @@ BENCHMARKS.add(
     Benchmark(
         Config=Config,
         help=__doc__,
-        kind="captioned",
+        kind="text_to_image",
         scorer_version=SCORER_VERSION,
         headline="image_text",
         row_columns={},

@@ -25,7 +25,7 @@ from flatlora import methods
 from flatlora.fused.acceleration import GraphedMicroStep, accelerate
 from flatlora.methods import Start
 from flatlora.methods.adapters.lora import LoraMethodConfig
-from flatlora.models.diffusion import Denoiser
+from flatlora.models.diffusion import TextToImageModel
 from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.runs import environment
@@ -196,9 +196,9 @@ def our_step(unet: nn.Module, schedule: Any, name: str) -> tuple[Step, Callable[
     config = LoraMethodConfig(
         name="attention", method="lora", lora_r=RANK, lora_alpha=float(RANK), target_modules="attention"
     )
-    denoiser, device = Denoiser(unet, schedule).requires_grad_(False), next(unet.parameters()).device
-    denoiser.alphas_cumprod = denoiser.alphas_cumprod.to(device)
-    model = methods.ADAPTERS["lora"].apply(denoiser, config, Start(SEED)).train()
+    backbone, device = TextToImageModel(unet, schedule).requires_grad_(False), next(unet.parameters()).device
+    backbone.alphas_cumprod = backbone.alphas_cumprod.to(device)
+    model = methods.ADAPTERS["lora"].apply(backbone, config, Start(SEED)).train()
     accelerate(model, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,18 +21,22 @@ from scipy import stats
 import eval as benchmarks
 import run_exp
 from flatlora.config.experiment import Experiment, parse
-from flatlora.config.settings import Section, build_section, setting
+from flatlora.config.settings import Section, build_section, checked_section, setting
 from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import records
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
 from scripts import published as published_files
+from scripts import tuning
+from scripts.tuning import Tuned, Tuning, Value
 
 PROJECT = Path(__file__).parents[1]
 
 LAYOUTS = PROJECT / "results/tables.yaml"
 PAPER = PROJECT / "results/paper.yaml"
 SIGNIFICANT = 0.05
-MEASURED = ("timing", "memory")  # groups of a record whose numbers a column may show
+USUAL_SEEDS = 3  # of a cell whose table names no number
+_MOST_SEEDS = 1000
+MEASURED = ("timing", "memory")  # groups of a record whose numbers a column may show; they depend on the machine
 NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ without runs
 
 
@@ -41,10 +46,15 @@ class Row(Section):
     title: str
     overrides: list[str] = setting([], remedy="write [KEY=VALUE]")
     published_only: bool = False  # a method that this suite does not have
+    # Settings that are chosen by validation scores, see scripts/tuning.py.
+    tune: dict[str, list[Value]] = setting({}, remedy="write {KEY: [VALUE, VALUE]}")
 
 
 class Column(Section):
-    """One column: the overrides that are added to those of a row, and the metric of run.json, times `scale`."""
+    """One column: the overrides that are added to those of a row, and the metric of run.json, times `scale`.
+
+    The metric may be one of time or memory too, such as timing/train_s.
+    """
 
     title: str
     overrides: list[str]
@@ -52,6 +62,8 @@ class Column(Section):
     scale: float
     digits: int = 2
     lower: bool = False  # whether lower is better
+    seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="leave it out to take the table's")
+    tuned_by: str | None = None  # validation metric that tuned rows are chosen by; default: `metric`
 
     @property
     def dataset(self) -> str:
@@ -67,13 +79,19 @@ class Layout(Section):
     title: str | None = None  # default: the published table's
     experiment: str | None = None  # file of conf/experiment; default: the table's name
     average: bool = True
+    seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="the paper's number; leave it out if it has none")
     published_rows: str | None = None  # a CSV file beside tables.yaml, whose rows come below the others
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows to compare; default: all with the first
     measured: dict[str, dict[str, float]] = setting({}, remedy="write PART: {rows: N}")  # settings of flatness.json
+    tuning: Tuning | None = setting(None, remedy="write {seeds: [100, 101], test_seeds: [0, 1, 2]}")
 
     def row_titles(self) -> dict[str, str]:
         """{row: its label}."""
         return {row: value.title for row, value in self.rows.items()}
+
+    def seeds_of(self, column: str) -> int:
+        """Number of seeds that a cell of a column should have."""
+        return self.columns[column].seeds or self.seeds or USUAL_SEEDS
 
     def rule_errors(self) -> list[SettingError]:
         return [
@@ -83,7 +101,44 @@ class Layout(Section):
             )
             for key, column in self.columns.items()
             if not any(override.startswith("dataset=") for override in column.overrides)
-        ]
+        ] + [SettingError(("rows", "tuning"), message) for message in self._tuning_errors()]
+
+    def _tuning_errors(self) -> list[str]:
+        errors = []
+        tuned = {row: value for row, value in self.rows.items() if value.tune}
+        if tuned and self.tuning is None:
+            errors.append(
+                f"Missing tuning: rows {', '.join(tuned)} are tuned; add tuning: {{seeds: [100, 101], test_seeds: "
+                "[0, 1, 2]}."
+            )
+        if self.tuning is not None and not tuned:
+            errors.append("Invalid tuning: no row is tuned; add tune: {optim.lr: [VALUE, VALUE]} to one, or drop it.")
+        if self.tuning is not None:
+            seeds, test_seeds = self.tuning.seeds, self.tuning.test_seeds
+            for key, given in (("seeds", seeds), ("test_seeds", test_seeds)):
+                if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= 2**32:
+                    errors.append(
+                        f"Invalid tuning.{key}={given}: one or more different whole numbers from 0 to 4294967295 are "
+                        "needed."
+                    )
+            if both := sorted(set(seeds) & set(test_seeds)):
+                errors.append(
+                    f"Invalid tuning.test_seeds={test_seeds}: seeds {', '.join(map(str, both))} are tuning seeds too, "
+                    "and the runs that chose a setting cannot test it; use other seeds."
+                )
+        for row, value in tuned.items():
+            fixed = {one.lstrip("+").partition("=")[0] for one in value.overrides}
+            fixed |= {one.lstrip("+").partition("=")[0] for column in self.columns.values() for one in column.overrides}
+            for key, values in value.tune.items():
+                if len({one if (number := tuning.number_of(one)) is None else number for one in values}) < 2:
+                    errors.append(
+                        f"Invalid tune of row {row}: {key}={values}; at least two different values are needed."
+                    )
+                if key in fixed:
+                    errors.append(f"Invalid tune of row {row}: {key} is set by an override too; drop one of them.")
+            if value.published_only:
+                errors.append(f"Invalid tune of row {row}: it is published_only, so nothing is run; drop one of them.")
+        return errors
 
 
 class Published(Section):
@@ -106,6 +161,8 @@ class Run(NamedTuple):
     metrics: Mapping[str, float]  # including those of flatness.json
     train_s: float
     measured: Mapping[str, Mapping[str, Any]]  # settings of each part of flatness.json
+    diverged: bool = False  # whether the training diverged, and there is no metric
+    machine: str = "an unknown machine"  # its GPUs, or its processor
 
 
 class Cell(NamedTuple):
@@ -115,7 +172,9 @@ class Cell(NamedTuple):
     paths: list[Path]
     paper: float | None
     paper_spread: float | None = None
+    machines: Sequence[str] = ()  # of the runs, for a column of time or memory
     incomplete: str = ""  # fractions of the answers that were cut, refused or not rated
+    tuned: Tuned | None = None  # validation runs of a tuned row
 
     @property
     def mean(self) -> float | None:
@@ -137,8 +196,11 @@ class TableData(NamedTuple):
     best: dict[str, str]  # column → the row that is better than all others
 
     def overrides_of(self, row: str, column: str) -> list[str]:
-        """All overrides of a cell without the seed."""
-        return cell_overrides(self.name, self.layout, row, column)
+        """All overrides of a cell without the seed, with the chosen values of a tuned row."""
+        overrides = cell_overrides(self.name, self.layout, row, column)
+        cell = self.cells.get((row, column))
+        chosen = cell.tuned.chosen if cell is not None and cell.tuned is not None else None
+        return overrides if chosen is None else [*overrides, *chosen.overrides]
 
 
 def check_folders(results: Path, out: Path) -> None:
@@ -164,12 +226,25 @@ def read_layouts(path: Path) -> dict[str, Layout]:
     Raises:
         ConfigError: it lists every key that is missing, unknown or invalid.
     """
-    layouts = {name: build_section(f"tables.{name}", Layout, raw) for name, raw in _yaml(path).items()}
+    raw = _yaml(path)
+    if errors := [error.message for name, layout in raw.items() for error in _part_errors(f"tables.{name}", layout)]:
+        raise ConfigError(errors)
+    layouts = {name: build_section(f"tables.{name}", Layout, layout) for name, layout in raw.items()}
     for layout in layouts.values():
         if layout.published_rows:
             for name in published_files.read_published(path.parent / layout.published_rows):
                 layout.rows[name] = Row(title=published_files.title_of_row(name), published_only=True)
     return layouts
+
+
+def _part_errors(path: str, layout: Any) -> list[SettingError]:
+    """Errors of single rows and columns, by their own keys: a layout's error would be about all rows at once."""
+    errors: list[SettingError] = []
+    for part, cls in (("rows", Row), ("columns", Column)):
+        sections = layout.get(part) if isinstance(layout, Mapping) else None
+        for key, section in sections.items() if isinstance(sections, Mapping) else ():
+            errors += checked_section(f"{path}.{part}.{key}", cls, section)[1]
+    return errors
 
 
 def read_paper(path: Path) -> tuple[dict[str, Published], list[str]]:
@@ -259,6 +334,9 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             record = RunRecord.read(path.parent)
             if not record.is_finished:
                 problems.append(f"{path.parent} is {record.status}.")
+                if (record.error or "").startswith(FloatingPointError.__name__):
+                    experiment = parse(record.experiment, run_exp.SUITE)
+                    runs.append(Run(path.parent, experiment, {}, 0.0, {}, diverged=True))
                 continue
             experiment = parse(record.experiment, run_exp.SUITE)
             metrics = {
@@ -270,6 +348,7 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             if wrong := [name for name, value in metrics.items() if not _is_number(value)]:
                 raise ValueError(f"{wrong[0]} is not a finite number")
             train_s = float(record.timing.train_s)
+            machine = _machine(record)
         except BROKEN as error:
             problems.append(f"{path.parent} has no valid run.json ({type(error).__name__}: {str(error)[:200]}).")
             continue
@@ -281,8 +360,16 @@ def read_runs(results: Path) -> tuple[list[Run], list[str]]:
             measured, more = {}, {}
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             problems.append(f"{path.parent} has no valid flatness.json ({reason}); its other numbers count.")
-        runs.append(Run(path.parent, experiment, metrics | more, train_s, measured))
+        runs.append(Run(path.parent, experiment, metrics | more, train_s, measured, machine=machine))
     return runs, problems
+
+
+def _machine(record: RunRecord) -> str:
+    if record.env is None:
+        return Run._field_defaults["machine"]
+    hardware = record.env.hardware
+    gpus = [f"{count} × {name}" if count > 1 else name for name, count in Counter(hardware.gpus).items()]
+    return ", ".join(gpus) or hardware.cpu
 
 
 def _measured(record: RunRecord) -> dict[str, float]:
@@ -380,6 +467,7 @@ def make(
     """
     made, problems = [], []
     datasets = {run.experiment.dataset.name for run in runs}
+    validated = {run.experiment.dataset.name for run in runs if run.experiment.dataset.evaluate == "validation"}
     by_identity: dict[str, list[Run]] = {}
     for run in runs:
         by_identity.setdefault(setting_of(run.experiment), []).append(run)
@@ -389,20 +477,28 @@ def make(
         cells = {}
         for row in layout.rows:
             for key, column in layout.columns.items():
-                matches = []
-                if column.dataset in datasets and not layout.rows[row].published_only:  # composing takes a while
-                    experiment = experiment_of(tuple(cell_overrides(name, layout, row, key)))
-                    alike = [run for run in by_identity.get(setting_of(experiment), []) if column.metric in run.metrics]
-                    matches = [run for run in alike if _scored_alike(run, experiment, column.metric, layout)]
+                matches, tuned, overrides = [], None, cell_overrides(name, layout, row, key)
+                if layout.rows[row].tune:
+                    known = by_identity if column.dataset in validated else {}
+                    tuned, doubled = _tuned(name, layout, row, key, known)
+                    problems += doubled
+                    overrides += tuned.chosen.overrides if tuned.chosen else []
+                is_run = not layout.rows[row].published_only and (tuned is None or tuned.chosen is not None)
+                if column.dataset in datasets and is_run:  # composing takes a while
+                    matches = _matches(experiment_of(tuple(overrides)), column.metric, layout, by_identity)
+                if layout.tuning is not None:
+                    matches = [run for run in matches if run.experiment.seed in layout.tuning.test_seeds]
                 by_seed, paths, doubled = _one_a_seed(matches, column)
                 problems += doubled
                 numbers = (published.values, published.spreads) if published else ({}, {})
-                shown = [run.metrics for run in matches if run.path in paths]
+                shown = [run for run in matches if run.path in paths]
                 cells[row, key] = Cell(
                     by_seed,
                     paths,
                     *(by_row.get(row, {}).get(key) for by_row in numbers),
-                    _incomplete(shown, column.metric.partition("/")[0]),
+                    sorted({run.machine for run in shown}) if column.metric.partition("/")[0] in MEASURED else (),
+                    _incomplete([run.metrics for run in shown], column.metric.partition("/")[0]),
+                    tuned,
                 )
         made.append(TableData(name, layout, published, cells, best_rows(layout, cells)))
     return made, list(dict.fromkeys(problems))
@@ -412,6 +508,89 @@ def cell_overrides(name: str, layout: Layout, row: str, column: str) -> list[str
     """All overrides of a cell of table `name` without the seed."""
     experiment = f"experiment={layout.experiment or name}"
     return [experiment, *layout.rows[row].overrides, *layout.columns[column].overrides]
+
+
+def _matches(
+    experiment: Experiment, metric: str, layout: Layout, by_identity: Mapping[str, Sequence[Run]]
+) -> list[Run]:
+    """Runs of the experiment's setting, of any seed, that were scored alike."""
+    alike = [run for run in by_identity.get(setting_of(experiment), []) if metric in run.metrics]
+    return [run for run in alike if _scored_alike(run, experiment, metric, layout)]
+
+
+def tuning_overrides(name: str, layout: Layout, row: str, column: str) -> list[str]:
+    """All overrides of a cell's tuning runs without the seed and the tuned values."""
+    return [*cell_overrides(name, layout, row, column), *layout.tuning.overrides, tuning.EVALUATE]
+
+
+def _tuned(
+    name: str, layout: Layout, row: str, key: str, by_identity: Mapping[str, Sequence[Run]]
+) -> tuple[Tuned, list[str]]:
+    """The validation scores of a cell's grid, and messages about seeds whose runs differ.
+
+    Raises:
+        ConfigError: a point of the grid is no valid setting.
+    """
+    column, seeds = layout.columns[key], layout.tuning.seeds
+    metric, problems, points = column.tuned_by or column.metric, [], []
+    shows = next((one for one in layout.columns.values() if one.metric == metric), None)
+    scale, lower = (shows.scale, shows.lower) if shows else (1.0, metric == tuning.LOSS)
+    scored = column.model_copy(update={"metric": metric, "scale": scale})
+    base = experiment_of(tuple(tuning_overrides(name, layout, row, key))) if by_identity else None
+    for values in tuning.grid(layout.rows[row].tune):
+        matches, diverged = [], []
+        if base is not None:
+            experiment = tuning.with_values(base, values)
+            alike = by_identity.get(setting_of(experiment), [])
+            diverged = sorted({run.experiment.seed for run in alike if run.diverged and run.experiment.seed in seeds})
+            matches = _matches(experiment, metric, layout, by_identity)
+            matches = [run for run in matches if run.experiment.seed in seeds]
+        by_seed, paths, doubled = _one_a_seed(matches, scored)
+        problems += doubled
+        points.append(tuning.Point(values, by_seed, paths, [seed for seed in diverged if seed not in by_seed]))
+    return Tuned(points, list(seeds), metric, lower), problems
+
+
+def check_tuning(layouts: Mapping[str, Layout]) -> None:
+    """Check every tuned cell before anything runs: its validation score, its keys and values.
+
+    Raises:
+        ConfigError: it lists every error, with the cell.
+    """
+    errors: dict[str, str] = {}  # {message: first cell}
+    for name, layout in layouts.items():
+        for row, value in layout.rows.items():
+            for key in layout.columns if value.tune else ():
+                for message in _tuning_errors(name, layout, row, key):
+                    errors.setdefault(message, f"tables.{name}, row {row}, column {key}")
+    if errors:
+        raise ConfigError(f"{cell}: {message}" for message, cell in errors.items())
+
+
+def _tuning_errors(name: str, layout: Layout, row: str, key: str) -> list[str]:
+    """Errors about the tuning runs of one cell."""
+    try:
+        base = experiment_of(tuple(tuning_overrides(name, layout, row, key)))
+    except ConfigError as error:
+        return error.errors
+    errors, tune = [], layout.rows[row].tune
+    metric = layout.columns[key].tuned_by or layout.columns[key].metric
+    if metric != tuning.LOSS and metric.partition("/")[0] not in base.eval:
+        errors.append(
+            f"Invalid tuned_by={metric}: tuning runs have no such validation score; choose {tuning.LOSS}, or a metric "
+            f"of eval=[{','.join(base.eval)}]."
+        )
+    settings = []
+    for values in tuning.grid(tune):
+        try:
+            settings.append(setting_of(tuning.with_values(base, values)))
+        except ConfigError as error:
+            errors += [message for message in error.errors if message not in errors]
+    if not errors and len(set(settings)) < len(settings):
+        errors.append(
+            f"Invalid tune={tune}: some of its values are the same setting; tune what the training depends on."
+        )
+    return errors
 
 
 @cache  # columns may show several metrics of the same runs
@@ -429,7 +608,9 @@ def _scored_alike(run: Run, expected: Experiment, metric: str, layout: Layout) -
 
     Time and memory are those of all benchmarks.
     """
-    benchmark = metric.partition("/")[0]
+    benchmark, _, of_benchmark = metric.partition("/")
+    if not of_benchmark:
+        return True  # measured while training
     if benchmark == "flatness":
         part = "rise" if metric.startswith("flatness/rise") else "hessian"
         measured = run.measured.get(part, {})
@@ -495,13 +676,18 @@ def _unplaced(name: str, layout: Layout, published: Published | None) -> list[st
     ]
 
 
+def differences_of(left: Mapping[int, float], right: Mapping[int, float]) -> list[float]:
+    """left − right of each shared seed."""
+    return [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
+
+
 def paired(left: Mapping[int, float], right: Mapping[int, float]) -> tuple[float, float, float, float, int] | None:
     """left − right over shared seeds: (mean, 95 % interval from, to, p of the paired t-test, seeds).
 
     None for fewer than three seeds, or if all differences are equal.
     """
     shared = sorted(left.keys() & right.keys())
-    differences = [left[seed] - right[seed] for seed in shared]
+    differences = differences_of(left, right)
     largest = max((abs(side[seed]) for side in (left, right) for seed in shared), default=0.0)
     if len(shared) < 3 or statistics.stdev(differences) <= 1e-12 * largest:  # equal up to rounding
         return None
@@ -512,8 +698,10 @@ def paired(left: Mapping[int, float], right: Mapping[int, float]) -> tuple[float
 
 def unused(made: Sequence[TableData], runs: Sequence[Run]) -> list[str]:
     """A message about runs whose setting is that of no cell."""
-    shown = {path for table in made for cell in table.cells.values() for path in cell.paths}
-    settings = {run.path: setting_of(run.experiment) for run in runs}
+    cells = [cell for table in made for cell in table.cells.values()]
+    shown = {path for cell in cells for path in cell.paths}
+    shown |= {path for cell in cells if cell.tuned for point in cell.tuned.points for path in point.paths}
+    settings = {run.path: setting_of(run.experiment) for run in runs if not run.diverged}
     of_cells = {settings[path] for path in shown}
     others = [path for path, setting in settings.items() if setting not in of_cells]
     if not others:

@@ -9,6 +9,7 @@ sharpness        rise of the training loss under the noise of training at severa
 landscape        training loss along shared random directions of the full weight space, merged weights, one seed
 severity         accuracy on corrupted images against the severity, of models trained on clean ones
 pictures         images of LoRA and Flat-LoRA for the same prompts and seeds, from one seed of training
+tuning_curves    validation score against the learning rate of each tuned row, mean over tuning seeds; ringed: chosen
 cost             time of a step and peak memory, as results/bench/gpu.json has them
 peft_suite       GSM8K against peak memory: public results of PEFT's suite, ours by its settings, and the Pareto front
 """
@@ -43,7 +44,7 @@ from flatlora.utils import records
 from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_atomic
-from scripts import cells
+from scripts import cells, tuning
 from scripts.arguments import add_folders
 
 STYLE = {
@@ -98,7 +99,8 @@ def tables_of(results: Path) -> dict[str, cells.TableData]:
     layouts = cells.read_layouts(cells.LAYOUTS)
     runs, _ = cells.read_runs(results)  # scripts/tables.py reports problems
     papers, _ = cells.read_paper(cells.PAPER)
-    made, _ = cells.make({name: layouts[name] for name in LAYOUTS}, papers, runs)
+    names = [*LAYOUTS, *(name for name, layout in layouts.items() if layout.tuning is not None)]
+    made, _ = cells.make({name: layouts[name] for name in dict.fromkeys(names)}, papers, runs)
     return {table.name: table for table in made}
 
 
@@ -393,6 +395,55 @@ def pictures(sdxl: cells.TableData) -> plt.Figure | None:
     return grid_figure([(label, path, MetricsLog(path / "predictions.jsonl").rows()) for label, path in shown])
 
 
+def tuning_curves(tables: Iterable[cells.TableData]) -> plt.Figure | None:
+    """A panel per table and validation score, a line per row with two or more values; None if there is no such row."""
+    panels: dict[tuple[str, ...], tuple[cells.TableData, str]] = {}
+    for made in tables:
+        for key, column in made.layout.columns.items() if made.layout.tuning is not None else ():
+            identity = (made.name, column.tuned_by or column.metric, *column.overrides)
+            if identity not in panels and any(len(points) > 1 for _, points, _ in lines_of_tuning(made, key)):
+                panels[identity] = made, key
+    if not panels:
+        return None
+    figure, axes = panels_of(len(panels), width=4.6, height=3.4)
+    styles = [(color, line) for line in ("-", "--", ":") for color in COLORS]
+    for axis, (made, key) in zip(axes, panels.values(), strict=True):
+        for (label, points, chosen), (color, line) in zip(lines_of_tuning(made, key), styles, strict=False):
+            if len(points) < 2:
+                continue
+            axis.plot(*zip(*points, strict=True), line, marker=".", color=color, label=label, linewidth=1.1)
+            if chosen is not None:
+                axis.plot(*chosen, "o", color=color, markersize=8, fillstyle="none")
+        axis.set_xscale("log")
+        (tried, *_) = next(row.tune for row in made.layout.rows.values() if row.tune)
+        axis.set(xlabel=tried, ylabel=f"validation, {made.layout.columns[key].title}")
+        axis.set_title(made.layout.columns[key].title, fontsize=9)
+    legend_below(figure, axes[:1])
+    title_of(figure, "Validation scores of the tuning runs, at the best of a row's other values; ringed: chosen")
+    return figure
+
+
+Curve = tuple[str, list[tuple[float, float]], tuple[float, float] | None]  # label, (value, mean score), the chosen one
+
+
+def lines_of_tuning(made: cells.TableData, key: str) -> list[Curve]:
+    """The mean validation score against the first tuned key, the best over the others, of each tuned row."""
+    lines = []
+    for row, value in made.layout.rows.items():
+        tuned = made.cells[row, key].tuned
+        if tuned is None:
+            continue
+        first, best = next(iter(value.tune)), {}
+        for point in tuned.points:
+            number = tuning.number_of(point.values[first])
+            if number is not None and point.mean is not None:
+                better = min if tuned.lower else max
+                best[number] = better(point.mean, best.get(number, point.mean))
+        chosen = tuned.chosen and (tuning.number_of(tuned.chosen.values[first]), tuned.chosen.mean)
+        lines.append((value.title, sorted(best.items()), chosen))
+    return lines
+
+
 def cost(results: Path) -> plt.Figure | None:
     """Median step time and peak memory of each contender, a group of bars per shape; None without the record."""
     path = results / "bench/gpu.json"
@@ -493,6 +544,7 @@ FIGURES: Mapping[str, Callable[[Mapping[str, cells.TableData], Path], plt.Figure
     "landscape": lambda tables, results: landscape(tables["flatness"]),
     "severity": lambda tables, results: severity(tables["corruptions"]),
     "pictures": lambda tables, results: pictures(tables["sdxl"]),
+    "tuning_curves": lambda tables, results: tuning_curves(tables.values()),
     "cost": lambda tables, results: cost(results),
     "peft_suite": lambda tables, results: peft_suite(tables["peft_suite"]),
 }

@@ -63,15 +63,16 @@ def render(results: Path, home: Path) -> str:
     layouts, (papers, left_out) = cells.read_layouts(cells.LAYOUTS), cells.read_paper(cells.PAPER)
     runs, problems = cells.read_runs(results)
     made, more = cells.make(layouts, papers, runs)
+    finished = [run for run in runs if not run.diverged]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         tables=[table_of(table) for table in made],
         figures=figure_entries({table.name: table for table in made}, results),
-        groups=groups_of(runs, home),
+        groups=groups_of(finished, home),
         problems=[*left_out, *problems, *more, *cells.unused(made, runs)],
-        count=len(runs),
+        count=len(finished),
     )
 
 

@@ -17,8 +17,9 @@ from eval import command, predictions, text_to_image
 from eval.picture_grid import grid_figure, write_grid
 from flatlora import methods
 from flatlora.models import latents, loading, scorers, sources
-from flatlora.models.families.sdxl import RANDOM_SDXL
+from flatlora.models.families.text_to_image import RANDOM_SDXL
 from flatlora.models.random_weights import byte_tokenizer
+from flatlora.utils import records
 from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder
 
@@ -108,6 +109,42 @@ def test_killed_and_resumed_is_never_killed(tmp_path, monkeypatch, more):
     assert json.loads((folder / "run.json").read_bytes())["resumed_from"] == 10
     assert adapter_bytes(folder) == adapter_bytes(whole)
     assert metrics_rows(folder) == metrics_rows(whole)
+
+
+def name_family_as_before(folder):
+    """Gives a run's files the name that model.family had in earlier versions."""
+    config = folder / "config.yaml"
+    assert "family: text_to_image\n" in config.read_text()
+    config.write_text(config.read_text().replace("family: text_to_image\n", "family: sdxl\n"))
+    if (folder / "run.json").is_file():
+        record = json.loads((folder / "run.json").read_bytes())
+        record["experiment"]["model"]["family"] = "sdxl"
+        records.write_signed(folder / "run.json", record)
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_scored(tmp_path, monkeypatch):
+    more = ["rho=flat", "trainer.max_steps=4", "trainer.save_steps=2"]
+    whole, recorded = trained(tmp_path / "whole", *more)
+    settings = words(tmp_path / "killed", *more)
+    with monkeypatch.context() as patch:
+        die_at(3, patch)
+        with pytest.raises(Killed):
+            run_exp.main(settings)
+    folder = run_folder(settings)
+    name_family_as_before(folder)
+    assert run_exp.main([*settings, "resume=true"]) == 0
+    record = json.loads((folder / "run.json").read_bytes())
+    assert record["resumed_from"] == 2
+    assert adapter_bytes(folder) == adapter_bytes(whole)
+    assert record["config_sha256"] == recorded["config_sha256"]
+    name_family_as_before(folder)
+    before = (folder / "run.json").read_bytes()
+    assert run_exp.main([*settings, "resume=true", "model.family=sdxl"]) == 0
+    assert (folder / "run.json").read_bytes() == before  # nothing is left to do
+    asked = [str(folder), f"out={tmp_path / 'scored'}", "clip=flatlora/random-clip", "captioner=null"]
+    asked += ["prompts=shapes", "resolution=64", "steps=1", "max_rows=1", "device=cpu"]
+    score = command.score_path("text_to_image", asked)
+    assert score["metrics"]["image_image"] is not None  # compared with the run's training images
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Text-to-image generation by a denoiser in memory, with its adapters; loads the other parts of the pipeline."""
+"""Text-to-image generation by a model in memory, with its adapters; loads the other parts of the pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DiffusionBackend:
     """Generates images with a model in memory.
 
     Args:
-        model: a `diffusion.Denoiser`, with or without a PEFT adapter (not merged, as merging rounds).
+        model: a `diffusion.TextToImageModel`, with or without a PEFT adapter (not merged, as merging rounds).
         processor: unused; diffusion models have none.
         config, source: settings and folder or hub id of the pipeline that the model is part of.
         precision: autocast of the model; None: none, in the dtype of the weights.
@@ -37,8 +37,8 @@ class DiffusionBackend:
     ) -> None:
         self.model, self.config, self.source, self.batch_size = model.eval(), config, source, batch_size
         self.precision, self.identity = precision, identity or {}
-        self.denoiser = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.device = self.denoiser.device
+        self.plain_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.device = self.plain_model.device
         self._pipeline: Any = None
 
     def describe(self) -> dict[str, Any]:
@@ -54,6 +54,6 @@ class DiffusionBackend:
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> torch.Tensor:
         """Returns B × 3 × H × W, FP32, 0 to 1, on the CPU; `settings` are arguments of `diffusion.sample`."""
         if self._pipeline is None:
-            self._pipeline = diffusion.pipeline_of(self.denoiser, self.config, self.source, self.device)
+            self._pipeline = diffusion.pipeline_of(self.plain_model, self.config, self.source, self.device)
         with autocast(self.device, self.precision):
             return diffusion.sample(self._pipeline, prompts, seeds, **settings)

@@ -71,7 +71,7 @@ class Experiment(Section):
         for key, value in raw.items():
             section = getattr(self, key, None)
             if isinstance(section, Section) and isinstance(value, Mapping):
-                value = {name: item for name, item in value.items() if section.decides(name, item)}
+                value = section.identity_items(value)
             if self.decides(key, value):
                 identity[key] = value
         if raw["rho"]["method"] == "off" or raw["rho"]["sigma"] == 0:
@@ -242,8 +242,8 @@ def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
         yield SettingError(
             ("model.family", "dataset.kind"),
             f"Invalid dataset={experiment.dataset.name} ({experiment.dataset.kind}) with model="
-            f"{experiment.model.name} ({experiment.model.family}): CLIP takes image data sets, SDXL captioned ones, "
-            "language models text; change one of them.",
+            f"{experiment.model.name} ({experiment.model.family}): CLIP takes image data sets, SDXL text-to-image "
+            "ones, language models text; change one of them.",
         )
     if optim.group_by_length and not experiment.dataset.has_lengths:
         yield SettingError(
@@ -328,6 +328,12 @@ def _unread_key_errors(experiment: Experiment) -> Iterable[SettingError]:
             "decoder-only model predicts its prompt; leave the key out.",
         )
     if getattr(experiment.dataset, "validation_rows", None) == 0:
+        if experiment.dataset.evaluate == "validation":
+            yield SettingError(
+                ("dataset.evaluate", "dataset.validation_rows"),
+                "Invalid dataset.evaluate=validation with dataset.validation_rows=0: no row of "
+                f"dataset={experiment.dataset.name} is held out; set dataset.validation_rows, or leave the key out.",
+            )
         for key in keys_of_validation(optim):
             yield SettingError(
                 (f"optim.{key}", "dataset.validation_rows"),

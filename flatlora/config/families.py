@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class FamilyTraits:
         scales_loss: whether its loss is scaled on a GPU, without which small gradients underflow to 0 in FP16.
     """
 
-    rows: Literal["text", "image", "captioned"]
+    rows: Literal["text", "image", "text_to_image"]
     unread: Mapping[str, str]
     scales_loss: bool = False
 
@@ -40,8 +40,8 @@ TRAITS: dict[str, FamilyTraits] = {
             "quantize": "its text tower is read once and its image encoder is small; leave the key out",
         },
     ),
-    "sdxl": FamilyTraits(
-        rows="captioned",
+    "text_to_image": FamilyTraits(
+        rows="text_to_image",
         unread=dict.fromkeys(("attn", "quantize", "head", "generated_test_rows"), _NOT_OF_DIFFUSION),
         scales_loss=True,
     ),
@@ -49,6 +49,27 @@ TRAITS: dict[str, FamilyTraits] = {
 """`model.family` → what is known of it here. A new family has an entry, and a class in flatlora/models/families/."""
 
 
+OLD_FAMILIES = {"sdxl": "text_to_image"}
+"""{old value of `model.family`: the current one}. Records, option files and command lines may contain the old one."""
+_FIRST_NAMES = {new: old for old, new in OLD_FAMILIES.items()}
+
+
+def current_family(family: Any) -> Any:
+    """Returns the current name of a family; any other value unchanged."""
+    return OLD_FAMILIES.get(family, family) if isinstance(family, str) else family
+
+
+def family_in_identity(family: Any) -> Any:
+    """Returns the name of a family in an experiment's identity; any other value unchanged.
+
+    It is the first name that the family had: the configuration's hash, the names of run folders and the cells of tables
+    depend on the identity, and must not change with a name.
+    """
+    family = current_family(family)
+    return _FIRST_NAMES.get(family, family) if isinstance(family, str) else family
+
+
 def trains_on(family: object, rows: str) -> bool:
     """Whether models of a family are trained on data sets of a kind; False for an unknown family."""
-    return str(family) in TRAITS and TRAITS[str(family)].rows == rows
+    name = str(current_family(family))
+    return name in TRAITS and TRAITS[name].rows == rows

@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from flatlora.config.families import TRAITS, FamilyTraits
+from pydantic import field_validator
+
+from flatlora.config.families import TRAITS, FamilyTraits, current_family, family_in_identity
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_STEPS, MOST_TOKENS, Section, setting
 from flatlora.config.types import FolderName
 from flatlora.utils.errors import SettingError
@@ -43,6 +45,16 @@ class ModelConfig(Section):
     head: Literal["text", "linear"] = "text"
     # Limit for data sets whose answers are generated; those scored by likelihood or in one pass use all test rows.
     generated_test_rows: int | None = setting(None, identity=False, ge=1, le=MOST_ROWS, remedy="null scores every row")
+
+    @field_validator("family", mode="before")
+    @classmethod
+    def _rename_family(cls, value: Any) -> Any:
+        return current_family(value)
+
+    @classmethod
+    def identity_items(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        items = super().identity_items(raw)
+        return items | {"family": family_in_identity(items["family"])} if "family" in items else items
 
     def counting_with(self, name: str) -> ModelConfig:
         """This config with another `hub_id` (or folder): that of `dataset.limit_tokenizer`, whose tokenizer is read."""
@@ -105,7 +117,7 @@ class DiffusionModelConfig(ModelConfig):
     """A text-to-image pipeline of diffusers; `hub_id` is a repository or folder with a model_index.json."""
 
     index_file: ClassVar[str] = "model_index.json"
-    family: Literal["sdxl"]
+    family: Literal["text_to_image"]
     # Dtype of the UNet and the text encoders. In FP16, torch's GradScaler scales the loss against underflow.
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     variant: str | None = setting(None, remedy='"fp16" reads the smaller files that many repositories have')
@@ -119,7 +131,7 @@ class DiffusionModelConfig(ModelConfig):
     captioner: str | None = setting("Salesforce/blip-image-captioning-base", identity=False)
 
 
-_SECTIONS: dict[str, type[ModelConfig]] = {"sdxl": DiffusionModelConfig}  # of families with keys of their own
+_SECTIONS: dict[str, type[ModelConfig]] = {"text_to_image": DiffusionModelConfig}  # of families with keys of their own
 
 
 def own_weights(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def own_weights(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_section(raw: Mapping[str, Any]) -> type[ModelConfig]:
     """The class that types a model section, by its family."""
-    return _SECTIONS.get(str(raw.get("family")), ModelConfig)
+    return _SECTIONS.get(str(current_family(raw.get("family"))), ModelConfig)
 
 
 class DatasetConfig(Section):
@@ -144,7 +156,9 @@ class DatasetConfig(Section):
 
     name: FolderName = setting(remedy=_OWN_NAME)
     loader: str  # module of the data package
-    kind: ClassVar[Literal["text", "image", "captioned"]] = "text"  # of the loader, no setting
+    # The rows that benchmarks score. With validation no test row is read: for choosing settings.
+    evaluate: Literal["test", "validation"] = setting("test", identity="changed", remedy="test is what papers report")
+    kind: ClassVar[Literal["text", "image", "text_to_image"]] = "text"  # of the loader, no setting
     has_lengths: ClassVar[bool] = True  # of the loader: whether optim.group_by_length may be set
 
 

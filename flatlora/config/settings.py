@@ -42,6 +42,11 @@ class Section(BaseModel):
         identity = True if field is None else (field.json_schema_extra or {}).get("identity", True)
         return value != field.get_default() if identity == "changed" else identity
 
+    @classmethod
+    def identity_items(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the items of a raw section that the trained bytes depend on, as an experiment's identity has them."""
+        return {key: value for key, value in raw.items() if cls.decides(key, value)}
+
     def rule_errors(self) -> list[SettingError]:
         """Errors about incompatible keys within this section; `keys` of an error are field names."""
         return []
@@ -120,6 +125,10 @@ def _describe(path: str, cls: type[Section], detail: Mapping[str, Any], value: A
     key = f"{path}.{name}" if path else name
     field = cls.model_fields.get(name)
     remedy = ((field.json_schema_extra or {}) if field else {}).get("remedy", "")
+    if len(detail["loc"]) > 1 and detail["type"] in ("extra_forbidden", "missing"):  # in a section of this section
+        problem = "Unknown key" if detail["type"] == "extra_forbidden" else "Missing"
+        inside = ".".join(map(str, detail["loc"][1:]))
+        return SettingError((key,), f"{problem} {key}.{inside}" + (f": {remedy}." if remedy else "; fix it."))
     if detail["type"] == "extra_forbidden":
         return SettingError((key,), unknown_key(key, cls.model_fields), "unknown")
     if detail["type"] == "missing":

@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from flatlora.config.families import OLD_FAMILIES
 from flatlora.config.settings import NoSection
 from flatlora.experiment.old_names import OLD_EXPERIMENTS, current_overrides
 from flatlora.utils.errors import ConfigError, nearest, reason_of
@@ -50,7 +51,7 @@ def rewrite(words: Sequence[str]) -> tuple[list[str], list[str]]:
     `+peft=all` → `peft=all` · `++dataset_name=X` → `dataset=X` · `++rho=0.05` → `rho=flat rho.sigma=0.05` ·
     `++rho=0` → `rho=off` · `++rho=0,0.05` → `rho=flat rho.sigma=0,0.05` (σ = 0 is off, bit for bit) ·
     `+peft.k=v` → `++peft.k=v` · `experiment=table2/dora_r8` → `experiment=table2 peft=dora peft.lora_r=8`, without
-    keys that are also set on the command line.
+    keys that are also set on the command line · `model.family=sdxl` → `model.family=text_to_image`.
 
     Raises:
         ConfigError: Hydra's parser cannot read an override, or a sweep contains old names of experiments.
@@ -85,6 +86,9 @@ def _rewrite_override(override: Override, given: Iterable[str]) -> list[str]:
         return ["rho=off"] if override.value() == 0 else ["rho=flat", f"rho.sigma={value}"]
     if key == "experiment" and (names := _old_experiments(override)):
         return current_overrides(names[0], given)
+    if key == "model.family" and value in OLD_FAMILIES:  # in a sweep the configuration renames it
+        prefix = "++" if override.is_add() or override.is_force_add() else ""
+        return [f"{prefix}{key}={OLD_FAMILIES[value]}"]
     key = _RENAMED_GROUPS.get(key, key)
     if key in GROUPS:
         return [f"{key}={value}"]

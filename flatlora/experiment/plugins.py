@@ -56,6 +56,7 @@ class Benchmark:
         check_settings: (config, model) raises ConfigError for settings that are invalid with any rows.
         generates: whether answers are generated text, which every backend supports; text only.
         own_rows: whether runs are scored on the benchmark's own rows, not on their dataset's; text only.
+        test_only: whether its rows are test rows whatever `dataset.evaluate` says; so are those of `own_rows`.
         scoring: settings that affect scores but not answers.
         is_share, digits: whether scores are fractions of one; if not, the number of decimals they are shown with.
         picture: name of an image file beside the answers that shows them.
@@ -64,7 +65,7 @@ class Benchmark:
 
     Config: type[Section]
     help: str
-    kind: Literal["text", "image", "captioned"]
+    kind: Literal["text", "image", "text_to_image"]
     headline: str
     scorer_version: int
     fields: Mapping[str, Any]
@@ -77,6 +78,7 @@ class Benchmark:
     check_settings: Callable[[Any, ModelConfig], None] = _no_check
     generates: bool = False
     own_rows: bool = False
+    test_only: bool = False
     scoring: Sequence[str] = ()
     is_share: bool = True
     digits: int = 2

@@ -150,6 +150,13 @@ def _check_validation(experiment: Experiment, left: int) -> None:
     Raises:
         ConfigError: none is left, and validation is requested.
     """
+    if not left and experiment.dataset.evaluate == "validation":
+        raise ConfigError(
+            [
+                f"Invalid dataset.evaluate=validation: no validation row is left of {experiment.dataset.name}; set "
+                "dataset.validation_rows, take fewer train rows, or leave the key out."
+            ]
+        )
     if not left and (keys := keys_of_validation(experiment.optim)):
         given = ", ".join(f"optim.{key}={getattr(experiment.optim, key)}" for key in keys)
         raise ConfigError(
@@ -183,7 +190,7 @@ def _test_rows(
     """Returns the rows that a benchmark scores at the end of a run.
 
     Args:
-        test: the dataset's test rows.
+        test: the dataset's test rows, or the validation rows in their place.
         known: keyword arguments of `check_rows` about the model.
 
     Raises:
@@ -191,7 +198,8 @@ def _test_rows(
     """
     module, config = suite.benchmarks[name], experiment.eval[name]
     template = getattr(config, "template", None)
-    if module.benchmark_rows is not None and (module.own_rows or not test):
+    split = experiment.dataset.evaluate
+    if module.benchmark_rows is not None and (module.own_rows or (not test and split == "test")):
         rows, source = module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
     elif template not in (None, getattr(experiment.dataset, "template", template)):
         raise ConfigError(
@@ -201,6 +209,6 @@ def _test_rows(
             ]
         )
     else:
-        rows, source = test, f"dataset {experiment.dataset.name}, test rows"
+        rows, source = test, f"dataset {experiment.dataset.name}, {split} rows"
     module.check_rows(rows, source, config, **known)
     return rows

@@ -21,7 +21,7 @@ from flatlora.utils.registry import Registry
 
 
 class RowKind(ABC):
-    """Handles one kind of rows (text, image, captioned): reads, checks, collates and saves them.
+    """Handles one kind of rows (text, image, text_to_image): reads, checks, collates and saves them.
 
     The rows have the attributes `train`, `validation`, `test` and `sha256`.
     """
@@ -125,4 +125,12 @@ class Suite:
                     ("dataset.kind", f"eval.{name}"),
                     f"Invalid eval=[{name}] with dataset={experiment.dataset.name} ({experiment.dataset.kind}): it "
                     f"scores {scored} data sets; leave it out of eval=[...], or change the data set.",
+                )
+            elif experiment.dataset.evaluate == "validation" and (
+                self.benchmarks[name].own_rows or self.benchmarks[name].test_only
+            ):
+                yield SettingError(
+                    ("dataset.evaluate", f"eval.{name}"),
+                    f"Invalid eval=[{name}] with dataset.evaluate=validation: its rows are test rows; leave it out of "
+                    "eval=[...] (eval_loss is of validation rows).",
                 )

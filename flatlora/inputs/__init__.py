@@ -1,1 +1,1 @@
-"""Reads rows, images and captioned images of public data sets or local files, for training and evaluation."""
+"""Reads rows, images and images with prompts of public data sets or local files, for training and evaluation."""

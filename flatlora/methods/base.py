@@ -89,9 +89,8 @@ class AdapterMethod:
         if model.quantize != "none" and self.needs_dense:
             yield SettingError(
                 (*keys, "model.quantize"),
-                f"Invalid model.quantize={model.quantize} with peft={peft.name}: this method computes its initial "
-                "adapter from W, moves part of W or trains it, which needs more than 4 bits; use model.quantize=none, "
-                "or peft=lora.",
+                f"Invalid model.quantize={model.quantize} with peft={peft.name}: this method computes with W, "
+                "moves part of it or trains it, which needs more than 4 bits; use model.quantize=none, or peft=lora.",
             )
         if self.not_of_diffusion and FAMILIES[model.family].is_diffusion:
             yield SettingError(

@@ -1,4 +1,4 @@
-"""SDXL for training: a denoiser that takes latents and prompts and returns its loss, built from diffusers' modules.
+"""SDXL for training: a module that takes latents and prompts and returns its loss, built from diffusers' modules.
 
     x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε,   loss = w_t ‖f(x_t, t, prompt) − target‖²      target: ε, or v = √ᾱ_t ε − √(1−ᾱ_t) x₀
 
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,11 @@ INDEX = DiffusionModelConfig.index_file
 
 
 @dataclass
-class DenoisingOutput(ModelOutput):
+class TextToImageOutput(ModelOutput):
     loss: torch.Tensor | None = None
 
 
-class Denoiser(nn.Module):
+class TextToImageModel(nn.Module):
     """Computes the loss of a micro-batch from its latents, noise, timesteps and prompts.
 
     Prior-preservation rows get the same min-SNR weights as all others.
@@ -74,7 +75,7 @@ class Denoiser(nn.Module):
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ConfigError(
                 [
-                    f"Invalid prediction_type={self.prediction} of the pipeline's scheduler: a denoiser is trained to "
+                    f"Invalid prediction_type={self.prediction} of the pipeline's scheduler: the model is trained to "
                     "predict epsilon or v_prediction; use a pipeline that does."
                 ]
             )
@@ -111,13 +112,13 @@ class Denoiser(nn.Module):
         pooled: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         input_ids_2: torch.Tensor | None = None,
-    ) -> DenoisingOutput:
+    ) -> TextToImageOutput:
         """
         Args:
             latents, noise: (B, 4, h, w), float32.
             timesteps: (B,), int64.
             weights: (B,), float32; the loss is the weighted sum of the rows' losses.
-            time_ids: (B, 6), see `captioned.View`.
+            time_ids: (B, 6), see `inputs.text_to_image.View`.
             prompt_embeds, pooled: (B, tokens, d) and (B, d₂), if the text encoders are not trained.
             input_ids, input_ids_2: (B, tokens), if they are.
         """
@@ -136,7 +137,7 @@ class Denoiser(nn.Module):
         )[0]
         target = noise if self.prediction == "epsilon" else keep.sqrt() * noise - (1 - keep).sqrt() * latents
         rows = (predicted.float() - target).square().mean(dim=(1, 2, 3))
-        return DenoisingOutput(loss=(weights * self._timestep_weights(timesteps) * rows).sum())
+        return TextToImageOutput(loss=(weights * self._timestep_weights(timesteps) * rows).sum())
 
     def _timestep_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         if self.snr_gamma is None:
@@ -144,6 +145,14 @@ class Denoiser(nn.Module):
         keep = self.alphas_cumprod[timesteps]
         snr = keep / (1 - keep)
         return snr.clamp(max=self.snr_gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+
+
+def __getattr__(name: str) -> Any:
+    """Returns `TextToImageModel` under its old name."""
+    if name != "Denoiser":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.Denoiser is {__name__}.TextToImageModel now", DeprecationWarning, stacklevel=2)
+    return TextToImageModel
 
 
 def embed(encoders: Sequence[nn.Module], ids: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,8 +183,8 @@ def options_of(config: DiffusionModelConfig, source: str) -> dict[str, Any]:
     return {"revision": config.revision} if config.revision and not os.path.isdir(source) else {}
 
 
-def skeleton(config: DiffusionModelConfig, source: str) -> Denoiser:
-    """Returns the denoiser without weights (meta device)."""
+def skeleton(config: DiffusionModelConfig, source: str) -> TextToImageModel:
+    """Returns the model without weights (meta device)."""
     check_parts(config, source)
     import diffusers
 
@@ -189,11 +198,11 @@ def skeleton(config: DiffusionModelConfig, source: str) -> Denoiser:
             cls(transformers.CLIPTextConfig.from_pretrained(source, subfolder=name, **options))
             for name, cls in _text_classes(config)
         ]
-    return Denoiser(unet, schedule(config, source), encoders)
+    return TextToImageModel(unet, schedule(config, source), encoders)
 
 
 def _text_classes(config: DiffusionModelConfig, *, always: bool = False) -> list[tuple[str, type[nn.Module]]]:
-    """Returns (name, class) of the text encoders that are part of the denoiser; with `always`, of both in any case."""
+    """Returns (name, class) of the text encoders that are part of the model; with `always`, of both in any case."""
     classes = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
     return list(zip(TEXT_ENCODERS, classes, strict=True)) if always or config.train_text_encoders else []
 
@@ -205,10 +214,10 @@ def schedule(config: DiffusionModelConfig, source: str) -> Any:
     return diffusers.DDPMScheduler.from_pretrained(source, subfolder="scheduler", **options_of(config, source))
 
 
-def load_denoiser(config: DiffusionModelConfig, source: str, device: torch.device) -> Denoiser:
-    """Loads the denoiser, frozen, in `config.dtype` on `device`."""
+def load_model(config: DiffusionModelConfig, source: str, device: torch.device) -> TextToImageModel:
+    """Loads the model, frozen, in `config.dtype` on `device`."""
     encoders = load_text_encoders(config, source, device) if config.train_text_encoders else ()
-    model = Denoiser(load_unet(config, source), schedule(config, source), encoders, config.snr_gamma)
+    model = TextToImageModel(load_unet(config, source), schedule(config, source), encoders, config.snr_gamma)
     return model.requires_grad_(False).to(device)
 
 
@@ -274,7 +283,7 @@ def _vae_errors(config: DiffusionModelConfig) -> contextlib.AbstractContextManag
 
 
 def _vae_config(name: str) -> _VAEConfig:
-    return _VAEConfig(name="vae", hub_id=name, family="sdxl")
+    return _VAEConfig(name="vae", hub_id=name, family="text_to_image")
 
 
 def load_text_encoders(config: DiffusionModelConfig, source: str, device: torch.device) -> list[nn.Module]:
@@ -416,7 +425,7 @@ def warn_of_long_prompts(tokenizers: Sequence[transformers.PreTrainedTokenizerBa
 
 
 class Scale:
-    """Scales a VAE's latents for the denoiser: (x − mean) · factor, per channel or with one mean and factor."""
+    """Scales a VAE's latents for the UNet: (x − mean) · factor, per channel or with one mean and factor."""
 
     def __init__(self, vae: nn.Module) -> None:
         mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
@@ -432,7 +441,7 @@ class Scale:
 
 @torch.no_grad()
 def moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean and std of an image's latents in the denoiser's scale, (4, h, w) each, float32, on the CPU.
+    """Returns mean and std of an image's latents in the UNet's scale, (4, h, w) each, float32, on the CPU.
 
     Args:
         pixels: (3, H, W), −1 to 1.
@@ -449,7 +458,7 @@ def moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 def decode(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Decodes latents in the denoiser's scale one by one; returns images (B, 3, H, W), float32, 0 to 1, on the CPU.
+    """Decodes latents in the UNet's scale one by one; returns images (B, 3, H, W), float32, 0 to 1, on the CPU.
 
     Raises:
         ConfigError: as `moments`.
@@ -480,21 +489,21 @@ def validate_unbroken(vae: nn.Module, found: torch.Tensor) -> None:
         )
 
 
-def _validate_latents(denoiser: nn.Module, latents: torch.Tensor, prompts: Sequence[str]) -> None:
+def _validate_latents(unet: nn.Module, latents: torch.Tensor, prompts: Sequence[str]) -> None:
     """
     Raises:
-        ConfigError: the output of a denoiser is not finite.
+        ConfigError: the output of the UNet is not finite.
     """
     broken = [prompt for latent, prompt in zip(latents, prompts, strict=True) if not latent.isfinite().all()]
     if broken:
-        dtype = _dtype_name(denoiser)
+        dtype = _dtype_name(unet)
         remedy = (
             "its weights or the adapter's are broken, or the training diverged"
             if dtype == "float32"
             else "bfloat16 and float32 have a wider range, and broken weights make it in every dtype"
         )
         raise ConfigError(
-            [f"Invalid model.dtype={dtype}: the denoiser makes NaN or infinity of {broken[0]!r} in it; {remedy}."]
+            [f"Invalid model.dtype={dtype}: the UNet makes NaN or infinity of {broken[0]!r} in it; {remedy}."]
         )
 
 
@@ -506,14 +515,12 @@ def _dtype_name(model: nn.Module) -> str:
 # --- sampling
 
 
-def pipeline_of(denoiser: Denoiser, config: DiffusionModelConfig, source: str, device: torch.device) -> Any:
-    """Returns diffusers' pipeline with this denoiser, adapters included; call it with output_type="latent"."""
+def pipeline_of(model: TextToImageModel, config: DiffusionModelConfig, source: str, device: torch.device) -> Any:
+    """Returns diffusers' pipeline with this model's parts, adapters included; call it with output_type="latent"."""
     import diffusers
 
-    plain = isinstance(getattr(denoiser, TEXT_ENCODERS[0], None), nn.Module)
-    encoders = (
-        [getattr(denoiser, name) for name in TEXT_ENCODERS] if plain else load_text_encoders(config, source, device)
-    )
+    plain = isinstance(getattr(model, TEXT_ENCODERS[0], None), nn.Module)
+    encoders = [getattr(model, name) for name in TEXT_ENCODERS] if plain else load_text_encoders(config, source, device)
     scheduler = _described(config, source, "scheduler", "scheduler_config.json")["_class_name"]
     with _quiet_diffusers():
         pipeline = diffusers.StableDiffusionXLPipeline(
@@ -522,7 +529,7 @@ def pipeline_of(denoiser: Denoiser, config: DiffusionModelConfig, source: str, d
             text_encoder_2=encoders[1],
             tokenizer=(tokenizers := load_tokenizers(config, source))[0],
             tokenizer_2=tokenizers[1],
-            unet=denoiser.unet,
+            unet=model.unet,
             scheduler=getattr(diffusers, scheduler).from_pretrained(
                 source, subfolder="scheduler", **options_of(config, source)
             ),
@@ -558,7 +565,7 @@ def sample(
 ) -> torch.Tensor:
     """Generates images (B, 3, size, size), float32, 0 to 1, on the CPU; each depends only on its own prompt and seed.
 
-    The denoiser runs under the caller's autocast; the VAE keeps its own dtype.
+    The UNet runs under the caller's autocast; the VAE keeps its own dtype.
 
     Raises:
         ConfigError: latents or images are not finite.

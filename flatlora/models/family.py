@@ -55,7 +55,7 @@ class Family(ABC):
             `forward` as `num_items_in_batch`; else it is the mean over a micro-batch.
         label_name: name of the input that is required for a loss; None for `labels`.
         encoder_decoder: whether the model is an encoder-decoder.
-        is_diffusion: whether the loss is a denoiser's: a mean over random noise and timesteps.
+        is_diffusion: whether the loss is a mean over random noise and timesteps, as diffusion models have it.
         peft_task: PEFT's `task_type` of its adapters besides FEATURE_EXTRACTION.
         whole_needs_base: whether a fully fine-tuned model needs a part of its backbone that its files do not hold.
         processor_file: name of a file that exists in every folder with a saved processor.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatlora.perturb.layers import plain_name
+from flatlora.perturb.layers import is_adapters, plain_name
 from flatlora.utils.plain_files import file_sha256
 from flatlora.utils.precision import as_stored
 
@@ -28,7 +28,7 @@ def backbone_sha256(model: nn.Module) -> str | None:
     the same on every machine.
     """
     parameters = ((plain_name(name), p) for name, p in model.named_parameters() if not p.requires_grad)
-    frozen = {name: p for name, p in parameters if ".lora_" not in name and ".ranknum." not in name}
+    frozen = {name: p for name, p in parameters if not is_adapters(name)}
     return _tensors_sha256(frozen) if frozen else None
 
 

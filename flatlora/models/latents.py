@@ -1,5 +1,5 @@
-"""Training rows of a denoiser: latents and prompts of all images, encoded once, so that VAE and text encoders take no
-memory during training.
+"""Training rows of a text-to-image model: latents and prompts of all images, encoded once, so that VAE and text
+encoders take no memory during training.
 
 The cache holds mean and std of the latents. Latents, noise and timesteps are sampled in every epoch as a pure function
 of (seed, epoch, row): a resumed run gets the same samples, independent of how processes share the rows.
@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save
 from torch.utils.data import Dataset
 
 from flatlora.config.sections import DiffusionModelConfig
-from flatlora.inputs.captioned import CaptionedImages, CaptionedRows
 from flatlora.inputs.images import png_of
+from flatlora.inputs.text_to_image import TextToImageData, TextToImageRows
 from flatlora.models import diffusion
 from flatlora.utils import caches
 from flatlora.utils.console import progress
@@ -37,8 +37,8 @@ _BAR_FROM = 16  # images; fewer are encoded too quickly for a progress bar
 class LatentRows(Dataset):
     """Images as latents, prompts as embeddings or token ids, optionally with prior-preservation images.
 
-    A row is a dict of tensors whose keys are the arguments of `diffusion.Denoiser.forward`. Their first dimension is 1,
-    or 2 with prior preservation: the image, then an image of the class.
+    A row is a dict of tensors whose keys are the arguments of `diffusion.TextToImageModel.forward`. Their first
+    dimension is 1, or 2 with prior preservation: the image, then an image of the class.
 
     Args:
         means, stds: one tensor per image, (flips, 4, h, w), float32; flips is 2 if images are also mirrored, else 1.
@@ -107,7 +107,7 @@ def collate_latents(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.
 
 
 def encoded(
-    rows: CaptionedRows,
+    rows: TextToImageRows,
     config: DiffusionModelConfig,
     source: str,
     device: torch.device,
@@ -165,7 +165,7 @@ def _key(config: DiffusionModelConfig, state: str, device: torch.device, **more:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def _key_of_rows(rows: CaptionedRows, config: DiffusionModelConfig, flip: bool) -> dict[str, Any]:
+def _key_of_rows(rows: TextToImageRows, config: DiffusionModelConfig, flip: bool) -> dict[str, Any]:
     return {
         "pictures": [[place, digest.hex()] for place, digest in zip(rows.indices, rows.digests, strict=True)],
         "sizes": rows.sizes,
@@ -175,7 +175,7 @@ def _key_of_rows(rows: CaptionedRows, config: DiffusionModelConfig, flip: bool) 
 
 
 def _encode(
-    rows: CaptionedRows, config: DiffusionModelConfig, source: str, device: torch.device, flip: bool
+    rows: TextToImageRows, config: DiffusionModelConfig, source: str, device: torch.device, flip: bool
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of the cache file, named by the index of each image in the data set."""
     tensors = {"timesteps": torch.tensor(diffusion.schedule(config, source).config.num_train_timesteps)}
@@ -218,7 +218,7 @@ def _embeddings(
     return tensors
 
 
-def _ids_of_prompts(rows: CaptionedRows, config: DiffusionModelConfig, source: str) -> list[dict[str, torch.Tensor]]:
+def _ids_of_prompts(rows: TextToImageRows, config: DiffusionModelConfig, source: str) -> list[dict[str, torch.Tensor]]:
     texts = [rows.prompt(row) for row in range(len(rows))]
     ids = diffusion.token_ids(diffusion.load_tokenizers(config, source), texts)
     return [{"input_ids": first, "input_ids_2": second} for first, second in zip(*ids, strict=True)]
@@ -234,7 +234,7 @@ def class_pictures(
     device: torch.device,
     *,
     state: str,
-) -> CaptionedImages:
+) -> TextToImageData:
     """Generates class images for prior preservation with the untrained model, or reads them from the cache.
 
     Raises:
@@ -244,7 +244,7 @@ def class_pictures(
     names = [f"{number:05d}" for number in range(count)]
     pictures: list[Path | bytes | None] = [caches.find(folder, name, ".png") for name in names]
     if missing := [number for number, picture in enumerate(pictures) if picture is None]:
-        pipeline = diffusion.pipeline_of(diffusion.load_denoiser(config, source, device), config, source, device)
+        pipeline = diffusion.pipeline_of(diffusion.load_model(config, source, device), config, source, device)
         with progress(f"make pictures of {prompt!r}", len(missing)) as advance:
             for number in missing:
                 image = diffusion.sample(pipeline, [prompt], [number], size=size, steps=steps, guidance=CLASS_GUIDANCE)
@@ -259,7 +259,7 @@ def class_pictures(
         picture = pictures[index]
         return picture.read_bytes() if isinstance(picture, Path) else picture
 
-    return CaptionedImages(f"pictures of {prompt!r}", [prompt] * count, read)
+    return TextToImageData(f"pictures of {prompt!r}", [prompt] * count, read)
 
 
 CLASS_GUIDANCE = 5.0  # diffusers' default for SDXL

@@ -19,7 +19,7 @@ from transformers.utils.hub import has_file
 
 from flatlora.config.sections import ModelConfig
 from flatlora.models.clip import Classes
-from flatlora.models.families.sdxl import described_pipeline
+from flatlora.models.families.text_to_image import described_pipeline
 from flatlora.models.family import FAMILIES, LoadOptions
 from flatlora.models.fit import embedding_rows, vocabulary_errors
 from flatlora.models.hashes import settings_sha256, weights_sha256

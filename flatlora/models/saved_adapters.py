@@ -21,6 +21,7 @@ from torch import nn
 
 from flatlora.models.family import FAMILIES
 from flatlora.models.sources import in_short, not_finite
+from flatlora.perturb.layers import is_adapters
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic
 from flatlora.utils.plain_files import irregular_files, read_plain
@@ -75,20 +76,13 @@ def _number_errors(folder: Path) -> list[str]:
     They are checked first, because PEFT allocates layers of the sizes in the file.
     """
     config = adapter_config(folder)
-    kind, ranks, alphas = config.get("peft_type"), {}, {}
-    if kind not in (PeftType.LORA, PeftType.ADALORA):
+    if config.get("peft_type") not in _NUMBERS:
         return _size_errors(folder, config)
-    if kind == PeftType.LORA:
-        ranks, alphas = {"r": config.get("r", 8)}, {"lora_alpha": config.get("lora_alpha", 8)}
-        for pattern, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-            given = config.get(pattern) or {}
-            named = given.items() if isinstance(given, dict) else [("?", given)]
-            values |= {f"{pattern}.{layer}": value for layer, value in named}
-    elif kind == PeftType.ADALORA:
-        ranks, alphas = {"init_r": config.get("init_r", 12)}, {"lora_alpha": config.get("lora_alpha", 8)}
+    of_ranks, of_alphas = _NUMBERS[config["peft_type"]]
+    ranks, alphas = _numbers(config, of_ranks), _numbers(config, of_alphas)
     wrong = {name: value for name, value in ranks.items() if type(value) is not int or value < 1}
     if large := {name: value for name, value in ranks.items() if name not in wrong and value > _MOST_RANK}:
-        most = max([0, *(len(tensor) for name, tensor in _weights(folder).items() if ".lora_A" in name)])
+        most = max([0, *(len(tensor) for name, tensor in _weights(folder).items() if _LEFT_FACTOR.search(name))])
         wrong |= {name: value for name, value in large.items() if value > most}
     wrong |= {
         name: value for name, value in alphas.items() if type(value) not in (int, float) or not math.isfinite(value)
@@ -100,8 +94,32 @@ def _number_errors(folder: Path) -> list[str]:
     ]
 
 
+_LEFT_FACTOR = re.compile(r"\.(lora|hira|delora)_A")
+
+# PEFT type → {key of a rank: PEFT's default}, and the same for scalings; of a pattern's key the values are meant.
+_NUMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    PeftType.LORA: ({"r": 8, "rank_pattern": {}}, {"lora_alpha": 8, "alpha_pattern": {}}),
+    PeftType.ADALORA: ({"init_r": 12}, {"lora_alpha": 8}),
+    PeftType.HIRA: ({"r": 32, "rank_pattern": {}}, {}),
+    PeftType.DELORA: ({"r": 8, "rank_pattern": {}}, {"delora_lambda": 15, "lambda_pattern": {}}),
+}
+
+
+def _numbers(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of these keys of adapter_config.json, those of a pattern by pattern.layer."""
+    values: dict[str, Any] = {}
+    for key, default in keys.items():
+        if isinstance(default, dict):
+            given = config.get(key) or {}
+            named = given.items() if isinstance(given, dict) else [("?", given)]
+            values |= {f"{key}.{layer}": value for layer, value in named}
+        else:
+            values[key] = config.get(key, default)
+    return values
+
+
 def _size_errors(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """Same as `_number_errors`, for PEFT types other than LoRA and AdaLoRA, whose sizes have many names."""
+    """Same as `_number_errors`, for PEFT types that `_NUMBERS` does not have, whose sizes have many names."""
     sizes = {name: value for name, value in config.items() if not _NO_SIZE.search(name)}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -186,7 +204,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -> nn.Module:
-    """Loads a saved adapter onto a backbone, LoRA weights in FP32; no tensor may be missing or unexpected.
+    """Loads a saved adapter onto a backbone, its factors in FP32; no tensor may be missing or unexpected.
 
     Args:
         family: `ModelConfig.family` of the backbone.
@@ -222,7 +240,7 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
     if wrong := [f"{in_short(names)} {what}" for what, names in parts.items() if names]:
         raise ConfigError([_misfit(folder, name, "; ".join(wrong))])
     for key, parameter in adapted.named_parameters():
-        if "lora_" in key:
+        if is_adapters(key):
             parameter.data = parameter.data.float()
     return adapted
 
@@ -238,7 +256,8 @@ def _try_patterns(folder: Path, names: Sequence[str]) -> None:
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        patterns = [*(getattr(config, "rank_pattern", None) or {}), *(getattr(config, "alpha_pattern", None) or {})]
+        named = ("rank_pattern", "alpha_pattern", "lambda_pattern")
+        patterns = [pattern for name in named for pattern in getattr(config, name, None) or {}]
         has_targets = hasattr(config, "target_modules")
         if has_targets and config.target_modules is None:
             config.target_modules = []  # PEFT has defaults for the model; the other patterns are still used

@@ -92,6 +92,31 @@ def add_normal(
     return out
 
 
+def project_rows(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Returns W Aᵀ, shape (m, r), summed in FP32, without a copy of W in FP32.
+
+    Args:
+        weight: m × n, BF16, contiguous, CPU.
+        A: r × n, FP32, contiguous, CPU.
+    """
+    if weight.dtype != torch.bfloat16 or A.dtype != torch.float32 or not _is_plain_matrix(weight, A):
+        raise ValueError(
+            f"Invalid weight={weight.dtype} {tuple(weight.shape)}, A={A.dtype} {tuple(A.shape)}: they must be "
+            "contiguous CPU matrices, BF16 and FP32; use weight.float() @ A.t() for others."
+        )
+    if (kernels := _compiled()) is None:
+        return project_rows_reference(weight, A)
+    out = torch.empty(weight.shape[0], A.shape[0])
+    arrays = weight.view(torch.uint16).numpy(), A.numpy(), out.numpy()
+    _in_shares(weight, lambda start, stop: kernels.project_rows_bf16(*arrays, start, stop))
+    return out
+
+
+def project_rows_reference(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Slow reference for `project_rows`."""
+    return weight.float() @ A.t()
+
+
 @lru_cache(maxsize=1)
 def _compiled() -> ModuleType | None:
     """The compiled code, None without numba; imported on first use, because the import compiles it."""
@@ -123,21 +148,23 @@ def _over_rows(
     row: int,
     column: int,
 ) -> None:
-    """Run a compiled kernel with its rows split over torch's number of threads, which does not change the result."""
-    rows = matrix.shape[0]
-    validate_counter(step=step, stream=stream, row=row + rows)
+    """Run a compiled noise kernel on all rows of a matrix."""
+    validate_counter(step=step, stream=stream, row=row + matrix.shape[0])
     words = tuple(np.uint32(word) for word in (*key, step, stream, row))
+    _in_shares(matrix, lambda start, stop: kernel(*arrays, *words, column, start, stop, *_tables()))
+
+
+def _in_shares(matrix: torch.Tensor, work: Callable[[int, int], None]) -> None:
+    """Call `work(first row, last row + 1)` on torch's number of threads, which does not change the result."""
+    rows = matrix.shape[0]
     workers = min(torch.get_num_threads(), max(1, matrix.numel() // _ELEMENTS_WORTH_A_THREAD))
     if workers == 1 or getattr(_thread, "shares", False):
-        kernel(*arrays, *words, column, 0, rows, *_tables())
+        work(0, rows)
         return
     bounds = np.linspace(0, rows, workers + 1).astype(int).tolist()
     submit = _thread_pool(workers - 1).submit
-    jobs = [
-        submit(kernel, *arrays, *words, column, start, stop, *_tables())
-        for start, stop in itertools.pairwise(bounds[1:])
-    ]
-    kernel(*arrays, *words, column, 0, bounds[1], *_tables())
+    jobs = [submit(work, start, stop) for start, stop in itertools.pairwise(bounds[1:])]
+    work(0, bounds[1])
     for job in jobs:
         job.result()
 

@@ -1,4 +1,4 @@
-"""Noise kernels for the CPU, compiled by numba: write rows of z, or add c·z to rows of a weight.
+"""Kernels for the CPU, compiled by numba: write rows of z, add c·z to rows of a weight, multiply rows by A.
 
 `philox.py` defines the stream and has a plain NumPy reference; `host.py` calls these kernels.
 """
@@ -118,3 +118,21 @@ def add_rows_bf16(weight, c, out, k0, k1, step, stream, first_row, first_column,
             for j in range(noise.size):
                 half = np.uint32(0x7FFF) + ((bits[j] >> np.uint32(16)) & np.uint32(1))
                 target[j] = np.uint16((bits[j] + half) >> np.uint32(16))
+
+
+# Reordered sums are vector code; each row is summed alone, so the number of threads changes nothing.
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+def project_rows_bf16(weight, A, out, start, stop):
+    """out[start:stop] = weight Aᵀ, summed in FP32; weight is BF16 as 16 bits, A is FP32 (r × n)."""
+    columns = weight.shape[1]
+    bits = np.empty(columns, np.uint32)
+    values = bits.view(np.float32)
+    for i in range(start, stop):
+        row = weight[i]
+        for j in range(columns):
+            bits[j] = np.uint32(row[j]) << np.uint32(16)
+        for k in range(A.shape[0]):
+            factor, total = A[k], np.float32(0.0)
+            for j in range(columns):
+                total += values[j] * factor[j]
+            out[i, k] = total

@@ -27,9 +27,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.hira.layer import HiraLayer
 from torch import nn
 
-from flatlora.perturb.layers import named_lora_layers
+from flatlora.perturb.layers import named_lora_layers, normalized_or_multiplied_layers
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import warn_of_unscaled_fp16
 
@@ -68,9 +69,14 @@ def lora_pairs(model: nn.Module) -> Pairs:
     result, a list of (name, parameter).
 
     Raises:
-        ConfigError: an adapter is not s·B·A on the weight of its layer: AdaLoRA, PEFT's `target_parameters`, and some
-            variants of LoRA.
+        ConfigError: an adapter is not s·B·A on the weight of its layer: AdaLoRA, DeLoRA, HiRA, PEFT's
+            `target_parameters`, and some variants of LoRA.
     """
+    for name, module in normalized_or_multiplied_layers(model):
+        kind = "HiRA" if isinstance(module, HiraLayer) else "DeLoRA"
+        raise ConfigError(
+            [f"Invalid adapter of {name}: {kind} does not add s·B·A to the weight; use plain LoRA, rsLoRA or DoRA."]
+        )
     pairs = []
     for name, module in named_lora_layers(model):
         if isinstance(module, AdaLoraLayer):
@@ -87,6 +93,22 @@ def lora_pairs(model: nn.Module) -> Pairs:
     factors = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
     others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
     return Pairs(pairs, others, (p.dtype for p in model.parameters() if not p.requires_grad))
+
+
+def product_pairs(model: nn.Module) -> list[Pair]:
+    """The trained pairs whose loss depends on B·A alone: those of `lora_pairs`, or HiRA's, which multiply W by 1 + B·A.
+
+    Raises:
+        ConfigError: as `lora_pairs`.
+    """
+    multiplied = [each for each in normalized_or_multiplied_layers(model) if isinstance(each[1], HiraLayer)]
+    pairs = [
+        Pair(name, module.hira_A[adapter], module.hira_B[adapter], 1.0)
+        for name, module in multiplied
+        for adapter in module.active_adapters
+        if adapter in module.hira_A and module.hira_A[adapter].requires_grad
+    ]
+    return pairs if multiplied else lora_pairs(model)
 
 
 class LoRAPro(torch.optim.Optimizer):

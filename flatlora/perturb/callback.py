@@ -34,7 +34,7 @@ _DRAW = "flatlora_draw"  # key in TrainerState.stateful_callbacks; not a class n
 
 
 class FlatLoraCallback(TrainerCallback):
-    """Perturbs every linear and convolution layer with a LoRA adapter in the Trainer's model.
+    """Perturbs every linear and convolution layer with a LoRA, DeLoRA or HiRA adapter in the Trainer's model.
 
     Args:
         sigma: σ, the `rho` of the published command line (0.05 for language models, 0.15 for CLIP).

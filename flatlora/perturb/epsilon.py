@@ -198,7 +198,8 @@ class DeviceEpsilon:
         state = [layer.state() for layer in self.layers]
         if self._norms is None or self._norms[0] != state:
             terms = [list(layer.adapters()) for layer in self.layers]
-            if any(len(each) != 1 or any(t.dtype != torch.float32 for t in each[0][:2]) for each in terms):
+            plain = [len(each) == 1 and all(t.dtype == torch.float32 for t in each[0][:2]) for each in terms]
+            if not all(plain) or any(layer.multiplies for layer in self.layers):
                 return self._merged_squares_of(terms)
             self._norms = state, self._norm_passes([each[0] for each in terms])
         for indices, norm_pass in self._norms[1]:
@@ -237,10 +238,10 @@ class DeviceEpsilon:
         return self._scratch.get("weight", layer.stored_shape, layer.dtype, self.device, self._largest)
 
     def _merged_squares_of(self, terms: Sequence[Sequence[AdapterTerm]]) -> torch.Tensor:
-        """`_merged_squares` for layers with several adapters or none, one layer after the other."""
+        """`_merged_squares` for layers with several adapters or none, or HiRA's, one layer after the other."""
         squares = []
         for layer, each, squared in zip(self.layers, terms, self._frozen_squares().split(self._rows), strict=True):
-            norms = merged_row_norms(layer.as_rows(layer.dense()), each, squared.double())
+            norms = merged_row_norms(layer.as_rows(layer.dense()), each, squared.double(), multiplied=layer.multiplies)
             squares.append(norms.square())
         return torch.cat(squares)
 
@@ -307,7 +308,7 @@ def noise_coefficients(
     weight = layer.as_rows(layer.dense())
     if layer.squared_norms is None:
         layer.squared_norms = torch_passes.squared_row_norms(weight)
-    norms = merged_row_norms(weight, layer.adapters(), layer.squared_norms)
+    norms = merged_row_norms(weight, layer.adapters(), layer.squared_norms, multiplied=layer.multiplies)
     if not torch.isfinite(norms).all():
         raise FloatingPointError(_not_finite(layer.name))
     return _coefficients(norms, weight.shape[1], sigma, scale=scale, fan_in=fan_in)
@@ -329,33 +330,62 @@ def _not_finite(name: str) -> str:
 
 @torch.no_grad()
 def merged_row_norms(
-    weight: torch.Tensor, terms: Sequence[AdapterTerm], squared_norms: torch.Tensor | None = None
+    weight: torch.Tensor,
+    terms: Sequence[AdapterTerm],
+    squared_norms: torch.Tensor | None = None,
+    *,
+    multiplied: bool = False,
 ) -> torch.Tensor:
     """Returns ‖W_i + Σ s B_i A‖ of each row, shape (m,), FP32, without forming B·A.
 
     With the terms stacked as B = [s₁B₁ …] and A = [A₁; …], the square is ‖W_i‖² + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ.
-    `squared_norms` is ‖W_i‖², shape (m,), FP64, if it is known.
+    `squared_norms` is ‖W_i‖², shape (m,), FP64, if it is known. With `multiplied`, the result is
+    ‖W_i ⊙ (1 + Σ s B_i A)‖, for which parts of B·A are formed.
     """
+    if terms and multiplied:
+        return _multiplied_row_norms(weight, terms)
     squared = torch_passes.squared_row_norms(weight) if squared_norms is None else squared_norms
     if terms:
         A = torch.cat([term.A.detach() for term in terms]).float()
         B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).double()
-        parts = _row_chunks(*weight.shape) if weight.dtype != torch.float32 else [(0, len(weight))]
-        projected = torch.cat([weight[i:j].float() @ A.t() for i, j in parts])
         gram = A.double() @ A.double().t()
-        squared = squared + (2.0 * projected.double() * B + (B @ gram) * B).sum(dim=1)
+        squared = squared + (2.0 * _projected(weight, A).double() * B + (B @ gram) * B).sum(dim=1)
     return squared.clamp_min(0.0).sqrt().float()
 
 
+def _multiplied_row_norms(weight: torch.Tensor, terms: Sequence[AdapterTerm]) -> torch.Tensor:
+    A = torch.cat([term.A.detach() for term in terms]).float()
+    B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).float()
+    rows, columns = weight.shape
+    elements = _CHUNK_ELEMENTS if weight.is_cpu else 64 * _CHUNK_ELEMENTS  # few launches on a GPU
+    norms = [
+        torch.linalg.vector_norm(weight[i:j].float() * (1.0 + B[i:j] @ A), dim=1, dtype=torch.float64)
+        for i, j in _row_chunks(rows, columns, elements)
+    ]
+    return torch.cat(norms).float()
+
+
+def _projected(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """W Aᵀ, shape (m, r), FP32."""
+    if weight.dtype == torch.float32:
+        return weight @ A.t()
+    if weight.dtype == torch.bfloat16 and weight.is_cpu and weight.is_contiguous():
+        return host.project_rows(weight, A.contiguous())
+    return torch.cat([weight[start:stop].float() @ A.t() for start, stop in _row_chunks(*weight.shape)])
+
+
 @torch.no_grad()
-def merged_row_norms_reference(weight: torch.Tensor, terms: Sequence[AdapterTerm]) -> torch.Tensor:
+def merged_row_norms_reference(
+    weight: torch.Tensor, terms: Sequence[AdapterTerm], *, multiplied: bool = False
+) -> torch.Tensor:
     """Slow reference for `merged_row_norms`: forms W' in FP64 (m × n) and takes its row norms."""
-    merged = weight.double()
+    change = torch.zeros_like(weight, dtype=torch.float64)
     for term in terms:
-        merged = merged + term.scaling * (term.B.double() @ term.A.double())
+        change = change + term.scaling * (term.B.double() @ term.A.double())
+    merged = weight.double() * (1.0 + change) if multiplied else weight.double() + change
     return merged.norm(dim=1)
 
 
-def _row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    height = max(1, _CHUNK_ELEMENTS // max(1, columns))
+def _row_chunks(rows: int, columns: int, elements: int = _CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    height = max(1, elements // max(1, columns))
     return ((start, min(start + height, rows)) for start in range(0, rows, height))

@@ -1,9 +1,15 @@
-"""The layers that a perturbation acts on: each has a frozen weight and the low-rank terms of its adapters."""
+"""The layers that a perturbation acts on: each has a frozen weight and the low-rank terms of its adapters.
+
+LoRA and its relatives   W' = W + Σ s·B·A
+DeLoRA                   the same, with A scaled by its norms and those of W's columns
+HiRA                     W' = W ⊙ (1 + Σ B·A)
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +29,7 @@ PERTURBED_TYPES = (nn.Linear, nn.Conv2d, Conv1D)
 
 
 class AdapterTerm(NamedTuple):
-    """One active low-rank term of a layer: W' gets `scaling` · B (m × r) · A (r × n)."""
+    """One active low-rank term of a layer: `scaling` · B (m × r) · A (r × n), which is added to W (HiRA: to 1)."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -45,6 +51,7 @@ class PerturbedLayer:
         readers: other modules whose forward reads the weight, such as DoRA's.
         tied_to: names of modules that have the same parameter, such as the embedding of a tied head. They read W, which
             mode=inplace cannot give them.
+        multiplies: whether W' = W ⊙ (1 + Σ s·B·A), as in HiRA, whose branch reads W besides the layer's own forward.
     """
 
     name: str
@@ -54,6 +61,7 @@ class PerturbedLayer:
     changes: Callable[[], Hashable] | None = None
     readers: Sequence[nn.Module] = ()
     tied_to: Sequence[str] = ()
+    multiplies: bool = False
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
@@ -172,13 +180,13 @@ def has_standard_forward(module: nn.Module) -> bool:
 
 
 def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
-    """Finds every linear or convolution layer with a LoRA adapter of PEFT, by its name without PEFT and DDP.
+    """Finds every linear or convolution layer with a LoRA, DeLoRA or HiRA adapter of PEFT, by its name without PEFT.
 
     Everything else that is trained gets no noise and is named in a warning: LoRA on other layers (such as embeddings),
     whole modules (`modules_to_save`), tokens (`trainable_token_indices`), biases.
 
     Raises:
-        ConfigError: an adapter is not s·B·A on the weight of its layer, see `named_lora_layers`; or it is on
+        ConfigError: an adapter of LoRA is not s·B·A on the weight of its layer, see `named_lora_layers`; or it is on
             nn.MultiheadAttention, which does not read its weights in the forward of a layer.
         TypeError: the model is sharded by FSDP.
     """
@@ -187,10 +195,13 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
             f"Invalid model {type(model).__name__}: FSDP shards its weights, so no process can compute row norms; "
             "train with DDP or DeepSpeed ZeRO-2, which keep the whole backbone in each process."
         )
+    from peft.tuners.hira.layer import HiraLayer
+    from peft.tuners.lora import LoraLayer
+
     layers, lora_modules = [], set()
     owners = _owners(model)
     others: Counter[str] = Counter()
-    for name, module in named_lora_layers(model):
+    for name, module in (*named_lora_layers(model), *normalized_or_multiplied_layers(model)):
         lora_modules.add(name)
         if isinstance(module.get_base_layer(), nn.MultiheadAttention):
             raise ConfigError(
@@ -208,9 +219,10 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
                     module.get_base_layer(),
                     adapters=_adapter_terms(module),
                     enabled=_enabled(module),
-                    changes=_adapter_state(module),
-                    readers=list(module.lora_magnitude_vector.values()),
+                    changes=_adapter_state(module) if isinstance(module, LoraLayer) else None,
+                    readers=list(module.lora_magnitude_vector.values()) if isinstance(module, LoraLayer) else (),
                     tied_to=[owner for owner in owners[id(module.get_base_layer().weight)] if owner != name],
+                    multiplies=isinstance(module, HiraLayer),
                 )
             )
     _warn_of_no_noise(others, _trained_beside(model, lora_modules))
@@ -227,9 +239,9 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _trained_beside(model: nn.Module, lora_modules: set[str]) -> list[str]:
-    """Names of trained parameters that are not part of a LoRA adapter."""
+    """Names of trained parameters that are not part of an adapter of these modules."""
     trained = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [name for name in trained if name.partition(".lora_")[0] not in lora_modules or ".lora_" not in name]
+    return [name for name in trained if _OF_ADAPTERS.split(name, maxsplit=1)[0] not in lora_modules]
 
 
 def _warn_of_no_noise(others: Counter[str], beside: Sequence[str]) -> None:
@@ -286,6 +298,24 @@ def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from layers
 
 
+def normalized_or_multiplied_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """PEFT's DeLoRA and HiRA layers, by the names of their layers without PEFT and DDP."""
+    from peft.tuners.delora.layer import DeloraLayer
+    from peft.tuners.hira.layer import HiraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, DeloraLayer | HiraLayer):
+            yield plain_name(name), module
+
+
+_OF_ADAPTERS = re.compile(r"\.(?:lora|delora|hira)_|\.ranknum\.")  # begins the part of a name that is an adapter's
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a parameter belongs to an adapter, by its name."""
+    return _OF_ADAPTERS.search(name) is not None
+
+
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # parts of names from torch.compile and checkpoint wrappers
 
 
@@ -305,9 +335,15 @@ def _adapter_terms(module: nn.Module) -> Callable[[], list[AdapterTerm]]:
     def terms() -> list[AdapterTerm]:
         if module.disable_adapters or module.merged:
             return []  # merged: W already holds s·B·A
-        return [_term(module, name) for name in module.active_adapters if name in module.lora_A]
+        return [_term(module, name) for name in module.active_adapters if name in factors]
 
+    factors = _left_factors(module)
     return terms
+
+
+def _left_factors(module: nn.Module) -> nn.Module:
+    """{name of an adapter: its A}."""
+    return next(getattr(module, kind) for kind in ("lora_A", "delora_A", "hira_A") if hasattr(module, kind))
 
 
 def _adapter_state(module: nn.Module) -> Callable[[], Hashable]:
@@ -329,9 +365,21 @@ def _adapter_state(module: nn.Module) -> Callable[[], Hashable]:
 
 
 def _term(module: nn.Module, name: str) -> AdapterTerm:
+    if hasattr(module, "hira_A"):
+        return AdapterTerm(module.hira_A[name].flatten(1), module.hira_B[name].flatten(1), 1.0)
+    if hasattr(module, "delora_A"):
+        return _normalized_term(module, name)
     if hasattr(module, "lora_E"):  # AdaLoRA: s/r̂ · B diag(E) A
         scaling = module.scaling[name] / (module.ranknum[name].item() + 1e-5)
         return AdapterTerm(module.lora_A[name] * module.lora_E[name], module.lora_B[name], scaling)
     # For a convolution, A is r × c × kh × kw and B is m × r × 1 × 1; flattened, B·A is what PEFT merges into W.
     A, B = module.lora_A[name].weight.flatten(1), module.lora_B[name].weight.flatten(1)
     return AdapterTerm(A, B, module.scaling[name])
+
+
+def _normalized_term(module: nn.Module, name: str) -> AdapterTerm:
+    """DeLoRA: B · diag(λ/r / (‖a_k‖ ‖b_k‖)) · A · diag(w), with PEFT's least norm."""
+    A, B = module.delora_A[name], module.delora_B[name]
+    norms = A.norm(dim=1).clamp(min=1e-4) * B.norm(dim=0).clamp(min=1e-4)
+    strengths = module.delora_lambda[name] / module.r[name] / norms
+    return AdapterTerm(strengths[:, None] * A * module.delora_w_norm[name], B, 1.0)

@@ -407,6 +407,12 @@ def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dic
             f"Invalid mode={mode} with packed weights ({packed[0]} and {len(packed) - 1} more): a copy would take the "
             "memory that packing saves, and noise cannot be added to 4 bits; use mode=recompute."
         )
+    multiplied = [layer.name for layer in layers if layer.multiplies]
+    if multiplied and mode == "inplace":
+        errors.append(
+            f"Invalid mode=inplace with HiRA's layers, such as {multiplied[0]}: W' = W ⊙ (1 + B·A) would have the "
+            "noise ε ⊙ (1 + B·A) instead of ε; use mode=copy or recompute."
+        )
     tied = [f"{layer.name} (to {layer.tied_to[0]})" for layer in layers if layer.tied_to]
     if tied and mode == "inplace":
         errors.append(

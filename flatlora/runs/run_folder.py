@@ -316,8 +316,9 @@ def scoring_of(raw: dict[str, Any]) -> dict[str, Any]:
 def _differences(saved: dict[str, Any], experiment: Experiment) -> list[str]:
     """Returns a phrase for each setting that affects the trained weights and differs from the saved one."""
     identity, settings = dict(_flatten(experiment.identity_of(saved))), dict(_flatten(saved))
+    current_names = {"model.family": experiment.model.family}  # an identity has a family's first name
     return [
-        f"{key} is {settings.get(key)!r} there and {value!r} here"
+        f"{key} is {settings.get(key)!r} there and {current_names.get(key, value)!r} here"
         for key, value in _flatten(experiment.identity())
         if identity.get(key) != value and settings.get(key) != value  # an identity with σ = 0 has no keys of rho
     ]

@@ -15,8 +15,8 @@ from transformers.image_utils import load_image
 import run_exp
 from data import images
 from eval import command
-from flatlora.inputs.captioned import CaptionedImages, picture_of
 from flatlora.inputs.images import ImageRows, LabeledImages, check_images
+from flatlora.inputs.text_to_image import TextToImageData, picture_of
 from flatlora.models import loading, sources
 from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, write_split
@@ -161,12 +161,12 @@ def test_a_turned_image_is_read_upright_as_transformers_reads_it(tmp_path, proce
     for split in ("train", "test"):
         write_parquet(tmp_path, "ylecun/mnist", "mnist", split, {"image": pictures, "label": list(range(8))})
     rows = prepared(tmp_path, "mnist", processor).train
-    captioned = CaptionedImages("the same", ["p"] * 8, lambda index: files[index].read_bytes())
+    prompted = TextToImageData("the same", ["p"] * 8, lambda index: files[index].read_bytes())
     pixels = [rows[place]["pixel_values"] for place in range(8)]
     for place, path in enumerate(files):
         own = load_image(str(path))
         assert torch.equal(pixels[place], processor(own, return_tensors="pt")["pixel_values"][0])
-        assert picture_of(captioned, place).tobytes() == own.tobytes()
+        assert picture_of(prompted, place).tobytes() == own.tobytes()
     assert not any(torch.equal(pixels[0], other) for other in pixels[1:])
 
 

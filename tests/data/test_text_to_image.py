@@ -11,18 +11,18 @@ from PIL import Image
 import run_exp
 from data import text_to_image
 from data.__main__ import main as show
-from flatlora.inputs.captioned import (
-    CaptionedImages,
+from flatlora.inputs.rows import Source
+from flatlora.inputs.text_to_image import (
+    TextToImageData,
     bucket_sizes,
     cover,
     identities,
     picture_of,
-    pictures_of_run,
-    read_captioned,
+    read_text_to_image,
     rows_of,
+    rows_of_run,
     shape_of,
 )
-from flatlora.inputs.rows import Source
 from flatlora.utils.errors import ConfigError
 from tests.conftest import write_split
 
@@ -85,10 +85,10 @@ def test_each_image_may_have_a_prompt_of_its_own(tmp_path):
 def test_the_hubs_columns_from_a_data_root(tmp_path):
     folder_of(tmp_path / SOURCE.hub_id / "default")
     write_split(tmp_path, *SOURCE[:3], [{"image": f"{n}.png", "prompt": f"an icon {n}"} for n in range(3)])
-    found = read_captioned(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
+    found = read_text_to_image(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
     assert found.prompts == ["an icon 0", "an icon 1", "an icon 2"]
     assert picture_of(found, 1).size == (60, 80)
-    fixed = read_captioned(SOURCE, image="image", prompt="prompt", fixed="one for all", data_root=str(tmp_path))
+    fixed = read_text_to_image(SOURCE, image="image", prompt="prompt", fixed="one for all", data_root=str(tmp_path))
     assert set(fixed.prompts) == {"one for all"}
 
 
@@ -101,10 +101,12 @@ def test_parquet_from_a_data_root(tmp_path):
     path = tmp_path / SOURCE.hub_id / "default" / "train.parquet"
     path.parent.mkdir(parents=True)
     datasets.Dataset.from_dict({"image": images, "prompt": ["a", "b", "c"]}, features=features).to_parquet(str(path))
-    found = read_captioned(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
+    found = read_text_to_image(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
     assert found.prompts == ["a", "b", "c"]
     assert picture_of(found, 0).size == (80, 60)
-    told = errors(lambda: read_captioned(SOURCE, image="image", prompt="caption", fixed=None, data_root=str(tmp_path)))
+    told = errors(
+        lambda: read_text_to_image(SOURCE, image="image", prompt="caption", fixed=None, data_root=str(tmp_path))
+    )
     assert "Missing column caption" in told[0]
 
 
@@ -126,7 +128,7 @@ def test_size_and_turn_of_a_file_are_those_of_its_image(kind, mode):
         Image.new(mode, (120, 80)).save(buffer, kind, exif=turned)
     except (OSError, ValueError):
         pytest.skip(f"{kind} holds no {mode}")
-    images = CaptionedImages("one", ["p"], lambda index: buffer.getvalue())
+    images = TextToImageData("one", ["p"], lambda index: buffer.getvalue())
     upright = picture_of(images, 0)
     assert shape_of(images, 0) == upright.size == (80, 120)
     assert upright.getpixel((40, 60)) == ((255, 255, 255) if mode == "RGBA" else (0, 0, 0))  # transparent is white
@@ -146,7 +148,7 @@ def test_size_and_turn_of_a_file_are_those_of_its_image(kind, mode):
 def test_broken_tags_of_a_camera_break_no_image(exif, kind):
     buffer = io.BytesIO()
     Image.new("RGB", (120, 80)).save(buffer, kind, exif=exif)
-    images = CaptionedImages("one", ["p"] * 2, lambda index: buffer.getvalue())
+    images = TextToImageData("one", ["p"] * 2, lambda index: buffer.getvalue())
     rows = rows_of(images, [0, 1], resolution=32)
     assert len(rows.sizes) == len(rows) == 2
     assert shape_of(images, 0) == picture_of(images, 0).size
@@ -244,11 +246,11 @@ def test_the_images_of_a_run_are_found_again(tmp_path):
     section = dataset(*words).model_dump()
     trained = prepared(own, "dataset.prompt=p").train.only([2, 0])
     (tmp_path / "pictures.json").write_text(json.dumps(identities(trained)))
-    rows = pictures_of_run(tmp_path, section, None)
+    rows = rows_of_run(tmp_path, section, None)
     assert list(rows.indices) == [2, 0]
     whole = (own / "2.png").read_bytes()
     picture(77).save(own / "2.png")
-    (message,) = errors(pictures_of_run, tmp_path, section, None)
+    (message,) = errors(rows_of_run, tmp_path, section, None)
     assert "row 3 (2.png) of" in message
     assert "has changed since the run was trained (1 of 2 have)" in message
     (own / "2.png").write_bytes(whole)
@@ -261,15 +263,15 @@ def test_the_images_of_a_run_are_found_again(tmp_path):
         "[" * 100_000,
     ):
         (tmp_path / "pictures.json").write_text(broken)
-        assert "is not what a run writes" in errors(pictures_of_run, tmp_path, section, None)[0]
+        assert "is not what a run writes" in errors(rows_of_run, tmp_path, section, None)[0]
     (tmp_path / "pictures.json").write_text(kept)
     picture(78).save(own / "0a.png")  # the places of all others move
-    assert "(1 of 2 have)" in errors(pictures_of_run, tmp_path, section, None)[0]
+    assert "(1 of 2 have)" in errors(rows_of_run, tmp_path, section, None)[0]
     (own / "0a.png").unlink()
     (own / "2.png").unlink()
-    assert "has 2, and the run was trained on number 3" in errors(pictures_of_run, tmp_path, section, None)[0]
+    assert "has 2, and the run was trained on number 3" in errors(rows_of_run, tmp_path, section, None)[0]
     (tmp_path / "pictures.json").unlink()
-    assert "Broken run" in errors(pictures_of_run, tmp_path, section, None)[0]
+    assert "Broken run" in errors(rows_of_run, tmp_path, section, None)[0]
 
 
 @pytest.mark.parametrize(
@@ -364,6 +366,6 @@ def test_rows_are_shown(tmp_path, capsys):
 def test_rows_of_says_which_row_of_the_set(tmp_path):
     folder_of(tmp_path / SOURCE.hub_id / "default", sizes=((80, 60), (5, 5)))
     write_split(tmp_path, *SOURCE[:3], [{"image": f"{n}.png", "prompt": "p"} for n in range(2)])
-    images = read_captioned(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
+    images = read_text_to_image(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
     assert len(rows_of(images, [0], resolution=32, min_side=16)) == 1
     assert "row 2 (1.png): it is 5 × 5" in errors(lambda: rows_of(images, [1], resolution=32, min_side=16))[0]

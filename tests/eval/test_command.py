@@ -73,7 +73,7 @@ def test_another_backbone_than_the_runs_is_refused_or_answers_anew(tiny_settings
     model.lm_head.weight.data.mul_(-1.0)
     model.save_pretrained(base)
     (told,) = errors([run, "device=cpu"], capsys)
-    assert told.startswith(f"Invalid backbone of {run}/adapter: {base} is sha256:")
+    assert told.startswith(f"Invalid backbone of {run}/adapter: {base} is now sha256:")
     assert main("gsm8k", bare) == 0  # nothing records what it was trained on
     assert (tmp_path / "o/predictions.stale.jsonl").is_file()
 
@@ -145,7 +145,7 @@ def test_a_base_that_moved_is_named(with_own_base, tmp_path, capsys):
     other.lm_head.weight.data.mul_(-1.0)
     other.save_pretrained(moved)
     (told,) = errors([run, "device=cpu", f"base={moved}"], capsys)
-    assert told.startswith(f"Invalid backbone of {run}/adapter: {moved} is sha256:")
+    assert told.startswith(f"Invalid backbone of {run}/adapter: {moved} is now sha256:")
 
 
 def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_path, monkeypatch, capsys):

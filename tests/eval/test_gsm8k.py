@@ -397,7 +397,7 @@ def test_there_are_benchmarks():
 def test_every_benchmark_has_the_contract(name):
     benchmark = benchmarks.BENCHMARKS[name]
     assert {"max_rows", "batch_size"} <= benchmark.Config.model_fields.keys()
-    assert benchmark.kind in ("text", "image", "captioned")
+    assert benchmark.kind in ("text", "image", "text_to_image")
     assert callable(benchmark.benchmark_rows) == (benchmark.kind == "text")  # pictures come with a run
     assert f"python -m eval.{name}" in benchmark.help
     assert set(benchmark.scoring) <= benchmark.Config.model_fields.keys()

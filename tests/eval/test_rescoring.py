@@ -25,13 +25,13 @@ REFUSED = {
     ("eva", "seq2seq"),
     ("eva", "clip"),
     ("corda", "clip"),
-    *((name, "sdxl") for name in ("adalora", "eva", "corda", "full_ft")),
+    *((name, "text_to_image") for name in ("adalora", "eva", "corda", "hira", "delora", "full_ft")),
 }
 
 
 @pytest.fixture(scope="session")
 def latent_batch():
-    """Two pictures of the shapes, as a denoiser is given them."""
+    """Two pictures of the shapes, as the model is given them."""
     experiment = run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"])
     rows, source = text_to_image.prepared(experiment.dataset, None), sources.backbone_source(experiment.model)
     made = text_to_image.encode(rows, experiment.dataset, experiment.model, source, CPU, state="s", seed=1).train
@@ -45,12 +45,12 @@ def words(tiny_model_folder, tiny_t5_folder):
         "causal_lm": [f"model.hub_id={tiny_model_folder}", *local],
         "seq2seq": ["model=t5small", f"model.hub_id={tiny_t5_folder}", "model.dtype=float32", "dataset=cola"],
         "clip": ["model=clip_tiny", "dataset=digits"],
-        "sdxl": ["model=sdxl_tiny", "dataset=shapes"],
+        "text_to_image": ["model=sdxl_tiny", "dataset=shapes"],
     }
 
 
 def batches(family, latent_batch):
-    if family == "sdxl":
+    if family == "text_to_image":
         return lambda count: iter([latent_batch] * count)
     if family == "clip":
         pixels = torch.randn(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -74,12 +74,18 @@ AS_LORA = ("rslora", "lora_plus", "olora", "lora_fa")  # saved and loaded as LoR
 
 
 def quick_first(family, name):
-    return pytest.param(family, name, marks=pytest.mark.extra if family in ("clip", "sdxl") and name in AS_LORA else ())
+    return pytest.param(
+        family, name, marks=pytest.mark.extra if family in ("clip", "text_to_image") and name in AS_LORA else ()
+    )
 
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [quick_first(family, name) for family in ("causal_lm", "seq2seq", "clip", "sdxl") for name in methods.ADAPTERS],
+    [
+        quick_first(family, name)
+        for family in ("causal_lm", "seq2seq", "clip", "text_to_image")
+        for name in methods.ADAPTERS
+    ],
 )
 def test_a_saved_model_answers_as_the_trained_one(name, family, words, latent_batch, tmp_path):
     def trained():

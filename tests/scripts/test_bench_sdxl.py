@@ -7,7 +7,7 @@ from flatlora import methods
 from flatlora.fused.lora_linear import fuse, groups_of
 from flatlora.methods import Start
 from flatlora.methods.adapters.lora import LoraMethodConfig
-from flatlora.models.diffusion import Denoiser
+from flatlora.models.diffusion import TextToImageModel
 from scripts import bench_sdxl
 
 TINY = {
@@ -67,8 +67,8 @@ def test_attention_layers_that_read_one_input_are_one_group(unet):
 
     def gradients(fused):
         shell = bench_sdxl.shell_of(unet).float()
-        denoiser = Denoiser(shell, bench_sdxl.noise_schedule()).requires_grad_(False)
-        model = methods.ADAPTERS["lora"].apply(denoiser, config, Start(0)).train()
+        backbone = TextToImageModel(shell, bench_sdxl.noise_schedule()).requires_grad_(False)
+        model = methods.ADAPTERS["lora"].apply(backbone, config, Start(0)).train()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:

@@ -227,6 +227,76 @@ def test_commands_are_those_of_the_cells_for_a_shell(capsys):
     assert tables.main(["commands", "tabel4"]) == 2
 
 
+def test_a_table_and_its_columns_name_their_seeds(tmp_path, capsys):
+    """B runs CB and COPA with 20 seeds, RTE with 5 and the rest with 3; --seeds replaces them all."""
+
+    def seeds_of(*arguments):
+        assert tables.main(["commands", "bi_lora_superglue", *arguments]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if " rho=bi_lora " in line]
+        overrides = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+        return {each["dataset"]: len(each["seed"].split(",")) for each in overrides}
+
+    assert seeds_of() == {"boolq": 3, "cb": 20, "copa": 20, "rte": 5, "wic": 3}
+    assert set(seeds_of("--seeds", "2").values()) == {2}
+    assert tables.main(["status", "bi_lora_superglue", "--results", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Cells, by the seeds of their tables" in shown
+    assert f"{4 * (3 + 20 + 20 + 5 + 3)} runs have no similar run" in shown
+    made, _ = made_of(tmp_path, "bi_lora_superglue")
+    assert "Seeds per cell in the paper: 3 (CB 20, COPA 20, RTE 5)." in table_formats.notes_of(made)
+    made, _ = made_of(tmp_path, "table1")
+    assert table_formats.notes_of(made)[-1] == "Seeds per cell in the paper: 3."
+    made, _ = made_of(tmp_path, "study")  # no paper's
+    assert not [note for note in table_formats.notes_of(made) if note.startswith("Seeds")]
+    assert made.layout.seeds_of("cola") == 3
+
+
+def test_time_and_memory_are_shown_with_the_machines_that_they_are_of(tmp_path):
+    gpus = {"lora": ["NVIDIA H200"] * 2, "flat_lora": ["NVIDIA GeForce RTX 4090"]}
+    layout = cells.read_layouts(cells.LAYOUTS)["table7"]
+    for row, seed, minutes, memory in (("lora", 0, 60, 20.5), ("flat_lora", 0, 71, 20.6), ("flat_lora", 1, 73, None)):
+        hardware = {"cpu": "c", "cores": 1, "threads": 1, "gpus": gpus[row], "memory_gib": 1.0, "world_size": 1}
+        own = [*cells.cell_overrides("table7", layout, row, "memory"), f"seed={seed}"]
+        changes = {"timing": {"train_s": 60.0 * minutes}, "memory": {"peak_gpu_gib": memory, "peak_rss_gib": 1.0}}
+        write_run(tmp_path, own, 0.0, metrics={}, env={"versions": {}, "hardware": hardware}, **changes)
+    made, problems = made_of(tmp_path, "table7")
+    assert problems == []
+    assert {key: cell.by_seed for key, cell in made.cells.items()} == {
+        ("lora", "memory"): {0: 20.5},
+        ("lora", "minutes"): {0: pytest.approx(60)},
+        ("flat_lora", "memory"): {0: 20.6},
+        ("flat_lora", "minutes"): {0: pytest.approx(71), 1: pytest.approx(73)},
+    }
+    note = "Time and memory of ours: 2 × NVIDIA H200 (LoRA); NVIDIA GeForce RTX 4090 (Flat-LoRA)."
+    assert note in table_formats.notes_of(made)
+    assert "| Flat-LoRA, ours | 20.60 (1) | 72.0 ± 1.4 (2) |" in table_formats.markdown(made)
+
+
+def test_columns_that_show_the_same_runs_get_the_most_seeds_of_them():
+    columns = {key: COLUMN.model_copy(update={"seeds": seeds}) for key, seeds in (("a", 2), ("b", 5), ("c", None))}
+    layout = cells.Layout(rows={"lora": cells.Row(title="LoRA")}, columns=columns, experiment="table1")
+    *titles, command = tables.commands({"one": layout})
+    assert titles == ["# one, LoRA, CoLA"] * 3
+    assert command == "python run_exp.py -m experiment=table1 dataset=cola seed=0,1,2,3,4"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seeds": 0}, r"Invalid tables\.one\.seeds=0: it must be ≥ 1; the paper's number"),
+        ({"seeds": "many"}, r"Invalid tables\.one\.seeds='?many"),
+        ({"columns": {"cola": {"seeds": 2.5}}}, r"Invalid tables\.one\.columns\.cola\.seeds=2.5: .*take the table's"),
+    ],
+)
+def test_a_number_of_seeds_that_is_none_is_refused(tmp_path, change, told):
+    column = {"title": "CoLA", "overrides": ["dataset=cola"], "metric": "glue/accuracy", "scale": 100}
+    raw = {"rows": {"lora": {"title": "LoRA"}}, "columns": {"cola": column}} | change
+    raw["columns"]["cola"] = column | raw["columns"]["cola"]
+    (tmp_path / "tables.yaml").write_text(yaml.safe_dump({"one": raw}))
+    with pytest.raises(ConfigError, match=told):
+        cells.read_layouts(tmp_path / "tables.yaml")
+
+
 @pytest.mark.extra  # the experiments' own launch commands compose in tests/test_experiments.py
 def test_every_row_and_column_composes_and_every_column_asks_the_benchmark_of_its_metric(tmp_path):
     layouts = cells.read_layouts(cells.LAYOUTS)

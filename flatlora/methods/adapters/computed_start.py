@@ -158,6 +158,6 @@ def validate_not_quantized(model: nn.Module, targets: list[str], name: str) -> N
 
 def _quantized(name: str, reason: str) -> str:
     return (
-        f"Invalid peft={name} on a quantized backbone ({reason}): its initial adapter is computed from W or is a part "
-        "of it, and the rest must be stored exactly; load the backbone unquantized, or use peft=lora."
+        f"Invalid peft={name} on a quantized backbone ({reason}): this method computes with W, or moves a part of it "
+        "into the adapter, and the rest must be stored exactly; load the backbone unquantized, or use peft=lora."
     )

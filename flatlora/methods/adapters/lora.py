@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft import PeftConfig as AdapterConfig
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,10 +28,11 @@ _QUERY_VALUE = ("q_proj", "v_proj", "q", "v", "query", "value", "c_attn")
 _ATTENTION = (*_QUERY_VALUE, "k_proj", "k", "key", "o_proj", "out_proj", "o", "to_q", "to_k", "to_v", "to_out.0")
 
 
-class LoraMethodConfig(PeftConfig):
+class LowRankConfig(PeftConfig):
+    """Keys of every method that trains two factors of rank r in each layer."""
+
     lora_r: int | None = setting(8, ge=1, le=2**16, remedy="8 and 16 are the paper's ranks")
     lora_relative_r: float | None = setting(None, gt=0, le=1, remedy="it is a share of the hidden size")
-    lora_alpha: float = setting(16.0, gt=0, le=1e6, remedy="16 is the paper's")
     lora_dropout: float = setting(0.0, ge=0, lt=1, remedy="it is a share, 0 is none")
     # all: linear layers; all_conv: convolutions too; a list may name both kinds.
     target_modules: Literal["all", "all_conv", "attention", "qv"] | list[str] = setting(
@@ -58,12 +60,17 @@ class LoraMethodConfig(PeftConfig):
         return errors
 
 
-@ADAPTERS.register("lora")
-class Lora(AdapterMethod):
-    Config = LoraMethodConfig
+class LoraMethodConfig(LowRankConfig):
+    lora_alpha: float = setting(16.0, gt=0, le=1e6, remedy="16 is the paper's")
+
+
+class LowRank(AdapterMethod):
+    """Base class of methods that train two factors of rank r in each layer, with an adapter of PEFT."""
+
+    Config = LowRankConfig
     takes_convolutions: ClassVar[bool] = True  # False if PEFT's code or the method only supports matrices
 
-    def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
+    def check(self, skeleton: nn.Module, config: LowRankConfig) -> None:
         targets = find_targets(skeleton, config.target_modules)
         convolutions = [name for name in targets if isinstance(skeleton.get_submodule(name), nn.Conv2d)]
         if convolutions and not self.takes_convolutions:
@@ -85,11 +92,11 @@ class Lora(AdapterMethod):
                 )
         check_rank(skeleton, targets, *self.needed_rank(rank_of(skeleton, config), config))
 
-    def needed_rank(self, rank: int, config: LoraMethodConfig) -> tuple[int, str]:
+    def needed_rank(self, rank: int, config: LowRankConfig) -> tuple[int, str]:
         """The number of directions of a layer that the method needs, and the reason for messages."""
         return rank, f"{rank_setting(config)}: it needs {rank} directions of a layer"
 
-    def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
+    def apply(self, model: nn.Module, config: LowRankConfig, start: Start) -> nn.Module:
         self.check(model, config)
         with seeded(start.seed, model):  # A depends only on the seed, not on earlier draws
             adapted = get_peft_model(model, self.peft_config(model, config))
@@ -98,22 +105,41 @@ class Lora(AdapterMethod):
                 parameter.data = parameter.data.float()
         return adapted
 
+    def peft_config(self, model: nn.Module, config: LowRankConfig) -> AdapterConfig:
+        """PEFT's config of the adapter."""
+        raise NotImplementedError
+
+    def settings(self, model: nn.Module, config: LowRankConfig) -> dict[str, Any]:
+        """Keyword arguments that PEFT's config of every method has."""
+        return {
+            "task_type": _task_of(model),
+            "modules_to_save": getattr(model, "trained_modules", None),  # such as a trained head
+            "r": rank_of(model, config),
+            "target_modules": _shortest_suffixes(model, find_targets(model, config.target_modules)),
+        }
+
+
+@ADAPTERS.register("lora")
+class Lora(LowRank):
+    Config = LoraMethodConfig
+
     def peft_config(self, model: nn.Module, config: LoraMethodConfig) -> LoraConfig:
         """PEFT's config; variants of LoRA override `settings` or this method."""
         return LoraConfig(**self.settings(model, config))
 
     def settings(self, model: nn.Module, config: LoraMethodConfig) -> dict[str, Any]:
         """Keyword arguments of PEFT's config."""
-        targets = find_targets(model, config.target_modules)
-        return {
-            "task_type": _task_of(model),
-            "modules_to_save": getattr(model, "trained_modules", None),  # such as a trained head
-            "r": rank_of(model, config),
+        return super().settings(model, config) | {
             "lora_alpha": config.lora_alpha,
             "lora_dropout": config.lora_dropout,
-            "target_modules": _shortest_suffixes(model, targets),
-            "fan_in_fan_out": {isinstance(model.get_submodule(name), Conv1D) for name in targets} == {True},
+            "fan_in_fan_out": is_transposed(model, config),
         }
+
+
+def is_transposed(model: nn.Module, config: LowRankConfig) -> bool:
+    """Whether all adapted layers store their weights transposed, as GPT-2's Conv1D does."""
+    targets = find_targets(model, config.target_modules)
+    return {isinstance(model.get_submodule(name), Conv1D) for name in targets} == {True}
 
 
 def _task_of(model: nn.Module) -> str | None:
@@ -190,7 +216,7 @@ def _shortest_suffixes(model: nn.Module, targets: list[str]) -> list[str]:
     return result
 
 
-def rank_of(model: nn.Module, config: LoraMethodConfig) -> int:
+def rank_of(model: nn.Module, config: LowRankConfig) -> int:
     """r: `lora_r`, or `lora_relative_r` as a share of the model's hidden size."""
     if config.lora_r is not None:
         return config.lora_r
@@ -210,7 +236,7 @@ def _hidden_size(model: nn.Module) -> int | None:
     return getattr(described, "hidden_size", None) or getattr(described, "d_model", None)
 
 
-def rank_setting(config: LoraMethodConfig) -> str:
+def rank_setting(config: LowRankConfig) -> str:
     """The setting that determines the rank, as an override."""
     if config.lora_r is not None:
         return f"peft.lora_r={config.lora_r}"

@@ -19,7 +19,7 @@ from torch import nn
 
 from flatlora.config.sections import RhoConfig
 from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod, Strength
-from flatlora.optim.lora_pro import Pair, lora_pairs
+from flatlora.optim.lora_pro import Pair, product_pairs
 
 _STRENGTH = Strength("α", {"Bi-LoRA paper, after the BAR paper": 0.25})
 
@@ -30,7 +30,7 @@ class NBar(RhoMethod):
     reads_gradients = True
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
-        return BarRegularizer(lora_pairs(model), config.sigma, by="gradient")
+        return BarRegularizer(product_pairs(model), config.sigma, by="gradient")
 
 
 @REGULARIZERS.register("obar")
@@ -39,14 +39,14 @@ class OBar(RhoMethod):
     reads_gradients = True
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
-        return BarRegularizer(lora_pairs(model), config.sigma, by="norm")
+        return BarRegularizer(product_pairs(model), config.sigma, by="norm")
 
 
 class BarRegularizer(Regularizer):
     """Rescales every pair before each optimizer step.
 
     Args:
-        pairs: trained factors; see `lora_pairs`.
+        pairs: trained factors; see `product_pairs`.
         alpha: α > 0 at the first step.
         by: "gradient" (nBAR) or "norm" (oBAR).
     """

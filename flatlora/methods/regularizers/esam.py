@@ -39,7 +39,7 @@ class Esam(RhoMethod):
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         yield from super().errors(experiment)
-        if experiment.regularized and experiment.dataset.kind == "captioned":
+        if experiment.regularized and experiment.dataset.kind == "text_to_image":
             yield SettingError(
                 ("rho", "rho.method", "dataset.kind"),
                 f"Invalid rho={experiment.rho.name} with model={experiment.model.name}: it selects rows by their loss, "

@@ -16,7 +16,7 @@ from torch import nn
 from flatlora.config.sections import RhoConfig
 from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod, Strength
 from flatlora.noise import host, philox
-from flatlora.optim.lora_pro import lora_pairs
+from flatlora.optim.lora_pro import product_pairs
 
 
 @REGULARIZERS.register("rwp_lora")
@@ -31,7 +31,7 @@ class RwpLoraRegularizer(Regularizer):
     """Adds noise to A and B at the start of each optimizer step and restores their bytes before the update.
 
     Args:
-        model: PEFT model with LoRA layers.
+        model: PEFT model with LoRA or HiRA layers.
         sigma: ρ > 0.
     """
 
@@ -39,7 +39,7 @@ class RwpLoraRegularizer(Regularizer):
         self.sigma = sigma
         self.factors = {
             f"{pair.name}.{factor}": parameter
-            for pair in lora_pairs(model)
+            for pair in product_pairs(model)
             for factor, parameter in (("lora_A", pair.A), ("lora_B", pair.B))
         }
         self._keys = {name: philox.layer_key(seed, name) for name in self.factors}

@@ -16,7 +16,8 @@ import eval as benchmarks
 import run_exp
 from flatlora import methods
 from flatlora.config.experiment import Experiment, parse
-from flatlora.config.sections import WandbConfig
+from flatlora.config.families import OLD_FAMILIES, TRAITS, trains_on
+from flatlora.config.sections import WandbConfig, model_section
 from flatlora.config.settings import Section
 from flatlora.utils.errors import ConfigError, reason_of
 
@@ -379,6 +380,30 @@ def test_identity_of_a_saved_config_is_that_of_its_experiment(settings):
     saved = yaml.safe_load(yaml.safe_dump(one.model_dump(mode="json")))
     assert one.identity_of(saved) == one.identity()
     assert "wandb" in saved  # `identity_of` leaves what it is given as it was
+
+
+@pytest.mark.parametrize("settings", [["model=sdxl", "dataset=icons3d"], ["model=sdxl_tiny", "dataset=shapes"]])
+def test_a_record_with_a_familys_old_name_is_the_same_run(settings):
+    one = experiment(*settings, "rho=flat")
+    assert one.model.family == "text_to_image"
+    old = one.model_dump(mode="json")
+    old["model"]["family"] = "sdxl"
+    again = parse(old, run_exp.SUITE)
+    assert again == one
+    assert (again.sha256(), again.run_name()) == (one.sha256(), one.run_name())
+    assert one.identity_of(old) == one.identity()
+    # Hashes and folder names of earlier runs are made of the old name.
+    assert one.identity()["model"]["family"] == "sdxl"
+    assert old["model"]["family"] == "sdxl"
+    assert experiment().identity()["model"]["family"] == "causal_lm"
+
+
+def test_each_old_name_of_a_family_stands_for_a_family():
+    for old, new in OLD_FAMILIES.items():
+        assert old not in TRAITS
+        assert model_section({"family": old}) is model_section({"family": new})
+        assert trains_on(old, TRAITS[new].rows)
+    assert not trains_on("gpt", "text")
 
 
 def test_run_names():

@@ -98,6 +98,30 @@ def test_an_old_name_of_an_experiment_is_its_table_and_its_rows_overrides(words,
     assert notes[0].startswith(f"{words[0]} → {canonical[0]}")
 
 
+@pytest.mark.parametrize("prefix", ["", "++"])
+def test_an_old_name_of_a_model_family_is_the_new_one(prefix):
+    word = f"{prefix}model.family=sdxl"
+    canonical = [f"{prefix}model.family=text_to_image"]
+    assert commandline.rewrite([word]) == (canonical, [f"{word} → {canonical[0]}"])
+    words = ["model=sdxl_tiny", "dataset=shapes"]
+    assert experiment(*words, word) == experiment(*words)
+
+
+def test_a_sweep_of_old_and_new_names_of_a_model_family_is_of_one_family():
+    words = ["model=sdxl_tiny", "dataset=shapes", "model.family=sdxl,text_to_image"]
+    with pytest.raises(ConfigError, match=r"Two jobs of the sweep would write to .*drop the value that is"):
+        run_exp.experiments_of(commandline.expand_sweep(words))
+
+
+def test_an_option_file_with_an_old_name_of_a_model_family_is_read(tmp_path):
+    (tmp_path / "model").mkdir()
+    own = (run_exp.SUITE.conf_dir / "model/sdxl_tiny.yaml").read_text()
+    assert "family: text_to_image" in own
+    (tmp_path / "model/mine.yaml").write_text(own.replace("family: text_to_image", "family: sdxl"))
+    found = experiment(f"hydra.searchpath=[file://{tmp_path}]", "model=mine", "dataset=shapes")
+    assert found == experiment("model=sdxl_tiny", "dataset=shapes")
+
+
 def test_a_sweep_of_old_names_says_what_to_type():
     (told,) = errors(commandline.rewrite, ["-m", "experiment=study/lora,study/flat_lora", "dataset=cola"])
     assert "study/lora is experiment=study; study/flat_lora is experiment=study rho=flat." in told
@@ -507,7 +531,7 @@ def partners(group, option, folder):
             "corruptions": corrupted,
         }.get(option, [])
     if group == "protocol" and option != "none":
-        return ["model=llama", "dataset=meta_math"]
+        return [f"model={'llama32_3b' if option == 'peft_suite' else 'llama'}", "dataset=meta_math"]
     if group == "model" and option.startswith(("clip_", "sdxl")):
         return ["dataset=digits" if option.startswith("clip_") else "dataset=shapes"]
     text = (run_exp.SUITE.conf_dir / group / f"{option}.yaml").read_text()
@@ -535,7 +559,7 @@ def test_every_option_file_composes_and_parses(group, option, tmp_path):
 )
 def test_pictures_and_text_do_not_mix(words):
     (message,) = errors(run_exp.experiment_of, words)
-    assert "CLIP takes image data sets, SDXL captioned ones, language models text" in message
+    assert "CLIP takes image data sets, SDXL text-to-image ones, language models text" in message
 
 
 def test_a_model_chooses_the_layers_and_the_rank_of_its_paper():

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from flatlora.inputs import images
-from flatlora.inputs.captioned import CaptionedImages, cover, read_captioned, read_folder, rows_of
 from flatlora.inputs.images import ImageRows, LabeledImages, check_images, middle_of, png_of, read_images
 from flatlora.inputs.rows import Source
+from flatlora.inputs.text_to_image import TextToImageData, cover, read_folder, read_text_to_image, rows_of
 from flatlora.utils.errors import ConfigError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n"
@@ -92,7 +92,7 @@ def given(tmp_path):
 SOURCE = Source("me/set", "default", "train")
 
 
-@pytest.mark.parametrize("kind", ["labeled", "listed", "folder", "parquet", "captioned parquet"])
+@pytest.mark.parametrize("kind", ["labeled", "listed", "folder", "parquet", "text-to-image parquet"])
 def test_hostile_images_are_named_before_they_are_decoded(given, tmp_path, bomb, kind):
     wanted = hostile(given, bomb)
     if kind != "folder":
@@ -115,7 +115,9 @@ def test_hostile_images_are_named_before_they_are_decoded(given, tmp_path, bomb,
             if kind == "parquet":
                 told = error_of(check_images, read_images(SOURCE, label="label", **columns), [0])
             else:
-                pictures = read_captioned(SOURCE, image="image", prompt=None, fixed="p", data_root=columns["data_root"])
+                pictures = read_text_to_image(
+                    SOURCE, image="image", prompt=None, fixed="p", data_root=columns["data_root"]
+                )
                 told = error_of(rows_of, pictures, [0], resolution=32)
         assert reason in told, (name, told)
     assert time.monotonic() - start < 20
@@ -166,7 +168,7 @@ def strip(width, height):
 
 
 def test_a_strip_is_cut_before_it_is_scaled(monkeypatch):
-    monkeypatch.setattr("flatlora.inputs.captioned._MOST_SCALED", 10**9)
+    monkeypatch.setattr("flatlora.inputs.text_to_image._MOST_SCALED", 10**9)
     pictures = [strip(3, 900), strip(700, 2), strip(40, 30)]
     sizes = [(16, 16), (24, 16), (32, 32)]
     whole = [cover(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
@@ -184,7 +186,7 @@ def test_the_longest_strips_are_rows_in_bounded_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     buffer = io.BytesIO()
     strip(1, 60_000).save(buffer, "PNG")
-    rows = rows_of(CaptionedImages("here", ["p"], lambda index: buffer.getvalue()), [0], resolution=512)
+    rows = rows_of(TextToImageData("here", ["p"], lambda index: buffer.getvalue()), [0], resolution=512)
     assert rows.view(0).pixels.shape == (3, 512, 512)
     assert rows.view(0, flipped=True).time_ids.tolist() == [60_000, 1, 15_359_744, 0, 512, 512]
     seen = []

@@ -1,4 +1,4 @@
-"""The denoiser against diffusers' own parts: noising, weights, embeddings, latents, adapters; and what is refused."""
+"""The model against diffusers' own parts: noising, weights, embeddings, latents, adapters; and what is refused."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from flatlora import methods
 from flatlora.config.sections import DiffusionModelConfig
 from flatlora.methods import Start
 from flatlora.models import diffusion, latents, loading, scorers, sources
-from flatlora.models.families import sdxl
+from flatlora.models.families.text_to_image import RANDOM_SDXL, size_errors
 from flatlora.models.latents import LatentRows, collate_latents
 from flatlora.train.samplers import BucketSampler
 from flatlora.utils.errors import ConfigError
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def config_of(**changes):
-    settings = {"name": "sdxl_tiny", "hub_id": sdxl.RANDOM_SDXL, "family": "sdxl", "embedded": "random-sdxl"}
+    settings = {"name": "sdxl_tiny", "hub_id": RANDOM_SDXL, "family": "text_to_image", "embedded": "random-sdxl"}
     return DiffusionModelConfig(**settings | {"dtype": "float32", "captioner": None} | changes)
 
 
@@ -65,7 +65,7 @@ def adapted(config, **changes):
 
 
 def reference_loss(pipeline, batch, gamma=None):
-    """Slow twin of `Denoiser.forward`: diffusers' scheduler noises, its functions weigh, one row at a time."""
+    """Slow twin of `TextToImageModel.forward`: diffusers' scheduler noises, its functions weigh, one row at a time."""
     schedule, total = DDPMScheduler.from_config(pipeline.scheduler.config), 0.0
     for row in range(len(batch["latents"])):
         one = {key: value[row : row + 1] for key, value in batch.items()}
@@ -90,21 +90,28 @@ def reference_loss(pipeline, batch, gamma=None):
 def test_the_loss_is_diffusers(source, prediction, gamma):
     pipeline = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
     pipeline.scheduler.register_to_config(prediction_type=prediction)
-    denoiser = diffusion.Denoiser(pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config), (), gamma)
+    model = diffusion.TextToImageModel(pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config), (), gamma)
     rows = encoded(source)
     batch = collate_latents([rows[0], rows[3], rows[5]])
     batch["timesteps"][0] = 20  # little noise: a signal-to-noise ratio far above gamma, which weighs it down
     wanted = reference_loss(pipeline, batch, gamma)
-    torch.testing.assert_close(denoiser(**batch).loss, wanted.squeeze(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(**batch).loss, wanted.squeeze(), rtol=1e-5, atol=1e-6)
     if gamma is not None:
-        assert denoiser(**batch).loss != reference_loss(pipeline, batch)
+        assert model(**batch).loss != reference_loss(pipeline, batch)
 
 
 def test_other_predictions_are_refused(source):
     unet = loading.load_backbone(config_of(), CPU).unet
     schedule = DDPMScheduler(prediction_type="sample")
     with pytest.raises(ConfigError, match="prediction_type=sample"):
-        diffusion.Denoiser(unet, schedule)
+        diffusion.TextToImageModel(unet, schedule)
+
+
+def test_the_models_old_name_still_works():
+    with pytest.warns(DeprecationWarning, match="TextToImageModel"):
+        assert diffusion.Denoiser is diffusion.TextToImageModel
+    with pytest.raises(AttributeError, match="has no attribute 'Denoisers'"):
+        _ = diffusion.Denoisers
 
 
 @torch.no_grad()
@@ -228,12 +235,12 @@ def test_a_vae_that_makes_nan_in_fp32_is_broken(source):
 
 
 @pytest.mark.parametrize(("dtype", "remedy"), [("float32", "the training diverged"), ("bfloat16", "wider range")])
-def test_a_denoiser_that_makes_nan_is_told_from_its_vae(source, dtype, remedy):
+def test_a_unet_that_makes_nan_is_told_from_its_vae(source, dtype, remedy):
     config = config_of(dtype=dtype)
     pipeline = diffusion.pipeline_of(loading.load_backbone(config, CPU), config, source, CPU)
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(ConfigError, match=rf"Invalid model\.dtype={dtype}: the denoiser makes NaN.* of 'a'.*{remedy}"):
+    with pytest.raises(ConfigError, match=rf"Invalid model\.dtype={dtype}: the UNet makes NaN.* of 'a'.*{remedy}"):
         diffusion.sample(pipeline, ["a"], [0], size=64, steps=1, guidance=1.0)
 
 
@@ -401,7 +408,7 @@ def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_
     torch.testing.assert_close(peft_drew, ours, rtol=1e-4, atol=1e-4)
     loaded, processor, told = loading.load_for_inference(str(tmp_path), None, CPU)
     assert processor is None
-    assert told["base"] == sdxl.RANDOM_SDXL
+    assert told["base"] == RANDOM_SDXL
     if not train_text:  # an adapter of the text encoders needs the run that says so
         drew = drawn(diffusion.pipeline_of(loaded.get_base_model(), config, source, CPU))
         torch.testing.assert_close(drew, ours, rtol=1e-4, atol=1e-4)
@@ -430,7 +437,7 @@ def test_the_export_for_diffusers_has_the_same_bytes_each_time(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"target_modules": ["to_q", "to_w"]}, "to_w matches no layer of Denoiser"),
+        ({"target_modules": ["to_q", "to_w"]}, "to_w matches no layer of TextToImageModel"),
         ({"target_modules": "qv"}, "qv matches no layer"),
         ({"lora_r": 500}, "lora_r=500"),
         ({"lora_r": None, "lora_relative_r": 0.5}, "different widths"),
@@ -454,15 +461,15 @@ def test_trained_text_encoders_need_layers_of_theirs():
 
 @pytest.mark.parametrize("peft", ["adalora", "eva", "corda", "full_ft"])
 def test_methods_that_are_not_of_diffusion_say_why(peft):
-    with pytest.raises(ConfigError, match=rf"Invalid peft={peft} with model=sdxl_tiny \(sdxl\)"):
+    with pytest.raises(ConfigError, match=rf"Invalid peft={peft} with model=sdxl_tiny \(text_to_image\)"):
         run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", f"peft={peft}"])
 
 
 @pytest.mark.parametrize(
     ("words", "head"),
     [
-        (["model.quantize=nf4"], "Invalid model.quantize=nf4 with model=sdxl_tiny (sdxl)"),
-        (["model.attn=eager"], "Invalid model.attn=eager with model=sdxl_tiny (sdxl)"),
+        (["model.quantize=nf4"], "Invalid model.quantize=nf4 with model=sdxl_tiny (text_to_image)"),
+        (["model.attn=eager"], "Invalid model.attn=eager with model=sdxl_tiny (text_to_image)"),
         (["model.dtype=float16", "trainer=cpu"], "Invalid model.dtype=float16 with trainer=cpu"),
         (["model.snr_gamma=0"], "Invalid model.snr_gamma=0: it must be > 0"),
         (["model.revision=main"], "Invalid model.revision=main with model.embedded=random-sdxl"),
@@ -515,7 +522,7 @@ def test_a_hub_that_is_out_of_reach_is_no_broken_pipeline(monkeypatch):
 
 def test_errors_name_the_setting_that_was_given(tmp_path):
     with pytest.raises(ConfigError, match=r"Cannot load model\.vae_id=\./nope: there is no such folder"):
-        sdxl.size_errors(config_of(vae_id="./nope"), [(64, 64)])
+        size_errors(config_of(vae_id="./nope"), [(64, 64)])
     with pytest.raises(ConfigError, match=r"eval\.text_to_image\.clip=\./nope"):
         scorers.check_clip("./nope")
     with pytest.raises(ConfigError, match=r"eval\.text_to_image\.captioner=\./nope"):
@@ -529,9 +536,9 @@ def _without_diffusers():
 
 
 def test_sizes_that_the_parts_cannot_halve_are_refused():
-    assert sdxl.size_errors(config_of(), [(68, 68)]) == []
-    assert "multiples of 8" in sdxl.size_errors(config_of(), [(68, 68)], drawn=True)[0]
-    (message,) = sdxl.size_errors(config_of(), [(64, 64), (64, 62)])
+    assert size_errors(config_of(), [(68, 68)]) == []
+    assert "multiples of 8" in size_errors(config_of(), [(68, 68)], drawn=True)[0]
+    (message,) = size_errors(config_of(), [(64, 64), (64, 62)])
     assert "pictures of 64 × 62 pixels, and both sides must be multiples of 4" in message
 
 

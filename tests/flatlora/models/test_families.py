@@ -40,5 +40,5 @@ def test_a_captured_micro_step_of_text_is_padded_without_a_loss():
 
 
 def test_a_captured_micro_step_of_pictures_has_its_share_of_the_mean():
-    made = FAMILIES["sdxl"].graph_inputs({"weights": torch.tensor([0.5, 0.5])}, torch.tensor(2), 4)
+    made = FAMILIES["text_to_image"].graph_inputs({"weights": torch.tensor([0.5, 0.5])}, torch.tensor(2), 4)
     assert made["weights"].tolist() == [0.125, 0.125]

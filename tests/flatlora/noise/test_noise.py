@@ -57,6 +57,22 @@ def test_result_does_not_depend_on_threads():
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize(("m", "n", "r"), [(1, 1, 1), (3, 7, 2), (130, 264, 8), (301, 1001, 17)])
+def test_projected_rows_are_the_references_on_any_number_of_threads(m, n, r):
+    draw = torch.Generator().manual_seed(m)
+    weight, A = torch.randn(m, n, generator=draw).bfloat16(), torch.randn(r, n, generator=draw)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(host.project_rows(weight, A))
+    torch.set_num_threads(threads)
+    assert torch.equal(*results)
+    torch.testing.assert_close(results[0], host.project_rows_reference(weight, A), rtol=1e-5, atol=1e-5 * n**0.5)
+    assert host.project_rows(weight, torch.full((r, n), torch.nan)).isnan().all()
+    with pytest.raises(ValueError, match=r"Invalid weight=torch.float32 .*use weight.float\(\) @ A.t\(\)"):
+        host.project_rows(weight.float(), A)
+
+
 def test_every_word_of_the_address_matters():
     base = (1, 2, 0, "w", (8, 64))
     others = [(3, 2, 0, "w", (8, 64)), (1, 4, 0, "w", (8, 64)), (1, 2, 1, "w", (8, 64)), (1, 2, 0, "v", (8, 64))]

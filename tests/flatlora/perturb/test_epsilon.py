@@ -8,14 +8,15 @@ import os
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import DeloraConfig, HiraConfig, LoraConfig, get_peft_model
 
 from flatlora.config.sections import ModelConfig
 from flatlora.models import loading
 from flatlora.noise import philox
 from flatlora.perturb.epsilon import DeviceEpsilon, Draw, HostEpsilon
 from flatlora.perturb.layers import find_lora_layers
-from tests.conftest import tiny_lora
+from tests.conftest import tiny_llama, tiny_lora
+from tests.methods_toolbox import nudge
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(
@@ -35,7 +36,21 @@ def packed_layers(folder):
     return find_lora_layers(model.to(DEVICE))
 
 
-@pytest.mark.parametrize("make", [dense_layers, packed_layers])
+def multiplied_layers(folder):
+    return adapted_layers(HiraConfig(r=4, target_modules="all-linear"))
+
+
+def normalized_layers(folder):
+    return adapted_layers(DeloraConfig(r=4, target_modules="all-linear"))
+
+
+def adapted_layers(config):
+    model = get_peft_model(tiny_llama(), config)
+    nudge(model, std=0.2)
+    return find_lora_layers(model.to(DEVICE))
+
+
+@pytest.mark.parametrize("make", [dense_layers, packed_layers, multiplied_layers, normalized_layers])
 @pytest.mark.parametrize("scale", ["filter", "iid"])
 def test_a_device_makes_what_the_host_makes(make, scale, tiny_model_folder):
     layers = make(tiny_model_folder)[: 6 if DEVICE.type == "cuda" else 3]

@@ -164,6 +164,14 @@ def test_another_experiment_is_refused_by_the_keys_that_differ(experiment):
     assert (folder.path / "config.yaml").read_bytes() == before
 
 
+def test_another_family_has_its_current_name_in_the_refusal(experiment):
+    folder = RunFolder.of(experiment())
+    claim(folder, experiment())
+    folder.close()
+    message = refusal(folder, run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]))
+    assert "model.family is 'causal_lm' there and 'text_to_image' here" in message
+
+
 def test_a_refused_folder_is_not_kept_locked(experiment):
     first, second = RunFolder.of(experiment()), RunFolder.of(experiment())
     claim(first, experiment())

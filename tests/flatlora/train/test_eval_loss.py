@@ -34,7 +34,7 @@ def eval_loss_reference(trainer) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.fixture(params=["causal_lm", "seq2seq", "clip", "sdxl"])
+@pytest.fixture(params=["causal_lm", "seq2seq", "clip", "text_to_image"])
 def settings(request, tiny_settings, tiny_t5_folder, tmp_path):
     """A run of two steps with answers of several lengths."""
     if request.param == "causal_lm":

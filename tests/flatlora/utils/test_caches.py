@@ -19,8 +19,8 @@ import run_exp
 from data import cache
 from flatlora.config.sections import DiffusionModelConfig, ModelConfig
 from flatlora.inputs import images
-from flatlora.inputs.captioned import CaptionedImages, CaptionedRows
 from flatlora.inputs.images import LabeledImages, check_images, parquet_table, png_of
+from flatlora.inputs.text_to_image import TextToImageData, TextToImageRows
 from flatlora.models import diffusion, latents, sources
 from flatlora.models.random_weights import byte_tokenizer
 from flatlora.utils import caches, files, staging
@@ -28,7 +28,7 @@ from flatlora.utils.errors import ConfigError
 from tests.conftest import write_split
 from tests.processes import die, in_a_child, umask
 
-SDXL = DiffusionModelConfig(name="sdxl", hub_id="flatlora/random-sdxl", family="sdxl", embedded="random-sdxl")
+SDXL = DiffusionModelConfig(name="sdxl", hub_id="flatlora/random-sdxl", family="text_to_image", embedded="random-sdxl")
 CLIP = ModelConfig(name="clip", hub_id="flatlora/random-clip", family="clip", embedded="random-clip")
 
 
@@ -46,9 +46,9 @@ def rows(root):
 
 
 def latents_of(root):
-    pictures = CaptionedImages("here", ["p"], lambda index: b"")
+    pictures = TextToImageData("here", ["p"], lambda index: b"")
     found = latents.encoded(
-        CaptionedRows(pictures, [0], [b"0"], [(8, 8)]), SDXL, "source", torch.device("cpu"), state="", seed=0
+        TextToImageRows(pictures, [0], [b"0"], [(8, 8)]), SDXL, "source", torch.device("cpu"), state="", seed=0
     )
     return found[0]["latents"].tolist(), found[0]["prompt_embeds"].tolist()
 
@@ -101,7 +101,7 @@ def own_folder(tmp_path, monkeypatch):
     names = ("mean", "std", "time_ids", "prompt_embeds", "pooled")
     encoded = {f"{name}.0": torch.arange(256.0).reshape(1, 4, 8, 8) for name in names}
     monkeypatch.setattr(latents, "_encode", lambda *args: encoded | {"timesteps": torch.tensor(1000)})
-    for name in ("load_denoiser", "pipeline_of"):
+    for name in ("load_model", "pipeline_of"):
         monkeypatch.setattr(diffusion, name, lambda *args: None)
     monkeypatch.setattr(diffusion, "sample", lambda p, prompts, seeds, **more: [torch.full((3, 8, 8), seeds[0] / 2)])
 

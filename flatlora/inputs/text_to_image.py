@@ -58,7 +58,7 @@ _WIDEST = 2.0  # aspect ratios of buckets are from 1:2 to 2:1
 
 
 @dataclass
-class CaptionedImages:
+class TextToImageData:
     """Encoded images with a prompt each.
 
     Args:
@@ -85,7 +85,7 @@ class View(NamedTuple):
 
 
 @dataclass
-class CaptionedRows:
+class TextToImageRows:
     """A subset of a data set's images with their crop sizes.
 
     Args:
@@ -94,7 +94,7 @@ class CaptionedRows:
         sizes: (H, W) of each row's crop.
     """
 
-    images: CaptionedImages
+    images: TextToImageData
     indices: Sequence[int]
     digests: list[bytes]
     sizes: list[tuple[int, int]]
@@ -106,10 +106,10 @@ class CaptionedRows:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def only(self, rows: Sequence[int]) -> CaptionedRows:
+    def only(self, rows: Sequence[int]) -> TextToImageRows:
         """The given rows, in their order."""
         indices, digests, sizes = ([values[row] for row in rows] for values in (self.indices, self.digests, self.sizes))
-        return CaptionedRows(self.images, indices, digests, sizes)
+        return TextToImageRows(self.images, indices, digests, sizes)
 
     def prompt(self, row: int) -> str:
         return self.images.prompts[self.indices[row]]
@@ -125,7 +125,7 @@ class CaptionedRows:
         return View(pixels, torch.tensor(time_ids, dtype=torch.float32))
 
 
-def picture_of(images: CaptionedImages, index: int) -> Image.Image:
+def picture_of(images: TextToImageData, index: int) -> Image.Image:
     """Decodes an image in RGB, turned upright by its EXIF tag; transparent pixels become white."""
     picture = decoded(images, index)
     if picture.has_transparency_data:
@@ -134,7 +134,7 @@ def picture_of(images: CaptionedImages, index: int) -> Image.Image:
     return picture.convert("RGB")
 
 
-def shape_of(images: CaptionedImages, index: int) -> tuple[int, int]:
+def shape_of(images: TextToImageData, index: int) -> tuple[int, int]:
     """Width and height of an image after it is turned upright, without decoding it."""
     with open_head(images, index) as picture:
         return picture.size[::-1] if turn_of(picture) in QUARTER_TURNS else picture.size
@@ -173,13 +173,13 @@ def _scaled_part(picture: Image.Image, scaled: tuple[int, int], box: tuple[int, 
 
 
 def rows_of(
-    images: CaptionedImages,
+    images: TextToImageData,
     indices: Sequence[int],
     *,
     resolution: int,
     bucket_step: int | None = None,
     min_side: int = 1,
-) -> CaptionedRows:
+) -> TextToImageRows:
     """Rows with crop sizes, after every image was decoded once.
 
     Args:
@@ -195,10 +195,12 @@ def rows_of(
         lambda: check_images(images, indices), lambda: _shapes_from(images, indices, min_side=min_side)
     )
     known = bucket_sizes(resolution, bucket_step) if bucket_step else [(resolution, resolution)]
-    return CaptionedRows(images, list(indices), digests, [_nearest(known, width / height) for width, height in shapes])
+    return TextToImageRows(
+        images, list(indices), digests, [_nearest(known, width / height) for width, height in shapes]
+    )
 
 
-def _shapes_from(images: CaptionedImages, indices: Sequence[int], *, min_side: int) -> list[tuple[int, int]]:
+def _shapes_from(images: TextToImageData, indices: Sequence[int], *, min_side: int) -> list[tuple[int, int]]:
     """(width, height) of each image that can be opened.
 
     Raises:
@@ -240,9 +242,9 @@ def _nearest(sizes: Sequence[tuple[int, int]], aspect: float) -> tuple[int, int]
     return min(sizes, key=lambda size: (abs(math.log(size[1] / size[0] / aspect)), -size[0] * size[1]))
 
 
-def read_captioned(
+def read_text_to_image(
     source: Source, *, image: str, prompt: str | None, fixed: str | None, data_root: str | None
-) -> CaptionedImages:
+) -> TextToImageData:
     """Reads the images and prompts of a split.
 
     Args:
@@ -267,21 +269,21 @@ def read_captioned(
 
 def _of_table(
     table, image: str, others: tuple[str, ...], source: str, fixed: str | None, folder: Path | None
-) -> CaptionedImages:
+) -> TextToImageData:
     table = with_bytes(table, image, others, source)
     rows = [{others[0]: text} for text in table[others[0]][:]] if others else [{}] * len(table)
-    return CaptionedImages(source, _prompts(rows, others, fixed, source), bytes_of(table, image, folder))
+    return TextToImageData(source, _prompts(rows, others, fixed, source), bytes_of(table, image, folder))
 
 
 def _listed(
     path: Path, rows: Sequence[dict], image: str, others: tuple[str, ...], fixed: str | None
-) -> CaptionedImages:
+) -> TextToImageData:
     """Reads images that a JSON-lines file names by paths relative to itself."""
     rows = typed_columns(rows, [image, *others], str(path))
     prompts, names = _prompts(rows, others, fixed, str(path)), [row[image] for row in rows]
     if twice := len(names) - len(set(names)):
         logger.warning("%s names %d images more than once: each of its rows is used.", path, twice)
-    return CaptionedImages(str(path), prompts, lambda index: file_in(path.parent, names[index]), names)
+    return TextToImageData(str(path), prompts, lambda index: file_in(path.parent, names[index]), names)
 
 
 def _prompts(rows: Sequence[dict], others: tuple[str, ...], fixed: str | None, source: str) -> list[str]:
@@ -313,7 +315,7 @@ def long_prompts(prompts: Sequence[str], what: str) -> list[str]:
     ]
 
 
-def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> CaptionedImages:
+def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> TextToImageData:
     """Reads the images of a folder, in the order of its metadata.jsonl or else of their names.
 
     Args:
@@ -357,18 +359,18 @@ def read_folder(folder: str, fixed: str | None, key: str = "dataset.folder") -> 
             ]
         )
     names = [file.name for file in files]
-    return CaptionedImages(str(path), [fixed] * len(files), lambda index: file_in(path, names[index]), names)
+    return TextToImageData(str(path), [fixed] * len(files), lambda index: file_in(path, names[index]), names)
 
 
 PICTURES_FILE = "pictures.json"  # in a run's folder: the images of the data set that it was trained on
 
 
-def identities(rows: CaptionedRows) -> dict[str, list[Any]]:
+def identities(rows: TextToImageRows) -> dict[str, list[Any]]:
     """The content of PICTURES_FILE: indices in the data set, and digests of files and prompts."""
     return {"indices": list(rows.indices), "digests": [digest.hex() for digest in rows.digests]}
 
 
-def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None) -> CaptionedRows:
+def rows_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None) -> TextToImageRows:
     """Reads the images that a run was trained on.
 
     Args:
@@ -397,7 +399,7 @@ def pictures_of_run(run: Path, dataset: Mapping[str, Any], data_root: str | None
     if folder is not None:
         images = read_folder(folder, fixed)
     else:
-        images = read_captioned(Source(*where), **columns, fixed=fixed, data_root=data_root)
+        images = read_text_to_image(Source(*where), **columns, fixed=fixed, data_root=data_root)
     if beyond := [index for index in indices if not 0 <= index < len(images.prompts)]:
         raise ConfigError(
             [
@@ -424,11 +426,11 @@ _COLORS = ("red", "green", "blue", "orange", "purple", "teal", "gold", "navy")
 _SIDE, _SMOOTH = 64, 4  # drawn at 4 × 64 pixels and scaled down
 
 
-def _shapes(fixed: str | None) -> CaptionedImages:
+def _shapes(fixed: str | None) -> TextToImageData:
     prompts = [f"a {color} {shape}" for color, shape in zip(_COLORS, _SHAPES, strict=True)]
     if fixed is not None:
         prompts = [fixed] * len(prompts)
-    return CaptionedImages(SHAPES, prompts, lambda index: png_of(_drawn(_SHAPES[index], _COLORS[index])))
+    return TextToImageData(SHAPES, prompts, lambda index: png_of(_drawn(_SHAPES[index], _COLORS[index])))
 
 
 def _drawn(shape: str, color: str) -> np.ndarray:

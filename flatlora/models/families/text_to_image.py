@@ -26,7 +26,7 @@ from flatlora.utils.errors import ConfigError
 RANDOM_SDXL = "flatlora/random-sdxl"
 
 
-@FAMILIES.register("sdxl")
+@FAMILIES.register("text_to_image")
 class TextToImage(Family):
     """SDXL. Each row of a micro-batch has a weight; the loss is a weighted sum."""
 
@@ -48,7 +48,7 @@ class TextToImage(Family):
 
     def load(self, config: DiffusionModelConfig, options: LoadOptions) -> nn.Module:
         with hub_errors(config):
-            return diffusion.load_denoiser(config, backbone_source(config), options.device)
+            return diffusion.load_model(config, backbone_source(config), options.device)
 
     def load_trained(self, path: str, config: ModelConfig, options: LoadOptions) -> tuple[nn.Module, Any]:
         raise ConfigError([f"Invalid model folder {path}: of a diffusion model only adapters are trained; name one."])
@@ -117,7 +117,7 @@ def described_pipeline(name: str) -> DiffusionModelConfig | None:
         return None
     embedded = "random-sdxl" if name == RANDOM_SDXL else None
     dtype = "float32" if embedded else "bfloat16"
-    return DiffusionModelConfig(name="model", hub_id=name, family="sdxl", embedded=embedded, dtype=dtype)
+    return DiffusionModelConfig(name="model", hub_id=name, family="text_to_image", embedded=embedded, dtype=dtype)
 
 
 def _is_pipeline(name: str) -> bool:
