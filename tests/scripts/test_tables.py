@@ -469,6 +469,14 @@ def test_a_file_of_public_results_that_is_invalid_is_an_error(tmp_path, text):
         published.read_published(tmp_path / "none.csv")
 
 
+def test_a_file_of_public_results_that_is_missing_costs_its_table_alone(tmp_path):
+    shutil.copy(cells.PAPER, tmp_path)
+    papers, (problem,) = cells.read_paper(tmp_path / "paper.yaml")
+    assert problem.startswith(f"Cannot read {tmp_path / 'peft_suite.csv'}")
+    assert "peft_suite" not in papers
+    assert papers["table1"].values
+
+
 def test_a_public_result_that_is_no_number_is_named_and_left_out(tmp_path):
     (tmp_path / "public.csv").write_text("experiment,a\nx,1.5\ny,much\nz,nan\n")
     columns = {"one": {"of": "a", "times": 100}, "two": {"of": "b"}}
