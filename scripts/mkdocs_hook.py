@@ -22,6 +22,7 @@ PATTERNS = (
     "CITATION.cff",
     "LICENSE",
     "results/*.yaml",
+    "results/*.csv",
     "results/bench/*",
     "results/study/README.md",
     "results/tables/*",
