@@ -44,10 +44,10 @@ def is_right(text: str, reference: str) -> bool:
     Raises:
         ValueError: the reference announces none.
     """
-    given, wanted = answer_of(text), answer_of(reference)
-    if wanted is None:
+    answer, expected = answer_of(text), answer_of(reference)
+    if expected is None:
         raise ValueError(f"No answer is announced in the reference {reference[-60:]!r}.")
-    if given is None:
+    if answer is None:
         return False
-    left, right = number_in(given), number_in(wanted)
-    return left == right if None not in (left, right) else (left, given) == (right, wanted)
+    left, right = number_in(answer), number_in(expected)
+    return left == right if None not in (left, right) else (left, answer) == (right, expected)

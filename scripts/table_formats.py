@@ -126,7 +126,7 @@ def _tuning_notes(made: TableData) -> list[str]:
     tried = [f"{values} ({', '.join(titles)})" for values, titles in rows_of.items()]
     notes = [
         f"Chosen: the values with the best mean score on validation rows{overrides} over seeds "
-        f"{tuning.seeds_text(how.seeds)}. Trained anew with them and scored on test rows: seeds "
+        f"{tuning.seeds_text(how.seeds)}. Then trained with them and scored on test rows: seeds "
         f"{tuning.seeds_text(how.test_seeds)}, as all rows here.",
         f"Tried: {'. '.join(tried)}.",
     ]

@@ -1,7 +1,7 @@
 """Settings of a row that are chosen by validation scores before the row is scored on test rows.
 
 Each point of the grid is trained with the tuning seeds and scored on validation rows (`dataset.evaluate=validation`).
-The point with the best mean is trained anew with the test seeds, and only these runs are scored on test rows.
+The point with the best mean is then trained with the test seeds, and only these runs are scored on test rows.
 """
 
 from __future__ import annotations

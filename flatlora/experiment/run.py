@@ -233,17 +233,22 @@ def train_and_score(
         record.metrics.update(outcome.metrics)
         training.check_invariants(experiment, model, record.backbone_sha256)
         if distributed.is_main_process():
-            with files.write_folder(folder.adapter) as staging:
-                method.save(model, experiment.peft, staging, start)
-                if inputs.processor is not None:
-                    inputs.processor.save_pretrained(staging)
-                loading.complete_adapter(experiment.model, staging)
+            _save(experiment, model, inputs, folder, start)
             before = time.perf_counter()
             record.metrics.update(score(suite, experiment, model, inputs, folder, record.base, tracker))
             record.timing.score_s = round(time.perf_counter() - before, 3)
             record.weights_sha256 = hashes.weights_sha256(folder.adapter)
             record.files = records.hash_files(folder.path)
     record.status = "finished"
+
+
+def _save(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunFolder, start: methods.Start) -> None:
+    """Writes adapter/ with its processor, whole or not at all."""
+    with files.write_folder(folder.adapter) as staging:
+        methods.ADAPTERS[experiment.peft.method].save(model, experiment.peft, staging, start)
+        if inputs.processor is not None:
+            inputs.processor.save_pretrained(staging)
+        loading.complete_adapter(experiment.model, staging)
 
 
 def _reserved(reserved_gib: Sequence[float]) -> Memory:

@@ -95,7 +95,7 @@ def test_the_setting_is_chosen_by_validation_scores_and_shown_by_test_scores_of_
     assert "| Flat | missing |\n| Flat, chosen | 0 of 8 tuning runs |" in text
     assert "DoRA, chosen" not in text
     assert "| LoRA | CoLA | **lr=5e-4** | **81** | 2 |" in text
-    assert "(dataset.validation_rows=100) over seeds 100, 101. Trained anew" in text
+    assert "(dataset.validation_rows=100) over seeds 100, 101. Then trained" in text
     assert "seeds 0 to 2, as all rows here.  " in text
     assert "Tried: optim.lr 1e-4, 5e-4, 2e-3 (LoRA). optim.lr 1e-4, 5e-4; rho.sigma 0.05, 0.1 (Flat)." in text
     header, first, *_ = table_formats.as_csv(made, results).splitlines()

@@ -126,19 +126,21 @@ def add_trained_modules(model: nn.Module, folder: Path) -> None:
         save_file({**saved, **{n: t.contiguous().cpu() for n, t in trained.items()}}, path, metadata={"format": "pt"})
 
 
-def validate_forwards(model: nn.Module, targets: list[str], name: str) -> None:
-    """Check that all layers compute W x + b, so that moving part of W into the adapter does not change the model.
+_MOVES = "this method moves part of W into the adapter, which would change the output of a layer with its own forward"
+
+
+def validate_forwards(model: nn.Module, targets: list[str], name: str, reason: str = _MOVES) -> None:
+    """Check that all layers compute W x + b.
 
     Raises:
-        ConfigError: with the first layer that does not.
+        ConfigError: with the first layer that does not, and the reason why the method needs it.
     """
     own = [target for target in targets if not has_standard_forward(model.get_submodule(target))]
     if own:
         kind = type(model.get_submodule(own[0])).__name__
         raise ConfigError(
             [
-                f"Invalid peft={name} with {own[0]}={kind} ({len(own)} in all): this method moves part of W into the "
-                "adapter, which would change the output of a layer with its own forward; use peft=lora, or leave such "
+                f"Invalid peft={name} with {own[0]}={kind} ({len(own)} in all): {reason}; use peft=lora, or leave such "
                 "layers out of peft.target_modules."
             ]
         )

@@ -18,13 +18,11 @@ import torch
 from peft import DeloraConfig
 from peft.tuners.delora.layer import DeloraLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.computed_start import validate_not_quantized
-from flatlora.methods.adapters.lora import LowRank, LowRankConfig, find_targets
+from flatlora.methods.adapters.lora import LowRank, LowRankConfig, find_targets, validate_not_transposed
 from flatlora.methods.base import ADAPTERS, Start
-from flatlora.utils.errors import ConfigError
 
 _SCALE = (
     "DeLoRA's update has the strength λ however small B is, which starts at 0, so that a radius or noise in A and B "
@@ -51,15 +49,8 @@ class Delora(LowRank):
 
     def check(self, skeleton: nn.Module, config: DeloraMethodConfig) -> None:
         super().check(skeleton, config)
-        targets = find_targets(skeleton, config.target_modules)
-        transposed = [name for name in targets if isinstance(skeleton.get_submodule(name), Conv1D)]
-        if transposed:
-            raise ConfigError(
-                [
-                    f"Invalid peft={config.name} with {transposed[0]}: PEFT's DeLoRA does not support weights that are "
-                    "stored transposed (Conv1D); use peft=dora, which trains directions apart from magnitudes too."
-                ]
-            )
+        remedy = "use peft=dora, which trains directions apart from magnitudes too"
+        validate_not_transposed(skeleton, config, "PEFT's DeLoRA", remedy)
 
     def apply(self, model: nn.Module, config: DeloraMethodConfig, start: Start) -> nn.Module:
         validate_not_quantized(model, find_targets(model, config.target_modules), config.name)

@@ -17,11 +17,10 @@ from peft import HiraConfig
 from torch import nn
 
 from flatlora.config.experiment import Experiment
-from flatlora.methods.adapters.computed_start import validate_not_quantized
+from flatlora.methods.adapters.computed_start import validate_forwards, validate_not_quantized
 from flatlora.methods.adapters.lora import LowRank, LowRankConfig, find_targets, is_transposed
 from flatlora.methods.base import ADAPTERS, Start
-from flatlora.perturb.layers import has_standard_forward
-from flatlora.utils.errors import ConfigError, SettingError
+from flatlora.utils.errors import SettingError
 
 
 @ADAPTERS.register("hira")
@@ -45,17 +44,8 @@ class Hira(LowRank):
 
     def check(self, skeleton: nn.Module, config: LowRankConfig) -> None:
         super().check(skeleton, config)
-        targets = find_targets(skeleton, config.target_modules)
-        own = [name for name in targets if not has_standard_forward(skeleton.get_submodule(name))]
-        if own:
-            kind = type(skeleton.get_submodule(own[0])).__name__
-            raise ConfigError(
-                [
-                    f"Invalid peft={config.name} with {own[0]}={kind} ({len(own)} in all): HiRA multiplies by the "
-                    "weight itself, and a layer with its own forward may compute something else; use peft=lora, or "
-                    "leave such layers out of peft.target_modules."
-                ]
-            )
+        reason = "HiRA multiplies by the weight itself, and a layer with its own forward may compute something else"
+        validate_forwards(skeleton, find_targets(skeleton, config.target_modules), config.name, reason)
 
     def apply(self, model: nn.Module, config: LowRankConfig, start: Start) -> nn.Module:
         validate_not_quantized(model, find_targets(model, config.target_modules), config.name)

@@ -142,6 +142,23 @@ def is_transposed(model: nn.Module, config: LowRankConfig) -> bool:
     return {isinstance(model.get_submodule(name), Conv1D) for name in targets} == {True}
 
 
+def validate_not_transposed(model: nn.Module, config: LowRankConfig, method: str, remedy: str) -> None:
+    """Check that no adapted layer stores its weight transposed, as GPT-2's Conv1D does.
+
+    Raises:
+        ConfigError: with the first layer that does; `method` and `remedy` are for the message.
+    """
+    targets = find_targets(model, config.target_modules)
+    transposed = [name for name in targets if isinstance(model.get_submodule(name), Conv1D)]
+    if transposed:
+        raise ConfigError(
+            [
+                f"Invalid peft={config.name} with {transposed[0]}: {method} does not support weights that are stored "
+                f"transposed (Conv1D); {remedy}."
+            ]
+        )
+
+
 def _task_of(model: nn.Module) -> str | None:
     """PEFT's task type of a language model; None for other models, for which PEFT has none."""
     if not isinstance(model, PreTrainedModel) or reads_images(model):

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from flatlora.methods.adapters.computed_start import LayerwiseStart
-from flatlora.methods.adapters.lora import LoraMethodConfig, find_targets
+from flatlora.methods.adapters.lora import LoraMethodConfig, validate_not_transposed
 from flatlora.methods.base import ADAPTERS
-from flatlora.utils.errors import ConfigError
 
 
 @ADAPTERS.register("olora")
 class Olora(LayerwiseStart):
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         super().check(skeleton, config)
-        targets = find_targets(skeleton, config.target_modules)
-        transposed = [name for name in targets if isinstance(skeleton.get_submodule(name), Conv1D)]
-        if transposed:
-            raise ConfigError(
-                [
-                    f"Invalid peft={config.name} with {transposed[0]}: PEFT's OLoRA does not support weights that are "
-                    "stored transposed (Conv1D); use peft=pissa, which starts from W too."
-                ]
-            )
+        validate_not_transposed(skeleton, config, "PEFT's OLoRA", "use peft=pissa, which starts from W too")
 
     def initialize(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
         layer.olora_init("default")
