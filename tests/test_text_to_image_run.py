@@ -122,6 +122,7 @@ def name_family_as_before(folder):
         records.write_signed(folder / "run.json", record)
 
 
+@pytest.mark.extra
 def test_a_run_of_an_earlier_version_goes_on_and_is_scored(tmp_path, monkeypatch):
     more = ["rho=flat", "trainer.max_steps=4", "trainer.save_steps=2"]
     whole, recorded = trained(tmp_path / "whole", *more)
@@ -155,7 +156,10 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_scored(tmp_path, monkeypatch
         ("dataset.buckets=true", "dataset.bucket_step=16", "dataset.validation_rows=2", "optim.eval_steps=2"),
         pytest.param(("rho=sam",), marks=pytest.mark.extra),
         pytest.param(("peft=pissa", "peft.lora_r=2"), marks=pytest.mark.extra),
-        ("peft=lora_ga", "peft.lora_r=2", "peft.target_modules=attention", "peft.ga_batches=2"),
+        pytest.param(
+            ("peft=lora_ga", "peft.lora_r=2", "peft.target_modules=attention", "peft.ga_batches=2"),
+            marks=pytest.mark.extra,
+        ),
         pytest.param(("peft=lora_pro", "peft.lora_r=2", "peft.target_modules=attention"), marks=pytest.mark.extra),
         pytest.param(("optim.batch_size=4",), marks=pytest.mark.extra),
     ],
@@ -215,6 +219,7 @@ def test_errors_of_model_data_and_scores_are_told_at_once(tmp_path, capsys):
     assert "Invalid eval.text_to_image.resolution=66" in told
 
 
+@pytest.mark.extra
 def test_a_long_prompt_is_spoken_of_once_in_every_run(tmp_path, capsys):
     own = tmp_path / "mine.yaml"
     own.write_text(yaml.safe_dump({"prompts": ["y" * 90], "seeds": [0]}))

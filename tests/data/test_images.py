@@ -447,7 +447,8 @@ def test_a_training_step_and_a_score_of_every_set(tmp_path, settings, name):
 
 
 @pytest.mark.parametrize(
-    ("head", "rho"), [("text", "flat"), pytest.param("linear", "flat", marks=pytest.mark.extra), ("linear", "sam")]
+    ("head", "rho"),
+    [("text", "flat"), *(pytest.param("linear", rho, marks=pytest.mark.extra) for rho in ("flat", "sam"))],
 )
 def test_both_heads_train_resume_and_load(tmp_path, settings, head, rho, monkeypatch):
     settings = [*settings, "dataset=digits", "dataset.train_rows=24", "dataset.validation_rows=4", f"model.head={head}"]

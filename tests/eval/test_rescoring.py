@@ -70,13 +70,12 @@ def answers(family, model, processor, latent_batch):
     return model.eval()(**latent_batch).loss
 
 
-AS_LORA = ("rslora", "lora_plus", "olora", "lora_fa")  # saved and loaded as LoRA or PiSSA are
+AS_LORA = ("rslora", "lora_plus", "olora", "lora_fa", "eva", "corda", "lora_ga", "lora_pro")  # or as PiSSA
 
 
 def quick_first(family, name):
-    return pytest.param(
-        family, name, marks=pytest.mark.extra if family in ("clip", "text_to_image") and name in AS_LORA else ()
-    )
+    """What is saved and loaded as LoRA or PiSSA is tried on causal language models; `make test-all` has the rest."""
+    return pytest.param(family, name, marks=pytest.mark.extra if family != "causal_lm" and name in AS_LORA else ())
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def cost_of(peft, rho):
     in_tables = peft in IN_EXPERIMENTS and rho in (LORA_IN_EXPERIMENTS if peft == "lora" else ("off", "flat"))
     as_lora = peft in ("rslora", "lora_plus", "olora", "corda", "eva", "lora_ga") and rho not in ("off", "flat")
     second = rho in BASELINES and peft not in ("lora", "dora")
-    return [pytest.mark.extra] if in_tables or as_lora or second else []
+    twin = rho in ("nbar", "obar") and peft in ("dora", "pissa", "hira")  # their steps are Bi-LoRA's and SAM's
+    return [pytest.mark.extra] if in_tables or as_lora or second or twin else []
 
 
 @pytest.mark.slow
@@ -85,7 +86,7 @@ def test_the_documentation_has_the_matrix_that_the_code_prints():
 
 
 # Plain LoRA with other targets, another scaling, other rates, or a start that is kept as PiSSA's and LoRA-GA's are.
-AS_OTHERS = ("attention", "rslora", "lora_plus", "olora", "corda", "eva")
+AS_OTHERS = ("attention", "rslora", "lora_plus", "olora", "corda", "eva", "lora_fa", "lora_ga", "hira")
 
 
 @pytest.mark.slow
@@ -98,8 +99,8 @@ AS_OTHERS = ("attention", "rslora", "lora_plus", "olora", "corda", "eva")
     ]
     + [
         ("full_ft", "off"),
-        *(("lora", rho) for rho in ("sam", "look_sam", "nbar", "bi_lora")),
-        *(pytest.param(*pair, marks=pytest.mark.extra) for pair in (("lora", "rop"), ("lora", "obar"))),
+        *(("lora", rho) for rho in ("look_sam", "bi_lora")),  # the state of both is saved
+        *(pytest.param("lora", rho, marks=pytest.mark.extra) for rho in ("sam", "nbar", "obar", "rop")),
         pytest.param("lora_pro", "nbar", marks=pytest.mark.extra),
     ],
 )

@@ -375,9 +375,9 @@ def test_a_row_that_is_taken_again_is_drawn_anew(source):
 @pytest.mark.parametrize(
     ("train_text", "changes"),
     [
-        (False, {}),
+        pytest.param(False, {}, marks=pytest.mark.extra),
         (False, {"target_modules": "all_conv", "lora_alpha": 16.0}),
-        (True, {"lora_r": 3}),
+        pytest.param(True, {"lora_r": 3}, marks=pytest.mark.extra),
     ],
 )
 def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_text, changes):
