@@ -43,7 +43,7 @@ def fill_normal_torch(
     """Fill `out` (m × n, floating, any device and strides) with the slice of z that starts at (row, column)."""
     validate_counter(step=step, stream=stream)
     validate_address(out.shape, key, row, column)
-    for start, stop in _row_chunks(*out.shape):
+    for start, stop in row_chunks(*out.shape):
         out[start:stop] = _normal(out[start:stop], key, step, stream, row + start, column)
     return out
 
@@ -72,7 +72,7 @@ def add_normal_torch(
 
 def add_normal_unchecked(weight, c, out, key, step, stream, row, column, sign):
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    for start, stop in _row_chunks(*weight.shape):
+    for start, stop in row_chunks(*weight.shape):
         z = _normal(weight[start:stop], key, step, stream, row + start, column).to(wide)
         out[start:stop] = weight[start:stop].to(wide) + (sign * c[start:stop, None]).to(wide) * z
     return out
@@ -105,7 +105,7 @@ def squared_row_norms(
         a, b: A, r × n, and B, m × r; None for no adapter.
         squared: ‖W_i‖², shape (m,), if known.
     """
-    chunks = list(_row_chunks(*weight.shape))
+    chunks = list(row_chunks(*weight.shape))
     if squared is None:
         parts = [weight[start:stop].double().square().sum(dim=1) for start, stop in chunks]
         squared = torch.cat(parts) if parts else torch.zeros(weight.shape[0], device=weight.device)
@@ -116,8 +116,9 @@ def squared_row_norms(
     return (squared + (b * (2.0 * projected + b @ (a @ a.t()))).sum(dim=1)).to(squared.dtype)
 
 
-def _row_chunks(rows: int, columns: int) -> Iterable[tuple[int, int]]:
-    height = max(1, _CHUNK_ELEMENTS // max(1, columns))
+def row_chunks(rows: int, columns: int, elements: int = _CHUNK_ELEMENTS) -> Iterable[tuple[int, int]]:
+    """(start, stop) of consecutive rows that have at most `elements` elements together, or of single rows."""
+    height = max(1, elements // max(1, columns))
     return ((start, min(start + height, rows)) for start in range(0, rows, height)) if columns else ()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -287,7 +287,7 @@ def write_perturbed(
     scratch = scratch or _Scratch()
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     c = (sign * draw.c).to(wide)
-    for start, stop in _row_chunks(rows, columns):
+    for start, stop in torch_passes.row_chunks(rows, columns, _CHUNK_ELEMENTS):
         z = scratch.get("noise", (stop - start, columns), torch.float32, torch.device("cpu"))
         host.fill_normal(z, draw.key, draw.step, draw.stream, row=start)
         total = scratch.get("sum", (stop - start, columns), wide, weight.device)
@@ -360,7 +360,7 @@ def _multiplied_row_norms(weight: torch.Tensor, terms: Sequence[AdapterTerm]) ->
     elements = _CHUNK_ELEMENTS if weight.is_cpu else 64 * _CHUNK_ELEMENTS  # few launches on a GPU
     norms = [
         torch.linalg.vector_norm(weight[i:j].float() * (1.0 + B[i:j] @ A), dim=1, dtype=torch.float64)
-        for i, j in _row_chunks(rows, columns, elements)
+        for i, j in torch_passes.row_chunks(rows, columns, elements)
     ]
     return torch.cat(norms).float()
 
@@ -371,7 +371,12 @@ def _projected(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         return weight @ A.t()
     if weight.dtype == torch.bfloat16 and weight.is_cpu and weight.is_contiguous():
         return host.project_rows(weight, A.contiguous())
-    return torch.cat([weight[start:stop].float() @ A.t() for start, stop in _row_chunks(*weight.shape)])
+    return torch.cat(
+        [
+            weight[start:stop].float() @ A.t()
+            for start, stop in torch_passes.row_chunks(*weight.shape, elements=_CHUNK_ELEMENTS)
+        ]
+    )
 
 
 @torch.no_grad()
@@ -384,8 +389,3 @@ def merged_row_norms_reference(
         change = change + term.scaling * (term.B.double() @ term.A.double())
     merged = weight.double() * (1.0 + change) if multiplied else weight.double() + change
     return merged.norm(dim=1)
-
-
-def _row_chunks(rows: int, columns: int, elements: int = _CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]:
-    height = max(1, elements // max(1, columns))
-    return ((start, min(start + height, rows)) for start in range(0, rows, height))

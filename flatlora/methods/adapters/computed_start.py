@@ -33,13 +33,11 @@ class ComputedStart(Lora):
 
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         super().check(skeleton, config)
-        if getattr(getattr(skeleton, "config", None), "quantization_config", None):
-            raise ConfigError([_quantized(config.name, "its config.json has a quantization_config")])
         if self.moves_weights:
             validate_forwards(skeleton, find_targets(skeleton, config.target_modules), config.name)
 
     def apply(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
-        validate_not_quantized(model, find_targets(model, config.target_modules), config.name)
+        self.check(model, config)
         known = start.resumed and start.folder is not None and start.folder.is_dir()
         if start.resumed and not known and start.rank == 0:
             raise ConfigError(
@@ -144,22 +142,3 @@ def validate_forwards(model: nn.Module, targets: list[str], name: str, reason: s
                 "layers out of peft.target_modules."
             ]
         )
-
-
-def validate_not_quantized(model: nn.Module, targets: list[str], name: str) -> None:
-    """Check that all weights are floating point.
-
-    Raises:
-        ConfigError: with the first layer whose weight is not.
-    """
-    quantized = [target for target in targets if not model.get_submodule(target).weight.is_floating_point()]
-    if quantized:
-        dtype = model.get_submodule(quantized[0]).weight.dtype
-        raise ConfigError([_quantized(name, f"{quantized[0]} is {dtype}")])
-
-
-def _quantized(name: str, reason: str) -> str:
-    return (
-        f"Invalid peft={name} on a quantized backbone ({reason}): this method computes with W, or moves a part of it "
-        "into the adapter, and the rest must be stored exactly; load the backbone unquantized, or use peft=lora."
-    )

@@ -20,8 +20,7 @@ from peft.tuners.delora.layer import DeloraLayer
 from torch import nn
 
 from flatlora.config.settings import setting
-from flatlora.methods.adapters.computed_start import validate_not_quantized
-from flatlora.methods.adapters.lora import LowRank, LowRankConfig, find_targets, validate_not_transposed
+from flatlora.methods.adapters.lora import LowRank, LowRankConfig, validate_not_transposed
 from flatlora.methods.base import ADAPTERS, Start
 
 _SCALE = (
@@ -53,7 +52,6 @@ class Delora(LowRank):
         validate_not_transposed(skeleton, config, "PEFT's DeLoRA", remedy)
 
     def apply(self, model: nn.Module, config: DeloraMethodConfig, start: Start) -> nn.Module:
-        validate_not_quantized(model, find_targets(model, config.target_modules), config.name)
         adapted = super().apply(model, config, start)
         for module in adapted.modules():
             if isinstance(module, DeloraLayer):

@@ -17,9 +17,9 @@ from peft import HiraConfig
 from torch import nn
 
 from flatlora.config.experiment import Experiment
-from flatlora.methods.adapters.computed_start import validate_forwards, validate_not_quantized
+from flatlora.methods.adapters.computed_start import validate_forwards
 from flatlora.methods.adapters.lora import LowRank, LowRankConfig, find_targets, is_transposed
-from flatlora.methods.base import ADAPTERS, Start
+from flatlora.methods.base import ADAPTERS
 from flatlora.utils.errors import SettingError
 
 
@@ -46,10 +46,6 @@ class Hira(LowRank):
         super().check(skeleton, config)
         reason = "HiRA multiplies by the weight itself, and a layer with its own forward may compute something else"
         validate_forwards(skeleton, find_targets(skeleton, config.target_modules), config.name, reason)
-
-    def apply(self, model: nn.Module, config: LowRankConfig, start: Start) -> nn.Module:
-        validate_not_quantized(model, find_targets(model, config.target_modules), config.name)
-        return super().apply(model, config, start)
 
     def peft_config(self, model: nn.Module, config: LowRankConfig) -> HiraConfig:
         return HiraConfig(

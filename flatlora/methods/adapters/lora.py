@@ -90,6 +90,8 @@ class LowRank(AdapterMethod):
                         "peft.target_modules=attention or all, or name layers of each."
                     ]
                 )
+        if self.needs_dense:
+            validate_not_quantized(skeleton, targets, config.name)
         check_rank(skeleton, targets, *self.needed_rank(rank_of(skeleton, config), config))
 
     def needed_rank(self, rank: int, config: LowRankConfig) -> tuple[int, str]:
@@ -134,6 +136,27 @@ class Lora(LowRank):
             "lora_dropout": config.lora_dropout,
             "fan_in_fan_out": is_transposed(model, config),
         }
+
+
+def validate_not_quantized(model: nn.Module, targets: list[str], name: str) -> None:
+    """Check that all weights are floating point; of a model without weights, that its config.json says nothing else.
+
+    Raises:
+        ConfigError: with the reason, such as the first layer whose weight is quantized.
+    """
+    quantized = [target for target in targets if not model.get_submodule(target).weight.is_floating_point()]
+    if quantized:
+        reason = f"{quantized[0]} is {model.get_submodule(quantized[0]).weight.dtype}"
+    elif getattr(getattr(model, "config", None), "quantization_config", None):
+        reason = "its config.json has a quantization_config"
+    else:
+        return
+    raise ConfigError(
+        [
+            f"Invalid peft={name} on a quantized backbone ({reason}): this method computes with W, or moves a part of "
+            "it into the adapter, and the rest must be stored exactly; load the backbone unquantized, or use peft=lora."
+        ]
+    )
 
 
 def is_transposed(model: nn.Module, config: LowRankConfig) -> bool:

@@ -125,7 +125,7 @@ def test_without_a_kept_start_saving_is_rejected(adapt, tmp_path):
         methods.ADAPTERS["pissa"].save(model, config, tmp_path / "adapter", start)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "hira", "delora"])
 def test_quantized_backbones_are_rejected(name):
     backbone = tiny_llama().requires_grad_(False)
     layer = backbone.model.layers[0].mlp.up_proj
