@@ -371,12 +371,9 @@ def _projected(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         return weight @ A.t()
     if weight.dtype == torch.bfloat16 and weight.is_cpu and weight.is_contiguous():
         return host.project_rows(weight, A.contiguous())
-    return torch.cat(
-        [
-            weight[start:stop].float() @ A.t()
-            for start, stop in torch_passes.row_chunks(*weight.shape, elements=_CHUNK_ELEMENTS)
-        ]
-    )
+    rows, columns = weight.shape
+    chunks = torch_passes.row_chunks(rows, columns, _CHUNK_ELEMENTS)
+    return torch.cat([weight[start:stop].float() @ A.t() for start, stop in chunks])
 
 
 @torch.no_grad()
