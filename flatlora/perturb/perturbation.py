@@ -252,11 +252,12 @@ class WeightPerturbation:
 
     def _keep_originals(self) -> None:
         self._originals = [layer.weight.detach().to("cpu", copy=True) for layer in self.layers]
-        if any(layer.weight.dtype in (torch.bfloat16, torch.float16) for layer in self.layers):
+        rounded = [layer.stored_dtype for layer in self.layers if layer.stored_dtype in (torch.bfloat16, torch.float16)]
+        if rounded:
             logger.warning(
                 "rho.mode=inplace on a %s backbone: (W + ε) − ε does not round back to W, so the frozen weights drift "
                 "and the adapter is trained for a backbone that no longer exists; use rho.mode=copy or recompute.",
-                str(self.layers[0].weight.dtype).removeprefix("torch."),
+                str(rounded[0]).removeprefix("torch."),
             )
 
     @property

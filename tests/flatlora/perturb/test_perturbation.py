@@ -27,6 +27,7 @@ from flatlora.perturb.epsilon import (
 from flatlora.perturb.layers import AdapterTerm, PerturbedLayer, find_lora_layers, plain_name
 from flatlora.perturb.perturbation import WeightPerturbation, choose_mode
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.precision import hold
 from tests.conftest import tiny_llama, tiny_lora
 
 MODES = ("copy", "recompute", "inplace")
@@ -348,12 +349,14 @@ def test_backbone_bytes_are_untouched(mode):
     assert perturbation.drift() is None
 
 
-def test_inplace_bf16_drifts_warns_and_is_measured(caplog):
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+def test_inplace_bf16_drifts_warns_and_is_measured(caplog, held):
     layer = linear_layer(torch.bfloat16, rows=64, columns=64)
+    hold(layer.module, held)  # float32: a CPU without BF16 instructions
     original = layer.weight.detach().clone()
     with caplog.at_level(logging.WARNING):
         perturbation = perturb([layer], "inplace", sigma=0.05)
-    assert "drift" in caplog.text
+    assert "on a bfloat16 backbone" in caplog.text
     for step in range(30):
         perturbation.begin(step)
         perturbation.end()
