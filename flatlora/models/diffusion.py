@@ -237,13 +237,14 @@ def load_unet(config: DiffusionModelConfig, source: str) -> nn.Module:
 
 
 def load_vae(config: DiffusionModelConfig, source: str, device: torch.device) -> nn.Module:
-    """Loads the VAE in `config.vae_dtype`: `config.vae_id`, or the pipeline's own if that is None."""
+    """Loads the VAE: `config.vae_id`, or the pipeline's own if that is None; its weights are `config.vae_dtype`'s."""
     import diffusers
 
     name, options = _vae_place(config, source)
     owner = config if config.vae_id is None else _vae_config(config.vae_id)
     with _quiet_diffusers():
         vae = load_whole(owner, diffusers.AutoencoderKL, name, torch_dtype=getattr(torch, config.vae_dtype), **options)
+    hold_as_computed(vae, choose_precision("auto", config.vae_dtype, device))
     return vae.requires_grad_(False).eval().to(device)
 
 

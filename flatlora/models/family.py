@@ -104,7 +104,8 @@ class Family(ABC):
         precision = choose_precision(options.autocast, config.dtype, options.device)
         hold_as_computed(model, precision)
         if precision.slow:
-            logger.warning("%s", slow_bf16_warning(model, "autocast=bfloat16", "autocast=auto computes in FP32 here"))
+            remedy = "trainer.autocast=auto computes in FP32 here"
+            logger.warning("%s", slow_bf16_warning(model, "trainer.autocast=bfloat16", remedy))
         validate_finite(model, config.hub_id)
         model.name_or_path = config.hub_id  # PEFT saves it with the adapter: no path of this machine
         return model.requires_grad_(False)

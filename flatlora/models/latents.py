@@ -152,17 +152,22 @@ def encoded(
 
 def _key(config: DiffusionModelConfig, state: str, device: torch.device, **more: Any) -> str:
     """Returns a hash of everything a cached file depends on: models, device, package versions, and `more`."""
-    precision = choose_precision("auto", config.dtype, device)
     content = {
         "version": VERSION,
         "model": state,
-        "vae": [diffusion.vae_state(config), config.vae_dtype],
-        "dtype": config.dtype if precision.products == precision.stored else f"{config.dtype} in {precision.products}",
+        "vae": [diffusion.vae_state(config), _computed(config.vae_dtype, device)],
+        "dtype": _computed(config.dtype, device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "packages": [importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "pillow")],
         **more,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _computed(dtype: str, device: torch.device) -> str:
+    """Returns a stored dtype, followed by that of its products if it is another one."""
+    precision = choose_precision("auto", dtype, device)
+    return dtype if precision.products == precision.stored else f"{dtype} in {precision.products}"
 
 
 def _key_of_rows(rows: TextToImageRows, config: DiffusionModelConfig, flip: bool) -> dict[str, Any]:

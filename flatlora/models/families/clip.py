@@ -39,6 +39,10 @@ class CLIP(TransformersFamily):
     def load(self, config: ModelConfig, options: LoadOptions) -> nn.Module:
         tokenizer = load_tokenizer(config) if config.head == "text" else None
         clip = self.read(config, options.device)
+        if config.head == "text":  # its text encoder runs here, on the CPU also if the model is moved to a GPU
+            precision = choose_precision("auto", config.dtype, clip.device)
+            for part in (clip.text_model, clip.text_projection):
+                hold_as_computed(part, precision)
         return classifier_of(clip, options.classes, config.head, tokenizer).to(options.device)
 
     def load_trained(self, path: str, config: ModelConfig, options: LoadOptions) -> tuple[nn.Module, Any]:

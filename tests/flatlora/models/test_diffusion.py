@@ -20,6 +20,7 @@ from flatlora.models import diffusion, latents, loading, scorers, sources
 from flatlora.models.families.text_to_image import RANDOM_SDXL, size_errors
 from flatlora.models.latents import LatentRows, collate_latents
 from flatlora.train.samplers import BucketSampler
+from flatlora.utils import precision
 from flatlora.utils.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -226,6 +227,19 @@ def test_a_vae_that_makes_nan_names_the_remedy(source):
     ):
         with pytest.raises(ConfigError, match=r"vae_dtype=float16.*model\.vae_dtype=float32"):
             act()
+
+
+@pytest.mark.parametrize(("fast", "products"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_vae_computes_in_the_dtype_of_its_cpu(source, monkeypatch, fast, products):
+    monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(*[fast] * 4))
+    config = config_of(vae_dtype="bfloat16")
+    vae = diffusion.load_vae(config, source, CPU)
+    assert {p.dtype for p in vae.parameters()} == {products}
+    with pytest.raises(ConfigError, match=r"Invalid model\.vae_dtype=bfloat16"):
+        diffusion.validate_unbroken(vae, torch.tensor(float("nan")))
+    keys = [latents._key(config, "state", CPU)]
+    monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(*[True] * 4))
+    assert (latents._key(config, "state", CPU) == keys[0]) is fast  # latents of other arithmetic have another file
 
 
 def test_a_vae_that_makes_nan_in_fp32_is_broken(source):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, L
 import run_exp
 from flatlora.config.sections import ModelConfig
 from flatlora.experiment.run import EXIT_CONFIG
-from flatlora.models import loading, scorers
+from flatlora.models import clip, loading, scorers
 from flatlora.models.clip import Classes
 from flatlora.models.random_weights import write_random_clip
 from flatlora.utils import precision
@@ -139,6 +139,24 @@ def test_a_torn_file_is_no_traceback(tiny_model_folder, tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ConfigError, match="its weight files are broken"):
         loading.load_backbone(model_config(tmp_path / "torn"), CPU)
+
+
+@pytest.mark.parametrize(("fast", "products"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_clips_text_encoder_computes_in_the_dtype_of_its_cpu(tmp_path, monkeypatch, fast, products):
+    monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(*[fast] * 4))
+    seen, embed = [], clip.class_embeddings
+
+    def spy(model, *given):
+        model.text_model.register_forward_hook(lambda _, args, output: seen.append(output.pooler_output.dtype))
+        model.text_projection.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
+        return embed(model, *given)
+
+    monkeypatch.setattr(clip, "class_embeddings", spy)
+    write_random_clip(tmp_path)
+    config = model_config(tmp_path, family="clip", head="text", dtype="bfloat16")
+    model = loading.load_backbone(config, CPU, Classes(["a", "b"], [["a"], ["b"]]))
+    assert set(seen) == {products}
+    assert model.class_embeddings.dtype == torch.float32
 
 
 @pytest.mark.parametrize("part", ["visual_projection.weight", "vision_model.encoder.layers.3."])
