@@ -24,6 +24,7 @@ from eval.backends.vllm import VLLMBackend
 from eval.kinds import BENCHMARK, KINDS, Command
 from eval.place import YAML_ERRORS, ResolvedModel, base_errors, resolve_model
 from flatlora.config.families import trains_on
+from flatlora.config.sections import ModelConfig
 from flatlora.config.settings import MOST_SECONDS, Section, checked_section, setting
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import gather
@@ -513,9 +514,15 @@ def _backend(
             tokenizer=saved_processor(model, adapter) if adapter else None,
             revision=model.revision,
             batch_size=batch_size,
-            dtype=dtype or model.dtype,
+            dtype=dtype or _served_dtype(model, resolved.autocast),
             identity=_identity(resolved),
         )
+
+
+def _served_dtype(model: ModelConfig, autocast: str) -> str:
+    """Returns the dtype for vLLM, which computes in that of the weights: the model's own, or wider on a CPU."""
+    device = choose_device("auto")
+    return str(choose_precision(autocast, model.dtype, device).held).removeprefix("torch.")
 
 
 def _identity(resolved: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:

@@ -419,12 +419,29 @@ def test_answers_of_a_slow_cpu_are_told_from_those_of_a_fast_one(made, monkeypat
 
 @pytest.mark.usefixtures("fast_in_bf16")
 @pytest.mark.parametrize(("of_run", "expected"), [("bfloat16", torch.bfloat16), ("float32", None), (None, None)])
-def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, tmp_path, of_run, expected):
+def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, tmp_path, of_run, expected, capsys):
     loaded = tiny_llama(), SimpleNamespace(eos_token_id=2), {}
     monkeypatch.setattr(command, "load_for_inference", lambda *_: loaded)
     model = of_run and ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype=of_run)
     backend = command._load(command.ResolvedModel(str(tmp_path), model=model), torch.device("cpu"), 1, "text")
     assert backend.precision.autocast == expected
+    assert capsys.readouterr().err.count("precision: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "fast", "dtype"),
+    [({}, True, "bfloat16"), ({}, False, "float32"), ({"dtype": "bfloat16"}, False, "bfloat16")],
+)
+def test_vllm_computes_in_the_dtype_of_its_cpu(tmp_path, monkeypatch, words, fast, dtype):
+    monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(*[fast] * 4))
+    monkeypatch.setattr(command, "choose_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(command, "_identity", lambda *_: {})
+    monkeypatch.setattr(command, "backbone_source", lambda model: "none")
+    monkeypatch.setattr(command, "VLLMBackend", lambda *_, **settings: settings)
+    model = ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype="bfloat16")
+    target, module = command.Target(backend="vllm", **words), command.benchmarks.BENCHMARKS["gsm8k"]
+    resolved = command.ResolvedModel(str(tmp_path), model=model)
+    assert command._backend(resolved, target, None, 1, module)["dtype"] == dtype
 
 
 def test_whole_numbers_are_printed_whole(capsys):
