@@ -95,7 +95,7 @@ class FlatLoraCallback(TrainerCallback):
         setting = "bf16=True" if args.bf16 else f"dtype={str(weight.dtype).removeprefix('torch.')}"
         in_bf16 = args.bf16 or weight.dtype == torch.bfloat16
         if in_bf16 and weight.is_cpu and not bf16_support(cpu_features())[0]:
-            remedy = "load the backbone with dtype=flatlora.fast_dtype() and leave bf16 out of TrainingArguments"
+            remedy = "load the backbone with dtype=flatlora.fast_dtype() and set bf16=False in TrainingArguments"
             logger.warning("%s", slow_bf16_warning(model, setting, remedy))
 
     def _warn_of_no_noise(self, total_steps: int) -> None:

@@ -24,6 +24,7 @@ from accelerate import DistributedType, PartialState
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import TrainerConfig
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.precision import physical_cores
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.2,
     )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machine.gpus)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // machine.gpus)))
     try:
         elastic_launch(config, sys.executable)("-u", str(script), *words)
         return 0

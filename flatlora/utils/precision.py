@@ -13,6 +13,7 @@ The choice depends on what torch and oneDNN report, never on a timing, so it is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -78,16 +79,22 @@ def _query(owner: Any, name: str) -> Any:
     return query() if query else None
 
 
+def is_reported(features: CPUFeatures) -> bool:
+    """Whether this version of torch reports what the choice depends on."""
+    instructions = [getattr(features, name) for name in _NATIVE]
+    return features.onednn_bf16 is not None if any(instructions) else None not in instructions
+
+
 def bf16_support(features: CPUFeatures) -> tuple[bool, str]:
     """Whether BF16 products are fast on a CPU with these features, and why."""
     native = [label for name, label in _NATIVE.items() if getattr(features, name)]
     if native and features.onednn_bf16:
         return True, f"this CPU has {' and '.join(native)}"
-    if native and features.onednn_bf16 is None:
+    if native and not is_reported(features):
         return False, f"torch {torch.__version__} does not report whether oneDNN uses {' and '.join(native)}"
     if native:
         return False, f"oneDNN does not use this CPU's {' and '.join(native)} (ONEDNN_MAX_CPU_ISA, or its build)"
-    if any(getattr(features, name) is None for name in _NATIVE):
+    if not is_reported(features):
         return False, f"torch {torch.__version__} does not report this CPU's BF16 instructions"
     return False, f"this CPU has no BF16 instructions ({', '.join(_NATIVE.values())})"
 
@@ -147,7 +154,7 @@ def choose_precision(
     if dtype == torch.float32:
         return Precision(dtype, dtype, None, "the weights are float32")
     if dtype == torch.float16:
-        return Precision(dtype, torch.float32, None, "no CPU is faster in float16 than in float32")
+        return Precision(dtype, torch.float32, None, "few CPUs are fast in float16")
     if not fast:
         return Precision(dtype, torch.float32, None, reason)
     return Precision(dtype, dtype, dtype if setting == "auto" else None, reason)
@@ -169,7 +176,23 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     W + ε to BF16, and one that is slow does not. In contrast, runs of the command line leave an FP32 backbone
     as it is, and round W + ε of a BF16 backbone to BF16 on every machine.
     """
-    return choose_precision("auto", "bfloat16", device).products
+    features = cpu_features()
+    precision = choose_precision("auto", "bfloat16", device, features)
+    if torch.device(device).type == "cpu" and not is_reported(features):
+        _warn_once(f"fast_dtype() returns {_name(precision.products)}, the safe choice: {precision.reason}.")
+    return precision.products
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
+
+
+def physical_cores() -> int:
+    """Number of physical cores available to this process, within affinity and cgroup limits."""
+    import joblib  # part of the suite; the library alone does not set threads
+
+    return joblib.cpu_count(only_physical_cores=True)
 
 
 def use_physical_cores() -> None:
@@ -179,9 +202,7 @@ def use_physical_cores() -> None:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    import joblib  # part of the suite; the library alone does not set threads
-
-    cores = joblib.cpu_count(only_physical_cores=True)  # within affinity and cgroup limits
+    cores = physical_cores()
     if cores < torch.get_num_threads():
         torch.set_num_threads(cores)
 
@@ -257,8 +278,8 @@ def warn_of_unscaled_fp16(dtypes: Iterable[torch.dtype]) -> None:
     if torch.float16 in set(dtypes):
         logger.warning(
             "The backbone is float16 and the loss is not scaled: small gradients of the adapter underflow to 0; load "
-            "the backbone with dtype=torch.bfloat16, or set fp16=True in TrainingArguments (in a loop of your own: "
-            "torch.amp.GradScaler, and loss_scaled=True here)."
+            "the backbone with dtype=flatlora.fast_dtype(device), or set fp16=True in TrainingArguments (in a loop of "
+            "your own: torch.amp.GradScaler, and loss_scaled=True here)."
         )
 
 

@@ -215,6 +215,16 @@ def test_what_differs_is_told_by_rank(monkeypatch):
     assert caught.value.errors == ["The processes differ in b: 2 on rank 0, 2; 1 on rank 1. Do so."]
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(6, "3"), (1, "1")])
+def test_processes_share_the_physical_cores(monkeypatch, cores, threads):
+    monkeypatch.setattr(distributed, "physical_cores", lambda: cores)
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: lambda *words: None)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")  # `launch` sets both
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert distributed.launch(TrainerConfig(name="ddp", device="cpu", gpus=2), PROJECT / "run_exp.py", []) == 0
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
 def test_more_gpus_than_there_are_are_refused_before_a_process_is_started(settings):
     words = [word for word in settings if word != "trainer.device=cpu"]
     asked = fork(["trainer=ddp", "trainer.gpus=3", *words])

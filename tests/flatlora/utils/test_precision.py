@@ -91,6 +91,14 @@ class TestChoice:
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
         assert precision.cpu_features()[:3] == (True, False, False)
 
+    def test_the_librarys_dtype_says_once_that_torch_cannot_report(self, monkeypatch, caplog):
+        for features, dtype, told in ((AMX, BF16, 0), (AVX2, FP32, 0), (NOTHING_REPORTED, FP32, 1)):
+            monkeypatch.setattr(precision, "cpu_features", lambda features=features: features)
+            assert [precision.fast_dtype() for _ in range(3)] == [dtype] * 3
+            assert precision.fast_dtype("cuda") == BF16
+            assert len(caplog.records) == told
+        assert "the safe choice: torch" in caplog.text
+
     @pytest.mark.parametrize(
         ("limit", "allowed"),
         [
@@ -211,7 +219,8 @@ class TestHeldBackbone:
         assert next(model.parameters()).dtype == BF16
         (record,) = caplog.records
         assert "times as long as an FP32 one on this CPU (measured, " in record.getMessage()
-        assert "autocast=auto" in record.getMessage()
+        assert record.getMessage().startswith("trainer.autocast=bfloat16: ")
+        assert "trainer.autocast=auto" in record.getMessage()
 
 
 def test_the_warning_times_a_layer_of_the_base(monkeypatch):
@@ -242,6 +251,35 @@ def test_threads_are_the_physical_cores(monkeypatch):
         assert torch.get_num_threads() == 1  # never more
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("words", "features", "told"),
+    [
+        ([], AMX, "bfloat16 weights, products in bfloat16 by autocast: this CPU has AMX and AVX512_BF16"),
+        ([], AVX2, "bfloat16 weights, products in float32: this CPU has no BF16 instructions"),
+        (["trainer.autocast=bfloat16"], AVX2, "products in bfloat16 by autocast: requested, and this CPU has no BF16"),
+        ([], HIDDEN, "products in float32: oneDNN does not use this CPU's AMX and AVX512_BF16"),
+        (["model.dtype=float32"], AMX, "float32 weights, products in float32: the weights are float32"),
+    ],
+)
+def test_a_dry_run_shows_the_choice_and_its_reason(words, features, told, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "cpu_features", lambda: features)
+    assert run_exp.main(["trainer=cpu", *words, "dry_run=true"]) == 0
+    assert told in " ".join("".join(capsys.readouterr()).split())
+
+
+@pytest.mark.parametrize(("setting", "warned"), [("auto", 0), ("bfloat16", 1)])
+def test_a_run_logs_and_records_the_choice_once(setting, warned, tiny_settings, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "cpu_features", lambda: AVX2)
+    settings = [word for word in tiny_settings if not word.startswith("model.dtype")]
+    settings += ["model.dtype=bfloat16", f"trainer.autocast={setting}", "trainer.max_steps=1"]
+    assert run_exp.main(settings) == 0
+    output = " ".join("".join(capsys.readouterr()).split())
+    record = json.loads((run_folder(settings) / "run.json").read_text())["precision"]
+    assert output.count(f"precision: {choose_precision(setting, 'bfloat16', CPU, AVX2)}") == 1
+    assert output.count("BF16 product takes") == warned
+    assert record == choose_precision(setting, "bfloat16", CPU, AVX2).record()
 
 
 _NAMES = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
