@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from flatlora import FlatLoraCallback
+from flatlora import FlatLoraCallback, fast_dtype
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -28,9 +28,11 @@ def main() -> dict[str, float]:
     """Trains and returns the first and the last loss."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=128, **shape))
-    rows = Dataset.from_list([{"prompt": "Two and two is", "completion": " four."}] * 64)
     gpu = torch.cuda.is_available()
+    dtype = fast_dtype("cuda" if gpu else "cpu")  # BF16, or FP32 on a CPU without BF16 instructions
+    config = LlamaConfig(vocab_size=258, max_position_embeddings=128, **shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # yours: .from_pretrained(NAME, dtype=dtype)
+    rows = Dataset.from_list([{"prompt": "Two and two is", "completion": " four."}] * 64)
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_steps": 20, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": []}
         trainer = SFTTrainer(

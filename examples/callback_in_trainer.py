@@ -7,16 +7,19 @@ import tempfile
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
-from flatlora import FlatLoraCallback
+from flatlora import FlatLoraCallback, fast_dtype
 
 
 def main() -> dict[str, float]:
     """Trains and returns the first and the last loss."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **shape))
+    gpu = torch.cuda.is_available()
+    dtype = fast_dtype("cuda" if gpu else "cpu")  # BF16, or FP32 on a CPU without BF16 instructions
+    config = LlamaConfig(vocab_size=64, max_position_embeddings=64, **shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # yours: .from_pretrained(NAME, dtype=dtype)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
@@ -31,7 +34,7 @@ def main() -> dict[str, float]:
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=not gpu,
         )
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[FlatLoraCallback(sigma=0.05)])
         trainer.train()
