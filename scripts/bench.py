@@ -210,7 +210,7 @@ def step_times(
 def new_perturbation(model: nn.Module, mode: str, *, seed: int) -> WeightPerturbation:
     """A perturbation after a first step, so that its buffers are allocated."""
     perturbation = WeightPerturbation(find_lora_layers(model), sigma=SIGMA, total_steps=4, seed=seed, mode=mode)
-    perturbation.begin(0)
+    perturbation.begin(2)  # σ is 0 in step 0, where nothing is written, and step 1 is the measured one
     perturbation.end()
     return perturbation
 
