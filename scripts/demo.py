@@ -21,11 +21,13 @@ from rich.table import Table
 import run_exp
 from eval import command
 from flatlora import methods
+from flatlora.experiment.run import EXIT_CONFIG, EXIT_FAILED
 from flatlora.fused import acceleration
 from flatlora.models import loading
 from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.utils import precision
-from flatlora.utils.console import quiet_libraries
+from flatlora.utils.console import quiet_libraries, report_errors, report_failure
+from flatlora.utils.errors import ConfigError
 from flatlora.utils.records import read_record
 from scripts import bench
 
@@ -63,8 +65,15 @@ def main() -> int:
     os.chdir(PROJECT)
     quiet_libraries()
     console = Console(highlight=False)
-    with console.status("Measuring a step of training on this machine"):
-        seconds, how = measured_steps()
+    try:
+        with console.status("Measuring a step of training on this machine"):
+            seconds, how = measured_steps()
+    except ConfigError as error:
+        report_errors(error)
+        return EXIT_CONFIG
+    except OSError as error:  # of a cache, such as a full disk
+        report_failure(error)
+        return EXIT_FAILED
     minutes = (time.monotonic() - started) / 60 + expected_minutes(seconds)
     console.print(f"[bold]Flat-LoRA demo[/]: about {minutes:.0f} minutes on this machine ({how}).")
     console.print(

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from flatlora.runs.record import BackboneHashes, RunRecord
 from flatlora.utils import precision
+from flatlora.utils.errors import ConfigError
 from scripts import bench, demo, kill_resume
 from scripts.arguments import positive
 from tests.conftest import tiny_lora
@@ -37,6 +38,35 @@ def test_demo_table_shows_what_the_records_say():
     assert "NO" in flat
     assert "3.0 %" in text
     assert "200" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ConfigError(["Invalid x=1: it must be 2; write x=2."]), 2, "Invalid x=1"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+    ],
+)
+def test_demo_reports_an_error_before_its_first_step(monkeypatch, tmp_path, capsys, error, code, told):
+    def fail():
+        raise error
+
+    monkeypatch.chdir(tmp_path)  # which main() changes
+    monkeypatch.setattr(demo, "measured_steps", fail)
+    assert demo.main() == code
+    output = "".join(capsys.readouterr())
+    assert told in output
+    assert "Traceback" not in output
+
+
+def test_a_measured_step_finds_its_buffers_allocated():
+    model = tiny_lora(torch.bfloat16)
+    perturbation = bench.new_perturbation(model, "copy", seed=3)
+    buffers = [copy.data_ptr() for copy in perturbation._copies]
+    assert buffers
+    perturbation.begin(1)
+    assert [copy.data_ptr() for copy in perturbation._copies] == buffers
+    perturbation.close()
 
 
 def test_drift_is_zero_but_in_place(tmp_path):
