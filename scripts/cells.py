@@ -202,6 +202,16 @@ class TableData(NamedTuple):
         chosen = cell.tuned.chosen if cell is not None and cell.tuned is not None else None
         return overrides if chosen is None else [*overrides, *chosen.overrides]
 
+    @property
+    def tuned_columns(self) -> list[str]:
+        """The columns of tuned rows, one for each validation score."""
+        if self.layout.tuning is None:
+            return []
+        first: dict[tuple[str, ...], str] = {}
+        for key, column in self.layout.columns.items():
+            first.setdefault((column.tuned_by or column.metric, *column.overrides), key)
+        return list(first.values())
+
 
 def check_folders(results: Path, out: Path) -> None:
     """Check that the folder of runs exists and that the output folder can be written.

@@ -397,17 +397,17 @@ def pictures(sdxl: cells.TableData) -> plt.Figure | None:
 
 def tuning_curves(tables: Iterable[cells.TableData]) -> plt.Figure | None:
     """A panel per table and validation score, a line per row with two or more values; None if there is no such row."""
-    panels: dict[tuple[str, ...], tuple[cells.TableData, str]] = {}
-    for made in tables:
-        for key, column in made.layout.columns.items() if made.layout.tuning is not None else ():
-            identity = (made.name, column.tuned_by or column.metric, *column.overrides)
-            if identity not in panels and any(len(points) > 1 for _, points, _ in lines_of_tuning(made, key)):
-                panels[identity] = made, key
+    panels = [
+        (made, key)
+        for made in tables
+        for key in made.tuned_columns
+        if any(len(points) > 1 for _, points, _ in lines_of_tuning(made, key))
+    ]
     if not panels:
         return None
     figure, axes = panels_of(len(panels), width=4.6, height=3.4)
     styles = [(color, line) for line in ("-", "--", ":") for color in COLORS]
-    for axis, (made, key) in zip(axes, panels.values(), strict=True):
+    for axis, (made, key) in zip(axes, panels, strict=True):
         for (label, points, chosen), (color, line) in zip(lines_of_tuning(made, key), styles, strict=False):
             if len(points) < 2:
                 continue
@@ -427,7 +427,10 @@ Curve = tuple[str, list[tuple[float, float]], tuple[float, float] | None]  # lab
 
 
 def lines_of_tuning(made: cells.TableData, key: str) -> list[Curve]:
-    """The mean validation score against the first tuned key, the best over the others, of each tuned row."""
+    """The mean validation score against the first tuned key, the best over the others, of each tuned row.
+
+    Points without all of their seeds are left out: means over other seeds do not compare.
+    """
     lines = []
     for row, value in made.layout.rows.items():
         tuned = made.cells[row, key].tuned
@@ -436,7 +439,7 @@ def lines_of_tuning(made: cells.TableData, key: str) -> list[Curve]:
         first, best = next(iter(value.tune)), {}
         for point in tuned.points:
             number = tuning.number_of(point.values[first])
-            if number is not None and point.mean is not None:
+            if number is not None and point.mean is not None and not point.missing(tuned.seeds):
                 better = min if tuned.lower else max
                 best[number] = better(point.mean, best.get(number, point.mean))
         chosen = tuned.chosen and (tuning.number_of(tuned.chosen.values[first]), tuned.chosen.mean)

@@ -222,7 +222,7 @@ def _validation_scores(made: TableData) -> list[list[str]]:
     """One line per tuned setting with runs: row, column, setting, mean, seeds; the chosen one is bold."""
     lines = []
     for (row, key), cell in made.cells.items():
-        for point in cell.tuned.points if cell.tuned else ():
+        for point in cell.tuned.points if cell.tuned and key in made.tuned_columns else ():
             if not (point.by_seed or point.diverged):
                 continue
             column, chosen = made.layout.columns[key], point is cell.tuned.chosen

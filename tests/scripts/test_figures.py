@@ -193,7 +193,7 @@ def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_p
     assert drawn == sorted(
         f"{name}.{kind}"
         for name in figures.FIGURES
-        if name not in ("severity", "pictures", "tuning_curves")
+        if name not in ("severity", "pictures")
         for kind in ("pdf", "png")
     )
     for name in drawn:

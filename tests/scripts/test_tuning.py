@@ -366,6 +366,26 @@ def test_the_curves_show_the_best_of_the_other_values_and_ring_the_chosen(tmp_pa
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("optim.lr", "validation, CoLA")
 
 
+def test_a_point_without_all_seeds_is_not_drawn(tmp_path, layouts):
+    write_tuning(tmp_path, SCORES)
+    values = next(iter(tuning.grid(layouts().rows["flat"].tune)))
+    write_run(tmp_path, ["rho=flat", *(f"{key}={value}" for key, value in values.items()), *TUNING, "seed=100"], 0.9)
+    made, *_ = made_of(tmp_path, layouts())
+    curves = {title: points for title, points, _ in figures.lines_of_tuning(made, "cola")}
+    titles = [row.title for row in made.layout.rows.values() if row.tune]
+    assert [len(curves[title]) for title in titles] == [3, 0]
+
+
+def test_columns_that_are_chosen_by_one_score_show_it_once(tmp_path, layouts):
+    columns = raw_layout()["columns"]
+    twin = columns["cola"] | {"title": "Matthews", "metric": "glue/matthews", "tuned_by": "glue/accuracy"}
+    write_tuning(tmp_path, SCORES)
+    made, *_ = made_of(tmp_path, layouts(columns={"cola": columns["cola"], "matthews": twin}))
+    assert made.tuned_columns == ["cola"]
+    assert len({tuple(line[2:]) for line in table_formats._validation_scores(made)}) == 3
+    assert len(table_formats._validation_scores(made)) == 3
+
+
 # --- what n seeds can show
 
 
