@@ -191,10 +191,7 @@ def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_p
         assert figures.main(["--results", str(results), "--out", str(tmp_path / name)]) == 0
     drawn = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert drawn == sorted(
-        f"{name}.{kind}"
-        for name in figures.FIGURES
-        if name not in ("severity", "pictures")
-        for kind in ("pdf", "png")
+        f"{name}.{kind}" for name in figures.FIGURES if name not in ("severity", "pictures") for kind in ("pdf", "png")
     )
     for name in drawn:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
