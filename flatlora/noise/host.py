@@ -1,4 +1,4 @@
-"""Noise on the CPU: writes z, or adds c·z to a weight, with compiled code that runs on several threads."""
+"""Noise on the CPU: writes z, adds c·z to a weight, or computes row norms, with compiled code on several threads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from flatlora.noise import torch_passes
 from flatlora.noise.philox import layer_key, validate_counter
@@ -74,7 +75,7 @@ def add_normal(
         c: shape (m,), FP32.
         rounded: round to BF16 even if weight and out are FP32 tensors (which then hold BF16 values).
     """
-    if weight.dtype not in FUSED_DTYPES or out.dtype != weight.dtype or not _is_plain_matrix(weight, out):
+    if not supports(weight, out) or out.dtype != weight.dtype:
         raise ValueError(
             f"Invalid weight={weight.dtype} {tuple(weight.shape)}, out={out.dtype} {tuple(out.shape)}: both must be "
             "contiguous CPU matrices, both FP32 or both BF16; use perturb.epsilon.write_perturbed for others."
@@ -92,29 +93,32 @@ def add_normal(
     return out
 
 
-def project_rows(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Returns W Aᵀ, shape (m, r), summed in FP32, without a copy of W in FP32.
+def merged_row_norms(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, squared_norms: torch.Tensor
+) -> torch.Tensor:
+    """Returns ‖W_i + B_i A‖, shape (m,), FP32, in one pass over W; `torch_passes.squared_row_norms` is the reference.
 
     Args:
-        weight: m × n, BF16, contiguous, CPU.
-        A: r × n, FP32, contiguous, CPU.
+        weight: W, m × n, FP32 or BF16, contiguous, CPU.
+        A, B: r × n and m × r, FP32.
+        squared_norms: ‖W_i‖², shape (m,), FP64.
     """
-    if weight.dtype != torch.bfloat16 or A.dtype != torch.float32 or not _is_plain_matrix(weight, A):
+    if not supports(weight):
         raise ValueError(
-            f"Invalid weight={weight.dtype} {tuple(weight.shape)}, A={A.dtype} {tuple(A.shape)}: they must be "
-            "contiguous CPU matrices, BF16 and FP32; use weight.float() @ A.t() for others."
+            f"Invalid weight={weight.dtype} {tuple(weight.shape)}: it must be a contiguous CPU matrix, FP32 or BF16; "
+            "use perturb.epsilon.merged_row_norms for others."
         )
     if (kernels := _compiled()) is None:
-        return project_rows_reference(weight, A)
-    out = torch.empty(weight.shape[0], A.shape[0])
-    arrays = weight.view(torch.uint16).numpy(), A.numpy(), out.numpy()
-    _in_shares(weight, lambda start, stop: kernels.project_rows_bf16(*arrays, start, stop))
+        return torch_passes.squared_row_norms(weight, A, B, squared_norms).clamp_min(0.0).sqrt().float()
+    narrow = weight.dtype == torch.bfloat16
+    words = weight.view(torch.uint16).numpy() if narrow else weight.numpy().view(np.uint32)
+    if missing := -len(A) % kernels.FACTORS_AT_ONCE:
+        A = functional.pad(A, (0, 0, 0, missing))
+    out = torch.empty(len(weight))
+    arrays = A.contiguous().numpy(), B.contiguous().numpy(), squared_norms.numpy(), out.numpy()
+    shift = np.uint32(16 if narrow else 0)
+    _in_shares(weight, lambda start, stop: kernels.merged_row_norms(words, shift, *arrays, start, stop))
     return out
-
-
-def project_rows_reference(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Slow reference for `project_rows`."""
-    return weight.float() @ A.t()
 
 
 @lru_cache(maxsize=1)
@@ -131,7 +135,9 @@ def _compiled() -> ModuleType | None:
     return host_compiled
 
 
-FUSED_DTYPES = (torch.float32, torch.bfloat16)  # of `add_normal`
+def supports(*weights: torch.Tensor) -> bool:
+    """Whether `add_normal` and `merged_row_norms` support these weights: contiguous CPU matrices, FP32 or BF16."""
+    return _is_plain_matrix(*weights) and all(w.dtype in (torch.float32, torch.bfloat16) for w in weights)
 
 
 def _is_plain_matrix(*tensors: torch.Tensor) -> bool:
@@ -180,16 +186,18 @@ def share(jobs: Sequence[Callable[[], None]]) -> None:
             job()
         return
 
-    def run(first: int) -> None:
+    remaining = iter(jobs)  # a core that other programs use takes fewer of them
+
+    def run() -> None:
         _thread.shares = True
         try:
-            for job in jobs[first::workers]:
+            for job in remaining:
                 job()
         finally:
             _thread.shares = False
 
-    others = [_thread_pool(workers - 1).submit(run, first) for first in range(1, workers)]
-    run(0)
+    others = [_thread_pool(workers - 1).submit(run) for _ in range(workers - 1)]
+    run()
     for other in others:
         other.result()
 

@@ -1,4 +1,4 @@
-"""Kernels for the CPU, compiled by numba: write rows of z, add c·z to rows of a weight, multiply rows by A.
+"""Kernels for the CPU, compiled by numba: write rows of z, add c·z to rows of a weight, compute the norms of W's rows.
 
 `philox.py` defines the stream and has a plain NumPy reference; `host.py` calls these kernels.
 """
@@ -10,6 +10,7 @@ from flatlora.noise.philox import COLUMNS_PER_BLOCK, PHILOX_M0, PHILOX_M1, PHILO
 
 _BLOCKS_AT_ONCE = 256  # a segment's scratch buffers fit in the L1 cache
 _SEGMENT = _BLOCKS_AT_ONCE * COLUMNS_PER_BLOCK
+FACTORS_AT_ONCE = 4  # rows of A that `merged_row_norms` multiplies at a time
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -122,17 +123,49 @@ def add_rows_bf16(weight, c, out, k0, k1, step, stream, first_row, first_column,
 
 # Reordered sums are vector code; each row is summed alone, so the number of threads changes nothing.
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
-def project_rows_bf16(weight, A, out, start, stop):
-    """out[start:stop] = weight Aᵀ, summed in FP32; weight is BF16 as 16 bits, A is FP32 (r × n)."""
-    columns = weight.shape[1]
-    bits = np.empty(columns, np.uint32)
-    values = bits.view(np.float32)
-    for i in range(start, stop):
-        row = weight[i]
-        for j in range(columns):
-            bits[j] = np.uint32(row[j]) << np.uint32(16)
-        for k in range(A.shape[0]):
-            factor, total = A[k], np.float32(0.0)
+def merged_row_norms(weight, shift, A, B, squared, out, start, stop):
+    """out[i] = √(squared_i + 2 B_i·(W Aᵀ)_i + B_i (A Aᵀ) B_iᵀ) of rows start … stop, the products W Aᵀ summed in FP32.
+
+    weight holds unsigned integers that are the bits of FP32 values once shifted to the left by `shift`. A, B and out
+    are FP32, squared is FP64. A has a multiple of FACTORS_AT_ONCE rows, those after the first r being zero.
+    """
+    rank, columns = B.shape[1], weight.shape[1]
+    gram = np.empty((rank, rank))
+    for k in range(rank):
+        for other in range(k + 1):
+            product = 0.0
             for j in range(columns):
-                total += values[j] * factor[j]
-            out[i, k] = total
+                product += np.float64(A[k, j]) * np.float64(A[other, j])
+            gram[k, other] = gram[other, k] = product
+    bits = np.zeros((2, columns), np.uint32)
+    values = bits.view(np.float32)
+    projected = np.empty((2, A.shape[0]), np.float32)
+    for first in range(start, stop, 2):
+        height = min(2, stop - first)
+        for p in range(height):
+            for j in range(columns):
+                bits[p, j] = np.uint32(weight[first + p, j]) << shift
+        upper, lower = values[0], values[1]
+        for k in range(0, A.shape[0], FACTORS_AT_ONCE):  # 2 × 4 sums at a time: 6 loads per 8 products
+            a0, a1, a2, a3 = A[k], A[k + 1], A[k + 2], A[k + 3]
+            u0 = u1 = u2 = u3 = l0 = l1 = l2 = l3 = np.float32(0.0)
+            for j in range(columns):
+                u, v = upper[j], lower[j]
+                u0 += u * a0[j]
+                u1 += u * a1[j]
+                u2 += u * a2[j]
+                u3 += u * a3[j]
+                l0 += v * a0[j]
+                l1 += v * a1[j]
+                l2 += v * a2[j]
+                l3 += v * a3[j]
+            projected[0, k], projected[0, k + 1], projected[0, k + 2], projected[0, k + 3] = u0, u1, u2, u3
+            projected[1, k], projected[1, k + 1], projected[1, k + 2], projected[1, k + 3] = l0, l1, l2, l3
+        for p in range(height):
+            b, total = B[first + p], squared[first + p]
+            for k in range(rank):
+                product = 2.0 * np.float64(projected[p, k])
+                for other in range(rank):
+                    product += gram[k, other] * np.float64(b[other])
+                total += np.float64(b[k]) * product
+            out[first + p] = np.sqrt(total if not total < 0.0 else 0.0)  # rounding may make it negative; NaN stays

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,7 +72,19 @@ class HostEpsilon:
         self.layers, self._scratch = layers, _Scratch()
 
     def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
-        return [noise_coefficients(layer, sigma, scale=scale, fan_in=fan_in) for layer in self.layers]
+        norms: list[torch.Tensor] = [torch.empty(0)] * len(self.layers)
+
+        def compute(index: int, norms_of_layer: Callable[[], torch.Tensor]) -> None:
+            norms[index] = norms_of_layer()
+
+        host.share([functools.partial(compute, *each) for each in enumerate(map(_row_norms_of, self.layers))])
+        if not torch.cat(norms).isfinite().all():
+            names = [layer.name for layer, each in zip(self.layers, norms, strict=True) if not each.isfinite().all()]
+            raise FloatingPointError(_not_finite(names[0]))
+        return [
+            _coefficients(each, layer.shape[1], sigma, scale=scale, fan_in=fan_in)
+            for layer, each in zip(self.layers, norms, strict=True)
+        ]
 
     def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return list(coefficients)
@@ -280,8 +292,7 @@ def write_perturbed(
     """
     rows, columns = weight.shape
     rounded = stored == torch.bfloat16 and weight.dtype == torch.float32
-    fused = weight.dtype in host.FUSED_DTYPES and (rounded or stored in (None, weight.dtype))
-    if fused and weight.is_contiguous() and out.is_contiguous() and weight.is_cpu:
+    if host.supports(weight, out) and (rounded or stored in (None, weight.dtype)):
         host.add_normal(weight, sign * draw.c, out, draw.key, draw.step, draw.stream, rounded=rounded)
         return
     scratch = scratch or _Scratch()
@@ -305,13 +316,7 @@ def noise_coefficients(
     Raises:
         FloatingPointError: the weight or an adapter contains NaN or infinity.
     """
-    weight = layer.as_rows(layer.dense())
-    if layer.squared_norms is None:
-        layer.squared_norms = torch_passes.squared_row_norms(weight)
-    norms = merged_row_norms(weight, layer.adapters(), layer.squared_norms, multiplied=layer.multiplies)
-    if not torch.isfinite(norms).all():
-        raise FloatingPointError(_not_finite(layer.name))
-    return _coefficients(norms, weight.shape[1], sigma, scale=scale, fan_in=fan_in)
+    return HostEpsilon([layer]).coefficients(sigma, scale=scale, fan_in=fan_in)[0]
 
 
 def _coefficients(norms: torch.Tensor, columns: int, sigma: float, *, scale: str, fan_in: bool) -> torch.Tensor:
@@ -342,20 +347,49 @@ def merged_row_norms(
     `squared_norms` is ‖W_i‖², shape (m,), FP64, if it is known. With `multiplied`, the result is
     ‖W_i ⊙ (1 + Σ s B_i A)‖, for which parts of B·A are formed.
     """
+    return _row_norms(weight, terms, squared_norms, multiplied=multiplied)()
+
+
+@torch.no_grad()
+def _row_norms_of(layer: PerturbedLayer) -> Callable[[], torch.Tensor]:
+    weight = layer.as_rows(layer.dense())
+    if layer.squared_norms is None:  # computed once, because W is frozen
+        layer.squared_norms = torch_passes.squared_row_norms(weight)
+    return _row_norms(weight, layer.adapters(), layer.squared_norms, multiplied=layer.multiplies)
+
+
+def _row_norms(
+    weight: torch.Tensor, terms: Sequence[AdapterTerm], squared: torch.Tensor | None, *, multiplied: bool
+) -> Callable[[], torch.Tensor]:
+    """What is left to do for the row norms: a call of compiled code, which threads can share.
+
+    Everything else is done at once: interpreted code of several threads waits for the GIL, and torch's operations have
+    threads of their own.
+    """
     if terms and multiplied:
-        return _multiplied_row_norms(weight, terms)
-    squared = torch_passes.squared_row_norms(weight) if squared_norms is None else squared_norms
+        norms = _multiplied_row_norms(weight, terms)
+        return lambda: norms
+    if squared is None:
+        squared = torch_passes.squared_row_norms(weight)
     if terms:
-        A = torch.cat([term.A.detach() for term in terms]).float()
-        B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).double()
-        gram = A.double() @ A.double().t()
-        squared = squared + (2.0 * _projected(weight, A).double() * B + (B @ gram) * B).sum(dim=1)
-    return squared.clamp_min(0.0).sqrt().float()
+        A, B = _stacked(terms)
+        if host.supports(weight):
+            return functools.partial(host.merged_row_norms, weight, A, B, squared)
+        squared = torch_passes.squared_row_norms(weight, A, B, squared)
+    return lambda: squared.clamp_min(0.0).sqrt().float()
+
+
+def _stacked(terms: Sequence[AdapterTerm]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A = [A₁; …] and B = [s₁B₁ …], FP32."""
+    if len(terms) == 1:  # without copies: a step does this for hundreds of small layers
+        (term,) = terms
+        return term.A.detach().float(), (term.scaling * term.B.detach()).float()
+    A = torch.cat([term.A.detach() for term in terms])
+    return A.float(), torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).float()
 
 
 def _multiplied_row_norms(weight: torch.Tensor, terms: Sequence[AdapterTerm]) -> torch.Tensor:
-    A = torch.cat([term.A.detach() for term in terms]).float()
-    B = torch.cat([term.scaling * term.B.detach() for term in terms], dim=1).float()
+    A, B = _stacked(terms)
     rows, columns = weight.shape
     elements = _CHUNK_ELEMENTS if weight.is_cpu else 64 * _CHUNK_ELEMENTS  # few launches on a GPU
     norms = [
@@ -363,17 +397,6 @@ def _multiplied_row_norms(weight: torch.Tensor, terms: Sequence[AdapterTerm]) ->
         for i, j in torch_passes.row_chunks(rows, columns, elements)
     ]
     return torch.cat(norms).float()
-
-
-def _projected(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """W Aᵀ, shape (m, r), FP32."""
-    if weight.dtype == torch.float32:
-        return weight @ A.t()
-    if weight.dtype == torch.bfloat16 and weight.is_cpu and weight.is_contiguous():
-        return host.project_rows(weight, A.contiguous())
-    rows, columns = weight.shape
-    chunks = torch_passes.row_chunks(rows, columns, _CHUNK_ELEMENTS)
-    return torch.cat([weight[start:stop].float() @ A.t() for start, stop in chunks])
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def test_torch_normals_equal_noise(shape, row, column):
     torch.testing.assert_close(z, stream_of(shape, 2**32 - 1, 9, row=row, column=column), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", host.FUSED_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("column", [0, 13])
 def test_torch_add_is_noise_add_bit_for_bit(dtype, column):
     weight, c = weight_and_c((33, 517), dtype, "cpu")
