@@ -1,5 +1,6 @@
 """Every peft × rho pair runs a step or is refused with its reason; every method resumes exactly."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ RHO = sorted(path.stem for path in (PROJECT / "conf" / "rho").glob("*.yaml"))
 DATA = {"lora_ga": "peft.ga_batches=2", "eva": "peft.eva_batches=4", "corda": "peft.corda_batches=4"}
 
 
+@functools.cache  # composing takes longer than a step of the tiny model
 def method_of(section, name):
     experiment = run_exp.experiment_of([f"{section}={name}"])
     return getattr(experiment, section).method
