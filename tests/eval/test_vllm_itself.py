@@ -1,6 +1,7 @@
 """vLLM's own package against transformers, on a CPU or a GPU: `make test-vllm`. Elsewhere these tests are skipped."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_the_adapter_is_not_left_out(base, tokenizer, answers_of):
 
 def test_an_answer_ends_at_its_stop(answers_of):
     whole, _ = answers_of(Sampling(24))
-    stop = (whole[0].text[6:9],)
+    stop = (re.search(r"[a-z]{2,}", whole[0].text[3:]).group(),)  # half a character is another text in each library
     ours, theirs = answers_of(Sampling(24, stop=stop))
     assert theirs == ours
     assert ours[0].finished
@@ -87,12 +88,12 @@ def test_an_answer_ends_at_its_stop(answers_of):
 
 def test_every_end_of_the_generation_config_ends_an_answer(base, tokenizer, tmp_path):
     model = LlamaForCausalLM.from_pretrained(base)
-    (plain,) = HFBackend(model, tokenizer, batch_size=1).generate(PROMPTS[:1], Sampling(12))
-    said = tokenizer(plain.text, add_special_tokens=False)["input_ids"]
+    prompt = tokenizer(PROMPTS[0], return_tensors="pt")
+    end = model.generate(**prompt, max_new_tokens=5, do_sample=False)[0, -1].item()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [tokenizer.eos_token_id, said[4]]}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [tokenizer.eos_token_id, end]}))
     ours = HFBackend(LlamaForCausalLM.from_pretrained(tmp_path), tokenizer, batch_size=4)
     theirs = VLLMBackend(str(tmp_path), batch_size=4, dtype="float32")
     assert theirs.describe()["ends"] == ours.describe()["ends"]
