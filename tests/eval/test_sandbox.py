@@ -358,13 +358,16 @@ def holds(held):
 
 
 def mbpp_tasks(path):
-    """Rows of MBPP as Google publishes them (mbpp.jsonl), less those whose tests need more than one function."""
+    """Rows of MBPP as Google publishes them (mbpp.jsonl), less those whose tests need more than one function.
+
+    A function of the name "check" is left out, too: HumanEval's form needs the name for the test.
+    """
     found = {}
     for row in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
         tests = "".join(f"    {one}\n" for one in row["test_list"])
         defined = re.findall(r"^(def|class) +(\w+)", row["code"], re.MULTILINE)
         called = [(kind, name) for kind, name in defined if re.search(rf"\b{name}\b", tests)]
-        if [kind for kind, _ in called] == ["def"]:
+        if [kind for kind, _ in called] == ["def"] and called[0][1] != "check":
             name, setup = called[0][1], f"{row['test_setup_code']}\n"
             test = f"import math\ndef check(candidate):\n    {name} = candidate\n{tests}"
             found[f"MBPP/{row['task_id']}"] = sandbox.Task(setup + row["code"], setup, test, name)
