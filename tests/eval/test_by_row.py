@@ -6,6 +6,7 @@ import pytest
 
 from eval import BENCHMARKS
 from eval.by_row import ByRow
+from eval.command import main
 from eval.compare import main as compare
 from flatlora.config.settings import Section
 from flatlora.utils.errors import ConfigError
@@ -67,3 +68,9 @@ def test_answers_of_two_runs_are_compared_by_the_settings_that_scored_them(tmp_p
     LENGTH.score_file(folders[0] / "predictions.jsonl", Config(least=4))
     compare([*map(str, folders)])
     assert "length long" in capsys.readouterr().out
+
+
+def test_a_model_without_a_run_needs_rows(monkeypatch, capsys):
+    monkeypatch.setitem(BENCHMARKS._items, "length", LENGTH.benchmark(Config, "help"))
+    assert main("length", ["some/model", "device=cpu"]) == 2
+    assert 'name them with rows=FILE.jsonl ({"x", "y", "topic"}; a run' in capsys.readouterr().err
