@@ -119,21 +119,24 @@ def main(arguments: Sequence[str]) -> None:
     ]
     if missing:
         raise ConfigError(missing)
-    gather(*(lambda name=name: _check_same_parser(name, a[name], b[name]) for name in names))
+    gather(*(lambda name=name: _check_same_scoring(name, a[name], b[name]) for name in names))
     print_comparisons(
         arguments[0], arguments[1], [compare(name, _scores(name, a[name]), _scores(name, b[name])) for name in names]
     )
 
 
-def _check_same_parser(benchmark: str, a: Path, b: Path) -> None:
-    parsers = [getattr(_settings(benchmarks.BENCHMARKS[benchmark], folder), "parser", None) for folder in (a, b)]
-    if parsers[0] != parsers[1]:
-        raise ConfigError(
-            [
-                f"Invalid pair for {benchmark}: {a} was scored by parser={parsers[0]} and {b} by parser={parsers[1]}; "
-                f"score one again, with python -m eval.{benchmark} PATH score_only=true parser={parsers[0]}."
-            ]
-        )
+def _check_same_scoring(benchmark: str, a: Path, b: Path) -> None:
+    module = benchmarks.BENCHMARKS[benchmark]
+    settings = [_settings(module, folder) for folder in (a, b)]
+    for key in module.scoring:
+        values = [getattr(each, key, None) for each in settings]
+        if values[0] != values[1]:
+            raise ConfigError(
+                [
+                    f"Invalid pair for {benchmark}: {a} was scored by {key}={values[0]} and {b} by {key}={values[1]}; "
+                    f"score one again, with python -m eval.{benchmark} PATH score_only=true {key}={values[0]}."
+                ]
+            )
 
 
 def print_comparisons(a: str, b: str, comparisons: Sequence[Comparison]) -> None:
@@ -210,8 +213,7 @@ def _scores(benchmark: str, folder: Path) -> dict[Any, float]:
 def _settings(module: Any, folder: Path) -> Any:
     """Returns the settings with which the answers were scored, as far as they affect a row's score."""
     try:
-        parser = (read_record(folder / "score.json") or {}).get("parser")
+        record = read_record(folder / "score.json") or {}
     except ConfigError:
-        parser = None
-    fields = module.Config.model_fields
-    return module.Config.model_construct(**({"parser": parser} if parser and "parser" in fields else {}))
+        record = {}
+    return module.Config.model_construct(**{key: record[key] for key in module.scoring if key in record})

@@ -3,10 +3,11 @@
     python -m eval.glue PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: task (default: that of the run's
-data set), metric, max_rows, batch_size, rows=FILE.jsonl (rows {"x", "y", "choices"}), device, out=DIR, score_only=true.
+data set; null for one that is not of GLUE), metric, max_rows, batch_size, rows=FILE.jsonl (rows {"x", "y",
+"choices"}), device, out=DIR, score_only=true.
 `metric=likelihood` sums over all tokens of a choice and the end of the sequence, for any number of choices;
-`metric=published` compares the first tokens of two choices, as the public code does. Reports accuracy, and the Matthews
-correlation (CoLA), F1 (MRPC, QQP) or the Pearson correlation (STS-B).
+`metric=published` compares the first tokens of two choices, as the public code does. Reports accuracy, and by
+task the Matthews correlation (CoLA), F1 (MRPC, QQP) or the Pearson correlation (STS-B).
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ FIELDS: predictions.Fields = {
     "scores": list,
     "prediction": str,
 }
-TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb", "boolq", "cb", "copa", "wic"]
+TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb", "boolq", "cb", "copa", "wic", None]
 
 
 class Config(Section):
-    task: TaskName = setting(remedy="it determines the metrics")
+    task: TaskName = setting(remedy="it determines the metrics, null is accuracy alone")
     metric: Literal["likelihood", "published"] = "likelihood"
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
     batch_size: int = setting(32, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
@@ -113,14 +114,14 @@ def check_rows(
         raise ConfigError(
             [
                 f"Invalid choices in {source}, row {first}{others}: {broken[first]}; glue ranks given answers, so use "
-                "a data set of GLUE and its own task, or leave the benchmark out."
+                "a data set whose rows have choices, and its own task, or leave the benchmark out."
             ]
         )
     if config.metric == "published" and tokenizer is not None:
         _check_first_tokens(lambda choice: tokenizer(choice, add_special_tokens=False)["input_ids"][0], rows)
 
 
-def _task_problem(row: dict[str, Any], task: str, expected: list[str]) -> str | None:
+def _task_problem(row: dict[str, Any], task: TaskName, expected: list[str]) -> str | None:
     """Returns why the task's metrics cannot be computed for a row; None if they can.
 
     Args:
@@ -188,7 +189,7 @@ def run(
     path = predictions.collect(
         [
             {
-                "task": config.task,
+                "task": config.task or "",
                 "prompt": prompt,
                 "reference": row["y"],
                 "choices": row["choices"],

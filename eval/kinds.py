@@ -100,6 +100,14 @@ class Text(BenchmarkKind):
                 raise ConfigError(errors)
             rows, source = read_jsonl(path), str(path)
             typed_columns(rows, benchmark.row_columns, source)
+        elif benchmark.benchmark_rows is None:
+            columns = ", ".join(f'"{name}"' for name in benchmark.row_columns)
+            raise ConfigError(
+                [
+                    "Missing rows: this benchmark has no rows of its own for a model without a run; name them with "
+                    f"rows=FILE.jsonl ({{{columns}}}; a run's test.jsonl is such a file)."
+                ]
+            )
         else:
             data_root = data_root or command.resolve().data_root
             rows, source = benchmark.benchmark_rows(data_root, command.configure()), "the benchmark's own rows"

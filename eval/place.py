@@ -257,7 +257,7 @@ def _resolve_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark
     else:  # the data set's settings that apply to any benchmark: its task, and the template of its rows
         fields = benchmarks.BENCHMARKS[benchmark].Config.model_fields
         settings = {
-            key: saved["dataset"][key]
+            key: saved["dataset"].get(key)
             for key in ("task", "template")
             if key in fields and saved["dataset"].get(key) in get_args(fields[key].annotation)  # not squad's template
         }

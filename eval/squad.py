@@ -11,22 +11,15 @@ punctuation, articles and whitespace are ignored, as in SQuAD's own script.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from eval import BENCHMARKS, predictions
+from eval import BENCHMARKS
 from eval.answers import without_draft
-from eval.backends import Generator, Sampling
+from eval.by_row import ByRow
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
-from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import Source, read_rows
 from flatlora.inputs.templates import prompt
-from flatlora.utils.errors import ConfigError
-
-SCORER_VERSION = 2
-HEADLINE = "f1"
-FIELDS: predictions.Fields = {**predictions.GENERATED, "answers": list}
 
 
 class Config(Section):
@@ -40,81 +33,33 @@ def parse_answer(text: str) -> str:
     return next((line.strip() for line in without_draft(text).splitlines() if line.strip()), "")
 
 
-def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns exact match and F1 with the best of the accepted answers, averaged over rows.
-
-    Args:
-        rows: {"answers", "completion", "finished", "tokens"} each.
-    """
+def score_row(row: Mapping[str, Any], config: Config) -> dict[str, float]:
+    """Returns F1 and exact match with the best of the accepted answers, and whether there is no answer."""
     from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
-    total = len(rows)
-
-    def mean(values: list[float]) -> float | None:
-        return float(sum(values) / total) if total else None
-
-    parsed = [parse_answer(row["completion"]) for row in rows]
-    pairs = list(zip(rows, parsed, strict=True))
-    metrics = {
-        "n": total,
-        HEADLINE: mean([max(compute_f1(answer, text) for answer in row["answers"]) for row, text in pairs]),
-        "exact_match": mean([max(compute_exact(answer, text) for answer in row["answers"]) for row, text in pairs]),
-        "unanswered": mean([not text for text in parsed]),
-        **predictions.answer_counts(rows),
+    text = parse_answer(row["completion"])
+    return {
+        "f1": max(compute_f1(answer, text) for answer in row["answers"]),
+        "exact_match": max(compute_exact(answer, text) for answer in row["answers"]),
+        "unanswered": not text,
     }
-    return {"scorer": f"squad/{SCORER_VERSION}", "n": total, "metrics": metrics}
 
 
-def row_scores(rows: Sequence[dict[str, Any]], config: Config, folder: Path) -> dict[Any, float]:
-    """Returns {row: F1}."""
-    return {(row["prompt"], row["index"]): score([row])["metrics"][HEADLINE] for row in rows}
-
-
-def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **known: Any) -> None:
-    """Checks that every row lists its accepted answers.
-
-    Raises:
-        ConfigError: a row does not; the error names `source`, where the rows come from.
-    """
-    broken = [number for number, row in enumerate(rows, start=1) if not _has_answers(row)]
-    if broken:
-        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise ConfigError(
-            [
-                f'Invalid answers in {source}, row {broken[0]}{others}: squad needs {{"answers": [text, …]}}, at '
-                "least one text; use dataset=squad, or leave the benchmark out."
-            ]
-        )
-
-
-def _has_answers(row: dict[str, Any]) -> bool:
+def row_problem(row: Mapping[str, Any]) -> str | None:
     answers = row.get("answers")
-    return isinstance(answers, list) and bool(answers) and all(isinstance(text, str) for text in answers)
+    if isinstance(answers, list) and answers and all(isinstance(text, str) for text in answers):
+        return None
+    return 'it needs {"answers": [text, …]}, at least one text'
 
 
-def run(
-    backend: Generator,
-    rows: Sequence[dict[str, Any]],
-    folder: Path,
-    config: Config,
-    *,
-    on_progress: predictions.OnProgress | None = None,
-) -> dict[str, Any]:
-    """Answers `rows` ({"x", "y", "answers"}) and scores them; writes predictions.jsonl and score.json."""
-    path = predictions.answer_rows(
-        backend,
-        rows[: config.max_rows],
-        folder,
-        Sampling(config.max_new_tokens),
-        keep=("answers",),
-        on_progress=on_progress,
-    )
-    return score_file(path, config)
-
-
-def score_file(path: Path, config: Config) -> dict[str, Any]:
-    """As `predictions.score_file`."""
-    return predictions.score_file(path, FIELDS, score)
+SCORER = ByRow(
+    name="squad",
+    version=2,
+    metrics=("f1", "exact_match", "unanswered"),
+    score_row=score_row,
+    columns={"answers": list},
+    row_problem=row_problem,
+)
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
@@ -122,7 +67,7 @@ def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]
     columns = {"context": "text", "question": "text", "answers": "any"}
     rows = read_rows(Source("rajpurkar/squad", "plain_text", "validation"), columns=columns, data_root=data_root)
     accepted = [row["answers"].get("text") if isinstance(row["answers"], dict) else None for row in rows]
-    return [  # `check_rows` reports invalid answers
+    return [  # `row_problem` reports invalid answers
         {
             "x": prompt("qa", row["question"], row["context"]),
             "y": answers[0] if answers else "",
@@ -132,28 +77,10 @@ def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]
     ]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the last line: `python -m` runs this file, and `main` imports it again
     from eval.command import main
 
     sys.exit(main("squad", sys.argv[1:]))
 
 
-BENCHMARKS.add(
-    "squad",
-    Benchmark(
-        Config=Config,
-        help=__doc__,
-        kind="text",
-        generates=True,
-        own_rows=False,
-        scorer_version=SCORER_VERSION,
-        headline=HEADLINE,
-        row_columns={"x": "text", "y": "text", "answers": "any"},
-        fields=FIELDS,
-        check_rows=check_rows,
-        run=run,
-        score_file=score_file,
-        row_scores=row_scores,
-        benchmark_rows=benchmark_rows,
-    ),
-)
+BENCHMARKS.add("squad", SCORER.benchmark(Config, __doc__, benchmark_rows=benchmark_rows))

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's examples as they are printed: they pass lint and their tests, and a run with both is scored."""
+"""CONTRIBUTING.md's examples as they are printed: they pass lint and their tests, and a run with all is scored."""
 
 import json
 import re
@@ -29,12 +29,15 @@ def write_examples(folder: Path) -> list[str]:
 def run_examples(words: list[str]) -> int:
     """In a process of its own, whose packages have the examples' modules too: the examples' tests, then a run."""
     import data
+    import eval as benchmarks
     import run_exp
-    from flatlora.methods import adapters
+    from flatlora.methods import adapters, regularizers
 
     folder, *settings = words
     adapters.__path__.append(f"{folder}/flatlora/methods/adapters")
+    regularizers.__path__.append(f"{folder}/flatlora/methods/regularizers")
     data.__path__.append(f"{folder}/data")
+    benchmarks.__path__.append(f"{folder}/eval")
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", folder, "-c", "/dev/null"]
     fixtures = ["-p", "tests.conftest", "-p", "tests.flatlora.methods.conftest"]
     failed = pytest.main([*options, *fixtures, f"{folder}/tests"])
@@ -44,19 +47,21 @@ def run_examples(words: list[str]) -> int:
 @pytest.mark.slow
 def test_the_examples_pass_their_tests_and_train_a_run(tmp_path, tiny_settings):
     names = write_examples(tmp_path / "examples")
-    assert len(names) == 6
+    assert len(names) == 12
     for check in (("check",), ("format", "--check")):
         ruff = [sys.executable, "-m", "ruff", *check, "--config", str(PROJECT / "pyproject.toml")]
         subprocess.run([*ruff, str(tmp_path / "examples")], check=True)
     settings = [word for word in tiny_settings if word != "eval=[]"]
-    settings += ["peft=orthogonal", "peft.gain=0.5", "dataset=sums", "dataset.largest=50", "rho=flat"]
-    settings += ["eval.gsm8k.max_new_tokens=4"]
+    settings += ["peft=orthogonal", "peft.gain=0.5", "dataset=sums", "dataset.largest=50"]
+    settings += ["rho=gradient_noise", "rho.gamma=0", "eval=[gsm8k,closeness]"]
+    settings += ["eval.gsm8k.max_new_tokens=4", "eval.closeness.max_new_tokens=4", "eval.closeness.tolerance=0.05"]
     log = tmp_path / "log"
     assert ForkedRun([str(tmp_path / "examples"), *settings], log, run_examples).wait(240) == 0, log.read_text()
-    assert "2 passed" in log.read_text()
+    assert "6 passed" in log.read_text()
     folder = run_folder(settings)
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["experiment"]["peft"]["gain"] == 0.5
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
-    assert json.loads((folder / "eval/gsm8k/score.json").read_text())["n"] == 4
+    for benchmark in ("gsm8k", "closeness"):
+        assert json.loads((folder / f"eval/{benchmark}/score.json").read_text())["n"] == 4

@@ -47,7 +47,8 @@ class Benchmark:
         scorer_version: incremented when the same answers get different scores.
         fields: keys of a row of predictions.jsonl, and their types.
         row_columns: columns of a dataset's rows, as `flatlora.inputs.rows.Columns`; empty if the benchmark uses its
-        own. check_rows: (rows, source, config, tokenizer=, classes=, model=) raises ConfigError for rows that cannot be
+            own.
+        check_rows: (rows, source, config, tokenizer=, classes=, model=) raises ConfigError for rows that cannot be
             scored. The keyword arguments are what is known of the model before its weights are loaded.
         run: (backend, rows, folder, config) → the score, {"scorer", "n", "metrics"}; generates and scores answers.
         score_file: (path, config) → the score of a complete predictions.jsonl.

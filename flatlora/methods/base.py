@@ -79,7 +79,7 @@ class AdapterMethod:
         """Errors about choices of the experiment that are incompatible with this method."""
         peft, model, optim = experiment.peft, experiment.model, experiment.optim
         keys = ("peft", "peft.method")
-        reason = self.refuses.get(experiment.rho.method) if experiment.regularized else None
+        reason = refusal(peft.method, experiment.rho.method) if experiment.regularized else None
         if reason:
             yield SettingError(
                 (*keys, "rho", "rho.method"),
@@ -219,9 +219,14 @@ class Strength:
 
 
 class RhoMethod:
-    """A registered regularizer: its config, and a factory of the object that acts on one run."""
+    """A registered regularizer: its config, and a factory of the object that acts on one run.
+
+    `refuses` maps each adapter method that it is incompatible with to the reason, as `AdapterMethod.refuses` does for
+    regularizers; an entry in one of them is enough.
+    """
 
     Config: ClassVar[type[RhoConfig]] = RhoConfig
+    refuses: ClassVar[Mapping[str, str]] = {}
     strength: ClassVar[Strength | None] = None  # None: any value is as good as another
     needs_plain_layers: ClassVar[bool] = False  # PEFT's and transformers' own code, whatever trainer.kernels says
     reads_gradients: ClassVar[bool] = False  # as `AdapterMethod.reads_gradients`
@@ -235,6 +240,7 @@ class RhoMethod:
         """Add parameters that the method trains besides the adapter; called before a checkpoint is loaded."""
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
+        """Return the object that acts on one run. `model` is the adapted model, `config.sigma` is above 0."""
         raise NotImplementedError
 
 
@@ -251,7 +257,8 @@ def owners(section: str, key: str) -> list[str]:
 
 def refusal(peft_method: str, rho_method: str) -> str | None:
     """Why a pair of methods is incompatible; None if it is not."""
-    return ADAPTERS[peft_method].refuses.get(rho_method)
+    reason = ADAPTERS[peft_method].refuses.get(rho_method)
+    return REGULARIZERS[rho_method].refuses.get(peft_method) if reason is None else reason
 
 
 def uses_kernels(experiment: Experiment) -> bool:

@@ -146,7 +146,8 @@ def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
 def test_rows_of_every_kind_have_scores(tmp_path):
     row = {"index": 0, "prompt": "p", "reference": "#### 5", "completion": "5", "tokens": 1, "finished": True}
     assert gsm8k.row_scores([row], gsm8k.Config(), tmp_path) == {("p", 0): 1.0}
-    assert squad.row_scores([row | {"answers": ["5 m"]}], squad.Config(), tmp_path) == {("p", 0): pytest.approx(2 / 3)}
+    answered = [row | {"answers": ["5 m"]}]
+    assert squad.SCORER.row_scores(answered, squad.Config(), tmp_path) == {("p", 0): pytest.approx(2 / 3)}
     task = {"code": "def f():\n", "test": "", "entry_point": "f", "form": "completion"}
     rows = [{"index": i, "task_id": f"T/{i // 2}", "completion": f"    return {i}", **task} for i in range(4)]
     keys = [humaneval._program_sha256(one) for one in humaneval._tasks(rows)]

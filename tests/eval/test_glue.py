@@ -175,9 +175,20 @@ def test_metrics_of_another_task_are_refused():
         run_exp.experiment_of(["dataset=sst2", "eval.glue.task=stsb"])
 
 
-def test_glue_without_a_task_of_glue_is_an_error():
-    with pytest.raises(ConfigError, match=r"Invalid eval.glue.task=None"):
-        run_exp.experiment_of(["dataset=gsm8k", "eval=[glue]"])
+def test_glue_of_rows_without_choices_is_an_error_before_training(tiny_settings, capsys):
+    assert run_exp.main([word if word != "eval=[]" else "eval=[glue]" for word in tiny_settings]) == 2
+    told = capsys.readouterr().err
+    assert "1 error: nothing was loaded or written." in told
+    assert "it needs a list of at least two different answers; glue ranks given answers" in told
+
+
+def test_rows_of_no_task_of_glue_have_an_accuracy(backend, tmp_path):
+    pairs = zip(PROMPTS, CHOICES, strict=True)
+    rows = [{"x": prompt, "y": choices[0], "choices": choices} for prompt, choices in pairs]
+    config = glue.Config(task=None)
+    glue.check_rows(rows, "there", config)
+    assert set(glue.run(backend, rows, tmp_path, config)["metrics"]) == {"n", "accuracy", "majority"}
+    assert glue.score_file(tmp_path / "predictions.jsonl", config)["n"] == 2
 
 
 @pytest.mark.parametrize(
@@ -248,5 +259,5 @@ def test_a_finished_run_says_its_task(sst2, capsys):
     assert "Invalid eval.glue.metric=published with eval.glue.task=mnli" in capsys.readouterr().err
     assert main("glue", ["some/model", "rows=/nope.jsonl"]) == 2
     told = capsys.readouterr().err
-    assert "Missing task: this key has no default; set task=VALUE; it determines the metrics." in told
+    assert "Missing task: this key has no default; set task=VALUE; it determines the metrics, null is accuracy" in told
     assert "Invalid rows=/nope.jsonl" in told

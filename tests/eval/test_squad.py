@@ -31,14 +31,14 @@ def row(completion, *answers):
     ],
 )
 def test_answers_and_what_they_are_worth(completion, answers, exact, f1):
-    metrics = squad.score([row(completion, *answers)])["metrics"]
+    metrics = squad.SCORER.score([row(completion, *answers)], squad.Config())["metrics"]
     assert metrics["exact_match"] == exact
     assert metrics["f1"] == pytest.approx(f1)
     assert metrics["unanswered"] == (completion == "")
 
 
 def test_scores_are_means_and_no_rows_are_no_score():
-    metrics = squad.score([row("42", "42"), row("x", "42") | {"finished": False}])["metrics"]
+    metrics = squad.SCORER.score([row("42", "42"), row("x", "42") | {"finished": False}], squad.Config())["metrics"]
     assert metrics == {
         "n": 2,
         "f1": 0.5,
@@ -47,7 +47,7 @@ def test_scores_are_means_and_no_rows_are_no_score():
         "unfinished": 0.5,
         "mean_tokens": 3.0,
     }
-    empty = squad.score([])["metrics"]
+    empty = squad.SCORER.score([], squad.Config())["metrics"]
     assert empty.pop("n") == 0
     assert set(empty.values()) == {None}
 
@@ -55,9 +55,9 @@ def test_scores_are_means_and_no_rows_are_no_score():
 @pytest.mark.parametrize("answers", [None, [], "42", [5]])
 def test_rows_without_accepted_answers_are_named(answers):
     good = {"x": "q", "y": "42", "answers": ["42"]}
-    with pytest.raises(ConfigError, match=r"Invalid answers in FILE, row 2 \(and 1 more\)"):
-        squad.check_rows([good, good | {"answers": answers}, {"x": "q", "y": "42"}], "FILE", squad.Config())
-    squad.check_rows([good], "FILE", squad.Config())
+    with pytest.raises(ConfigError, match=r"Invalid row 2 \(and 1 more\) in FILE for squad: .*at least one text"):
+        squad.SCORER.check_rows([good, good | {"answers": answers}, {"x": "q", "y": "42"}], "FILE", squad.Config())
+    squad.SCORER.check_rows([good], "FILE", squad.Config())
 
 
 def test_a_run_is_scored_and_scored_again(tiny_settings, tmp_path):
@@ -85,4 +85,4 @@ def test_broken_answers_of_squad_itself_are_named(tmp_path, capsys):
     rows = [good, good | {"answers": {"text": []}}, good | {"answers": None}]
     write_split(tmp_path, "rajpurkar/squad", "plain_text", "validation", rows)
     assert main("squad", ["some/model", f"data_root={tmp_path}"]) == 2
-    assert "Invalid answers in the benchmark's own rows, row 2 (and 1 more)" in capsys.readouterr().err
+    assert "Invalid row 2 (and 1 more) in the benchmark's own rows for squad: " in capsys.readouterr().err

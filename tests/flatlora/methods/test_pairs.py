@@ -90,6 +90,8 @@ def test_the_documentation_has_the_matrix_that_the_code_prints():
 # Plain LoRA with other targets, another scaling, other rates, or a start that is kept as PiSSA's and LoRA-GA's are.
 AS_OTHERS = ("attention", "rslora", "lora_plus", "olora", "corda", "eva", "lora_fa", "lora_ga", "hira")
 
+STATELESS = ("sam", "sam_full", "esam", "nbar", "obar", "rop", "rwp_lora")  # of regularizers, between two steps
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -101,8 +103,11 @@ AS_OTHERS = ("attention", "rslora", "lora_plus", "olora", "corda", "eva", "lora_
     ]
     + [
         ("full_ft", "off"),
-        *(("lora", rho) for rho in ("look_sam", "bi_lora")),  # the state of both is saved
-        *(pytest.param("lora", rho, marks=pytest.mark.extra) for rho in ("sam", "nbar", "obar", "rop")),
+        *(  # look_sam and bi_lora save a state
+            pytest.param("lora", rho, marks=pytest.mark.extra if rho in STATELESS else ())
+            for rho in methods.REGULARIZERS
+            if rho not in ("off", "flat")
+        ),
         pytest.param("lora_pro", "nbar", marks=pytest.mark.extra),
     ],
 )
@@ -146,6 +151,17 @@ def test_killed_and_resumed_is_never_killed(peft, rho, tiny_settings, monkeypatc
         assert files[0] == files[1]
     else:
         assert adapter_bytes(killed) == adapter_bytes(whole)
+
+
+def test_a_regularizer_may_name_the_methods_that_it_does_not_work_with(monkeypatch):
+    monkeypatch.setattr(type(methods.REGULARIZERS["rop"]), "refuses", {"dora": "the reason"})
+    with pytest.raises(ConfigError, match=r"Invalid rho=rop with peft=dora: the reason; use rho=off"):
+        run_exp.experiment_of(["peft=dora", "rho=rop"])
+    assert run_exp.experiment_of(["peft=dora", "rho=rop", "rho.sigma=0"]).rho.method == "rop"
+    assert run_exp.experiment_of(["peft=lora", "rho=rop"]).rho.method == "rop"
+    (row,) = [line for line in matrix().splitlines() if line.startswith("| dora |")]
+    assert row.count("✓") == row.count("|") - 3
+    assert "] the reason." in matrix()
 
 
 def test_lora_pro_refuses_another_optimizer():
