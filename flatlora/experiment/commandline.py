@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep, Sweep
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -325,6 +326,11 @@ def _quoted(key: str, value: str) -> str | None:
     return shlex.quote(f"{key}={inner}") if re.search(r'["$`\\!]', inner) else f'{key}="{inner}"'
 
 
+# What Hydra raises: its own, and for hydra/launcher=5, hydra.job.env_copy=[NO_VARIABLE], a broken option file, and one
+# that names itself in its defaults.
+_COMPOSING = (HydraException, OmegaConfBaseException, ValueError, LookupError, yaml.YAMLError, RecursionError)
+
+
 def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
     """Returns the plain nested configuration of one job; `parse` reports the errors in its `NoSection` values.
 
@@ -356,7 +362,7 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
             return plain | _unchosen_benchmarks(folders, known) | unknown
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra/launcher=5 raises ValueError
+    except _COMPOSING as error:
         errors = [message for section in unknown.values() for message in section.errors]
         reason = reason_of(error)
         if isinstance(error, InterpolationResolutionError):
@@ -617,7 +623,7 @@ def expand_sweep(words: Sequence[str]) -> list[list[str]]:
 def _count_values(sweep: Any) -> int | None:
     """Returns the number of values of a sweep without generating them; None if they cannot be counted."""
     if isinstance(sweep, ChoiceSweep):
-        return len(sweep.list)
+        return None if any(isinstance(value, Sweep) for value in sweep.list) else len(sweep.list)
     if not isinstance(sweep, RangeSweep):
         return None
     bounds = (sweep.start, sweep.stop, sweep.step)

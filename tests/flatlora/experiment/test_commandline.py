@@ -229,6 +229,20 @@ def test_a_sweep_parses_an_override_once(monkeypatch):
     assert 20 <= len(parsed) < 40
 
 
+@pytest.mark.parametrize("text", ["\tname: x", "defaults:\n  - own\n", "a: [1"])
+def test_an_option_file_that_cannot_be_read_is_an_error(text, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/own.yaml").write_text(text)
+    words = [f"hydra.searchpath=['file://{tmp_path}']", "model=own"]
+    (told,) = errors(commandline.compose_config, run_exp.SUITE.conf_dir, words)
+    assert told.startswith("The configuration does not compose: ")
+
+
+def test_a_variable_to_copy_that_is_not_there_is_an_error():
+    (told,) = errors(commandline.compose_config, run_exp.SUITE.conf_dir, ["hydra.job.env_copy=[NO_SUCH_VARIABLE]"])
+    assert told == "The configuration does not compose: 'NO_SUCH_VARIABLE'"
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -261,7 +275,7 @@ def test_jobs_are_counted_over_all_sweeps():
     assert len(commandline.expand_sweep(["seed=range(0,16)", "rho.sigma=range(0,1,0.0625)"])) == 256
 
 
-@pytest.mark.parametrize("word", ["seed=range(5,1)", "seed=range(0,1e9)", "seed=range(0,1,0)"])
+@pytest.mark.parametrize("word", ["seed=range(1,3),5", "seed=range(5,1)", "seed=range(0,1e9)", "seed=range(0,1,0)"])
 def test_a_sweep_that_cannot_be_is_exit_code_2(word, capsys):
     assert run_exp.main(["-m", word, "dry_run=true"]) == 2
     assert "Cannot sweep over" in capsys.readouterr().err
