@@ -27,7 +27,7 @@ from data import Row, Splits
 from data.byte_level import ChunkMemory, packed
 from data.selection import batched
 from flatlora.inputs.rows import prompt_text
-from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids
+from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids, tokenizing
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.labels import IGNORED_LABEL
 
@@ -121,7 +121,10 @@ class Encoder:
         encoded = [self._memory.encode(text, special) if self._memory else None for text in texts]
         left = [index for index, ids in enumerate(encoded) if ids is None]
         backend = self.tokenizer.backend_tokenizer
-        encodings = backend.encode_batch_fast([texts[index] for index in left], add_special_tokens=special)
+        rest = [texts[index] for index in left]
+        encodings = tokenizing(
+            self.tokenizer, rest, lambda: backend.encode_batch_fast(rest, add_special_tokens=special)
+        )
         for index, encoding in zip(left, encodings, strict=True):
             encoded[index] = packed(encoding.ids)
         return encoded

@@ -46,7 +46,7 @@ from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
 from flatlora.utils.files import write_json
 from flatlora.utils.names import fitting, is_text
 from flatlora.utils.precision import choose_precision, stored_dtype
-from flatlora.utils.records import links_in, read_record
+from flatlora.utils.records import PlainLoader, links_in, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ def _parse_arguments(benchmark: Benchmark, arguments: Sequence[str]) -> tuple[Ta
             values[key] = None if text == "null" else text
         else:
             try:
-                values[key] = yaml.load(text, _PlainLoader)
+                values[key] = yaml.load(text, PlainLoader)
             except YAML_ERRORS:
                 messages.append(
                     f"Cannot read {argument!r}: its value is not YAML; use a number, true, false, null or text."
@@ -295,15 +295,6 @@ def _parse_arguments(benchmark: Benchmark, arguments: Sequence[str]) -> tuple[Ta
     given = {key: value for key, value in values.items() if key not in Target.model_fields}
     target, errors = checked_section("", Target, {key: value for key, value in values.items() if key not in given})
     return (None if errors else target), given, [*messages, *(error.message for error in errors)]
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: nested aliases can expand a short value to gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("a reference")
-        return super().compose_node(parent, index)
 
 
 def _config(benchmark: Benchmark, resolve: Callable[[], ResolvedModel], given: Mapping[str, Any]) -> Section:

@@ -23,6 +23,7 @@ from eval.backends import Backend
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import prompt_text
+from flatlora.inputs.tokenizing import text_ids
 from flatlora.utils.errors import ConfigError, SettingError
 
 SCORER_VERSION = 1
@@ -118,7 +119,7 @@ def check_rows(
             ]
         )
     if config.metric == "published" and tokenizer is not None:
-        _check_first_tokens(lambda choice: tokenizer(choice, add_special_tokens=False)["input_ids"][0], rows)
+        _check_first_tokens(lambda choice: text_ids(tokenizer, choice, special=False)[0], rows)
 
 
 def _task_problem(row: dict[str, Any], task: TaskName, expected: list[str]) -> str | None:

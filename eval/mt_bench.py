@@ -109,11 +109,13 @@ def parse_rating(reply: str) -> float | None:
     skipped; if it never ends, the reply has no rating.
     """
     verdict = without_draft(reply).replace("\\[", "[").replace("\\]", "]")  # as Markdown escapes them
-    starts = [label.end() for label in _RATING_LABEL.finditer(verdict)]
+    labels = [label.end() for label in _RATING_LABEL.finditer(verdict)]
     for pattern in _RATINGS:
-        labeled = [match[1] for start in starts if (match := pattern.search(verdict, start))]
-        if ratings := labeled or pattern.findall(verdict):
-            rating = float(ratings[-1])
+        if ratings := list(pattern.finditer(verdict)):
+            last = ratings[-1]
+            label = max((end for end in labels if end <= last.start()), default=None)
+            chosen = last if label is None else next(rating for rating in ratings if rating.start() >= label)
+            rating = float(chosen[1])
             return rating if 1 <= rating <= 10 else None
     return None
 

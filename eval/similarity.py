@@ -10,6 +10,7 @@ from PIL import Image
 from torch.nn import functional
 
 from flatlora.inputs.images import middle_of
+from flatlora.inputs.tokenizing import tokenized
 from flatlora.models.scorers import load_captioner, load_clip
 
 
@@ -24,7 +25,8 @@ class Similarity:
     def of_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Returns the features of texts, B × d, FP32, on the CPU."""
         limit = self.model.config.text_config.max_position_embeddings
-        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+        batch = tokenized(self.tokenizer, texts, **options)
         pooled = self.model.text_model(
             input_ids=batch["input_ids"].to(self.device), attention_mask=batch["attention_mask"].to(self.device)
         ).pooler_output

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from eval.backends import Messages
-from flatlora.inputs.tokenizing import special_tokens
+from flatlora.inputs.tokenizing import special_tokens, tokenizing
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ class ChatEncoder:
 
     def _render(self, chat: Messages, *, tokenize: bool) -> Any:
         options = {"tokenize": tokenize, "add_generation_prompt": True, "return_dict": tokenize}
-        rendered = self.tokenizer.apply_chat_template(list(chat), **options)
+        texts = [turn["content"] for turn in chat]  # the template may never end either
+        rendered = tokenizing(self.tokenizer, texts, lambda: self.tokenizer.apply_chat_template(list(chat), **options))
         return rendered["input_ids"] if tokenize else rendered
 
     def _text_ids(self, chat: Messages) -> list[int]:
@@ -57,7 +58,8 @@ class ChatEncoder:
         text = self._replaced(self._render(marked, tokenize=False), _as_token)
         for index, name in enumerate(self._names):
             text = text.replace(_as_text(index), name)
-        return self._renamed.encode(text, add_special_tokens=False).ids
+        encode = functools.partial(self._renamed.encode_batch_fast, [text], add_special_tokens=False)
+        return tokenizing(self.tokenizer, [text], encode)[0].ids
 
     def _replaced(self, text: str, code: Callable[[int], str]) -> str:
         return self._any_name.sub(lambda match: code(self._names.index(match[0])), text)

@@ -34,6 +34,7 @@ from eval.backends import Completion, Messages, Sampling
 from eval.backends.wire import ReplyRefused, is_loopback, key_of, limit_reply
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.masking import MASK, masked
+from flatlora.utils.names import printable
 
 if TYPE_CHECKING:
     import openai
@@ -49,7 +50,7 @@ class EndpointError(OSError):
     """The endpoint cannot be used, perhaps temporarily; the message names the request and the reason."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(masked(message))
+        super().__init__(printable(masked(message)))
 
 
 @dataclass(frozen=True)
@@ -392,9 +393,14 @@ def _completion(reply: Any, text_of: Callable[[Any], str | None], sampling: Samp
         raise _Filtered("the server's filter ends the answer before its first word")
     if not isinstance(text, str):
         raise (_NullText if text is None else _NoAnswer)("a reply whose answer is no text")
-    text, stopped = sampling.cut(text)
+    most = sampling.max_new_tokens * _LONGEST_TOKEN
+    whole = len(text) <= most
+    text, stopped = sampling.cut(text[:most])
     tokens = getattr(getattr(reply, "usage", None), "completion_tokens", None)
-    return Completion(text, tokens if isinstance(tokens, int) else 0, ended == "stop" or stopped)
+    return Completion(text, tokens if isinstance(tokens, int) else 0, stopped or (whole and ended == "stop"))
+
+
+_LONGEST_TOKEN = 128  # letters, those of the longest in usual vocabularies; an endpoint may ignore max_tokens
 
 
 def _is_temporary(error: Exception) -> bool:

@@ -56,8 +56,12 @@ def key_error(key: str, variable: str | None, url_key: str, url: str) -> str | N
             f"Invalid {key}: it must be the name of an environment variable, in capitals, not the key itself; export "
             f"the key, and write {key}=ITS_NAME."
         )
-    if not os.environ.get(variable):
+    if not (value := _key_in(variable)):
         logger.warning("%s=%s: there is no such environment variable, so no key is sent.", key, variable)
+    elif not re.fullmatch("[!-~]+", value):
+        return (
+            f"Invalid {key}={variable}: the key in it has blanks or letters that no request may have; export it again."
+        )
     elif not _is_private(url):
         return (
             f"Invalid {url_key}={masked_url(url)} with {key}={variable}: http would send the key unencrypted; use "
@@ -83,7 +87,12 @@ def key_of(variable: str | None, url: str) -> str | None:
         return None
     if variable is None and _is_openais(url):
         variable = OPENAI_KEY
-    return os.environ.get(variable) or None if variable else None
+    return _key_in(variable) if variable else None
+
+
+def _key_in(variable: str) -> str | None:
+    """Returns the key in an environment variable, without blanks and line ends around it, as a file may have had."""
+    return os.environ.get(variable, "").strip() or None
 
 
 def _is_openais(url: str) -> bool:

@@ -56,7 +56,7 @@ class Limits:
     memory: int = 1024 * _MIB  # of address space of the program, which is one process; its tests have as much
     file: int = 16 * _MIB  # of one file
     files: int = 64 * _MIB  # of all files, removed ones that are open included; none without namespaces
-    threads: int = 12  # of the process; only one if they cannot be counted, with neither namespaces nor an own user
+    threads: int = 12  # of the process; only one where they cannot be counted: as root, or as a user of many processes
     open_files: int = 64
 
 
@@ -223,7 +223,8 @@ def _attempt(task: Task, limits: Limits, isolation: Walls) -> tuple[Outcome, boo
         checker = [answers_read, calls_write, verdict_write], folders[1], {"task": task._asdict()}
         for role, (handles, folder, more) in (("candidate", candidate), ("checker", checker)):
             processes.append(_start(role, handles, folder))
-            threads = isolation.namespaces or isolation.own_user
+            # The kernel counts the threads of a user, and none of root's.
+            threads = isolation.own_user or (isolation.namespaces and os.geteuid() != 0)
             own = {"parent": os.getpid(), "filter": calls.filter_program(processes[-1].pid, threads).hex()}
             _send(processes[-1], {"limits": _sandbox_settings(limits, isolation) | own, "work": folder, **more})
         while child_handles:  # close each only once: another thread may get the same number for a new file

@@ -48,7 +48,6 @@ NUMBERS: dict[str, tuple[int | None, int]] = {
     "pwritev": (296, 70),
     "read": (0, 63),
     "readv": (19, 65),
-    "recvfrom": (45, 207),
     "sendfile": (40, 71),
     "shutdown": (48, 210),
     "getsockname": (51, 204),
@@ -156,6 +155,8 @@ _THREAD = 0x3D0F00  # CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PAR
 _DETACHED = 0x400000  # set by musl, ignored by the kernel
 # Read, write or both, with or without truncation; reading only without, as Landlock before version 3 allows truncation.
 _OPENED = Rule(2, (0, 1, 2, 0o1001, 0o1002), mask=0o1003)
+# No flags, MSG_DONTWAIT or MSG_NOSIGNAL; not MSG_OOB, by which programs took over Linux 6.9 to 6.15 (CVE-2025-38236).
+_ON_SOCKETS = Rule(3, (0,), mask=0xFFFFFFFF & ~0x4040)
 CONDITIONAL: dict[str, tuple[int | None, int]] = {
     "clone": (56, 220),
     "fcntl": (72, 25),
@@ -165,6 +166,7 @@ CONDITIONAL: dict[str, tuple[int | None, int]] = {
     "openat": (257, 56),
     "prctl": (157, 167),
     "prlimit64": (302, 261),
+    "recvfrom": (45, 207),
     "sendto": (44, 206),
     "socketpair": (53, 199),
     "tgkill": (234, 131),
@@ -194,7 +196,8 @@ def rules(pid: int, threads: bool) -> dict[str, tuple[Rule, ...]]:
         "openat": (_OPENED,),
         "prctl": (Rule(0, (15, 16)),),  # a thread's name
         "prlimit64": (Rule(0, (0, pid)),),
-        "sendto": (Rule(4, (0,), wide=True),),  # without an address: within a socket pair
+        "recvfrom": (_ON_SOCKETS,),
+        "sendto": (Rule(4, (0,), wide=True), _ON_SOCKETS),  # without an address: within a socket pair
         "socketpair": (
             Rule(0, (1,)),  # local (AF_UNIX)
             Rule(1, (1,), mask=0xFFFFFFFF & ~0o2004000),  # a stream, which cannot be reconnected, unlike datagrams

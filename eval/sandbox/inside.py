@@ -42,7 +42,7 @@ def enter(limits, work):
         _leave_namespaces(os.geteuid() == 0)
         _mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
         if limits["uid"] is not None:
-            _open_private_folders([os.path.realpath(path) for path in limits["readable"]])
+            _open_private_folders([os.path.realpath(path) for path in (*limits["readable"], work)])
         os.makedirs(work, exist_ok=True)
         options = f"size={limits['files']},nr_inodes={limits['files'] // 4096},mode=0777".encode()
         _mount(b"tmpfs", work.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options)
@@ -94,7 +94,7 @@ def _mount(source, target, kind, flags, options=None):
 
 
 def _open_private_folders(readable):
-    """Lets another user reach an interpreter below a folder such as /root, and nothing else in that folder."""
+    """Lets another user reach an interpreter or a working folder below a folder such as /root, and nothing else."""
     hidden = {}
     for path in readable:
         above = [path[:end] for end in range(1, len(path) + 1) if end == len(path) or path[end] == "/"]

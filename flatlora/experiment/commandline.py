@@ -7,6 +7,7 @@ converts such published spellings to the canonical ones with Hydra's own parser,
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -16,12 +17,14 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep, Sweep
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -158,6 +161,21 @@ def _parse_all(words: Iterable[str]) -> list[Override | None]:
     return parsed
 
 
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Lets Hydra parse each override once in the block: it would parse those of every job of a sweep several times."""
+    with mock.patch.object(OverridesParser, "parse_rule", lambda _, text, rule: copy.copy(_parsed(text, rule))):
+        yield
+
+
+_parse_rule = OverridesParser.parse_rule
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str, rule: str) -> Any:
+    return _parse_rule(OverridesParser.create(), text, rule)
+
+
 @functools.lru_cache(maxsize=1024)  # jobs of a sweep are parsed several times and share most overrides
 def _parse(word: str) -> Override:
     if word.lstrip("+~").startswith("="):
@@ -168,6 +186,7 @@ def _parse(word: str) -> Override:
     return override
 
 
+@functools.lru_cache(maxsize=1024)
 def _size_error(word: str) -> str | None:
     """Returns an error for an override that would take the parser minutes or overflow the stack; else None."""
     begin = word if len(word) <= 60 else f"{word[:60]}…"
@@ -307,6 +326,11 @@ def _quoted(key: str, value: str) -> str | None:
     return shlex.quote(f"{key}={inner}") if re.search(r'["$`\\!]', inner) else f'{key}="{inner}"'
 
 
+# What Hydra raises: its own, and for hydra/launcher=5, hydra.job.env_copy=[NO_VARIABLE], a broken option file, and one
+# that names itself in its defaults.
+_COMPOSING = (HydraException, OmegaConfBaseException, ValueError, LookupError, yaml.YAMLError, RecursionError)
+
+
 def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
     """Returns the plain nested configuration of one job; `parse` reports the errors in its `NoSection` values.
 
@@ -330,15 +354,15 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
     kept = [word for word in known if word.removeprefix("~") not in deleted]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
-            composed = compose("config", overrides=force_add(kept))
+        with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"), parsed_once():
+            composed = _composed(force_add(kept))
             _validate_protocol(conf_dir, composed)
             plain = OmegaConf.to_container(composed, resolve=True)
             plain = {key: value for key, value in plain.items() if key not in (*deleted, *_OF_OPTIONS)}
             return plain | _unchosen_benchmarks(folders, known) | unknown
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra/launcher=5 raises ValueError
+    except _COMPOSING as error:
         errors = [message for section in unknown.values() for message in section.errors]
         reason = reason_of(error)
         if isinstance(error, InterpolationResolutionError):
@@ -347,6 +371,42 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
             )
         errors.append(f"The configuration does not compose: {reason}")
         raise ConfigError(errors) from error
+
+
+_bases: dict[tuple[str, ...], DictConfig] | None = None  # configurations without the values of a command line
+
+
+@contextlib.contextmanager
+def composed_once() -> Iterator[None]:
+    """Composes each choice of options once in the block; the option files must not change meanwhile."""
+    global _bases
+    _bases = {}
+    try:
+        yield
+    finally:
+        _bases = None
+
+
+def _composed(words: Sequence[str]) -> DictConfig:
+    """Returns Hydra's configuration for words of `force_add`.
+
+    Hydra sets values after it has composed the options, so the latter can be composed once for all jobs of a sweep.
+    """
+    overrides = _parse_all(words)
+    values = [one for one in overrides if one.is_force_add() and not one.key_or_group.startswith("hydra")]
+    options = [one for one in overrides if one not in values]
+    if _bases is None or any(one.key_or_group not in GROUPS and not one.is_hydra_override() for one in options):
+        return compose("config", overrides=list(words))
+    chosen = tuple(one.input_line for one in options)
+    if chosen not in _bases:
+        _bases[chosen] = compose("config", overrides=list(chosen))
+    composed = copy.deepcopy(_bases[chosen])
+    for value in values:
+        try:
+            OmegaConf.update(composed, value.key_or_group, value.value(), merge=True, force_add=True)
+        except OmegaConfBaseException as error:
+            raise ConfigCompositionException(f"Error merging override {value.input_line}") from error
+    return composed
 
 
 def _validate_protocol(conf_dir: Path, composed: DictConfig) -> None:
@@ -392,7 +452,7 @@ def _unchosen_benchmarks(folders: Sequence[Path], words: Sequence[str]) -> dict[
         return {}
     others = [word for word in words if word not in keys.values()]
     options = _options(folders, "eval")
-    chosen = [name for name in compose("config", overrides=force_add(others)).get("eval") or {} if name in options]
+    chosen = [name for name in _composed(force_add(others)).get("eval") or {} if name in options]
     errors = []
     for key, word in keys.items():
         name = key.split(".")[1]
@@ -563,7 +623,7 @@ def expand_sweep(words: Sequence[str]) -> list[list[str]]:
 def _count_values(sweep: Any) -> int | None:
     """Returns the number of values of a sweep without generating them; None if they cannot be counted."""
     if isinstance(sweep, ChoiceSweep):
-        return len(sweep.list)
+        return None if any(isinstance(value, Sweep) for value in sweep.list) else len(sweep.list)
     if not isinstance(sweep, RangeSweep):
         return None
     bounds = (sweep.start, sweep.stop, sweep.step)
@@ -690,7 +750,7 @@ def read_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
             else:
                 errors.append(f"Invalid {given} {value}: there is no such folder; name one with option files.")
         else:
-            kept[name] = value or None
+            kept[name] = value or ("all" if name == "--info" else None)  # alone, it would take the next word
     errors += _flag_pair_errors(kept)
     if errors:
         raise ConfigError(errors)

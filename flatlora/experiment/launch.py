@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -26,6 +28,7 @@ from flatlora.runs.run_folder import RunFolder
 from flatlora.train import distributed
 from flatlora.utils import console
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.masking import masked
 
 
 def main(suite: Suite, words: Sequence[str] | None = None) -> int:
@@ -51,7 +54,8 @@ def main(suite: Suite, words: Sequence[str] | None = None) -> int:
         for note in notes:
             console.console.print(f"rewritten: {note}", markup=False, soft_wrap=True)
         if flags and not sweep:
-            return _hand_to_hydra(suite, flags, settings)  # --help, --cfg job and the like
+            shows = {flag.partition("=")[0] for flag in flags} & {"--cfg", "--info", "--help", "--version"}
+            return (_show if shows else _hand_to_hydra)(suite, flags, settings)
         jobs = commandline.expand_sweep(settings) if sweep else [settings]
         experiments = experiments_of(suite, jobs)
         if sweep and not all(experiment.dry_run for experiment in experiments):
@@ -171,11 +175,12 @@ def experiments_of(suite: Suite, jobs: Sequence[Sequence[str]]) -> list[Experime
         ConfigError: with the errors of all jobs; or two jobs have the same folder.
     """
     experiments, errors = [], []
-    for job in jobs:
-        try:
-            experiments.append(experiment_of(suite, job))
-        except ConfigError as error:
-            errors += error.errors
+    with commandline.composed_once():
+        for job in jobs:
+            try:
+                experiments.append(experiment_of(suite, job))
+            except ConfigError as error:
+                errors += error.errors
     folders = [RunFolder.of(experiment).path for experiment in experiments]
     errors += [
         f"Two jobs of the sweep would write to {folder}: drop the value that is swept twice, or let wandb.name or seed "
@@ -185,6 +190,16 @@ def experiments_of(suite: Suite, jobs: Sequence[Sequence[str]]) -> list[Experime
     if errors:
         raise ConfigError(errors)
     return experiments
+
+
+def _show(suite: Suite, flags: Sequence[str], settings: Sequence[str]) -> int:
+    """Prints what Hydra shows for --help, --cfg job and the like, with passwords masked; returns the exit code."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            return _hand_to_hydra(suite, flags, settings)
+    finally:
+        print(masked(shown.getvalue()), end="")
 
 
 def _hand_to_hydra(suite: Suite, flags: Sequence[str], settings: Sequence[str]) -> int:
@@ -202,7 +217,7 @@ def _hand_to_hydra(suite: Suite, flags: Sequence[str], settings: Sequence[str]) 
         exit_codes.append(code)
         return code
 
-    with commandline.hydra_errors():
+    with commandline.hydra_errors(), commandline.parsed_once():
         job()
     return max(exit_codes, default=0)
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from flatlora.inputs.tokenizing import tokenized
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.plain_files import read_plain
 
@@ -113,7 +114,8 @@ def class_embeddings(
     """Returns class embeddings (classes, d), float32: the mean of the normalized prompt embeddings, normalized."""
     rows = []
     for texts in prompts:
-        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=_longest(clip), return_tensors="pt")
+        options = {"padding": True, "truncation": True, "max_length": _longest(clip), "return_tensors": "pt"}
+        batch = tokenized(tokenizer, texts, **options)
         pooled = clip.text_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
         embeddings = functional.normalize(clip.text_projection(pooled).float(), dim=-1)
         rows.append(functional.normalize(embeddings.mean(dim=0), dim=-1))

@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 
 from flatlora.config.sections import DiffusionModelConfig, ModelConfig
 from flatlora.inputs.rows import hub_is_reachable
+from flatlora.inputs.tokenizing import tokenized
 from flatlora.models.hashes import part_sha256
 from flatlora.models.sources import NO_FOREIGN_CODE, count_errors, hub_errors, load_whole
 from flatlora.utils.errors import ConfigError
@@ -397,8 +398,9 @@ def token_ids(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the token ids of both tokenizers, (B, maximum length) each; see `warn_of_long_prompts` for truncation."""
     return tuple(
-        tokenizer(
-            list(prompts),
+        tokenized(
+            tokenizer,
+            prompts,
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
@@ -412,7 +414,11 @@ def warn_of_long_prompts(tokenizers: Sequence[transformers.PreTrainedTokenizerBa
     """Logs one warning about all prompts that are longer than a tokenizer's maximum length."""
     texts = list(dict.fromkeys(prompts))
     for tokenizer in tokenizers:
-        lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]] if texts else []
+        lengths = (
+            [len(ids) for ids in tokenized(tokenizer, texts, truncation=False, verbose=False)["input_ids"]]
+            if texts
+            else []
+        )
         limit = tokenizer.model_max_length
         if long := [text for text, length in zip(texts, lengths, strict=True) if length > limit]:
             logger.warning(

@@ -256,8 +256,9 @@ def _try_patterns(folder: Path, names: Sequence[str]) -> None:
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        named = ("rank_pattern", "alpha_pattern", "lambda_pattern")
-        patterns = [pattern for name in named for pattern in getattr(config, name, None) or {}]
+        by_pattern = [value for key, value in vars(config).items() if key.endswith("_pattern")]  # of a rank, a scale, …
+        patterns = [pattern for value in by_pattern if isinstance(value, dict) for pattern in value]
+        feedforward = getattr(config, "feedforward_modules", None)
         has_targets = hasattr(config, "target_modules")
         if has_targets and config.target_modules is None:
             config.target_modules = []  # PEFT has defaults for the model; the other patterns are still used
@@ -266,6 +267,8 @@ def _try_patterns(folder: Path, names: Sequence[str]) -> None:
                 if has_targets:
                     check_target_module_exists(config, name)
                 get_pattern_key(patterns, name)
+                if isinstance(feedforward, str):
+                    re.fullmatch(feedforward, name)
     except TimeoutError as error:
         reason = f"matching them with the names of its layers takes more than {_PATTERN_SECONDS:.0f} s"
         raise ConfigError([_bad_patterns(folder, reason)]) from error

@@ -13,10 +13,12 @@ from typing import Any
 
 from flatlora.config.experiment import Experiment
 from flatlora.runs.run_folder import logger
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import fsync_folder, no_link, write_atomic
 from flatlora.utils.masking import masked
-from flatlora.utils.plain_files import open_plain
+from flatlora.utils.plain_files import read_plain
+
+_MOST_BYTES = 1 << 30
 
 
 class MetricsLog:
@@ -34,8 +36,13 @@ class MetricsLog:
         Args:
             kept: the checkpoint's lines up to `step`, which replace those of the file; None if it has none.
         """
-        lines = []
-        for line in self._text().splitlines():
+        lines, text = [], ""
+        try:
+            text = self._text()
+        except OSError:
+            if kept is None:
+                raise
+        for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # incomplete row
                 if json.loads(line)["step"] <= step:
                     lines.append(line)
@@ -50,10 +57,11 @@ class MetricsLog:
 
     def _text(self) -> str:
         try:
-            with open_plain(self.path) as file:
-                return file.read().decode(errors="replace")
+            return read_plain(self.path, _MOST_BYTES).decode(errors="replace")
         except FileNotFoundError:
             return ""
+        except OSError as error:
+            raise OSError(f"cannot read {self.path}: {reason_of(error)}") from error
 
     def flush(self) -> None:
         """Flushes all rows to disk."""

@@ -104,7 +104,7 @@ def _patience_s(machine: TrainerConfig) -> int:
     return min(110, max(30, int(machine.timeout_s)))
 
 
-_claimed: list[Any] = []  # the lock file of this process's GPU, held until it exits
+_claimed: list[int] = []  # descriptor of the lock file of this process's GPU, held until it exits
 
 
 def claim_gpu(count: int, folder: Path | None = None) -> int | None:
@@ -119,17 +119,29 @@ def claim_gpu(count: int, folder: Path | None = None) -> int | None:
         return None
     folder = folder or Path(tempfile.gettempdir())
     for number in range(count):
-        lock = open(folder / f"flatlora-gpu-{number}.lock", "a")  # noqa: SIM115 - held until the process ends
+        try:
+            lock = _open_lock(folder / f"flatlora-gpu-{number}.lock")
+        except OSError:  # a link, or a file that another user has closed
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
+            os.close(lock)
             continue
         _claimed.append(lock)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
         return number
     return None
+
+
+def _open_lock(path: Path) -> int:
+    """Opens a lock file, which may be another user's: a lock needs no permission to write."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def gpu_count() -> int:

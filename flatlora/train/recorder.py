@@ -21,7 +21,7 @@ from flatlora.train import checkpoint
 from flatlora.train.distributed import check_dtypes, zero_dtypes
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_json
-from flatlora.utils.plain_files import file_sha256, open_plain
+from flatlora.utils.plain_files import file_sha256, read_plain
 from flatlora.utils.staging import obey_umask, remove
 
 logger = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ class BestModel(TrainerCallback):
                 file.unlink()
 
 
-_BEST_FILE = "best.json"
+_BEST_FILE, _MOST_BYTES = "best.json", 1 << 24
 
 
 def _bests_of(folder: Path) -> list[dict[str, Any]]:
@@ -269,8 +269,7 @@ def _bests_of(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / _BEST_FILE
     try:
-        with open_plain(path) as file:
-            bests = json.loads(file.read())
+        bests = json.loads(read_plain(path, _MOST_BYTES))
         return [{"step": best["step"], "eval_loss": best["eval_loss"], "file": best["file"], **best} for best in bests]
     except FileNotFoundError:
         return []

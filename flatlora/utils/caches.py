@@ -17,13 +17,14 @@ from pathlib import Path
 
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic, write_json
-from flatlora.utils.plain_files import file_sha256, open_plain
+from flatlora.utils.plain_files import file_sha256, open_plain, read_plain
 from flatlora.utils.staging import obey_umask, remove, staging, sweep
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _DIGITS = 20  # of a hash, in names
+_MOST_BYTES = 1 << 24  # of a manifest
 
 
 def find(folder: Path, name: str, suffix: str) -> Path | None:
@@ -141,8 +142,7 @@ def _folder_problem(path: Path) -> str | None:
         PermissionError: this user may not read it.
     """
     try:
-        with open_plain(path / MANIFEST) as file:
-            manifest = json.loads(file.read())
+        manifest = json.loads(read_plain(path / MANIFEST, _MOST_BYTES))
         hashes = dict(manifest["files"])
         if manifest["name"] != path.name:
             return f"its manifest is that of {manifest['name']}"

@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.masking import masked
+from flatlora.utils.names import printable
 
 console = Console(stderr=True, highlight=False, emoji=False)  # emoji=True would replace :on: in a name such as a:on:b
 _SECONDS_BETWEEN_LINES = 5.0
@@ -113,7 +115,8 @@ def report_errors(error: ConfigError) -> None:
 def report_failure(error: Exception) -> None:
     """Print why a run failed: the message if it is enough for a user, else the traceback."""
     if isinstance(error, FloatingPointError | OSError):
-        console.print(Text("The run failed: ", "bold red") + Text(str(error)), soft_wrap=True)
+        reason = printable(masked(str(error)))
+        console.print(Text("The run failed: ", "bold red") + Text(reason), soft_wrap=True)
     else:
         console.print_exception()
 
@@ -165,7 +168,8 @@ def quiet_libraries() -> None:
     import transformers
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    handler.setFormatter(_SafeFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     warnings.formatwarning = _one_line
     _show_decisive(transformers.utils.logging, handler)
@@ -181,6 +185,13 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=re.escape(text))
     for pattern in _WRONG_RESULT:
         warnings.filterwarnings("error", message=pattern)
+
+
+class _SafeFormatter(logging.Formatter):
+    """Masks passwords, and spells control characters: a message may quote the command line, or an endpoint's reply."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(masked(super().format(record)))
 
 
 def _show_decisive(library: Any, handler: logging.Handler) -> None:

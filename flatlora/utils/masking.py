@@ -6,7 +6,10 @@ import re
 import urllib.parse
 
 MASK = "***"
-_ADDRESS = re.compile(r"(?<=://)[^/\s]\S*@")  # up to the last @: a password may contain characters that end a host
+_ADDRESS = re.compile(  # up to the last @: a password may contain characters that end a host
+    r"(?<=://)[^/\s]\S*@"
+    r"|(?:(?<=_url=)|(?<=_url: ))(?!['\"]?\w+://)['\"]?/{0,2}[^\s/@]*:\S*@"  # without http://, by mistake
+)
 
 
 def masked(text: str) -> str:
@@ -15,8 +18,9 @@ def masked(text: str) -> str:
 
 
 def masked_word(word: str) -> str:
-    """`masked` for a single argument or URL, whose password may contain blanks."""
-    return re.sub(r"(?<=://)(?!/).*@", f"{MASK}@", word, flags=re.DOTALL)
+    """`masked` for a single argument or URL, whose password may contain blanks, and whose `http://` may be missing."""
+    begin = r"(?<=://)(?!/)" if "://" in word else r"(?:(?<==)|^)(?=['\"]?/{0,2}[^/=@]*:)"
+    return re.sub(rf"{begin}.*@", f"{MASK}@", word, flags=re.DOTALL)
 
 
 def masked_url(url: str) -> str:

@@ -54,6 +54,15 @@ def read_record(path: Path, remedy: str = "restore it from a copy") -> dict[str,
     return record
 
 
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: nested aliases can expand a short text to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has a reference (*), which this suite does not write")
+        return super().compose_node(parent, index)
+
+
 def read_settings(path: Path, remedy: str) -> Any:
     """Reads a YAML file.
 
@@ -61,7 +70,7 @@ def read_settings(path: Path, remedy: str) -> Any:
         ConfigError: it does not exist, cannot be read, or is not YAML.
     """
     try:
-        content = yaml.safe_load(read_plain(path, _MOST_SETTINGS))
+        content = yaml.load(read_plain(path, _MOST_SETTINGS), PlainLoader)
         _validate_depth(content)
     except (OSError, *_YAML_ERRORS) as error:
         raise _broken(path, _reason(error), remedy, "file") from error

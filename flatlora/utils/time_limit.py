@@ -1,12 +1,14 @@
-"""A time limit for work that may never end, such as a regular expression from a data set."""
+"""Time limits for work that may never end, such as a regular expression from elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -29,3 +31,28 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def in_time(work: Callable[[], T], seconds: float) -> T:
+    """Returns the result of `work`, which runs in another thread; for libraries that no signal interrupts.
+
+    Raises:
+        TimeoutError: it takes longer; its thread goes on until the process ends.
+    """
+    results: list[tuple[T | None, BaseException | None]] = []
+
+    def attempt() -> None:
+        try:
+            results.append((work(), None))
+        except BaseException as error:  # raised again in the calling thread
+            results.append((None, error))
+
+    thread = threading.Thread(target=attempt, name="limited", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not results:
+        raise TimeoutError(f"it took more than {seconds} s")
+    result, error = results[0]
+    if error is not None:
+        raise error
+    return result

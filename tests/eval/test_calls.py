@@ -113,6 +113,9 @@ def test_conditions_hold_all_at_once(machine):
     assert not passes("kill", 8)
     assert passes("sendto", 3, 0, 1, 0, 0)
     assert not passes("sendto", 3, 0, 1, 0, 1 << 32)
+    flags = [1 << bit for bit in range(32) if passes("sendto", 3, 0, 1, 1 << bit, 0)]
+    assert flags == [1 << bit for bit in range(32) if passes("recvfrom", 3, 0, 1, 1 << bit)] == [0x40, 0x4000]
+    assert passes("recvfrom", 3, 0, 1, 0)
     assert not passes("clone", 17)
     assert passes("clone", calls._THREAD)
     assert passes("prctl", 15)

@@ -1,6 +1,7 @@
 """MT-Bench: what is asked, what a judge's reply is worth, a judge that misbehaves, and a resumed evaluation."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,13 @@ def test_greedy_takes_no_temperature(tmp_path, bench, judge):
 )
 def test_ratings_are_read(reply, rating):
     assert mt_bench.parse_rating(reply) == rating
+
+
+@pytest.mark.parametrize("end", ["", "[6]", "Rating: [[7]]"])
+def test_a_long_reply_is_read_in_bounded_time(end):
+    begun = time.monotonic()
+    assert mt_bench.parse_rating("Rating: " * 200_000 + end) == {"": None, "[6]": 6.0}.get(end, 7.0)
+    assert time.monotonic() - begun < 5.0
 
 
 def test_a_judge_without_a_rating_is_asked_again_and_then_counted_apart(tmp_path, bench, judge):

@@ -268,6 +268,21 @@ def test_the_servers_own_reason_is_told(server, error):
     assert len(server.seen) == 1
 
 
+def test_an_answer_is_no_longer_than_its_tokens_can_be(server):
+    server.answer = lambda prompt: "a" * 10_000
+    (answer,) = backend(server, concurrency=1).generate(PROMPTS[:1], Sampling(8))
+    assert (answer.text, answer.finished) == ("a" * 8 * 128, False)
+    server.answer = lambda prompt: "a" * 8 * 128
+    (answer,) = backend(server, concurrency=1).generate(PROMPTS[:1], Sampling(8))
+    assert (len(answer.text), answer.finished) == (8 * 128, True)
+
+
+def test_what_a_server_says_has_no_control_characters(server):
+    server.refuse = lambda body: {"message": "no \x1b]0;title\x07"}
+    with pytest.raises(EndpointError, match=r"no \\x1b\]0;title\\x07$"):
+        backend(server, concurrency=1).generate(PROMPTS[:1], GREEDY)
+
+
 @pytest.mark.parametrize(
     "error",
     [

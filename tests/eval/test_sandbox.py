@@ -301,6 +301,33 @@ def test_memory_is_counted_over_all_threads():
     assert not outcome(program, sandbox.Limits(memory=512 << 20), TEST_ONE).passed
 
 
+@pytest.mark.parametrize("namespaces", [True, False])
+def test_there_are_no_threads_where_none_are_counted(namespaces):
+    """As root, whose threads the kernel does not count: they could be as many as fit into the address space."""
+    held = sandbox.Walls(namespaces, inside.landlock_version(), True, False)
+    if os.geteuid() != 0 or not holds(held):
+        pytest.skip("not root, or no namespaces")
+    program = "import threading\ndef double(x):\n    threading.stack_size(1 << 15)\n    done = threading.Event()\n"
+    program += "    threads = [threading.Thread(target=done.wait) for _ in range(100)]\n"
+    program += "    for thread in threads:\n        thread.start()\n    done.set()\n    return x * 2\n"
+    found = sandbox._run(sandbox.Task(program, PROMPT, TEST, "double"), sandbox.Limits(seconds=10.0), held)
+    assert found == (False, "RuntimeError: can't start new thread")
+
+
+def test_a_place_that_is_the_evaluators_alone_is_the_programs_too(own_room):
+    """Such as a $TMPDIR of each user: with a user of its own, a program reaches its folder in it, and nothing else."""
+    if not sandbox.walls().namespaces:
+        pytest.skip("no namespaces: nothing may be written")
+    (own_room / "beside").touch(0o644)
+    own_room.chmod(0o700)
+    program = "import os, tempfile\ndef double(x):\n    with tempfile.TemporaryFile() as file:\n"
+    program += "        file.write(b'x')\n    open(os.path.abspath('a'), 'w').close()\n"
+    program += "    assert not os.path.exists('../beside')\n    return x * 2\n"
+    found = outcome(program, sandbox.Limits(seconds=10.0))
+    (own_room / "beside").unlink()
+    assert found == (True, "")
+
+
 BUSY = "import time\ndef double(x):\n    while time.process_time() < 0.5:\n        pass\n    return x * 2\n"
 
 
@@ -505,6 +532,7 @@ def test_a_program_that_waits_for_a_disk_is_not_late_and_is_repeated_alone_befor
 
 
 MODES = ["namespaces", "root without namespaces", "a user a program, without namespaces"]
+MODES += [pytest.param("namespaces of root", marks=pytest.mark.extra)]
 MODES += [pytest.param("another user", marks=pytest.mark.extra)]  # who imports it all anew, for half a minute
 RIGHT = (
     "import fractions\ndef double(x):\n    return fractions.Fraction(x * 2) if x == 21 else (one for one in [x, x])\n"
@@ -557,9 +585,10 @@ def run_as_another_user(tasks, room):
 def outcomes_in(mode, tasks, room):
     """Those of the tasks in one mode; skips what this machine cannot do."""
     landlock = sandbox.walls().landlock
-    if mode == "namespaces":
-        held = sandbox.walls()
-        if not held.namespaces:
+    if mode.startswith("namespaces"):
+        own = mode == "namespaces"  # else those of root, where no other user can be had
+        held = sandbox.walls() if own else sandbox.Walls(True, landlock, True, False)
+        if not held.namespaces or not (own or (os.geteuid() == 0 and holds(held))):
             pytest.skip("this machine has no namespaces")
     else:
         held = sandbox.Walls(False, landlock, True, mode.startswith("a user"))

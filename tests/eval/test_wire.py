@@ -125,6 +125,16 @@ def test_what_would_give_a_key_away_is_refused(words, message, tmp_path, capsys)
     assert "sk-mine" not in told
 
 
+def test_a_key_that_no_request_can_have_is_named_and_blanks_around_one_are_left_out(server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", " sk-mine\r\n")
+    ask(server.url, key_variable="MY_KEY")
+    assert sent(server)["authorization"] == "Bearer sk-mine"
+    for key in ("sk-mi\nne", "sk-min\u00e9", "sk mine"):
+        monkeypatch.setenv("MY_KEY", key)
+        (error,) = wire.endpoint_errors("base_url", server.url, "base_key", "MY_KEY")
+        assert error.message.startswith("Invalid base_key=MY_KEY: the key in it has blanks or letters")
+
+
 def test_a_variable_that_is_not_there_is_named(caplog):
     with caplog.at_level(logging.WARNING):
         assert wire.endpoint_errors("base_url", "https://x/v1", "base_key", "NONE_SUCH") == []
@@ -194,7 +204,11 @@ def test_a_password_is_used_and_stays_out_of_failures(server):
 
 
 @pytest.mark.parametrize(
-    "form", ["http://me:pa55@h:99999/v1", "http://me:pa55@[h/v1", "http://me:pa55 x@h/v1", "http://me:pa/55@h"]
+    "form",
+    [
+        *("http://me:pa55@h:99999/v1", "http://me:pa55@[h/v1", "http://me:pa55 x@h/v1", "http://me:pa/55@h"),
+        *("me:pa55@h/v1", "me:pa55 x@h", "//me:pa55@h/v1", "http:me:pa55@h", "http:/me:pa55@h"),
+    ],
 )
 def test_no_error_shows_a_password(form, capsys):
     assert main("gsm8k", ["m", "backend=openai", "score_only=true", f"base_url={form}", "concurrency=0"]) == 2

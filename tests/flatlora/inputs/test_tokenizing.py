@@ -1,10 +1,19 @@
 """Names of special tokens are text; what a tokenizer puts behind a text is known."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids
+from data.tokens import Encoder
+from eval.backends.chats import ChatEncoder
+from flatlora.inputs import tokenizing
+from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids, tokenized
+from flatlora.utils.errors import ConfigError
 
 
 def make(single):
@@ -49,3 +58,75 @@ def test_special_tokens_are_known_by_their_text(tiny_model_folder):
     found = special_tokens(tokenizer)
     assert found["<|im_end|>"] == tokenizer.eos_token_id
     assert set(found) >= set(tokenizer.all_special_tokens)
+
+
+# (where it is, a pattern that goes on for minutes or gives up on the text)
+PATTERNS = [("split", r"\s*\s*x"), ("normalize", r"\s*\s*x")]
+GIVES_UP = "split", r"(a|aa)+(a|aa)+$"
+SLOW = f"a{' ' * 4000}bx{'a' * 5000}b"
+
+
+def slow(place, pattern):
+    tokenizer = make("$A")
+    if place == "split":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    else:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(pattern), "a")
+    return tokenizer
+
+
+READERS = {
+    "training": lambda tokenizer: Encoder(tokenizer)([SLOW]),
+    "evaluation": lambda tokenizer: text_ids(tokenizer, SLOW),
+    "pictures": lambda tokenizer: tokenized(tokenizer, [SLOW]),
+    "chats": lambda tokenizer: ChatEncoder(tokenizer)([[{"role": "user", "content": SLOW}]]),
+    "a name in a chat": lambda tokenizer: ChatEncoder(tokenizer)([[{"role": "user", "content": f"{SLOW}</s>"}]]),
+}
+SCRIPT = """
+import sys
+from flatlora.inputs import tokenizing
+from flatlora.utils.errors import ConfigError
+from tests.flatlora.inputs.test_tokenizing import PATTERNS, READERS, slow
+
+tokenizing._LEAST_SECONDS, tokenizing._LETTERS_PER_SECOND = 0.5, 1e9
+for place, pattern in PATTERNS:
+    for name, read in READERS.items():
+        tokenizer = slow(place, pattern)
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        try:
+            read(tokenizer)
+        except ConfigError as error:
+            print(name, error, flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_pattern_that_the_library_gives_up_is_named(name):
+    tokenizer = slow(*GIVES_UP)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ConfigError, match=r"Invalid tokenizer of .*: Onig: Regex search error: retry-limit-in-match"):
+        READERS[name](tokenizer)
+
+
+@pytest.mark.slow
+def test_patterns_that_take_for_ever_are_named_and_do_not_keep_a_process():
+    """In a process of its own: what was given up goes on until its end."""
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 7, done.stderr
+    assert len(lines) == len(PATTERNS) * len(READERS), done.stderr
+    assert all("Invalid tokenizer of" in line and "mend the regular expressions" in line for line in lines)
+    assert time.monotonic() - begun < 200
+
+
+def test_a_chat_template_that_takes_for_ever_is_named(monkeypatch):
+    monkeypatch.setattr(tokenizing, "_LEAST_SECONDS", 0.2)
+    tokenizer = make("$A")
+    rounds = "{% for _ in range(1000) %}" * 3
+    tokenizer.chat_template = f"{rounds}{'{% endfor %}' * 3}"
+    with pytest.raises(ConfigError, match=r"it takes more than 0 s for 1 letters; mend .* its chat template"):
+        ChatEncoder(tokenizer)([[{"role": "user", "content": "a"}]])

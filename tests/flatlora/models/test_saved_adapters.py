@@ -299,6 +299,24 @@ def test_patterns_that_take_for_ever_are_given_up(keys, whole_adapter, tmp_path,
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=["q_proj"]),
+        peft.FourierFTConfig(target_modules=["q_proj"], n_frequency_pattern={SLOW: 4}),
+        peft.C3AConfig(target_modules=["q_proj"], block_size_pattern={SLOW: 4}),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_patterns_of_other_methods_are_given_up_too(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved_adapters, "_PATTERN_SECONDS", 0.2)
+    if isinstance(config, peft.IA3Config):
+        config.feedforward_modules = SLOW
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"Invalid patterns in .*takes more than .* s; write names of modules"):
+        saved_adapters._try_patterns(tmp_path, ["model.layers.0.self_attn.q_proj"])
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "README.md"])
 def test_a_pipe_in_an_adapters_folder_is_named(name, whole_adapter, tmp_path):
     shutil.copytree(whole_adapter, tmp_path / "adapter")

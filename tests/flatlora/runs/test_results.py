@@ -357,7 +357,7 @@ def test_rewind_forgets_later_rows_and_a_torn_last_line(tmp_path, torn):
     assert log.path.read_text() == ""
 
 
-@pytest.mark.parametrize("damage", ["", None, '{"step": 1, "loss": 9.0}\n', "[" * 100_000])
+@pytest.mark.parametrize("damage", ["", None, '{"step": 1, "loss": 9.0}\n', "[" * 100_000, 200 << 30])
 def test_rows_are_put_back_from_the_checkpoint_and_named(tmp_path, caplog, damage):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     rows = [{"step": step, "loss": 1 / step, "nan": float("nan")} for step in (1, 2, 3, 4)]
@@ -369,6 +369,12 @@ def test_rows_are_put_back_from_the_checkpoint_and_named(tmp_path, caplog, damag
     whole = log.path.read_text()
     if damage is None:
         log.path.unlink()
+    elif isinstance(damage, int):  # bytes that are not there
+        os.truncate(log.path, damage)
+        with pytest.raises(OSError, match=r"cannot read .*metrics.jsonl: it has 204,800 MiB"):
+            log.rows()
+        with pytest.raises(OSError, match=r"cannot read .*metrics.jsonl: it has 204,800 MiB"):
+            log.rewind(3)
     else:
         log.path.write_text(damage)
     log.rewind(3, kept)

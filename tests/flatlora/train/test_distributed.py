@@ -309,6 +309,29 @@ def test_workers_claim_a_gpu_each(tmp_path):
     assert distributed.claim_gpu(1) is None
 
 
+def test_a_lock_in_a_folder_of_all_users_may_be_anothers(tmp_path, monkeypatch):
+    """A file without permission to write is locked all the same; a link, and a file that is closed, are passed over."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(distributed, "_claimed", claimed := [])
+    (tmp_path / "flatlora-gpu-0.lock").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "flatlora-gpu-1.lock").touch(0o444)
+    (tmp_path / "flatlora-gpu-2.lock").touch(0o444)
+    plain = os.open
+
+    def opened(path, flags, *mode):
+        if str(path).endswith("1.lock") or (
+            str(path).endswith("2.lock") and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", opened)
+    assert distributed.claim_gpu(4, tmp_path) == 2
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+    assert not (tmp_path / "elsewhere").exists()
+    os.close(claimed.pop())
+
+
 @pytest.mark.slow
 @pytest.mark.extra
 def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(settings):

@@ -225,7 +225,11 @@ def of_an_earlier_version(path):
     (path / caches.MANIFEST).unlink()
 
 
-FOLDER_DAMAGES = (nest_folder, file_instead, emptied, one_more_file, of_another_name, of_an_earlier_version)
+def of_200_gb(path):
+    os.truncate(path / caches.MANIFEST, 200 << 30)
+
+
+FOLDER_DAMAGES = (of_200_gb, nest_folder, file_instead, emptied, one_more_file, of_another_name, of_an_earlier_version)
 
 
 @pytest.mark.parametrize("damage", FOLDER_DAMAGES)

@@ -62,3 +62,10 @@ def test_noise_by_name_is_left_out(quieted, capsys):
         "Could not find a config file in x/y - will assume that the vocabulary was not modified.", stacklevel=1
     )
     assert told(capsys) == ""
+
+
+def test_logs_and_failures_have_no_passwords_and_no_control_characters(quieted, capsys):
+    logging.getLogger("flatlora.x").warning("%s says \x1b[31mno", "http://me:pa55@h/v1")
+    assert told(capsys) == "WARNING http://***@h/v1 says \\x1b[31mno"
+    console.report_failure(OSError("http://me:pa55@h/v1 says \x1b[31mno"))
+    assert told(capsys) == "The run failed: http://***@h/v1 says \\x1b[31mno"

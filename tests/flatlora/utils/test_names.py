@@ -83,6 +83,10 @@ def test_control_characters_are_spelled_in_messages():
         ("http://token@h/v1, http://h/a", "http://***@h/v1, http://h/a"),
         ("http://me:p@55/x@h/v1", "http://***@h/v1"),  # no address, but a password
         ("file:///a@b and a@b", "file:///a@b and a@b"),
+        ("base_url=me:pa55@h/v1 is", "base_url=***@h/v1 is"),  # http:// is missing, or not whole
+        ("judge_url=http:/me:pa55@h", "judge_url=***@h"),
+        ("judge_url=//me:pa55@h", "judge_url=***@h"),
+        ("model@dataset=x:y, 127.0.0.1:80/v1", "model@dataset=x:y, 127.0.0.1:80/v1"),
         ("http://h/v1", "http://h/v1"),
     ],
 )

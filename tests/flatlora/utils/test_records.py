@@ -85,7 +85,11 @@ def test_a_record_that_the_disk_or_its_mode_withholds_is_named(path, monkeypatch
     assert error.strerror in refusal(path)
 
 
-@pytest.mark.parametrize("text", ["[" * 2_000, "a: [1", "\x00"])
+# 9^40 items, and a list within itself
+NESTED = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 40))
+
+
+@pytest.mark.parametrize("text", ["[" * 2_000, "a: [1", "\x00", NESTED, "a: &a [*a]", "a: &a {b: 1}\nc: {<<: *a}"])
 def test_settings_that_are_invalid_are_named(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"Broken file .*config\.yaml: .*; do this\."):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from flatlora.utils.time_limit import time_limit
+from flatlora.utils.time_limit import in_time, time_limit
 
 
 def test_a_regular_expression_is_given_up():
@@ -37,3 +37,13 @@ def test_other_threads_have_no_limit():
     thread.start()
     thread.join()
     assert done == [True]
+
+
+def test_work_in_another_thread_has_a_limit_a_result_and_errors():
+    done = threading.Event()
+    with pytest.raises(TimeoutError, match=r"more than 0.1 s"):
+        in_time(done.wait, 0.1)
+    done.set()
+    assert in_time(lambda: threading.current_thread().daemon, 5.0)  # it keeps no process from ending
+    with pytest.raises(KeyError, match="x"):
+        in_time(lambda: {}["x"], 5.0)
