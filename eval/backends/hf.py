@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from eval.backends import Completion, Sampling, cut_at
+from eval.backends import Completion, Sampling, check_numbers, cut_at
 from eval.backends.tokenized import Context, TokenizedBackend, end_ids
 from flatlora.inputs.tokenizing import text_ids
 from flatlora.models.fit import position_tables, rotary_positions
@@ -95,7 +95,9 @@ class HFBackend(TokenizedBackend):
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=greedy,
-                logits_processor=LogitsProcessorList([SeededDraw(sampling, seeds)] if sampling.temperature else []),
+                logits_processor=LogitsProcessorList(
+                    [CheckedLogits(), *([SeededDraw(sampling, seeds)] if sampling.temperature else [])]
+                ),
                 streamer=TokenCounter(self.on_token) if self.on_token else None,
                 stopping_criteria=StoppingCriteriaList([stops] if sampling.stop else []),
             )
@@ -131,6 +133,9 @@ class HFBackend(TokenizedBackend):
 
         Prompt and choice are tokenized separately. `first_token` takes only the first token of each choice, without
         the end of the sequence.
+
+        Raises:
+            FloatingPointError: as `check_numbers`.
         """
         pairs = [
             (prompt, choice) for prompt, row_choices in zip(prompts, choices, strict=True) for choice in row_choices
@@ -170,7 +175,9 @@ class HFBackend(TokenizedBackend):
         losses = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
-        return (-losses.view(labels.shape).sum(1)).tolist()
+        likelihoods = -losses.view(labels.shape).sum(1)
+        check_numbers(likelihoods)
+        return likelihoods.tolist()
 
     def _padded(self, rows: list[list[int]], *, left: bool, fill: int) -> torch.Tensor:
         side = "left" if left else "right"
@@ -246,6 +253,14 @@ class StopTexts(StoppingCriteria):
             if self.lengths[row] is None and self.is_stopped(row, ids):
                 self.lengths[row] = len(ids)
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+
+class CheckedLogits(LogitsProcessor):
+    """Returns the logits of a step as they are; raises as `check_numbers`."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_numbers(scores)
+        return scores
 
 
 class SeededDraw(LogitsProcessor):

@@ -1,5 +1,6 @@
 """Greedy decoding is the largest logit at every step, whatever the model's own generation config asks for."""
 
+import copy
 import itertools
 import json
 import logging
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from eval import predictions
+from eval.answers import without_draft
 from eval.backends import Completion, Sampling, cut_at
 from eval.backends.chats import ChatEncoder
 from eval.backends.hf import HFBackend, SeededDraw, context_of
@@ -224,6 +226,36 @@ def test_an_answer_keeps_the_blanks_that_it_begins_with(llama2_like, answer):
     found, tokens = said(llama2_like, prompt, answer)
     assert found == Completion(answer, tokens, True)
     assert llama2_like.decode(continuation(llama2_like, prompt, answer)) != answer or not answer.startswith(" ")
+
+
+def test_tags_of_thinking_parts_stay_in_an_answer_though_they_are_special(llama2_like):
+    """Magistral's; without them, a scorer would read the draft."""
+    tokenizer = copy.deepcopy(llama2_like)
+    tokenizer.add_tokens(["[THINK]", "[/THINK]", "<|turn|>"], special_tokens=True)
+    begin, end, turn = tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]", "<|turn|>"])
+    prompt, draft, answer = "Q: 3 + 4?\nA: ", continuation(llama2_like, "a\n", "#### 5"), "    return 7"
+    said = [begin, *draft, end, turn, *continuation(llama2_like, "a\n", answer), tokenizer.eos_token_id]
+    model = ScriptedLM({tuple(tokenizer(prompt)["input_ids"]): said}, len(tokenizer), tokenizer.eos_token_id)
+    backend = HFBackend(model, tokenizer, batch_size=1)
+    (completion,) = backend.generate([prompt], Sampling(64))
+    assert "#### 5[/THINK]" in completion.text
+    assert "<|turn|>" not in completion.text
+    assert without_draft(completion.text) == answer
+    plain = HFBackend(ScriptedLM({}, len(llama2_like), 2), llama2_like, batch_size=1)
+    assert plain._hidden_ids is None
+
+
+@pytest.mark.parametrize("sampling", [Sampling(4), DRAWN])
+def test_logits_that_are_no_numbers_are_refused(tokenizer, sampling):
+    """As when FP16 overflows: the largest of NaNs would be the first token, and the first choice the best."""
+    model = tiny_llama(vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)  # finite weights of FP16 give the same
+    backend = HFBackend(model, tokenizer, batch_size=2)
+    with pytest.raises(FloatingPointError, match="the model computes NaN instead of scores"):
+        backend.generate(["Q: 1?", "Q: a longer one?"], sampling, [1, 2])
+    with pytest.raises(FloatingPointError, match="the model computes NaN instead of scores"):
+        backend.log_likelihoods(["Q: 1?"], [["a", "b"]])
 
 
 def test_stops_are_looked_for_in_the_answer_alone(llama2_like):
