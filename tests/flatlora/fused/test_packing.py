@@ -206,6 +206,14 @@ def test_a_head_whose_loss_has_more_keeps_its_own_code(model_type, changes, kept
     assert not base.lm_head._forward_pre_hooks
 
 
+def test_layers_of_the_usual_names_may_read_other_inputs():
+    model = architecture("rwkv", attention_hidden_size=32)  # feed_forward.value reads what feed_forward.key computes
+    ids = torch.randint(3, 96, (2, 8))
+    expected = loss_and_gradients(model, {"input_ids": ids, "labels": ids})
+    assert "14 fused LoRA layers" in acceleration.accelerate(model, CPU)
+    assert_same(loss_and_gradients(model, {"input_ids": ids, "labels": ids}), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("items", [None, 77])
 def test_the_chunked_head_is_its_reference(dtype, items):
