@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 _UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)  # errors of Python's parser
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+_DEFINITION = _FUNCTION | ast.ClassDef
 # Possible beginnings of the first line of a run; prose rarely begins like this.
 _BEGINNING = re.compile(r"\s*(?:(?:from|import|async|def|class|try|if)\b|@|[A-Za-z_][\w.,\s\[\]]*(?::[^=]*)?=)")
 _NOT_WRITTEN = re.compile(r"raise NotImplementedError\b")
 _UNCLOSED = re.compile("never closed|too many nested")
 _TAGS = "think|thinking|thought|reasoning"  # tags of thinking parts; Magistral's has square brackets
-_DRAFT = re.compile(rf"<(?:{_TAGS})>|\[THINK\]", re.IGNORECASE)
-_DRAFT_END = re.compile(rf"</(?:{_TAGS})>|\[/THINK\]", re.IGNORECASE)
+_DRAFT = re.compile(rf"<(?:seed:)?(?:{_TAGS})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>", re.IGNORECASE)
+_DRAFT_END = re.compile(rf"</(?:seed:)?(?:{_TAGS})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*$", re.MULTILINE)
 _QUOTING = re.compile(r"^(?:[ \t]*>(?!>) ?)*(?:[ \t]*(?:>>>|\.\.\.)(?: |$))?", re.MULTILINE)  # "> ", ">>> ", "... "
 _LAST = "(?:corrected|fixed|final|revised)"
@@ -36,6 +37,11 @@ _TRAILING_FENCE = re.compile(r"^([^`\n]*[^`\s])[ \t]*(`{3,})[ \t]*$", re.MULTILI
 def without_draft(text: str) -> str:
     """Returns the text after the last thinking part, or before it if it never ends."""
     return _DRAFT.split(_DRAFT_END.split(text)[-1])[0]
+
+
+def is_draft_tag(token: str) -> bool:
+    """Whether a text is a tag that begins or ends a thinking part."""
+    return bool(_DRAFT.fullmatch(token) or _DRAFT_END.fullmatch(token))
 
 
 def blocks(text: str) -> list[str]:
@@ -169,25 +175,51 @@ _INTERACTIVE = frozenset(("input", "print", "open", "exit", "quit", "sys"))
 
 
 def _with_calls(statements: Sequence[_Statement], name: str) -> list[_Statement]:
-    """Adds to the `changes` of each statement the effects of the functions that it calls, such as `fill()`.
+    """Adds to the `changes` of each statement the values that its calls may change.
 
-    Examples are left as they are: statements that call the function `name`, read input or print.
+    These are the effects of the functions that it calls, such as `fill()`, their arguments, as in `heappush(heap, 1)`,
+    and the objects whose methods it calls, as in `last = numbers.pop()`. Examples are left as they are: statements that
+    call the function `name`, assert, read input or print.
     """
     functions = {statement.node.name: statement for statement in statements if isinstance(statement.node, _FUNCTION)}
+    changeable = frozenset().union(*(statement.binds for statement in statements if not _is_fixed(statement.node)))
 
     def with_calls(statement: _Statement) -> _Statement:
-        calls = [part.func for part in ast.walk(statement.node) if isinstance(part, ast.Call)]
-        called = {function.id for function in calls if isinstance(function, ast.Name)}
+        called_now = [statement.node] if not isinstance(statement.node, _DEFINITION) else statement.node.decorator_list
+        parts = [part for node in called_now for part in ast.walk(node)]
+        called = {part.func.id for part in parts if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)}
+        called |= {node.id for node in called_now if isinstance(node, ast.Name)}  # @register
         reachable, pending = set(), called & functions.keys()
         while pending:
             reachable |= pending
             pending = set().union(*(functions[other].reads for other in pending)) & functions.keys() - reachable
-        reads = statement.reads.union(*(functions[other].reads for other in reachable))
-        if isinstance(statement.node, _FUNCTION) or name in reachable or reads & _INTERACTIVE:
+        reads = {part.id for part in parts if isinstance(part, ast.Name)}
+        reads = reads.union(*(functions[other].reads for other in reachable))
+        if name in reachable or reads & _INTERACTIVE or any(isinstance(part, ast.Assert) for part in parts):
             return statement
-        return statement._replace(changes=statement.changes.union(*(functions[other].effects for other in reachable)))
+        arguments = set().union(*(_changed_in(part) for part in parts if isinstance(part, ast.Call)))
+        effects = (functions[other].effects for other in reachable)
+        return statement._replace(changes=statement.changes.union(arguments & changeable, *effects))
 
     return [with_calls(statement) for statement in statements]
+
+
+def _is_fixed(node: ast.stmt) -> bool:
+    """Whether no call changes the value that a statement binds: a function, a module, or a number such as 10**9 + 7."""
+    if isinstance(node, ast.Assign):
+        return not any(isinstance(part, _MUTABLE) for part in ast.walk(node.value))
+    return isinstance(node, _FUNCTION | ast.Import | ast.ImportFrom)
+
+
+# Expressions whose value a call may change.
+_MUTABLE = (ast.Name, ast.Call, ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)
+
+
+def _changed_in(call: ast.Call) -> set[str]:
+    """Returns the names of the values that a call may change: those of its arguments and of its method's object."""
+    inside = [*call.args, *(keyword.value for keyword in call.keywords)]
+    inside += [call.func.value] if isinstance(call.func, ast.Attribute) else []
+    return {part.id for node in inside for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 def _needed(statements: Sequence[_Statement], name: str) -> list[_Statement]:
@@ -260,7 +292,7 @@ def _is_guarded(node: ast.stmt) -> bool:
 def _statement(node: ast.stmt, lines: Sequence[str]) -> _Statement:
     first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
     text = "\n".join(lines[first - 1 : node.end_lineno])
-    if ";" in text and not isinstance(node, _FUNCTION | ast.ClassDef):
+    if ";" in text and not isinstance(node, _DEFINITION):
         text = ast.unparse(node)  # its line may have other statements
     return _Statement(node, text, *_names(node))
 
@@ -297,6 +329,6 @@ def _names(node: ast.stmt) -> tuple[frozenset[str], ...]:
         assigned |= {
             symbol.get_name() for symbol in table.get_symbols() if symbol.is_declared_global() and symbol.is_assigned()
         }
-    if isinstance(node, _FUNCTION | ast.ClassDef):  # whose changes happen when they are called
+    if isinstance(node, _DEFINITION):  # whose changes happen when they are called
         return frozenset(binds), frozenset(), frozenset(reads), frozenset(changes & reads | assigned)
     return frozenset(binds), frozenset(changes), frozenset(reads), frozenset()

@@ -137,6 +137,8 @@ def main(benchmark: str, arguments: Sequence[str]) -> int:
         return 2
     except torch.OutOfMemoryError as error:
         return _report_failure(error, "A lower batch_size needs less.")
+    except FloatingPointError as error:
+        return _report_failure(error, "Answers so far are kept.")
     except OSError as error:
         return _report_failure(error, "Once that is fixed, the same command continues with the missing answers.")
     except KeyboardInterrupt:

@@ -35,16 +35,17 @@ from flatlora.inputs.templates import prompt
 from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_json
 
-SCORER_VERSION = 3
+SCORER_VERSION = 4
 HEADLINE = "exact_match"
 
 # A number as people write it: sign, dollar sign, thousands separators, decimals; "42." ends a sentence. A sign directly
 # precedes its number and follows no other number, so that "5-3", "10 - 7" and the dash of a list are not negative.
 _NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\$\s?)?[-−]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_LATEX_SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3}(?!\d))")  # of thousands: 1{,}000
 _WORD = r"[^\W\d_]+"
 # LaTeX and Markdown around a number, and their replacements; anything else, such as \frac, is not read as a number.
 _MARKUP = [
-    (re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)\{([^{}]*)\}"), r" \1 "),
+    *[(re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)\{([^{}]*)\}"), r" \1 ")] * 2,  # the outer ones last
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"\\[()\[\],;!]"), " "),
     (re.compile(r"\\(?:times|cdot)\b|(?<=[\d)]) ?x ?(?=[\d($])"), "×"),
@@ -57,7 +58,8 @@ _JOINED_AFTER = re.compile(
     r" ?(?:[×÷·√+^\\{⁄½¼¾⅐-⅞²³]|(?<= )(?:and )?\d+ ?[/⁄] ?\d+(?![\d/-])|(?:\*\*|[/*−-]) ?[\d($\\]|[:_]\d)"
 )
 # From the first number of a sum to its "=": "3 + 4 =", "$3 a day * 2 days =".
-_SUM = re.compile(rf"%?(?:{_WORD})?(?: {_WORD}){{0,2}}[ )]*[-−+*/×÷·^][^=]*=")
+_SIGN = r"(?:[-−+*/×÷·^]|(?:x(?= [\d($])|(?:of|times|plus|minus|(?:multiplied|divided) by)\b))"
+_SUM = re.compile(rf"%?(?:{_WORD})?(?: {_WORD}){{0,2}}[ )]*{_SIGN}[^=]*?(?:=|\bequals\b)")
 _ANNOUNCEMENT = re.compile(r"[:=]|\b(?:is|are|equals)\b")  # in "The answer is 18", "Total for 3 days: 42"
 _WORDS_FIRST = re.compile(r"[\W_]*[^\W\d_]")
 # Marked text that is not a heading: it names the answer, or is a sentence.
@@ -139,9 +141,9 @@ def parse_answer(text: str) -> Decimal | None:
 
     lm-eval's flexible-extract takes the last number of the text and compares strings. It differs only in these points:
     marked lines and thinking parts; 42.0 does not equal 42; the dash of "5-3" is a sign; and "1,00" is 100, "A18" is
-    18, and bare punctuation such as "..." is a number.
+    18, LaTeX's 1{,}800 is 800, and bare punctuation such as "..." is a number.
     """
-    text = without_draft(text)
+    text = _cleaned(text)
     line = _marked_line(text)
     if line is not None:
         return _value(line, _marked_number(line))
@@ -155,7 +157,7 @@ def parse_reference(text: str) -> Decimal | None:
     If "1/2" were read as 1, 1/3 would count as correct. The number may have words or a sum before it and a unit of at
     most three words after it. Without a mark, the last sentence is the reference.
     """
-    text = without_draft(text)
+    text = _cleaned(text)
     line = _marked_line(text)
     if line is None:
         line = _without_markup(_SENTENCE_END.split(text.rstrip().rpartition("\n")[2])[-1])
@@ -166,6 +168,11 @@ def parse_reference(text: str) -> Decimal | None:
     if lead is None or (lead[1] or "").lower() in _NO_LEADS or not _is_unit(line[number.end() :]):
         return None
     return _value(line, number)
+
+
+def _cleaned(text: str) -> str:
+    """Returns the text without its thinking part, and with "," for LaTeX's separators of thousands."""
+    return _LATEX_SEPARATOR.sub(",", without_draft(text))
 
 
 def _is_unit(text: str) -> bool:
@@ -251,7 +258,7 @@ def is_right(row: Mapping[str, Any], parser: str) -> bool:
         return peft_suite.is_right(row.get("prompt", "") + row["completion"], row["reference"])
     from math_verify import parse, verify
 
-    text = without_draft(row["completion"]).replace("−", "-")
+    text = _cleaned(row["completion"]).replace("−", "-")
     line = _marked_line(text)
     return verify(parse(str(reference)), parse(text if line is None else line))
 

@@ -35,7 +35,7 @@ from flatlora.utils.console import progress
 from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_atomic, write_json
 
-SCORER_VERSION = 5
+SCORER_VERSION = 6
 HEADLINE = "pass@1"
 ROW_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "text")
 FIELDS: predictions.Fields = {

@@ -54,6 +54,19 @@ def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(starts)], True) if starts else (text, False)
 
 
+def check_numbers(scores: torch.Tensor) -> None:
+    """Checks the logits or likelihoods of a model; in FP16, activations can overflow although all weights are finite.
+
+    Raises:
+        FloatingPointError: one is NaN, so that the largest would be an arbitrary one.
+    """
+    if scores.isnan().any():
+        raise FloatingPointError(
+            "the model computes NaN instead of scores: its activations overflow, or its weights have diverged; use "
+            "dtype=float32 or bfloat16, or a checkpoint of an earlier step"
+        )
+
+
 class ImageBackend(Protocol):
     """Image classification."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eval.backends import check_numbers
 from flatlora.utils.precision import Precision, autocast
 
 
@@ -44,6 +45,8 @@ class CLIPBackend:
 
     @torch.inference_mode()
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """B × 3 × H × W → B × classes, FP32, on the CPU."""
+        """B × 3 × H × W → B × classes, FP32, on the CPU; raises as `check_numbers`."""
         with autocast(self.device, self.precision):
-            return self.model(pixel_values=pixel_values.to(self.device)).logits.float().cpu()
+            logits = self.model(pixel_values=pixel_values.to(self.device)).logits.float().cpu()
+        check_numbers(logits)
+        return logits

@@ -8,6 +8,8 @@ answer is independent of the rest of the batch, and a resumed evaluation gives t
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,13 +27,16 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from eval.backends import Completion, Sampling, cut_at
+from eval.backends import Completion, Sampling, check_numbers, cut_at
 from eval.backends.tokenized import Context, TokenizedBackend, end_ids
 from flatlora.inputs.tokenizing import text_ids
-from flatlora.models.fit import position_tables, rotary_positions
+from flatlora.models.fit import first_position, position_tables, rotary_positions
 from flatlora.utils.labels import IGNORED_LABEL
 from flatlora.utils.precision import Precision, autocast
 
+logger = logging.getLogger(__name__)
+
+_TRIAL_TOKENS = 16  # most tokens of the row, and tokens of padding, in the trial of padding
 _MARGIN = 4  # extra tokens to decode before a stop, as decoding can lose the first space
 
 
@@ -57,12 +62,15 @@ class HFBackend(TokenizedBackend):
         self.precision, self.identity = precision, identity or {}
         self.device = next(model.parameters()).device
         self.on_token: Callable[[int], None] | None = None
+        self._padding_is_read: bool | None = None  # None: not tried yet
         self.encoder_decoder = model.config.is_encoder_decoder
         own = getattr(model, "generation_config", None)  # of chat models, its eos_token_id is often a list
         self.ends = end_ids(tokenizer.eos_token_id, getattr(own, "eos_token_id", None))
         self.context = context_of(model)
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_contiguous)
+        if first := first_position(model):
+            adapted_model(model).register_forward_pre_hook(functools.partial(_shift_positions, first), with_kwargs=True)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -78,6 +86,9 @@ class HFBackend(TokenizedBackend):
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
         self.check_lengths([len(prompt) for prompt in prompts], sampling.max_new_tokens)
+        if self._reads_padding(prompts):
+            own = [None] * len(prompts) if seeds is None else [[seed] for seed in seeds]
+            return [self._generate([ids], sampling, seed)[0] for ids, seed in zip(prompts, own, strict=True)]
         input_ids = self._padded(prompts, left=True, fill=self.tokenizer.pad_token_id)
         mask = self._padded([[1] * len(ids) for ids in prompts], left=True, fill=0)
         start = 1 if self.encoder_decoder else input_ids.shape[1]
@@ -95,7 +106,9 @@ class HFBackend(TokenizedBackend):
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=greedy,
-                logits_processor=LogitsProcessorList([SeededDraw(sampling, seeds)] if sampling.temperature else []),
+                logits_processor=LogitsProcessorList(
+                    [CheckedLogits(), *([SeededDraw(sampling, seeds)] if sampling.temperature else [])]
+                ),
                 streamer=TokenCounter(self.on_token) if self.on_token else None,
                 stopping_criteria=StoppingCriteriaList([stops] if sampling.stop else []),
             )
@@ -131,6 +144,9 @@ class HFBackend(TokenizedBackend):
 
         Prompt and choice are tokenized separately. `first_token` takes only the first token of each choice, without
         the end of the sequence.
+
+        Raises:
+            FloatingPointError: as `check_numbers`.
         """
         pairs = [
             (prompt, choice) for prompt, row_choices in zip(prompts, choices, strict=True) for choice in row_choices
@@ -151,6 +167,9 @@ class HFBackend(TokenizedBackend):
 
     def _sequence_scores(self, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
         """Returns Σ log p of the answer's tokens for each pair of prompt and answer."""
+        if self._reads_padding([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]):
+            pairs = zip(prompts, answers, strict=True)
+            return [score for ids, answer in pairs for score in self._sequence_scores([ids], [answer])]
         width = max(map(len, answers))
         self.check_lengths([len(prompt) for prompt in prompts], width + 1)
         labels = self._padded(answers, left=not self.encoder_decoder, fill=IGNORED_LABEL)
@@ -170,7 +189,36 @@ class HFBackend(TokenizedBackend):
         losses = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
-        return (-losses.view(labels.shape).sum(1)).tolist()
+        likelihoods = -losses.view(labels.shape).sum(1)
+        check_numbers(likelihoods)
+        return likelihoods.tolist()
+
+    def _reads_padding(self, rows: list[list[int]]) -> bool:
+        """Whether rows must run one by one: their lengths differ, and the model reads the padding in spite of its mask.
+
+        Recurrent models such as RWKV do. This is tried once, on the shortest row.
+        """
+        if self.encoder_decoder or len(set(map(len, rows))) == 1:
+            return False
+        if self._padding_is_read is None:
+            self._padding_is_read = self._changes_with_padding(min(rows, key=len))
+            if self._padding_is_read:
+                name = type(adapted_model(self.model)).__name__
+                logger.warning("%s reads padding as text: rows of different lengths run one by one.", name)
+        return self._padding_is_read
+
+    @torch.inference_mode()
+    def _changes_with_padding(self, row: list[int]) -> bool:
+        ids = row[-_TRIAL_TOKENS:]
+        mask = torch.tensor([[0] * _TRIAL_TOKENS + [1] * len(ids)], device=self.device)
+        padded = torch.tensor([[self.tokenizer.pad_token_id] * _TRIAL_TOKENS + ids], device=self.device)
+        with self._autocast():
+            alone = self.model(input_ids=padded[:, _TRIAL_TOKENS:]).logits[0, -1].float()
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            other = self.model(input_ids=padded, attention_mask=mask, position_ids=positions).logits[0, -1].float()
+        in_fp32 = next(self.model.parameters()).dtype == torch.float32 and self.precision is None
+        tolerance = 1e-3 if in_fp32 else 5e-2
+        return bool((other - alone).abs().max() > tolerance * alone.abs().max())
 
     def _padded(self, rows: list[list[int]], *, left: bool, fill: int) -> torch.Tensor:
         side = "left" if left else "right"
@@ -196,6 +244,15 @@ def adapted_model(model: nn.Module) -> nn.Module:
     """
     wrapped = isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
     return model.base_model.model if wrapped else model
+
+
+def _shift_positions(
+    first: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Adds the model's first position to positions that count from 0, as those of `generate` do."""
+    if kwargs.get("position_ids") is not None:
+        kwargs = {**kwargs, "position_ids": kwargs["position_ids"] + first}
+    return args, kwargs
 
 
 def _contiguous(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -246,6 +303,14 @@ class StopTexts(StoppingCriteria):
             if self.lengths[row] is None and self.is_stopped(row, ids):
                 self.lengths[row] = len(ids)
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+
+class CheckedLogits(LogitsProcessor):
+    """Returns the logits of a step as they are; raises as `check_numbers`."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_numbers(scores)
+        return scores
 
 
 class SeededDraw(LogitsProcessor):

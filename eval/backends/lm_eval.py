@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from eval.backends import Sampling
+from eval.backends import Sampling, check_numbers
 from eval.backends.hf import HFBackend, adapted_model
 from flatlora.inputs.tokenizing import text_ids
 
@@ -49,11 +50,14 @@ class LMEvalModel(HFLM):
 
         Raises:
             ConfigError: a prompt with its answer is longer than the model's context.
+            FloatingPointError: as `check_numbers`.
         """
         contexts = {tuple(context) for _, context, _ in requests}  # `requests` has a context once per choice
         longest = max((len(answer) for _, _, answer in requests), default=0)
         self._answering.check_lengths([len(context) for context in contexts], longest, task=self._task)
-        return super()._loglikelihood_tokens(requests, **options)
+        results = super()._loglikelihood_tokens(requests, **options)
+        check_numbers(torch.tensor([likelihood for likelihood, _ in results]))
+        return results
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns greedy answers, without the space between prompt and answer.

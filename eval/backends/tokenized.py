@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from eval.answers import is_draft_tag
 from eval.backends import Completion, Messages, Sampling
 from eval.backends.chats import ChatEncoder
-from flatlora.inputs.tokenizing import appended_ends, text_ids
+from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids
 from flatlora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -160,8 +161,20 @@ class TokenizedBackend:
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def _decode(self, ids: list[int]) -> str:
-        """Decodes without "clean up", which would remove spaces before punctuation."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Decodes without special tokens, except tags of thinking parts, which scorers look for.
+
+        Also without "clean up", which would remove spaces before punctuation.
+        """
+        if (hidden := self._hidden_ids) is not None:
+            ids = [token for token in ids if token not in hidden]
+        return self.tokenizer.decode(ids, skip_special_tokens=hidden is None, clean_up_tokenization_spaces=False)
+
+    @functools.cached_property
+    def _hidden_ids(self) -> frozenset[int] | None:
+        """Ids that answers are decoded without; None: all special tokens, as none of them is a thinking part's tag."""
+        named = special_tokens(self.tokenizer)
+        hidden = {token for name, token in named.items() if not is_draft_tag(name)}
+        return None if len(hidden) == len(named) else frozenset(hidden)
 
 
 _BEYOND = {

@@ -151,6 +151,9 @@ def _served_rank(adapter: Path) -> int:
         errors = [f"its kind is {kind}"]
     else:
         errors = [text for key, text in _NOT_SERVED.items() if config.get(key) not in (None, False, "none", {}, [])]
+        start = str(config.get("init_lora_weights")).lower()
+        if start.startswith(_MOVED_PART_OF_W):
+            errors.append(f"PEFT moves a part of the base's weights into it (init_lora_weights={start})")
         others = [name for name in tensor_names(adapter) if ".lora_" not in name]
         errors += [f"it also has other tensors, {in_short(others)}"] if others and not errors else []
     if errors:
@@ -173,7 +176,15 @@ _NOT_SERVED = {  # keys of adapter_config.json that vLLM rejects or ignores
     "target_parameters": "it adapts parameters (target_parameters)",
     "layer_replication": "it repeats layers (layer_replication)",
     "trainable_token_indices": "it has embeddings of its own (trainable_token_indices)",
+    "alora_invocation_tokens": "it acts only after certain tokens (alora_invocation_tokens)",
+    "use_qalora": "it is QA-LoRA (use_qalora)",
+    "use_bdlora": "it is BD-LoRA (use_bdlora)",
+    "arrow_config": "it is a mixture of adapters (arrow_config)",
+    "kasa_config": "it is KaSA (kasa_config)",
+    "monteclora_config": "it is MonteCLoRA (monteclora_config)",
 }
+# Values of init_lora_weights for which PEFT changes the base's weights whenever it loads the adapter.
+_MOVED_PART_OF_W = ("pissa", "olora", "corda", "loftq")
 
 
 def _rank_that_fits(rank: int) -> int:

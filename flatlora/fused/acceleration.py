@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -77,6 +78,7 @@ def _apply_liger(base: nn.Module) -> bool:
     for name, module in base.named_modules():
         if name.endswith(_NORM_BEFORE_MLP):
             recompute_norm(module)
+    _restore_other_activations(base)
     rotary = getattr(modeling, _ROTARY, None)
     for name, value in before.items():
         setattr(modeling, name, value)
@@ -87,6 +89,27 @@ def _apply_liger(base: nn.Module) -> bool:
     return True
 
 
+def _restore_other_activations(base: nn.Module) -> None:
+    """Restore the forward of layers whose activation is not the one that Liger's kernel computes.
+
+    Liger checks the activation only where it builds a model, not where it changes one: a Llama with ReLU would be
+    computed with SiLU.
+    """
+    x, restored = torch.linspace(-4.0, 4.0, 33), 0
+    for module in base.modules():
+        kernel = getattr(module.__dict__.get("forward"), "__qualname__", "")
+        activation = next((getattr(module, name) for name in _ACTIVATIONS if hasattr(module, name)), None)
+        if not kernel.startswith("Liger") or activation is None:
+            continue
+        computed = functional.gelu(x, approximate="tanh") if "GEGLU" in kernel else functional.silu(x)
+        if not torch.allclose(activation(x), computed, atol=1e-5):
+            del module.forward
+            restored += 1
+    if restored:
+        logger.warning("%d layers keep transformers' forward: Liger's kernel has another activation.", restored)
+
+
+_ACTIVATIONS = ("act_fn", "activation_fn", "act")  # their names in transformers' layers
 _NORM_BEFORE_MLP = ".post_attention_layernorm"  # its name in Llama, Mistral and Qwen
 _ROTARY = "apply_rotary_pos_emb"  # a global function of the module: replaced only while this model's attention runs
 

@@ -22,17 +22,49 @@ _CPU_ROWS = 128
 
 
 def has_frozen_linear_head(base: nn.Module) -> bool:
-    """Whether a causal model's logits are hidden · Wᵀ with a frozen W, without scaling, cap or router loss."""
+    """Whether a causal model's loss is the cross entropy of hidden · Wᵀ with a frozen W, without any other term."""
     head = getattr(base, "lm_head", None)
     plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-    config = base.config
+    config = base.config.get_text_config()  # of a model that also reads images, a part of its config
     changed = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _CHANGES_LOGITS)
     with_router_loss = getattr(config, "output_router_logits", False)
-    return plain and hasattr(base, "model") and not (config.is_encoder_decoder or changed or with_router_loss)
+    decoder = hasattr(base, "model") and not base.config.is_encoder_decoder
+    return plain and decoder and not (changed or with_router_loss) and _has_plain_loss(base)
 
 
-# Config keys for a cap or a scale of the logits.
+# Config keys for a cap or a scale of the logits; others are found by a trial.
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@torch.no_grad()
+def _has_plain_loss(base: nn.Module) -> bool:
+    """Whether the model's own loss of a trial is the cross entropy of its head's product with the next token.
+
+    The head gets hidden states that make large logits, at which a cap, a scale or a further term shows.
+    """
+    weight = base.lm_head.weight
+    count, vocabulary = 8, len(weight)
+    ids = (torch.arange(count, device=weight.device)[None] + 3) % vocabulary
+    labels = torch.arange(count, device=weight.device)[None] * (vocabulary // count)
+    hidden = torch.arange(count * weight.shape[1], device=weight.device).sin().view(1, count, -1).to(weight.dtype)
+    hidden *= _TRIAL_SPREAD / (hidden @ weight.t()).float().std().clamp_min(1e-6)
+    logits = (hidden @ weight.t()).float()
+    expected = nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+    hook = base.lm_head.register_forward_pre_hook(lambda module, args: (hidden.to(args[0].dtype), *args[1:]))
+    modes = [(module, module.training) for module in base.modules()]
+    base.eval()
+    try:
+        loss = base(input_ids=ids, labels=labels, use_cache=False).loss
+    except (TypeError, KeyError, RuntimeError, ValueError, AttributeError):
+        return False
+    finally:
+        hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return bool((loss - expected).abs() <= 1e-2 * expected)
+
+
+_TRIAL_SPREAD = 60.0  # standard deviation of the logits; caps are at 30
 
 
 def forward_without_logits(base: nn.Module) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,10 +95,10 @@ def _reason_against(module: peft_lora.LoraLayer) -> str | None:
     return None
 
 
-def _families(names: Sequence[str]) -> list[list[str]]:
+def _families(fused: Mapping[str, FusedForward]) -> list[list[str]]:
     """Groups of names of layers that read the same input."""
     by_parent: dict[str, dict[str, str]] = {}
-    for name in names:
+    for name in fused:
         parent, _, leaf = name.rpartition(".")
         by_parent.setdefault(parent, {})[leaf] = name
     families = []
@@ -108,7 +108,8 @@ def _families(names: Sequence[str]) -> list[list[str]]:
         for family in SHARED_INPUT:
             family = family[1:] if parent.endswith(_CROSS_ATTENTION) else family
             siblings = [leaves[leaf] for leaf in family if leaf in leaves]
-            if len(siblings) > 1:
+            widths = {fused[name].base.in_features for name in siblings}  # RWKV's "value" reads what its "key" computes
+            if len(siblings) > 1 and len(widths) == 1:
                 families.append(siblings)
     return families
 

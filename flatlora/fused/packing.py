@@ -84,10 +84,11 @@ def is_decoder_only(base: nn.Module) -> bool:
 
 def narrow_attention(base: PreTrainedModel) -> str | None:
     """Why some layers do not attend to all earlier tokens, for a message; None if all do."""
+    config = base.config.get_text_config()  # of a model that also reads images, a part of its config
     for setting in ("sliding_window", "attention_chunk_size"):
-        if width := getattr(base.config, setting, None):
+        if width := getattr(config, setting, None):
             return f"its attention has a window ({setting}={width})"
-    kinds = set(getattr(base.config, "layer_types", None) or ())
+    kinds = set(getattr(config, "layer_types", None) or ())
     if others := sorted(kinds - {"full_attention"}):
         return f"its layers are not all causal attention to every earlier token (layer_types: {', '.join(others)})"
     return None

@@ -84,6 +84,19 @@ def position_tables(model: nn.Module) -> dict[str, int]:
     return tables | buffers  # GPT-J's
 
 
+def first_position(model: nn.Module) -> int:
+    """Returns the index of the first token in a model's table of positions: RoBERTa's begin after the padding token's.
+
+    Tables that skip rows themselves, such as OPT's, begin at 0.
+    """
+    for name, module in model.named_modules():
+        last = name.removesuffix(".base_layer").rpartition(".")[2]
+        begins_later = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        if begins_later and _POSITIONS.match(last) and not hasattr(module, "offset"):
+            return module.padding_idx + 1
+    return 0
+
+
 def rotary_positions(model: nn.Module) -> int | None:
     """Returns the maximum sequence length of a model with rotary positions, in tokens; None for other positions."""
     trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

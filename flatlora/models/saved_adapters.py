@@ -32,7 +32,8 @@ def check_adapter(folder: Path) -> None:
     """Checks an adapter's folder: files, PEFT type, and sizes in adapter_config.json.
 
     Raises:
-        ConfigError: weights are missing, a size is invalid, or this version of PEFT does not know the type.
+        ConfigError: weights are missing, a size is invalid, this version of PEFT does not know the type, or the base's
+            weights were changed in a way that cannot be repeated.
     """
     errors = []
     if not any(folder.glob("adapter_model.*")):
@@ -45,6 +46,12 @@ def check_adapter(folder: Path) -> None:
         )
     if irregular := irregular_files(folder):
         errors.append(f"Invalid adapter {folder}: not all in it are files: {in_short(irregular)}; copy it again.")
+    if adapter_config(folder).get("init_lora_weights") == "lora_ga":  # PEFT would load it onto the base as it is
+        errors.append(
+            f"Invalid init_lora_weights=lora_ga in {folder}/adapter_config.json: PEFT moved a part of the base's "
+            "weights into the adapter by a gradient that it did not save, so the base that the adapter fits is "
+            "unknown; save it with save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER)."
+        )
     if not errors:
         errors += _number_errors(folder)
     if errors:

@@ -92,6 +92,26 @@ SAID = {
     "a corrected version without an end": f"```\n{TWICE}```\nCorrected:\n```\ndef twice(xs):\n    x = (\n    y = [\n",
     "a corrected version that is a stub": f"```\n{TWICE}```\nFixed:\n```\ndef twice(xs):\n    'a'\n    pass\n```",
     "a shorter version that nothing corrects": f"The final one:\n```\n{CHECKED}```\nLoosely:\n```\n{SUM}```",
+    "a heap that another function fills": "import heapq\nheap = []\nfor i in (5, 2, 9):\n    heapq.heappush(heap, i)\n"
+    "def twice(xs):\n    return xs * heap[0]\n",
+    "a list inside of a table": "table = {}\nfor i in range(3):\n    table.setdefault('a', []).append(i)\n"
+    "def twice(xs):\n    return xs * table['a'][-1]\n",
+    "a table that is given to a call": "table = {}\ndef fill(values):\n    values[1] = 2\nfill(table)\n"
+    "def twice(xs):\n    return xs * table[1]\n",
+    "a list whose last is taken": "numbers = [1, 2, 3]\nlast = numbers.pop()\n"
+    "def twice(xs):\n    return xs * numbers[-1]\n",
+    "a comprehension that fills a table": "table = {}\n[table.update({i: i}) for i in range(3)]\n"
+    "def twice(xs):\n    return xs * table[2]\n",
+    "a decorator that registers": "known = {}\ndef register(f):\n    known[f.__name__] = f\n    return f\n@register\n"
+    "def double(xs):\n    return xs * 2\ndef twice(xs):\n    return known['double'](xs)\n",
+    "a helper's test that is wrong": "table = {1: 2}\ndef times(x, k):\n    return x * k[1]\n"
+    "def twice(xs):\n    return times(xs, table)\nassert times(1, table) == 3\n",
+    "a helper's test in a loop": "table = {1: 2}\ndef times(x, k):\n    return x * k[1]\n"
+    "def twice(xs):\n    return times(xs, table)\nfor x in (1, 2):\n    assert times(x, table) == 3\n",
+    "a helper that is measured": "def double(xs):\n    return xs * 2\ndef measure(f):\n    raise SystemExit\n"
+    "def twice(xs):\n    return double(xs)\nmeasure(double)\n",
+    "a demonstration of a constant": "times = 2\ndef show(x):\n    raise ValueError(x)\n"
+    "def twice(xs):\n    return xs * times\nshow(times)\n",
     "a main part": f"{TWICE}\nif __name__ == '__main__':\n    raise SystemExit\n",
 }
 
@@ -155,6 +175,9 @@ def test_a_body_alone_goes_on_with_its_head(text, body):
         ("<thinking>b</thinking>c", "c"),
         ("<Reasoning>b", ""),
         ("[THINK]b[/THINK]c", "c"),
+        ("<|begin_of_thought|>b<|end_of_thought|>c", "c"),
+        ("◁think▷b◁/think▷c", "c"),
+        ("<seed:think>b</seed:think>c", "c"),
         ("a", "a"),
         ("<think>a</think><think>b", ""),
     ],

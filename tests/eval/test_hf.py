@@ -1,5 +1,6 @@
 """Greedy decoding is the largest logit at every step, whatever the model's own generation config asks for."""
 
+import copy
 import itertools
 import json
 import logging
@@ -25,10 +26,13 @@ from transformers import (
     OPTForCausalLM,
     RobertaConfig,
     RobertaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5ForConditionalGeneration,
 )
 
 from eval import predictions
+from eval.answers import without_draft
 from eval.backends import Completion, Sampling, cut_at
 from eval.backends.chats import ChatEncoder
 from eval.backends.hf import HFBackend, SeededDraw, context_of
@@ -224,6 +228,76 @@ def test_an_answer_keeps_the_blanks_that_it_begins_with(llama2_like, answer):
     found, tokens = said(llama2_like, prompt, answer)
     assert found == Completion(answer, tokens, True)
     assert llama2_like.decode(continuation(llama2_like, prompt, answer)) != answer or not answer.startswith(" ")
+
+
+def test_tags_of_thinking_parts_stay_in_an_answer_though_they_are_special(llama2_like):
+    """Magistral's; without them, a scorer would read the draft."""
+    tokenizer = copy.deepcopy(llama2_like)
+    tokenizer.add_tokens(["[THINK]", "[/THINK]", "<|turn|>"], special_tokens=True)
+    begin, end, turn = tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]", "<|turn|>"])
+    prompt, draft, answer = "Q: 3 + 4?\nA: ", continuation(llama2_like, "a\n", "#### 5"), "    return 7"
+    said = [begin, *draft, end, turn, *continuation(llama2_like, "a\n", answer), tokenizer.eos_token_id]
+    model = ScriptedLM({tuple(tokenizer(prompt)["input_ids"]): said}, len(tokenizer), tokenizer.eos_token_id)
+    backend = HFBackend(model, tokenizer, batch_size=1)
+    (completion,) = backend.generate([prompt], Sampling(64))
+    assert "#### 5[/THINK]" in completion.text
+    assert "<|turn|>" not in completion.text
+    assert without_draft(completion.text) == answer
+    plain = HFBackend(ScriptedLM({}, len(llama2_like), 2), llama2_like, batch_size=1)
+    assert plain._hidden_ids is None
+
+
+DECODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def roberta(vocabulary):
+    config = {"vocab_size": vocabulary, "max_position_embeddings": 64, "pad_token_id": 1, "is_decoder": True}
+    return RobertaForCausalLM(RobertaConfig(**config, **DECODER))
+
+
+def rwkv(vocabulary):
+    return RwkvForCausalLM(RwkvConfig(vocab_size=vocabulary, hidden_size=16, num_hidden_layers=2, context_length=64))
+
+
+@pytest.mark.parametrize(("make", "one_by_one"), [(roberta, False), (rwkv, True)])
+def test_rows_of_a_batch_are_those_on_their_own(tokenizer, make, one_by_one, caplog):
+    """RoBERTa counts positions from 2, and RWKV reads padding, against the model's plain forward of each row."""
+    model = make(len(tokenizer)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0)
+    backend = HFBackend(model, tokenizer, batch_size=4)
+    prompts, choices = ["Q: 1?", "Q: a longer one, padded?", "Q"], [["yes", "no"], ["a", "b c"], ["yes", "no"]]
+    expected = []
+    for prompt, row_choices in zip(prompts, choices, strict=True):
+        before = tokenizer(prompt)["input_ids"]
+        for choice in row_choices:
+            ids = [*before, *tokenizer(choice)["input_ids"], tokenizer.eos_token_id]
+            with torch.no_grad():
+                scores = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            expected.append(sum(scores[place - 1, ids[place]].item() for place in range(len(before), len(ids))))
+    found = [score for row in backend.log_likelihoods(prompts, choices) for score in row]
+    assert found == pytest.approx(expected, rel=1e-4)
+    answers = backend.generate(prompts, Sampling(5))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        before = tokenizer(prompt)["input_ids"]
+        assert answer.text == backend._completion(before, largest_logits(model, before, 5), Sampling(5)).text
+    drawn = [answer.text for answer in backend.generate(prompts, DRAWN, [4, 5, 6])]
+    assert drawn == [backend.generate([p], DRAWN, [n])[0].text for p, n in zip(prompts, (4, 5, 6), strict=True)]
+    assert ("RwkvForCausalLM reads padding as text" in caplog.text) is one_by_one
+
+
+@pytest.mark.parametrize("sampling", [Sampling(4), DRAWN])
+def test_logits_that_are_no_numbers_are_refused(tokenizer, sampling):
+    """As when FP16 overflows: the largest of NaNs would be the first token, and the first choice the best."""
+    model = tiny_llama(vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)  # finite weights of FP16 give the same
+    backend = HFBackend(model, tokenizer, batch_size=2)
+    with pytest.raises(FloatingPointError, match="the model computes NaN instead of scores"):
+        backend.generate(["Q: 1?", "Q: a longer one?"], sampling, [1, 2])
+    with pytest.raises(FloatingPointError, match="the model computes NaN instead of scores"):
+        backend.log_likelihoods(["Q: 1?"], [["a", "b"]])
 
 
 def test_stops_are_looked_for_in_the_answer_alone(llama2_like):

@@ -1,6 +1,7 @@
 """What makes the step fast on a GPU changes nothing but the time: against plain torch, against runs without it."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from flatlora.fused.cross_entropy import linear_cross_entropy, linear_cross_entr
 from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
 from scripts.train_step import train_step
-from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, tiny_lora
+from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, tiny_llama, tiny_lora
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -35,6 +36,54 @@ def test_only_this_model_is_changed():
     accelerate(tiny_lora().to(CUDA), CUDA)
     assert all(getattr(modeling_llama, name) is value for name, value in before.items())
     tiny_lora()(torch.arange(3, 9)[None])  # on the CPU, where no kernel of Liger's runs
+
+
+class LigerSwiGLUMLP(nn.Module):
+    """What Liger puts into an MLP, in plain torch."""
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LigerGEGLUMLP(nn.Module):
+    def forward(self, x):
+        return self.down_proj(nn.functional.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("activation", "kernel", "kept"),
+    [
+        ("relu", LigerSwiGLUMLP, False),
+        ("gelu", LigerSwiGLUMLP, False),
+        ("silu", LigerSwiGLUMLP, True),
+        ("gelu_pytorch_tanh", LigerGEGLUMLP, True),
+        ("silu", LigerGEGLUMLP, False),
+    ],
+)
+def test_a_kernel_with_another_activation_is_taken_back(activation, kernel, kept, caplog):
+    base, ids = tiny_llama(hidden_act=activation), torch.arange(3, 19)[None]
+    expected = base(ids).logits
+    mlps = [layer.mlp for layer in base.model.layers]
+    for mlp in mlps:
+        mlp.forward = types.MethodType(kernel.forward, mlp)
+    acceleration._restore_other_activations(base)
+    torch.testing.assert_close(base(ids).logits, expected)
+    assert ["forward" in vars(mlp) for mlp in mlps] == [kept, kept]
+    assert ("2 layers keep transformers' forward" in caplog.text) is not kept
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_compute_the_models_own_activation(activation):
+    pytest.importorskip("liger_kernel")
+    model, ids = tiny_lora(hidden_act=activation).to(CUDA).train(), torch.arange(3, 19, device=CUDA)[None]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # at small numbers, activations are nearly alike
+        expected = model(ids, labels=ids).loss
+        accelerate(model, CUDA)
+        assert model(ids, labels=ids).loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 class TestWithoutMask:

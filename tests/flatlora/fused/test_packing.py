@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flatlora.fused import acceleration
+from flatlora.fused import acceleration, cross_entropy
 from flatlora.fused.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
@@ -182,6 +182,36 @@ def test_a_head_with_more_than_a_product_keeps_its_own_code(setting):
     model = architecture("granite") if setting == "logits_scaling" else architecture("llama")
     setattr(model.get_base_model().config, setting, 4.0)
     assert "chunked cross entropy" not in acceleration.accelerate(model, CPU)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "kept"),
+    [
+        ("recurrent_gemma", {"logits_soft_cap": 30.0, "lru_width": 32, "attention_window_size": 8}, True),
+        ("bamba", {"z_loss_coefficient": 1e-3, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}, True),
+        ("cohere", {"logit_scale": 0.25}, True),
+        ("bamba", {"z_loss_coefficient": 0.0, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}, False),
+        ("cohere", {"logit_scale": 1.0}, False),
+        ("llama", {}, False),
+    ],
+)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_head_whose_loss_has_more_keeps_its_own_code(model_type, changes, kept, by_name, monkeypatch):
+    base = architecture(model_type, **changes).get_base_model()
+    if not by_name:
+        monkeypatch.setattr(cross_entropy, "_CHANGES_LOGITS", ())
+    training = [module.training for module in base.modules()]
+    assert cross_entropy.has_frozen_linear_head(base) is not kept
+    assert [module.training for module in base.modules()] == training
+    assert not base.lm_head._forward_pre_hooks
+
+
+def test_layers_of_the_usual_names_may_read_other_inputs():
+    model = architecture("rwkv", attention_hidden_size=32)  # feed_forward.value reads what feed_forward.key computes
+    ids = torch.randint(3, 96, (2, 8))
+    expected = loss_and_gradients(model, {"input_ids": ids, "labels": ids})
+    assert "14 fused LoRA layers" in acceleration.accelerate(model, CPU)
+    assert_same(loss_and_gradients(model, {"input_ids": ids, "labels": ids}), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

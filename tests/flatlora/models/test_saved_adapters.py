@@ -89,6 +89,15 @@ def test_biases_that_an_adapter_trained_and_lacks_are_named(tmp_path):
     assert "missing" in str(caught.value)
 
 
+def test_an_adapter_whose_base_is_not_known_is_refused(tiny_model_folder, tmp_path):
+    """PEFT's LoRA-GA moves a part of W into the adapter, and loads the adapter onto W all the same."""
+    adapter_of(tiny_model_folder, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "lora_ga"}))
+    with pytest.raises(ConfigError, match=r"Invalid init_lora_weights=lora_ga .*path_initial_model_for_weight"):
+        loading.load_for_inference(str(tmp_path), None, CPU)
+
+
 @pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS"])
 def test_an_adapter_of_another_task_is_refused(tiny_model_folder, tmp_path, task):
     adapter_of(tiny_model_folder, tmp_path)
@@ -98,7 +107,17 @@ def test_an_adapter_of_another_task_is_refused(tiny_model_folder, tmp_path, task
         loading.load_for_inference(str(tmp_path), None, CPU)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"task_type": None}, {"target_modules": ["q_proj"]}])
+COMPUTED_BY_PEFT = [
+    {},
+    {"use_dora": True},
+    {"task_type": None},
+    {"target_modules": ["q_proj"]},
+    {"init_lora_weights": "pissa"},  # W is moved at each load
+    {"init_lora_weights": "olora"},
+]
+
+
+@pytest.mark.parametrize("changes", COMPUTED_BY_PEFT)
 def test_a_whole_adapter_computes_what_peft_does(tiny_model_folder, tmp_path, changes):
     trained = adapter_of(tiny_model_folder, tmp_path, **changes)
     loaded, _, _ = loading.load_for_inference(str(tmp_path), None, CPU)
