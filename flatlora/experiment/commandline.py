@@ -17,7 +17,6 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -164,8 +163,11 @@ def _parse_all(words: Iterable[str]) -> list[Override | None]:
 @contextlib.contextmanager
 def parsed_once() -> Iterator[None]:
     """Lets Hydra parse each override once in the block: it would parse those of every job of a sweep several times."""
-    with mock.patch.object(OverridesParser, "parse_rule", lambda _, text, rule: copy.copy(_parsed(text, rule))):
+    OverridesParser.parse_rule = lambda _, text, rule: copy.copy(_parsed(text, rule))
+    try:
         yield
+    finally:
+        OverridesParser.parse_rule = _parse_rule
 
 
 _parse_rule = OverridesParser.parse_rule
