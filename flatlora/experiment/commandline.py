@@ -163,11 +163,12 @@ def _parse_all(words: Iterable[str]) -> list[Override | None]:
 @contextlib.contextmanager
 def parsed_once() -> Iterator[None]:
     """Lets Hydra parse each override once in the block: it would parse those of every job of a sweep several times."""
+    before = OverridesParser.parse_rule
     OverridesParser.parse_rule = lambda _, text, rule: copy.copy(_parsed(text, rule))
     try:
         yield
     finally:
-        OverridesParser.parse_rule = _parse_rule
+        OverridesParser.parse_rule = before
 
 
 _parse_rule = OverridesParser.parse_rule
