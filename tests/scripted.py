@@ -58,6 +58,7 @@ class ScriptedLM(LlamaForCausalLM):
         config.bos_token_id = config.eos_token_id = config.pad_token_id = end
         super().__init__(config)
         self.scripts, self.end = scripts, end
+        self.said, self.begun = [], 0  # a trial of padding comes before the first answer
 
     def generate(self, input_ids, attention_mask, **options):
         asked = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]

@@ -8,15 +8,15 @@ from eval import BENCHMARKS
 from eval.by_row import ByRow
 from eval.command import main
 from eval.compare import main as compare
-from flatlora.config.settings import Section
+from flatlora.config.settings import Section, setting
 from flatlora.utils.errors import ConfigError
 
 
 class Config(Section):
-    max_rows: int | None = None
-    max_new_tokens: int = 4
-    batch_size: int = 2
-    least: int = 2
+    max_rows: int | None = setting(None, ge=1, le=100, remedy="null scores all")
+    max_new_tokens: int = setting(4, ge=1, le=100, remedy="4 is enough")
+    batch_size: int = setting(2, ge=1, le=100, remedy="2 is enough")
+    least: int = setting(2, ge=0, le=100, remedy="2 is short")
 
 
 LENGTH = ByRow(
