@@ -396,7 +396,7 @@ def mbpp_tasks(path):
         called = [(kind, name) for kind, name in defined if re.search(rf"\b{name}\b", tests)]
         if [kind for kind, _ in called] == ["def"] and called[0][1] != "check":
             name, setup = called[0][1], f"{row['test_setup_code']}\n"
-            test = f"import math\ndef check(candidate):\n    {name} = candidate\n{tests}"
+            test = f"import math\nimport sys\ndef check(candidate):\n    {name} = candidate\n{tests}"
             found[f"MBPP/{row['task_id']}"] = sandbox.Task(setup + row["code"], setup, test, name)
     return found
 
