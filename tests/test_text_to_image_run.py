@@ -308,8 +308,11 @@ def test_the_command_draws_the_same_pictures(scored, captioner):
     score = command.score_path("text_to_image", words)
     for key in text_to_image.SCORES:
         assert score["metrics"][key] == pytest.approx(record["metrics"][f"text_to_image/{key}"], abs=1e-5)
-    first, again = (folder / part / "images/0003.png" for part in ("eval/text_to_image", "again"))
-    assert first.read_bytes() == again.read_bytes()
+    files = (folder / part / "images/0003.png" for part in ("eval/text_to_image", "again"))
+    first, again = (np.asarray(Image.open(file)).astype(int) for file in files)
+    apart = np.abs(first - again)  # the loaded model rounds otherwise than the trained one, in the last bits of FP32
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 1e-3
 
 
 def test_plain_diffusers_draws_the_runs_pictures(scored):

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from flatlora.fused.acceleration import GRAPH_TOKENS
@@ -20,6 +21,11 @@ from flatlora.utils.labels import IGNORED_LABEL
 
 # Encoders that transformers also loads as causal models; without is_decoder their attention is bidirectional.
 _BIDIRECTIONAL = {"bert-generation", *(MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+# Models whose loss in transformers compares a token's logits with that token, such as the decoders of BART and Marian.
+_UNSHIFTED = {
+    *("cpmant", "trocr", "whisper"),
+    *(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+}
 _GRAPH_LENGTHS = 64  # tokens; lengths are rounded up to a multiple of it, to capture fewer graphs
 
 
@@ -38,6 +44,8 @@ class CausalLM(LanguageModel):
             return "it is an encoder-decoder; use model.family=seq2seq, or name a decoder-only model"
         if described.model_type == "xlnet":
             return "it predicts tokens in permuted order and sees those that follow; name a decoder-only model"
+        if described.model_type in _UNSHIFTED:
+            return "its loss in transformers does not shift labels: it would learn to repeat; name a decoder-only model"
         decodes = getattr(described, "is_decoder", False) or getattr(described, "causal", False)
         if described.model_type in _BIDIRECTIONAL and not decodes:
             return "it is an encoder, whose tokens see those that follow; name a decoder-only model"

@@ -117,6 +117,11 @@ UNFIT = {
         [],
         "Invalid model.hub_id={} (xlnet): it predicts tokens in permuted order",
     ),
+    "a decoder of an encoder-decoder": (
+        ("bart", {"vocab_size": 4200, "d_model": 32, "is_encoder_decoder": False, "is_decoder": True}),
+        [],
+        "Invalid model.hub_id={} (bart): its loss in transformers does not shift labels: it would learn to repeat",
+    ),
     "layers that PEFT refuses": (
         ("mamba2", MAMBA),
         [],
