@@ -83,20 +83,20 @@ READERS = {
     "a name in a chat": lambda tokenizer: ChatEncoder(tokenizer)([[{"role": "user", "content": f"{SLOW}</s>"}]]),
 }
 SCRIPT = """
+import itertools
 import sys
 from flatlora.inputs import tokenizing
 from flatlora.utils.errors import ConfigError
 from tests.flatlora.inputs.test_tokenizing import PATTERNS, READERS, slow
 
 tokenizing._LEAST_SECONDS, tokenizing._LETTERS_PER_SECOND = 0.5, 1e9
-for place, pattern in PATTERNS:
-    for name, read in READERS.items():
-        tokenizer = slow(place, pattern)
-        tokenizer.chat_template = "{{ messages[0]['content'] }}"
-        try:
-            read(tokenizer)
-        except ConfigError as error:
-            print(name, error, flush=True)
+for (name, read), (place, pattern) in zip(READERS.items(), itertools.cycle(PATTERNS)):  # each leaves a busy thread
+    tokenizer = slow(place, pattern)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    try:
+        read(tokenizer)
+    except ConfigError as error:
+        print(name, error, flush=True)
 sys.exit(7)
 """
 
@@ -110,6 +110,7 @@ def test_a_pattern_that_the_library_gives_up_is_named(name):
 
 
 @pytest.mark.slow
+@pytest.mark.extra  # its busy threads slow down all tests beside it; a chat template that never ends is always tried
 def test_patterns_that_take_for_ever_are_named_and_do_not_keep_a_process():
     """In a process of its own: what was given up goes on until its end."""
     begun = time.monotonic()
@@ -118,7 +119,7 @@ def test_patterns_that_take_for_ever_are_named_and_do_not_keep_a_process():
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 7, done.stderr
-    assert len(lines) == len(PATTERNS) * len(READERS), done.stderr
+    assert len(lines) == len(READERS), done.stderr
     assert all("Invalid tokenizer of" in line and "mend the regular expressions" in line for line in lines)
     assert time.monotonic() - begun < 200
 
