@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from flatlora.noise import torch_passes
 from flatlora.noise.philox import layer_key, validate_counter
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _ELEMENTS_WORTH_A_THREAD = 32768
 _JOBS_WORTH_A_THREAD = 4  # with fewer jobs per thread the load is uneven
@@ -175,24 +177,22 @@ def _in_shares(matrix: torch.Tensor, work: Callable[[int, int], None]) -> None:
         job.result()
 
 
-def share(jobs: Sequence[Callable[[], None]]) -> None:
-    """Run independent jobs on torch's number of threads, each job on one thread.
+def share(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Runs independent jobs on torch's number of threads, each job on one thread; returns their results.
 
     A model has hundreds of layers, and splitting a small one over threads costs more than its noise.
     """
     workers = min(torch.get_num_threads(), len(jobs) // _JOBS_WORTH_A_THREAD)
     if workers <= 1:
-        for job in jobs:
-            job()
-        return
-
-    remaining = iter(jobs)  # a core that other programs use takes fewer of them
+        return [job() for job in jobs]
+    results: dict[int, T] = {}
+    remaining = enumerate(jobs)  # a core that other programs use takes fewer of them
 
     def run() -> None:
         _thread.shares = True
         try:
-            for job in remaining:
-                job()
+            for index, job in remaining:
+                results[index] = job()
         finally:
             _thread.shares = False
 
@@ -200,6 +200,7 @@ def share(jobs: Sequence[Callable[[], None]]) -> None:
     run()
     for other in others:
         other.result()
+    return [results[index] for index in range(len(jobs))]
 
 
 @lru_cache(maxsize=1)

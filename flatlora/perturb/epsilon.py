@@ -36,7 +36,11 @@ class Epsilon(Protocol):
     """ε of a list of layers. The lists of tensors below have one entry per layer."""
 
     def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
-        """c of every layer, shape (m,), FP32, from the current weights and adapters."""
+        """Returns c of every layer, the standard deviation of ε in each row, shape (m,), FP32 (paper section 3.3).
+
+        Raises:
+            FloatingPointError: a weight or an adapter contains NaN or infinity; on a GPU `check` raises it later.
+        """
         ...
 
     def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -72,12 +76,7 @@ class HostEpsilon:
         self.layers, self._scratch = layers, _Scratch()
 
     def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
-        norms: list[torch.Tensor] = [torch.empty(0)] * len(self.layers)
-
-        def compute(index: int, norms_of_layer: Callable[[], torch.Tensor]) -> None:
-            norms[index] = norms_of_layer()
-
-        host.share([functools.partial(compute, *each) for each in enumerate(map(_row_norms_of, self.layers))])
+        norms = host.share([_row_norms_of(layer) for layer in self.layers])
         if not torch.cat(norms).isfinite().all():
             names = [layer.name for layer, each in zip(self.layers, norms, strict=True) if not each.isfinite().all()]
             raise FloatingPointError(_not_finite(names[0]))
@@ -305,18 +304,6 @@ def write_perturbed(
         total.copy_(weight[start:stop])
         total.addcmul_(z.to(weight.device, wide), c[start:stop, None])
         out[start:stop].copy_(total if stored is None else total.to(stored))
-
-
-@torch.no_grad()
-def noise_coefficients(
-    layer: PerturbedLayer, sigma: float, *, scale: str = "filter", fan_in: bool = True
-) -> torch.Tensor:
-    """Returns c, the standard deviation of ε in each row of a layer, shape (m,), FP32 (paper section 3.3).
-
-    Raises:
-        FloatingPointError: the weight or an adapter contains NaN or infinity.
-    """
-    return HostEpsilon([layer]).coefficients(sigma, scale=scale, fan_in=fan_in)[0]
 
 
 def _coefficients(norms: torch.Tensor, columns: int, sigma: float, *, scale: str, fan_in: bool) -> torch.Tensor:

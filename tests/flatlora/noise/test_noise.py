@@ -1,5 +1,6 @@
 """The noise is what philox.py says it is: Philox, Box–Muller, a pure function, standard normal."""
 
+import functools
 import random
 
 import numpy as np
@@ -81,6 +82,18 @@ def test_a_row_that_the_adapter_cancels_has_norm_zero():
     weight = torch.full((2, 16), 1.0)
     squared = torch_passes.squared_row_norms(weight) - 1e-9  # as rounding may leave it
     assert torch.equal(host.merged_row_norms(weight, A, B, squared), torch.zeros(2))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_shared_jobs_return_their_results_in_order(count):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        assert host.share([functools.partial(int, number) for number in range(100)]) == list(range(100))
+        with pytest.raises(ValueError, match="no number"):
+            host.share([functools.partial(int, text) for text in ("1",) * 50 + ("no number",) + ("1",) * 50])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_every_word_of_the_address_matters():

@@ -19,11 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from flatlora.models.hashes import backbone_sha256
 from flatlora.noise import host, philox
 from flatlora.optim.lora_pro import lora_pairs
-from flatlora.perturb.epsilon import (
-    merged_row_norms,
-    merged_row_norms_reference,
-    noise_coefficients,
-)
+from flatlora.perturb.epsilon import HostEpsilon, merged_row_norms, merged_row_norms_reference
 from flatlora.perturb.layers import AdapterTerm, PerturbedLayer, find_lora_layers, plain_name
 from flatlora.perturb.perturbation import WeightPerturbation, choose_mode
 from flatlora.utils.errors import ConfigError
@@ -466,11 +462,12 @@ def test_output_variance_grows_by_one_plus_sigma_squared():
 def test_iid_noise_has_the_same_total_and_one_std():
     layer = linear_layer()
     layer.weight.data *= torch.linspace(0.1, 3, 6)[:, None]
-    by_filter, iid = (noise_coefficients(layer, 0.1, scale=scale) for scale in ("filter", "iid"))
+    epsilon = HostEpsilon([layer])
+    (by_filter,), (iid,) = (epsilon.coefficients(0.1, scale=scale, fan_in=True) for scale in ("filter", "iid"))
     assert iid.unique().numel() == 1
     assert by_filter.unique().numel() == 6
     assert iid.square().sum() == pytest.approx(by_filter.square().sum().item(), rel=1e-5)
-    without = noise_coefficients(layer, 0.1, fan_in=False)
+    (without,) = epsilon.coefficients(0.1, scale="filter", fan_in=False)
     torch.testing.assert_close(without, by_filter * math.sqrt(20))
 
 
