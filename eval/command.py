@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -18,14 +18,15 @@ from safetensors import SafetensorError
 
 import eval as benchmarks
 from eval import predictions
-from eval.backends import Backend, Generator, ImageBackend, wire
+from eval.backends import Backend, Generator, ImageBackend
 from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
 from eval.kinds import BENCHMARK, KINDS, Command
 from eval.place import YAML_ERRORS, ResolvedModel, base_errors, resolve_model
+from eval.target import Target
 from flatlora.config.families import trains_on
 from flatlora.config.sections import ModelConfig
-from flatlora.config.settings import MOST_SECONDS, Section, checked_section, setting
+from flatlora.config.settings import Section, checked_section
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import gather
 from flatlora.models.clip import Classes
@@ -42,76 +43,13 @@ from flatlora.models.sources import backbone_source
 from flatlora.models.starts import MOVED
 from flatlora.runs.run_folder import answering
 from flatlora.utils.console import ProgressBar, console, quiet_libraries, report_errors
-from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
+from flatlora.utils.errors import ConfigError, nearest, reason_of
 from flatlora.utils.files import write_json
 from flatlora.utils.names import fitting, is_text
 from flatlora.utils.precision import choose_precision, stored_dtype
 from flatlora.utils.records import PlainLoader, links_in, read_record
 
 logger = logging.getLogger(__name__)
-
-
-class Target(Section):
-    """Keys of the command line that all benchmarks share."""
-
-    rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file, or write rows=benchmark")
-    data_root: str | None = setting(None, min_length=1, remedy="name a folder with the hub's layout")
-    base: str | None = setting(None, min_length=1, remedy="name the adapter's base model: a folder or a hub id")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", remedy="auto is the model's own")
-    out: str | None = setting(None, min_length=1, remedy="name a folder")
-    score_only: bool = setting(False, remedy="true scores existing answers")
-    backend: Literal["hf", "vllm", "openai"] = setting("hf", remedy="hf is transformers in this process")
-    base_url: str | None = setting(None, min_length=1, remedy="name the endpoint of backend=openai, ending in /v1")
-    base_key: str | None = setting(None, min_length=1, remedy="name the environment variable with the key of base_url")
-    chat: bool = setting(False, remedy="true sends prompts as messages of a chat, for backend=openai")
-    concurrency: int = setting(8, ge=1, le=1024, remedy="how many requests of backend=openai are under way at a time")
-    requests_per_minute: float | None = setting(None, ge=0.01, le=1e6, remedy="null sets no limit")
-    timeout: float = setting(300.0, gt=0, le=MOST_SECONDS, remedy="seconds for one request of backend=openai")
-
-    def rule_errors(self) -> list[SettingError]:
-        errors, fields = [], type(self).model_fields
-        if self.backend == "openai" and self.base_url is None:
-            errors.append(
-                SettingError(
-                    ("base_url", "backend"),
-                    "Missing base_url: backend=openai needs an endpoint; name it with base_url=http://HOST:PORT/v1.",
-                )
-            )
-        elif self.backend == "openai":
-            errors += wire.endpoint_errors("base_url", self.base_url, "base_key", self.base_key)
-        if self.backend != "openai":
-            errors += [
-                SettingError(
-                    (key, "backend"),
-                    f"Invalid {key}={getattr(self, key)} with backend={self.backend}: only backend=openai reads it; "
-                    "drop it.",
-                )
-                for key in ("base_url", "base_key", "chat", "concurrency", "requests_per_minute", "timeout")
-                if getattr(self, key) != fields[key].default
-            ]
-        if self.backend == "openai" and self.dtype != "auto":
-            errors.append(
-                SettingError(
-                    ("dtype", "backend"),
-                    f"Invalid dtype={self.dtype} with backend=openai: the server has its own; drop it.",
-                )
-            )
-        if self.backend == "openai" and self.base is not None:
-            errors.append(
-                SettingError(
-                    ("base", "backend"),
-                    f"Invalid base={self.base} with backend=openai: the server has its own; drop it.",
-                )
-            )
-        if self.backend != "hf" and self.device != "auto":
-            errors.append(
-                SettingError(
-                    ("device", "backend"),
-                    f"Invalid device={self.device} with backend={self.backend}: it has a device of its own; drop it.",
-                )
-            )
-        return errors
 
 
 _SHARED_HELP = """

@@ -531,8 +531,8 @@ def test_both_parsers_read_the_same_answers(completion, strict, flexible):
 
 def test_a_parser_that_is_not_installed_is_an_error(monkeypatch):
     monkeypatch.setattr(gsm8k, "_has_math_verify", lambda: False)
-    (told,) = [error.message for error in gsm8k.Config(parser="math_verify").rule_errors()]
-    assert "the package math-verify is not installed" in told
+    (reported,) = [error.message for error in gsm8k.Config(parser="math_verify").rule_errors()]
+    assert "the package math-verify is not installed" in reported
     assert "math_verify" not in score([row("#### 1", "1")])["metrics"]
 
 

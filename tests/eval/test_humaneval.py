@@ -261,8 +261,8 @@ def test_samples_have_seeds_that_hang_on_nothing_else(tmp_path):
     ],
 )
 def test_settings_that_do_not_go_together_are_errors(changes, message):
-    (told,) = [error.message for error in humaneval.Config(**{**ALLOWED, **changes}).rule_errors()]
-    assert re.search(message, told)
+    (reported,) = [error.message for error in humaneval.Config(**{**ALLOWED, **changes}).rule_errors()]
+    assert re.search(message, reported)
 
 
 @pytest.mark.parametrize("changes", [{"prompt": "def f(:"}, {"test": "def check(c:"}, {"entry_point": "other"}])
