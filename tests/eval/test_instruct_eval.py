@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import run_exp
-from eval import instruct_eval
+from eval import instruct_eval, lm_eval_tasks
 from eval.backends.hf import HFBackend
 from eval.command import main
 from flatlora.inputs.rows import read_jsonl
@@ -151,7 +151,7 @@ def test_parquet_is_read_as_well(root, tmp_path):
     other.mkdir(parents=True)
     rows = read_jsonl(root / "SaylorTwift/bbh/navigate/test.jsonl")
     datasets.Dataset.from_list(rows).to_parquet(other / "test.parquet")
-    with instruct_eval._data_of("bbh_navigate", str(tmp_path)):
+    with lm_eval_tasks.data_of(instruct_eval._sources("bbh_navigate"), str(tmp_path)):
         assert datasets.load_dataset("SaylorTwift/bbh", "navigate")["test"].to_list() == rows
     assert datasets.load_dataset is usual
 
@@ -245,7 +245,7 @@ def test_the_blank_before_an_answer_is_none_of_it(tokenizers, monkeypatch):
     from eval.backends import Completion
 
     model = asker(tiny_llama(vocab_size=len(tokenizers[0])), tokenizers[0])
-    monkeypatch.setattr(model._answering, "generate", lambda prompts, sampling: [Completion(" Yes", 1, True)])
+    monkeypatch.setattr(model._answering, "generate_ids", lambda *asked: [Completion(" Yes", 1, True)])
     assert model.generate_until(requests("generate_until", ("Q: 3\nA:", ENDS))) == ["Yes"]
 
 
