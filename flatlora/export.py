@@ -62,12 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report_errors(error)
         return 2
     except OSError as error:
-        console.print(f"The export failed: {reason_of(error)}. {target} was not written.", markup=False, soft_wrap=True)
+        console.print(f"The export failed: {reason_of(error)}.{_missing(target)}", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print(f"Interrupted: {target} was not written.", markup=False, soft_wrap=True)
+        console.print(f"Interrupted.{_missing(target)}", markup=False, soft_wrap=True)
         return 130
     return 0
+
+
+def _missing(target: str | None) -> str:
+    return "" if target is None or os.path.lexists(target) else f" {target} was not written."
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

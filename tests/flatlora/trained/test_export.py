@@ -25,6 +25,9 @@ IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 AUTO = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
 
 
+HEAD_AND_BIASES = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "bias": "lora_only"}
+
+
 def make_adapter(base, folder, task="CAUSAL_LM", **settings):
     """An adapter of plain PEFT with random factors, and the base's tokenizer."""
     model = AUTO[task].from_pretrained(base)
@@ -62,9 +65,9 @@ def errors(arguments, capsys):
     ("task", "settings"),
     [
         ("CAUSAL_LM", {}),
-        ("CAUSAL_LM", {"use_rslora": True}),
-        ("CAUSAL_LM", {"use_dora": True}),
-        ("CAUSAL_LM", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "bias": "lora_only"}),
+        pytest.param("CAUSAL_LM", {"use_rslora": True}, marks=pytest.mark.extra),
+        pytest.param("CAUSAL_LM", {"use_dora": True}, marks=pytest.mark.extra),
+        pytest.param("CAUSAL_LM", HEAD_AND_BIASES, marks=pytest.mark.extra),
         ("SEQ_2_SEQ_LM", {}),
     ],
     ids=["lora", "rslora", "dora", "saved head", "t5"],
@@ -89,16 +92,27 @@ def test_a_merged_folder_computes_what_the_adapter_does(
 
 
 @pytest.mark.parametrize("peft", ["pissa", pytest.param("lora_ga", marks=pytest.mark.extra)])
-def test_a_run_whose_method_moves_the_base_is_merged(peft, tiny_settings, tiny_model_folder, tmp_path):
+def test_a_run_whose_method_moves_the_base_is_merged(peft, tiny_settings, tiny_model_folder, tmp_path, capsys):
     settings = [*tiny_settings, f"peft={peft}", "trainer.max_steps=2", "trainer.save_steps=1"]
     assert run_exp.main(settings) == 0
     run = run_folder(settings)
-    assert export.main([str(run), "--merge", str(tmp_path / "merged")]) == 0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert export.main([str(run / "checkpoint-2"), "--merge", str(tmp_path / "merged")]) == 0  # less its start/
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     check_same(PeftModel.from_pretrained(base, run / "adapter"), merged)
-    assert export.main([str(run / "checkpoint-2"), "--merge", str(tmp_path / "of-checkpoint")]) == 0
-    check_same(merged, AutoModelForCausalLM.from_pretrained(tmp_path / "of-checkpoint"))
+    assert "export the finished run, or use --merge" in errors([run / "checkpoint-2", "--copy", tmp_path / "x"], capsys)
+
+
+@pytest.mark.extra
+def test_a_fully_trained_model_is_copied_whole(tiny_settings, tmp_path, capsys):
+    settings = [word for word in tiny_settings if not word.startswith("peft.")]
+    settings += ["peft=full_ft", "trainer.max_steps=1"]
+    assert run_exp.main(settings) == 0
+    run = run_folder(settings)
+    assert export.main([str(run), "--copy", str(tmp_path / "copy")]) == 0
+    check_same(*(AutoModelForCausalLM.from_pretrained(folder) for folder in (run / "adapter", tmp_path / "copy")))
+    assert "library_name: transformers" in (tmp_path / "copy/README.md").read_text()
+    assert "holds a whole model and no adapter" in errors([run, "--merge", tmp_path / "merged"], capsys)
 
 
 def test_bf16_weights_are_those_of_one_rounding(tiny_model_folder, tmp_path):
@@ -114,6 +128,7 @@ def test_bf16_weights_are_those_of_one_rounding(tiny_model_folder, tmp_path):
     assert "rounding to bfloat16 changes logits by up to 0.0" in card
 
 
+@pytest.mark.extra
 def test_a_head_that_shares_the_embedding_is_merged_alone(tiny_model_folder, tmp_path):
     base = tmp_path / "tied"
     shutil.copytree(tiny_model_folder, base)
