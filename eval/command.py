@@ -22,26 +22,31 @@ from eval.backends import Backend, Generator, ImageBackend
 from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
 from eval.kinds import BENCHMARK, KINDS, Command
-from eval.place import YAML_ERRORS, ResolvedModel, base_errors, resolve_model
 from eval.target import Target
 from flatlora.config.families import trains_on
 from flatlora.config.sections import ModelConfig
 from flatlora.config.settings import Section, checked_section
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import gather
-from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
-from flatlora.models.hashes import PUT_BACK, differing_part, short_state, weights_state
 from flatlora.models.loading import (
     choose_device,
     load_for_inference,
     model_of,
     saved_processor,
-    weights_identity,
 )
 from flatlora.models.sources import backbone_source
 from flatlora.models.starts import MOVED
 from flatlora.runs.run_folder import answering
+from flatlora.trained.place import (
+    YAML_ERRORS,
+    ResolvedModel,
+    base_errors,
+    identify,
+    is_hash,
+    resolve_model,
+    validated_unchanged,
+)
 from flatlora.utils.console import ProgressBar, console, quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError, nearest, reason_of
 from flatlora.utils.files import write_json
@@ -115,7 +120,8 @@ def score_path(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
     def resolve() -> ResolvedModel:
         served = target is not None and target.backend == "openai"
-        return resolve_model(arguments[0], name, served, None if target is None else target.base)
+        base = None if target is None else target.base
+        return resolve_model(arguments[0], benchmark=(name, benchmark.Config), served=served, base=base)
 
     def check_arguments() -> None:
         if argument_errors:
@@ -277,7 +283,7 @@ def _output_folder(
     benchmark += _label(target, given, resolved.scored_with, module) + _served(target)
     if KINDS[module.kind].of_pictures and target.data_root not in (None, resolved.data_root):  # the images may differ
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
-    if target.base and resolved.base and not _is_hash(resolved.base):  # a hub commit cannot be compared with it
+    if target.base and resolved.base and not is_hash(resolved.base):  # a hub commit cannot be compared with it
         benchmark += f"-base={_in_short(target.base)}"
     benchmark += _machine_label(target, resolved, own) if own and target.backend == "hf" else ""
     if resolved.run is None:
@@ -438,7 +444,7 @@ def _backend(
                 f"(model.quantize={model.quantize}), and vLLM would load it without that; use backend=hf."
             ]
         )
-    with _validated_unchanged(folder):
+    with validated_unchanged(folder):
         return VLLMBackend(
             resolved.weights if resolved.model and adapter is None else backbone_source(model),
             adapter,
@@ -446,7 +452,7 @@ def _backend(
             revision=model.revision,
             batch_size=batch_size,
             dtype=dtype or _served_dtype(model, resolved.autocast),
-            identity=_identity(resolved),
+            identity=identify(resolved),
         )
 
 
@@ -456,56 +462,13 @@ def _served_dtype(model: ModelConfig, autocast: str) -> str:
     return str(choose_precision(autocast, model.dtype, device).held).removeprefix("torch.")
 
 
-def _identity(resolved: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
-    """Returns the hashes that identify the weights, for generation.json.
-
-    Raises:
-        ConfigError: the backbone differs from the one that the adapter was trained on.
-    """
-    identity = weights_identity(resolved.weights, resolved.model, classes)
-    state = identity.get("base", resolved.base)
-    part = differing_part(resolved.base, state) if resolved.base else "weights"
-    if resolved.base_named and part and not (resolved.base and _is_hash(resolved.base) == _is_hash(state)):
-        recorded = short_state(resolved.base) if resolved.base else "nothing"
-        logger.warning(
-            "Cannot check that base=%s is the backbone that %s was trained on: its record has %s, and this is %s.",
-            *(resolved.model.hub_id, resolved.weights, recorded, short_state(state)),
-        )
-    elif resolved.base and part:
-        raise ConfigError(
-            [
-                f"Invalid backbone of {resolved.weights}: {resolved.model.hub_id} is now "
-                f"{short_state(identity['base'])}, and the run was trained on {short_state(resolved.base)} (base in "
-                f"its run.json), which differ in {part}; put {PUT_BACK[part]} back, name them with base=PATH, or pin "
-                "them with model.revision."
-            ]
-        )
-    elif resolved.base and "base" in identity:
-        identity["base"] = resolved.base  # may be in an earlier version's format; the model is the same
-    return identity
-
-
-@contextlib.contextmanager
-def _validated_unchanged(folder: Path) -> Iterator[None]:
-    """Checks that the weights do not change between hashing and loading: the record would name the wrong weights."""
-    before = weights_state(folder)
-    yield
-    if weights_state(folder) != before:
-        raise ConfigError([f"{folder} changed while it was read: wait until nothing writes there, then try again."])
-
-
-def _is_hash(state: str) -> bool:
-    """Whether a backbone's state is the hash of a folder, not a commit of the hub."""
-    return state.startswith("sha256:")
-
-
 def _load(
     resolved: ResolvedModel, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
 ) -> Backend | ImageBackend:
     try:
         classes = FAMILIES[resolved.model.family].classes_of_run(resolved.run) if resolved.run else None
-        with _validated_unchanged(Path(resolved.weights)):
-            identity = _identity(resolved, classes) | ({"dtype": dtype} if dtype else {})
+        with validated_unchanged(Path(resolved.weights)):
+            identity = identify(resolved, classes) | ({"dtype": dtype} if dtype else {})
             model, processor, _ = load_for_inference(
                 resolved.weights, resolved.model, device, classes, dtype, resolved.autocast
             )

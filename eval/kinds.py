@@ -13,7 +13,6 @@ import numpy as np
 from eval.backends.clip import CLIPBackend
 from eval.backends.diffusion import DiffusionBackend
 from eval.backends.hf import HFBackend
-from eval.place import OTHER_VERSION, ResolvedModel
 from eval.target import Target
 from flatlora.config.families import trains_on
 from flatlora.config.settings import Section
@@ -25,6 +24,7 @@ from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
 from flatlora.models.loading import model_of
 from flatlora.models.processors import load_image_processor
+from flatlora.trained.place import OTHER_VERSION, ResolvedModel
 from flatlora.utils.errors import ConfigError
 
 BENCHMARK = "benchmark"  # rows=benchmark: its own rows, also for a run that has test rows

@@ -18,10 +18,10 @@ import run_exp
 from eval import command, predictions
 from eval.backends import Completion
 from eval.command import main
-from eval.place import resolve_model
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import jsonl, prompt_text
 from flatlora.runs import run_folder as runs
+from flatlora.trained.place import resolve_model
 from flatlora.utils import precision, records
 from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder, tiny_llama
@@ -435,7 +435,7 @@ def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, tmp
 def test_vllm_computes_in_the_dtype_of_its_cpu(tmp_path, monkeypatch, words, fast, dtype):
     monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(*[fast] * 4))
     monkeypatch.setattr(command, "choose_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(command, "_identity", lambda *_: {})
+    monkeypatch.setattr(command, "identify", lambda *_: {})
     monkeypatch.setattr(command, "backbone_source", lambda model: "none")
     monkeypatch.setattr(command, "VLLMBackend", lambda *_, **settings: settings)
     model = ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype="bfloat16")
@@ -785,7 +785,7 @@ def test_weights_that_are_replaced_while_they_are_loaded_do_not_answer(tmp_path,
 
     model = ModelConfig(name="tiny", hub_id="none", family="causal_lm")
     named = command.ResolvedModel(str(tmp_path), model=model)
-    monkeypatch.setattr(command, "_identity", lambda *_: {})
+    monkeypatch.setattr(command, "identify", lambda *_: {})
     monkeypatch.setattr(command, "load_for_inference", load)
     monkeypatch.setattr(command, "VLLMBackend", load)
     monkeypatch.setattr(command, "backbone_source", lambda model: "none")
@@ -805,4 +805,4 @@ def test_pipes_in_the_place_of_answers_and_of_an_adapters_config_are_named(made,
     config.parent.mkdir()
     (config.parent / "config.json").write_text("{}")
     os.mkfifo(config)
-    assert resolve_model(str(config.parent), "gsm8k").weights == str(config.parent)  # and does not wait for a writer
+    assert resolve_model(str(config.parent)).weights == str(config.parent)  # and does not wait for a writer
