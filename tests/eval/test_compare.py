@@ -11,7 +11,7 @@ import run_exp
 from eval import __main__ as command
 from eval import command as score
 from eval import compare as comparing
-from eval import gsm8k, humaneval, images, squad
+from eval import gsm8k, humaneval, images, programs, squad
 from eval.compare import compare
 from flatlora.inputs.rows import jsonl
 from flatlora.utils import records
@@ -150,7 +150,7 @@ def test_rows_of_every_kind_have_scores(tmp_path):
     assert squad.SCORER.row_scores(answered, squad.Config(), tmp_path) == {("p", 0): pytest.approx(2 / 3)}
     task = {"code": "def f():\n", "test": "", "entry_point": "f", "form": "completion"}
     rows = [{"index": i, "task_id": f"T/{i // 2}", "completion": f"    return {i}", **task} for i in range(4)]
-    keys = [humaneval._program_sha256(one) for one in humaneval._tasks(rows)]
+    keys = [programs._program_sha256(humaneval.task(row)) for row in rows]
     (tmp_path / "outcomes.jsonl").write_text(jsonl({"program": key, "passed": key != keys[3]} for key in keys))
     assert humaneval.row_scores(rows, humaneval.Config(), tmp_path) == {"T/0": 1.0, "T/1": 0.5}
     rows[0]["completion"] = "    return 5"  # another program: what was found of the old one says nothing of it

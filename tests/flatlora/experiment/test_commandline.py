@@ -586,6 +586,9 @@ def partners(group, option, folder):
         judged = ["eval.mt_bench.judge=j", "eval.mt_bench.judge_url=http://127.0.0.1:1/v1"]
         return {
             "humaneval": allowed,
+            "humaneval_plus": allowed,
+            "mbpp": allowed,
+            "lm_eval": ["eval.lm_eval.tasks=[arc_easy]"],
             "mt_bench": judged,
             "glue": ["dataset=sst2"],
             "text_to_image": ["model=sdxl_tiny", "dataset=shapes"],
