@@ -120,7 +120,10 @@ def _few(names: Sequence[str]) -> str:
 def _problem(task: Mapping[str, Any], config: Config) -> str | None:
     """Returns why a task cannot be scored here; None if it can."""
     if task.get("unsafe_code"):
-        return "lm-eval would run code that the model wrote, without a sandbox; use eval=[humaneval] or eval=[mbpp], or leave it out"
+        return (
+            "lm-eval would run code that the model wrote, without a sandbox; use eval=[humaneval] or eval=[mbpp], or "
+            "leave it out"
+        )
     if kind := next((kind for kind in ("image", "audio") if f"doc_to_{kind}" in task), None):
         return f"the questions are about an {kind}, which text models do not read; leave it out"
     if unread := sorted((task.get("generation_kwargs") or {}).keys() - _GENERATION_KEYS):
