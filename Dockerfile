@@ -1,6 +1,6 @@
 # The suite for NVIDIA GPUs. torch's wheel brings the CUDA libraries, the host the driver and the container toolkit.
 #   docker build --build-arg GIT_SHA="$(git rev-parse HEAD)" -t flatlora .
-#   docker run --rm --gpus all --ipc=host -v "$PWD:/work" flatlora python /opt/flatlora/run_exp.py model=llama
+#   docker run --rm --gpus all --ipc=host -v "$PWD:/experiments" flatlora python /opt/flatlora/run_exp.py model=llama
 FROM python:3.12.12-slim-bookworm
 
 # Triton compiles a launcher for each kernel, DeepSpeed its operations on the host.
@@ -27,5 +27,5 @@ ENV FLATLORA_GIT_SHA=${GIT_SHA} \
 
 RUN useradd --create-home --uid 1000 flatlora
 USER 1000
-WORKDIR /work
+WORKDIR /experiments
 CMD ["python", "/opt/flatlora/run_exp.py", "--help"]

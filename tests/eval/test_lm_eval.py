@@ -238,8 +238,8 @@ def test_tasks_that_cannot_be_scored_are_errors(changes, message, own, tmp_path,
     (tmp_path / "choice.yaml").write_text((own / "choice.yaml").read_text())
     (tmp_path / "words.yaml").write_text((own / "words.yaml").read_text())
     manager(tmp_path, monkeypatch)
-    (told,) = [error.message for error in benchmark.Config(**changes).rule_errors()]
-    assert message in told
+    (reported,) = [error.message for error in benchmark.Config(**changes).rule_errors()]
+    assert message in reported
 
 
 def test_missing_packages_and_data_are_errors_before_a_model_is_loaded(own, tmp_path):
@@ -251,9 +251,9 @@ def test_missing_packages_and_data_are_errors_before_a_model_is_loaded(own, tmp_
         f"include: {own}/choice.yaml\ntask: hub\ndataset_path: owner/name\ndataset_name: easy\ndataset_kwargs: null\n"
     )
     settings = benchmark.Config(tasks=["needs", "hub"], include_path=str(tmp_path))
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as reported:
         benchmark.check_rows(benchmark.benchmark_rows(str(tmp_path), settings), "", settings)
-    data, package = told.value.errors
+    data, package = reported.value.errors
     assert "owner/name/easy/test.jsonl (or .parquet) does not exist" in data
     assert "Cannot load lm-eval's needs: No module named 'no_such_package'" in package
 

