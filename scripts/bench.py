@@ -2,6 +2,7 @@
 
     python -m scripts.bench cpu [--rounds 7] [--drift-steps 500]
     python -m scripts.bench data
+    python -m scripts.bench families [--data-root DIR] [--steps 200]
     python -m scripts.bench gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
     python -m scripts.bench methods [--shapes 2x1024x16] [--steps 3]
     python -m scripts.bench processes [--gpus 2] [--steps 8]
@@ -11,13 +12,14 @@ cpu  1. one optimizer step on SmolLM2-135M, contenders in turn, round after roun
         in the dtype in which this CPU is faster, our LoRA with trainer.kernels=off and =auto, and Flat-LoRA in each
         mode: medians, tokens/s and ratios (a noisy machine slows down all contenders of a round alike);
      2. the drift of a BF16 backbone after 500 steps of perturbing and restoring, in each mode.
+families  see bench_families.py: a training step of T5-base's shape compared with transformers' Trainer and PEFT.
 data     see bench_data.py: tokenizing 100,000 rows, and starting from the cache.
 gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape compared with PEFT's.
 methods  see bench_methods.py: an optimizer step of every method compared with LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
 sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, compared with diffusers' example.
-Writes results/bench/{cpu,data,gpu,methods,processes,sdxl}.json, and a plot for cpu and gpu. A CPU that computes in FP32
-has its own file, cpu_fp32.json, and plot.
+Writes results/bench/{cpu,data,families,gpu,methods,processes,sdxl}.json, and a plot for cpu and gpu. A CPU that
+computes in FP32 has its own file, cpu_fp32.json, and plot.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=["cpu", "data", "gpu", "methods", "processes", "sdxl"])
+    parser.add_argument("device", choices=["cpu", "data", "families", "gpu", "methods", "processes", "sdxl"])
     parser.add_argument("--rounds", type=int, default=7, help="cpu, sdxl: number of rounds")
     parser.add_argument("--drift-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
@@ -76,6 +78,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="gpu: number of timed optimizer steps per contender")
     parser.add_argument("--layers", type=int, default=32, help="gpu: decoder layers; 32 is the 7B model")
     parser.add_argument("--gpus", type=int, default=2, help="processes: number of GPUs")
+    parser.add_argument("--data-root", help="families: folder with CoLA; the hub if it is not given")
     options = parser.parse_args()
     quiet_libraries()
     logging.getLogger("flatlora.perturb.perturbation").setLevel(
@@ -92,7 +95,13 @@ def main() -> int:
                 "runs without one."
             )
             return 2
-        from scripts import bench_gpu, bench_methods, bench_processes, bench_sdxl
+        from scripts import bench_families, bench_gpu, bench_methods, bench_processes, bench_sdxl
+
+        if options.device == "families":
+            root = f" --data-root {options.data_root}" if options.data_root else ""
+            command = f"python -m scripts.bench families --steps {options.steps}{root}"
+            settings = {"steps": options.steps, "data_root": options.data_root}
+            return bench_families.run(**settings, out=options.out, command=command)
 
         if options.device == "sdxl":
             command = f"python -m scripts.bench sdxl --steps {options.steps} --rounds {options.rounds}"

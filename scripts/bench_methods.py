@@ -53,6 +53,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "AdaLoRA": ("adalora", {}, "off"),
     "Bi-LoRA": ("lora", {}, "bi_lora"),
     "DoRA": ("dora", {}, "off"),
+    "HiRA": ("hira", {}, "off"),
+    "DeLoRA": ("delora", {}, "off"),
 }
 STEPS_IN_ALL = 1000  # steps of the run that the timed steps represent
 

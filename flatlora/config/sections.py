@@ -219,6 +219,10 @@ class TrainerConfig(Section):
     logging_steps: int = setting(1, identity=False, ge=1, le=MOST_STEPS, remedy="1 logs every step")
     gradient_checkpointing: bool = False
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    # Of FP32 products in the micro-steps of training, as torch.set_float32_matmul_precision has it: high is TF32.
+    matmul_precision: Literal["highest", "high"] = setting(
+        "highest", identity="changed", remedy="highest computes FP32 products in FP32, high in TF32"
+    )
     deterministic: bool = False
     kernels: Literal["auto", "off"] = setting("auto", remedy="off runs PEFT's and transformers' own code")
     # Processes of the data loader.

@@ -59,6 +59,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
         return distributed.launch(experiment.trainer, suite.script, settings)
     distributed.check_launch(experiment)
     device = loading.choose_device(experiment.trainer.device)
+    loading.check_matmul_precision(experiment.trainer.matmul_precision, device)
     distributed.initialize(experiment, device)
     distributed.check_agreement(
         {

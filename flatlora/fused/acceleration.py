@@ -31,7 +31,7 @@ from flatlora.utils.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
-_GRAPHS = 16  # number of micro-batch shapes that are captured; further shapes run without a graph
+_GRAPHS = 32  # number of micro-batch shapes that are captured; further shapes run without a graph
 GRAPH_TOKENS = 4096  # larger micro-batches keep the GPU busy for longer than the host needs to launch them
 
 

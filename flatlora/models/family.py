@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from flatlora.config.sections import ModelConfig
 from flatlora.models.clip import Classes
@@ -41,6 +42,18 @@ class LoadOptions:
     classes: Classes | None = None
     dtype: str | None = None
     autocast: str = "auto"
+
+
+LOSS_SCALE = "loss_scale"  # input of a captured micro-step: a factor of the model's loss
+
+
+def padded(rows: torch.Tensor, multiple: int, positions: int | None, value: int = 0) -> torch.Tensor:
+    """Pads rows (B, L) on the right until L is a multiple of `multiple`, but to no more than `positions`."""
+    length = rows.shape[1]
+    target = length + -length % multiple
+    if positions is not None:
+        target = max(length, min(target, positions))
+    return functional.pad(rows, (0, target - length), value=value)
 
 
 class Family(ABC):
@@ -146,16 +159,18 @@ class Family(ABC):
         return inputs
 
     def graph_inputs(
-        self, inputs: dict[str, torch.Tensor], items: torch.Tensor, shares: int
+        self, inputs: dict[str, torch.Tensor], items: torch.Tensor, shares: int, positions: int | None
     ) -> dict[str, torch.Tensor]:
-        """Returns the keyword arguments of `forward` in a captured micro-step, including the scale of its loss.
+        """Returns the inputs of a captured micro-step: keyword arguments of `forward`, and `LOSS_SCALE` if needed.
 
         Args:
             inputs: the micro-batch, on the device.
             items: number of losses in the whole optimizer step.
             shares: number of micro-batches in the whole optimizer step, over all processes.
+            positions: number of positions that the model has, which padding must not exceed; None: no limit.
         """
-        raise NotImplementedError
+        device = next(iter(inputs.values())).device
+        return {**inputs, LOSS_SCALE: torch.full((), 1 / shares, device=device)}
 
     # --- scoring
 

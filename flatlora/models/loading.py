@@ -152,6 +152,23 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def check_matmul_precision(value: str, device: torch.device) -> None:
+    """Checks that a device has TF32 products if trainer.matmul_precision asks for them.
+
+    Raises:
+        ConfigError: it has none, and torch would compute in FP32 without a word.
+    """
+    if value == "highest" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    raise ConfigError(
+        [
+            f"Invalid trainer.matmul_precision={value} on {name}: only NVIDIA GPUs of compute capability 8.0 or later "
+            "compute in TF32; use trainer.matmul_precision=highest."
+        ]
+    )
+
+
 def complete_adapter(config: ModelConfig, folder: Path) -> None:
     """Completes a saved adapter's folder: sorted names, and the files that other libraries need besides PEFT's."""
     sort_names(folder)

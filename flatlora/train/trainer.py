@@ -23,7 +23,8 @@ from flatlora.config.experiment import Experiment
 from flatlora.fused.acceleration import GraphedMicroStep
 from flatlora.fused.lora_linear import fused_throughout
 from flatlora.methods import AdapterMethod, Training, uses_kernels
-from flatlora.models.family import FAMILIES
+from flatlora.models.family import FAMILIES, LOSS_SCALE
+from flatlora.models.fit import position_tables
 from flatlora.models.starts import load_adapter, mark_checkpoint
 from flatlora.train import checkpoint
 from flatlora.train.distributed import is_main_process, zero_step
@@ -32,7 +33,7 @@ from flatlora.train.samplers import BucketSampler, EpochSampler
 from flatlora.train.saving import BackgroundWriter, to_host
 from flatlora.utils.files import out_of_space
 from flatlora.utils.labels import IGNORED_LABEL, row_losses
-from flatlora.utils.precision import autocast, choose_precision
+from flatlora.utils.precision import autocast, choose_precision, float32_matmul_precision
 
 
 class FlatTrainer(Trainer):
@@ -62,6 +63,7 @@ class FlatTrainer(Trainer):
         self.writer = BackgroundWriter()
         self._left_to_write: list[Callable[[], None]] = []  # of the current checkpoint, for the writer thread
         self.graphed = self._graphed_micro_step()
+        self._positions = min(position_tables(self.model).values(), default=None) if self.graphed else None
         self._precision = choose_precision(experiment.trainer.autocast, experiment.model.dtype, self.args.device)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -161,9 +163,10 @@ class FlatTrainer(Trainer):
 
     def _micro_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         """Runs forward and backward of a micro-batch, accumulates gradients and returns the loss."""
-        if self.graphed is None:
-            return super().training_step(model, self._without_mask(inputs), num_items_in_batch)
-        return self._graphed_training_step(model, inputs, num_items_in_batch)
+        with float32_matmul_precision(self.experiment.trainer.matmul_precision):
+            if self.graphed is None:
+                return super().training_step(model, self._without_mask(inputs), num_items_in_batch)
+            return self._graphed_training_step(model, inputs, num_items_in_batch)
 
     def _take_gradient_anew(self, model: nn.Module, num_items_in_batch: Any) -> None:
         """Replaces the step's gradient by the one at the point that the regularizer moves the weights to."""
@@ -254,15 +257,17 @@ class FlatTrainer(Trainer):
         return self.family.without_mask(inputs) if self._on_gpu else inputs
 
     def _micro_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        given = {key: value for key, value in inputs.items() if key != LOSS_SCALE}
         with self.autocast_smart_context_manager():
-            return self.model(**inputs).loss
+            loss = self.model(**given).loss
+        return loss * inputs[LOSS_SCALE] if LOSS_SCALE in inputs else loss
 
     def _graphed_training_step(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
         """Runs a micro-step with `GraphedMicroStep`."""
         if not self.model.training:  # after an evaluation, which DDP's own flag does not show
             model.train()
         shares = self.current_gradient_accumulation_steps * self.args.world_size
-        static = self.family.graph_inputs(self._prepare_inputs(inputs), items, shares)
+        static = self.family.graph_inputs(self._prepare_inputs(inputs), items, shares, self._positions)
         loss = self.graphed(static, state=self.regularizer.state if self.regularizer else None)
         return loss * self.args.world_size  # as in Trainer: the mean over processes is the mean over all tokens
 

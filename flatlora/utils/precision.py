@@ -20,7 +20,7 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -167,6 +167,17 @@ def autocast(
     if precision is None or precision.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, precision.autocast, cache_enabled=cache_enabled)
+
+
+@contextlib.contextmanager
+def float32_matmul_precision(value: str) -> Iterator[None]:
+    """Sets `torch.set_float32_matmul_precision` within a context."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(value)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:

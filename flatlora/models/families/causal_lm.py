@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn import functional
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -15,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from flatlora.fused.acceleration import GRAPH_TOKENS
-from flatlora.models.family import FAMILIES
+from flatlora.models.family import FAMILIES, padded
 from flatlora.models.language import LanguageModel
 from flatlora.utils.labels import IGNORED_LABEL
 
@@ -55,13 +54,12 @@ class CausalLM(LanguageModel):
         return {key: inputs[key] for key in ("input_ids", "labels")}
 
     def graph_inputs(
-        self, inputs: dict[str, torch.Tensor], items: torch.Tensor, shares: int
+        self, inputs: dict[str, torch.Tensor], items: torch.Tensor, shares: int, positions: int | None
     ) -> dict[str, torch.Tensor]:
         """Pads inputs on the right to a multiple of `_GRAPH_LENGTHS` tokens."""
-        ids, labels = inputs["input_ids"], inputs["labels"]
-        missing = -ids.shape[1] % _GRAPH_LENGTHS
+        ids = inputs["input_ids"]
         return {
-            "input_ids": functional.pad(ids, (0, missing)),
-            "labels": functional.pad(labels, (0, missing), value=IGNORED_LABEL),
+            "input_ids": padded(ids, _GRAPH_LENGTHS, positions),
+            "labels": padded(inputs["labels"], _GRAPH_LENGTHS, positions, value=IGNORED_LABEL),
             "num_items_in_batch": torch.as_tensor(items, device=ids.device),
         }

@@ -25,6 +25,7 @@ class CLIP(TransformersFamily):
     auto = CLIPModel
     processor_file = "preprocessor_config.json"
     whole_needs_base = True  # the head's class embeddings, from the text encoder, are in no file
+    graphed = True
 
     def mismatch(self, described: PreTrainedConfig) -> str | None:
         if described.model_type == "clip":

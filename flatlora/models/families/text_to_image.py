@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.utils.hub import has_file
 
@@ -64,11 +63,6 @@ class TextToImage(Family):
     def of_adapter(self, config: DiffusionModelConfig, adapter: Path) -> DiffusionModelConfig:
         """Returns the config with train_text_encoders set if the adapter has tensors for the text encoders."""
         return config.model_copy(update={"train_text_encoders": holds_tensors_of(adapter, diffusion.TEXT_ENCODERS[0])})
-
-    def graph_inputs(
-        self, inputs: dict[str, torch.Tensor], items: torch.Tensor, shares: int
-    ) -> dict[str, torch.Tensor]:
-        return {**inputs, "weights": inputs["weights"] / shares}
 
     def backend_settings(self, config: DiffusionModelConfig) -> dict[str, Any]:
         """Returns the config and source of the pipeline whose other parts generate images."""

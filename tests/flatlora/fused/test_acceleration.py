@@ -1,6 +1,7 @@
 """What makes the step fast on a GPU changes nothing but the time: against plain torch, against runs without it."""
 
 import json
+import shutil
 import types
 
 import pytest
@@ -283,6 +284,41 @@ class TestRuns:
         killed = self.run(settings, "killed", "resume=true")
         assert adapter_bytes(killed) == adapter_bytes(whole)
         assert metrics_rows(killed) == metrics_rows(whole)
+
+    @pytest.fixture(params=["t5", "clip"])
+    def other_family(self, request, tiny_settings, tiny_t5_folder, tmp_path):
+        """Settings of a run of an FP32 model that is no decoder, without dropout."""
+        kept = [word for word in tiny_settings if not word.startswith(("trainer.device", "model.", "dataset."))]
+        kept += ["rho=flat", "rho.sigma=0.3", "trainer.deterministic=true"]
+        if request.param == "clip":
+            pytest.importorskip("sklearn")
+            return [*kept, "model=clip_tiny", "dataset=digits", "dataset.train_rows=24", "dataset.validation_rows=0"]
+        folder = shutil.copytree(tiny_t5_folder, tmp_path / "t5")
+        config = json.loads((folder / "config.json").read_text()) | {"dropout_rate": 0.0}
+        (folder / "config.json").write_text(json.dumps(config))
+        model = [f"model.hub_id={folder}", "model.embedded=null", "model.family=seq2seq", "model.dtype=float32"]
+        return [*kept, *model, "dataset.train_rows=24", "dataset.validation_rows=0", "dataset.test_rows=4"]
+
+    def test_other_families_are_captured_and_learn_as_without_kernels(self, other_family, monkeypatch):
+        captured, close = [], GraphedMicroStep.close
+
+        def counted(self):
+            captured.append(self.captured)
+            close(self)
+
+        monkeypatch.setattr(GraphedMicroStep, "close", counted)
+        fast = self.run(other_family, "fast", "rho.mode=copy")
+        assert len(captured) == 1
+        assert captured[0] >= 2  # at W, where the ramp is 0, and at W + ε
+        assert adapter_bytes(self.run(other_family, "recompute", "rho.mode=recompute")) == adapter_bytes(fast)
+        plain = metrics_rows(self.run(other_family, "plain", "trainer.kernels=off"))
+        tf32 = metrics_rows(self.run(other_family, "tf32", "trainer.matmul_precision=high"))
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert len(plain) == len(tf32) == 6
+        for left, right, rounded in zip(metrics_rows(fast), plain, tf32, strict=True):
+            assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+            assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-2)
+            assert rounded["loss"] == pytest.approx(right["loss"], rel=2e-2)
 
     def test_answers_are_those_of_the_plain_model(self, settings, tiny_model_folder):
         """Left-padded generation through the fused layers and the patched forward."""

@@ -306,3 +306,9 @@ def test_a_run_makes_the_choice_of_its_cpu(tiny_settings):
     hashes = {value for record in (fast, slow) for value in record["backbone_sha256"].values()}
     assert len(hashes) == 1
     assert slow["metrics"]["first_loss"] == pytest.approx(fast["metrics"]["first_loss"], rel=2e-2)
+
+
+def test_tf32_is_refused_where_torch_would_compute_in_fp32(tiny_settings, capsys):
+    assert run_exp.main([*tiny_settings, "trainer.matmul_precision=high"]) == 2
+    assert "Invalid trainer.matmul_precision=high on the CPU: only NVIDIA GPUs" in capsys.readouterr().err
+    assert not (Path(next(w for w in tiny_settings if w.startswith("results_root=")).partition("=")[2])).exists()
