@@ -50,9 +50,7 @@ def main(words: list[str] | None = None) -> int:
     if not triton_kernels.HAS_TRITON or triton_kernels.INTERPRETED:
         console.print("Kernels are compiled by Triton: pip install triton (Linux), and unset TRITON_INTERPRET.")
         return 2
-    launches = [
-        (card, *launch) for card in options.cards for launch in triton_kernels.every_launch(1024 * SHARED_KIB[card])
-    ]
+    launches = [(card, *launch) for card in options.cards for launch in triton_kernels.every_launch()]
     usages = [compile_for(*launch) for launch in track(launches, description="compile", console=console)]
     console.print(usage_table(usages))
     return int(not all(usage.fits for usage in usages))

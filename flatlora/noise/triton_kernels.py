@@ -14,7 +14,6 @@ Without Triton the passes run as plain torch operations (torch_passes.py), which
 from __future__ import annotations
 
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -220,9 +219,8 @@ class RowNormPass:
         groups: defaultdict[tuple[torch.dtype, int, bool], list[tuple]] = defaultdict(list)
         for job in fast:
             groups[_row_norm_group(job[0], job[1])].append(job)
-        shared = _shared_bytes(self.device)
         for (dtype, rank, aligned), jobs in groups.items():
-            tile = _row_norm_tile(dtype, rank, shared)
+            tile = _row_norm_tile(dtype, rank)
             grams = torch.empty(len(jobs), rank, rank, device=self.device)
             grid = _Grid(self.device)
             for (weight, a, b, scaling, square, result), gram in zip(jobs, grams, strict=True):
@@ -230,7 +228,7 @@ class RowNormPass:
                 sizes = (*weight.shape, a.shape[0], *weight.stride(), a.stride(0), b.stride(0))
                 grid.add(pointers, sizes, height=-(-weight.shape[0] // tile["BM"]))
             grid.close()
-            constants = _row_norm_constants(dtype, rank, aligned, grid.lone, shared)
+            constants = _row_norm_constants(dtype, rank, aligned, grid.lone)
             self._groups.append((constants, _gram_constants(rank), grams, grid))
 
     @torch.no_grad()
@@ -508,17 +506,18 @@ ARGUMENT_TYPES = {"table": "*i64", "owners": "*i32", "counter": "*i64", "sign": 
 _NOISE_FIELDS, _ROW_NORM_FIELDS = 15, 16  # columns of the passes' tables
 
 
-def every_launch(shared_bytes: int) -> Iterator[tuple[Callable, dict[str, Any]]]:
-    """Each kernel with each set of constants of the passes, on a card whose blocks have so much shared memory.
+def every_launch() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    """Each kernel with each set of constants that the passes launch it with.
 
-    A rank of 128 stands for all higher ones, which have the same tiles and more iterations.
+    Two kinds of sets are left out: those of a table with a single row, which differ by a load, and ranks above 128,
+    which differ by the number of iterations.
     """
-    for dtype, layout, lone in product(_KERNEL_DTYPES, ("aligned", "transposed", "strided"), (False, True)):
-        yield _noise_kernel, _noise_constants(dtype, layout, lone)
+    for dtype, layout in product(_KERNEL_DTYPES, ("aligned", "transposed", "strided")):
+        yield _noise_kernel, _noise_constants(dtype, layout, lone=False)
     for rank in (16, 32, 64, 128):
         yield _gram_kernel, _gram_constants(rank)
-        for dtype, aligned, lone in product(_KERNEL_DTYPES, (True, False), (False, True)):
-            yield _row_norm_kernel, _row_norm_constants(dtype, rank, aligned, lone, shared_bytes)
+        for dtype, aligned in product(_KERNEL_DTYPES, (True, False)):
+            yield _row_norm_kernel, _row_norm_constants(dtype, rank, aligned, lone=False)
 
 
 def _noise_constants(dtype: torch.dtype, layout: str, lone: bool) -> dict[str, Any]:
@@ -533,7 +532,7 @@ def _noise_constants(dtype: torch.dtype, layout: str, lone: bool) -> dict[str, A
     }
 
 
-def _row_norm_constants(dtype: torch.dtype, rank: int, aligned: bool, lone: bool, shared_bytes: int) -> dict[str, Any]:
+def _row_norm_constants(dtype: torch.dtype, rank: int, aligned: bool, lone: bool) -> dict[str, Any]:
     return {
         "FIELDS": _ROW_NORM_FIELDS,
         "LONE": lone,
@@ -542,7 +541,7 @@ def _row_norm_constants(dtype: torch.dtype, rank: int, aligned: bool, lone: bool
         "RANK_TILE": min(rank, 64),
         "ALIGNED": aligned,
         "SPLIT": dtype == torch.bfloat16 and not INTERPRETED,  # the interpreter cannot multiply BF16 matrices
-        **_row_norm_tile(dtype, rank, shared_bytes),
+        **_row_norm_tile(dtype, rank),
     }
 
 
@@ -554,15 +553,8 @@ def _noise_tile(layout: str) -> dict[str, int]:
     return NOISE_TILE_TRANSPOSED if layout == "transposed" else NOISE_TILE
 
 
-def _row_norm_tile(dtype: torch.dtype, rank: int, shared_bytes: int) -> dict[str, int]:
+def _row_norm_tile(dtype: torch.dtype, rank: int) -> dict[str, int]:
     return ROW_NORM_TILE if dtype == torch.bfloat16 and rank <= 32 else ROW_NORM_TILE_WIDE
-
-
-def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that a block may have; the interpreter has no limit."""
-    if device.type != "cuda":
-        return sys.maxsize
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def _triton_dtype(dtype: torch.dtype):
