@@ -50,6 +50,7 @@ NOISE_TILE = {"ROWS": 4, "BLOCKS": 32, "num_warps": 1}  # 4 rows × 256 columns,
 NOISE_TILE_TRANSPOSED = {"ROWS": 128, "BLOCKS": 4, "num_warps": 4}  # neighboring threads on neighboring rows
 ROW_NORM_TILE = {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3}
 ROW_NORM_TILE_WIDE = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}  # for FP32, FP16 and r > 32
+ROW_NORM_TILE_NARROW = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3}  # for r > 16, factors in registers
 
 
 def available(device: torch.device | str) -> bool:
@@ -220,7 +221,8 @@ class RowNormPass:
         for job in fast:
             groups[_row_norm_group(job[0], job[1])].append(job)
         for (dtype, rank, aligned), jobs in groups.items():
-            tile = _row_norm_tile(dtype, rank)
+            capability = _capability(self.device)
+            tile = _row_norm_tile(dtype, rank, capability)
             grams = torch.empty(len(jobs), rank, rank, device=self.device)
             grid = _Grid(self.device)
             for (weight, a, b, scaling, square, result), gram in zip(jobs, grams, strict=True):
@@ -228,8 +230,8 @@ class RowNormPass:
                 sizes = (*weight.shape, a.shape[0], *weight.stride(), a.stride(0), b.stride(0))
                 grid.add(pointers, sizes, height=-(-weight.shape[0] // tile["BM"]))
             grid.close()
-            constants = _row_norm_constants(dtype, rank, aligned, grid.lone)
-            self._groups.append((constants, _gram_constants(rank), grams, grid))
+            constants = _row_norm_constants(dtype, rank, aligned, grid.lone, capability)
+            self._groups.append((constants, _gram_constants(rank, capability), grams, grid))
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
@@ -455,7 +457,7 @@ def _row_norm_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """‖W_i‖² + Σ_k sB_ik (2 (W Aᵀ)_ik + (sB A Aᵀ)_ik) of BM rows; W is read once per RANK_TILE = 64 ranks."""
+    """‖W_i‖² + Σ_k sB_ik (2 (W Aᵀ)_ik + (sB A Aᵀ)_ik) of BM rows; W is read once per RANK_TILE ranks."""
     entry, tile, _ = _tile_of(table, owners, FIELDS, LONE)
     weight = tl.load(entry + 0).to(tl.pointer_type(DTYPE))
     a, b = tl.load(entry + 1).to(tl.pointer_type(tl.float32)), tl.load(entry + 2).to(tl.pointer_type(tl.float32))
@@ -506,18 +508,18 @@ ARGUMENT_TYPES = {"table": "*i64", "owners": "*i32", "counter": "*i64", "sign": 
 _NOISE_FIELDS, _ROW_NORM_FIELDS = 15, 16  # columns of the passes' tables
 
 
-def every_launch() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
-    """Each kernel with each set of constants that the passes launch it with.
+def every_launch(capability: tuple[int, int]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    """Each kernel with each set of constants that the passes launch it with on a GPU of this compute capability.
 
     Two kinds of sets are left out: those of a table with a single row, which differ by a load, and ranks above 128,
     which differ by the number of iterations.
     """
     for dtype, layout in product(_KERNEL_DTYPES, ("aligned", "transposed", "strided")):
-        yield _noise_kernel, _noise_constants(dtype, layout, lone=False)
+        yield _noise_kernel, _noise_constants(dtype, layout, False)
     for rank in (16, 32, 64, 128):
-        yield _gram_kernel, _gram_constants(rank)
+        yield _gram_kernel, _gram_constants(rank, capability)
         for dtype, aligned in product(_KERNEL_DTYPES, (True, False)):
-            yield _row_norm_kernel, _row_norm_constants(dtype, rank, aligned, lone=False)
+            yield _row_norm_kernel, _row_norm_constants(dtype, rank, aligned, False, capability)
 
 
 def _noise_constants(dtype: torch.dtype, layout: str, lone: bool) -> dict[str, Any]:
@@ -532,29 +534,51 @@ def _noise_constants(dtype: torch.dtype, layout: str, lone: bool) -> dict[str, A
     }
 
 
-def _row_norm_constants(dtype: torch.dtype, rank: int, aligned: bool, lone: bool) -> dict[str, Any]:
+def _row_norm_constants(
+    dtype: torch.dtype, rank: int, aligned: bool, lone: bool, capability: tuple[int, int]
+) -> dict[str, Any]:
     return {
         "FIELDS": _ROW_NORM_FIELDS,
         "LONE": lone,
         "DTYPE": _triton_dtype(dtype),
         "RANK": rank,
-        "RANK_TILE": min(rank, 64),
+        "RANK_TILE": _rank_tile(rank, capability),
         "ALIGNED": aligned,
         "SPLIT": dtype == torch.bfloat16 and not INTERPRETED,  # the interpreter cannot multiply BF16 matrices
-        **_row_norm_tile(dtype, rank),
+        **_row_norm_tile(dtype, rank, capability),
     }
 
 
-def _gram_constants(rank: int) -> dict[str, Any]:
-    return {"FIELDS": _ROW_NORM_FIELDS, "RANK": rank, "TILE": min(rank, 64), "BN": 64, "num_warps": 4}
+def _gram_constants(rank: int, capability: tuple[int, int]) -> dict[str, Any]:
+    tile = _rank_tile(rank, capability)
+    columns = 64 if _factors_in_shared_memory(capability) else 32
+    return {"FIELDS": _ROW_NORM_FIELDS, "RANK": rank, "TILE": tile, "BN": columns, "num_warps": 4}
 
 
 def _noise_tile(layout: str) -> dict[str, int]:
     return NOISE_TILE_TRANSPOSED if layout == "transposed" else NOISE_TILE
 
 
-def _row_norm_tile(dtype: torch.dtype, rank: int) -> dict[str, int]:
+def _row_norm_tile(dtype: torch.dtype, rank: int, capability: tuple[int, int]) -> dict[str, int]:
+    if rank > 16 and not _factors_in_shared_memory(capability):
+        return ROW_NORM_TILE_NARROW
     return ROW_NORM_TILE if dtype == torch.bfloat16 and rank <= 32 else ROW_NORM_TILE_WIDE
+
+
+def _rank_tile(rank: int, capability: tuple[int, int]) -> int:
+    return min(rank, 64 if _factors_in_shared_memory(capability) else 32)
+
+
+def _factors_in_shared_memory(capability: tuple[int, int]) -> bool:
+    """Whether tensor cores read factors from shared memory (wgmma, tcgen05); others hold both in registers.
+
+    There each warp holds a whole A tile, for TF32 twice (its value and the rest), so that larger tiles would spill.
+    """
+    return capability[0] in (9, 10)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)  # a CPU: the interpreter
 
 
 def _triton_dtype(dtype: torch.dtype):
