@@ -89,7 +89,7 @@ def compile_for(card: int, kernel: Any, constants: dict[str, Any]) -> Usage:
     needs = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listed)}
     return Usage(
         card,
-        kernel.__name__.strip("_"),
+        kernel.__name__.strip("_").removesuffix("_kernel"),
         " ".join(f"{name}={value}" for name, value in constants.items() if name not in ("FIELDS", "FAST_MATH")),
         compiled.metadata.shared,
         needs["REG"],

@@ -28,7 +28,7 @@ def test_the_kernels_of_the_default_settings_fit(card):
         and str(constants.get("DTYPE", "bf16")) == "bf16"
     ]
     usages = [kernels.compile_for(card, *launch) for launch in bf16]
-    assert [usage.kernel for usage in usages] == ["noise_kernel", "gram_kernel", "row_norm_kernel"]
+    assert [usage.kernel for usage in usages] == ["noise", "gram", "row_norm"]
     assert all(usage.fits for usage in usages)
     assert all(usage.spilled_bytes == 0 for usage in usages)
     assert all(16 < usage.registers <= 255 for usage in usages)
@@ -119,7 +119,7 @@ def test_the_card_chooses_the_blocks(monkeypatch, capability, width, launches):
 
 
 def test_a_kernel_beyond_a_limit_is_an_error(monkeypatch, capsys):
-    usage = kernels.Usage(86, "noise_kernel", "ROWS=4", 1024 * 99, 255, 8, 128)
+    usage = kernels.Usage(86, "noise", "ROWS=4", 1024 * 99, 255, 8, 128)
     assert usage.fits
     assert not usage._replace(shared_bytes=usage.shared_bytes + 1).fits
     assert usage._replace(shared_bytes=1024 * 163, card=80).fits
@@ -129,7 +129,7 @@ def test_a_kernel_beyond_a_limit_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(triton_kernels, "every_launch", lambda capability: [(None, {})])
     monkeypatch.setattr(kernels, "compile_for", lambda *launch: usage._replace(threads=512))
     assert kernels.main(["--cards", "86"]) == 1
-    assert "sm_86 lacks what noise_kernel needs" in capsys.readouterr().out
+    assert "sm_86 lacks what noise needs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cards", ["81", "80,ninety", ""])
