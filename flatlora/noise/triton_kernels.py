@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import product
+from typing import Any
 
 import torch
 
@@ -42,18 +44,19 @@ try:
 except ImportError:
     HAS_TRITON = False
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python on CPU tensors, for tests
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python on CPU tensors, for tests
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NOISE_TILE = {"ROWS": 4, "BLOCKS": 32, "num_warps": 1}  # 4 rows × 256 columns, 8 columns of each row per thread
 NOISE_TILE_TRANSPOSED = {"ROWS": 128, "BLOCKS": 4, "num_warps": 4}  # neighboring threads on neighboring rows
 ROW_NORM_TILE = {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3}
 ROW_NORM_TILE_WIDE = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}  # for FP32, FP16 and r > 32
+ROW_NORM_TILE_NARROW = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3}  # for r > 16, factors in registers
 
 
 def available(device: torch.device | str) -> bool:
     """Whether the Triton kernels support this device: NVIDIA, compute capability 8.0 (BF16 arithmetic) or later."""
     device = torch.device(device)
-    if _INTERPRETED:
+    if INTERPRETED:
         return HAS_TRITON and device.type == "cpu"
     return (
         HAS_TRITON
@@ -119,7 +122,7 @@ class NoisePass:
         for job in fast:
             groups[_noise_group(*job)].append(job)
         for (dtype, layout), jobs in groups.items():
-            tile = NOISE_TILE_TRANSPOSED if layout == "transposed" else NOISE_TILE
+            tile = _noise_tile(layout)
             grid = _Grid(self.device)
             for weight, c, out, key, row, column in jobs:
                 skipped = column % COLUMNS_PER_BLOCK  # the slice may start inside a Philox block
@@ -130,8 +133,8 @@ class NoisePass:
                     height=-(-weight.shape[0] // tile["ROWS"]),
                     width=across,
                 )
-            constants = {"DTYPE": _triton_dtype(dtype), "ALIGNED": layout == "aligned", **tile}
-            self._groups.append((constants | {"TRANSPOSED": layout == "transposed"}, grid.close()))
+            grid.close()
+            self._groups.append((_noise_constants(dtype, layout, grid.lone), grid))
 
     def __call__(self, step: int, stream: int, sign: float = 1.0) -> None:
         """Write all outs for this step and stream; sign is +1 or −1."""
@@ -153,7 +156,7 @@ class NoisePass:
     def launch(self, sign: float = 1.0) -> None:
         """Run the pass with step and stream from the counter; it can be captured in a CUDA graph."""
         for constants, grid in self._groups:
-            grid.launch(_noise_kernel, self.counter, float(sign), FAST_MATH=not _INTERPRETED, **constants)
+            grid.launch(_noise_kernel, self.counter, float(sign), **constants)
         for weight, c, out, key, row, column in self._slow:
             step, stream = self.counter.unbind()
             add_normal_unchecked(weight, c, out, key, step, stream, row, column, sign)
@@ -209,7 +212,7 @@ class RowNormPass:
         every = zip(weights, A, B, factors, *squares, strict=True)
         jobs = [job for job in every if job[0].numel() and job[1].shape[0]]
         fast, self._slow = _divide(jobs, self.device)
-        self._groups: list[tuple[dict, torch.Tensor, _Grid]] = []
+        self._groups: list[tuple[dict, dict, torch.Tensor, _Grid]] = []
         self._build_groups(fast)
         self._alive = jobs  # the tables hold addresses of these tensors, also of the scalings, which must not be freed
 
@@ -218,28 +221,27 @@ class RowNormPass:
         for job in fast:
             groups[_row_norm_group(job[0], job[1])].append(job)
         for (dtype, rank, aligned), jobs in groups.items():
-            tile = ROW_NORM_TILE if dtype == torch.bfloat16 and rank <= 32 else ROW_NORM_TILE_WIDE
+            capability = _capability(self.device)
+            tile = _row_norm_tile(dtype, rank, capability)
             grams = torch.empty(len(jobs), rank, rank, device=self.device)
             grid = _Grid(self.device)
             for (weight, a, b, scaling, square, result), gram in zip(jobs, grams, strict=True):
                 pointers = (t.data_ptr() for t in (weight, a, b, scaling, square, result, gram))
                 sizes = (*weight.shape, a.shape[0], *weight.stride(), a.stride(0), b.stride(0))
                 grid.add(pointers, sizes, height=-(-weight.shape[0] // tile["BM"]))
-            constants = {"DTYPE": _triton_dtype(dtype), "RANK": rank, "ALIGNED": aligned, **tile}
-            # The interpreter cannot multiply BF16 matrices.
-            constants["SPLIT"] = dtype == torch.bfloat16 and not _INTERPRETED
-            self._groups.append((constants, grams, grid.close()))
+            grid.close()
+            constants = _row_norm_constants(dtype, rank, aligned, grid.lone, capability)
+            self._groups.append((constants, _gram_constants(rank, capability), grams, grid))
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
         """The squares, shape (Σ m_k,), FP32, in a buffer that the next call overwrites; can be captured."""
         self.result.copy_(self.squared_norms)  # the kernels skip rows without an adapter
-        for constants, grams, grid in self._groups:
-            rank, rank_tile = constants["RANK"], min(constants["RANK"], 64)
-            across = rank // rank_tile
+        for constants, gram_constants, grams, grid in self._groups:
+            across = gram_constants["RANK"] // gram_constants["TILE"]
             with _on(self.device):
-                _gram_kernel[len(grams), across, across](grid.table, grid.fields, rank, rank_tile, BN=64, num_warps=4)
-            grid.launch(_row_norm_kernel, RANK_TILE=rank_tile, **constants)
+                _gram_kernel[len(grams), across, across](grid.table, **gram_constants)
+            grid.launch(_row_norm_kernel, **constants)
         for weight, a, b, scaling, square, result in self._slow:
             result.copy_(squared_row_norms(weight, a, scaling * b, square))
         return self.result
@@ -270,17 +272,15 @@ class _Grid:
         self._rows.append((*values, sum(self._sizes), width))
         self._sizes.append(height * width)
 
-    def close(self) -> _Grid:
+    def close(self) -> None:
         self.table = torch.tensor(self._rows, dtype=torch.int64, device=self.device)
         self.lone = len(self._sizes) == 1
         numbers = torch.arange(0 if self.lone else len(self._sizes), dtype=torch.int32, device=self.device)
         sizes = torch.tensor([] if self.lone else self._sizes, dtype=torch.int64, device=self.device)
         self.owners = torch.repeat_interleave(numbers, sizes)
-        self.fields, self.programs = self.table.shape[1], sum(self._sizes)
-        return self
+        self.programs = sum(self._sizes)
 
     def launch(self, kernel, *arguments, **constants) -> None:
-        constants |= {"FIELDS": self.fields, "LONE": self.lone}
         with _on(self.device):
             kernel[(self.programs,)](self.table, self.owners, *arguments, **constants)
 
@@ -457,7 +457,7 @@ def _row_norm_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """‖W_i‖² + Σ_k sB_ik (2 (W Aᵀ)_ik + (sB A Aᵀ)_ik) of BM rows; W is read once per RANK_TILE = 64 ranks."""
+    """‖W_i‖² + Σ_k sB_ik (2 (W Aᵀ)_ik + (sB A Aᵀ)_ik) of BM rows; W is read once per RANK_TILE ranks."""
     entry, tile, _ = _tile_of(table, owners, FIELDS, LONE)
     weight = tl.load(entry + 0).to(tl.pointer_type(DTYPE))
     a, b = tl.load(entry + 1).to(tl.pointer_type(tl.float32)), tl.load(entry + 2).to(tl.pointer_type(tl.float32))
@@ -500,6 +500,85 @@ def _row_norm_kernel(
         b_k = tl.load(b + (i * b_row)[:, None] + k[None, :], mask=(i < m)[:, None] & (k < r)[None, :], other=0.0)
         total += tl.sum(scaling * b_k * factor, 1)
     tl.store(result + i, total, mask=i < m)
+
+
+# --- What the kernels are launched with.
+
+ARGUMENT_TYPES = {"table": "*i64", "owners": "*i32", "counter": "*i64", "sign": "fp32"}  # all others are constants
+_NOISE_FIELDS, _ROW_NORM_FIELDS = 15, 16  # columns of the passes' tables
+
+
+def every_launch(capability: tuple[int, int]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    """Each kernel with each set of constants that the passes launch it with on a GPU of this compute capability.
+
+    Two kinds of sets are left out: those of a table with a single row, which differ by a load, and ranks above 128,
+    which differ by the number of iterations.
+    """
+    for dtype, layout in product(_KERNEL_DTYPES, ("aligned", "transposed", "strided")):
+        yield _noise_kernel, _noise_constants(dtype, layout, False)
+    for rank in (16, 32, 64, 128):
+        yield _gram_kernel, _gram_constants(rank, capability)
+        for dtype, aligned in product(_KERNEL_DTYPES, (True, False)):
+            yield _row_norm_kernel, _row_norm_constants(dtype, rank, aligned, False, capability)
+
+
+def _noise_constants(dtype: torch.dtype, layout: str, lone: bool) -> dict[str, Any]:
+    return {
+        "FIELDS": _NOISE_FIELDS,
+        "LONE": lone,
+        "DTYPE": _triton_dtype(dtype),
+        "ALIGNED": layout == "aligned",
+        "TRANSPOSED": layout == "transposed",
+        "FAST_MATH": not INTERPRETED,
+        **_noise_tile(layout),
+    }
+
+
+def _row_norm_constants(
+    dtype: torch.dtype, rank: int, aligned: bool, lone: bool, capability: tuple[int, int]
+) -> dict[str, Any]:
+    return {
+        "FIELDS": _ROW_NORM_FIELDS,
+        "LONE": lone,
+        "DTYPE": _triton_dtype(dtype),
+        "RANK": rank,
+        "RANK_TILE": _rank_tile(rank, capability),
+        "ALIGNED": aligned,
+        "SPLIT": dtype == torch.bfloat16 and not INTERPRETED,  # the interpreter cannot multiply BF16 matrices
+        **_row_norm_tile(dtype, rank, capability),
+    }
+
+
+def _gram_constants(rank: int, capability: tuple[int, int]) -> dict[str, Any]:
+    tile = _rank_tile(rank, capability)
+    columns = 64 if _factors_in_shared_memory(capability) else 32
+    return {"FIELDS": _ROW_NORM_FIELDS, "RANK": rank, "TILE": tile, "BN": columns, "num_warps": 4}
+
+
+def _noise_tile(layout: str) -> dict[str, int]:
+    return NOISE_TILE_TRANSPOSED if layout == "transposed" else NOISE_TILE
+
+
+def _row_norm_tile(dtype: torch.dtype, rank: int, capability: tuple[int, int]) -> dict[str, int]:
+    if rank > 16 and not _factors_in_shared_memory(capability):
+        return ROW_NORM_TILE_NARROW
+    return ROW_NORM_TILE if dtype == torch.bfloat16 and rank <= 32 else ROW_NORM_TILE_WIDE
+
+
+def _rank_tile(rank: int, capability: tuple[int, int]) -> int:
+    return min(rank, 64 if _factors_in_shared_memory(capability) else 32)
+
+
+def _factors_in_shared_memory(capability: tuple[int, int]) -> bool:
+    """Whether tensor cores read factors from shared memory (wgmma, tcgen05); others hold both in registers.
+
+    There each warp holds a whole A tile, for TF32 twice (its value and the rest), so that larger tiles would spill.
+    """
+    return capability[0] in (9, 10)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)  # a CPU: the interpreter
 
 
 def _triton_dtype(dtype: torch.dtype):

@@ -312,6 +312,20 @@ def test_row_norms_equal_fp64(dtype, m, n, r):
 
 @pytest.mark.gpu
 @needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [20, 128])
+def test_row_norms_equal_fp64_with_the_blocks_of_other_cards(monkeypatch, dtype, r):
+    weight, A, B = (t.to(DEVICE) for t in (0.05 * torch.randn(70, 264), torch.randn(r, 264), torch.randn(70, r)))
+    weight, A, B = weight.to(dtype), A / 264**0.5, 0.05 * B
+    expected = (weight.double() + B.double() @ A.double()).square().sum(dim=1)
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(triton_kernels, "_capability", lambda device, capability=capability: capability)
+        got = triton_kernels.RowNormPass([weight], [A], [B])()
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+@needs_triton
 def test_grouped_row_norms_read_the_factors_again_and_repeat():
     sizes = [(64, 72, 8), (40, 16, 0), (33, 65, 20), (0, 8, 4)]
     weights = [torch.randn(m, n, device=DEVICE).bfloat16() for m, n, _ in sizes]
