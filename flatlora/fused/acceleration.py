@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flatlora.fused.cross_entropy import forward_without_logits, has_frozen_linear_head
-from flatlora.fused.lora_linear import fuse, groups_of, recompute_norm
+from flatlora.fused.lora_linear import fuse, groups_of, recompute_norm, refresh
 from flatlora.fused.packing import attends_to_all_before, remove_padding
 from flatlora.noise import triton_kernels
 from flatlora.utils.errors import reason_of
@@ -213,8 +213,7 @@ class GraphedMicroStep:
         self.gradient.zero_()
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        for group in self._groups:
-            group.refresh()
+        refresh([cast for group in self._groups for cast in group.casts()])
 
     def close(self) -> None:
         """Drop the graphs, and let other training loops use the layers."""

@@ -200,10 +200,9 @@ class LayerGroup:
             self._ready, self._x = dict(zip(self.members[1:], others, strict=True)), x
         return y
 
-    def refresh(self) -> None:
-        """Cast the factors again, after an optimizer step."""
-        for cast in self._casts.values():
-            cast.update(self.members)
+    def casts(self) -> list[_Cast]:
+        """The casts that are kept from step to step, one per dtype."""
+        return list(self._casts.values())
 
     def _compute(self, x: torch.Tensor, members: Sequence[FusedForward]) -> tuple[torch.Tensor, ...]:
         device = x.device.type
@@ -237,16 +236,35 @@ class _Cast:
     """A of all layers, stacked (Σr × n), and s·B of each, in the dtype of the products; updated in place."""
 
     def __init__(self, members: Sequence[FusedForward], dtype: torch.dtype) -> None:
+        self.members = list(members)
         factors = [member.factors for member in members]
         rank, columns = sum(A.shape[0] for A, _ in factors), factors[0][0].shape[1]
         self.A = torch.empty(rank, columns, dtype=dtype, device=factors[0][0].device)
         self.Bs = [torch.empty_like(B, dtype=dtype, requires_grad=False) for _, B in factors]
-        self.update(members)
+        refresh([self])
 
-    @torch.no_grad()
-    def update(self, members: Sequence[FusedForward]) -> None:
-        parts = self.A.split([member.factors[0].shape[0] for member in members])
-        for member, A_cast, B_cast in zip(members, parts, self.Bs, strict=True):
+    def parts(self) -> Sequence[torch.Tensor]:
+        """The part of A that belongs to each layer, (r × n)."""
+        return self.A.split([member.factors[0].shape[0] for member in self.members])
+
+
+@torch.no_grad()
+def refresh(casts: Sequence[_Cast]) -> None:
+    """Cast the factors of all layers again, after an optimizer step: a few kernels for all of them, not two a layer."""
+    if not casts:
+        return
+    members = [member for cast in casts for member in cast.members]
+    As, Bs = zip(*(member.factors for member in members), strict=True)
+    torch._foreach_copy_([part for cast in casts for part in cast.parts()], As)
+    scaled = torch._foreach_mul(Bs, [member.scaling for member in members])
+    torch._foreach_copy_([B for cast in casts for B in cast.Bs], scaled)
+
+
+@torch.no_grad()
+def refresh_reference(casts: Sequence[_Cast]) -> None:
+    """`refresh`, one factor after the other."""
+    for cast in casts:
+        for member, A_cast, B_cast in zip(cast.members, cast.parts(), cast.Bs, strict=True):
             A, B = member.factors
             A_cast.copy_(A)
             torch.mul(B, member.scaling, out=B_cast)

@@ -272,8 +272,7 @@ def test_managed_groups_add_their_gradients_in_place_and_follow_the_factors(devi
     x = torch.randn(40, 24, device=device, dtype=dtype)
     for _ in range(2):
         for model in (plain, managed):
-            for group in groups_of(model):
-                group.refresh()
+            lora_linear.refresh([cast for group in groups_of(model) for cast in group.casts()])
             for _ in range(2):
                 model(x).float().square().sum().backward()
         for (name, a), (_, b) in zip(plain.named_parameters(), managed.named_parameters(), strict=True):
@@ -292,6 +291,27 @@ def test_managed_groups_add_their_gradients_in_place_and_follow_the_factors(devi
         fresh = managed(x)  # evaluation never reads the factors of the last step
         unfuse(managed)
         torch.testing.assert_close(fresh, managed(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_all_layers_are_cast_as_one_after_the_other(device, dtype):
+    model = siblings(torch.float32, device).train()
+    fuse(model)
+    (group,) = groups_of(model)
+    group.managed = True
+    for parameter in model.parameters():
+        parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
+    model(torch.randn(4, 24, device=device, dtype=dtype))
+    (cast,) = group.casts()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    found = []
+    for function in (lora_linear.refresh_reference, lora_linear.refresh):
+        function([cast])
+        found.append([cast.A.clone(), *(B.clone() for B in cast.Bs)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_a_norm_s_output_is_made_again_instead_of_kept(device):
