@@ -152,7 +152,8 @@ class FusedForward:
 
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
+        adapter = self.adapter
+        return self.module.lora_A[adapter].weight, self.module.lora_B[adapter].weight
 
     @property
     def scaling(self) -> float:
@@ -241,11 +242,8 @@ class _Cast:
         rank, columns = sum(A.shape[0] for A, _ in factors), factors[0][0].shape[1]
         self.A = torch.empty(rank, columns, dtype=dtype, device=factors[0][0].device)
         self.Bs = [torch.empty_like(B, dtype=dtype, requires_grad=False) for _, B in factors]
+        self.parts = self.A.split([A.shape[0] for A, _ in factors])  # of each layer, (r × n)
         refresh([self])
-
-    def parts(self) -> Sequence[torch.Tensor]:
-        """The part of A that belongs to each layer, (r × n)."""
-        return self.A.split([member.factors[0].shape[0] for member in self.members])
 
 
 @torch.no_grad()
@@ -255,7 +253,7 @@ def refresh(casts: Sequence[_Cast]) -> None:
         return
     members = [member for cast in casts for member in cast.members]
     As, Bs = zip(*(member.factors for member in members), strict=True)
-    torch._foreach_copy_([part for cast in casts for part in cast.parts()], As)
+    torch._foreach_copy_([part for cast in casts for part in cast.parts], As)
     scaled = torch._foreach_mul(Bs, [member.scaling for member in members])
     torch._foreach_copy_([B for cast in casts for B in cast.Bs], scaled)
 
@@ -264,7 +262,7 @@ def refresh(casts: Sequence[_Cast]) -> None:
 def refresh_reference(casts: Sequence[_Cast]) -> None:
     """`refresh`, one factor after the other."""
     for cast in casts:
-        for member, A_cast, B_cast in zip(cast.members, cast.parts(), cast.Bs, strict=True):
+        for member, A_cast, B_cast in zip(cast.members, cast.parts, cast.Bs, strict=True):
             A, B = member.factors
             A_cast.copy_(A)
             torch.mul(B, member.scaling, out=B_cast)
