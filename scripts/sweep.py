@@ -30,6 +30,7 @@ from flatlora.experiment import commandline
 from flatlora.runs.metrics_log import MetricsLog
 from flatlora.runs.record import RECORD_FILE
 from flatlora.runs.run_folder import RunFolder
+from flatlora.train.distributed import batch_errors
 from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError, reason_of
 
@@ -155,11 +156,7 @@ def sbatch_file(
     errors = []
     if experiment.trainer.launch == "single" or experiment.trainer.gpus is not None:
         errors.append("Invalid trainer: torchrun starts the processes; use trainer=ddp or zero2 without trainer.gpus.")
-    if experiment.optim.batch_size % (experiment.trainer.micro_batch_size * processes):
-        errors.append(
-            f"Invalid optim.batch_size={experiment.optim.batch_size}: it must be a multiple of {nodes} nodes × {gpus} "
-            f"GPUs × micro-batches of {experiment.trainer.micro_batch_size}; change one of them."
-        )
+    errors += batch_errors(experiment, processes)
     if errors:
         raise ConfigError(errors)
     command = " ".join(shlex.quote(word) for word in ["run_exp.py", *words, "resume=true"])

@@ -56,7 +56,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
         console.print_pairs("Dry run: nothing is loaded or written", describe(suite, experiment))
         return 0
     if distributed.must_launch(experiment.trainer):
-        return distributed.launch(experiment.trainer, suite.script, settings)
+        return distributed.launch(experiment, suite.script, settings)
     distributed.check_launch(experiment)
     device = loading.choose_device(experiment.trainer.device)
     loading.check_matmul_precision(experiment.trainer.matmul_precision, device)
@@ -88,7 +88,9 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
         newest = None
         if not experiment.overwrite:
             origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
-            newest = checkpoint.latest_good(folder.path, *origin, base=base, also=best_error)
+            rho = methods.REGULARIZERS[experiment.rho.method]
+            tied = rho.tied_to_processes(experiment.rho) if experiment.regularized else None
+            newest = checkpoint.latest_good(folder.path, *origin, tied=tied, base=base, also=best_error)
             if newest is None and folder.is_trained:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
             if newest is not None:
@@ -231,7 +233,10 @@ def train_and_score(
         record.memory = _reserved(outcome.reserved_gib)
         record.resumed_from = outcome.resumed_from
         record.distributed = Distributed(
-            processes=distributed.world_size(), zero=experiment.trainer.zero, dtypes=outcome.dtypes
+            processes=distributed.world_size(),
+            zero=experiment.trainer.zero,
+            dtypes=outcome.dtypes,
+            history=outcome.processes,
         )
         record.metrics.update(outcome.metrics)
         training.check_invariants(experiment, model, record.backbone_sha256)

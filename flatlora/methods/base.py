@@ -236,6 +236,10 @@ class RhoMethod:
         if self.reads_gradients and experiment.regularized and experiment.trainer.zero:
             yield _zero_error("rho", experiment.rho.name, experiment)
 
+    def tied_to_processes(self, config: RhoConfig) -> str | None:
+        """Why the result depends on the number of processes by more than rounding; None if it does not."""
+        return None
+
     def prepare(self, model: nn.Module, config: RhoConfig, seed: int) -> None:
         """Add parameters that the method trains besides the adapter; called before a checkpoint is loaded."""
 

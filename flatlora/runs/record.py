@@ -80,10 +80,16 @@ class Timing(_Group):
     total_s: float | None = None  # seconds from the start of that process's run to its record
 
 
-class Distributed(_Group):
+class ProcessCount(_Group):
+    step: int  # number of optimizer steps before
     processes: int
+
+
+class Distributed(_Group):
+    processes: int  # of those that ended the run
     zero: int  # stage of ZeRO; 0 without it
     dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
+    history: list[ProcessCount] | None = None  # of the training: how it began, and each change of the number
 
 
 class Memory(_Group):

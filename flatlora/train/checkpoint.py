@@ -103,6 +103,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in paths if path.is_symlink() or os.path.isdir(path)), key=step_of)
 
 
+def processes_of(folder: Path) -> int:
+    """Returns the number of processes that wrote a valid checkpoint."""
+    return (_manifest_of(folder) or {}).get("world_size", 1)
+
+
 def step_of(folder: Path) -> int:
     """Returns the number of optimizer steps before a checkpoint."""
     return int(folder.name.split("-")[1])
@@ -115,24 +120,25 @@ def latest_good(
     world_size: int = 1,
     zero: int = 0,
     *,
+    tied: str | None = None,
     base: str | None = None,
     also: Callable[[Path], str | None] | None = None,
 ) -> Path | None:
     """Returns the newest valid checkpoint; logs a warning for invalid newer ones. Nothing is changed.
 
     Args:
+        tied: why the results depend on the number of processes, so that it must stay; None lets it change.
         base: see `write_manifest`; None does not compare backbones.
         also: a further check, which returns why a valid checkpoint cannot be used, or None.
 
     Raises:
-        ConfigError: the checkpoint was written by another experiment, for another backbone, other data, another stage
-        of
-            ZeRO or another number of processes.
+        ConfigError: the checkpoint was written by another experiment, for another backbone, other data or another stage
+            of ZeRO, or by another number of processes, which must stay under ZeRO and with `tied`.
     """
     for folder in reversed(checkpoints(run)):
         message = error_of(folder) or (also(folder) if also else None)
         if message is None:
-            _validate_origin(folder, config_sha256, data_sha256, world_size, zero, base)
+            _validate_origin(folder, config_sha256, data_sha256, world_size, zero, tied, base)
             return folder
         logger.warning("Ignoring %s: %s.", folder, message)
     return None
@@ -153,7 +159,13 @@ def remove(folder: Path) -> None:
 
 
 def _validate_origin(
-    folder: Path, config_sha256: str, data_sha256: str, world_size: int, zero: int, base: str | None
+    folder: Path,
+    config_sha256: str,
+    data_sha256: str,
+    world_size: int,
+    zero: int,
+    tied: str | None,
+    base: str | None,
 ) -> None:
     manifest = records.read_record(folder / MANIFEST)
     errors = [
@@ -173,10 +185,12 @@ def _validate_origin(
             f"{folder} was trained on other {part} of the backbone ({short_state(trained_on)}, here "
             f"{short_state(base)}): put {PUT_BACK[part]} back, pin them with model.revision, or say overwrite=true."
         )
-    if manifest.get("world_size") != world_size:
+    if zero or manifest.get("zero"):
+        tied = "each process of ZeRO keeps a part of the optimizer in a file of its own (trainer=ddp does not)"
+    if manifest.get("world_size") != world_size and tied:
         errors.append(
-            f"{folder} was written by {manifest.get('world_size')} processes and there are {world_size} now: their "
-            "random generators would differ; start as many as before, or say overwrite=true."
+            f"{folder} was written by {manifest.get('world_size')} processes and there are {world_size} now, but "
+            f"{tied}; start as many as before, or say overwrite=true."
         )
     if manifest.get("zero", 0) != zero:
         errors.append(

@@ -52,7 +52,7 @@ def must_launch(machine: TrainerConfig) -> bool:
     return machine.gpus is not None and "WORLD_SIZE" not in os.environ
 
 
-def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
+def launch(experiment: Experiment, script: Path, words: Sequence[str]) -> int:
     """Runs `script` in `trainer.gpus` processes on this machine, like torchrun.
 
     If a process fails or this one receives a signal, all others are terminated, and killed after `_patience_s`.
@@ -62,15 +62,17 @@ def launch(machine: TrainerConfig, script: Path, words: Sequence[str]) -> int:
         run with one process.
 
     Raises:
-        ConfigError: there are fewer GPUs than processes.
+        ConfigError: there are fewer GPUs than processes, or the processes cannot share a batch evenly.
     """
+    machine = experiment.trainer
+    errors = batch_errors(experiment, machine.gpus)
     if machine.device != "cpu" and (there := gpu_count()) < machine.gpus:
-        raise ConfigError(
-            [
-                f"Invalid trainer.gpus={machine.gpus}: this machine has {there}; ask for fewer, or set "
-                "trainer.device=cpu for processes on the CPU."
-            ]
+        errors.append(
+            f"Invalid trainer.gpus={machine.gpus}: this machine has {there}; ask for fewer, or set "
+            "trainer.device=cpu for processes on the CPU."
         )
+    if errors:
+        raise ConfigError(errors)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -328,13 +330,8 @@ def check_launch(experiment: Experiment) -> None:
         ConfigError: the batch size is not divisible, the run was launched in the wrong way, a package is missing, or
             accelerate's settings contradict the config.
     """
-    processes, machine, batch = world_size(), experiment.trainer, experiment.optim.batch_size
-    errors = []
-    if batch % (machine.micro_batch_size * processes):
-        errors.append(
-            f"Invalid optim.batch_size={batch}: {processes} processes with micro-batches of "
-            f"{machine.micro_batch_size} do not divide it; change trainer.micro_batch_size or the number of processes."
-        )
+    processes, machine = world_size(), experiment.trainer
+    errors = batch_errors(experiment, processes)
     if machine.launch == "single" and processes > 1:
         errors.append(f"Invalid trainer={machine.name} with {processes} processes: use trainer=ddp, or one process.")
     if machine.launch == "torchrun" and "WORLD_SIZE" not in os.environ:
@@ -359,6 +356,23 @@ def check_launch(experiment: Experiment) -> None:
         raise ConfigError(errors)
     _name_what_is_ignored(experiment)
 
+
+def batch_errors(experiment: Experiment, processes: int) -> list[str]:
+    """Returns the error of a number of processes among which the micro-batches of a step cannot be divided."""
+    batch, size = experiment.optim.batch_size, experiment.trainer.micro_batch_size
+    micro_batches = batch // size
+    if micro_batches % processes == 0:
+        return []
+    fitting = [str(count) for count in range(1, micro_batches + 1) if micro_batches % count == 0]
+    some = ", ".join(fitting) if len(fitting) <= _MOST_LISTED else f"a divisor of {micro_batches}"
+    return [
+        f"Invalid optim.batch_size={batch} with {processes} processes: they cannot share its {micro_batches} "
+        f"micro-batches of {size} evenly; start another number of processes ({some}), or change "
+        "trainer.micro_batch_size."
+    ]
+
+
+_MOST_LISTED = 12
 
 _OTHER_WAYS = {"FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a parallelism config"}
 

@@ -46,11 +46,17 @@ class TrainingStats:
     step_s: list[float] = field(default_factory=list)  # seconds of each of the newest steps
     reserved_gib: list[float] = field(default_factory=list)  # by torch on the GPU, after each of them; empty without
     perturbation: dict[str, Any] | None = None
+    processes: list[dict[str, int]] = field(default_factory=list)  # {"step", "processes"} of each change of the number
 
     @classmethod
     def read(cls, checkpoint_folder: Path | None) -> TrainingStats:
         """Reads the stats of a checkpoint; zeros for None."""
-        return cls(**json.loads((checkpoint_folder / _EFFORT_FILE).read_text())) if checkpoint_folder else cls()
+        if checkpoint_folder is None:
+            return cls()
+        stats = cls(**json.loads((checkpoint_folder / _EFFORT_FILE).read_text()))
+        if not stats.processes:  # an earlier version, which never changed the number
+            stats.processes = [{"step": 0, "processes": checkpoint.processes_of(checkpoint_folder)}]
+        return stats
 
     def write(self, checkpoint_folder: Path) -> None:
         write_json(checkpoint_folder / _EFFORT_FILE, asdict(self))
@@ -85,10 +91,12 @@ class StepRecorder(TrainerCallback):
             step_s=[*self.before.step_s, *self.step_seconds][-_STEPS_TIMED:],
             reserved_gib=[*self.before.reserved_gib, *self.reserved_gib][-_STEPS_TIMED:],
             perturbation=self.regularizer.record() if self.regularizer else None,
+            processes=self.before.processes,
         )
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._train_started = time.perf_counter()
+        self._note_processes(args.world_size, state)
         if args.deepspeed:
             self.dtypes = zero_dtypes(self.trainer.model_wrapped)
             check_dtypes(self.dtypes)
@@ -103,6 +111,18 @@ class StepRecorder(TrainerCallback):
             )
         if self.progress:
             self.progress.start(state.max_steps, state.global_step)
+
+    def _note_processes(self, count: int, state: TrainerState) -> None:
+        history = self.before.processes
+        if history and history[-1]["processes"] == count:
+            return
+        if history and state.is_world_process_zero:
+            logger.warning(
+                "The run goes on with another number of processes, %d instead of %d: each step has the same rows, so "
+                "results change by rounding alone, unless there is dropout.",
+                *(count, history[-1]["processes"]),
+            )
+        history.append({"step": state.global_step, "processes": count})
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.set_epoch(state.global_step // self._steps_per_epoch)

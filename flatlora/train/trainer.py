@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import AutocastKwargs, TorchDynamoPlugin
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -58,6 +61,9 @@ class FlatTrainer(Trainer):
         self.step_units = torch.zeros((), device=self.args.device)  # tokens or images since the last logged row
         self._epoch_sampler: EpochSampler | None = None
         self._micro_batches: list[dict[str, Any]] = []  # of the current step, if its gradient is computed twice
+        self._surplus = 0  # micro-batches that are repeated at the end of an epoch, over all processes
+        self._repeated: dict[str, Any] | None = None  # micro-batch of the current step that does not count
+        self._shares = 1.0  # micro-batches of the current step that count, divided by the number of processes
         if self.args.fp16:
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # only the loss scaler is used
         self.writer = BackgroundWriter()
@@ -69,6 +75,31 @@ class FlatTrainer(Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Turns off torch.compile, which $ACCELERATE_DYNAMO_BACKEND would turn on."""
         return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns Trainer's loader; several processes get the micro-batches that one gets, in turn.
+
+        accelerate fills a short last micro-batch with rows of the epoch's beginning, unless the batch size is None:
+        then it only repeats whole micro-batches, for processes that have none left. `get_batch_samples` discounts them.
+        """
+        loader = super().get_train_dataloader()
+        if self.args.world_size > 1:
+            loader.batch_sampler.batch_size = None
+            self._surplus = -loader.batch_sampler.total_length % self.args.world_size
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+        """Returns this process's micro-batches of a step and the number of labels of all; repeated ones have none."""
+        batches, processes = list(itertools.islice(epoch_iterator, num_batches)), self.args.world_size
+        surplus = self._surplus if self.accelerator.gradient_state.end_of_dataloader else 0
+        self._shares = (len(batches) * processes - surplus) / processes
+        self._repeated = batches[-1] if self.args.process_index >= processes - surplus else None
+        if self._repeated is not None and self.family.token_mean:
+            for name in self._repeated.keys() & {"labels", "shift_labels"}:
+                self._repeated[name] = torch.full_like(self._repeated[name], IGNORED_LABEL)
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -138,7 +169,8 @@ class FlatTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.writer.check()
-        self.step_units += _units(inputs).to(self.step_units.device)
+        if inputs is not self._repeated:
+            self.step_units += _units(inputs).to(self.step_units.device)
         loss = self._micro_step(model, inputs, num_items_in_batch)
         self.step_loss += loss
         last = self.accelerator.gradient_state.sync_gradients
@@ -183,7 +215,12 @@ class FlatTrainer(Trainer):
             torch.distributed.all_reduce(self.graphed.gradient)
 
     def _micro_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
-        """Runs forward and backward of a micro-batch, accumulates gradients and returns the loss."""
+        """Runs forward and backward of a micro-batch, accumulates gradients and returns the loss.
+
+        Families without `token_mean` divide it by the number of micro-batches; a repeated one has a loss of zero, and
+        takes part because all processes must reduce the gradients.
+        """
+        self.current_gradient_accumulation_steps = math.inf if inputs is self._repeated else self._shares
         with float32_matmul_precision(self.experiment.trainer.matmul_precision):
             if self.graphed is None:
                 return super().training_step(model, self._without_mask(inputs), num_items_in_batch)
@@ -256,6 +293,17 @@ class FlatTrainer(Trainer):
         for name in self.model.peft_config:
             folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
             load_adapter(self.model, folder, name)
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        """Restores this process's random generators, which dropout reads.
+
+        The generators of another number of processes do not fit: then each is seeded by (seed, step, rank).
+        """
+        if folder is None or checkpoint.processes_of(Path(folder)) == self.args.world_size:
+            super()._load_rng_state(folder)
+            return
+        words = np.random.SeedSequence([self.args.seed, self.state.global_step, self.args.process_index])
+        set_seed(int(words.generate_state(1)[0]))
 
     def _graphed_micro_step(self) -> GraphedMicroStep | None:
         """Returns CUDA-graph micro-steps; None if a micro-step needs the host.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +57,7 @@ class TrainingResult:
     perturbation: dict[str, Any] | None
     resumed_from: int | None = None
     dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds; None without ZeRO
+    processes: list[dict[str, int]] = field(default_factory=list)  # as `TrainingStats.processes`
 
 
 def train(
@@ -128,6 +129,7 @@ def train(
         perturbation=stats.perturbation,
         resumed_from=checkpoint.step_of(resume_from) if resume_from else None,
         dtypes=recorder.dtypes,
+        processes=stats.processes,
     )
 
 

@@ -75,6 +75,14 @@ class Flat(RhoMethod):
                 "packing saves, and noise cannot be added to 4 bits; use rho.mode=recompute (or auto).",
             )
 
+    def tied_to_processes(self, config: FlatConfig) -> str | None:
+        if config.per_rank == (config.resample == "micro_batch"):  # one draw in all, or one for each micro-batch of all
+            return None
+        return (
+            f"rho.per_rank={str(config.per_rank).lower()} with rho.resample={config.resample} draws a number of ε in a "
+            "step that depends on it (rho.per_rank=true with rho.resample=micro_batch, and the defaults, do not)"
+        )
+
     def regularizer(self, model: nn.Module, config: FlatConfig, seed: int) -> Regularizer:
         return FlatRegularizer(
             seed=seed, **{field.name: getattr(config, field.name) for field in fields(NoiseSettings)}

@@ -38,6 +38,7 @@ def test_a_record_of_before_the_schema_is_read_and_written_again_with_every_valu
     new = json.loads((tmp_path / "run.json").read_bytes())
     assert new["schema_version"] == SCHEMA_VERSION == 1
     later = {"timing": ("images_per_s", "score_s", "total_s")}
+    later |= {"distributed": ("history",)}
     later |= {"memory": ("peak_reserved_gib", "reserved_mean_gib", "reserved_p99_gib")}
     assert {key: new[key] for key in old if key not in later} == {key: old[key] for key in old if key not in later}
     assert all(new[group] == old[group] | dict.fromkeys(keys) for group, keys in later.items())

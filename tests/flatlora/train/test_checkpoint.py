@@ -166,10 +166,25 @@ def test_a_checkpoint_of_another_origin_is_refused_and_kept(tmp_path, config, da
     assert error_of(folder) is None
 
 
-def test_a_checkpoint_of_more_processes_is_refused(tmp_path):
+def test_a_checkpoint_of_more_processes_is_refused_if_the_run_is_tied_to_their_number(tmp_path):
     folder = make(tmp_path, 3)
-    with pytest.raises(ConfigError, match=re.escape(f"{folder} was written by 1 processes and there are 2 now")):
-        latest_good(tmp_path, CONFIG, DATA, world_size=2)
+    assert latest_good(tmp_path, CONFIG, DATA, world_size=2) == folder
+    refused = re.escape(
+        f"{folder} was written by 1 processes and there are 2 now, but it rains; start as many as before"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        latest_good(tmp_path, CONFIG, DATA, world_size=2, tied="it rains")
+    assert latest_good(tmp_path, CONFIG, DATA, tied="it rains") == folder
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 2), (2, 0), (0, 2)])
+def test_a_checkpoint_of_zero_is_refused_on_another_number_of_processes(tmp_path, before, now):
+    folder = make(tmp_path, 3)
+    write_manifest(folder, step=3, config_sha256=CONFIG, data_sha256=DATA, world_size=2, zero=before)
+    with pytest.raises(ConfigError) as caught:
+        latest_good(tmp_path, CONFIG, DATA, world_size=4, zero=now)
+    assert "was written by 2 processes and there are 4 now, but each process of ZeRO keeps" in caught.value.errors[0]
+    assert len(caught.value.errors) == 1 + (before != now)
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, caplog):

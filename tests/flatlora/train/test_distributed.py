@@ -83,7 +83,8 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
     fp32 = ["float32"]
     backbone = str(choose_precision("auto", "bfloat16", "cpu").held).removeprefix("torch.")
     held = {"backbone": [backbone], "trained": fp32, "masters": fp32, "gradients": fp32}
-    assert record["distributed"] == {"processes": 2, "zero": 2, "dtypes": held}
+    history = [{"step": 0, "processes": 2}]
+    assert record["distributed"] == {"processes": 2, "zero": 2, "dtypes": held, "history": history}
     assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
     assert len(record["perturbation"]["noise_sha256"]) == 2
     assert len(set(record["perturbation"]["noise_sha256"])) == 1
@@ -221,7 +222,8 @@ def test_processes_share_the_physical_cores(monkeypatch, cores, threads):
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: lambda *words: None)
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")  # `launch` sets both
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert distributed.launch(TrainerConfig(name="ddp", device="cpu", gpus=2), PROJECT / "run_exp.py", []) == 0
+    experiment = run_exp.experiment_of(["trainer=ddp", "trainer.device=cpu", "trainer.gpus=2"])
+    assert distributed.launch(experiment, PROJECT / "run_exp.py", []) == 0
     assert os.environ["OMP_NUM_THREADS"] == threads
 
 
