@@ -172,7 +172,7 @@ def run(
             longer than the model's context.
     """
     rows = rows[: config.max_rows]
-    prompts = [prompt_text(row["x"]) for row in rows]
+    prompts = [prompt_text(row) for row in rows]
     published = config.metric == "published"
     if published:
         _check_first_tokens(backend.first_token, rows)

@@ -234,7 +234,7 @@ def run(
 def _prompt(row: dict[str, Any], config: Config) -> str:
     if config.prompt == "completion":
         return row["prompt"]
-    return prompt_text(prompt(config.template, instruction(row["prompt"]))) + "```python\n"
+    return prompt_text({"x": prompt(config.template, instruction(row["prompt"]))}) + "```python\n"
 
 
 def _seed(seed: int, task: str, sample: int) -> int:
