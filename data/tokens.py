@@ -7,8 +7,8 @@ are text, and an end-of-sequence token that a tokenizer appends is removed from 
 (`flatlora.inputs.tokenizing`). With `loss_on=text`, where every token is learned, prompt and answer are tokenized
 together; such a row has an empty prompt.
 
-Rows of own data are `joined`: the training text is x + y without a blank, and its ids are those of the whole text, as in
-TRL. Where a token would span prompt and answer, they are tokenized separately like all others.
+Rows of own data are `joined`: the training text is x + y without a blank, and its ids are those of the whole text, as
+in TRL. Where a token would span prompt and answer, they are tokenized separately like all others.
 """
 
 from __future__ import annotations

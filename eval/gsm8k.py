@@ -383,7 +383,6 @@ BENCHMARKS.add(
         help=__doc__,
         kind="text",
         generates=True,
-        own_rows=False,
         scoring=("parser",),
         scorer_version=SCORER_VERSION,
         headline=HEADLINE,

@@ -129,7 +129,7 @@ def _rows_file(command: Command) -> Path | None:
             columns = " and ".join(command.benchmark.row_columns)
             raise ConfigError([f"Invalid rows={path}: no such file; name a .jsonl file with {columns}."])
         return path
-    run = None if command.benchmark.own_rows else command.resolve().run
+    run = None if command.benchmark.own_rows(command.configure()) else command.resolve().run
     if run is None:
         return None
     path = run / "test.jsonl"

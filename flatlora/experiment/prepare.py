@@ -64,7 +64,7 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
 def _warn_of_unread_data_root(suite: Suite, experiment: Experiment) -> None:
     """Warns if data_root is not used. It is no error: a sweep may mix datasets from files and generated ones."""
     section = experiment.dataset
-    own = any(suite.benchmarks[name].own_rows for name in experiment.eval)
+    own = any(suite.benchmarks[name].own_rows(config) for name, config in experiment.eval.items())
     if experiment.data_root is None or own or suite.datasets[section.loader].sources(section):
         return
     if distributed.is_main_process():
@@ -179,7 +179,7 @@ def _check_benchmarks(suite: Suite, experiment: Experiment) -> None:
 
 def _own_rows(suite: Suite, experiment: Experiment) -> dict[str, Sequence[Any]]:
     """Returns {benchmark: rows} of the benchmarks that use their own rows with any dataset."""
-    names = [name for name in experiment.eval if suite.benchmarks[name].own_rows]
+    names = [name for name, config in experiment.eval.items() if suite.benchmarks[name].own_rows(config)]
     rows = gather(*(lambda name=name: _test_rows(suite, experiment, [], name, {}) for name in names))
     return dict(zip(names, rows, strict=True))
 
@@ -199,7 +199,7 @@ def _test_rows(
     module, config = suite.benchmarks[name], experiment.eval[name]
     template = getattr(config, "template", None)
     split = experiment.dataset.evaluate
-    if module.benchmark_rows is not None and (module.own_rows or (not test and split == "test")):
+    if module.benchmark_rows is not None and (module.own_rows(config) or (not test and split == "test")):
         rows, source = module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
     elif template not in (None, getattr(experiment.dataset, "template", template)):
         raise ConfigError(

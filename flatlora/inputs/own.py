@@ -47,9 +47,7 @@ def own_files(key: str, path: str, split: str) -> OwnFiles | None:
         return OwnFiles((place,)) if split == "train" else None
     if not place.is_dir():
         raise ConfigError(
-            [
-                f"Invalid {key}={path}: no such file or folder; name one of {formats}, a folder, or OWNER/NAME of the hub."
-            ]
+            [f"Invalid {key}={path}: no such path; name one of {formats}, a folder, or OWNER/NAME of the hub."]
         )
     for folder in (place, place / "data"):
         found = [folder / f"{split}{suffix}" for suffix in READERS if (folder / f"{split}{suffix}").is_file()]
@@ -98,7 +96,7 @@ def prompts_and_answers(splits: Mapping[str, Source | OwnFiles], columns: Column
     words = columns.labels or sorted({str(row["y"]) for row in results["train"]})
     if len(words) < 2:
         errors.append(
-            f"Invalid {columns.key}.label={columns.label}: {read['train'][1]} has the class {', '.join(words)} alone; a "
+            f"Invalid {columns.key}.label={columns.label}: {read['train'][1]} has only the class {', '.join(words)}; a "
             "classifier needs two or more."
         )
     for name, rows in results.items():
@@ -130,7 +128,7 @@ def _converted(rows: list[dict[str, Any]], source: str, columns: Columns) -> lis
         conversations = " (conversations, messages, are not read: write them as prompt and completion)"
         raise ConfigError(
             [
-                f"Missing columns in {source}: it has {', '.join(known)}, and prompt and completion, or text, are needed"
+                f"Missing columns in {source}: it has {', '.join(known)}, and needs prompt and completion, or text"
                 f"{conversations if 'messages' in known else ''}; name others with "
                 f'{columns.key}.prompt="… {{{known[0]}}} …" {columns.key}.answer="{{{known[-1]}}}".'
             ]
@@ -159,8 +157,8 @@ def _from_templates(
     for number, row in enumerate(rows, start=1):
         wrong = [name for name in used if isinstance(row.get(name), list | dict | bytes)]
         errors += [
-            f"Invalid {name} in {source}, row {number}: it must be text or a number, not {str(row[name])[:40]!r}; write "
-            "its parts to columns of their own."
+            f"Invalid {name} in {source}, row {number}: it must be text or a number, not {str(row[name])[:40]!r}; put "
+            "its parts into columns."
             for name in wrong
         ]
         if wrong:

@@ -1,7 +1,7 @@
 """Rows of a public data set: from the hub, or from a local folder with the hub's layout and columns.
 
 data_root=DIR reads DIR/<owner>/<name>/<config>/<split>.{jsonl,parquet} without network access, or the shards of a
-split as a download leaves them: <split>-00000-of-00003.parquet and so on. `OwnFiles` is a split of the user's own files.
+split as a download leaves them, <split>-00000-of-00003.parquet and so on. `OwnFiles` is a split of your own files.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         if line and len(line) != len(header):
             raise ConfigError(
                 [
-                    f"Broken row in {path}, row {number}: it has {len(line)} values for {len(header)} columns; put values "
-                    'with a comma between quotes ("…, …").'
+                    f"Broken row in {path}, row {number}: it has {len(line)} values for {len(header)} columns; put "
+                    'values with a comma between quotes ("…, …").'
                 ]
             )
     return [dict(zip(header, line, strict=True)) for line in lines if line]

@@ -1,0 +1,208 @@
+"""Own rows: every format gives the same rows; the same rows as a built-in data set give the same ids and adapter."""
+
+import csv
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import datasets
+import pytest
+import trl
+
+import data
+from data import cache, custom, gsm8k
+from flatlora.inputs.rows import Source, jsonl, read_rows
+from flatlora.utils.errors import ConfigError
+from run_exp import main
+from tests.conftest import adapter_bytes, run_folder, write_split
+
+ROWS = [{"question": f'Is {i}, "x"\nreally 007?', "answer": f"{i} + 1\n#### {i + 1}"} for i in range(40)]
+GSM8K = {"prompt": "Q: {question}\nA:  ", "answer": "{answer}"}
+
+
+def config(path, **keys):
+    return custom.Config(**{"name": "custom", "loader": "custom", "path": str(path), "max_length": 128} | keys)
+
+
+def load(path, **keys):
+    return custom.load(config(path, **keys), None, lambda texts: [1] * len(texts))
+
+
+def write(path: Path, rows) -> Path:
+    opened = gzip.open if path.suffix == ".gz" else open
+    name = path.name.removesuffix(".gz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".parquet"):
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+        return path
+    with opened(path, "wt", encoding="utf-8", newline="") as file:
+        if name.endswith(".csv"):
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write(json.dumps(rows) if name.endswith(".json") else jsonl(rows))
+    return path
+
+
+FORMATS = ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_gives_the_same_rows(suffix, tmp_path):
+    train, _, test = load(write(tmp_path / f"rows.{suffix}", ROWS), test_share=0.25, **GSM8K)
+    assert [row["y"] for row in (*train, *test)] == [row["answer"] for row in ROWS]
+    assert train[3]["x"] == f"Q: {ROWS[3]['question']}\nA:  "
+    assert len(test) == 10
+
+
+def shards(folder: Path, split: str, rows) -> None:
+    for k in range(3):
+        write(folder / f"{split}-0000{k}-of-00003.parquet", rows[k::3])
+
+
+def test_shards_of_a_download_are_one_split_in_a_folder_and_under_data_root(tmp_path):
+    shards(tmp_path / "data", "train", ROWS)
+    shards(tmp_path / "openai/gsm8k/main", "train", ROWS)
+    (train, _, _) = load(tmp_path, **GSM8K)
+    of_root = read_rows(Source("openai/gsm8k", "main", "train"), columns=("answer",), data_root=str(tmp_path))
+    assert [row["y"] for row in train] == [row["answer"] for k in range(3) for row in ROWS[k::3]]
+    assert [row["answer"] for row in of_root] == [row["y"] for row in train]
+    (tmp_path / "data/train-00001-of-00003.parquet").unlink()
+    with pytest.raises(ConfigError, match="2 of 3 files train-… are there; download the others"):
+        load(tmp_path, **GSM8K)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_the_same_rows_as_gsm8k_give_the_same_ids(suffix, tmp_path, smollm_tokenizer):
+    for split, rows in (("train", ROWS[:30]), ("test", ROWS[30:])):
+        write(tmp_path / f"own/{split}.{suffix}", rows)
+        write_split(tmp_path, "openai/gsm8k", "main", split, rows)
+    built_in = gsm8k.Config(name="gsm8k", loader="gsm8k", validation_rows=0, max_length=128)
+    expected = cache.prepared(built_in, str(tmp_path), smollm_tokenizer)
+    own = cache.prepared(config(tmp_path / "own", **GSM8K), None, smollm_tokenizer)
+    assert own.sha256 == expected.sha256
+    assert [row["y"] for row in own.test] == [row["y"] for row in expected.test]
+
+
+def test_the_same_rows_as_gsm8k_give_the_same_adapter_and_are_scored(tmp_path, tiny_settings):
+    for split, rows in (("train", ROWS[:30]), ("test", ROWS[30:])):
+        write(tmp_path / f"own/{split}.csv", rows)
+        write_split(tmp_path, "openai/gsm8k", "main", split, rows)
+    own = [f"dataset.path={tmp_path / 'own'}", "dataset.max_length=512", 'dataset.answer="{answer}"']
+    own += [r'dataset.prompt="Q: {question}\nA:  "', "eval=[custom]", r'eval.custom.pattern="#### (.*)"']
+    own += ["eval.custom.max_new_tokens=2"]
+    settings = [word for word in tiny_settings if "validation_rows" not in word and word != "eval=[]"]
+    runs = []
+    for name, words in (
+        ("gsm8k", [*tiny_settings, "dataset=gsm8k", f"data_root={tmp_path}"]),
+        ("custom", [*settings, "dataset=custom", *own]),
+    ):
+        words = [*words, f"results_root={tmp_path / name}", "trainer.max_steps=2"]
+        words = [word for word in words if word != f"results_root={tmp_path / 'results'}"]
+        assert main(words) == 0
+        runs.append(run_folder(words))
+    assert adapter_bytes(runs[0]) == adapter_bytes(runs[1])
+    score = json.loads((runs[1] / "eval/custom/score.json").read_text())
+    assert score["n"] == 4
+    assert score["metrics"]["exact_match"] == 0
+
+
+def test_prompt_and_completion_have_the_ids_and_the_loss_of_trl(tmp_path, smollm_tokenizer, tiny_model_folder):
+    rows = [{"prompt": f"Translate {i}:", "completion": f" it is {i}."} for i in range(6)]
+    own = cache.prepared(config(write(tmp_path / "a.jsonl", rows)), None, smollm_tokenizer).train
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
+    trainer = trl.SFTTrainer(
+        str(tiny_model_folder),
+        arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=smollm_tokenizer,
+    )
+    for row, theirs in zip(own, trainer.train_dataset, strict=True):
+        assert row["prompt"] + row["answer"] == theirs["input_ids"]
+        mask = theirs.get("completion_mask") or [int(label != -100) for label in theirs["labels"]]
+        assert mask == [0] * len(row["prompt"]) + [1] * len(row["answer"])
+
+
+def test_text_is_learned_whole(tmp_path, smollm_tokenizer):
+    own = cache.prepared(config(write(tmp_path / "a.csv", [{"text": "one two"}])), None, smollm_tokenizer)
+    assert own.train[0] == {
+        "prompt": [],
+        "answer": [*smollm_tokenizer("one two")["input_ids"], smollm_tokenizer.eos_token_id],
+    }
+
+
+def test_splits_are_disjoint_and_drawn_by_their_seed(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    shares = {"validation_share": 0.1, "test_share": 0.2, **GSM8K}
+    last, drawn, again = load(path, **shares), load(path, split_seed=1, **shares), load(path, split_seed=1, **shares)
+    assert [row["y"] for part in last for row in part] == [row["answer"] for row in ROWS]
+    assert [len(part) for part in drawn] == [28, 4, 8]
+    assert drawn == again != last
+    assert sorted(row["y"] for part in drawn for row in part) == sorted(row["answer"] for row in ROWS)
+    assert load(path, evaluate="validation", **shares).validation == last.validation
+
+
+def test_an_empty_column_is_empty_and_counted(tmp_path, caplog):
+    rows = [{"q": "a", "hint": None, "a": 7}, {"q": "b", "a": 8}, {"q": "c", "hint": "h", "a": None}]
+    with caplog.at_level(logging.WARNING):
+        train, _, _ = load(write(tmp_path / "a.jsonl", rows), prompt="{q} {hint}:", answer="{a}")
+    assert [(row["x"], row["y"]) for row in train] == [("a :", "7"), ("b :", "8")]
+    assert "2 of 3 rows have no hint; it is empty there" in caplog.text
+    assert "1 rows have no answer and are left out" in caplog.text
+
+
+def test_classes_are_words_or_numbers_of_given_words(tmp_path):
+    rows = [{"s": f"text {i}", "label": str(i % 2)} for i in range(6)]
+    path = write(tmp_path / "a.csv", rows)
+    words = load(path, prompt="{s} is ", label="label", labels=["bad", "good"]).train
+    assert [row["y"] for row in words] == ["bad", "good"] * 3
+    assert words[0]["choices"] == ["bad", "good"]
+    assert load(path, prompt="{s} is ", label="label").train[0]["choices"] == ["0", "1"]
+    with pytest.raises(ConfigError, match="row 1: '0' is none of the classes x, y") as caught:
+        load(write(tmp_path / "b.csv", [{"s": "", "label": "z"}] * 2), prompt="{s}", label="label", labels=["x", "y"])
+    assert "row 1: 'z'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "message"),
+    [
+        ([{"a": "x", "b": "y"}], {}, "Missing columns in .*: it has a, b, and needs prompt and completion, or text"),
+        ([{"messages": []}], {}, "conversations, messages, are not read"),
+        ([{"question": "x", "b": "y"}], {"prompt": "{questoin}", "answer": "{b}"}, "did you mean question?"),
+        ([{"prompt": "x", "completion": "y"}, {"prompt": "x"}], {}, "Missing completion in .*, row 2"),
+        ([{"prompt": "x", "completion": 3}], {}, "row 1: it must be text, not 3"),
+        ([{"a": ["x"], "b": "y"}], {"prompt": "{a}", "answer": "{b}"}, "Invalid a in .*, row 1: it must be text or a"),
+    ],
+)
+def test_wrong_columns_are_named(rows, keys, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path / "a.jsonl", rows), **keys)
+
+
+def test_wrong_files_are_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "a.csv").write_text("a,b\n1,2,3\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
+    for name, message in (
+        ("notes.txt", "its format is not read; convert it to one of .jsonl"),
+        ("missing.csv", "no such path"),
+        ("a.csv", "row 1: it has 3 values for 2 columns"),
+        ("a.jsonl.gz", "Cannot read .*a.jsonl.gz"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(tmp_path / name)
+    with pytest.raises(ConfigError, match="it has no split train"):
+        load(tmp_path)
+
+
+def test_contradicting_keys_are_all_reported(tmp_path):
+    errors = config(tmp_path, answer="{a}", label="b", labels=["x"], validation_share=0.6, test_share=0.6).rule_errors()
+    assert [error.keys for error in errors] == [
+        ("prompt",),
+        ("answer", "label"),
+        ("labels",),
+        ("validation_share", "test_share"),
+    ]
+    assert data.DATASETS["custom"].Config is custom.Config
