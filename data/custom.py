@@ -58,6 +58,11 @@ class Config(TextDatasetConfig):
                 "together they must be below 1, so that rows are left to train on",
             ),
             (
+                ("path", "config", "revision"),
+                is_local(self.path) and (self.config, self.revision) != ("default", None),
+                "only data sets of the hub have parts and revisions, and the path is a file or folder",
+            ),
+            (
                 ("split_seed",),
                 self.split_seed is not None and not self.validation_share + self.test_share,
                 "it draws the rows of dataset.validation_share and dataset.test_share, and both are 0",

@@ -93,7 +93,7 @@ def prompts_and_answers(splits: Mapping[str, Source | OwnFiles], columns: Column
         raise ConfigError(errors)
     if columns.label is None:
         return results
-    words = columns.labels or sorted({str(row["y"]) for row in results["train"]})
+    words = columns.labels or sorted({str(row["y"]).strip() for row in results["train"]})
     if len(words) < 2:
         errors.append(
             f"Invalid {columns.key}.label={columns.label}: {read['train'][1]} has only the class {', '.join(words)}; a "
@@ -115,8 +115,9 @@ def prompts_and_answers(splits: Mapping[str, Source | OwnFiles], columns: Column
 
 def _label_word(value: Any, words: Sequence[str], *, numbered: bool) -> str | None:
     """The word of a label, which is the word or, with given words, its number from 0."""
-    if (text := str(value)) in words:
-        return text
+    text = str(value).strip()
+    if word := next((word for word in words if word.strip() == text), None):  # a word may begin with a blank
+        return word
     return words[int(text)] if numbered and text.isdecimal() and int(text) < len(words) else None
 
 

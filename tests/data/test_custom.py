@@ -160,9 +160,8 @@ def test_classes_are_words_or_numbers_of_given_words(tmp_path):
     assert [row["y"] for row in words] == ["bad", "good"] * 3
     assert words[0]["choices"] == ["bad", "good"]
     assert load(path, prompt="{s} is ", label="label").train[0]["choices"] == ["0", "1"]
-    with pytest.raises(ConfigError, match="row 1: '0' is none of the classes x, y") as caught:
+    with pytest.raises(ConfigError, match="row 1: 'z' is none of the classes x, y"):
         load(write(tmp_path / "b.csv", [{"s": "", "label": "z"}] * 2), prompt="{s}", label="label", labels=["x", "y"])
-    assert "row 1: 'z'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ def test_classes_are_words_or_numbers_of_given_words(tmp_path):
         ([{"a": "x", "b": "y"}], {}, "Missing columns in .*: it has a, b, and needs prompt and completion, or text"),
         ([{"messages": []}], {}, "conversations, messages, are not read"),
         ([{"question": "x", "b": "y"}], {"prompt": "{questoin}", "answer": "{b}"}, "did you mean question?"),
-        ([{"prompt": "x", "completion": "y"}, {"prompt": "x"}], {}, "Missing completion in .*, row 2"),
+        ([{"prompt": "x", "completion": "y"}, {"prompt": "x"}], {}, "Missing column completion in .*, row 2"),
         ([{"prompt": "x", "completion": 3}], {}, "row 1: it must be text, not 3"),
         ([{"a": ["x"], "b": "y"}], {"prompt": "{a}", "answer": "{b}"}, "Invalid a in .*, row 1: it must be text or a"),
     ],
