@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -18,100 +18,43 @@ from safetensors import SafetensorError
 
 import eval as benchmarks
 from eval import predictions
-from eval.backends import Backend, Generator, ImageBackend, wire
+from eval.backends import Backend, Generator, ImageBackend
 from eval.backends.openai import Endpoint, OpenAIBackend
 from eval.backends.vllm import VLLMBackend
 from eval.kinds import BENCHMARK, KINDS, Command
-from eval.place import YAML_ERRORS, ResolvedModel, base_errors, resolve_model
+from eval.target import Target
 from flatlora.config.families import trains_on
 from flatlora.config.sections import ModelConfig
-from flatlora.config.settings import MOST_SECONDS, Section, checked_section, setting
+from flatlora.config.settings import Section, checked_section
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import gather
-from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
-from flatlora.models.hashes import PUT_BACK, differing_part, short_state, weights_state
 from flatlora.models.loading import (
     choose_device,
     load_for_inference,
     model_of,
     saved_processor,
-    weights_identity,
 )
 from flatlora.models.sources import backbone_source
 from flatlora.models.starts import MOVED
 from flatlora.runs.run_folder import answering
+from flatlora.trained.place import (
+    YAML_ERRORS,
+    ResolvedModel,
+    base_errors,
+    identify,
+    is_hash,
+    resolve_model,
+    validated_unchanged,
+)
 from flatlora.utils.console import ProgressBar, console, quiet_libraries, report_errors
-from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
+from flatlora.utils.errors import ConfigError, nearest, reason_of
 from flatlora.utils.files import write_json
 from flatlora.utils.names import fitting, is_text
 from flatlora.utils.precision import choose_precision, stored_dtype
 from flatlora.utils.records import PlainLoader, links_in, read_record
 
 logger = logging.getLogger(__name__)
-
-
-class Target(Section):
-    """Keys of the command line that all benchmarks share."""
-
-    rows: str | None = setting(None, min_length=1, remedy="name a .jsonl file, or write rows=benchmark")
-    data_root: str | None = setting(None, min_length=1, remedy="name a folder with the hub's layout")
-    base: str | None = setting(None, min_length=1, remedy="name the adapter's base model: a folder or a hub id")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", remedy="auto is the model's own")
-    out: str | None = setting(None, min_length=1, remedy="name a folder")
-    score_only: bool = setting(False, remedy="true scores existing answers")
-    backend: Literal["hf", "vllm", "openai"] = setting("hf", remedy="hf is transformers in this process")
-    base_url: str | None = setting(None, min_length=1, remedy="name the endpoint of backend=openai, ending in /v1")
-    base_key: str | None = setting(None, min_length=1, remedy="name the environment variable with the key of base_url")
-    chat: bool = setting(False, remedy="true sends prompts as messages of a chat, for backend=openai")
-    concurrency: int = setting(8, ge=1, le=1024, remedy="how many requests of backend=openai are under way at a time")
-    requests_per_minute: float | None = setting(None, ge=0.01, le=1e6, remedy="null sets no limit")
-    timeout: float = setting(300.0, gt=0, le=MOST_SECONDS, remedy="seconds for one request of backend=openai")
-
-    def rule_errors(self) -> list[SettingError]:
-        errors, fields = [], type(self).model_fields
-        if self.backend == "openai" and self.base_url is None:
-            errors.append(
-                SettingError(
-                    ("base_url", "backend"),
-                    "Missing base_url: backend=openai needs an endpoint; name it with base_url=http://HOST:PORT/v1.",
-                )
-            )
-        elif self.backend == "openai":
-            errors += wire.endpoint_errors("base_url", self.base_url, "base_key", self.base_key)
-        if self.backend != "openai":
-            errors += [
-                SettingError(
-                    (key, "backend"),
-                    f"Invalid {key}={getattr(self, key)} with backend={self.backend}: only backend=openai reads it; "
-                    "drop it.",
-                )
-                for key in ("base_url", "base_key", "chat", "concurrency", "requests_per_minute", "timeout")
-                if getattr(self, key) != fields[key].default
-            ]
-        if self.backend == "openai" and self.dtype != "auto":
-            errors.append(
-                SettingError(
-                    ("dtype", "backend"),
-                    f"Invalid dtype={self.dtype} with backend=openai: the server has its own; drop it.",
-                )
-            )
-        if self.backend == "openai" and self.base is not None:
-            errors.append(
-                SettingError(
-                    ("base", "backend"),
-                    f"Invalid base={self.base} with backend=openai: the server has its own; drop it.",
-                )
-            )
-        if self.backend != "hf" and self.device != "auto":
-            errors.append(
-                SettingError(
-                    ("device", "backend"),
-                    f"Invalid device={self.device} with backend={self.backend}: it has a device of its own; drop it.",
-                )
-            )
-        return errors
 
 
 _SHARED_HELP = """
@@ -177,7 +120,8 @@ def score_path(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
     def resolve() -> ResolvedModel:
         served = target is not None and target.backend == "openai"
-        return resolve_model(arguments[0], name, served, None if target is None else target.base)
+        base = None if target is None else target.base
+        return resolve_model(arguments[0], benchmark=(name, benchmark.Config), served=served, base=base)
 
     def check_arguments() -> None:
         if argument_errors:
@@ -339,7 +283,7 @@ def _output_folder(
     benchmark += _label(target, given, resolved.scored_with, module) + _served(target)
     if KINDS[module.kind].of_pictures and target.data_root not in (None, resolved.data_root):  # the images may differ
         benchmark += f"-data_root={_in_short(os.path.abspath(target.data_root))}"
-    if target.base and resolved.base and not _is_hash(resolved.base):  # a hub commit cannot be compared with it
+    if target.base and resolved.base and not is_hash(resolved.base):  # a hub commit cannot be compared with it
         benchmark += f"-base={_in_short(target.base)}"
     benchmark += _machine_label(target, resolved, own) if own and target.backend == "hf" else ""
     if resolved.run is None:
@@ -500,7 +444,7 @@ def _backend(
                 f"(model.quantize={model.quantize}), and vLLM would load it without that; use backend=hf."
             ]
         )
-    with _validated_unchanged(folder):
+    with validated_unchanged(folder):
         return VLLMBackend(
             resolved.weights if resolved.model and adapter is None else backbone_source(model),
             adapter,
@@ -508,7 +452,7 @@ def _backend(
             revision=model.revision,
             batch_size=batch_size,
             dtype=dtype or _served_dtype(model, resolved.autocast),
-            identity=_identity(resolved),
+            identity=identify(resolved),
         )
 
 
@@ -518,56 +462,13 @@ def _served_dtype(model: ModelConfig, autocast: str) -> str:
     return str(choose_precision(autocast, model.dtype, device).held).removeprefix("torch.")
 
 
-def _identity(resolved: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
-    """Returns the hashes that identify the weights, for generation.json.
-
-    Raises:
-        ConfigError: the backbone differs from the one that the adapter was trained on.
-    """
-    identity = weights_identity(resolved.weights, resolved.model, classes)
-    state = identity.get("base", resolved.base)
-    part = differing_part(resolved.base, state) if resolved.base else "weights"
-    if resolved.base_named and part and not (resolved.base and _is_hash(resolved.base) == _is_hash(state)):
-        recorded = short_state(resolved.base) if resolved.base else "nothing"
-        logger.warning(
-            "Cannot check that base=%s is the backbone that %s was trained on: its record has %s, and this is %s.",
-            *(resolved.model.hub_id, resolved.weights, recorded, short_state(state)),
-        )
-    elif resolved.base and part:
-        raise ConfigError(
-            [
-                f"Invalid backbone of {resolved.weights}: {resolved.model.hub_id} is now "
-                f"{short_state(identity['base'])}, and the run was trained on {short_state(resolved.base)} (base in "
-                f"its run.json), which differ in {part}; put {PUT_BACK[part]} back, name them with base=PATH, or pin "
-                "them with model.revision."
-            ]
-        )
-    elif resolved.base and "base" in identity:
-        identity["base"] = resolved.base  # may be in an earlier version's format; the model is the same
-    return identity
-
-
-@contextlib.contextmanager
-def _validated_unchanged(folder: Path) -> Iterator[None]:
-    """Checks that the weights do not change between hashing and loading: the record would name the wrong weights."""
-    before = weights_state(folder)
-    yield
-    if weights_state(folder) != before:
-        raise ConfigError([f"{folder} changed while it was read: wait until nothing writes there, then try again."])
-
-
-def _is_hash(state: str) -> bool:
-    """Whether a backbone's state is the hash of a folder, not a commit of the hub."""
-    return state.startswith("sha256:")
-
-
 def _load(
     resolved: ResolvedModel, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
 ) -> Backend | ImageBackend:
     try:
         classes = FAMILIES[resolved.model.family].classes_of_run(resolved.run) if resolved.run else None
-        with _validated_unchanged(Path(resolved.weights)):
-            identity = _identity(resolved, classes) | ({"dtype": dtype} if dtype else {})
+        with validated_unchanged(Path(resolved.weights)):
+            identity = identify(resolved, classes) | ({"dtype": dtype} if dtype else {})
             model, processor, _ = load_for_inference(
                 resolved.weights, resolved.model, device, classes, dtype, resolved.autocast
             )

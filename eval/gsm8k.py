@@ -1,16 +1,17 @@
-"""GSM8K and data sets of its format: zero-shot, exact match of the final answer.
+"""GSM8K and data sets of its format: zero-shot or few-shot, exact match of the final answer.
 
     python -m eval.gsm8k PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: parser, template (of the
-benchmark's own rows; a run's test rows already have one), max_rows, max_new_tokens, temperature, top_p, seed,
-batch_size, rows=FILE.jsonl (rows {"x", "y"}), data_root=DIR, device, out=DIR, score_only=true. A run is scored on the
-test rows of its data set; `rows=benchmark` takes GSM8K's own instead, in the run's template. `parser=strict` reads the
-number after "####", or else the last one; `parser=math_verify` reads expressions and LaTeX too, with that package
-(extra `math`). A score has both. `parser=peft_suite` compares as PEFT's own suite does (`eval.peft_suite`).
-temperature, top_p and seed sample the answers; temperature=0 is greedy. References must be numbers: a fraction, a root
-or a range is an error. A run's own answers are never overwritten: other settings, other rows or another device write to
-a folder of their own beside eval/gsm8k.
+benchmark's own rows; a run's test rows already have one), num_fewshot (of its own rows), max_rows, max_new_tokens,
+temperature, top_p, seed, batch_size, rows=FILE.jsonl (rows {"x", "y"}), data_root=DIR, device, out=DIR,
+score_only=true. A run is scored on the test rows of its data set; `rows=benchmark` takes GSM8K's own instead, in the
+run's template. `num_fewshot=8` puts the first 8 questions of the train split with their answers before each, in the
+same template. `parser=strict` reads the number after "####", or else the last one; `parser=math_verify` reads
+expressions and LaTeX too, with that package (extra `math`). A score has both. `parser=peft_suite` compares as PEFT's
+own suite does (`eval.peft_suite`). temperature, top_p and seed sample the answers; temperature=0 is greedy. References
+must be numbers: a fraction, a root or a range is an error. A run's own answers are never overwritten: other settings,
+other rows or another device write to a folder of their own beside eval/gsm8k.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from eval.answers import without_draft
 from eval.backends import Generator, Sampling
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
 from flatlora.experiment.plugins import Benchmark
-from flatlora.inputs.rows import Source, read_rows
+from flatlora.inputs.rows import Source, prompt_text, read_rows
 from flatlora.inputs.templates import prompt
 from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_json
@@ -101,6 +102,8 @@ class Config(Section):
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
     parser: Literal["strict", "math_verify", "peft_suite"] = "strict"
     template: Literal["qa", "alpaca", "step_by_step", "none"] = "qa"
+    # 8 as in chain-of-thought papers
+    num_fewshot: int = setting(0, ge=0, le=1000, remedy="0 is zero-shot, as published")
     temperature: float = setting(0.0, ge=0, le=100, remedy="0 is greedy, as published")
     top_p: float = setting(1.0, gt=0, le=1, remedy="1 draws from all tokens")
     # Of what a temperature draws; each row has its own.
@@ -309,8 +312,17 @@ def check_rows(rows: Sequence[dict[str, str]], source: str, config: Config, **kn
     """Checks that every reference answer can be scored, before hours of generation.
 
     Raises:
-        ConfigError: an answer's number cannot be parsed; the error names `source`, where the rows come from.
+        ConfigError: an answer's number cannot be parsed, or the rows have no shots; the error names `source`, where
+            the rows come from.
     """
+    if config.num_fewshot and any(row.get("shots") != config.num_fewshot for row in rows):
+        raise ConfigError(
+            [
+                f"Invalid eval.gsm8k.num_fewshot={config.num_fewshot} with the rows of {source}: shots are put before "
+                "GSM8K's own questions; score those with python -m eval.gsm8k PATH rows=benchmark "
+                f"num_fewshot={config.num_fewshot}, or leave the key out."
+            ]
+        )
     broken = [number for number, row in enumerate(rows, start=1) if parse_reference(row["y"]) is None]
     if broken:
         others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
@@ -337,11 +349,17 @@ def run(
         backend,
         asked,
         folder,
-        Sampling(config.max_new_tokens, config.temperature, config.top_p),
+        Sampling(config.max_new_tokens, config.temperature, config.top_p, stop=_stops(config)),
         seeds=[_seed(config.seed, index) for index in range(len(asked))] if config.temperature else None,
         on_progress=on_progress,
     )
     return score_file(path, config)
+
+
+def _stops(config: Config) -> tuple[str, ...]:
+    """Returns the beginning of a next question, with which a model continues after shots."""
+    beginning = prompt(config.template, "QUESTION").partition("QUESTION")[0]
+    return (f"\n\n{beginning.rstrip()}",) if config.num_fewshot else ()
 
 
 def _seed(seed: int, index: int) -> int:
@@ -357,7 +375,7 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
     """
     rows = predictions.read(path)
     try:
-        result = score(rows, config.parser)
+        result = score(rows, config.parser) | {"num_fewshot": config.num_fewshot}
     except ValueError as error:
         raise ConfigError([f"Broken file {path}: {error} Fix the data set's row, and generate again."]) from error
     write_json(path.with_name("score.json"), result)
@@ -365,9 +383,27 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, str]]:
-    """Returns GSM8K's 1,319 test questions, for models without a run."""
-    rows = read_rows(Source("openai/gsm8k", "main", "test"), columns=("question", "answer"), data_root=data_root)
-    return [{"x": prompt(config.template, row["question"]), "y": row["answer"]} for row in rows]
+    """Returns GSM8K's 1,319 test questions, for models without a run; with shots, each has their number too.
+
+    Raises:
+        ConfigError: a split cannot be read, or the train split has fewer rows than shots.
+    """
+
+    def split(name: str) -> list[dict[str, Any]]:
+        return read_rows(Source("openai/gsm8k", "main", name), columns=("question", "answer"), data_root=data_root)
+
+    train = split("train")[: config.num_fewshot] if config.num_fewshot else []
+    if len(train) < config.num_fewshot:
+        raise ConfigError(
+            [f"Invalid num_fewshot={config.num_fewshot}: GSM8K's train split has {len(train)} rows here; use fewer."]
+        )
+    shots = "".join(
+        f"{prompt_text({'x': prompt(config.template, row['question'])})}{row['answer']}\n\n" for row in train
+    )
+    more = {"shots": len(train)} if train else {}
+    return [
+        {"x": shots + prompt(config.template, row["question"]), "y": row["answer"], **more} for row in split("test")
+    ]
 
 
 if __name__ == "__main__":

@@ -13,25 +13,22 @@ tasks; a repeated call continues with the next one. Needs the extra `instruct`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eval import BENCHMARKS, humaneval, predictions
+from eval import BENCHMARKS, humaneval, lm_eval_tasks, predictions
 from eval.backends import Backend
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
 from flatlora.experiment.plugins import Benchmark
-from flatlora.inputs.rows import Source, fingerprint, gather, jsonl, local_file, read_file, read_jsonl
-from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
-from flatlora.utils.files import write_atomic, write_json
-from flatlora.utils.plain_files import file_sha256
-from flatlora.utils.records import ROWS_HASH, read_record
+from flatlora.inputs.rows import Source, gather
+from flatlora.utils.errors import SettingError, nearest
+from flatlora.utils.files import write_json
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -121,22 +118,8 @@ def _known_tasks() -> list[str]:
 
 
 def _parts(task: str) -> list[str]:
-    """Returns the tasks of a name, such as mmlu's subjects, in lm-eval's order; [] for a name unknown to lm-eval."""
-    from lm_eval.tasks._index import Kind
-
-    index = _task_manager().task_index
-
-    def walk(name: str) -> Iterator[str]:
-        entry = index.get(name)
-        if entry is None:
-            return
-        if entry.kind is Kind.TASK:
-            yield name
-        for child in sorted(entry.tags) if entry.kind is Kind.TAG else (entry.cfg or {}).get("task", []):
-            if child != name and entry.kind is not Kind.TASK:
-                yield from walk(child)
-
-    return [part.replace("bbh_fewshot", "bbh") for part in dict.fromkeys(walk(_name(task)))]
+    """Returns the tasks of a name, as `lm_eval_tasks.parts`."""
+    return [part.replace("bbh_fewshot", "bbh") for part in lm_eval_tasks.parts(_task_manager(), _name(task))]
 
 
 def _name(task: str) -> str:
@@ -145,11 +128,7 @@ def _name(task: str) -> str:
 
 
 def _sources(task: str) -> list[Source]:
-    """Returns the splits that lm-eval reads for a task: questions and shots."""
-    entry = _task_manager().task_index[_name(task)].cfg
-    splits = [entry.get(f"{use}_split") for use in ("test", "validation", "training", "fewshot")]
-    config = entry.get("dataset_name") or "default"
-    return [Source(entry["dataset_path"], config, split) for split in dict.fromkeys(splits) if split]
+    return lm_eval_tasks.sources(_task_manager(), _name(task))
 
 
 def score(rows: Sequence[dict[str, Any]], programs: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -196,25 +175,9 @@ def check_rows(rows: Sequence[dict[str, Any]], source: str, config: Config, **kn
     for split in (split for name in names for split in _sources(name)):
         by_data_set.setdefault(split.hub_id, []).append(split)
     gather(
-        *(lambda sources=sources: _check_data(sources, root) for sources in by_data_set.values()),
+        *(lambda sources=sources: lm_eval_tasks.check_data(sources, root) for sources in by_data_set.values()),
         *([check_programs] if "humaneval" in config.tasks else []),
     )
-
-
-def _check_data(sources: Sequence[Source], data_root: str | None) -> None:
-    """Checks the sources of one data set: all below `data_root`, or only the first at the hub, as MMLU has 57."""
-    if data_root is None:
-        fingerprint(sources[0])
-        return
-    errors = []
-    for source in sources:
-        try:
-            local_file(source, data_root)
-        except ConfigError as error:
-            errors += error.errors
-    if errors:
-        more = len(dict.fromkeys(errors)) - 1
-        raise ConfigError([errors[0] + (f" {more} more files of {sources[0].hub_id} are missing." if more else "")])
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
@@ -242,60 +205,19 @@ def run(
         "lm_eval": importlib.metadata.version("lm_eval"),
         "asking": _ASKING_VERSION,
     }
-    tasks_folder = folder / "tasks"
-    tasks_folder.mkdir(parents=True, exist_ok=True)
-    if _settings(folder) != settings and any(
-        tasks_folder.iterdir()
-    ):  # answers of another model, or with other settings
-        tasks_folder.rename(predictions.free_name(folder / "tasks.stale"))
-        tasks_folder.mkdir()
-    write_json(folder / "generation.json", settings | {ROWS_HASH: None})
-    names = [row["task"] for row in rows if row["task"] != "humaneval"]
-    answer_rows: list[dict[str, Any]] = []
-    for done, task in enumerate(names):
-        if on_progress:
-            on_progress(done, len(names), [])
-        path = tasks_folder / f"{task}.jsonl"
-        if not _is_answered(path, task, _root(rows)):
-            files = _files(task, _root(rows))
-            write_atomic(path, jsonl(_ask(backend, task, config, _root(rows))))
-            write_json(path.with_suffix(".read.json"), {"read": files, "sha256": file_sha256(path)})
-        answer_rows += read_jsonl(path)
-    if on_progress:
-        on_progress(len(names), len(names), [])
-    answers = predictions.write_finished(
-        folder, ({"index": index, **row} for index, row in enumerate(answer_rows)), settings
+    root = _root(rows)
+    answers = lm_eval_tasks.answer_each(
+        [row["task"] for row in rows if row["task"] != "humaneval"],
+        folder,
+        settings,
+        read=lambda task: lm_eval_tasks.file_hashes(_sources(task), root),
+        answer=lambda task: (_ask(backend, task, config, root), {}),
+        on_progress=on_progress,
     )
     if "humaneval" in config.tasks:
-        problems = humaneval.benchmark_rows(_root(rows))
+        problems = humaneval.benchmark_rows(root)
         humaneval.run(backend, problems, folder / "humaneval", config.humaneval(), on_progress=on_progress)
     return score_file(answers, config)
-
-
-def _is_answered(path: Path, task: str, data_root: str | None) -> bool:
-    """Whether a task's answers are saved and undamaged, and its data have not changed since."""
-    try:
-        record = read_record(path.with_suffix(".read.json")) or {}
-        return record == {"read": _files(task, data_root), "sha256": file_sha256(path)}
-    except (OSError, ConfigError):
-        return False
-
-
-def _files(task: str, data_root: str | None) -> dict[str, str]:
-    """Returns the files below `data_root` that a task is read from, with their hashes; {} for the hub's."""
-    if data_root is None:
-        return {}
-    return {
-        f"{source.hub_id}/{source.config}/{source.split}": fingerprint(source, data_root) for source in _sources(task)
-    }
-
-
-def _settings(folder: Path) -> Any:
-    try:
-        record = read_record(folder / "generation.json") or {}
-    except ConfigError:
-        return None
-    return {key: value for key, value in record.items() if key != ROWS_HASH}
 
 
 def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list[dict[str, Any]]:
@@ -304,64 +226,28 @@ def _ask(backend: Any, task: str, config: Config, data_root: str | None) -> list
     Raises:
         OSError: lm-eval cannot run the task, mostly because its data are missing.
     """
-    import lm_eval
-    from jinja2 import TemplateError
-
     from eval.backends.lm_eval import LMEvalModel
 
     _, _, shots, metric = _GROUPS[_group(task)]
-    model = LMEvalModel(backend, task, config.batch_size)
-    try:
-        with _data_of(task, data_root):
-            results = lm_eval.simple_evaluate(
-                model=model,
-                tasks=[_name(task)],
-                num_fewshot=shots,
-                limit=config.max_rows,
-                bootstrap_iters=0,
-                task_manager=_task_manager(),
-            )
-    except (
-        KeyError,
-        ValueError,
-        OSError,
-        TemplateError,
-    ) as error:  # also a ConfigError, since the weights are loaded and earlier answers are saved
-        raise OSError(f"lm-eval cannot run {_name(task)}: {reason_of(error)}") from error
+    results = lm_eval_tasks.ask(
+        LMEvalModel(backend, task, config.batch_size),
+        _task_manager(),
+        _name(task),
+        _sources(task),
+        data_root,
+        num_fewshot=shots,
+        limit=config.max_rows,
+        bootstrap_iters=0,
+    )
     return [
         {
-            "task": task,
-            "doc": sample["doc_id"],
-            "prompt": str(sample["arguments"][0][0]),  # of its first request; the others differ only in the choice
+            **lm_eval_tasks.row_of(task, sample),
             "answer": json.dumps(sample["filtered_resps"], default=str, ensure_ascii=False),
             "target": str(sample["target"]),
             "score": float(sample[metric]),
         }
         for sample in sorted(results["samples"][_name(task)], key=lambda sample: sample["doc_id"])
     ]
-
-
-@contextlib.contextmanager
-def _data_of(task: str, data_root: str | None) -> Iterator[None]:
-    """Makes lm-eval read a task's splits from `data_root` instead of the hub."""
-    if data_root is None:
-        yield
-        return
-    import datasets
-
-    def load(*_: Any, **options: Any) -> Any:
-        return datasets.DatasetDict(
-            {
-                source.split: datasets.Dataset.from_list(read_file(local_file(source, data_root)))
-                for source in _sources(task)
-            }
-        )
-
-    original, datasets.load_dataset = datasets.load_dataset, load
-    try:
-        yield
-    finally:
-        datasets.load_dataset = original
 
 
 def score_file(path: Path, config: Config) -> dict[str, Any]:

@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from eval.backends.clip import CLIPBackend
 from eval.backends.diffusion import DiffusionBackend
 from eval.backends.hf import HFBackend
-from eval.place import OTHER_VERSION, ResolvedModel
+from eval.target import Target
 from flatlora.config.families import trains_on
 from flatlora.config.settings import Section
 from flatlora.experiment.plugins import Benchmark
@@ -24,10 +24,8 @@ from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
 from flatlora.models.loading import model_of
 from flatlora.models.processors import load_image_processor
+from flatlora.trained.place import OTHER_VERSION, ResolvedModel
 from flatlora.utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    from eval.command import Target
 
 BENCHMARK = "benchmark"  # rows=benchmark: its own rows, also for a run that has test rows
 

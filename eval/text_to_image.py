@@ -30,7 +30,6 @@ from PIL import Image
 from eval import BENCHMARKS, predictions
 from eval.backends.diffusion import DiffusionBackend
 from eval.picture_grid import write_grid
-from eval.place import YAML_ERRORS
 from eval.similarity import Captioner, Similarity
 from flatlora.config.sections import DiffusionModelConfig
 from flatlora.config.settings import MOST_BATCH, MOST_PIXELS, MOST_ROWS, Section, setting
@@ -40,6 +39,7 @@ from flatlora.inputs.rows import gather
 from flatlora.inputs.text_to_image import TextToImageRows, long_prompts, picture_of
 from flatlora.models.families.text_to_image import size_factor, warn_of_long_prompts
 from flatlora.models.scorers import check_captioner, check_clip
+from flatlora.trained.place import YAML_ERRORS
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic
 from flatlora.utils.plain_files import place_inside, read_plain

@@ -405,7 +405,7 @@ def tuning_curves(tables: Iterable[cells.TableData]) -> plt.Figure | None:
     ]
     if not panels:
         return None
-    figure, axes = panels_of(len(panels), width=4.6, height=3.4)
+    figure, axes = panels_of(len(panels), width=4.6, height=5.0)
     styles = [(color, line) for line in ("-", "--", ":") for color in COLORS]
     for axis, (made, key) in zip(axes, panels, strict=True):
         for (label, points, chosen), (color, line) in zip(lines_of_tuning(made, key), styles, strict=False):

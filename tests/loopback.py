@@ -101,22 +101,22 @@ class Handler(BaseHTTPRequestHandler):
 def refuse_as_gpt_5(body: dict) -> dict | None:
     """What OpenAI's API says to parameters that its reasoning models do not take."""
     if "max_tokens" in body:
-        told = (
+        text = (
             "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
         )
         return {
-            "message": told,
+            "message": text,
             "type": "invalid_request_error",
             "param": "max_tokens",
             "code": "unsupported_parameter",
         }
     if body.get("temperature", 1) != 1:
-        told = "Unsupported value: 'temperature' does not support 0 with this model. "
-        told += "Only the default (1) value is supported."
-        return {"message": told, "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value"}
+        text = "Unsupported value: 'temperature' does not support 0 with this model. "
+        text += "Only the default (1) value is supported."
+        return {"message": text, "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value"}
     if "seed" in body:
-        told = "Unsupported parameter: 'seed' is not supported with this model."
-        return {"message": told, "type": "invalid_request_error", "param": "seed", "code": "unsupported_parameter"}
+        text = "Unsupported parameter: 'seed' is not supported with this model."
+        return {"message": text, "type": "invalid_request_error", "param": "seed", "code": "unsupported_parameter"}
     return None
 
 

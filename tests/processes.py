@@ -31,8 +31,8 @@ def start(settings: list[str], **environment: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:
-    told, _ = process.communicate(timeout=seconds)
-    return process.returncode, told
+    reported, _ = process.communicate(timeout=seconds)
+    return process.returncode, reported
 
 
 Entry = Callable[[list[str]], int] | None

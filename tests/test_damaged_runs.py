@@ -22,7 +22,7 @@ def in_folder(settings: list[str], name: str) -> list[str]:
     return [f"{word}-{name}" if word.startswith("results_root=") else word for word in settings]
 
 
-def told_by(capsys) -> str:
+def output_of(capsys) -> str:
     """What was written to stderr, without the white space that depends on the width of the console."""
     return "".join(capsys.readouterr().err.split())
 
@@ -60,7 +60,7 @@ def test_rows_that_were_lost_are_put_back_from_the_checkpoint(tiny_settings, mon
     assert run_exp.main([*settings, "resume=true"]) == 0
     assert metrics_rows(folder) == metrics_rows(whole)
     assert json.loads((folder / "run.json").read_text())["metrics"] == wanted
-    assert "metrics.jsonlhad0ofthe" in told_by(capsys)
+    assert "metrics.jsonlhad0ofthe" in output_of(capsys)
 
 
 @pytest.mark.parametrize("end", ["resumed", "finished"])
@@ -80,11 +80,11 @@ def test_a_damaged_best_is_made_again_or_refused(tiny_settings, monkeypatch, end
     for path in (folder / "best").glob("*.safetensors"):
         flip(path)
     code = run_exp.main([*settings, "resume=true"])
-    told = told_by(capsys)
-    assert "ofitstimeisnotwhatwaswritten" in told
+    printed = output_of(capsys)
+    assert "ofitstimeisnotwhatwaswritten" in printed
     if end == "finished":  # every checkpoint that is kept is of a time after that best
         assert code == 2
-        assert "itscheckpointsaredamaged,soresume=truewouldtrainitanew" in told
+        assert "itscheckpointsaredamaged,soresume=truewouldtrainitanew" in printed
         return
     assert code == 0
     assert adapter_bytes(folder) == adapter_bytes(whole)
@@ -106,7 +106,7 @@ def test_a_start_that_was_damaged_is_refused(tiny_settings, monkeypatch, capsys,
     assert run_exp.main([*settings, "resume=true"]) == 2
     problem = {"a flipped bit": "adapter_model.safetensorsisanother", "no mark": "moved.jsonismissing"}
     problem |= {"another scale": "adapter_config.jsonisanother"}
-    assert f"isnotin{folder / 'start'}({problem[damage]})" in told_by(capsys)
+    assert f"isnotin{folder / 'start'}({problem[damage]})" in output_of(capsys)
 
 
 DAMAGES = {
@@ -153,21 +153,21 @@ def test_damage_to_a_finished_run_is_named_and_made_again(tiny_settings, monkeyp
         raise AssertionError("a step of training")
 
     monkeypatch.setattr(FlatTrainer, "training_step", step)
-    for damage, (hurt, told) in DAMAGES.items():
+    for damage, (hurt, message) in DAMAGES.items():
         hurt(made)
         capsys.readouterr()
         assert run_exp.main([*settings, "resume=true"]) == 0, damage
-        assert "".join(told.split()) in told_by(capsys), damage
+        assert "".join(message.split()) in output_of(capsys), damage
         for name, content in wanted.items():
             if name.name not in ("run.json", "config.yaml"):  # whose times, and resume=true, are others
                 assert (made / name).read_bytes() == content, (damage, name)
         assert run_exp.main([*settings, "resume=true"]) == 0
-        assert "isfinishedalready" in told_by(capsys), damage
+        assert "isfinishedalready" in output_of(capsys), damage
     for path in made.glob("checkpoint-*"):
         path.rename(tmp_path / path.name)
     flip(made / "adapter/adapter_model.safetensors")
     capsys.readouterr()
     assert run_exp.main([*settings, "resume=true"]) == 2
-    error = told_by(capsys)
+    error = output_of(capsys)
     assert "adapter_model.safetensorsisnotwhattherunwrote)anditscheckpointsaregone" in error
     assert "sayoverwrite=true" in error

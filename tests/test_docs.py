@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.conftest import tiny_lora
 
@@ -107,6 +109,17 @@ def test_the_workflow_runs_what_ci_runs():
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
     assert job["strategy"]["matrix"]["python-version"] == ["3.11", "3.12"]
+
+
+def test_the_container_has_versions_that_pyproject_allows():
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = re.search(r"'\.\[([\w,]+)\]'", (PROJECT / "Dockerfile").read_text())[1].split(",")
+    lines = (PROJECT / "constraints.txt").read_text().splitlines()[1:]
+    pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    for requirement in (Requirement(text) for extra in installed for text in extras[extra]):
+        name = canonicalize_name(requirement.name)
+        if name not in ("flatlora-suite", "triton"):  # triton comes with torch
+            assert pins[name] in requirement.specifier, name
 
 
 def test_every_dependency_has_its_reason():

@@ -48,10 +48,10 @@ def test_twelve_runs_over_two_workers_one_of_which_fails(tiny_settings, root, tm
     assert "metrics.jsonl" in found["7"]["error"]
     assert "11 of 12 finished" in first.stdout
     status = [sys.executable, "-m", "scripts.sweep", "status", f"seed={seeds}", *settings]
-    told = subprocess.run(status, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert told.returncode == 1
-    assert "11 of 12 done" in told.stdout
-    (failed,) = [line for line in told.stdout.splitlines() if "failed" in line]
+    printed = subprocess.run(status, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert printed.returncode == 1
+    assert "11 of 12 done" in printed.stdout
+    (failed,) = [line for line in printed.stdout.splitlines() if "failed" in line]
     assert failed.split("│")[2].strip() == "swept/7"
     (folder / "7/metrics.jsonl").rmdir()
     times = {seed: (folder / seed / "run.json").stat().st_mtime_ns for seed in found}
@@ -80,9 +80,9 @@ def test_a_job_of_submitit_is_queued_again_and_goes_on_where_it_was(tiny_setting
         one for one in psutil.Process(sweep.pid).children(recursive=True) if "submitit.core._submit" in words_of(one)
     ]
     job.send_signal(signal.SIGUSR2)  # as Slurm does before the job's time is over
-    told, _ = sweep.communicate(timeout=200)
+    printed, _ = sweep.communicate(timeout=200)
     assert sweep.returncode == 0
-    assert "1 of 1 finished" in told
+    assert "1 of 1 finished" in printed
     (record,) = records(root).values()
     assert record["resumed_from"] >= 5
     assert [row["step"] for row in metrics_rows(logs(root)[0].parent)] == list(range(1, 41))

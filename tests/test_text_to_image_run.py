@@ -204,19 +204,19 @@ def test_accumulation_is_a_larger_batch(tmp_path):
         (["model.embedded=null", "model.hub_id=./nowhere"], "Cannot load model.hub_id=./nowhere"),
     ],
 )
-def test_errors_are_told_before_a_weight_is_loaded(tmp_path, monkeypatch, capsys, more, head):
+def test_errors_are_reported_before_a_weight_is_loaded(tmp_path, monkeypatch, capsys, more, head):
     monkeypatch.setattr(loading, "load_backbone", lambda *args: pytest.fail("loaded"))
     assert run_exp.main(words(tmp_path, *more, scored=any("resolution=6" in word for word in more))) == 2
     assert head in " ".join(capsys.readouterr().err.split() or capsys.readouterr().out.split())
 
 
-def test_errors_of_model_data_and_scores_are_told_at_once(tmp_path, capsys):
+def test_errors_of_model_data_and_scores_are_reported_at_once(tmp_path, capsys):
     more = ["peft.target_modules=[to_w]", "dataset.min_side=80", "eval.text_to_image.prompts=nofile"]
     assert run_exp.main(words(tmp_path, *more, "eval.text_to_image.resolution=66", scored=True)) == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     heads = ("peft.target_modules", "image in flatlora/shapes", "eval.text_to_image.prompts=nofile")
-    assert [f"Invalid {head}" in told for head in heads] == [True] * 3
-    assert "Invalid eval.text_to_image.resolution=66" in told
+    assert [f"Invalid {head}" in printed for head in heads] == [True] * 3
+    assert "Invalid eval.text_to_image.resolution=66" in printed
 
 
 @pytest.mark.extra

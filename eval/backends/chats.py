@@ -54,10 +54,21 @@ class ChatEncoder:
 
     def _text_ids(self, chat: Messages) -> list[int]:
         """Returns the ids of a chat whose turns contain names of special tokens, which are encoded as text."""
-        marked = [{**turn, "content": self._replaced(turn["content"], _as_text)} for turn in chat]
-        text = self._replaced(self._render(marked, tokenize=False), _as_token)
+        return self.rendered_ids(self._render(self.marked(chat), tokenize=False))
+
+    def marked(self, chat: Messages) -> list[dict[str, str]]:
+        """Returns the chat with placeholders for the names of special tokens in its turns, for `rendered_ids`."""
+        return [{**turn, "content": self._replaced(turn["content"], _as_text)} for turn in chat]
+
+    def unmarked(self, text: str) -> str:
+        """Returns a text with the names of special tokens in place of the placeholders of `marked`."""
         for index, name in enumerate(self._names):
             text = text.replace(_as_text(index), name)
+        return text
+
+    def rendered_ids(self, text: str) -> list[int]:
+        """Returns the ids of a rendered chat: its names of special tokens are those tokens, placeholders are text."""
+        text = self.unmarked(self._replaced(text, _as_token))
         encode = functools.partial(self._renamed.encode_batch_fast, [text], add_special_tokens=False)
         return tokenizing(self.tokenizer, [text], encode)[0].ids
 

@@ -108,16 +108,27 @@ class TokenizedBackend:
         return len(self._chat_ids([chat])[0])
 
     def _chat_ids(self, chats: Sequence[Messages]) -> list[list[int]]:
+        return self.chat_encoder(chats)
+
+    @functools.cached_property
+    def chat_encoder(self) -> ChatEncoder:
+        """Converts chats to ids.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template.
+        """
         if getattr(self.tokenizer, "chat_template", None) is None:
             name = self.tokenizer.name_or_path
             raise ConfigError(
                 [f"Invalid template=chat: the tokenizer of {name} has no chat template; use alpaca or qa."]
             )
-        return self._encode_chats(chats)
-
-    @functools.cached_property
-    def _encode_chats(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer)
+
+    def generate_ids(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """Returns one completion per list of token ids, in order."""
+        return self._generate(prompts, sampling, seeds)
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
         """Returns one completion per list of token ids, in order."""

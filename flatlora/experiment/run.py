@@ -144,7 +144,9 @@ def execute(
         console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
     except Preempted as error:
         record.status, code, forward = "interrupted", EXIT_PREEMPTED, error.forward
-        console.console.print("Told to end: a checkpoint is written, and the same command with resume=true goes on.")
+        console.console.print(
+            "Ended by a signal: a checkpoint is written, and the same command with resume=true goes on."
+        )
     except ConfigError as error:  # errors that need the weights
         record.error, code = str(error), EXIT_CONFIG
         console.console.print(f"The run failed: {error}", markup=False, soft_wrap=True)

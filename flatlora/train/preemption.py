@@ -27,7 +27,7 @@ class Preempted(BaseException):
     """
 
     def __init__(self, forward: Callable[[], None]) -> None:
-        super().__init__("told to end by a signal")
+        super().__init__("ended by a signal")
         self.forward = forward
 
 

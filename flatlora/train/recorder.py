@@ -75,7 +75,7 @@ class StepRecorder(TrainerCallback):
     dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
     _window_started: float | None = None  # start of the first step after the newest row
 
-    def effort(self) -> TrainingStats:
+    def stats(self) -> TrainingStats:
         """Returns the stats up to now, including those of previous processes."""
         if not self.step_seconds:
             return self.before  # a finished training that was only loaded

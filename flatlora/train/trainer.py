@@ -276,7 +276,7 @@ class FlatTrainer(Trainer):
                 consolidate()
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                self.recorder.effort().write(folder)
+                self.recorder.stats().write(folder)
                 for callback in self.callback_handler.callbacks:
                     if hasattr(callback, "save_state"):
                         callback.save_state(folder)

@@ -142,7 +142,7 @@ def _run_to_the_end(
             trainer.accelerator.wait_for_everyone()  # until the newest checkpoint is complete
             if preemption.stopped or preemption.asked(trainer.args):  # also after the last step: scoring may take hours
                 raise Preempted(preemption.forward)
-        return recorder.effort(), best.restore(model) if best else None
+        return recorder.stats(), best.restore(model) if best else None
     finally:
         if recorder.progress:
             recorder.progress.stop()

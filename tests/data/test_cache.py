@@ -71,15 +71,15 @@ def test_a_second_start_reads_the_same_rows_and_loads_nothing(root, tokenizer, m
 def test_warnings_come_with_the_cached_rows_too(root, tokenizer, caplog, monkeypatch):
     rows = [{"question": f"train {i} + 1?", "answer": f"{i + 1}\n#### {i + 1}"} for i in range(3)]
     write_split(root, "openai/gsm8k", "main", "test", [*rows, {"question": " ", "answer": "#### 1"}])
-    told = []
+    reported = []
     for _ in range(2):
         prepared(root, tokenizer, "dataset.max_length=16")
-        told.append([record.getMessage() for record in caplog.records])
+        reported.append([record.getMessage() for record in caplog.records])
         caplog.clear()
         no_loading(monkeypatch)
-    assert told[0] == told[1]
-    assert any("3 of 4 test rows are also train rows" in text for text in told[1])
-    assert any("rows are longer than dataset.max_length=16 tokens" in text for text in told[1])
+    assert reported[0] == reported[1]
+    assert any("3 of 4 test rows are also train rows" in text for text in reported[1])
+    assert any("rows are longer than dataset.max_length=16 tokens" in text for text in reported[1])
 
 
 def test_counting_tokens_shows_how_far_it_is(root, tokenizer, capsys):

@@ -161,7 +161,7 @@ def test_it_is_part_of_the_identity_and_the_default_is_not():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (
             ["dataset=cola"],
@@ -182,10 +182,10 @@ def test_it_is_part_of_the_identity_and_the_default_is_not():
         (["dataset=gsm8k", "dataset.evaluate=dev"], "Invalid dataset.evaluate='dev': it must be one of"),
     ],
 )
-def test_what_has_no_validation_split_is_an_error(words, told):
+def test_what_has_no_validation_split_is_an_error(words, reported):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of([VALIDATION, *words])
-    assert [told in message for message in caught.value.errors] == [True]
+    assert [reported in message for message in caught.value.errors] == [True]
 
 
 def test_corrupted_test_pictures_are_test_rows():

@@ -254,9 +254,9 @@ def test_broken_images_are_counted_and_named(tmp_path, processor):
     whole[2], whole[4] = {"bytes": png(2)[:40], "path": None}, {"bytes": b"no picture", "path": None}
     write_parquet(tmp_path, hub_id, config, "train", {image: whole, label: [0] * 5})
     write_parquet(tmp_path, hub_id, config, "test", {image: whole[:3], label: [0] * 3})
-    told = errors(prepared, tmp_path, "mnist", processor)
-    assert "train.parquet, row 3 (and 1 more)" in told[0]
-    assert "test.parquet, row 3:" in told[1]
+    reported = errors(prepared, tmp_path, "mnist", processor)
+    assert "train.parquet, row 3 (and 1 more)" in reported[0]
+    assert "test.parquet, row 3:" in reported[1]
     write_parquet(tmp_path, hub_id, config, "train", {image: whole[4:], label: [0]})
     assert "row 1: it is not an image of a known format (PNG, JPEG" in errors(prepared, tmp_path, "mnist", processor)[0]
 
@@ -266,9 +266,9 @@ def test_a_label_outside_the_classes_is_named(tmp_path, processor):
     pictures = [{"bytes": png(i), "path": None} for i in range(3)]
     for split in ("train", "test"):
         write_parquet(tmp_path, hub_id, config, split, {image: pictures, label: [0, 10, 11]})
-    told = errors(prepared, tmp_path, "mnist", processor)
-    assert len(told) == 2
-    assert "row 2 (and 1 more): 10 is none of 10 classes (0 to 9)" in told[0]
+    reported = errors(prepared, tmp_path, "mnist", processor)
+    assert len(reported) == 2
+    assert "row 2 (and 1 more): 10 is none of 10 classes (0 to 9)" in reported[0]
 
 
 def test_a_label_of_many_digits_is_named(tmp_path, processor):
@@ -290,9 +290,9 @@ def test_missing_columns_and_files_are_reported_at_once(tmp_path, processor):
     path = tmp_path / hub_id / config / "train.parquet"
     path.parent.mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.table({"picture": [1], "digit": [2]}), path)
-    told = errors(prepared, tmp_path, "mnist", processor)
-    assert [message.split(" in ")[0] for message in told[:2]] == ["Missing column image", "Missing column label"]
-    assert "test.jsonl (or .parquet) does not exist" in told[2]
+    reported = errors(prepared, tmp_path, "mnist", processor)
+    assert [message.split(" in ")[0] for message in reported[:2]] == ["Missing column image", "Missing column label"]
+    assert "test.jsonl (or .parquet) does not exist" in reported[2]
 
 
 def test_classes_without_names_are_an_error(tmp_path, processor):
@@ -308,8 +308,8 @@ def named(*names, source="train"):
 
 
 def test_another_number_of_names_is_an_error():
-    told = errors(images.classes_of, "mnist", named("a", "b", "c"))[0]
-    assert "entry mnist has 10 names, and train has 3 classes" in told
+    reported = errors(images.classes_of, "mnist", named("a", "b", "c"))[0]
+    assert "entry mnist has 10 names, and train has 3 classes" in reported
 
 
 def test_classes_in_another_order_are_an_error_however_they_are_spelled():
@@ -318,8 +318,8 @@ def test_classes_in_another_order_are_an_error_however_they_are_spelled():
     names = OWN_NAMES["cifar10"]
     assert images.classes_of("cifar10", named(*map(str.title, names))).names == names
     swapped = [*names[:3], "Dog", "deer", "cat", *names[6:]]
-    told = errors(images.classes_of, "cifar10", named(*swapped))[0]
-    assert "label 3 is Dog in train, and cat in data/class_names.yaml, entry cifar10, where Dog has label 5" in told
+    reported = errors(images.classes_of, "cifar10", named(*swapped))[0]
+    assert "label 3 is Dog in train, and cat in data/class_names.yaml, entry cifar10, where Dog has label 5" in reported
 
 
 def test_classes_in_other_words_are_a_warning_where_another_label_reads_more_alike(caplog):
@@ -335,15 +335,15 @@ def test_classes_in_other_words_are_a_warning_where_another_label_reads_more_ali
 
 def test_splits_that_name_other_classes_are_an_error():
     names = OWN_NAMES["cifar10"]
-    told = errors(images.classes_of, "cifar10", named(*names), named(*names[1:], names[0], source="test"))[0]
-    assert "label 0 is automobile in test, and airplane in data/class_names.yaml, entry cifar10" in told
-    told = errors(images.classes_of, "cars", named("a", "b"), named("a", "c", source="test"))[0]
-    assert "label 1 is b in train and c in test" in told
+    reported = errors(images.classes_of, "cifar10", named(*names), named(*names[1:], names[0], source="test"))[0]
+    assert "label 0 is automobile in test, and airplane in data/class_names.yaml, entry cifar10" in reported
+    reported = errors(images.classes_of, "cars", named("a", "b"), named("a", "c", source="test"))[0]
+    assert "label 1 is b in train and c in test" in reported
 
 
 def test_a_folder_has_one_state():
-    told = errors(dataset, "mnist", "dataset.revision=main", "data_root=/d")[0]
-    assert told.startswith("Invalid dataset.revision=main with data_root=/d: ")
+    reported = errors(dataset, "mnist", "dataset.revision=main", "data_root=/d")[0]
+    assert reported.startswith("Invalid dataset.revision=main with data_root=/d: ")
 
 
 def test_digits_have_one_state():

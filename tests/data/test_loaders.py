@@ -106,8 +106,8 @@ def test_first_keeps_the_files_order_and_shuffled_really_shuffles(root):
     ],
 )
 def test_more_rows_than_there_are_is_an_error(root, changes, message):
-    (told,) = errors(gsm8k.load, gsm8k_config(**changes), str(root), count_words)
-    assert told.startswith(message)
+    (reported,) = errors(gsm8k.load, gsm8k_config(**changes), str(root), count_words)
+    assert reported.startswith(message)
 
 
 def test_meta_math_keeps_gsm_rows_that_are_short_and_cuts_the_last_line(root):
@@ -336,8 +336,8 @@ def test_a_data_root_that_is_no_folder_is_an_error(tmp_path, name, problem):
 @pytest.mark.parametrize(("module", "config"), [(gsm8k, gsm8k_config), (meta_math, meta_math_config)])
 def test_errors_of_train_and_test_rows_are_reported_together(root, module, config):
     write(root, "openai/gsm8k", "main", "test", [{"question": None, "answer": 5}])
-    told = errors(module.load, config(train_rows=99, test_rows=1), str(root), count_words)
-    assert [message.split()[1] for message in told] == ["dataset.train_rows=99:", "question", "answer"]
+    reported = errors(module.load, config(train_rows=99, test_rows=1), str(root), count_words)
+    assert [message.split()[1] for message in reported] == ["dataset.train_rows=99:", "question", "answer"]
 
 
 def test_no_train_row_below_the_limit_is_an_error_of_the_limit(root):

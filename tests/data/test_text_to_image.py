@@ -104,10 +104,10 @@ def test_parquet_from_a_data_root(tmp_path):
     found = read_text_to_image(SOURCE, image="image", prompt="prompt", fixed=None, data_root=str(tmp_path))
     assert found.prompts == ["a", "b", "c"]
     assert picture_of(found, 0).size == (80, 60)
-    told = errors(
+    reported = errors(
         lambda: read_text_to_image(SOURCE, image="image", prompt="caption", fixed=None, data_root=str(tmp_path))
     )
-    assert "Missing column caption" in told[0]
+    assert "Missing column caption" in reported[0]
 
 
 def test_an_image_stands_upright_as_its_camera_says(tmp_path):
@@ -289,9 +289,9 @@ def test_the_images_of_a_run_are_found_again(tmp_path):
 )
 def test_bad_images_are_reported(tmp_path, words, heads):
     root = folder_of(tmp_path / "own")
-    told = errors(prepared, root, *words)
-    assert len(told) == len(heads)
-    for message, head in zip(told, heads, strict=True):
+    reported = errors(prepared, root, *words)
+    assert len(reported) == len(heads)
+    for message, head in zip(reported, heads, strict=True):
         assert message.startswith(head)
 
 

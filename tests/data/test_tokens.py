@@ -132,8 +132,8 @@ def test_rows_are_cut_dropped_counted_and_warned_of_once(max_length, answers, cu
     assert len(found.lengths) == len(found)
     assert len(caplog.records) == (1 if cut else 0)
     if cut:
-        told = f"{cut} rows are longer than dataset.max_length={max_length} tokens: {cut - dropped} lose the end"
-        assert told in caplog.text
+        reported = f"{cut} rows are longer than dataset.max_length={max_length} tokens: {cut - dropped} lose the end"
+        assert reported in caplog.text
         assert f"{dropped} are left out" in caplog.text
 
 

@@ -166,7 +166,7 @@ def test_sentences_name_nothing_that_a_story_does_not_have():
         known = always | words | of_opening.get(kind["open"], set()) | (of_person if kind.get("person") else set())
         assert len({len(options) for options in kind.get("words", {"": ()}).values()}) == 1, name
         events = [event for key in ("before", "shared", "events", "endings") for event in kind.get(key, ())]
-        told = [*kind.get("questions", ()), *(text for variants in kind["say"].values() for text in variants)]
+        reported = [*kind.get("questions", ()), *(text for variants in kind["say"].values() for text in variants)]
         for event in events:
             ((move, sentence),) = ((key, text) for key, text in event.items() if key != "unit")
             numbers = {"n", "m"} & {field for _, field, *_ in string.Formatter().parse(sentence)}
@@ -178,8 +178,8 @@ def test_sentences_name_nothing_that_a_story_does_not_have():
                 else {"n"}
             )
             assert numbers == wanted, sentence
-            told.append(sentence)
-        for text in told:
+            reported.append(sentence)
+        for text in reported:
             assert {field for _, field, *_ in string.Formatter().parse(text) if field} <= known, text
 
 

@@ -1,4 +1,4 @@
-"""A server on loopback that answers as told."""
+"""A server on loopback that answers as reported."""
 
 import pytest
 

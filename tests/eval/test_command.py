@@ -18,10 +18,10 @@ import run_exp
 from eval import command, predictions
 from eval.backends import Completion
 from eval.command import main
-from eval.place import resolve_model
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import jsonl, prompt_text
 from flatlora.runs import run_folder as runs
+from flatlora.trained.place import resolve_model
 from flatlora.utils import precision, records
 from flatlora.utils.errors import ConfigError
 from tests.conftest import run_folder, tiny_llama
@@ -72,8 +72,8 @@ def test_another_backbone_than_the_runs_is_refused_or_answers_anew(tiny_settings
     model = AutoModelForCausalLM.from_pretrained(base)
     model.lm_head.weight.data.mul_(-1.0)
     model.save_pretrained(base)
-    (told,) = errors([run, "device=cpu"], capsys)
-    assert told.startswith(f"Invalid backbone of {run}/adapter: {base} is now sha256:")
+    (reported,) = errors([run, "device=cpu"], capsys)
+    assert reported.startswith(f"Invalid backbone of {run}/adapter: {base} is now sha256:")
     assert main("gsm8k", bare) == 0  # nothing records what it was trained on
     assert (tmp_path / "o/predictions.stale.jsonl").is_file()
 
@@ -134,9 +134,9 @@ def test_a_base_that_moved_is_named(with_own_base, tmp_path, capsys):
     run, base = with_own_base
     moved, own = tmp_path / "elsewhere", run / "eval/gsm8k"
     base.rename(moved)
-    (told,) = errors([run, "device=cpu"], capsys)
+    (reported,) = errors([run, "device=cpu"], capsys)
     wanted = f"Invalid base model {base} of {run}/adapter: there is no such folder; name its new place with base=PATH."
-    assert told == wanted
+    assert reported == wanted
     before = {path.name: path.read_bytes() for path in own.iterdir()}
     assert main("gsm8k", [str(run), "device=cpu", f"base={moved}"]) == 0
     assert {path.name: path.read_bytes() for path in own.iterdir()} == before  # of the same bytes: the same model
@@ -144,8 +144,8 @@ def test_a_base_that_moved_is_named(with_own_base, tmp_path, capsys):
     other = AutoModelForCausalLM.from_pretrained(moved)
     other.lm_head.weight.data.mul_(-1.0)
     other.save_pretrained(moved)
-    (told,) = errors([run, "device=cpu", f"base={moved}"], capsys)
-    assert told.startswith(f"Invalid backbone of {run}/adapter: {moved} is now sha256:")
+    (reported,) = errors([run, "device=cpu", f"base={moved}"], capsys)
+    assert reported.startswith(f"Invalid backbone of {run}/adapter: {moved} is now sha256:")
 
 
 def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_path, monkeypatch, capsys):
@@ -165,8 +165,8 @@ def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_pat
     assert completions(tmp_path / "beside") == expected
     shutil.copytree(tmp_path / "moved/models/base", tmp_path / "some/models/base")  # where PEFT itself would look
     assert main("gsm8k", [*words, f"out={tmp_path / 'working'}"]) == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "There are two folders ../models/base: the one in the working directory is used" in told
+    reported = " ".join(capsys.readouterr().err.split())
+    assert "There are two folders ../models/base: the one in the working directory is used" in reported
     shutil.rmtree(tmp_path / "some/models")
     (tmp_path / "moved/models/base").rename(tmp_path / "third")
     assert main("gsm8k", [*words, f"out={tmp_path / 'named'}", f"base={tmp_path / 'third'}"]) == 0
@@ -174,15 +174,15 @@ def test_a_relative_base_is_looked_for_beside_its_adapter(with_own_base, tmp_pat
 
 
 def test_a_base_that_nothing_reads_or_that_is_none_is_an_error(made, tiny_model_folder, tmp_path, capsys):
-    (told,) = errors([made, "base=/nope"], capsys)
-    assert told == "Invalid base=/nope: there is no such folder; name the folder of a complete model, or a hub id."
-    (told,) = errors([made, f"base={tmp_path}"], capsys)
-    assert told.startswith(f"Invalid base={tmp_path}: the folder holds no model;")
-    (told,) = errors([tiny_model_folder, "base=some/model", f"rows={made / 'test.jsonl'}"], capsys)
-    assert told == f"Invalid base=some/model: {tiny_model_folder} is no adapter and needs no base; drop it."
+    (reported,) = errors([made, "base=/nope"], capsys)
+    assert reported == "Invalid base=/nope: there is no such folder; name the folder of a complete model, or a hub id."
+    (reported,) = errors([made, f"base={tmp_path}"], capsys)
+    assert reported.startswith(f"Invalid base={tmp_path}: the folder holds no model;")
+    (reported,) = errors([tiny_model_folder, "base=some/model", f"rows={made / 'test.jsonl'}"], capsys)
+    assert reported == f"Invalid base=some/model: {tiny_model_folder} is no adapter and needs no base; drop it."
     served = ["served", "backend=openai", "base_url=http://127.0.0.1:9/v1", "base=some/model"]
-    (told,) = errors([*served, f"rows={made / 'test.jsonl'}", f"out={tmp_path / 'o'}"], capsys)
-    assert told == "Invalid base=some/model with backend=openai: the server has its own; drop it."
+    (reported,) = errors([*served, f"rows={made / 'test.jsonl'}", f"out={tmp_path / 'o'}"], capsys)
+    assert reported == "Invalid base=some/model with backend=openai: the server has its own; drop it."
 
 
 def test_a_base_with_other_settings_is_named_and_a_record_without_them_still_counts(with_own_base, capsys):
@@ -190,8 +190,8 @@ def test_a_base_with_other_settings_is_named_and_a_record_without_them_still_cou
     own, config = run / "eval/gsm8k", json.loads((base / "config.json").read_bytes())
     changes = {"rope_parameters": {**config["rope_parameters"], "rope_theta": 500.0}}
     (base / "config.json").write_text(json.dumps(config | changes))
-    (told,) = errors([run, "device=cpu"], capsys)
-    assert "which differ in settings; put the config.json of then back" in told
+    (reported,) = errors([run, "device=cpu"], capsys)
+    assert "which differ in settings; put the config.json of then back" in reported
     (base / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0", "dtype": "float32"}))
     before = {path.name: path.read_bytes() for path in own.iterdir()}
     assert main("gsm8k", [str(run), "device=cpu"]) == 0
@@ -241,7 +241,7 @@ def test_a_run_with_damaged_files_is_not_scored_and_each_is_named(finished, tmp_
     monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("a model was loaded"))
     kept, wrote = tmp_path / "kept", "is not what the run wrote"
     finished.rename(kept)
-    for damage, words, told in [
+    for damage, words, reported in [
         (
             lambda: flip(finished / "adapter/adapter_model.safetensors"),
             [],
@@ -257,7 +257,7 @@ def test_a_run_with_damaged_files_is_not_scored_and_each_is_named(finished, tmp_
         shutil.copytree(kept, finished)
         damage()
         (message,) = errors([finished, "device=cpu", *words], capsys)
-        assert told in message
+        assert reported in message
         shutil.rmtree(finished)
     shutil.copytree(kept, finished)
     flip(finished / "checkpoint-6/adapter_model.safetensors")
@@ -292,13 +292,13 @@ def test_answers_are_not_written_through_a_link(finished, tmp_path, capsys):
     ],
 )
 def test_bad_commands_exit_with_2_and_tell_every_error(words, heads, capsys):
-    told = errors(words, capsys)
-    assert len(told) == len(heads)
-    assert all(message.startswith(head) for message, head in zip(told, heads, strict=True)), told
+    reported = errors(words, capsys)
+    assert len(reported) == len(heads)
+    assert all(message.startswith(head) for message, head in zip(reported, heads, strict=True)), reported
 
 
 @pytest.mark.parametrize("words", [[], ["max_rows=3"], ["-x"]])
-def test_a_command_without_a_path_is_told_how_it_is_used(words, capsys):
+def test_a_command_without_a_path_shows_its_usage(words, capsys):
     assert main("gsm8k", words) == 2
     assert "python -m eval.gsm8k PATH [key=value ...]" in capsys.readouterr().err
 
@@ -357,9 +357,9 @@ def errors(words, capsys):
     """The errors that a command ends with, as the user reads them."""
     capsys.readouterr()
     assert main("gsm8k", [str(word) for word in words]) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    return [line.split(". ", 1)[1] for line in told.splitlines()[1:]]
+    reported = capsys.readouterr().err
+    assert "Traceback" not in reported
+    return [line.split(". ", 1)[1] for line in reported.splitlines()[1:]]
 
 
 def test_a_run_made_by_hand_is_scored_with_its_own_settings(made):
@@ -404,11 +404,11 @@ def test_score_only_means_the_runs_own_answers_unless_a_device_is_named(made, ca
     (own / "score.json").unlink()
     assert main("gsm8k", [str(made), "score_only=true"]) == 0
     assert (own / "score.json").is_file()
-    (told,) = errors([made, "score_only=true", "device=cpu"], capsys)
-    assert told.startswith(f"{made}/eval/gsm8k-device=cpu/predictions.jsonl is not there")
+    (reported,) = errors([made, "score_only=true", "device=cpu"], capsys)
+    assert reported.startswith(f"{made}/eval/gsm8k-device=cpu/predictions.jsonl is not there")
 
 
-def test_answers_of_a_slow_cpu_are_told_from_those_of_a_fast_one(made, monkeypatch):
+def test_answers_of_a_slow_cpu_are_reported_from_those_of_a_fast_one(made, monkeypatch):
     monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(False, False, False, False))
     own = made / "eval/gsm8k"
     own.mkdir(parents=True)
@@ -435,7 +435,7 @@ def test_autocast_follows_the_runs_setting_also_on_fp32_weights(monkeypatch, tmp
 def test_vllm_computes_in_the_dtype_of_its_cpu(tmp_path, monkeypatch, words, fast, dtype):
     monkeypatch.setattr(precision, "cpu_features", lambda: precision.CPUFeatures(*[fast] * 4))
     monkeypatch.setattr(command, "choose_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(command, "_identity", lambda *_: {})
+    monkeypatch.setattr(command, "identify", lambda *_: {})
     monkeypatch.setattr(command, "backbone_source", lambda model: "none")
     monkeypatch.setattr(command, "VLLMBackend", lambda *_, **settings: settings)
     model = ModelConfig(name="tiny", hub_id="none", family="causal_lm", dtype="bfloat16")
@@ -475,19 +475,19 @@ def test_whole_numbers_are_printed_whole(capsys):
     ],
 )
 def test_a_bad_word_is_one_error_with_its_remedy(made, capsys, word, message):
-    (told,) = errors([made, word], capsys)
-    assert told.startswith(message)
+    (reported,) = errors([made, word], capsys)
+    assert reported.startswith(message)
     assert not (made / "eval").exists()
 
 
-def test_errors_of_path_words_rows_and_folder_are_told_together(made, tmp_path, capsys):
+def test_errors_of_path_words_rows_and_folder_are_reported_together(made, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"x": null, "y": 5}\n')
     (tmp_path / "file").write_text("")
     words = [tmp_path / "nowhere", "batch_size=0", f"rows={tmp_path / 'rows.jsonl'}", f"out={tmp_path / 'file'}/out"]
     kinds = ["Invalid path", "Invalid batch_size", "Invalid out", "Invalid x", "Invalid y"]
     assert [" ".join(message.split()[:2]).partition("=")[0] for message in errors(words, capsys)] == kinds
-    told = errors([tmp_path / "nowhere", "device=gpu"], capsys)
-    assert [message.partition("=")[0].split()[1] for message in told] == ["path", "device"]
+    reported = errors([tmp_path / "nowhere", "device=gpu"], capsys)
+    assert [message.partition("=")[0].split()[1] for message in reported] == ["path", "device"]
 
 
 def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
@@ -512,8 +512,8 @@ def test_text_is_taken_as_text(made, tmp_path, monkeypatch):
 def test_rows_that_cannot_be_scored_are_an_error_before_a_model_is_loaded(made, capsys, content, message, own):
     path = made / ("test.jsonl" if own else "rows.jsonl")
     path.write_text(content)
-    (told,) = errors([made] if own else [made, f"rows={path}"], capsys)
-    assert told.startswith(message.replace("FILE", str(path)))
+    (reported,) = errors([made] if own else [made, f"rows={path}"], capsys)
+    assert reported.startswith(message.replace("FILE", str(path)))
 
 
 def test_the_benchmarks_own_rows_are_checked_too(made, capsys, tmp_path):
@@ -521,24 +521,24 @@ def test_the_benchmarks_own_rows_are_checked_too(made, capsys, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text(jsonl([{"question": "Q", "answer": "#### none"}]))
     own = [f"data_root={tmp_path / 'root'}", "template=alpaca"]
-    (told,) = errors([made, *own, "rows=benchmark"], capsys)
-    assert told.startswith("Invalid answer in the benchmark's own rows, row 1:")
+    (reported,) = errors([made, *own, "rows=benchmark"], capsys)
+    assert reported.startswith("Invalid answer in the benchmark's own rows, row 1:")
     refused = errors([made, *own], capsys)
     assert [message.partition("=")[0] for message in refused] == ["Invalid data_root", "Invalid template"]
     (made / "test.jsonl").write_text("")  # of a data set without test rows
-    (told,) = errors([made, *own], capsys)
-    assert told.startswith("Invalid answer in the benchmark's own rows, row 1:")
+    (reported,) = errors([made, *own], capsys)
+    assert reported.startswith("Invalid answer in the benchmark's own rows, row 1:")
     (made / "test.jsonl").unlink()
-    (told,) = errors([made, *own], capsys)
-    assert told.startswith(f"Missing file {made}/test.jsonl: a run's test rows are in it;")
+    (reported,) = errors([made, *own], capsys)
+    assert reported.startswith(f"Missing file {made}/test.jsonl: a run's test rows are in it;")
 
 
 def test_an_output_folder_that_cannot_be_is_an_error(made, capsys, monkeypatch):
-    (told,) = errors([made, f"out={made}/run.json/a/b"], capsys)
-    assert told == f"Invalid out={made}/run.json/a/b: {made}/run.json is a file; name another folder with out=DIR."
+    (reported,) = errors([made, f"out={made}/run.json/a/b"], capsys)
+    assert reported == f"Invalid out={made}/run.json/a/b: {made}/run.json is a file; name another folder with out=DIR."
     monkeypatch.setattr(command.os, "access", lambda path, mode: False)
-    (told,) = errors([made], capsys)
-    assert told == f"Invalid out={made}/eval/gsm8k: {made} cannot be written to; name another folder with out=DIR."
+    (reported,) = errors([made], capsys)
+    assert reported == f"Invalid out={made}/eval/gsm8k: {made} cannot be written to; name another folder with out=DIR."
 
 
 def test_broken_answers_are_an_error_of_score_only(made, capsys):
@@ -549,8 +549,8 @@ def test_broken_answers_are_an_error_of_score_only(made, capsys):
     path.with_name("generation.json").write_text(json.dumps(record))
     for old, new, message in (("#### 1", "none", "Row 0 has no number"), ('"none"', "null", "row 1 has no valid")):
         path.write_text(path.read_text().replace(old, new))
-        (told,) = errors([made, "score_only=true"], capsys)
-        assert told.startswith(f"Broken file {path}: {message}")
+        (reported,) = errors([made, "score_only=true"], capsys)
+        assert reported.startswith(f"Broken file {path}: {message}")
 
 
 # --- what belongs to a run
@@ -578,8 +578,8 @@ def test_a_foreign_configuration_makes_no_run(tmp_path, capsys, monkeypatch, con
 @pytest.mark.parametrize("content", ["", "a: [", "- 1", "\x00", "\xff"])
 def test_a_runs_broken_configuration_is_an_error(made, capsys, content, name):
     (made / "config.yaml").write_bytes(content.encode("latin-1"))
-    (told,) = errors([made / name], capsys)
-    assert told.startswith(f"Broken file {made / 'config.yaml'}: it holds no settings; restore them from")
+    (reported,) = errors([made / name], capsys)
+    assert reported.startswith(f"Broken file {made / 'config.yaml'}: it holds no settings; restore them from")
 
 
 @pytest.mark.parametrize(
@@ -601,8 +601,8 @@ def test_a_runs_broken_configuration_is_an_error(made, capsys, content, name):
 def test_a_configuration_of_another_version_is_an_error_that_names_it(made, capsys, changes, message):
     config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
     (made / "config.yaml").write_text(yaml.safe_dump(config))
-    told = errors([made / "checkpoint-6"], capsys)
-    assert any(line.startswith(message.replace("FILE", str(made / "config.yaml"))) for line in told), told
+    reported = errors([made / "checkpoint-6"], capsys)
+    assert any(line.startswith(message.replace("FILE", str(made / "config.yaml"))) for line in reported), reported
 
 
 @pytest.mark.parametrize("scored", [{}, None, {"other": {}}])
@@ -614,11 +614,11 @@ def test_a_run_that_was_not_scored_is_scored_with_the_defaults(made, scored):
 
 def test_a_folder_without_weights_is_an_error(made, capsys):
     shutil.rmtree(made / "adapter")
-    (told,) = errors([made], capsys)
-    assert "this run has no adapter/ yet; finish it, or name one of its checkpoints" in told
+    (reported,) = errors([made], capsys)
+    assert "this run has no adapter/ yet; finish it, or name one of its checkpoints" in reported
     (made / "empty").mkdir()
-    (told,) = errors([made / "empty"], capsys)
-    assert "it holds neither weights nor a run; name a run, checkpoint, adapter or model folder" in told
+    (reported,) = errors([made / "empty"], capsys)
+    assert "it holds neither weights nor a run; name a run, checkpoint, adapter or model folder" in reported
 
 
 @pytest.mark.parametrize(
@@ -641,12 +641,12 @@ def test_an_adapter_that_cannot_be_loaded_is_an_error(made, tiny_model_folder, c
     if content is not None:
         (folder / name).write_text(content)
     (made / "config.yaml").unlink()
-    (told,) = errors([folder, f"rows={made / 'test.jsonl'}", "device=cpu"], capsys)
+    (reported,) = errors([folder, f"rows={made / 'test.jsonl'}", "device=cpu"], capsys)
     if content is None:
-        assert told.startswith(f"Missing file {folder}/{name}: ")
+        assert reported.startswith(f"Missing file {folder}/{name}: ")
     else:
         broken = name == "adapter_config.json"
-        assert told.startswith(f"Broken file {folder}/{name}: " if broken else f"Cannot load {folder}: ")
+        assert reported.startswith(f"Broken file {folder}/{name}: " if broken else f"Cannot load {folder}: ")
 
 
 # --- failures on the way
@@ -680,11 +680,11 @@ def test_a_full_disk_ends_with_one_line_and_a_later_call_goes_on(made, capsys, m
     with monkeypatch.context() as full:
         full.setattr(predictions, "open", Full, raising=False)
         assert main("gsm8k", [str(made), "device=cpu"]) == 1
-    told = capsys.readouterr().err
-    (line,) = [line for line in told.splitlines() if "failed" in line]
+    reported = capsys.readouterr().err
+    (line,) = [line for line in reported.splitlines() if "failed" in line]
     assert line.startswith("The evaluation failed: [Errno 28] No space left on device")
     assert "the same command continues with the missing answers" in line
-    assert "Traceback" not in told
+    assert "Traceback" not in reported
     assert len(asked) == 3
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
     assert len(asked) == 4  # the batch that was not written, and no other
@@ -697,8 +697,8 @@ def test_too_little_memory_names_the_remedy(made, capsys, monkeypatch):
 
     monkeypatch.setattr(Right, "generate", full)
     assert main("gsm8k", [str(made), "device=cpu"]) == 1
-    told = capsys.readouterr().err
-    assert "The evaluation failed: CUDA out of memory. Tried to allocate 2 GiB. more. A lower batch_size" in told
+    reported = capsys.readouterr().err
+    assert "The evaluation failed: CUDA out of memory. Tried to allocate 2 GiB. more. A lower batch_size" in reported
 
 
 def test_other_settings_of_a_model_that_no_run_describes_have_folders_of_their_own(tmp_path, monkeypatch):
@@ -728,9 +728,9 @@ def test_answers_of_a_long_name_have_a_folder_that_can_be_made(tmp_path):
 def test_a_value_of_references_is_not_unfolded(capsys):
     bomb = "[&a [1,1]" + "".join(f",&{after} [*{before},*{before}]" for before, after in pairwise("abcdefghijklmnop"))
     assert main("humaneval", ["served", "backend=openai", "base_url=http://127.0.0.1:1/v1", f"k={bomb}]"]) == 2
-    told = capsys.readouterr().err
-    assert "its value is not YAML" in told
-    assert len(told) < 2000
+    reported = capsys.readouterr().err
+    assert "its value is not YAML" in reported
+    assert len(reported) < 2000
 
 
 def test_words_that_are_no_text_are_named(capsys):
@@ -740,14 +740,14 @@ def test_words_that_are_no_text_are_named(capsys):
 
 def test_scoring_alone_takes_the_answers_lock_and_makes_no_folder(made, capsys, monkeypatch):
     folder = made / "eval/gsm8k"
-    (told,) = errors([made, "score_only=true"], capsys)
-    assert told.startswith(f"{folder}/predictions.jsonl is not there")
+    (reported,) = errors([made, "score_only=true"], capsys)
+    assert reported.startswith(f"{folder}/predictions.jsonl is not there")
     assert not (made / "eval").exists()
     assert main("gsm8k", [str(made), "device=cpu"]) == 0
     before = (folder / "score.json").stat().st_mtime_ns
     with runs.answering(folder):  # as another process that answers, or scores, has it
-        (told,) = errors([made, "score_only=true"], capsys)
-    assert told.startswith(f"{folder} is in use: another process writes its answers there")
+        (reported,) = errors([made, "score_only=true"], capsys)
+    assert reported.startswith(f"{folder} is in use: another process writes its answers there")
     assert (folder / "score.json").stat().st_mtime_ns == before
     seen, module = [], command.benchmarks.BENCHMARKS["gsm8k"]
     changed = dataclasses.replace(module, score_file=lambda path, config: seen.append(runs.is_answering(folder)))
@@ -785,7 +785,7 @@ def test_weights_that_are_replaced_while_they_are_loaded_do_not_answer(tmp_path,
 
     model = ModelConfig(name="tiny", hub_id="none", family="causal_lm")
     named = command.ResolvedModel(str(tmp_path), model=model)
-    monkeypatch.setattr(command, "_identity", lambda *_: {})
+    monkeypatch.setattr(command, "identify", lambda *_: {})
     monkeypatch.setattr(command, "load_for_inference", load)
     monkeypatch.setattr(command, "VLLMBackend", load)
     monkeypatch.setattr(command, "backbone_source", lambda model: "none")
@@ -799,10 +799,10 @@ def test_pipes_in_the_place_of_answers_and_of_an_adapters_config_are_named(made,
     path = made / "eval/gsm8k/predictions.jsonl"
     path.unlink()
     os.mkfifo(path)
-    (told,) = errors([made, "score_only=true"], capsys)
-    assert told.startswith(f"Cannot read {path}: it is a pipe, not a file")
+    (reported,) = errors([made, "score_only=true"], capsys)
+    assert reported.startswith(f"Cannot read {path}: it is a pipe, not a file")
     config = made.parent / "model" / "adapter_config.json"
     config.parent.mkdir()
     (config.parent / "config.json").write_text("{}")
     os.mkfifo(config)
-    assert resolve_model(str(config.parent), "gsm8k").weights == str(config.parent)  # and does not wait for a writer
+    assert resolve_model(str(config.parent)).weights == str(config.parent)  # and does not wait for a writer

@@ -11,7 +11,7 @@ import run_exp
 from eval import __main__ as command
 from eval import command as score
 from eval import compare as comparing
-from eval import gsm8k, humaneval, images, squad
+from eval import gsm8k, humaneval, images, programs, squad
 from eval.compare import compare
 from flatlora.inputs.rows import jsonl
 from flatlora.utils import records
@@ -88,9 +88,9 @@ def test_two_runs_are_compared(runs, capsys):
     del made[records.ROWS_HASH]  # of a version that kept no hash
     path.with_name("generation.json").write_text(json.dumps(made))
     assert command.main(["compare", *map(str, runs)]) == 0
-    told = capsys.readouterr().out
-    assert "gsm8k exact_match" in told
-    assert "+75.00%" in told
+    reported = capsys.readouterr().out
+    assert "gsm8k exact_match" in reported
+    assert "+75.00%" in reported
     assert command.main(["compare", *map(str, runs), "gsm8k"]) == 0
     assert command.main(["compare", str(runs[0] / "eval/gsm8k"), str(runs[1])]) == 0
 
@@ -115,28 +115,28 @@ def test_answers_of_any_folder_are_compared(runs, tmp_path, capsys):
     )
 
 
-def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
-    def told(*words):
+def test_what_cannot_be_compared_is_reported(runs, tmp_path, capsys):
+    def reported(*words):
         capsys.readouterr()
         assert command.main(list(map(str, words))) == 2
         return capsys.readouterr().err
 
-    assert "Unknown command compar: " in told("compar", *runs)
-    assert "Missing RUN_A and RUN_B: name two runs, as in python -m eval compare RUN_A RUN_B" in told("compare")
-    assert "Missing RUN_B: name two runs" in told("compare", runs[0])
-    both = told("compare", "/nope", tmp_path)
+    assert "Unknown command compar: " in reported("compar", *runs)
+    assert "Missing RUN_A and RUN_B: name two runs, as in python -m eval compare RUN_A RUN_B" in reported("compare")
+    assert "Missing RUN_B: name two runs" in reported("compare", runs[0])
+    both = reported("compare", "/nope", tmp_path)
     assert "Invalid path /nope: no such folder" in both
     assert f"No answers in {tmp_path}" in both
-    assert f"No answers to squad in {runs[0]}" in told("compare", *runs, "squad")
+    assert f"No answers to squad in {runs[0]}" in reported("compare", *runs, "squad")
     path = runs[1] / "eval/gsm8k/score.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"parser": "math_verify"}))
-    assert "was scored by parser=strict and" in told("compare", *runs)
+    assert "was scored by parser=strict and" in reported("compare", *runs)
     (runs[1] / "eval/gsm8k").rename(runs[1] / "eval/gsm8k-max_rows=2")
-    assert "eval/gsm8k-max_rows=2; name one of those" in told("compare", *runs)
+    assert "eval/gsm8k-max_rows=2; name one of those" in reported("compare", *runs)
     (runs[1] / "eval/gsm8k-max_rows=2").rename(runs[1] / "eval/gsm8k")
     path.unlink()
     (runs[1] / "eval/gsm8k/predictions.jsonl").write_text("{")
-    assert "Broken row" in told("compare", *runs)
+    assert "Broken row" in reported("compare", *runs)
     assert command.main([]) == 0
     capsys.readouterr()
     assert command.main(["compare", "--help"]) == 0
@@ -150,7 +150,7 @@ def test_rows_of_every_kind_have_scores(tmp_path):
     assert squad.SCORER.row_scores(answered, squad.Config(), tmp_path) == {("p", 0): pytest.approx(2 / 3)}
     task = {"code": "def f():\n", "test": "", "entry_point": "f", "form": "completion"}
     rows = [{"index": i, "task_id": f"T/{i // 2}", "completion": f"    return {i}", **task} for i in range(4)]
-    keys = [humaneval._program_sha256(one) for one in humaneval._tasks(rows)]
+    keys = [programs._program_sha256(humaneval.task(row)) for row in rows]
     (tmp_path / "outcomes.jsonl").write_text(jsonl({"program": key, "passed": key != keys[3]} for key in keys))
     assert humaneval.row_scores(rows, humaneval.Config(), tmp_path) == {"T/0": 1.0, "T/1": 0.5}
     rows[0]["completion"] = "    return 5"  # another program: what was found of the old one says nothing of it
@@ -171,6 +171,6 @@ def test_other_pictures_and_other_judges_are_no_common_questions(tmp_path):
 
 def test_ratings_are_no_shares(capsys):
     comparing.print_comparisons("a", "b", [compare("mt_bench", {"q": 7.5, "r": 3.0}, {"q": 9.0, "r": 3.0})])
-    told = capsys.readouterr().out
-    assert "+0.75" in told
-    assert "%" not in told.replace("95%", "")
+    reported = capsys.readouterr().out
+    assert "+0.75" in reported
+    assert "%" not in reported.replace("95%", "")

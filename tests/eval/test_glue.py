@@ -177,9 +177,9 @@ def test_metrics_of_another_task_are_refused():
 
 def test_glue_of_rows_without_choices_is_an_error_before_training(tiny_settings, capsys):
     assert run_exp.main([word if word != "eval=[]" else "eval=[glue]" for word in tiny_settings]) == 2
-    told = capsys.readouterr().err
-    assert "1 error: nothing was loaded or written." in told
-    assert "it needs a list of at least two different answers; glue ranks given answers" in told
+    reported = capsys.readouterr().err
+    assert "1 error: nothing was loaded or written." in reported
+    assert "it needs a list of at least two different answers; glue ranks given answers" in reported
 
 
 def test_rows_of_no_task_of_glue_have_an_accuracy(backend, tmp_path):
@@ -243,8 +243,8 @@ def test_first_tokens_are_compared_before_a_run_trains(sst2, monkeypatch, capsys
     task = data_glue.TASKS["sst2"]
     monkeypatch.setitem(data_glue.TASKS, "sst2", task._replace(labels=("accept it", "accept them")))
     assert run_exp.main(words) == 2
-    assert "1 error: nothing was loaded or written." in (told := capsys.readouterr().err)
-    assert "for the answers accept it, accept them: it compares the first tokens of two answers" in told
+    assert "1 error: nothing was loaded or written." in (reported := capsys.readouterr().err)
+    assert "for the answers accept it, accept them: it compares the first tokens of two answers" in reported
     monkeypatch.undo()
     assert run_exp.main(words) == 0
 
@@ -258,6 +258,8 @@ def test_a_finished_run_says_its_task(sst2, capsys):
     assert main("glue", [str(folder), "device=cpu", "task=mnli", "metric=published"]) == 2
     assert "Invalid eval.glue.metric=published with eval.glue.task=mnli" in capsys.readouterr().err
     assert main("glue", ["some/model", "rows=/nope.jsonl"]) == 2
-    told = capsys.readouterr().err
-    assert "Missing task: this key has no default; set task=VALUE; it determines the metrics, null is accuracy" in told
-    assert "Invalid rows=/nope.jsonl" in told
+    reported = capsys.readouterr().err
+    assert (
+        "Missing task: this key has no default; set task=VALUE; it determines the metrics, null is accuracy" in reported
+    )
+    assert "Invalid rows=/nope.jsonl" in reported

@@ -531,8 +531,8 @@ def test_both_parsers_read_the_same_answers(completion, strict, flexible):
 
 def test_a_parser_that_is_not_installed_is_an_error(monkeypatch):
     monkeypatch.setattr(gsm8k, "_has_math_verify", lambda: False)
-    (told,) = [error.message for error in gsm8k.Config(parser="math_verify").rule_errors()]
-    assert "the package math-verify is not installed" in told
+    (reported,) = [error.message for error in gsm8k.Config(parser="math_verify").rule_errors()]
+    assert "the package math-verify is not installed" in reported
     assert "math_verify" not in score([row("#### 1", "1")])["metrics"]
 
 
@@ -570,3 +570,23 @@ def test_a_model_whose_ends_are_a_list_answers_as_transformers_ends_it(tiny_mode
     assert (answer["tokens"], answer["finished"]) == (len(cut) - 1, True)
     made = json.loads((tmp_path / "out/generation.json").read_text())
     assert made["ends"] == sorted({tokenizer.eos_token_id, whole[3]})
+
+
+def test_shots_are_the_first_rows_of_train_in_the_template(tmp_path, tiny_model_folder):
+    split = lambda name, count: [{"question": f"{name} {i}?", "answer": f"So {i}.\n#### {i}"} for i in range(count)]  # noqa: E731
+    for name, count in (("train", 5), ("test", 2)):
+        write_split(tmp_path, "openai/gsm8k", "main", name, split(name, count))
+    config = gsm8k.Config(num_fewshot=2)
+    rows = gsm8k.benchmark_rows(str(tmp_path), config)
+    assert rows[1]["x"] == ("Q: train 0?\nA:  So 0.\n#### 0\n\nQ: train 1?\nA:  So 1.\n#### 1\n\nQ: test 1?\nA: ")
+    gsm8k.check_rows(rows, "here", config)
+    with pytest.raises(ConfigError, match="num_fewshot=2 with the rows of here"):
+        gsm8k.check_rows(gsm8k.benchmark_rows(str(tmp_path), gsm8k.Config()), "here", config)
+    with pytest.raises(ConfigError, match="has 5 rows here"):
+        gsm8k.benchmark_rows(str(tmp_path), gsm8k.Config(num_fewshot=6))
+    words = ["num_fewshot=2", "max_new_tokens=4", f"data_root={tmp_path}", "device=cpu", f"out={tmp_path / 'out'}"]
+    assert command.main("gsm8k", [str(tiny_model_folder), *words]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in answers] == [f"{row['x']} " for row in rows]
+    assert json.loads((tmp_path / "out/score.json").read_text())["num_fewshot"] == 2
+    assert json.loads((tmp_path / "out/generation.json").read_text())["stop"] == ["\n\nQ:"]

@@ -145,7 +145,7 @@ def test_generation_stops_at_a_stop(tokenizer):
 
 
 def test_tokens_move_the_count_of_rows(tokenizer, tmp_path):
-    told = []
+    reported = []
     backend = HFBackend(tiny_llama(vocab_size=len(tokenizer)), tokenizer, batch_size=2)
     predictions.generate(
         backend,
@@ -153,11 +153,11 @@ def test_tokens_move_the_count_of_rows(tokenizer, tmp_path):
         ["1", "2", "3"],
         tmp_path,
         sampling=Sampling(4),
-        on_progress=lambda done, total, _: told.append((done, total)),
+        on_progress=lambda done, total, _: reported.append((done, total)),
     )
-    done = [count for count, _ in told]
+    done = [count for count, _ in reported]
     assert done == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3]  # before; ⅖ … 8⁄5 of two rows, then two; ⅕ … ⅘ of one, then three
-    assert {total for _, total in told} == {3}
+    assert {total for _, total in reported} == {3}
     assert backend.on_token is None
 
 
@@ -361,7 +361,7 @@ def test_prompts_beyond_learned_positions_are_refused(tokenizer, make):
         backend.log_likelihoods(["w " * 40], [["a", "b"]])
 
 
-def test_positions_that_were_not_trained_are_told_once(tokenizer, caplog):
+def test_positions_that_were_not_trained_are_reported_once(tokenizer, caplog):
     backend = HFBackend(tiny_llama(vocab_size=len(tokenizer)), tokenizer, batch_size=1)
     assert backend.context == (512, "rotary")
     with caplog.at_level(logging.WARNING):

@@ -107,7 +107,7 @@ def in_process(program, test, entry_point):
 def test_all_164_pass_as_whole_functions_in_fences(problems, llama2_like, tmp_path, monkeypatch, label):
     config = humaneval.Config(**ALLOWED, prompt="instruction", max_new_tokens=2048)
     answers = {
-        humaneval._prompt(row, config): f"```{label}\n{row['prompt']}{row['canonical_solution']}```\nIt isn't hard."
+        humaneval.ask(row, config)[0]: f"```{label}\n{row['prompt']}{row['canonical_solution']}```\nIt isn't hard."
         for row in problems
     }
     judge = lambda tasks, limits: (in_process(one.program, one.test, one.entry_point) for one in tasks)  # noqa: E731
@@ -236,7 +236,7 @@ def test_scores_are_means_over_problems():
 
 def test_samples_have_seeds_that_hang_on_nothing_else(tmp_path):
     config = humaneval.Config(allow_code_execution=True, samples=3, k=[1, 3])
-    asked = humaneval._prompt(ROW, config)
+    asked = humaneval.ask(ROW, config)[0]
     assert asked.endswith("### Response:\n ```python\n")
     assert "def twice" in asked
     backend = Canonical({asked: "def twice(xs):\n    return xs * 2\n"})
@@ -261,8 +261,8 @@ def test_samples_have_seeds_that_hang_on_nothing_else(tmp_path):
     ],
 )
 def test_settings_that_do_not_go_together_are_errors(changes, message):
-    (told,) = [error.message for error in humaneval.Config(**{**ALLOWED, **changes}).rule_errors()]
-    assert re.search(message, told)
+    (reported,) = [error.message for error in humaneval.Config(**{**ALLOWED, **changes}).rule_errors()]
+    assert re.search(message, reported)
 
 
 @pytest.mark.parametrize("changes", [{"prompt": "def f(:"}, {"test": "def check(c:"}, {"entry_point": "other"}])
@@ -298,7 +298,7 @@ def test_a_run_is_scored_at_its_end_and_again(tiny_settings, tmp_path):
 def test_killed_and_resumed_is_never_killed(tmp_path):
     config = humaneval.Config(allow_code_execution=True, samples=2, batch_size=2)
     rows = [ROW | {"task_id": f"T/{i}", "prompt": CODE + f"    # {i}\n"} for i in range(6)]
-    answers = {humaneval._prompt(row, config): "def twice(xs):\n    return xs * 2\n" for row in rows}
+    answers = {humaneval.ask(row, config)[0]: "def twice(xs):\n    return xs * 2\n" for row in rows}
     backend = Canonical(answers)
     backend.batch_size = 2
     humaneval.run(backend, rows, tmp_path / "whole", config)

@@ -136,7 +136,7 @@ def test_a_folder_that_does_not_do_is_an_error_of_the_config(tmp_path, contents,
     words = ["model=clip_tiny", "dataset=digits", "eval=[images,corruptions]", f"eval.corruptions.folder={folder}"]
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(words)
-    assert any(message in told for told in caught.value.errors), caught.value.errors
+    assert any(message in reported for reported in caught.value.errors), caught.value.errors
 
 
 def test_a_broken_file_and_a_missing_folder_are_named(tmp_path):
@@ -245,30 +245,32 @@ def test_pictures_of_a_list_are_scored(words, tmp_path):
     assert json.loads(scored.read_text())["n"] == 1
 
 
-def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys, monkeypatch):
-    def told(benchmark, *words):
+def test_what_cannot_be_scored_is_reported(words, folder, tmp_path, capsys, monkeypatch):
+    def reported(benchmark, *words):
         capsys.readouterr()
         assert main(benchmark, list(map(str, words))) == 2
         return capsys.readouterr().err
 
-    assert "python -m eval.images PATH [key=value ...]" in told("images")
-    assert "only a run defines the classes of images; name a run that classifies images" in told("images", "some/model")
+    assert "python -m eval.images PATH [key=value ...]" in reported("images")
+    assert "only a run defines the classes of images; name a run that classifies images" in reported(
+        "images", "some/model"
+    )
     assert run_exp.main([*words, "eval=[]"]) == 0
     run = run_folder(words)
-    assert "Missing folder: this key has no default; set folder=VALUE; name the folder of CIFAR-10-C" in told(
+    assert "Missing folder: this key has no default; set folder=VALUE; name the folder of CIFAR-10-C" in reported(
         "corruptions", run
     )
-    assert "Invalid eval.corruptions.folder=/nope" in told("corruptions", run, "folder=/nope")
-    assert "Invalid rows: it has no effect on which images" in told(
+    assert "Invalid eval.corruptions.folder=/nope" in reported("corruptions", run, "folder=/nope")
+    assert "Invalid rows: it has no effect on which images" in reported(
         "corruptions", run, f"folder={folder}", "rows=/x.jsonl"
     )
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "label": 30}\n')
-    assert "Broken image" in told("images", run, f"rows={tmp_path / 'rows.jsonl'}")
+    assert "Broken image" in reported("images", run, f"rows={tmp_path / 'rows.jsonl'}")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
-    assert "30 is no class of the model" in told("images", run, f"rows={tmp_path / 'rows.jsonl'}")
-    assert "classifies images and generates no text" in told("squad", run, "rows=benchmark")
+    assert "30 is no class of the model" in reported("images", run, f"rows={tmp_path / 'rows.jsonl'}")
+    assert "classifies images and generates no text" in reported("squad", run, "rows=benchmark")
     served = ["backend=openai", "base_url=http://127.0.0.1:9/v1"]
-    assert "it generates text, and this benchmark needs images" in told("images", run, *served)
+    assert "it generates text, and this benchmark needs images" in reported("images", run, *served)
     named = [f"digit {name}" for name in json.loads((run / "classes.json").read_text())["names"]]
     other = LabeledImages("parquet", np.zeros(1, np.int64), lambda _: b"", named[::-1])
     monkeypatch.setattr(kinds, "read_images", lambda *_, **options: other)
@@ -276,6 +278,6 @@ def test_what_cannot_be_scored_is_told(words, folder, tmp_path, capsys, monkeypa
     del record[records.FILES], record[records.SIGNATURE]  # as a version wrote it that kept no hashes
     (run / "run.json").write_text(json.dumps(record))
     (run / "classes.json").write_text(json.dumps({"names": named, "prompts": [[name] for name in named]}))
-    assert "label 0 is digit 9 in parquet, and digit 0 in the run's classes.json" in told("images", run)
+    assert "label 0 is digit 9 in parquet, and digit 0 in the run's classes.json" in reported("images", run)
     (run / "classes.json").write_text('{"names": ["a"], "prompts": []}')
-    assert "Broken file" in told("images", run)
+    assert "Broken file" in reported("images", run)

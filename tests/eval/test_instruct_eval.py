@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import run_exp
-from eval import instruct_eval
+from eval import instruct_eval, lm_eval_tasks
 from eval.backends.hf import HFBackend
 from eval.command import main
 from flatlora.inputs.rows import read_jsonl
@@ -96,8 +96,8 @@ def test_shots_and_metrics_are_instructevals(monkeypatch, root):
     monkeypatch.setattr("eval.backends.lm_eval.LMEvalModel", lambda *options: None)
     for task in ("drop", "mmlu_anatomy", "bbh_navigate"):
         instruct_eval._ask(None, task, instruct_eval.Config(), str(root))
-    told = [(options["tasks"][0], options["num_fewshot"]) for options in seen]
-    assert told == [("drop", 3), ("mmlu_anatomy", 5), ("bbh_fewshot_navigate", 3)]
+    reported = [(options["tasks"][0], options["num_fewshot"]) for options in seen]
+    assert reported == [("drop", 3), ("mmlu_anatomy", 5), ("bbh_fewshot_navigate", 3)]
 
 
 def test_groups_are_asked_part_by_part():
@@ -129,15 +129,15 @@ def test_scores_are_means_of_groups():
     ],
 )
 def test_tasks_that_are_none_are_errors(changes, message):
-    (told,) = [error.message for error in instruct_eval.Config(**changes).rule_errors()]
-    assert message in told
+    (reported,) = [error.message for error in instruct_eval.Config(**changes).rule_errors()]
+    assert message in reported
 
 
-def test_missing_data_are_told_before_a_model_is_loaded(root, tmp_path):
+def test_missing_data_are_reported_before_a_model_is_loaded(root, tmp_path):
     settings = instruct_eval.Config(tasks=["mmlu_anatomy", "mmlu_astronomy", "mmlu_virology", "drop", "bbh_snarks"])
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as reported:
         instruct_eval.check_rows(instruct_eval.benchmark_rows(str(root), settings), "", settings)
-    mmlu, bbh = told.value.errors
+    mmlu, bbh = reported.value.errors
     assert "cais/mmlu/astronomy/test.jsonl (or .parquet) does not exist" in mmlu
     assert mmlu.endswith("3 more files of cais/mmlu are missing.")
     assert "SaylorTwift/bbh/snarks/test.jsonl" in bbh
@@ -151,7 +151,7 @@ def test_parquet_is_read_as_well(root, tmp_path):
     other.mkdir(parents=True)
     rows = read_jsonl(root / "SaylorTwift/bbh/navigate/test.jsonl")
     datasets.Dataset.from_list(rows).to_parquet(other / "test.parquet")
-    with instruct_eval._data_of("bbh_navigate", str(tmp_path)):
+    with lm_eval_tasks.data_of(instruct_eval._sources("bbh_navigate"), str(tmp_path)):
         assert datasets.load_dataset("SaylorTwift/bbh", "navigate")["test"].to_list() == rows
     assert datasets.load_dataset is usual
 
@@ -172,9 +172,9 @@ def test_rows_that_lm_eval_cannot_ask_end_the_evaluation_and_keep_what_is_answer
         f"out={tmp_path / 'answers'}",
     ]
     assert main("instruct_eval", [*command, f"data_root={broken}"]) == 1
-    told = " ".join(capsys.readouterr().err.split())
-    assert "lm-eval cannot run bbh_fewshot_navigate" in told
-    assert "nothing was loaded" not in told
+    reported = " ".join(capsys.readouterr().err.split())
+    assert "lm-eval cannot run bbh_fewshot_navigate" in reported
+    assert "nothing was loaded" not in reported
     kept = tmp_path / "answers/tasks"
     assert [path.name for path in sorted(kept.glob("*.jsonl"))] == ["mmlu_anatomy.jsonl"]
 
@@ -245,7 +245,7 @@ def test_the_blank_before_an_answer_is_none_of_it(tokenizers, monkeypatch):
     from eval.backends import Completion
 
     model = asker(tiny_llama(vocab_size=len(tokenizers[0])), tokenizers[0])
-    monkeypatch.setattr(model._answering, "generate", lambda prompts, sampling: [Completion(" Yes", 1, True)])
+    monkeypatch.setattr(model._answering, "generate_ids", lambda *asked: [Completion(" Yes", 1, True)])
     assert model.generate_until(requests("generate_until", ("Q: 3\nA:", ENDS))) == ["Yes"]
 
 

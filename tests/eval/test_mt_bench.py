@@ -262,8 +262,8 @@ def test_a_judge_without_a_rating_is_asked_again_and_then_counted_apart(tmp_path
         "mean_tokens": 2.0,
     }
     assert [body["temperature"] for _, body, _ in judge.seen] == [0.0, 0.7, 0.0, 0.7, 0.7]
-    told = [json.loads(line) for line in (tmp_path / "judgments.jsonl").read_text().splitlines()]
-    assert [(one["rating"], one["tries"]) for one in told] == [(4.0, 2), (None, 3)]
+    reported = [json.loads(line) for line in (tmp_path / "judgments.jsonl").read_text().splitlines()]
+    assert [(one["rating"], one["tries"]) for one in reported] == [(4.0, 2), (None, 3)]
     again = mt_bench.score_file(tmp_path / "predictions.jsonl", settings)  # only the one without a rating is asked for
     assert len(judge.seen) == 6
     assert again["metrics"]["turn_2"] == 7.0
@@ -444,9 +444,9 @@ def test_kept_replies_are_read_by_the_parser_of_today(tmp_path, bench, judge):
     settings = config(judge, bench, max_rows=1)
     mt_bench.run(Echo(), mt_bench.benchmark_rows(None, settings), tmp_path, settings)
     path = tmp_path / "judgments.jsonl"
-    told = predictions.appended_rows(path)
+    reported = predictions.appended_rows(path)
     path.write_text(
-        predictions.appendable(one | {"reply": "As in [[2]]: Rating: [[9]]", "rating": 2.0} for one in told)
+        predictions.appendable(one | {"reply": "As in [[2]]: Rating: [[9]]", "rating": 2.0} for one in reported)
     )
     assert mt_bench.score_file(tmp_path / "predictions.jsonl", settings)["metrics"]["rating"] == 9.0
     assert len(judge.seen) == 2

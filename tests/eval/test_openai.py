@@ -1,4 +1,4 @@
-"""The OpenAI backend against a server on loopback that misbehaves as told."""
+"""The OpenAI backend against a server on loopback that misbehaves as reported."""
 
 import json
 import threading
@@ -96,7 +96,7 @@ def test_what_keeps_failing_ends_with_its_reason(server, act, tries, reason):
     assert len(server.seen) == tries
 
 
-def test_nobody_at_home_is_told():
+def test_nobody_at_home_is_reported():
     endpoint = Endpoint("http://127.0.0.1:9/v1", "m", tries=2, first_wait_s=0.01)
     with pytest.raises(EndpointError, match="failed 2 times, the last one: Connection error"):
         OpenAIBackend(endpoint).generate(["1"], GREEDY)
@@ -156,8 +156,8 @@ def test_a_benchmark_by_an_endpoint_goes_on_after_it_failed(server, tmp_path, ca
     words += ["concurrency=4", "timeout=2"]
     server.script = ["answer"] * 9 + [(400, {})]  # the requests beside it are answered, and kept
     assert main("gsm8k", words) == 1
-    assert "refuses served: " in (told := capsys.readouterr().err)
-    assert "the same command continues with the missing answers" in told
+    assert "refuses served: " in (reported := capsys.readouterr().err)
+    assert "the same command continues with the missing answers" in reported
     asked = len(server.seen)
     assert 10 <= asked < 20
     kept = (tmp_path / "out/predictions.partial.jsonl").read_text().count("\n")
@@ -213,11 +213,11 @@ def test_a_model_is_not_sent_twice_what_it_refuses(server, chat, caplog):
     assert kept[3:] == [{"max_completion_tokens"}] * 12
     assert server.seen[-1][1]["max_completion_tokens"] == GREEDY.max_new_tokens
     assert one.adapted == {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
-    told = [record.getMessage() for record in caplog.records if record.name == "eval.backends.openai"]
-    assert len(told) == 3
-    assert "served does not support max_tokens" in told[0]
-    assert "max_completion_tokens is sent instead" in told[0]
-    assert "Only the default (1) value is supported): it is left out" in told[1]
+    reported = [record.getMessage() for record in caplog.records if record.name == "eval.backends.openai"]
+    assert len(reported) == 3
+    assert "served does not support max_tokens" in reported[0]
+    assert "max_completion_tokens is sent instead" in reported[0]
+    assert "Only the default (1) value is supported): it is left out" in reported[1]
 
 
 def test_requests_side_by_side_learn_it_too(server):
@@ -260,7 +260,7 @@ def test_other_servers_word_it_otherwise(server, error, left):
         {"message": "This model does not support images. Hint: set temperature to 1"},
     ],
 )
-def test_the_servers_own_reason_is_told(server, error):
+def test_the_servers_own_reason_is_reported(server, error):
     server.refuse = lambda body: error
     with pytest.raises(EndpointError) as caught:
         backend(server, chat=True, concurrency=1).generate(PROMPTS[:1], GREEDY)

@@ -459,7 +459,7 @@ def test_the_packages_of_this_machine_are_closed_and_numpy_is_not():
     assert outcome(program, sandbox.Limits(seconds=10.0)) == (True, "")
 
 
-def test_a_machine_that_cannot_keep_a_program_in_is_told_so(monkeypatch):
+def test_a_machine_that_cannot_keep_a_program_in_says_so(monkeypatch):
     monkeypatch.setattr(inside, "landlock_version", lambda: 0)
     sandbox.walls.cache_clear()
     with pytest.raises(ConfigError, match=r"cannot be run safely on this machine: its kernel has no Landlock"):
@@ -564,7 +564,7 @@ def run_as_another_user(tasks, room):
     environment = {"PATH": os.environ["PATH"], "TMPDIR": str(folder), "HOME": str(folder)}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        told = subprocess.run(
+        reported = subprocess.run(
             [sys.executable, "-c", script],
             input=json.dumps(tasks),
             env=environment,
@@ -579,7 +579,7 @@ def run_as_another_user(tasks, room):
         assert list(folder.glob("flatlora-sandbox-*")) == []
     finally:
         shutil.rmtree(folder)
-    return json.loads(told)
+    return json.loads(reported)
 
 
 def outcomes_in(mode, tasks, room):

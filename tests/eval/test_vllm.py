@@ -122,7 +122,7 @@ def test_prompts_are_those_of_training(served, tokenizer, tmp_path):
     assert engine.asked == [{"prompt_token_ids": tokenizer("Q: 3")["input_ids"]}]
 
 
-def test_what_does_not_fit_is_refused_or_told(served, caplog):
+def test_what_does_not_fit_is_refused_or_reported(served, caplog):
     backend, _ = served([], "stop", None)
     with pytest.raises(ConfigError, match="2 of 2 prompts, the longest of 64 tokens"):
         backend.check_lengths([60, 64], 20)

@@ -120,9 +120,9 @@ def test_addresses_that_the_client_would_not_take_are_named(host):
 )
 def test_what_would_give_a_key_away_is_refused(words, message, tmp_path, capsys):
     assert main("gsm8k", ["m", "backend=openai", "score_only=true", f"out={tmp_path}", *words]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert "sk-mine" not in told
+    reported = capsys.readouterr().err
+    assert message in reported
+    assert "sk-mine" not in reported
 
 
 def test_a_key_that_no_request_can_have_is_named_and_blanks_around_one_are_left_out(server, monkeypatch):
@@ -228,9 +228,9 @@ def test_no_record_and_no_dry_run_has_a_password(tmp_path, capsys):
     words = ["eval=[mt_bench]", "eval.mt_bench.judge=j", "eval.mt_bench.judge_url=http://me:pa55@h/v1"]
     words += [f"results_root={tmp_path}"]
     assert run_exp.main([*words, "dry_run=true"]) == 0
-    told = "".join(capsys.readouterr())
-    assert "http://***@h/v1" in "".join(told.split())
-    assert "pa55" not in told
+    reported = "".join(capsys.readouterr())
+    assert "http://***@h/v1" in "".join(reported.split())
+    assert "pa55" not in reported
     experiment = run_exp.experiment_of(words)
     assert experiment.eval["mt_bench"].judge_url == "http://me:pa55@h/v1"  # the judge is asked with it
     assert "pa55" not in json.dumps(experiment.model_dump(mode="json"))
@@ -240,14 +240,14 @@ def test_no_record_and_no_dry_run_has_a_password(tmp_path, capsys):
     assert not folder.is_finished(experiment.model_copy(update={"resume": True}))
 
 
-def test_wandb_is_told_no_password(tmp_path, monkeypatch):
+def test_wandb_gets_no_password(tmp_path, monkeypatch):
     """Its page has the command line."""
-    told = []
+    reported = []
     monkeypatch.setattr("sys.argv", ["run_exp.py", "eval.mt_bench.judge_url=http://me:pa55@h/v1"])
-    monkeypatch.setattr("wandb.init", lambda **settings: told.append((settings, wandb.Settings()._args)))
+    monkeypatch.setattr("wandb.init", lambda **settings: reported.append((settings, wandb.Settings()._args)))
     words = ["eval=[mt_bench]", "eval.mt_bench.judge=j", "eval.mt_bench.judge_url=http://me:pa55@h/v1"]
     Tracker(run_exp.experiment_of(words), tmp_path)
-    ((settings, arguments),) = told
+    ((settings, arguments),) = reported
     assert arguments == ["eval.mt_bench.judge_url=http://***@h/v1"]
     assert "pa55" not in str(settings)
     assert "pa55" in sys.argv[1]

@@ -23,10 +23,10 @@ def test_a_sample_of_damages_has_no_error(tmp_path, monkeypatch, capsys):
 def test_a_silent_difference_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(records, "damage", lambda *args, **kwargs: [])  # as before there were hashes
-    told = []
-    counts = damage.damage_all(tmp_path, None, 0, "finished adapter/adapter_model.safetensors flip", told.append)
+    printed = []
+    counts = damage.damage_all(tmp_path, None, 0, "finished adapter/adapter_model.safetensors flip", printed.append)
     assert counts["silent difference"] >= 2  # resume: finished already; eval: another score or the same by chance
-    assert "finished adapter/adapter_model.safetensors flip, resume" in told[0]
+    assert "finished adapter/adapter_model.safetensors flip, resume" in printed[0]
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def run(tiny_model_folder, tmp_path):
     return folder
 
 
-def told(capsys) -> str:
+def printed(capsys) -> str:
     return re.sub(r"\s+", "", capsys.readouterr().err)
 
 
@@ -164,7 +164,7 @@ def test_a_run_is_exported_in_the_suites_form(run, tmp_path, capsys):
     assert peft.keys() >= PEFT_KEYS
     assert (peft["peft_type"], peft["r"], sorted(peft["target_modules"])) == ("LORA", 4, ["q_proj", "v_proj"])
     assert export_peft_suite.main([str(run), str(run), "--out", str(tmp_path / "twice")]) == 2
-    assert "anearlierRUNiswrittento" in told(capsys)
+    assert "anearlierRUNiswrittento" in printed(capsys)
     assert not (tmp_path / "twice").exists()
 
 
@@ -174,7 +174,7 @@ def test_a_run_that_cannot_be_exported_is_named_and_nothing_is_written(run, tmp_
     def refusal(**changes) -> str:
         records.write_signed(run / "run.json", record | changes)
         assert export_peft_suite.main([str(run), "--out", str(out)]) == 2
-        return told(capsys)
+        return printed(capsys)
 
     assert "itisinterrupted;finishitwithresume=true" in refusal(status="interrupted")
     assert "itsprotocolisNone" in refusal(experiment=record["experiment"] | {"protocol": None})
@@ -188,5 +188,5 @@ def test_a_run_that_cannot_be_exported_is_named_and_nothing_is_written(run, tmp_
     assert export_peft_suite.main([str(run)]) == 2
     (run / "run.json").unlink()
     assert export_peft_suite.main([str(run)]) == 2
-    assert "ithasnorun.json;namethefolderofafinishedrun" in told(capsys)
+    assert "ithasnorun.json;namethefolderofafinishedrun" in printed(capsys)
     assert not out.exists()

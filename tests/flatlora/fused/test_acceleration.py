@@ -172,7 +172,7 @@ class TestGraph:
 
     @pytest.fixture(autouse=True)
     def repeatable(self, monkeypatch):
-        """The backward of cuDNN's and Flash's attention adds up in any order unless it is told not to."""
+        """The backward of cuDNN's and Flash's attention adds up in any order unless asked not to."""
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         yield

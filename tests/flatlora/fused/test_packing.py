@@ -156,14 +156,14 @@ def test_what_cannot_be_packed_stays_padded(model_type, changes):
 )
 def test_why_batches_stay_padded_is_said_once(model_type, changes, reason, caplog):
     done = acceleration.accelerate(architecture(model_type, **changes), CPU)
-    told = [record.getMessage() for record in caplog.records]
+    warnings = [record.getMessage() for record in caplog.records]
     assert ("chunked cross entropy" in done) == (reason is None)
     if reason is None:
-        assert told == []
+        assert warnings == []
     else:
-        assert len(told) == 1
-        assert "stay padded, and its head computes all logits" in told[0]
-        assert reason in told[0]
+        assert len(warnings) == 1
+        assert "stay padded, and its head computes all logits" in warnings[0]
+        assert reason in warnings[0]
 
 
 def test_a_model_that_computes_another_loss_is_found_by_the_trial(caplog):

@@ -102,24 +102,24 @@ def test_hostile_images_are_named_before_they_are_decoded(given, tmp_path, bomb,
     for name, reason in wanted.items():
         if kind == "labeled":
             (given / "train.jsonl").write_text(json.dumps({"image": name, "label": 0}))
-            told = error_of(check_images, read_images(SOURCE, label="label", **columns), [0])
+            reported = error_of(check_images, read_images(SOURCE, label="label", **columns), [0])
         elif kind == "listed":
             (given / "metadata.jsonl").write_text(json.dumps({"file_name": name, "prompt": "p"}))
-            told = error_of(rows_of, read_folder(str(given), None), [0], resolution=32)
+            reported = error_of(rows_of, read_folder(str(given), None), [0], resolution=32)
         elif kind == "folder":
             pictures = read_folder(str(given), "p")
-            told = error_of(rows_of, pictures, [pictures.names.index(name)], resolution=32)
+            reported = error_of(rows_of, pictures, [pictures.names.index(name)], resolution=32)
         else:
             cell = pyarrow.array([{"bytes": None, "path": name}], pyarrow.struct({"bytes": "binary", "path": "string"}))
             pyarrow.parquet.write_table(pyarrow.table({"image": cell, "label": [0]}), given / "train.parquet")
             if kind == "parquet":
-                told = error_of(check_images, read_images(SOURCE, label="label", **columns), [0])
+                reported = error_of(check_images, read_images(SOURCE, label="label", **columns), [0])
             else:
                 pictures = read_text_to_image(
                     SOURCE, image="image", prompt=None, fixed="p", data_root=columns["data_root"]
                 )
-                told = error_of(rows_of, pictures, [0], resolution=32)
-        assert reason in told, (name, told)
+                reported = error_of(rows_of, pictures, [0], resolution=32)
+        assert reason in reported, (name, reported)
     assert time.monotonic() - start < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
@@ -259,9 +259,9 @@ def test_a_metadata_file_that_is_invalid_is_named(make, reason, tmp_path):
 def test_a_prompt_of_megabytes_is_rejected(tmp_path):
     (tmp_path / "a.png").write_bytes(png_of(np.zeros((8, 8), np.uint8)))
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "prompt": "dog " * 2_500_000}))
-    told = error_of(read_folder, str(tmp_path), None)
-    assert "row 1: it has 10,000,000 letters, and a prompt has at most 10,000" in told
-    assert len(told) < 500
+    reported = error_of(read_folder, str(tmp_path), None)
+    assert "row 1: it has 10,000,000 letters, and a prompt has at most 10,000" in reported
+    assert len(reported) < 500
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "JPEG2000", "AVIF"])

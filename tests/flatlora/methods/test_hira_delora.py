@@ -198,7 +198,7 @@ def test_bar_and_rwp_read_hira_s_pairs_and_lora_pro_refuses_both(adapt):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (["model.quantize=nf4"], "Invalid model.quantize=nf4 with peft={}: this method computes with W"),
         (
@@ -209,8 +209,8 @@ def test_bar_and_rwp_read_hira_s_pairs_and_lora_pro_refuses_both(adapt):
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_choices_that_it_cannot_take_are_refused(name, words, told):
-    with pytest.raises(ConfigError, match=told.format(name)):
+def test_choices_that_it_cannot_take_are_refused(name, words, reported):
+    with pytest.raises(ConfigError, match=reported.format(name)):
         run_exp.experiment_of([*words, f"peft={name}"])
 
 

@@ -301,9 +301,9 @@ def test_errors_are_reported_together():
     A, B = nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="r × n") as caught:
         LoRAPro([("a", A, B, 1.0), ("a", A, B, -1.0)], lr=-1, betas=(0.9, 1.0), mode="lion", moments="int8")
-    told = str(caught.value)
+    reported = str(caught.value)
     for part in ("names occur twice", "must be FP32", "scaling=-1.0", "lr=-1", "betas=(0.9, 1.0)", "lion", "int8"):
-        assert part in told
+        assert part in reported
     with pytest.raises(ValueError, match="at least one"):
         LoRAPro([])
 

@@ -213,8 +213,8 @@ def test_long_prompts_are_cut_and_that_is_said_once(source, caplog):
         assert not caplog.records
         diffusion.warn_of_long_prompts(tokenizers, ["x" * 200, "y" * 100, "short", "short", "x" * 200])
     assert [one.shape for one in ids] == [(3, 77), (3, 77)]
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert "2 of 3 prompts are longer than 77 tokens" in told
+    (reported,) = [record.getMessage() for record in caplog.records]
+    assert "2 of 3 prompts are longer than 77 tokens" in reported
 
 
 def test_a_vae_that_makes_nan_names_the_remedy(source):
@@ -249,7 +249,7 @@ def test_a_vae_that_makes_nan_in_fp32_is_broken(source):
 
 
 @pytest.mark.parametrize(("dtype", "remedy"), [("float32", "the training diverged"), ("bfloat16", "wider range")])
-def test_a_unet_that_makes_nan_is_told_from_its_vae(source, dtype, remedy):
+def test_a_unet_that_makes_nan_is_distinguished_from_its_vae(source, dtype, remedy):
     config = config_of(dtype=dtype)
     pipeline = diffusion.pipeline_of(loading.load_backbone(config, CPU), config, source, CPU)
     with torch.no_grad():
@@ -312,9 +312,9 @@ def test_a_part_without_some_weights_is_refused_with_their_names(own_pipeline, p
     tensors = load_file(path)
     spare = tensors.pop(key)
     save_file(tensors | {"spare.weight": spare}, path, metadata={"format": "pt"})
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as reported:
         load(config, str(folder))
-    (message,) = told.value.errors
+    (message,) = reported.value.errors
     assert message.startswith(f"Invalid model.hub_id={folder}: its weights do not make a whole ")
     assert f"1 ({key}) missing; 1 (spare.weight) left over" in message
 
@@ -420,9 +420,9 @@ def test_a_saved_adapter_loads_in_diffusers_and_in_peft(source, tmp_path, train_
     again = PeftModel.from_pretrained(loading.load_backbone(config, CPU), tmp_path).eval()
     peft_drew = drawn(diffusion.pipeline_of(again.get_base_model(), config, source, CPU))
     torch.testing.assert_close(peft_drew, ours, rtol=1e-4, atol=1e-4)
-    loaded, processor, told = loading.load_for_inference(str(tmp_path), None, CPU)
+    loaded, processor, reported = loading.load_for_inference(str(tmp_path), None, CPU)
     assert processor is None
-    assert told["base"] == RANDOM_SDXL
+    assert reported["base"] == RANDOM_SDXL
     if not train_text:  # an adapter of the text encoders needs the run that says so
         drew = drawn(diffusion.pipeline_of(loaded.get_base_model(), config, source, CPU))
         torch.testing.assert_close(drew, ours, rtol=1e-4, atol=1e-4)

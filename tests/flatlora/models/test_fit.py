@@ -1,4 +1,4 @@
-"""What does not fit a model is told by its config and its skeleton; attention computes each model's own formula."""
+"""What does not fit a model is reported by its config and its skeleton; attention computes each model's own formula."""
 
 import copy
 import json
@@ -74,9 +74,9 @@ def test_sdpa_drops_the_cap_that_gemma_2_has():
 def test_kernels_that_would_compute_something_else_are_refused(name, attn, reason):
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **ARCHITECTURES[name]))
-    told = fit.attention_errors(model_config("folder", attn=attn), skeleton)
+    reported = fit.attention_errors(model_config("folder", attn=attn), skeleton)
     wanted = [f"Invalid model.attn={attn} with folder: {reason}; use model.attn=auto or eager."] if reason else []
-    assert told == wanted
+    assert reported == wanted
 
 
 # --- what config and skeleton tell before weights are loaded
@@ -146,14 +146,14 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_what_does_not_fit_is_told_before_weights_are_loaded(name, tiny_model_folder, tiny_settings, tmp_path):
-    (model_type, described), words, told = UNFIT[name]
+def test_what_does_not_fit_is_reported_before_weights_are_loaded(name, tiny_model_folder, tiny_settings, tmp_path):
+    (model_type, described), words, reported = UNFIT[name]
     folder = saved(tmp_path / "model", model_type, tiny_model_folder, **described)
     kept = [word for word in tiny_settings if not word.startswith("peft.") or "peft=full_ft" not in words]
     experiment = run_exp.experiment_of([*kept, f"model.hub_id={folder}", *words])
     with pytest.raises(ConfigError) as caught:
         run_exp.prepare(experiment, CPU)
-    assert any(message.startswith(told.format(folder)) for message in caught.value.errors), caught.value.errors
+    assert any(message.startswith(reported.format(folder)) for message in caught.value.errors), caught.value.errors
 
 
 def test_positions_of_pictures_do_not_bound_rows_nor_a_decoders_an_encoders():
@@ -190,13 +190,13 @@ def test_rows_beyond_rotary_positions_are_counted_before_weights_are_loaded(
     run_exp.prepare(experiment, CPU)
     longer = sum(length > bound for length in lengths)
     assert longer > 0
-    told = (
+    reported = (
         f"{longer} rows are longer than the {bound} tokens that {folder} was made for (max_position_embeddings), the "
     )
-    assert caplog.text.count(told + f"longest {max(lengths)}: ") == 1
+    assert caplog.text.count(reported + f"longest {max(lengths)}: ") == 1
 
 
-def test_a_padding_token_beyond_the_embeddings_is_told_before_weights_are_loaded(
+def test_a_padding_token_beyond_the_embeddings_is_reported_before_weights_are_loaded(
     tiny_model_folder, tiny_settings, tmp_path
 ):
     folder = saved(tmp_path / "model", "llama", tiny_model_folder, **LARGE | {"vocab_size": 4096})

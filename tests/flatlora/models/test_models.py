@@ -45,11 +45,11 @@ def test_an_adapter_without_weights_is_no_hub_id(tmp_path):
         loading.load_for_inference(str(tmp_path), None, CPU)
 
 
-def test_an_adapter_of_a_kind_that_peft_does_not_know_is_told_with_the_weights_that_are_missing(tmp_path):
+def test_an_adapter_of_a_kind_that_peft_does_not_know_is_reported_with_the_weights_that_are_missing(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORAX"}')
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as reported:
         loading.load_for_inference(str(tmp_path), None, CPU)
-    missing, unknown = told.value.errors
+    missing, unknown = reported.value.errors
     assert missing.startswith("Missing file ")
     assert f"Invalid peft_type LORAX in {tmp_path}/adapter_config.json: PEFT {peft.__version__} does not" in unknown
 
@@ -89,9 +89,9 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_refused_with_the_names(nam
         lambda: loading.load_for_inference(str(folder), None, CPU),
         lambda: loading.load_for_inference(str(folder), model_config("nowhere"), CPU),
     ):
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as reported:
             load()
-        (message,) = told.value.errors
+        (message,) = reported.value.errors
         assert message.startswith(f"Invalid model.hub_id={folder}: its weights do not make a whole LlamaForCausalLM: ")
         shown = [key for key in wrong if key in message]
         assert shown == wrong or (shown and str(len(wrong)) in message)
@@ -100,9 +100,9 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_refused_with_the_names(nam
 def test_a_training_on_an_incomplete_checkpoint_is_refused(tiny_model_folder, tiny_settings, tmp_path, capsys):
     folder = rewritten(tiny_model_folder, tmp_path / "broken", without("lm_head"))
     assert run_exp.main([*tiny_settings, f"model.hub_id={folder}"]) == EXIT_CONFIG
-    told = capsys.readouterr().err
-    assert "1 (lm_head.weight) missing" in told
-    assert "Traceback" not in told
+    reported = capsys.readouterr().err
+    assert "1 (lm_head.weight) missing" in reported
+    assert "Traceback" not in reported
 
 
 def test_tied_weights_need_not_be_in_the_files(tiny_model_folder, tmp_path):

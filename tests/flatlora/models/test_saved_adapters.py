@@ -63,7 +63,7 @@ BROKEN_ADAPTERS = {
 
 @pytest.mark.parametrize("name", BROKEN_ADAPTERS)
 def test_an_adapter_that_is_not_whole_is_refused_with_the_names(name, tiny_model_folder, tmp_path):
-    change, *told = BROKEN_ADAPTERS[name]
+    change, *reported = BROKEN_ADAPTERS[name]
     adapter_of(tiny_model_folder, tmp_path / "adapter", use_dora=name == "no magnitudes")
     path = tmp_path / "adapter/adapter_model.safetensors"
     save_file(change(load_file(path)), path)
@@ -71,7 +71,7 @@ def test_an_adapter_that_is_not_whole_is_refused_with_the_names(name, tiny_model
         loading.load_for_inference(str(tmp_path / "adapter"), None, CPU)
     (message,) = caught.value.errors
     assert message.startswith(f"Invalid adapter {tmp_path}/adapter: ")
-    assert all(part in message for part in told), message
+    assert all(part in message for part in reported), message
 
 
 def test_biases_that_an_adapter_trained_and_lacks_are_named(tmp_path):

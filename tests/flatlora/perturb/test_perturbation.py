@@ -767,11 +767,11 @@ def test_what_is_trained_without_lora_is_named_once(changes, named, caplog):
     model = get_peft_model(tiny_llama(attention_bias=True), LoraConfig(target_modules=["q_proj"], **changes))
     find_lora_layers(model)
     (record,) = caplog.records
-    told = record.getMessage()
-    assert told.startswith("Parameters trained without noise, as they have no LoRA: ")
-    assert named in told
+    reported = record.getMessage()
+    assert reported.startswith("Parameters trained without noise, as they have no LoRA: ")
+    assert named in reported
     beside = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
-    assert ("and " in told) == (len(beside) > 4)
+    assert ("and " in reported) == (len(beside) > 4)
 
 
 @pytest.mark.parametrize(("dtype", "scaled"), [(torch.float16, False), (torch.float16, True), (torch.bfloat16, False)])
@@ -832,10 +832,10 @@ def test_a_compiled_model_reads_the_noise_of_each_step(mode):
 
 
 def test_weights_that_are_elsewhere_are_rejected():
-    for weight, told in ((torch.empty(6, 20, device="meta"), "offloaded"), (torch.empty(0), "sharded")):
+    for weight, reported in ((torch.empty(6, 20, device="meta"), "offloaded"), (torch.empty(0), "sharded")):
         layer = linear_layer()
         layer.weight = layer.module.weight = nn.Parameter(weight, requires_grad=False)
-        with pytest.raises(ValueError, match=rf"are not on this device, such as w \({told}.*DDP or ZeRO-2"):
+        with pytest.raises(ValueError, match=rf"are not on this device, such as w \({reported}.*DDP or ZeRO-2"):
             perturb([layer])
     wrapped = nn.Module()
     wrapped.add_module(FSDP_WRAPPED_MODULE, tiny_lora())

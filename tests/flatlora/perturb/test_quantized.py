@@ -139,8 +139,8 @@ def test_other_modes_are_rejected(model, mode):
 def test_what_4_bits_cannot_do_is_rejected_before_anything_is_loaded(words, message):
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(["model.quantize=nf4", *words])
-    (told,) = caught.value.errors
-    assert told.startswith(message)
+    (reported,) = caught.value.errors
+    assert reported.startswith(message)
 
 
 def test_a_missing_package_is_named(tiny_settings, monkeypatch, capsys):

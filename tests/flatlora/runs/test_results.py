@@ -503,10 +503,12 @@ def test_wandb_never_ends_a_training(experiment, tmp_path, monkeypatch, caplog, 
         if broken != "finish":
             tracker.show("picture", tmp_path / "none.png")
     assert log.rows() == rows
-    (told,) = [record.getMessage() for record in caplog.records if record.name == "flatlora.runs.run_folder"]  # once
-    assert told.startswith("W&B ")
-    assert f"({error})" in told
-    assert "wandb.mode=offline needs no server" in told
+    (reported,) = [
+        record.getMessage() for record in caplog.records if record.name == "flatlora.runs.run_folder"
+    ]  # once
+    assert reported.startswith("W&B ")
+    assert f"({error})" in reported
+    assert "wandb.mode=offline needs no server" in reported
 
 
 @pytest.mark.slow

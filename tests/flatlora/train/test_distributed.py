@@ -172,19 +172,19 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
 )
 def test_a_preempted_run_has_a_checkpoint_of_that_moment(settings, number, words):
     settings = [*words, *settings]
-    whole, told_to_end = at(settings, "whole"), at(settings, "told")
+    whole, signaled = at(settings, "whole"), at(settings, "signaled")
     undisturbed = fork_two(whole) if words else [fork(whole)]
     end_well(*undisturbed)
-    process = start(told_to_end) if words else fork(told_to_end)
-    folder = wait_for_step(told_to_end, 5, process)
+    process = start(signaled) if words else fork(signaled)
+    folder = wait_for_step(signaled, 5, process)
     process.send_signal(number)
-    code, told = finish(process) if words else (process.wait(240), process.log.read_text())
-    assert code == 75, told[-2000:]
-    assert "the same command with resume=true goes on" in " ".join(told.split())
+    code, reported = finish(process) if words else (process.wait(240), process.log.read_text())
+    assert code == 75, reported[-2000:]
+    assert "the same command with resume=true goes on" in " ".join(reported.split())
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     (newest,) = checkpoint.checkpoints(folder)
     assert checkpoint.step_of(newest) == len(metrics_rows(folder)) >= 5
-    again = ["resume=true", *told_to_end]
+    again = ["resume=true", *signaled]
     end_well(*(fork_two(again) if words else [fork(again)]))
     assert adapter_bytes(folder) == adapter_bytes(run_folder(whole))
     assert metrics_rows(folder) == metrics_rows(run_folder(whole))
@@ -195,14 +195,14 @@ def test_nodes_that_differ_stop_with_what_differs(settings, tmp_path):
     words = ["trainer=ddp", "trainer.timeout_s=60", *settings]
     runs = fork_two(words, ["optim.weight_decay=0.1"], ["optim.weight_decay=0.2"])
     assert [run.wait(240) for run in runs] == [2, 2]
-    told = [" ".join(run.log.read_text().split()) for run in runs]
-    assert "The processes differ in the configuration:" in told[0]
-    assert "Start every node with the same command and the same checkout" in told[0]
-    assert "The processes differ" not in told[1]  # once is enough
+    reported = [" ".join(run.log.read_text().split()) for run in runs]
+    assert "The processes differ in the configuration:" in reported[0]
+    assert "Start every node with the same command and the same checkout" in reported[0]
+    assert "The processes differ" not in reported[1]  # once is enough
     assert not (tmp_path / "results").exists()
 
 
-def test_what_differs_is_told_by_rank(monkeypatch):
+def test_what_differs_is_reported_by_rank(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
 
     def gather(into, mine):
@@ -276,10 +276,10 @@ def test_what_does_not_go_together_is_refused(settings, message):
 
     with pytest.raises(ConfigError) as caught:
         run_exp.experiment_of(settings)
-    assert any(told.startswith(message) for told in caught.value.errors), caught.value.errors
+    assert any(reported.startswith(message) for reported in caught.value.errors), caught.value.errors
 
 
-def test_zero_is_told_neither_bf16_nor_fp16():
+def test_zero_gets_neither_bf16_nor_fp16():
     machine = TrainerConfig(name="zero2_offload", zero=2, offload=True)
     found = distributed.deepspeed_settings(machine)
     assert found["bf16"] == found["fp16"] == {"enabled": "auto"}  # TrainingArguments.bf16 is off: it becomes false
@@ -287,19 +287,19 @@ def test_zero_is_told_neither_bf16_nor_fp16():
     assert distributed.deepspeed_settings(TrainerConfig(name="ddp")) is None
 
 
-def claim_twice(folder, told, leave):
+def claim_twice(folder, reported, leave):
     os.environ["CUDA_VISIBLE_DEVICES"] = "4,5,7"
     claimed = [distributed.claim_gpu(3, folder) for _ in range(2)]
-    told.put((*claimed, os.environ["CUDA_VISIBLE_DEVICES"]))
+    reported.put((*claimed, os.environ["CUDA_VISIBLE_DEVICES"]))
     leave.wait()
 
 
 def test_workers_claim_a_gpu_each(tmp_path):
-    told, leave = SERVER.Queue(), SERVER.Event()
-    workers = [SERVER.Process(target=claim_twice, args=(tmp_path, told, leave)) for _ in range(4)]
+    reported, leave = SERVER.Queue(), SERVER.Event()
+    workers = [SERVER.Process(target=claim_twice, args=(tmp_path, reported, leave)) for _ in range(4)]
     for worker in workers:
         worker.start()
-    found = sorted((told.get(timeout=60) for _ in workers), key=str)
+    found = sorted((reported.get(timeout=60) for _ in workers), key=str)
     leave.set()
     for worker in workers:
         worker.join()
@@ -347,7 +347,7 @@ def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(settings):
 
 
 @pytest.mark.parametrize(
-    ("variables", "settings", "told"),
+    ("variables", "settings", "reported"),
     [
         ({"ACCELERATE_USE_FSDP": "true"}, [], "Invalid ACCELERATE_USE_FSDP=true: .* asks for FSDP.*use trainer=ddp"),
         ({"ACCELERATE_USE_MEGATRON_LM": "True"}, [], "asks for Megatron-LM"),
@@ -356,11 +356,11 @@ def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(settings):
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["trainer.zero=2"], "with trainer.zero=2: .* another stage"),
     ],
 )
-def test_what_accelerate_launch_sets_up_against_the_config_is_refused(monkeypatch, variables, settings, told):
+def test_what_accelerate_launch_sets_up_against_the_config_is_refused(monkeypatch, variables, settings, reported):
     experiment = run_exp.experiment_of(settings)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         distributed.check_launch(experiment)
     for name in variables:
         monkeypatch.setenv(name, "false" if "STAGE" not in name else "2")

@@ -94,17 +94,17 @@ def test_the_config_decides_what_is_computed_and_not_accelerates(tiny_settings, 
     launched = run(in_folder(tiny_settings, "launched"))
     assert adapter_bytes(launched) == adapter_bytes(plain)
     assert metrics_rows(launched) == metrics_rows(plain)
-    told = " ".join(capsys.readouterr().err.split())
-    assert "ACCELERATE_MIXED_PRECISION=bf16 of accelerate launch (or its default_config.yaml) is ignored" in told
-    assert "trainer.autocast=auto and model.dtype=float32 say how this run computes" in told
-    assert "ACCELERATE_DYNAMO_BACKEND=EAGER" in told
+    reported = " ".join(capsys.readouterr().err.split())
+    assert "ACCELERATE_MIXED_PRECISION=bf16 of accelerate launch (or its default_config.yaml) is ignored" in reported
+    assert "trainer.autocast=auto and model.dtype=float32 say how this run computes" in reported
+    assert "ACCELERATE_DYNAMO_BACKEND=EAGER" in reported
 
 
 @pytest.mark.parametrize(("warmup", "trained"), [("0.03", False), ("0", True)])
 def test_a_single_step_of_warm_up_says_that_it_trains_nothing(tiny_settings, capsys, warmup, trained):
     folder = run(tiny_settings, "trainer.max_steps=1", f"optim.warmup_ratio={warmup}")
-    told = " ".join(capsys.readouterr().err.split())
-    assert ("The only optimizer step has a learning rate of 0" in told) != trained
+    reported = " ".join(capsys.readouterr().err.split())
+    assert ("The only optimizer step has a learning rate of 0" in reported) != trained
     tensors = load_file(folder / "adapter/adapter_model.safetensors")
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name) == trained  # 0 at the start
 
@@ -594,9 +594,9 @@ def test_interrupt_is_recorded(tiny_settings, monkeypatch):
 def test_sweep_runs_every_job_in_its_own_folder(tiny_settings):
     sweep = fork(["-m", *tiny_settings, "++rho=0,0.3", "++seed=0,1"])
     end_well(sweep)
-    told = sweep.log.read_text()
-    assert "++rho=0,0.3 → rho=flat rho.sigma=0,0.3" in told
-    assert "wandb.name=run → wandb.name=run-${rho.sigma}" in told
+    reported = sweep.log.read_text()
+    assert "++rho=0,0.3 → rho=flat rho.sigma=0,0.3" in reported
+    assert "wandb.name=run → wandb.name=run-${rho.sigma}" in reported
     root = next(word.partition("=")[2] for word in tiny_settings if word.startswith("results_root="))
     assert {path.name for path in Path(root).glob("*_word_math/*")} == {"run-0", "run-0.3"}
     runs = [json.loads(path.read_text()) for path in Path(root).glob("*/*/*/run.json")]
@@ -607,10 +607,10 @@ def test_sweep_runs_every_job_in_its_own_folder(tiny_settings):
 def test_a_job_that_fails_does_not_end_the_sweep(tiny_settings):
     sweep = fork(["-m", *tiny_settings, "optim.lr=1000,1e-6", "optim.weight_decay=1000", "optim.max_grad_norm=0"])
     assert sweep.wait(240) == 1
-    told = sweep.log.read_text()
-    assert "Traceback" not in told
-    assert "Sweep: 1 of 2 finished" in told
-    rows = [line.split() for line in told.splitlines() if "│ f" in line]
+    reported = sweep.log.read_text()
+    assert "Traceback" not in reported
+    assert "Sweep: 1 of 2 finished" in reported
+    rows = [line.split() for line in reported.splitlines() if "│ f" in line]
     assert [row[1] for row in rows] == ["failed", "finished"]
     assert rows[1][-2] == "unchanged"
 

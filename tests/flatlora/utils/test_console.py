@@ -28,7 +28,7 @@ def quieted():
         one.setLevel(level)
 
 
-def told(capsys) -> str:
+def reported(capsys) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
@@ -44,28 +44,28 @@ def test_an_adapter_that_peft_fills_up_with_random_numbers_is_an_error(quieted, 
 def test_a_warning_of_peft_that_is_not_known_as_noise_is_shown_in_a_line(quieted, capsys):
     peft.LoraConfig(init_lora_weights=True, eva_config=peft.EvaConfig())
     assert (
-        told(capsys) == "WARNING UserWarning: `eva_config` specified but will be ignored when `init_lora_weights` "
+        reported(capsys) == "WARNING UserWarning: `eva_config` specified but will be ignored when `init_lora_weights` "
         "is not 'eva'."
     )
 
 
 def test_transformers_says_what_decides_a_result_and_no_more(quieted, capsys, tmp_path):
     logging.getLogger("transformers.models").warning("`use_cache=True` is incompatible with gradient checkpointing")
-    assert told(capsys) == ""
+    assert reported(capsys) == ""
     AutoConfig.for_model("bert").save_pretrained(tmp_path)
     AutoConfig.for_model("llama").from_pretrained(tmp_path)
-    assert "You are using a model of type `bert` to instantiate a model of type `llama`" in told(capsys)
+    assert "You are using a model of type `bert` to instantiate a model of type `llama`" in reported(capsys)
 
 
 def test_noise_by_name_is_left_out(quieted, capsys):
     warnings.warn(
         "Could not find a config file in x/y - will assume that the vocabulary was not modified.", stacklevel=1
     )
-    assert told(capsys) == ""
+    assert reported(capsys) == ""
 
 
 def test_logs_and_failures_have_no_passwords_and_no_control_characters(quieted, capsys):
     logging.getLogger("flatlora.x").warning("%s says \x1b[31mno", "http://me:pa55@h/v1")
-    assert told(capsys) == "WARNING http://***@h/v1 says \\x1b[31mno"
+    assert reported(capsys) == "WARNING http://***@h/v1 says \\x1b[31mno"
     console.report_failure(OSError("http://me:pa55@h/v1 says \x1b[31mno"))
-    assert told(capsys) == "The run failed: http://***@h/v1 says \\x1b[31mno"
+    assert reported(capsys) == "The run failed: http://***@h/v1 says \\x1b[31mno"

@@ -77,6 +77,6 @@ def test_irregular_files_are_named(folder):
     with socket.socket(socket.AF_UNIX) as server:
         os.chdir(folder)  # names of sockets are short
         server.bind("socket")
-    told = {os.path.relpath(one.partition(" (")[0], folder) for one in irregular_files(folder)}
-    assert told == {"pipe", "endless", "circle", "socket", "sub/config.json"}
+    reported = {os.path.relpath(one.partition(" (")[0], folder) for one in irregular_files(folder)}
+    assert reported == {"pipe", "endless", "circle", "socket", "sub/config.json"}
     assert irregular_files(folder / "nowhere") == []

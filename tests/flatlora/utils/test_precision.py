@@ -48,9 +48,9 @@ class TestChoice:
         ],
     )
     def test_support_follows_what_is_reported(self, features, fast, reason):
-        supported, told = bf16_support(features)
+        supported, reported = bf16_support(features)
         assert supported is fast
-        assert reason in told
+        assert reason in reported
 
     @pytest.mark.parametrize(
         ("setting", "stored", "features", "products", "autocast", "held"),
@@ -92,11 +92,11 @@ class TestChoice:
         assert precision.cpu_features()[:3] == (True, False, False)
 
     def test_the_librarys_dtype_says_once_that_torch_cannot_report(self, monkeypatch, caplog):
-        for features, dtype, told in ((AMX, BF16, 0), (AVX2, FP32, 0), (NOTHING_REPORTED, FP32, 1)):
+        for features, dtype, reported in ((AMX, BF16, 0), (AVX2, FP32, 0), (NOTHING_REPORTED, FP32, 1)):
             monkeypatch.setattr(precision, "cpu_features", lambda features=features: features)
             assert [precision.fast_dtype() for _ in range(3)] == [dtype] * 3
             assert precision.fast_dtype("cuda") == BF16
-            assert len(caplog.records) == told
+            assert len(caplog.records) == reported
         assert "the safe choice: torch" in caplog.text
 
     @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ class TestChoice:
             monkeypatch.delenv(name, raising=False)
         if limit is not None:
             monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        supported, told = bf16_support(precision.cpu_features())
+        supported, reported = bf16_support(precision.cpu_features())
         assert supported is allowed
-        assert ("ONEDNN_MAX_CPU_ISA" in told) is not allowed
+        assert ("ONEDNN_MAX_CPU_ISA" in reported) is not allowed
 
     def test_answers_of_other_arithmetic_are_distinguished(self):
         ways = [("auto", AMX), ("none", AMX), ("auto", AVX2)]
@@ -229,10 +229,10 @@ def test_the_warning_times_a_layer_of_the_base(monkeypatch):
     monkeypatch.setattr(precision, "measured_ratio", lambda m, n: timed.append((m, n)) or 2.0)
     for model in (tiny_lora(), tiny_llama()):
         bases = [tuple(p.shape) for n, p in tiny_llama().named_parameters() if "_proj" in n]
-        told = precision.slow_bf16_warning(model, "bf16=True", "leave it out")
+        reported = precision.slow_bf16_warning(model, "bf16=True", "leave it out")
         m, n = max(bases, key=bases.count)
         assert timed.pop() == (m, n)
-        assert f"(measured, {m} × {n})" in told
+        assert f"(measured, {m} × {n})" in reported
 
 
 def test_threads_are_the_physical_cores(monkeypatch):
@@ -254,7 +254,7 @@ def test_threads_are_the_physical_cores(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "features", "told"),
+    ("words", "features", "reported"),
     [
         ([], AMX, "bfloat16 weights, products in bfloat16 by autocast: this CPU has AMX and AVX512_BF16"),
         ([], AVX2, "bfloat16 weights, products in float32: this CPU has no BF16 instructions"),
@@ -263,10 +263,10 @@ def test_threads_are_the_physical_cores(monkeypatch):
         (["model.dtype=float32"], AMX, "float32 weights, products in float32: the weights are float32"),
     ],
 )
-def test_a_dry_run_shows_the_choice_and_its_reason(words, features, told, monkeypatch, capsys):
+def test_a_dry_run_shows_the_choice_and_its_reason(words, features, reported, monkeypatch, capsys):
     monkeypatch.setattr(precision, "cpu_features", lambda: features)
     assert run_exp.main(["trainer=cpu", *words, "dry_run=true"]) == 0
-    assert told in " ".join("".join(capsys.readouterr()).split())
+    assert reported in " ".join("".join(capsys.readouterr()).split())
 
 
 @pytest.mark.parametrize(("setting", "warned"), [("auto", 0), ("bfloat16", 1)])

@@ -71,9 +71,9 @@ THINGS = {
 
 @pytest.mark.parametrize("thing", THINGS)
 def test_anything_in_place_of_a_record_is_named(tmp_path, thing):
-    make, told = THINGS[thing]
+    make, reported = THINGS[thing]
     make(tmp_path / "x.json")
-    assert told in refusal(tmp_path / "x.json")
+    assert reported in refusal(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "Permission denied")])

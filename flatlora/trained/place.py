@@ -1,10 +1,11 @@
-"""Resolves the PATH of the command line to weights and the settings of their run."""
+"""Resolves the PATH of a command line to weights and the settings of their run, and identifies the weights."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -12,12 +13,13 @@ from typing import Any, ClassVar, get_args
 import yaml
 from pydantic import ValidationError
 
-import eval as benchmarks
 from flatlora.config.sections import DiffusionModelConfig, ModelConfig, TrainerConfig, model_section
 from flatlora.config.settings import Section
+from flatlora.models.clip import Classes
 from flatlora.models.diffusion import INDEX
 from flatlora.models.family import FAMILIES
-from flatlora.models.loading import model_of
+from flatlora.models.hashes import PUT_BACK, differing_part, short_state, weights_state
+from flatlora.models.loading import model_of, weights_identity
 from flatlora.models.saved_adapters import adapter_config
 from flatlora.runs.record import RECORD_FILE, RunRecord
 from flatlora.train import checkpoint
@@ -58,10 +60,13 @@ class _BasePipeline(DiffusionModelConfig):
 _BASES: Mapping[type[ModelConfig], type[ModelConfig]] = {ModelConfig: _BaseModel, DiffusionModelConfig: _BasePipeline}
 
 
-def resolve_model(name: str, benchmark: str, served: bool = False, base: str | None = None) -> ResolvedModel:
+def resolve_model(
+    name: str, *, benchmark: tuple[str, type[Section]] | None = None, served: bool = False, base: str | None = None
+) -> ResolvedModel:
     """Resolves a path, hub id or served name to weights, and to the settings of their run if they belong to one.
 
     Args:
+        benchmark: name and settings of the benchmark that scores the model, if one does.
         served: `name` is the name of a model at an endpoint, even if it looks like a path.
         base: path or hub id of an adapter's base model; None: as its run or its own config says. `base_errors` reports
             a missing one.
@@ -232,7 +237,9 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
     raise ConfigError([f'Broken file {path}: it holds no settings; restore them from "experiment" in run.json.'])
 
 
-def _resolve_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark: str) -> ResolvedModel:
+def _resolve_in_run(
+    weights: str, run: Path, saved: Mapping[str, Any], benchmark: tuple[str, type[Section]] | None
+) -> ResolvedModel:
     path, errors = run / "config.yaml", []
 
     def section(key: str, cls: type[Section], value: Any) -> Any:
@@ -245,28 +252,82 @@ def _resolve_in_run(weights: str, run: Path, saved: Mapping[str, Any], benchmark
 
     model = section("model", model_section(saved["model"]), saved["model"])
     trainer = section("trainer", TrainerConfig, saved["trainer"])
+    scored_with = {}
+    if benchmark is not None:
+        scored_with = _scored_with(*benchmark, saved, path, section, errors)
+    if errors:
+        raise ConfigError(errors)
+    data_root, base = saved.get("data_root"), _recorded_base(run)
+    return ResolvedModel(weights, run, model, trainer.autocast, scored_with, saved["dataset"], data_root, base)
+
+
+def _scored_with(
+    name: str,
+    cls: type[Section],
+    saved: Mapping[str, Any],
+    path: Path,
+    section: Callable[[str, type[Section], Any], Any],
+    errors: list[str],
+) -> dict[str, Any]:
+    """Returns a run's settings of a benchmark; extends `errors`, as `section` does."""
     eval_settings = saved.get("eval") or {}
     if not isinstance(eval_settings, Mapping):
         errors.append(f"Invalid eval in {path}: a group of benchmarks is needed; {OTHER_VERSION}.")
-    elif benchmark in eval_settings:
-        own = section(f"eval.{benchmark}", benchmarks.BENCHMARKS[benchmark].Config, eval_settings[benchmark])
-    if errors:
-        raise ConfigError(errors)
-    if benchmark in eval_settings:
-        settings = own.model_dump()
-    else:  # the data set's settings that apply to any benchmark: its task, and the template of its rows
-        fields = benchmarks.BENCHMARKS[benchmark].Config.model_fields
-        settings = {
-            key: saved["dataset"].get(key)
-            for key in ("task", "template")
-            if key in fields and saved["dataset"].get(key) in get_args(fields[key].annotation)  # not squad's template
-        }
-    return ResolvedModel(
-        weights, run, model, trainer.autocast, settings, saved["dataset"], saved.get("data_root"), _recorded_base(run)
-    )
+    elif name in eval_settings:
+        own = section(f"eval.{name}", cls, eval_settings[name])
+        return {} if own is None else own.model_dump()
+    # The data set's settings that apply to any benchmark: its task, and the template of its rows, if it is known there.
+    return {
+        key: saved["dataset"].get(key)
+        for key in ("task", "template")
+        if key in cls.model_fields and saved["dataset"].get(key) in get_args(cls.model_fields[key].annotation)
+    }
 
 
 def _recorded_base(run: Path) -> str | None:
     """Returns the recorded base; None if the run has not ended or its record has no base."""
     record = _record(run)
     return record.base if record else None
+
+
+def identify(resolved: ResolvedModel, classes: Classes | None = None) -> dict[str, str]:
+    """Returns the hashes that identify the weights, for generation.json.
+
+    Raises:
+        ConfigError: the backbone differs from the one that the adapter was trained on.
+    """
+    identity = weights_identity(resolved.weights, resolved.model, classes)
+    state = identity.get("base", resolved.base)
+    part = differing_part(resolved.base, state) if resolved.base else "weights"
+    if resolved.base_named and part and not (resolved.base and is_hash(resolved.base) == is_hash(state)):
+        recorded = short_state(resolved.base) if resolved.base else "nothing"
+        logger.warning(
+            "Cannot check that base=%s is the backbone that %s was trained on: its record has %s, and this is %s.",
+            *(resolved.model.hub_id, resolved.weights, recorded, short_state(state)),
+        )
+    elif resolved.base and part:
+        raise ConfigError(
+            [
+                f"Invalid backbone of {resolved.weights}: {resolved.model.hub_id} is now "
+                f"{short_state(identity['base'])}, and the run was trained on {short_state(resolved.base)} (base in "
+                f"its run.json), which differ in {part}; put {PUT_BACK[part]} back, name them with base=PATH, or pin "
+                "them with model.revision."
+            ]
+        )
+    elif resolved.base and "base" in identity:
+        identity["base"] = resolved.base  # may be in an earlier version's format; the model is the same
+    return identity
+
+
+@contextlib.contextmanager
+def validated_unchanged(folder: Path) -> Iterator[None]:
+    """Checks that the weights do not change between hashing and loading: the record would name the wrong weights."""
+    before = weights_state(folder)
+    yield
+    if weights_state(folder) != before:
+        raise ConfigError([f"{folder} changed while it was read: wait until nothing writes there, then try again."])
+
+
+def is_hash(state: str) -> bool:
+    """Whether a backbone's state is the hash of a folder, not a commit of the hub."""
+    return state.startswith("sha256:")
