@@ -9,7 +9,7 @@ the train rows: the last ones, or drawn by `dataset.split_seed`. Rows without an
 
 from __future__ import annotations
 
-import logging
+import os
 
 from data import DATASETS, CountTokens, Row, Splits
 from data.selection import fresh_places, ordered, row_key, split_train_validation, take
@@ -17,10 +17,8 @@ from flatlora.config.sections import TextDatasetConfig
 from flatlora.config.settings import MOST_ROWS, setting
 from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.own import Columns, is_local, own_files, prompts_and_answers
-from flatlora.inputs.rows import OwnFiles, Source
+from flatlora.inputs.rows import OwnFiles, Source, gather
 from flatlora.utils.errors import ConfigError, SettingError
-
-logger = logging.getLogger(__name__)
 
 
 class Config(TextDatasetConfig):
@@ -86,22 +84,24 @@ class Config(TextDatasetConfig):
 def _splits(config: Config) -> dict[str, Source | OwnFiles]:
     """{"train", "validation", "test": source} of the splits that are read."""
     local, splits = is_local(config.path), {}
+    is_file = os.path.isfile(os.path.expanduser(config.path))
     for name in ("train", "validation", "test"):
         named = getattr(config, f"{name}_split")
         if name == "test" and config.evaluate == "validation":
             continue
-        if local:
-            files = own_files("dataset.path", config.path, named or name)
-            if files is None and named is not None:
-                raise ConfigError(
-                    [
-                        f"Invalid dataset.path={config.path}: it has no split {named} ({named}.jsonl, .csv, .parquet, "
-                        f"…); add that file, or set dataset.{name}_split."
-                    ]
-                )
-            splits |= {name: files} if files else {}
-        elif named is not None:
-            splits[name] = Source(config.path, config.config, named, config.revision)
+        if not local:
+            splits |= {} if named is None else {name: Source(config.path, config.config, named, config.revision)}
+            continue
+        files = own_files("dataset.path", config.path, named or name, ", or OWNER/NAME of the hub")
+        if files is None and named is not None:
+            problem = (
+                f"it is a file, whose rows are its split train; leave dataset.{name}_split out"
+                if is_file
+                else f"it has no split {named} ({named}.jsonl, .csv, .parquet, …); add that file, or set "
+                f"dataset.{name}_split"
+            )
+            raise ConfigError([f"Invalid dataset.path={config.path}: {problem}."])
+        splits |= {name: files} if files else {}
     return splits
 
 
@@ -111,20 +111,37 @@ def sources(config: Config) -> list[Source | OwnFiles]:
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
     rows = prompts_and_answers(_splits(config), config.columns, data_root)
-    whole = {name: [row for row in part if row["y"].strip()] for name, part in rows.items()}
-    if empty := sum(map(len, rows.values())) - sum(map(len, whole.values())):
-        logger.warning("%d rows have no answer and are left out.", empty)
-    train = ordered(whole["train"], "first" if config.split_seed is None else "shuffled", config.split_seed or 0)
-    size, test = len(train), whole.get("test", [])
-    if "test" not in rows and (held_out := round(size * config.test_share)):
-        train, test = train[:-held_out], train[-held_out:]
-    wanted = 0 if "validation" in rows else round(size * config.validation_share)
-    learned, validation = split_train_validation(train, config.train_rows, wanted)
+    train = ordered(rows["train"], "first" if config.split_seed is None else "shuffled", config.split_seed or 0)
+    shares = {"validation": config.validation_share, "test": config.test_share}
+    counts = {name: round(len(train) * share) for name, share in shares.items()}
+    errors = [
+        f"Invalid dataset.{name}_share={share}: "
+        + (
+            f"{config.path} has {name} rows of its own; leave the key out."
+            if name in rows
+            else f"of {len(train)} rows it is none; raise it, or leave the key out."
+        )
+        for name, share in shares.items()
+        if share and (name in rows or not counts[name])
+    ]
+    if sum(counts.values()) >= len(train):
+        errors.append(
+            f"Invalid dataset.validation_share={config.validation_share} and dataset.test_share={config.test_share}: "
+            f"of {len(train)} rows none is left to train on; lower them."
+        )
+    if errors:
+        raise ConfigError(errors)
+    test = rows.get("test", [])
+    if counts["test"]:
+        train, test = train[: -counts["test"]], train[-counts["test"] :]
+    learned, validation = split_train_validation(train, None, counts["validation"])
     if "validation" in rows:
-        validation = _unseen(whole["validation"], learned)
-    return Splits(
-        learned, validation, take(test, min(config.test_rows or len(test), len(test)), name="dataset.test_rows")
+        validation = _unseen(rows["validation"], learned)
+    learned, test = gather(
+        lambda: take(learned, config.train_rows, name="dataset.train_rows"),
+        lambda: take(test, config.test_rows, name="dataset.test_rows"),
     )
+    return Splits(learned, validation, test)
 
 
 def _unseen(rows: list[Row], train: list[Row]) -> list[Row]:

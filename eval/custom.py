@@ -16,10 +16,11 @@ does.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+import regex
 
 from eval import BENCHMARKS
 from eval.answers import without_draft
@@ -27,6 +28,8 @@ from eval.by_row import ByRow
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
 from flatlora.inputs.own import Columns, own_files, prompts_and_answers
 from flatlora.utils.errors import ConfigError, SettingError
+
+_PATTERN_S = 5.0  # of a text; a pattern such as (a+)+b may take years
 
 
 class Config(Section):
@@ -58,8 +61,8 @@ class Config(Section):
             )
         if self.pattern is not None:
             try:
-                re.compile(self.pattern)
-            except re.error as error:
+                regex.compile(self.pattern)
+            except regex.error as error:
                 errors.append(
                     SettingError(
                         ("pattern",),
@@ -70,10 +73,23 @@ class Config(Section):
 
 
 def parse_answer(text: str, config: Config, *, whole: bool) -> str:
-    """Returns the part of an answer that is compared; "" if there is none."""
+    """Returns the part of an answer that is compared; "" if there is none.
+
+    Raises:
+        ConfigError: the pattern takes too long.
+    """
     text = without_draft(text)
     if config.pattern is not None:
-        match = re.search(config.pattern, text)
+        try:
+            match = regex.search(config.pattern, text, timeout=_PATTERN_S)
+        except TimeoutError as error:
+            raise ConfigError(
+                [
+                    f"Invalid eval.custom.pattern={config.pattern}: it takes more than {_PATTERN_S} s to search "
+                    f"{text[:40]!r}…; use one without repetitions inside repetitions, and score again with "
+                    "score_only=true."
+                ]
+            ) from error
         text = "" if match is None else match[1 if match.re.groups else 0] or ""
     elif not whole:
         text = next((line for line in text.splitlines() if line.strip()), "")

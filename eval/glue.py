@@ -3,9 +3,8 @@
     python -m eval.glue PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: task (default: that of the run's
-data set; null for one that is not of GLUE), metric, metrics (f1, macro_f1, matthews: besides
-accuracy), max_rows, batch_size, rows=FILE.jsonl (rows {"x", "y",
-"choices"}), device, out=DIR, score_only=true.
+data set; null for one that is not of GLUE), metric, metrics (f1, macro_f1, matthews: besides accuracy), max_rows,
+batch_size, rows=FILE.jsonl (rows {"x", "y", "choices"}), device, out=DIR, score_only=true.
 `metric=likelihood` sums over all tokens of a choice and the end of the sequence, for any number of choices;
 `metric=published` compares the first tokens of two choices, as the public code does. Reports accuracy, and by
 task the Matthews correlation (CoLA), F1 (MRPC, QQP) or the Pearson correlation (STS-B).
@@ -62,7 +61,7 @@ class Config(Section):
         return []
 
 
-def score(rows: Sequence[dict[str, Any]], metrics_besides: Sequence[str] = ()) -> dict[str, Any]:
+def score(rows: Sequence[dict[str, Any]], also: Sequence[str] = ()) -> dict[str, Any]:
     """Returns accuracy, the metric that the task's own paper reports, and others by name.
 
     Args:
@@ -76,15 +75,14 @@ def score(rows: Sequence[dict[str, Any]], metrics_besides: Sequence[str] = ()) -
     metrics: dict[str, Any] = {"n": total, HEADLINE: None}
     if total:
         metrics[HEADLINE] = sum(a == b for a, b in zip(truth, guess, strict=True)) / total
-        metrics["majority"] = (
-            max(truth.count(word) for word in set(truth)) / total
-        )  # accuracy of the most frequent answer
+        # Accuracy of the most frequent answer.
+        metrics["majority"] = max(truth.count(word) for word in set(truth)) / total
         task = rows[0]["task"]
-        if task == "cola" or "matthews" in metrics_besides:
+        if task == "cola" or "matthews" in also:
             metrics["matthews"] = float(matthews_corrcoef(truth, guess))
-        if "macro_f1" in metrics_besides:
+        if "macro_f1" in also:
             metrics["macro_f1"] = float(f1_score(truth, guess, average="macro", zero_division=0.0))
-        if task in ("mrpc", "qqp") or "f1" in metrics_besides:
+        if task in ("mrpc", "qqp") or "f1" in also:
             metrics["f1"] = float(f1_score(truth, guess, pos_label=rows[0]["choices"][1], zero_division=0.0))
         if task == "stsb":
             values, guesses = [row["value"] for row in rows], [float(word) for word in guess]
@@ -120,7 +118,8 @@ def check_rows(
         raise ConfigError(
             [
                 f"Invalid choices in {source}, row {first}{others}: {broken[first]}; glue ranks given answers, so use "
-                "a data set whose rows have choices, and its own task, or leave the benchmark out."
+                "a data set whose rows have choices (dataset.label of dataset=custom), and its own task, or leave the "
+                "benchmark out."
             ]
         )
     if config.metric == "published" and tokenizer is not None:
@@ -134,13 +133,13 @@ def _task_problem(row: dict[str, Any], config: Config, expected: list[str]) -> s
         expected: the choices of the first row, which those of every row of a binary task must equal.
     """
     choices, value, task = row["choices"], row.get("value"), config.task
+    binary = f"metrics={config.metrics}" if "f1" in config.metrics else f"task={task}" if task in _BINARY else None
+    if binary and (len(choices) != 2 or choices != expected):
+        return f"{binary} needs the same two answers in every row, the positive one second"
     if task == "stsb":
         if not isinstance(value, int | float) or isinstance(value, bool):
             return 'its "value", the unrounded number of its answer, is missing, which task=stsb needs'
         return None if all(_is_number(choice) for choice in choices) else "task=stsb needs answers that are numbers"
-    binary = f"metrics={config.metrics}" if "f1" in config.metrics else f"task={task}" if task in _BINARY else None
-    if binary and (len(choices) != 2 or choices != expected):
-        return f"{binary} needs the same two answers in every row, the positive one second"
     return None
 
 

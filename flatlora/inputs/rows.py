@@ -15,12 +15,14 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os.path
 import re
 import socket
 import urllib.error
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,6 +31,8 @@ from flatlora.inputs.templates import STEP_BY_STEP
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.names import stays_inside
 from flatlora.utils.plain_files import open_plain, read_plain
+
+logger = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -116,8 +120,19 @@ def fingerprint(source: Source | OwnFiles, data_root: str | None = None) -> str:
     return source.fingerprint(data_root)
 
 
-def typed_columns(rows: Sequence[dict[str, Any]], columns: Columns, source: str) -> list[dict[str, Any]]:
+def warn_of_unread_root(data_root: str | None, sources: Iterable[Source | OwnFiles], name: str) -> None:
+    """Warns of a data_root if no source of the data set is read from it."""
+    if data_root is not None and not any(isinstance(source, Source) for source in sources):
+        logger.warning("Nothing reads data_root=%s: dataset=%s takes no files from it.", data_root, name)
+
+
+def typed_columns(
+    rows: Sequence[dict[str, Any]], columns: Columns, source: str, *, remedy: str = "name columns as on the hub"
+) -> list[dict[str, Any]]:
     """`rows` with only `columns`, after checking the kinds of their values.
+
+    Args:
+        remedy: what the error about a missing column suggests.
 
     Raises:
         ConfigError: there is no row, or columns are missing or have values of another kind; names their first bad row.
@@ -125,7 +140,9 @@ def typed_columns(rows: Sequence[dict[str, Any]], columns: Columns, source: str)
     kinds = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "text")
     if not rows:
         raise ConfigError([f"Empty data set: {source} has no rows; it needs at least one."])
-    errors = [message for column, kind in kinds.items() if (message := _column_error(column, kind, rows, source))]
+    errors = [
+        message for column, kind in kinds.items() if (message := _column_error(column, kind, rows, source, remedy))
+    ]
     if errors:
         raise ConfigError(errors)
     return [{column: row[column] for column in kinds} for row in rows]
@@ -180,12 +197,21 @@ def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
     """Reads a file with one list of objects, or with one object per line."""
-    if not (text := _text(path)).lstrip().startswith("["):
-        return _json_lines(path, text)
+    text = _text(path)
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError([f"Broken file {path}: not JSON ({error}); fix it."]) from error
+        if text.lstrip().startswith("["):
+            raise ConfigError([f"Broken file {path}: not JSON ({error}); fix it."]) from error
+        return _json_lines(path, text)
+    if isinstance(rows, dict) and any(isinstance(value, list | dict) for value in rows.values()):
+        raise ConfigError(
+            [
+                f"Broken file {path}: it is one JSON object ({', '.join(rows)[:80]}), not a row; write a list of rows, "
+                "or one row a line."
+            ]
+        )
+    rows = rows if isinstance(rows, list) else [rows]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ConfigError([f"Broken row in {path}, row {number}: it must be a JSON object, not {str(row)[:40]!r}."])
@@ -197,28 +223,34 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
     Libraries that guess types would read 007 as 7 and the text "NA" as a missing value.
     """
+    csv.field_size_limit(min(MOST_BYTES, 2**31 - 1))  # Python's own limit is 128 KiB
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
-        header, *lines = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    except (ValueError, csv.Error) as error:
+        header, *lines = [line for line in reader if line] or [[]]
+    except csv.Error as error:
+        raise ConfigError([f"Broken file {path}, line {reader.line_num}: not CSV ({error}); fix it."]) from error
+    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
         raise ConfigError(
-            [f"Broken file {path}: not CSV with a first line of column names ({error}); fix it."]
-        ) from error
+            [f"Broken file {path}: its columns are separated by {other!r}; save it with commas between the columns."]
+        )
+    if repeated := sorted(name for name, count in Counter(header).items() if count > 1):
+        raise ConfigError([f"Broken file {path}: it has several columns {', '.join(repeated)}; rename or remove them."])
     for number, line in enumerate(lines, start=1):
-        if line and len(line) != len(header):
+        if len(line) != len(header):
             raise ConfigError(
                 [
                     f"Broken row in {path}, row {number}: it has {len(line)} values for {len(header)} columns; put "
                     'values with a comma between quotes ("…, …").'
                 ]
             )
-    return [dict(zip(header, line, strict=True)) for line in lines if line]
+    return [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def _column_error(column: str, kind: Kind, rows: Sequence[dict[str, Any]], source: str) -> str | None:
+def _column_error(column: str, kind: Kind, rows: Sequence[dict[str, Any]], source: str, remedy: str) -> str | None:
     for number, row in enumerate(rows, start=1):
         if column not in row:
             present = _printable(", ".join(row)) or "none"
-            return f"Missing column {column} in {source}, row {number}: it has {present}; name columns as on the hub."
+            return f"Missing column {column} in {source}, row {number}: it has {present}; {remedy}."
         if problem := _problem(row[column], kind):
             return f"Invalid {column} in {source}, row {number}: {problem}; fix the row, or leave it out."
     return None
@@ -257,7 +289,9 @@ def _text(path: Path) -> str:
         with _readable(path):
             content = read_plain(path, MOST_BYTES)
             if path.suffix == ".gz":
-                content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MOST_BYTES)
+                content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MOST_BYTES + 1)
+                if len(content) > MOST_BYTES:
+                    raise OSError(f"it has more than {MOST_BYTES / 2**20:,.0f} MiB without compression")
         text = content.decode("utf-8-sig")  # with or without a byte-order mark
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except (EOFError, zlib.error) as error:
@@ -357,12 +391,23 @@ def shards_in(folder: Path, split: str) -> list[Path]:
         ConfigError: some are missing.
     """
     shards = sorted(folder.glob(f"{glob.escape(split)}-[0-9]*-of-[0-9]*.parquet")) if folder.is_dir() else []
-    shards = [path for path in shards if _SHARD.match(path.name, len(split))]
-    if shards and len(shards) != (expected := int(_SHARD.match(shards[-1].name, len(split))[2])):
+    shards = {path: match for path in shards if (match := _SHARD.match(path.name, len(split)))}
+    counts = sorted({int(match[2]) for match in shards.values()})
+    if len(counts) > 1:
         raise ConfigError(
-            [f"Missing shards in {folder}: {len(shards)} of {expected} files {split}-… are there; download the others."]
+            [
+                f"Invalid shards in {folder}: files {split}-… of {' and of '.join(map(str, counts))} parts are there; "
+                "move those of one download away."
+            ]
         )
-    return shards
+    if counts and {int(match[1]) for match in shards.values()} != set(range(counts[0])):
+        raise ConfigError(
+            [
+                f"Missing shards in {folder}: {len(shards)} of {counts[0]} files {split}-… are there; download the "
+                "others."
+            ]
+        )
+    return list(shards)
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

@@ -150,7 +150,7 @@ def test_an_empty_column_is_empty_and_counted(tmp_path, caplog):
         train, _, _ = load(write(tmp_path / "a.jsonl", rows), prompt="{q} {hint}:", answer="{a}")
     assert [(row["x"], row["y"]) for row in train] == [("a :", "7"), ("b :", "8")]
     assert "2 of 3 rows have no hint; it is empty there" in caplog.text
-    assert "1 rows have no answer and are left out" in caplog.text
+    assert "1 of 3 rows have no answer and are left out" in caplog.text
 
 
 def test_classes_are_words_or_numbers_of_given_words(tmp_path):
