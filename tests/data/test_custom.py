@@ -180,20 +180,108 @@ def test_wrong_columns_are_named(rows, keys, message, tmp_path):
         load(write(tmp_path / "a.jsonl", rows), **keys)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"test_rows": 41, "test_share": 0.5}, "Invalid dataset.test_rows=41: only 20 rows are left"),
+        ({"train_rows": 41}, "Invalid dataset.train_rows=41: only 40 rows are left"),
+        ({"validation_share": 0.01}, "Invalid dataset.validation_share=0.01: of 40 rows it is none; raise it"),
+        ({"prompt": "question"}, r"""put a column into braces, as in 'dataset.prompt="{question}"'"""),
+        ({"answer": "5"}, "Invalid dataset.answer=5: it names no column"),
+        ({"test_split": "held"}, "it is a file, whose rows are its split train; leave dataset.test_split out"),
+        ({"answer": None, "label": "nothing"}, "dataset.label names it"),
+    ],
+)
+def test_keys_that_do_not_fit_the_rows_are_named(keys, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path / "a.jsonl", ROWS), **GSM8K | keys)
+
+
+def test_a_share_beside_a_file_of_its_own_is_an_error(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.csv", ROWS)
+    with pytest.raises(ConfigError, match="has test rows of its own; leave the key out"):
+        load(tmp_path, test_share=0.1, **GSM8K)
+    shards(tmp_path / "data", "test", ROWS)
+    with pytest.raises(ConfigError, match=r"test.csv and data/test-0.* are both its split test"):
+        load(tmp_path, **GSM8K)
+
+
+def test_empty_columns_are_reported_from_the_cache_too(tmp_path, smollm_tokenizer, caplog):
+    path = write(tmp_path / "a.jsonl", [{"q": "a", "hint": None, "a": 7}, {"q": "b", "a": 8}])
+    for _ in range(2):
+        caplog.clear()
+        cache.prepared(config(path, prompt="{q}{hint}:", answer="{a}"), None, smollm_tokenizer)
+        assert "2 of 2 rows have no hint" in caplog.text
+
+
+def test_a_text_has_no_prompt_for_an_encoder(tmp_path, smollm_tokenizer):
+    path = write(tmp_path / "a.csv", [{"text": "one two"}])
+    with pytest.raises(ConfigError, match="Invalid dataset=custom with an encoder-decoder model: no row has a prompt"):
+        cache.prepared(config(path), None, smollm_tokenizer, encoder_decoder=True)
+
+
+def test_classes_without_a_label_are_left_out_and_free_text_is_none(tmp_path):
+    rows = [{"s": "x", "label": label} for label in ("bad", None, "good")]
+    (train, _, _) = load(write(tmp_path / "a.jsonl", rows), prompt="{s} ", label="label")
+    assert [row["choices"] for row in train] == [["bad", "good"]] * 2
+    rows = [{"s": "x", "label": f"text {i}"} for i in range(1001)]
+    with pytest.raises(ConfigError, match="has 1001 different values, and classes are 2 to 1000"):
+        load(write(tmp_path / "b.jsonl", rows), prompt="{s} ", label="label")
+
+
+def test_the_same_rows_as_sst2_give_the_same_adapter_and_score(tmp_path, tiny_settings):
+    rows = [{"sentence": f"a film {i}", "label": i % 2} for i in range(30)]
+    write(tmp_path / "own/train.csv", rows[:24])
+    shards(tmp_path / "own", "test", rows[24:])
+    for split, part in (("train", rows[:24]), ("validation", rows[24:])):
+        write_split(tmp_path, "nyu-mll/glue", "sst2", split, part)
+    own = [f"dataset.path={tmp_path / 'own'}", "dataset.label=label", "dataset.labels=[negative,positive]"]
+    own += [r'dataset.prompt="classify the sentiment of the text: {sentence}\nresult:  "', "dataset.max_length=128"]
+    own += ["eval.glue.metrics=[f1,macro_f1,matthews]"]
+    settings = [word for word in tiny_settings if not word.startswith(("eval=", "dataset.validation", "results_root"))]
+    runs = []
+    for name, words in (
+        ("sst2", ["dataset=sst2", f"data_root={tmp_path}", "eval=[glue]"]),
+        ("custom", ["dataset=custom", *own, "eval=[glue]"]),
+    ):
+        words = [*settings, *words, f"results_root={tmp_path / name}", "trainer.max_steps=2"]
+        assert main(words) == 0
+        runs.append(run_folder(words))
+    assert adapter_bytes(runs[0]) == adapter_bytes(runs[1])
+    built_in, scored = (json.loads((run / "eval/glue/score.json").read_text())["metrics"] for run in runs)
+    assert scored | built_in == scored
+    assert scored.keys() - built_in.keys() == {"f1", "macro_f1", "matthews"}
+
+
 def test_wrong_files_are_named(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "a.csv").write_text("a,b\n1,2,3\n")
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "head.csv").write_text("prompt,completion\n")
+    (tmp_path / "twice.csv").write_text("text,a,text\n1,2,3\n")
+    (tmp_path / "other.csv").write_text("prompt;completion\na;b\n")
+    (tmp_path / "latin.csv").write_bytes("text\nGrüße\n".encode("latin-1"))
+    (tmp_path / "whole.json").write_text('{"data": [\n{"text": "a"}\n]}')
     for name, message in (
         ("notes.txt", "its format is not read; convert it to one of .jsonl"),
         ("missing.csv", "no such path"),
         ("a.csv", "row 1: it has 3 values for 2 columns"),
         ("a.jsonl.gz", "Cannot read .*a.jsonl.gz"),
+        ("empty.csv", "Empty data set: .*empty.csv has no rows"),
+        ("head.csv", "Empty data set: .*head.csv has no rows"),
+        ("twice.csv", "it has several columns text; rename or remove them"),
+        ("other.csv", "its columns are separated by ';'; save it with commas"),
+        ("latin.csv", "not UTF-8 at byte 7; save it as UTF-8"),
+        ("whole.json", "it is one JSON object .data., not a row; write a list of rows"),
     ):
         with pytest.raises(ConfigError, match=message):
             load(tmp_path / name)
     with pytest.raises(ConfigError, match="it has no split train"):
         load(tmp_path)
+    (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000)  # longer than Python's csv reads by itself
+    assert len(load(tmp_path / "long.csv").train[0]["y"]) == 200_000
 
 
 def test_contradicting_keys_are_all_reported(tmp_path):

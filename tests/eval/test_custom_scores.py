@@ -41,3 +41,9 @@ def test_wrong_keys_are_reported():
     assert "no regular expression" in error.message
     assert [error.keys for error in custom.Config(prompt="{a}").rule_errors()] == [("prompt", "answer")]
     assert [error.keys for error in custom.Config(prompt="{a}", answer="b").rule_errors()] == [("prompt", "path")]
+
+
+def test_a_pattern_that_never_ends_is_an_error(monkeypatch):
+    monkeypatch.setattr(custom, "_PATTERN_S", 0.05)
+    with pytest.raises(ConfigError, match=r"it takes more than .* s to search 'aaaa"):
+        scored("a" * 60, "b", pattern=r"(a|a|b)+(a|aa)+$c")
