@@ -29,7 +29,7 @@ from flatlora.config.families import trains_on
 from flatlora.config.sections import DatasetConfig, ModelConfig, own_weights
 from flatlora.config.settings import NoSection, build_section
 from flatlora.experiment.commandline import compose_config
-from flatlora.inputs.rows import fingerprint
+from flatlora.inputs.rows import fingerprint, warn_of_unread_root
 from flatlora.models.family import FAMILIES
 from flatlora.models.processors import load_image_processor, load_tokenizer
 from flatlora.utils.console import quiet_libraries, report_errors
@@ -87,6 +87,7 @@ def _show(settings: list[str], count: int) -> None:
         raise ConfigError([error.args[0]]) from error
     config = build_section("dataset", loader.Config, raw["dataset"])
     _SHOWN[config.kind](config, raw, settings, count)
+    warn_of_unread_root(raw["data_root"], loader.sources(config), config.name)
     for source in loader.sources(config):
         console.print(f"source       {source}: {fingerprint(source, raw['data_root'])}", soft_wrap=True)
 

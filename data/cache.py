@@ -59,6 +59,14 @@ def prepared(
         splits = _load(loader, config, data_root, Encoder(limit_tokenizer or tokenizer))
         if config.evaluate == "validation":
             splits = _scored_on_validation(splits, config)
+        if encoder_decoder and not any(row["x"].strip() for row in splits.train):
+            raise ConfigError(
+                [
+                    f"Invalid dataset={config.name} with an encoder-decoder model: no row has a prompt for the encoder "
+                    "to read (a column text is learned whole); use rows with a prompt and an answer, or a decoder-only "
+                    "model."
+                ]
+            )
         _warn_of_known_test_rows(splits)
         rows = len(splits.train) + len(splits.validation)
         with progress(f"tokenize {config.name}", rows, least=_BAR_FROM) as advance:
@@ -103,16 +111,18 @@ def _scored_on_validation(splits: data.Splits, config: TextDatasetConfig) -> dat
 
 @contextlib.contextmanager
 def _noted() -> Iterator[list[str]]:
-    """Collects the warnings that this package logs in the block; they are cached and logged again with the rows."""
+    """Collects the warnings about rows that are logged in the block; they are cached and logged again with the rows."""
     notes: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: notes.append(record.getMessage())
-    package = logging.getLogger(__package__)
-    package.addHandler(handler)
+    packages = [logging.getLogger(name) for name in (__package__, "flatlora.inputs")]
+    for package in packages:
+        package.addHandler(handler)
     try:
         yield notes
     finally:
-        package.removeHandler(handler)
+        for package in packages:
+            package.removeHandler(handler)
 
 
 def cache_key(

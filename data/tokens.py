@@ -6,6 +6,9 @@ tokenizes the joined text, in which the blank may merge with the answer's first 
 are text, and an end-of-sequence token that a tokenizer appends is removed from a decoder's prompt
 (`flatlora.inputs.tokenizing`). With `loss_on=text`, where every token is learned, prompt and answer are tokenized
 together; such a row has an empty prompt.
+
+Rows of own data are `joined`: the training text is x + y without a blank, and its ids are those of the whole text, as
+in TRL. Where a token would span prompt and answer, they are tokenized separately like all others.
 """
 
 from __future__ import annotations
@@ -155,12 +158,22 @@ def tokenize(
     appended = 0 if encoder_decoder else appended_ends(tokenizer) * _ID_BYTES
     names = _SpecialNames(tokenizer, encode)
     for batch in batched(rows, _ROWS_AT_ONCE):
-        begins = [prompt_text(row["x"]) + (row["y"] if whole else "") for row in batch]
+        begins = [prompt_text(row) + (row["y"] if whole else "") for row in batch]
         begins = [ids[: len(ids) - appended] for ids in encode(begins)]
         if whole:
             prompts, answers = [b""] * len(batch), begins
         else:
             prompts, answers = begins, encode([row["y"] for row in batch], special=False)
+            # Choices are ranked by the ids of each by itself, and an encoder reads the prompt by itself.
+            joined = (
+                []
+                if encoder_decoder
+                else [index for index, row in enumerate(batch) if row.get("joined") and "choices" not in row]
+            )
+            texts = encode([prompt_text(batch[index]) + batch[index]["y"] for index in joined])
+            for index, ids in zip(joined, texts, strict=True):
+                if ids.startswith(prompts[index]):
+                    answers[index] = ids[len(prompts[index]) : len(ids) - appended]
         names.look(batch)
         for prompt, answer in zip(prompts, answers, strict=True):
             room = most - len(prompt)
@@ -218,7 +231,7 @@ def tokenize_reference(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, 
     """Slow reference for `tokenize` with a decoder-only model: calls the tokenizer for each prompt and each answer."""
     pairs = []
     for row in rows:
-        prompt = tokenizer(prompt_text(row["x"]), split_special_tokens=True)["input_ids"]
+        prompt = tokenizer(prompt_text(row), split_special_tokens=True)["input_ids"]
         prompt = prompt[: len(prompt) - appended_ends(tokenizer)]
         answer = tokenizer(row["y"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         answer = [*answer, tokenizer.eos_token_id]

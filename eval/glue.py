@@ -3,8 +3,8 @@
     python -m eval.glue PATH [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: task (default: that of the run's
-data set; null for one that is not of GLUE), metric, max_rows, batch_size, rows=FILE.jsonl (rows {"x", "y",
-"choices"}), device, out=DIR, score_only=true.
+data set; null for one that is not of GLUE), metric, metrics (f1, macro_f1, matthews: besides accuracy), max_rows,
+batch_size, rows=FILE.jsonl (rows {"x", "y", "choices"}), device, out=DIR, score_only=true.
 `metric=likelihood` sums over all tokens of a choice and the end of the sequence, for any number of choices;
 `metric=published` compares the first tokens of two choices, as the public code does. Reports accuracy, and by
 task the Matthews correlation (CoLA), F1 (MRPC, QQP) or the Pearson correlation (STS-B).
@@ -44,6 +44,8 @@ TaskName = Literal["mnli", "sst2", "cola", "qnli", "mrpc", "qqp", "rte", "stsb",
 class Config(Section):
     task: TaskName = setting(remedy="it determines the metrics, null is accuracy alone")
     metric: Literal["likelihood", "published"] = "likelihood"
+    # Of own classes, besides accuracy.
+    metrics: list[Literal["f1", "macro_f1", "matthews"]] = setting([], remedy="f1 is that of the second of two classes")
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
     batch_size: int = setting(32, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
@@ -59,8 +61,8 @@ class Config(Section):
         return []
 
 
-def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns accuracy and the metric that the task's own paper reports.
+def score(rows: Sequence[dict[str, Any]], also: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns accuracy, the metric that the task's own paper reports, and others by name.
 
     Args:
         rows: {"task", "reference", "choices", "prediction"} each, and for STS-B "value", the unrounded reference.
@@ -73,13 +75,14 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     metrics: dict[str, Any] = {"n": total, HEADLINE: None}
     if total:
         metrics[HEADLINE] = sum(a == b for a, b in zip(truth, guess, strict=True)) / total
-        metrics["majority"] = (
-            max(truth.count(word) for word in set(truth)) / total
-        )  # accuracy of the most frequent answer
+        # Accuracy of the most frequent answer.
+        metrics["majority"] = max(truth.count(word) for word in set(truth)) / total
         task = rows[0]["task"]
-        if task == "cola":
+        if task == "cola" or "matthews" in also:
             metrics["matthews"] = float(matthews_corrcoef(truth, guess))
-        if task in ("mrpc", "qqp"):
+        if "macro_f1" in also:
+            metrics["macro_f1"] = float(f1_score(truth, guess, average="macro", zero_division=0.0))
+        if task in ("mrpc", "qqp") or "f1" in also:
             metrics["f1"] = float(f1_score(truth, guess, pos_label=rows[0]["choices"][1], zero_division=0.0))
         if task == "stsb":
             values, guesses = [row["value"] for row in rows], [float(word) for word in guess]
@@ -108,33 +111,35 @@ def check_rows(
     broken = {
         number: problem
         for number, row in enumerate(rows, start=1)
-        if (problem := _problem(row) or _task_problem(row, config.task, expected))
+        if (problem := _problem(row) or _task_problem(row, config, expected))
     }
     if broken:
         first, others = min(broken), f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise ConfigError(
             [
                 f"Invalid choices in {source}, row {first}{others}: {broken[first]}; glue ranks given answers, so use "
-                "a data set whose rows have choices, and its own task, or leave the benchmark out."
+                "a data set whose rows have choices (dataset.label of dataset=custom), and its own task, or leave the "
+                "benchmark out."
             ]
         )
     if config.metric == "published" and tokenizer is not None:
         _check_first_tokens(lambda choice: text_ids(tokenizer, choice, special=False)[0], rows)
 
 
-def _task_problem(row: dict[str, Any], task: TaskName, expected: list[str]) -> str | None:
+def _task_problem(row: dict[str, Any], config: Config, expected: list[str]) -> str | None:
     """Returns why the task's metrics cannot be computed for a row; None if they can.
 
     Args:
         expected: the choices of the first row, which those of every row of a binary task must equal.
     """
-    choices, value = row["choices"], row.get("value")
+    choices, value, task = row["choices"], row.get("value"), config.task
+    binary = f"metrics={config.metrics}" if "f1" in config.metrics else f"task={task}" if task in _BINARY else None
+    if binary and (len(choices) != 2 or choices != expected):
+        return f"{binary} needs the same two answers in every row, the positive one second"
     if task == "stsb":
         if not isinstance(value, int | float) or isinstance(value, bool):
             return 'its "value", the unrounded number of its answer, is missing, which task=stsb needs'
         return None if all(_is_number(choice) for choice in choices) else "task=stsb needs answers that are numbers"
-    if task in _BINARY and (len(choices) != 2 or choices != expected):
-        return f"task={task} needs the same two answers in every row, the positive one second"
     return None
 
 
@@ -172,7 +177,7 @@ def run(
             longer than the model's context.
     """
     rows = rows[: config.max_rows]
-    prompts = [prompt_text(row["x"]) for row in rows]
+    prompts = [prompt_text(row) for row in rows]
     published = config.metric == "published"
     if published:
         _check_first_tokens(backend.first_token, rows)
@@ -222,7 +227,7 @@ def _check_first_tokens(first_token: Callable[[str], int], rows: Sequence[dict[s
 
 def score_file(path: Path, config: Config) -> dict[str, Any]:
     """As `predictions.score_file`."""
-    return predictions.score_file(path, FIELDS, score)
+    return predictions.score_file(path, FIELDS, lambda rows: score(rows, config.metrics))
 
 
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
@@ -252,7 +257,7 @@ BENCHMARKS.add(
         help=__doc__,
         kind="text",
         generates=False,
-        own_rows=False,
+        scoring=("metrics",),
         scorer_version=SCORER_VERSION,
         headline=HEADLINE,
         row_columns={"x": "text", "y": "text", "choices": "any"},

@@ -397,7 +397,9 @@ def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, str]
         raise ConfigError(
             [f"Invalid num_fewshot={config.num_fewshot}: GSM8K's train split has {len(train)} rows here; use fewer."]
         )
-    shots = "".join(f"{prompt_text(prompt(config.template, row['question']))}{row['answer']}\n\n" for row in train)
+    shots = "".join(
+        f"{prompt_text({'x': prompt(config.template, row['question'])})}{row['answer']}\n\n" for row in train
+    )
     more = {"shots": len(train)} if train else {}
     return [
         {"x": shots + prompt(config.template, row["question"]), "y": row["answer"], **more} for row in split("test")
@@ -417,7 +419,6 @@ BENCHMARKS.add(
         help=__doc__,
         kind="text",
         generates=True,
-        own_rows=False,
         scoring=("parser",),
         scorer_version=SCORER_VERSION,
         headline=HEADLINE,

@@ -81,7 +81,7 @@ def ask(row: Mapping[str, Any], config: Config) -> tuple[str, str]:
     """Returns the prompt of a problem, and the form of its answer."""
     if config.prompt == "completion":
         return row["prompt"], config.prompt
-    return prompt_text(prompt(config.template, instruction(row["prompt"]))) + "```python\n", config.prompt
+    return prompt_text({"x": prompt(config.template, instruction(row["prompt"]))}) + "```python\n", config.prompt
 
 
 def problem(row: Mapping[str, Any]) -> dict[str, str]:

@@ -277,7 +277,7 @@ BENCHMARKS.add(
         help=__doc__,
         kind="text",
         generates=False,
-        own_rows=True,
+        own_rows=lambda config: True,
         scoring=("allow_code_execution",),
         scorer_version=SCORER_VERSION,
         headline=HEADLINE,

@@ -87,15 +87,17 @@ class Text(BenchmarkKind):
 
     def rows(self, command: Command) -> Sequence[Any]:
         benchmark, data_root = command.benchmark, command.target.data_root
-        path = _rows_file(command)
+        path, own = _rows_file(command), command.given.get("path")
+        unread = {"data_root": data_root} if path or own else {}
         if path:
-            unread = {"data_root": data_root, "template": command.given.get("template")}
-            if errors := [
-                f"Invalid {key}={value}: it has no effect, as the rows are those of {path}; drop it."
-                for key, value in unread.items()
-                if value is not None
-            ]:
-                raise ConfigError(errors)
+            unread |= {key: command.given.get(key) for key in ("template", "path")}
+        if errors := [
+            f"Invalid {key}={value}: it has no effect, as the rows are those of {path or own}; drop it."
+            for key, value in unread.items()
+            if value is not None
+        ]:
+            raise ConfigError(errors)
+        if path:
             rows, source = read_jsonl(path), str(path)
             typed_columns(rows, benchmark.row_columns, source)
         elif benchmark.benchmark_rows is None:
@@ -127,7 +129,7 @@ def _rows_file(command: Command) -> Path | None:
             columns = " and ".join(command.benchmark.row_columns)
             raise ConfigError([f"Invalid rows={path}: no such file; name a .jsonl file with {columns}."])
         return path
-    run = None if command.benchmark.own_rows else command.resolve().run
+    run = None if command.benchmark.own_rows(command.configure()) else command.resolve().run
     if run is None:
         return None
     path = run / "test.jsonl"

@@ -108,7 +108,7 @@ def ask(row: Mapping[str, Any], config: Config) -> tuple[str, str]:
         f"{_sentence(row).strip()} Answer with Python code and nothing else. It should pass these tests:\n"
         f"```python\n{tests}\n```"
     )
-    return prompt_text(prompt(config.template, text)) + "```python\n", "instruction"
+    return prompt_text({"x": prompt(config.template, text)}) + "```python\n", "instruction"
 
 
 def task(row: Mapping[str, Any]) -> sandbox.Task:

@@ -536,7 +536,7 @@ BENCHMARKS.add(
         help=__doc__,
         kind="text",
         generates=True,
-        own_rows=True,
+        own_rows=lambda config: True,
         belongs_to={"judge_key": "judge_url"},
         scoring=("folder", "judge", *(f"judge_{name}" for name in _JUDGE_KEYS)),
         scorer_version=SCORER_VERSION,

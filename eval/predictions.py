@@ -118,7 +118,7 @@ def answer_rows(
     """Calls `generate` for rows {"x", "y"} of a data set; columns in `keep` are saved with the answers."""
     return generate(
         backend,
-        [prompt_text(row["x"]) for row in rows],
+        [prompt_text(row) for row in rows],
         [row["y"] for row in rows],
         folder,
         sampling=sampling,

@@ -269,7 +269,7 @@ class CodeBenchmark:
             row_columns=self.row_columns,
             generates=True,
             scoring=("allow_code_execution", "k", "time_limit"),
-            own_rows=True,
+            own_rows=lambda config: True,
             fields=FIELDS,
             check_rows=self.check_rows,
             run=self.run,

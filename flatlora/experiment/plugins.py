@@ -56,7 +56,7 @@ class Benchmark:
         benchmark_rows: (data_root, config) → the benchmark's own rows, for a model without a run.
         check_settings: (config, model) raises ConfigError for settings that are invalid with any rows.
         generates: whether answers are generated text, which every backend supports; text only.
-        own_rows: whether runs are scored on the benchmark's own rows, not on their dataset's; text only.
+        own_rows: (config) → whether runs are scored on the benchmark's own rows, not on their dataset's; text only.
         test_only: whether its rows are test rows whatever `dataset.evaluate` says; so are those of `own_rows`.
         scoring: settings that affect scores but not answers.
         is_share, digits: whether scores are fractions of one; if not, the number of decimals they are shown with.
@@ -78,7 +78,7 @@ class Benchmark:
     benchmark_rows: Callable[[str | None, Any], list[Any]] | None = None
     check_settings: Callable[[Any, ModelConfig], None] = _no_check
     generates: bool = False
-    own_rows: bool = False
+    own_rows: Callable[[Any], bool] = lambda config: False
     test_only: bool = False
     scoring: Sequence[str] = ()
     is_share: bool = True

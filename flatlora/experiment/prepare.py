@@ -14,7 +14,7 @@ from torch import nn
 from flatlora import methods
 from flatlora.config.experiment import Experiment, keys_of_validation
 from flatlora.experiment.suite import Suite
-from flatlora.inputs.rows import fingerprint, gather
+from flatlora.inputs.rows import fingerprint, gather, warn_of_unread_root
 from flatlora.methods.adapters.lora import find_targets
 from flatlora.models import fit, loading
 from flatlora.train import distributed, training
@@ -41,7 +41,6 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
     Raises:
         ConfigError: model, method, data or benchmarks are invalid or do not fit together; nothing was written.
     """
-    _warn_of_unread_data_root(suite, experiment)
     kind = suite.kind(experiment)
     skeleton, (processor, rows), _, own = gather(
         lambda: _check_model(experiment, device),
@@ -49,6 +48,7 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
         lambda: _check_benchmarks(suite, experiment),
         lambda: _own_rows(suite, experiment),
     )
+    _warn_of_unread_data_root(suite, experiment)
     known = kind.known(experiment, processor, rows)
     names = [name for name in experiment.eval if name not in own]
     _, _, *test_rows = gather(
@@ -64,13 +64,9 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
 def _warn_of_unread_data_root(suite: Suite, experiment: Experiment) -> None:
     """Warns if data_root is not used. It is no error: a sweep may mix datasets from files and generated ones."""
     section = experiment.dataset
-    own = any(suite.benchmarks[name].own_rows for name in experiment.eval)
-    if experiment.data_root is None or own or suite.datasets[section.loader].sources(section):
-        return
-    if distributed.is_main_process():
-        logger.warning(
-            "Nothing reads data_root=%s: dataset=%s takes no files from it.", experiment.data_root, section.name
-        )
+    own = any(suite.benchmarks[name].own_rows(config) for name, config in experiment.eval.items())
+    if not own and distributed.is_main_process():
+        warn_of_unread_root(experiment.data_root, suite.datasets[section.loader].sources(section), section.name)
 
 
 def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:
@@ -136,8 +132,8 @@ def _read(suite: Suite, experiment: Experiment) -> tuple[Any, Any]:
 
 def _file_errors(suite: Suite, experiment: Experiment) -> list[str]:
     """Returns errors for files of the dataset that are missing or cannot be reached on the hub."""
-    known = suite.datasets[experiment.dataset.loader].sources(experiment.dataset)
     try:
+        known = suite.datasets[experiment.dataset.loader].sources(experiment.dataset)
         gather(*(lambda source=source: fingerprint(source, experiment.data_root) for source in known))
     except ConfigError as error:
         return error.errors
@@ -150,11 +146,12 @@ def _check_validation(experiment: Experiment, left: int) -> None:
     Raises:
         ConfigError: none is left, and validation is requested.
     """
+    size = "validation_share" if hasattr(experiment.dataset, "validation_share") else "validation_rows"
     if not left and experiment.dataset.evaluate == "validation":
         raise ConfigError(
             [
                 f"Invalid dataset.evaluate=validation: no validation row is left of {experiment.dataset.name}; set "
-                "dataset.validation_rows, take fewer train rows, or leave the key out."
+                f"dataset.{size}, take fewer train rows, or leave the key out."
             ]
         )
     if not left and (keys := keys_of_validation(experiment.optim)):
@@ -162,7 +159,7 @@ def _check_validation(experiment: Experiment, left: int) -> None:
         raise ConfigError(
             [
                 f"Invalid {given}: no validation row is left of {experiment.dataset.name}, for all stand among its "
-                "train rows; take fewer train rows, or leave the keys out."
+                f"train rows, or there are none; set dataset.{size}, take fewer train rows, or leave the keys out."
             ]
         )
 
@@ -179,7 +176,7 @@ def _check_benchmarks(suite: Suite, experiment: Experiment) -> None:
 
 def _own_rows(suite: Suite, experiment: Experiment) -> dict[str, Sequence[Any]]:
     """Returns {benchmark: rows} of the benchmarks that use their own rows with any dataset."""
-    names = [name for name in experiment.eval if suite.benchmarks[name].own_rows]
+    names = [name for name, config in experiment.eval.items() if suite.benchmarks[name].own_rows(config)]
     rows = gather(*(lambda name=name: _test_rows(suite, experiment, [], name, {}) for name in names))
     return dict(zip(names, rows, strict=True))
 
@@ -199,7 +196,7 @@ def _test_rows(
     module, config = suite.benchmarks[name], experiment.eval[name]
     template = getattr(config, "template", None)
     split = experiment.dataset.evaluate
-    if module.benchmark_rows is not None and (module.own_rows or (not test and split == "test")):
+    if module.benchmark_rows is not None and (module.own_rows(config) or (not test and split == "test")):
         rows, source = module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
     elif template not in (None, getattr(experiment.dataset, "template", template)):
         raise ConfigError(

@@ -118,7 +118,7 @@ class Suite:
                 f"Invalid eval.glue.task={glue.task} with dataset={experiment.dataset.name}: its metrics are "
                 f"those of {task}; leave the key out.",
             )
-        for name in experiment.eval:
+        for name, config in experiment.eval.items():
             scored = self.benchmarks[name].kind
             if scored != experiment.dataset.kind:
                 yield SettingError(
@@ -127,7 +127,7 @@ class Suite:
                     f"scores {scored} data sets; leave it out of eval=[...], or change the data set.",
                 )
             elif experiment.dataset.evaluate == "validation" and (
-                self.benchmarks[name].own_rows or self.benchmarks[name].test_only
+                self.benchmarks[name].own_rows(config) or self.benchmarks[name].test_only
             ):
                 yield SettingError(
                     ("dataset.evaluate", f"eval.{name}"),

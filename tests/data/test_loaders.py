@@ -70,7 +70,7 @@ def test_gsm8k_rows_are_in_the_published_prompt(root):
     splits = gsm8k.load(gsm8k_config(), str(root), count_words)
     assert splits.train[0] == {"x": "Q: train 0?\nA: ", "y": "0 + 1\n#### 1"}
     assert splits.test[4] == {"x": "Q: test 4?\nA: ", "y": "4 + 1\n#### 5"}
-    assert prompt_text(splits.test[0]["x"]) == "Q: test 0?\nA:  "
+    assert prompt_text(splits.test[0]) == "Q: test 0?\nA:  "
 
 
 @pytest.mark.parametrize("subset", ["first", "shuffled"])

@@ -178,7 +178,7 @@ def test_meta_math_in_the_form_of_pefts_suite(tmp_path):
     splits = load(root, *words, "dataset.max_tokens=null", *small(2, 0))
     begins = [f"Question: {query} Think step by step.\nAnswer:" for query in ("1 + 1?", "3 - 1?")]
     assert splits.train == [{"x": x, "y": "It is 2.\nThe answer is: 2"} for x in begins]
-    assert [prompt_text(row["x"]) for row in splits.train] == begins
+    assert [prompt_text(row) for row in splits.train] == begins
     assert splits.test[0]["x"].endswith("? Think step by step.\nAnswer:")
     exactly = len("1 + 1? It is 2.\nThe answer is: 2")
     assert len(load(root, *words[:-1], f"dataset.max_characters={exactly}", *small(1, 0)).train) == 1

@@ -124,7 +124,7 @@ def plain_completions(base, adapter, rows):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     found = []
     for row in map(json.loads, rows.read_text().splitlines()):
-        ids = tokenizer(prompt_text(row["x"]), return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt_text(row), return_tensors="pt")["input_ids"]
         out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
         found.append(tokenizer.decode(out, skip_special_tokens=True))
     return found

@@ -1,0 +1,217 @@
+"""Rows of the user's own files or of any data set on the hub: where they are, and which columns are prompt and answer.
+
+Columns follow TRL: `prompt` and `completion`, joined without a blank, or `text`, which is learned whole. Any others are
+put into templates, "{question}\\n" for example. docs/own-data.md describes them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flatlora.inputs.rows import READERS, OwnFiles, Source, gather, shards_in, typed_columns
+from flatlora.utils.errors import ConfigError, nearest
+
+logger = logging.getLogger(__name__)
+_COLUMN = re.compile(r"\{([^{}]+)\}")
+
+
+def is_local(path: str) -> bool:
+    """Whether a name is a file or folder (that may be missing), not an id of the hub."""
+    expanded = os.path.expanduser(path)
+    return os.path.exists(expanded) or path.startswith((".", "/", "~")) or path.count("/") != 1 or _is_readable(path)
+
+
+def _is_readable(name: str) -> bool:
+    return name.endswith(tuple(READERS))
+
+
+def own_files(key: str, path: str, split: str, remedy: str = "") -> OwnFiles | None:
+    """The files of a split in a folder; a file is the split "train". None if there is none of this split.
+
+    Args:
+        key: name of the setting in error messages.
+        remedy: what the path may be besides, for error messages.
+
+    Raises:
+        ConfigError: the path does not exist, is a file of another format, or has several files of this split.
+    """
+    place, formats = Path(os.path.expanduser(path)), ", ".join(READERS)
+    if place.is_file():
+        if not _is_readable(place.name):
+            raise ConfigError([f"Invalid {key}={path}: its format is not read; convert it to one of {formats}."])
+        return OwnFiles((place,)) if split == "train" else None
+    if not place.is_dir():
+        raise ConfigError([f"Invalid {key}={path}: no such path; name one of {formats}, or a folder{remedy}."])
+    folders = (place, place / "data")
+    files = [folder / f"{split}{suffix}" for folder in folders for suffix in READERS]
+    found = [[file] for file in files if file.is_file()] + list(
+        filter(None, (shards_in(each, split) for each in folders))
+    )
+    if len(found) > 1:
+        names = " and ".join(str(paths[0].relative_to(place)) for paths in found)
+        raise ConfigError([f"Invalid {key}={path}: {names} are both its split {split}; move one away."])
+    return OwnFiles(tuple(found[0])) if found else None
+
+
+class Columns(NamedTuple):
+    """Which columns are prompt and answer.
+
+    Args:
+        key: beginning of the settings' names in error messages, such as "dataset".
+        prompt, answer: templates with {column}; None: columns named as TRL has them.
+        label: column of a class, instead of `answer`.
+        labels: words of the classes; None takes those of the column.
+    """
+
+    key: str
+    prompt: str | None = None
+    answer: str | None = None
+    label: str | None = None
+    labels: Sequence[str] | None = None
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """{setting: template} of prompt and answer; a label is the template {label}."""
+        answer = {"answer": self.answer} if self.label is None else {"label": f"{{{self.label}}}"}
+        return {f"{self.key}.{name}": text for name, text in {"prompt": self.prompt, **answer}.items()}
+
+
+_MOST_CLASSES = 1000  # each row is scored once for every class
+
+
+def prompts_and_answers(splits: Mapping[str, Source | OwnFiles], columns: Columns, data_root: str | None) -> dict:
+    """{split: rows {"x", "y", "joined"}} of the named splits, those of classes with "choices".
+
+    Rows without an answer are left out, with a warning.
+
+    Raises:
+        ConfigError: it lists the errors of all splits.
+    """
+
+    def answered(source: Source | OwnFiles) -> tuple[list[dict[str, Any]], str]:
+        rows, name = source.rows(data_root)
+        rows = _converted(rows, name, columns)
+        kept = {number: row for number, row in enumerate(rows, start=1) if row["y"].strip()}
+        if not kept:
+            raise ConfigError([f"Empty data set: no row of {name} has an answer; name the column that has them."])
+        if len(kept) < len(rows):
+            logger.warning("%s: %d of %d rows have no answer and are left out.", name, len(rows) - len(kept), len(rows))
+        return kept, name
+
+    read = dict(zip(splits, gather(*(lambda each=each: answered(each) for each in splits.values())), strict=True))
+    if columns.label is not None:
+        _add_classes(read, columns)
+    return {split: list(rows.values()) for split, (rows, _) in read.items()}
+
+
+def _add_classes(read: Mapping[str, tuple[dict[int, dict[str, Any]], str]], columns: Columns) -> None:
+    """Adds "choices" to {split: ({number: row}, source)}; the answer becomes one of them.
+
+    Raises:
+        ConfigError: there are fewer than two classes or too many, or an answer is none of them.
+    """
+    train, source = read["train"]
+    words = columns.labels or sorted({row["y"].strip() for row in train.values()})
+    if not 2 <= len(words) <= _MOST_CLASSES:
+        few = "only the class " + words[0] if len(words) == 1 else f"{len(words)} different values"
+        raise ConfigError(
+            [
+                f"Invalid {columns.key}.label={columns.label}: {source} has {few}, and classes are 2 to "
+                f"{_MOST_CLASSES}; name another column, or generate answers with {columns.key}.answer."
+            ]
+        )
+    errors = []
+    for rows, name in read.values():
+        for number, row in rows.items():
+            if (word := _label_word(row["y"], words, numbered=columns.labels is not None)) is None:
+                known = ", ".join(words[:20]) + (", …" if len(words) > 20 else "")
+                errors.append(
+                    f"Invalid {columns.label} in {name}, row {number}: {row['y'][:40]!r} is none of the classes "
+                    f"{known}; correct it, or name all classes with {columns.key}.labels=[…]."
+                )
+                break
+            row |= {"y": word, "choices": list(words)}
+    if errors:
+        raise ConfigError(errors)
+
+
+def _label_word(value: str, words: Sequence[str], *, numbered: bool) -> str | None:
+    """The word of a label, which is the word or, with given words, its number from 0."""
+    text = value.strip()
+    if word := next((word for word in words if word.strip() == text), None):  # a word may begin with a blank
+        return word
+    return words[int(text)] if numbered and text.isdecimal() and int(text) < len(words) else None
+
+
+def _converted(rows: list[dict[str, Any]], source: str, columns: Columns) -> list[dict[str, Any]]:
+    if not rows:
+        raise ConfigError([f"Empty data set: {source} has no rows; it needs at least one."])
+    known = list(dict.fromkeys(key for row in rows for key in row))
+    if columns.prompt is not None:
+        return _from_templates(rows, known, source, columns)
+    needed = next((names for names in (("prompt", "completion"), ("text",)) if set(names) <= set(known)), None)
+    if needed is None:
+        conversations = " (conversations, messages, are not read: write them as prompt and completion)"
+        first, last = (f"{{{name}}}" for name in (known[0], known[-1])) if known else ("{…}", "{…}")
+        raise ConfigError(
+            [
+                f"Missing columns in {source}: it has {_listed(known)}, and needs prompt and completion, or text"
+                f"{conversations if 'messages' in known else ''}; rename them, or name others in templates: "
+                f"""'{columns.key}.prompt="{first}"' '{columns.key}.answer="{last}"' with both kinds of quotes."""
+            ]
+        )
+    rows = typed_columns(rows, needed, source, remedy="fill the column, or leave the row out")
+    return [{"x": row["prompt"] if len(needed) > 1 else "", "y": row[needed[-1]], "joined": True} for row in rows]
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
+
+
+def _from_templates(
+    rows: Sequence[dict[str, Any]], known: Sequence[str], source: str, columns: Columns
+) -> list[dict[str, Any]]:
+    templates = columns.templates
+    users = {name: key for key, template in templates.items() for name in _COLUMN.findall(template)}
+    errors = []
+    for name, key in users.items():
+        if name not in known:
+            near = nearest(name, known)
+            errors.append(
+                f"Missing column {name} in {source}: {key} names it, and there are {_listed(known)}; "
+                + (f"did you mean {near}?" if near else "name one of these.")
+            )
+    for key, template in templates.items():
+        if template.strip() in known or (key.endswith(".answer") and not _COLUMN.search(template)):
+            example = template.strip() if template.strip() in known else known[-1]
+            errors.append(
+                f"Invalid {key}={template}: it names no column, so it is the same text in every row; put a column into "
+                f"""braces, as in '{key}="{{{example}}}"' with both kinds of quotes."""
+            )
+    for name in users:
+        wrong = (number for number, row in enumerate(rows, start=1) if isinstance(row.get(name), list | dict | bytes))
+        if (number := next(wrong, None)) is not None:
+            value = str(rows[number - 1][name])
+            errors.append(
+                f"Invalid {name} in {source}, row {number}: it must be text or a number, not "
+                f"{value if len(value) <= 40 else value[:40] + '…'}; put its parts into columns."
+            )
+    if errors:
+        raise ConfigError(errors)
+    empty = Counter(name for row in rows for name in users if row.get(name) is None)
+    for name, count in empty.items():
+        logger.warning("%s: %d of %d rows have no %s; it is empty there.", source, count, len(rows), name)
+    texts = [{name: "" if row.get(name) is None else str(row[name]) for name in users} for row in rows]
+    texts = typed_columns(texts, list(users), source)  # checks for lone surrogates
+    prompt, answer = (template.replace("\\n", "\n") for template in templates.values())
+    return [{"x": _filled(prompt, row), "y": _filled(answer, row), "joined": True} for row in texts]
+
+
+def _filled(template: str, row: Mapping[str, str]) -> str:
+    return _COLUMN.sub(lambda match: row[match[1]], template)
