@@ -38,6 +38,7 @@ USUAL_SEEDS = 3  # of a cell whose table names no number
 _MOST_SEEDS = 1000
 MEASURED = ("timing", "memory")  # groups of a record whose numbers a column may show; they depend on the machine
 NOT_RUNS = ("bench", "tables", "sweeps")  # folders of results/ without runs
+AVERAGE = "avg"  # key of a published row's average, in a table that has averages
 
 
 class Row(Section):
@@ -79,6 +80,9 @@ class Layout(Section):
     title: str | None = None  # default: the published table's
     experiment: str | None = None  # file of conf/experiment; default: the table's name
     average: bool = True
+    # Words of every command that name a folder of the reader's; runs are not compared by them.
+    also: list[str] = setting([], remedy="write [WORD, ...]")
+    then: list[str] = setting([], remedy="write [COMMAND, ...]")  # commands that measure the finished runs
     seeds: int | None = setting(None, ge=1, le=_MOST_SEEDS, remedy="the paper's number; leave it out if it has none")
     published_rows: str | None = None  # a CSV file beside tables.yaml, whose rows come below the others
     against: dict[str, str] = setting({}, remedy="write ROW: ROW")  # rows to compare; default: all with the first
@@ -682,7 +686,7 @@ def _unplaced(name: str, layout: Layout, published: Published | None) -> list[st
         f"Invalid paper.{name}: {row}, {column} is not a cell of tables.{name}; name a row and a column of it."
         for row, values in published.values.items()
         for column in values
-        if row not in layout.rows or column not in layout.columns
+        if row not in layout.rows or (column not in layout.columns and not (layout.average and column == AVERAGE))
     ]
 
 

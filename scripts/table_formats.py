@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scripts import tuning
-from scripts.cells import USUAL_SEEDS, Cell, Column, Layout, TableData, differences_of, paired
+from scripts.cells import AVERAGE, USUAL_SEEDS, Cell, Column, Layout, TableData, differences_of, paired
 from scripts.significance import holm, smallest_detectable
 
 
@@ -40,6 +40,11 @@ def _mean(values: Iterable[float | None]) -> str:
     return "—" if not numbers or None in numbers else f"{statistics.fmean(numbers):.2f}"
 
 
+def _published_average(made: TableData, row: str) -> str:
+    number = made.published.values.get(row, {}).get(AVERAGE)
+    return "—" if number is None else f"{number:.2f}"
+
+
 def titles_of(made: TableData) -> list[str]:
     """The titles of the columns."""
     return [column.title for column in made.layout.columns.values()] + (["avg"] if made.layout.average else [])
@@ -60,7 +65,8 @@ def lines_of(made: TableData) -> list[tuple[str, list[str], set[int]]]:
             average = ["—"] if layout.average else []
             lines.append((f"{label}, chosen", [*(cell.tuned.status for cell in cells), *average], set()))
         if any(cell.paper is not None for cell in cells):
-            average = ["—"] if layout.average else []  # our mean of published numbers is not a published number
+            # As published: our mean of published numbers is not a published number.
+            average = [_published_average(made, row)] if layout.average else []
             papers = [_paper(cell) for cell in cells]
             lines.append((f"{label}, paper", [*papers, *average], set()))
             differences = [*map(_difference, cells), *(["—"] if layout.average else [])]

@@ -108,7 +108,7 @@ def commands(layouts: Mapping[str, Layout], seeds: int | None = None) -> list[st
     for name, layout in layouts.items():
         rows = [row for row, value in layout.rows.items() if not value.published_only]
         for row, column in itertools.product(rows, layout.columns):
-            overrides = tuple(cell_overrides(name, layout, row, column))
+            overrides = (*cell_overrides(name, layout, row, column), *layout.also)
             title = f"# {name}, {layout.rows[row].title}, {layout.columns[column].title}"
             titles_of.setdefault(overrides, []).append(title)
             seeds_of[overrides] = max(seeds_of.get(overrides, 1), seeds or layout.seeds_of(column))
@@ -118,6 +118,8 @@ def commands(layouts: Mapping[str, Layout], seeds: int | None = None) -> list[st
         several = ["-m"] if count > 1 else []
         last = f"seed={','.join(map(str, range(count)))}"
         lines += [*titles, shlex.join(["python", "run_exp.py", *several, *overrides, last])]
+    for name, layout in layouts.items():
+        lines += [f"# {name}, of the finished runs", *layout.then] if layout.then else []
     return lines
 
 

@@ -106,7 +106,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
 
 
 def _warn_of_strength(experiment: Experiment) -> None:
-    strength = methods.REGULARIZERS[experiment.rho.method].strength
+    strength = methods.REGULARIZERS[experiment.rho.method].strength_of(experiment.rho)
     if strength is None or not experiment.regularized or not distributed.is_main_process():
         return
     if warning := strength.warning(experiment.rho.name, experiment.rho.sigma):

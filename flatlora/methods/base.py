@@ -204,7 +204,7 @@ class Strength:
 
     Args:
         name: what its paper calls it, with the symbol.
-        published: source → value; a strength more than ten times above or below all of them is warned of.
+        published: source → value; a strength more than five times above or below all of them is warned of.
     """
 
     name: str
@@ -212,7 +212,7 @@ class Strength:
 
     def warning(self, option: str, value: float) -> str | None:
         """What to say of a value that is far from all published ones; None for a sensible one."""
-        if min(self.published.values()) / 10 <= value <= 10 * max(self.published.values()):
+        if min(self.published.values()) / 5 <= value <= 5 * max(self.published.values()):
             return None
         known = ", ".join(f"{number:g} ({source})" for source, number in self.published.items())
         return f"rho.sigma={value:g} is the {self.name} of rho={option}, and far from what papers use: {known}."
@@ -235,6 +235,10 @@ class RhoMethod:
         """Errors about choices of the experiment that are incompatible with this regularizer."""
         if self.reads_gradients and experiment.regularized and experiment.trainer.zero:
             yield _zero_error("rho", experiment.rho.name, experiment)
+
+    def strength_of(self, config: RhoConfig) -> Strength | None:
+        """What `config.sigma` is; options of one method may differ."""
+        return self.strength
 
     def tied_to_processes(self, config: RhoConfig) -> str | None:
         """Why the result depends on the number of processes by more than rounding; None if it does not."""

@@ -227,6 +227,15 @@ def test_commands_are_those_of_the_cells_for_a_shell(capsys):
     assert tables.main(["commands", "tabel4"]) == 2
 
 
+def test_commands_have_what_the_metrics_of_a_table_need(capsys):
+    assert tables.main(["commands", "corruptions"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert len(lines) == 4
+    assert all("eval=[images,corruptions]" in line and "eval.corruptions.folder=DIR" in line for line in lines)
+    assert tables.main(["commands", "flatness"]) == 0
+    assert "python -m scripts.flatness RUNS --parts hessian --rows 256" in capsys.readouterr().out
+
+
 def test_a_table_and_its_columns_name_their_seeds(tmp_path, capsys):
     """B runs CB and COPA with 20 seeds, RTE with 5 and the rest with 3; --seeds replaces them all."""
 

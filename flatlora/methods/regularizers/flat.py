@@ -32,6 +32,9 @@ class FlatConfig(RhoConfig):
     fan_in: bool = True
 
 
+_RWP = Strength("standard deviation ρ", {"Bi-LoRA paper, Qwen2.5-14B": 0.0316})
+
+
 @REGULARIZERS.register("off")
 class Off(RhoMethod):
     Config = FlatConfig  # so that a key of rho=flat gives the error that there is no perturbation
@@ -44,6 +47,9 @@ class Off(RhoMethod):
 class Flat(RhoMethod):
     Config = FlatConfig
     strength: ClassVar = Strength("strength σ", {"language models": 0.05, "CLIP": 0.15, "SDXL": 0.1})
+
+    def strength_of(self, config: FlatConfig) -> Strength | None:
+        return _RWP if config.name == "rwp_full" else self.strength
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         yield from super().errors(experiment)

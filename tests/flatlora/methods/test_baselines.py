@@ -275,3 +275,12 @@ def test_a_strength_far_from_all_published_ones_is_named(capsys, tiny_settings):
     assert message in " ".join(capsys.readouterr().err.split())
     assert run_exp.main([*tiny_settings, "rho=sam", "dry_run=true"]) == 0
     assert "far from" not in capsys.readouterr().err
+
+
+def test_options_of_one_method_have_strengths_of_their_own(capsys, tiny_settings):
+    for option, known in (
+        ("rwp_full", "standard deviation ρ of rho=rwp_full, and far from what papers use: 0.0316"),
+        ("flat_iid", "strength σ of rho=flat_iid, and far from what papers use: 0.05"),
+    ):
+        assert run_exp.main([*tiny_settings, f"rho={option}", "rho.sigma=0.9", "dry_run=true"]) == 0
+        assert f"rho.sigma=0.9 is the {known}" in " ".join(capsys.readouterr().err.split())
