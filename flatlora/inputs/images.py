@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import PIL
@@ -40,9 +40,6 @@ from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import cache_folder
 from flatlora.utils.plain_files import place_inside, read_plain
 from flatlora.utils.staging import remove
-
-if TYPE_CHECKING:
-    from flatlora.inputs.pixel_cache import PixelCache
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +98,17 @@ class ImageFiles(Protocol):
     read: Callable[[int], bytes]
 
     def tag(self, index: int) -> bytes: ...
+
+
+class Pixels(Protocol):
+    """Preprocessed images by their digests; see `flatlora.inputs.pixel_cache.PixelCache`."""
+
+    @property
+    def filled(self) -> bool: ...
+
+    def fill(self, images: ImageFiles, indices: Sequence[int], digests: Sequence[bytes]) -> bool: ...
+
+    def get(self, digest: bytes) -> torch.Tensor | None: ...
 
 
 def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> LabeledImages:
@@ -258,7 +266,7 @@ def _labels(values: Sequence[Any], column: str, source: str) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def check_images(images: ImageFiles, indices: Sequence[int], cache: PixelCache | None = None) -> list[bytes]:
+def check_images(images: ImageFiles, indices: Sequence[int], cache: Pixels | None = None) -> list[bytes]:
     """Decodes every image once, before a model is loaded; returns a digest of each file and its tag.
 
     A digest begins with that of the file (`picture_of`), since one image may occur with two classes.
@@ -481,7 +489,7 @@ class ImageRows(Dataset):
     indices: np.ndarray
     processor: Any
     digests: list[bytes]
-    cache: PixelCache | None = None
+    cache: Pixels | None = None
     lengths: list[int] = field(init=False)  # all equal, for samplers that group by length
 
     def __post_init__(self) -> None:
