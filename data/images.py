@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from flatlora.config.sections import DatasetConfig
 from flatlora.config.settings import MOST_ROWS, setting
 from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.images import DIGITS, ImageRows, LabeledImages, check_images, name_error, picture_of, read_images
+from flatlora.inputs.pixel_cache import PixelCache
 from flatlora.inputs.rows import Source, gather
 from flatlora.models.clip import Classes
 from flatlora.utils.errors import ConfigError, SettingError
@@ -92,8 +94,11 @@ def _splits(config: Config) -> tuple[str, ...]:
     return (config.train_split,) if config.evaluate == "validation" else (config.train_split, config.test_split)
 
 
-def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedImages:
+def prepared(config: Config, data_root: str | None, processor: Any, *, cache: bool = False) -> PreparedImages:
     """Reads the rows of all splits; every image that will be used is decoded once.
+
+    Args:
+        cache: whether preprocessed images are kept on disk, see `flatlora.inputs.pixel_cache`.
 
     Raises:
         ConfigError: files, columns, labels, sizes or images are invalid; it lists every error.
@@ -105,19 +110,22 @@ def prepared(config: Config, data_root: str | None, processor: Any) -> PreparedI
     chosen = ((train, np.concatenate([places, validation])), (test, asked))
     if errors := [message for images, indices in chosen for message in _label_errors(images, indices, classes)]:
         raise ConfigError(errors)
-    first, scored = gather(*(lambda i=images, j=indices: check_images(i, j) for images, indices in chosen))
-    rows = ImageRows(train, places, processor, first[: len(places)])
+    caches = [PixelCache(processor) if cache else None for _ in chosen]
+    first, scored = gather(
+        *(lambda i=i, j=j, c=c: check_images(i, j, c) for (i, j), c in zip(chosen, caches, strict=True))
+    )
+    rows = ImageRows(train, places, processor, first[: len(places)], caches[0])
     learned, held_out = set(map(picture_of, rows.digests)), first[len(places) :]
     fresh = fresh_places([picture_of(digest) for digest in held_out], learned)
-    rest = ImageRows(train, validation[fresh], processor, [held_out[row] for row in fresh])
+
+    def of_train(kept: Sequence[int]) -> ImageRows:
+        return ImageRows(train, validation[kept], processor, [held_out[row] for row in kept], caches[0])
+
     if not tests:
-        few = fresh[: config.test_rows]
-        return PreparedImages(
-            rows, rest, ImageRows(train, validation[few], processor, [held_out[row] for row in few]), classes
-        )
+        return PreparedImages(rows, of_train(fresh), of_train(fresh[: config.test_rows]), classes)
     if known := sum(picture_of(digest) in learned for digest in scored):
         logger.warning("%d of %d test rows are also train rows; the data set contains them twice.", known, len(scored))
-    return PreparedImages(rows, rest, ImageRows(test, asked, processor, scored), classes)
+    return PreparedImages(rows, of_train(fresh), ImageRows(test, asked, processor, scored, caches[1]), classes)
 
 
 def _read(config: Config, data_root: str | None) -> list[LabeledImages]:

@@ -82,7 +82,8 @@ class Image(RowKind):
     """Labeled images of named classes."""
 
     def read(self, experiment: Experiment, processor: Any) -> images.PreparedImages:
-        return images.prepared(experiment.dataset, experiment.data_root, processor)
+        cache = experiment.trainer.cache_images == "auto"
+        return images.prepared(experiment.dataset, experiment.data_root, processor, cache=cache)
 
     def collator(self, model: ModelConfig, processor: Any) -> Callable[..., Any]:
         return collate_images

@@ -27,6 +27,7 @@ from eval.backends import ImageBackend
 from eval.images import classify, images_of, validate_labels
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
 from flatlora.experiment.plugins import Benchmark
+from flatlora.inputs.images import resized
 from flatlora.utils.errors import ConfigError, SettingError, reason_of
 from flatlora.utils.plain_files import open_plain
 
@@ -174,9 +175,9 @@ def run(
         for i in selected
     ]
 
-    def pixels(index: int) -> torch.Tensor:
-        name, _, row = sources[index]
-        return backend.processor(Image.fromarray(corruptions[name][row]), return_tensors="pt")["pixel_values"][0]
+    def pixels(indices: list[int]) -> list[torch.Tensor]:
+        pictures = (corruptions[name][row] for name, _, row in map(sources.__getitem__, indices))
+        return [resized(backend.processor, Image.fromarray(picture)) for picture in pictures]
 
     path = classify(
         backend,

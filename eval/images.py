@@ -38,7 +38,7 @@ class LabeledImages(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]: ...
 
 
 class Config(Section):
@@ -113,7 +113,7 @@ def run(
     path = classify(
         backend,
         [{"label": label} for label in labels],
-        lambda index: rows[index]["pixel_values"],
+        lambda indices: [row["pixel_values"] for row in rows.__getitems__(indices)],
         folder,
         fields=FIELDS,
         images_sha256=hashlib.sha256(b"".join(rows.digests)).hexdigest(),
@@ -125,7 +125,7 @@ def run(
 def classify(
     backend: ImageBackend,
     rows: Sequence[dict[str, Any]],
-    pixels: Callable[[int], torch.Tensor],
+    pixels: Callable[[list[int]], list[torch.Tensor]],
     folder: Path,
     *,
     fields: predictions.Fields,
@@ -135,12 +135,12 @@ def classify(
     """Adds the class with the largest logit to each row, in `folder`/predictions.jsonl; returns that path.
 
     Args:
-        pixels: index of a row → its preprocessed image.
+        pixels: indices of rows → their preprocessed images, UINT8 or normalized.
         images_sha256: hash of all images; predictions of other images are not reused.
     """
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
-        logits = backend.logits(torch.stack([pixels(index) for index in batch]))
+        logits = backend.logits(torch.stack(pixels(batch)))
         return [{"prediction": label} for label in logits.argmax(dim=1).tolist()]
 
     return predictions.collect(

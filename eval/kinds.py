@@ -18,6 +18,7 @@ from flatlora.config.families import trains_on
 from flatlora.config.settings import Section
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.images import ImageRows, LabeledImages, check_images, name_error, read_images, read_listed
+from flatlora.inputs.pixel_cache import PixelCache
 from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
 from flatlora.inputs.text_to_image import rows_of_run
 from flatlora.models.clip import Classes
@@ -169,7 +170,9 @@ class Image(BenchmarkKind):
                 raise ConfigError([f"Invalid classes of {images.source}: {message}; use images of the same classes."])
             source, indices = images.source, range(min(len(images.labels), count or len(images.labels)))
             processor = load_image_processor(resolved.model)
-            rows = ImageRows(images, np.array(indices), processor, check_images(images, indices))
+            cache = PixelCache(processor, write=False)  # for a single pass, writing takes longer than it saves
+            digests = check_images(images, indices, cache)
+            rows = ImageRows(images, np.array(indices), processor, digests, cache)
         benchmark.check_rows(rows, source, config, classes=classes)
         return rows
 

@@ -13,7 +13,7 @@ cpu  1. one optimizer step on SmolLM2-135M, contenders in turn, round after roun
         mode: medians, tokens/s and ratios (a noisy machine slows down all contenders of a round alike);
      2. the drift of a BF16 backbone after 500 steps of perturbing and restoring, in each mode.
 families  see bench_families.py: a training step of T5-base's shape compared with transformers' Trainer and PEFT.
-data     see bench_data.py: tokenizing 100,000 rows, and starting from the cache.
+data     see bench_data.py: tokenizing 100,000 rows, starting from the cache, and reading images.
 gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape compared with PEFT's.
 methods  see bench_methods.py: an optimizer step of every method compared with LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.

@@ -1,13 +1,20 @@
-"""`python -m scripts.bench data`: tokenizing 100,000 generated rows in MetaMathQA's form, and starting from the cache.
+"""`python -m scripts.bench data`: tokenizing 100,000 generated rows in MetaMathQA's form, and starting from the cache;
+and reading CIFAR-like images for CLIP, in one process.
 
 row by row   one call of the tokenizer for each prompt and each answer, for a part of the rows
 ours         `data.tokens.tokenize` on all rows
 first start  `data.cache.prepared`: hash the file, read it, count tokens, tokenize, write the cache
 second start the same, from the cache
+
+processor    decode a PNG of 32 × 32 pixels, and call transformers' image processor (224 × 224, FP32), for each image
+decoded      `ImageRows` without a cache: the model rescales and normalizes on its device
+cached       `ImageRows` from the cache, verified
+written      the cache: read, hash, decode, resize and write, on all cores
 """
 
 from __future__ import annotations
 
+import io
 import os
 import statistics
 import tempfile
@@ -17,19 +24,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from transformers import CLIPImageProcessorPil
 
 from data import cache, meta_math, word_math
 from data.instructions import formatted
 from data.tokens import tokenize, tokenize_reference
 from flatlora.config.sections import ModelConfig
+from flatlora.inputs.images import ImageRows, LabeledImages, check_images, png_of
+from flatlora.inputs.pixel_cache import PixelCache
 from flatlora.inputs.rows import jsonl
 from flatlora.models import loading
 from flatlora.runs import environment
 from flatlora.utils import files
 
 ROWS, PART, ROUNDS = 100_000, 4_000, 5
+PICTURES = 2_000
 STORIES, JOINED = 3_000, 3  # problems, and problems per row: MetaMathQA's rows have 180 tokens, our problems 75
 console = Console(highlight=False)
 
@@ -59,6 +72,8 @@ def run(model: ModelConfig, *, out: Path, command: str) -> int:
         "tokens": sum(tokenize(texts[:PART], tokenizer, 1024).lengths) * ROWS // PART,
         "rows_per_s": rates,
         "ratios": [ours / plain for ours, plain in zip(rates["ours"], rates["row by row"], strict=True)],
+        "pictures": PICTURES,
+        "ms_per_picture": picture_times(),
         "start_s": {"first": starts[0], "second": starts[1:]},
     }
     console.print(table_of(report))
@@ -96,6 +111,27 @@ def write_rows(root: Path, rows: list[dict[str, str]]) -> None:
         path.write_text(jsonl(written), encoding="utf-8")
 
 
+def picture_times() -> dict[str, list[float]]:
+    """Milliseconds per image of each way to read it, one per round."""
+    noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 32, 32, 3), dtype=np.uint8)
+    files, processor = list(map(png_of, noise)), CLIPImageProcessorPil()
+    images = LabeledImages("generated images", np.zeros(PICTURES, np.int64), files.__getitem__)
+    seconds: dict[str, list[float]] = {name: [] for name in ("processor", "decoded", "cached", "written")}
+    every = range(PICTURES)
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as root, mock.patch.dict(os.environ, FLATLORA_CACHE=root):
+            cache = PixelCache(processor)
+            seconds["written"].append(timed(lambda: check_images(images, every, cache)))  # noqa: B023
+            digests = check_images(images, every, cache)
+            for name, kept in (("cached", cache), ("decoded", None)):
+                rows = ImageRows(images, np.arange(PICTURES), processor, digests, kept)
+                seconds[name].append(timed(lambda: rows.__getitems__(every)))  # noqa: B023
+        seconds["processor"].append(
+            timed(lambda: [processor(Image.open(io.BytesIO(file)), return_tensors="pt") for file in files])
+        )
+    return {name: [1000 * each / PICTURES for each in times] for name, times in seconds.items()}
+
+
 def timed(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
     work()
@@ -112,4 +148,8 @@ def table_of(report: dict[str, Any]) -> Table:
         table.add_row(name, f"{statistics.median(rates):,.0f} rows/s", f"{ratio:.2f}")
     table.add_row("first start", f"{report['start_s']['first']:.1f} s", "")
     table.add_row("second start, from the cache", f"{statistics.median(report['start_s']['second']):.2f} s", "")
+    plain = report["ms_per_picture"]["processor"]
+    for name, times in report["ms_per_picture"].items():
+        ratio = statistics.median(one / other for one, other in zip(plain, times, strict=True))
+        table.add_row(f"image, {name}", f"{statistics.median(times):.3f} ms", f"{ratio:.2f}")
     return table

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from data import cache
-from flatlora.inputs import images
+from flatlora.inputs import images, pixel_cache
 from flatlora.inputs.rows import jsonl
 from flatlora.models import latents, loading, sources
 from flatlora.train.recorder import StepRecorder
@@ -54,7 +54,7 @@ def repeatable_draws() -> None:
 @pytest.fixture(autouse=True)
 def own_data_cache(tmp_path_factory, monkeypatch) -> None:
     """Prepared rows and pictures of tests are not kept among the user's."""
-    for module in (cache, images, latents):
+    for module in (cache, images, latents, pixel_cache):
         monkeypatch.setattr(module, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
 
 

@@ -78,7 +78,7 @@ class ImageBackend(Protocol):
         ...
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """B × 3 × H × W → B × classes, FP32, on the CPU."""
+        """B × 3 × H × W, UINT8 or normalized → B × classes, FP32, on the CPU."""
         ...
 
 

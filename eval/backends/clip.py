@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
 from eval.backends import check_numbers
+from flatlora.inputs.pixels import normalized, pixel_table
 from flatlora.utils.precision import Precision, autocast
 
 
@@ -34,6 +36,10 @@ class CLIPBackend:
         self.precision, self.identity = precision, identity or {}
         self.device = next(model.parameters()).device
 
+    @functools.cached_property
+    def table(self) -> torch.Tensor:
+        return pixel_table(self.processor).to(self.device)
+
     def describe(self) -> dict[str, Any]:
         return {
             "backend": "clip",
@@ -45,8 +51,11 @@ class CLIPBackend:
 
     @torch.inference_mode()
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """B × 3 × H × W → B × classes, FP32, on the CPU; raises as `check_numbers`."""
+        """B × 3 × H × W, UINT8 or normalized → B × classes, FP32, on the CPU; raises as `check_numbers`."""
+        pixels = pixel_values.to(self.device)
+        if not pixels.is_floating_point():
+            pixels = normalized(pixels, self.table)
         with autocast(self.device, self.precision):
-            logits = self.model(pixel_values=pixel_values.to(self.device)).logits.float().cpu()
+            logits = self.model(pixel_values=pixels).logits.float().cpu()
         check_numbers(logits)
         return logits

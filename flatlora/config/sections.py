@@ -225,9 +225,11 @@ class TrainerConfig(Section):
     )
     deterministic: bool = False
     kernels: Literal["auto", "off"] = setting("auto", remedy="off runs PEFT's and transformers' own code")
-    # Processes of the data loader.
-    num_workers: int = setting(
-        0, identity=False, ge=0, le=512, remedy="one per core is enough; 0 reads in the main process"
+    # auto: images are decoded and resized once and kept on disk, if it has the space; off: in every epoch.
+    cache_images: Literal["auto", "off"] = setting("auto", identity=False)
+    # Processes of the data loader; null: 0, or one per core (at most 12) for images that are not cached.
+    num_workers: int | None = setting(
+        None, identity=False, ge=0, le=512, remedy="one per core is enough; 0 reads in the main process"
     )
     gpus: int | None = setting(
         None, identity=False, ge=1, le=1024, remedy="null starts no processes and uses those of torchrun, or one"

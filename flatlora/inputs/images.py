@@ -31,6 +31,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from flatlora.inputs.pixels import normalized, pixel_table
 from flatlora.inputs.rows import Source, fingerprint, hub_data, local_file, read_jsonl, typed_columns
 from flatlora.utils import caches
 from flatlora.utils.caches import cache_error, kept_folder
@@ -97,6 +98,17 @@ class ImageFiles(Protocol):
     read: Callable[[int], bytes]
 
     def tag(self, index: int) -> bytes: ...
+
+
+class Pixels(Protocol):
+    """Preprocessed images by their digests; see `flatlora.inputs.pixel_cache.PixelCache`."""
+
+    @property
+    def filled(self) -> bool: ...
+
+    def fill(self, images: ImageFiles, indices: Sequence[int], digests: Sequence[bytes]) -> bool: ...
+
+    def get(self, digest: bytes) -> torch.Tensor | None: ...
 
 
 def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> LabeledImages:
@@ -254,12 +266,15 @@ def _labels(values: Sequence[Any], column: str, source: str) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def check_images(images: ImageFiles, indices: Sequence[int]) -> list[bytes]:
+def check_images(images: ImageFiles, indices: Sequence[int], cache: Pixels | None = None) -> list[bytes]:
     """Decodes every image once, before a model is loaded; returns a digest of each file and its tag.
 
     A digest begins with that of the file (`picture_of`), since one image may occur with two classes.
 
     Decoding a large set takes minutes, so its success is cached under the digests; the files are still read.
+
+    Args:
+        cache: where the preprocessed pixels are kept; images in it are not decoded.
 
     Raises:
         ConfigError: with the number of broken images, and the first of them with its reason.
@@ -279,10 +294,12 @@ def check_images(images: ImageFiles, indices: Sequence[int]) -> list[bytes]:
             problems[index] = reasons.get(type(error)) or reason_of(error)
 
     digests = _each(lambda i: attempt(i, lambda j: _digest(images, j)), indices, f"read {images.source}")
+    if cache is not None and not problems and cache.fill(images, indices, digests):
+        return digests
     folder, key = cache_folder() / "decoded", "" if problems else _key_of(digests)
     if problems or caches.find(folder, key, ".json") is None:
         left = [index for index in indices if index not in problems]
-        _each(lambda i: attempt(i, lambda j: _try(images, j)), left, f"decode {images.source}")
+        _each(lambda i: attempt(i, lambda j: decode_in_turn(images, j, _one_large)), left, f"decode {images.source}")
         if problems:
             raise ConfigError([_broken(images, problems)])
         entry = {"pictures": len(indices), "pillow": PIL.__version__}
@@ -324,11 +341,12 @@ def _key_of(digests: Sequence[bytes]) -> str:
 _one_large = threading.Lock()
 
 
-def _try(images: ImageFiles, index: int) -> None:
+def decode_in_turn(images: ImageFiles, index: int, one_large: contextlib.AbstractContextManager) -> Image.Image:
+    """`open_image`; a large image is decoded while `one_large` is held."""
     picture = open_head(images, index)
     large = picture.width * picture.height > _LARGE_PIXELS
-    with _one_large if large else contextlib.nullcontext():
-        _decode(picture).convert("RGB")
+    with one_large if large else contextlib.nullcontext():
+        return _decode(picture).convert("RGB")
 
 
 def row_name(images: ImageFiles, index: int) -> str:
@@ -447,22 +465,31 @@ def turn_of(picture: Image.Image) -> Image.Transpose | None:
     return _TURNS.get(written) if isinstance(written, int) else None
 
 
+def resized(processor: Any, picture: Image.Image) -> torch.Tensor:
+    """The UINT8 pixels of an RGB image, C × H × W, as an image processor resizes and crops them."""
+    options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    return processor(middle_of(picture), **options)["pixel_values"][0]
+
+
 @dataclass
 class ImageRows(Dataset):
-    """A subset of a data set's images, preprocessed when they are read.
+    """A subset of a data set's images, preprocessed when they are read, or read from a cache.
 
-    A row is {"pixel_values": FP32 channels × height × width, "labels": int}.
+    A row is {"pixel_values": FP32 channels × height × width, "labels": int}. The rows of a batch (`__getitems__`, which
+    torch's DataLoader calls) have UINT8 pixels and a "pixel_table", with which the model normalizes on its device.
 
     Args:
         indices: indices into `images`.
         processor: an image processor of transformers.
         digests: digests of each row's file and class from `check_images`; equal for two copies of one image.
+        cache: the pixels of these images.
     """
 
     images: LabeledImages
     indices: np.ndarray
     processor: Any
     digests: list[bytes]
+    cache: Pixels | None = None
     lengths: list[int] = field(init=False)  # all equal, for samplers that group by length
 
     def __post_init__(self) -> None:
@@ -472,9 +499,40 @@ class ImageRows(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number = int(self.indices[index])
-        pixels = self.processor(middle_of(open_image(self.images, number)), return_tensors="pt")["pixel_values"][0]
+        number, cached = int(self.indices[index]), self._cached(index)
+        if cached is not None:
+            pixels = normalized(cached, self.table)
+        else:
+            pixels = self.processor(middle_of(open_image(self.images, number)), return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": int(self.images.labels[number])}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [
+            {
+                "pixel_values": self._resized(index),
+                "pixel_table": self.table,
+                "labels": int(self.images.labels[self.indices[index]]),
+            }
+            for index in indices
+        ]
+
+    def _resized(self, index: int) -> torch.Tensor:
+        cached = self._cached(index)
+        return resized(self.processor, open_image(self.images, int(self.indices[index]))) if cached is None else cached
+
+    def _cached(self, index: int) -> torch.Tensor | None:
+        return None if self.cache is None else self.cache.get(self.digests[index])
+
+    @functools.cached_property
+    def table(self) -> torch.Tensor:
+        return pixel_table(self.processor)
+
+    @property
+    def bytes_to_decode(self) -> int:
+        """Bytes of a row that is decoded when it is read; 0 for rows that are cached."""
+        if not len(self) or (self.cache is not None and self.cache.filled):
+            return 0
+        return self._resized(0).nbytes
 
     @property
     def labels(self) -> list[int]:
@@ -519,8 +577,9 @@ def _likeness(left: Sequence[str], right: Sequence[str]) -> float:
 
 
 def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks rows: {"pixel_values": B × 3 × H × W, "labels": B}."""
-    return {
+    """Stacks rows: {"pixel_values": B × 3 × H × W, "labels": B}, and the table that rows with UINT8 pixels share."""
+    batch = {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["labels"] for row in rows]),
     }
+    return batch | {key: rows[0][key] for key in ("pixel_table",) if key in rows[0]}

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from flatlora.inputs.pixels import normalized
 from flatlora.inputs.tokenizing import tokenized
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.plain_files import read_plain
@@ -59,6 +60,8 @@ class Classes(NamedTuple):
 class CLIPImageClassifier(CLIPVisionModelWithProjection):
     """Computes loss and logits (B, classes) from pixel_values (B, 3, H, W) and labels (B,).
 
+    UINT8 pixels are normalized with pixel_table (3, 256), see `flatlora.inputs.pixels`.
+
     Args:
         config: config of the image encoder.
         classes: number of classes.
@@ -79,8 +82,14 @@ class CLIPImageClassifier(CLIPVisionModelWithProjection):
             self.register_buffer("temperature", torch.ones(()), persistent=False)
 
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        pixel_table: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> ImageClassifierOutput:
+        if not pixel_values.is_floating_point():
+            pixel_values = normalized(pixel_values, pixel_table)
         embeddings = super().forward(pixel_values=pixel_values.to(self.dtype), **kwargs).image_embeds
         if self.head == "linear":
             logits = self.classifier(embeddings.to(self.classifier.weight.dtype))

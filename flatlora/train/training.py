@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from flatlora import methods
 from flatlora.config.experiment import Experiment
+from flatlora.config.sections import TrainerConfig
 from flatlora.models.family import FAMILIES
 from flatlora.runs.metrics_log import MetricsLog
 from flatlora.runs.record import BackboneHashes, Timing
@@ -89,6 +93,7 @@ def train(
         regularizer = methods.REGULARIZERS[experiment.rho.method].regularizer(model, experiment.rho, experiment.seed)
     optim, has_validation = experiment.optim, len(validation_rows) > 0
     arguments = training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation)
+    arguments.dataloader_num_workers = loader_workers(experiment.trainer, train_rows)
     if len(set(getattr(validation_rows, "buckets", ()))) > 1:
         arguments.per_device_eval_batch_size = 1  # images of different sizes cannot be batched
     keeps_best = optim.best_model and has_validation
@@ -223,7 +228,6 @@ def training_arguments(
         logging_strategy="steps",
         logging_steps=machine.logging_steps,
         logging_nan_inf_filter=False,
-        dataloader_num_workers=machine.num_workers,
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu, "use_configured_state": bool(machine.zero)},
         ddp_find_unused_parameters=False,
@@ -242,6 +246,21 @@ def training_arguments(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one device per process; else Trainer wraps the model in nn.DataParallel
     return arguments
+
+
+def loader_workers(machine: TrainerConfig, rows: SizedRows) -> int:
+    """Returns trainer.num_workers; if it is null, one per core (at most 12) for images that are decoded, else 0.
+
+    There are fewer if their batches, two of each worker, would fill half of the shared memory: a container has 64 MiB.
+    """
+    if machine.num_workers is not None:
+        return machine.num_workers
+    row_bytes = getattr(rows, "bytes_to_decode", 0)
+    if not row_bytes or multiprocessing.get_context().get_start_method() != "fork":  # others pickle the rows
+        return 0
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = shutil.disk_usage("/dev/shm").free // (4 * machine.micro_batch_size * row_bytes)
+    return min(cores, 12, room)
 
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # transformers' names

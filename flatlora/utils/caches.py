@@ -2,6 +2,9 @@
 
 The name of a cached file ends with the hash of its name and content. A cached folder has a manifest with its own name
 and the hashes of all of its files. So no entry can be mistaken for another one.
+
+A manifest may have only the size of a file that is too large to be hashed at every start; its reader verifies the parts
+that it reads.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from flatlora.utils.errors import ConfigError, reason_of
@@ -77,10 +80,13 @@ def _file_problem(path: Path, name: str) -> str | None:
     return problem
 
 
-def kept_folder(path: Path, make: Callable[[Path], None]) -> Path:
+def kept_folder(path: Path, make: Callable[[Path], None], *, sized: Collection[str] = ()) -> Path:
     """Returns the cached folder `path`; if it is missing or broken, `make` fills it. Safe under several processes.
 
     Its files are verified once per process. Temporary files of dead processes are removed as well.
+
+    Args:
+        sized: names of files whose size is verified instead of their hash.
 
     Raises:
         PermissionError: the folder exists and this user may not read it.
@@ -96,7 +102,10 @@ def kept_folder(path: Path, make: Callable[[Path], None]) -> Path:
         with staging(path, folder=True) as fresh:
             make(fresh)
             obey_umask(fresh)
-            hashes = {name: file_sha256(fresh / name) for name in _names(fresh)}
+            hashes = {
+                name: (fresh / name).stat().st_size if name in sized else file_sha256(fresh / name)
+                for name in _names(fresh)
+            }
             write_json(fresh / MANIFEST, {"name": path.name, "files": hashes})
             _put(fresh, path)
     _verified[path] = _state(path)
@@ -148,7 +157,7 @@ def _folder_problem(path: Path) -> str | None:
             return f"its manifest is that of {manifest['name']}"
         if differing := sorted(hashes.keys() ^ set(_names(path))):
             return f"{differing[0]} is {'missing' if differing[0] in hashes else 'not one of its files'}"
-        wrong = next((name for name, sha256 in hashes.items() if file_sha256(path / name) != sha256), None)
+        wrong = next((name for name, recorded in hashes.items() if not _matches(path / name, recorded)), None)
     except PermissionError:
         raise
     except FileNotFoundError as error:
@@ -158,6 +167,11 @@ def _folder_problem(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST}: {reason_of(error)}"
     return wrong and f"{wrong} is not what was written"
+
+
+def _matches(path: Path, recorded: str | int) -> bool:
+    """Whether a file has the recorded hash or size."""
+    return (path.stat().st_size if isinstance(recorded, int) else file_sha256(path)) == recorded
 
 
 def cache_error(what: str, error: Exception, folder: Path) -> ConfigError:

@@ -482,7 +482,7 @@ def test_a_run_is_scored_on_its_own_images_and_on_others_beside_them(tmp_path, s
     assert json.loads(scored.read_text())["n"] == 5
 
 
-def test_workers_change_nothing(tmp_path, settings):
+def test_neither_workers_nor_the_cache_change_anything(tmp_path, settings):
     settings = [
         *settings,
         "dataset=digits",
@@ -492,9 +492,11 @@ def test_workers_change_nothing(tmp_path, settings):
         "eval=[]",
     ]
     assert run_exp.main(settings) == 0
-    other = [word.replace("/results", "/workers") for word in settings]
-    assert run_exp.main([*other, "trainer.num_workers=2"]) == 0
-    assert adapter_bytes(run_folder(other)) == adapter_bytes(run_folder(settings))
+    for place, words in enumerate((["trainer.num_workers=2"], ["trainer.cache_images=off"])):
+        other = [word.replace("/results", f"/other_{place}") for word in settings]
+        assert run_exp.main([*other, *words]) == 0
+        assert adapter_bytes(run_folder(other)) == adapter_bytes(run_folder(settings))
+        assert metrics_rows(run_folder(other)) == metrics_rows(run_folder(settings))
 
 
 def test_an_adapter_loads_on_transformers_own_vision_model(tmp_path, settings):

@@ -24,7 +24,7 @@ class Brightest:
     batch_size = 3
     calls = 0
 
-    def processor(self, picture, return_tensors):
+    def processor(self, picture, **options):
         pixels = torch.tensor(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
         return {"pixel_values": pixels[None]}
 
@@ -46,10 +46,13 @@ class Rows:
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, index):
-        pixels = torch.zeros(3, 4, 4)
-        pixels[:, :, self.shown[index]] = 1
-        return {"pixel_values": pixels, "labels": self.labels[index]}
+    def __getitems__(self, indices):
+        rows = []
+        for index in indices:
+            pixels = torch.zeros(3, 4, 4)
+            pixels[:, :, self.shown[index]] = 1
+            rows.append({"pixel_values": pixels, "labels": self.labels[index]})
+        return rows
 
 
 def test_both_accuracies(tmp_path):

@@ -14,12 +14,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import CLIPImageProcessorPil
 
 import run_exp
 from data import cache
 from flatlora.config.sections import DiffusionModelConfig, ModelConfig
-from flatlora.inputs import images
-from flatlora.inputs.images import LabeledImages, check_images, parquet_table, png_of
+from flatlora.inputs import images, pixel_cache
+from flatlora.inputs.images import ImageRows, LabeledImages, check_images, parquet_table, png_of
+from flatlora.inputs.pixel_cache import PixelCache
 from flatlora.inputs.text_to_image import TextToImageData, TextToImageRows
 from flatlora.models import diffusion, latents, sources
 from flatlora.models.random_weights import byte_tokenizer
@@ -29,6 +31,7 @@ from tests.conftest import write_split
 from tests.processes import die, in_a_child, umask
 
 SDXL = DiffusionModelConfig(name="sdxl", hub_id="flatlora/random-sdxl", family="text_to_image", embedded="random-sdxl")
+PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
 CLIP = ModelConfig(name="clip", hub_id="flatlora/random-clip", family="clip", embedded="random-clip")
 
 
@@ -63,6 +66,15 @@ def decoded(root):
     return check_images(LabeledImages("here", np.arange(3), made.__getitem__), range(3))
 
 
+def pixels(root):
+    made = [png_of(np.full((4, 4), shade, np.uint8)) for shade in range(3)]
+    pictures, kept = LabeledImages("here", np.arange(3), made.__getitem__), PixelCache(PROCESSOR)
+    digests = check_images(pictures, range(3), kept)
+    assert kept.filled
+    found = ImageRows(pictures, np.arange(3), PROCESSOR, digests, kept).__getitems__(range(3))
+    return [row["pixel_values"].tolist() for row in found]
+
+
 def parquet(root):
     path = root / "rows.parquet"
     if not path.exists():
@@ -80,6 +92,7 @@ CACHES = {
     "latents": latents_of,
     "class_images": class_pictures,
     "decoded": decoded,
+    "pixels": pixels,
     "images": parquet,
     "random-clip-1": weights,
 }
@@ -94,7 +107,7 @@ def write_weights(folder):
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
-    for module in (cache, images, latents):
+    for module in (cache, images, latents, pixel_cache):
         monkeypatch.setattr(module, "cache_folder", files.cache_folder)
     monkeypatch.setitem(sources.RANDOM, "random-clip", write_weights)
     monkeypatch.setattr(latents, "_key", lambda *args, **more: "k" * 40)
@@ -184,7 +197,7 @@ def test_every_damage_of_every_file_is_reported_and_repaired(name, tmp_path, cap
             caplog.clear()
             assert read(tmp_path) == whole, (path, damage.__name__)
             counts["anew" if anew(caplog) else "unharmed"] += 1
-            gone = damage is lose and name not in ("random-clip-1", "images")  # as if it had never been made
+            gone = damage is lose and name not in ("random-clip-1", "images", "pixels")  # as if it had never been made
             assert (anew(caplog) > 0) != (damage is mode or gone), (path, damage.__name__)
             caplog.clear()
             assert read(tmp_path) == whole

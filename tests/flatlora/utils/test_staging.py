@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -72,3 +74,21 @@ def test_a_sweep_between_making_and_locking_is_noticed(tmp_path, monkeypatch):
     with staging.staging(tmp_path / "a", folder=True) as fresh:
         assert fresh.is_dir()
         assert fresh != swept[0]
+
+
+def test_one_process_at_a_time_and_a_warning_for_the_one_that_waits(tmp_path, caplog):
+    done = []
+
+    def second():
+        with staging.exclusively(tmp_path / "new"):
+            done.append("second")
+
+    with staging.exclusively(tmp_path / "new"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        while not caplog.messages:
+            time.sleep(0.01)
+        done.append("first")
+    waiting.join()
+    assert done == ["first", "second"]
+    assert caplog.messages == [f"Waiting for another process that writes to {tmp_path / 'new'}."]
