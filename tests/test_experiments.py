@@ -116,54 +116,16 @@ def test_every_row_has_the_setting_of_its_paper(name):
     assert model != "smollm" or (found.optim.batch_size, found.trainer.micro_batch_size) == (32, 32)
 
 
-# Typed from the papers: (table, row, column) → lr, epochs, batch, micro-batch, tokens, strength, metric.
-OF_PAPERS = {
-    ("table1", "flat_lora_r8", "cola"): (5e-4, 10, 32, 32, 128, 0.05, "glue/accuracy"),
-    ("table1", "full_ft", "qnli"): (1e-4, 1, 32, 32, 128, 0, "glue/accuracy"),
-    ("table2", "flat_lora_r16", "dtd"): (5e-4, 10, 128, 128, None, 0.15, "images/top1"),
-    ("table3", "lora_sam", "gsm8k"): (5e-4, 2, 32, 2, 1024, 0.003, "gsm8k/exact_match"),
-    ("table3", "flat_lora", "mt_bench"): (5e-4, 2, 32, 2, 1024, 0.05, "mt_bench/turn_1"),
-    ("table5", "flat_lora_ga", "cola"): (5e-4, 10, 32, 32, 128, 0.05, "glue/accuracy"),
-    ("table6", "lora_sam", "mrpc"): (5e-4, 10, 32, 32, 128, 0.003, "glue/accuracy"),
-    ("table6", "sam_full", "qnli"): (5e-4, 1, 32, 32, 128, 0.05, "glue/accuracy"),
-    ("table7", "flat_lora", "minutes"): (5e-4, 2, 32, 2, 1024, 0.05, "timing/train_s"),
-    ("figure5", "flat_lora_r64", "mrpc"): (5e-4, 10, 32, 32, 128, 0.05, "glue/accuracy"),
-    ("figure5", "flat_lora_r1", "cifar100"): (5e-4, 10, 128, 128, None, 0.15, "images/top1"),
-    ("sdxl", "flat_lora", "image_text"): (1e-4, 1, 1, 1, None, 0.1, "text_to_image/image_text"),
-    ("bi_lora_llama2", "full_ft", "humaneval"): (5e-5, 2, 32, 4, 1024, 0, "humaneval/pass@1"),
-    ("bi_lora_llama2", "lora_sam", "gsm8k"): (5e-4, 2, 32, 4, 1024, 0.01, "gsm8k/exact_match"),
-    ("bi_lora_llama2", "bi_lora", "mt_bench"): (5e-4, 2, 32, 4, 1024, 0.05, "mt_bench/turn_1"),
-    ("bi_lora_llama2", "nbar", "gsm8k"): (5e-4, 2, 32, 4, 1024, 0.25, "gsm8k/exact_match"),
-    ("bi_lora_llama31", "lora", "mmlu"): (3e-4, 3, 128, 4, 256, 0, "instruct_eval/mmlu"),
-    ("bi_lora_llama31", "hira", "drop"): (3e-4, 3, 128, 4, 256, 0, "instruct_eval/drop"),
-    ("bi_lora_llama31", "delora", "bbh"): (3e-4, 3, 128, 4, 256, 0, "instruct_eval/bbh"),
-    ("bi_lora_qwen25", "lora_sam", "bbh"): (5e-5, 3, 128, 4, 256, 0.05, "instruct_eval/bbh"),
-    ("bi_lora_qwen25", "bi_lora", "drop"): (5e-5, 3, 128, 4, 256, 0.1, "instruct_eval/drop"),
-    ("bi_lora_qwen25", "rop", "drop"): (5e-5, 3, 128, 4, 256, 0.0316, "instruct_eval/drop"),
-    ("bi_lora_glue", "bi_lora", "mnli"): (5e-4, 3, 32, 32, 256, 0.05, "glue/accuracy"),
-    ("bi_lora_glue", "lora_sam", "cola"): (5e-4, 10, 32, 32, 256, 0.01, "glue/matthews"),
-    ("bi_lora_superglue", "bi_lora", "cb"): (5e-4, 50, 32, 32, 256, 0.1, "glue/accuracy"),
-    ("bi_lora_superglue", "lora_sam", "wic"): (5e-4, 10, 32, 32, 256, 0.05, "glue/accuracy"),
-    ("bi_lora_nf4", "bi_qlora", "gsm8k"): (5e-4, 2, 32, 4, 1024, 0.05, "gsm8k/exact_match"),
-    ("bi_lora_sdxl", "bi_lora", "text_text"): (2e-4, 1, 4, 1, None, 0.05, "text_to_image/text_text"),
-    ("lora_pro_llama2", "lora_pro", "gsm8k"): (2e-5, 1, 32, 1, 1024, 0, "gsm8k/exact_match"),
-    ("lora_pro_glue", "lora_pro", "sst2"): (1e-4, 1, 32, 32, 128, 0, "glue/accuracy"),
-    ("lora_pro_llama2", "full_ft", "mt_bench"): (2e-5, 1, 32, 1, 1024, 0, "mt_bench/turn_1"),
-    ("lora_pro_clip", "lora_pro", "svhn"): (5e-4, 10, 128, 128, None, 0, "images/top1"),
-    ("lora_ga_llama2", "flat_lora_ga", "humaneval"): (1e-5, 1, 32, 1, 1024, 0.05, "humaneval/pass@1"),
-    ("lora_ga_glue", "lora_ga", "cola"): (1e-4, 1, 32, 32, 128, 0, "glue/accuracy"),
-    ("table3_methods", "lora_ga", "gsm8k"): (1e-5, 1, 32, 2, 1024, 0, "gsm8k/exact_match"),
-    ("table3_methods", "flat_lora_pro", "humaneval"): (2e-5, 1, 32, 2, 1024, 0.05, "humaneval/pass@1"),
-    ("table4", "flat_lora", "mmlu"): (5e-4, 2, 32, 2, 1024, 0.05, "instruct_eval/mmlu"),
-    ("bi_lora_methods", "bi_pissa", "cola"): (5e-4, 10, 32, 32, 256, 0.05, "glue/matthews"),
-    ("corruptions", "flat_lora_r16", "severity3"): (5e-4, 10, 128, 128, None, 0.15, "corruptions/severity_3"),
+# Typed from PEFT's suite; cells of papers are in test_paper_settings.py: (table, row, column) → lr, epochs, batch,
+# micro-batch, tokens, strength, metric.
+OF_SUITE = {
     ("peft_suite", "flat_lora", "gsm8k"): (1e-4, 1, 4, 4, 768, 0.05, "gsm8k/exact_match"),
     ("peft_suite", "lora_sam", "memory"): (1e-4, 1, 4, 4, 768, 0.003, "memory/peak_reserved_gib"),
 }
 
 
-@pytest.mark.parametrize(("cell", "expected"), OF_PAPERS.items(), ids=lambda value: "-".join(map(str, value[:3])))
-def test_a_cell_has_the_settings_of_its_paper(cell, expected):
+@pytest.mark.parametrize(("cell", "expected"), OF_SUITE.items(), ids=lambda value: "-".join(map(str, value[:3])))
+def test_a_cell_has_the_settings_of_pefts_suite(cell, expected):
     name, row, column = cell
     found = cells.experiment_of(tuple(cells.cell_overrides(name, LAYOUTS[name], row, column)))
     optim, length = found.optim, getattr(found.dataset, "max_length", None)
