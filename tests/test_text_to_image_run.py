@@ -63,6 +63,7 @@ def test_it_learns_leaves_the_backbone_and_loads_in_diffusers(tmp_path, rho):
     assert not torch.equal(drawn(pipeline), untouched)
 
 
+@pytest.mark.extra
 def test_sigma_zero_is_plain_lora_and_modes_are_one(tmp_path):
     runs = {
         name: adapter_bytes(trained(tmp_path / name, "trainer.max_steps=4", *more)[0])

@@ -21,6 +21,7 @@ def settings(tmp_path, monkeypatch):
     return [*words, "optim.batch_size=4", "trainer.micro_batch_size=4"]
 
 
+@pytest.mark.extra
 def test_both_sides_train_and_are_timed(settings):
     times = [bench_families.stock(settings, tf32=False), bench_families.ours([*settings, "rho=flat"])]
     assert [len(seconds) for seconds in times] == [2, 2]  # steps 2 and 3, 4 and 5

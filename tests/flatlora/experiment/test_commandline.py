@@ -599,6 +599,8 @@ def partners(group, option, folder):
         return [f"model={'llama32_3b' if option == 'peft_suite' else 'llama'}", "dataset=meta_math"]
     if group == "model" and option.startswith(("clip_", "sdxl")):
         return ["dataset=digits" if option.startswith("clip_") else "dataset=shapes"]
+    if (group, option) == ("dataset", "custom"):
+        return [f"dataset.path={folder}"]
     text = (run_exp.SUITE.conf_dir / group / f"{option}.yaml").read_text()
     if group == "dataset" and "loader: text_to_image" in text:
         return ["model=sdxl_tiny", *([f"dataset.folder={folder}"] if option == "pictures" else [])]

@@ -127,7 +127,7 @@ def test_epochs_with_an_unfilled_last_step_are_those_of_one_process(settings, co
     ("before", "after", "words"),
     [
         pytest.param(2, 1, COPY, id="2-1-copy"),
-        pytest.param(1, 2, ["peft=lora_pro", *RECOMPUTE], id="1-2-lora_pro-recompute"),
+        pytest.param(1, 2, ["peft=lora_pro", *RECOMPUTE], id="1-2-lora_pro-recompute", marks=pytest.mark.extra),
         pytest.param(2, 1, ["peft=lora_pro", "rho=off"], id="2-1-lora_pro", marks=pytest.mark.extra),
         pytest.param(1, 2, COPY, id="1-2-copy", marks=pytest.mark.extra),
         pytest.param(2, 1, RECOMPUTE, id="2-1-recompute", marks=pytest.mark.extra),
