@@ -98,7 +98,7 @@ def main() -> int:
         from scripts import bench_families, bench_gpu, bench_methods, bench_processes, bench_sdxl
 
         if options.device == "families":
-            root = f" --data-root {options.data_root}" if options.data_root else ""
+            root = " --data-root DIR" if options.data_root else ""
             command = f"python -m scripts.bench families --steps {options.steps}{root}"
             settings = {"steps": options.steps, "data_root": options.data_root}
             return bench_families.run(**settings, out=options.out, command=command)

@@ -1,6 +1,6 @@
 """Writes finished runs of `protocol=peft_suite` in the JSON form of PEFT's own suite (method_comparison/MetaMathQA).
 
-    python -m scripts.export_peft_suite RUN [RUN ...] [--out DIR]     writes DIR/METHOD--llama-3.2-3B-….json
+    python -m scripts.export_peft_suite RUN [RUN ...] [--out DIR]     writes DIR/METHOD--MODEL-….json
 
 RUN is a run's folder. What the suite records and a run does not is null: accuracy on validation rows and its time, the
 hub's dates and hashes, commits of packages, and the loss on Wikipedia ("forgetting"). `regularizer`, beside the
@@ -116,9 +116,13 @@ def _missing(record: RunRecord) -> list[str]:
 
 
 def experiment_name(experiment: Experiment) -> str:
-    """The name in the suite's form METHOD/MODEL-SETTINGS, such as lora/llama-3.2-3B-rank32-flat0.05."""
+    """The name in the suite's form METHOD/MODEL-SETTINGS, such as lora/llama-3.2-3B-rank32-flat0.05.
+
+    A run on other weights, by model.hub_id, has their name.
+    """
     rank = getattr(experiment.peft, "lora_r", None)
-    parts = ["llama-3.2-3B", *([f"rank{rank}"] if rank else [])]
+    model = experiment.model.hub_id.rstrip("/").rpartition("/")[2]
+    parts = ["llama-3.2-3B" if model == "Llama-3.2-3B" else model, *([f"rank{rank}"] if rank else [])]
     parts += [] if experiment.peft.name in ("lora", "full_ft") else [experiment.peft.name]
     parts += [f"{experiment.rho.name}{experiment.rho.sigma:g}"] if experiment.regularized else []
     parts += [f"seed{experiment.seed}"] if experiment.seed else []  # the suite's is 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -135,7 +136,8 @@ def test_a_run_is_exported_in_the_suites_form(run, tmp_path, capsys):
     assert asked[0]["prompt"] == "Question: 0 + 2? Think step by step.\nAnswer:"
     assert export_peft_suite.main([str(run), "--out", str(tmp_path / "out")]) == 0
     (path,) = (tmp_path / "out").iterdir()
-    assert path.name == "lora--llama-3.2-3B-rank4-flat0.05.json"
+    other = Path(RunRecord.read(run).experiment["model"]["hub_id"]).name  # no Llama-3.2-3B, so it is not named so
+    assert path.name == f"lora--{other}-rank4-flat0.05.json"
     found = json.loads(path.read_text())
     regularizer = found["run_info"].pop("regularizer")
     assert (regularizer["name"], regularizer["sigma"]) == ("flat", 0.05)
