@@ -10,6 +10,7 @@ from flatlora.utils.files import cache_folder
 from scripts import damage
 
 
+@pytest.mark.extra
 def test_a_sample_of_damages_has_no_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "cache_folder", cache_folder)  # which the script chooses by that variable

@@ -200,6 +200,7 @@ def trained_by(words, tiny_settings, name):
     )
 
 
+@pytest.mark.extra
 def test_the_sam_family_agrees_where_its_members_are_sam(tiny_settings):
     """ESAM over all tensors and rows, and LookSAM with a second gradient in each step."""
     plain = ["trainer.kernels=off", "rho.sigma=0.2", "trainer.max_steps=3"]

@@ -17,6 +17,7 @@ PROJECT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
+@pytest.mark.extra  # that they compile is in tests/scripts/test_kernels_compile.py
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux, x86-64)")
 def test_kernels_in_the_interpreter():
     chosen = "what_the_host_makes or row_norms or grouped or slices or transposed or (rounded_once and shape1)"

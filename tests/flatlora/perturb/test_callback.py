@@ -357,7 +357,8 @@ def test_slow_products_are_named_once(tmp_path, monkeypatch, caplog, dtype, fast
         )  # which TRL's configs do not have by themselves
 
 
-@pytest.mark.parametrize("mode", ["copy", pytest.param("recompute", marks=pytest.mark.extra)])
+@pytest.mark.extra
+@pytest.mark.parametrize("mode", ["copy", "recompute"])
 def test_torch_compile_trains_on_the_same_noise(tmp_path, mode):
     """The eager backend: Dynamo traces and guards as for any backend, without a compiler's minutes."""
     settings = {"num_train_epochs": 1, "max_steps": 3, "learning_rate": 1e-3}

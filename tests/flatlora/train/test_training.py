@@ -214,6 +214,7 @@ def test_killed_in_the_evaluation_at_an_epochs_end(tiny_settings, monkeypatch):
     assert adapter_bytes(killed) == adapter_bytes(whole)
 
 
+@pytest.mark.extra
 def test_killed_while_scoring_after_early_stopping(tiny_settings, monkeypatch):
     settings = [w for w in tiny_settings if not w.startswith(("optim.lr", "dataset.validation_rows"))]
     settings += ["optim.epochs=8", "optim.early_stopping_patience=1", "optim.lr=0.5", "dataset.validation_rows=4"]
