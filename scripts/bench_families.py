@@ -47,7 +47,7 @@ CONTENDERS: dict[str, list[str] | None] = {  # settings of run_exp.py; None is s
 }
 
 
-def run(*, steps: int, out: Path, command: str, data_root: str | None, device: str = "cuda", **changes: Any) -> int:
+def run(*, steps: int, out: Path, command: str, data_root: str | None) -> int:
     """Measure, print, write `families.json` into `out`."""
     report: dict[str, Any] = {
         "command": command,
@@ -58,10 +58,10 @@ def run(*, steps: int, out: Path, command: str, data_root: str | None, device: s
         "contenders": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        write_t5(Path(folder) / "t5", **changes)
+        write_t5(Path(folder) / "t5")
         for name, words in CONTENDERS.items():
             free_memory()
-            settings = settings_of(Path(folder), steps, data_root, device) + (words or [])
+            settings = settings_of(Path(folder), steps, data_root, "cuda") + (words or [])
             torch.cuda.reset_peak_memory_stats()
             times = ours(settings) if words is not None else stock(settings, tf32="TF32" in name)
             report["contenders"][name] = {

@@ -124,12 +124,9 @@ class FlatTrainer(Trainer):
         wrapped = super()._wrap_model(model, *args, **kwargs)
         self._parameters = list(wrapped.parameters())
         if not self.experiment.trainer.zero:  # DeepSpeed's engine zeroes more than .grad
-            wrapped.zero_grad = self._drop_gradients
+            # Not a method of this object: the model outlives it, and would keep the optimizer's state in memory.
+            wrapped.zero_grad = functools.partial(_drop_gradients, self._parameters)
         return wrapped
-
-    def _drop_gradients(self, set_to_none: bool = True) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
         return self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
@@ -411,6 +408,12 @@ class FlatTrainer(Trainer):
             state, folder = to_host(self.optimizer.state_dict()), Path(output_dir)
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             self._left_to_write.append(lambda: torch.save(state, folder / OPTIMIZER_NAME))
+
+
+def _drop_gradients(parameters: Sequence[nn.Parameter], set_to_none: bool = True) -> None:
+    """`nn.Module.zero_grad` of a list of parameters."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _units(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Whole runs of a tiny model through `run_exp.main`: DESIGN's invariants, resume, and the record."""
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -675,3 +677,22 @@ def test_sampler_is_a_permutation_and_a_pure_function(group):
 def test_rows_know_their_lengths():
     rows = TokenRows.of([[1, 2], [3]], [[4], [5, 6, 7]])
     assert rows.lengths == [3, 4]
+
+
+def test_a_trainer_is_freed_before_its_model_is_scored(tiny_settings, monkeypatch):
+    """Its optimizer's state can be larger than the adapter by far, and scoring needs the memory."""
+    trainers, save = [], run_module._save
+    build = FlatTrainer.__init__
+
+    def remembered(self, *args, **kwargs):
+        trainers.append(weakref.ref(self))
+        build(self, *args, **kwargs)
+
+    def freed(*args):
+        gc.collect()
+        assert [trainer() for trainer in trainers] == [None]
+        save(*args)
+
+    monkeypatch.setattr(FlatTrainer, "__init__", remembered)
+    monkeypatch.setattr(run_module, "_save", freed)
+    run(tiny_settings, "trainer.max_steps=2")
