@@ -363,9 +363,11 @@ def _watched_writes() -> Iterator[list[str]]:
         _hook.is_set = True
     wrote: list[str] = []
     _watching.append(wrote)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # Python's own writes, on a fresh machine
     try:
         yield wrote
     finally:
+        sys.dont_write_bytecode = before
         _watching.remove(wrote)
 
 

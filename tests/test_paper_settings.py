@@ -4,6 +4,7 @@ import pytest
 
 from flatlora.experiment.commandline import composed_once
 from scripts import cells
+from tests.test_experiments import REGULARIZERS, named_settings
 
 LAYOUTS = cells.read_layouts(cells.LAYOUTS)
 OURS = ("study", "study_tuned", "ablation", "flatness", "peft_suite")  # no paper's, or in test_experiments.py
@@ -94,6 +95,11 @@ def test_each_cell_composes_and_has_the_settings_of_its_paper(name, whole):
             if name.endswith("_methods") and found.protocol == "flat_lora":
                 lr, epochs = OF_METHODS.get((model, method), (lr, epochs))
             epochs = epochs[dataset] if isinstance(epochs, dict) else epochs
+            if found.protocol == "flat_lora":
+                named, rank, _, _ = named_settings(row)
+                assert method == ("lora" if named in REGULARIZERS else "attention" if model == "sdxl" else named), row
+                assert found.rho.name == REGULARIZERS.get(named, "flat" if row.startswith("flat_") else "off"), row
+                assert method == "full_ft" or model == "sdxl" or found.peft.lora_r == int(rank or 8), row
             strength = strength_of(found.rho.name, found.protocol, model, dataset)
             expected = [full_lr if method == "full_ft" else lr, *sizes, strength]
             optim, length = found.optim, getattr(found.dataset, "max_length", None)
