@@ -232,6 +232,8 @@ def train_and_score(
         record.timing, record.perturbation = outcome.timing, outcome.perturbation
         record.memory = _reserved(outcome.reserved_gib)
         record.resumed_from = outcome.resumed_from
+        if outcome.micro_batch_tokens:
+            record.kernels.append(f"micro-batches of up to {outcome.micro_batch_tokens} tokens")
         record.distributed = Distributed(
             processes=distributed.world_size(),
             zero=experiment.trainer.zero,

@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from flatlora.fused.cross_entropy import forward_without_logits, has_frozen_linear_head
 from flatlora.fused.lora_linear import fuse, groups_of, recompute_norm, refresh
 from flatlora.fused.packing import attends_to_all_before, remove_padding
+from flatlora.fused.varlen import VARLEN, allow_joined_rows
 from flatlora.noise import triton_kernels
 from flatlora.utils.errors import reason_of
 
@@ -57,7 +58,7 @@ def accelerate(model: nn.Module, device: torch.device) -> list[str]:
         done.append("causal attention without a mask")
     if has_frozen_linear_head(base):
         base.forward = forward_without_logits(base)
-        done.append("chunked cross entropy")
+        done += ["chunked cross entropy", *allow_joined_rows(base)]
     return done
 
 
@@ -138,12 +139,13 @@ def _forward_without_mask(decoder: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        joined = kwargs.get("cu_seq_lens_q") is not None
         alone = not args[1:] and all(kwargs.get(name) is None for name in ("past_key_values", "position_ids"))
-        if not decoder.training or attention_mask is not None or not alone:
+        if not joined and (not decoder.training or attention_mask is not None or not alone):
             given = {} if attention_mask is None else {"attention_mask": attention_mask}
             return original(*args, **given, **kwargs)
         config, usual = decoder.config, decoder.config._attn_implementation
-        config._attn_implementation = _MASKLESS
+        config._attn_implementation = VARLEN if joined else _MASKLESS
         try:
             return original(*args, **kwargs)
         finally:
@@ -160,14 +162,14 @@ class GraphedMicroStep:
     once per step. On a CPU there is only the buffer.
 
     Args:
-        compute: micro-batch (dict of tensors) → loss; must not synchronize with the host.
+        compute: micro-batch (dict of tensors and numbers) → loss; must not synchronize with the host.
         model: the model that is trained; its fused layers add their gradients to the buffer themselves.
         largest: micro-batches whose largest input has more elements are not captured; None captures all.
     """
 
     def __init__(
         self,
-        compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        compute: Callable[[dict[str, Any]], torch.Tensor],
         model: nn.Module,
         largest: int | None = GRAPH_TOKENS,
     ) -> None:
@@ -185,7 +187,7 @@ class GraphedMicroStep:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(flat.device)  # for all warm-up runs and captures
 
-    def __call__(self, inputs: dict[str, torch.Tensor], state: Hashable = None) -> torch.Tensor:
+    def __call__(self, inputs: dict[str, Any], state: Hashable = None) -> torch.Tensor:
         """Returns the loss of a micro-batch and adds its gradients to the parameters'.
 
         `state` identifies everything else that decides which kernels run, such as whether weights are perturbed. A
@@ -193,9 +195,9 @@ class GraphedMicroStep:
         """
         if self.parameters[0].grad is not self._gradients[0]:  # zero_grad() has dropped the old ones
             self.restart()
-        key = state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
+        key = state, tuple((name, _kind(value)) for name, value in sorted(inputs.items()))
         if key not in self._graphs:
-            size = max(tensor.numel() for tensor in inputs.values())
+            size = max(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor))
             too_large = self._largest is not None and size > self._largest
             if not self._captures or too_large or len(self._graphs) >= _GRAPHS:
                 return self._run(inputs).detach()
@@ -203,8 +205,9 @@ class GraphedMicroStep:
         if self._graphs[key] is None:
             return self._run(inputs).detach()
         graph, static, loss = self._graphs[key]
-        for name, tensor in inputs.items():
-            static[name].copy_(tensor, non_blocking=True)
+        for name, value in static.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(inputs[name], non_blocking=True)
         graph.replay()
         return loss.clone()
 
@@ -221,7 +224,7 @@ class GraphedMicroStep:
         for group in self._groups:
             group.managed = False
 
-    def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _run(self, inputs: dict[str, Any]) -> torch.Tensor:
         loss = self.compute(inputs)
         loss.backward()
         return loss
@@ -231,14 +234,14 @@ class GraphedMicroStep:
         """Number of captured shapes."""
         return sum(graph is not None for graph in self._graphs.values())
 
-    def _try_capture(self, inputs: dict[str, torch.Tensor]) -> _Captured | None:
+    def _try_capture(self, inputs: dict[str, Any]) -> _Captured | None:
         """Run the micro-step to compile and allocate what it needs, then capture it; gradients and RNG are restored.
 
         Both run on one stream: the autograd graph of the warm-up may outlive it (a logged ImportError keeps its
         frames), and its nodes that accumulate gradients would make the capture wait for another stream, an error.
         """
         device, stream, caller = self.gradient.device, self._stream, torch.cuda.current_stream(self.gradient.device)
-        static = {name: tensor.clone() for name, tensor in inputs.items()}
+        static = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         gradient, generator = self.gradient.clone(), torch.cuda.get_rng_state(device)
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
@@ -255,7 +258,7 @@ class GraphedMicroStep:
                 loss = self._run(static).detach()
             captured = _Captured(graph, static, loss)
         except torch.AcceleratorError as error:
-            shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+            shapes = {name: tuple(getattr(value, "shape", (value,))) for name, value in inputs.items()}
             cause = error.__context__ or error  # the error at the end of a failed capture does not name the cause
             logger.warning("No CUDA graph of %s: %s", shapes, reason_of(cause))
             captured = None
@@ -266,9 +269,14 @@ class GraphedMicroStep:
         return captured
 
 
+def _kind(value: torch.Tensor | int) -> Hashable:
+    """What a graph fixes of an input: a tensor's shape and dtype, a number's value."""
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
+
+
 class _Captured(NamedTuple):
     """A graph, the buffers that it reads and the loss that it writes."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor | int]
     loss: torch.Tensor

@@ -373,10 +373,12 @@ def _product(
 ) -> torch.Tensor | None:
     """scaling · left · right, the gradient of a factor; None if it has been added to `factor.grad`."""
     if adds:
-        if left.is_cuda and left.dtype != factor.grad.dtype:  # accumulated in FP32 by the product itself
-            torch.addmm(factor.grad, left, right, out_dtype=factor.grad.dtype, alpha=scaling, out=factor.grad)
-        else:
+        if not left.is_cuda:
             factor.grad.add_(left @ right, alpha=scaling)
+        elif left.dtype == factor.grad.dtype:
+            factor.grad.addmm_(left, right, alpha=scaling)
+        else:  # accumulated in FP32 by the product itself
+            torch.addmm(factor.grad, left, right, out_dtype=factor.grad.dtype, alpha=scaling, out=factor.grad)
         return None
     product = left @ right
     return (product if scaling == 1.0 else product * scaling).to(factor.dtype)

@@ -64,7 +64,7 @@ def remove_padding(base: nn.Module) -> list[str]:
         training = forward_without_logits(base)
         done.append("chunked cross entropy")
     base.forward = _forward_without_padding(base, original, training)
-    if reason := _reason_against(base, original):
+    if reason := reason_against(base, original, lambda batch: base.forward(**batch)):
         base.forward, base.config._attn_implementation = original, attention
         logger.warning("The batches of %s stay padded: %s.", type(base).__name__, reason)
         return []
@@ -159,25 +159,34 @@ _NOT_PACKED = ("inputs_embeds", "position_ids", "past_key_values", "output_atten
 
 
 @torch.no_grad()
-def _reason_against(base: nn.Module, original: Callable[..., Any]) -> str | None:
-    """Why packed rows cannot be used, from a trial on two short rows; None if the losses are equal."""
-    ids = torch.arange(3, 13).view(2, 5) % base.config.vocab_size
+def reason_against(
+    base: nn.Module, padded: Callable[..., Any], packed: Callable[[dict[str, torch.Tensor]], Any]
+) -> str | None:
+    """Why packed rows cannot be used, from a trial on two short rows; None if the losses are equal.
+
+    Args:
+        padded: forward of padded rows, in evaluation mode.
+        packed: the batch, on the host → output of the same rows without padding; the model, but none of its layers,
+            is in training mode.
+    """
+    ids = torch.arange(3, 13).view(2, 5) % base.config.get_text_config().vocab_size
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED_LABEL)}
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:
-        padded = original(**batch, use_cache=False).loss
-        base.training = True  # of the model only: its layers, such as dropout, stay in evaluation mode
-        packed = base.forward(**batch).loss
+        device = next(base.parameters()).device
+        loss = padded(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
+        base.training = True  # layers, such as dropout, stay in evaluation mode
+        other = packed(batch).loss
     except (TypeError, KeyError, RuntimeError, ValueError, AttributeError) as error:
         return f"it does not accept packed rows ({reason_of(error)})"
     finally:
         for module, mode in modes:
             module.training = mode
     tolerance = 1e-4 if base.dtype == torch.float32 else 3e-2
-    if not (packed - padded).abs() <= tolerance * padded.abs():
-        return f"its loss changes without padding ({packed:.6g} instead of {padded:.6g})"
+    if not (other - loss).abs() <= tolerance * loss.abs():
+        return f"its loss changes without padding ({other:.6g} instead of {loss:.6g})"
     return None
 
 

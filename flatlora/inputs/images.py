@@ -108,7 +108,7 @@ class Pixels(Protocol):
 
     def fill(self, images: ImageFiles, indices: Sequence[int], digests: Sequence[bytes]) -> bool: ...
 
-    def get(self, digest: bytes) -> torch.Tensor | None: ...
+    def read(self, digests: Sequence[bytes]) -> tuple[torch.Tensor, list[int]]: ...
 
 
 def read_images(source: Source, *, image: str, label: str, data_root: str | None = None) -> LabeledImages:
@@ -499,29 +499,38 @@ class ImageRows(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number, cached = int(self.indices[index]), self._cached(index)
-        if cached is not None:
-            pixels = normalized(cached, self.table)
+        if self._cached:
+            pixels = normalized(self._pixels([index])[0], self.table)
         else:
-            pixels = self.processor(middle_of(open_image(self.images, number)), return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": int(self.images.labels[number])}
+            picture = open_image(self.images, int(self.indices[index]))
+            pixels = self.processor(middle_of(picture), return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": self._label(index)}
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [
-            {
-                "pixel_values": self._resized(index),
-                "pixel_table": self.table,
-                "labels": int(self.images.labels[self.indices[index]]),
-            }
-            for index in indices
+        stacked = self._pixels(indices) if self._cached else None
+        pixels = map(self._resized, indices) if stacked is None else stacked
+        rows = [
+            {"pixel_values": each, "pixel_table": self.table, "labels": self._label(index)}
+            for index, each in zip(indices, pixels, strict=True)
         ]
+        return rows if stacked is None else _StackedRows(rows, stacked)
+
+    def _label(self, index: int) -> int:
+        return int(self.images.labels[self.indices[index]])
+
+    @property
+    def _cached(self) -> bool:
+        return self.cache is not None and self.cache.filled
+
+    def _pixels(self, indices: Sequence[int]) -> torch.Tensor:
+        """Pixels from the cache, B × C × H × W; those that it does not have are decoded."""
+        pixels, missing = self.cache.read([self.digests[index] for index in indices])
+        for place in missing:
+            pixels[place] = self._resized(indices[place])
+        return pixels
 
     def _resized(self, index: int) -> torch.Tensor:
-        cached = self._cached(index)
-        return resized(self.processor, open_image(self.images, int(self.indices[index]))) if cached is None else cached
-
-    def _cached(self, index: int) -> torch.Tensor | None:
-        return None if self.cache is None else self.cache.get(self.digests[index])
+        return resized(self.processor, open_image(self.images, int(self.indices[index])))
 
     @functools.cached_property
     def table(self) -> torch.Tensor:
@@ -530,9 +539,7 @@ class ImageRows(Dataset):
     @property
     def bytes_to_decode(self) -> int:
         """Bytes of a row that is decoded when it is read; 0 for rows that are cached."""
-        if not len(self) or (self.cache is not None and self.cache.filled):
-            return 0
-        return self._resized(0).nbytes
+        return 0 if self._cached or not len(self) else self._resized(0).nbytes
 
     @property
     def labels(self) -> list[int]:
@@ -576,10 +583,19 @@ def _likeness(left: Sequence[str], right: Sequence[str]) -> float:
     return len({*left} & {*right}) / len({*left, *right} or {""})
 
 
+class _StackedRows(list):
+    """Rows whose pixels are those of one tensor, B × C × H × W, so that a batch of them needs no copy."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], pixels: torch.Tensor) -> None:
+        super().__init__(rows)
+        self.pixels = pixels
+
+
 def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stacks rows: {"pixel_values": B × 3 × H × W, "labels": B}, and the table that rows with UINT8 pixels share."""
+    stacked = isinstance(rows, _StackedRows)
     batch = {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "pixel_values": rows.pixels if stacked else torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["labels"] for row in rows]),
     }
     return batch | {key: rows[0][key] for key in ("pixel_table",) if key in rows[0]}

@@ -98,20 +98,22 @@ class PixelCache:
         self._places = {picture: place for place, picture in enumerate(pictures)}
         return True
 
-    def get(self, digest: bytes) -> torch.Tensor | None:
-        """The UINT8 pixels of an image, C × H × W; None if it is not cached, or its pixels are damaged."""
-        place = self._places.get(picture_of(digest))
-        if place is None:
-            return None
-        pixels = np.array(self._pixels[place])
-        if xxhash.xxh3_64_intdigest(pixels) == self._checksums[place]:
-            return torch.from_numpy(pixels)
-        if not self._complained:
+    def read(self, digests: Sequence[bytes]) -> tuple[torch.Tensor, list[int]]:
+        """The UINT8 pixels of images, B × C × H × W, and the indices of those that it does not have.
+
+        Their pixels are undefined: they are not cached, or damaged.
+        """
+        places = np.array([self._places.get(picture_of(digest), -1) for digest in digests])
+        pixels = np.empty((len(places), *self._pixels.shape[1:]), np.uint8)
+        np.take(self._pixels, places, axis=0, out=pixels, mode="wrap")  # other modes copy twice
+        sums = np.array([xxhash.xxh3_64_intdigest(each) for each in pixels], np.uint64)
+        damaged = (places >= 0) & (sums != self._checksums[places])
+        if damaged.any() and not self._complained:
             text = "The cache folder %s is broken (%s is not what was written): it will be rebuilt by the next run."
             logger.warning(text, self._folder, PIXELS)
             remove(self._folder, ignore_errors=True)  # this process goes on with what it has mapped
-        self._complained = True
-        return None
+            self._complained = True
+        return torch.from_numpy(pixels), np.flatnonzero(damaged | (places < 0)).tolist()
 
 
 class _BrokenImageError(Exception):

@@ -72,6 +72,7 @@ class AdapterMethod:
     refuses: ClassVar[Mapping[str, str]] = {}
     has_optimizer: ClassVar[bool] = False  # its own, which optim.optimizer does not choose
     reads_gradients: ClassVar[bool] = False  # reads the whole gradient of each parameter before the optimizer step
+    adds_loss: ClassVar[bool] = False  # to that of each micro-batch, whose number it must know
     needs_dense: ClassVar[bool] = False  # computes with, moves or trains W, so the backbone must not be packed
     not_of_diffusion: ClassVar[str | None] = None  # why it does not support diffusion models
 

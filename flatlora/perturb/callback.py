@@ -175,7 +175,10 @@ class FlatLoraCallback(TrainerCallback):
             self._running.check_finite()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.close()
+        try:
+            self._running.check_finite()  # up to the last logged step
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Remove ε and free the buffers; can be called at any time, such as after an interrupted training."""

@@ -18,6 +18,7 @@ import torch
 
 from flatlora.noise import host, torch_passes, triton_kernels
 from flatlora.perturb.layers import AdapterTerm, PerturbedLayer
+from flatlora.utils.deferred import HostCopy
 
 _CHUNK_ELEMENTS = 1 << 18  # 1 MiB of FP32: noise and weight of a chunk stay in the L2 cache
 
@@ -60,7 +61,10 @@ class Epsilon(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise FloatingPointError if row norms were not finite in any step so far."""
+        """Raise FloatingPointError if row norms were not finite in any step before the last call (CPU: so far).
+
+        So a call on a GPU does not wait for the steps that are still running.
+        """
         ...
 
 
@@ -130,6 +134,7 @@ class DeviceEpsilon:
         self._counter = torch.zeros(2, dtype=torch.int64, device=self.device)
         self._counted: tuple[int, int] | None = None  # what the counter holds
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._checked = HostCopy(self._finite)  # at the last call of `check`
         self._squared: torch.Tensor | None = None  # ‖W_i‖² of all layers
         self._norms: tuple[object, list[tuple[range, triton_kernels.RowNormPass]]] | None = None
         self._passes: dict[object, triton_kernels.NoisePass] = {}
@@ -164,7 +169,8 @@ class DeviceEpsilon:
         return stored
 
     def check(self) -> None:
-        if not self._finite:
+        finite, self._checked = self._checked, HostCopy(self._finite)
+        if not finite.tolist():
             parts = zip(self.layers, self._c.split(self._rows), strict=True)
             names = [layer.name for layer, c in parts if not c.isfinite().all()]
             raise FloatingPointError(_not_finite(names[0] if names else "a layer, in an earlier step,"))

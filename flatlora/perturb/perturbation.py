@@ -23,7 +23,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -36,6 +35,7 @@ from flatlora.perturb.forward import PerturbedForward, PerturbedReader, Reading,
 from flatlora.perturb.layers import PerturbedLayer
 from flatlora.perturb.schedule import sigma_at
 from flatlora.perturb.settings import NoiseSettings
+from flatlora.utils.deferred import Moment
 from flatlora.utils.precision import warn_of_unscaled_fp16
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class WeightPerturbation:
         return self._watch.seconds()
 
     def check_finite(self) -> None:
-        """Check the row norms of all steps so far; waits for the GPU, so call it where metrics are logged.
+        """Check the row norms of all steps before the last call; on a CPU they were checked as they were computed.
 
         Raises:
             FloatingPointError: a weight or an adapter contained NaN or infinity.
@@ -322,16 +322,13 @@ class _Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._total = device, 0.0
-        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: list[tuple[Moment, Moment]] = []
 
     def __enter__(self) -> None:
-        self._began = self._now()
+        self._began = Moment(self._device)
 
     def __exit__(self, *exception: object) -> None:
-        if self._device.type != "cuda":
-            self._total += self._now() - self._began
-            return
-        self._pending.append((self._began, self._now()))
+        self._pending.append((self._began, Moment(self._device)))
         if len(self._pending) > 100:
             self._collect(only_done=True)
 
@@ -339,18 +336,10 @@ class _Stopwatch:
         self._collect(only_done=False)
         return self._total
 
-    def _now(self) -> float | torch.cuda.Event:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
     def _collect(self, *, only_done: bool) -> None:
-        while self._pending and (not only_done or self._pending[0][1].query()):
+        while self._pending and (not only_done or self._pending[0][1].reached):
             began, ended = self._pending.pop(0)
-            ended.synchronize()
-            self._total += began.elapsed_time(ended) / 1000
+            self._total += began.seconds_to(ended)
 
 
 def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"]:

@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from flatlora.methods import Regularizer
 from flatlora.runs.metrics_log import MetricsLog
 from flatlora.train import checkpoint
 from flatlora.train.distributed import check_dtypes, zero_dtypes
+from flatlora.utils.deferred import HostCopy, Moment
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_json
 from flatlora.utils.plain_files import file_sha256, read_plain
@@ -47,6 +48,7 @@ class TrainingStats:
     reserved_gib: list[float] = field(default_factory=list)  # by torch on the GPU, after each of them; empty without
     perturbation: dict[str, Any] | None = None
     processes: list[dict[str, int]] = field(default_factory=list)  # {"step", "processes"} of each change of the number
+    micro_batch_tokens: int | None = None  # most tokens of a micro-batch of joined rows; None if they are padded
 
     @classmethod
     def read(cls, checkpoint_folder: Path | None) -> TrainingStats:
@@ -79,7 +81,8 @@ class StepRecorder(TrainerCallback):
     reserved_gib: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds
-    _window_started: float | None = None  # start of the first step after the newest row
+    _window_started: Moment | None = None  # start of the first step after the newest row
+    _begun: _BegunRow | None = None
 
     def stats(self) -> TrainingStats:
         """Returns the stats up to now, including those of previous processes."""
@@ -92,6 +95,7 @@ class StepRecorder(TrainerCallback):
             reserved_gib=[*self.before.reserved_gib, *self.reserved_gib][-_STEPS_TIMED:],
             perturbation=self.regularizer.record() if self.regularizer else None,
             processes=self.before.processes,
+            micro_batch_tokens=self.before.micro_batch_tokens,
         )
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -131,7 +135,7 @@ class StepRecorder(TrainerCallback):
         self.trainer.step_loss.zero_()
         self._step_started = time.perf_counter()
         if self._window_started is None:
-            self._window_started, self._window_step = self._step_started, state.global_step
+            self._window_started, self._window_step = Moment(args.device), state.global_step
             self.trainer.step_units.zero_()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -142,9 +146,33 @@ class StepRecorder(TrainerCallback):
             control.should_log = True
             control.should_evaluate |= self.trainer.eval_dataset is not None
 
+    def begin_row(self, state: TrainerState, learning_rate: float, grad_norm: torch.Tensor | float | None) -> None:
+        """Takes the numbers of the current step for a row, without waiting for the device to compute them."""
+        trainer = self.trainer
+        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=trainer.step_loss.device)
+        sums = torch.stack([trainer.step_loss, trainer.step_units]).double()
+        if trainer.args.world_size > 1:
+            sums = trainer.accelerator.reduce(sums, "sum")
+        known = {"step": state.global_step, "epoch": state.epoch, "learning_rate": learning_rate}
+        window = self._window_started, Moment(trainer.args.device), state.global_step - self._window_step
+        numbers = HostCopy(torch.cat([sums, norm.detach().double()[None]]))
+        self._begun, self._window_started = _BegunRow(known, numbers, window, len(self.step_seconds)), None
+
+    def finish_row(self) -> dict[str, float] | None:
+        """Returns what Trainer would log for the row that was begun, and its time; None if none was begun."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return None
+        loss, units, norm = begun.numbers.tolist()
+        started, ended, steps = begun.window
+        seconds = started.seconds_to(ended)
+        self.step_seconds[begun.timed - steps : begun.timed] = [seconds / steps] * steps
+        logs = {"loss": loss / self.trainer.args.world_size, "grad_norm": norm} | begun.known
+        return logs | {"units": int(units), "units_per_s": round(units / seconds, 1)}
+
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" in logs:
-            row = self._training_row(args, state, logs)
+            row = self._training_row(logs)
         elif "eval_loss" in logs:
             row = {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"]}
         else:
@@ -154,11 +182,11 @@ class StepRecorder(TrainerCallback):
             self.log.append(row)
         self.last |= row
         if self.progress:
-            self.progress.update(state.global_step, self.last)
+            self.progress.update(row["step"], self.last)
         for key in ("loss", "eval_loss"):
             if not math.isfinite(row.get(key, 0.0)):
                 raise FloatingPointError(
-                    f"The {key} of step {state.global_step} is {row[key]}: training has diverged; lower optim.lr or "
+                    f"The {key} of step {row['step']} is {row[key]}: training has diverged; lower optim.lr or "
                     "rho.sigma, or set trainer.autocast=none."
                 )
 
@@ -166,25 +194,25 @@ class StepRecorder(TrainerCallback):
         if self.progress:
             self.progress.stop()
 
-    def _training_row(self, args, state, logs: dict[str, float]) -> dict[str, Any]:
-        totals = torch.stack([self.trainer.step_loss, self.trainer.step_units]).double()
-        totals = self.trainer.accelerator.reduce(totals, "sum") if args.world_size > 1 else totals
-        loss, units = totals[0].item() / args.world_size, totals[1].item()
-        # The device has finished the steps since the last row only now that the numbers are on the host.
-        seconds = time.perf_counter() - self._window_started
-        steps, self._window_started = state.global_step - self._window_step, None
-        self.step_seconds[-steps:] = [seconds / steps] * steps
-        sigma = self.regularizer.sigma_at(state.global_step - 1) if self.regularizer else 0.0
+    def _training_row(self, logs: dict[str, float]) -> dict[str, Any]:
+        unit = self.trainer.family.unit
         return {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "loss": loss,
+            "step": logs["step"],
+            "epoch": logs["epoch"],
+            "loss": logs["loss"],
             "lr": logs["learning_rate"],
-            "grad_norm": float(logs["grad_norm"]),
-            "sigma": sigma,
-            self.trainer.family.unit: int(units),
-            f"{self.trainer.family.unit}_per_s": round(units / seconds, 1),
+            "grad_norm": logs["grad_norm"],
+            "sigma": self.regularizer.sigma_at(logs["step"] - 1) if self.regularizer else 0.0,
+            unit: logs["units"],
+            f"{unit}_per_s": logs["units_per_s"],
         }
+
+
+class _BegunRow(NamedTuple):
+    known: dict[str, float]
+    numbers: HostCopy  # loss, units, norm of the gradient
+    window: tuple[Moment, Moment, int]  # begin and end of the steps since the row before, and their number
+    timed: int  # number of `StepRecorder.step_seconds` at the end of the window
 
 
 def rows_of(state: TrainerState) -> list[str] | None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from flatlora.config.experiment import Experiment
 from flatlora.fused.acceleration import GraphedMicroStep
 from flatlora.fused.lora_linear import fused_throughout
-from flatlora.methods import AdapterMethod, Training, uses_kernels
+from flatlora.fused.varlen import joins_rows, moved, pack, tokens_that_fit
+from flatlora.methods import ADAPTERS, AdapterMethod, Training, uses_kernels
 from flatlora.models.family import FAMILIES, LOSS_SCALE
 from flatlora.models.fit import position_tables
 from flatlora.models.starts import load_adapter, mark_checkpoint
@@ -37,6 +39,8 @@ from flatlora.train.saving import BackgroundWriter, to_host
 from flatlora.utils.files import out_of_space
 from flatlora.utils.labels import IGNORED_LABEL, row_losses
 from flatlora.utils.precision import autocast, choose_precision, float32_matmul_precision
+
+logger = logging.getLogger(__name__)
 
 
 class FlatTrainer(Trainer):
@@ -50,6 +54,7 @@ class FlatTrainer(Trainer):
         data_sha256: str,
         base: str,
         recorder: StepRecorder,
+        joined: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -63,6 +68,7 @@ class FlatTrainer(Trainer):
         self._micro_batches: list[dict[str, Any]] = []  # of the current step, if its gradient is computed twice
         self._surplus = 0  # micro-batches that are repeated at the end of an epoch, over all processes
         self._repeated: dict[str, Any] | None = None  # micro-batch of the current step that does not count
+        self._joined = joined  # whether a batch is all rows of a step, which are joined into micro-batches
         self._shares = 1.0  # micro-batches of the current step that count, divided by the number of processes
         if self.args.fp16:
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # only the loss scaler is used
@@ -83,6 +89,8 @@ class FlatTrainer(Trainer):
         then it only repeats whole micro-batches, for processes that have none left. `get_batch_samples` discounts them.
         """
         loader = super().get_train_dataloader()
+        if self._joined:
+            loader.device = None  # rows are joined on the host
         if self.args.world_size > 1:
             loader.batch_sampler.batch_size = None
             self._surplus = -loader.batch_sampler.total_length % self.args.world_size
@@ -100,6 +108,17 @@ class FlatTrainer(Trainer):
             for name in self._repeated.keys() & {"labels", "shift_labels"}:
                 self._repeated[name] = torch.full_like(self._repeated[name], IGNORED_LABEL)
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        if not self._joined:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        items = sum((batch["shift_labels"] != IGNORED_LABEL).sum() for batch in batch_samples)
+        items = moved({"items": items}, device)["items"]  # in Trainer's code the host waits for the copy
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(items)
+        return items
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -135,6 +154,47 @@ class FlatTrainer(Trainer):
         """Returns 0: nothing reads Trainer's estimate, for which it counts all parameters in every micro-step."""
         return 0
 
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: torch.Tensor | float | None,
+        *args: Any,
+        learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Logs a step while a GPU computes the next one; Trainer waits for the step, and the GPU then for the host.
+
+        All rows are complete before an evaluation, a checkpoint and the end.
+        """
+        control, step = self.control, self.state.global_step
+        # A row ends at each checkpoint, so that a resumed run counts the tokens of whole rows.
+        due = (control.should_log or control.should_save) and step > self._globalstep_last_logged
+        self._log_begun_row()
+        control = self.control
+        if due:
+            self._globalstep_last_logged = step
+            self.recorder.begin_row(self.state, learning_rate, grad_norm)
+        control.should_log = False
+        if (
+            not self._logs_later
+            or step >= self.state.max_steps
+            or control.should_evaluate
+            or control.should_save
+            or control.should_training_stop
+        ):
+            self._log_begun_row()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+
+    @property
+    def _logs_later(self) -> bool:
+        """Whether a step is logged while the device computes the next one; a CPU has computed it by then."""
+        return self.args.device.type == "cuda"
+
+    def _log_begun_row(self) -> None:
+        if logs := self.recorder.finish_row():
+            self.state.log_history.append(logs)
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         """Returns trainer.autocast as a context manager; unlike bf16=True, it does not convert all logits to FP32."""
         return autocast(self.args.device, self._precision, cache_enabled)
@@ -167,7 +227,7 @@ class FlatTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.writer.check()
         if inputs is not self._repeated:
-            self.step_units += _units(inputs).to(self.step_units.device)
+            self.step_units += _units(inputs)
         loss = self._micro_step(model, inputs, num_items_in_batch)
         self.step_loss += loss
         last = self.accelerator.gradient_state.sync_gradients
@@ -221,6 +281,8 @@ class FlatTrainer(Trainer):
         with float32_matmul_precision(self.experiment.trainer.matmul_precision):
             if self.graphed is None:
                 return super().training_step(model, self._without_mask(inputs), num_items_in_batch)
+            if self._joined:
+                return self._joined_training_step(model, inputs, num_items_in_batch)
             return self._graphed_training_step(model, inputs, num_items_in_batch)
 
     def _take_gradient_anew(self, model: nn.Module, num_items_in_batch: Any) -> None:
@@ -330,12 +392,33 @@ class FlatTrainer(Trainer):
 
     def _graphed_training_step(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
         """Runs a micro-step with `GraphedMicroStep`."""
-        if not self.model.training:  # after an evaluation, which DDP's own flag does not show
-            model.train()
+        self._back_to_training(model)
         shares = self.current_gradient_accumulation_steps * self.args.world_size
         static = self.family.graph_inputs(self._prepare_inputs(inputs), items, shares, self._positions)
         loss = self.graphed(static, state=self.regularizer.state if self.regularizer else None)
         return loss * self.args.world_size  # as in Trainer: the mean over processes is the mean over all tokens
+
+    def _joined_training_step(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
+        """Runs the micro-steps of a whole optimizer step with `GraphedMicroStep`."""
+        self._back_to_training(model)
+        device, total = self.args.device, torch.zeros_like(self.step_loss)
+        for each in pack(inputs, self._most_tokens(items)):
+            static = moved(each, device) | {"num_items_in_batch": items}
+            total += self.graphed(static, state=self.regularizer.state if self.regularizer else None)
+        return total * self.args.world_size
+
+    def _most_tokens(self, items: torch.Tensor) -> int:
+        """Returns the limit of a micro-batch: the setting, that of the run before it was resumed, or by memory."""
+        stats, setting = self.recorder.before, self.experiment.trainer.micro_batch_tokens
+        if stats.micro_batch_tokens is None:
+            stats.micro_batch_tokens = setting or tokens_that_fit(
+                lambda inputs: self._micro_loss(inputs | {"num_items_in_batch": items}), self.model, self.args.device
+            )
+        return stats.micro_batch_tokens
+
+    def _back_to_training(self, model: nn.Module) -> None:
+        if not self.model.training:  # after an evaluation, which DDP's own flag does not show
+            model.train()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves a checkpoint asynchronously; it is valid once its manifest is written."""
@@ -416,10 +499,10 @@ def _drop_gradients(parameters: Sequence[nn.Parameter], set_to_none: bool = True
         parameter.grad = None
 
 
-def _units(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _units(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | int:
     """Returns the number of tokens without padding, or of images, in a micro-batch."""
     mask = inputs.get("attention_mask")
-    return torch.tensor(len(next(iter(inputs.values())))) if mask is None else mask.sum()
+    return len(next(iter(inputs.values()))) if mask is None else mask.sum()
 
 
 def _losses_of(batch: Mapping[str, torch.Tensor]) -> int:
@@ -433,6 +516,26 @@ def _is_complete(folder: Path) -> bool:
     state = json.loads((folder / "trainer_state.json").read_text())
     stopped = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
     return stopped or state["global_step"] >= state["max_steps"]
+
+
+def trains_on_joined_rows(experiment: Experiment, model: nn.Module) -> bool:
+    """Whether the rows of a step are joined into micro-batches of trainer.micro_batch_tokens, without padding."""
+    machine = experiment.trainer
+    joined = (
+        joins_rows(model)
+        and machine.micro_batch_tokens != 0
+        and not (machine.gradient_checkpointing or machine.zero)
+        and getattr(experiment.rho, "resample", "step") == "step"  # else ε belongs to micro-batches of rows
+        and not ADAPTERS[experiment.peft.method].adds_loss
+    )
+    if machine.micro_batch_tokens and not joined:
+        logger.warning(
+            "trainer.micro_batch_tokens=%d has no effect: rows are joined only for a decoder-only model in BF16 on a "
+            "GPU, with trainer.kernels=auto and without ZeRO, gradient checkpointing, rho.resample=micro_batch and "
+            "AdaLoRA; micro-batches have trainer.micro_batch_size=%d rows.",
+            *(machine.micro_batch_tokens, machine.micro_batch_size),
+        )
+    return joined
 
 
 def training_of(experiment: Experiment, arguments: TrainingArguments) -> Training:

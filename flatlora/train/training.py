@@ -35,7 +35,7 @@ from flatlora.train.distributed import deepspeed_settings, is_main_process, rank
 from flatlora.train.preemption import Preempted, Preemption
 from flatlora.train.recorder import BestModel, Progress, SaveAtStop, StepRecorder, TrainingStats
 from flatlora.train.samplers import EpochSampler
-from flatlora.train.trainer import FlatTrainer, training_of
+from flatlora.train.trainer import FlatTrainer, training_of, trains_on_joined_rows
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor | None  # saved with every checkpoint
 
@@ -62,6 +62,7 @@ class TrainingResult:
     resumed_from: int | None = None
     dtypes: dict[str, list[str]] | None = None  # of what ZeRO holds; None without ZeRO
     processes: list[dict[str, int]] = field(default_factory=list)  # as `TrainingStats.processes`
+    micro_batch_tokens: int | None = None  # as `TrainingStats.micro_batch_tokens`
 
 
 def train(
@@ -92,7 +93,10 @@ def train(
     if experiment.regularized:
         regularizer = methods.REGULARIZERS[experiment.rho.method].regularizer(model, experiment.rho, experiment.seed)
     optim, has_validation = experiment.optim, len(validation_rows) > 0
-    arguments = training_arguments(experiment, run.path, train_rows=len(train_rows), has_validation=has_validation)
+    joined = trains_on_joined_rows(experiment, model)
+    arguments = training_arguments(
+        experiment, run.path, train_rows=len(train_rows), has_validation=has_validation, joined=joined
+    )
     arguments.dataloader_num_workers = loader_workers(experiment.trainer, train_rows)
     if len(set(getattr(validation_rows, "buckets", ()))) > 1:
         arguments.per_device_eval_batch_size = 1  # images of different sizes cannot be batched
@@ -120,6 +124,7 @@ def train(
         data_sha256=data_sha256,
         base=base,
         recorder=recorder,
+        joined=joined,
     )
     for unwanted in (PrinterCallback, TqdmCallback):
         trainer.remove_callback(unwanted)
@@ -135,6 +140,7 @@ def train(
         resumed_from=checkpoint.step_of(resume_from) if resume_from else None,
         dtypes=recorder.dtypes,
         processes=stats.processes,
+        micro_batch_tokens=stats.micro_batch_tokens,
     )
 
 
@@ -184,25 +190,27 @@ def calibration_batches(
 
 
 def training_arguments(
-    experiment: Experiment, output_dir: Path, *, train_rows: int, has_validation: bool
+    experiment: Experiment, output_dir: Path, *, train_rows: int, has_validation: bool, joined: bool = False
 ) -> TrainingArguments:
     """Returns transformers' arguments for an experiment. Logging, progress and checkpoint rotation are our own.
 
     Evaluation and saving once per epoch are given in steps: Trainer evaluates before saving at a step, but after it at
-    the end of an epoch, where a run killed in between would lose the evaluation.
+    the end of an epoch, where a run killed in between would lose the evaluation. If rows are `joined`, the loader gives
+    all rows of a step at once, and `FlatTrainer` makes micro-batches of them.
     """
     optim, machine = experiment.optim, experiment.trainer
     processes = world_size()
     on_gpu = machine.device != "cpu" and torch.cuda.is_available()
     label_name = FAMILIES[experiment.model.family].label_name
-    accumulation = optim.batch_size // (machine.micro_batch_size * processes)
-    epoch_steps = max(1, math.ceil(math.ceil(train_rows / (machine.micro_batch_size * processes)) / accumulation))
+    micro_batch = optim.batch_size // processes if joined else machine.micro_batch_size
+    accumulation = optim.batch_size // (micro_batch * processes)
+    epoch_steps = max(1, math.ceil(math.ceil(train_rows / (micro_batch * processes)) / accumulation))
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         seed=experiment.seed,
         full_determinism=machine.deterministic and on_gpu,
         use_cpu=not on_gpu,
-        per_device_train_batch_size=machine.micro_batch_size,
+        per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=machine.eval_batch_size,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=optim.epochs,

@@ -75,6 +75,7 @@ class AdaLora(Lora):
     takes_convolutions = False
     not_of_diffusion = "diffusers reads pairs A and B, and AdaLoRA's adapter has a third factor"
     reads_gradients = True  # they determine its ranks
+    adds_loss = True  # the penalty
     refuses: ClassVar = {
         "nbar": _BAR,
         "obar": _BAR,

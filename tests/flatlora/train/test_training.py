@@ -102,6 +102,25 @@ def test_the_config_decides_what_is_computed_and_not_accelerates(tiny_settings, 
     assert "ACCELERATE_DYNAMO_BACKEND=EAGER" in reported
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_rows_that_are_logged_during_the_next_step_are_the_same(tiny_settings, monkeypatch, every):
+    kept = [word for word in tiny_settings if not word.startswith("dataset.validation_rows")]
+    settings = [*kept, "rho=flat", "rho.sigma=0.3", f"trainer.logging_steps={every}", "dataset.validation_rows=4"]
+    settings += ["optim.eval_steps=3", "trainer.save_steps=3"]
+    at_once = run(in_folder(settings, "at_once"))
+    monkeypatch.setattr(FlatTrainer, "_logs_later", True)
+    later, killed = run(in_folder(settings, "later")), in_folder(settings, "killed")
+    assert metrics_rows(later) == metrics_rows(at_once)
+    with monkeypatch.context() as patch:
+        conftest.die_at(5, patch)
+        with pytest.raises(conftest.Killed):
+            run_exp.main(killed)
+    assert [row["step"] for row in metrics_rows(run_folder(killed)) if "loss" in row][-1] <= 4
+    resumed = run(killed, "resume=true")
+    assert metrics_rows(resumed) == metrics_rows(at_once)
+    assert adapter_bytes(resumed) == adapter_bytes(at_once)
+
+
 @pytest.mark.parametrize(("warmup", "trained"), [("0.03", False), ("0", True)])
 def test_a_single_step_of_warm_up_says_that_it_trains_nothing(tiny_settings, capsys, warmup, trained):
     folder = run(tiny_settings, "trainer.max_steps=1", f"optim.warmup_ratio={warmup}")
@@ -513,8 +532,8 @@ def test_saving_and_logging_may_change_on_resume(tiny_settings, monkeypatch):
     with pytest.raises(Killed):
         run_exp.main(settings)
     monkeypatch.undo()
-    folder = run(settings, "resume=true", "trainer.save_steps=1", "trainer.logging_steps=2")
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    folder = run(settings, "resume=true", "trainer.save_steps=6", "trainer.logging_steps=2")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
     assert [row["step"] for row in metrics_rows(folder)] == [1, 2, 3, 4, 6]
 
 
@@ -561,7 +580,9 @@ def test_a_sequence_to_sequence_model_averages_over_micro_batches(tiny_model_fol
         assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-3)
 
 
-def test_a_diverging_run_fails_with_its_reason(tiny_settings, capsys):
+@pytest.mark.parametrize("later", [False, True])
+def test_a_diverging_run_fails_with_its_reason(tiny_settings, monkeypatch, capsys, later):
+    monkeypatch.setattr(FlatTrainer, "_logs_later", later)
     assert run_exp.main([*tiny_settings, "optim.lr=1000", "optim.weight_decay=1000", "optim.max_grad_norm=0"]) == 1
     record = json.loads((run_folder(tiny_settings) / "run.json").read_text())
     assert record["status"] == "failed"
