@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,22 +88,27 @@ def run(
             report_errors(error)
             return 2
         report, failed = begin_report(old, families), False
-        for key, names in chosen.items():
-            places[key].folder.mkdir()
-            families[key].write(places[key])
-            for name in names:
-                try:
-                    row = families[key].measure(name, places[key])
-                except (RuntimeError, ImportError) as error:  # such as too little memory, or no Liger
-                    console.print(f"  {key}/{name} failed: {reason_of(error)}", soft_wrap=True, markup=False)
-                    failed = True
-                    continue
-                console.print(f"  {key}/{name}: {described(families[key], row)}", soft_wrap=True, markup=False)
-                add_row(report, key, name, row | {"command": command, "git_sha": environment.git_sha()}, families)
-                out.mkdir(parents=True, exist_ok=True)
-                files.write_json(out / NAME, report)  # after each contender, to keep what is measured
+        for key, name in ((key, name) for key, names in chosen.items() for name in names):
+            try:
+                row = measured(families[key], name, places[key])
+            except Exception:  # such as too little memory, or no Liger: the others are still measured
+                console.print(f"  {key}/{name} failed:\n{traceback.format_exc()}", soft_wrap=True, markup=False)
+                failed = True
+                continue
+            console.print(f"  {key}/{name}: {described(families[key], row)}", soft_wrap=True, markup=False)
+            add_row(report, key, name, row | {"command": command, "git_sha": environment.git_sha()}, families)
+            out.mkdir(parents=True, exist_ok=True)
+            files.write_json(out / NAME, report)  # after each contender, to keep what is measured
     show(report, out, families)
     return int(failed)
+
+
+def measured(family: Family, name: str, place: Place) -> Row:
+    """Measures a contender; the first of a family writes its files."""
+    if not place.folder.exists():
+        place.folder.mkdir()
+        family.write(place)
+    return family.measure(name, place)
 
 
 def draw(out: Path, families: Mapping[str, Family] = FAMILIES) -> int:
@@ -122,6 +128,8 @@ def show(report: Mapping[str, Any], out: Path, families: Mapping[str, Family]) -
     for key, family in families.items():
         if rows := report["families"].get(key, {}).get("contenders"):
             console.print(table_of(family, rows))
+    if not report["families"]:
+        return
     written = [out / NAME]
     if speedups := speedups_of(report, families):
         plot(speedups, device_of(report["env"]), out / "families.png")

@@ -131,15 +131,15 @@ class TrainingFamily:
     def words(self, name: str, place: Place) -> list[str]:
         """All overrides of run_exp.py for a contender."""
         contender = self.contenders[name]
-        words = [
-            *self.settings,
+        own = [word.format(folder=place.folder) for word in (*self.settings, *contender.words)]
+        reads_own = place.data_root is None or any(word.startswith("data_root=") for word in own)
+        return [
+            *own,
+            *([] if reads_own else [f"data_root={place.data_root}"]),
             *(f"trainer.max_steps={(contender.timing or self.timing).steps}", f"trainer.device={place.device}"),
             *("eval=[]", "wandb.mode=disabled", "overwrite=true", f"results_root={place.folder / 'results'}"),
-            *(f"seed={SEED}", *contender.words),
+            f"seed={SEED}",
         ]
-        if place.data_root is not None and not any(word.startswith("data_root=") for word in words):
-            words.append(f"data_root={place.data_root}")
-        return [word.format(folder=place.folder) for word in words]
 
     def check(self, place: Place) -> None:
         """Composes every contender's experiment, and looks for the real rows that it reads.
