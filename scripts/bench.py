@@ -2,7 +2,8 @@
 
     python -m scripts.bench cpu [--rounds 7] [--drift-steps 500]
     python -m scripts.bench data
-    python -m scripts.bench families [--data-root DIR] [--steps 200]
+    python -m scripts.bench families [--data-root DIR] [--only t5,clip,text,answers] [--draw]
+    python -m scripts.bench cost
     python -m scripts.bench gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
     python -m scripts.bench methods [--shapes 2x1024x16] [--steps 3]
     python -m scripts.bench processes [--gpus 2] [--steps 8]
@@ -12,14 +13,15 @@ cpu  1. one optimizer step on SmolLM2-135M, contenders in turn, round after roun
         in the dtype in which this CPU is faster, our LoRA with trainer.kernels=off and =auto, and Flat-LoRA in each
         mode: medians, tokens/s and ratios (a noisy machine slows down all contenders of a round alike);
      2. the drift of a BF16 backbone after 500 steps of perturbing and restoring, in each mode.
-families  see bench_families.py: a training step of T5-base's shape compared with transformers' Trainer and PEFT.
+families  see bench_families.py: T5, CLIP, real text and answers compared with stock transformers, PEFT and Liger.
+cost     see bench_cost.py: GPU hours of every published table, by the step times in results/bench.
 data     see bench_data.py: tokenizing 100,000 rows, starting from the cache, and reading images.
 gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape compared with PEFT's.
 methods  see bench_methods.py: an optimizer step of every method compared with LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
 sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, compared with diffusers' example.
-Writes results/bench/{cpu,data,families,gpu,methods,processes,sdxl}.json, and a plot for cpu and gpu. A CPU that
-computes in FP32 has its own file, cpu_fp32.json, and plot.
+Writes results/bench/{cpu,data,families,cost,gpu,methods,processes,sdxl}.json, and a plot for cpu, families and gpu. A
+CPU that computes in FP32 has its own file, cpu_fp32.json, and plot.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import argparse
 import logging
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -55,6 +58,7 @@ from flatlora.runs import environment
 from flatlora.utils import files
 from flatlora.utils.console import quiet_libraries
 from flatlora.utils.precision import Precision, autocast, choose_precision
+from scripts.arguments import positive
 from scripts.train_step import backward_of, train_step
 
 matplotlib.use("Agg")
@@ -68,64 +72,86 @@ DRIFT_BLOCKS = 6  # of 30: the drift of an element does not depend on the number
 console = Console(highlight=False)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=["cpu", "data", "families", "gpu", "methods", "processes", "sdxl"])
-    parser.add_argument("--rounds", type=int, default=7, help="cpu, sdxl: number of rounds")
-    parser.add_argument("--drift-steps", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
-    parser.add_argument("--shapes", help="gpu: micro-batch x length x accumulation, comma-separated")
-    parser.add_argument("--steps", type=int, default=5, help="gpu: number of timed optimizer steps per contender")
-    parser.add_argument("--layers", type=int, default=32, help="gpu: decoder layers; 32 is the 7B model")
-    parser.add_argument("--gpus", type=int, default=2, help="processes: number of GPUs")
-    parser.add_argument("--data-root", help="families: folder with CoLA; the hub if it is not given")
-    options = parser.parse_args()
+def main(words: list[str] | None = None) -> int:
+    options = arguments().parse_args(words)
+    name, out = options.benchmark, options.out
     quiet_libraries()
     logging.getLogger("flatlora.perturb.perturbation").setLevel(
         logging.ERROR
     )  # no warning that inplace drifts, which is measured here
-    if options.device == "data":
+    if name == "cpu":
+        return measure_cpu(options.rounds, options.drift_steps, out)
+    if name == "data":
         from scripts import bench_data
 
-        return bench_data.run(embedded_config(), out=options.out, command="python -m scripts.bench data")
-    if options.device != "cpu":
-        if not torch.cuda.is_available():
-            console.print(
-                f"bench.py {options.device} needs a CUDA device, and torch finds none; python -m scripts.bench cpu "
-                "runs without one."
-            )
-            return 2
-        from scripts import bench_families, bench_gpu, bench_methods, bench_processes, bench_sdxl
+        return bench_data.run(embedded_config(), out=out, command="python -m scripts.bench data")
+    if name == "cost":
+        from scripts import bench_cost
 
-        if options.device == "families":
-            root = " --data-root DIR" if options.data_root else ""
-            command = f"python -m scripts.bench families --steps {options.steps}{root}"
-            settings = {"steps": options.steps, "data_root": options.data_root}
-            return bench_families.run(**settings, out=options.out, command=command)
+        return bench_cost.run(out)
+    from scripts import bench_families, bench_gpu, bench_methods, bench_processes, bench_sdxl
 
-        if options.device == "sdxl":
-            command = f"python -m scripts.bench sdxl --steps {options.steps} --rounds {options.rounds}"
-            return bench_sdxl.run(steps=options.steps, rounds=options.rounds, out=options.out, command=command)
+    if name == "families" and options.draw:
+        return bench_families.draw(out)
+    if not torch.cuda.is_available():
+        console.print(
+            f"bench.py {name} needs a CUDA device, and torch finds none; python -m scripts.bench cpu runs without one."
+        )
+        return 2
+    command = f"python -m scripts.bench {name}"
+    if name == "families":
+        command += f" --only {shlex.quote(options.only)}" if options.only else ""
+        command += " --data-root DIR" if options.data_root else ""
+        return bench_families.run(options.only, data_root=options.data_root, out=out, command=command)
+    command += f" --steps {options.steps}"
+    if name == "sdxl":
+        command += f" --rounds {options.rounds}"
+        return bench_sdxl.run(steps=options.steps, rounds=options.rounds, out=out, command=command)
+    if name == "processes":
+        return bench_processes.run(options.gpus, layers=options.layers, steps=options.steps, out=out)
+    bench = bench_gpu if name == "gpu" else bench_methods
+    shapes = (options.shapes or ",".join(bench.SHAPES)).split(",")
+    command = f"python -m scripts.bench {name} --shapes {','.join(shapes)} --steps {options.steps}"
+    return bench.run(shapes, layers=options.layers, steps=options.steps, out=out, command=command)
 
-        if options.device == "processes":
-            return bench_processes.run(options.gpus, layers=options.layers, steps=options.steps, out=options.out)
 
-        bench = bench_gpu if options.device == "gpu" else bench_methods
-        shapes = (options.shapes or ",".join(bench.SHAPES)).split(",")
-        command = f"python -m scripts.bench {options.device} --shapes {','.join(shapes)} --steps {options.steps}"
-        settings = {"layers": options.layers, "steps": options.steps, "out": options.out, "command": command}
-        return bench.run(shapes, **settings)
+def arguments() -> argparse.ArgumentParser:
+    """Each benchmark has the options that it reads."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    of = {}
+    for name in ("cpu", "data", "families", "cost", "gpu", "methods", "processes", "sdxl"):
+        of[name] = benchmarks.add_parser(name)
+        of[name].add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
+    of["cpu"].add_argument("--drift-steps", type=positive, default=500)
+    of["families"].add_argument("--only", help="families, or FAMILY/CONTENDER, comma-separated")
+    of["families"].add_argument("--data-root", help="folder with CoLA and GSM8K; the hub if it is not given")
+    of["families"].add_argument("--draw", action="store_true", help="print and draw the results that are there")
+    of["processes"].add_argument("--gpus", type=positive, default=2, help="number of GPUs")
+    for name in ("cpu", "sdxl"):
+        of[name].add_argument("--rounds", type=positive, default=7, help="number of rounds")
+    for name in ("gpu", "methods"):
+        of[name].add_argument("--shapes", help="micro-batch x length x accumulation, comma-separated")
+    for name in ("gpu", "methods", "processes"):
+        of[name].add_argument("--layers", type=positive, default=32, help="decoder layers; 32 is the 7B model")
+    for name in ("gpu", "methods", "processes", "sdxl"):
+        of[name].add_argument("--steps", type=positive, default=5, help="number of timed optimizer steps per contender")
+    return parser
+
+
+def measure_cpu(rounds: int, drift_steps: int, out: Path) -> int:
+    """Measure, print, write the results and the plot of the drift into `out`."""
     batch, plain, model = word_math_batch(), embedded_lora(), embedded_lora()
     kernels = acceleration.accelerate(model, torch.device("cpu"))
     chosen = precision()
     console.print(f"{environment.environment()['hardware']['cpu']}; precision: {chosen}", soft_wrap=True)
-    steps = step_times(plain, model, batch, options.rounds)
+    steps = step_times(plain, model, batch, rounds)
     tokens = int(batch["attention_mask"].sum())
     console.print(step_table(steps, tokens))
-    drift = drift_curves(model, options.drift_steps)
-    console.print(drift_table(drift, options.drift_steps))
+    drift = drift_curves(model, drift_steps)
+    console.print(drift_table(drift, drift_steps))
     report = {
-        "command": f"python -m scripts.bench cpu --rounds {options.rounds} --drift-steps {options.drift_steps}",
+        "command": f"python -m scripts.bench cpu --rounds {rounds} --drift-steps {drift_steps}",
         "env": environment.environment(),
         "git_sha": environment.git_sha(),
         "model": "SmolLM2-135M, BF16 backbone, LoRA r=8 on all linear layers",
@@ -135,7 +161,7 @@ def main() -> int:
         "step_seconds": steps,
         "drift": {mode: curve[-1] for mode, curve in drift.items()},
     }
-    written = write_results(options.out, chosen, report, drift)
+    written = write_results(out, chosen, report, drift)
     console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
     return 0
 

@@ -111,10 +111,15 @@ def write_rows(root: Path, rows: list[dict[str, str]]) -> None:
         path.write_text(jsonl(written), encoding="utf-8")
 
 
+def picture_files(count: int, seed: int = 0) -> list[bytes]:
+    """PNGs of CIFAR's size with random pixels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return list(map(png_of, noise))
+
+
 def picture_times() -> dict[str, list[float]]:
     """Milliseconds per image of each way to read it, one per round."""
-    noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 32, 32, 3), dtype=np.uint8)
-    files, processor = list(map(png_of, noise)), CLIPImageProcessorPil()
+    files, processor = picture_files(PICTURES), CLIPImageProcessorPil()
     images = LabeledImages("generated images", np.zeros(PICTURES, np.int64), files.__getitem__)
     seconds: dict[str, list[float]] = {name: [] for name in ("processor", "decoded", "cached", "written")}
     every = range(PICTURES)

@@ -89,8 +89,9 @@ def report_head(command: str, layers: int) -> dict[str, Any]:
     }
 
 
-def random_backbone(layers: int, device: torch.device) -> LlamaForCausalLM:
-    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, attn_implementation="sdpa", use_cache=False)
+def random_backbone(layers: int, device: torch.device, **changes: Any) -> LlamaForCausalLM:
+    """Llama-2-7B's shape with random weights in BF16; `changes` are those of its config."""
+    config = LlamaConfig(**SHAPE | changes, num_hidden_layers=layers, attn_implementation="sdpa", use_cache=False)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
@@ -122,7 +123,7 @@ def shell_of(backbone: LlamaForCausalLM) -> LlamaForCausalLM:
 def with_lora(backbone: LlamaForCausalLM) -> nn.Module:
     """`shell_of` the backbone with PEFT's LoRA on all linear layers and nonzero B."""
     model, device = shell_of(backbone), next(backbone.parameters()).device
-    with torch.random.fork_rng(devices=[device]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear"))
     model = model.to(device)
