@@ -129,13 +129,18 @@ def _sizes(config: DatasetConfig, rows: Prepared | images.PreparedImages) -> Tab
     return table
 
 
-def _marked(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> Text:
+def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Text:
     """The tokens of a row; those without a loss are dim and between brackets."""
 
     def text(ids: list[int]) -> str:
         return "│".join(tokenizer.decode([token]).replace("\n", "⏎\n") for token in ids)
 
-    return Text.assemble((f"⟦{text(row['prompt'])}⟧", "dim"), (text(row["answer"]), "bold"))
+    marked, done = Text(f"⟦{text(row['prompt'])}⟧", "dim"), 0
+    for start, stop in [*row.get("gaps", ()), (len(row["answer"]),) * 2]:
+        marked.append(text(row["answer"][done:start]), "bold")
+        marked.append(f"⟦{text(row['answer'][start:stop])}⟧" if start < stop else "", "dim")
+        done = stop
+    return marked
 
 
 def _histogram(rows: TokenRows, limit: int) -> Table:

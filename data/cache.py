@@ -22,6 +22,7 @@ from data.selection import row_key
 from data.tokens import Encoder, Prepared, TokenRows, prepare
 from flatlora.config.sections import DatasetConfig, TextDatasetConfig
 from flatlora.experiment.plugins import DataSet
+from flatlora.inputs.conversations import as_chat
 from flatlora.inputs.rows import fingerprint, gather
 from flatlora.utils import caches
 from flatlora.utils.console import progress
@@ -30,7 +31,7 @@ from flatlora.utils.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4  # raise it whenever the same key would give another content: file format, templates, tokens, selection
+FORMAT = 5  # raise it whenever the same key would give another content: file format, templates, tokens, selection
 _BAR_FROM = 5000  # rows; fewer need no progress bar
 
 
@@ -57,6 +58,8 @@ def prepared(
         return _read(path)
     with _noted() as notes:
         splits = _load(loader, config, data_root, Encoder(limit_tokenizer or tokenizer))
+        if config.template == "chat":
+            splits = _as_chats(splits, config)
         if config.evaluate == "validation":
             splits = _scored_on_validation(splits, config)
         if encoder_decoder and not any(row["x"].strip() for row in splits.train):
@@ -89,6 +92,22 @@ def _load(loader: DataSet, config: TextDatasetConfig, data_root: str | None, cou
             return lengths
 
         return loader.load(config, data_root, count_tokens)
+
+
+def _as_chats(splits: data.Splits, config: TextDatasetConfig) -> data.Splits:
+    """The splits with a conversation in each row; those of a loader that has conversations are not changed.
+
+    Raises:
+        ConfigError: rows are ranked by likelihood, which chats are not.
+    """
+    if any("choices" in row for part in splits for row in part[:1]):
+        raise ConfigError(
+            [
+                f"Invalid dataset.template=chat with dataset={config.name}: its answers are ranked by likelihood after "
+                "a plain prompt; leave the key out."
+            ]
+        )
+    return data.Splits(*([as_chat(row, config.system) for row in part] for part in splits))
 
 
 def _scored_on_validation(splits: data.Splits, config: TextDatasetConfig) -> data.Splits:
@@ -146,6 +165,7 @@ def cache_key(
         "sources": gather(*(lambda s=source: fingerprint(s, data_root) for source in loader.sources(config))),
         "tokenizers": [used and tokenizer_sha256(used) for used in (tokenizer, limit_tokenizer)],
         "encoder_decoder": encoder_decoder,
+        "chat_template": tokenizer.chat_template if getattr(config, "template", None) == "chat" else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -172,18 +192,18 @@ def _place(config: DatasetConfig, key: str) -> tuple[Path, str, str]:
 
 def _read(path: Path) -> Prepared:
     with safe_open(path, "np") as file:
-        notes = json.loads(file.metadata()["notes"])
+        metadata = file.metadata()
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for note in notes:
+    for note in json.loads(metadata["notes"]):
         logger.warning("%s", note)
     parts = (
         TokenRows.from_arrays({name: arrays[f"{split}.{name}"] for name in _ARRAYS})
         for split in ("train", "validation")
     )
-    return Prepared(*parts, json.loads(arrays["test"].tobytes()))
+    return Prepared(*parts, json.loads(arrays["test"].tobytes()), metadata.get("chat_template_sha256"))
 
 
-_ARRAYS = ("ids", "prompt_lengths", "answer_lengths", "counts")
+_ARRAYS = ("ids", "prompt_lengths", "answer_lengths", "gaps", "counts")
 
 
 def _write(config: DatasetConfig, key: str, rows: Prepared, notes: Sequence[str]) -> None:
@@ -193,7 +213,10 @@ def _write(config: DatasetConfig, key: str, rows: Prepared, notes: Sequence[str]
         for name, array in part.arrays().items()
     }
     arrays["test"] = np.frombuffer(json.dumps(rows.test, ensure_ascii=False).encode(), np.uint8)
-    caches.keep(*_place(config, key), save(arrays, metadata={"notes": json.dumps(list(notes))}))
+    metadata = {"notes": json.dumps(list(notes))}
+    if rows.chat_template_sha256 is not None:
+        metadata["chat_template_sha256"] = rows.chat_template_sha256
+    caches.keep(*_place(config, key), save(arrays, metadata=metadata))
 
 
 def _warn_of_known_test_rows(splits: data.Splits) -> None:

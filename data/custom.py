@@ -2,14 +2,16 @@
 
     python -m data custom dataset.path=FILE --show 3
 
-Columns are TRL's prompt and completion, or text; others are named by `dataset.prompt` and `dataset.answer`, or
-`dataset.label` for classes (`flatlora.inputs.own`). Without a file of their own, validation and test rows are shares of
-the train rows: the last ones, or drawn by `dataset.split_seed`. Rows without an answer are left out.
+Columns are TRL's prompt and completion, or text, or messages with `dataset.template=chat`; others are named by
+`dataset.prompt` and `dataset.answer`, or `dataset.label` for classes (`flatlora.inputs.own`). Without a file of their
+own, validation and test rows are shares of the train rows: the last ones, or drawn by `dataset.split_seed`. Rows
+without an answer are left out.
 """
 
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 from data import DATASETS, CountTokens, Row, Splits
 from data.selection import fresh_places, ordered, row_key, split_train_validation, take
@@ -22,6 +24,7 @@ from flatlora.utils.errors import ConfigError, SettingError
 
 
 class Config(TextDatasetConfig):
+    validation_key: ClassVar[str] = "validation_share"
     path: str = setting(min_length=1, remedy="name a file, a folder, or OWNER/NAME of the hub")
     prompt: str | None = setting(None, min_length=1, remedy="a text with {column} in it; null takes the column prompt")
     answer: str | None = setting(None, min_length=1, remedy="a text with {column}; null takes the column completion")
@@ -51,6 +54,11 @@ class Config(TextDatasetConfig):
                 "two or more different words are needed",
             ),
             (
+                ("label", "template"),
+                self.label and self.template == "chat",
+                "classes are ranked by likelihood after a plain prompt; generate them with dataset.answer in a chat",
+            ),
+            (
                 ("validation_share", "test_share"),
                 self.validation_share + self.test_share >= 1,
                 "together they must be below 1, so that rows are left to train on",
@@ -66,7 +74,7 @@ class Config(TextDatasetConfig):
                 "it draws the rows of dataset.validation_share and dataset.test_share, and both are 0",
             ),
         )
-        return [
+        return super().rule_errors() + [
             SettingError(
                 keys,
                 "Invalid " + " with ".join(f"dataset.{key}={getattr(self, key)}" for key in keys) + f": {rule}; see "
@@ -78,7 +86,8 @@ class Config(TextDatasetConfig):
 
     @property
     def columns(self) -> Columns:
-        return Columns("dataset", self.prompt, self.answer, self.label, self.labels)
+        chat = self.template == "chat"
+        return Columns("dataset", self.prompt, self.answer, self.label, self.labels, chat, self.system)
 
 
 def _splits(config: Config) -> dict[str, Source | OwnFiles]:
@@ -90,7 +99,8 @@ def _splits(config: Config) -> dict[str, Source | OwnFiles]:
         if name == "test" and config.evaluate == "validation":
             continue
         if not local:
-            splits |= {} if named is None else {name: Source(config.path, config.config, named, config.revision)}
+            hub = Source(config.path, config.config, named or "", config.revision, key="dataset.path")
+            splits |= {} if named is None else {name: hub}
             continue
         files = own_files("dataset.path", config.path, named or name, ", or OWNER/NAME of the hub")
         if files is None and named is not None:

@@ -23,7 +23,7 @@ class Config(InstructionConfig):
     train_rows: int | None = setting(100_000, ge=1, le=MOST_ROWS, remedy="null takes all rows")
     validation_rows: int = setting(10_000, ge=0, le=MOST_ROWS, remedy="0 takes none")
     max_tokens: int | None = setting(512, ge=8, le=MOST_TOKENS, remedy="null keeps rows of every length")
-    template: Literal["none", "qa", "alpaca"] = "none"
+    template: Literal["none", "qa", "alpaca", "chat"] = "none"
 
 
 def sources(config: Config) -> list[Source]:

@@ -82,13 +82,14 @@ class Config(TextDatasetConfig):
     def rule_errors(self) -> list[SettingError]:
         if self.mismatched and self.task != "mnli":
             return [
+                *super().rule_errors(),
                 SettingError(
                     ("mismatched", "task"),
                     f"Invalid dataset.mismatched=true with dataset.task={self.task}: only MNLI has a second "
                     "validation split; leave it out.",
-                )
+                ),
             ]
-        return []
+        return super().rule_errors()
 
 
 def sources(config: Config) -> list[Source]:

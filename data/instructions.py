@@ -29,13 +29,14 @@ class InstructionConfig(TextDatasetConfig):
     def rule_errors(self) -> list[SettingError]:
         if self.limit_tokenizer is not None and self.max_tokens is None:
             return [
+                *super().rule_errors(),
                 SettingError(
                     ("limit_tokenizer", "max_tokens"),
                     f"Invalid dataset.limit_tokenizer={self.limit_tokenizer} without dataset.max_tokens: without a "
                     "limit no tokens are counted; set dataset.max_tokens, or leave the key out.",
-                )
+                ),
             ]
-        return []
+        return super().rule_errors()
 
 
 class Example(NamedTuple):

@@ -50,6 +50,9 @@ class Text(RowKind):
     def known(self, experiment: Experiment, processor: Any, rows: tokens.Prepared) -> dict[str, Any]:
         return {"tokenizer": processor}
 
+    def chat_template_sha256(self, rows: tokens.Prepared) -> str | None:
+        return rows.chat_template_sha256
+
     def save(self, folder: Path, rows: tokens.Prepared) -> None:
         write_atomic(folder / "test.jsonl", jsonl(rows.test))
 

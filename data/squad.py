@@ -25,7 +25,7 @@ HUB_ID, CONFIG = "rajpurkar/squad", "plain_text"
 class Config(InstructionConfig):
     validation_rows: int = setting(1000, ge=0, le=MOST_ROWS, remedy="0 takes none")
     test_rows: int | None = setting(None, identity=False, ge=1, le=MOST_ROWS, remedy="null takes all 10,570 rows")
-    template: Literal["alpaca", "qa", "published"] = "alpaca"
+    template: Literal["alpaca", "qa", "published", "chat"] = "alpaca"
 
 
 def sources(config: Config) -> list[Source]:

@@ -7,6 +7,9 @@ are text, and an end-of-sequence token that a tokenizer appends is removed from 
 (`flatlora.inputs.tokenizing`). With `loss_on=text`, where every token is learned, prompt and answer are tokenized
 together; such a row has an empty prompt.
 
+Rows of chats (`messages`) are tokenized by the tokenizer's own chat template, see `flatlora.inputs.chats`: the last
+answer and those before it are learned, and what is between them has no loss.
+
 Rows of own data are `joined`: the training text is x + y without a blank, and its ids are those of the whole text, as
 in TRL. Where a token would span prompt and answer, they are tokenized separately like all others.
 """
@@ -19,7 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +32,8 @@ from transformers import PreTrainedTokenizerBase
 from data import Row, Splits
 from data.byte_level import ChunkMemory, packed
 from data.selection import batched
+from flatlora.inputs.chats import ChatEncoder, template_errors, template_sha256
+from flatlora.inputs.conversations import Chat
 from flatlora.inputs.rows import prompt_text
 from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids, tokenizing
 from flatlora.utils.errors import ConfigError
@@ -38,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 1000
 _ID_BYTES = 4
+_SHOWN = 40  # letters of a row in a message
+Gap = tuple[int, int, int]
+Part = tuple[bytes, bytes, list[tuple[int, int]]]  # ids of a prompt and an answer, and where the answer has no loss
 
 
 class TokenRows(Dataset):
@@ -46,6 +54,8 @@ class TokenRows(Dataset):
     Args:
         ids: prompt and answer of all rows, concatenated, INT32.
         prompt_lengths, answer_lengths: numbers of tokens per row, INT32.
+        gaps: parts of answers without a loss, such as the further questions of a chat: (row, start, stop) each, in
+            order, counted in tokens of the row's answer, INT32.
         cut: number of rows that were longer than the limit.
         dropped: number of rows that were left out because their prompt left no room for an answer.
     """
@@ -55,11 +65,13 @@ class TokenRows(Dataset):
         ids: np.ndarray,
         prompt_lengths: np.ndarray,
         answer_lengths: np.ndarray,
+        gaps: np.ndarray | None = None,
         *,
         cut: int = 0,
         dropped: int = 0,
     ) -> None:
         self.ids, self.prompt_lengths, self.answer_lengths = ids, prompt_lengths, answer_lengths
+        self.gaps = np.zeros((0, 3), np.int32) if gaps is None else gaps
         self.cut, self.dropped = cut, dropped
         totals = prompt_lengths + answer_lengths
         self.lengths: list[int] = totals.tolist()
@@ -71,20 +83,23 @@ class TokenRows(Dataset):
         return cls.of_bytes([packed(ids) for pair in zip(prompts, answers, strict=True) for ids in pair], **counts)
 
     @classmethod
-    def of_bytes(cls, parts: Sequence[bytes], **counts: int) -> TokenRows:
+    def of_bytes(cls, parts: Sequence[bytes], gaps: Sequence[Gap] = (), **counts: int) -> TokenRows:
         """Creates rows from INT32 ids as bytes: prompt, answer, prompt, answer, and so on."""
         lengths = np.fromiter((len(part) // _ID_BYTES for part in parts), np.int32, len(parts))
-        return cls(np.frombuffer(b"".join(parts), "<i4"), lengths[0::2].copy(), lengths[1::2].copy(), **counts)
+        ids, unlearned = np.frombuffer(b"".join(parts), "<i4"), np.array(gaps, np.int32).reshape(-1, 3)
+        return cls(ids, lengths[0::2].copy(), lengths[1::2].copy(), unlearned, **counts)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(index)  # ends iteration over the rows
         start, stop = self._starts[index % len(self)], self._starts[index % len(self) + 1]
         middle = start + self.prompt_lengths[index]
-        return {"prompt": self.ids[start:middle].tolist(), "answer": self.ids[middle:stop].tolist()}
+        row = {"prompt": self.ids[start:middle].tolist(), "answer": self.ids[middle:stop].tolist()}
+        first, last = np.searchsorted(self.gaps[:, 0], [index % len(self), index % len(self) + 1])
+        return row | ({"gaps": self.gaps[first:last, 1:].tolist()} if first < last else {})
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arguments of `from_arrays`."""
@@ -93,6 +108,7 @@ class TokenRows(Dataset):
             "ids": self.ids,
             "prompt_lengths": self.prompt_lengths,
             "answer_lengths": self.answer_lengths,
+            "gaps": self.gaps,
             "counts": counts,
         }
 
@@ -100,7 +116,7 @@ class TokenRows(Dataset):
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> TokenRows:
         cut, dropped = arrays["counts"].tolist()
         lengths = arrays["prompt_lengths"], arrays["answer_lengths"]
-        return cls(arrays["ids"], *lengths, cut=cut, dropped=dropped)
+        return cls(arrays["ids"], *lengths, arrays["gaps"], cut=cut, dropped=dropped)
 
 
 class Encoder:
@@ -153,35 +169,21 @@ def tokenize(
         encoder_decoder: whether prompts keep the end-of-sequence token that the tokenizer appends.
         whole: whether the prompt belongs to what is learned, as with `loss_on=text`.
     """
-    parts, cut, dropped, encode = [], 0, 0, Encoder(tokenizer)
-    end, most = packed([tokenizer.eos_token_id]), max_length * _ID_BYTES
-    appended = 0 if encoder_decoder else appended_ends(tokenizer) * _ID_BYTES
+    encode, chats = Encoder(tokenizer), bool(rows) and "messages" in rows[0]
+    encoded = _chats(tokenizer, whole=whole) if chats else _texts(encode, encoder_decoder, whole=whole)
+    parts, gaps, cut, dropped, most = [], [], 0, 0, max_length * _ID_BYTES
     names = _SpecialNames(tokenizer, encode)
     for batch in batched(rows, _ROWS_AT_ONCE):
-        begins = [prompt_text(row) + (row["y"] if whole else "") for row in batch]
-        begins = [ids[: len(ids) - appended] for ids in encode(begins)]
-        if whole:
-            prompts, answers = [b""] * len(batch), begins
-        else:
-            prompts, answers = begins, encode([row["y"] for row in batch], special=False)
-            # Choices are ranked by the ids of each by itself, and an encoder reads the prompt by itself.
-            joined = (
-                []
-                if encoder_decoder
-                else [index for index, row in enumerate(batch) if row.get("joined") and "choices" not in row]
-            )
-            texts = encode([prompt_text(batch[index]) + batch[index]["y"] for index in joined])
-            for index, ids in zip(joined, texts, strict=True):
-                if ids.startswith(prompts[index]):
-                    answers[index] = ids[len(prompts[index]) : len(ids) - appended]
         names.look(batch)
-        for prompt, answer in zip(prompts, answers, strict=True):
+        for prompt, answer, holes in encoded(batch):
             room = most - len(prompt)
-            cut += len(answer) + _ID_BYTES > room
+            cut += len(answer) > room
             if room <= 0:
                 dropped += 1
                 continue
-            parts += [prompt, (answer + end)[:room]]
+            kept = room // _ID_BYTES
+            gaps += [(len(parts) // 2, start, min(stop, kept)) for start, stop in holes if start < kept]
+            parts += [prompt, answer[:room]]
         on_progress(len(batch))
     if cut:
         logger.warning(
@@ -192,7 +194,74 @@ def tokenize(
             dropped,
         )
     names.warn()
-    return TokenRows.of_bytes(parts, cut=cut, dropped=dropped)
+    return TokenRows.of_bytes(parts, gaps, cut=cut, dropped=dropped)
+
+
+def _texts(encode: Encoder, encoder_decoder: bool, *, whole: bool) -> Callable[[list[Row]], list[Part]]:
+    """Returns the function that encodes a batch of rows {"x", "y"}."""
+    end = packed([encode.tokenizer.eos_token_id])
+    appended = 0 if encoder_decoder else appended_ends(encode.tokenizer) * _ID_BYTES
+
+    def encoded(batch: list[Row]) -> list[Part]:
+        begins = [prompt_text(row) + (row["y"] if whole else "") for row in batch]
+        begins = [ids[: len(ids) - appended] for ids in encode(begins)]
+        if whole:
+            return [(b"", ids + end, []) for ids in begins]
+        prompts, answers = begins, encode([row["y"] for row in batch], special=False)
+        # Choices are ranked by the ids of each by itself, and an encoder reads the prompt by itself.
+        joined = (
+            []
+            if encoder_decoder
+            else [index for index, row in enumerate(batch) if row.get("joined") and "choices" not in row]
+        )
+        texts = encode([prompt_text(batch[index]) + batch[index]["y"] for index in joined])
+        for index, ids in zip(joined, texts, strict=True):
+            if ids.startswith(prompts[index]):
+                answers[index] = ids[len(prompts[index]) : len(ids) - appended]
+        return [(prompt, answer + end, []) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    return encoded
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> Callable[[list[Row]], list[Part]]:
+    """Returns the function that encodes a batch of conversations.
+
+    Raises:
+        ConfigError: the template does not take some of them; it names the first one of each problem.
+    """
+    encoder, ends, warned = ChatEncoder(tokenizer), set(special_tokens(tokenizer).values()), False
+
+    def encoded(batch: list[Row]) -> list[Part]:
+        nonlocal warned
+        learned = encoder.learned([Chat(row["messages"], row.get("tools")) for row in batch], whole=whole)
+        problems: dict[str, list[Row]] = {}
+        for row, found in zip(batch, learned, strict=True):
+            if isinstance(found, str):
+                problems.setdefault(found, []).append(row)
+        if problems:
+            raise ConfigError(
+                f"Invalid chat that begins with {rows[0]['x'][:_SHOWN]!r}"
+                f"{f' (and {len(rows) - 1} more)' if len(rows) > 1 else ''}: {problem}."
+                for problem, rows in problems.items()
+            )
+        if not warned and any(found.ids[-1] not in ends for found in learned):
+            warned = True
+            logger.warning(
+                "The chat template of %s ends answers without a special token that is learned, so the model does not "
+                "learn to end them; put the end of a turn inside of the template's {%% generation %%} marks.",
+                tokenizer.name_or_path,
+            )
+        return [_parted(*found) for found in learned]
+
+    return encoded
+
+
+def _parted(ids: list[int], has_loss: list[bool]) -> Part:
+    """Splits the ids of a chat at the first one with a loss; finds where those after it have none."""
+    first = has_loss.index(True)
+    changes = [index for index in range(first + 1, len(ids)) if has_loss[index] != has_loss[index - 1]]
+    gaps = [(start - first, stop - first) for start, stop in zip(changes[::2], changes[1::2], strict=True)]
+    return packed(ids[:first]), packed(ids[first:]), gaps
 
 
 class _SpecialNames:
@@ -212,6 +281,9 @@ class _SpecialNames:
         for row in rows:
             text = f"{row['x']}\n{row['y']}"
             if not (names := set(self.pattern.findall(text))):
+                continue
+            if "messages" in row:  # `ChatEncoder` reads them as text with any tokenizer
+                self.as_text.update(names)
                 continue
             ids = set(np.frombuffer(self.encode([text], special=False)[0], "<i4").tolist())
             for name in names:
@@ -253,7 +325,7 @@ class CausalCollator:
     pad_token_id: int
     pad_to_multiple: int = 8
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         length = max(len(row["prompt"]) + len(row["answer"]) for row in rows)
         length = -(-length // self.pad_to_multiple) * self.pad_to_multiple
         input_ids = torch.full((len(rows), length), self.pad_token_id)
@@ -264,6 +336,8 @@ class CausalCollator:
             start = max(1, start)  # nothing predicts the first token
             input_ids[i, :stop] = torch.tensor(row["prompt"] + row["answer"])
             labels[i, start:stop] = input_ids[i, start:stop]
+            for first, last in row.get("gaps", ()):
+                labels[i, len(row["prompt"]) + first : len(row["prompt"]) + last] = IGNORED_LABEL
             attention_mask[i, :stop] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         supervised = (labels[:, 1:] != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
@@ -276,7 +350,7 @@ class Seq2SeqCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         prompts = [torch.tensor(row["prompt"]) for row in rows]
         answers = [torch.tensor(row["answer"]) for row in rows]
         pad = torch.nn.utils.rnn.pad_sequence
@@ -295,13 +369,19 @@ class Prepared(NamedTuple):
     train: TokenRows
     validation: TokenRows
     test: list[Row]
+    chat_template_sha256: str | None = None  # of the text of the template that chats are written in
 
     @property
     def sha256(self) -> str:
-        """Hash of all token ids of the train and validation rows, and of the rows' lengths."""
-        digest = hashlib.sha256()
+        """Hash of all token ids of the train and validation rows, of the rows' lengths, and of chats their template."""
+        digest = hashlib.sha256((self.chat_template_sha256 or "").encode())
         for rows in (self.train, self.validation):
-            for array in (rows.prompt_lengths, rows.answer_lengths, rows.ids):
+            for array in (
+                rows.prompt_lengths,
+                rows.answer_lengths,
+                rows.ids,
+                *((rows.gaps,) if len(rows.gaps) else ()),
+            ):
                 digest.update(len(array).to_bytes(8, "little"))
                 digest.update(np.ascontiguousarray(array, "<i4").data)
         return digest.hexdigest()
@@ -319,7 +399,8 @@ def prepare(
     """Tokenizes the train and validation rows; for `encoder_decoder` and `whole` see `tokenize`.
 
     Raises:
-        ConfigError: no train row or no validation row is left, or the tokenizer has no end-of-sequence token.
+        ConfigError: no train row or no validation row is left, the tokenizer has no end-of-sequence token, or rows are
+            chats and it has no template for them.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -328,6 +409,9 @@ def prepare(
                 "answer; choose a model whose tokenizer has one."
             ]
         )
+    chats = any("messages" in row for part in splits for row in part[:1])
+    if chats:
+        _check_chats(tokenizer)
     train, validation = (
         tokenize(rows, tokenizer, max_length, on_progress, encoder_decoder=encoder_decoder, whole=whole)
         for rows in (splits.train, splits.validation)
@@ -340,7 +424,29 @@ def prepare(
     ]
     if errors:
         raise ConfigError(errors)
-    return Prepared(train, validation, splits.test)
+    return Prepared(train, validation, splits.test, template_sha256(tokenizer) if chats else None)
+
+
+def _check_chats(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that a tokenizer can write chats; warns of a template with a clock.
+
+    Raises:
+        ConfigError: it has no chat template, or is in Python.
+    """
+    errors = template_errors(tokenizer, "dataset.template")
+    if not tokenizer.is_fast:
+        errors.append(
+            f"Invalid dataset.template=chat: the tokenizer of {tokenizer.name_or_path} is in Python, and does not say "
+            "where a token stands in a text; use a model with a tokenizer.json."
+        )
+    if errors:
+        raise ConfigError(errors)
+    if "strftime_now" in str(tokenizer.chat_template):
+        logger.warning(
+            "The chat template of %s may write today's date, so that other days give other rows; replace strftime_now "
+            "in a copy of it, in a folder of the model.",
+            tokenizer.name_or_path,
+        )
 
 
 def collator(pad_token_id: int, *, encoder_decoder: bool) -> CausalCollator | Seq2SeqCollator:

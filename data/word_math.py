@@ -32,6 +32,7 @@ from flatlora.config.sections import TextDatasetConfig
 from flatlora.config.settings import MOST_TOKENS, setting
 from flatlora.experiment.plugins import DataSet
 from flatlora.inputs.rows import Source
+from flatlora.inputs.templates import prompt
 from flatlora.utils.errors import ConfigError, SettingError
 
 VERSION = 1  # raise it whenever the same arguments give other rows; the cache of rows depends on it
@@ -74,13 +75,14 @@ class Config(TextDatasetConfig):
 
     def rule_errors(self) -> list[SettingError]:
         if self.min_steps <= self.max_steps:
-            return []
+            return super().rule_errors()
         return [
+            *super().rule_errors(),
             SettingError(
                 ("min_steps", "max_steps"),
                 f"Invalid dataset.min_steps={self.min_steps} with dataset.max_steps={self.max_steps}: min_steps must "
                 "be ≤ max_steps; change one of them.",
-            )
+            ),
         ]
 
 
@@ -89,7 +91,7 @@ def sources(config: Config) -> list[Source]:
 
 
 def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Splits:
-    """Generates the three splits in GSM8K's prompt; `data_root` is not used.
+    """Generates the three splits in GSM8K's prompt, or as chats; `data_root` is not used.
 
     Raises:
         ConfigError: the settings allow fewer distinct problems than rows are requested.
@@ -97,14 +99,15 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
     tested = 0 if config.evaluate == "validation" else config.test_rows
     sizes = {"train": config.train_rows, "validation": config.validation_rows, "test": tested}
     bounds = config.model_dump(include={"seed", "min_steps", "max_steps", "max_value", "max_answer"})
+    template = config.template or "qa"
+
+    def prompted(row: Row) -> Row:
+        return {"x": prompt(template, row["question"]), "y": row["answer"]}
+
     try:
-        return Splits(**{split: [_prompted(row) for row in generate(split, n, **bounds)] for split, n in sizes.items()})
+        return Splits(**{split: [prompted(row) for row in generate(split, n, **bounds)] for split, n in sizes.items()})
     except ValueError as error:
         raise ConfigError(str(error).splitlines()) from error
-
-
-def _prompted(row: Row) -> Row:
-    return {"x": f"Q: {row['question']}\nA: ", "y": row["answer"]}
 
 
 def describe(config: Config) -> str:

@@ -24,13 +24,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from eval import BENCHMARKS, peft_suite, predictions
 from eval.answers import without_draft
 from eval.backends import Generator, Sampling
-from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
+from flatlora.config.sections import ChatSection
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, setting
 from flatlora.experiment.plugins import Benchmark
+from flatlora.inputs.conversations import question
 from flatlora.inputs.rows import Source, prompt_text, read_rows
 from flatlora.inputs.templates import prompt
 from flatlora.utils.errors import ConfigError, SettingError
@@ -96,12 +98,13 @@ _NO_UNITS = frozenset(
 _SENTENCE_END = re.compile(r"(?:(?<=\d)|(?<=[^\W\d_]{3}))[.!?]\s+(?=[A-Z])")  # not after "ft." or "vs."
 
 
-class Config(Section):
+class Config(ChatSection):
+    section_path: ClassVar[str] = "eval.gsm8k"
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row of the test split")
     max_new_tokens: int = setting(512, ge=1, le=MOST_TOKENS, remedy="512 as published")
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
     parser: Literal["strict", "math_verify", "peft_suite"] = "strict"
-    template: Literal["qa", "alpaca", "step_by_step", "none"] = "qa"
+    template: Literal["qa", "alpaca", "step_by_step", "none", "chat"] = "qa"
     # 8 as in chain-of-thought papers
     num_fewshot: int = setting(0, ge=0, le=1000, remedy="0 is zero-shot, as published")
     temperature: float = setting(0.0, ge=0, le=100, remedy="0 is greedy, as published")
@@ -112,13 +115,14 @@ class Config(Section):
     def rule_errors(self) -> list[SettingError]:
         if self.parser == "math_verify" and not _has_math_verify():
             return [
+                *super().rule_errors(),
                 SettingError(
                     ("parser",),
                     "Invalid eval.gsm8k.parser=math_verify: the package math-verify is not installed; run pip install "
                     "'math-verify[antlr4_9_3]', or use eval.gsm8k.parser=strict.",
-                )
+                ),
             ]
-        return []
+        return super().rule_errors()
 
 
 def _has_math_verify() -> bool:
@@ -359,7 +363,7 @@ def run(
 def _stops(config: Config) -> tuple[str, ...]:
     """Returns the beginning of a next question, with which a model continues after shots."""
     beginning = prompt(config.template, "QUESTION").partition("QUESTION")[0]
-    return (f"\n\n{beginning.rstrip()}",) if config.num_fewshot else ()
+    return (f"\n\n{beginning.rstrip()}",) if config.num_fewshot and config.template != "chat" else ()
 
 
 def _seed(seed: int, index: int) -> int:
@@ -385,6 +389,8 @@ def score_file(path: Path, config: Config) -> dict[str, Any]:
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, str]]:
     """Returns GSM8K's 1,319 test questions, for models without a run; with shots, each has their number too.
 
+    The shots of a chat are its earlier turns.
+
     Raises:
         ConfigError: a split cannot be read, or the train split has fewer rows than shots.
     """
@@ -397,10 +403,15 @@ def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, str]
         raise ConfigError(
             [f"Invalid num_fewshot={config.num_fewshot}: GSM8K's train split has {len(train)} rows here; use fewer."]
         )
+    more = {"shots": len(train)} if train else {}
+    if config.template == "chat":
+        pairs = [(row["question"], row["answer"]) for row in train]
+        return [
+            question("chat", config.system, row["question"], row["answer"], shots=pairs) | more for row in split("test")
+        ]
     shots = "".join(
         f"{prompt_text({'x': prompt(config.template, row['question'])})}{row['answer']}\n\n" for row in train
     )
-    more = {"shots": len(train)} if train else {}
     return [
         {"x": shots + prompt(config.template, row["question"]), "y": row["answer"], **more} for row in split("test")
     ]

@@ -25,8 +25,8 @@ from typing import Any, ClassVar, Literal
 from eval import BENCHMARKS, answers, programs, sandbox
 from eval.backends import cut_at, is_body
 from eval.programs import FIELDS, HEADLINE, CodeBenchmark, pass_at_k
-from flatlora.inputs.rows import Source, prompt_text, read_rows
-from flatlora.inputs.templates import prompt
+from flatlora.inputs.conversations import Chat
+from flatlora.inputs.rows import Source, read_rows
 
 __all__ = ["FIELDS", "HEADLINE", "HUMANEVAL", "Config", "pass_at_k"]
 SCORER_VERSION = 6
@@ -77,11 +77,11 @@ def program(code: str, completion: str, entry_point: str, form: str) -> str:
     return "".join([*future, before, "\n", *lines[len(future) :]])
 
 
-def ask(row: Mapping[str, Any], config: Config) -> tuple[str, str]:
+def ask(row: Mapping[str, Any], config: Config) -> tuple[str | Chat, str]:
     """Returns the prompt of a problem, and the form of its answer."""
     if config.prompt == "completion":
         return row["prompt"], config.prompt
-    return prompt_text({"x": prompt(config.template, instruction(row["prompt"]))}) + "```python\n", config.prompt
+    return programs.request(config, instruction(row["prompt"])), config.prompt
 
 
 def problem(row: Mapping[str, Any]) -> dict[str, str]:

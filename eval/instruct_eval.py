@@ -20,11 +20,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from eval import BENCHMARKS, humaneval, lm_eval_tasks, predictions
 from eval.backends import Backend
-from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.config.sections import ChatSection
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, setting
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import Source, gather
 from flatlora.utils.errors import SettingError, nearest
@@ -45,17 +46,18 @@ _GROUPS = {
 }
 
 
-class Config(Section):
+class Config(ChatSection):
+    section_path: ClassVar[str] = "eval.instruct_eval"
     tasks: list[str] = setting(
         ["mmlu", "drop", "bbh"], remedy="name mmlu, drop, bbh, humaneval, or lm-eval's own tasks"
     )
     allow_code_execution: bool = setting(False, remedy="true runs what the model wrote for humaneval, in a sandbox")
-    template: Literal["alpaca", "qa", "none"] = "alpaca"  # for humaneval
+    template: Literal["alpaca", "qa", "none", "chat"] = "alpaca"  # for humaneval
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks every row of every task")
     batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_errors(self) -> list[SettingError]:
-        errors = []
+        errors = super().rule_errors()
         if importlib.util.find_spec("lm_eval") is None:
             errors.append(
                 SettingError(
@@ -90,6 +92,7 @@ class Config(Section):
         return humaneval.Config(
             allow_code_execution=self.allow_code_execution,
             template=self.template,
+            system=self.system,
             samples=1,
             temperature=0.0,
             max_rows=self.max_rows,

@@ -17,14 +17,16 @@ from eval.target import Target
 from flatlora.config.families import trains_on
 from flatlora.config.settings import Section
 from flatlora.experiment.plugins import Benchmark
+from flatlora.inputs import conversations
+from flatlora.inputs.chats import template_errors
 from flatlora.inputs.images import ImageRows, LabeledImages, check_images, name_error, read_images, read_listed
 from flatlora.inputs.pixel_cache import PixelCache
 from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
 from flatlora.inputs.text_to_image import rows_of_run
 from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
-from flatlora.models.loading import model_of
-from flatlora.models.processors import load_image_processor
+from flatlora.models.loading import model_of, saved_processor
+from flatlora.models.processors import load_image_processor, load_tokenizer
 from flatlora.trained.place import OTHER_VERSION, ResolvedModel
 from flatlora.utils.errors import ConfigError
 
@@ -91,7 +93,7 @@ class Text(BenchmarkKind):
         path, own = _rows_file(command), command.given.get("path")
         unread = {"data_root": data_root} if path or own else {}
         if path:
-            unread |= {key: command.given.get(key) for key in ("template", "path")}
+            unread |= {key: command.given.get(key) for key in ("template", "system", "path")}
         if errors := [
             f"Invalid {key}={value}: it has no effect, as the rows are those of {path or own}; drop it."
             for key, value in unread.items()
@@ -113,7 +115,30 @@ class Text(BenchmarkKind):
             data_root = data_root or command.resolve().data_root
             rows, source = benchmark.benchmark_rows(data_root, command.configure()), "the benchmark's own rows"
         benchmark.check_rows(rows, source, command.configure())
+        _check_chats(command, rows, source)
         return rows
+
+
+def _check_chats(command: Command, rows: Sequence[Any], source: str) -> None:
+    """Checks the turns of rows that are chats, and that the model's tokenizer has a chat template for them.
+
+    Raises:
+        ConfigError: a row is no conversation, or there is no template.
+    """
+    numbered = enumerate(rows, start=1)
+    chats = {number: row for number, row in numbered if isinstance(row, Mapping) and "messages" in row}
+    problems = {number: conversations.problem(row["messages"], row.get("tools")) for number, row in chats.items()}
+    errors = [
+        f"Invalid messages in {source}, row {number}: {text}; fix it." for number, text in problems.items() if text
+    ]
+    asks = bool(chats) or getattr(command.configure(), "template", None) == "chat"
+    if asks and not errors and command.target.backend != "openai":
+        resolved = command.resolve()
+        model = resolved.model or model_of(resolved.weights)
+        saved = saved_processor(model, Path(resolved.weights))
+        errors = template_errors(load_tokenizer(model.at(str(saved)) if saved else model))
+    if errors:
+        raise ConfigError(errors)
 
 
 def _rows_file(command: Command) -> Path | None:

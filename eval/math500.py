@@ -15,34 +15,37 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from eval import BENCHMARKS
 from eval.answers import without_draft
 from eval.by_row import ByRow
-from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
+from flatlora.config.sections import ChatSection
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, setting
+from flatlora.inputs.conversations import question
 from flatlora.inputs.rows import Source, read_rows
-from flatlora.inputs.templates import prompt
 from flatlora.utils.errors import SettingError
 
 _REQUEST = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
-class Config(Section):
-    template: Literal["qa", "alpaca", "none"] = "qa"
+class Config(ChatSection):
+    section_path: ClassVar[str] = "eval.math500"
+    template: Literal["qa", "alpaca", "step_by_step", "none", "chat"] = "qa"
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks all 500 problems")
     max_new_tokens: int = setting(1024, ge=1, le=MOST_TOKENS, remedy="1024 is enough for most solutions")
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
     def rule_errors(self) -> list[SettingError]:
         if importlib.util.find_spec("math_verify") is not None:
-            return []
+            return super().rule_errors()
         return [
+            *super().rule_errors(),
             SettingError(
                 (),
                 "Invalid eval.math500: the package math-verify is not installed; run pip install -e '.[math]', or "
                 "leave the benchmark out.",
-            )
+            ),
         ]
 
 
@@ -73,7 +76,7 @@ def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]
     """Returns the 500 problems."""
     source = Source("HuggingFaceH4/MATH-500", "default", "test")
     rows = read_rows(source, columns=("problem", "answer"), data_root=data_root)
-    return [{"x": prompt(config.template, f"{row['problem']}\n{_REQUEST}"), "y": row["answer"]} for row in rows]
+    return [question(config.template, config.system, f"{row['problem']}\n{_REQUEST}", row["answer"]) for row in rows]
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from eval import BENCHMARKS, answers, humaneval, programs, sandbox
-from flatlora.inputs.rows import Source, prompt_text, read_rows
-from flatlora.inputs.templates import prompt
+from flatlora.inputs.conversations import Chat
+from flatlora.inputs.rows import Source, read_rows
 
 SCORER_VERSION = 1
 _COLUMNS = {"task_id": "int", "code": "text", "test_list": "any"}
@@ -101,14 +101,14 @@ def _compared(tests: Sequence[str], setup: str) -> tuple[list[str], str]:
     return checks, f"{setup}\ndef {_VALUE}(number):\n    return [{values}][number]()\n"
 
 
-def ask(row: Mapping[str, Any], config: Config) -> tuple[str, str]:
+def ask(row: Mapping[str, Any], config: Config) -> tuple[str | Chat, str]:
     """Returns the prompt of a problem, and the form of its answer."""
     tests = "\n".join(test.strip() for test in row["test_list"])
     text = (
         f"{_sentence(row).strip()} Answer with Python code and nothing else. It should pass these tests:\n"
         f"```python\n{tests}\n```"
     )
-    return prompt_text({"x": prompt(config.template, text)}) + "```python\n", "instruction"
+    return programs.request(config, text), "instruction"
 
 
 def task(row: Mapping[str, Any]) -> sandbox.Task:

@@ -27,15 +27,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from eval import BENCHMARKS, predictions
 from eval.answers import without_draft
 from eval.backends import Completion, Generator, Sampling, wire
 from eval.backends.openai import Endpoint, OpenAIBackend
-from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_TOKENS, Section, setting
+from flatlora.config.sections import ChatSection
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_TOKENS, setting
 from flatlora.config.types import Url
 from flatlora.experiment.plugins import Benchmark
+from flatlora.inputs import conversations
+from flatlora.inputs.conversations import Chat
 from flatlora.inputs.rows import MOST_BYTES, gather, read_jsonl, typed_columns
 from flatlora.inputs.templates import conversation
 from flatlora.utils.console import progress
@@ -69,7 +72,8 @@ _PROMPTS = {  # (turn, with a reference) → name in judge_prompts.jsonl
 _JUDGMENT = {"key", "question_id", "turn", "reply", "rating", "judge", "day"}
 
 
-class Config(Section):
+class Config(ChatSection):
+    section_path: ClassVar[str] = "eval.mt_bench"
     judge: str = setting(min_length=1, remedy="name the judge model, as its endpoint calls it")
     judge_url: Url = setting(min_length=1, remedy="name its OpenAI-compatible endpoint, ending in /v1")
     judge_key: str | None = setting(None, min_length=1, remedy="name the environment variable that holds the key")
@@ -90,7 +94,7 @@ class Config(Section):
 
     def rule_errors(self) -> list[SettingError]:
         names = "eval.mt_bench.judge_url", "eval.mt_bench.judge_key"
-        return wire.endpoint_errors(names[0], self.judge_url, names[1], self.judge_key)
+        return super().rule_errors() + wire.endpoint_errors(names[0], self.judge_url, names[1], self.judge_key)
 
 
 # Neither an index, as in x[[0]], nor a link, as in [1](address), is a rating.
@@ -241,6 +245,7 @@ def run(
             settings={
                 **backend.describe(),
                 "template": config.template,
+                **({} if config.system is None else {"system": config.system}),
                 "greedy": config.greedy,
                 "seed": config.seed,
                 "max_new_tokens": config.max_new_tokens,
@@ -255,10 +260,7 @@ def _check_lengths(backend: Any, rows: Sequence[dict[str, Any]], config: Config)
     """Checks before the first turn that the second turn fits the model's context after the longest first answer."""
     if not hasattr(backend, "check_lengths"):
         return
-    if config.template == "chat":
-        lengths = [backend.chat_length(_messages(row["turns"], ["-"])) for row in rows]
-    else:
-        lengths = [backend.prompt_length(conversation(config.template, row["turns"], ["-"])) for row in rows]
+    lengths = [backend.prompt_length(_prompt(config, row["turns"], ["-"])) for row in rows]
     task = f"second turns, with {config.max_new_tokens} tokens of a first answer"
     backend.check_lengths([length + config.max_new_tokens for length in lengths], config.max_new_tokens, task=task)
 
@@ -309,25 +311,21 @@ def _answers(
         indices = [index for index, other in enumerate(temperatures) if other == temperature]
         stop = () if config.template == "chat" else ("\n### Instruction:", "\nQ: ")
         seeds = [_seed(config.seed, rows[index]["question_id"], len(answers[index])) for index in indices]
-        turns = [(rows[index]["turns"][: len(answers[index]) + 1], answers[index]) for index in indices]
-        if config.template == "chat":
-            generate, length_of = backend.chat, getattr(backend, "chat_length", len)
-            prompts: list[Any] = [_messages(*pair) for pair in turns]
-        else:
-            generate, length_of = backend.generate, backend.prompt_length
-            prompts = [conversation(config.template, *pair) for pair in turns]
-        available = backend.tokens_left(list(map(length_of, prompts))) if hasattr(backend, "tokens_left") else None
+        prompts = [_prompt(config, rows[i]["turns"][: len(answers[i]) + 1], answers[i]) for i in indices]
+        lengths = list(map(backend.prompt_length, prompts))
+        available = backend.tokens_left(lengths) if hasattr(backend, "tokens_left") else None
         most = config.max_new_tokens if available is None or available < 1 else min(available, config.max_new_tokens)
-        batch = generate(prompts, Sampling(most, temperature, stop=stop), seeds)
+        batch = backend.generate(prompts, Sampling(most, temperature, stop=stop), seeds)
         completions |= dict(zip(indices, batch, strict=True))
     return [completions[index] for index in range(len(rows))]
 
 
-def _messages(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
-    messages = [{"role": "user", "content": turns[0]}]
-    for answer, turn in zip(answers, turns[1:], strict=True):
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
-    return messages
+def _prompt(config: Config, turns: Sequence[str], answers: Sequence[str]) -> str | Chat:
+    """Returns the prompt for the last of several turns, after the earlier ones and their answers."""
+    if config.template != "chat":
+        return conversation(config.template, turns, answers)
+    earlier = [text for pair in zip(turns[:-1], answers, strict=True) for text in pair]
+    return Chat(conversations.turns(config.system, *earlier, turns[-1]))
 
 
 def _seed(seed: int, question: int, turn: int) -> int:
@@ -409,7 +407,7 @@ def _ask_judge(judge: OpenAIBackend, request: Mapping[str, Any], config: Config)
     for attempt in range(1, config.judge_tries + 1):
         # The first try is greedy, as in FastChat; later ones are not, as a greedy judge would repeat its reply.
         sampling = Sampling(config.judge_tokens, 0.0 if attempt == 1 else 0.7)
-        reply = judge.chat([messages], sampling, [attempt])[0]
+        reply = judge.chat([Chat(messages)], sampling, [attempt])[0]
         rating = parse_rating(reply.text)
         if rating is not None or reply.refusal:
             break

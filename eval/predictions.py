@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.backends import Generator, Sampling
-from flatlora.inputs.rows import MOST_BYTES, jsonl, prompt_text, read_jsonl
+from flatlora.inputs.conversations import Chat, readable
+from flatlora.inputs.rows import MOST_BYTES, jsonl, prompt_of, read_jsonl
 from flatlora.runs.record import RunRecord
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import write_atomic, write_json
@@ -37,7 +38,7 @@ GENERATED: Fields = {
 
 def generate(
     backend: Generator,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Chat],
     references: Sequence[str],
     folder: Path,
     *,
@@ -80,7 +81,7 @@ def generate(
     if check := getattr(backend, "check_lengths", None):
         check(lengths, sampling.max_new_tokens)
     return collect(
-        [{"prompt": p, "reference": r, **more} for p, r, more in zip(prompts, references, known, strict=True)],
+        [{**_asked(p), "reference": r, **more} for p, r, more in zip(prompts, references, known, strict=True)],
         answer,
         folder,
         fields=GENERATED,
@@ -90,6 +91,14 @@ def generate(
         settings={**backend.describe(), **sampling.describe()},
         on_progress=count if on_progress else None,
     )
+
+
+def _asked(prompt: str | Chat) -> dict[str, Any]:
+    """Returns the columns of a prompt: of a chat its text for people, its turns, and its tools if it has any."""
+    if not isinstance(prompt, Chat):
+        return {"prompt": prompt}
+    columns = {"prompt": readable(prompt.messages), "messages": prompt.messages, "tools": prompt.tools}
+    return {key: value for key, value in columns.items() if value is not None}
 
 
 @contextlib.contextmanager
@@ -118,7 +127,7 @@ def answer_rows(
     """Calls `generate` for rows {"x", "y"} of a data set; columns in `keep` are saved with the answers."""
     return generate(
         backend,
-        [prompt_text(row) for row in rows],
+        [prompt_of(row) for row in rows],
         [row["y"] for row in rows],
         folder,
         sampling=sampling,
@@ -128,7 +137,7 @@ def answer_rows(
     )
 
 
-def prompt_lengths(backend: Generator, prompts: Sequence[str]) -> list[int]:
+def prompt_lengths(backend: Generator, prompts: Sequence[str | Chat]) -> list[int]:
     """Returns the number of tokens of each prompt.
 
     Raises:

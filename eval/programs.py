@@ -13,8 +13,11 @@ from typing import Any, ClassVar, Literal
 
 from eval import predictions, sandbox
 from eval.backends import Generator, Sampling
-from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, Section, setting
+from flatlora.config.sections import ChatSection
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, setting
 from flatlora.experiment.plugins import Benchmark
+from flatlora.inputs.conversations import Chat, question
+from flatlora.inputs.rows import prompt_of
 from flatlora.utils.console import progress
 from flatlora.utils.errors import ConfigError, SettingError
 from flatlora.utils.files import write_atomic, write_json
@@ -29,10 +32,10 @@ FIELDS: predictions.Fields = {
 Row = Mapping[str, Any]
 
 
-class Config(Section):
+class Config(ChatSection):
     name: ClassVar[str]  # of the benchmark
     allow_code_execution: bool = setting(False, remedy="true runs what the model wrote, in a sandbox")
-    template: Literal["alpaca", "qa", "none"] = "alpaca"  # of the instruction; a run has its own
+    template: Literal["alpaca", "qa", "none", "chat"] = "alpaca"  # of the instruction; a run has its own
     samples: int = setting(5, ge=1, le=10**4, remedy="5 as published; 1 as in LoRA-Pro")
     temperature: float = setting(0.8, ge=0, le=100, remedy="0 is greedy")
     top_p: float = setting(0.95, gt=0, le=1, remedy="1 samples from all tokens")
@@ -43,8 +46,12 @@ class Config(Section):
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks all problems")
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
 
+    @property
+    def section_path(self) -> str:
+        return f"eval.{self.name}"
+
     def rule_errors(self) -> list[SettingError]:
-        errors = []
+        errors = super().rule_errors()
         if not self.allow_code_execution:
             errors.append(
                 SettingError(
@@ -74,6 +81,12 @@ class Config(Section):
         return errors
 
 
+def request(config: Config, text: str) -> str | Chat:
+    """Returns the prompt of an instruction. A text ends with the beginning of the answer, a code block."""
+    prompt = prompt_of(question(config.template, config.system, text))
+    return f"{prompt}```python\n" if isinstance(prompt, str) else prompt
+
+
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """1 − C(n−c, k)/C(n, k): the probability that at least one of k samples, drawn from n with c right, is right."""
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
@@ -89,7 +102,7 @@ class CodeBenchmark:
         row_columns: columns of its rows, as `flatlora.inputs.rows.Columns`.
         problem: row → {"task_id", "code", "canonical_solution", "test", "entry_point"}, all text; raises ValueError
             with the reason if the row is none.
-        ask: (row, config) → (prompt, form of the answer).
+        ask: (row, config) → (prompt, form of the answer); a prompt is a text or a `Chat`.
         task: answered row, with `FIELDS` → the program and its tests.
         stops: texts that end an answer of the form "completion".
         load: (data_root, config) → the benchmark's own rows.
@@ -99,7 +112,7 @@ class CodeBenchmark:
     version: int
     row_columns: Mapping[str, str]
     problem: Callable[[Row], dict[str, str]]
-    ask: Callable[[Row, Any], tuple[str, str]]
+    ask: Callable[[Row, Any], tuple[str | Chat, str]]
     task: Callable[[Row], sandbox.Task]
     load: Callable[[str | None, Any], list[dict[str, Any]]]
     stops: tuple[str, ...] = ()

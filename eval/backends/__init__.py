@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-Messages = Sequence[Mapping[str, str]]  # [{"role", "content"}, …]
+from flatlora.inputs.conversations import Chat
 
 
 class Completion(NamedTuple):
@@ -90,8 +90,7 @@ class Generator(Protocol):
             not depend on the rest of a batch, such as endpoints; rows are then answered one by one, not in batches.
         on_token: callback that is set from outside and called with the index of each token of a batch.
         check_lengths(lengths of prompts, new tokens): raises a ConfigError if the model's context is too short; called
-            before the first batch. A backend that has it also has the next two.
-        chat_length(chat): number of tokens of a chat.
+            before the first batch. A backend that has it also has the next one.
         tokens_left(lengths): number of new tokens that fit after prompts of these lengths; None for any number.
     """
 
@@ -101,20 +100,17 @@ class Generator(Protocol):
         """Returns what identifies the model and its settings, for generation.json."""
         ...
 
-    def prompt_length(self, prompt: str) -> int:
+    def prompt_length(self, prompt: str | Chat) -> int:
         """Returns the number of tokens of a prompt."""
         ...
 
     def generate(
-        self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
+        self, prompts: Sequence[str | Chat], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        """Returns one completion per prompt, in order; `seeds`, one per prompt, are used at a temperature above 0."""
-        ...
+        """Returns one completion per prompt, in order; `seeds`, one per prompt, are used at a temperature above 0.
 
-    def chat(
-        self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
-    ) -> list[Completion]:
-        """Returns one reply per chat, formatted with the chat template of the model's tokenizer."""
+        A chat is formatted with the chat template of the model's tokenizer.
+        """
         ...
 
 

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from eval.backends import Completion, Messages, Sampling
+from eval.backends import Completion, Sampling
 from eval.backends.wire import ReplyRefused, is_loopback, key_of, limit_reply
+from flatlora.inputs.conversations import Chat, readable, turns
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.masking import MASK, masked
 from flatlora.utils.names import printable
@@ -123,15 +124,16 @@ class OpenAIBackend:
             **self.identity,
         }
 
-    def prompt_length(self, prompt: str) -> int:
+    def prompt_length(self, prompt: str | Chat) -> int:
         """Returns the number of characters, as the endpoint's tokenizer is unknown."""
-        return len(prompt)
+        return len(readable(prompt.messages) if isinstance(prompt, Chat) else prompt)
 
     def generate(
-        self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
+        self, prompts: Sequence[str | Chat], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        if self.as_chat:
-            return self.chat([[{"role": "user", "content": prompt}] for prompt in prompts], sampling, seeds)
+        if self.as_chat or any(isinstance(prompt, Chat) for prompt in prompts):
+            chats = [prompt if isinstance(prompt, Chat) else Chat(turns(None, prompt)) for prompt in prompts]
+            return self.chat(chats, sampling, seeds)
         options, create = _options(sampling), self._client.completions.create
 
         async def ask(index: int) -> Completion:
@@ -140,9 +142,7 @@ class OpenAIBackend:
 
         return self._all(ask, len(prompts))
 
-    def chat(
-        self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
-    ) -> list[Completion]:
+    def chat(self, chats: Sequence[Chat], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """Returns one reply per chat, in order.
 
         Raises:
@@ -151,8 +151,9 @@ class OpenAIBackend:
         options, create = _options(sampling), self._client.chat.completions.create
 
         async def ask(index: int) -> Completion:
-            messages = list(chats[index])
-            reply = await self._request(partial(create, messages=messages), options | _seed(seeds, index))
+            messages, tools = chats[index]
+            asked = partial(create, messages=list(messages), **({"tools": list(tools)} if tools else {}))
+            reply = await self._request(asked, options | _seed(seeds, index))
             return _completion(reply, lambda choice: choice.message.content, sampling)
 
         return self._all(ask, len(chats))

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from eval.answers import is_draft_tag
-from eval.backends import Completion, Messages, Sampling
-from eval.backends.chats import ChatEncoder
+from eval.backends import Completion, Sampling
+from flatlora.inputs.chats import ChatEncoder, template_errors
+from flatlora.inputs.conversations import Chat
 from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids
 from flatlora.utils.errors import ConfigError
 
@@ -44,7 +45,7 @@ class TokenizedBackend:
     context: Context | None = None
     _warned_of: frozenset[str | None] = frozenset()  # tasks whose prompts are longer than the context
 
-    def prompt_length(self, prompt: str) -> int:
+    def prompt_length(self, prompt: str | Chat) -> int:
         return len(self.prompt_ids(prompt))
 
     def check_lengths(self, lengths: Sequence[int], new_tokens: int, *, task: str | None = None) -> None:
@@ -89,26 +90,14 @@ class TokenizedBackend:
         return self.context.limit if self.encoder_decoder else self.context.limit - max(lengths) + 1
 
     def generate(
-        self, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] | None = None
+        self, prompts: Sequence[str | Chat], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
-        return self._generate([self.prompt_ids(prompt) for prompt in prompts], sampling, seeds)
-
-    def chat(
-        self, chats: Sequence[Messages], sampling: Sampling, seeds: Sequence[int] | None = None
-    ) -> list[Completion]:
-        """Returns one reply per chat.
+        """Returns one completion per prompt.
 
         Raises:
-            ConfigError: the tokenizer has no chat template.
+            ConfigError: a prompt is a chat, and the tokenizer has no chat template.
         """
-        return self._generate(self._chat_ids(chats), sampling, seeds)
-
-    def chat_length(self, chat: Messages) -> int:
-        """Returns the number of tokens of a chat; raises as `chat`."""
-        return len(self._chat_ids([chat])[0])
-
-    def _chat_ids(self, chats: Sequence[Messages]) -> list[list[int]]:
-        return self.chat_encoder(chats)
+        return self._generate([self.prompt_ids(prompt) for prompt in prompts], sampling, seeds)
 
     @functools.cached_property
     def chat_encoder(self) -> ChatEncoder:
@@ -117,11 +106,8 @@ class TokenizedBackend:
         Raises:
             ConfigError: the tokenizer has no chat template.
         """
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            name = self.tokenizer.name_or_path
-            raise ConfigError(
-                [f"Invalid template=chat: the tokenizer of {name} has no chat template; use alpaca or qa."]
-            )
+        if errors := template_errors(self.tokenizer):
+            raise ConfigError(errors)
         return ChatEncoder(self.tokenizer)
 
     def generate_ids(
@@ -134,8 +120,10 @@ class TokenizedBackend:
         """Returns one completion per list of token ids, in order."""
         raise NotImplementedError
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str | Chat) -> list[int]:
         """Returns the ids of a prompt: names of special tokens are text, and a decoder's prompt has no end token."""
+        if isinstance(prompt, Chat):
+            return self.chat_encoder([prompt])[0]
         ids = text_ids(self.tokenizer, prompt)
         return ids[: len(ids) - self._appended_ends]
 

@@ -327,6 +327,12 @@ def _unread_key_errors(experiment: Experiment) -> Iterable[SettingError]:
             f"Invalid dataset.loss_on=text with model={experiment.model.name} ({experiment.model.family}): only a "
             "decoder-only model predicts its prompt; leave the key out.",
         )
+    if getattr(experiment.dataset, "template", None) == "chat" and experiment.model.family != "causal_lm":
+        yield SettingError(
+            ("dataset.template", "model.family"),
+            f"Invalid dataset.template=chat with model={experiment.model.name} ({experiment.model.family}): chats are "
+            "continued by decoder-only models; use another template, or leave the key out.",
+        )
     if getattr(experiment.dataset, "validation_rows", None) == 0:
         if experiment.dataset.evaluate == "validation":
             yield SettingError(

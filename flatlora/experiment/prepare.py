@@ -14,6 +14,7 @@ from torch import nn
 from flatlora import methods
 from flatlora.config.experiment import Experiment, keys_of_validation
 from flatlora.experiment.suite import Suite
+from flatlora.inputs.chats import template_errors
 from flatlora.inputs.rows import fingerprint, gather, warn_of_unread_root
 from flatlora.methods.adapters.lora import find_targets
 from flatlora.models import fit, loading
@@ -51,7 +52,8 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
     _warn_of_unread_data_root(suite, experiment)
     known = kind.known(experiment, processor, rows)
     names = [name for name in experiment.eval if name not in own]
-    _, _, *test_rows = gather(
+    _, _, _, *test_rows = gather(
+        lambda: _raise_if(_chat_errors(experiment, processor)),
         lambda: _check_validation(experiment, len(rows.validation)),
         lambda: kind.check(experiment, skeleton, processor, rows),
         *(lambda name=name: _test_rows(suite, experiment, rows.test, name, known) for name in names),
@@ -146,7 +148,7 @@ def _check_validation(experiment: Experiment, left: int) -> None:
     Raises:
         ConfigError: none is left, and validation is requested.
     """
-    size = "validation_share" if hasattr(experiment.dataset, "validation_share") else "validation_rows"
+    size = experiment.dataset.validation_key
     if not left and experiment.dataset.evaluate == "validation":
         raise ConfigError(
             [
@@ -174,6 +176,12 @@ def _check_benchmarks(suite: Suite, experiment: Experiment) -> None:
     )
 
 
+def _chat_errors(experiment: Experiment, processor: Any) -> list[str]:
+    """Returns an error for each benchmark that asks in chats, if the tokenizer has no template for them."""
+    asking = [name for name, config in experiment.eval.items() if getattr(config, "template", None) == "chat"]
+    return [error for name in asking for error in template_errors(processor, f"eval.{name}.template")]
+
+
 def _own_rows(suite: Suite, experiment: Experiment) -> dict[str, Sequence[Any]]:
     """Returns {benchmark: rows} of the benchmarks that use their own rows with any dataset."""
     names = [name for name, config in experiment.eval.items() if suite.benchmarks[name].own_rows(config)]
@@ -194,15 +202,15 @@ def _test_rows(
         ConfigError: the rows are missing or cannot be scored.
     """
     module, config = suite.benchmarks[name], experiment.eval[name]
-    template = getattr(config, "template", None)
-    split = experiment.dataset.evaluate
+    template, split = getattr(config, "template", None), experiment.dataset.evaluate
+    asked = getattr(experiment.dataset, "template", None)  # None: a form of its own, which is no chat
     if module.benchmark_rows is not None and (module.own_rows(config) or (not test and split == "test")):
         rows, source = module.benchmark_rows(experiment.data_root, config), f"{name}'s own rows"
-    elif template not in (None, getattr(experiment.dataset, "template", template)):
+    elif template not in (None, asked) and (asked is not None or template == "chat"):
         raise ConfigError(
             [
                 f"Invalid eval.{name}.template={template} with dataset={experiment.dataset.name}: its test rows are "
-                f"asked, in dataset.template={experiment.dataset.template}; leave the key out."
+                f"asked, in dataset.template={asked or 'null'}; leave the key out."
             ]
         )
     else:

@@ -203,6 +203,7 @@ def train_and_score(
     if methods.uses_kernels(experiment):
         record.kernels = acceleration.accelerate(model, inputs.device)
     record.data_sha256 = inputs.data_sha256
+    record.chat_template_sha256 = kind.chat_template_sha256(inputs.rows)
     record.params = Parameters(**loading.parameter_counts(model))
     record.backbone_sha256.before = hashes.backbone_sha256(model)
     distributed.check_agreement(

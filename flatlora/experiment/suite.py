@@ -62,6 +62,10 @@ class RowKind(ABC):
         """Returns the classes of a classifier; None for rows without classes."""
         return None
 
+    def chat_template_sha256(self, rows: Any) -> str | None:
+        """Returns the SHA-256 of the chat template that rows are written in; None for rows that are no chats."""
+        return None
+
 
 @dataclass(frozen=True)
 class Suite:

@@ -1,11 +1,13 @@
 """Rows of the user's own files or of any data set on the hub: where they are, and which columns are prompt and answer.
 
 Columns follow TRL: `prompt` and `completion`, joined without a blank, or `text`, which is learned whole. Any others are
-put into templates, "{question}\\n" for example. docs/own-data.md describes them.
+put into templates, "{question}\\n" for example. As chats, prompt and answer are the turns of a user and the assistant,
+and the column `messages` has conversations. docs/own-data.md describes them.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -14,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flatlora.inputs import conversations
 from flatlora.inputs.rows import READERS, OwnFiles, Source, gather, shards_in, typed_columns
 from flatlora.utils.errors import ConfigError, nearest
 
@@ -67,6 +70,8 @@ class Columns(NamedTuple):
         prompt, answer: templates with {column}; None: columns named as TRL has them.
         label: column of a class, instead of `answer`.
         labels: words of the classes; None takes those of the column.
+        chat: whether rows are chats, in the tokenizer's own template.
+        system: the system prompt of chats without one, also in a column `system`.
     """
 
     key: str
@@ -74,6 +79,8 @@ class Columns(NamedTuple):
     answer: str | None = None
     label: str | None = None
     labels: Sequence[str] | None = None
+    chat: bool = False
+    system: str | None = None
 
     @property
     def templates(self) -> dict[str, str]:
@@ -86,7 +93,7 @@ _MOST_CLASSES = 1000  # each row is scored once for every class
 
 
 def prompts_and_answers(splits: Mapping[str, Source | OwnFiles], columns: Columns, data_root: str | None) -> dict:
-    """{split: rows {"x", "y", "joined"}} of the named splits, those of classes with "choices".
+    """{split: rows {"x", "y", "joined"}} of the named splits, those of classes with "choices", chats with "messages".
 
     Rows without an answer are left out, with a warning.
 
@@ -155,19 +162,78 @@ def _converted(rows: list[dict[str, Any]], source: str, columns: Columns) -> lis
     known = list(dict.fromkeys(key for row in rows for key in row))
     if columns.prompt is not None:
         return _from_templates(rows, known, source, columns)
-    needed = next((names for names in (("prompt", "completion"), ("text",)) if set(names) <= set(known)), None)
+    if "messages" in known:
+        return _from_messages(rows, known, source, columns)
+    pairs = (("prompt", "completion"),) if columns.chat else (("prompt", "completion"), ("text",))
+    needed = next((names for names in pairs if set(names) <= set(known)), None)
     if needed is None:
-        conversations = " (conversations, messages, are not read: write them as prompt and completion)"
         first, last = (f"{{{name}}}" for name in (known[0], known[-1])) if known else ("{…}", "{…}")
+        wanted = "messages, or prompt and completion" if columns.chat else "prompt and completion, or text"
         raise ConfigError(
             [
-                f"Missing columns in {source}: it has {_listed(known)}, and needs prompt and completion, or text"
-                f"{conversations if 'messages' in known else ''}; rename them, or name others in templates: "
-                f"""'{columns.key}.prompt="{first}"' '{columns.key}.answer="{last}"' with both kinds of quotes."""
+                f"Missing columns in {source}: it has {_listed(known)}, and needs {wanted}; rename them, or name "
+                f"""others in templates: '{columns.key}.prompt="{first}"' '{columns.key}.answer="{last}"' with both """
+                "kinds of quotes."
             ]
         )
+    if len(needed) > 1:
+        pair = columns._replace(prompt="{prompt}", answer="{completion}")
+        typed_columns(rows, needed, source, remedy="fill the column, or leave the row out")
+        return _from_templates(rows, known, source, pair)
     rows = typed_columns(rows, needed, source, remedy="fill the column, or leave the row out")
-    return [{"x": row["prompt"] if len(needed) > 1 else "", "y": row[needed[-1]], "joined": True} for row in rows]
+    return [{"x": "", "y": row["text"], "joined": True} for row in rows]
+
+
+def _from_messages(
+    rows: Sequence[dict[str, Any]], known: Sequence[str], source: str, columns: Columns
+) -> list[dict[str, Any]]:
+    """Conversations in TRL's columns `messages` and `tools`.
+
+    Raises:
+        ConfigError: it lists every kind of error, with the first row that has it.
+    """
+    others = [name for name in ("prompt", "completion", "text") if name in known]
+    errors = []
+    if not columns.chat:
+        errors.append(
+            f"Invalid {columns.key}.template=null with the column messages in {source}: conversations are read in the "
+            f"tokenizer's chat template alone; set {columns.key}.template=chat, or name columns with "
+            f"{columns.key}.prompt and {columns.key}.answer."
+        )
+    if others:
+        errors.append(
+            f"Mixed columns in {source}: it has messages, and {' and '.join(others)} too; remove one form, or name "
+            f"columns with {columns.key}.prompt and {columns.key}.answer."
+        )
+    errors += _system_errors(rows, source)
+    systems = [row.get("system") or columns.system for row in rows]
+    rows = [conversations.without_nulls({key: row.get(key) for key in ("messages", "tools")}) for row in rows]
+    places: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, start=1):
+        if problem := conversations.problem(row.get("messages"), row.get("tools")):
+            places.setdefault(problem, []).append(number)
+    for problem, numbers in itertools.islice(places.items(), _MOST_PROBLEMS):
+        more = f" (and {len(numbers) - 1} more)" if len(numbers) > 1 else ""
+        errors.append(f"Invalid messages in {source}, row {numbers[0]}{more}: {problem}; fix the row, or leave it out.")
+    if errors:
+        raise ConfigError(errors)
+    return [
+        conversations.row_of(conversations.with_system(row["messages"], system), row.get("tools"))
+        for row, system in zip(rows, systems, strict=True)
+    ]
+
+
+_MOST_PROBLEMS = 20  # kinds of them, in one message
+
+
+def _system_errors(rows: Sequence[dict[str, Any]], source: str) -> list[str]:
+    """Returns an error for the first system prompt that is no text."""
+    given = [{"system": "" if row.get("system") is None else row["system"]} for row in rows]
+    try:
+        typed_columns(given, ("system",), source)
+    except ConfigError as error:
+        return error.errors
+    return []
 
 
 def _listed(names: Sequence[str], most: int = 20) -> str:
@@ -202,15 +268,23 @@ def _from_templates(
                 f"Invalid {name} in {source}, row {number}: it must be text or a number, not "
                 f"{value if len(value) <= 40 else value[:40] + '…'}; put its parts into columns."
             )
+    errors += _system_errors(rows, source) if columns.chat else []
     if errors:
         raise ConfigError(errors)
-    empty = Counter(name for row in rows for name in users if row.get(name) is None)
-    for name, count in empty.items():
-        logger.warning("%s: %d of %d rows have no %s; it is empty there.", source, count, len(rows), name)
     texts = [{name: "" if row.get(name) is None else str(row[name]) for name in users} for row in rows]
     texts = typed_columns(texts, list(users), source)  # checks for lone surrogates
     prompt, answer = (template.replace("\\n", "\n") for template in templates.values())
-    return [{"x": _filled(prompt, row), "y": _filled(answer, row), "joined": True} for row in texts]
+    pairs = [(_filled(prompt, row), _filled(answer, row)) for row in texts]
+    answered = [row for row, pair in zip(rows, pairs, strict=True) if pair[1].strip()]  # others are left out
+    empty = Counter(name for row in answered for name in users if row.get(name) is None)
+    for name, count in empty.items():
+        logger.warning("%s: %d of %d rows have no %s; it is empty there.", source, count, len(rows), name)
+    if not columns.chat:
+        return [{"x": x, "y": y, "joined": True} for x, y in pairs]
+    systems = (row.get("system") or columns.system for row in rows)
+    return [
+        conversations.row_of(conversations.turns(system, *pair)) for system, pair in zip(systems, pairs, strict=True)
+    ]
 
 
 def _filled(template: str, row: Mapping[str, str]) -> str:

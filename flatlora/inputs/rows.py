@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from flatlora.inputs.conversations import Chat
 from flatlora.inputs.templates import STEP_BY_STEP
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.names import stays_inside
@@ -42,6 +43,7 @@ class Source(NamedTuple):
     config: str
     split: str
     revision: str | None = None
+    key: str | None = None  # a setting that names it, and could have meant a folder or file
 
     def __str__(self) -> str:
         return f"{self.hub_id} ({self.config}, {self.split})"
@@ -185,7 +187,7 @@ def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_unrepeated)
         except (ValueError, RecursionError) as error:  # not only JSONDecodeError: 5,000 digits, 10,000 brackets
             reason = getattr(error, "msg", error)
             raise ConfigError([f"Broken row in {path}, line {number}: not JSON ({reason}); fix it."]) from error
@@ -195,11 +197,20 @@ def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; a repeated key is an error, where Python would keep its last value alone."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {_printable(repeated)!r} is there twice; keep one")
+    return found
+
+
 def _read_json(path: Path) -> list[dict[str, Any]]:
     """Reads a file with one list of objects, or with one object per line."""
     text = _text(path)
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_unrepeated)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
             raise ConfigError([f"Broken file {path}: not JSON ({error}); fix it."]) from error
@@ -317,6 +328,11 @@ def prompt_text(row: Mapping[str, Any]) -> str:
     return row["x"] if row.get("joined") or row["x"].endswith(STEP_BY_STEP) else f"{row['x']} "
 
 
+def prompt_of(row: Mapping[str, Any]) -> str | Chat:
+    """What a model is asked: `prompt_text`, or the turns before the answer of a row that is a chat."""
+    return Chat(row["messages"][:-1], row.get("tools")) if "messages" in row else prompt_text(row)
+
+
 def jsonl(rows: Iterable[dict[str, Any]]) -> str:
     """The rows in the format of `read_jsonl`; a row with a lone surrogate is escaped, since files cannot hold one."""
     return "".join(_line(row) + "\n" for row in rows)
@@ -351,7 +367,7 @@ def local_files(source: Source, data_root: str) -> list[Path]:
     Raises:
         ConfigError: it does not exist; the message suggests a fix.
     """
-    hub_id, config, split, _ = source
+    hub_id, config, split, *_ = source
     if not all(map(stays_inside, (hub_id, config, split))):
         raise ConfigError(
             [
@@ -376,7 +392,7 @@ def local_files(source: Source, data_root: str) -> list[Path]:
     raise ConfigError(
         [
             f"Invalid data_root={root}: {folder / split}.jsonl (or .parquet) does not exist; write the split of "
-            f"{hub_id} to that file with the hub's columns, or leave data_root out to read the hub."
+            f"{hub_id} to that file with the hub's columns, or leave data_root out to read the hub{_or_path(source)}."
         ]
     )
 
@@ -457,9 +473,16 @@ def _hub_errors(source: Source) -> Iterator[None]:
         raise ConfigError(
             [
                 f"Cannot read {source} from the hub: {reason}. Connect to the network, or set data_root=DIR with "
-                f"DIR/{source.hub_id}/{source.config}/{source.split}.jsonl (or .parquet) in it."
+                f"DIR/{source.hub_id}/{source.config}/{source.split}.jsonl (or .parquet) in it{_or_path(source)}."
             ]
         ) from error
+
+
+def _or_path(source: Source) -> str:
+    """Returns a remedy for a path of the user's that was taken for a name of the hub, since nothing is there."""
+    if source.key is None:
+        return ""
+    return f"; or, if a file or folder of yours is meant, correct {source.key}={source.hub_id}: no such path is here"
 
 
 UNREACHABLE = "the hub cannot be reached from here, and it is not in the hub's cache"

@@ -1,12 +1,15 @@
-"""Prompt templates: "Q: … A: " (Flat-LoRA, LoRA-GA), the Alpaca form (LoRA-Pro), and that of PEFT's own suite."""
+"""Prompt templates: "Q: … A: " (Flat-LoRA, LoRA-GA), the Alpaca form (LoRA-Pro), and that of PEFT's own suite.
+
+The template "chat" is the tokenizer's own: the instruction is the turn of a user, see `flatlora.inputs.conversations`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-Template = Literal["qa", "alpaca"]  # some data sets also have "none": instructions are used unchanged
-MathTemplate = Literal["qa", "alpaca", "step_by_step"]  # the last one is of PEFT's suite
+Template = Literal["qa", "alpaca", "chat"]  # some data sets also have "none": instructions are used unchanged
+MathTemplate = Literal["qa", "alpaca", "step_by_step", "chat"]  # step_by_step is of PEFT's suite
 
 _BEGINNING = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
@@ -16,7 +19,7 @@ STEP_BY_STEP = " Think step by step.\nAnswer:"
 
 def prompt(template: str, instruction: str, context: str = "") -> str:
     """The x of a row; `context` is the input of the instruction, for data sets with a column for it."""
-    if template == "none":
+    if template in ("none", "chat"):
         return f"{instruction}\n{context}" if context else instruction
     if template == "step_by_step":
         return (

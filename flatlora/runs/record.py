@@ -115,6 +115,7 @@ class RunRecord(_Group):
     seed: int | None = None
     config_sha256: str | None = None
     data_sha256: str | None = None  # of the training rows
+    chat_template_sha256: str | None = None  # of the template that they are written in; None: they are no chats
     base: str | None = None  # identity of the backbone, see `flatlora.models.loading.backbone_state`
     git_sha: str | None = None  # commit of the suite, with "-dirty" for a changed tree
     started_at: str | None = None  # UTC, ISO 8601; of the process that ended the run

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flatlora.config.sections import ModelConfig
-from flatlora.inputs import templates
+from flatlora.inputs import conversations, templates
 from flatlora.trained import description
 from flatlora.trained.merge import Rounding
 from flatlora.trained.place import ResolvedModel
@@ -62,11 +62,18 @@ def model_card(resolved: ResolvedModel, config: ModelConfig, name: str, rounding
         cautions=_cautions(resolved, config, adapter),
         loading=_loading(config, name, adapter),
         template=template,
-        prompt=templates.prompt(template, "…") if template in ("qa", "alpaca", "step_by_step") else None,
+        prompt=_form(template, dataset.get("system")),
         scores=scores,
         facts=_facts(resolved, rounding),
         settings=_settings(experiment),
     )
+
+
+def _form(template: str | None, system: str | None) -> str | None:
+    """Returns how a prompt is written; None for a form that only the data set has."""
+    if template == "chat":
+        return f"tokenizer.apply_chat_template({conversations.turns(system, '…')}, add_generation_prompt=True)"
+    return templates.prompt(template, "…") if template in ("qa", "alpaca", "step_by_step") else None
 
 
 def _facts(resolved: ResolvedModel, rounding: Rounding | None) -> dict[str, str]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -277,11 +277,19 @@ def _scored_with(
         own = section(f"eval.{name}", cls, eval_settings[name])
         return {} if own is None else own.model_dump()
     # The data set's settings that apply to any benchmark: its task, and the template of its rows, if it is known there.
-    return {
+    known = {
         key: saved["dataset"].get(key)
         for key in ("task", "template")
-        if key in cls.model_fields and saved["dataset"].get(key) in get_args(cls.model_fields[key].annotation)
+        if key in cls.model_fields and saved["dataset"].get(key) in _values(cls.model_fields[key].annotation)
     }
+    system = saved["dataset"].get("system") if known.get("template") == "chat" else None
+    return known if system is None else {**known, "system": system}
+
+
+def _values(annotation: Any) -> list[Any]:
+    """Returns the values of a Literal, or of those in a union."""
+    parts = get_args(annotation)
+    return [value for part in parts for value in (_values(part) if get_origin(part) is Literal else [part])]
 
 
 def _recorded_base(run: Path) -> str | None:

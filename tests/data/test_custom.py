@@ -151,6 +151,7 @@ def test_an_empty_column_is_empty_and_counted(tmp_path, caplog):
     assert [(row["x"], row["y"]) for row in train] == [("a :", "7"), ("b :", "8")]
     assert "2 of 3 rows have no hint; it is empty there" in caplog.text
     assert "1 of 3 rows have no answer and are left out" in caplog.text
+    assert "have no a;" not in caplog.text  # a row that is left out is counted once
 
 
 def test_classes_are_words_or_numbers_of_given_words(tmp_path):
@@ -168,7 +169,7 @@ def test_classes_are_words_or_numbers_of_given_words(tmp_path):
     ("rows", "keys", "message"),
     [
         ([{"a": "x", "b": "y"}], {}, "Missing columns in .*: it has a, b, and needs prompt and completion, or text"),
-        ([{"messages": []}], {}, "conversations, messages, are not read"),
+        ([{"messages": []}], {}, "set dataset.template=chat"),
         ([{"question": "x", "b": "y"}], {"prompt": "{questoin}", "answer": "{b}"}, "did you mean question?"),
         ([{"prompt": "x", "completion": "y"}, {"prompt": "x"}], {}, "Missing column completion in .*, row 2"),
         ([{"prompt": "x", "completion": 3}], {}, "row 1: it must be text, not 3"),
@@ -282,6 +283,22 @@ def test_wrong_files_are_named(tmp_path):
         load(tmp_path)
     (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000)  # longer than Python's csv reads by itself
     assert len(load(tmp_path / "long.csv").train[0]["y"]) == 200_000
+
+
+def test_a_name_that_may_be_a_mistyped_path_is_told_as_both(tmp_path):
+    for data_root in (None, str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"data_root.*correct dataset.path=revews/data: no such path is here"):
+            custom.load(config("revews/data"), data_root, lambda texts: [])
+
+
+def test_a_repeated_key_is_an_error(tmp_path):
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text('{"text": "a"}\n{"text": "b", "text": "c"}\n')
+        with pytest.raises(ConfigError, match=r"line 2: not JSON \(the key 'text' is there twice; keep one\)"):
+            load(tmp_path / name)
+    (tmp_path / "list.json").write_text('[{"text": "b", "text": "c"}]')
+    with pytest.raises(ConfigError, match="the key 'text' is there twice"):
+        load(tmp_path / "list.json")
 
 
 def test_contradicting_keys_are_all_reported(tmp_path):

@@ -3,6 +3,8 @@
 import pytest
 
 from eval import custom
+from flatlora.inputs.conversations import Chat, turns
+from flatlora.inputs.rows import jsonl, prompt_of
 from flatlora.utils.errors import ConfigError
 
 
@@ -34,6 +36,18 @@ def test_own_rows_come_from_a_file(tmp_path):
     assert custom.benchmark_rows(None, config) == [{"x": "2+2? ", "y": "4", "joined": True}]
     with pytest.raises(ConfigError, match="Missing rows for"):
         custom.benchmark_rows(None, custom.Config())
+
+
+def test_own_conversations_are_asked_in_the_tokenizers_template(tmp_path):
+    messages = turns(None, "2+2?", "4", "+1?", "5")
+    (tmp_path / "q.jsonl").write_text(jsonl([{"messages": messages}]))
+    config = custom.Config(path=str(tmp_path / "q.jsonl"), template="chat", system="Add.")
+    (row,) = custom.benchmark_rows(None, config)
+    assert prompt_of(row) == Chat([*turns("Add."), *messages[:-1]])
+    assert row["y"] == "5"
+    assert custom.Config(template="alpaca").template is None  # of a run's data set
+    with pytest.raises(ConfigError, match=r"set eval.custom.template=chat"):
+        custom.benchmark_rows(None, custom.Config(path=str(tmp_path / "q.jsonl")))
 
 
 def test_wrong_keys_are_reported():

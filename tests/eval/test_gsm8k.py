@@ -14,7 +14,8 @@ import eval as benchmarks
 from eval import command, gsm8k
 from eval.backends import Completion
 from eval.gsm8k import parse_answer, score
-from flatlora.inputs.rows import jsonl, read_jsonl
+from flatlora.inputs.conversations import Chat, turns
+from flatlora.inputs.rows import jsonl, prompt_of, read_jsonl
 from flatlora.utils.errors import ConfigError
 from tests.conftest import write_split
 
@@ -541,6 +542,18 @@ def test_own_rows_have_the_template_that_is_asked_for(tmp_path):
     for template, beginning in (("qa", "Q: 1 + 1?"), ("alpaca", "Below is"), ("none", "1 + 1?")):
         (asked,) = gsm8k.benchmark_rows(str(tmp_path), gsm8k.Config(template=template))
         assert asked["x"].startswith(beginning)
+
+
+def test_own_rows_as_chats_have_shots_as_turns(tmp_path):
+    for name in ("train", "test"):
+        write_split(tmp_path, "openai/gsm8k", "main", name, [{"question": f"{name}?", "answer": "#### 2"}])
+    config = gsm8k.Config(template="chat", system="Add.", num_fewshot=1)
+    (asked,) = gsm8k.benchmark_rows(str(tmp_path), config)
+    assert asked["messages"] == turns("Add.", "train?", "#### 2", "test?", "#### 2")
+    assert prompt_of(asked) == Chat(asked["messages"][:-1])
+    gsm8k.check_rows([asked], "here", config)
+    (error,) = gsm8k.Config(system="Add.").rule_errors()
+    assert "Invalid eval.gsm8k.system='Add.' with template=qa: only chats have a system prompt" in error.message
 
 
 def test_a_model_whose_ends_are_a_list_answers_as_transformers_ends_it(tiny_model_folder, tmp_path):

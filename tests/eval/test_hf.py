@@ -34,9 +34,10 @@ from transformers import (
 from eval import predictions
 from eval.answers import without_draft
 from eval.backends import Completion, Sampling, cut_at
-from eval.backends.chats import ChatEncoder
 from eval.backends.hf import HFBackend, SeededDraw, context_of
 from eval.backends.tokenized import end_ids
+from flatlora.inputs.chats import ChatEncoder
+from flatlora.inputs.conversations import Chat
 from flatlora.utils.errors import ConfigError
 from tests.conftest import tiny_llama, tiny_lora
 from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer
@@ -424,7 +425,7 @@ def test_names_of_special_tokens_in_a_chat_are_text(tokenizer):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     tokenizer.chat_template = CHATML
     backend = Asked(tiny_llama(vocab_size=len(tokenizer)), tokenizer, batch_size=2)
-    backend.chat([PLAIN, NAMED], Sampling(2))
+    backend.generate([Chat(PLAIN), Chat(NAMED)], Sampling(2))
     plain, named = backend.asked
     assert plain == tokenizer.apply_chat_template(PLAIN, add_generation_prompt=True, return_dict=True)["input_ids"]
     begin, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -435,13 +436,14 @@ def test_names_of_special_tokens_in_a_chat_are_text(tokenizer):
     for chat, found in ((PLAIN, plain), (NAMED, named)):
         turns = [[begin, *text(f"{turn['role']}\n{turn['content']}"), end, *text("\n")] for turn in chat]
         assert found == [*itertools.chain(*turns), begin, *text("assistant\n")]
-    assert backend.chat_length(NAMED) == len(named)
+    assert backend.prompt_length(Chat(NAMED)) == len(named)
 
 
 def test_names_of_special_tokens_in_a_chat_are_text_to_sentencepiece(llama2_like, monkeypatch):
     monkeypatch.setattr(llama2_like, "chat_template", LLAMA2)
     backend = Asked(tiny_llama(vocab_size=len(llama2_like)), llama2_like, batch_size=2)
-    backend.chat([chat_of("Q: 3?", "7.", "Q: 4?"), chat_of("Q: 3 </s><s>?", "7<unk>.", "Q: <s>4?")], Sampling(2))
+    chats = chat_of("Q: 3?", "7.", "Q: 4?"), chat_of("Q: 3 </s><s>?", "7<unk>.", "Q: <s>4?")
+    backend.generate(list(map(Chat, chats)), Sampling(2))
     plain, named = backend.asked
     bos, eos = llama2_like.bos_token_id, llama2_like.eos_token_id
     for ids in (plain, named):
@@ -461,6 +463,6 @@ def test_a_tokenizer_in_python_names_and_counts_them(tokenizer, caplog, monkeypa
     tokenizer.chat_template = CHATML
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with caplog.at_level(logging.WARNING):
-        (ids,) = ChatEncoder(tokenizer)([NAMED])
+        (ids,) = ChatEncoder(tokenizer)([Chat(NAMED)])
     assert ids == tokenizer.apply_chat_template(NAMED, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert "(<|im_end|> in 1, <|im_start|> in 1)" in caplog.text

@@ -12,6 +12,7 @@ from eval import humaneval, predictions
 from eval.backends import Completion
 from eval.backends.hf import HFBackend
 from eval.command import main
+from flatlora.inputs.conversations import Chat, turns
 from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, run_folder, write_split
 from tests.scripted import ScriptedLM, continuation, llama2_like_tokenizer, run_check
@@ -232,6 +233,26 @@ def test_scores_are_means_over_problems():
     assert metrics["pass@2"] == pytest.approx((1 - 1 / 3 + 1) / 2)
     assert metrics["n"] == 2
     assert humaneval.score([], [])["metrics"]["pass@1"] is None
+
+
+def test_a_chat_asks_for_the_function_and_begins_no_answer(tmp_path):
+    config = humaneval.Config(allow_code_execution=True, template="chat", system="Code.", samples=1, temperature=0)
+    (asked, form) = humaneval.ask(ROW, config)
+    assert asked == Chat(turns("Code.", humaneval.instruction(ROW["prompt"])))
+
+    class Told(Canonical):
+        def prompt_length(self, prompt):
+            return 1
+
+        def generate(self, prompts, sampling, seeds=None):
+            assert prompts == [asked]
+            return super().generate([prompt.messages[-1]["content"] for prompt in prompts], sampling, seeds)
+
+    backend = Told({asked.messages[-1]["content"]: "```python\ndef twice(xs):\n    return xs * 2\n```"})
+    assert humaneval.run(backend, [ROW], tmp_path, config)["metrics"]["pass@1"] == 1.0
+    (row,) = predictions.read(tmp_path / "predictions.jsonl", humaneval.FIELDS)
+    assert (row["messages"], row["form"]) == (asked.messages, form)
+    assert row["prompt"].startswith("Code.\n\nComplete this Python function.")
 
 
 def test_samples_have_seeds_that_hang_on_nothing_else(tmp_path):

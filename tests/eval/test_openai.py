@@ -9,6 +9,7 @@ import pytest
 from eval.backends import Sampling
 from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
 from eval.command import main
+from flatlora.inputs.conversations import Chat, turns
 from flatlora.inputs.rows import jsonl
 from tests.loopback import FILTERED, refuse_as_gpt_5
 
@@ -41,6 +42,17 @@ def test_answers_come_in_order_and_requests_say_what_is_wanted(server, chat):
         "stop": ["\n"],
     }.items() <= body.items()
     assert {body["seed"] for _, body, _ in server.seen} == set(range(100, 112))
+
+
+def test_chats_are_sent_with_their_turns_and_tools(server):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    chat = Chat(turns("Add.", "1 + 1", "2", "3 + 1"), tools)
+    one = backend(server)
+    assert [answer.text for answer in one.generate([chat], GREEDY)] == ["4"]
+    path, body, _ = server.seen[0]
+    assert path == "/v1/chat/completions"
+    assert (body["messages"], body["tools"]) == (chat.messages, tools)
+    assert one.prompt_length(chat) == len("Add.1 + 123 + 1") + 6  # two line breaks between turns
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.tokens import Encoder
-from eval.backends.chats import ChatEncoder
 from flatlora.inputs import tokenizing
+from flatlora.inputs.chats import ChatEncoder
+from flatlora.inputs.conversations import Chat
 from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids, tokenized
 from flatlora.utils.errors import ConfigError
 
@@ -79,8 +80,8 @@ READERS = {
     "training": lambda tokenizer: Encoder(tokenizer)([SLOW]),
     "evaluation": lambda tokenizer: text_ids(tokenizer, SLOW),
     "pictures": lambda tokenizer: tokenized(tokenizer, [SLOW]),
-    "chats": lambda tokenizer: ChatEncoder(tokenizer)([[{"role": "user", "content": SLOW}]]),
-    "a name in a chat": lambda tokenizer: ChatEncoder(tokenizer)([[{"role": "user", "content": f"{SLOW}</s>"}]]),
+    "chats": lambda tokenizer: ChatEncoder(tokenizer)([Chat([{"role": "user", "content": SLOW}])]),
+    "a name in a chat": lambda tokenizer: ChatEncoder(tokenizer)([Chat([{"role": "user", "content": f"{SLOW}</s>"}])]),
 }
 SCRIPT = """
 import itertools
@@ -130,4 +131,4 @@ def test_a_chat_template_that_takes_for_ever_is_named(monkeypatch):
     rounds = "{% for _ in range(1000) %}" * 3
     tokenizer.chat_template = f"{rounds}{'{% endfor %}' * 3}"
     with pytest.raises(ConfigError, match=r"it takes more than 0 s for 1 letters; mend .* its chat template"):
-        ChatEncoder(tokenizer)([[{"role": "user", "content": "a"}]])
+        ChatEncoder(tokenizer)([Chat([{"role": "user", "content": "a"}])])
