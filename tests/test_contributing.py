@@ -44,6 +44,7 @@ def run_examples(words: list[str]) -> int:
     return int(failed) or run_exp.main(["--config-dir", f"{folder}/conf", *settings])
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_the_examples_pass_their_tests_and_train_a_run(tmp_path, tiny_settings):
     names = write_examples(tmp_path / "examples")

@@ -139,6 +139,7 @@ def test_counts_of_scripts_have_bounds(text):
         positive(text)
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_two_kills_leave_no_trace(tiny_model_folder, capsys):
     settings = [f"model.hub_id={tiny_model_folder}", "model.embedded=null", "trainer.device=cpu"]

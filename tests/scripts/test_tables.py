@@ -193,6 +193,7 @@ def results(tmp_path):
     return tmp_path / "results"
 
 
+@pytest.mark.extra
 def test_the_committed_tables_are_those_of_the_committed_runs(results, capsys):
     assert tables.main(["--results", str(results)]) == 0
     made = {path.name for path in (results / "tables").iterdir()}

@@ -78,6 +78,7 @@ def test_micro_batches_of_a_step_are_those_that_the_trainer_takes(batches, accum
     assert [micro_batches_of(step, batches, accumulation) for step in range(2 * len(taken))] == 2 * taken
 
 
+@pytest.mark.extra
 def test_an_evaluation_has_no_penalty(tiny_settings):
     """The same model with and without: only the training loss tells them apart."""
     losses = []

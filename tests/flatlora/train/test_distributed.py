@@ -144,6 +144,7 @@ def test_zero2_steps_on_gradients_of_one_buffer(settings):
         assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
     settings = [*settings[:-1], "trainer.max_steps=14", settings[-1]]
