@@ -38,6 +38,9 @@ def main(suite: Suite, words: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if words is None else words)
     console.quiet_libraries()
+    if not os.environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}:
+        # Micro-batches of joined rows differ in size: blocks of fixed sizes would reserve several times their memory.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     try:
         words = [word for word in words if not word.startswith("--local_rank")]  # deepspeed's launcher adds it
         flags, words = commandline.split_flags(words)
