@@ -7,6 +7,7 @@
     python -m scripts.bench methods [--shapes 2x1024x16] [--steps 3]
     python -m scripts.bench processes [--gpus 2] [--steps 8]
     python -m scripts.bench sdxl [--steps 10] [--rounds 3]
+    python -m scripts.bench start [--shape llama-2-7b]
 
 cpu  1. one optimizer step on SmolLM2-135M, contenders in turn, round after round: a plain loop of transformers and PEFT
         in the dtype in which this CPU is faster, our LoRA with trainer.kernels=off and =auto, and Flat-LoRA in each
@@ -18,7 +19,8 @@ gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's sha
 methods  see bench_methods.py: an optimizer step of every method compared with LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
 sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, compared with diffusers' example.
-Writes results/bench/{cpu,data,families,gpu,methods,processes,sdxl}.json, and a plot for cpu and gpu. A CPU that
+start    see bench_start.py: from the command to the first optimizer step of Llama-2-7B's shape, phase by phase, twice.
+Writes results/bench/{cpu,data,families,gpu,methods,processes,sdxl,start}.json, and a plot for cpu and gpu. A CPU that
 computes in FP32 has its own file, cpu_fp32.json, and plot.
 """
 
@@ -70,7 +72,7 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=["cpu", "data", "families", "gpu", "methods", "processes", "sdxl"])
+    parser.add_argument("device", choices=["cpu", "data", "families", "gpu", "methods", "processes", "sdxl", "start"])
     parser.add_argument("--rounds", type=int, default=7, help="cpu, sdxl: number of rounds")
     parser.add_argument("--drift-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
@@ -79,6 +81,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32, help="gpu: decoder layers; 32 is the 7B model")
     parser.add_argument("--gpus", type=int, default=2, help="processes: number of GPUs")
     parser.add_argument("--data-root", help="families: folder with CoLA; the hub if it is not given")
+    parser.add_argument("--shape", choices=["llama-2-7b", "small"], default="llama-2-7b", help="start: model's shape")
     options = parser.parse_args()
     quiet_libraries()
     logging.getLogger("flatlora.perturb.perturbation").setLevel(
@@ -88,6 +91,10 @@ def main() -> int:
         from scripts import bench_data
 
         return bench_data.run(embedded_config(), out=options.out, command="python -m scripts.bench data")
+    if options.device == "start" and options.shape == "small":  # for a test of the command on a CPU
+        from scripts import bench_start
+
+        return bench_start.run(options.shape, out=options.out)
     if options.device != "cpu":
         if not torch.cuda.is_available():
             console.print(
@@ -95,7 +102,10 @@ def main() -> int:
                 "runs without one."
             )
             return 2
-        from scripts import bench_families, bench_gpu, bench_methods, bench_processes, bench_sdxl
+        from scripts import bench_families, bench_gpu, bench_methods, bench_processes, bench_sdxl, bench_start
+
+        if options.device == "start":
+            return bench_start.run(options.shape, out=options.out)
 
         if options.device == "families":
             root = " --data-root DIR" if options.data_root else ""

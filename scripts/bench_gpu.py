@@ -89,8 +89,9 @@ def report_head(command: str, layers: int) -> dict[str, Any]:
     }
 
 
-def random_backbone(layers: int, device: torch.device) -> LlamaForCausalLM:
-    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, attn_implementation="sdpa", use_cache=False)
+def random_backbone(layers: int, device: torch.device, **changes: int) -> LlamaForCausalLM:
+    sizes = SHAPE | {"num_hidden_layers": layers} | changes
+    config = LlamaConfig(**sizes, attn_implementation="sdpa", use_cache=False)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
