@@ -142,14 +142,19 @@ class TextToImage(RowKind):
         warn_of_long_prompts(experiment.model, [*prompts, *filter(None, [experiment.dataset.class_prompt])])
 
     def encode(
-        self, experiment: Experiment, rows: text_to_image.PreparedTextToImage, device: torch.device, base: str
+        self,
+        experiment: Experiment,
+        rows: text_to_image.PreparedTextToImage,
+        device: torch.device,
+        base: Callable[[], str],
     ) -> text_to_image.PreparedTextToImage:
         """Encode images and prompts before the model is loaded."""
+        state = base()
 
         def encoded() -> text_to_image.PreparedTextToImage:
             source = sources.backbone_source(experiment.model)
             return text_to_image.encode(
-                rows, experiment.dataset, experiment.model, source, device, state=base, seed=experiment.seed
+                rows, experiment.dataset, experiment.model, source, device, state=state, seed=experiment.seed
             )
 
         return distributed.main_process_first(encoded)

@@ -20,8 +20,9 @@ gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's sha
 methods  see bench_methods.py: an optimizer step of every method compared with LoRA's, Llama-2-7B's shape, on a GPU.
 processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
 sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, compared with diffusers' example.
-Writes results/bench/{cpu,data,families,cost,gpu,methods,processes,sdxl}.json, and a plot for cpu, families and gpu. A
-CPU that computes in FP32 has its own file, cpu_fp32.json, and plot.
+start    see bench_start.py: from the command to the first optimizer step of Llama-2-7B's shape, phase by phase, twice.
+Writes results/bench/{cpu,data,families,cost,gpu,methods,processes,sdxl,start}.json, and a plot for cpu, families and
+gpu. A CPU that computes in FP32 has its own file, cpu_fp32.json, and plot.
 """
 
 from __future__ import annotations
@@ -89,15 +90,19 @@ def main(words: list[str] | None = None) -> int:
         from scripts import bench_cost
 
         return bench_cost.run(out)
-    from scripts import bench_families, bench_gpu, bench_methods, bench_processes, bench_sdxl
+    from scripts import bench_families, bench_gpu, bench_methods, bench_processes, bench_sdxl, bench_start
 
     if name == "families" and options.draw:
         return bench_families.draw(out)
+    if name == "start" and options.shape == "small":  # for a test of the command on a CPU
+        return bench_start.run(options.shape, out=out)
     if not torch.cuda.is_available():
         console.print(
             f"bench.py {name} needs a CUDA device, and torch finds none; python -m scripts.bench cpu runs without one."
         )
         return 2
+    if name == "start":
+        return bench_start.run(options.shape, out=out)
     command = f"python -m scripts.bench {name}"
     if name == "families":
         command += f" --only {shlex.quote(options.only)}" if options.only else ""
@@ -120,13 +125,14 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     of = {}
-    for name in ("cpu", "data", "families", "cost", "gpu", "methods", "processes", "sdxl"):
+    for name in ("cpu", "data", "families", "cost", "gpu", "methods", "processes", "sdxl", "start"):
         of[name] = benchmarks.add_parser(name)
         of[name].add_argument("--out", type=Path, default=PROJECT / "results" / "bench")
     of["cpu"].add_argument("--drift-steps", type=positive, default=500)
     of["families"].add_argument("--only", help="families, or FAMILY/CONTENDER, comma-separated")
     of["families"].add_argument("--data-root", help="folder with CoLA and GSM8K; the hub if it is not given")
     of["families"].add_argument("--draw", action="store_true", help="print and draw the results that are there")
+    of["start"].add_argument("--shape", choices=["llama-2-7b", "small"], default="llama-2-7b", help="of the model")
     of["processes"].add_argument("--gpus", type=positive, default=2, help="number of GPUs")
     for name in ("cpu", "sdxl"):
         of[name].add_argument("--rounds", type=positive, default=7, help="number of rounds")

@@ -91,7 +91,8 @@ def report_head(command: str, layers: int) -> dict[str, Any]:
 
 def random_backbone(layers: int, device: torch.device, **changes: Any) -> LlamaForCausalLM:
     """Llama-2-7B's shape with random weights in BF16; `changes` are those of its config."""
-    config = LlamaConfig(**SHAPE | changes, num_hidden_layers=layers, attn_implementation="sdpa", use_cache=False)
+    sizes = SHAPE | {"num_hidden_layers": layers} | changes
+    config = LlamaConfig(**sizes, attn_implementation="sdpa", use_cache=False)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=device)

@@ -66,9 +66,9 @@ def run(gpus: int, *, layers: int, steps: int, out: Path) -> int:
     return 0
 
 
-def write_model(folder: Path, layers: int, device: str = "cuda") -> None:
-    """Write random weights in BF16 and a byte tokenizer."""
-    model = random_backbone(layers, torch.device(device))
+def write_model(folder: Path, layers: int, device: str = "cuda", **changes: int) -> None:
+    """Write random weights in BF16 and a byte tokenizer; `changes` are of Llama-2-7B's sizes."""
+    model = random_backbone(layers, torch.device(device), **changes)
     model.save_pretrained(folder)
     del model
     torch.cuda.empty_cache()

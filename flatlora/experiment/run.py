@@ -6,9 +6,11 @@ import logging
 import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,9 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
         {"the training data": inputs.data_sha256}, "Give every node the same files, or pin dataset.revision."
     )
 
-    base = distributed.from_main_process(lambda: loading.backbone_state(experiment.model))
+    hashing = None  # while the weights are loaded: both read all of them
+    if distributed.is_main_process():
+        hashing = ThreadPoolExecutor(1).submit(loading.backbone_state, experiment.model)
 
     def claim() -> Path | None:
         """Opens the folder and returns the checkpoint to resume from. All checks precede the first change."""
@@ -90,6 +94,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
             origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
             rho = methods.REGULARIZERS[experiment.rho.method]
             tied = rho.tied_to_processes(experiment.rho) if experiment.regularized else None
+            base = hashing.result() if checkpoint.checkpoints(folder.path) else None
             newest = checkpoint.latest_good(folder.path, *origin, tied=tied, base=base, also=best_error)
             if newest is None and folder.is_trained:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
@@ -100,7 +105,7 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
         return newest
 
     try:
-        return execute(suite, experiment, folder, inputs, distributed.from_main_process(claim), base)
+        return execute(suite, experiment, folder, inputs, distributed.from_main_process(claim), hashing)
     finally:
         folder.close()
 
@@ -127,21 +132,27 @@ def _nothing_to_score_from(folder: RunFolder, experiment: Experiment) -> str:
 
 
 def execute(
-    suite: Suite, experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_from: Path | None, base: str
+    suite: Suite,
+    experiment: Experiment,
+    folder: RunFolder,
+    inputs: Inputs,
+    resume_from: Path | None,
+    hashing: Future[str] | None,
 ) -> int:
     """Trains and evaluates, writes run.json in any case, and returns the exit code.
 
     Args:
-        base: identity of the backbone, from `loading.backbone_state`.
+        hashing: identity of the backbone, from `loading.backbone_state`; None on processes other than the main one.
     """
     started = time.perf_counter()
     environment.reset_peak_memory()
     # Outside of training (see flatlora.train.preemption), these signals end the run as interrupted.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
-    record, code, forward = _new_record(experiment, base), 0, None
+    record, code, forward = _new_record(experiment), 0, None
+    base = partial(distributed.from_main_process, lambda: hashing.result())
     try:
-        train_and_score(suite, experiment, folder, inputs, resume_from, record)
+        train_and_score(suite, experiment, folder, inputs, resume_from, record, base)
     except KeyboardInterrupt:
         record.status, code = "interrupted", EXIT_INTERRUPTED
         console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
@@ -162,6 +173,8 @@ def execute(
     if record.timing:
         record.timing.total_s = round(time.perf_counter() - started, 3)
     if distributed.is_main_process():
+        if record.base is None and hashing.exception() is None:  # the run failed before it was needed
+            record.base = hashing.result()
         try:
             record.write(folder.path)
             if code == 0:
@@ -184,13 +197,18 @@ def train_and_score(
     inputs: Inputs,
     resume_from: Path | None,
     record: RunRecord,
+    base: Callable[[], str],
 ) -> None:
-    """The run itself; fills `record` as it goes."""
+    """The run itself; fills `record` as it goes.
+
+    Args:
+        base: waits for the identity of the backbone; every process must call it equally often.
+    """
     kind = suite.kind(experiment)
     classes = kind.classes(inputs.rows)
     if distributed.is_main_process():
         kind.save(folder.path, inputs.rows)
-    inputs = replace(inputs, rows=kind.encode(experiment, inputs.rows, inputs.device, record.base))
+    inputs = replace(inputs, rows=kind.encode(experiment, inputs.rows, inputs.device, base))
     precision = choose_precision(experiment.trainer.autocast, experiment.model.dtype, inputs.device)
     record.precision = RecordedPrecision(**precision.record())
     if distributed.is_main_process():
@@ -206,13 +224,12 @@ def train_and_score(
     record.chat_template_sha256 = kind.chat_template_sha256(inputs.rows)
     record.params = Parameters(**loading.parameter_counts(model))
     record.backbone_sha256.before = hashes.backbone_sha256(model)
-    distributed.check_agreement(
-        {
-            "the backbone": record.backbone_sha256.before,
-            "the adapter's start": hashes.trainable_sha256(model),
-        },
-        "Give every node the same weights, or pin model.revision.",
-    )
+    if distributed.world_size() > 1:  # the second hash is of all weights in full fine-tuning
+        distributed.check_agreement(
+            {"the backbone": record.backbone_sha256.before, "the adapter's start": hashes.trainable_sha256(model)},
+            "Give every node the same weights, or pin model.revision.",
+        )
+    record.base = base()
     with metrics_log.tracking(experiment, folder.path, record.metrics) as tracker:
         outcome = training.train(
             experiment,
@@ -343,14 +360,14 @@ def _settings(section: Section) -> str:
     return " ".join(f"{key}={value}" for key, value in section.model_dump(mode="json").items() if value is not None)
 
 
-def _new_record(experiment: Experiment, base: str) -> RunRecord:
+def _new_record(experiment: Experiment) -> RunRecord:
     """Returns the record at the start of a run, with the status "failed" until the run ends otherwise."""
     return RunRecord(
         status="failed",
         experiment=experiment.model_dump(mode="json"),
         seed=experiment.seed,
         config_sha256=experiment.sha256(),
-        base=base,
+        tensor_hash=hashes.TENSOR_HASH,
         git_sha=environment.git_sha(),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         env=Environment(**environment.environment()),

@@ -54,8 +54,8 @@ class RowKind(ABC):
             ConfigError: the model cannot read some rows.
         """
 
-    def encode(self, experiment: Experiment, rows: Any, device: torch.device, base: str) -> Any:
-        """Returns the rows in the form that the model takes; `base` is the identity of the backbone."""
+    def encode(self, experiment: Experiment, rows: Any, device: torch.device, base: Callable[[], str]) -> Any:
+        """Returns the rows in the form that the model takes; `base` waits for the identity of the backbone."""
         return rows
 
     def classes(self, rows: Any) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,16 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _PART_FILES = (*_WEIGHT_FILES, "*.json", "*.txt", "*.model")  # of a pipeline: settings count too
 
 
-def backbone_sha256(model: nn.Module) -> str | None:
-    """Returns SHA-256 over name, dtype, shape and bytes of all frozen parameters, in name order; None without any.
+TENSOR_HASH = "tensors"
+"""Name of the definition of `backbone_sha256` and `trainable_sha256`, for run.json.
+
+"tensors": SHA-256 over name, dtype, shape and SHA-256 of the bytes of each tensor, in name order. "stream", of earlier
+versions: SHA-256 over name, dtype, shape and bytes, which cannot be computed on several cores.
+"""
+
+
+def backbone_sha256(model: nn.Module, definition: str = TENSOR_HASH) -> str | None:
+    """Returns the hash of all frozen parameters by a definition of `TENSOR_HASH`; None without any.
 
     Names are those without PEFT, and frozen parameters of the adapter (A in LoRA-FA) are left out, so that the hash
     does not depend on the adapter. A weight held in a wider dtype is hashed in its stored dtype, so that the hash is
@@ -29,12 +40,12 @@ def backbone_sha256(model: nn.Module) -> str | None:
     """
     parameters = ((plain_name(name), p) for name, p in model.named_parameters() if not p.requires_grad)
     frozen = {name: p for name, p in parameters if not is_adapters(name)}
-    return _tensors_sha256(frozen) if frozen else None
+    return _DEFINITIONS[definition](frozen) if frozen else None
 
 
-def trainable_sha256(model: nn.Module) -> str:
-    """Returns SHA-256 over the trained parameters, computed as in `backbone_sha256`."""
-    return _tensors_sha256({plain_name(name): p for name, p in model.named_parameters() if p.requires_grad})
+def trainable_sha256(model: nn.Module, definition: str = TENSOR_HASH) -> str:
+    """Returns the hash of the trained parameters, computed as in `backbone_sha256`."""
+    return _DEFINITIONS[definition]({plain_name(name): p for name, p in model.named_parameters() if p.requires_grad})
 
 
 def weights_sha256(folder: Path) -> str:
@@ -119,13 +130,15 @@ def part_sha256(folder: Path) -> str:
 
 
 def _files_sha256(folder: Path, patterns: Iterable[str]) -> str:
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        digest.update(f"{path.relative_to(folder)}|{file_sha256(path)}|".encode())
+    with ThreadPoolExecutor(_threads()) as pool:
+        for path, sha256 in zip(paths, pool.map(file_sha256, paths), strict=True):
+            digest.update(f"{path.relative_to(folder)}|{sha256}|".encode())
     return digest.hexdigest()
 
 
-def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+def _stream_sha256(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = as_stored(tensors[name])
@@ -135,7 +148,47 @@ def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _byte_pieces(tensor: torch.Tensor, elements: int = 1 << 26) -> Iterable[memoryview]:
-    flat = tensor.contiguous().view(-1)
-    for piece in flat.split(elements) if flat.numel() else ():
-        yield memoryview(piece.cpu().view(torch.uint8).numpy())
+def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # the threads below copy on the default stream
+    names, lines, digest = sorted(tensors), [], hashlib.sha256()
+    ahead = 2 * _threads()  # narrow copies that `as_stored` makes are few at a time
+    with ThreadPoolExecutor(_threads()) as pool:
+        for number, name in enumerate(names):
+            if number >= ahead:
+                lines[number - ahead].result()
+            lines.append(pool.submit(_line_of, as_stored(tensors[name])))
+    for name, line in zip(names, lines, strict=True):
+        digest.update(f"{name}|{line.result()}".encode())
+    return digest.hexdigest()
+
+
+_DEFINITIONS = {"tensors": _tensors_sha256, "stream": _stream_sha256}
+
+
+def _line_of(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for piece in _byte_pieces(tensor):
+        digest.update(piece)
+    return f"{tensor.dtype}|{tuple(tensor.shape)}|{digest.hexdigest()}|"
+
+
+_PIECE = 1 << 24  # bytes that are copied from a GPU at a time
+_thread = threading.local()  # `pinned`: the thread's buffer for a copy
+
+
+def _byte_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Yields a tensor's bytes; those on a GPU in one buffer, so that they must be read before the next are taken."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    for piece in flat.split(_PIECE) if flat.numel() else ():
+        if flat.is_cuda:
+            with torch.cuda.device_of(flat):
+                if not hasattr(_thread, "pinned"):
+                    _thread.pinned = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
+            piece = _thread.pinned[: len(piece)].copy_(piece)
+        yield memoryview(piece.cpu().numpy())
+
+
+def _threads() -> int:
+    """Returns this process's share of the cores, at most 16: more do not hash faster than a GPU's memory is copied."""
+    return min(16, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -55,13 +55,17 @@ class TransformersFamily(Family):
     def commit(self, config: ModelConfig) -> str | None:
         return described(config)._commit_hash
 
-    def read(self, config: ModelConfig, device: torch.device) -> nn.Module:
-        """Loads the model: quantized weights onto `device`, others onto the CPU; attention is chosen for `device`."""
+    def read(self, config: ModelConfig, device: torch.device, *, onto_cpu: bool = False) -> nn.Module:
+        """Loads the model onto `device`, without a copy on the CPU; attention is chosen for `device`.
+
+        Args:
+            onto_cpu: whether weights that are not quantized are loaded onto the CPU.
+        """
         known = self.described(config)
         source, options = source_and_options(config)
         if config.quantize != "none":
             options |= {"quantization_config": quantization(config)}
-        if config.quantize != "none" or packing_of(known):
+        if config.quantize != "none" or packing_of(known) or not (onto_cpu or device.type == "cpu"):
             options |= {"device_map": {"": device}}
         model = load_whole(
             config,
@@ -92,8 +96,7 @@ class LanguageModel(TransformersFamily):
             return self.auto.from_config(known, **NO_FOREIGN_CODE)
 
     def load(self, config: ModelConfig, options: LoadOptions) -> nn.Module:
-        model = self.read(config, options.device)
-        return model if getattr(model, "is_quantized", False) else model.to(options.device)  # quantized: in place
+        return self.read(config, options.device)
 
     def outline(self, config: ModelConfig) -> nn.Module:
         """Returns the model on the meta device, after checking that its files hold exactly its tensors.

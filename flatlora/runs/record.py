@@ -42,7 +42,7 @@ class Environment(_Group):
 
 
 class BackboneHashes(_Group):
-    """SHA-256 of the frozen weights; None for runs that train all weights."""
+    """Hashes of the frozen weights; None for runs that train all weights."""
 
     before: str | None = None  # after the adapter's initialization, which may change W
     after: str | None = None
@@ -122,6 +122,7 @@ class RunRecord(_Group):
     env: Environment | None = None
     backbone_sha256: BackboneHashes = Field(default_factory=BackboneHashes)
     adapter_sha256: str | None = None  # of the trained parameters in memory
+    tensor_hash: str = "stream"  # definition of these two, see `flatlora.models.hashes`; earlier versions recorded none
     weights_sha256: str | None = None  # of the files of adapter/
     params: Parameters | None = None
     precision: Precision | None = None

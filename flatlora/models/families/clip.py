@@ -39,7 +39,7 @@ class CLIP(TransformersFamily):
 
     def load(self, config: ModelConfig, options: LoadOptions) -> nn.Module:
         tokenizer = load_tokenizer(config) if config.head == "text" else None
-        clip = self.read(config, options.device)
+        clip = self.read(config, options.device, onto_cpu=True)
         if config.head == "text":  # its text encoder runs here, on the CPU also if the model is moved to a GPU
             precision = choose_precision("auto", config.dtype, clip.device)
             for part in (clip.text_model, clip.text_projection):

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, L
 import run_exp
 from flatlora.config.sections import ModelConfig
 from flatlora.experiment.run import EXIT_CONFIG
-from flatlora.models import clip, loading, scorers
+from flatlora.models import clip, language, loading, scorers
 from flatlora.models.clip import Classes
+from flatlora.models.family import FAMILIES, LoadOptions
 from flatlora.models.random_weights import write_random_clip
+from flatlora.models.sources import load_whole
 from flatlora.utils import precision
 from flatlora.utils.errors import ConfigError
 from tests.conftest import tiny_llama
@@ -35,6 +37,27 @@ def test_a_whole_model_keeps_the_dtype_that_it_was_saved_in(tiny_model_folder, t
         for name, tensor in weights.items():
             assert found[name].dtype == tensor.dtype == getattr(torch, saved)
             assert torch.equal(found[name], tensor), name
+
+
+def test_weights_are_read_straight_onto_the_device(tiny_model_folder, monkeypatch):
+    given = []
+
+    def spy(*args, **options):
+        given.append(options.get("device_map"))
+        return load_whole(*args, **options)
+
+    monkeypatch.setattr(language, "load_whole", spy)
+    family, config = FAMILIES["causal_lm"], model_config(tiny_model_folder)
+    on_meta = family.load(config, LoadOptions(torch.device("meta")))
+    usual = family.load(config, LoadOptions(CPU))
+    assert given == [{"": torch.device("meta")}, None]
+    assert {p.device.type for p in on_meta.parameters()} == {"meta"}
+    monkeypatch.setattr(language, "load_whole", lambda *args, **options: load_whole(*args, **options, device_map="cpu"))
+    mapped = family.load(config, LoadOptions(CPU))
+    for of in ("named_parameters", "named_buffers"):  # also those that are in no file
+        tensors = dict(getattr(mapped, of)())
+        assert tensors
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in getattr(usual, of)())
 
 
 def test_an_adapter_without_weights_is_no_hub_id(tmp_path):

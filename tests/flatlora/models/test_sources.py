@@ -270,3 +270,15 @@ def test_sizes_that_no_model_has_are_refused(key, most):
     assert sources.count_errors({key: most}, "config.json") == []
     (reported,) = sources.count_errors({"text_config": {key: most + 1}}, "config.json")
     assert reported.startswith(f"Invalid {key}={most + 1} in config.json: no model has more than {most:,} there; copy")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_one_element_that_is_not_finite_is_found_wherever_it_is(dtype):
+    whole = torch.full((3, 4095), torch.finfo(dtype).max, dtype=dtype)  # their sum overflows
+    finite = {"whole": whole, "transposed": whole.t(), "negative": -whole, "scalar": whole[0, 0], "none": whole[:0]}
+    assert sources.not_finite(finite | {"integers": torch.ones(3, dtype=torch.int8)}) == []
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for position in (0, 7, 4095, whole.numel() - 1):
+            broken = whole.clone()
+            broken.view(-1)[position] = value
+            assert sources.not_finite({"w": broken}) == ["1 (w) with NaN or infinity"]

@@ -1,5 +1,6 @@
 """Checkpoints count whole or not at all; hashes see every bit of the backbone and nothing of the adapter's wrapping."""
 
+import hashlib
 import logging
 import os
 import re
@@ -12,7 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from flatlora.models.hashes import backbone_sha256, trainable_sha256
+from flatlora.models import hashes
+from flatlora.models.hashes import TENSOR_HASH, backbone_sha256, trainable_sha256, weights_sha256
+from flatlora.runs.record import RunRecord
 from flatlora.train.checkpoint import MANIFEST, checkpoints, error_of, latest_good, remove_newer, rotate, write_manifest
 from flatlora.utils import staging
 from flatlora.utils.errors import ConfigError
@@ -270,6 +273,28 @@ def test_one_flipped_bit_changes_the_hash(dtype, bit):
     bits[1, 2] ^= torch.tensor(1 << bit, dtype=torch.int32).to(torch.int16)
     assert changed != before
     assert backbone_sha256(model) == before
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_hash_is_that_of_its_definition_and_of_earlier_versions(monkeypatch, threads):
+    monkeypatch.setattr(hashes, "_threads", lambda: threads)
+    monkeypatch.setattr(hashes, "_PIECE", 16)  # bytes: tensors are read in several pieces
+    model = Net(torch.bfloat16)
+    tensors = {name: p.view(torch.uint8).numpy().tobytes() for name, p in sorted(model.named_parameters())}
+    heads = {name: f"{name}|torch.bfloat16|{tuple(p.shape)}|".encode() for name, p in model.named_parameters()}
+    lines = [heads[name] + hashlib.sha256(data).hexdigest().encode() + b"|" for name, data in tensors.items()]
+    assert TENSOR_HASH == "tensors"
+    assert backbone_sha256(model) == hashlib.sha256(b"".join(lines)).hexdigest()
+    stream = b"".join(heads[name] + data for name, data in tensors.items())
+    assert backbone_sha256(model, "stream") == hashlib.sha256(stream).hexdigest()
+    assert RunRecord(status="finished").tensor_hash == "stream"  # of a record that does not say
+
+
+def test_the_hash_of_files_is_that_of_their_hashes(tmp_path):
+    for name in ("b.safetensors", "a.bin", "c.safetensors"):
+        (tmp_path / name).write_bytes(name.encode() * 999)
+    each = [f"{path.name}|{hashlib.sha256(path.read_bytes()).hexdigest()}|" for path in sorted(tmp_path.iterdir())]
+    assert weights_sha256(tmp_path) == hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def test_equal_values_of_other_bytes_dtype_shape_or_name_hash_apart():
