@@ -1,4 +1,4 @@
-"""Generates with transformers: batched decoding, KV cache, left padding.
+"""Generates with transformers: batched decoding, KV cache, left padding, rows that are done leave the batch.
 
 Greedy decoding takes the largest logit at every step and ignores the model's own generation_config.json (a repetition
 penalty, suppressed tokens, sampling). At a temperature each row has a random generator with its own seed, so that its
@@ -28,7 +28,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from eval.backends import Completion, Sampling, check_numbers, cut_at
+from eval.backends.decoding import Decoder, reason_against
 from eval.backends.tokenized import Context, TokenizedBackend, end_ids
+from flatlora.fused.graphs import GraphCapture
 from flatlora.inputs.tokenizing import text_ids
 from flatlora.models.fit import first_position, position_tables, rotary_positions
 from flatlora.utils.labels import IGNORED_LABEL
@@ -69,6 +71,12 @@ class HFBackend(TokenizedBackend):
         self.context = context_of(model)
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_contiguous)
+        self._decoder: Decoder | None = None
+        self._reason = reason_against(adapted_model(model))  # None: `_decoder` generates
+        self._most_rows: int | None = None  # of a batch, once memory has run out
+        if self._reason is None:
+            capture = GraphCapture(self.device) if self.device.type == "cuda" else None
+            self._decoder = Decoder(adapted_model(model), capture)
         if first := first_position(model):
             adapted_model(model).register_forward_pre_hook(functools.partial(_shift_positions, first), with_kwargs=True)
 
@@ -89,8 +97,87 @@ class HFBackend(TokenizedBackend):
         if self._reads_padding(prompts):
             own = [None] * len(prompts) if seeds is None else [[seed] for seed in seeds]
             return [self._generate([ids], sampling, seed)[0] for ids, seed in zip(prompts, own, strict=True)]
-        input_ids = self._padded(prompts, left=True, fill=self.tokenizer.pad_token_id)
-        mask = self._padded([[1] * len(ids) for ids in prompts], left=True, fill=0)
+        answers = self._answers(prompts, sampling, seeds)
+        return [self._completion(*pair, sampling) for pair in zip(prompts, answers, strict=True)]
+
+    def _answers(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[list[int]]:
+        """Returns the tokens of each answer, with the one that ended it."""
+        answers: list[list[int]] = []
+
+        def report(token: int) -> None:
+            if self.on_token:
+                self.on_token((len(answers) * sampling.max_new_tokens + len(batch) * token) // len(prompts))
+
+        while len(answers) < len(prompts):
+            part = slice(len(answers), self._most_rows and len(answers) + self._most_rows)
+            batch, drawn = prompts[part], None if seeds is None else seeds[part]
+            if self._decoder is None:
+                name = type(adapted_model(self.model)).__name__
+                _log_once(f"{name} decodes with transformers' generate, as {self._reason}.")
+                answers += self._by_generate(batch, sampling, drawn, report)
+                continue
+            try:
+                answers += self._by_decoder(batch, sampling, drawn, report)
+            except torch.OutOfMemoryError:
+                self._take_fewer_rows(len(batch))
+        return answers
+
+    def _take_fewer_rows(self, rows: int) -> None:
+        """Halves the batches, as the cache of `rows` rows does not fit into memory; `generate` takes a single one."""
+        self._decoder.release()
+        torch.cuda.empty_cache()
+        if rows == 1:
+            self._decoder, self._reason = None, "the cache of one row does not fit into the GPU's memory"
+            return
+        self._most_rows = rows // 2
+        logger.warning(
+            "batch_size=%d: the cache of %d rows does not fit into the GPU's memory; %d rows at a time are answered.",
+            *(self.batch_size, rows, self._most_rows),
+        )
+
+    def _by_decoder(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None,
+        report: Callable[[int], None],
+    ) -> list[list[int]]:
+        draw = SeededDraw(sampling, seeds) if sampling.temperature else None
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows: list[int | None] = list(range(len(prompts)))  # at each place of the batch; None: it is done
+        input_ids, mask = self._left_padded(prompts)
+        with autocast(self.device, self.precision, cache_enabled=self._decoder.casts_may_be_cached):
+            logits = self._decoder.start(input_ids, mask, sampling.max_new_tokens)
+            for count in range(1, sampling.max_new_tokens + 1):
+                check_numbers(logits)
+                tokens = (draw(input_ids, logits) if draw else logits).argmax(-1)
+                for place, token in enumerate(tokens.tolist()):
+                    if (row := rows[place]) is None:
+                        continue
+                    answers[row].append(token)
+                    stopped = sampling.stop and self._is_stopped(prompts[row], answers[row], sampling)
+                    if stopped or token in self.ends:
+                        rows[place] = None
+                report(count)
+                running = [place for place, row in enumerate(rows) if row is not None]
+                if not running or count == sampling.max_new_tokens:
+                    break
+                order = self._decoder.keep(running)
+                if len(order) < len(rows):
+                    rows, tokens = [rows[place] for place in order], tokens[order]
+                    if draw:
+                        draw.keep(order)
+                logits = self._decoder.step(tokens)
+        return answers
+
+    def _by_generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None,
+        report: Callable[[int], None],
+    ) -> list[list[int]]:
+        input_ids, mask = self._left_padded(prompts)
         start = 1 if self.encoder_decoder else input_ids.shape[1]
         stops = StopTexts(len(prompts), start, lambda row, ids: self._is_stopped(prompts[row], ids, sampling))
         greedy = GenerationConfig(
@@ -109,11 +196,15 @@ class HFBackend(TokenizedBackend):
                 logits_processor=LogitsProcessorList(
                     [CheckedLogits(), *([SeededDraw(sampling, seeds)] if sampling.temperature else [])]
                 ),
-                streamer=TokenCounter(self.on_token) if self.on_token else None,
+                streamer=TokenCounter(report) if self.on_token else None,
                 stopping_criteria=StoppingCriteriaList([stops] if sampling.stop else []),
             )
-        answers = [ids[:length] for ids, length in zip(output[:, start:].tolist(), stops.lengths, strict=True)]
-        return [self._completion(*pair, sampling) for pair in zip(prompts, answers, strict=True)]
+        return [ids[:length] for ids, length in zip(output[:, start:].tolist(), stops.lengths, strict=True)]
+
+    def _left_padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the tokens of prompts and their mask."""
+        mask = self._padded([[1] * len(ids) for ids in prompts], left=True, fill=0)
+        return self._padded(prompts, left=True, fill=self.tokenizer.pad_token_id), mask
 
     def _is_stopped(self, prompt: list[int], answer: list[int], sampling: Sampling) -> bool:
         """Whether an answer contains a stop; it had none before its last token."""
@@ -148,6 +239,8 @@ class HFBackend(TokenizedBackend):
         Raises:
             FloatingPointError: as `check_numbers`.
         """
+        if self._decoder:
+            self._decoder.release()  # its memory
         pairs = [
             (prompt, choice) for prompt, row_choices in zip(prompts, choices, strict=True) for choice in row_choices
         ]
@@ -180,8 +273,7 @@ class HFBackend(TokenizedBackend):
         else:
             # Padding is on the left, so that every answer ends at the last position: only the last logits are needed.
             joined = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-            input_ids = self._padded(joined, left=True, fill=self.tokenizer.pad_token_id)
-            mask = self._padded([[1] * len(ids) for ids in joined], left=True, fill=0)
+            input_ids, mask = self._left_padded(joined)
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             logits = self.model(
                 input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=width + 1
@@ -324,6 +416,10 @@ class SeededDraw(LogitsProcessor):
         self.sampling = sampling
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops the other rows."""
+        self.generators = [self.generators[row] for row in rows]
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = scores.float() / self.sampling.temperature
         if self.sampling.top_p < 1:
@@ -334,6 +430,11 @@ class SeededDraw(LogitsProcessor):
             logits = logits.masked_fill(outside, -torch.inf)
         uniform = torch.stack([torch.rand(logits.shape[1], generator=generator) for generator in self.generators])
         return logits - (-uniform.clamp_min(1e-20).log()).log().to(logits.device)
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 @contextlib.contextmanager

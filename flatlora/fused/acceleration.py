@@ -8,7 +8,6 @@ CPU batches without padding. `accelerate` applies those that the model and the m
 from __future__ import annotations
 
 import functools
-import gc
 import importlib.util
 import inspect
 import logging
@@ -24,11 +23,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flatlora.fused.cross_entropy import forward_without_logits, has_frozen_linear_head
+from flatlora.fused.graphs import Captured, GraphCapture
 from flatlora.fused.lora_linear import fuse, groups_of, recompute_norm, refresh
 from flatlora.fused.packing import attends_to_all_before, remove_padding
 from flatlora.fused.varlen import VARLEN, allow_joined_rows
 from flatlora.noise import triton_kernels
-from flatlora.utils.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -181,11 +180,8 @@ class GraphedMicroStep:
         self.gradient = flat
         parts = flat.split([p.numel() for p in self.parameters])
         self._gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
-        self._graphs: dict[Hashable, _Captured | None] = {}
-        self._captures, self._largest = flat.is_cuda, largest
-        if self._captures:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(flat.device)  # for all warm-up runs and captures
+        self._graphs: dict[Hashable, _MicroStep | None] = {}
+        self._capture, self._largest = GraphCapture(flat.device) if flat.is_cuda else None, largest
 
     def __call__(self, inputs: dict[str, Any], state: Hashable = None) -> torch.Tensor:
         """Returns the loss of a micro-batch and adds its gradients to the parameters'.
@@ -199,17 +195,16 @@ class GraphedMicroStep:
         if key not in self._graphs:
             size = max(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor))
             too_large = self._largest is not None and size > self._largest
-            if not self._captures or too_large or len(self._graphs) >= _GRAPHS:
+            if self._capture is None or too_large or len(self._graphs) >= _GRAPHS:
                 return self._run(inputs).detach()
             self._graphs[key] = self._try_capture(inputs)
         if self._graphs[key] is None:
             return self._run(inputs).detach()
-        graph, static, loss = self._graphs[key]
+        static, loss = self._graphs[key]
         for name, value in static.items():
             if isinstance(value, torch.Tensor):
                 value.copy_(inputs[name], non_blocking=True)
-        graph.replay()
-        return loss.clone()
+        return loss.replay().clone()
 
     def restart(self) -> None:
         """Zero the gradients and cast the factors again, after an optimizer step."""
@@ -234,39 +229,16 @@ class GraphedMicroStep:
         """Number of captured shapes."""
         return sum(graph is not None for graph in self._graphs.values())
 
-    def _try_capture(self, inputs: dict[str, Any]) -> _Captured | None:
-        """Run the micro-step to compile and allocate what it needs, then capture it; gradients and RNG are restored.
-
-        Both run on one stream: the autograd graph of the warm-up may outlive it (a logged ImportError keeps its
-        frames), and its nodes that accumulate gradients would make the capture wait for another stream, an error.
-        """
-        device, stream, caller = self.gradient.device, self._stream, torch.cuda.current_stream(self.gradient.device)
+    def _try_capture(self, inputs: dict[str, Any]) -> _MicroStep | None:
+        """Capture a micro-step; gradients and RNG are those of before."""
+        device = self.gradient.device
         static = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         gradient, generator = self.gradient.clone(), torch.cuda.get_rng_state(device)
-        stream.wait_stream(caller)
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._run(static)
-        caller.wait_stream(stream)
-        torch.cuda.synchronize(device)
-        gc.collect()
-        torch.cuda.empty_cache()  # frees the memory of the warm-up runs for the graph's own pool
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # thread_local: other threads may call CUDA, as the loader's pins memory and autograd's loads kernels.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                loss = self._run(static).detach()
-            captured = _Captured(graph, static, loss)
-        except torch.AcceleratorError as error:
-            shapes = {name: tuple(getattr(value, "shape", (value,))) for name, value in inputs.items()}
-            cause = error.__context__ or error  # the error at the end of a failed capture does not name the cause
-            logger.warning("No CUDA graph of %s: %s", shapes, reason_of(cause))
-            captured = None
-            torch.cuda.set_stream(caller)  # a failed capture leaves its stream active and its pool unusable
-            self._pool = torch.cuda.graph_pool_handle()
+        shapes = {name: tuple(getattr(value, "shape", (value,))) for name, value in inputs.items()}
+        captured = self._capture(lambda: self._run(static).detach(), shapes, warm_ups=2)
         self.gradient.copy_(gradient)
         torch.cuda.set_rng_state(generator, device)
-        return captured
+        return captured and _MicroStep(static, captured)
 
 
 def _kind(value: torch.Tensor | int) -> Hashable:
@@ -274,9 +246,8 @@ def _kind(value: torch.Tensor | int) -> Hashable:
     return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
 
 
-class _Captured(NamedTuple):
-    """A graph, the buffers that it reads and the loss that it writes."""
+class _MicroStep(NamedTuple):
+    """A captured micro-step, and the buffers that it reads."""
 
-    graph: torch.cuda.CUDAGraph
     inputs: dict[str, torch.Tensor | int]
-    loss: torch.Tensor
+    loss: Captured[torch.Tensor]
