@@ -87,7 +87,7 @@ def compiled(root: Path) -> dict[str, int]:
 def seconds_of(phases: dict[str, list[list[float]]], ended: float) -> dict[str, float]:
     """Seconds of each phase; those up to the first step follow one another and add up to "to the first step"."""
     first = {name: calls[0] for name, calls in phases.items()}
-    hashed, trained, files_hash = first["hash of the backbone"], first["training"], first["hash of the files"]
+    hashed, files_hash = first["hash of the backbone"], first["hash of the files"]
     hashed_after = phases["hash of the backbone"][-1]
     ends = {
         "imports": first["imports"][1],
@@ -97,7 +97,6 @@ def seconds_of(phases: dict[str, list[list[float]]], ended: float) -> dict[str, 
         "weights to the device": first["weights"][1],
         "adapter and kernels": hashed[0],
         "hash of the backbone": hashed[1],
-        "rest of the files' hash": trained[0],
         "trainer": first["step begins"][0],
         "first step": first["step ends"][1],
     }

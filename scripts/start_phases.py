@@ -26,7 +26,6 @@ def main() -> int:
     import run_exp
     from flatlora.experiment import launch, run
     from flatlora.models import hashes, loading
-    from flatlora.train import training
 
     phases: dict[str, list[list[float]]] = {"imports": [[0.0, time.time() - STARTED]]}
 
@@ -53,7 +52,6 @@ def main() -> int:
     watch(loading, "backbone_state", "hash of the files", wait=False)  # in a thread of its own
     watch(loading, "load_backbone", "weights")
     watch(hashes, "backbone_sha256", "hash of the backbone")
-    watch(training, "train", "training")
     watch(CallbackHandler, "on_step_begin", "step begins")
     watch(CallbackHandler, "on_step_end", "step ends")
     code = run_exp.main(WORDS)

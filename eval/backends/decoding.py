@@ -24,7 +24,6 @@ from flatlora.fused.graphs import Captured, GraphCapture
 
 _LEAST_WIDTH = 256  # positions that a captured step reads at least
 _LEAST_LENGTH = 1024  # positions that are reserved at first, if answers can become so long
-_ALIGNED = 64  # masks of such widths are read by attention kernels without a copy
 
 
 def reason_against(model: nn.Module) -> str | None:
@@ -73,7 +72,7 @@ class Decoder:
         self.rows = self._written = self._most = 0  # rows; positions that are written, and that can be
         self._padded: list[bool] = []  # rows with padding
         self._buffers: _Buffers | None = None
-        self._graphs: dict[tuple[int, int], Captured[torch.Tensor] | None] = {}  # None: the shape has run once
+        self._graphs: dict[tuple[int, int], Captured[torch.Tensor]] = {}
 
     def start(self, input_ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
         """Reads prompts with padding on the left; returns the logits of the first of up to `new_tokens`, FP32."""
@@ -129,18 +128,17 @@ class Decoder:
         return order
 
     def _step_of_fixed_shape(self) -> torch.Tensor:
-        width = min(max(_power_of_two(self._written + 1), _LEAST_WIDTH), self._buffers.length)
+        width = max(_power_of_two(self._written + 1), _LEAST_WIDTH)  # depends on this batch alone, so its bits do too
         shape = self.rows, width
         if shape not in self._graphs:
-            self._graphs[shape] = None  # this call compiles and allocates what the kernels need
-            return self._run(width, fixed=True)
-        if self._graphs[shape] is None:
             label = f"a step of {self.rows} rows and {width} positions"
-            captured = self._capture(lambda: self._run(width, fixed=True), label)
+            captured = self._capture(lambda: self._run(width, fixed=True), label, warm_ups=1)
+            self._buffers.advance(-1)  # the warm-up's step, which the first replay repeats
             if captured is None:
                 self._capture = None
                 return self._run(self._written + 1)
             self._graphs[shape] = captured
+        # Only replays decide tokens, so that a batch has the same answers whether its graphs are new or not.
         return self._graphs[shape].replay()
 
     def _run(self, width: int, *, fixed: bool = False) -> torch.Tensor:
@@ -160,14 +158,12 @@ class Decoder:
             ),
             use_cache=True,
         ).logits[:, -1]
-        buffers.written.add_(1)
-        buffers.positions.add_(1)
+        buffers.advance(1)
         return logits
 
     def _reserved(self, positions: int) -> int:
         """Number of positions to reserve when `positions` are needed."""
-        most = -(-self._most // _ALIGNED) * _ALIGNED
-        return max(positions, min(most, max(_power_of_two(positions), _LEAST_LENGTH)))
+        return _power_of_two(max(positions, _LEAST_WIDTH, min(self._most, _LEAST_LENGTH)))
 
 
 class _Buffers:
@@ -204,6 +200,11 @@ class _Buffers:
         self.mask[:rows, :width], self.mask[:rows, width:] = mask, 1
         self.positions[:rows] = positions
         self.written.fill_(width)
+
+    def advance(self, steps: int) -> None:
+        """Moves the place of the next token of all rows."""
+        self.written.add_(steps)
+        self.positions.add_(steps)
 
     def lengthen(self, length: int) -> None:
         rows, old = self.mask.shape

@@ -6,7 +6,7 @@ import logging
 import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -150,9 +150,8 @@ def execute(
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
     record, code, forward = _new_record(experiment), 0, None
-    base = partial(distributed.from_main_process, lambda: hashing.result())
     try:
-        train_and_score(suite, experiment, folder, inputs, resume_from, record, base)
+        train_and_score(suite, experiment, folder, inputs, resume_from, record, hashing)
     except KeyboardInterrupt:
         record.status, code = "interrupted", EXIT_INTERRUPTED
         console.console.print("Interrupted: the same command with resume=true goes on from the newest checkpoint.")
@@ -197,13 +196,10 @@ def train_and_score(
     inputs: Inputs,
     resume_from: Path | None,
     record: RunRecord,
-    base: Callable[[], str],
+    hashing: Future[str] | None,
 ) -> None:
-    """The run itself; fills `record` as it goes.
-
-    Args:
-        base: waits for the identity of the backbone; every process must call it equally often.
-    """
+    """The run itself; fills `record` as it goes. See `execute` for `hashing`."""
+    base = partial(distributed.from_main_process, lambda: hashing.result())  # called equally often by every process
     kind = suite.kind(experiment)
     classes = kind.classes(inputs.rows)
     if distributed.is_main_process():
@@ -229,7 +225,6 @@ def train_and_score(
             {"the backbone": record.backbone_sha256.before, "the adapter's start": hashes.trainable_sha256(model)},
             "Give every node the same weights, or pin model.revision.",
         )
-    record.base = base()
     with metrics_log.tracking(experiment, folder.path, record.metrics) as tracker:
         outcome = training.train(
             experiment,
@@ -240,11 +235,12 @@ def train_and_score(
             inputs.collate,
             folder,
             data_sha256=inputs.data_sha256,
-            base=record.base,
+            base=lambda: hashing.result(),
             log=MetricsLog(folder.path / "metrics.jsonl", tracker),
             resume_from=resume_from,
             progress=console.ProgressBar(f"train {experiment.run_name()}") if distributed.is_main_process() else None,
         )
+        record.base = base()
         record.backbone_sha256.after = hashes.backbone_sha256(model)
         record.adapter_sha256 = hashes.trainable_sha256(model)
         record.timing, record.perturbation = outcome.timing, outcome.perturbation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -36,6 +37,7 @@ class GraphCapture:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
@@ -58,6 +60,8 @@ class GraphCapture:
             gc.collect()
             torch.cuda.empty_cache()  # frees the memory of the warm-up runs for the graph's own pool
         graph = torch.cuda.CUDAGraph()
+        if not self._alive:
+            self._pool = torch.cuda.graph_pool_handle()  # torch gives up a pool with its last graph
         try:
             # thread_local: other threads may call CUDA, as the loader's pins memory and autograd's loads kernels.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
@@ -68,4 +72,5 @@ class GraphCapture:
             torch.cuda.set_stream(caller)  # a failed capture leaves its stream active and its pool unusable
             self._pool = torch.cuda.graph_pool_handle()
             return None
+        self._alive.add(graph)
         return Captured(graph, result)

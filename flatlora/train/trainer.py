@@ -52,7 +52,7 @@ class FlatTrainer(Trainer):
         experiment: Experiment,
         method: AdapterMethod,
         data_sha256: str,
-        base: str,
+        base: Callable[[], str],
         recorder: StepRecorder,
         joined: bool = False,
         **kwargs: Any,
@@ -453,7 +453,7 @@ class FlatTrainer(Trainer):
                 data_sha256=self.data_sha256,
                 world_size=self.args.world_size,
                 zero=self.experiment.trainer.zero,
-                base=self.base,
+                base=self.base(),
             )
             checkpoint.rotate(folder.parent, self.experiment.trainer.save_total_limit)
 

@@ -75,7 +75,7 @@ def train(
     run: RunFolder,
     *,
     data_sha256: str,
-    base: str,
+    base: Callable[[], str],
     log: MetricsLog,
     resume_from: Path | None = None,
     progress: Progress | None = None,
@@ -83,7 +83,9 @@ def train(
     """Trains `model` in place, starting from the checkpoint `resume_from` if it is given.
 
     Args:
-        data_sha256, base: identities of the rows and of the backbone, which a resumed run must match.
+        data_sha256: identity of the rows, which a resumed run must match, as it must that of the backbone.
+        base: waits for the identity of the backbone, when the main process writes a checkpoint; its files may still be
+            hashed in the first steps.
 
     Raises:
         FloatingPointError: the loss or a weight is NaN or infinite.
