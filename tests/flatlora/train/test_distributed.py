@@ -22,12 +22,13 @@ from tests.conftest import adapter_bytes, metrics_rows, run_folder
 from tests.processes import ENVIRONMENT, PROJECT, end_well, finish, fork, fork_two, start
 
 
-def wait_for_step(settings, step, process):
-    """Until metrics.jsonl has that step."""
-    deadline = time.monotonic() + 120
+def wait_for_step(settings, step, process, *, saved=None):
+    """Until metrics.jsonl has that step; with `saved`, until the checkpoint of that step is whole too."""
+    deadline, written = time.monotonic() + 120, f"checkpoint-{saved}/{checkpoint.MANIFEST}"
     while time.monotonic() < deadline and process.poll() is None:
         for path in Path(settings[-1].partition("=")[2]).glob("*/*/*/metrics.jsonl"):
-            if path.read_text().count("\n") >= step:
+            whole = saved is None or (path.parent / written).exists()  # it is written beside the next steps
+            if whole and path.read_text().count("\n") >= step:
                 return path.parent
         time.sleep(0.02)
     raise AssertionError(f"no step {step} of {settings[-1]}")
@@ -100,7 +101,7 @@ def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings)
         assert left["sigma"] == right["sigma"]
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
     ranks = fork_two([*zero, *killed])
-    folder = wait_for_step(killed, 3, ranks[0])
+    folder = wait_for_step(killed, 3, ranks[0], saved=2)
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
     assert [rank.wait(60) for rank in ranks] == [-signal.SIGKILL] * 2
@@ -152,7 +153,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_later(settings):
     ddp = ["trainer=ddp", *TWO, "trainer.save_steps=2"]
     end_well(*fork_two([*ddp, *whole]))
     process = start([*ddp, *hurt])
-    folder = wait_for_step(hurt, 4, process)
+    folder = wait_for_step(hurt, 4, process, saved=2)
     hurt_a_rank(process, folder, signal.SIGKILL)
     begun = time.monotonic()
     code, _ = finish(process, 90)
