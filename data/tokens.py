@@ -235,23 +235,23 @@ def _chats(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> Callable[[list
         nonlocal warned
         learned = encoder.learned([Chat(row["messages"], row.get("tools")) for row in batch], whole=whole)
         problems: dict[str, list[Row]] = {}
-        for row, found in zip(batch, learned, strict=True):
-            if isinstance(found, str):
-                problems.setdefault(found, []).append(row)
+        for row, chat in zip(batch, learned, strict=True):
+            if isinstance(chat, str):
+                problems.setdefault(chat, []).append(row)
         if problems:
             raise ConfigError(
                 f"Invalid chat that begins with {rows[0]['x'][:_SHOWN]!r}"
                 f"{f' (and {len(rows) - 1} more)' if len(rows) > 1 else ''}: {problem}."
                 for problem, rows in problems.items()
             )
-        if not warned and any(found.ids[-1] not in ends for found in learned):
+        if not warned and any(chat.ids[-1] not in ends for chat in learned):
             warned = True
             logger.warning(
                 "The chat template of %s ends answers without a special token that is learned, so the model does not "
                 "learn to end them; put the end of a turn inside of the template's {%% generation %%} marks.",
                 tokenizer.name_or_path,
             )
-        return [_parted(*found) for found in learned]
+        return [_parted(*chat) for chat in learned]
 
     return encoded
 

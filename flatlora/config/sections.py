@@ -239,7 +239,7 @@ class TrainerConfig(Section):
     )  # the processes that this option is meant for
     micro_batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
     # Rows of a step are joined into micro-batches of at most so many tokens, without padding, on a GPU; see
-    # docs/architecture.md. null: as memory allows; 0: micro-batches of micro_batch_size padded rows.
+    # docs/hardware.md. null: as memory allows; 0: micro-batches of micro_batch_size padded rows.
     micro_batch_tokens: int | None = setting(
         None, identity="changed", ge=0, le=MOST_TOKENS, remedy="null uses the free memory, 0 pads rows"
     )

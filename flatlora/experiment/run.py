@@ -172,7 +172,8 @@ def execute(
     if record.timing:
         record.timing.total_s = round(time.perf_counter() - started, 3)
     if distributed.is_main_process():
-        if record.base is None and hashing.exception() is None:  # the run failed before it was needed
+        # The run failed before it was needed. Large files may take longer to hash than a cluster waits.
+        if record.base is None and hashing.done() and hashing.exception() is None:
             record.base = hashing.result()
         try:
             record.write(folder.path)

@@ -166,9 +166,17 @@ def _attend(
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
     scaling: float | None = None,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of joined rows (1 × heads × T × d), with fewer heads of keys and values if they are shared."""
+    """Attention of joined rows (1 × heads × T × d), with fewer heads of keys and values if they are shared.
+
+    Raises:
+        ValueError: the model asks for what the kernel would leave out; `reason_against` then keeps its rows padded.
+    """
+    asked = [name for name in _NOT_COMPUTED if kwargs.get(name) is not None]
+    if asked or dropout:
+        raise ValueError(f"its attention has {', '.join(asked or ['dropout'])}")
     states = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     if (shared := query.shape[1] // key.shape[1]) > 1:
         states[1:] = [tensor.repeat_interleave(shared, dim=1) for tensor in states[1:]]
@@ -177,6 +185,9 @@ def _attend(
 
 
 AttentionInterface.register(VARLEN, _attend)
+
+# Arguments of transformers' attention functions: s_aux are sinks, softcap bounds the scores.
+_NOT_COMPUTED = ("sliding_window", "softcap", "s_aux")
 
 
 @functools.cache

@@ -102,8 +102,8 @@ class ChatEncoder:
         """
         every = [readable(chat.messages) for chat in chats]
         layouts = tokenizing(self.tokenizer, every, lambda: [self._layout(chat, whole=whole) for chat in chats])
-        found = [layout for layout in layouts if isinstance(layout, _Layout)]
-        parts = [part for text, end, _ in found for part in (text, text[:end], text[end:])]
+        valid = [layout for layout in layouts if isinstance(layout, _Layout)]
+        parts = [part for text, end, _ in valid for part in (text, text[:end], text[end:])]
         encode = functools.partial(self._renamed.encode_batch, parts, add_special_tokens=False)
         encodings = iter(tokenizing(self.tokenizer, parts, encode))
         return [layout if isinstance(layout, str) else _learned(layout, *_three(encodings)) for layout in layouts]

@@ -199,11 +199,11 @@ def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns a JSON object; a repeated key is an error, where Python would keep its last value alone."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {_printable(repeated)!r} is there twice; keep one")
-    return found
+    return unique
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:

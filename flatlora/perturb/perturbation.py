@@ -93,7 +93,7 @@ class WeightPerturbation:
         self._draws: _Draws | None = None  # the ε that layers read now; None while they read W
         self._pass_gradients: bool | None = None  # whether the pass around a checkpoint has gradients; None: ask torch
         self._written: tuple[int, int] | None = None  # (drawn step, stream) of the copies
-        self._copies: list[torch.Tensor] = []
+        self._copies = self._allocated_copies()
         self._originals: list[torch.Tensor] = []
         self._epsilon = epsilon_of(self.layers, self._keys)
         if self.mode == "inplace" and self.noise.sigma > 0:
@@ -240,9 +240,13 @@ class WeightPerturbation:
             self._epsilon.write(self._draws, [layer.weight.detach() for layer in self.layers], sign=-1.0)
         self._draws = None
 
+    def _allocated_copies(self) -> list[torch.Tensor]:
+        """Buffers of copy mode, which exist before σ_t rises from 0: what is free then is free for activations."""
+        if self.mode != "copy" or self.noise.sigma == 0:
+            return []
+        return [torch.empty_like(layer.weight, requires_grad=False) for layer in self.layers]
+
     def _write_copies(self, draws: _Draws) -> None:
-        if not self._copies:
-            self._copies = [torch.empty_like(layer.weight, requires_grad=False) for layer in self.layers]
         wanted = (draws[0].step, draws[0].stream)
         if self._written == wanted:
             return

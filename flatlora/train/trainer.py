@@ -411,10 +411,20 @@ class FlatTrainer(Trainer):
         """Returns the limit of a micro-batch: the setting, that of the run before it was resumed, or by memory."""
         stats, setting = self.recorder.before, self.experiment.trainer.micro_batch_tokens
         if stats.micro_batch_tokens is None:
-            stats.micro_batch_tokens = setting or tokens_that_fit(
-                lambda inputs: self._micro_loss(inputs | {"num_items_in_batch": items}), self.model, self.args.device
-            )
+            stats.micro_batch_tokens = setting or self._tokens_that_fit(items)
         return stats.micro_batch_tokens
+
+    def _tokens_that_fit(self, items: torch.Tensor) -> int:
+        """Returns the limit by memory, that of the process with the least: the record, and a resumed run, have one."""
+        device = self.args.device
+        most = tokens_that_fit(
+            lambda inputs: self._micro_loss(inputs | {"num_items_in_batch": items}), self.model, device
+        )
+        if self.args.world_size == 1:
+            return most
+        least = torch.tensor(most, device=device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        return int(least)
 
     def _back_to_training(self, model: nn.Module) -> None:
         if not self.model.training:  # after an evaluation, which DDP's own flag does not show

@@ -95,7 +95,9 @@ def train(
     if experiment.regularized:
         regularizer = methods.REGULARIZERS[experiment.rho.method].regularizer(model, experiment.rho, experiment.seed)
     optim, has_validation = experiment.optim, len(validation_rows) > 0
-    joined = trains_on_joined_rows(experiment, model)
+    before = TrainingStats.read(resume_from)
+    # A run goes on as it began: rows were padded by an earlier version, or where nothing joins them.
+    joined = trains_on_joined_rows(experiment, model) and (resume_from is None or before.micro_batch_tokens is not None)
     arguments = training_arguments(
         experiment, run.path, train_rows=len(train_rows), has_validation=has_validation, joined=joined
     )
@@ -106,7 +108,7 @@ def train(
     best = BestModel(run.path / "best", experiment.trainer.save_total_limit) if keeps_best else None
     if best and is_main_process():
         best.begin_from(resume_from)
-    recorder = StepRecorder(log, progress, TrainingStats.read(resume_from), regularizer)
+    recorder = StepRecorder(log, progress, before, regularizer)
     of_method = method.callbacks(model, experiment.peft, training_of(experiment, arguments))
     # `best` comes before callbacks that request a save, so that the checkpoint holds its best.json.
     callbacks = [callback for callback in (recorder, best, *of_method, regularizer) if callback]

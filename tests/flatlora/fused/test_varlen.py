@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from flatlora.fused import acceleration, varlen
 from flatlora.fused.cross_entropy import forward_without_logits
 from flatlora.fused.lora_linear import fuse
 from flatlora.fused.varlen import VARLEN, allow_joined_rows, joins_rows, moved, pack, tokens_that_fit
+from flatlora.train import trainer as trainer_module
+from flatlora.train import training
 from flatlora.train.trainer import FlatTrainer
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, tiny_llama, tiny_lora
 
@@ -35,6 +38,18 @@ def joining(model):
     base.forward = forward_without_logits(base)
     base.joins_rows = True
     return model.train()
+
+
+def fuse_and_join(model, device):
+    fuse(joining(model))
+    return []
+
+
+def with_joined_rows(words):
+    """`run_exp.main` with the micro-steps and joined rows of a GPU."""
+    FlatTrainer._on_gpu = property(lambda trainer: True)
+    acceleration.accelerate = fuse_and_join
+    return run_exp.main(words)
 
 
 # --- joining
@@ -147,6 +162,29 @@ def test_a_model_whose_loss_changes_keeps_its_padding(caplog, monkeypatch):
     assert "its loss changes without padding" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [({"softcap": 30.0}, "softcap"), ({"s_aux": torch.zeros(4)}, "s_aux"), ({"sliding_window": 4}, "sliding_window")],
+)
+def test_a_model_whose_attention_has_more_than_the_kernel_keeps_its_padding(asked, reason, caplog, monkeypatch):
+    plain = varlen._attend  # as a model that hands more to its attention
+    monkeypatch.setattr(
+        varlen.AttentionInterface,
+        "_global_mapping",
+        varlen.AttentionInterface._global_mapping | {VARLEN: lambda *args, **kwargs: plain(*args, **kwargs | asked)},
+    )
+    model = tiny_llama().to(torch.bfloat16)
+    model.forward, model.model.forward = forward_without_logits(model), acceleration._forward_without_mask(model.model)
+    assert not allow_joined_rows(model)
+    assert f"its attention has {reason}" in caplog.text
+
+
+def test_attention_dropout_is_not_left_out_silently():
+    query, starts = torch.zeros(1, 2, 8, 4), torch.tensor([0, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="its attention has dropout"):
+        varlen._attend(None, query, query, query, None, starts, 8, dropout=0.1)
+
+
 # --- runs
 
 
@@ -154,12 +192,8 @@ def test_a_model_whose_loss_changes_keeps_its_padding(caplog, monkeypatch):
 def settings(tiny_settings, monkeypatch):
     """Settings of runs that join rows on the CPU, into two micro-batches a step."""
 
-    def accelerate(model, device):
-        fuse(joining(model))
-        return []
-
     monkeypatch.setattr(FlatTrainer, "_on_gpu", property(lambda trainer: True))
-    monkeypatch.setattr(acceleration, "accelerate", accelerate)
+    monkeypatch.setattr(acceleration, "accelerate", fuse_and_join)
     return [*tiny_settings, "rho=flat", "rho.sigma=0.3", "trainer.micro_batch_tokens=200", "dataset.train_rows=22"]
 
 
@@ -193,6 +227,32 @@ def test_a_killed_run_goes_on_exactly_and_copy_is_recompute(settings, monkeypatc
     for folder in (run(settings, "killed", "resume=true"), run(settings, "recompute", "rho.mode=recompute")):
         assert adapter_bytes(folder) == adapter_bytes(whole)
         assert metrics_rows(folder) == metrics_rows(whole)
+
+
+def test_a_run_that_began_with_padding_goes_on_with_it(settings, monkeypatch):
+    """Such as one of an earlier version: its checkpoint has no limit."""
+    settings = [*settings, "trainer.save_steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "trains_on_joined_rows", lambda experiment, model: False)
+        whole = run(settings, "whole")
+        die_at(5, patch)
+        with pytest.raises(Killed):
+            run(settings, "killed")
+    resumed = run(settings, "killed", "resume=true")
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+    assert "micro-batches of" not in (resumed / "run.json").read_text()
+
+
+def test_the_limit_by_memory_is_that_of_the_process_with_the_least(monkeypatch):
+    monkeypatch.setattr(trainer_module, "tokens_that_fit", lambda *args: 4096)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(min(int(tensor), 2048)))
+    for processes, most in ((1, 4096), (2, 2048)):
+        before = SimpleNamespace(micro_batch_tokens=None)
+        trainer = object.__new__(FlatTrainer)
+        trainer.args, trainer.model = SimpleNamespace(device=CPU, world_size=processes), None
+        trainer.recorder = SimpleNamespace(before=before)
+        trainer.experiment = SimpleNamespace(trainer=SimpleNamespace(micro_batch_tokens=None))
+        assert trainer._most_tokens(torch.tensor(1)) == before.micro_batch_tokens == most
 
 
 def test_what_needs_micro_batches_of_rows_has_them(settings, capsys):

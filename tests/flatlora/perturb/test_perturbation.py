@@ -699,6 +699,18 @@ def test_auto_takes_copy_only_where_memory_allows(monkeypatch):
         assert choose_mode(layers) == expected
 
 
+def test_copies_have_their_memory_before_the_first_noise():
+    """The limit of joined rows is measured in step 0, where a rising σ is 0."""
+    layer = linear_layer()
+    perturbation = perturb([layer], ramp="cosine")
+    buffers = [copy.data_ptr() for copy in perturbation._copies]
+    assert len(buffers) == 1
+    perturbation.begin(5)
+    assert [copy.data_ptr() for copy in perturbation._copies] == buffers
+    assert not torch.equal(perturbation._copies[0], layer.weight)
+    assert not perturb([layer], sigma=0.0)._copies
+
+
 def test_names_are_those_of_the_untouched_model():
     names = {name for name, _ in tiny_lora().base_model.model.named_modules()}
     for layer in find_lora_layers(tiny_lora()):

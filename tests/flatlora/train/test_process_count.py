@@ -23,6 +23,7 @@ from flatlora.train.recorder import StepRecorder, TrainingStats
 from flatlora.train.trainer import FlatTrainer
 from flatlora.utils.errors import ConfigError
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder
+from tests.flatlora.fused.test_varlen import with_joined_rows
 from tests.flatlora.train.test_distributed import with_fused_layers_alone
 from tests.processes import end_well, fork_ranks
 
@@ -189,6 +190,18 @@ def test_gradients_of_one_buffer_and_zero_have_the_same_last_step(settings, trai
     one, two = (named(settings, [*COPY, "trainer.autocast=none"], name) for name in ("one", "two"))
     end_well(*fork_ranks(2, [f"trainer={trainer}", *two], entry=with_fused_layers_alone))
     assert_same(train(1, one), run_folder(two))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [pytest.param(COPY, id="flat"), pytest.param(SAM, id="sam", marks=pytest.mark.extra)])
+def test_joined_rows_have_the_same_last_step(settings, words):
+    """It has four rows: the second process repeats rows without labels."""
+    own = ["trainer.autocast=none", "trainer.micro_batch_tokens=100", "dataset.train_rows=20"]
+    kept = [word for word in settings if not word.startswith("dataset.train_rows")]
+    one, two = (named(kept, [*words, *own], name) for name in ("one", "two"))
+    end_well(*fork_ranks(2, ["trainer=ddp", *two], entry=with_joined_rows))
+    assert_same(train(1, one), run_folder(two))
+    assert "micro-batches of up to 100 tokens" in json.loads((run_folder(two) / "run.json").read_text())["kernels"]
 
 
 @pytest.mark.parametrize(("rows", "count"), itertools.product((1, 3, 16, 21, 22), (2, 3, 4)))

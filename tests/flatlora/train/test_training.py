@@ -615,6 +615,24 @@ def test_interrupt_is_recorded(tiny_settings, monkeypatch):
     assert json.loads((run_folder(tiny_settings) / "run.json").read_text())["status"] == "interrupted"
 
 
+def test_the_record_of_an_interrupted_run_does_not_wait_for_the_hash_of_large_files(tiny_settings, monkeypatch):
+    """A cluster waits for half a minute; the hash of 140 GB takes longer."""
+    interrupted = threading.Event()
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module.loading, "backbone_state", lambda config: f"sha256:{interrupted.wait(5)}")
+    monkeypatch.setattr(FlatTrainer, "training_step", interrupt)
+    try:
+        assert run_exp.main(tiny_settings) == 130
+    finally:
+        interrupted.set()
+    record = json.loads((run_folder(tiny_settings) / "run.json").read_text())
+    assert record["status"] == "interrupted"
+    assert record["base"] is None
+
+
 def test_sweep_runs_every_job_in_its_own_folder(tiny_settings):
     sweep = fork(["-m", *tiny_settings, "++rho=0,0.3", "++seed=0,1"])
     end_well(sweep)
