@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 VARLEN = "flatlora_varlen"  # its name among transformers' attention functions; transformers builds no mask for it
 MOST_TOKENS = 16384  # of a micro-batch, where memory does not limit it: larger ones are no faster
 _TRIAL_TOKENS = 1024
-_TOKENS, _ROWS, _LABELS = 128, 8, 64  # numbers of tokens, rows and labels are rounded up to multiples
+_TOKENS, _ROWS, _LABELS = 128, 8, 256  # numbers of tokens, rows and labels are rounded up to multiples
 _SPARE = 0.6  # share of the free memory that activations may take; backward and the optimizer need the rest
 
 
@@ -110,7 +110,7 @@ def _joined(lengths: list[int], ids: torch.Tensor, positions: torch.Tensor, labe
         "logits_to_keep": functional.pad(kept, (0, unlabeled)),
         "shift_labels": functional.pad(labels[kept], (0, unlabeled), value=IGNORED_LABEL)[None],
         "cu_seq_lens_q": functional.pad(ends, (0, empty), value=total + padding).int(),
-        "max_length_q": _up(max(*lengths, padding), _TOKENS),
+        "max_length_q": max(_TOKENS, 1 << (max(*lengths, padding) - 1).bit_length()),
     }
 
 
