@@ -18,7 +18,9 @@ from flatlora.inputs.chats import template_errors
 from flatlora.inputs.rows import fingerprint, gather, warn_of_unread_root
 from flatlora.methods.adapters.lora import find_targets
 from flatlora.models import fit, loading
+from flatlora.models.initial_adapters import fit_errors
 from flatlora.train import distributed, training
+from flatlora.trained.initial import InitialAdapter, find_initial
 from flatlora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class Inputs:
     asked: dict[str, Sequence[Any]]  # {benchmark: its rows}
     collate: Callable[[list[Any]], dict[str, torch.Tensor]]
     data_sha256: str  # of the data of training and validation
+    initial: InitialAdapter | None = None  # that peft.init_from names
 
 
 def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Inputs:
@@ -43,24 +46,41 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
         ConfigError: model, method, data or benchmarks are invalid or do not fit together; nothing was written.
     """
     kind = suite.kind(experiment)
-    skeleton, (processor, rows), _, own = gather(
+    skeleton, (processor, rows), _, own, initial = gather(
         lambda: _check_model(experiment, device),
         lambda: _read(suite, experiment),
         lambda: _check_benchmarks(suite, experiment),
         lambda: _own_rows(suite, experiment),
+        lambda: _find_initial(experiment),
     )
     _warn_of_unread_data_root(suite, experiment)
     known = kind.known(experiment, processor, rows)
     names = [name for name in experiment.eval if name not in own]
-    _, _, _, *test_rows = gather(
+    _, _, _, _, *test_rows = gather(
         lambda: _raise_if(_chat_errors(experiment, processor)),
         lambda: _check_validation(experiment, len(rows.validation)),
         lambda: kind.check(experiment, skeleton, processor, rows),
+        lambda: _raise_if(_initial_errors(experiment, initial, processor)),
         *(lambda name=name: _test_rows(suite, experiment, rows.test, name, known) for name in names),
     )
     asked = own | dict(zip(names, test_rows, strict=True))
     collate = kind.collator(experiment.model, processor)
-    return Inputs(device, processor, rows, asked, collate, rows.sha256)
+    return Inputs(device, processor, rows, asked, collate, rows.sha256, initial)
+
+
+def _find_initial(experiment: Experiment) -> InitialAdapter | None:
+    source = getattr(experiment.peft, "init_from", None)
+    return None if source is None else distributed.main_process_first(lambda: find_initial(source))
+
+
+def _initial_errors(experiment: Experiment, initial: InitialAdapter | None, processor: Any) -> list[str]:
+    """Returns errors if the adapter of peft.init_from is not one that this run trains, on the same base."""
+    if initial is None:
+        return []
+    skeleton = loading.skeleton(experiment.model)
+    config = methods.ADAPTERS[experiment.peft.method].peft_config(skeleton, experiment.peft)
+    errors = fit_errors(get_peft_model(skeleton, config), initial.folder, experiment.peft.init_from)
+    return [*errors, *initial.errors(experiment.model, processor)]
 
 
 def _warn_of_unread_data_root(suite: Suite, experiment: Experiment) -> None:

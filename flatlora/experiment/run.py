@@ -81,6 +81,10 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
     distributed.check_agreement(
         {"the training data": inputs.data_sha256}, "Give every node the same files, or pin dataset.revision."
     )
+    if inputs.initial is not None:
+        distributed.check_agreement(
+            {"the adapter of peft.init_from": inputs.initial.record.sha256}, "Give every node the same adapter."
+        )
 
     hashing = None  # while the weights are loaded: both read all of them
     if distributed.is_main_process():
@@ -100,7 +104,13 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
                 raise ConfigError([_nothing_to_score_from(folder, experiment)])
             if newest is not None:
                 start_of_checkpoint(newest)  # raises an error if the initial adapter is damaged
+        if inputs.initial is not None:
+            inputs.initial.check_base(experiment.model, hashing.result)
+            if newest is not None:
+                inputs.initial.check_resumed(folder.path)
         folder.begin(experiment)
+        if inputs.initial is not None and newest is None:
+            inputs.initial.write(folder.path)
         checkpoint.remove_newer(folder.path, newest)
         return newest
 
@@ -218,6 +228,7 @@ def train_and_score(
     if methods.uses_kernels(experiment):
         record.kernels = acceleration.accelerate(model, inputs.device)
     record.data_sha256 = inputs.data_sha256
+    record.init_from = inputs.initial.record if inputs.initial else None
     record.chat_template_sha256 = kind.chat_template_sha256(inputs.rows)
     record.params = Parameters(**loading.parameter_counts(model))
     record.backbone_sha256.before = hashes.backbone_sha256(model)
@@ -292,6 +303,7 @@ def _start(experiment: Experiment, folder: RunFolder, inputs: Inputs, resume_fro
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         resumed=resume_from is not None,
+        init_from=inputs.initial.folder if inputs.initial else None,
     )
 
 

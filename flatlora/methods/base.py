@@ -34,6 +34,7 @@ class Start:
         batches: n → the first n micro-batches of this rank's training rows, on the model's device.
         rank, world_size: rank of this process and number of processes.
         resumed: whether the run continues from a checkpoint, which belongs to the initial adapter in `folder`.
+        init_from: folder of a saved adapter whose tensors are the initial ones; None for the method's own.
     """
 
     seed: int
@@ -42,6 +43,7 @@ class Start:
     rank: int = 0
     world_size: int = 1
     resumed: bool = False
+    init_from: Path | None = None
 
 
 @dataclass(frozen=True)

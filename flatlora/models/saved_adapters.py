@@ -89,7 +89,7 @@ def _number_errors(folder: Path) -> list[str]:
     ranks, alphas = _numbers(config, of_ranks), _numbers(config, of_alphas)
     wrong = {name: value for name, value in ranks.items() if type(value) is not int or value < 1}
     if large := {name: value for name, value in ranks.items() if name not in wrong and value > _MOST_RANK}:
-        most = max([0, *(len(tensor) for name, tensor in _weights(folder).items() if _LEFT_FACTOR.search(name))])
+        most = max([0, *(len(tensor) for name, tensor in saved_tensors(folder).items() if _LEFT_FACTOR.search(name))])
         wrong |= {name: value for name, value in large.items() if value > most}
     wrong |= {
         name: value for name, value in alphas.items() if type(value) not in (int, float) or not math.isfinite(value)
@@ -132,7 +132,7 @@ def _size_errors(folder: Path, config: Mapping[str, Any]) -> list[str]:
         if isinstance(value, dict):
             sizes |= {f"{name}.{key}": entry for key, entry in value.items() if not _NO_SIZE.search(name)}
     large = {name: size for name, size in sizes.items() if type(size) in (int, float) and not size <= _MOST_RANK}
-    most = max([0, *(side for tensor in _weights(folder).values() for side in tensor.shape)]) if large else 0
+    most = max([0, *(side for tensor in saved_tensors(folder).values() for side in tensor.shape)]) if large else 0
     return [
         f"Invalid {_short(name)}={_short(size)} in {folder}/adapter_config.json: a size above {_MOST_RANK:,} is one of "
         f"its tensors' too, and their largest is {most:,}; {_COPY}."
@@ -191,15 +191,15 @@ def tensor_names(folder: Path) -> list[str]:
     Raises:
         ConfigError: the file is broken.
     """
-    return sorted(_weights(folder))
+    return sorted(saved_tensors(folder))
 
 
 def holds_tensors_of(folder: Path, part: str) -> bool:
     """Whether a saved adapter has tensors for layers of the module `part` of its model."""
-    return any(name.startswith(f"base_model.model.{part}.") for name in _weights(folder))
+    return any(name.startswith(f"base_model.model.{part}.") for name in saved_tensors(folder))
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     Raises:
         ConfigError: the file is broken.
@@ -220,8 +220,8 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
     Raises:
         ConfigError: the adapter is for another task, or its tensors do not fit the backbone, its config or each other.
     """
-    weights = _weights(folder)
-    errors = [*_task_errors(folder, family), *_embedding_errors(backbone, weights, folder)]
+    weights = saved_tensors(folder)
+    errors = [*task_errors(folder, family), *_embedding_errors(backbone, weights, folder)]
     errors += [f"Invalid adapter {folder}: it has {message}; copy it again." for message in not_finite(weights)]
     if errors:
         raise ConfigError(errors)
@@ -302,7 +302,7 @@ def _misfit(folder: Path, name: str, reason: str) -> str:
     )
 
 
-def _task_errors(folder: Path, family: str) -> list[str]:
+def task_errors(folder: Path, family: str) -> list[str]:
     task = adapter_config(folder).get("task_type")
     known = FAMILIES[family].peft_task or "FEATURE_EXTRACTION"
     if task in (None, known, "FEATURE_EXTRACTION"):  # the last is for a model without a head, and fits every family

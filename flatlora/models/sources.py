@@ -157,7 +157,9 @@ def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) ->
 
 def _incomplete(report: Mapping[str, Any]) -> list[str]:
     """Returns the problems in a loading report of transformers or diffusers: missing, unexpected, wrong shape."""
-    shapes = {name: f"{name} ({_shape(saved)} for {_shape(own)})" for name, saved, own in report["mismatched_keys"]}
+    shapes = {
+        name: f"{name} ({shape_text(saved)} for {shape_text(own)})" for name, saved, own in report["mismatched_keys"]
+    }
     parts = {
         "missing": set(report["missing_keys"]) - set(shapes),
         "left over": {name for name in report["unexpected_keys"] if not _CONSTANTS.search(name)},
@@ -197,7 +199,7 @@ def in_short(names: Iterable[str], shown: int = 5) -> str:
     return f"{len(ordered)} ({', '.join(ordered[:shown])}{', …' if len(ordered) > shown else ''})"
 
 
-def _shape(size: Iterable[int]) -> str:
+def shape_text(size: Iterable[int]) -> str:
     return "×".join(map(str, size)) or "scalar"
 
 

@@ -52,6 +52,14 @@ class BackboneHashes(_Group):
         return self.before == self.after
 
 
+class InitialAdapterRecord(_Group):
+    """The saved adapter that a run started from, `peft.init_from`."""
+
+    source: str  # the setting's value
+    sha256: str  # of its weight files
+    commit: str | None = None  # on the hub; None for a folder
+
+
 class Parameters(_Group):
     """Numbers of parameters; tied ones are counted once."""
 
@@ -117,6 +125,7 @@ class RunRecord(_Group):
     data_sha256: str | None = None  # of the training rows
     chat_template_sha256: str | None = None  # of the template that they are written in; None: they are no chats
     base: str | None = None  # identity of the backbone, see `flatlora.models.loading.backbone_state`
+    init_from: InitialAdapterRecord | None = None
     git_sha: str | None = None  # commit of the suite, with "-dirty" for a changed tree
     started_at: str | None = None  # UTC, ISO 8601; of the process that ended the run
     env: Environment | None = None

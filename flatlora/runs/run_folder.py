@@ -316,11 +316,13 @@ def scoring_of(raw: dict[str, Any]) -> dict[str, Any]:
 def _differences(saved: dict[str, Any], experiment: Experiment) -> list[str]:
     """Returns a phrase for each setting that affects the trained weights and differs from the saved one."""
     identity, settings = dict(_flatten(experiment.identity_of(saved))), dict(_flatten(saved))
-    current_names = {"model.family": experiment.model.family}  # an identity has a family's first name
+    own, own_settings = dict(_flatten(experiment.identity())), dict(_flatten(experiment.model_dump(mode="json")))
     return [
-        f"{key} is {settings.get(key)!r} there and {current_names.get(key, value)!r} here"
-        for key, value in _flatten(experiment.identity())
-        if identity.get(key) != value and settings.get(key) != value  # an identity with σ = 0 has no keys of rho
+        f"{key} is {settings.get(key)!r} there and {own_settings[key]!r} here"
+        for key in {**own, **identity}  # a setting at its default may be in one of them alone
+        if key in own_settings
+        and identity.get(key) != own.get(key)
+        and settings.get(key) != own_settings[key]  # an identity with σ = 0 has no keys of rho
     ]
 
 

@@ -168,6 +168,15 @@ def _settings(experiment: Mapping[str, Any]) -> str | None:
     if not experiment:
         return None
     kept = {key: value for key, value in experiment.items() if key not in _OF_THE_MACHINE}
-    if description.is_local(str(experiment["model"].get("hub_id"))):
-        kept["model"] = experiment["model"] | {"hub_id": Path(experiment["model"]["hub_id"]).name}
+    for name, section in kept.items():
+        if isinstance(section, Mapping):
+            kept[name] = {key: _without_folders(value) if key in _PATHS else value for key, value in section.items()}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).rstrip()
+
+
+_PATHS = {"hub_id", "vae_id", "scorer", "captioner", "path", "folder", "class_folder", "limit_tokenizer", "init_from"}
+
+
+def _without_folders(value: Any) -> Any:
+    """Returns the last part of a path of this machine; other values, such as hub ids, as they are."""
+    return Path(value).name if isinstance(value, str) and description.is_local(value) else value

@@ -121,6 +121,9 @@ def _run_facts(record: RunRecord, run: Path) -> dict[str, str]:
         "backbone SHA-256": f"{before}, {'the same' if record.backbone_sha256.unchanged else 'another'} after training"
         if before
         else None,
+        "started from": f"{public_name(record.init_from.source)}, SHA-256 {record.init_from.sha256}"
+        if record.init_from
+        else None,
         "data": _data(dataset, record),
         "steps": _steps(run, optim),
         "optimizer": ", ".join(f"{key}={optim.get(key)}" for key in ("optimizer", "lr", "lr_schedule", "batch_size")),

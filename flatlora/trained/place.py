@@ -61,7 +61,12 @@ _BASES: Mapping[type[ModelConfig], type[ModelConfig]] = {ModelConfig: _BaseModel
 
 
 def resolve_model(
-    name: str, *, benchmark: tuple[str, type[Section]] | None = None, served: bool = False, base: str | None = None
+    name: str,
+    *,
+    benchmark: tuple[str, type[Section]] | None = None,
+    served: bool = False,
+    base: str | None = None,
+    setting: str | None = None,
 ) -> ResolvedModel:
     """Resolves a path, hub id or served name to weights, and to the settings of their run if they belong to one.
 
@@ -70,18 +75,17 @@ def resolve_model(
         served: `name` is the name of a model at an endpoint, even if it looks like a path.
         base: path or hub id of an adapter's base model; None: as its run or its own config says. `base_errors` reports
             a missing one.
+        setting: the setting whose value `name` is, for messages; None for an argument of a command.
 
     Raises:
         ConfigError: there is no such folder, it holds no weights, or files of its run are damaged or invalid.
     """
-    path = Path(name)
+    path, given = Path(name), f"path {name}" if setting is None else f"{setting}={name}"
     if served:
         return ResolvedModel(name)
     if not path.is_dir():
         if path.exists() or name.startswith((".", "/")) or name.count("/") > 1:
-            raise ConfigError(
-                [f"Invalid path {name}: no such folder; name a run, checkpoint, adapter or model folder."]
-            )
+            raise ConfigError([f"Invalid {given}: no such folder; name a run, checkpoint, adapter or model folder."])
         return ResolvedModel(name)  # a hub id
     for folder in (path, *path.resolve().parents[:2]):
         if saved := _saved_config(folder):
@@ -96,7 +100,7 @@ def resolve_model(
             problem = "this run has no adapter/ yet; finish it, or name one of its checkpoints"
         else:
             problem = "it holds neither weights nor a run; name a run, checkpoint, adapter or model folder"
-        raise ConfigError([f"Invalid path {name}: {problem}."])
+        raise ConfigError([f"Invalid {given}: {problem}."])
     if saved is None:
         return _with_base(ResolvedModel(str(weights)), base)
     resolved, errors = _resolve_in_run(str(weights), folder, saved, benchmark), run_errors(folder, weights)

@@ -73,6 +73,7 @@ class AdaLoraMethodConfig(LoraMethodConfig):
 class AdaLora(Lora):
     Config = AdaLoraMethodConfig
     takes_convolutions = False
+    own_start = "its ranks begin equal and are reduced, and those of a saved adapter were reduced already"
     not_of_diffusion = "diffusers reads pairs A and B, and AdaLoRA's adapter has a third factor"
     reads_gradients = True  # they determine its ranks
     adds_loss = True  # the penalty

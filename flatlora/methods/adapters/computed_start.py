@@ -30,6 +30,7 @@ class ComputedStart(Lora):
     moves_weights = True
     needs_dense = True
     takes_convolutions = False
+    own_start = "this method computes an initial adapter of its own, and what it saves is a plain LoRA adapter"
 
     def check(self, skeleton: nn.Module, config: LoraMethodConfig) -> None:
         super().check(skeleton, config)

@@ -17,9 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from flatlora.config.experiment import Experiment
 from flatlora.config.sections import PeftConfig
 from flatlora.config.settings import setting
+from flatlora.config.types import FolderPath
 from flatlora.methods.base import ADAPTERS, AdapterMethod, Start
+from flatlora.models.initial_adapters import load_initial_adapter
 from flatlora.utils.errors import ConfigError, SettingError, nearest
 
 _EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as in the published find_all_linear_modules
@@ -38,6 +41,8 @@ class LowRankConfig(PeftConfig):
     target_modules: Literal["all", "all_conv", "attention", "qv"] | list[str] = setting(
         "all", remedy="all, all_conv, attention, qv or a list of module names"
     )
+    # Run, checkpoint, PEFT adapter or hub id whose tensors are the initial ones.
+    init_from: FolderPath | None = setting(None, identity="changed", remedy="null starts from the method's own factors")
 
     def rule_errors(self) -> list[SettingError]:
         errors = []
@@ -69,6 +74,25 @@ class LowRank(AdapterMethod):
 
     Config = LowRankConfig
     takes_convolutions: ClassVar[bool] = True  # False if PEFT's code or the method only supports matrices
+    own_start: ClassVar[str | None] = None  # why it cannot start from a saved adapter
+
+    def errors(self, experiment: Experiment) -> Iterator[SettingError]:
+        yield from super().errors(experiment)
+        peft = experiment.peft
+        if peft.init_from is None:
+            return
+        if experiment.model.head == "linear":
+            yield SettingError(
+                ("peft.init_from", "model.head"),
+                f"Invalid peft.init_from={peft.init_from} with model.head=linear: a trained head belongs to the "
+                "classes of its own run; use model.head=text, or leave the key out.",
+            )
+        if self.own_start:
+            yield SettingError(
+                ("peft", "peft.method", "peft.init_from"),
+                f"Invalid peft.init_from={peft.init_from} with peft={peft.name}: {self.own_start}; use peft=lora, "
+                "which goes on with a saved adapter's factors, or leave the key out.",
+            )
 
     def check(self, skeleton: nn.Module, config: LowRankConfig) -> None:
         targets = find_targets(skeleton, config.target_modules)
@@ -105,6 +129,8 @@ class LowRank(AdapterMethod):
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if start.init_from is not None:
+            load_initial_adapter(adapted, start.init_from)
         return adapted
 
     def peft_config(self, model: nn.Module, config: LowRankConfig) -> AdapterConfig:
