@@ -18,6 +18,7 @@ from flatlora.inputs.chats import template_errors
 from flatlora.inputs.rows import fingerprint, gather, warn_of_unread_root
 from flatlora.methods.adapters.lora import find_targets
 from flatlora.models import fit, loading
+from flatlora.runs import trackers
 from flatlora.train import distributed, training
 from flatlora.utils.errors import ConfigError
 
@@ -43,11 +44,12 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
         ConfigError: model, method, data or benchmarks are invalid or do not fit together; nothing was written.
     """
     kind = suite.kind(experiment)
-    skeleton, (processor, rows), _, own = gather(
+    skeleton, (processor, rows), _, own, _ = gather(
         lambda: _check_model(experiment, device),
         lambda: _read(suite, experiment),
         lambda: _check_benchmarks(suite, experiment),
         lambda: _own_rows(suite, experiment),
+        lambda: _raise_if(trackers.package_errors(experiment)),
     )
     _warn_of_unread_data_root(suite, experiment)
     known = kind.known(experiment, processor, rows)
