@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import SerializeAsAny
 
@@ -42,6 +42,11 @@ class Experiment(Section):
     trainer: TrainerConfig
     eval: dict[str, SerializeAsAny[Section]] = setting({}, identity=False)
     wandb: WandbConfig = setting(WandbConfig(), identity=False)
+    tracker: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = setting(
+        ["wandb"],
+        identity=False,
+        remedy="it is a list of wandb, tensorboard, trackio and mlflow, such as tracker=[wandb,tensorboard]",
+    )
     # The paper whose settings were taken; what it sets is in the sections.
     protocol: str | None = setting(None, identity=False, remedy="null takes the settings of model and data set")
     seed: int = setting(42, ge=0, le=2**32 - 1, remedy="use a whole number from 0 to 4294967295")

@@ -623,6 +623,13 @@ def expand_sweep(words: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*choices)]
 
 
+def split_sweep(words: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """Returns the overrides with one value, and those with several."""
+    overrides = _parse_all(words)
+    single = [override.input_line for override in overrides if not _is_sweep(override)]
+    return single, [override for override in overrides if _is_sweep(override)]
+
+
 def _count_values(sweep: Any) -> int | None:
     """Returns the number of values of a sweep without generating them; None if they cannot be counted."""
     if isinstance(sweep, ChoiceSweep):

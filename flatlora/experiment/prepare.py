@@ -19,6 +19,7 @@ from flatlora.inputs.rows import fingerprint, gather, warn_of_unread_root
 from flatlora.methods.adapters.lora import find_targets
 from flatlora.models import fit, loading
 from flatlora.models.initial_adapters import fit_errors
+from flatlora.runs import trackers
 from flatlora.train import distributed, training
 from flatlora.trained.initial import InitialAdapter, find_initial
 from flatlora.utils.errors import ConfigError
@@ -46,12 +47,13 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
         ConfigError: model, method, data or benchmarks are invalid or do not fit together; nothing was written.
     """
     kind = suite.kind(experiment)
-    skeleton, (processor, rows), _, own, initial = gather(
+    skeleton, (processor, rows), _, own, initial, _ = gather(
         lambda: _check_model(experiment, device),
         lambda: _read(suite, experiment),
         lambda: _check_benchmarks(suite, experiment),
         lambda: _own_rows(suite, experiment),
         lambda: _find_initial(experiment),
+        lambda: _raise_if(trackers.package_errors(experiment)),
     )
     _warn_of_unread_data_root(suite, experiment)
     known = kind.known(experiment, processor, rows)

@@ -27,11 +27,12 @@ from flatlora.fused import acceleration
 from flatlora.models import hashes, loading, sources
 from flatlora.models.family import FAMILIES
 from flatlora.models.starts import start_of_checkpoint
-from flatlora.runs import environment, metrics_log, run_folder
-from flatlora.runs.metrics_log import MetricsLog, Tracker
+from flatlora.runs import environment, run_folder, trackers
+from flatlora.runs.metrics_log import MetricsLog
 from flatlora.runs.record import Distributed, Environment, Memory, Parameters, RunRecord
 from flatlora.runs.record import Precision as RecordedPrecision
 from flatlora.runs.run_folder import RunFolder
+from flatlora.runs.trackers import Tracker
 from flatlora.train import checkpoint, distributed, training
 from flatlora.train.preemption import Preempted
 from flatlora.train.recorder import best_error
@@ -237,7 +238,7 @@ def train_and_score(
             {"the backbone": record.backbone_sha256.before, "the adapter's start": hashes.trainable_sha256(model)},
             "Give every node the same weights, or pin model.revision.",
         )
-    with metrics_log.tracking(experiment, folder.path, record.metrics) as tracker:
+    with trackers.tracking(experiment, folder.path, record.metrics) as pages:
         outcome = training.train(
             experiment,
             model,
@@ -248,7 +249,7 @@ def train_and_score(
             folder,
             data_sha256=inputs.data_sha256,
             base=lambda: hashing.result(),
-            log=MetricsLog(folder.path / "metrics.jsonl", tracker),
+            log=MetricsLog(folder.path / "metrics.jsonl", pages),
             resume_from=resume_from,
             progress=console.ProgressBar(f"train {experiment.run_name()}") if distributed.is_main_process() else None,
         )
@@ -271,7 +272,7 @@ def train_and_score(
         if distributed.is_main_process():
             _save(experiment, model, inputs, folder, start)
             before = time.perf_counter()
-            record.metrics.update(score(suite, experiment, model, inputs, folder, record.base, tracker))
+            record.metrics.update(score(suite, experiment, model, inputs, folder, record.base, pages))
             record.timing.score_s = round(time.perf_counter() - before, 3)
             record.weights_sha256 = hashes.weights_sha256(folder.adapter)
             record.files = records.hash_files(folder.path)
@@ -314,7 +315,7 @@ def score(
     inputs: Inputs,
     folder: RunFolder,
     base: str,
-    tracker: Tracker | None,
+    pages: Sequence[Tracker],
 ) -> dict[str, Any]:
     """Scores all benchmarks of `eval=[...]`; returns {"<benchmark>/<metric>": value}."""
     metrics = {}
@@ -334,8 +335,9 @@ def score(
             result = suite.evaluate(name, backend, inputs.asked[name], folder.path / "eval" / name, config)
         suite.print_score(name, result)
         picture = suite.benchmarks[name].picture
-        if tracker is not None and picture is not None and (path := folder.path / "eval" / name / picture).is_file():
-            tracker.show(f"{name}/pictures", path)
+        if picture is not None and (path := folder.path / "eval" / name / picture).is_file():
+            for page in pages:
+                page.show(f"{name}/pictures", path)
         metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
     return metrics
 

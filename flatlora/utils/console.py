@@ -177,7 +177,8 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning of three lines
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # four warnings for each of a benchmark's 85 tasks
-    logging.getLogger("wandb").setLevel(logging.CRITICAL)  # tracebacks of its service; Tracker reports the error
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # likewise, of a server of MLflow
+    logging.getLogger("wandb").setLevel(logging.CRITICAL)  # tracebacks of its service; Wandb reports the error
     datasets.disable_progress_bars()
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)

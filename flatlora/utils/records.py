@@ -240,10 +240,19 @@ def own_paths_errors(run: Path) -> list[str]:
 
     A run must not write outside its folder. Checkpoints may be links: a new checkpoint replaces the link.
     """
-    files = ("config.yaml", "metrics.jsonl", "init_from.json", *_RECORDED, "run.json", ".lock", ".probe")
+    files = (
+        "config.yaml",
+        "metrics.jsonl",
+        "init_from.json",
+        *_RECORDED,
+        "run.json",
+        "trackers.json",
+        ".lock",
+        ".probe",
+    )
     kinds: Sequence[tuple[str, Callable[[Path], bool], str]] = [
         *((name, os.path.isfile, "a file") for name in dict.fromkeys(files)),
-        *((name, os.path.isdir, "a folder") for name in ("adapter", "eval", "start", "best")),
+        *((name, os.path.isdir, "a folder") for name in ("adapter", "eval", "start", "best", "tensorboard")),
     ]
     wrong = []
     for name, is_right, needed in kinds:

@@ -17,8 +17,8 @@ from eval.backends import Sampling, wire
 from eval.backends.openai import Endpoint, EndpointError, OpenAIBackend
 from eval.command import main
 from flatlora.experiment import launch
-from flatlora.runs.metrics_log import Tracker
 from flatlora.runs.run_folder import RunFolder
+from flatlora.runs.trackers import Wandb
 from flatlora.utils.errors import ConfigError
 from tests.loopback import Server
 
@@ -246,7 +246,7 @@ def test_wandb_gets_no_password(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["run_exp.py", "eval.mt_bench.judge_url=http://me:pa55@h/v1"])
     monkeypatch.setattr("wandb.init", lambda **settings: reported.append((settings, wandb.Settings()._args)))
     words = ["eval=[mt_bench]", "eval.mt_bench.judge=j", "eval.mt_bench.judge_url=http://me:pa55@h/v1"]
-    Tracker(run_exp.experiment_of(words), tmp_path)
+    Wandb(run_exp.experiment_of(words), tmp_path)
     ((settings, arguments),) = reported
     assert arguments == ["eval.mt_bench.judge_url=http://***@h/v1"]
     assert "pa55" not in str(settings)

@@ -7,18 +7,14 @@ import re
 import subprocess
 import sys
 import threading
-import time
 
-import psutil
 import pytest
 import torch
-import wandb
-from PIL import Image
 
 import run_exp
 from flatlora.config.experiment import parse
-from flatlora.runs import environment, metrics_log, run_folder
-from flatlora.runs.metrics_log import MetricsLog, Tracker
+from flatlora.runs import environment, run_folder
+from flatlora.runs.metrics_log import MetricsLog
 from flatlora.runs.run_folder import RunFolder
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_atomic, write_folder, write_json
@@ -439,94 +435,6 @@ def test_git_sha(monkeypatch):
 def test_peak_memory_is_plausible():
     environment.reset_peak_memory()
     assert 0.01 < environment.peak_memory_gib()["peak_rss_gib"] < 1000
-
-
-def test_no_tracker_when_disabled_or_not_the_main_process(experiment, monkeypatch, tmp_path):
-    with metrics_log.tracking(experiment("wandb.mode=disabled"), tmp_path, {}) as tracker:
-        assert tracker is None
-    monkeypatch.setenv("RANK", "1")
-    with metrics_log.tracking(experiment("wandb.mode=offline"), tmp_path, {}) as tracker:
-        assert tracker is None
-
-
-@pytest.mark.parametrize(("netrc", "has_key"), [("machine api.wandb.ai password x", True), ("machine gitlab", False)])
-def test_wandb_is_online_only_for_a_user_with_a_key(netrc, has_key, tmp_path, monkeypatch):
-    (tmp_path / "netrc").write_text(netrc)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert metrics_log._has_wandb_key() is has_key
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    assert metrics_log._has_wandb_key()
-
-
-@pytest.mark.slow
-def test_the_tracker_is_fed_the_rows_of_metrics_jsonl(experiment, tmp_path):
-    one = experiment("wandb.mode=offline")
-    tracker = Tracker(one, tmp_path)
-    log = MetricsLog(tmp_path / "metrics.jsonl", tracker)
-    log.append({"step": 1, "loss": 2.8125, "lr": 0.00048828125})
-    log.append({"step": 2, "loss": 1.5625})
-    Image.new("RGB", (3, 2)).save(tmp_path / "grid.png")
-    tracker.show("text_to_image/pictures", tmp_path / "grid.png")
-    tracker.finish({"gsm8k/exact_match": 0.171875})
-    assert [row["loss"] for row in log.rows()] == [2.8125, 1.5625]
-    assert wandb.run is None  # closed: the next run of this process has a page of its own
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    (shown,) = tmp_path.glob("wandb/offline-run-*/files/media/images/text_to_image/pictures_*.png")
-    assert shown.read_bytes() == (tmp_path / "grid.png").read_bytes()
-    texts = [text.encode() for text in ("run-42", "2.8125", "0.00048828125", "1.5625", "0.171875", '"lora_r":8')]
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not all(text in file.read_bytes() for text in texts):
-        time.sleep(0.1)  # a process of wandb's own writes the file
-    assert [text for text in texts if text not in file.read_bytes()] == []
-
-
-@pytest.mark.parametrize("broken", ["init", "log", "finish"])
-@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), wandb.errors.CommError("timed out")])
-def test_wandb_never_ends_a_training(experiment, tmp_path, monkeypatch, caplog, broken, error):
-    class Page:
-        def __init__(self):
-            self.summary = {}
-            if broken != "init":
-                setattr(self, broken, raising(error))
-
-        def log(self, *args, **kwargs): ...
-
-        def finish(self, *args, **kwargs): ...
-
-    monkeypatch.setattr(wandb, "init", raising(error) if broken == "init" else lambda **_: Page())
-    rows = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
-    with metrics_log.tracking(experiment("wandb.mode=offline"), tmp_path, {"score": 1.0}) as tracker:
-        log = MetricsLog(tmp_path / "metrics.jsonl", tracker)
-        for row in rows:
-            log.append(row)
-        if broken != "finish":
-            tracker.show("picture", tmp_path / "none.png")
-    assert log.rows() == rows
-    (reported,) = [
-        record.getMessage() for record in caplog.records if record.name == "flatlora.runs.run_folder"
-    ]  # once
-    assert reported.startswith("W&B ")
-    assert f"({error})" in reported
-    assert "wandb.mode=offline needs no server" in reported
-
-
-@pytest.mark.slow
-def test_a_service_of_wandb_that_dies_is_named_once(experiment, tmp_path, caplog):
-    rows = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
-    with metrics_log.tracking(experiment("wandb.mode=offline"), tmp_path, {}) as tracker:
-        log = MetricsLog(tmp_path / "metrics.jsonl", tracker)
-        log.append(rows[0])
-        children = psutil.Process().children(recursive=True)
-        (service,) = [child for child in children if "wandb-core" in " ".join(child.cmdline())]
-        service.kill()
-        service.wait()
-        for row in rows[1:]:
-            log.append(row)
-            time.sleep(0.2)
-    assert log.rows() == rows
-    assert len([record for record in caplog.records if record.getMessage().startswith("W&B ")]) == 1
-    wandb.teardown()
 
 
 def test_asking_whether_a_folder_is_in_use_keeps_no_run_from_starting(experiment, tmp_path):
