@@ -6,7 +6,7 @@ import logging
 import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from flatlora.experiment.prepare import Inputs, prepare
 from flatlora.experiment.suite import Suite
 from flatlora.fused import acceleration
 from flatlora.models import hashes, loading, sources
+from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
 from flatlora.models.starts import start_of_checkpoint
 from flatlora.runs import environment, run_folder, trackers
@@ -91,34 +92,47 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
     if distributed.is_main_process():
         hashing = ThreadPoolExecutor(1).submit(loading.backbone_state, experiment.model)
 
-    def claim() -> Path | None:
-        """Opens the folder and returns the checkpoint to resume from. All checks precede the first change."""
-        folder.open(experiment)
-        newest = None
-        if not experiment.overwrite:
-            origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
-            rho = methods.REGULARIZERS[experiment.rho.method]
-            tied = rho.tied_to_processes(experiment.rho) if experiment.regularized else None
-            base = hashing.result() if checkpoint.checkpoints(folder.path) else None
-            newest = checkpoint.latest_good(folder.path, *origin, tied=tied, base=base, also=best_error)
-            if newest is None and folder.is_trained:
-                raise ConfigError([_nothing_to_score_from(folder, experiment)])
-            if newest is not None:
-                start_of_checkpoint(newest)  # raises an error if the initial adapter is damaged
-        if inputs.initial is not None:
-            inputs.initial.check_base(experiment.model, hashing.result)
-            if newest is not None:
-                inputs.initial.check_resumed(folder.path)
-        folder.begin(experiment)
-        if inputs.initial is not None and newest is None:
-            inputs.initial.write(folder.path)
-        checkpoint.remove_newer(folder.path, newest)
-        return newest
-
     try:
-        return execute(suite, experiment, folder, inputs, distributed.from_main_process(claim), hashing)
+        resume_from = distributed.from_main_process(lambda: _claim(folder, experiment, inputs, hashing.result))
+        return execute(suite, experiment, folder, inputs, resume_from, hashing)
     finally:
         folder.close()
+
+
+def _claim(folder: RunFolder, experiment: Experiment, inputs: Inputs, base: Callable[[], str]) -> Path | None:
+    """Opens the folder and returns the checkpoint to resume from. All checks precede the first change.
+
+    Args:
+        base: waits for the identity of the backbone.
+    """
+    folder.open(experiment)
+    newest, initial = None, inputs.initial
+    if not experiment.overwrite:
+        newest = _newest_checkpoint(folder, experiment, inputs, base)
+    if initial is not None:
+        initial.check_base(experiment.model, base)
+        if newest is not None:
+            initial.check_resumed(folder.path)
+    folder.begin(experiment)
+    if initial is not None and newest is None:
+        initial.write(folder.path)
+    checkpoint.remove_newer(folder.path, newest)
+    return newest
+
+
+def _newest_checkpoint(
+    folder: RunFolder, experiment: Experiment, inputs: Inputs, base: Callable[[], str]
+) -> Path | None:
+    origin = experiment.sha256(), inputs.data_sha256, distributed.world_size(), experiment.trainer.zero
+    rho = methods.REGULARIZERS[experiment.rho.method]
+    tied = rho.tied_to_processes(experiment.rho) if experiment.regularized else None
+    state = base() if checkpoint.checkpoints(folder.path) else None
+    newest = checkpoint.latest_good(folder.path, *origin, tied=tied, base=state, also=best_error)
+    if newest is None and folder.is_trained:
+        raise ConfigError([_nothing_to_score_from(folder, experiment)])
+    if newest is not None:
+        start_of_checkpoint(newest)  # raises an error if the initial adapter is damaged
+    return newest
 
 
 def _warn_of_strength(experiment: Experiment) -> None:
@@ -221,23 +235,11 @@ def train_and_score(
     record.precision = RecordedPrecision(**precision.record())
     if distributed.is_main_process():
         console.console.print(f"precision: {precision}", markup=False, soft_wrap=True)
-    backbone = loading.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
-    method, start = methods.ADAPTERS[experiment.peft.method], _start(experiment, folder, inputs, resume_from)
-    model = method.apply(backbone, experiment.peft, start)
-    if experiment.regularized:
-        methods.REGULARIZERS[experiment.rho.method].prepare(model, experiment.rho, experiment.seed)
-    if methods.uses_kernels(experiment):
-        record.kernels = acceleration.accelerate(model, inputs.device)
+    start = _start(experiment, folder, inputs, resume_from)
+    model = _model(experiment, inputs, classes, start, record)
     record.data_sha256 = inputs.data_sha256
     record.init_from = inputs.initial.record if inputs.initial else None
     record.chat_template_sha256 = kind.chat_template_sha256(inputs.rows)
-    record.params = Parameters(**loading.parameter_counts(model))
-    record.backbone_sha256.before = hashes.backbone_sha256(model)
-    if distributed.world_size() > 1:  # the second hash is of all weights in full fine-tuning
-        distributed.check_agreement(
-            {"the backbone": record.backbone_sha256.before, "the adapter's start": hashes.trainable_sha256(model)},
-            "Give every node the same weights, or pin model.revision.",
-        )
     with trackers.tracking(experiment, folder.path, record.metrics) as pages:
         outcome = training.train(
             experiment,
@@ -256,18 +258,7 @@ def train_and_score(
         record.base = base()
         record.backbone_sha256.after = hashes.backbone_sha256(model)
         record.adapter_sha256 = hashes.trainable_sha256(model)
-        record.timing, record.perturbation = outcome.timing, outcome.perturbation
-        record.memory = _reserved(outcome.reserved_gib)
-        record.resumed_from = outcome.resumed_from
-        if outcome.micro_batch_tokens:
-            record.kernels.append(f"micro-batches of up to {outcome.micro_batch_tokens} tokens")
-        record.distributed = Distributed(
-            processes=distributed.world_size(),
-            zero=experiment.trainer.zero,
-            dtypes=outcome.dtypes,
-            history=outcome.processes,
-        )
-        record.metrics.update(outcome.metrics)
+        _note_outcome(record, outcome, experiment)
         training.check_invariants(experiment, model, record.backbone_sha256)
         if distributed.is_main_process():
             _save(experiment, model, inputs, folder, start)
@@ -277,6 +268,41 @@ def train_and_score(
             record.weights_sha256 = hashes.weights_sha256(folder.adapter)
             record.files = records.hash_files(folder.path)
     record.status = "finished"
+
+
+def _model(
+    experiment: Experiment, inputs: Inputs, classes: Classes | None, start: methods.Start, record: RunRecord
+) -> nn.Module:
+    """Loads the backbone and returns the model to train; notes its kernels, sizes and hash in `record`."""
+    backbone = loading.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
+    model = methods.ADAPTERS[experiment.peft.method].apply(backbone, experiment.peft, start)
+    if experiment.regularized:
+        methods.REGULARIZERS[experiment.rho.method].prepare(model, experiment.rho, experiment.seed)
+    if methods.uses_kernels(experiment):
+        record.kernels = acceleration.accelerate(model, inputs.device)
+    record.params = Parameters(**loading.parameter_counts(model))
+    record.backbone_sha256.before = hashes.backbone_sha256(model)
+    if distributed.world_size() > 1:  # the second hash is of all weights in full fine-tuning
+        distributed.check_agreement(
+            {"the backbone": record.backbone_sha256.before, "the adapter's start": hashes.trainable_sha256(model)},
+            "Give every node the same weights, or pin model.revision.",
+        )
+    return model
+
+
+def _note_outcome(record: RunRecord, outcome: training.TrainingResult, experiment: Experiment) -> None:
+    record.timing, record.perturbation = outcome.timing, outcome.perturbation
+    record.memory = _reserved(outcome.reserved_gib)
+    record.resumed_from = outcome.resumed_from
+    if outcome.micro_batch_tokens:
+        record.kernels.append(f"micro-batches of up to {outcome.micro_batch_tokens} tokens")
+    record.distributed = Distributed(
+        processes=distributed.world_size(),
+        zero=experiment.trainer.zero,
+        dtypes=outcome.dtypes,
+        history=outcome.processes,
+    )
+    record.metrics.update(outcome.metrics)
 
 
 def _save(experiment: Experiment, model: nn.Module, inputs: Inputs, folder: RunFolder, start: methods.Start) -> None:

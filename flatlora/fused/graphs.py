@@ -41,24 +41,22 @@ class GraphCapture:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, compute: Callable[[], T], label: object, *, warm_ups: int = 0) -> Captured[T] | None:
+    def __call__(self, compute: Callable[[], T], label: object, *, warm_ups: int) -> Captured[T] | None:
         """Returns a graph of `compute`, which must not synchronize with the host; None if the device refuses it.
 
         Args:
             label: what is captured, for the log of a refusal.
-            warm_ups: calls before the capture, to compile and allocate what the kernels need. None are needed if
-                `compute` has run before.
+            warm_ups: calls before the capture, to compile and allocate what the kernels need.
         """
         stream, caller = self._stream, torch.cuda.current_stream(self.device)
-        if warm_ups:
-            stream.wait_stream(caller)
-            with torch.cuda.stream(stream):
-                for _ in range(warm_ups):
-                    compute()
-            caller.wait_stream(stream)
-            torch.cuda.synchronize(self.device)
-            gc.collect()
-            torch.cuda.empty_cache()  # frees the memory of the warm-up runs for the graph's own pool
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            for _ in range(warm_ups):
+                compute()
+        caller.wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+        gc.collect()
+        torch.cuda.empty_cache()  # frees the memory of the warm-up runs for the graph's own pool
         graph = torch.cuda.CUDAGraph()
         if not self._alive:
             self._pool = torch.cuda.graph_pool_handle()  # torch gives up a pool with its last graph

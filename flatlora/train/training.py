@@ -104,17 +104,13 @@ def train(
     arguments.dataloader_num_workers = loader_workers(experiment.trainer, train_rows)
     if len(set(getattr(validation_rows, "buckets", ()))) > 1:
         arguments.per_device_eval_batch_size = 1  # images of different sizes cannot be batched
-    keeps_best = optim.best_model and has_validation
-    best = BestModel(run.path / "best", experiment.trainer.save_total_limit) if keeps_best else None
-    if best and is_main_process():
-        best.begin_from(resume_from)
-    recorder = StepRecorder(log, progress, before, regularizer)
+    best = _best_model(experiment, run, resume_from) if optim.best_model and has_validation else None
+    recorder, preemption = StepRecorder(log, progress, before, regularizer), Preemption()
     of_method = method.callbacks(model, experiment.peft, training_of(experiment, arguments))
     # `best` comes before callbacks that request a save, so that the checkpoint holds its best.json.
     callbacks = [callback for callback in (recorder, best, *of_method, regularizer) if callback]
     if optim.early_stopping_patience and has_validation:
         callbacks += [EarlyStoppingCallback(optim.early_stopping_patience), SaveAtStop()]
-    preemption = Preemption()
     trainer = FlatTrainer(
         model=model,
         args=arguments,
@@ -146,6 +142,13 @@ def train(
         processes=stats.processes,
         micro_batch_tokens=stats.micro_batch_tokens,
     )
+
+
+def _best_model(experiment: Experiment, run: RunFolder, resume_from: Path | None) -> BestModel:
+    best = BestModel(run.path / "best", experiment.trainer.save_total_limit)
+    if is_main_process():
+        best.begin_from(resume_from)
+    return best
 
 
 def _run_to_the_end(

@@ -55,7 +55,7 @@ class FakeCapture:
     def __init__(self):
         self.labels = []
 
-    def __call__(self, compute, label, *, warm_ups=0):
+    def __call__(self, compute, label, *, warm_ups):
         self.labels.append(label)
         for _ in range(warm_ups):
             compute()
