@@ -14,12 +14,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from flatlora.fused import quick_gelu
 from flatlora.noise import triton_kernels
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block, by compute capability
@@ -50,13 +52,19 @@ def main(words: list[str] | None = None) -> int:
     if not triton_kernels.HAS_TRITON or triton_kernels.INTERPRETED:
         console.print("Kernels are compiled by Triton: pip install triton (Linux), and unset TRITON_INTERPRET.")
         return 2
-    launches = [(card, *launch) for card in options.cards for launch in triton_kernels.every_launch(divmod(card, 10))]
+    launches = [(card, *launch) for card in options.cards for launch in every_launch(card)]
     usages = [compile_for(*launch) for launch in track(launches, description="compile", console=console)]
     console.print(usage_table(usages))
     misfits = [usage for usage in usages if not usage.fits]
     for usage in misfits:
         console.print(f"sm_{usage.card} lacks what {usage.kernel} needs: {usage}")
     return int(bool(misfits))
+
+
+def every_launch(card: int) -> Iterator[tuple[Any, dict[str, Any], dict[str, str]]]:
+    """Each kernel, each set of constants, and the types of its other arguments, for a compute capability times ten."""
+    for module in (triton_kernels, quick_gelu):
+        yield from module.every_launch(divmod(card, 10))
 
 
 def cards(text: str) -> list[int]:
@@ -68,13 +76,13 @@ def cards(text: str) -> list[int]:
     return [int(word) for word in dict.fromkeys(chosen)]
 
 
-def compile_for(card: int, kernel: Any, constants: dict[str, Any]) -> Usage:
-    """Compile a kernel with the constants of a launch, for a compute capability times ten."""
+def compile_for(card: int, kernel: Any, constants: dict[str, Any], arguments: dict[str, str]) -> Usage:
+    """Compile a kernel for a compute capability times ten, with the constants and the types of a launch."""
     from triton import compile, knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {name: triton_kernels.ARGUMENT_TYPES.get(name, "constexpr") for name in kernel.arg_names}
+    types = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
     # At a launch Triton sees that torch's allocations start at multiples of 16.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
     values = {name: value for name, value in constants.items() if name in types}

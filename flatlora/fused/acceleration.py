@@ -26,6 +26,7 @@ from flatlora.fused.cross_entropy import forward_without_logits, has_frozen_line
 from flatlora.fused.graphs import Captured, GraphCapture
 from flatlora.fused.lora_linear import fuse, groups_of, recompute_norm, refresh
 from flatlora.fused.packing import attends_to_all_before, remove_padding
+from flatlora.fused.quick_gelu import fuse_quick_gelu
 from flatlora.fused.varlen import VARLEN, allow_joined_rows
 from flatlora.noise import triton_kernels
 
@@ -45,6 +46,8 @@ def accelerate(model: nn.Module, device: torch.device) -> list[str]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if device.type == "cpu":
         return done + remove_padding(base)
+    if activations := fuse_quick_gelu(base):
+        done.append(f"{activations} fused QuickGELU")
     if not isinstance(base, PreTrainedModel):
         return done  # a diffusion model; Liger and the rest are for language models
     if importlib.util.find_spec("liger_kernel") is None:
@@ -172,10 +175,13 @@ class GraphedMicroStep:
         model: nn.Module,
         largest: int | None = GRAPH_TOKENS,
     ) -> None:
-        self.compute, self.parameters = compute, [p for p in model.parameters() if p.requires_grad]
-        self._groups = groups_of(model)
+        self.compute, self._groups = compute, groups_of(model)
         for group in self._groups:
             group.managed = True
+        # The gradients of the A of a group lie one below the other: then they are one product.
+        together = [member.factors[0] for group in self._groups for member in group.members if member.covers()]
+        trained = [p for p in (*together, *model.parameters()) if p.requires_grad]
+        self.parameters = list(dict.fromkeys(trained))
         flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.parameters[0].device)
         self.gradient = flat
         parts = flat.split([p.numel() for p in self.parameters])

@@ -69,6 +69,13 @@ class GraphCapture:
             logger.warning("No CUDA graph of %s: %s", label, reason_of(cause))
             torch.cuda.set_stream(caller)  # a failed capture leaves its stream active and its pool unusable
             self._pool = torch.cuda.graph_pool_handle()
+            self._end_capture_of_generator()
             return None
         self._alive.add(graph)
         return Captured(graph, result)
+
+    def _end_capture_of_generator(self) -> None:
+        """Ends what a failed capture began, by one of a single kernel: until then there are no random numbers."""
+        flag = torch.zeros(1, device=self.device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+            flag.zero_()

@@ -337,21 +337,24 @@ class _FusedLora(torch.autograd.Function):
         if ctx.make is not None:
             x = ctx.make(x.detach())
         grads = [grad.reshape(-1, grad.shape[-1]).to(call.dtype) for grad in grad_ys]
-        parts = [grad @ B for grad, B in zip(grads, Bs, strict=True)]
-        grad_h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # tokens × Σr, including s
+        grad_h = torch.empty_like(h)  # tokens × Σr, including s
         if x is not None:
             kept = x.reshape(-1, x.shape[-1]).to(call.dtype)
             kept = kept if mask is None else kept * mask / (1 - call.dropout)
-        grad_factors: list[torch.Tensor | None] = []
-        for k, (branch, grad) in enumerate(zip(call.branches, grads, strict=True)):
+        As, grad_factors = call.factors[0::2], []
+        stacked = _stacked([A.grad for A in As]) if call.adds and all(A.requires_grad for A in As) else None
+        columns = zip(h.split(ranks, dim=1), grad_h.split(ranks, dim=1), strict=True)
+        for k, (grad, B, (own, grad_own)) in enumerate(zip(grads, Bs, columns, strict=True)):
             A_k, B_k = call.factors[2 * k : 2 * k + 2]
-            own = slice(sum(ranks[:k]), sum(ranks[: k + 1]))
+            torch.mm(grad, B, out=grad_own)
             A_grad = B_grad = None
-            if A_k.requires_grad:
-                A_grad = _product(grad_h[:, own].t(), kept, 1.0, A_k, call.adds)
+            if A_k.requires_grad and stacked is None:
+                A_grad = _product(grad_own.t(), kept, 1.0, A_k, call.adds)
             if B_k.requires_grad:
-                B_grad = _product(grad.t(), h[:, own], branch.scaling, B_k, call.adds)
+                B_grad = _product(grad.t(), own, call.branches[k].scaling, B_k, call.adds)
             grad_factors += [A_grad, B_grad]
+        if stacked is not None:
+            _add_product(grad_h.t(), kept, 1.0, stacked)  # which reads x once for all layers
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_h @ A
@@ -373,12 +376,27 @@ def _product(
 ) -> torch.Tensor | None:
     """scaling · left · right, the gradient of a factor; None if it has been added to `factor.grad`."""
     if adds:
-        if not left.is_cuda:
-            factor.grad.add_(left @ right, alpha=scaling)
-        elif left.dtype == factor.grad.dtype:
-            factor.grad.addmm_(left, right, alpha=scaling)
-        else:  # accumulated in FP32 by the product itself
-            torch.addmm(factor.grad, left, right, out_dtype=factor.grad.dtype, alpha=scaling, out=factor.grad)
+        _add_product(left, right, scaling, factor.grad)
         return None
     product = left @ right
     return (product if scaling == 1.0 else product * scaling).to(factor.dtype)
+
+
+def _add_product(left: torch.Tensor, right: torch.Tensor, scaling: float, total: torch.Tensor) -> None:
+    if not left.is_cuda:
+        total.add_(left @ right, alpha=scaling)
+    elif left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=scaling)
+    else:  # accumulated in FP32 by the product itself
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=scaling, out=total)
+
+
+def _stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One matrix of the rows of all, as a view; None unless each follows the one before in the same storage."""
+    first, place = matrices[0], matrices[0].storage_offset()
+    for matrix in matrices:
+        same = matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and matrix.is_contiguous() and matrix.storage_offset() == place):
+            return None
+        place += matrix.numel()
+    return first.as_strided((sum(map(len, matrices)), first.shape[1]), first.stride())

@@ -239,7 +239,7 @@ class RowNormPass:
         self.result.copy_(self.squared_norms)  # the kernels skip rows without an adapter
         for constants, gram_constants, grams, grid in self._groups:
             across = gram_constants["RANK"] // gram_constants["TILE"]
-            with _on(self.device):
+            with on_device(self.device):
                 _gram_kernel[len(grams), across, across](grid.table, **gram_constants)
             grid.launch(_row_norm_kernel, **constants)
         for weight, a, b, scaling, square, result in self._slow:
@@ -281,13 +281,13 @@ class _Grid:
         self.programs = sum(self._sizes)
 
     def launch(self, kernel, *arguments, **constants) -> None:
-        with _on(self.device):
+        with on_device(self.device):
             kernel[(self.programs,)](self.table, self.owners, *arguments, **constants)
 
 
 # --- Triton kernels. Every index that is multiplied by a stride is INT64, because m · n may exceed 2³¹.
 
-_jit = triton.jit if HAS_TRITON else lambda function: function
+jit = triton.jit if HAS_TRITON else lambda function: function
 _constant = tl.constexpr if HAS_TRITON else lambda value: value
 _M0, _M1 = _constant(philox.PHILOX_M0), _constant(philox.PHILOX_M1)
 _W0, _W1 = _constant(philox.PHILOX_W0), _constant(philox.PHILOX_W1)
@@ -319,7 +319,7 @@ _BOX_MULLER_PTX = _constant("""{
 }""")
 
 
-@_jit
+@jit
 def _philox(c0, c1, c2, c3, k0, k1):
     """Philox-4x32-7; scalar counter words are broadcast as late as possible."""
     for _ in tl.static_range(_ROUNDS):
@@ -334,7 +334,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@_jit
+@jit
 def _box_muller(word, FAST_MATH: tl.constexpr):
     """Two normals (cos, sin) from each 32-bit word; the interpreter has no assembly and needs FAST_MATH=False."""
     if FAST_MATH:
@@ -347,7 +347,7 @@ def _box_muller(word, FAST_MATH: tl.constexpr):
     return radius * tl.cos(angle), radius * tl.sin(angle)
 
 
-@_jit
+@jit
 def _eight_normals(block, row, step, stream, k0, k1, FAST_MATH: tl.constexpr):
     """z of every Philox block, [blocks, 8]; the joins keep a block's eight values in one thread."""
     w0, w1, w2, w3 = _philox(block, row, step, stream, k0, k1)
@@ -360,7 +360,7 @@ def _eight_normals(block, row, step, stream, k0, k1, FAST_MATH: tl.constexpr):
     return tl.join(x, y).reshape(w0.shape[0], _COLUMNS)
 
 
-@_jit
+@jit
 def _tile_of(table, owners, FIELDS: tl.constexpr, LONE: tl.constexpr):
     """This program's row of the table, and the (row, column) of its tile in that tensor."""
     program = tl.program_id(0)
@@ -370,7 +370,7 @@ def _tile_of(table, owners, FIELDS: tl.constexpr, LONE: tl.constexpr):
     return entry, tile // width, tile % width
 
 
-@_jit
+@jit
 def _noise_kernel(
     table,
     owners,
@@ -425,7 +425,7 @@ def _noise_kernel(
     tl.store(targets, total.to(DTYPE), mask=inside)
 
 
-@_jit
+@jit
 def _gram_kernel(table, FIELDS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr):
     """One TILE × TILE part of A Aᵀ (RANK × RANK, FP32, zeros beyond r) for each weight."""
     entry = table + tl.program_id(0).to(tl.int64) * FIELDS
@@ -443,7 +443,7 @@ def _gram_kernel(table, FIELDS: tl.constexpr, RANK: tl.constexpr, TILE: tl.const
     tl.store(gram + left[:, None] * RANK + right[None, :], total)
 
 
-@_jit
+@jit
 def _row_norm_kernel(
     table,
     owners,
@@ -508,18 +508,19 @@ ARGUMENT_TYPES = {"table": "*i64", "owners": "*i32", "counter": "*i64", "sign": 
 _NOISE_FIELDS, _ROW_NORM_FIELDS = 15, 16  # columns of the passes' tables
 
 
-def every_launch(capability: tuple[int, int]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
-    """Each kernel with each set of constants that the passes launch it with on a GPU of this compute capability.
+def every_launch(capability: tuple[int, int]) -> Iterator[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]]:
+    """Each kernel, each set of constants for a GPU of this compute capability, and the types of the other arguments.
 
     Two kinds of sets are left out: those of a table with a single row, which differ by a load, and ranks above 128,
     which differ by the number of iterations.
     """
     for dtype, layout in product(_KERNEL_DTYPES, ("aligned", "transposed", "strided")):
-        yield _noise_kernel, _noise_constants(dtype, layout, False)
+        yield _noise_kernel, _noise_constants(dtype, layout, False), ARGUMENT_TYPES
     for rank in (16, 32, 64, 128):
-        yield _gram_kernel, _gram_constants(rank, capability)
+        yield _gram_kernel, _gram_constants(rank, capability), ARGUMENT_TYPES
         for dtype, aligned in product(_KERNEL_DTYPES, (True, False)):
-            yield _row_norm_kernel, _row_norm_constants(dtype, rank, aligned, False, capability)
+            constants = _row_norm_constants(dtype, rank, aligned, False, capability)
+            yield _row_norm_kernel, constants, ARGUMENT_TYPES
 
 
 def _noise_constants(dtype: torch.dtype, layout: str, lone: bool) -> dict[str, Any]:
@@ -609,6 +610,6 @@ def _is_aligned(matrix: torch.Tensor) -> bool:
     )
 
 
-def _on(device: torch.device):
+def on_device(device: torch.device):
     # Triton launches on the current device, not on that of the tensors.
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

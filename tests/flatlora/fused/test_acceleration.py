@@ -231,6 +231,29 @@ class TestGraph:
         assert len(set(graph_losses)) == len(graph_losses)
         assert all(abs(a - b) < 0.5 for a, b in zip(losses, graph_losses, strict=True))
 
+    def test_dropout_goes_on_where_a_shape_is_refused(self, caplog):
+        """The generator of random numbers is captured too: a failed capture gives it back."""
+        model = tiny_lora(torch.bfloat16, dropout=0.2).to(CUDA).train()
+        accelerate(model, CUDA)
+        refused = []
+
+        def loss_of(inputs):
+            loss = model(input_ids=inputs["ids"], labels=inputs["ids"]).loss
+            if inputs["ids"].shape[1] == 24:
+                refused.append(loss.item())  # the host waits, which a graph cannot
+            return loss
+
+        graphed = GraphedMicroStep(loss_of, model)
+        ids = torch.arange(3, 51, device=CUDA).view(2, 24)
+        for columns in (16, 24, 16, 24, 20):
+            assert graphed({"ids": ids[:, :columns]}).isfinite()
+        assert graphed.captured == 2
+        assert len(refused) == 4  # two warm-ups and two steps
+        assert refused[2] == refused[0]  # the warm-ups are undone
+        assert refused[3] != refused[2]
+        assert caplog.text.count("No CUDA graph") == 1
+        graphed.close()
+
     def test_copy_is_recompute_in_replays(self):
         results = []
         for mode in ("copy", "recompute"):

@@ -20,9 +20,9 @@ PROJECT = Path(__file__).parents[3]
 @pytest.mark.extra  # that they compile is in tests/scripts/test_kernels_compile.py
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux, x86-64)")
 def test_kernels_in_the_interpreter():
-    chosen = "what_the_host_makes or row_norms or grouped or slices or transposed or (rounded_once and shape1)"
+    chosen = "what_the_host_makes or row_norms or grouped or slices or transposed or (rounded_once and shape1) or gelu"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/flatlora/noise/test_kernels.py"]
-    command.append("tests/flatlora/perturb/test_epsilon.py")
+    command += ["tests/flatlora/perturb/test_epsilon.py", "tests/flatlora/fused/test_quick_gelu.py"]
     done = subprocess.run(
         [
             *command,
