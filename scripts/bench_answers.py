@@ -36,7 +36,7 @@ class AnswersFamily:
 
     Args:
         batch: prompts at a time; GSM8K's default.
-        rounds: how often all prompts are answered.
+        rounds: how often our side answers all prompts; stock, which takes a multiple of the time, does so once.
         shape: changes of the model's config, for tests.
     """
 
@@ -89,7 +89,7 @@ class AnswersFamily:
         batches = [texts[i : i + self.batch] for i in range(0, len(texts), self.batch)]
         answer(batches[0])
         rates = []
-        for _ in range(self.rounds):
+        for _ in range(1 if name == "stock" else self.rounds):
             began = time.perf_counter()
             tokens = sum(map(answer, batches))
             rates.append(tokens / (time.perf_counter() - began))
