@@ -333,6 +333,7 @@ def test_plain_diffusers_draws_the_runs_pictures(scored):
     assert apart.max() <= 1
 
 
+@pytest.mark.extra
 def test_another_dtype_draws_too(scored, tmp_path):
     folder, _ = scored["off"]
     words = [str(folder), f"out={tmp_path}", "captioner=null", "dtype=bfloat16", "max_rows=1"]

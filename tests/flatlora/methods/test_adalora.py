@@ -56,7 +56,8 @@ def test_saved_logits_are_those_of_the_trained_model(adapt, tmp_path):
     torch.testing.assert_close(logits(reloaded), trained, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [pytest.param(24, marks=pytest.mark.extra), 21])
+@pytest.mark.extra
+@pytest.mark.parametrize("rows", [24, 21])
 def test_penalty_does_not_grow_with_accumulation(rows, tiny_settings):
     """Steps of four micro-batches, the last of an epoch with one of 21 rows alone, as steps of one micro-batch."""
     losses = []

@@ -244,6 +244,7 @@ def test_interval_in_a_run_is_recorded_step_by_step(tiny_settings):
     assert [row["sigma"] for row in rows] == pytest.approx([0.3, 0, 0, 0.3, 0, 0])
 
 
+@pytest.mark.extra
 def test_baselines_run_and_leave_the_backbone(tiny_settings):
     for name in ("rop", "rwp_lora", "sam_full", "look_sam", "esam", "rwp_full"):
         _, rows, record = trained_by([f"rho={name}", "trainer.max_steps=4"], tiny_settings, name)

@@ -289,6 +289,7 @@ _NAMES = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     not bf16_support(precision.cpu_features())[0], reason="this CPU has no choice: it has no BF16 instructions"
 )
 @pytest.mark.slow
+@pytest.mark.extra
 def test_a_run_makes_the_choice_of_its_cpu(tiny_settings):
     settings = [word for word in tiny_settings if not word.startswith(("model.dtype", "wandb.name"))]
     settings += ["trainer.max_steps=3", "rho=flat", "model.dtype=bfloat16"]
