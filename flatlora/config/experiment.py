@@ -53,6 +53,7 @@ class Experiment(Section):
     data_root: FolderPath | None = setting(None, identity=False, remedy="null reads the hub")
     results_root: FolderPath = setting("results", identity=False, remedy="name a folder")
     dry_run: bool = setting(False, identity=False)
+    plan: bool = setting(False, identity=False)
     resume: bool = setting(False, identity=False)
     overwrite: bool = setting(False, identity=False)
 

@@ -61,7 +61,7 @@ def main(suite: Suite, words: Sequence[str] | None = None) -> int:
             return (_show if shows else _hand_to_hydra)(suite, flags, settings)
         jobs = commandline.expand_sweep(settings) if sweep else [settings]
         experiments = experiments_of(suite, jobs)
-        if sweep and not all(experiment.dry_run for experiment in experiments):
+        if sweep and not all(experiment.dry_run or experiment.plan for experiment in experiments):
             return run_sweep(suite, flags, settings, experiments)
         return max(run(suite, experiment, job) for experiment, job in zip(experiments, jobs, strict=True))
     except ConfigError as error:

@@ -21,6 +21,7 @@ from torch import nn
 from flatlora import methods
 from flatlora.config.experiment import Experiment
 from flatlora.config.settings import Section
+from flatlora.experiment import plan as planning
 from flatlora.experiment.prepare import Inputs, prepare
 from flatlora.experiment.suite import Suite
 from flatlora.fused import acceleration
@@ -47,7 +48,7 @@ EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130  # 75
 
 
 def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
-    """Runs one validated experiment, or prints it for a dry run; returns the exit code.
+    """Runs one validated experiment, or prints it or its plan; returns the exit code.
 
     Args:
         settings: the overrides of the experiment, for processes that this one starts.
@@ -58,6 +59,9 @@ def run(suite: Suite, experiment: Experiment, settings: Sequence[str]) -> int:
     _warn_of_strength(experiment)
     if experiment.dry_run:
         console.print_pairs("Dry run: nothing is loaded or written", describe(suite, experiment))
+        return 0
+    if experiment.plan:
+        console.console.print(planning.shown(planning.plan(suite, experiment), experiment))
         return 0
     if distributed.must_launch(experiment.trainer):
         return distributed.launch(experiment, suite.script, settings)

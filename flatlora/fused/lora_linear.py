@@ -395,7 +395,7 @@ def _stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """One matrix of the rows of all, as a view; None unless each follows the one before in the same storage."""
     first, place = matrices[0], matrices[0].storage_offset()
     for matrix in matrices:
-        same = matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        same = matrix.untyped_storage()._cdata == first.untyped_storage()._cdata
         if not (same and matrix.is_contiguous() and matrix.storage_offset() == place):
             return None
         place += matrix.numel()

@@ -530,14 +530,7 @@ def _is_complete(folder: Path) -> bool:
 
 def trains_on_joined_rows(experiment: Experiment, model: nn.Module) -> bool:
     """Whether the rows of a step are joined into micro-batches of trainer.micro_batch_tokens, without padding."""
-    machine = experiment.trainer
-    joined = (
-        joins_rows(model)
-        and machine.micro_batch_tokens != 0
-        and not (machine.gradient_checkpointing or machine.zero)
-        and getattr(experiment.rho, "resample", "step") == "step"  # else ε belongs to micro-batches of rows
-        and not ADAPTERS[experiment.peft.method].adds_loss
-    )
+    machine, joined = experiment.trainer, joins_rows(model) and may_join_rows(experiment)
     if machine.micro_batch_tokens and not joined:
         logger.warning(
             "trainer.micro_batch_tokens=%d has no effect: rows are joined only for a decoder-only model in BF16 on a "
@@ -546,6 +539,17 @@ def trains_on_joined_rows(experiment: Experiment, model: nn.Module) -> bool:
             *(machine.micro_batch_tokens, machine.micro_batch_size),
         )
     return joined
+
+
+def may_join_rows(experiment: Experiment) -> bool:
+    """Whether the settings allow joined rows; the model must too (`joins_rows`)."""
+    machine = experiment.trainer
+    return (
+        machine.micro_batch_tokens != 0
+        and not (machine.gradient_checkpointing or machine.zero)
+        and getattr(experiment.rho, "resample", "step") == "step"  # else ε belongs to micro-batches of rows
+        and not ADAPTERS[experiment.peft.method].adds_loss
+    )
 
 
 def training_of(experiment: Experiment, arguments: TrainingArguments) -> Training:

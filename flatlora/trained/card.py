@@ -24,7 +24,7 @@ _TASKS = {
 }
 _AUTO = {"causal_lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 _HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr"}  # where the hub has another name
-_OF_THE_MACHINE = ("data_root", "results_root", "wandb", "tracker", "dry_run", "resume", "overwrite")
+_OF_THE_MACHINE = ("data_root", "results_root", "wandb", "tracker", "dry_run", "plan", "resume", "overwrite")
 
 
 def model_card(resolved: ResolvedModel, config: ModelConfig, name: str, rounding: Rounding | None = None) -> ModelCard:

@@ -1,0 +1,237 @@
+"""Plans a run: the memory of its training step on several GPUs, and at least how long it takes, before it starts.
+
+No weight is loaded, and no GPU is needed: `flatlora.train.footprint` runs the step on tensors without data. Rows are
+read, since the longest decide the peak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from peft import get_peft_model
+from rich.console import Group
+from rich.table import Table
+from torch import nn
+
+from flatlora.config.experiment import Experiment
+from flatlora.experiment.suite import Suite
+from flatlora.fused.packing import attends_to_all_before
+from flatlora.inputs.rows import gather
+from flatlora.methods import ADAPTERS
+from flatlora.methods.base import uses_kernels
+from flatlora.models import loading
+from flatlora.models.family import FAMILIES
+from flatlora.train.footprint import StepMemory, step_memory
+from flatlora.train.trainer import may_join_rows
+from flatlora.utils.errors import ConfigError
+from flatlora.utils.precision import choose_precision
+
+GIB = 2**30
+
+
+class Card(NamedTuple):
+    """A kind of GPU.
+
+    Args:
+        gib: memory that its driver reports.
+        tflops: peak of dense products in BF16 with sums in FP32, from its data sheet.
+    """
+
+    gib: float
+    tflops: float
+
+
+CARDS = {
+    "RTX 4090, 24 GB": Card(23.5, 165.2),
+    "A100, 40 GB": Card(39.4, 312.0),
+    "RTX A6000, 48 GB": Card(47.4, 154.8),
+    "A100, 80 GB": Card(79.2, 312.0),
+    "H100, 80 GB": Card(79.2, 989.4),
+    "H200, 141 GB": Card(139.8, 989.4),
+}
+# CUDA's context and libraries, which torch does not count, and the share that fragmentation leaves free.
+_CONTEXT_GIB, _USABLE = 0.75, 0.97
+# Share of the peak that whole steps of Llama-2-7B's shape reach on an H200: `bench gpu`, 8 × 1,024 tokens.
+_SHARE_OF_PEAK = 0.53
+# Methods whose step is that of two factors and AdamW; others keep more, such as LoRA-Pro's full-size moments.
+_PLANNED = ("lora", "rslora", "lora_plus", "pissa", "olora", "lora_ga", "full_ft")
+_MODES = ("off", "recompute", "copy")
+_TOKENS = (1024, 2048, 4096, 8192, 16384)  # of a micro-batch of joined rows
+
+
+class Plan(NamedTuple):
+    """What `plan` finds.
+
+    Args:
+        unit: of micro-batches: "rows" or "tokens".
+        longest: units of the longest row: tokens, or 0 for images.
+        steps: number of optimizer steps.
+        memory: {size of a micro-batch: its memory}, of those that were computed.
+        sizes: sizes of micro-batches that the run could have.
+        size: that of its settings; None if it follows from memory.
+        flops: of an optimizer step.
+    """
+
+    unit: str
+    longest: int
+    steps: int
+    memory: Mapping[int, StepMemory]
+    sizes: Sequence[int]
+    size: int | None
+    flops: float
+
+    def peak(self, size: int, mode: str) -> float:
+        """GiB at the peak with micro-batches of a size: between two computed ones on the line through both."""
+        low, high = min(self.memory), max(self.memory)
+        first, last = (self.memory[each].peak(mode) for each in (low, high))
+        slope = (last - first) / (high - low) if high > low else 0
+        return (first + slope * (size - low)) / GIB
+
+    def largest(self, card: Card, mode: str) -> int | None:
+        """The largest micro-batch that fits; None if none does."""
+        return max((size for size in self.sizes if self.fits(card, size, mode)), default=None)
+
+    def fits(self, card: Card, size: int, mode: str) -> bool:
+        return self.peak(size, mode) + _CONTEXT_GIB <= _USABLE * card.gib
+
+
+def plan(suite: Suite, experiment: Experiment) -> Plan:
+    """Returns the plan of an experiment.
+
+    Raises:
+        ConfigError: its memory cannot be planned, or model or rows cannot be read; all errors together.
+    """
+    if errors := refusals(experiment):
+        raise ConfigError(errors)
+    machine = experiment.trainer.model_copy(update={"cache_images": "off"})
+    experiment = experiment.model_copy(update={"trainer": machine})
+    kind, family = suite.kind(experiment), FAMILIES[experiment.model.family]
+    skeleton, processor = gather(
+        lambda: loading.skeleton(experiment.model), lambda: loading.load_processor(experiment.model)
+    )
+    rows = kind.read(experiment, processor).train
+    collate, lengths = kind.collator(experiment.model, processor), list(rows.lengths)
+    longest = sorted(range(len(rows)), key=lambda index: -lengths[index])
+
+    def memory_of(size: int) -> StepMemory:
+        if joined:
+            inputs = dict.fromkeys(("input_ids", "labels"), torch.zeros(1, size, dtype=torch.long))
+        else:
+            batch = collate([rows[index] for index in (longest * size)[:size]])
+            inputs = family.graph_inputs(family.without_mask(batch), torch.tensor(1), 1, None)
+        return _memory(experiment, {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim() > 0})
+
+    joined = _joins_rows(experiment, skeleton)
+    per_step = experiment.optim.batch_size
+    sizes = _TOKENS if joined else [size for size in range(1, per_step + 1) if per_step % size == 0]
+    known = (1024, 4096) if joined else sorted({1, max(size for size in sizes if size <= 8)})
+    memory = {size: memory_of(size) for size in known}
+    a_row = memory[max(known)].flops / max(known)
+    units = sum(lengths) / len(lengths) * per_step if joined else per_step
+    set_size = (machine.micro_batch_tokens or None) if joined else machine.micro_batch_size
+    steps = machine.max_steps or math.ceil(experiment.optim.epochs * math.ceil(len(rows) / per_step))
+    unit = "tokens" if joined else "rows"
+    return Plan(unit, max(lengths) if family.unit == "tokens" else 0, steps, memory, sizes, set_size, a_row * units)
+
+
+def refusals(experiment: Experiment) -> list[str]:
+    """Returns an error for each choice whose memory is not planned."""
+    model, peft, rho = experiment.model, experiment.peft, experiment.rho
+    unplanned = []
+    if FAMILIES[model.family].is_diffusion:
+        unplanned.append((f"model={model.name}", "steps of text-to-image models are not planned"))
+    if model.quantize != "none":
+        unplanned.append((f"model.quantize={model.quantize}", "packed weights are not planned"))
+    if peft.method not in _PLANNED:
+        reason = f"it keeps more than two factors and AdamW's moments; plans are for {', '.join(_PLANNED)}"
+        unplanned.append((f"peft={peft.name}", reason))
+    if experiment.regularized and not experiment.flat:
+        unplanned.append((f"rho={rho.name}", "plans are for off and flat"))
+    if experiment.trainer.zero:
+        reason = "ZeRO's parts of the moments are not planned; trainer=ddp needs a little more"
+        unplanned.append((f"trainer={experiment.trainer.name}", reason))
+    remedy = "leave plan out, and run trainer.max_steps=3: run.json then has the peak in `memory`"
+    return [f"Invalid {setting} with plan=true: {reason}; {remedy}." for setting, reason in unplanned]
+
+
+def _joins_rows(experiment: Experiment, skeleton: nn.Module) -> bool:
+    """Whether the run joins rows on a GPU, as far as can be known without weights."""
+    decoder = experiment.model.family == "causal_lm" and experiment.model.dtype == "bfloat16"
+    return decoder and uses_kernels(experiment) and attends_to_all_before(skeleton) and may_join_rows(experiment)
+
+
+def _memory(experiment: Experiment, inputs: Mapping[str, torch.Tensor]) -> StepMemory:
+    model = loading.skeleton(experiment.model).requires_grad_(False)
+    if experiment.peft.method == "full_ft":
+        model.requires_grad_(True)
+    else:
+        config = ADAPTERS[experiment.peft.method].peft_config(model, experiment.peft)
+        config.init_lora_weights = True  # others, such as PiSSA's, compute with the weights
+        model = get_peft_model(model, config)
+    return step_memory(
+        model,
+        inputs,
+        dtype=getattr(torch, experiment.model.dtype),
+        autocast=_autocast(experiment),
+        kernels=uses_kernels(experiment),
+        checkpointing=experiment.trainer.gradient_checkpointing,
+        moment_bytes=1 if experiment.optim.optimizer == "adamw_8bit" else 4,
+    )
+
+
+def _autocast(experiment: Experiment) -> torch.dtype | None:
+    """The dtype of products on a GPU under autocast; None without."""
+    return choose_precision(experiment.trainer.autocast, experiment.model.dtype, "cuda").autocast
+
+
+def shown(plan: Plan, experiment: Experiment) -> Group:
+    """The plan as tables."""
+    return Group(_kinds_table(plan, experiment), _cards_table(plan, experiment))
+
+
+def _kinds_table(plan: Plan, experiment: Experiment) -> Table:
+    size = plan.size or min(plan.memory)
+    computed = plan.memory[min(plan.memory, key=lambda each: abs(each - size))]
+    longest = f"; the longest of {plan.longest:,} tokens" if plan.longest else ""
+    title = (
+        f"GiB at the peak of a step, micro-batches of {size:,} {plan.unit}{longest}\n"
+        f"{plan.steps:,} steps of {experiment.optim.batch_size} rows"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for mode in _MODES:
+        table.add_column(mode if mode == "off" else f"flat, {mode}", justify="right")
+    static = (("frozen weights", computed.backbone), ("trained weights, gradients, moments", computed.trained))
+    for name, value in static:
+        table.add_row(name, *[f"{value / GIB:.2f}"] * 3)
+    more = (0, computed.recompute, computed.copy)
+    table.add_row("noise", *(f"{value / GIB:.2f}" for value in more))
+    rest = plan.peak(size, "off") - (computed.backbone + computed.trained) / GIB
+    table.add_row("activations", *[f"{rest:.2f}"] * 3)
+    table.add_row("all", *(f"{plan.peak(size, mode):.2f}" for mode in _MODES), style="bold")
+    return table
+
+
+def _cards_table(plan: Plan, experiment: Experiment) -> Table:
+    table = Table(title=f"largest micro-batch that fits, in {plan.unit}, and GiB at its peak", title_justify="left")
+    table.add_column("GPU", no_wrap=True)
+    for mode in _MODES:
+        table.add_column(mode if mode == "off" else f"flat, {mode}", justify="right")
+    timed = experiment.model.dtype != "float32" or _autocast(experiment) is not None
+    if timed:
+        table.add_column("GPU hours, at least", justify="right")
+    for name, card in CARDS.items():
+        cells = [_cell(plan, card, mode) for mode in _MODES]
+        hours = plan.steps * plan.flops / (_SHARE_OF_PEAK * card.tflops * 1e12) / 3600
+        table.add_row(name, *cells, *([f"{hours:.3g}"] if timed else []))
+    return table
+
+
+def _cell(plan: Plan, card: Card, mode: str) -> str:
+    size = plan.largest(card, mode)
+    if size is None:
+        return f"no: {plan.peak(min(plan.sizes), mode):.1f}"
+    return f"{size:,}: {plan.peak(size, mode):.1f}"
