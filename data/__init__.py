@@ -5,8 +5,8 @@ A loader registers a `flatlora.experiment.plugins.DataSet`.
 Rows of text are {"x", "y"}: the prompt and the answer to be learned. The text of a row is x + " " + y +
 end-of-sequence (without the blank in the template step_by_step), with the loss on y (`loss_on=text`: on x too). A row
 that is scored by the likelihood of its possible answers also has "choices". A row with "joined": True has no blank
-between x and y. With `dataset.template=chat` a row also has "messages", and their chat template replaces the blank; see
-`flatlora.inputs.conversations`.
+between x and y. "texts" are the parts of x that an encoder reads in its place. With `dataset.template=chat` a row also
+has "messages", and their chat template replaces the blank; see `flatlora.inputs.conversations`.
 `images` loads all sets of labeled images and `text_to_image` all sets of images with prompts; kinds.py prepares them.
 """
 

@@ -97,7 +97,7 @@ def _show_text(config: DatasetConfig, raw: dict[str, Any], settings: list[str], 
     tokenizer = load_tokenizer(model)
     limit = getattr(config, "limit_tokenizer", None)
     counting = load_tokenizer(model.counting_with(limit)) if limit else None
-    reader = {"encoder_decoder": FAMILIES[model.family].encoder_decoder}
+    reader = {"encoder_decoder": FAMILIES[model.family].encoder_decoder, "classifier": model.traits.classifies}
     _show_tokens(config, cache.prepared(config, raw["data_root"], tokenizer, counting, **reader), tokenizer, count)
     loader = data.DATASETS[config.loader]
     key = cache.cache_key(loader, config, raw["data_root"], tokenizer, counting, **reader)
@@ -108,10 +108,11 @@ def _show_tokens(config: DatasetConfig, rows: Prepared, tokenizer: PreTrainedTok
     console.print(_sizes(config, rows))
     for number in range(min(count, len(rows.train))):
         row = rows.train[number]
-        console.print(Panel(_marked(row, tokenizer), title=f"train row {number + 1}", title_align="left"))
+        console.print(Panel(_marked(row, tokenizer, rows.classes), title=f"train row {number + 1}", title_align="left"))
     if count and len(rows.train):
         console.print("Dim text between ⟦ and ⟧ has no loss. │ separates tokens, ⏎ is the end of a line.")
-    console.print(_histogram(rows.train, config.max_length))
+    lengths = rows.train.prompt_lengths.tolist() if rows.classes else rows.train.lengths
+    console.print(_histogram(lengths, config.max_length))
     console.print(f"rows         sha256 {rows.sha256}", soft_wrap=True)
 
 
@@ -129,13 +130,15 @@ def _sizes(config: DatasetConfig, rows: Prepared | images.PreparedImages) -> Tab
     return table
 
 
-def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The tokens of a row; those without a loss are dim and between brackets."""
+def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, classes: list[str] | None) -> Text:
+    """The tokens of a row, and its class; those without a loss are dim and between brackets."""
 
     def text(ids: list[int]) -> str:
         return "│".join(tokenizer.decode([token]).replace("\n", "⏎\n") for token in ids)
 
     marked, done = Text(f"⟦{text(row['prompt'])}⟧", "dim"), 0
+    if classes:
+        return marked.append(f" {classes[row['answer'][0]]}", "bold")
     for start, stop in [*row.get("gaps", ()), (len(row["answer"]),) * 2]:
         marked.append(text(row["answer"][done:start]), "bold")
         marked.append(f"⟦{text(row['answer'][start:stop])}⟧" if start < stop else "", "dim")
@@ -143,9 +146,8 @@ def _marked(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Text:
     return marked
 
 
-def _histogram(rows: TokenRows, limit: int) -> Table:
+def _histogram(lengths: list[int], limit: int) -> Table:
     """Numbers of rows by length in tokens."""
-    lengths = rows.lengths
     width = max(1, -(-max(lengths) // _BARS))
     counts = Counter((length - 1) // width for length in lengths)
     title = f"tokens per train row: median {median(lengths):.0f}, longest {max(lengths)}, dataset.max_length {limit}"

@@ -22,6 +22,7 @@ from data.selection import row_key
 from data.tokens import Encoder, Prepared, TokenRows, prepare
 from flatlora.config.sections import DatasetConfig, TextDatasetConfig
 from flatlora.experiment.plugins import DataSet
+from flatlora.inputs.classified import joined_texts
 from flatlora.inputs.conversations import as_chat
 from flatlora.inputs.rows import fingerprint, gather
 from flatlora.utils import caches
@@ -42,18 +43,21 @@ def prepared(
     limit_tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     encoder_decoder: bool = False,
+    classifier: bool = False,
 ) -> Prepared:
     """Returns the data set's rows as token ids, from the cache if they are there.
 
     Args:
         limit_tokenizer: counts tokens for `max_tokens`; None counts with `tokenizer`.
         encoder_decoder: whether prompts keep the end-of-sequence token that the tokenizer appends.
+        classifier: whether the rows' answers are classes of an encoder.
 
     Raises:
         ConfigError: files, rows or sizes are invalid; it lists every error.
     """
     loader = data.DATASETS[config.loader]
-    key = cache_key(loader, config, data_root, tokenizer, limit_tokenizer, encoder_decoder=encoder_decoder)
+    reader = {"encoder_decoder": encoder_decoder, "classifier": classifier}
+    key = cache_key(loader, config, data_root, tokenizer, limit_tokenizer, **reader)
     if (path := find(config, key)) is not None:
         return _read(path)
     with _noted() as notes:
@@ -70,12 +74,19 @@ def prepared(
                     "model."
                 ]
             )
+        splits, classes = _as_classes(splits, config) if classifier else (_without_texts(splits), None)
         _warn_of_known_test_rows(splits)
         rows = len(splits.train) + len(splits.validation)
         with progress(f"tokenize {config.name}", rows, least=_BAR_FROM) as advance:
             whole = config.loss_on == "text"
             tokenized = prepare(
-                splits, tokenizer, config.max_length, advance, encoder_decoder=encoder_decoder, whole=whole
+                splits,
+                tokenizer,
+                config.max_length,
+                advance,
+                encoder_decoder=encoder_decoder,
+                whole=whole,
+                classes=classes,
             )
     _write(config, key, tokenized, notes)
     return tokenized
@@ -108,6 +119,33 @@ def _as_chats(splits: data.Splits, config: TextDatasetConfig) -> data.Splits:
             ]
         )
     return data.Splits(*([as_chat(row, config.system) for row in part] for part in splits))
+
+
+def _as_classes(splits: data.Splits, config: TextDatasetConfig) -> tuple[data.Splits, list[str]]:
+    """The splits with what an encoder reads as x, and the names of its classes.
+
+    Raises:
+        ConfigError: rows have no classes, or not all the same.
+    """
+    classes = {tuple(row.get("choices", ())) for part in splits for row in part}
+    if len(classes) != 1 or classes == {()}:
+        problem = "its rows have no classes" if () in classes else "its rows have different ones"
+        raise ConfigError(
+            [
+                f"Invalid dataset={config.name} with an encoder, which gives a text one of given classes: {problem}; "
+                "use a data set of classes such as cola, or dataset=custom with dataset.label, or another model."
+            ]
+        )
+
+    def read(row: data.Row) -> data.Row:
+        return {**row, "x": joined_texts(row["texts"]) if "texts" in row else row["x"], "joined": True}
+
+    return _without_texts(data.Splits(*([read(row) for row in part] for part in splits))), list(*classes)
+
+
+def _without_texts(splits: data.Splits) -> data.Splits:
+    """The splits without the texts that only an encoder reads."""
+    return data.Splits(*([{key: row[key] for key in row if key != "texts"} for row in part] for part in splits))
 
 
 def _scored_on_validation(splits: data.Splits, config: TextDatasetConfig) -> data.Splits:
@@ -152,6 +190,7 @@ def cache_key(
     limit_tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     encoder_decoder: bool = False,
+    classifier: bool = False,
 ) -> str:
     """SHA-256 of everything that determines the prepared rows.
 
@@ -165,6 +204,7 @@ def cache_key(
         "sources": gather(*(lambda s=source: fingerprint(s, data_root) for source in loader.sources(config))),
         "tokenizers": [used and tokenizer_sha256(used) for used in (tokenizer, limit_tokenizer)],
         "encoder_decoder": encoder_decoder,
+        "classifier": classifier,
         "chat_template": tokenizer.chat_template if getattr(config, "template", None) == "chat" else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -200,7 +240,8 @@ def _read(path: Path) -> Prepared:
         TokenRows.from_arrays({name: arrays[f"{split}.{name}"] for name in _ARRAYS})
         for split in ("train", "validation")
     )
-    return Prepared(*parts, json.loads(arrays["test"].tobytes()), metadata.get("chat_template_sha256"))
+    classes = json.loads(metadata.get("classes", "null"))
+    return Prepared(*parts, json.loads(arrays["test"].tobytes()), metadata.get("chat_template_sha256"), classes)
 
 
 _ARRAYS = ("ids", "prompt_lengths", "answer_lengths", "gaps", "counts")
@@ -216,6 +257,8 @@ def _write(config: DatasetConfig, key: str, rows: Prepared, notes: Sequence[str]
     metadata = {"notes": json.dumps(list(notes))}
     if rows.chat_template_sha256 is not None:
         metadata["chat_template_sha256"] = rows.chat_template_sha256
+    if rows.classes is not None:
+        metadata["classes"] = json.dumps(rows.classes)
     caches.keep(*_place(config, key), save(arrays, metadata=metadata))
 
 

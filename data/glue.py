@@ -113,7 +113,7 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
         train_rows, validation = split_train_validation(
             ordered(whole, config.subset), config.train_rows, config.validation_rows, same=lambda row: row["x"]
         )
-        return _learned(train_rows), _learned(validation) if tests else validation
+        return train_rows, validation
 
     def asked() -> list[Row]:
         if not tests:
@@ -129,14 +129,10 @@ def load(config: Config, data_root: str | None, count_tokens: CountTokens) -> Sp
     return Splits(train_rows, validation, test_rows)
 
 
-def _learned(rows: Sequence[Row]) -> list[Row]:
-    return [{"x": row["x"], "y": row["y"]} for row in rows]
-
-
 def formatted(rows: Sequence[Row], name: TaskName, source: str) -> Iterator[Row]:
     """Yields rows with prompt "x", answer "y" and all possible answers "choices"; for STS-B also the score, "value".
 
-    "empty" is True if a sentence of the row is empty.
+    "texts" are the sentences alone, for an encoder. "empty" is True if one of them is empty.
 
     Raises:
         ConfigError: a label does not belong to the task.
@@ -153,9 +149,9 @@ def formatted(rows: Sequence[Row], name: TaskName, source: str) -> Iterator[Row]
             ]
         )
     for row in rows:
-        text = "\n".join(row[column] for column in task.columns)
-        empty = any(not row[column].strip() for column in task.columns)
-        prompt = {"x": f"{task.request}{text}\nresult: ", "choices": list(task.labels), "empty": empty}
+        texts = [row[column] for column in task.columns]
+        prompt = {"x": "{}{}\nresult: ".format(task.request, "\n".join(texts)), "choices": list(task.labels)}
+        prompt |= {"texts": texts, "empty": any(not text.strip() for text in texts)}
         if name == "stsb":
             yield {**prompt, "y": f"{round(row['label'] * 5) / 5:.1f}", "value": float(row["label"])}
         else:

@@ -20,7 +20,7 @@ from flatlora.inputs.images import collate_images
 from flatlora.inputs.rows import jsonl
 from flatlora.inputs.text_to_image import PICTURES_FILE, identities
 from flatlora.models import fit, sources
-from flatlora.models.clip import CLASSES_FILE
+from flatlora.models.clip import CLASSES_FILE, Classes
 from flatlora.models.families.text_to_image import size_errors, warn_of_long_prompts
 from flatlora.models.family import FAMILIES
 from flatlora.models.latents import collate_latents
@@ -39,12 +39,18 @@ class Text(RowKind):
         """Token ids of a text data set."""
         counting = getattr(experiment.dataset, "limit_tokenizer", None)
         counting = load_tokenizer(experiment.model.counting_with(counting)) if counting else None
-        encoder_decoder = FAMILIES[experiment.model.family].encoder_decoder
         return cache.prepared(
-            experiment.dataset, experiment.data_root, tokenizer, counting, encoder_decoder=encoder_decoder
+            experiment.dataset,
+            experiment.data_root,
+            tokenizer,
+            counting,
+            encoder_decoder=FAMILIES[experiment.model.family].encoder_decoder,
+            classifier=experiment.model.traits.classifies,
         )
 
     def collator(self, model: ModelConfig, processor: PreTrainedTokenizerBase) -> Callable[..., Any]:
+        if model.traits.classifies:
+            return tokens.ClassCollator(processor, sources.described(model))
         return tokens.collator(processor.pad_token_id, encoder_decoder=FAMILIES[model.family].encoder_decoder)
 
     def known(self, experiment: Experiment, processor: Any, rows: tokens.Prepared) -> dict[str, Any]:
@@ -55,6 +61,11 @@ class Text(RowKind):
 
     def save(self, folder: Path, rows: tokens.Prepared) -> None:
         write_atomic(folder / "test.jsonl", jsonl(rows.test))
+        if classes := self.classes(rows):
+            write_json(folder / CLASSES_FILE, classes._asdict())
+
+    def classes(self, rows: tokens.Prepared) -> Classes | None:
+        return Classes(rows.classes, [[name] for name in rows.classes]) if rows.classes else None
 
     def check(self, experiment: Experiment, skeleton: nn.Module, processor: Any, rows: tokens.Prepared) -> None:
         """Check that every token of the rows, and the padding token, has an embedding.
@@ -65,7 +76,9 @@ class Text(RowKind):
             ConfigError: a token has none.
         """
         name, parts = experiment.model.hub_id, (rows.train, rows.validation)
-        lengths = itertools.chain.from_iterable(part.lengths for part in parts)
+        lengths = itertools.chain.from_iterable(
+            part.prompt_lengths.tolist() if rows.classes else part.lengths for part in parts
+        )
         if (warning := fit.long_rows_warning(experiment.model, skeleton, lengths)) and distributed.is_main_process():
             logger.warning("%s", warning)
         errors = fit.vocabulary_errors(processor, skeleton, name)

@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from data import Row, Splits
 from data.byte_level import ChunkMemory, packed
 from data.selection import batched
 from flatlora.inputs.chats import ChatEncoder, template_errors, template_sha256
+from flatlora.inputs.classified import encoder_ids, encoder_inputs
 from flatlora.inputs.conversations import Chat
 from flatlora.inputs.rows import prompt_text
 from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids, tokenizing
@@ -195,6 +196,25 @@ def tokenize(
         )
     names.warn()
     return TokenRows.of_bytes(parts, gaps, cut=cut, dropped=dropped)
+
+
+def tokenize_classified(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    classes: Sequence[str],
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> TokenRows:
+    """Tokenizes rows for an encoder: the prompt is the text, cut at `max_length` tokens, the answer its class."""
+    number, parts, cut = {name: packed([n]) for n, name in enumerate(classes)}, [], 0
+    for batch in batched(rows, _ROWS_AT_ONCE):
+        ids, longer = encoder_ids(tokenizer, [row["x"] for row in batch], max_length)
+        cut += longer
+        parts += [part for row, text in zip(batch, ids, strict=True) for part in (packed(text), number[row["y"]])]
+        on_progress(len(batch))
+    if cut:
+        logger.warning("%d rows are longer than dataset.max_length=%d tokens, and lose their end.", cut, max_length)
+    return TokenRows.of_bytes(parts, cut=cut)
 
 
 def _texts(encode: Encoder, encoder_decoder: bool, *, whole: bool) -> Callable[[list[Row]], list[Part]]:
@@ -370,6 +390,7 @@ class Prepared(NamedTuple):
     validation: TokenRows
     test: list[Row]
     chat_template_sha256: str | None = None  # of the text of the template that chats are written in
+    classes: list[str] | None = None  # names of an encoder's classes; a row's answer is the number of one
 
     @property
     def sha256(self) -> str:
@@ -395,14 +416,18 @@ def prepare(
     *,
     encoder_decoder: bool = False,
     whole: bool = False,
+    classes: list[str] | None = None,
 ) -> Prepared:
     """Tokenizes the train and validation rows; for `encoder_decoder` and `whole` see `tokenize`.
+
+    Args:
+        classes: names of an encoder's classes; see `tokenize_classified`.
 
     Raises:
         ConfigError: no train row or no validation row is left, the tokenizer has no end-of-sequence token, or rows are
             chats and it has no template for them.
     """
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and classes is None:
         raise ConfigError(
             [
                 f"Invalid model: the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token to end an "
@@ -414,6 +439,8 @@ def prepare(
         _check_chats(tokenizer)
     train, validation = (
         tokenize(rows, tokenizer, max_length, on_progress, encoder_decoder=encoder_decoder, whole=whole)
+        if classes is None
+        else tokenize_classified(rows, tokenizer, max_length, classes, on_progress)
         for rows in (splits.train, splits.validation)
     )
     errors = [
@@ -424,7 +451,7 @@ def prepare(
     ]
     if errors:
         raise ConfigError(errors)
-    return Prepared(train, validation, splits.test, template_sha256(tokenizer) if chats else None)
+    return Prepared(train, validation, splits.test, template_sha256(tokenizer) if chats else None, classes)
 
 
 def _check_chats(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -447,6 +474,18 @@ def _check_chats(tokenizer: PreTrainedTokenizerBase) -> None:
             "in a copy of it, in a folder of the model.",
             tokenizer.name_or_path,
         )
+
+
+@dataclass(frozen=True)
+class ClassCollator:
+    """Collates rows for an encoder: texts as inputs, right-padded, and the numbers of their classes as labels, (B,)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    described: PreTrainedConfig  # the encoder's config.json
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        inputs = encoder_inputs([row["prompt"] for row in rows], self.tokenizer, self.described)
+        return {**inputs, "labels": torch.tensor([row["answer"][0] for row in rows])}
 
 
 def collator(pad_token_id: int, *, encoder_decoder: bool) -> CausalCollator | Seq2SeqCollator:

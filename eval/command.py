@@ -400,6 +400,13 @@ def _check_kind(
     if resolved.run is not None and not trains_on(resolved.model.family, benchmark.kind):
         does = KINDS[resolved.model.traits.rows].does
         raise ConfigError([f"Invalid path {resolved.weights}: this run {does}; name {kind.needs}."])
+    if resolved.model is not None and resolved.model.traits.classifies and "choices" not in benchmark.row_columns:
+        raise ConfigError(
+            [
+                f"Invalid path {resolved.weights}: this run classifies texts and generates none; name a language "
+                "model, or score it with python -m eval.glue."
+            ]
+        )
 
 
 def _rows(command: Command) -> Sequence[Any]:

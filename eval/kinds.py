@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from eval.backends.clip import CLIPBackend
 from eval.backends.diffusion import DiffusionBackend
-from eval.backends.hf import HFBackend
+from eval.backends.encoder import EncoderBackend
+from eval.backends.hf import HFBackend, adapted_model
 from eval.target import Target
 from flatlora.config.families import trains_on
 from flatlora.config.settings import Section
@@ -25,6 +28,7 @@ from flatlora.inputs.rows import Source, gather, read_jsonl, typed_columns
 from flatlora.inputs.text_to_image import rows_of_run
 from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
+from flatlora.models.fit import is_text_classifier
 from flatlora.models.loading import model_of, saved_processor
 from flatlora.models.processors import load_image_processor, load_tokenizer
 from flatlora.trained.place import OTHER_VERSION, ResolvedModel
@@ -81,10 +85,16 @@ class BenchmarkKind(ABC):
         return {}
 
 
+def text_backend(model: nn.Module, processor: PreTrainedTokenizerBase, **settings: Any) -> HFBackend | EncoderBackend:
+    """Returns the backend of a language model, or of an encoder."""
+    backend = EncoderBackend if is_text_classifier(adapted_model(model)) else HFBackend
+    return backend(model, processor, **settings)
+
+
 class Text(BenchmarkKind):
     """Text generation, or ranking of given answers."""
 
-    backend = HFBackend
+    backend = staticmethod(text_backend)
     does, needs = "generates text", "a language model"
     of_pictures = False
 

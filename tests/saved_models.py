@@ -77,6 +77,23 @@ ARCHITECTURES = {
     | {"pad_token_id": 0, "decoder_start_token_id": 0},
 }
 
+_ENCODER = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2} | {
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_DISENTANGLED = {"relative_attention": True, "position_biased_input": False, "type_vocab_size": 0}
+# As ARCHITECTURES, of encoders; deberta-v2 with the settings of DeBERTa-v3.
+ENCODERS = {
+    "roberta": _ENCODER | {"type_vocab_size": 1},
+    "deberta-v2": _ENCODER
+    | _DISENTANGLED
+    | {"pos_att_type": "p2c|c2p", "position_buckets": 16, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+    "deberta": _ENCODER | _DISENTANGLED | {"pos_att_type": "c2p|p2c"},
+    "bert": _ENCODER,
+    "modernbert": _ENCODER | {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
+}
+
 
 def model_config(folder: Path | str, **changes: Any) -> ModelConfig:
     settings = {"name": "tiny", "hub_id": str(folder), "family": "causal_lm", "dtype": "float32"}

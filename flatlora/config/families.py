@@ -14,11 +14,13 @@ class FamilyTraits:
     Args:
         rows: kind of the data sets that it is trained on.
         unread: keys of the model section that do nothing here → why, and the remedy.
+        classifies: whether it gives each of the data set's answers a score, and generates none.
         scales_loss: whether its loss is scaled on a GPU, without which small gradients underflow to 0 in FP16.
     """
 
     rows: Literal["text", "image", "text_to_image"]
     unread: Mapping[str, str]
+    classifies: bool = False
     scales_loss: bool = False
 
     @property
@@ -33,6 +35,15 @@ _NOT_OF_DIFFUSION = "nothing reads it for a diffusion model; leave the key out"
 TRAITS: dict[str, FamilyTraits] = {
     "causal_lm": FamilyTraits(rows="text", unread=_OWN_HEAD),
     "seq2seq": FamilyTraits(rows="text", unread=_OWN_HEAD),
+    "encoder": FamilyTraits(
+        rows="text",
+        unread={
+            "head": "its head is trained; leave the key out, or choose a CLIP model",
+            "generated_test_rows": "it generates no answers; leave the key out",
+            "quantize": "its trained head would be packed too, and it is small; leave the key out",
+        },
+        classifies=True,
+    ),
     "clip": FamilyTraits(
         rows="image",
         unread={

@@ -30,7 +30,7 @@ class ModelConfig(Section):
     hub_setting: ClassVar[str] = "model.hub_id"  # name of `hub_id` in error messages
     index_file: ClassVar[str] = "config.json"  # file in a model's folder that identifies the model
     name: FolderName = setting(remedy=_OWN_NAME)
-    hub_id: str  # hub repository or local folder
+    hub_id: str = setting(min_length=1, remedy="name a repository of the hub, or a local folder")
     revision: str | None = None
     family: Literal[tuple(TRAITS)] = setting(remedy="see conf/model for the known families")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the backbone; adapters are always FP32

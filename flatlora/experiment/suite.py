@@ -130,6 +130,14 @@ class Suite:
                     f"Invalid eval=[{name}] with dataset={experiment.dataset.name} ({experiment.dataset.kind}): it "
                     f"scores {scored} data sets; leave it out of eval=[...], or change the data set.",
                 )
+            elif experiment.model.traits.classifies and (
+                "choices" not in self.benchmarks[name].row_columns or getattr(config, "metric", None) == "published"
+            ):
+                yield SettingError(
+                    ("model.family", f"eval.{name}"),
+                    f"Invalid eval=[{name}] with model={experiment.model.name} ({experiment.model.family}): it scores "
+                    "classes and generates no text; use eval=[glue] with eval.glue.metric=likelihood, or eval=[].",
+                )
             elif experiment.dataset.evaluate == "validation" and (
                 self.benchmarks[name].own_rows(config) or self.benchmarks[name].test_only
             ):

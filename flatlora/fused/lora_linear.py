@@ -22,7 +22,7 @@ import torch
 from peft.tuners.lora import layer as peft_lora
 from torch import nn
 
-from flatlora.perturb.forward import PerturbedForward, Reading
+from flatlora.perturb.forward import PerturbedForward, Reading, as_own_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -321,7 +321,7 @@ class _FusedLora(torch.autograd.Function):
             bias = branch.base.bias
             y = own @ branch.B.t() if bias is None else torch.addmm(bias.to(call.dtype), own, branch.B.t())
             y.addmm_(rows, branch.weight(call.dtype).t())  # the base product accumulates into the branch
-            ys.append(y.view(*x.shape[:-1], -1))
+            ys.append(as_own_tensor(y, (*x.shape[:-1], -1)))
         ctx.make, kept = getattr(x, "_made_by", None), getattr(x, "_made_from", x)
         if not any(A.requires_grad for A in call.factors[0::2]):
             ctx.make = kept = None

@@ -79,7 +79,9 @@ def attends_to_all_before(base: nn.Module) -> bool:
 def is_decoder_only(base: nn.Module) -> bool:
     """Whether a model is a causal language model of transformers, a head on a decoder named `model`."""
     decoder = isinstance(base, PreTrainedModel) and isinstance(getattr(base, "model", None), nn.Module)
-    return decoder and not getattr(base.config, "is_encoder_decoder", False)
+    if not decoder or getattr(base.config, "is_encoder_decoder", False):
+        return False
+    return base.get_output_embeddings() is not None  # an encoder that classifies, such as ModernBERT, has none
 
 
 def narrow_attention(base: PreTrainedModel) -> str | None:

@@ -36,12 +36,14 @@ class LoadOptions:
         classes: the classes of a classifier.
         dtype: dtype of the weights; None keeps the model's own.
         autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
+        head_seed: seed of a text classifier's head, which is drawn; None: the files hold it.
     """
 
     device: torch.device
     classes: Classes | None = None
     dtype: str | None = None
     autocast: str = "auto"
+    head_seed: int | None = None
 
 
 LOSS_SCALE = "loss_scale"  # input of a captured micro-step: a factor of the model's loss

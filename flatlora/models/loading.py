@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +82,26 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
 
 
 def load_backbone(
-    config: ModelConfig, device: torch.device, classes: Classes | None = None, autocast: str = "auto"
+    config: ModelConfig,
+    device: torch.device,
+    classes: Classes | None = None,
+    autocast: str = "auto",
+    head_seed: int | None = None,
 ) -> nn.Module:
     """Loads the frozen backbone onto `device` in `config.dtype`.
 
     On a CPU that is slow in this dtype, the rounded weights are held in float32; see `flatlora.utils.precision`.
 
     Args:
-        classes: the classes of a CLIP classifier.
+        classes: the classes of a classifier.
         autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
+        head_seed: see `LoadOptions`.
 
     Raises:
         ConfigError: the weights cannot be loaded; with a suggested fix.
     """
-    return FAMILIES[config.family].load_backbone(config, LoadOptions(device, classes, autocast=autocast))
+    options = LoadOptions(device, classes, autocast=autocast, head_seed=head_seed)
+    return FAMILIES[config.family].load_backbone(config, options)
 
 
 def backbone_state(config: ModelConfig) -> str:
@@ -118,11 +125,11 @@ def weights_identity(
     Args:
         path: see `load_for_inference`.
         config: the backbone of the run that `path` belongs to; None for a model without a run.
-        classes: classes and prompts of a CLIP classifier.
+        classes: classes and prompts of a classifier.
         base: the backbone's state if it is known; None computes it, which reads all weight files.
 
     Returns:
-        {"weights", "base", "settings", "classes"}: "base" for an adapter or classifier, "settings" (of config.json, see
+        {"weights", "base", "settings", "classes"}: "base" for an adapter or a CLIP, "settings" (of config.json, see
         `flatlora.models.hashes.settings_sha256`) for a folder with a whole model, "classes" for a classifier.
 
     Raises:
@@ -130,7 +137,8 @@ def weights_identity(
     """
     folder = Path(path)
     identity = {"weights": weights_sha256(folder) if folder.is_dir() else backbone_state(model_of(path))}
-    if (folder / "adapter_config.json").is_file() or classes is not None:
+    needs_base = classes is not None and FAMILIES[(config or model_of(path)).family].whole_needs_base
+    if (folder / "adapter_config.json").is_file() or needs_base:
         identity["base"] = base or backbone_state(config or model_of(path))
     elif (folder / "config.json").is_file():  # the same weights compute something else with another rope_theta
         identity["settings"] = settings_sha256(json.loads((folder / "config.json").read_bytes()))
@@ -197,7 +205,7 @@ def load_for_inference(
     Args:
         path: adapter folder (with adapter_config.json), model folder, or hub id.
         model_config: the backbone of the run that `path` belongs to; None reads it from the adapter's config.
-        classes: the classes of a CLIP classifier.
+        classes: the classes of a classifier.
         dtype: dtype of the weights; None keeps the model's own.
         autocast: value of the setting trainer.autocast.
 
@@ -219,6 +227,8 @@ def load_for_inference(
         config = config.model_copy(update={"dtype": dtype}) if dtype else config
         saved = saved_processor(config, adapter) if adapter else None
         processor = family.processor(config.at(str(saved)) if saved else config)
+        if adapter is not None:
+            options = replace(options, head_seed=0)  # a head is drawn, and then read from the adapter
         model = family.load_backbone(config, options)
     if adapter is not None:
         if start := start_of_checkpoint(adapter):

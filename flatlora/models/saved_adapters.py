@@ -59,7 +59,7 @@ def check_adapter(folder: Path) -> None:
 
 
 def sort_names(folder: Path) -> None:
-    """Sorts the module names in adapter_config.json, which PEFT writes in another order in each process.
+    """Sorts the module names in adapter_config.json, which PEFT writes in another order in each process, some twice.
 
     Does nothing for a folder without an adapter.
     """
@@ -69,7 +69,7 @@ def sort_names(folder: Path) -> None:
     config = json.loads(path.read_bytes())
     for key in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
         if isinstance(config.get(key), list):
-            config[key] = sorted(config[key])
+            config[key] = sorted(set(config[key]))
     write_atomic(path, json.dumps(config, indent=2, sort_keys=True))
 
 
@@ -232,6 +232,10 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         adapted = get_peft_model(backbone, config)
+        heads = tuple(f"base_model.model.{head}." for head in getattr(backbone, "trained_modules", None) or ())
+        for key, parameter in adapted.named_parameters():
+            if key.startswith(heads):
+                parameter.data = parameter.data.float()  # as it was trained and saved
         mapping = getattr(backbone, "_checkpoint_conversion_mapping", None) or None
         report = adapted.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
         # The report omits missing biases. Prompt-learning adapters are loaded by separate code without a report.

@@ -117,13 +117,15 @@ def count_errors(raw: Any, where: str, key: str = "") -> list[str]:
 _CONSTANTS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|causal_mask|(attn|attention)\.bias)$")
 
 
-def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) -> nn.Module:
+def load_whole(config: ModelConfig, loader: Any, source: str, *, new_head: bool = False, **options: Any) -> nn.Module:
     """Calls `loader.from_pretrained(source, ...)` of transformers or diffusers and checks that all weights were loaded.
 
     Both libraries only warn about missing weights, which they initialize randomly, and about unexpected ones.
 
     Args:
         config: names the model in error messages.
+        new_head: whether all that is not inside of the base model is drawn at random, such as a classifier's head; what
+            the files hold of another head, and of a pooler that is not read, is left.
 
     Raises:
         ConfigError: weights are missing, unexpected or of another shape, or a file is broken. Tied weights may be
@@ -144,6 +146,15 @@ def load_whole(config: ModelConfig, loader: Any, source: str, **options: Any) ->
                     "another model's: copy the folder again, or name another."
                 ]
             ) from error
+    if new_head:
+        base = f"{model.base_model_prefix}."
+        report = {
+            "missing_keys": [name for name in report["missing_keys"] if name.startswith(base)],
+            "mismatched_keys": [row for row in report["mismatched_keys"] if row[0].startswith(base)],
+            "unexpected_keys": [
+                name for name in report["unexpected_keys"] if name.startswith(base) and ".pooler." not in name
+            ],
+        }
     if errors := _incomplete(report):
         raise ConfigError(
             [

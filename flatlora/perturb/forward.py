@@ -189,6 +189,14 @@ def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
     return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
+def as_own_tensor(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A view of the output of an autograd function that is none to autograd, which forbids to change views in place.
+
+    Some models do that to the output of a layer, such as DeBERTa's attention.
+    """
+    return torch.ops.aten._unsafe_view(y, list(shape))
+
+
 class _RecomputedLinear(torch.autograd.Function):
     """y = x (W + ε)ᵀ + b, where W + ε is written to the shared scratch buffer in forward and again in backward.
 
@@ -200,7 +208,8 @@ class _RecomputedLinear(torch.autograd.Function):
         ctx, x: torch.Tensor, bias: torch.Tensor | None, layer: PerturbedLayer, reading: Reading
     ) -> torch.Tensor:
         ctx.layer, ctx.reading, ctx.input_dtype = layer, reading, x.dtype
-        return _apply(layer.module, x, reading.weight())
+        y = _apply(layer.module, x, reading.weight())
+        return as_own_tensor(y, y.shape)
 
     @staticmethod
     def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:

@@ -19,6 +19,7 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 _TASKS = {
     "causal_lm": "text-generation",
     "seq2seq": "text-generation",
+    "encoder": "text-classification",
     "clip": "image-classification",
     "text_to_image": "text-to-image",
 }

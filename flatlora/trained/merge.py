@@ -58,7 +58,7 @@ def merge_errors(resolved: ResolvedModel, config: ModelConfig) -> list[str]:
     remedy = "--copy shares the trained files as they are"
     if not (Path(resolved.weights) / "adapter_config.json").is_file():
         return [f"Invalid --merge of {resolved.weights}: it holds a whole model and no adapter; {remedy}."]
-    if not isinstance(FAMILIES[config.family], LanguageModel):
+    if not isinstance(FAMILIES[config.family], LanguageModel) or config.traits.classifies:
         return [
             f"Invalid --merge of {resolved.weights}: it adapts {config.hub_id} ({config.family}), and only language "
             f"models are merged; {remedy}."

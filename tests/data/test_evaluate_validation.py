@@ -74,7 +74,7 @@ def test_validation_rows_have_what_their_benchmark_scores(train_only):
     assert load(train_only, "dataset=squad", *words).validation[0]["answers"] == ["high"]
     published = load(train_only, "dataset=squad", "dataset.template=published", *words)
     assert published.validation[0]["answers"] == ["high"]
-    assert set(load(train_only, "dataset=cola", *words).train[0]) == {"x", "y"}
+    assert set(load(train_only, "dataset=cola", *words).train[0]) == {"x", "y", "choices", "texts"}
 
 
 def test_word_math_scores_problems_of_its_validation_split():

@@ -222,7 +222,7 @@ def test_sentences_without_text_do_not_train_and_are_asked(tmp_path, caplog):
     assert [len(part) for part in splits] == [2, 0, 3]
     assert "1 train rows have an empty sentence and are left out" in caplog.text
     assert "1 test rows have an empty sentence" in caplog.text
-    assert set(splits.test[0]) == {"x", "y", "choices"}
+    assert set(splits.test[0]) == set(splits.train[0]) == {"x", "y", "choices", "texts"}
 
 
 def test_a_sentence_that_trains_validates_under_no_other_label(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft import PeftConfig as AdapterConfig
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,13 +23,18 @@ from flatlora.config.sections import PeftConfig
 from flatlora.config.settings import setting
 from flatlora.config.types import FolderPath
 from flatlora.methods.base import ADAPTERS, AdapterMethod, Start
+from flatlora.models.fit import is_text_classifier
 from flatlora.models.initial_adapters import load_initial_adapter
 from flatlora.utils.errors import ConfigError, SettingError, nearest
 
 _EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as in the published find_all_linear_modules
 # Names of attention's projections in different models.
-_QUERY_VALUE = ("q_proj", "v_proj", "q", "v", "query", "value", "c_attn")
-_ATTENTION = (*_QUERY_VALUE, "k_proj", "k", "key", "o_proj", "out_proj", "o", "to_q", "to_k", "to_v", "to_out.0")
+_FUSED = ("c_attn", "qkv_proj", "query_key_value", "Wqkv")  # with the key
+_QUERY_VALUE = ("q_proj", "v_proj", "q", "v", "query", "value", "query_proj", "value_proj", *_FUSED)
+_ATTENTION = (
+    *(*_QUERY_VALUE, "k_proj", "k", "key", "key_proj", "o_proj", "out_proj", "o"),
+    *("to_q", "to_k", "to_v", "to_out.0"),
+)
 
 
 class LowRankConfig(PeftConfig):
@@ -86,6 +92,13 @@ class LowRank(AdapterMethod):
                 ("peft.init_from", "model.head"),
                 f"Invalid peft.init_from={peft.init_from} with model.head=linear: a trained head belongs to the "
                 "classes of its own run; use model.head=text, or leave the key out.",
+            )
+        if experiment.model.traits.classifies:
+            yield SettingError(
+                ("peft.init_from", "model.family"),
+                f"Invalid peft.init_from={peft.init_from} with model={experiment.model.name} "
+                f"({experiment.model.family}): a trained head belongs to the classes of its own run; leave the key "
+                "out.",
             )
         if self.own_start:
             yield SettingError(
@@ -209,9 +222,11 @@ def validate_not_transposed(model: nn.Module, config: LowRankConfig, method: str
 
 
 def _task_of(model: nn.Module) -> str | None:
-    """PEFT's task type of a language model; None for other models, for which PEFT has none."""
+    """PEFT's task type of a model of texts; None for other models, for which PEFT has none."""
     if not isinstance(model, PreTrainedModel) or reads_images(model):
         return None
+    if is_text_classifier(model):
+        return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
@@ -239,12 +254,16 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
     Raises:
         ConfigError: an entry of `wanted` matches no layer; the message has the nearest module name.
     """
+    trained = tuple(f"{name}." for name in getattr(model, "trained_modules", None) or ())  # whole, without an adapter
     linear = [
         name
         for name, module in model.named_modules()
-        if _is_adaptable(module, convolutions=wanted != "all") and name.rpartition(".")[2] not in _EXCLUDED
+        if _is_adaptable(module, convolutions=wanted != "all")
+        and name.rpartition(".")[2] not in _EXCLUDED
+        and not name.startswith(trained)
     ]
     if wanted in ("all", "all_conv"):
+        _validate_not_fused(model, wanted)
         suffixes: tuple[str, ...] = tuple({name.rpartition(".")[2] for name in linear})
     else:
         suffixes = (
@@ -264,6 +283,28 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:
         )
         raise ConfigError([message])
     return targets
+
+
+def _validate_not_fused(model: nn.Module, wanted: str) -> None:
+    """Check that no layer has the weights of several matrices in one tensor, as experts have: no adapter is put there.
+
+    Raises:
+        ConfigError: with the first of them, and the choices that leave them out by name.
+    """
+    fused = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, _ConvNd)
+    ]
+    if fused:
+        raise ConfigError(
+            [
+                f"Invalid peft.target_modules={wanted} with {type(model).__name__}: {fused[0]} and {len(fused) - 1} "
+                "more hold the weights of all experts in one tensor each, for which there is no adapter, so they would "
+                "be left out; choose layers by name, such as peft.target_modules=attention or [q_proj,v_proj]."
+            ]
+        )
 
 
 def _is_adaptable(module: nn.Module, *, convolutions: bool) -> bool:

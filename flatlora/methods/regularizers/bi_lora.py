@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -61,7 +61,7 @@ class BiLora(RhoMethod):
             rank_pattern=dict(first.rank_pattern or {}),
         )
         with seeded(seed + 1, model):
-            model.add_adapter(ASCENT, plain)
+            PeftModel.add_adapter(model, ASCENT, plain)  # a classifier's own method would add a second head too
         for name, parameter in model.named_parameters():
             if f".{ASCENT}." in name:
                 parameter.data = parameter.data.float()

@@ -28,9 +28,10 @@ class Rop(RhoMethod):
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         yield from super().errors(experiment)
-        if experiment.regularized and experiment.dataset.kind != "text":
+        generates = experiment.dataset.kind == "text" and not experiment.model.traits.classifies
+        if experiment.regularized and not generates:
             yield SettingError(
-                ("rho", "rho.method", "dataset.kind"),
+                ("rho", "rho.method", "dataset.kind", "model.family"),
                 f"Invalid rho={experiment.rho.name} with model={experiment.model.name}: it perturbs the logits of a "
                 "language model's head; use rho=flat, or a language model.",
             )

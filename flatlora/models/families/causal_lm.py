@@ -47,7 +47,7 @@ class CausalLM(LanguageModel):
             return "its loss in transformers does not shift labels: it would learn to repeat; name a decoder-only model"
         decodes = getattr(described, "is_decoder", False) or getattr(described, "causal", False)
         if described.model_type in _BIDIRECTIONAL and not decodes:
-            return "it is an encoder, whose tokens see those that follow; name a decoder-only model"
+            return "it is an encoder, whose tokens see those that follow; use model=encoder, or a decoder-only model"
         return None
 
     def without_mask(self, inputs: dict[str, Any]) -> dict[str, Any]:

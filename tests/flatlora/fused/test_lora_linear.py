@@ -225,6 +225,32 @@ def test_modes_are_bit_identical_in_fused_layers(device, dtype, changes):
     assert step(plain, "copy", sigma=0.0)[0] != results["copy"][0]
 
 
+@pytest.mark.parametrize("mode", [None, "copy", "recompute"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_outputs_may_be_changed_in_place_as_debertas_attention_does(device, mode, fused):
+    def results(change):
+        model, x = siblings(torch.float32, device), torch.arange(48.0, device=device).sin().view(1, 2, 24)
+        if fused:
+            assert fuse(model) == 3
+        model.get_base_model().q_proj.register_forward_hook(lambda module, inputs, y: change(y.transpose(0, 1)))
+        settings = {"sigma": 0.3, "total_steps": 10, "seed": 3, "ramp": "constant"}
+        perturbation = WeightPerturbation(find_lora_layers(model), mode=mode, **settings) if mode else None
+        if perturbation:
+            perturbation.begin(4)
+        y, gradients = outputs_and_gradients(model, x.expand(2, 2, 24).contiguous())
+        if perturbation:
+            perturbation.close()
+        return y, gradients
+
+    (y, gradients), (expected, others) = (
+        results(lambda y: y.div_(3.0).transpose(0, 1)),
+        results(lambda y: y.div(3.0).transpose(0, 1)),
+    )
+    assert torch.equal(y, expected)
+    for name, gradient in others.items():
+        assert torch.equal(gradients[name], gradient), name
+
+
 def test_what_is_not_covered_goes_peft_s_way(device, caplog):
     model = siblings(torch.float32, device, use_dora=True)
     with caplog.at_level(logging.WARNING):

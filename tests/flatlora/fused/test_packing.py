@@ -4,14 +4,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from flatlora.fused import acceleration, cross_entropy
+from flatlora.fused import acceleration, cross_entropy, packing
 from flatlora.fused.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.utils.labels import IGNORED_LABEL
-from tests.conftest import tiny_lora
+from tests.conftest import tiny_llama, tiny_lora
+from tests.saved_models import ENCODERS
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -253,3 +254,12 @@ def test_dropout_continues_working():
     assert "batches without padding" in acceleration.accelerate(model, CPU)
     inputs = batch()
     assert model(**inputs).loss != model(**inputs).loss
+
+
+def test_an_encoder_that_classifies_is_no_decoder():
+    described = ENCODERS["modernbert"] | {"global_attn_every_n_layers": 1}
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("modernbert", **described))
+    assert isinstance(model.model, torch.nn.Module)
+    assert not packing.is_decoder_only(model)
+    assert packing.is_decoder_only(tiny_llama())
