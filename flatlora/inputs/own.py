@@ -302,7 +302,7 @@ def _from_templates(
     prompt, answer = (template.replace("\\n", "\n") for template in templates.values())
     pairs = [(_filled(prompt, row), _filled(answer, row)) for row in texts]
     answered = [row for row, pair in zip(rows, pairs, strict=True) if pair[1].strip()]  # others are left out
-    empty = Counter(name for row in answered for name in users if row.get(name) is None)
+    empty = Counter(name for row in answered for name in users if row.get(name) in (None, ""))
     for name, count in empty.items():
         logger.warning("%s: %d of %d rows have no %s; it is empty there.", source, count, len(rows), name)
     if not columns.chat:
