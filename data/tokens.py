@@ -34,7 +34,7 @@ from data.byte_level import ChunkMemory, packed
 from data.selection import batched
 from flatlora.inputs.chats import ChatEncoder, template_errors, template_sha256
 from flatlora.inputs.classified import encoder_ids, encoder_inputs
-from flatlora.inputs.conversations import Chat
+from flatlora.inputs.conversations import chat_of
 from flatlora.inputs.rows import prompt_text
 from flatlora.inputs.tokenizing import appended_ends, special_tokens, text_ids, tokenizing
 from flatlora.utils.errors import ConfigError
@@ -253,7 +253,7 @@ def _chats(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> Callable[[list
 
     def encoded(batch: list[Row]) -> list[Part]:
         nonlocal warned
-        learned = encoder.learned([Chat(row["messages"], row.get("tools")) for row in batch], whole=whole)
+        learned = encoder.learned([chat_of(row) for row in batch], whole=whole)
         problems: dict[str, list[Row]] = {}
         for row, chat in zip(batch, learned, strict=True):
             if isinstance(chat, str):

@@ -251,12 +251,11 @@ def _config(benchmark: Benchmark, resolve: Callable[[], ResolvedModel], given: M
     """
     try:
         run_settings, messages = resolve().scored_with, []
+        changed = {key for key, value in given.items() if value != run_settings.get(key)}
+        stale = [key for key, owner in benchmark.belongs_to.items() if owner in changed]
+        run_settings = {key: value for key, value in run_settings.items() if key not in stale}
     except ConfigError as error:
         run_settings, messages = None, error.errors
-    stale = [key for key, owner in benchmark.belongs_to.items() if owner in given]
-    run_settings = (
-        None if run_settings is None else {key: value for key, value in run_settings.items() if key not in stale}
-    )
     config, errors = checked_section("", benchmark.Config, {**(run_settings or {}), **given})
     # A model that was not resolved may have set them: do not report missing settings.
     messages += [error.message for error in errors if run_settings is not None or error.kind != "missing"]

@@ -18,15 +18,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import regex
-from pydantic import field_validator
 
 from eval import BENCHMARKS
 from eval.answers import without_draft
 from eval.by_row import ByRow
-from flatlora.config.sections import ChatSection
+from flatlora.config.sections import PlainOrChat
 from flatlora.config.settings import MOST_BATCH, MOST_ROWS, MOST_TOKENS, setting
 from flatlora.inputs.own import Columns, own_files, prompts_and_answers
 from flatlora.utils.errors import ConfigError, SettingError
@@ -34,25 +33,15 @@ from flatlora.utils.errors import ConfigError, SettingError
 _PATTERN_S = 5.0  # of a text; a pattern such as (a+)+b may take years
 
 
-class Config(ChatSection):
+class Config(PlainOrChat):  # template and system are those of the rows of `path`; a run has its own
     section_path: ClassVar[str] = "eval.custom"
     path: str | None = setting(None, min_length=1, remedy="name a file or folder; null scores the test rows of a run")
     prompt: str | None = setting(None, min_length=1, remedy="a text with {column} in it; null takes the column prompt")
     answer: str | None = setting(None, min_length=1, remedy="a text with {column}; null takes the column completion")
-    # Of the rows of `path`; a run has its own.
-    template: Literal["chat"] | None = setting(
-        None, remedy="chat is the tokenizer's own; null asks the texts as they are"
-    )
     pattern: str | None = setting(None, min_length=1, remedy="a regular expression; null compares the answer itself")
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null scores every row")
     max_new_tokens: int = setting(256, ge=1, le=MOST_TOKENS, remedy="256 is enough for short answers")
     batch_size: int = setting(16, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
-
-    @field_validator("template", mode="before")
-    @classmethod
-    def _asked_as_they_are(cls, value: Any) -> Any:
-        """Null for the templates of data sets, which `conf/eval/custom.yaml` passes on: rows of a file have none."""
-        return None if value in ("none", "qa", "alpaca", "step_by_step", "published") else value
 
     def rule_errors(self) -> list[SettingError]:
         errors = super().rule_errors()

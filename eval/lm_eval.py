@@ -3,9 +3,10 @@
     python -m eval.lm_eval PATH tasks=[arc_easy,hellaswag] [key=value ...]
 
 PATH is a run's folder, a checkpoint, an adapter, a model folder or a hub id. Keys: tasks (lm-eval's tasks, groups and
-tags), num_fewshot (null: each task's own), apply_chat_template (prompts are chats in the tokenizer's own template, the
-shots earlier turns), system_instruction, include_path=DIR (tasks of your own, in lm-eval's YAML format), max_rows (of
-each task), batch_size, data_root=DIR, device, out=DIR, score_only=true.
+tags), num_fewshot (null: each task's own), template and system (chat: prompts are chats in the tokenizer's own
+template, with this system prompt and the shots as earlier turns; null: plain text; a run has its own),
+include_path=DIR (tasks of your own, in lm-eval's YAML format), max_rows (of each task), batch_size, data_root=DIR,
+device, out=DIR, score_only=true.
 
 The data come from the hub, or from DIR/<owner>/<name>/<config>/<split>.jsonl (or .parquet). Answers are saved after
 each task or group; a repeated call continues with the next one. The score has every metric of every task and group,
@@ -25,15 +26,14 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from eval import BENCHMARKS, lm_eval_tasks, predictions
 from eval.backends import Backend
-from flatlora.config.sections import ModelConfig
-from flatlora.config.settings import MOST_BATCH, MOST_ROWS, Section, setting
+from flatlora.config.sections import PlainOrChat
+from flatlora.config.settings import MOST_BATCH, MOST_ROWS, setting
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import Source, gather
-from flatlora.models.loading import load_processor
 from flatlora.utils.errors import ConfigError, SettingError, nearest, reason_of
 from flatlora.utils.files import write_json
 from flatlora.utils.names import fitting
@@ -55,11 +55,10 @@ _GENERATION_KEYS = frozenset(
 )
 
 
-class Config(Section):
+class Config(PlainOrChat):
+    section_path: ClassVar[str] = "eval.lm_eval"
     tasks: list[str] = setting([], remedy="name lm-eval's tasks, groups or tags, such as [arc_easy,hellaswag]")
     num_fewshot: int | None = setting(None, ge=0, le=10**4, remedy="null takes the number of each task")
-    apply_chat_template: bool = False
-    system_instruction: str | None = setting(None, min_length=1, remedy="null sends none")
     include_path: str | None = setting(None, min_length=1, remedy="name a folder with tasks in lm-eval's YAML format")
     max_rows: int | None = setting(None, ge=1, le=MOST_ROWS, remedy="null asks every row of every task")
     batch_size: int = setting(8, ge=1, le=MOST_BATCH, remedy="lower it when memory runs out")
@@ -73,7 +72,7 @@ class Config(Section):
                     "leave the benchmark out.",
                 )
             ]
-        errors = []
+        errors = super().rule_errors()
         if self.include_path and not os.path.isdir(self.include_path):
             errors.append(
                 SettingError(
@@ -188,21 +187,6 @@ def _files(config: Config, name: str, data_root: str | None) -> dict[str, str]:
     return files
 
 
-def check_settings(config: Config, model: ModelConfig) -> None:
-    """Checks that the tokenizer has a chat template, if it is to be applied.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if config.apply_chat_template and getattr(load_processor(model), "chat_template", None) is None:
-        raise ConfigError(
-            [
-                f"Invalid eval.lm_eval.apply_chat_template=true: the tokenizer of {model.hub_id} has no chat template; "
-                "use a model that has one, or leave the key out."
-            ]
-        )
-
-
 def benchmark_rows(data_root: str | None, config: Config) -> list[dict[str, Any]]:
     """Returns one row per task or group with a score; lm-eval reads the rows of a task when it runs it."""
     names = [each for name in config.tasks for each in _scored(_manager(config), name)]
@@ -264,10 +248,10 @@ def run(
     """Runs every task: writes tasks/NAME.jsonl for each, predictions.jsonl of all, and score.json."""
     from eval.backends.lm_eval import LMEvalModel
 
-    manager, root = _manager(config), rows[0].get("data_root")
+    manager, root, chat = _manager(config), rows[0].get("data_root"), config.template == "chat"
 
     def answer(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        model = LMEvalModel(backend, name, config.batch_size, chat=config.apply_chat_template)
+        model = LMEvalModel(backend, name, config.batch_size, chat=chat)
         results = lm_eval_tasks.ask(
             model,
             manager,
@@ -276,8 +260,8 @@ def run(
             root,
             num_fewshot=config.num_fewshot,
             limit=config.max_rows,
-            apply_chat_template=config.apply_chat_template,
-            system_instruction=config.system_instruction,
+            apply_chat_template=chat,
+            system_instruction=config.system,
         )
         return _answers(results, name, model.readable), {"scores": _scores(results)}
 
@@ -286,7 +270,7 @@ def run(
         folder,
         {
             **backend.describe(),
-            **config.model_dump(include={"num_fewshot", "apply_chat_template", "system_instruction", "max_rows"}),
+            **config.model_dump(include={"num_fewshot", "template", "system", "max_rows"}),
             "lm_eval": importlib.metadata.version("lm_eval"),
             "asking": _ASKING_VERSION,
         },
@@ -421,7 +405,6 @@ BENCHMARKS.add(
         row_columns={"task": "text"},
         fields=FIELDS,
         check_rows=check_rows,
-        check_settings=check_settings,
         run=run,
         score_file=score_file,
         row_scores=row_scores,

@@ -535,7 +535,7 @@ BENCHMARKS.add(
         kind="text",
         generates=True,
         own_rows=lambda config: True,
-        belongs_to={"judge_key": "judge_url"},
+        belongs_to={"judge_key": "judge_url", "system": "template"},
         scoring=("folder", "judge", *(f"judge_{name}" for name in _JUDGE_KEYS)),
         scorer_version=SCORER_VERSION,
         headline=HEADLINE,

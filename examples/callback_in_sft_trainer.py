@@ -8,35 +8,20 @@ import tempfile
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from tiny_model import byte_tokenizer, random_llama
 from trl import SFTConfig, SFTTrainer
 
-from flatlora import FlatLoraCallback, fast_dtype
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that nothing has to be downloaded."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {sign: number for number, sign in enumerate(["<pad>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+from flatlora import FlatLoraCallback
 
 
 def main() -> dict[str, float]:
     """Trains and returns the first and the last loss."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     gpu = torch.cuda.is_available()
-    dtype = fast_dtype("cuda" if gpu else "cpu")  # BF16, or FP32 on a CPU without BF16 instructions
-    config = LlamaConfig(vocab_size=258, max_position_embeddings=128, **shape)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # yours: .from_pretrained(NAME, dtype=dtype)
     rows = Dataset.from_list([{"prompt": "Two and two is", "completion": " four."}] * 64)
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_steps": 20, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": []}
         trainer = SFTTrainer(
-            model,
+            random_llama(),  # yours
             SFTConfig(folder, bf16=gpu, use_cpu=not gpu, **settings),
             train_dataset=rows,
             processing_class=byte_tokenizer(),

@@ -186,7 +186,7 @@ def is_the_loop_written_out(model_folder, common, monkeypatch, auto, losses_of, 
             if parameter.requires_grad:
                 moved = (parameter - watched.start[key]).abs().max()
                 difference = (parameter - saved[saved_name(key)]).abs().max()
-                assert moved > LR / 3, key
+                assert moved > LR / 10, key  # A's first gradient is 0, as B is
                 assert difference < 0.05 * moved, key
     assert adapters["copy"] == adapters["recompute"] != adapters["off"]
 

@@ -1,14 +1,15 @@
 """FlatLoraCallback in TRL's own trainers: noise in what is trained, none in what is generated."""
 
+import contextlib
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flatlora import FlatLoraCallback
+from flatlora import FlatLoraCallback, find_lora_layers
 from flatlora.models.hashes import backbone_sha256
 
 trl = pytest.importorskip("trl")
@@ -29,12 +30,14 @@ PLAIN = {
 PROMPTS = [f"What is {i} plus {i + 1}?" for i in range(8)]
 
 
-def adapted(folder: Path) -> torch.nn.Module:
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def adapted(folder: Path) -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(8)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(base, config)
+        model = get_peft_model(base, LORA)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
@@ -104,3 +107,87 @@ def test_online_methods_generate_without_noise_and_train_with_it(tiny_model_fold
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.set_rng_state(state)
             assert torch.equal(oracle.generate(*args, **kwargs), answer)
+
+
+class Passes:
+    """Compares the passes of a trainer's model, those of generation excepted, with plain PEFT, bit for bit.
+
+    A pass with gradients must read W + ε, and one without must read W. `seen` has each of them: whether it had
+    gradients, and the name of its adapter (None: disabled).
+    """
+
+    def __init__(self, model: PeftModel, oracle: PeftModel, flat: FlatLoraCallback) -> None:
+        self.model, self.oracle, self.flat = model, oracle, flat
+        self.seen: list[tuple[bool, str | None]] = []
+        model.get_base_model().model.register_forward_hook(self.compare, with_kwargs=True)
+
+    @torch.no_grad()
+    def compare(self, decoder, args, kwargs, output):
+        if kwargs.get("past_key_values") is not None:
+            return  # of generate()
+        gradients, perturbation = output.last_hidden_state.requires_grad, self.flat.perturbation
+        assert perturbation.perturbed
+        adapter = self.model.active_adapter if perturbation.layers[0].enabled() else None
+        self.seen.append((gradients, adapter))
+        self.oracle.load_state_dict(self.model.state_dict())
+        without_noise = self.hidden_states(adapter, kwargs)
+        for index, layer in enumerate(find_lora_layers(self.oracle)):
+            layer.weight.copy_(perturbation.perturbed_weight(index, perturbation.draw(index)))
+        with_noise = self.hidden_states(adapter, kwargs)
+        assert (without_noise - with_noise).abs().max() > 1e-3
+        assert torch.equal(output.last_hidden_state, with_noise if gradients else without_noise)
+
+    def hidden_states(self, adapter: str | None, kwargs: dict) -> torch.Tensor:
+        self.oracle.set_adapter(adapter or "default")
+        with contextlib.nullcontext() if adapter else self.oracle.disable_adapter():
+            return self.oracle.get_base_model().model(**kwargs).last_hidden_state
+
+
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "own_adapter", "changes"),
+    [
+        ("DPO", "copy", False, {}),
+        ("DPO", "recompute", True, REENTRANT),
+        ("GRPO", "copy", True, {}),
+        ("GRPO", "recompute", False, {"num_iterations": 2}),  # old log-probabilities come from an earlier policy
+    ],
+)
+def test_the_reference_reads_w_and_the_policy_w_plus_noise(
+    tiny_model_folder, tmp_path, method, mode, own_adapter, changes
+):
+    """The reference is the model without adapter, or for a model that comes with an adapter a frozen copy of it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder, padding_side="left")
+    flat = FlatLoraCallback(sigma=1.0, ramp="constant", mode=mode)
+    model = adapted(tiny_model_folder)
+    rows = {"prompt": PROMPTS}
+    if method == "DPO":
+        own = {"per_device_train_batch_size": 2}
+        rows |= {"chosen": [" It is clear."] * len(PROMPTS), "rejected": [" No."] * len(PROMPTS)}
+        rewards = {}
+    else:
+        own = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+        rewards = {"reward_funcs": lambda completions, **_: [float(len(set(text))) for text in completions]}
+    trainer = getattr(trl, f"{method}Trainer")(
+        model if own_adapter else model.unload(),
+        args=getattr(trl, f"{method}Config")(str(tmp_path), **{**PLAIN, **own, **changes}),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        peft_config=None if own_adapter else LORA,
+        callbacks=[flat],
+        **rewards,
+    )
+    oracle = adapted(tiny_model_folder).train()
+    reference = "ref" if own_adapter else None
+    if own_adapter:
+        oracle.add_adapter("ref", LORA)
+    passes = Passes(trainer.model, oracle, flat)
+    before = backbone_sha256(trainer.model)
+    trainer.train()
+    assert backbone_sha256(trainer.model) == before
+    policies, references = passes.seen.count((True, "default")), passes.seen.count((False, reference))
+    assert policies == 3
+    assert references >= 2  # GRPO's two iterations share one
+    assert set(passes.seen) - {(False, "default")} == {(True, "default"), (False, reference)}

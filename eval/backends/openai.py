@@ -151,8 +151,9 @@ class OpenAIBackend:
         options, create = _options(sampling), self._client.chat.completions.create
 
         async def ask(index: int) -> Completion:
-            messages, tools = chats[index]
-            asked = partial(create, messages=list(messages), **({"tools": list(tools)} if tools else {}))
+            chat = chats[index]
+            tools = {"tools": list(chat.tools)} if chat.tools else {}
+            asked = partial(create, messages=list(chat.messages), **tools)
             reply = await self._request(asked, options | _seed(seeds, index))
             return _completion(reply, lambda choice: choice.message.content, sampling)
 

@@ -180,9 +180,23 @@ class ChatSection(Section):
             SettingError(
                 ("system", "template"),
                 f"Invalid {self.section_path}.system={shown(self.system)} with template={self.template}: only chats "
-                f"have a system prompt; set {self.section_path}.template=chat, or leave the key out.",
+                f"have a system prompt; set {self.section_path}.template=chat, or {self.section_path}.system=null.",
             ),
         ]
+
+
+class PlainOrChat(ChatSection):
+    """Keys of a benchmark whose texts are asked as they are, or in the tokenizer's own chat template."""
+
+    template: Literal["chat"] | None = setting(
+        None, remedy="chat is the tokenizer's own; null asks the texts as they are"
+    )
+
+    @field_validator("template", mode="before")
+    @classmethod
+    def _asked_as_they_are(cls, value: Any) -> Any:
+        """Null for the templates of data sets, which conf/eval passes on."""
+        return None if value in ("none", "qa", "alpaca", "step_by_step", "published") else value
 
 
 class TextDatasetConfig(DatasetConfig, ChatSection):

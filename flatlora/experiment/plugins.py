@@ -84,4 +84,4 @@ class Benchmark:
     is_share: bool = True
     digits: int = 2
     picture: str | None = None
-    belongs_to: Mapping[str, str] = field(default_factory=dict)
+    belongs_to: Mapping[str, str] = field(default_factory=lambda: {"system": "template"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from flatlora.inputs.chats import template_errors
 from flatlora.inputs.rows import fingerprint, gather, warn_of_unread_root
 from flatlora.methods.adapters.lora import find_targets
 from flatlora.models import fit, loading
-from flatlora.models.initial_adapters import fit_errors
+from flatlora.models.initial_adapters import add_whole_layers, fit_errors
 from flatlora.runs import trackers
 from flatlora.train import distributed, training
 from flatlora.trained.initial import InitialAdapter, find_initial
@@ -47,12 +48,17 @@ def prepare(suite: Suite, experiment: Experiment, device: torch.device) -> Input
         ConfigError: model, method, data or benchmarks are invalid or do not fit together; nothing was written.
     """
     kind = suite.kind(experiment)
-    skeleton, (processor, rows), _, own, initial, _ = gather(
-        lambda: _check_model(experiment, device),
-        lambda: _read(suite, experiment),
+    initial, missing = None, []
+    try:
+        initial = _find_initial(experiment)
+    except ConfigError as error:
+        missing = error.errors
+    skeleton, (processor, rows), _, own, _, _ = gather(
+        lambda: _check_model(experiment, device, initial),
+        lambda: _read(suite, experiment, initial),
         lambda: _check_benchmarks(suite, experiment),
         lambda: _own_rows(suite, experiment),
-        lambda: _find_initial(experiment),
+        lambda: _raise_if(missing),
         lambda: _raise_if(trackers.package_errors(experiment)),
     )
     _warn_of_unread_data_root(suite, experiment)
@@ -79,7 +85,7 @@ def _initial_errors(experiment: Experiment, initial: InitialAdapter | None, proc
     """Returns errors if the adapter of peft.init_from is not one that this run trains, on the same base."""
     if initial is None:
         return []
-    skeleton = loading.skeleton(experiment.model)
+    skeleton = _skeleton(experiment, initial)
     config = methods.ADAPTERS[experiment.peft.method].peft_config(skeleton, experiment.peft)
     errors = fit_errors(get_peft_model(skeleton, config), initial.folder, experiment.peft.init_from)
     return [*errors, *initial.errors(experiment.model, processor)]
@@ -93,9 +99,19 @@ def _warn_of_unread_data_root(suite: Suite, experiment: Experiment) -> None:
         warn_of_unread_root(experiment.data_root, suite.datasets[section.loader].sources(section), section.name)
 
 
-def _check_model(experiment: Experiment, device: torch.device) -> nn.Module:
-    """Returns the architecture without weights, after checking it against the experiment."""
+def _skeleton(experiment: Experiment, initial: InitialAdapter | None) -> nn.Module:
+    """Returns the architecture without weights, with the layers that the adapter of peft.init_from brings."""
     skeleton = loading.skeleton(experiment.model)
+    if initial is not None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # intended here
+            add_whole_layers(skeleton, initial.folder)
+    return skeleton
+
+
+def _check_model(experiment: Experiment, device: torch.device, initial: InitialAdapter | None) -> nn.Module:
+    """Returns the architecture without weights, after checking it against the experiment."""
+    skeleton = _skeleton(experiment, initial)
     gather(
         lambda: methods.ADAPTERS[experiment.peft.method].check(skeleton, experiment.peft),
         lambda: loading.check_weights(experiment.model, device),
@@ -141,14 +157,14 @@ def _peft_errors(experiment: Experiment, skeleton: nn.Module) -> list[str]:
     return []
 
 
-def _read(suite: Suite, experiment: Experiment) -> tuple[Any, Any]:
+def _read(suite: Suite, experiment: Experiment, initial: InitialAdapter | None) -> tuple[Any, Any]:
     """Returns the processor and the rows; if the processor fails to load, errors of the data files are added.
 
     Raises:
         ConfigError: processor or data cannot be loaded, or do not fit together.
     """
     try:
-        processor = loading.load_processor(experiment.model)
+        processor = loading.load_processor(initial.tokens_of(experiment.model) if initial else experiment.model)
     except ConfigError as error:
         raise ConfigError([*error.errors, *_file_errors(suite, experiment)]) from error
     return processor, distributed.main_process_first(lambda: suite.kind(experiment).read(experiment, processor))

@@ -25,6 +25,7 @@ from flatlora.experiment import plan as planning
 from flatlora.experiment.prepare import Inputs, prepare
 from flatlora.experiment.suite import Suite
 from flatlora.fused import acceleration
+from flatlora.inputs.rows import Source
 from flatlora.models import hashes, loading, sources
 from flatlora.models.clip import Classes
 from flatlora.models.family import FAMILIES
@@ -377,7 +378,8 @@ def score(
 def describe(suite: Suite, experiment: Experiment) -> list[tuple[str, str]]:
     """Returns (name, description) pairs of what a run would do and load, for a dry run."""
     loader, optim = suite.datasets[experiment.dataset.loader], experiment.optim
-    source = f" from {experiment.data_root or 'hub'}" if loader.sources(experiment.dataset) else ""  # else generated
+    stored = any(isinstance(source, Source) for source in loader.sources(experiment.dataset))  # not own or generated
+    source = f" from {experiment.data_root or 'hub'}" if stored else ""
     return [
         ("run folder", str(RunFolder.of(experiment).path)),
         ("model", sources.describe_source(experiment.model)),

@@ -109,7 +109,7 @@ class ChatEncoder:
         return [layout if isinstance(layout, str) else _learned(layout, *_three(encodings)) for layout in layouts]
 
     def _layout(self, chat: Chat, *, whole: bool) -> _Layout | str:
-        marked = Chat(self.marked(chat.messages), self.marked(chat.tools))
+        marked = chat._replace(messages=self.marked(chat.messages), tools=self.marked(chat.tools))
         try:
             asked = self._render(Chat(marked.messages[:-1], marked.tools), prompt=True)
             text, spans = self._answers(marked)
@@ -136,7 +136,8 @@ class ChatEncoder:
         """Returns a rendered conversation, and where the assistant's answers are in it.
 
         Raises:
-            _Unclear: the template has no marks, and does not render the beginning of a chat as it renders all of it.
+            _Unclear: the template does not render the beginning of a chat as it renders all of it, and has no marks,
+                or there are answers that are not learned.
         """
         template = self.tokenizer.get_chat_template(None, chat.tools)
         if _MARKS.search(template):
@@ -147,11 +148,10 @@ class ChatEncoder:
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
-            return text, spans
+            context_end = self._context_end(chat, text)
+            return text, [span for span in spans if span[1] > context_end]
         text, spans = self._render(chat, prompt=False), []
-        for number, turn in enumerate(chat.messages):
-            if turn["role"] != "assistant":
-                continue
+        for number in _learned_turns(chat):
             before = self._render(Chat(chat.messages[:number], chat.tools), prompt=True)
             until = self._render(Chat(chat.messages[: number + 1], chat.tools), prompt=False)
             if not (until.startswith(before) and text.startswith(until)):
@@ -164,6 +164,22 @@ class ChatEncoder:
             ended = any(answer.endswith(name) for name in self._names)
             spans.append((len(before), len(before) + len(answer) if ended else len(until)))
         return text, spans
+
+    def _context_end(self, chat: Chat, text: str) -> int:
+        """Returns where the generation prompt of the first answer that is learned ends in a rendered conversation.
+
+        Raises:
+            _Unclear: it is rendered in another way there.
+        """
+        if not chat.context_turns:
+            return 0
+        before = self._render(Chat(chat.messages[: _learned_turns(chat)[0]], chat.tools), prompt=True)
+        if not text.startswith(before):
+            raise _Unclear(
+                "the chat template renders the turns before the completion in another way once it follows, so that "
+                "earlier answers cannot be told apart from it; put all turns into messages, where each is learned"
+            )
+        return len(before)
 
     def _render(self, chat: Chat, *, prompt: bool, tokenize: bool = False) -> Any:
         options = {"tokenize": tokenize, "add_generation_prompt": prompt, "return_dict": tokenize}
@@ -232,6 +248,15 @@ def _as_token(index: int) -> str:
 def _as_text(index: int) -> str:
     """Returns the placeholder of a special token's name in a turn."""
     return f"\ufdd2{index}\ufdd3"
+
+
+def _learned_turns(chat: Chat) -> list[int]:
+    """Returns the numbers of the turns that are answers to learn."""
+    return [
+        number
+        for number, turn in enumerate(chat.messages)
+        if turn["role"] == "assistant" and number >= chat.context_turns
+    ]
 
 
 class _Unclear(Exception):

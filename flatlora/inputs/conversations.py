@@ -1,7 +1,8 @@
 """Conversations: turns of a chat in the form of TRL and transformers, and rows that are made of them.
 
-A row of a chat is {"x", "y", "messages"} and perhaps "tools". `messages` ends with the answer; x and y are its texts
-for people, tables and scorers. Only the chat template of a tokenizer decides how the turns are written.
+A row of a chat is {"x", "y", "messages"} and perhaps "tools" and "context_turns". `messages` ends with the answer; x
+and y are its texts for people, tables and scorers. Only the chat template of a tokenizer decides how the turns are
+written.
 """
 
 from __future__ import annotations
@@ -19,10 +20,20 @@ _BEFORE = {"user": (None, "assistant"), "assistant": ("user", "tool"), "tool": (
 
 
 class Chat(NamedTuple):
-    """A prompt of several turns, and the tools that its template may offer."""
+    """A prompt of several turns, and the tools that its template may offer.
+
+    Args:
+        context_turns: number of first turns whose answers are not learned.
+    """
 
     messages: Messages
     tools: Sequence[Mapping[str, Any]] | None = None
+    context_turns: int = 0
+
+
+def chat_of(row: Mapping[str, Any]) -> Chat:
+    """Returns the whole conversation of a row, with its answer."""
+    return Chat(row["messages"], row.get("tools"), row.get("context_turns", 0))
 
 
 def problem(messages: Any, tools: Any = None) -> str | None:
@@ -98,11 +109,17 @@ def with_system(messages: Messages, system: str | None) -> list[Mapping[str, Any
     return list(messages) if own else [*turns(system), *messages]
 
 
-def row_of(messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
+def row_of(
+    messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, context_turns: int = 0
+) -> dict[str, Any]:
     """Returns the row of a conversation that ends with an answer."""
     *asked, answer = messages
     row = {"x": readable(asked), "y": _text(answer), "messages": list(messages)}
-    return {**row, "tools": tools} if tools else row
+    if tools:
+        row["tools"] = tools
+    if any(turn["role"] == "assistant" for turn in messages[:context_turns]):
+        row["context_turns"] = context_turns
+    return row
 
 
 def readable(messages: Messages) -> str:

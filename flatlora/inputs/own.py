@@ -1,8 +1,9 @@
 """Rows of the user's own files or of any data set on the hub: where they are, and which columns are prompt and answer.
 
 Columns follow TRL: `prompt` and `completion`, joined without a blank, or `text`, which is learned whole. Any others are
-put into templates, "{question}\\n" for example. As chats, prompt and answer are the turns of a user and the assistant,
-and the column `messages` has conversations. docs/own-data.md describes them.
+put into templates, "{question}\\n" for example. As chats, prompt and answer are the turns of a user and the assistant.
+Conversations are the column `messages`, or `prompt` and `completion` that are lists of turns.
+docs/own-data.md describes them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from flatlora.utils.errors import ConfigError, nearest
 
 logger = logging.getLogger(__name__)
 _COLUMN = re.compile(r"\{([^{}]+)\}")
+_PAIR = ("prompt", "completion")
 
 
 def is_local(path: str) -> bool:
@@ -163,8 +165,10 @@ def _converted(rows: list[dict[str, Any]], source: str, columns: Columns) -> lis
     if columns.prompt is not None:
         return _from_templates(rows, known, source, columns)
     if "messages" in known:
-        return _from_messages(rows, known, source, columns)
-    pairs = (("prompt", "completion"),) if columns.chat else (("prompt", "completion"), ("text",))
+        return _from_turns(rows, known, source, columns, ("messages",))
+    if any(isinstance(row.get(name), list) for row in rows for name in _PAIR):
+        return _from_turns(rows, known, source, columns, _PAIR)
+    pairs = (_PAIR,) if columns.chat else (_PAIR, ("text",))
     needed = next((names for names in pairs if set(names) <= set(known)), None)
     if needed is None:
         first, last = (f"{{{name}}}" for name in (known[0], known[-1])) if known else ("{…}", "{…}")
@@ -184,43 +188,65 @@ def _converted(rows: list[dict[str, Any]], source: str, columns: Columns) -> lis
     return [{"x": "", "y": row["text"], "joined": True} for row in rows]
 
 
-def _from_messages(
-    rows: Sequence[dict[str, Any]], known: Sequence[str], source: str, columns: Columns
+def _from_turns(
+    rows: Sequence[dict[str, Any]], known: Sequence[str], source: str, columns: Columns, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Conversations in TRL's columns `messages` and `tools`.
+    """Conversations in TRL's columns `messages`, or `prompt` and `completion`, and `tools`.
+
+    Args:
+        names: the columns whose turns are a conversation together. Answers in the last one are learned.
 
     Raises:
         ConfigError: it lists every kind of error, with the first row that has it.
     """
-    others = [name for name in ("prompt", "completion", "text") if name in known]
+    together, others = " and ".join(names), [name for name in (*_PAIR, "text") if name in known]
     errors = []
     if not columns.chat:
         errors.append(
-            f"Invalid {columns.key}.template=null with the column messages in {source}: conversations are read in the "
-            f"tokenizer's chat template alone; set {columns.key}.template=chat, or name columns with "
+            f"Invalid {columns.key}.template=null with {_noun(names)} {together} in {source}: conversations are read "
+            f"in the tokenizer's chat template alone; set {columns.key}.template=chat, or name columns with "
             f"{columns.key}.prompt and {columns.key}.answer."
         )
-    if others:
+    if others and names != _PAIR:
         errors.append(
             f"Mixed columns in {source}: it has messages, and {' and '.join(others)} too; remove one form, or name "
             f"columns with {columns.key}.prompt and {columns.key}.answer."
         )
     errors += _system_errors(rows, source)
     systems = [row.get("system") or columns.system for row in rows]
-    rows = [conversations.without_nulls({key: row.get(key) for key in ("messages", "tools")}) for row in rows]
+    rows = [conversations.without_nulls({key: row.get(key) for key in (*names, "tools")}) for row in rows]
     places: dict[str, list[int]] = {}
     for number, row in enumerate(rows, start=1):
-        if problem := conversations.problem(row.get("messages"), row.get("tools")):
+        if problem := _turns_problem(row, names):
             places.setdefault(problem, []).append(number)
     for problem, numbers in itertools.islice(places.items(), _MOST_PROBLEMS):
         more = f" (and {len(numbers) - 1} more)" if len(numbers) > 1 else ""
-        errors.append(f"Invalid messages in {source}, row {numbers[0]}{more}: {problem}; fix the row, or leave it out.")
+        errors.append(
+            f"Invalid {together} in {source}, row {numbers[0]}{more}: {problem}; fix the row, or leave it out."
+        )
     if errors:
         raise ConfigError(errors)
-    return [
-        conversations.row_of(conversations.with_system(row["messages"], system), row.get("tools"))
-        for row, system in zip(rows, systems, strict=True)
-    ]
+    return [_conversation(row, names, system) for row, system in zip(rows, systems, strict=True)]
+
+
+def _noun(names: Sequence[str]) -> str:
+    return "the columns" if len(names) > 1 else "the column"
+
+
+def _turns_problem(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Returns why the turns of a row are no conversation; None if they are one."""
+    if names == _PAIR and (single := [name for name in names if not (isinstance(row.get(name), list) and row[name])]):
+        return f'{" and ".join(single)} must be a list of turns {{"role": …, "content": …}}, as in other rows'
+    return conversations.problem(_all_turns(row, names), row.get("tools"))
+
+
+def _all_turns(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return row.get(names[0]) if len(names) == 1 else [turn for name in names for turn in row[name]]
+
+
+def _conversation(row: Mapping[str, Any], names: Sequence[str], system: str | None) -> dict[str, Any]:
+    messages = conversations.with_system(_all_turns(row, names), system)
+    return conversations.row_of(messages, row.get("tools"), context_turns=len(messages) - len(row[names[-1]]))
 
 
 _MOST_PROBLEMS = 20  # kinds of them, in one message
@@ -276,7 +302,7 @@ def _from_templates(
     prompt, answer = (template.replace("\\n", "\n") for template in templates.values())
     pairs = [(_filled(prompt, row), _filled(answer, row)) for row in texts]
     answered = [row for row, pair in zip(rows, pairs, strict=True) if pair[1].strip()]  # others are left out
-    empty = Counter(name for row in answered for name in users if row.get(name) is None)
+    empty = Counter(name for row in answered for name in users if row.get(name) in (None, ""))
     for name, count in empty.items():
         logger.warning("%s: %d of %d rows have no %s; it is empty there.", source, count, len(rows), name)
     if not columns.chat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,8 +10,16 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from torch import nn
 
-from flatlora.models.saved_adapters import adapter_config, base_name, saved_tensors
+from flatlora.models.saved_adapters import (
+    adapter_config,
+    base_name,
+    embedding_errors,
+    load_embeddings,
+    saved_embeddings,
+    saved_tensors,
+)
 from flatlora.models.sources import in_short, not_finite, shape_text
 from flatlora.models.starts import MOVED, load_adapter
 from flatlora.utils.errors import ConfigError
@@ -18,8 +27,30 @@ from flatlora.utils.errors import ConfigError
 _NEUTRAL_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that leave W as it is
 
 
+def add_whole_layers(model: nn.Module, folder: Path) -> None:
+    """Gives a backbone what a saved adapter has besides factors: its embeddings, and `trained_modules`.
+
+    The embeddings of an adapter are those of added tokens, which stay frozen unless `modules_to_save` has them.
+
+    Raises:
+        ConfigError: some of its layers are missing in its file.
+    """
+    weights, trained = saved_tensors(folder), adapter_config(folder).get("modules_to_save") or []
+    errors = embedding_errors(model, weights, folder)
+    if not (isinstance(trained, list) and all(isinstance(name, str) for name in trained)):
+        errors.append(
+            f"Broken file {folder}/adapter_config.json: modules_to_save is no list of names; copy the adapter's folder "
+            "whole."
+        )
+    if errors:
+        raise ConfigError(errors)
+    load_embeddings(model, weights, trained)
+    if trained:
+        model.trained_modules = sorted(trained)
+
+
 def load_initial_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Sets the adapter `default` of a PEFT model to a saved one's tensors.
+    """Sets the adapter `default` of a PEFT model to a saved one's tensors; embeddings in its file are saved again.
 
     Raises:
         ConfigError: the saved adapter is another than the one that the model has; see `fit_errors`.
@@ -27,6 +58,16 @@ def load_initial_adapter(adapted: PeftModel, folder: Path) -> None:
     if errors := fit_errors(adapted, folder, str(folder)):
         raise ConfigError(errors)
     load_adapter(adapted, folder)
+    # By itself PEFT compares with the base's config.json, which it may not reach.
+    embeddings = bool(_frozen_embeddings(adapted, saved_tensors(folder)))
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=embeddings)
+
+
+def _frozen_embeddings(adapted: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """Returns {name in the file: shape in the model} of embeddings and output head that are no `modules_to_save`."""
+    base, trained = adapted.get_base_model(), adapted.peft_config["default"].modules_to_save or []
+    names = [name for name in saved_embeddings(base, weights) if name.rpartition(".")[2] not in trained]
+    return {f"base_model.model.{name}.weight": base.get_submodule(name).weight.shape for name in names}
 
 
 def fit_errors(adapted: PeftModel, folder: Path, source: str) -> list[str]:
@@ -39,7 +80,7 @@ def fit_errors(adapted: PeftModel, folder: Path, source: str) -> list[str]:
     saved, weights = adapter_config(folder), saved_tensors(folder)
     own = {
         name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
-    }
+    } | _frozen_embeddings(adapted, weights)
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     given = f"Invalid peft.init_from={source}"
     errors = [

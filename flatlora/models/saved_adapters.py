@@ -7,7 +7,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,14 +200,25 @@ def holds_tensors_of(folder: Path, part: str) -> bool:
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """
+    """Returns the tensors of a saved adapter, each once.
+
     Raises:
         ConfigError: the file is broken.
     """
     try:
-        return load_peft_weights(str(folder), device="cpu")
+        weights = load_peft_weights(str(folder), device="cpu")
+        return {name: tensor for name, tensor in weights.items() if not _is_repeated(name, weights)}
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ConfigError([f"Cannot load {folder}: its weights are broken ({error}); copy it whole."]) from error
+
+
+def _is_repeated(name: str, names: Container[str]) -> bool:
+    """Whether a tensor belongs to a layer that is there under its plain name.
+
+    PEFT writes the parts of its wrapper too for embeddings that were resized and are in modules_to_save.
+    """
+    plain = re.sub(r"\.(modules_to_save|original_module)(?=\.)", "", name)
+    return plain != name and plain in names
 
 
 def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -> nn.Module:
@@ -221,7 +232,7 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
         ConfigError: the adapter is for another task, or its tensors do not fit the backbone, its config or each other.
     """
     weights = saved_tensors(folder)
-    errors = [*task_errors(folder, family), *_embedding_errors(backbone, weights, folder)]
+    errors = [*task_errors(folder, family), *embedding_errors(backbone, weights, folder)]
     errors += [f"Invalid adapter {folder}: it has {message}; copy it again." for message in not_finite(weights)]
     if errors:
         raise ConfigError(errors)
@@ -245,7 +256,8 @@ def with_adapter(backbone: nn.Module, folder: Path, *, family: str, name: str) -
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ConfigError([_misfit(folder, name, f"{type(error).__name__}: {error}")]) from error
     biases = [key for key in wanted if key.endswith(".bias") and key not in weights]
-    parts = {"missing": [*report.missing_keys, *biases], "left over": report.unexpected_keys}
+    left_over = [key for key in report.unexpected_keys if not _is_repeated(key, weights)]
+    parts = {"missing": [*report.missing_keys, *biases], "left over": left_over}
     if config.is_prompt_learning:
         parts = {}
     if wrong := [f"{in_short(names)} {what}" for what, names in parts.items() if names]:
@@ -317,28 +329,39 @@ def task_errors(folder: Path, family: str) -> list[str]:
     ]
 
 
+def _embedding_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns {name: token embeddings or output head}."""
+    if not hasattr(model, "get_input_embeddings"):
+        return {}
+    names = {module: name for name, module in model.named_modules()}
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {names[layer]: layer for layer in layers if layer is not None}
+
+
+def saved_embeddings(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns {name: its tensor in the adapter's file} of the token embeddings and output head that are in it."""
+    found = {}
+    for name in _embedding_layers(model):
+        keys = (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight")
+        if key := next((key for key in keys if key in weights), None):
+            found[name] = weights[key]
+    return found
+
+
 def _embedding_rows(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int | None]]:
     """Returns {name: (rows, rows of its tensor in the adapter's file or None)} of token embeddings and output head.
 
     A head that is tied to the embeddings has no entry of its own.
     """
-    names = {module: name for name, module in model.named_modules()}
-    if not hasattr(model, "get_input_embeddings") or (inner := model.get_input_embeddings()) is None:
-        return {}
-    layers = [inner]
-    outer = model.get_output_embeddings()
-    if outer is not None and outer.weight is not inner.weight:
-        layers.append(outer)
-    rows = {}
-    for layer in layers:
-        name = names[layer]
-        keys = (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight")
-        saved = next((len(weights[key]) for key in keys if key in weights), None)
-        rows[name] = len(layer.weight), saved
+    saved, rows, inner = saved_embeddings(model, weights), {}, None
+    for name, layer in _embedding_layers(model).items():
+        if inner is None or layer.weight is not inner.weight:
+            rows[name] = len(layer.weight), len(saved[name]) if name in saved else None
+        inner = inner or layer
     return rows
 
 
-def _embedding_errors(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> list[str]:
+def embedding_errors(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> list[str]:
     """Returns errors for embeddings that were resized in training and not all saved with the adapter."""
     rows = _embedding_rows(model, weights)
     wanted = sorted({saved for own, saved in rows.values() if saved not in (None, own)})
@@ -350,6 +373,19 @@ def _embedding_errors(model: nn.Module, weights: Mapping[str, torch.Tensor], fol
         f"{', '.join(lacking) or 'all layers'}, whose new rows would be random; save it with "
         "save_pretrained(..., save_embedding_layers=True), or with both layers in modules_to_save."
     ]
+
+
+def load_embeddings(model: nn.Module, weights: Mapping[str, torch.Tensor], trained: Sequence[str]) -> None:
+    """Gives a backbone the embeddings and the output head in an adapter's file, with its number of rows.
+
+    Args:
+        trained: `modules_to_save` of the adapter, which has copies of them; the backbone only gets their added rows.
+    """
+    rows = {name: len(layer.weight) for name, layer in _embedding_layers(model).items()}
+    _resize_embeddings(model, weights)
+    for name, tensor in saved_embeddings(model, weights).items():
+        first = rows[name] if name.rpartition(".")[2] in {other.rpartition(".")[2] for other in trained} else 0
+        model.get_submodule(name).weight.data[first:] = tensor[first:]
 
 
 def _resize_embeddings(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

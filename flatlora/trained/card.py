@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flatlora.config.sections import ModelConfig
-from flatlora.inputs import conversations, templates
+from flatlora.inputs import conversations, own, templates
 from flatlora.trained import description
 from flatlora.trained.merge import Rounding
 from flatlora.trained.place import ResolvedModel
@@ -48,12 +48,11 @@ def model_card(resolved: ResolvedModel, config: ModelConfig, name: str, rounding
         base_model_relation=("adapter" if adapter else "finetune") if is_public else None,
         library_name=_library(config, adapter),
         pipeline_tag=task,
-        datasets=[dataset["hub_id"]] if dataset.get("hub_id") else None,
+        datasets=_datasets(dataset),
         tags=_tags(experiment),
         metrics=list(dict.fromkeys(_HUB_METRICS.get(score.metric, score.metric) for score in scores)) or None,
-        eval_results=[_eval_result(score, task, dataset.get("name")) for score in scores] or None,
+        eval_results=[_eval_result(score, task, description.data_name(dataset)) for score in scores] or None,
     )
-    template = dataset.get("template")
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(),
@@ -62,19 +61,29 @@ def model_card(resolved: ResolvedModel, config: ModelConfig, name: str, rounding
         rounding=rounding,
         cautions=_cautions(resolved, config, adapter),
         loading=_loading(config, name, adapter),
-        template=template,
-        prompt=_form(template, dataset.get("system")),
+        template=dataset.get("template"),
+        prompt=_form(dataset),
         scores=scores,
         facts=_facts(resolved, rounding),
         settings=_settings(experiment),
     )
 
 
-def _form(template: str | None, system: str | None) -> str | None:
+def _datasets(dataset: Mapping[str, Any]) -> list[str] | None:
+    """Returns the data set's id on the hub."""
+    name = dataset.get("hub_id") or dataset.get("path")
+    return None if not name or own.is_local(name) else [name]
+
+
+def _form(dataset: Mapping[str, Any]) -> str | None:
     """Returns how a prompt is written; None for a form that only the data set has."""
+    template = dataset.get("template")
     if template == "chat":
-        return f"tokenizer.apply_chat_template({conversations.turns(system, '…')}, add_generation_prompt=True)"
-    return templates.prompt(template, "…") if template in ("qa", "alpaca", "step_by_step") else None
+        turns = conversations.turns(dataset.get("system"), (dataset.get("prompt") or "…").replace("\\n", "\n"))
+        return f"tokenizer.apply_chat_template({turns}, add_generation_prompt=True)"
+    if template in ("qa", "alpaca", "step_by_step"):
+        return templates.prompt(template, "…")
+    return dataset["prompt"].replace("\\n", "\n") if dataset.get("prompt") else None
 
 
 def _facts(resolved: ResolvedModel, rounding: Rounding | None) -> dict[str, str]:
@@ -119,7 +128,8 @@ def _summary(experiment: Mapping[str, Any], config: ModelConfig, adapter: bool) 
         return f"{head}."
     rho = experiment["rho"]
     regularizer = f" and rho={rho['name']} (σ = {rho['sigma']:g})" if rho["method"] != "off" and rho["sigma"] else ""
-    return f"{head}, trained on {experiment['dataset']['name']} with peft={experiment['peft']['name']}{regularizer}."
+    data = description.data_name(experiment["dataset"])
+    return f"{head}, trained on {data} with peft={experiment['peft']['name']}{regularizer}."
 
 
 def _cautions(resolved: ResolvedModel, config: ModelConfig, adapter: bool) -> list[str]:

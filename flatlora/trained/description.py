@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatlora.inputs import own
 from flatlora.models.hashes import short_state
 from flatlora.models.saved_adapters import adapter_config
 from flatlora.models.sources import in_short
@@ -155,7 +156,13 @@ def _base(model: Mapping[str, Any]) -> Iterator[str]:
 def _data(dataset: Mapping[str, Any], record: RunRecord) -> str:
     rows = f", {dataset['train_rows']:,} rows" if dataset.get("train_rows") else ""
     digest = f" (SHA-256 of its rows {record.data_sha256[:12]}…)" if record.data_sha256 else ""
-    return f"{dataset.get('name')}{rows}{digest}"
+    return f"{data_name(dataset)}{rows}{digest}"
+
+
+def data_name(dataset: Mapping[str, Any]) -> str | None:
+    """Returns a data set's name; that of the file, folder or hub id of own rows."""
+    path = dataset.get("path")
+    return dataset.get("name") if not path else Path(path).name if own.is_local(path) else path
 
 
 def _steps(run: Path, optim: Mapping[str, Any]) -> str | None:

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs.rows import UNREACHABLE, hub_is_reachable, speaks_of_the_network
 from flatlora.models.hashes import PUT_BACK, differing_part, short_state, weights_sha256
-from flatlora.models.loading import saved_processor
+from flatlora.models.loading import saved_processor, skeleton
 from flatlora.models.processors import load_tokenizer
-from flatlora.models.saved_adapters import base_name, check_adapter, task_errors
+from flatlora.models.saved_adapters import base_name, check_adapter, saved_embeddings, saved_tensors, task_errors
 from flatlora.models.sources import backbone_source
 from flatlora.runs.record import InitialAdapterRecord
 from flatlora.train import checkpoint
@@ -48,6 +48,12 @@ class InitialAdapter:
             *self._name_errors(model),
             *self._token_errors(model, processor),
         ]
+
+    def tokens_of(self, model: ModelConfig) -> ModelConfig:
+        """Returns where the run's tokenizer is: beside the adapter if it has embeddings, which belong to its tokens."""
+        folder = saved_processor(model, self.folder)
+        has_embeddings = saved_embeddings(skeleton(model), saved_tensors(self.folder))
+        return model.at(str(folder)) if folder and has_embeddings else model
 
     def _name_errors(self, model: ModelConfig) -> list[str]:
         if self._can_compare(model) or _is_same(self.base_name, model.hub_id):

@@ -21,7 +21,7 @@ from flatlora.trained.place import resolve_model
 from flatlora.utils.errors import ConfigError
 from run_exp import main
 from tests.conftest import adapter_bytes, run_folder, write_split
-from tests.flatlora.inputs.test_chats import MARKED, learned_reference
+from tests.flatlora.inputs.test_chats import MARKED, PLAIN, learned_reference
 
 REAL = Path(__file__).parents[2].parent / "shared/data"
 CHAT = ["dataset.template=chat", "dataset.system=Think."]
@@ -56,6 +56,12 @@ def conversation(row) -> dict:
     return {"messages": turns("Think.", row["question"], row["answer"])}
 
 
+def as_pair(row, completion_turns: int) -> dict:
+    """The conversation in TRL's columns `prompt` and `completion`."""
+    messages = row["messages"]
+    return {"prompt": messages[:-completion_turns], "completion": messages[-completion_turns:]}
+
+
 @needs_real_rows
 def test_the_same_rows_as_gsm8k_give_the_same_ids(tmp_path, tokenizer):
     rows = real_rows("train", 24)
@@ -72,6 +78,7 @@ def test_the_same_rows_as_gsm8k_give_the_same_ids(tmp_path, tokenizer):
         config(tmp_path / "messages.parquet"),
         config(tmp_path / "columns.jsonl", prompt="{question}", answer="{answer}", system="Think."),
         config(write(tmp_path / "pairs.jsonl", pairs), system="unread"),
+        config(write(tmp_path / "turns.jsonl", [as_pair(conversation(row), 1) for row in rows])),
     ]
     assert {cache.prepared(form, None, tokenizer).sha256 for form in forms} == {expected.sha256}
     for row, one in zip(rows, expected.train, strict=True):
@@ -186,10 +193,55 @@ def test_conversations_have_the_ids_and_the_loss_of_trl(tmp_path, tiny_model_fol
         assert not any(mask[len(ids) :])
 
 
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+def test_a_completion_has_the_ids_and_the_loss_of_trl(tmp_path, tiny_model_folder, template):
+    """Answers in the prompt have no loss; the line break after the completion, which TRL learns, has none either."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.chat_template = template
+    whole = [turns("Add.", f"{i} + 1?", f"{i + 1}", "And 1 more?", f"{i + 2}") for i in range(4)]
+    rows = [as_pair({"messages": messages}, 1) for messages in whole]
+    own = cache.prepared(config(write(tmp_path / "a.jsonl", rows)), None, tokenizer).train
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    assert list(cache.prepared(config(tmp_path / "a.parquet"), None, tokenizer).train) == list(own)
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
+    trainer = trl.SFTTrainer(
+        str(tiny_model_folder), arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    end = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    for row, theirs in zip(own, trainer.train_dataset, strict=True):
+        ids = row["prompt"] + row["answer"]
+        assert "gaps" not in row
+        assert [*ids, *end] == theirs["input_ids"]
+        learned = [i for i, label in zip(theirs["input_ids"], theirs["labels"], strict=True) if label != -100]
+        assert [*row["answer"], *end] == learned
+    as_messages = [{"messages": messages} for messages in whole]
+    assert cache.prepared(config(write(tmp_path / "b.jsonl", as_messages)), None, tokenizer).train[0]["gaps"]
+    several = write(tmp_path / "c.jsonl", [as_pair(row, 3) for row in as_messages])
+    assert cache.prepared(config(several, system="unread"), None, tokenizer).train[0]["gaps"]
+
+
 @pytest.mark.parametrize(
     ("rows", "keys", "messages"),
     [
         ([{"messages": turns(None, "a", "b")}], {"template": None}, ["set dataset.template=chat"]),
+        (
+            [as_pair({"messages": turns(None, "a", "b")}, 1)],
+            {"template": None},
+            ["Invalid dataset.template=null with the columns prompt and completion in .*set dataset.template=chat"],
+        ),
+        (
+            [
+                as_pair({"messages": turns(None, "a", "b")}, 1),
+                {"prompt": turns(None, "a"), "completion": "b"},
+                {"prompt": turns(None, "a", "b"), "completion": turns(None, "c")},
+                {"prompt": turns(None, "a"), "completion": []},
+            ],
+            {},
+            [
+                r"prompt and completion in .*, row 2 \(and 1 more\): completion must be a list of turns",
+                "row 3: it ends with a turn of user",
+            ],
+        ),
         (
             [{"messages": turns(None, "a", "b"), "text": "c"}, {"text": "d"}, {"messages": turns(None, "a")}],
             {},
@@ -270,7 +322,7 @@ def test_a_run_on_chats_is_scored_as_chats_by_every_command(tmp_path, tiny_setti
     own = [str(run), "device=cpu", "rows=benchmark", "max_rows=2", f"out={tmp_path / 'own'}"]
     assert command.main("gsm8k", own) == 0
     assert read_jsonl(tmp_path / "own/predictions.jsonl") == asked
-    for name in ("humaneval", "mt_bench", "custom", "math500"):
+    for name in ("humaneval", "mt_bench", "custom", "math500", "lm_eval"):
         config = BENCHMARKS[name].Config
         known = resolve_model(str(run), benchmark=(name, config)).scored_with
         assert (known["template"], known["system"]) == ("chat", "Think.")

@@ -13,6 +13,7 @@ import trl
 import data
 from data import cache, custom, gsm8k
 from flatlora.inputs.rows import Source, jsonl, read_rows
+from flatlora.trained import card, description
 from flatlora.utils.errors import ConfigError
 from run_exp import main
 from tests.conftest import adapter_bytes, run_folder, write_split
@@ -146,12 +147,33 @@ def test_splits_are_disjoint_and_drawn_by_their_seed(tmp_path):
 
 def test_an_empty_column_is_empty_and_counted(tmp_path, caplog):
     rows = [{"q": "a", "hint": None, "a": 7}, {"q": "b", "a": 8}, {"q": "c", "hint": "h", "a": None}]
+    rows.append({"q": "d", "hint": "", "a": 0})
     with caplog.at_level(logging.WARNING):
         train, _, _ = load(write(tmp_path / "a.jsonl", rows), prompt="{q} {hint}:", answer="{a}")
-    assert [(row["x"], row["y"]) for row in train] == [("a :", "7"), ("b :", "8")]
-    assert "2 of 3 rows have no hint; it is empty there" in caplog.text
-    assert "1 of 3 rows have no answer and are left out" in caplog.text
+    assert [(row["x"], row["y"]) for row in train] == [("a :", "7"), ("b :", "8"), ("d :", "0")]
+    assert "3 of 4 rows have no hint; it is empty there" in caplog.text
+    assert "1 of 4 rows have no answer and are left out" in caplog.text
     assert "have no a;" not in caplog.text  # a row that is left out is counted once
+
+
+def test_a_dry_run_and_a_card_name_the_file(tmp_path, capsys):
+    path = write(tmp_path / "tickets.csv", ROWS)
+    words = [
+        "dataset=custom",
+        f"dataset.path={path}",
+        'dataset.prompt="Q: {question}\\nA:"',
+        'dataset.answer="{answer}"',
+    ]
+    assert main([*words, "dry_run=true"]) == 0
+    described = "".join(capsys.readouterr().out.split())
+    assert f"custom:{path}(train)" in described
+    assert "fromhub" not in described
+    settings = config(path, prompt="Q: {question}\\nA:", answer="{answer}").model_dump()
+    assert description.data_name(settings) == "tickets.csv"
+    assert card._datasets(settings) is None
+    assert card._datasets(settings | {"path": "owner/name"}) == ["owner/name"]
+    assert card._form(settings) == "Q: {question}\nA:"
+    assert "'content': 'Q: {question}\\nA:'" in card._form(settings | {"template": "chat"})
 
 
 def test_classes_are_words_or_numbers_of_given_words(tmp_path):

@@ -130,7 +130,7 @@ TASKS = ["own_choice", "own_words"]
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_scores_are_lm_evals(tiny_model_folder, own, tmp_path, chat):
-    words = [f"tasks=[{','.join(TASKS)}]", f"include_path={own}", "num_fewshot=2", f"apply_chat_template={chat}"]
+    words = [f"tasks=[{','.join(TASKS)}]", f"include_path={own}", "num_fewshot=2", *["template=chat"][: int(chat)]]
     assert main("lm_eval", [str(tiny_model_folder), *words, "device=cpu", f"out={tmp_path / 'answers'}"]) == 0
     score = score_of(tmp_path / "answers")
     results = lm_eval.simple_evaluate(
@@ -272,17 +272,37 @@ def test_data_root_is_read_in_place_of_the_hub(own, tmp_path, tiny_model_folder)
     assert scores[0] == scores[1]
 
 
-def test_a_model_without_a_chat_template_is_an_error(tiny_model_folder, tmp_path, own):
-    from flatlora.models.loading import model_of
-
+def test_a_model_without_a_chat_template_is_an_error(tiny_model_folder, tmp_path, own, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
-    settings = benchmark.Config(tasks=["own_choice"], include_path=str(own), apply_chat_template=True)
-    with pytest.raises(ConfigError, match="has no chat template"):
-        benchmark.check_settings(settings, model_of(str(tmp_path)))
-    benchmark.check_settings(settings, model_of(str(tiny_model_folder)))
+    words = ["tasks=[own_choice]", f"include_path={own}", "device=cpu", "template=chat"]
+    assert main("lm_eval", [str(tmp_path), *words]) == 2
+    assert f"Invalid template=chat: the tokenizer of {tmp_path} has no chat template" in capsys.readouterr().err
+
+
+def test_a_run_on_chats_is_asked_in_chats_unless_told_otherwise(tiny_settings, own, tmp_path, capsys):
+    words = [word for word in tiny_settings if word != "eval=[]"]
+    words += ["eval=[lm_eval]", f"eval.lm_eval.include_path={own}", "eval.lm_eval.tasks=[own_choice]"]
+    words += ["trainer.max_steps=1", "eval.lm_eval.max_rows=2", "dataset.template=chat", "dataset.system=Think."]
+    assert run_exp.main([*words, "eval.lm_eval.template=null"]) == 2
+    assert "set eval.lm_eval.template=chat, or eval.lm_eval.system=null" in capsys.readouterr().err
+    assert run_exp.main(words) == 0
+    folder = run_folder(words)
+
+    def asked(name):
+        return [row["prompt"] for row in read_jsonl(folder / name / "predictions.jsonl")]
+
+    chats = asked("eval/lm_eval")
+    assert all(prompt.startswith("<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n") for prompt in chats)
+    record = json.loads((folder / "eval/lm_eval/generation.json").read_text())
+    assert (record["template"], record["system"]) == ("chat", "Think.")
+    before = (folder / "eval/lm_eval/predictions.jsonl").read_bytes()
+    assert main("lm_eval", [str(folder), "device=cpu", "template=chat"]) == 0  # as the run: the same answers
+    assert main("lm_eval", [str(folder), "device=cpu", "template=null"]) == 0
+    assert (folder / "eval/lm_eval/predictions.jsonl").read_bytes() == before
+    assert all(prompt.startswith("Question: ") for prompt in asked("eval/lm_eval-template=None"))
 
 
 def asker(model, tokenizer, **options):

@@ -24,7 +24,7 @@ from flatlora.config.settings import setting
 from flatlora.config.types import FolderPath
 from flatlora.methods.base import ADAPTERS, AdapterMethod, Start
 from flatlora.models.fit import is_text_classifier
-from flatlora.models.initial_adapters import load_initial_adapter
+from flatlora.models.initial_adapters import add_whole_layers, load_initial_adapter
 from flatlora.utils.errors import ConfigError, SettingError, nearest
 
 _EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as in the published find_all_linear_modules
@@ -136,6 +136,8 @@ class LowRank(AdapterMethod):
         return rank, f"{rank_setting(config)}: it needs {rank} directions of a layer"
 
     def apply(self, model: nn.Module, config: LowRankConfig, start: Start) -> nn.Module:
+        if start.init_from is not None:
+            add_whole_layers(model, start.init_from)
         self.check(model, config)
         with seeded(start.seed, model):  # A depends only on the seed, not on earlier draws
             adapted = get_peft_model(model, self.peft_config(model, config))

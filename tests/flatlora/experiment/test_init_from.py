@@ -151,7 +151,6 @@ def test_all_differences_are_named_before_weights_are_loaded(refused, adapter, t
     ("made", "settings", "message"),
     [
         ({"use_dora": True}, [], "it is an adapter of dora, and this run trains one of lora; set peft=dora"),
-        ({"modules_to_save": ["embed_tokens"]}, [], "it holds whole trained layers, such as resized embeddings"),
         pytest.param(
             {"init_lora_weights": "pissa"}, [], "init_lora_weights=pissa in its adapter_config", marks=pytest.mark.extra
         ),
@@ -162,6 +161,83 @@ def test_all_differences_are_named_before_weights_are_loaded(refused, adapter, t
 )
 def test_adapters_of_another_kind_are_refused(made, settings, message, refused, adapter):
     assert message in refused(f"peft.init_from={adapter(**made)}", *settings)
+
+
+def test_a_whole_layer_that_the_config_does_not_name_is_refused(refused, adapter):
+    source = adapter(modules_to_save=["norm"])
+    path = source / "adapter_config.json"
+    path.write_text(path.read_text().replace('"norm"', '"other"'))
+    assert "it holds whole trained layers, such as resized embeddings or modules_to_save" in refused(
+        f"peft.init_from={source}"
+    )
+
+
+def whole_layers(base, folder, added=0, **settings):
+    """An adapter of plain PEFT with trained layers, or embeddings of `added` more tokens, in its file."""
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    tokenizer.add_tokens([f"<new{number}>" for number in range(added)])
+    if added:
+        model.resize_token_embeddings(len(tokenizer))
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM", **settings)
+    )
+    nudge(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("added", "trained"),
+    [
+        pytest.param(0, ["lm_head", "norm"], marks=pytest.mark.extra, id="trained"),
+        pytest.param(3, None, id="added"),
+        pytest.param(3, ["embed_tokens", "lm_head"], marks=pytest.mark.extra, id="both"),
+    ],
+)
+def test_whole_layers_and_added_tokens_go_on(added, trained, tiny_settings, tiny_model_folder, tmp_path, monkeypatch):
+    source = whole_layers(tiny_model_folder, tmp_path / "source", added, modules_to_save=trained)
+    before = load_file(source / "adapter_model.safetensors")
+    settings = [*tiny_settings, "trainer.max_steps=3", "trainer.save_steps=2", "optim.warmup_ratio=0"]
+    settings += [f"peft.init_from={source}", "rho=flat_constant", "rho.sigma=0.05"]
+    with monkeypatch.context() as patch:
+        die_at(2, patch)
+        with pytest.raises(Killed):
+            run_exp.main(named(settings, "killed"))
+    assert run_exp.main(named(settings, "killed", "resume=true")) == 0
+    given = {}
+
+    def train(experiment, model, processor, rows, validation, collate, *args, original=training.train, **kwargs):
+        given.update(batch=collate(list(rows)), processor=processor, model=model)
+        given["loss"] = loss_of(model.eval(), given["batch"])
+        return original(experiment, model.train(), processor, rows, validation, collate, *args, **kwargs)
+
+    monkeypatch.setattr(training, "train", train)
+    assert run_exp.main(named(settings, "whole")) == 0
+    whole = folder_of(tmp_path, "whole")
+    assert (whole / "adapter/adapter_model.safetensors").read_bytes() == (
+        folder_of(tmp_path, "killed") / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+    config = model_config(tiny_model_folder)
+    loaded, tokenizer, _ = load_for_inference(str(source), config, CPU)
+    assert given["loss"] == pytest.approx(loss_of(loaded, given["batch"]), rel=1e-5)
+    assert given["processor"].get_vocab() == tokenizer.get_vocab()
+    record = json.loads((whole / "run.json").read_text())
+    assert record["backbone_sha256"]["before"] == record["backbone_sha256"]["after"]
+    after = load_file(whole / "adapter/adapter_model.safetensors")
+    wrappers = ("modules_to_save", "original_module")  # whose tensors PEFT writes too, if embeddings were resized
+    assert after.keys() == {name for name in before if not any(part in name for part in wrappers)}
+    for name in after:  # of whole layers: those of added tokens are frozen
+        if "lora_" not in name:
+            assert torch.equal(before[name], after[name]) == (trained is None)
+    scored, tokenizer, _ = load_for_inference(str(whole / "adapter"), config, CPU)
+    assert len(tokenizer) == len(AutoTokenizer.from_pretrained(tiny_model_folder)) + added
+    assert loss_of(scored, given["batch"]) == pytest.approx(loss_of(given["model"].eval(), given["batch"]), rel=1e-5)
+
+
+def loss_of(model, batch) -> float:
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if key != "rows"}).loss.item()
 
 
 def test_another_base_or_tokenizer_is_refused(refused, adapter, tiny_model_folder, tmp_path):

@@ -92,6 +92,26 @@ def test_marks_give_the_mask_of_transformers(tokenizer, messages):
     assert not any(theirs["assistant_masks"][count:])
 
 
+@pytest.mark.parametrize("template", [THINKS, MARKED], ids=["thinks", "marked"])
+def test_answers_of_the_context_are_not_learned(tokenizer, template):
+    """A template that leaves out the thinking part of earlier answers is clear then, too."""
+    tokenizer.chat_template = template
+    messages = [{**turn, "thinking": ""} for turn in turns(None, "2 + 3?", "5", "4 + 4?", "8")]
+    (found,) = ChatEncoder(tokenizer).learned([Chat(messages, context_turns=3)])
+    learned = [i for i, new in zip(found.ids, found.has_loss, strict=True) if new]
+    assert tokenizer.decode(learned) == ("<think></think>" if template == THINKS else "") + "8<|im_end|>"
+    assert found.has_loss[-len(learned) :] == [True] * len(learned)
+    if template == THINKS:
+        (unclear,) = ChatEncoder(tokenizer).learned([Chat(messages)])
+        assert "turn 2 is rendered in another way" in unclear
+
+
+def test_a_context_that_is_rendered_in_another_way_is_an_error(tokenizer):
+    tokenizer.chat_template = "{% if messages | length > 3 %}Long. {% endif %}" + MARKED
+    (unclear,) = ChatEncoder(tokenizer).learned([Chat(turns(None, *"abcdef"), context_turns=3)])
+    assert "renders the turns before the completion in another way" in unclear
+
+
 def test_a_whole_conversation_is_learned(tokenizer):
     (found,) = ChatEncoder(tokenizer).learned([Chat(CHATS[0])], whole=True)
     assert found.ids == tokenizer.apply_chat_template(CHATS[0], return_dict=True)["input_ids"]
