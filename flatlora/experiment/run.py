@@ -274,7 +274,8 @@ def _model(
     experiment: Experiment, inputs: Inputs, classes: Classes | None, start: methods.Start, record: RunRecord
 ) -> nn.Module:
     """Loads the backbone and returns the model to train; notes its kernels, sizes and hash in `record`."""
-    backbone = loading.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast)
+    shards = distributed.world_size() if experiment.trainer.fsdp else 1
+    backbone = loading.load_backbone(experiment.model, inputs.device, classes, experiment.trainer.autocast, shards)
     model = methods.ADAPTERS[experiment.peft.method].apply(backbone, experiment.peft, start)
     if experiment.regularized:
         methods.REGULARIZERS[experiment.rho.method].prepare(model, experiment.rho, experiment.seed)

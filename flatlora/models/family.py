@@ -36,12 +36,14 @@ class LoadOptions:
         classes: the classes of a classifier.
         dtype: dtype of the weights; None keeps the model's own.
         autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
+        shards: number of processes that share the weights, as trainer.fsdp has it; each reads its rows alone.
     """
 
     device: torch.device
     classes: Classes | None = None
     dtype: str | None = None
     autocast: str = "auto"
+    shards: int = 1
 
 
 LOSS_SCALE = "loss_scale"  # input of a captured micro-step: a factor of the model's loss

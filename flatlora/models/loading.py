@@ -81,7 +81,11 @@ def check_weights(config: ModelConfig, device: torch.device) -> None:
 
 
 def load_backbone(
-    config: ModelConfig, device: torch.device, classes: Classes | None = None, autocast: str = "auto"
+    config: ModelConfig,
+    device: torch.device,
+    classes: Classes | None = None,
+    autocast: str = "auto",
+    shards: int = 1,
 ) -> nn.Module:
     """Loads the frozen backbone onto `device` in `config.dtype`.
 
@@ -90,11 +94,13 @@ def load_backbone(
     Args:
         classes: the classes of a CLIP classifier.
         autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
+        shards: number of processes that share the weights, as trainer.fsdp has it.
 
     Raises:
         ConfigError: the weights cannot be loaded; with a suggested fix.
     """
-    return FAMILIES[config.family].load_backbone(config, LoadOptions(device, classes, autocast=autocast))
+    options = LoadOptions(device, classes, autocast=autocast, shards=shards)
+    return FAMILIES[config.family].load_backbone(config, options)
 
 
 def backbone_state(config: ModelConfig) -> str:
