@@ -269,6 +269,8 @@ def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
             f"Invalid optim.optimizer={optim.optimizer} with trainer={trainer.name}: ZeRO keeps FP32 masters and "
             "moments, a share in each process; use optim.optimizer=adamw, or trainer=ddp.",
         )
+    if trainer.fsdp:
+        yield from _fsdp_errors(experiment)
     if trainer.gpus is not None and trainer.launch == "single" and trainer.gpus > 1:
         yield SettingError(
             ("trainer.gpus", "trainer.launch"),
@@ -278,6 +280,35 @@ def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
         yield SettingError(
             ("resume", "overwrite"),
             "Invalid resume=true with overwrite=true: one continues the run, the other deletes it; choose one.",
+        )
+
+
+def _fsdp_errors(experiment: Experiment) -> Iterable[SettingError]:
+    """Errors about choices that do not support a backbone whose rows are split among the processes."""
+    model, trainer, head = experiment.model, experiment.trainer, f"Invalid trainer={experiment.trainer.name} with"
+    if trainer.zero:
+        yield SettingError(
+            ("trainer.fsdp", "trainer.zero"),
+            f"Invalid trainer.fsdp=true with trainer.zero={trainer.zero}: each shards in its own way; choose one.",
+        )
+    if model.family != "causal_lm":
+        yield SettingError(
+            ("trainer.fsdp", "model.family"),
+            f"{head} model={model.name} ({model.family}): only decoder-only language models are sharded; use "
+            "trainer=ddp.",
+        )
+    if model.quantize != "none":
+        yield SettingError(
+            ("trainer.fsdp", "model.quantize"),
+            f"{head} model.quantize={model.quantize}: packed weights have no rows that could be split; use "
+            "model.quantize=none, or trainer=ddp.",
+        )
+    if experiment.eval:
+        names = ",".join(experiment.eval)
+        yield SettingError(
+            ("trainer.fsdp", "eval"),
+            f"{head} eval=[{names}]: one process scores, and it has only its share of the weights; set eval=[], and "
+            f"score the finished run with python -m eval.{next(iter(experiment.eval))} RUN_FOLDER.",
         )
 
 

@@ -282,6 +282,7 @@ class TrainerConfig(Section):
     zero: Literal[0, 2] = setting(
         0, identity=False, remedy="2 shares gradients and optimizer among processes, by DeepSpeed"
     )
+    fsdp: bool = setting(False, identity=False)  # shards the frozen backbone over the processes, by PyTorch's FSDP2
     offload: bool = setting(False, identity=False)  # with zero: keep the optimizer state in host memory
     timeout_s: int = setting(
         1800,

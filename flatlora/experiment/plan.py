@@ -150,8 +150,8 @@ def refusals(experiment: Experiment) -> list[str]:
         unplanned.append((f"peft={peft.name}", reason))
     if experiment.regularized and not experiment.flat:
         unplanned.append((f"rho={rho.name}", "plans are for off and flat"))
-    if experiment.trainer.zero:
-        reason = "ZeRO's parts of the moments are not planned; trainer=ddp needs a little more"
+    if experiment.trainer.zero or experiment.trainer.fsdp:
+        reason = "parts of weights or moments are not planned; trainer=ddp has all of them on each GPU"
         unplanned.append((f"trainer={experiment.trainer.name}", reason))
     remedy = "leave plan out, and run trainer.max_steps=3: run.json then has the peak in `memory`"
     return [f"Invalid {setting} with plan=true: {reason}; {remedy}." for setting, reason in unplanned]

@@ -120,6 +120,9 @@ def _check_model(experiment: Experiment, device: torch.device, initial: InitialA
             fit.packing_errors(experiment.model, skeleton, reads_weights=_reads_weights(experiment)),
         ),
         lambda: _raise_if(_position_errors(experiment, skeleton)),
+        lambda: _raise_if(
+            fit.sharding_errors(experiment.model, skeleton) if experiment.trainer.fsdp else [],
+        ),
     )
     _raise_if(_peft_errors(experiment, skeleton))
     return skeleton

@@ -279,9 +279,9 @@ def _model(
     experiment: Experiment, inputs: Inputs, classes: Classes | None, start: methods.Start, record: RunRecord
 ) -> nn.Module:
     """Loads the backbone and returns the model to train; notes its kernels, sizes and hash in `record`."""
-    backbone = loading.load_backbone(
-        experiment.model, inputs.device, classes, experiment.trainer.autocast, experiment.seed
-    )
+    shards = distributed.world_size() if experiment.trainer.fsdp else 1
+    options = {"autocast": experiment.trainer.autocast, "head_seed": experiment.seed, "shards": shards}
+    backbone = loading.load_backbone(experiment.model, inputs.device, classes, **options)
     model = methods.ADAPTERS[experiment.peft.method].apply(backbone, experiment.peft, start)
     if experiment.regularized:
         methods.REGULARIZERS[experiment.rho.method].prepare(model, experiment.rho, experiment.seed)

@@ -18,6 +18,8 @@ from flatlora.models.family import FAMILIES
 from flatlora.utils.errors import SettingError
 from flatlora.utils.registry import Registry
 
+_NOT_SHARDED = "this method is built for whole weights and gradients in each process"
+
 
 def _no_batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
     raise RuntimeError(f"The initial adapter needs {count} batches, but Start(batches=...) was not given.")
@@ -77,6 +79,7 @@ class AdapterMethod:
     adds_loss: ClassVar[bool] = False  # to that of each micro-batch, whose number it must know
     needs_dense: ClassVar[bool] = False  # computes with, moves or trains W, so the backbone must not be packed
     not_of_diffusion: ClassVar[str | None] = None  # why it does not support diffusion models
+    not_sharded: ClassVar[str | None] = _NOT_SHARDED  # why it does not support trainer=fsdp; None if it does
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         """Errors about choices of the experiment that are incompatible with this method."""
@@ -103,6 +106,8 @@ class AdapterMethod:
             )
         if self.reads_gradients and experiment.trainer.zero:
             yield _zero_error("peft", peft.name, experiment)
+        if self.not_sharded and experiment.trainer.fsdp:
+            yield _fsdp_error("peft", peft.name, self.not_sharded, experiment)
         if model.head != "linear":  # a trained head is updated by AdamW
             for key in self.unread_optim_keys(peft):
                 if getattr(optim, key) != type(optim).model_fields[key].get_default():
@@ -233,11 +238,14 @@ class RhoMethod:
     strength: ClassVar[Strength | None] = None  # None: any value is as good as another
     needs_plain_layers: ClassVar[bool] = False  # PEFT's and transformers' own code, whatever trainer.kernels says
     reads_gradients: ClassVar[bool] = False  # as `AdapterMethod.reads_gradients`
+    not_sharded: ClassVar[str | None] = _NOT_SHARDED  # as `AdapterMethod.not_sharded`
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         """Errors about choices of the experiment that are incompatible with this regularizer."""
         if self.reads_gradients and experiment.regularized and experiment.trainer.zero:
             yield _zero_error("rho", experiment.rho.name, experiment)
+        if self.not_sharded and experiment.regularized and experiment.trainer.fsdp:
+            yield _fsdp_error("rho", experiment.rho.name, self.not_sharded, experiment)
 
     def strength_of(self, config: RhoConfig) -> Strength | None:
         """What `config.sigma` is; options of one method may differ."""
@@ -275,7 +283,7 @@ def refusal(peft_method: str, rho_method: str) -> str | None:
 def uses_kernels(experiment: Experiment) -> bool:
     """Whether the fast layers and steps of `flatlora.fused` may take part in the training."""
     plain = experiment.regularized and REGULARIZERS[experiment.rho.method].needs_plain_layers
-    return experiment.trainer.kernels == "auto" and not plain
+    return experiment.trainer.kernels == "auto" and not (plain or experiment.trainer.fsdp)
 
 
 def combination_errors(experiment: Experiment) -> list[SettingError]:
@@ -291,4 +299,12 @@ def _zero_error(section: str, name: str, experiment: Experiment) -> SettingError
         (section, f"{section}.method", "trainer", "trainer.zero"),
         f"Invalid trainer={experiment.trainer.name} with {section}={name}: this method reads the whole gradient of "
         "each parameter before the optimizer step, but ZeRO keeps only a part in each process; use trainer=ddp.",
+    )
+
+
+def _fsdp_error(section: str, name: str, reason: str, experiment: Experiment) -> SettingError:
+    return SettingError(
+        (section, f"{section}.method", "trainer", "trainer.fsdp"),
+        f"Invalid trainer={experiment.trainer.name} with {section}={name}: {reason}, of which FSDP2 leaves each "
+        "process a part; use trainer=ddp.",
     )

@@ -37,6 +37,7 @@ class LoadOptions:
         dtype: dtype of the weights; None keeps the model's own.
         autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
         head_seed: seed of a text classifier's head, which is drawn; None: the files hold it.
+        shards: number of processes that share the weights, as trainer.fsdp has it; each reads its rows alone.
     """
 
     device: torch.device
@@ -44,6 +45,7 @@ class LoadOptions:
     dtype: str | None = None
     autocast: str = "auto"
     head_seed: int | None = None
+    shards: int = 1
 
 
 LOSS_SCALE = "loss_scale"  # input of a captured micro-step: a factor of the model's loss

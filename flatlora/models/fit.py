@@ -53,6 +53,17 @@ def packing_errors(config: ModelConfig, skeleton: nn.Module, *, reads_weights: s
     ]
 
 
+def sharding_errors(config: ModelConfig, skeleton: nn.Module) -> list[str]:
+    """Returns errors for a model whose decoder layers transformers cannot shard one by one, or that is packed."""
+    head = f"Invalid trainer.fsdp=true with {config.hub_setting}={config.hub_id}"
+    if packing := packing_of(skeleton.config):
+        return [f"{head}: its weights are packed ({packing}); name the model in float32 or bfloat16."]
+    names = {re.sub(r"\d+", "*", name) for name, _ in skeleton.named_modules()}
+    if not any("*" in key and key in names for key in skeleton.fsdp_plan or {}):
+        return [f"{head}: transformers has no plan for its layers ({type(skeleton).__name__}); use trainer=ddp."]
+    return []
+
+
 def position_errors(config: ModelConfig, skeleton: nn.Module, max_length: int) -> list[str]:
     """Returns errors for rows that may be longer than a model's table of position embeddings."""
     tables = position_tables(skeleton)

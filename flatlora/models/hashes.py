@@ -18,6 +18,7 @@ from torch import nn
 from flatlora.perturb.layers import is_adapters, plain_name
 from flatlora.utils.plain_files import file_sha256
 from flatlora.utils.precision import as_stored
+from flatlora.utils.shards import is_sharded
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _PART_FILES = (*_WEIGHT_FILES, "*.json", "*.txt", "*.model")  # of a pipeline: settings count too
@@ -36,7 +37,8 @@ def backbone_sha256(model: nn.Module, definition: str = TENSOR_HASH) -> str | No
 
     Names are those without PEFT, and frozen parameters of the adapter (A in LoRA-FA) are left out, so that the hash
     does not depend on the adapter. A weight held in a wider dtype is hashed in its stored dtype, so that the hash is
-    the same on every machine.
+    the same on every machine. If weights are sharded, all processes must call this together; each gets the hash of the
+    whole ones.
     """
     parameters = ((plain_name(name), p) for name, p in model.named_parameters() if not p.requires_grad)
     frozen = {name: p for name, p in parameters if not is_adapters(name)}
@@ -152,7 +154,9 @@ def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # the threads below copy on the default stream
     names, lines, digest = sorted(tensors), [], hashlib.sha256()
-    ahead = 2 * _threads()  # narrow copies that `as_stored` makes are few at a time
+    ahead = 2 * _threads()  # copies that `as_stored` makes, narrow or gathered, are few at a time
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        ahead = min(ahead, 4)  # on a GPU
     with ThreadPoolExecutor(_threads()) as pool:
         for number, name in enumerate(names):
             if number >= ahead:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from flatlora.config.sections import ModelConfig
@@ -55,18 +56,23 @@ class TransformersFamily(Family):
     def commit(self, config: ModelConfig) -> str | None:
         return described(config)._commit_hash
 
-    def read(self, config: ModelConfig, device: torch.device, *, onto_cpu: bool = False, **settings: Any) -> nn.Module:
+    def read(
+        self, config: ModelConfig, device: torch.device, *, onto_cpu: bool = False, shards: int = 1, **settings: Any
+    ) -> nn.Module:
         """Loads the model onto `device`, without a copy on the CPU; attention is chosen for `device`.
 
         Args:
             onto_cpu: whether weights that are not quantized are loaded onto the CPU.
+            shards: number of processes that share the weights; each reads only its rows of the files.
             settings: keyword arguments of `load_whole`.
         """
         known = self.described(config)
         source, options = source_and_options(config)
         if config.quantize != "none":
             options |= {"quantization_config": quantization(config)}
-        if config.quantize != "none" or packing_of(known) or not (onto_cpu or device.type == "cpu"):
+        if shards > 1:
+            options |= {"distributed_config": DistributedConfig(fsdp_size=shards)}
+        elif config.quantize != "none" or packing_of(known) or not (onto_cpu or device.type == "cpu"):
             options |= {"device_map": {"": device}}
         model = load_whole(
             config,
@@ -78,6 +84,9 @@ class TransformersFamily(Family):
             **options,
             **settings,
         )
+        if shards > 1:
+            # With these, PEFT gathers the backbone when it saves an adapter, and Trainer refuses to save checkpoints.
+            model._tp_size, model._is_distributed_loading_by_transformers = None, False
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # On such a CPU bitsandbytes repacks W in its first evaluation; code that dequantizes W, such as
@@ -98,7 +107,7 @@ class LanguageModel(TransformersFamily):
             return self.auto.from_config(known, **NO_FOREIGN_CODE)
 
     def load(self, config: ModelConfig, options: LoadOptions) -> nn.Module:
-        return self.read(config, options.device)
+        return self.read(config, options.device, shards=options.shards)
 
     def outline(self, config: ModelConfig) -> nn.Module:
         """Returns the model on the meta device, after checking that its files hold exactly its tensors.

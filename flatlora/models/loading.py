@@ -87,6 +87,7 @@ def load_backbone(
     classes: Classes | None = None,
     autocast: str = "auto",
     head_seed: int | None = None,
+    shards: int = 1,
 ) -> nn.Module:
     """Loads the frozen backbone onto `device` in `config.dtype`.
 
@@ -96,11 +97,12 @@ def load_backbone(
         classes: the classes of a classifier.
         autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
         head_seed: see `LoadOptions`.
+        shards: number of processes that share the weights, as trainer.fsdp has it.
 
     Raises:
         ConfigError: the weights cannot be loaded; with a suggested fix.
     """
-    options = LoadOptions(device, classes, autocast=autocast, head_seed=head_seed)
+    options = LoadOptions(device, classes, autocast=autocast, head_seed=head_seed, shards=shards)
     return FAMILIES[config.family].load_backbone(config, options)
 
 

@@ -27,6 +27,7 @@ from flatlora.utils.console import console
 from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.files import cache_folder
 from flatlora.utils.plain_files import irregular_files
+from flatlora.utils.shards import share
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _incomplete(report: Mapping[str, Any]) -> list[str]:
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Returns one message that lists the floating-point tensors with NaN or infinity; empty if all are finite."""
-    names = [name for name, tensor in tensors.items() if tensor.dtype in _PLAIN and not _is_finite(tensor)]
+    names = [name for name, tensor in tensors.items() if tensor.dtype in _PLAIN and not _is_finite(share(tensor))]
     return [f"{in_short(names)} with NaN or infinity"] if names else []
 
 

@@ -3,7 +3,7 @@
     c_i = σ_t/√n · ‖W'_i‖ (paper section 3.3; the ablations leave out 1/√n or the row),   out = round(W + c_i z_ij)
 
 `HostEpsilon` works layer by layer with noise/host.py; `DeviceEpsilon` uses noise/triton_kernels.py, with one launch for
-all layers of a model. Both draw the same stream of normals.
+all layers of a model. Both draw the same stream of normals. `ShardedEpsilon` uses either for weights that FSDP2 shards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -68,9 +68,73 @@ class Epsilon(Protocol):
         ...
 
 
-def epsilon_of(layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> Epsilon:
-    """The implementation for the device of the layers, which must be on one device."""
+def epsilon_of(
+    layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]], shares: Sequence[torch.Tensor] | None = None
+) -> Epsilon:
+    """The implementation for the device of the layers, which must be on one device.
+
+    Args:
+        shares: this process's rows of each W, if the layers are sharded.
+    """
+    if shares is not None:
+        return ShardedEpsilon(layers, keys, shares)
     return HostEpsilon(layers) if layers[0].weight.is_cpu else DeviceEpsilon(layers, keys)
+
+
+class ShardedEpsilon:
+    """ε of layers whose rows FSDP2 has split among the processes, with the bits that one process would draw.
+
+    Each process computes c of its own rows, and the processes tell each other. `write` is for the process's own rows,
+    `materialize` for a whole weight that FSDP2 has gathered.
+
+    Args:
+        shares: W of the process's rows of each layer, as matrices.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[PerturbedLayer],
+        keys: Sequence[tuple[int, int]],
+        shares: Sequence[torch.Tensor],
+    ) -> None:
+        self._own = [layer.own_rows(rows) for layer, rows in zip(layers, shares, strict=True)]
+        self._held = [i for i, rows in enumerate(shares) if len(rows)]  # a small layer may have rows for few processes
+        self._of_own = epsilon_of([self._own[i] for i in self._held], [keys[i] for i in self._held])
+        self._of_whole = epsilon_of(layers, keys)
+        self._group = layers[0].weight.device_mesh.get_group()
+        self._rows = [layer.shape[0] for layer in layers]
+        self._device = layers[0].weight.device
+
+    def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
+        c = torch.zeros(sum(self._rows), device=self._device)
+        own = self._of_own.coefficients(sigma, scale=scale, fan_in=fan_in)
+        for mine, each in zip(self._own_parts(c.split(self._rows)), own, strict=True):
+            mine.copy_(each)
+        torch.distributed.all_reduce(c, group=self._group)  # exact: all but one of the terms are 0
+        return self.restore(c.split(self._rows))
+
+    def restore(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        self._of_own.restore(self._own_parts(coefficients))
+        return self._of_whole.restore(coefficients)
+
+    def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
+        parts = self._own_parts([draw.c for draw in draws])
+        own = [replace(draws[i], c=c) for i, c in zip(self._held, parts, strict=True)]
+        self._of_own.write(own, [outs[i] for i in self._held], sign)
+
+    def set_counter(self, draws: Sequence[Draw]) -> None:
+        self._of_whole.set_counter(draws)
+
+    def materialize(self, index: int, draw: Draw) -> torch.Tensor:
+        return self._of_whole.materialize(index, draw)
+
+    def check(self) -> None:
+        self._of_own.check()
+
+    def _own_parts(self, coefficients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Views of the elements that belong to this process's rows, of the layers that it holds rows of."""
+        firsts = [(coefficients[i], self._own[i].first_row, self._own[i].shape[0]) for i in self._held]
+        return [c[first : first + count] for c, first, count in firsts]
 
 
 class HostEpsilon:
@@ -95,7 +159,7 @@ class HostEpsilon:
     def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
         def write(layer: PerturbedLayer, draw: Draw, out: torch.Tensor) -> None:
             weight, stored = layer.as_rows(layer.dense()), layer.stored_dtype
-            write_perturbed(weight, draw, layer.as_rows(out), sign=sign, stored=stored)
+            write_perturbed(weight, draw, layer.as_rows(out), sign=sign, stored=stored, first_row=layer.first_row)
 
         host.share([functools.partial(write, *each) for each in zip(self.layers, draws, outs, strict=True)])
 
@@ -197,6 +261,7 @@ class DeviceEpsilon:
                 [layer.as_rows(out) for layer, out in zip(layers, outs, strict=True)],
                 self._c if len(layers) == len(self.layers) else c[indices[0]],
                 [self.keys[i] for i in indices],
+                rows=[layer.first_row for layer in layers],
                 counter=self._counter,
             )
         return self._passes[address]
@@ -290,22 +355,24 @@ def write_perturbed(
     *,
     sign: float = 1.0,
     stored: torch.dtype | None = None,
+    first_row: int = 0,
 ) -> None:
     """Writes out = round(W + sign · c_i z_ij); W and out are m × n with the same floating dtype, and out may be W.
 
-    The sum is computed in FP32 (FP64 for an FP64 weight) and rounded once, to `stored` (the weight's dtype if None).
+    W may be a slice of a layer's rows, from `first_row` on. The sum is computed in FP32 (FP64 for an FP64 weight) and
+    rounded once, to `stored` (the weight's dtype if None).
     """
     rows, columns = weight.shape
     rounded = stored == torch.bfloat16 and weight.dtype == torch.float32
     if host.supports(weight, out) and (rounded or stored in (None, weight.dtype)):
-        host.add_normal(weight, sign * draw.c, out, draw.key, draw.step, draw.stream, rounded=rounded)
+        host.add_normal(weight, sign * draw.c, out, draw.key, draw.step, draw.stream, row=first_row, rounded=rounded)
         return
     scratch = scratch or _Scratch()
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     c = (sign * draw.c).to(wide)
     for start, stop in torch_passes.row_chunks(rows, columns, _CHUNK_ELEMENTS):
         z = scratch.get("noise", (stop - start, columns), torch.float32, torch.device("cpu"))
-        host.fill_normal(z, draw.key, draw.step, draw.stream, row=start)
+        host.fill_normal(z, draw.key, draw.step, draw.stream, row=first_row + start)
         total = scratch.get("sum", (stop - start, columns), wide, weight.device)
         total.copy_(weight[start:stop])
         total.addcmul_(z.to(weight.device, wide), c[start:stop, None])

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import stored_dtype
+from flatlora.utils.shards import first_row, is_sharded, share, whole
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class PerturbedLayer:
         tied_to: names of modules that have the same parameter, such as the embedding of a tied head. They read W, which
             mode=inplace cannot give them.
         multiplies: whether W' = W ⊙ (1 + Σ s·B·A), as in HiRA, whose branch reads W besides the layer's own forward.
+        first_row: index of the first row in the whole layer, for a process's share of a sharded one; see `own_rows`.
     """
 
     name: str
@@ -62,6 +64,7 @@ class PerturbedLayer:
     readers: Sequence[nn.Module] = ()
     tied_to: Sequence[str] = ()
     multiplies: bool = False
+    first_row: int = 0
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
@@ -115,9 +118,37 @@ class PerturbedLayer:
         """Why the module's parameter is not the whole W on a device; None if it is."""
         if self.weight.is_meta:
             return "offloaded: it is on its device only during a forward pass"
-        if isinstance(self.weight, DTensor) or not self.weight.numel():
+        if (isinstance(self.weight, DTensor) and not self.sharded) or not self.weight.numel():
             return "sharded: this process holds only a part of it"
         return None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 has split the rows of W among the processes; it gathers them for a pass through the layer."""
+        return is_sharded(self.weight) and not isinstance(self.module, Conv1D)  # whose rows are columns
+
+    def own_rows(self, rows: torch.Tensor) -> PerturbedLayer:
+        """This process's share of a sharded layer, as a layer with the same adapter.
+
+        Args:
+            rows: W of the share, as a matrix; see `share_of_rows`.
+        """
+        first, last = first_row(self.weight), first_row(self.weight) + len(rows)
+        holder = nn.Linear(1, 1, bias=False, device="meta")
+        holder.weight = nn.Parameter(rows, requires_grad=False)
+        holder.weight.stored_dtype = self.stored_dtype
+        return PerturbedLayer(
+            self.name,
+            holder,
+            adapters=lambda: [term._replace(B=term.B[first:last]) for term in self.adapters()],
+            changes=self.changes,
+            multiplies=self.multiplies,
+            first_row=first,
+        )
+
+    def share_of_rows(self) -> torch.Tensor:
+        """A view of the rows of W that this process holds, as a matrix: all of them if W is not sharded."""
+        return self.as_rows(share(self.weight))
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -141,7 +172,13 @@ class PerturbedLayer:
         return rows, math.prod(columns)
 
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """W in the stored layout: the weight itself, or the unpacked weight, in a new tensor or in `out`."""
+        """W in the stored layout: the weight itself, or the unpacked or gathered weight, in a new tensor or in `out`.
+
+        Outside of a pass through a sharded layer all processes must call this together.
+        """
+        if self.sharded:  # FSDP2 replaces the module's parameter by the whole one, which moves in memory each time
+            weight = whole(self.module.weight)
+            return weight if out is None else out.copy_(weight)
         if not self.quantized:
             return self.weight.detach()
         from bitsandbytes.functional import dequantize_4bit
@@ -188,12 +225,12 @@ def find_lora_layers(model: nn.Module) -> list[PerturbedLayer]:
     Raises:
         ConfigError: an adapter of LoRA is not s·B·A on the weight of its layer, see `named_lora_layers`; or it is on
             nn.MultiheadAttention, which does not read its weights in the forward of a layer.
-        TypeError: the model is sharded by FSDP.
+        TypeError: the model is sharded by FSDP's first version.
     """
     if any("_fsdp_wrapped_module" in name.split(".") for name, _ in model.named_modules()):
         raise TypeError(
-            f"Invalid model {type(model).__name__}: FSDP shards its weights, so no process can compute row norms; "
-            "train with DDP or DeepSpeed ZeRO-2, which keep the whole backbone in each process."
+            f"Invalid model {type(model).__name__}: FSDP shards its weights in flat pieces, so no process can compute "
+            "row norms; use FSDP2 (fully_shard), which shards rows, DDP or DeepSpeed ZeRO-2."
         )
     from peft.tuners.hira.layer import HiraLayer
     from peft.tuners.lora import LoraLayer

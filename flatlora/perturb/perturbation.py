@@ -15,6 +15,9 @@ weights within a step sees W. A layer that overrides forward, or a DoRA module, 
 weight, runs its own code with W + ε in place of the weight.
 
 ε is determined by a seed and the m row norms of each layer, so it is recomputed wherever it is needed.
+
+If FSDP2 shards the rows of W, copy mode keeps those of this process in a second shard and writes W + ε in their place,
+from `begin` to `end`; FSDP2 gathers it, and all passes read it. Recompute mode adds ε to the gathered W.
 """
 
 from __future__ import annotations
@@ -30,13 +33,14 @@ import psutil
 import torch
 
 from flatlora.noise import philox
-from flatlora.perturb.epsilon import Draw, epsilon_of
+from flatlora.perturb.epsilon import Draw, Epsilon, epsilon_of
 from flatlora.perturb.forward import PerturbedForward, PerturbedReader, Reading, _Wrapper
 from flatlora.perturb.layers import PerturbedLayer
 from flatlora.perturb.schedule import sigma_at
-from flatlora.perturb.settings import NoiseSettings
+from flatlora.perturb.settings import NoiseSettings, errors_if_sharded
 from flatlora.utils.deferred import Moment
 from flatlora.utils.precision import warn_of_unscaled_fp16
+from flatlora.utils.shards import whole
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +97,15 @@ class WeightPerturbation:
         self._draws: _Draws | None = None  # the ε that layers read now; None while they read W
         self._pass_gradients: bool | None = None  # whether the pass around a checkpoint has gradients; None: ask torch
         self._written: tuple[int, int] | None = None  # (drawn step, stream) of the copies
+        self._sharded = self.layers[0].sharded
         self._copies = self._allocated_copies()
         self._originals: list[torch.Tensor] = []
-        self._epsilon = epsilon_of(self.layers, self._keys)
+        self._epsilon = self._epsilon_of_layers()
         if self.mode == "inplace" and self.noise.sigma > 0:
             self._keep_originals()
         for index, layer in enumerate(self.layers):
             layer.module.__dict__[_HOLDER] = self
-            if self.mode != "inplace":
+            if not self._replaces_weights:
                 PerturbedForward(self, index, layer.module).attach()
                 for reader in layer.readers:
                     PerturbedReader(self, index, reader).attach()
@@ -145,7 +150,7 @@ class WeightPerturbation:
                 for module in (layer.module, *layer.readers):
                     _Wrapper.detach(module)
         self._copies, self._written = [], None
-        self._epsilon = epsilon_of(self.layers, self._keys)
+        self._epsilon = self._epsilon_of_layers()
 
     @property
     def seconds(self) -> float:
@@ -223,7 +228,9 @@ class WeightPerturbation:
                 self._sigma_drawn, scale=self.noise.scale, fan_in=self.noise.fan_in
             )
         else:
-            self._coefficients = [layer.weight.new_zeros(layer.shape[0], dtype=torch.float32) for layer in self.layers]
+            self._coefficients = [
+                torch.zeros(layer.shape[0], dtype=torch.float32, device=layer.weight.device) for layer in self.layers
+            ]
 
     def _apply(self, micro_batch: int) -> None:
         draws = _Draws(self, micro_batch)
@@ -238,15 +245,34 @@ class WeightPerturbation:
     def _remove(self) -> None:
         if self.mode == "inplace" and self._draws is not None:
             self._epsilon.write(self._draws, [layer.weight.detach() for layer in self.layers], sign=-1.0)
+        elif self._replaces_weights and self._draws is not None:
+            torch._foreach_copy_(self._shares(), self._copies)
         self._draws = None
 
     def _allocated_copies(self) -> list[torch.Tensor]:
         """Buffers of copy mode, which exist before σ_t rises from 0: what is free then is free for activations."""
         if self.mode != "copy" or self.noise.sigma == 0:
             return []
+        if self._sharded:
+            return [rows.clone() for rows in self._shares()]
         return [torch.empty_like(layer.weight, requires_grad=False) for layer in self.layers]
 
+    @property
+    def _replaces_weights(self) -> bool:
+        """Whether W + ε takes the place of W from `begin` to `end`, instead of being read in the forwards alone."""
+        return self.mode == "inplace" or (self.mode == "copy" and self._sharded)
+
+    def _shares(self) -> list[torch.Tensor]:
+        """The rows of each W that this process holds. FSDP2 may move them before the first forward."""
+        return [layer.share_of_rows() for layer in self.layers]
+
+    def _epsilon_of_layers(self) -> Epsilon:
+        return epsilon_of(self.layers, self._keys, (self._copies or self._shares()) if self._sharded else None)
+
     def _write_copies(self, draws: _Draws) -> None:
+        if self._sharded:
+            self._epsilon.write(draws, self._shares())
+            return
         wanted = (draws[0].step, draws[0].stream)
         if self._written == wanted:
             return
@@ -270,9 +296,13 @@ class WeightPerturbation:
         return self._draws is not None
 
     def weight_sha256(self, index: int) -> str:
-        """SHA-256 of the weight that layer number `index` reads now, to compare the noise of processes."""
-        weight = self.layers[index].weight
-        if self._draws is not None and self.mode != "inplace":
+        """SHA-256 of the weight that layer number `index` reads now, to compare the noise of processes.
+
+        All processes must call it together if the weights are sharded.
+        """
+        if self._draws is None or self._replaces_weights:
+            weight = whole(self.layers[index].weight)
+        else:
             weight = Reading(self, index, self._draws[index]).weight()
         stored = weight.detach().contiguous().cpu().view(torch.uint8)
         return hashlib.sha256(stored.numpy()).hexdigest()
@@ -353,10 +383,27 @@ def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"
     """
     if any(layer.quantized for layer in layers):
         return "recompute"
-    needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    needed = sum(rows.numel() * rows.element_size() for rows in (layer.share_of_rows() for layer in layers))
     device = layers[0].weight.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return "copy" if needed <= free / 2 else "recompute"
+
+
+def _sharding_errors(layers: Sequence[PerturbedLayer], settings: dict[str, Any]) -> list[str]:
+    """Errors about weights that FSDP2 shards."""
+    sharded = [layer for layer in layers if layer.sharded]
+    if not sharded:
+        return []
+    errors = list(errors_if_sharded(**settings).values())
+    if len(sharded) < len(layers):
+        errors.append(f"Invalid layers: FSDP2 shards {len(sharded)} of {len(layers)} weights; shard all or none.")
+    tied = [f"{layer.name} (to {layer.tied_to[0]})" for layer in sharded if layer.tied_to]
+    if tied and settings.get("mode") != "recompute":
+        errors.append(
+            f"Invalid mode={settings.get('mode', 'auto')} with tied weights that FSDP2 shards, such as {tied[0]}: the "
+            "other module would read W + ε too; use mode=recompute, or leave the layer out of target_modules."
+        )
+    return errors
 
 
 def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dict[str, Any]) -> NoiseSettings:
@@ -385,9 +432,10 @@ def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dic
         name, reason = next(iter(elsewhere.items()))
         errors.append(
             f"Invalid layers: the weights of {len(elsewhere)} of them are not on this device, such as {name} "
-            f"({reason}); load the model without device_map='auto' or offloading, and use DDP or ZeRO-2 instead of "
-            "FSDP or ZeRO-3."
+            f"({reason}); load the model without device_map='auto' or offloading, and use FSDP2, DDP or ZeRO-2 instead "
+            "of ZeRO-3."
         )
+    errors += _sharding_errors(layers, settings)
     devices = sorted({str(layer.weight.device) for layer in layers if layer.name not in elsewhere})
     if len(devices) > 1:
         errors.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Ramp = Literal["cosine", "linear", "constant"]
 Mode = Literal["auto", "copy", "recompute", "inplace"]
@@ -58,3 +58,30 @@ class NoiseSettings:
                 errors.append(f"Invalid {name}={value!r}: choose one of {', '.join(get_args(choices))}.")
         if errors:
             raise ValueError("\n".join(errors))
+
+
+def errors_if_sharded(
+    mode: str = "auto", scale: str = "filter", per_rank: bool = False, *, prefix: str = "", **others: Any
+) -> dict[str, str]:
+    """Returns {setting: why it is invalid} if FSDP2 shards the weights.
+
+    Args:
+        prefix: of the names in messages, such as "rho.".
+    """
+    errors = {}
+    if mode == "inplace":
+        errors["mode"] = (
+            f"Invalid {prefix}mode=inplace with weights that FSDP2 shards: they would drift, and a copy takes no more "
+            f"memory than a share; use {prefix}mode=copy or recompute."
+        )
+    if scale == "iid":
+        errors["scale"] = (
+            f"Invalid {prefix}scale=iid with weights that FSDP2 shards: it takes the mean over all rows of a layer, "
+            f"and each process has a part of them; use {prefix}scale=filter."
+        )
+    if per_rank and mode != "recompute":
+        errors["per_rank"] = (
+            f"Invalid {prefix}per_rank=true with {prefix}mode={mode} and weights that FSDP2 shards: the processes "
+            f"share the copy, and so one ε; use {prefix}mode=recompute."
+        )
+    return errors

@@ -1,4 +1,4 @@
-"""Distributed runs: launching processes, ranks, communication between processes, and settings of ZeRO-2."""
+"""Distributed runs: launching processes, ranks, communication between processes, ZeRO-2 and FSDP2."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import DistributedType, PartialState
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import TrainerConfig
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import physical_cores
+from flatlora.utils.shards import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -291,6 +294,14 @@ def check_dtypes(found: Mapping[str, list[str]]) -> None:
         raise RuntimeError(f"ZeRO does not keep what is trained in FP32 ({lowered}): use another DeepSpeed.")
 
 
+def replicate_adapter(model: nn.Module) -> nn.Module:
+    """Wraps a model whose weights FSDP2 shards, so that DDP reduces the gradients of its adapter, which are not."""
+    ignored = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    ignored += [name for name, _ in model.named_buffers()]  # constants, equal in all processes
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return DistributedDataParallel(model)
+
+
 def from_main_process(compute: Callable[[], T]) -> T:
     """Calls `compute` on rank 0 and returns its result on every rank.
 
@@ -348,6 +359,11 @@ def check_launch(experiment: Experiment) -> None:
         errors.append(
             f"Invalid trainer={machine.name}: the package deepspeed is not installed; run pip install deepspeed ninja, "
             "or use trainer=ddp."
+        )
+    if machine.fsdp and machine.device == "cpu" and torch.cuda.is_available():
+        errors.append(
+            f"Invalid trainer.device=cpu with trainer={machine.name} on a machine with GPUs: transformers shards the "
+            "weights over these; set CUDA_VISIBLE_DEVICES= to hide them."
         )
     if optimizer := _optimizer_error(experiment):
         errors.append(optimizer)

@@ -32,13 +32,14 @@ from flatlora.models.family import FAMILIES, LOSS_SCALE
 from flatlora.models.fit import position_tables
 from flatlora.models.starts import load_adapter, mark_checkpoint
 from flatlora.train import checkpoint
-from flatlora.train.distributed import is_main_process, zero_step
+from flatlora.train.distributed import is_main_process, replicate_adapter, zero_step
 from flatlora.train.recorder import StepRecorder, put_back_rows
 from flatlora.train.samplers import BucketSampler, EpochSampler
 from flatlora.train.saving import BackgroundWriter, to_host
 from flatlora.utils.files import out_of_space
 from flatlora.utils.labels import IGNORED_LABEL, row_losses
 from flatlora.utils.precision import autocast, choose_precision, float32_matmul_precision
+from flatlora.utils.shards import reshard
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class FlatTrainer(Trainer):
         self._shares = 1.0  # micro-batches of the current step that count, divided by the number of processes
         if self.args.fp16:
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # only the loss scaler is used
+        self._sharded = experiment.trainer.fsdp and self.args.world_size > 1  # a forward needs all processes
         self.writer = BackgroundWriter()
         self._left_to_write: list[Callable[[], None]] = []  # of the current checkpoint, for the writer thread
         self.graphed = self._graphed_micro_step()
@@ -105,8 +107,7 @@ class FlatTrainer(Trainer):
         self._shares = (len(batches) * processes - surplus) / processes
         self._repeated = batches[-1] if self.args.process_index >= processes - surplus else None
         if self._repeated is not None and self.family.token_mean:
-            for name in self._repeated.keys() & {"labels", "shift_labels"}:
-                self._repeated[name] = torch.full_like(self._repeated[name], IGNORED_LABEL)
+            _drop_labels(self._repeated)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(
@@ -141,6 +142,8 @@ class FlatTrainer(Trainer):
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         wrapped = super()._wrap_model(model, *args, **kwargs)
+        if self._sharded and wrapped is self.model:
+            wrapped = replicate_adapter(wrapped)
         self._parameters = list(wrapped.parameters())
         if not self.experiment.trainer.zero:  # DeepSpeed's engine zeroes more than .grad
             # Not a method of this object: the model outlives it, and would keep the optimizer's state in memory.
@@ -331,18 +334,32 @@ class FlatTrainer(Trainer):
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum and number of losses
-        for batch in dataloader:
-            if count := _losses_of(batch):
+        for batch in self._evened_out(dataloader):
+            count = _losses_of(batch)
+            if count or self._sharded:
                 with self.compute_loss_context_manager():
                     mean = self.model(**self._prepare_inputs(batch)).loss
+            if count:
                 totals[0] += mean.double() * count
                 totals[1] += count
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self._sharded:
+            reshard(self.model)  # on all processes, as saving does on the main one
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
         metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
         rows = len(dataloader.dataset.dataset)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    def _evened_out(self, dataloader: DataLoader) -> Iterator[dict[str, Any]]:
+        """Yields the batches; then one without labels if the weights are sharded and other processes have one more."""
+        yield from dataloader
+        rows = dataloader.dataset.dataset
+        most = math.ceil(math.ceil(len(rows) / self.args.world_size) / dataloader.batch_size)
+        if self._sharded and len(dataloader) < most:
+            batch = self.data_collator([rows[0]])
+            _drop_labels(batch)
+            yield batch
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the weights of all adapters; Trainer loads only one, and may change which parameters are trained."""
@@ -515,6 +532,11 @@ def _units(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | int:
     return len(next(iter(inputs.values()))) if mask is None else mask.sum()
 
 
+def _drop_labels(batch: dict[str, Any]) -> None:
+    for name in batch.keys() & {"labels", "shift_labels"}:
+        batch[name] = torch.full_like(batch[name], IGNORED_LABEL)
+
+
 def _losses_of(batch: Mapping[str, torch.Tensor]) -> int:
     """Returns the number of losses that a model's loss is the mean of: tokens with a label, or rows."""
     labels = batch.get("shift_labels", batch.get("labels"))
@@ -534,8 +556,8 @@ def trains_on_joined_rows(experiment: Experiment, model: nn.Module) -> bool:
     if machine.micro_batch_tokens and not joined:
         logger.warning(
             "trainer.micro_batch_tokens=%d has no effect: rows are joined only for a decoder-only model in BF16 on a "
-            "GPU, with trainer.kernels=auto and without ZeRO, gradient checkpointing, rho.resample=micro_batch and "
-            "AdaLoRA; micro-batches have trainer.micro_batch_size=%d rows.",
+            "GPU, with trainer.kernels=auto and without ZeRO, FSDP2, gradient checkpointing, rho.resample=micro_batch "
+            "and AdaLoRA; micro-batches have trainer.micro_batch_size=%d rows.",
             *(machine.micro_batch_tokens, machine.micro_batch_size),
         )
     return joined
@@ -546,7 +568,7 @@ def may_join_rows(experiment: Experiment) -> bool:
     machine = experiment.trainer
     return (
         machine.micro_batch_tokens != 0
-        and not (machine.gradient_checkpointing or machine.zero)
+        and not (machine.gradient_checkpointing or machine.zero or machine.fsdp)
         and getattr(experiment.rho, "resample", "step") == "step"  # else ε belongs to micro-batches of rows
         and not ADAPTERS[experiment.peft.method].adds_loss
     )

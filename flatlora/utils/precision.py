@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from flatlora.utils.shards import whole
+
 logger = logging.getLogger(__name__)
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -261,11 +263,15 @@ def stored_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def as_stored(weight: torch.Tensor) -> torch.Tensor:
-    """A frozen weight in its stored dtype; unchanged if some value is not representable in that dtype."""
-    if weight.requires_grad or stored_dtype(weight) == weight.dtype:
-        return weight.detach()
-    narrow = weight.detach().to(stored_dtype(weight))
-    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight.detach()
+    """A frozen weight in its stored dtype; unchanged if some value is not representable in that dtype.
+
+    A sharded weight is gathered, so all processes must call this together.
+    """
+    stored, held = stored_dtype(weight), whole(weight)
+    if weight.requires_grad or stored == held.dtype:
+        return held
+    narrow = held.to(stored)
+    return narrow if torch.equal(narrow.to(held.dtype), held) else held
 
 
 def slow_bf16_warning(model: nn.Module, setting: str, remedy: str) -> str:

@@ -77,6 +77,7 @@ class AdaLora(Lora):
     not_of_diffusion = "diffusers reads pairs A and B, and AdaLoRA's adapter has a third factor"
     reads_gradients = True  # they determine its ranks
     adds_loss = True  # the penalty
+    not_sharded = "PEFT calls the model past the hooks that gather its weights"
     refuses: ClassVar = {
         "nbar": _BAR,
         "obar": _BAR,

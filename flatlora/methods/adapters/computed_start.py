@@ -28,6 +28,7 @@ class ComputedStart(Lora):
     """LoRA with an initial adapter that is computed once per run and kept in `start.folder`."""
 
     moves_weights = True
+    not_sharded = "its initial adapter is computed from the whole W"
     needs_dense = True
     takes_convolutions = False
     own_start = "this method computes an initial adapter of its own, and what it saves is a plain LoRA adapter"

@@ -23,6 +23,7 @@ class DoraConfig(LoraMethodConfig):
 @ADAPTERS.register("dora")
 class Dora(Lora):
     Config = DoraConfig
+    not_sharded = "its magnitudes begin as the row norms of the whole W"
 
     def settings(self, model: nn.Module, config: DoraConfig) -> dict[str, Any]:
         return super().settings(model, config) | {"use_dora": True}

@@ -165,6 +165,7 @@ class LowRank(AdapterMethod):
 @ADAPTERS.register("lora")
 class Lora(LowRank):
     Config = LoraMethodConfig
+    not_sharded = None
 
     def peft_config(self, model: nn.Module, config: LoraMethodConfig) -> LoraConfig:
         """PEFT's config; variants of LoRA override `settings` or this method."""

@@ -13,7 +13,7 @@ from flatlora.config.sections import RhoConfig
 from flatlora.config.settings import MOST_STEPS, setting
 from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod, Strength
 from flatlora.perturb.callback import FlatLoraCallback
-from flatlora.perturb.settings import Mode, NoiseSettings, Ramp, Resample, Scale
+from flatlora.perturb.settings import Mode, NoiseSettings, Ramp, Resample, Scale, errors_if_sharded
 from flatlora.utils.errors import SettingError
 
 
@@ -37,6 +37,7 @@ _RWP = Strength("standard deviation ρ", {"Bi-LoRA paper, Qwen2.5-14B": 0.0316})
 
 @REGULARIZERS.register("off")
 class Off(RhoMethod):
+    not_sharded = None
     Config = FlatConfig  # so that a key of rho=flat gives the error that there is no perturbation
 
     def regularizer(self, model: nn.Module, config: FlatConfig, seed: int) -> Regularizer:
@@ -45,6 +46,7 @@ class Off(RhoMethod):
 
 @REGULARIZERS.register("flat")
 class Flat(RhoMethod):
+    not_sharded = None
     Config = FlatConfig
     strength: ClassVar = Strength("strength σ", {"language models": 0.05, "CLIP": 0.15, "SDXL": 0.1})
 
@@ -68,6 +70,9 @@ class Flat(RhoMethod):
             )
         if not experiment.regularized:
             return
+        if experiment.trainer.fsdp:
+            for key, message in errors_if_sharded(rho.mode, rho.scale, rho.per_rank, prefix="rho.").items():
+                yield SettingError(("trainer.fsdp", f"rho.{key}"), message)
         if experiment.resume and rho.mode == "inplace":
             yield SettingError(
                 ("resume", "rho.mode"),

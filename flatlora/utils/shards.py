@@ -1,0 +1,38 @@
+"""Weights that PyTorch's FSDP2 has split among the processes by rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Whether FSDP2 holds equal shares of a tensor's rows in the processes (the last ones may have fewer or none)."""
+    if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
+        return False
+    return set(weight.device_mesh.mesh_dim_names or ()) <= {"fsdp"}  # transformers' name; fully_shard itself gives none
+
+
+def share(weight: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a sharded tensor, which they share memory with; any other tensor as it is."""
+    return weight.detach()._local_tensor if isinstance(weight, DTensor) else weight.detach()
+
+
+def first_row(weight: DTensor) -> int:
+    """Index in the whole tensor of the first row of `share`."""
+    mesh, rows = weight.device_mesh, weight.shape[0]
+    return min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """Gathers a sharded tensor, which all processes must do together; any other tensor as it is."""
+    return weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered weights that a forward without a backward left: FSDP2 keeps some for the backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
