@@ -303,6 +303,7 @@ def test_scores_are_cosines_of_clip(scored):
     assert row["image_text"] == pytest.approx(cosine.item(), abs=1e-5)
 
 
+@pytest.mark.extra
 def test_the_command_draws_the_same_pictures(scored, captioner):
     folder, record = scored["flat"]
     words = [str(folder), f"out={folder}/again"]

@@ -55,6 +55,7 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.mark.extra
 def test_a_run_is_scored_at_its_end_and_each_task_is_kept(tiny_settings, root, monkeypatch, tmp_path):
     words = [word for word in tiny_settings if word != "eval=[]"]
     words += ["eval=[instruct_eval]", f"data_root={root}", "trainer.max_steps=1", "eval.instruct_eval.max_rows=3"]

@@ -20,6 +20,7 @@ def tables():
     return figures.tables_of(PROJECT / "results/study")
 
 
+@pytest.mark.extra
 def test_the_sweep_of_sigma_shows_the_means_of_the_table(tables):
     study = tables["study"]
     figure = figures.sigma_sweep(study)

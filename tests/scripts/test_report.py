@@ -68,6 +68,7 @@ def test_every_runs_numbers_configuration_and_machine_are_in_it_with_what_is_lef
     assert "<b>broken" not in text
 
 
+@pytest.mark.extra
 def test_it_is_the_same_each_time(results, tmp_path):
     home = results / "tables"
     assert report.render(results, home) == (home / "report.html").read_text()

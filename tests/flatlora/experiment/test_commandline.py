@@ -597,6 +597,12 @@ def partners(group, option, folder):
         }.get(option, [])
     if group == "protocol" and option != "none":
         return [f"model={'llama32_3b' if option == 'peft_suite' else 'llama'}", "dataset=meta_math"]
+    if (group, option) == ("trainer", "fsdp"):
+        return ["eval=[]"]
+    if group == "model" and option in ("causal_lm", "seq2seq"):
+        return ["model.hub_id=owner/name"]
+    if group == "model" and option.startswith(("encoder", "roberta", "deberta")):
+        return ["dataset=cola", *(["model.hub_id=owner/name"] if option == "encoder" else [])]
     if group == "model" and option.startswith(("clip_", "sdxl")):
         return ["dataset=digits" if option.startswith("clip_") else "dataset=shapes"]
     if (group, option) == ("dataset", "custom"):

@@ -108,7 +108,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize(
     ("count", "words"),
     [
-        pytest.param(2, CLIP, id="2-clip"),
+        pytest.param(2, CLIP, id="2-clip", marks=pytest.mark.extra),
         pytest.param(4, CLIP, id="4-clip", marks=pytest.mark.extra),
         pytest.param(4, COPY, id="4-flat", marks=pytest.mark.extra),
         pytest.param(2, ADALORA, id="2-adalora", marks=pytest.mark.extra),
