@@ -84,6 +84,17 @@ def test_a_head_of_other_classes_is_replaced_and_a_missing_layer_is_not(folder, 
         loading.load_backbone(config.at(str(tmp_path)), CPU, CLASSES, head_seed=1)
 
 
+def test_a_base_that_was_trained_for_another_loss_learns_classes(folder, tmp_path):
+    config = model_config(folder, family="encoder")
+    model = loading.load_backbone(config, CPU, CLASSES, head_seed=1)
+    model.config.problem_type = "regression"
+    model.save_pretrained(tmp_path)
+    again = loading.load_backbone(config.at(str(tmp_path)), CPU, CLASSES, head_seed=2)
+    assert torch.equal(again.classifier.out_proj.weight, model.classifier.out_proj.weight)  # of the same shape
+    loss, logits = again(input_ids=torch.tensor([[1, 5, 2]] * 3), labels=torch.tensor([0, 1, 2]))[:2]
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2])).item())
+
+
 def test_a_head_computes_in_fp32_on_a_backbone_in_bf16(folder):
     model = loading.load_backbone(
         model_config(folder, family="encoder", dtype="bfloat16"), CPU, CLASSES, autocast="bfloat16", head_seed=1
