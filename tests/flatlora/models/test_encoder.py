@@ -10,9 +10,11 @@ from data import cache
 from eval.backends.encoder import EncoderBackend
 from flatlora.inputs.classified import encoder_ids, encoder_inputs, joined_texts
 from flatlora.methods.adapters.lora import find_targets
+from flatlora.methods.base import ADAPTERS
 from flatlora.models import loading
 from flatlora.models.clip import Classes
 from flatlora.utils.errors import ConfigError
+from tests.methods_toolbox import config_of
 from tests.saved_models import ARCHITECTURES, CPU, ENCODERS, EXPERTS, SHAPE, model_config
 from tests.test_architectures import pair_tokenizer
 
@@ -150,6 +152,12 @@ def test_rows_without_the_same_classes_are_refused(rows, problem):
 def test_what_does_not_go_with_an_encoder_is_refused_with_a_remedy(words, message):
     with pytest.raises(ConfigError, match=message):
         run_exp.experiment_of(["model=roberta_base", "dataset=cola", *words])
+
+
+def test_eva_which_reads_a_label_of_each_token_is_refused(folder):
+    skeleton = loading.skeleton(model_config(folder, family="encoder"))
+    with pytest.raises(ConfigError, match=r"Invalid peft=eva with RobertaForSequenceClassification: .* use peft=corda"):
+        ADAPTERS["eva"].check(skeleton, config_of("eva"))
 
 
 @pytest.mark.parametrize(
