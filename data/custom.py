@@ -162,4 +162,4 @@ def describe(config: Config) -> str:
     return f"{config.path} ({', '.join(_splits(config))})"
 
 
-DATASETS.add("custom", DataSet(Config=Config, version=1, describe=describe, sources=sources, load=load))
+DATASETS.add("custom", DataSet(Config=Config, version=2, describe=describe, sources=sources, load=load))

@@ -28,6 +28,7 @@ from flatlora.config.sections import ModelConfig
 from flatlora.config.settings import Section, checked_section
 from flatlora.experiment.plugins import Benchmark
 from flatlora.inputs.rows import gather
+from flatlora.models.clip import CLASSES_FILE
 from flatlora.models.family import FAMILIES
 from flatlora.models.loading import (
     choose_device,
@@ -472,7 +473,9 @@ def _load(
     resolved: ResolvedModel, device: torch.device, batch_size: int, kind: str, dtype: str | None = None
 ) -> Backend | ImageBackend:
     try:
-        classes = FAMILIES[resolved.model.family].classes_of_run(resolved.run) if resolved.run else None
+        classes, holder = None, resolved.run or Path(resolved.weights)  # an exported folder has the run's classes
+        if resolved.run or (holder / CLASSES_FILE).is_file():
+            classes = FAMILIES[(resolved.model or model_of(resolved.weights)).family].classes_of_run(holder)
         with validated_unchanged(Path(resolved.weights)):
             identity = identify(resolved, classes) | ({"dtype": dtype} if dtype else {})
             model, processor, _ = load_for_inference(

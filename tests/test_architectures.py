@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import run_exp
 from eval import command
+from flatlora import export
 from flatlora.noise import host
 from flatlora.train.trainer import FlatTrainer
 from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_folder, write_split
@@ -281,3 +282,18 @@ def test_a_killed_and_resumed_encoder_is_the_loop_written_out(encoder_folder, en
         assert row["prediction"] == ("different", "equivalent")[scores[1] > scores[0]]
     assert len(rows) == 8
     assert len({row["scores"][0] for row in rows}) > 4
+    exported_says_the_same(folder, encoder_folder.parent, path, monkeypatch)
+
+
+def exported_says_the_same(folder, here, path, monkeypatch):
+    """A copy is scored as its run, and the code on its card loads the classifier."""
+    assert export.main([str(folder), "--copy", str(here / "copy")]) == 0
+    words = [f"rows={folder / 'test.jsonl'}", f"out={here / 'out'}", "task=mrpc", "batch_size=3"]
+    assert command.main("glue", [str(here / "copy"), *words]) == 0
+    scores = [json.loads(line)["scores"] for line in (here / "out/predictions.jsonl").read_text().splitlines()]
+    assert scores == [json.loads(line)["scores"] for line in path.read_text().splitlines()]
+    monkeypatch.chdir(here)
+    found = {}
+    exec((here / "copy/README.md").read_text().partition("```python\n")[2].partition("```")[0], found)
+    assert found["model"].config.id2label == {0: "different", 1: "equivalent"}
+    assert "classifier" in found["model"].peft_config["default"].modules_to_save

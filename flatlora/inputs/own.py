@@ -299,18 +299,29 @@ def _from_templates(
         raise ConfigError(errors)
     texts = [{name: "" if row.get(name) is None else str(row[name]) for name in users} for row in rows]
     texts = typed_columns(texts, list(users), source)  # checks for lone surrogates
-    prompt, answer = (template.replace("\\n", "\n") for template in templates.values())
+    prompt, answer = map(written, templates.values())
     pairs = [(_filled(prompt, row), _filled(answer, row)) for row in texts]
     answered = [row for row, pair in zip(rows, pairs, strict=True) if pair[1].strip()]  # others are left out
     empty = Counter(name for row in answered for name in users if row.get(name) in (None, ""))
     for name, count in empty.items():
         logger.warning("%s: %d of %d rows have no %s; it is empty there.", source, count, len(rows), name)
+    if columns.label is not None:  # an encoder reads the parts of the prompt, whatever is in the columns
+        parts = prompt.split("\t")
+        return [
+            {"x": x, "y": y, "joined": True, "texts": [_filled(part, row) for part in parts]}
+            for (x, y), row in zip(pairs, texts, strict=True)
+        ]
     if not columns.chat:
         return [{"x": x, "y": y, "joined": True} for x, y in pairs]
     systems = (row.get("system") or columns.system for row in rows)
     return [
         conversations.row_of(conversations.turns(system, *pair)) for system, pair in zip(systems, pairs, strict=True)
     ]
+
+
+def written(template: str) -> str:
+    """Returns a template of the command line with its line breaks and tabs, which are written \\n and \\t there."""
+    return template.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _filled(template: str, row: Mapping[str, str]) -> str:

@@ -36,7 +36,7 @@ class LoadOptions:
         classes: the classes of a classifier.
         dtype: dtype of the weights; None keeps the model's own.
         autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
-        head_seed: seed of a text classifier's head, which is drawn; None: the files hold it.
+        head_seed: seed of the layers of a text classifier's head that are not in the files; None: all are there.
         shards: number of processes that share the weights, as trainer.fsdp has it; each reads its rows alone.
     """
 

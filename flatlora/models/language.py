@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +15,10 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from flatlora.config.sections import ModelConfig
-from flatlora.models.family import Family, LoadOptions
+from flatlora.models.family import FAMILIES, Family, LoadOptions
 from flatlora.models.fit import CLASSIFIER, attention_implementation, packing_of
 from flatlora.models.processors import load_tokenizer
+from flatlora.models.saved_adapters import adapter_config
 from flatlora.models.sources import (
     NO_FOREIGN_CODE,
     described,
@@ -119,6 +121,13 @@ class LanguageModel(TransformersFamily):
         source, options = source_and_options(config)
         options |= {"dtype": getattr(torch, config.dtype), "device_map": "meta"}
         return load_whole(config, self.auto, source, **NO_FOREIGN_CODE, **options)
+
+    def of_adapter(self, config: ModelConfig, adapter: Path) -> ModelConfig:
+        """Returns the config of an encoder if the adapter is that of a classifier on one, whose files hold no head."""
+        encoder = FAMILIES["encoder"]
+        classifies = adapter_config(adapter).get("task_type") == encoder.peft_task
+        is_encoder = classifies and encoder.mismatch(described(config)) is None
+        return config.model_copy(update={"family": "encoder"}) if is_encoder else config
 
     def load_trained(self, path: str, config: ModelConfig, options: LoadOptions) -> tuple[nn.Module, Any]:
         # A full model keeps the dtype it was saved in: full fine-tuning trains a BF16 backbone in FP32.

@@ -125,8 +125,9 @@ def load_whole(config: ModelConfig, loader: Any, source: str, *, new_head: bool 
 
     Args:
         config: names the model in error messages.
-        new_head: whether all that is not inside of the base model is drawn at random, such as a classifier's head; what
-            the files hold of another head, and of a pooler that is not read, is left.
+        new_head: whether layers that are not inside of the base model, such as a classifier's head, are drawn at random
+            if the files hold none of their shape; what the files hold of another head, and of a pooler that is not
+            read, is left.
 
     Raises:
         ConfigError: weights are missing, unexpected or of another shape, or a file is broken. Tied weights may be

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flatlora.config.sections import ModelConfig
 from flatlora.inputs import conversations, own, templates
+from flatlora.models.clip import CLASSES_FILE, Classes
 from flatlora.trained import description
 from flatlora.trained.merge import Rounding
 from flatlora.trained.place import ResolvedModel
@@ -23,7 +24,11 @@ _TASKS = {
     "clip": "image-classification",
     "text_to_image": "text-to-image",
 }
-_AUTO = {"causal_lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+_AUTO = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "encoder": "AutoModelForSequenceClassification",
+}
 _HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr"}  # where the hub has another name
 _OF_THE_MACHINE = ("data_root", "results_root", "wandb", "tracker", "dry_run", "plan", "resume", "overwrite")
 
@@ -60,7 +65,7 @@ def model_card(resolved: ResolvedModel, config: ModelConfig, name: str, rounding
         summary=_summary(experiment, config, adapter),
         rounding=rounding,
         cautions=_cautions(resolved, config, adapter),
-        loading=_loading(config, name, adapter),
+        loading=_loading(resolved, config, name, adapter),
         template=dataset.get("template"),
         prompt=_form(dataset),
         scores=scores,
@@ -79,11 +84,11 @@ def _form(dataset: Mapping[str, Any]) -> str | None:
     """Returns how a prompt is written; None for a form that only the data set has."""
     template = dataset.get("template")
     if template == "chat":
-        turns = conversations.turns(dataset.get("system"), (dataset.get("prompt") or "…").replace("\\n", "\n"))
+        turns = conversations.turns(dataset.get("system"), own.written(dataset.get("prompt") or "…"))
         return f"tokenizer.apply_chat_template({turns}, add_generation_prompt=True)"
     if template in ("qa", "alpaca", "step_by_step"):
         return templates.prompt(template, "…")
-    return dataset["prompt"].replace("\\n", "\n") if dataset.get("prompt") else None
+    return own.written(dataset["prompt"]) if dataset.get("prompt") else None
 
 
 def _facts(resolved: ResolvedModel, rounding: Rounding | None) -> dict[str, str]:
@@ -150,7 +155,7 @@ def _cautions(resolved: ResolvedModel, config: ModelConfig, adapter: bool) -> li
     return found
 
 
-def _loading(config: ModelConfig, name: str, adapter: bool) -> str | None:
+def _loading(resolved: ResolvedModel, config: ModelConfig, name: str, adapter: bool) -> str | None:
     """Python code that loads the model; None for a family that only this suite reads."""
     if config.family == "text_to_image":
         return (
@@ -168,10 +173,17 @@ def _loading(config: ModelConfig, name: str, adapter: bool) -> str | None:
         lines[0:1] = ["import torch", "from peft import PeftModel", lines[0]]
         base = Path(config.hub_id).name if description.is_local(config.hub_id) else config.hub_id
         revision = f', revision="{config.revision}"' if config.revision else ""
-        lines.append(f'model = {auto}.from_pretrained("{base}"{revision}, dtype=torch.{config.dtype})')
+        labels = _labels(resolved) if config.traits.classifies else ""
+        lines.append(f'model = {auto}.from_pretrained("{base}"{revision}{labels}, dtype=torch.{config.dtype})')
         lines.append(f'model = PeftModel.from_pretrained(model, "{name}")')
     lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
     return "\n".join(lines)
+
+
+def _labels(resolved: ResolvedModel) -> str:
+    """Returns the argument with the names of a text classifier's classes; empty if nothing names them."""
+    folder = resolved.run or Path(resolved.weights)
+    return f", id2label={dict(enumerate(Classes.of_run(folder).names))}" if (folder / CLASSES_FILE).is_file() else ""
 
 
 def _settings(experiment: Mapping[str, Any]) -> str | None:

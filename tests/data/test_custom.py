@@ -187,6 +187,20 @@ def test_classes_are_words_or_numbers_of_given_words(tmp_path):
         load(write(tmp_path / "b.csv", [{"s": "", "label": "z"}] * 2), prompt="{s}", label="label", labels=["x", "y"])
 
 
+def test_a_tab_of_the_prompt_alone_separates_an_encoders_texts(tmp_path):
+    rows = [{"a": f"one\ttext {i}", "b": f"b{i}", "label": ("no", "yes")[i % 2]} for i in range(4)]
+    path = write(tmp_path / "a.csv", rows)
+    for prompt, x, read in (
+        ("{a}\\t{b}", "one\ttext 0\tb0", "one text 0\tb0"),
+        ("{a}\\n{b}", "one\ttext 0\nb0", "one text 0\nb0"),
+    ):
+        keys = {"prompt": prompt, "label": "label"}
+        splits = load(path, **keys)
+        assert splits.train[0]["x"] == x
+        splits, classes = cache._as_classes(splits, config(path, **keys))
+        assert splits.train[0] == {"x": read, "y": "no", "choices": classes, "joined": True}
+
+
 @pytest.mark.parametrize(
     ("rows", "keys", "message"),
     [

@@ -14,6 +14,7 @@ from flatlora.config.settings import setting
 from flatlora.methods.adapters.computed_start import ComputedStart
 from flatlora.methods.adapters.lora import LoraMethodConfig, rank_setting, reads_images, seeded
 from flatlora.methods.base import ADAPTERS, Start
+from flatlora.models.fit import is_text_classifier
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.labels import IGNORED_LABEL
 
@@ -31,7 +32,8 @@ class Eva(ComputedStart):
 
     def check(self, skeleton: nn.Module, config: EvaMethodConfig) -> None:
         super().check(skeleton, config)
-        if getattr(skeleton.config, "is_encoder_decoder", False) or reads_images(skeleton):
+        encoder_decoder = getattr(skeleton.config, "is_encoder_decoder", False)
+        if encoder_decoder or reads_images(skeleton) or is_text_classifier(skeleton):
             raise ConfigError(
                 [
                     f"Invalid peft={config.name} with {type(skeleton).__name__}: PEFT's EVA only supports "

@@ -1,6 +1,7 @@
 """Encoders with a head that classifies texts, such as RoBERTa and DeBERTa on GLUE.
 
-The head is drawn from the run's seed, trained whole beside the adapter, and saved with it (PEFT's `modules_to_save`).
+The head is drawn from the run's seed where the files hold none, trained whole beside the adapter, and saved with it
+(PEFT's `modules_to_save`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Encoder(LanguageModel):
         if options.classes is not None:
             names = dict(enumerate(options.classes.names))
             settings = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+            settings["problem_type"] = "single_label_classification"  # else the loss is that of the files' own head
         devices = [options.device] if options.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(options.head_seed or 0)

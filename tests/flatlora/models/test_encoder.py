@@ -10,9 +10,11 @@ from data import cache
 from eval.backends.encoder import EncoderBackend
 from flatlora.inputs.classified import encoder_ids, encoder_inputs, joined_texts
 from flatlora.methods.adapters.lora import find_targets
+from flatlora.methods.base import ADAPTERS
 from flatlora.models import loading
 from flatlora.models.clip import Classes
 from flatlora.utils.errors import ConfigError
+from tests.methods_toolbox import config_of
 from tests.saved_models import ARCHITECTURES, CPU, ENCODERS, EXPERTS, SHAPE, model_config
 from tests.test_architectures import pair_tokenizer
 
@@ -84,6 +86,17 @@ def test_a_head_of_other_classes_is_replaced_and_a_missing_layer_is_not(folder, 
         loading.load_backbone(config.at(str(tmp_path)), CPU, CLASSES, head_seed=1)
 
 
+def test_a_base_that_was_trained_for_another_loss_learns_classes(folder, tmp_path):
+    config = model_config(folder, family="encoder")
+    model = loading.load_backbone(config, CPU, CLASSES, head_seed=1)
+    model.config.problem_type = "regression"
+    model.save_pretrained(tmp_path)
+    again = loading.load_backbone(config.at(str(tmp_path)), CPU, CLASSES, head_seed=2)
+    assert torch.equal(again.classifier.out_proj.weight, model.classifier.out_proj.weight)  # of the same shape
+    loss, logits = again(input_ids=torch.tensor([[1, 5, 2]] * 3), labels=torch.tensor([0, 1, 2]))[:2]
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2])).item())
+
+
 def test_a_head_computes_in_fp32_on_a_backbone_in_bf16(folder):
     model = loading.load_backbone(
         model_config(folder, family="encoder", dtype="bfloat16"), CPU, CLASSES, autocast="bfloat16", head_seed=1
@@ -139,6 +152,12 @@ def test_rows_without_the_same_classes_are_refused(rows, problem):
 def test_what_does_not_go_with_an_encoder_is_refused_with_a_remedy(words, message):
     with pytest.raises(ConfigError, match=message):
         run_exp.experiment_of(["model=roberta_base", "dataset=cola", *words])
+
+
+def test_eva_which_reads_a_label_of_each_token_is_refused(folder):
+    skeleton = loading.skeleton(model_config(folder, family="encoder"))
+    with pytest.raises(ConfigError, match=r"Invalid peft=eva with RobertaForSequenceClassification: .* use peft=corda"):
+        ADAPTERS["eva"].check(skeleton, config_of("eva"))
 
 
 @pytest.mark.parametrize(
