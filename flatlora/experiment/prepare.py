@@ -24,6 +24,7 @@ from flatlora.runs import trackers
 from flatlora.train import distributed, training
 from flatlora.trained.initial import InitialAdapter, find_initial
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.precision import choose_precision
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,7 @@ def _check_model(experiment: Experiment, device: torch.device, initial: InitialA
             fit.packing_errors(experiment.model, skeleton, reads_weights=_reads_weights(experiment)),
         ),
         lambda: _raise_if(_position_errors(experiment, skeleton)),
-        lambda: _raise_if(
-            fit.sharding_errors(experiment.model, skeleton) if experiment.trainer.fsdp else [],
-        ),
+        lambda: _raise_if(_sharding_errors(experiment, skeleton, device) if experiment.trainer.fsdp else []),
     )
     _raise_if(_peft_errors(experiment, skeleton))
     return skeleton
@@ -140,6 +139,18 @@ def _reads_weights(experiment: Experiment) -> str | None:
     if experiment.flat and experiment.rho.mode in ("copy", "inplace"):
         return f"rho.mode={experiment.rho.mode}"
     return f"rho={experiment.rho.name}" if experiment.regularized else None
+
+
+def _sharding_errors(experiment: Experiment, skeleton: nn.Module, device: torch.device) -> list[str]:
+    errors = fit.sharding_errors(experiment.model, skeleton)
+    precision = choose_precision(experiment.trainer.autocast, experiment.model.dtype, device)
+    if precision.held != precision.stored:
+        errors.append(
+            f"Invalid trainer=fsdp with model.dtype={experiment.model.dtype} on this CPU: it holds such weights as "
+            f"float32 ({precision.reason}), and FSDP2 gathers them as they were stored; use model.dtype=float32, or "
+            "trainer=ddp."
+        )
+    return errors
 
 
 def _position_errors(experiment: Experiment, skeleton: nn.Module) -> list[str]:

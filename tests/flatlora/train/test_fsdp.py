@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import run_exp
+from flatlora.experiment import prepare
 from flatlora.methods import ADAPTERS, REGULARIZERS
 from flatlora.methods.adapters.lora import LoraMethodConfig
 from flatlora.methods.base import Start
@@ -21,6 +22,7 @@ from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.train import checkpoint, distributed
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.precision import Precision, choose_precision
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 from tests.flatlora.perturb.test_perturbation import tiny_gpt2
 from tests.flatlora.train.test_process_count import (
@@ -33,6 +35,7 @@ from tests.flatlora.train.test_process_count import (
 )
 from tests.processes import end_well, fork_ranks
 
+HOLDS_BF16 = choose_precision("auto", "bfloat16", "cpu").held == torch.bfloat16  # other CPUs hold it as FP32
 LORA = LoraMethodConfig(name="lora", method="lora", lora_r=4)
 
 
@@ -61,7 +64,7 @@ def compare_perturbed_weights(words: list[str]) -> int:
     """In each process: a whole model beside its share of another, with ε as on the host and as on a GPU."""
     PartialState(cpu=True)
     (folder,) = [word.partition("=")[2] for word in words if word.startswith("model.hub_id=")]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", *(["bfloat16"] if HOLDS_BF16 else [])):
         whole, shared = (adapted(folder, dtype, shards) for shards in (1, distributed.world_size()))
         layer = find_lora_layers(shared)[0]
         assert len(layer.share_of_rows()) < layer.shape[0] == find_lora_layers(whole)[0].shape[0]
@@ -139,7 +142,12 @@ HALF = ["model.dtype=bfloat16"]
         pytest.param(2, RECOMPUTE, id="recompute"),
         pytest.param(2, ["rho=off"], id="off"),
         pytest.param(3, [*COPY, "optim.batch_size=6"], id="copy-3"),
-        pytest.param(2, [*RECOMPUTE, *CHECKPOINTED, *HALF], id="recompute-checkpointing-bfloat16"),
+        pytest.param(
+            2,
+            [*RECOMPUTE, *CHECKPOINTED, *HALF],
+            marks=pytest.mark.skipif(not HOLDS_BF16, reason="this CPU has no BF16 instructions"),
+            id="recompute-checkpointing-bfloat16",
+        ),
         pytest.param(2, [*COPY, *CHECKPOINTED, "rho.resample=micro_batch"], id="copy-checkpointing-micro_batch"),
         pytest.param(2, [*RECOMPUTE, "rho.per_rank=true"], id="recompute-per_rank"),
         pytest.param(2, [*COPY, "rho.every=2", "peft.lora_dropout=0.2"], id="copy-every-dropout"),
@@ -243,3 +251,12 @@ def test_tied_weights_are_refused_unless_they_are_recomputed(monkeypatch):
     for mode in ("copy", "auto"):
         with pytest.raises(ValueError, match=rf"Invalid mode={mode} with tied weights .* head \(to embedding\)"):
             WeightPerturbation([layer], mode=mode, sigma=0.1, total_steps=4, seed=1)
+
+
+def test_bf16_that_a_cpu_holds_as_fp32_is_refused(settings, monkeypatch):  # noqa: F811
+    held = Precision(torch.bfloat16, torch.float32, None, "it has no BF16 instructions")
+    monkeypatch.setattr(prepare, "choose_precision", lambda *given: held)
+    experiment = run_exp.experiment_of([*settings, "trainer=fsdp", "rho=off", *HALF])
+    with pytest.raises(ConfigError) as caught:
+        run_exp.prepare(experiment, torch.device("cpu"))
+    assert "Invalid trainer=fsdp with model.dtype=bfloat16 on this CPU: it holds such weights" in str(caught.value)
