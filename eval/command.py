@@ -260,6 +260,12 @@ def _config(benchmark: Benchmark, resolve: Callable[[], ResolvedModel], given: M
     config, errors = checked_section("", benchmark.Config, {**(run_settings or {}), **given})
     # A model that was not resolved may have set them: do not report missing settings.
     messages += [error.message for error in errors if run_settings is not None or error.kind != "missing"]
+    typed = given.get("template")
+    if not errors and typed is not None and config.template is None:  # a data set's own; only a run passes it on
+        messages.append(
+            f"Invalid template={typed}: this benchmark asks its texts as they are, or as chats; use template=null or "
+            "template=chat."
+        )
     if messages or errors:
         raise ConfigError(messages)
     return config

@@ -350,3 +350,11 @@ def test_texts_longer_than_the_context_are_read_in_windows(tokenizer):
     own = asker(model, tokenizer).loglikelihood_rolling(asked, disable_tqdm=True)
     plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=16)
     assert own == pytest.approx(plain.loglikelihood_rolling(asked, disable_tqdm=True), rel=1e-4)
+
+
+def test_another_template_than_chat_is_refused(tiny_model_folder, own, tmp_path, capsys):
+    words = ["tasks=[own_choice]", f"include_path={own}", "template=qa", f"out={tmp_path / 'answers'}"]
+    assert main("lm_eval", [str(tiny_model_folder), *words]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Invalid template=qa: this benchmark asks its texts as they are, or as chats; use template=null" in said
+    assert not (tmp_path / "answers").exists()
