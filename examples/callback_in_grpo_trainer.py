@@ -11,7 +11,7 @@ import tempfile
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_model import byte_tokenizer, random_llama
+from tiny_model import byte_tokenizer, random_llama, train_and_report
 from trl import GRPOConfig, GRPOTrainer
 
 from flatlora import FlatLoraCallback
@@ -38,13 +38,7 @@ def main() -> dict[str, float]:
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[FlatLoraCallback(sigma=0.05)],
         )
-        parameters = dict(trainer.model.named_parameters())
-        frozen = {name: p.detach().clone() for name, p in parameters.items() if not p.requires_grad}
-        trainer.train()
-    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
-    unchanged = all(torch.equal(parameters[name], weight) for name, weight in frozen.items())
-    print(f"reward {rewards[0]:.3f} → {rewards[-1]:.3f}; the backbone is unchanged: {unchanged}")
-    return {"first": rewards[0], "last": rewards[-1], "unchanged": unchanged}
+        return train_and_report(trainer, "reward")
 
 
 if __name__ == "__main__":

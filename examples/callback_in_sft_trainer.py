@@ -8,7 +8,7 @@ import tempfile
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_model import byte_tokenizer, random_llama
+from tiny_model import byte_tokenizer, random_llama, train_and_report
 from trl import SFTConfig, SFTTrainer
 
 from flatlora import FlatLoraCallback
@@ -28,13 +28,7 @@ def main() -> dict[str, float]:
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[FlatLoraCallback(sigma=0.05)],
         )
-        parameters = dict(trainer.model.named_parameters())
-        frozen = {name: p.detach().clone() for name, p in parameters.items() if not p.requires_grad}
-        trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    unchanged = all(torch.equal(parameters[name], weight) for name, weight in frozen.items())
-    print(f"loss {losses[0]:.3f} → {losses[-1]:.3f}; the backbone is unchanged: {unchanged}")
-    return {"first": losses[0], "last": losses[-1], "unchanged": unchanged}
+        return train_and_report(trainer, "loss")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A tiny random Llama and a tokenizer of bytes for the examples with TRL, so that nothing has to be downloaded."""
+"""What the examples with TRL share: a tiny random Llama and a tokenizer of bytes, so that nothing is downloaded."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from flatlora import fast_dtype
 
@@ -25,3 +25,14 @@ def random_llama() -> PreTrainedModel:
         vocab_size=258, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, initializer_range=0.2, **shape
     )
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def train_and_report(trainer: Trainer, key: str) -> dict[str, float]:
+    """Trains; prints and returns the first and the last logged `key`, and whether the backbone is unchanged."""
+    parameters = dict(trainer.model.named_parameters())
+    frozen = {name: p.detach().clone() for name, p in parameters.items() if not p.requires_grad}
+    trainer.train()
+    values = [row[key] for row in trainer.state.log_history if key in row]
+    unchanged = all(torch.equal(parameters[name], weight) for name, weight in frozen.items())
+    print(f"{key} {values[0]:.3f} → {values[-1]:.3f}; the backbone is unchanged: {unchanged}")
+    return {"first": values[0], "last": values[-1], "unchanged": unchanged}
