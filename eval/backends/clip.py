@@ -9,45 +9,29 @@ import torch
 from torch import nn
 
 from eval.backends import check_numbers
+from eval.backends.in_memory import InMemoryBackend
 from flatlora.inputs.pixels import normalized, pixel_table
-from flatlora.utils.precision import Precision, autocast
+from flatlora.utils.precision import autocast
 
 
-class CLIPBackend:
+class CLIPBackend(InMemoryBackend):
     """Classifies images with a model in memory.
 
     Args:
-        model: pixel_values → logits, with or without a PEFT adapter (not merged, as merging rounds).
+        model: pixel_values → logits.
         processor: image processor of the model.
-        precision: autocast of the model; None: none, in the dtype of the weights.
-        identity: what identifies the model in generation.json, such as hashes.
+        settings: those of `InMemoryBackend`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        processor: Any,
-        *,
-        batch_size: int,
-        precision: Precision | None = None,
-        identity: dict[str, Any] | None = None,
-    ) -> None:
-        self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
-        self.precision, self.identity = precision, identity or {}
-        self.device = next(model.parameters()).device
+    name = "clip"
+
+    def __init__(self, model: nn.Module, processor: Any, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.processor = processor
 
     @functools.cached_property
     def table(self) -> torch.Tensor:
         return pixel_table(self.processor).to(self.device)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "backend": "clip",
-            "batch_size": self.batch_size,
-            "autocast": self.precision.label if self.precision else "None",
-            "device": self.device.type,
-            **self.identity,
-        }
 
     @torch.inference_mode()
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:

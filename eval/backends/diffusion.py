@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from eval.backends.in_memory import InMemoryBackend
 from flatlora.config.sections import DiffusionModelConfig
 from flatlora.models import diffusion
-from flatlora.utils.precision import Precision, autocast
+from flatlora.utils.precision import autocast
 
 
-class DiffusionBackend:
+class DiffusionBackend(InMemoryBackend):
     """Generates images with a model in memory.
 
     Args:
-        model: a `diffusion.TextToImageModel`, with or without a PEFT adapter (not merged, as merging rounds).
+        model: a `diffusion.TextToImageModel`.
         processor: unused; diffusion models have none.
         config, source: settings and folder or hub id of the pipeline that the model is part of.
-        precision: autocast of the model; None: none, in the dtype of the weights.
-        identity: what identifies the model in generation.json, such as hashes.
+        settings: those of `InMemoryBackend`.
     """
+
+    name = "diffusion"
 
     def __init__(
         self,
@@ -31,25 +33,15 @@ class DiffusionBackend:
         *,
         config: DiffusionModelConfig,
         source: str,
-        batch_size: int,
-        precision: Precision | None = None,
-        identity: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
-        self.model, self.config, self.source, self.batch_size = model.eval(), config, source, batch_size
-        self.precision, self.identity = precision, identity or {}
+        super().__init__(model, **settings)
+        self.config, self.source = config, source
         self.plain_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.device = self.plain_model.device
         self._pipeline: Any = None
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "backend": "diffusion",
-            "batch_size": self.batch_size,
-            "autocast": self.precision.label if self.precision else "None",
-            "vae": [diffusion.vae_state(self.config), self.config.vae_dtype],
-            "device": self.device.type,
-            **self.identity,
-        }
+        return super().describe() | {"vae": [diffusion.vae_state(self.config), self.config.vae_dtype]}
 
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> torch.Tensor:
         """Returns B × 3 × H × W, FP32, 0 to 1, on the CPU; `settings` are arguments of `diffusion.sample`."""

@@ -12,49 +12,35 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.backends import Completion, Sampling, check_numbers
 from eval.backends.hf import adapted_model, context_of
+from eval.backends.in_memory import InMemoryBackend
 from eval.backends.tokenized import TokenizedBackend
 from flatlora.inputs.classified import encoder_ids, encoder_inputs
 from flatlora.utils.errors import ConfigError
-from flatlora.utils.precision import Precision, autocast
+from flatlora.utils.precision import autocast
 
 logger = logging.getLogger(__name__)
 
 
-class EncoderBackend(TokenizedBackend):
+class EncoderBackend(InMemoryBackend, TokenizedBackend):
     """Classifies texts; the likelihood of a choice is that of the class with its name.
 
     Texts that are longer than the model's table of positions are cut.
 
     Args:
-        model: text classifier, with or without a PEFT adapter (not merged, as merging rounds).
-        precision: autocast of the model; None: none, in the dtype of the weights.
-        identity: what identifies the model in generation.json, such as hashes.
+        model: text classifier.
+        settings: those of `InMemoryBackend`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        precision: Precision | None = None,
-        identity: dict[str, Any] | None = None,
-    ) -> None:
-        self.model, self.tokenizer, self.batch_size = adapted_model(model.eval()), tokenizer, batch_size
-        self.precision, self.identity = precision, identity or {}
-        self.device, self.ends = next(model.parameters()).device, frozenset()
+    name = "encoder"
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+        super().__init__(adapted_model(model), **settings)
+        self.tokenizer, self.ends = tokenizer, frozenset()
         self.classes: dict[str, int] = self.model.config.label2id
         self.context = context_of(self.model)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "backend": "encoder",
-            "batch_size": self.batch_size,
-            "autocast": self.precision.label if self.precision else "None",
-            "device": self.device.type,
-            "tokenizer": self.tokenizer_sha256,
-            **self.identity,
-        }
+        return super().describe() | {"tokenizer": self.tokenizer_sha256}
 
     def _ids(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Returns the ids that the model reads, and how many texts were cut."""

@@ -29,12 +29,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from eval.backends import Completion, Sampling, check_numbers, cut_at
 from eval.backends.decoding import Decoder, reason_against
+from eval.backends.in_memory import InMemoryBackend
 from eval.backends.tokenized import Context, TokenizedBackend, end_ids
 from flatlora.fused.graphs import GraphCapture
 from flatlora.inputs.tokenizing import text_ids
 from flatlora.models.fit import first_position, position_tables, rotary_positions
 from flatlora.utils.labels import IGNORED_LABEL
-from flatlora.utils.precision import Precision, autocast
+from flatlora.utils.precision import autocast
 
 logger = logging.getLogger(__name__)
 
@@ -42,27 +43,19 @@ _TRIAL_TOKENS = 16  # most tokens of the row, and tokens of padding, in the tria
 _MARGIN = 4  # extra tokens to decode before a stop, as decoding can lose the first space
 
 
-class HFBackend(TokenizedBackend):
+class HFBackend(InMemoryBackend, TokenizedBackend):
     """Generates, and computes likelihoods, with a model in memory.
 
     Args:
-        model: causal or encoder-decoder model, with or without a PEFT adapter (not merged, as merging rounds).
-        precision: autocast of the model; None: none, in the dtype of the weights.
-        identity: what identifies the model in generation.json, such as hashes.
+        model: causal or encoder-decoder model.
+        settings: those of `InMemoryBackend`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        precision: Precision | None = None,
-        identity: dict[str, Any] | None = None,
-    ) -> None:
-        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        self.precision, self.identity = precision, identity or {}
-        self.device = next(model.parameters()).device
+    name = "hf"
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.tokenizer = tokenizer
         self.on_token: Callable[[int], None] | None = None
         self._padding_is_read: bool | None = None  # None: not tried yet
         self.encoder_decoder = model.config.is_encoder_decoder
@@ -81,15 +74,7 @@ class HFBackend(TokenizedBackend):
             adapted_model(model).register_forward_pre_hook(functools.partial(_shift_positions, first), with_kwargs=True)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "backend": "hf",
-            "batch_size": self.batch_size,
-            "autocast": self.precision.label if self.precision else "None",
-            "device": self.device.type,
-            "ends": sorted(self.ends),
-            "tokenizer": self.tokenizer_sha256,
-            **self.identity,
-        }
+        return super().describe() | {"ends": sorted(self.ends), "tokenizer": self.tokenizer_sha256}
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> list[Completion]:
