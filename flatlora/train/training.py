@@ -98,12 +98,7 @@ def train(
     before = TrainingStats.read(resume_from)
     # A run goes on as it began: rows were padded by an earlier version, or where nothing joins them.
     joined = trains_on_joined_rows(experiment, model) and (resume_from is None or before.micro_batch_tokens is not None)
-    arguments = training_arguments(
-        experiment, run.path, train_rows=len(train_rows), has_validation=has_validation, joined=joined
-    )
-    arguments.dataloader_num_workers = loader_workers(experiment.trainer, train_rows)
-    if len(set(getattr(validation_rows, "buckets", ()))) > 1:
-        arguments.per_device_eval_batch_size = 1  # images of different sizes cannot be batched
+    arguments = _arguments_for(experiment, run, train_rows, validation_rows, joined=joined)
     best = _best_model(experiment, run, resume_from) if optim.best_model and has_validation else None
     recorder, preemption = StepRecorder(log, progress, before, regularizer), Preemption()
     of_method = method.callbacks(model, experiment.peft, training_of(experiment, arguments))
@@ -131,17 +126,35 @@ def train(
     recorder.trainer, preemption.accelerator = trainer, trainer.accelerator
     stats, best_step = _run_to_the_end(trainer, model, best, preemption, resume_from)
     kept = {"best_step": best_step, "eval_loss": best.read()["eval_loss"]} if best else {}
+    return _result(trainer, stats, _metrics(log) | kept, _timing(stats, log), resume_from)
+
+
+def _result(
+    trainer: FlatTrainer, stats: TrainingStats, metrics: dict[str, float], timing: Timing, resume_from: Path | None
+) -> TrainingResult:
     return TrainingResult(
-        metrics=_metrics(log) | kept,
-        timing=_timing(stats, log),
+        metrics=metrics,
+        timing=timing,
         reserved_gib=stats.reserved_gib,
         steps=trainer.state.global_step,
         perturbation=stats.perturbation,
         resumed_from=checkpoint.step_of(resume_from) if resume_from else None,
-        dtypes=recorder.dtypes,
+        dtypes=trainer.recorder.dtypes,
         processes=stats.processes,
         micro_batch_tokens=stats.micro_batch_tokens,
     )
+
+
+def _arguments_for(
+    experiment: Experiment, run: RunFolder, train_rows: SizedRows, validation_rows: SizedRows, *, joined: bool
+) -> TrainingArguments:
+    """`training_arguments`, with what depends on the rows themselves."""
+    counts = {"train_rows": len(train_rows), "has_validation": len(validation_rows) > 0}
+    arguments = training_arguments(experiment, run.path, **counts, joined=joined)
+    arguments.dataloader_num_workers = loader_workers(experiment.trainer, train_rows)
+    if len(set(getattr(validation_rows, "buckets", ()))) > 1:
+        arguments.per_device_eval_batch_size = 1  # images of different sizes cannot be batched
+    return arguments
 
 
 def _best_model(experiment: Experiment, run: RunFolder, resume_from: Path | None) -> BestModel:
