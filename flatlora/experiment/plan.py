@@ -72,7 +72,7 @@ class Plan(NamedTuple):
         memory: {size of a micro-batch: its memory}, of those that were computed.
         sizes: sizes of micro-batches that the run could have.
         size: that of its settings; None if it follows from memory.
-        flops: of an optimizer step.
+        flops: of an optimizer step of rows of mean length, without padding.
     """
 
     unit: str
@@ -82,6 +82,11 @@ class Plan(NamedTuple):
     sizes: Sequence[int]
     size: int | None
     flops: float
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Modes that the run could have: without factors there is no noise."""
+        return _MODES if all(each.copy for each in self.memory.values()) else _MODES[:1]
 
     def peak(self, size: int, mode: str) -> float:
         """GiB at the peak with micro-batches of a size: between two computed ones on the line through both."""
@@ -116,25 +121,25 @@ def plan(suite: Suite, experiment: Experiment) -> Plan:
     collate, lengths = kind.collator(experiment.model, processor), list(rows.lengths)
     longest = sorted(range(len(rows)), key=lambda index: -lengths[index])
 
-    def memory_of(size: int) -> StepMemory:
-        if joined:
-            inputs = dict.fromkeys(("input_ids", "labels"), torch.zeros(1, size, dtype=torch.long))
-        else:
-            batch = collate([rows[index] for index in (longest * size)[:size]])
-            inputs = family.graph_inputs(family.without_mask(batch), torch.tensor(1), 1, None)
+    def of_rows(indices: Sequence[int]) -> StepMemory:
+        batch = family.without_mask(collate([rows[index] for index in indices]))
+        inputs = family.graph_inputs(batch, torch.tensor(1), 1, None)
         return _memory(experiment, {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim() > 0})
+
+    def of_tokens(count: int) -> StepMemory:
+        return _memory(experiment, dict.fromkeys(("input_ids", "labels"), torch.zeros(1, count, dtype=torch.long)))
 
     joined = _joins_rows(experiment, skeleton)
     per_step = experiment.optim.batch_size
     sizes = _TOKENS if joined else [size for size in range(1, per_step + 1) if per_step % size == 0]
     known = (1024, 4096) if joined else sorted({1, max(size for size in sizes if size <= 8)})
-    memory = {size: memory_of(size) for size in known}
-    a_row = memory[max(known)].flops / max(known)
-    units = sum(lengths) / len(lengths) * per_step if joined else per_step
+    memory = {size: of_tokens(size) if joined else of_rows((longest * size)[:size]) for size in known}
+    mean = sum(lengths) / len(lengths)
+    flops = per_step * of_rows([min(range(len(rows)), key=lambda index: abs(lengths[index] - mean))]).flops
     set_size = (machine.micro_batch_tokens or None) if joined else machine.micro_batch_size
     steps = machine.max_steps or math.ceil(experiment.optim.epochs * math.ceil(len(rows) / per_step))
     unit = "tokens" if joined else "rows"
-    return Plan(unit, max(lengths) if family.unit == "tokens" else 0, steps, memory, sizes, set_size, a_row * units)
+    return Plan(unit, max(lengths) if family.unit == "tokens" else 0, steps, memory, sizes, set_size, flops)
 
 
 def refusals(experiment: Experiment) -> list[str]:
@@ -195,36 +200,36 @@ def shown(plan: Plan, experiment: Experiment) -> Group:
 def _kinds_table(plan: Plan, experiment: Experiment) -> Table:
     size = plan.size or min(plan.memory)
     computed = plan.memory[min(plan.memory, key=lambda each: abs(each - size))]
-    longest = f"; the longest of {plan.longest:,} tokens" if plan.longest else ""
+    longest = f", the longest of {plan.longest:,} tokens" if plan.longest else ""
     title = (
-        f"GiB at the peak of a step, micro-batches of {size:,} {plan.unit}{longest}\n"
-        f"{plan.steps:,} steps of {experiment.optim.batch_size} rows"
+        f"GiB at the peak of a step, micro-batches of {size:,} {plan.unit}\n"
+        f"{plan.steps:,} steps of {experiment.optim.batch_size} rows{longest}"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for mode in _MODES:
+    for mode in plan.modes:
         table.add_column(mode if mode == "off" else f"flat, {mode}", justify="right")
     static = (("frozen weights", computed.backbone), ("trained weights, gradients, moments", computed.trained))
     for name, value in static:
-        table.add_row(name, *[f"{value / GIB:.2f}"] * 3)
-    more = (0, computed.recompute, computed.copy)
-    table.add_row("noise", *(f"{value / GIB:.2f}" for value in more))
-    rest = plan.peak(size, "off") - (computed.backbone + computed.trained) / GIB
-    table.add_row("activations", *[f"{rest:.2f}"] * 3)
-    table.add_row("all", *(f"{plan.peak(size, mode):.2f}" for mode in _MODES), style="bold")
+        table.add_row(name, *[f"{value / GIB:.2f}"] * len(plan.modes))
+    without = plan.peak(size, "off")
+    table.add_row("noise", *(f"{plan.peak(size, mode) - without:.2f}" for mode in plan.modes))
+    rest = without - (computed.backbone + computed.trained) / GIB
+    table.add_row("activations", *[f"{rest:.2f}"] * len(plan.modes))
+    table.add_row("all", *(f"{plan.peak(size, mode):.2f}" for mode in plan.modes), style="bold")
     return table
 
 
 def _cards_table(plan: Plan, experiment: Experiment) -> Table:
     table = Table(title=f"largest micro-batch that fits, in {plan.unit}, and GiB at its peak", title_justify="left")
     table.add_column("GPU", no_wrap=True)
-    for mode in _MODES:
+    for mode in plan.modes:
         table.add_column(mode if mode == "off" else f"flat, {mode}", justify="right")
     timed = experiment.model.dtype != "float32" or _autocast(experiment) is not None
     if timed:
         table.add_column("GPU hours, at least", justify="right")
     for name, card in CARDS.items():
-        cells = [_cell(plan, card, mode) for mode in _MODES]
+        cells = [_cell(plan, card, mode) for mode in plan.modes]
         hours = plan.steps * plan.flops / (_SHARE_OF_PEAK * card.tflops * 1e12) / 3600
         table.add_row(name, *cells, *([f"{hours:.3g}"] if timed else []))
     return table

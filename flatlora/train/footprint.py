@@ -9,6 +9,7 @@ allocate the same tensors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
@@ -203,14 +204,14 @@ def _like_kernels(base: nn.Module) -> Iterator[None]:
         modeling = sys.modules[type(base).__module__]
         for module in base.modules():
             if isinstance(module, QuickGELUActivation):
-                module.forward = _Activation.apply
+                module.forward = functools.partial(_elementwise, in_place=False)
         if getattr(getattr(base, "config", None), "model_type", None) in _OF_LIGER:
             for name, module in base.named_modules():
                 kind = type(module).__name__
                 if kind.endswith("RMSNorm"):
-                    module.forward = _NormLikeLiger(module)
+                    module.forward = functools.partial(_elementwise, in_place=True)
                 elif kind.endswith("MLP") and hasattr(module, "gate_proj"):
-                    module.forward = _GateLikeLiger(module)
+                    module.forward = functools.partial(_gated, module)
                 if name.endswith(".post_attention_layernorm"):
                     recompute_norm(module)
             if hasattr(modeling, "apply_rotary_pos_emb"):
@@ -237,47 +238,26 @@ def _has_plain_head(base: nn.Module) -> bool:
     return plain and attends_to_all_before(base) and getattr(base.config, "final_logit_softcapping", None) is None
 
 
-class _NormLikeLiger:
-    def __init__(self, module: nn.Module) -> None:
-        self.weight = module.weight
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return _Norm.apply(x, self.weight)
+def _elementwise(x: torch.Tensor, *, in_place: bool) -> torch.Tensor:
+    return _Elementwise.apply(x, in_place)
 
 
-class _Norm(torch.autograd.Function):
-    """Keeps x; the gradient overwrites that of y."""
+class _Elementwise(torch.autograd.Function):
+    """Keeps x, as Liger's norms and `quick_gelu` do; the gradient of a norm overwrites that of y."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x: torch.Tensor, in_place: bool) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.in_place = in_place
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
+        return grad if ctx.in_place else torch.empty_like(grad), None
 
 
-class _Activation(torch.autograd.Function):
-    """Keeps x, as `quick_gelu` does."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(grad)
-
-
-class _GateLikeLiger:
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        module = self.module
-        return module.down_proj(_Gate.apply(module.gate_proj(x), module.up_proj(x)))
+def _gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module.down_proj(_Gate.apply(module.gate_proj(x), module.up_proj(x)))
 
 
 class _Gate(torch.autograd.Function):

@@ -1,7 +1,9 @@
 """The planned memory of a step is that of a step: on a CPU, and within a few percent that of a GPU's records."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CLIPConfig, LlamaConfig, LlamaForCausalLM
 
 import run_exp
+from flatlora import plan as command
 from flatlora.experiment import plan as planning
 from flatlora.models import loading
 from flatlora.models.clip import CLIPImageClassifier
@@ -122,11 +125,9 @@ def planned(tiny_settings, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*more):
-        own = [
-            word
-            for word in tiny_settings
-            if "model=clip_tiny" not in more or not word.startswith(("model.", "dataset."))
-        ]
+        replaced = {"model=clip_tiny": ("model.", "dataset."), "peft=full_ft": ("peft.",)}
+        dropped = tuple(prefix for word in more for prefix in replaced.get(word, ()))
+        own = [word for word in tiny_settings if not word.startswith(dropped)]
         code = run_exp.main([*own, *more, "plan=true"])
         read = capsys.readouterr()
         return code, " ".join((read.out + read.err).split())
@@ -138,8 +139,7 @@ def test_a_plan_needs_no_weights_and_writes_nothing(planned, tiny_settings, tiny
     folder = shutil.copytree(tiny_model_folder, tmp_path / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
     code, said = planned(f"model.hub_id={folder}", "model.dtype=bfloat16", "rho=flat")
     assert code == 0
-    assert "micro-batches of 1,024 tokens; the longest of" in said
-    assert "6 steps of 4 rows" in said
+    assert "micro-batches of 1,024 tokens 6 steps of 4 rows, the longest of" in said
     assert all(name in said for name in planning.CARDS)
     assert said.count("16,384: 0.") == 3 * len(planning.CARDS)
     assert not Path(next(w for w in tiny_settings if w.startswith("results_root=")).partition("=")[2]).exists()
@@ -177,3 +177,19 @@ def test_a_large_model_fits_where_its_weights_do():
     assert plan.largest(small, "copy") is None
     assert plan.largest(large, "copy") == 2
     assert plan.largest(planning.CARDS["H200, 141 GB"], "off") == 16
+
+
+def test_full_fine_tuning_has_no_noise(planned):
+    code, said = planned("peft=full_ft", "rho=off", "optim.lr=1e-4")
+    assert code == 0
+    assert "flat, copy" not in said
+    assert "trained weights, gradients, moments" in said
+
+
+def test_the_command_is_that_of_run_exp(monkeypatch):
+    called = []
+    monkeypatch.setattr(os, "execv", lambda program, words: called.append((program, words)))
+    monkeypatch.setattr(sys, "argv", ["plan.py", "model=llama", "rho=flat"])
+    command.main()
+    script = str(Path(run_exp.__file__).resolve())
+    assert called == [(sys.executable, [sys.executable, script, "model=llama", "rho=flat", "plan=true"])]
