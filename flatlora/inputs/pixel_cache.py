@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ PIXELS, CHECKSUMS = "pixels.raw", "checksums.npy"
 _CODECS = ("jpg", "libjpeg_turbo", "jpg_2000", "webp", "avif", "libtiff")  # of PIL; others are lossless
 _FORK_FROM = 1000  # images; fewer are decoded before worker processes have started
 _CHUNK = 32  # images that a worker decodes at a time
+_PART = 16  # images that a thread reads at a time
 _BAR_FROM = 5000  # images; fewer need no progress bar
 
 
@@ -103,10 +105,20 @@ class PixelCache:
 
         Their pixels are undefined: they are not cached, or damaged.
         """
-        places = np.array([self._places.get(picture_of(digest), -1) for digest in digests])
-        pixels = np.empty((len(places), *self._pixels.shape[1:]), np.uint8)
-        np.take(self._pixels, places, axis=0, out=pixels, mode="wrap")  # other modes copy twice
-        sums = np.array([xxhash.xxh3_64_intdigest(each) for each in pixels], np.uint64)
+        places = np.array([self._places.get(picture_of(digest), -1) for digest in digests], np.int64)
+        pixels, sums = np.empty((len(places), *self._pixels.shape[1:]), np.uint8), np.empty(len(places), np.uint64)
+
+        def read_part(part: slice) -> None:
+            np.take(self._pixels, places[part], axis=0, out=pixels[part], mode="wrap")  # other modes copy twice
+            sums[part] = [xxhash.xxh3_64_intdigest(each) for each in pixels[part]]
+
+        parts = [slice(start, start + _PART) for start in range(0, len(places), _PART)]
+        threads = min(torch.get_num_threads(), len(parts))  # one in a worker process of a DataLoader
+        if threads > 1:  # a pool that is kept would hang in processes that are forked later
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(read_part, parts))
+        else:
+            read_part(slice(None))
         damaged = (places >= 0) & (sums != self._checksums[places])
         if damaged.any() and not self._complained:
             text = "The cache folder %s is broken (%s is not what was written): it will be rebuilt by the next run."

@@ -90,6 +90,22 @@ def test_pixels_are_the_processors_to_the_bit(name):
         assert torch.equal(row["pixel_values"], expected)
 
 
+def test_threads_read_what_one_does(monkeypatch):
+    rows = cached([file_of("RGB", (16, 16), seed) for seed in range(40)])
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    order += [7, 7, 3]  # also twice, and no whole part
+    digests = [rows.digests[i] for i in order] + [bytes(40)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone, missing = rows.cache.read(digests)
+    assert missing == [43]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(pixel_cache, "_PART", 5)
+    shared, missing = rows.cache.read(digests)
+    assert missing == [43]
+    assert torch.equal(shared[:43], alone[:43])
+    assert rows.cache.read([])[0].shape == (0, 3, 16, 16)
+
+
 def test_the_order_of_operations_has_other_bits():
     picture = Image.open(io.BytesIO(KINDS[0]))
     one, other = (PROCESSORS[name](picture, return_tensors="pt")["pixel_values"] for name in ("small", "one_step"))
@@ -201,7 +217,9 @@ def test_what_a_killed_writer_left_is_not_used(folder, monkeypatch):
     assert (kept / caches.MANIFEST).is_file()
 
 
-def test_damage_while_it_is_read_costs_one_warning_and_no_image(folder, caplog):
+@pytest.mark.parametrize("part", [16, 5])  # images that a thread reads
+def test_damage_while_it_is_read_costs_one_warning_and_no_image(folder, caplog, monkeypatch, part):
+    monkeypatch.setattr(pixel_cache, "_PART", part)
     rows = cached(KINDS)
     whole = pixels_of(rows)
     (kept,) = folder.iterdir()
