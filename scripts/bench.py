@@ -6,7 +6,7 @@
     python -m scripts.bench cost
     python -m scripts.bench gpu [--shapes 2x1024x16,8x1024x4] [--steps 5]
     python -m scripts.bench methods [--shapes 2x1024x16] [--steps 3]
-    python -m scripts.bench processes [--gpus 2] [--steps 8]
+    python -m scripts.bench processes [--gpus 2] [--shape llama-2-70b] [--only "ddp;fsdp"] [--steps 8]
     python -m scripts.bench sdxl [--steps 10] [--rounds 3]
 
 cpu  1. one optimizer step on SmolLM2-135M, contenders in turn, round after round: a plain loop of transformers and PEFT
@@ -18,7 +18,7 @@ cost     see bench_cost.py: GPU hours of every published table, by the step time
 data     see bench_data.py: tokenizing 100,000 rows, starting from the cache, and reading images.
 gpu      see bench_gpu.py: the passes, and an optimizer step of Llama-2-7B's shape compared with PEFT's.
 methods  see bench_methods.py: an optimizer step of every method compared with LoRA's, Llama-2-7B's shape, on a GPU.
-processes  see bench_processes.py: whole runs of Llama-2-7B's shape on one GPU and on several, DDP and ZeRO-2.
+processes  see bench_processes.py: whole runs of Llama-2's shapes on one GPU and on several: DDP, FSDP2 and ZeRO-2.
 sdxl     see bench_sdxl.py: an optimizer step of SDXL-base's UNet, 1024 px, compared with diffusers' example.
 start    see bench_start.py: from the command to the first optimizer step of Llama-2-7B's shape, phase by phase, twice.
 Writes results/bench/{cpu,data,families,cost,gpu,methods,processes,sdxl,start}.json, and a plot for cpu, families and
@@ -113,7 +113,9 @@ def main(words: list[str] | None = None) -> int:
         command += f" --rounds {options.rounds}"
         return bench_sdxl.run(steps=options.steps, rounds=options.rounds, out=out, command=command)
     if name == "processes":
-        return bench_processes.run(options.gpus, layers=options.layers, steps=options.steps, out=out)
+        only = options.only.split(";") if options.only else None
+        sizes = {"layers": options.layers, "steps": options.steps}
+        return bench_processes.run(options.gpus, options.shape, only, **sizes, out=out)
     bench = bench_gpu if name == "gpu" else bench_methods
     shapes = (options.shapes or ",".join(bench.SHAPES)).split(",")
     command = f"python -m scripts.bench {name} --shapes {','.join(shapes)} --steps {options.steps}"
@@ -138,7 +140,10 @@ def arguments() -> argparse.ArgumentParser:
         of[name].add_argument("--rounds", type=positive, default=7, help="number of rounds")
     for name in ("gpu", "methods"):
         of[name].add_argument("--shapes", help="micro-batch x length x accumulation, comma-separated")
-    for name in ("gpu", "methods", "processes"):
+    of["processes"].add_argument("--shape", choices=["llama-2-7b", "llama-2-70b"], default="llama-2-7b")
+    of["processes"].add_argument("--only", help="contenders, separated by semicolons")
+    of["processes"].add_argument("--layers", type=positive, help="decoder layers; those of the shape if not given")
+    for name in ("gpu", "methods"):
         of[name].add_argument("--layers", type=positive, default=32, help="decoder layers; 32 is the 7B model")
     for name in ("gpu", "methods", "processes", "sdxl"):
         of[name].add_argument("--steps", type=positive, default=5, help="number of timed optimizer steps per contender")

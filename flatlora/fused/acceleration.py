@@ -29,6 +29,7 @@ from flatlora.fused.packing import attends_to_all_before, remove_padding
 from flatlora.fused.quick_gelu import fuse_quick_gelu
 from flatlora.fused.varlen import VARLEN, allow_joined_rows
 from flatlora.noise import triton_kernels
+from flatlora.utils.shards import plain_class
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def _apply_liger(base: nn.Module) -> bool:
     if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         logger.warning("Liger has no kernels for %s: transformers' code is used.", base.config.model_type)
         return False
-    modeling = sys.modules[type(base).__module__]
+    modeling = sys.modules[plain_class(base).__module__]
     before = dict(vars(modeling))
     # Without its cross entropy, which synchronizes with the host in every micro-step and so cannot be captured.
     _apply_liger_kernel_to_instance(model=base, cross_entropy=False, fused_linear_cross_entropy=False)

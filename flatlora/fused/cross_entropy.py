@@ -16,6 +16,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flatlora.utils.labels import IGNORED_LABEL
+from flatlora.utils.shards import call_as_forward, plain_class, reshard, whole
 
 _GPU_ROWS = 1024  # tokens whose logits are in memory at a time
 _CPU_ROWS = 128
@@ -24,7 +25,7 @@ _CPU_ROWS = 128
 def has_frozen_linear_head(base: nn.Module) -> bool:
     """Whether a causal model's loss is the cross entropy of hidden · Wᵀ with a frozen W, without any other term."""
     head = getattr(base, "lm_head", None)
-    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    plain = head is not None and plain_class(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
     config = base.config.get_text_config()  # of a model that also reads images, a part of its config
     changed = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _CHANGES_LOGITS)
     with_router_loss = getattr(config, "output_router_logits", False)
@@ -42,7 +43,7 @@ def _has_plain_loss(base: nn.Module) -> bool:
 
     The head gets hidden states that make large logits, at which a cap, a scale or a further term shows.
     """
-    weight = base.lm_head.weight
+    weight = whole(base.lm_head.weight)
     count, vocabulary = 8, len(weight)
     ids = (torch.arange(count, device=weight.device)[None] + 3) % vocabulary
     labels = torch.arange(count, device=weight.device)[None] * (vocabulary // count)
@@ -61,6 +62,7 @@ def _has_plain_loss(base: nn.Module) -> bool:
         hook.remove()
         for module, mode in modes:
             module.training = mode
+        reshard(base)
     return bool((loss - expected).abs() <= 1e-2 * expected)
 
 
@@ -89,9 +91,11 @@ def forward_without_logits(base: nn.Module) -> Callable[..., Any]:
             hidden = hidden[:, logits_to_keep]
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
-        return CausalLMOutputWithPast(
-            loss=linear_cross_entropy(hidden, base.lm_head.weight, shift_labels, num_items_in_batch)
+        head = base.lm_head
+        loss = call_as_forward(
+            head, lambda hidden: linear_cross_entropy(hidden, head.weight, shift_labels, num_items_in_batch), hidden
         )
+        return CausalLMOutputWithPast(loss=loss)
 
     return forward
 

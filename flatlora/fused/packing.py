@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flatlora.fused.cross_entropy import forward_without_logits, has_frozen_linear_head
 from flatlora.utils.errors import reason_of
 from flatlora.utils.labels import IGNORED_LABEL
+from flatlora.utils.shards import call_as_forward, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def remove_padding(base: nn.Module) -> list[str]:
         training = forward_without_logits(base)
         done.append("chunked cross entropy")
     base.forward = _forward_without_padding(base, original, training)
-    if reason := reason_against(base, original, lambda batch: base.forward(**batch)):
+    if reason := reason_against(base, original, lambda batch: base(**batch)):
         base.forward, base.config._attn_implementation = original, attention
         logger.warning("The batches of %s stay padded: %s.", type(base).__name__, reason)
         return []
@@ -178,7 +179,8 @@ def reason_against(
     base.eval()
     try:
         device = next(base.parameters()).device
-        loss = padded(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
+        given = {name: tensor.to(device) for name, tensor in batch.items()}
+        loss = call_as_forward(base, padded, **given, use_cache=False).loss
         base.training = True  # layers, such as dropout, stay in evaluation mode
         other = packed(batch).loss
     except (TypeError, KeyError, RuntimeError, ValueError, AttributeError) as error:
@@ -186,6 +188,7 @@ def reason_against(
     finally:
         for module, mode in modes:
             module.training = mode
+        reshard(base)
     tolerance = 1e-4 if base.dtype == torch.float32 else 3e-2
     if not (other - loss).abs() <= tolerance * loss.abs():
         return f"its loss changes without padding ({other:.6g} instead of {loss:.6g})"

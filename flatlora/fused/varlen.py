@@ -137,15 +137,18 @@ def _trial_pack(model: nn.Module) -> dict[str, Any]:
 def tokens_that_fit(loss_of: Callable[[dict[str, Any]], torch.Tensor], model: nn.Module, device: torch.device) -> int:
     """Tokens of a micro-batch for which the free memory of a GPU suffices, a power of two from 1024 to 16384.
 
-    The activations of one trial are measured; it does not change the random state.
+    The activations of a trial are measured, which does not change the random state; kernels are compiled, and weights
+    gathered that FSDP2 keeps, in one before it.
 
     Args:
         loss_of: micro-batch → loss, as in training.
     """
-    generator, before = torch.cuda.get_rng_state(device), torch.cuda.memory_allocated(device)
-    loss = loss_of(moved(_trial_pack(model), device))
-    per_token = max(1, torch.cuda.memory_allocated(device) - before) / _TRIAL_TOKENS
-    del loss
+    generator = torch.cuda.get_rng_state(device)
+    for _ in range(2):
+        before = torch.cuda.memory_allocated(device)
+        loss = loss_of(moved(_trial_pack(model), device))
+        per_token = max(1, torch.cuda.memory_allocated(device) - before) / _TRIAL_TOKENS
+        del loss
     torch.cuda.set_rng_state(generator, device)
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     optimizer = 8 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)  # Adam's

@@ -283,7 +283,7 @@ def refusal(peft_method: str, rho_method: str) -> str | None:
 def uses_kernels(experiment: Experiment) -> bool:
     """Whether the fast layers and steps of `flatlora.fused` may take part in the training."""
     plain = experiment.regularized and REGULARIZERS[experiment.rho.method].needs_plain_layers
-    return experiment.trainer.kernels == "auto" and not (plain or experiment.trainer.fsdp)
+    return experiment.trainer.kernels == "auto" and not plain
 
 
 def combination_errors(experiment: Experiment) -> list[SettingError]:

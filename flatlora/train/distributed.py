@@ -162,12 +162,14 @@ def initialize(experiment: Experiment, device: torch.device) -> None:
 
     A process that waits for another longer than trainer.timeout_s fails, and torchrun terminates the others.
     """
+    global _hosts
     machine = experiment.trainer
     if world_size() > 1 or machine.zero:
         if machine.zero:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # read by accelerate, here and in Trainer
         on_cpu = device.type == "cpu"
-        state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(seconds=machine.timeout_s))
+        timeout = datetime.timedelta(seconds=machine.timeout_s)
+        state = PartialState(cpu=on_cpu, timeout=timeout)
         if machine.zero:
             _free_stale_builds()
         if machine.zero and on_cpu:  # accelerate supports DeepSpeed on accelerators only
@@ -180,6 +182,12 @@ def initialize(experiment: Experiment, device: torch.device) -> None:
                 deepspeed.ops.__compatible_ops__[shared_memory.NAME] = False
             deepspeed.init_distributed(dist_backend=state.backend, auto_mpi_discovery=False)
             state.distributed_type = DistributedType.DEEPSPEED
+        # On several nodes gloo would ask for names of hosts and interfaces, which NCCL does without.
+        if not on_cpu and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+            _hosts = torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+
+_hosts: torch.distributed.ProcessGroup | None = None  # all processes of one node with GPUs, for tensors on the host
 
 
 def _free_stale_builds() -> None:
@@ -300,6 +308,15 @@ def replicate_adapter(model: nn.Module) -> nn.Module:
     ignored += [name for name, _ in model.named_buffers()]  # constants, equal in all processes
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     return DistributedDataParallel(model)
+
+
+def largest(number: int) -> int:
+    """Returns the largest of the processes' numbers. The host does not wait for its GPU, except on several nodes."""
+    if world_size() == 1:
+        return number
+    tensor = torch.tensor(number, device="cpu" if _hosts is not None else PartialState().device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=_hosts)
+    return int(tensor)
 
 
 def from_main_process(compute: Callable[[], T]) -> T:

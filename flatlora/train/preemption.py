@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from flatlora.train import distributed
@@ -39,7 +38,6 @@ class Preemption(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.accelerator: Accelerator | None = None  # the trainer's; set before training
         self.stopped = False
         self._signal: int | None = None  # the first one received
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
@@ -59,22 +57,16 @@ class Preemption(TrainerCallback):
         self._signal = self._signal or number
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.asked(args):
+        if self.asked():
             self.stopped = control.should_save = True
 
     def on_save(self, args, state, control, **kwargs) -> None:
         # Only after saving: a checkpoint with should_training_stop is treated as that of a finished training.
         control.should_training_stop |= self.stopped
 
-    def asked(self, args) -> bool:
+    def asked(self) -> bool:
         """Whether any process received a signal: they arrive at different times, and all must stop at the same step."""
-        received = self._signal is not None
-        if args.world_size == 1:
-            return received
-        import torch
-
-        count = torch.tensor(int(received), device=args.device)
-        return self.accelerator.reduce(count, "sum").item() > 0
+        return bool(distributed.largest(int(self._signal is not None)))
 
     def forward(self) -> None:
         """Calls the previous handler of the received signal, if there was one."""

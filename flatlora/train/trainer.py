@@ -32,7 +32,7 @@ from flatlora.models.family import FAMILIES, LOSS_SCALE
 from flatlora.models.fit import position_tables
 from flatlora.models.starts import load_adapter, mark_checkpoint
 from flatlora.train import checkpoint
-from flatlora.train.distributed import is_main_process, replicate_adapter, zero_step
+from flatlora.train.distributed import is_main_process, largest, replicate_adapter, zero_step
 from flatlora.train.recorder import StepRecorder, put_back_rows
 from flatlora.train.samplers import BucketSampler, EpochSampler
 from flatlora.train.saving import BackgroundWriter, to_host
@@ -391,7 +391,8 @@ class FlatTrainer(Trainer):
             return None  # GradScaler scales each loss before its backward
         if machine.zero and not fused_throughout(self.model):
             return None
-        return GraphedMicroStep(self._micro_loss, self.model, largest=self.family.largest_graph)
+        largest_graph = 0 if self._sharded else self.family.largest_graph  # FSDP2 gathers weights from the host
+        return GraphedMicroStep(self._micro_loss, self.model, largest=largest_graph)
 
     @property
     def _on_gpu(self) -> bool:
@@ -419,7 +420,11 @@ class FlatTrainer(Trainer):
         """Runs the micro-steps of a whole optimizer step with `GraphedMicroStep`."""
         self._back_to_training(model)
         device, total = self.args.device, torch.zeros_like(self.step_loss)
-        for each in pack(inputs, self._most_tokens(items)):
+        micro_batches = pack(inputs, self._most_tokens(items))
+        if self._sharded:  # all processes gather the weights equally often
+            missing = largest(len(micro_batches)) - len(micro_batches)
+            micro_batches += missing * _without_loss(inputs)
+        for each in micro_batches:
             static = moved(each, device) | {"num_items_in_batch": items}
             total += self.graphed(static, state=self.regularizer.state if self.regularizer else None)
         return total * self.args.world_size
@@ -537,6 +542,13 @@ def _drop_labels(batch: dict[str, Any]) -> None:
         batch[name] = torch.full_like(batch[name], IGNORED_LABEL)
 
 
+def _without_loss(batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Returns a joined micro-batch of the first row without labels, whose loss and gradients are zero."""
+    row = {name: tensor[:1] for name, tensor in batch.items()}
+    _drop_labels(row)
+    return pack(row, row["attention_mask"].numel())
+
+
 def _losses_of(batch: Mapping[str, torch.Tensor]) -> int:
     """Returns the number of losses that a model's loss is the mean of: tokens with a label, or rows."""
     labels = batch.get("shift_labels", batch.get("labels"))
@@ -556,7 +568,7 @@ def trains_on_joined_rows(experiment: Experiment, model: nn.Module) -> bool:
     if machine.micro_batch_tokens and not joined:
         logger.warning(
             "trainer.micro_batch_tokens=%d has no effect: rows are joined only for a decoder-only model in BF16 on a "
-            "GPU, with trainer.kernels=auto and without ZeRO, FSDP2, gradient checkpointing, rho.resample=micro_batch "
+            "GPU, with trainer.kernels=auto and without ZeRO, gradient checkpointing, rho.resample=micro_batch "
             "and AdaLoRA; micro-batches have trainer.micro_batch_size=%d rows.",
             *(machine.micro_batch_tokens, machine.micro_batch_size),
         )
@@ -568,7 +580,7 @@ def may_join_rows(experiment: Experiment) -> bool:
     machine = experiment.trainer
     return (
         machine.micro_batch_tokens != 0
-        and not (machine.gradient_checkpointing or machine.zero or machine.fsdp)
+        and not (machine.gradient_checkpointing or machine.zero)
         and getattr(experiment.rho, "resample", "step") == "step"  # else ε belongs to micro-batches of rows
         and not ADAPTERS[experiment.peft.method].adds_loss
     )

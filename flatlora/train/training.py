@@ -123,7 +123,7 @@ def train(
     )
     for unwanted in (PrinterCallback, TqdmCallback):
         trainer.remove_callback(unwanted)
-    recorder.trainer, preemption.accelerator = trainer, trainer.accelerator
+    recorder.trainer = trainer
     stats, best_step = _run_to_the_end(trainer, model, best, preemption, resume_from)
     kept = {"best_step": best_step, "eval_loss": best.read()["eval_loss"]} if best else {}
     return _result(trainer, stats, _metrics(log) | kept, _timing(stats, log), resume_from)
@@ -173,7 +173,7 @@ def _run_to_the_end(
         with preemption:
             trainer.train_or_load(resume_from)
             trainer.accelerator.wait_for_everyone()  # until the newest checkpoint is complete
-            if preemption.stopped or preemption.asked(trainer.args):  # also after the last step: scoring may take hours
+            if preemption.stopped or preemption.asked():  # also after the last step: scoring may take hours
                 raise Preempted(preemption.forward)
         return recorder.stats(), best.restore(model) if best else None
     finally:

@@ -1,6 +1,9 @@
-"""Weights that PyTorch's FSDP2 has split among the processes by rows."""
+"""Weights that PyTorch's FSDP2 has split among the processes by rows, and modules that it gathers them for."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +32,23 @@ def first_row(weight: DTensor) -> int:
 def whole(weight: torch.Tensor) -> torch.Tensor:
     """Gathers a sharded tensor, which all processes must do together; any other tensor as it is."""
     return weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without the one that FSDP2 has put in front of it."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def call_as_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `forward` in place of the module's own, with the module's hooks: those of FSDP2 gather its weights."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        return module(*args, **kwargs)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def reshard(model: nn.Module) -> None:

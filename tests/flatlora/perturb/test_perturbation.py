@@ -165,7 +165,8 @@ def test_modes_agree_on_dora(make):
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
     assert any("lora_magnitude_vector" in name for name in results[0][1])
-    assert_same(results[1], loss_and_gradients(make(), "recompute", checkpointing=True))
+    # Not those without checkpoints: with its input's gradients, torch sums some products in another order on some CPUs.
+    assert_same(*(loss_and_gradients(make(), mode, checkpointing=True) for mode in ("copy", "recompute")))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -141,6 +141,7 @@ HALF = ["model.dtype=bfloat16"]
         pytest.param(2, COPY, id="copy"),
         pytest.param(2, RECOMPUTE, id="recompute"),
         pytest.param(2, ["rho=off"], id="off"),
+        pytest.param(2, [*COPY, "trainer.kernels=off"], id="copy-kernels-off"),
         pytest.param(3, [*COPY, "optim.batch_size=6"], id="copy-3"),
         pytest.param(
             2,
@@ -160,14 +161,14 @@ HALF = ["model.dtype=bfloat16"]
 def test_sharding_changes_no_bit_of_a_ddp_run(settings, count, words):  # noqa: F811
     own = tuple(f"{word.partition('=')[0]}=" for word in words)
     kept = [word for word in settings if not word.startswith(own)]
-    plain = [*words, *(["trainer.kernels=off"] if "trainer.kernels=off" not in words else [])]
-    ddp, fsdp = named(kept, plain, "ddp"), named(kept, words, "fsdp")
+    ddp, fsdp = named(kept, words, "ddp"), named(kept, words, "fsdp")
     folders = train(count, ddp, "ddp"), train(count, fsdp)
     assert metrics_rows(folders[0]) == metrics_rows(folders[1])
     assert adapter_bytes(folders[0]) == adapter_bytes(folders[1])
     records = [record_of(folder) for folder in folders]
     assert records[0]["backbone_sha256"] == records[1]["backbone_sha256"]
-    assert records[0]["perturbation"] == records[1]["perturbation"]
+    for key in ("perturbation", "kernels"):
+        assert records[0][key] == records[1][key]
 
 
 @pytest.mark.slow

@@ -193,13 +193,21 @@ def test_gradients_of_one_buffer_and_zero_have_the_same_last_step(settings, trai
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [pytest.param(COPY, id="flat"), pytest.param(SAM, id="sam", marks=pytest.mark.extra)])
-def test_joined_rows_have_the_same_last_step(settings, words):
+@pytest.mark.parametrize(
+    ("trainer", "words"),
+    [
+        pytest.param("ddp", COPY, id="ddp-flat"),
+        pytest.param("ddp", SAM, id="ddp-sam", marks=pytest.mark.extra),
+        pytest.param("fsdp", COPY, id="fsdp-copy"),
+        pytest.param("fsdp", RECOMPUTE[:-1], id="fsdp-recompute", marks=pytest.mark.extra),
+    ],
+)
+def test_joined_rows_have_the_same_last_step(settings, trainer, words):
     """It has four rows: the second process repeats rows without labels."""
     own = ["trainer.autocast=none", "trainer.micro_batch_tokens=100", "dataset.train_rows=20"]
     kept = [word for word in settings if not word.startswith("dataset.train_rows")]
     one, two = (named(kept, [*words, *own], name) for name in ("one", "two"))
-    end_well(*fork_ranks(2, ["trainer=ddp", *two], entry=with_joined_rows))
+    end_well(*fork_ranks(2, [f"trainer={trainer}", *two], entry=with_joined_rows))
     assert_same(train(1, one), run_folder(two))
     assert "micro-batches of up to 100 tokens" in json.loads((run_folder(two) / "run.json").read_text())["kernels"]
 

@@ -167,7 +167,7 @@ RESUME_VARIANTS = {
     "grouped": ["optim.group_by_length=true"],
     "best": ["optim.best_model=true", "optim.eval_steps=2", "dataset.validation_rows=8"],
     "full_ft": ["peft=full_ft"],
-    "early": ["optim.early_stopping_patience=2", "optim.eval_steps=1", "dataset.validation_rows=8", "optim.lr=0.3"],
+    "early": ["optim.early_stopping_patience=6", "optim.eval_steps=1", "dataset.validation_rows=8", "optim.lr=0.3"],
 }
 
 
