@@ -139,7 +139,7 @@ def write_model(folder: Path, layers: int, device: str = "cuda", **changes: int)
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-_WRITERS, _FILE_BYTES = 4, 10**10
+_WRITERS, _FILE_BYTES = 8, 5 * 10**9
 
 
 def _parts(model: LlamaForCausalLM) -> Iterator[dict[str, torch.Size]]:
@@ -182,13 +182,16 @@ def one_run(root: Path, name: str, words: list[str], steps: int) -> dict[str, An
     command += [f"dataset.max_length={LENGTH}", f"optim.batch_size={BATCH}", f"trainer.micro_batch_size={MICRO_BATCH}"]
     command += [f"trainer.max_steps={steps}", "dataset.validation_rows=0", "eval=[]", "rho=flat", "rho.sigma=0.05"]
     first_step_s = _run_until_its_end([*command, *words], results_root)
-    folder = next(results_root.glob(f"*/*/*/{RECORD_FILE}")).parent
+    return {"first_step_s": first_step_s, **result_of(next(results_root.glob(f"*/*/*/{RECORD_FILE}")).parent)}
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """What the record and the rows of a finished run say."""
     record = RunRecord.read(folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
     return {
         "tokens_per_s": statistics.median(rates[LEFT_OUT:] or rates),
-        "first_step_s": first_step_s,
         "peak_gpu_gib": record.memory.peak_gpu_gib,
         "losses": [row["loss"] for row in rows if "loss" in row],
         "distributed": record.distributed.model_dump(),
@@ -231,7 +234,7 @@ def table_of(runs: dict[str, dict[str, Any]], gpus: int, shape: str) -> Table:
             f"{result['tokens_per_s']:,.0f}",
             *(f"{result['tokens_per_s'] / runs[other]['tokens_per_s']:.3f}" for other in compared),
             f"{result['peak_gpu_gib'] or 0:.2f}",
-            f"{result['first_step_s']:.0f} s",
+            f"{result['first_step_s']:.0f} s" if "first_step_s" in result else "—",
             noise,
             f"{difference:.1e}",
             "unchanged" if result["backbone_unchanged"] else "CHANGED",

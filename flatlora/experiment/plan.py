@@ -7,6 +7,7 @@ read, since the longest decide the peak.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,11 +20,13 @@ from torch import nn
 from flatlora.config.experiment import Experiment
 from flatlora.experiment.suite import Suite
 from flatlora.fused.packing import attends_to_all_before
+from flatlora.fused.varlen import SIZES
 from flatlora.inputs.rows import gather
 from flatlora.methods import ADAPTERS
 from flatlora.methods.base import uses_kernels
 from flatlora.models import loading
 from flatlora.models.family import FAMILIES
+from flatlora.train import distributed
 from flatlora.train.footprint import StepMemory, step_memory
 from flatlora.train.trainer import may_join_rows
 from flatlora.utils.errors import ConfigError
@@ -59,7 +62,6 @@ _SHARE_OF_PEAK = 0.53
 # Methods whose step is that of two factors and AdamW; others keep more, such as LoRA-Pro's full-size moments.
 _PLANNED = ("lora", "rslora", "lora_plus", "pissa", "olora", "lora_ga", "full_ft")
 _MODES = ("off", "recompute", "copy")
-_TOKENS = (1024, 2048, 4096, 8192, 16384)  # of a micro-batch of joined rows
 
 
 class Plan(NamedTuple):
@@ -131,9 +133,12 @@ def plan(suite: Suite, experiment: Experiment) -> Plan:
 
     joined = _joins_rows(experiment, skeleton)
     per_step = experiment.optim.batch_size
-    sizes = _TOKENS if joined else [size for size in range(1, per_step + 1) if per_step % size == 0]
+    sizes = SIZES if joined else [size for size in range(1, per_step + 1) if per_step % size == 0]
     known = (1024, 4096) if joined else sorted({1, max(size for size in sizes if size <= 8)})
     memory = {size: of_tokens(size) if joined else of_rows((longest * size)[:size]) for size in known}
+    if machine.fsdp:
+        processes, gathered = _processes(experiment), gathered_bytes(skeleton, getattr(torch, experiment.model.dtype))
+        memory = {size: each.shared(processes, gathered) for size, each in memory.items()}
     mean = sum(lengths) / len(lengths)
     flops = per_step * of_rows([min(range(len(rows)), key=lambda index: abs(lengths[index] - mean))]).flops
     set_size = (machine.micro_batch_tokens or None) if joined else machine.micro_batch_size
@@ -155,11 +160,34 @@ def refusals(experiment: Experiment) -> list[str]:
         unplanned.append((f"peft={peft.name}", reason))
     if experiment.regularized and not experiment.flat:
         unplanned.append((f"rho={rho.name}", "plans are for off and flat"))
-    if experiment.trainer.zero or experiment.trainer.fsdp:
-        reason = "parts of weights or moments are not planned; trainer=ddp has all of them on each GPU"
+    if experiment.trainer.zero:
+        reason = "parts of moments are not planned; trainer=ddp has all of them on each GPU"
+        unplanned.append((f"trainer={experiment.trainer.name}", reason))
+    if experiment.trainer.fsdp and _processes(experiment) < 2:
+        reason = "the processes among which the weights are split are not known; set trainer.gpus=N"
         unplanned.append((f"trainer={experiment.trainer.name}", reason))
     remedy = "leave plan out, and run trainer.max_steps=3: run.json then has the peak in `memory`"
     return [f"Invalid {setting} with plan=true: {reason}; {remedy}." for setting, reason in unplanned]
+
+
+def _processes(experiment: Experiment) -> int:
+    return experiment.trainer.gpus or distributed.world_size()
+
+
+def gathered_bytes(skeleton: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of whole weights that a process holds at the peak under FSDP2: a layer, the next, norm and head.
+
+    Those that transformers' plan keeps are gathered from their forward to their backward.
+    """
+    size = {"keep_full_weight": 0, "free_full_weight": 0}
+    for name, module in skeleton.named_modules():
+        strategy = (skeleton.fsdp_plan or {}).get(re.sub(r"\d+", "*", name))
+        own = dtype.itemsize * sum(parameter.numel() for parameter in module.parameters())
+        if strategy == "keep_full_weight":
+            size[strategy] += own
+        elif strategy is not None and not isinstance(module, nn.Embedding):  # whose weight is freed after its forward
+            size[strategy] = max(size[strategy], own)
+    return size["keep_full_weight"] + 2 * size["free_full_weight"]
 
 
 def _joins_rows(experiment: Experiment, skeleton: nn.Module) -> bool:

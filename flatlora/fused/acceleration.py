@@ -56,8 +56,7 @@ def accelerate(model: nn.Module, device: torch.device) -> list[str]:
         return done
     if _apply_liger(base):
         done.append("Liger RMSNorm, RoPE and SwiGLU")
-    if attends_to_all_before(base) and base.config._attn_implementation == "sdpa":
-        base.model.forward = _forward_without_mask(base.model)
+    if leave_out_mask(base):
         done.append("causal attention without a mask")
     if has_frozen_linear_head(base):
         base.forward = forward_without_logits(base)
@@ -135,6 +134,14 @@ def _with_rotary(original: Callable[..., Any], modeling: ModuleType, rotary: Cal
 # mask, and transformers does not use the flag while a CUDA graph is captured.
 _MASKLESS = "flatlora_sdpa_without_mask"
 AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
+
+
+def leave_out_mask(base: PreTrainedModel) -> bool:
+    """Lets a causal model's attention use torch's causal flag in training; returns whether it can."""
+    possible = attends_to_all_before(base) and base.config._attn_implementation == "sdpa"
+    if possible:
+        base.model.forward = _forward_without_mask(base.model)
+    return possible
 
 
 def _forward_without_mask(decoder: nn.Module) -> Callable[..., Any]:

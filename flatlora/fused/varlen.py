@@ -29,10 +29,12 @@ from flatlora.utils.labels import IGNORED_LABEL
 logger = logging.getLogger(__name__)
 
 VARLEN = "flatlora_varlen"  # its name among transformers' attention functions; transformers builds no mask for it
-MOST_TOKENS = 16384  # of a micro-batch, where memory does not limit it: larger ones are no faster
+# Tokens of a micro-batch by memory: few sizes, so that runs on one machine choose the same; larger ones are no faster.
+SIZES = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+MOST_TOKENS = SIZES[-1]
 _TRIAL_TOKENS = 1024
 _TOKENS, _ROWS, _LABELS = 128, 8, 256  # numbers of tokens, rows and labels are rounded up to multiples
-_SPARE = 0.6  # share of the free memory that activations may take; backward and the optimizer need the rest
+_SPARE = 0.7  # share of the free memory that activations may take; backward and the optimizer need the rest
 
 
 def joins_rows(model: nn.Module) -> bool:
@@ -135,7 +137,7 @@ def _trial_pack(model: nn.Module) -> dict[str, Any]:
 
 
 def tokens_that_fit(loss_of: Callable[[dict[str, Any]], torch.Tensor], model: nn.Module, device: torch.device) -> int:
-    """Tokens of a micro-batch for which the free memory of a GPU suffices, a power of two from 1024 to 16384.
+    """Tokens of a micro-batch for which the free memory of a GPU suffices, one of `SIZES`.
 
     The activations of a trial are measured, which does not change the random state; kernels are compiled, and weights
     gathered that FSDP2 keeps, in one before it.
@@ -156,8 +158,8 @@ def tokens_that_fit(loss_of: Callable[[dict[str, Any]], torch.Tensor], model: nn
 
 
 def _rounded(tokens: float) -> int:
-    """The largest power of two up to `tokens`, between 1024 and `MOST_TOKENS`."""
-    return min(MOST_TOKENS, 1 << max(10, int(max(tokens, 1)).bit_length() - 1))
+    """The largest of `SIZES` up to `tokens`, or the smallest."""
+    return max((size for size in SIZES if size <= tokens), default=SIZES[0])
 
 
 def _attend(
@@ -181,8 +183,6 @@ def _attend(
     if asked or dropout:
         raise ValueError(f"its attention has {', '.join(asked or ['dropout'])}")
     states = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    if (shared := query.shape[1] // key.shape[1]) > 1:
-        states[1:] = [tensor.repeat_interleave(shared, dim=1) for tensor in states[1:]]
     attend = _kernel() if query.is_cuda else attend_reference
     return attend(*states, cu_seq_lens_q, max_length_q, scaling)[None], None
 
@@ -202,7 +202,13 @@ def _kernel() -> Callable[..., torch.Tensor]:
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # torch 2.10
 
     def attend(query, key, value, starts, longest, scaling):
-        return varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, **causal)
+        more = {}
+        if (shared := query.shape[1] // key.shape[1]) > 1:
+            if "enable_gqa" in known:
+                more["enable_gqa"] = True
+            else:
+                key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
+        return varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, **causal, **more)
 
     return attend
 
@@ -215,7 +221,9 @@ def attend_reference(
     longest: int,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Slow reference: T × heads × d, one row after the other."""
+    """Slow reference: T × heads × d (keys and values may have fewer), one row after the other."""
+    if (shared := query.shape[1] // key.shape[1]) > 1:
+        key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
     outs = [
         functional.scaled_dot_product_attention(
             *(tensor[first:last].transpose(0, 1) for tensor in (query, key, value)), is_causal=True, scale=scaling

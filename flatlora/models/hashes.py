@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from flatlora.perturb.layers import is_adapters, plain_name
@@ -153,17 +154,27 @@ def _stream_sha256(tensors: dict[str, torch.Tensor]) -> str:
 def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # the threads below copy on the default stream
-    names, lines, digest = sorted(tensors), [], hashlib.sha256()
-    ahead = 2 * _threads()  # copies that `as_stored` makes, narrow or gathered, are few at a time
-    if any(is_sharded(tensor) for tensor in tensors.values()):
-        ahead = min(ahead, 4)  # on a GPU
+    sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}
+    processes, own = (dist.get_world_size(), dist.get_rank()) if sharded else (1, 0)
+    # Copies that `as_stored` makes, narrow or gathered, are few at a time.
+    ahead, lines = min(2 * _threads(), 8) if sharded else 2 * _threads(), {}
     with ThreadPoolExecutor(_threads()) as pool:
-        for number, name in enumerate(names):
-            if number >= ahead:
-                lines[number - ahead].result()
-            lines.append(pool.submit(_line_of, as_stored(tensors[name])))
-    for name, line in zip(names, lines, strict=True):
-        digest.update(f"{name}|{line.result()}".encode())
+        for number, name in enumerate(sorted(tensors)):
+            tensor = as_stored(tensors[name])  # which all processes gather, and one hashes
+            if name in sharded and number % processes != own:
+                continue
+            if len(lines) >= ahead:
+                list(lines.values())[-ahead].result()
+            lines[name] = pool.submit(_line_of, tensor)
+    found = {name: line.result() for name, line in lines.items()}
+    if processes > 1:
+        others: list[dict[str, str]] = [{}] * processes
+        dist.all_gather_object(others, found)
+        for other in others:
+            found |= other
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}|{found[name]}".encode())
     return digest.hexdigest()
 
 

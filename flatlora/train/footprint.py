@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers.activations import QuickGELUActivation
 
 from flatlora.fused import cross_entropy
-from flatlora.fused.acceleration import GraphedMicroStep
+from flatlora.fused.acceleration import GraphedMicroStep, leave_out_mask
 from flatlora.fused.lora_linear import fuse, recompute_norm
 from flatlora.fused.packing import attends_to_all_before
 from flatlora.perturb.layers import find_lora_layers
@@ -47,6 +47,15 @@ class StepMemory(NamedTuple):
     copy: int
     recompute: int
     flops: int
+
+    def shared(self, processes: int, gathered: int) -> StepMemory:
+        """The memory of each of several processes that share the frozen weights.
+
+        Args:
+            gathered: bytes of the whole weights that each holds at the peak.
+        """
+        backbone, copy = (-(-size // processes) for size in (self.backbone, self.copy))
+        return self._replace(backbone=backbone, copy=copy, activations=self.activations + gathered)
 
     def peak(self, mode: str | None = None) -> int:
         """Bytes in a mode of Flat-LoRA; None or "inplace": without a second set of weights."""
@@ -216,6 +225,7 @@ def _like_kernels(base: nn.Module) -> Iterator[None]:
                     recompute_norm(module)
             if hasattr(modeling, "apply_rotary_pos_emb"):
                 stack.enter_context(_replaced(modeling, "apply_rotary_pos_emb", _rotated_in_place))
+        leave_out_mask(base)
         if _has_plain_head(base):
             base.forward = cross_entropy.forward_without_logits(base)
         yield

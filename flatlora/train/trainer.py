@@ -509,7 +509,11 @@ class FlatTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if isinstance(self.model, PeftModel):  # small, and PEFT decides which tensors are saved
-            super()._save(output_dir, state_dict)
+            self.model.create_or_update_model_card = lambda folder: None  # half of the time; adapter/ has a card
+            try:
+                super()._save(output_dir, state_dict)
+            finally:
+                del self.model.create_or_update_model_card
             return
         weights, folder = to_host(self.model.state_dict()), Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

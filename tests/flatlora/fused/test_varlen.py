@@ -99,8 +99,8 @@ def test_micro_batches_are_few_and_even_and_within_the_limit(lengths, most, span
     assert varlen._spans(lengths, most) == spans
 
 
-@pytest.mark.parametrize(("tokens", "rounded"), [(-5, 1024), (1500, 1024), (9000, 8192), (1e9, 16384)])
-def test_the_limit_by_memory_is_a_power_of_two(tokens, rounded):
+@pytest.mark.parametrize(("tokens", "rounded"), [(-5, 1024), (1500, 1024), (2000, 1536), (9000, 8192), (1e9, 16384)])
+def test_the_limit_by_memory_is_one_of_few(tokens, rounded):
     assert varlen._rounded(tokens) == rounded
 
 

@@ -66,9 +66,10 @@ def test_the_modes_add_what_the_perturbation_allocates():
     assert recompute == max(layer.weight.numel() for layer in layers) * 2 + rows
 
 
-def llama(rows, length, *, kernels):
+def llama(rows, length, *, kernels, **changes):
+    shape = SHAPE | {"num_hidden_layers": 32} | changes
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=32, use_cache=False)).requires_grad_(False)
+        model = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False)).requires_grad_(False)
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     ids = torch.zeros(rows, length, dtype=torch.long)
     batch = {"input_ids": ids, "labels": ids}
@@ -95,6 +96,33 @@ def test_llama_on_a_gpu_had_this_peak(shape, kernels):
         return
     for name, mode in (("LoRA", "off"), ("Flat-LoRA copy", "copy"), ("Flat-LoRA recompute", "recompute")):
         assert planned.peak(mode) / GIB == pytest.approx(measured[name]["peak_gib"], rel=0.02)
+
+
+def of_each_process(report, tokens):
+    """The planned memory of each of two processes that share the weights, for micro-batches of joined rows."""
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(LlamaConfig(**report["model"]))
+    return llama(1, tokens, kernels=True, **report["model"]).shared(
+        2, planning.gathered_bytes(skeleton, torch.bfloat16)
+    )
+
+
+def test_processes_that_shared_the_weights_had_this_peak():
+    """`bench processes` on two GPUs; DDP's step is that of one."""
+    report = json.loads((BENCH / "processes.json").read_text())
+    measured = {name: run["peak_gpu_gib"] for name, run in report["runs"].items()}
+    assert all("micro-batches of up to 16384 tokens" in run["kernels"] for run in report["runs"].values())
+    assert llama(1, 16384, kernels=True).peak("copy") / GIB == pytest.approx(measured["ddp"], rel=0.01)
+    planned = of_each_process(report, 16384)
+    assert planned.peak("copy") / GIB == pytest.approx(measured["fsdp"], rel=0.01)
+    assert planned.peak("recompute") / GIB == pytest.approx(measured["fsdp, recompute"], rel=0.01)
+
+
+@pytest.mark.extra
+def test_processes_that_shared_a_model_larger_than_a_gpu_had_this_peak():
+    report = json.loads((BENCH / "processes_llama-2-70b.json").read_text())
+    measured = report["runs"]["fsdp, recompute"]["peak_gpu_gib"]
+    assert of_each_process(report, 1024).peak("recompute") / GIB == pytest.approx(measured, rel=0.04)
 
 
 @pytest.mark.extra
@@ -163,6 +191,16 @@ def test_what_is_not_planned_is_named_at_once(planned):
     assert code == 2
     assert "Invalid peft=dora with plan=true: it keeps more than two factors" in said
     assert "Invalid rho=sam with plan=true: plans are for off and flat; leave plan out, and run" in said
+
+
+def test_shares_of_weights_are_planned_for_a_number_of_processes(planned):
+    words = ["trainer.fsdp=true", "eval=[]", "rho=flat", "model.dtype=bfloat16", "trainer.launch=any"]
+    code, said = planned(*words)
+    assert code == 2
+    assert "among which the weights are split are not known; set trainer.gpus=N" in said
+    code, said = planned(*words, "trainer.gpus=2")
+    assert code == 0
+    assert "micro-batches of 1,024 tokens" in said
 
 
 def test_a_large_model_fits_where_its_weights_do():
