@@ -171,8 +171,17 @@ RESUME_VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", RESUME_VARIANTS)
-@pytest.mark.parametrize("killed_at", [pytest.param(4, marks=pytest.mark.extra), 7])
+# The others are like pairs of methods in tests/flatlora/methods/test_pairs.py.
+@pytest.mark.parametrize(
+    ("killed_at", "variant"),
+    [
+        pytest.param(
+            step, name, marks=[pytest.mark.extra] if step == 4 or name in ("flat", "micro_batch", "full_ft") else []
+        )
+        for step in (4, 7)
+        for name in RESUME_VARIANTS
+    ],
+)
 def test_killed_and_resumed_is_never_killed(tiny_settings, variant, killed_at, monkeypatch):
     """18 rows in batches of 4: epochs of 5 steps, the last one short; checkpoints every 2 steps."""
     settings = [w for w in tiny_settings if not w.startswith(("dataset.", "peft.lora_r"))]
