@@ -1,19 +1,21 @@
-"""Prints the status of a sweep, or the Slurm file of a run on several nodes.
+"""Prints the status of a sweep, or the file of a run on several nodes of a cluster.
 
     python -m scripts.sweep status [-m] OVERRIDES …        the overrides of run_exp.py
     python -m scripts.sweep sbatch [--nodes 2] [--gpus 8] [--time 24:00:00] [--partition P] [--python PATH] OVERRIDES …
+    python -m scripts.sweep kubernetes --image IMAGE --claim VOLUME [--nodes 2] [--gpus 8] OVERRIDES …
 
 status  one row per run: done, running, interrupted, failed (with the reason) or missing; progress, and time left.
         The same sweep with resume=true continues those that are not done. Exit code 0 if all are done.
 sbatch  prints a file for `sbatch`: torchrun on every node with one rendezvous, and SIGTERM two minutes before the end.
         An interrupted run is queued again and continues from its checkpoint.
+kubernetes  prints the manifest of a Job for `kubectl apply -f -`, with a pod for each node. One that is evicted has two
+        minutes for a checkpoint, and is created anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -24,19 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import run_exp
 from flatlora.config.experiment import Experiment
-from flatlora.experiment import commandline
 from flatlora.runs.metrics_log import MetricsLog
-from flatlora.runs.record import RECORD_FILE
 from flatlora.runs.run_folder import RunFolder
-from flatlora.train.distributed import batch_errors
 from flatlora.utils.console import quiet_libraries, report_errors
 from flatlora.utils.errors import ConfigError, reason_of
-
-PROJECT = Path(__file__).parents[1]
-
-PORT = 29500
+from scripts.cluster_files import ClusterRun, experiments, kubernetes_manifest, sbatch_file
 
 
 class State(NamedTuple):
@@ -54,33 +49,29 @@ def main(words: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status")
     status.add_argument("-m", "--multirun", action="store_true", help="accepted as in run_exp.py; has no effect")
-    sbatch = commands.add_parser("sbatch")
-    sbatch.add_argument("--nodes", type=int, default=1)
-    sbatch.add_argument("--gpus", type=int, default=8, help="per node")
+    sbatch, kubernetes = commands.add_parser("sbatch"), commands.add_parser("kubernetes")
+    for command in (sbatch, kubernetes):
+        command.add_argument("--nodes", type=int, default=1)
+        command.add_argument("--gpus", type=int, default=8, help="per node")
     sbatch.add_argument("--time", default="24:00:00")
     sbatch.add_argument("--partition")
     sbatch.add_argument("--python", default=sys.executable)
+    kubernetes.add_argument("--image", required=True, help="built from the Dockerfile")
+    kubernetes.add_argument("--claim", required=True, help="PersistentVolumeClaim that all pods can write to")
     options, rest = parser.parse_known_args(words)
     quiet_libraries()
     try:
         if options.command == "status":
             return print_status(rest)
-        print(sbatch_file(rest, options.nodes, options.gpus, options.time, options.partition, options.python))
+        run = ClusterRun.of(rest, options.nodes, options.gpus)
+        if options.command == "sbatch":
+            print(sbatch_file(run, options.time, options.partition, options.python))
+        else:
+            print(kubernetes_manifest(run, options.image, options.claim), end="")
         return 0
     except ConfigError as error:
         report_errors(error)
         return 2
-
-
-def experiments(words: Sequence[str]) -> list[Experiment]:
-    """The experiments that run_exp.py would run for the overrides of a sweep.
-
-    Raises:
-        ConfigError: it lists every error of every experiment.
-    """
-    settings, _ = commandline.rewrite(commandline.split_flags(list(words))[1])
-    settings, _ = commandline.name_jobs(settings)
-    return run_exp.experiments_of(commandline.expand_sweep(settings))
 
 
 def print_status(words: Sequence[str]) -> int:
@@ -136,61 +127,6 @@ def _share(path: Path, experiment: Experiment) -> float:
 def _duration(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
-
-
-def sbatch_file(
-    words: Sequence[str], nodes: int, gpus: int, limit: str, partition: str | None, python: str = sys.executable
-) -> str:
-    """A Slurm batch file of one run on nodes × gpus processes.
-
-    Raises:
-        ConfigError: the overrides do not define exactly one run, or it does not support these processes.
-    """
-    if nodes < 1 or gpus < 1:
-        raise ConfigError([f"Invalid --nodes={nodes} --gpus={gpus}: both must be ≥ 1."])
-    words = [word for word in commandline.split_flags(list(words))[1] if not word.startswith("resume=")]
-    runs = experiments([*words, "resume=true"])
-    if len(runs) != 1:
-        raise ConfigError([f"Invalid overrides: they define {len(runs)} runs, but a file has one; print one for each."])
-    experiment, processes = runs[0], nodes * gpus
-    errors = []
-    if experiment.trainer.launch == "single" or experiment.trainer.gpus is not None:
-        errors.append("Invalid trainer: torchrun starts the processes; use trainer=ddp or zero2 without trainer.gpus.")
-    errors += batch_errors(experiment, processes)
-    if errors:
-        raise ConfigError(errors)
-    command = " ".join(shlex.quote(word) for word in ["run_exp.py", *words, "resume=true"])
-    record = shlex.quote(str(RunFolder.of(experiment).path / RECORD_FILE))
-    settings = [
-        f"--job-name={experiment.run_name()}",
-        f"--nodes={nodes}",
-        "--ntasks-per-node=1",
-        f"--gpus-per-node={gpus}",
-        f"--time={limit}",
-        *([f"--partition={partition}"] if partition else []),
-        "--signal=TERM@120",
-        "--requeue",
-        "--open-mode=append",
-    ]
-    lines = [
-        "#!/bin/bash",
-        *(f"#SBATCH {setting}" for setting in settings),
-        "set -u",
-        "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # seconds from SIGTERM to SIGKILL: for a step and a checkpoint",
-        f"cd {shlex.quote(str(PROJECT))}",
-        'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
-        f"srun --kill-on-bad-exit=1 {shlex.quote(python)} -m torch.distributed.run \\",
-        f'    --nnodes="$SLURM_NNODES" --nproc_per_node={gpus} --rdzv_backend=c10d \\',
-        f'    --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$MASTER_ADDR:{PORT}" \\',
-        f"    {command}",
-        "code=$?",
-        "# The run was interrupted: it continues from its newest checkpoint at the next start.",
-        f'if [ $code -ne 0 ] && grep -q \'"status": "interrupted"\' {record}; then',
-        '    scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-        "exit $code",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_json
 from flatlora.utils.precision import stored_dtype
 from flatlora.utils.records import read_record
+from flatlora.utils.shards import whole, write_weight
 
 MOVED = "moved.json"  # in start/: the adapter was subtracted from W; in a checkpoint: hash of its start/
 ADAPTER = "adapter_model.safetensors"
@@ -40,13 +41,16 @@ def load_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
 
 @torch.no_grad()
 def move_weights(model: nn.Module) -> None:
-    """Sets W ← round(W − s·B·A) in every LoRA layer; the difference is computed in FP32."""
+    """Sets W ← round(W − s·B·A) in every LoRA layer; the difference is computed in FP32.
+
+    If weights are sharded, all processes must call this together.
+    """
     for _, layer in lora_layers(model):
         base = layer.get_base_layer()
         moved = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
         moved = moved.t() if isinstance(base, Conv1D) else moved
-        rounded = (base.weight.float() - moved).to(stored_dtype(base.weight))
-        base.weight.data = rounded.to(base.weight.dtype)
+        rounded = (whole(base.weight).float() - moved).to(stored_dtype(base.weight))
+        write_weight(base, rounded.to(base.weight.dtype))
 
 
 def subtract_initial_adapter(backbone: nn.Module, folder: Path) -> None:

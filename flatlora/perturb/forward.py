@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora.perturb.epsilon import Draw
 from flatlora.perturb.layers import PerturbedLayer, has_standard_forward
+from flatlora.utils.shards import holding
 
 
 class Perturbation(Protocol):
@@ -82,7 +82,7 @@ class _Wrapper:
         """
 
         def run(*args: Any, **kwargs: Any) -> torch.Tensor:
-            with _holding(self.layer.module, reading.weight()):
+            with holding(self.layer.module, reading.weight()):
                 return self.plain(*args, **kwargs)
 
         if self.perturbation.mode == "copy" or not keeps_weight:
@@ -140,7 +140,7 @@ class PerturbedForward(_Wrapper):
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         outputs = []
         for weight in weights:
-            with torch.random.fork_rng(devices=devices), _holding(self.layer.module, weight):
+            with torch.random.fork_rng(devices=devices), holding(self.layer.module, weight):
                 outputs.append(self.plain(*args, **kwargs).clone())
             for name, buffer in buffers.items():
                 self.module.get_buffer(name).copy_(buffer)
@@ -157,18 +157,6 @@ class PerturbedReader(_Wrapper):
             return self.plain(*args, **kwargs)
         # The norm is detached. With dropout there is no base_result, and the module multiplies by the weight itself.
         return self.run_plain(reading, *args, keeps_weight=kwargs.get("base_result") is None, **kwargs)
-
-
-@contextlib.contextmanager
-def _holding(module: nn.Module, weight: torch.Tensor | None) -> Iterator[None]:
-    """Replace a module's weight within the block; None keeps its own."""
-    parameters, own = module._parameters, module._parameters["weight"]
-    if weight is not None:
-        parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    try:
-        yield
-    finally:
-        parameters["weight"] = own
 
 
 def _is_capturing() -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,28 @@ def first_row(weight: DTensor) -> int:
 def whole(weight: torch.Tensor) -> torch.Tensor:
     """Gathers a sharded tensor, which all processes must do together; any other tensor as it is."""
     return weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
+
+
+@contextlib.contextmanager
+def holding(module: nn.Module, weight: torch.Tensor | None) -> Iterator[None]:
+    """Replaces a module's weight within the block; None keeps its own."""
+    parameters, own = module._parameters, module._parameters["weight"]
+    if weight is not None:
+        parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    try:
+        yield
+    finally:
+        parameters["weight"] = own
+
+
+def write_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Makes `weight` the values of a module's own weight: of a sharded one, this process writes its rows."""
+    own = module.weight
+    if isinstance(own, DTensor):
+        rows = share(own)
+        rows.copy_(weight[first_row(own) : first_row(own) + len(rows)])
+    else:
+        own.data = weight
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

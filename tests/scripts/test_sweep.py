@@ -1,17 +1,11 @@
-"""What sweep.py says of a sweep's runs, and the Slurm file that it prints."""
+"""What sweep.py says of a sweep's runs."""
 
 import fcntl
 import json
-import subprocess
-
-import pytest
 
 import run_exp
-from flatlora.utils.errors import ConfigError
 from scripts import sweep
 from tests.conftest import run_folder
-
-WORDS = ["model=llama", "dataset=meta_math", "trainer=zero2", "seed=7", "resume=false"]
 
 
 def test_every_state_is_reported_by_the_runs_own_files(tiny_settings, capsys):
@@ -41,38 +35,3 @@ def test_every_state_is_reported_by_the_runs_own_files(tiny_settings, capsys):
         (other.path / "metrics.jsonl").write_text(text)
         assert sweep.state_of(other, experiment).reason.startswith("a record is broken: ")
     assert sweep.main(["status", *words[:-1], "seed=0"]) == 0
-
-
-def test_the_slurm_file_names_what_torchrun_needs_and_is_a_script(tmp_path):
-    text = sweep.sbatch_file(WORDS, 2, 8, "1:00:00", "gpu")
-    path = tmp_path / "job.sbatch"
-    path.write_text(text)
-    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
-    for line in (
-        "--nodes=2",
-        "--ntasks-per-node=1",
-        "--gpus-per-node=8",
-        "--time=1:00:00",
-        "--partition=gpu",
-        "--requeue",
-    ):
-        assert f"#SBATCH {line}\n" in text
-    assert "#SBATCH --signal=TERM@120\n" in text
-    for word in ("$SLURM_NNODES", "$SLURM_JOB_NODELIST", "$SLURM_JOB_ID", "--nproc_per_node=8", "$MASTER_ADDR:29500"):
-        assert word in text
-    assert "run_exp.py model=llama dataset=meta_math trainer=zero2 seed=7 resume=true" in text
-    assert "/7/run.json; then" in text
-
-
-@pytest.mark.parametrize(
-    ("words", "nodes", "message"),
-    [
-        (["seed=0,1", "trainer=ddp"], 1, "they define 2 runs"),
-        (["trainer=single"], 1, "torchrun starts the processes"),
-        (["trainer=ddp", "trainer.gpus=8", "optim.batch_size=64"], 1, "torchrun starts the processes"),
-        (["trainer=ddp", "optim.batch_size=24"], 2, "with 16 processes: they cannot share its"),
-    ],
-)
-def test_overrides_of_no_job_is_rejected(words, nodes, message):
-    with pytest.raises(ConfigError, match=message):
-        sweep.sbatch_file(words, nodes, 8, "1:00:00", None)

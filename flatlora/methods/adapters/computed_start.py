@@ -9,6 +9,7 @@ that: the converted model differs from the trained one by this rounding, as with
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from peft import get_peft_model_state_dict
@@ -22,13 +23,14 @@ from flatlora.models.starts import ADAPTER, MOVED, load_adapter, lora_layers, mo
 from flatlora.perturb.layers import has_standard_forward
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_folder, write_json
+from flatlora.utils.shards import holding, whole
 
 
 class ComputedStart(Lora):
     """LoRA with an initial adapter that is computed once per run and kept in `start.folder`."""
 
     moves_weights = True
-    not_sharded = "its initial adapter is computed from the whole W"
+    not_sharded: ClassVar[str | None] = "its initial adapter is computed from gradients or activations of whole layers"
     needs_dense = True
     takes_convolutions = False
     own_start = "this method computes an initial adapter of its own, and what it saves is a plain LoRA adapter"
@@ -99,15 +101,16 @@ class ComputedStart(Lora):
 class LayerwiseStart(ComputedStart):
     """An initial adapter that PEFT's code computes layer by layer."""
 
+    not_sharded = None
+
     def begin(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
         """Return the adapted model with its computed initial factors; W is unchanged."""
         adapted = self.adapt(model, config, start)
         with seeded(start.seed, adapted):
             for _, layer in lora_layers(adapted):
-                original = layer.get_base_layer().weight.data
-                layer.get_base_layer().weight.data = original.clone()  # PEFT's code changes the weight, in place or not
-                self.initialize(layer, config)
-                layer.get_base_layer().weight.data = original
+                base = layer.get_base_layer()
+                with holding(base, whole(base.weight).clone()):  # PEFT's code changes the weight, in place or not
+                    self.initialize(layer, config)
                 for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
                     factor.data = factor.data.float().contiguous()
         return adapted

@@ -32,6 +32,7 @@ class CordaMethodConfig(LoraMethodConfig):
 @ADAPTERS.register("corda")
 class Corda(LayerwiseStart):
     Config = CordaMethodConfig
+    not_sharded = "its initial adapter is computed from activations in whole layers"
     not_of_diffusion = "PEFT's CorDA computes covariances over the tokens of one row of text"
 
     def check(self, skeleton: nn.Module, config: CordaMethodConfig) -> None:

@@ -7,13 +7,17 @@ row i is σ/√n · m_i, up to a factor of 1/√(1 + σ²), and m_i is the norm 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
-from flatlora.methods.base import ADAPTERS
+from flatlora.methods.base import ADAPTERS, Start
+from flatlora.utils.shards import holding, is_sharded, whole
 
 
 class DoraConfig(LoraMethodConfig):
@@ -23,7 +27,27 @@ class DoraConfig(LoraMethodConfig):
 @ADAPTERS.register("dora")
 class Dora(Lora):
     Config = DoraConfig
-    not_sharded = "its magnitudes begin as the row norms of the whole W"
 
     def settings(self, model: nn.Module, config: DoraConfig) -> dict[str, Any]:
         return super().settings(model, config) | {"use_dora": True}
+
+    def apply(self, model: nn.Module, config: DoraConfig, start: Start) -> nn.Module:
+        with _magnitudes_of_whole_weights():
+            return super().apply(model, config, start)
+
+
+@contextlib.contextmanager
+def _magnitudes_of_whole_weights() -> Iterator[None]:
+    """Lets PEFT compute the row norms of layers whose weights are sharded, which are gathered one by one for it."""
+    of_peft = DoraLinearLayer.update_layer
+
+    def update_layer(self: DoraLinearLayer, *, base_layer: nn.Module, **kwargs: Any) -> None:
+        weight = base_layer.weight
+        with holding(base_layer, whole(weight) if is_sharded(weight) else None):
+            of_peft(self, base_layer=base_layer, **kwargs)
+
+    DoraLinearLayer.update_layer = update_layer
+    try:
+        yield
+    finally:
+        DoraLinearLayer.update_layer = of_peft

@@ -28,6 +28,7 @@ _STRENGTH = Strength("α", {"Bi-LoRA paper, after the BAR paper": 0.25})
 class NBar(RhoMethod):
     strength: ClassVar = _STRENGTH
     reads_gradients = True
+    not_sharded = None
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
         return BarRegularizer(product_pairs(model), config.sigma, by="gradient")
@@ -37,6 +38,7 @@ class NBar(RhoMethod):
 class OBar(RhoMethod):
     strength: ClassVar = _STRENGTH
     reads_gradients = True
+    not_sharded = None
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
         return BarRegularizer(product_pairs(model), config.sigma, by="norm")

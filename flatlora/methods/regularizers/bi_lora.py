@@ -39,6 +39,7 @@ class BiLoraConfig(RhoConfig):
 class BiLora(RhoMethod):
     Config = BiLoraConfig
     strength: ClassVar = Strength("radius ρ", {"Bi-LoRA paper": 0.05, "SuperGLUE and Qwen2.5-14B there": 0.1})
+    not_sharded = None
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         yield from super().errors(experiment)

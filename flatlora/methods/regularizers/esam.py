@@ -35,6 +35,7 @@ class Esam(RhoMethod):
     Config = EsamConfig
     strength: ClassVar = Strength("radius ρ", {"Bi-LoRA paper, of SAM": 0.01})
     reads_gradients: ClassVar[bool] = True
+    not_sharded: ClassVar[str | None] = None
     needs_plain_layers: ClassVar[bool] = True  # the loss of each row is taken from all logits
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:

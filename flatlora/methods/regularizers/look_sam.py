@@ -36,6 +36,7 @@ class LookSam(RhoMethod):
     Config = LookSamConfig
     strength: ClassVar = Strength("radius ρ", {"Bi-LoRA paper, of SAM": 0.01})
     reads_gradients: ClassVar[bool] = True
+    not_sharded: ClassVar[str | None] = None
 
     def regularizer(self, model: nn.Module, config: LookSamConfig, seed: int) -> Regularizer:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -25,6 +25,7 @@ from flatlora.utils.errors import SettingError
 class Rop(RhoMethod):
     strength: ClassVar = Strength("standard deviation ρ", {"Bi-LoRA paper, Qwen2.5-14B": 0.0316})
     needs_plain_layers: ClassVar[bool] = True  # the fused head never holds all logits
+    not_sharded: ClassVar[str | None] = None
 
     def errors(self, experiment: Experiment) -> Iterator[SettingError]:
         yield from super().errors(experiment)

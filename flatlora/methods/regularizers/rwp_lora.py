@@ -22,6 +22,7 @@ from flatlora.optim.lora_pro import product_pairs
 @REGULARIZERS.register("rwp_lora")
 class RwpLora(RhoMethod):
     strength: ClassVar = Strength("standard deviation ρ", {"Bi-LoRA paper, Qwen2.5-14B": 0.0316})
+    not_sharded = None
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
         return RwpLoraRegularizer(model, config.sigma, seed)

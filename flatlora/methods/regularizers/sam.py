@@ -23,6 +23,7 @@ from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod, Strength
 class Sam(RhoMethod):
     strength: ClassVar = Strength("radius ρ", {"Flat-LoRA paper": 0.003, "Bi-LoRA paper": 0.01})
     reads_gradients = True
+    not_sharded = None
 
     def regularizer(self, model: nn.Module, config: RhoConfig, seed: int) -> Regularizer:
         return SamRegularizer(config.sigma)

@@ -156,6 +156,17 @@ HALF = ["model.dtype=bfloat16"]
         pytest.param(2, ["peft=lora_plus", *COPY], id="lora_plus"),
         pytest.param(2, ["peft=lora_fa", *COPY], id="lora_fa"),
         pytest.param(2, ["peft=lora_pro", *COPY], id="lora_pro"),
+        pytest.param(2, ["peft=dora", *COPY], id="dora"),
+        pytest.param(2, ["peft=dora", *RECOMPUTE], id="dora-recompute"),
+        pytest.param(2, ["peft=pissa", *COPY], id="pissa"),
+        pytest.param(2, ["peft=pissa", *RECOMPUTE], id="pissa-recompute"),
+        pytest.param(2, ["peft=olora", "rho=off"], id="olora"),
+        *(
+            pytest.param(2, [f"rho={name}", "rho.sigma=0.05"], id=name)
+            for name in ("sam", "look_sam", "esam", "rwp_lora", "bi_lora", "nbar", "obar", "rop")
+        ),
+        pytest.param(2, ["peft=dora", "rho=sam", "rho.sigma=0.05"], id="dora-sam"),
+        pytest.param(2, ["peft=pissa", "rho=bi_lora", "rho.sigma=0.05"], id="pissa-bi_lora"),
     ],
 )
 def test_sharding_changes_no_bit_of_a_ddp_run(settings, count, words):  # noqa: F811
@@ -181,6 +192,9 @@ def test_sharding_changes_no_bit_of_a_ddp_run(settings, count, words):  # noqa: 
         (2, 1, "single", COPY),
         (2, 4, "fsdp", [*RECOMPUTE, "rho.every=3"]),
         (2, 4, "fsdp", ["rho=off"]),
+        (2, 3, "fsdp", ["peft=pissa", *COPY, "optim.batch_size=12"]),
+        (4, 2, "fsdp", ["peft=dora", *RECOMPUTE]),
+        (2, 1, "single", ["rho=bi_lora", "rho.sigma=0.05"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else str(value),
 )
@@ -198,19 +212,20 @@ def test_a_killed_run_goes_on(settings, before, after, trainer, words):  # noqa:
     assert_same(undisturbed, folder)
 
 
-SHARDED_PEFT = {"lora", "rslora", "lora_plus", "lora_fa", "lora_pro"}
+SHARDED_PEFT = {"lora", "rslora", "lora_plus", "lora_fa", "lora_pro", "dora", "pissa", "olora"}
+SHARDED_RHO = {"off", "flat", "sam", "look_sam", "esam", "rwp_lora", "bi_lora", "nbar", "obar", "rop"}
 
 
 def test_every_other_pair_is_refused_by_name():
     allowed = {name for name in list(ADAPTERS) if ADAPTERS[name].not_sharded is None}
     assert allowed == SHARDED_PEFT
-    assert {name for name in list(REGULARIZERS) if REGULARIZERS[name].not_sharded is None} == {"off", "flat"}
-    for peft, rho in (("dora", "flat"), ("pissa", "off"), ("adalora", "sam"), ("lora", "bi_lora")):
+    assert {name for name in list(REGULARIZERS) if REGULARIZERS[name].not_sharded is None} == SHARDED_RHO
+    for peft, rho in (("lora_ga", "flat"), ("corda", "off"), ("adalora", "sam"), ("lora", "sam_full")):
         with pytest.raises(ConfigError) as caught:
             run_exp.experiment_of(["trainer=fsdp", "eval=[]", f"peft={peft}", f"rho={rho}"])
         found = "\n".join(caught.value.errors)
         assert (f"Invalid trainer=fsdp with peft={peft}: " in found) == (peft != "lora")
-        assert (f"Invalid trainer=fsdp with rho={rho}: " in found) == (rho in ("sam", "bi_lora"))
+        assert (f"Invalid trainer=fsdp with rho={rho}: " in found) == (rho == "sam_full")
 
 
 @pytest.mark.parametrize(
