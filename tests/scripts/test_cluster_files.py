@@ -11,11 +11,11 @@ import yaml
 
 import run_exp
 from flatlora.runs.record import RunRecord
+from flatlora.runs.run_folder import RunFolder
 from flatlora.train import checkpoint
 from flatlora.utils.errors import ConfigError
 from scripts import cluster_files, sweep
 from scripts.cluster_files import ClusterRun, pod_script, sbatch_file
-from tests.conftest import run_folder
 
 WORDS = ["model=llama", "dataset=meta_math", "trainer=zero2", "seed=7", "resume=false"]
 
@@ -95,7 +95,7 @@ def test_a_pod_that_is_evicted_goes_on(tiny_settings, tmp_path):
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     command = ["bash", "-c", script.replace(str(cluster_files.PORT), "29477")]
     pod = subprocess.Popen(command, env=env)
-    folder = run_folder(words)
+    folder = RunFolder.of(run.experiment).path
     until = time.monotonic() + 240
     while not checkpoint.checkpoints(folder):
         assert pod.poll() is None

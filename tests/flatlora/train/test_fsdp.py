@@ -192,7 +192,7 @@ def test_sharding_changes_no_bit_of_a_ddp_run(settings, count, words):  # noqa: 
         (2, 1, "single", COPY),
         (2, 4, "fsdp", [*RECOMPUTE, "rho.every=3"]),
         (2, 4, "fsdp", ["rho=off"]),
-        (2, 3, "fsdp", ["peft=pissa", *COPY, "optim.batch_size=12"]),
+        (2, 4, "fsdp", ["peft=pissa", *COPY]),
         (4, 2, "fsdp", ["peft=dora", *RECOMPUTE]),
         (2, 1, "single", ["rho=bi_lora", "rho.sigma=0.05"]),
     ],
