@@ -82,7 +82,8 @@ def run(gpus: int, shape: str, only: Sequence[str] | None, *, layers: int | None
     own_layers, changes = SHAPES[shape]
     layers, path = layers or own_layers, out / ("processes.json" if usual else f"processes_{shape}.json")
     report: dict[str, Any] = {
-        "command": f"python -m scripts.bench processes --gpus {gpus} --shape {shape} --layers {layers} --steps {steps}",
+        "command": f"python -m scripts.bench processes --gpus {gpus} --shape {shape} --layers {layers} --steps {steps}"
+        + (f' --only "{";".join(chosen)}"' if only else ""),
         "env": environment.environment(),
         "git_sha": environment.git_sha(),
         "model": {**SHAPE, **changes, "num_hidden_layers": layers},
@@ -182,7 +183,8 @@ def one_run(root: Path, name: str, words: list[str], steps: int) -> dict[str, An
     command += [f"dataset.max_length={LENGTH}", f"optim.batch_size={BATCH}", f"trainer.micro_batch_size={MICRO_BATCH}"]
     command += [f"trainer.max_steps={steps}", "dataset.validation_rows=0", "eval=[]", "rho=flat", "rho.sigma=0.05"]
     first_step_s = _run_until_its_end([*command, *words], results_root)
-    return {"first_step_s": first_step_s, **result_of(next(results_root.glob(f"*/*/*/{RECORD_FILE}")).parent)}
+    seconds = {} if first_step_s is None else {"first_step_s": first_step_s}
+    return {**seconds, **result_of(next(results_root.glob(f"*/*/*/{RECORD_FILE}")).parent)}
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -202,21 +204,25 @@ def result_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def _run_until_its_end(command: list[str], results_root: Path) -> float:
+def _run_until_its_end(command: list[str], results_root: Path) -> float | None:
     """Returns the seconds from the command to the first logged step, which is the end of the first one."""
     began, first_step_s = time.perf_counter(), None
     process = subprocess.Popen(command, cwd=PROJECT)
-    while process.poll() is None:
-        if first_step_s is None and any(path.stat().st_size for path in results_root.glob("*/*/*/metrics.jsonl")):
-            first_step_s = time.perf_counter() - began
-        time.sleep(0.1)
+    try:
+        while process.poll() is None:
+            if first_step_s is None and any(path.stat().st_size for path in results_root.glob("*/*/*/metrics.jsonl")):
+                first_step_s = round(time.perf_counter() - began, 1)
+            time.sleep(0.1)
+    finally:
+        process.terminate()  # after an interrupt
+        process.wait()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return round(first_step_s or time.perf_counter() - began, 1)
+    return first_step_s
 
 
 def table_of(runs: dict[str, dict[str, Any]], gpus: int, shape: str) -> Table:
-    """The table of speed, memory and noise; ratios and differences are to one GPU and to DDP, where these were run."""
+    """The table of speed, memory and noise; ratios are to one GPU and to DDP, losses to those of the first run."""
     table = Table(title=f"Flat-LoRA, {shape}'s shape, {gpus} GPUs", title_justify="left")
     compared = [name for name in ("one", "ddp") if name in runs]
     for column in ("", "mode", "tokens/s", *(f"to {name}" for name in compared), "peak GiB per GPU", "first step"):

@@ -25,8 +25,9 @@ PROJECT = Path(__file__).parents[1]
 
 PORT = 29500
 _GRACE_S = 120  # from SIGTERM to SIGKILL: for a step and a checkpoint
-# Seconds that torchrun waits for its processes after SIGTERM, of those.
-_SHUTDOWN = f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={_GRACE_S - 10}"
+# How long torchrun waits for its processes after SIGTERM, within that time.
+_SHUTDOWN = f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={_GRACE_S - 15}"
+_BEGIN = "started=$(mktemp)  # a record that is older is that of an earlier start"
 
 
 def experiments(words: Sequence[str]) -> list[Experiment]:
@@ -81,9 +82,9 @@ class ClusterRun(NamedTuple):
 
     @property
     def was_interrupted(self) -> str:
-        """Condition of a shell: the run's record says that a signal has ended it."""
+        """Condition of a shell: a record since `_BEGIN` says that a signal has ended the run."""
         record = shlex.quote(str(RunFolder.of(self.experiment).path / RECORD_FILE))
-        return f'grep -q \'"status": "interrupted"\' {record}'
+        return f'[ {record} -nt "$started" ] && grep -q \'"status": "interrupted"\' {record}'
 
 
 def sbatch_file(run: ClusterRun, limit: str, partition: str | None, python: str = sys.executable) -> str:
@@ -104,6 +105,7 @@ def sbatch_file(run: ClusterRun, limit: str, partition: str | None, python: str 
         *(f"#SBATCH {setting}" for setting in settings),
         "set -u",
         _SHUTDOWN,
+        _BEGIN,
         f"cd {shlex.quote(str(PROJECT))}",
         'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
         f"srun --kill-on-bad-exit=1 {shlex.quote(python)} -m torch.distributed.run \\",
@@ -143,6 +145,7 @@ def kubernetes_manifest(run: ClusterRun, image: str, claim: str) -> str:
         "image": image,
         "command": ["bash", "-c", pod_script(run, name)],
         "workingDir": "/experiments",
+        "env": [{"name": "HF_HOME", "value": "/experiments/huggingface"}],
         "resources": {"limits": {"nvidia.com/gpu": run.gpus}},
         "volumeMounts": [
             {"name": "experiments", "mountPath": "/experiments"},
@@ -186,17 +189,24 @@ def pod_script(run: ClusterRun, name: str, script: str = "/opt/flatlora/run_exp.
     """Returns the script of a pod's first process, bash, which does not pass signals on by itself."""
     lines = [
         _SHUTDOWN,
+        _BEGIN,
+        "child= stopped=",
+        "trap 'stopped=yes; [ -z $child ] || kill -TERM $child' TERM INT",
         "python -m torch.distributed.run \\",
         f'    --nnodes={run.nodes} --nproc_per_node={run.gpus} --node_rank="${{JOB_COMPLETION_INDEX:-0}}" \\',
         f"    --master_addr={name}-0.{name} --master_port={PORT} \\",
         f"    {run.command(script)} &",
         "child=$!",
-        "trap 'kill -TERM $child' TERM INT",
+        "[ -z $stopped ] || kill -TERM $child",
         "wait $child; code=$?",
-        "while kill -0 $child 2>/dev/null; do wait $child; code=$?; done  # a signal has ended the first wait",
-        f"if [ $code -ne 0 ] && {run.was_interrupted}; then",
-        f"    exit {EXIT_PREEMPTED}  # it goes on from its checkpoint",
-        "fi",
+        "while kill -0 $child 2>/dev/null; do wait $child; code=$?; done  # a signal ends a wait",
+        "wait $child 2>/dev/null; last=$?",
+        "[ $last -eq 127 ] || code=$last  # it ended between a signal and the next wait",
+        "for _ in 1 2 3 4 5 6 7 8; do  # another pod writes the record",
+        "    [ $code -ne 0 ] || exit 0",
+        f"    {{ {run.was_interrupted}; }} && exit {EXIT_PREEMPTED}  # it goes on from its checkpoint",
+        "    sleep 1",
+        "done",
         "exit $code",
     ]
     return "\n".join(lines) + "\n"

@@ -164,7 +164,7 @@ def refusals(experiment: Experiment) -> list[str]:
         reason = "parts of moments are not planned; trainer=ddp has all of them on each GPU"
         unplanned.append((f"trainer={experiment.trainer.name}", reason))
     if experiment.trainer.fsdp and _processes(experiment) < 2:
-        reason = "the processes among which the weights are split are not known; set trainer.gpus=N"
+        reason = "its weights are split among two or more processes; set trainer.gpus=N"
         unplanned.append((f"trainer={experiment.trainer.name}", reason))
     remedy = "leave plan out, and run trainer.max_steps=3: run.json then has the peak in `memory`"
     return [f"Invalid {setting} with plan=true: {reason}; {remedy}." for setting, reason in unplanned]

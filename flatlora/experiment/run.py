@@ -294,6 +294,9 @@ def _model(
             {"the backbone": record.backbone_sha256.before, "the adapter's start": hashes.trainable_sha256(model)},
             "Give every node the same weights, or pin model.revision.",
         )
+        distributed.check_agreement(
+            {"the fast paths": "; ".join(record.kernels)}, "Install the same packages on every node."
+        )
     return model
 
 

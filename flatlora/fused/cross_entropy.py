@@ -56,6 +56,8 @@ def _has_plain_loss(base: nn.Module) -> bool:
     base.eval()
     try:
         loss = base(input_ids=ids, labels=labels, use_cache=False).loss
+    except torch.OutOfMemoryError:
+        raise  # one of several processes would go another way than the others
     except (TypeError, KeyError, RuntimeError, ValueError, AttributeError):
         return False
     finally:

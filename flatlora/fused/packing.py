@@ -183,6 +183,8 @@ def reason_against(
         loss = call_as_forward(base, padded, **given, use_cache=False).loss
         base.training = True  # layers, such as dropout, stay in evaluation mode
         other = packed(batch).loss
+    except torch.OutOfMemoryError:
+        raise  # one of several processes would go another way than the others
     except (TypeError, KeyError, RuntimeError, ValueError, AttributeError) as error:
         return f"it does not accept packed rows ({reason_of(error)})"
     finally:

@@ -139,8 +139,8 @@ def _trial_pack(model: nn.Module) -> dict[str, Any]:
 def tokens_that_fit(loss_of: Callable[[dict[str, Any]], torch.Tensor], model: nn.Module, device: torch.device) -> int:
     """Tokens of a micro-batch for which the free memory of a GPU suffices, one of `SIZES`.
 
-    The activations of a trial are measured, which does not change the random state; kernels are compiled, and weights
-    gathered that FSDP2 keeps, in one before it.
+    The activations of a trial are measured, which does not change the random state. A first one, not measured, compiles
+    kernels and gathers the weights that FSDP2 keeps.
 
     Args:
         loss_of: micro-batch → loss, as in training.

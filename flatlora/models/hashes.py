@@ -171,7 +171,7 @@ def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
         others: list[dict[str, str]] = [{}] * processes
         dist.all_gather_object(others, found)
         for other in others:
-            found |= other
+            found = other | found  # what every process hashes itself stays its own
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name}|{found[name]}".encode())

@@ -183,7 +183,8 @@ def initialize(experiment: Experiment, device: torch.device) -> None:
             deepspeed.init_distributed(dist_backend=state.backend, auto_mpi_discovery=False)
             state.distributed_type = DistributedType.DEEPSPEED
         # On several nodes gloo would ask for names of hosts and interfaces, which NCCL does without.
-        if not on_cpu and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        on_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        if world_size() > 1 and not on_cpu and on_one_node:
             _hosts = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
@@ -311,7 +312,7 @@ def replicate_adapter(model: nn.Module) -> nn.Module:
 
 
 def largest(number: int) -> int:
-    """Returns the largest of the processes' numbers. The host does not wait for its GPU, except on several nodes."""
+    """Returns the largest of the processes' numbers; if all were started on one node, no host waits for its GPU."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, device="cpu" if _hosts is not None else PartialState().device)
@@ -415,7 +416,7 @@ def _accelerate_errors(machine: TrainerConfig) -> list[str]:
     launched = "accelerate launch (or its default_config.yaml)"
     errors = [
         f"Invalid ACCELERATE_USE_{name}={os.environ[f'ACCELERATE_USE_{name}']}: {launched} asks for {what}, which this "
-        "suite does not train with; unset it, and use trainer=ddp or trainer=zero2."
+        "suite does not take from there; unset it, and use trainer=ddp, fsdp or zero2."
         for name, what in _OTHER_WAYS.items()
         if _is_set(f"ACCELERATE_USE_{name}")
     ]

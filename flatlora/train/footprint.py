@@ -55,7 +55,7 @@ class StepMemory(NamedTuple):
             gathered: bytes of the whole weights that each holds at the peak.
         """
         backbone, copy = (-(-size // processes) for size in (self.backbone, self.copy))
-        return self._replace(backbone=backbone, copy=copy, activations=self.activations + gathered)
+        return self._replace(backbone=backbone + gathered, copy=copy)
 
     def peak(self, mode: str | None = None) -> int:
         """Bytes in a mode of Flat-LoRA; None or "inplace": without a second set of weights."""

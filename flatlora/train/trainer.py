@@ -509,7 +509,7 @@ class FlatTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if isinstance(self.model, PeftModel):  # small, and PEFT decides which tensors are saved
-            self.model.create_or_update_model_card = lambda folder: None  # half of the time; adapter/ has a card
+            self.model.create_or_update_model_card = lambda folder: None  # half of the time of a checkpoint
             try:
                 super()._save(output_dir, state_dict)
             finally:

@@ -63,7 +63,10 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def call_as_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls `forward` in place of the module's own, with the module's hooks: those of FSDP2 gather its weights."""
+    """Calls `forward` in place of the module's own, with the module's hooks: those of FSDP2 gather its weights.
+
+    Other hooks of the module get the output of `forward` too. Not for several threads.
+    """
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -95,13 +95,14 @@ def test_a_pod_that_is_evicted_goes_on(tiny_settings, tmp_path):
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     command = ["bash", "-c", script.replace(str(cluster_files.PORT), "29477")]
     pod = subprocess.Popen(command, env=env)
-    folder = RunFolder.of(run.experiment).path
-    until = time.monotonic() + 240
-    while not checkpoint.checkpoints(folder):
-        assert pod.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    pod.terminate()
+    folder, until = RunFolder.of(run.experiment).path, time.monotonic() + 240
+    try:
+        while not checkpoint.checkpoints(folder):
+            assert pod.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.2)
+    finally:
+        pod.terminate()
     assert pod.wait(120) == 75
     assert RunRecord.read(folder).status == "interrupted"
     steps = checkpoint.step_of(checkpoint.checkpoints(folder)[-1])

@@ -220,6 +220,7 @@ def test_what_a_killed_writer_left_is_not_used(folder, monkeypatch):
 @pytest.mark.parametrize("part", [16, 5])  # images that a thread reads
 def test_damage_while_it_is_read_costs_one_warning_and_no_image(folder, caplog, monkeypatch, part):
     monkeypatch.setattr(pixel_cache, "_PART", part)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     rows = cached(KINDS)
     whole = pixels_of(rows)
     (kept,) = folder.iterdir()

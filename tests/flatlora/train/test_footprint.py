@@ -193,14 +193,21 @@ def test_what_is_not_planned_is_named_at_once(planned):
     assert "Invalid rho=sam with plan=true: plans are for off and flat; leave plan out, and run" in said
 
 
-def test_shares_of_weights_are_planned_for_a_number_of_processes(planned):
+def test_shares_of_weights_are_planned_for_a_number_of_processes(planned, monkeypatch):
     words = ["trainer.fsdp=true", "eval=[]", "rho=flat", "model.dtype=bfloat16", "trainer.launch=any"]
     code, said = planned(*words)
     assert code == 2
-    assert "among which the weights are split are not known; set trainer.gpus=N" in said
-    code, said = planned(*words, "trainer.gpus=2")
-    assert code == 0
-    assert "micro-batches of 1,024 tokens" in said
+    assert "its weights are split among two or more processes; set trainer.gpus=N" in said
+    shown = []
+    monkeypatch.setattr(planning, "shown", lambda plan, experiment: shown.append(plan) or "")
+    for count in (2, 4):
+        assert planned(*words, f"trainer.gpus={count}")[0] == 0
+    monkeypatch.setattr(planning, "gathered_bytes", lambda skeleton, dtype: 10**9)
+    assert planned(*words, "trainer.gpus=2")[0] == 0
+    two, four, more = (plan.memory[1024] for plan in shown)
+    assert two.copy == pytest.approx(2 * four.copy, rel=1e-3)
+    assert two.backbone > four.backbone
+    assert more.backbone > 10**9
 
 
 def test_a_large_model_fits_where_its_weights_do():

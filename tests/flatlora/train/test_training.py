@@ -171,7 +171,7 @@ RESUME_VARIANTS = {
 }
 
 
-# The others are like pairs of methods in tests/flatlora/methods/test_pairs.py.
+# flat, micro_batch and full_ft are like pairs of methods in tests/flatlora/methods/test_pairs.py.
 @pytest.mark.parametrize(
     ("killed_at", "variant"),
     [
