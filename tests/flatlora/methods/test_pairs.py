@@ -247,13 +247,8 @@ def test_lora_fa_steps_by_its_formula_in_the_precision_of_the_run(autocast, digi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "swept",
-    [
-        ["peft=lora_pro,lora_ga,adalora", "rho=off"],
-        pytest.param(["rho=bi_lora,sam,off"], marks=pytest.mark.extra),
-    ],
-)
+@pytest.mark.extra
+@pytest.mark.parametrize("swept", [["peft=lora_pro,lora_ga,adalora", "rho=off"], ["rho=bi_lora,sam,off"]])
 def test_two_processes_agree_with_accumulation(swept, tiny_settings):
     """Invariant 7 for what has an optimizer, a start or a second gradient of its own."""
     replaced = ("dataset.train_rows=24", "wandb.name=run")

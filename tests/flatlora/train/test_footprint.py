@@ -107,6 +107,7 @@ def of_each_process(report, tokens):
     )
 
 
+@pytest.mark.extra
 def test_processes_that_shared_the_weights_had_this_peak():
     """`bench processes` on two GPUs; DDP's step is that of one."""
     report = json.loads((BENCH / "processes.json").read_text())
