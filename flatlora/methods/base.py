@@ -18,7 +18,7 @@ from flatlora.models.family import FAMILIES
 from flatlora.utils.errors import SettingError
 from flatlora.utils.registry import Registry
 
-_NOT_SHARDED = "this method is built for whole weights and gradients in each process"
+_NOT_SHARDED = "this method needs whole weights and gradients, and FSDP2 leaves each process a part of them"
 
 
 def _no_batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -33,7 +33,7 @@ class Start:
         seed: seed of all random draws.
         folder: folder of the initial adapter of a method that computes one. A resumed run reads it, so that it starts
             from the same bytes. None: it is not kept, and `save` cannot convert the adapter.
-        batches: n → the first n micro-batches of this rank's training rows, on the model's device.
+        batches: n → the first n micro-batches of the training rows, on the model's device; the same on every process.
         rank, world_size: rank of this process and number of processes.
         resumed: whether the run continues from a checkpoint, which belongs to the initial adapter in `folder`.
         init_from: folder of a saved adapter whose tensors are the initial ones; None for the method's own.
@@ -305,6 +305,5 @@ def _zero_error(section: str, name: str, experiment: Experiment) -> SettingError
 def _fsdp_error(section: str, name: str, reason: str, experiment: Experiment) -> SettingError:
     return SettingError(
         (section, f"{section}.method", "trainer", "trainer.fsdp"),
-        f"Invalid trainer={experiment.trainer.name} with {section}={name}: {reason}, of which FSDP2 leaves each "
-        "process a part; use trainer=ddp.",
+        f"Invalid trainer={experiment.trainer.name} with {section}={name}: {reason}; use trainer=ddp.",
     )

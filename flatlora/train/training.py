@@ -31,7 +31,7 @@ from flatlora.runs.metrics_log import MetricsLog
 from flatlora.runs.record import BackboneHashes, Timing
 from flatlora.runs.run_folder import RunFolder
 from flatlora.train import checkpoint
-from flatlora.train.distributed import deepspeed_settings, is_main_process, rank, world_size
+from flatlora.train.distributed import deepspeed_settings, is_main_process, world_size
 from flatlora.train.preemption import Preempted, Preemption
 from flatlora.train.recorder import BestModel, Progress, SaveAtStop, StepRecorder, TrainingStats
 from flatlora.train.samplers import EpochSampler
@@ -191,19 +191,16 @@ def calibration_batches(
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     device: torch.device,
 ) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
-    """Returns a function of n that yields the first n micro-batches of this rank, without grouping by length.
+    """Returns a function of n that yields the first n micro-batches of the rows, without grouping by length.
 
-    It yields fewer if there are not enough rows, and the same batches in every call.
+    It yields fewer if there are not enough rows, and the same batches in every call and on every process.
     """
 
     def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
         size = experiment.trainer.micro_batch_size
-        order = list(EpochSampler(rows.lengths, experiment.seed))
-        shares = [order[i : i + size] for i in range(0, len(order), size)][rank() :: world_size()]
-        if len(order) < size * world_size():
-            shares = [order]  # too few rows to share: every rank gets all of them
-        for share in shares[:count]:
-            batch = collate([rows[i] for i in share])
+        order = list(EpochSampler(rows.lengths, experiment.seed))[: count * size]
+        for first in range(0, len(order), size):
+            batch = collate([rows[i] for i in order[first : first + size]])
             yield {key: value.to(device) for key, value in batch.items()}
 
     return batches

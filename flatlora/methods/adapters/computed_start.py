@@ -9,7 +9,6 @@ that: the converted model differs from the trained one by this rounding, as with
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from peft import get_peft_model_state_dict
@@ -30,7 +29,6 @@ class ComputedStart(Lora):
     """LoRA with an initial adapter that is computed once per run and kept in `start.folder`."""
 
     moves_weights = True
-    not_sharded: ClassVar[str | None] = "its initial adapter is computed from gradients or activations of whole layers"
     needs_dense = True
     takes_convolutions = False
     own_start = "this method computes an initial adapter of its own, and what it saves is a plain LoRA adapter"
@@ -100,8 +98,6 @@ class ComputedStart(Lora):
 
 class LayerwiseStart(ComputedStart):
     """An initial adapter that PEFT's code computes layer by layer."""
-
-    not_sharded = None
 
     def begin(self, model: nn.Module, config: LoraMethodConfig, start: Start) -> nn.Module:
         """Return the adapted model with its computed initial factors; W is unchanged."""

@@ -24,7 +24,7 @@ _KEYS = ("input_ids", "attention_mask", "labels")
 
 
 class CordaMethodConfig(LoraMethodConfig):
-    # Micro-batches on each rank.
+    # Micro-batches, the same on every process.
     corda_batches: int = setting(32, ge=1, le=10**6, remedy="more rows give a better covariance")
     corda_method: Literal["ipm", "kpm"] = "kpm"  # instruction-previewed, or knowledge-preserving (the paper's default)
 
@@ -32,7 +32,7 @@ class CordaMethodConfig(LoraMethodConfig):
 @ADAPTERS.register("corda")
 class Corda(LayerwiseStart):
     Config = CordaMethodConfig
-    not_sharded = "its initial adapter is computed from activations in whole layers"
+    not_sharded = "PEFT's CorDA computes with all weights at once, and FSDP2 leaves each process a part of them"
     not_of_diffusion = "PEFT's CorDA computes covariances over the tokens of one row of text"
 
     def check(self, skeleton: nn.Module, config: CordaMethodConfig) -> None:

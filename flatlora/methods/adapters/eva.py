@@ -20,7 +20,7 @@ from flatlora.utils.labels import IGNORED_LABEL
 
 
 class EvaMethodConfig(LoraMethodConfig):
-    # Micro-batches of this rank, gone through until the directions stand still.
+    # Micro-batches, gone through until the directions stand still; the same on every process.
     eva_batches: int = setting(32, ge=1, le=10**6, remedy="32 are usual")
 
 
@@ -28,6 +28,10 @@ class EvaMethodConfig(LoraMethodConfig):
 class Eva(ComputedStart):
     Config = EvaMethodConfig
     moves_weights = False
+    not_sharded = (
+        "PEFT's EVA runs the model until the directions of a process stand still, and with FSDP2 all processes must "
+        "run it equally often"
+    )
     not_of_diffusion = "PEFT's EVA needs tokens with a label"
 
     def check(self, skeleton: nn.Module, config: EvaMethodConfig) -> None:

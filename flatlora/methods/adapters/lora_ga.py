@@ -10,12 +10,14 @@ rsLoRA are the published settings; the SVD is torch.svd_lowrank with q = 4r, as 
 Deviations: gradients are FP32 products of a layer's input and the gradient of its output, for every dtype of the
 backbone; dropout is off while they are computed; singular vectors have their largest element positive, so that the
 initial adapter does not depend on rounding. Layers are processed in groups whose gradients fit into `ga_memory_gib`,
-with one pass over the batches per group.
+with one pass over the batches per group. Processes share the batches, and their number changes the mean by rounding
+alone. If FSDP2 shards the weights, each process still has the whole gradients of a group.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +33,7 @@ from flatlora.models.starts import lora_layers
 
 
 class LoraGaConfig(LoraMethodConfig):
-    ga_batches: int = setting(8, ge=1, le=10**6, remedy="8 micro-batches are usual")  # on each rank
+    ga_batches: int = setting(8, ge=1, le=10**6, remedy="8 micro-batches are usual")  # of all processes
     ga_gamma: float = setting(16.0, gt=0, le=1e6, remedy="16 as published; a larger value starts closer to zero")
     ga_memory_gib: float = setting(4.0, gt=0, le=1e5, remedy="it limits the memory of the gradients of W")
 
@@ -51,7 +53,7 @@ class LoraGa(ComputedStart):
         targets = {name: model.get_submodule(name) for name in find_targets(model, config.target_modules)}
         starts = {}
         for group in layer_groups(targets, config.ga_memory_gib * 2**30):
-            gradients = mean_gradients(model, group, start.batches(config.ga_batches), start.world_size)
+            gradients = mean_gradients(model, group, start.batches(config.ga_batches), start.rank, start.world_size)
             for name in group:
                 with seeded(start.seed, model):
                     starts[name] = start_factors(gradients.pop(name), rank_of(model, config), config.ga_gamma)
@@ -102,12 +104,19 @@ def layer_groups(layers: Mapping[str, nn.Module], budget_bytes: float) -> Iterat
 
 
 def mean_gradients(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[dict[str, torch.Tensor]], world_size: int = 1
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[dict[str, torch.Tensor]],
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """Gradient of the loss with respect to each layer's weight, mean over the batches of all ranks: m × n, FP32.
+    """Gradient of the loss with respect to each layer's weight, mean over the batches: m × n, FP32, on every process.
 
     The weights stay frozen: a hook multiplies the gradient of a layer's output by its input, so that no gradients of
     other layers are computed.
+
+    Args:
+        batches: the same on every process; each computes its share of them.
     """
     totals = {
         name: torch.zeros(_rows_and_columns(layer), device=layer.weight.device, dtype=torch.float32)
@@ -116,22 +125,25 @@ def mean_gradients(
     training, count = model.training, 0
     model.eval()
     try:
-        with _gradients_flow(model), _collecting(layers, totals):
-            for batch in batches:
-                with torch.enable_grad():
-                    model(**batch).loss.backward()
-                count += 1
+        with _gradients_flow(model):
+            for group in _groups_of(world_size, batches):
+                counts, batch = rank < len(group), group[min(rank, len(group) - 1)]
+                with torch.enable_grad(), _collecting(layers, totals) if counts else contextlib.nullcontext():
+                    model(**batch).loss.backward()  # on every process: with FSDP2 they gather the weights together
+                count += len(group)
     finally:
         model.train(training)
-    if world_size > 1:  # ranks may have different numbers of batches
-        counts = torch.tensor(count, device=next(iter(totals.values())).device)
-        torch.distributed.all_reduce(counts)
-        count = int(counts)
     for total in totals.values():
         if world_size > 1:
             torch.distributed.all_reduce(total)
         total.div_(count)
     return totals
+
+
+def _groups_of(size: int, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[list[dict[str, torch.Tensor]]]:
+    left = iter(batches)
+    while group := list(itertools.islice(left, size)):
+        yield group
 
 
 def _rows_and_columns(layer: nn.Module) -> Sequence[int]:

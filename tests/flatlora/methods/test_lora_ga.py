@@ -34,6 +34,20 @@ def test_mean_gradients_are_autograd_s():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize(("count", "size"), [(3, 2), (4, 3), (2, 3), (6, 3)])
+def test_processes_share_the_batches_and_run_equally_many(monkeypatch, count, size):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: None)
+    model, runs = tiny_llama().requires_grad_(False), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    layers = targets(model)
+    expected = mean_gradients(model, layers, batches_of(count))
+    runs.clear()
+    shares = [mean_gradients(model, layers, batches_of(count), rank, size) for rank in range(size)]
+    assert len(runs) == size * -(-count // size)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(sum(share[name] for share in shares), gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_a_bf16_backbone_s_gradients_are_not_rounded_to_bf16():
     model = tiny_llama().bfloat16().requires_grad_(False)
     gradient = mean_gradients(model, targets(model), batches_of(2))["model.layers.1.mlp.down_proj"]

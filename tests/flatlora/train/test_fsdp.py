@@ -103,6 +103,12 @@ def train(count, words, trainer="fsdp", entry=None):
     return run_folder(words)
 
 
+def without(settings, words):  # noqa: F811
+    """Settings without those that `words` have."""
+    own = tuple(f"{word.partition('=')[0]}=" for word in words)
+    return [word for word in settings if not word.startswith(own)]
+
+
 def record_of(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text())
 
@@ -143,6 +149,7 @@ HALF = ["model.dtype=bfloat16"]
         pytest.param(2, ["rho=off"], id="off"),
         pytest.param(2, [*COPY, "trainer.kernels=off"], id="copy-kernels-off"),
         pytest.param(3, [*COPY, "optim.batch_size=6"], id="copy-3"),
+        pytest.param(4, COPY, id="copy-4"),
         pytest.param(
             2,
             [*RECOMPUTE, *CHECKPOINTED, *HALF],
@@ -161,6 +168,8 @@ HALF = ["model.dtype=bfloat16"]
         pytest.param(2, ["peft=pissa", *COPY], id="pissa"),
         pytest.param(2, ["peft=pissa", *RECOMPUTE], id="pissa-recompute"),
         pytest.param(2, ["peft=olora", "rho=off"], id="olora"),
+        pytest.param(2, ["peft=lora_ga", *COPY], id="lora_ga"),
+        pytest.param(3, ["peft=lora_ga", *RECOMPUTE, "optim.batch_size=6"], id="lora_ga-3"),  # 8 batches: 3, 3 and 2
         *(
             pytest.param(2, [f"rho={name}", "rho.sigma=0.05"], id=name)
             for name in ("sam", "look_sam", "esam", "rwp_lora", "bi_lora", "nbar", "obar", "rop")
@@ -170,8 +179,7 @@ HALF = ["model.dtype=bfloat16"]
     ],
 )
 def test_sharding_changes_no_bit_of_a_ddp_run(settings, count, words):  # noqa: F811
-    own = tuple(f"{word.partition('=')[0]}=" for word in words)
-    kept = [word for word in settings if not word.startswith(own)]
+    kept = without(settings, words)
     ddp, fsdp = named(kept, words, "ddp"), named(kept, words, "fsdp")
     folders = train(count, ddp, "ddp"), train(count, fsdp)
     assert metrics_rows(folders[0]) == metrics_rows(folders[1])
@@ -194,12 +202,15 @@ def test_sharding_changes_no_bit_of_a_ddp_run(settings, count, words):  # noqa: 
         (2, 4, "fsdp", ["rho=off"]),
         (2, 4, "fsdp", ["peft=pissa", *COPY]),
         (4, 2, "fsdp", ["peft=dora", *RECOMPUTE]),
+        (2, 4, "fsdp", ["peft=lora_ga", *COPY]),
+        (2, 3, "fsdp", [*COPY, "optim.batch_size=12", "dataset.train_rows=33"]),
         (2, 1, "single", ["rho=bi_lora", "rho.sigma=0.05"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else str(value),
 )
 def test_a_killed_run_goes_on(settings, before, after, trainer, words):  # noqa: F811
-    whole, killed = named(settings, words, "whole"), named(settings, words, "killed")
+    kept = without(settings, words)
+    whole, killed = named(kept, words, "whole"), named(kept, words, "killed")
     undisturbed = train(before, whole)
     ranks = fork_ranks(before, ["trainer=fsdp", *killed], entry=main_until_step_five)
     assert [rank.wait(120) for rank in ranks] == [-signal.SIGKILL] * before, ranks[0].log.read_text()[-3000:]
@@ -212,7 +223,7 @@ def test_a_killed_run_goes_on(settings, before, after, trainer, words):  # noqa:
     assert_same(undisturbed, folder)
 
 
-SHARDED_PEFT = {"lora", "rslora", "lora_plus", "lora_fa", "lora_pro", "dora", "pissa", "olora"}
+SHARDED_PEFT = {"lora", "rslora", "lora_plus", "lora_fa", "lora_pro", "lora_ga", "dora", "pissa", "olora"}
 SHARDED_RHO = {"off", "flat", "sam", "look_sam", "esam", "rwp_lora", "bi_lora", "nbar", "obar", "rop"}
 
 
@@ -220,7 +231,7 @@ def test_every_other_pair_is_refused_by_name():
     allowed = {name for name in list(ADAPTERS) if ADAPTERS[name].not_sharded is None}
     assert allowed == SHARDED_PEFT
     assert {name for name in list(REGULARIZERS) if REGULARIZERS[name].not_sharded is None} == SHARDED_RHO
-    for peft, rho in (("lora_ga", "flat"), ("corda", "off"), ("adalora", "sam"), ("lora", "sam_full")):
+    for peft, rho in (("eva", "flat"), ("corda", "off"), ("adalora", "sam"), ("lora", "sam_full")):
         with pytest.raises(ConfigError) as caught:
             run_exp.experiment_of(["trainer=fsdp", "eval=[]", f"peft={peft}", f"rho={rho}"])
         found = "\n".join(caught.value.errors)
