@@ -231,8 +231,8 @@ def tiny_words(request, tiny_model_folder, tiny_t5_folder, cola):
 
 
 def with_extras() -> list:
-    """One row of each method and regularizer trains for a kind of model, a method's own row beside its flat one and
-    rows that differ in a number in `make test-all`."""
+    """One row of each regularizer trains for a kind of model; tests/flatlora/methods/test_pairs.py has the methods, and
+    `make test-all` all rows."""
     params, seen = [pytest.param("cost", None, id="cost")], set()
     kinds = {"table1": "seq2seq", "table1_methods": "seq2seq", "table2": "clip", "table2_methods": "clip"}
     kinds |= dict.fromkeys(("table5", "table6", "figure5"), "seq2seq")
@@ -242,10 +242,7 @@ def with_extras() -> list:
     for name, row in ROWS:
         layout = LAYOUTS[name]
         flat_twin = f"flat_{row}" in layout.rows or (row == "lora" and "flat_lora" in layout.rows)
-        others = [
-            one for one in layout.rows[row].overrides if one.startswith(("peft=", "rho=", "rho.fan", "rho.every"))
-        ]
-        setting = kinds.get(name, "causal_lm"), *others
+        setting = kinds.get(name, "causal_lm"), *(one for one in layout.rows[row].overrides if one.startswith("rho="))
         is_extra = flat_twin or setting in seen or name == "table2_methods"  # tests/data/test_images.py trains these
         seen.add(setting)
         params.append(pytest.param(name, row, marks=pytest.mark.extra if is_extra else (), id=f"{name}-{row}"))

@@ -153,7 +153,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_scored(tmp_path, monkeypatch
     "more",
     [
         ("model.train_text_encoders=true",),
-        ("peft.target_modules=all_conv", "model.dtype=bfloat16"),
+        pytest.param(("peft.target_modules=all_conv", "model.dtype=bfloat16"), marks=pytest.mark.extra),
         ("dataset.buckets=true", "dataset.bucket_step=16", "dataset.validation_rows=2", "optim.eval_steps=2"),
         pytest.param(("rho=sam",), marks=pytest.mark.extra),
         pytest.param(("peft=pissa", "peft.lora_r=2"), marks=pytest.mark.extra),
@@ -177,6 +177,7 @@ def test_options_take_steps(tmp_path, more):
         assert [row["step"] for row in rows if "eval_loss" in row] == [2, 3]
 
 
+@pytest.mark.extra
 def test_accumulation_is_a_larger_batch(tmp_path):
     """Draws belong to rows, so two micro-batches of two are a batch of four up to rounding."""
     settings = ("optim.batch_size=4", "trainer.max_steps=2")
@@ -344,6 +345,7 @@ def test_another_dtype_draws_too(scored, tmp_path):
     assert again["metrics"]["image_text"] != score["metrics"]["image_text"]  # no answers of the other dtype
 
 
+@pytest.mark.extra
 def test_a_lost_picture_is_drawn_anew(scored, tmp_path, caplog):
     folder, _ = scored["off"]
     words = [str(folder), f"out={tmp_path}", "captioner=null", "max_rows=3", "batch_size=1"]

@@ -267,6 +267,7 @@ def test_classes_without_a_label_are_left_out_and_free_text_is_none(tmp_path):
         load(write(tmp_path / "b.jsonl", rows), prompt="{s} ", label="label")
 
 
+@pytest.mark.extra
 def test_the_same_rows_as_sst2_give_the_same_adapter_and_score(tmp_path, tiny_settings):
     rows = [{"sentence": f"a film {i}", "label": i % 2} for i in range(30)]
     write(tmp_path / "own/train.csv", rows[:24])

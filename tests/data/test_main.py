@@ -35,6 +35,7 @@ def test_rows_masks_lengths_and_fingerprints_are_shown(root, capsys):
     assert "nyu-mll/glue (cola, validation): " in out
 
 
+@pytest.mark.extra
 def test_the_same_words_show_the_same_fingerprints_and_other_limits_others(root, capsys):
     words = ("cola", "--show=0", f"data_root={root}")
     assert shown(capsys, *words) == shown(capsys, *words)

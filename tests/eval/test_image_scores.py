@@ -209,7 +209,7 @@ def test_corruptions_of_other_classes_are_an_error_before_training(words, folder
     [
         "model.head=text",
         pytest.param("model.head=linear", marks=pytest.mark.extra),
-        "peft=full_ft",
+        pytest.param("peft=full_ft", marks=pytest.mark.extra),
         "peft=pissa",
         pytest.param("peft=lora_ga", marks=pytest.mark.extra),
     ],

@@ -282,6 +282,7 @@ def test_a_model_without_a_chat_template_is_an_error(tiny_model_folder, tmp_path
     assert f"Invalid template=chat: the tokenizer of {tmp_path} has no chat template" in capsys.readouterr().err
 
 
+@pytest.mark.extra
 def test_a_run_on_chats_is_asked_in_chats_unless_told_otherwise(tiny_settings, own, tmp_path, capsys):
     words = [word for word in tiny_settings if word != "eval=[]"]
     words += ["eval=[lm_eval]", f"eval.lm_eval.include_path={own}", "eval.lm_eval.tasks=[own_choice]"]

@@ -70,12 +70,10 @@ def answers(family, model, processor, latent_batch):
     return model.eval()(**latent_batch).loss
 
 
-AS_LORA = ("rslora", "lora_plus", "olora", "lora_fa", "eva", "corda", "lora_ga", "lora_pro")  # or as PiSSA
-
-
 def quick_first(family, name):
-    """What is saved and loaded as LoRA or PiSSA is tried on causal language models; `make test-all` has the rest."""
-    return pytest.param(family, name, marks=pytest.mark.extra if family != "causal_lm" and name in AS_LORA else ())
+    """All methods on causal language models, and three ways of saving on others; `make test-all` has the rest."""
+    quick = family == "causal_lm" or name in ("lora", "pissa", "full_ft")
+    return pytest.param(family, name, marks=() if quick else pytest.mark.extra)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def test_t5_both_sides_train_and_are_timed(measure):
     assert all(len(row["step_s"]) == 2 and min(row["step_s"]) > 0 for row in rows_of(report, "t5").values())
 
 
+@pytest.mark.extra
 def test_clip_trains_on_epochs_of_pngs(measure):
     code, report = measure("clip/stock,clip/LoRA BF16")
     assert code == 0

@@ -43,6 +43,7 @@ def steps_of(unet, name, count=3):
     return losses
 
 
+@pytest.mark.extra
 def test_all_contenders_take_the_same_first_step(unet):
     before = [p.clone() for p in unet.parameters()]
     losses = {name: steps_of(unet, name) for name in bench_sdxl.CONTENDERS}

@@ -72,6 +72,7 @@ def objective_by_rate(monkeypatch, code_of=lambda settings: 0):
     return asked
 
 
+@pytest.mark.extra
 def test_suggestions_approach_the_best_value(words, monkeypatch):
     asked = objective_by_rate(monkeypatch)
     assert search.main([*words, "--trials", "18"]) == 0

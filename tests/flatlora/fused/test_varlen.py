@@ -229,6 +229,7 @@ def test_a_killed_run_goes_on_exactly_and_copy_is_recompute(settings, monkeypatc
         assert metrics_rows(folder) == metrics_rows(whole)
 
 
+@pytest.mark.extra
 def test_a_run_that_began_with_padding_goes_on_with_it(settings, monkeypatch):
     """Such as one of an earlier version: its checkpoint has no limit."""
     settings = [*settings, "trainer.save_steps=2"]

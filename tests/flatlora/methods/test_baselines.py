@@ -238,6 +238,7 @@ def test_interval_perturbs_the_first_step_of_each_window_alone(mode):
         assert losses[1, step] != pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.extra
 def test_interval_in_a_run_is_recorded_step_by_step(tiny_settings):
     flat = ["rho=flat", "rho.sigma=0.3", "rho.ramp=constant", "rho.interval=3", "trainer.max_steps=6"]
     _, rows, _ = trained_by(flat, tiny_settings, "interval")

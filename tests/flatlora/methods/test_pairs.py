@@ -87,24 +87,22 @@ def test_the_documentation_has_the_matrix_that_the_code_prints():
     assert matrix() in (PROJECT / "docs/methods.md").read_text()
 
 
-# Plain LoRA with other targets, another scaling, other rates, or a start that is kept as PiSSA's and LoRA-GA's are.
-AS_OTHERS = ("attention", "rslora", "lora_plus", "olora", "corda", "eva", "lora_fa", "lora_ga", "hira")
-
-STATELESS = ("sam", "sam_full", "esam", "nbar", "obar", "rop", "rwp_lora")  # of regularizers, between two steps
+# Those that keep more than LoRA does: a start, moments of their own, and ranks.
+RESUMED = ("lora", "pissa", "lora_pro", "adalora")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("peft", "rho"),
     [
-        pytest.param(peft, "flat", marks=pytest.mark.extra if peft in AS_OTHERS else ())
+        pytest.param(peft, "flat", marks=() if peft in RESUMED else pytest.mark.extra)
         for peft in PEFT
         if peft not in ("full_ft", "qv")
     ]
     + [
-        ("full_ft", "off"),
+        pytest.param("full_ft", "off", marks=pytest.mark.extra),
         *(  # look_sam and bi_lora save a state
-            pytest.param("lora", rho, marks=pytest.mark.extra if rho in STATELESS else ())
+            pytest.param("lora", rho, marks=() if rho == "bi_lora" else pytest.mark.extra)
             for rho in methods.REGULARIZERS
             if rho not in ("off", "flat")
         ),

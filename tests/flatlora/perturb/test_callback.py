@@ -111,6 +111,7 @@ def test_resume_inside_an_every_window(tmp_path):
     assert same(whole, resumed)
 
 
+@pytest.mark.extra
 def test_a_resume_reads_the_draw_of_its_own_checkpoint_alone(tmp_path):
     """Earlier trainings have used both folders: the one that is resumed from, and the one that is written to then."""
 
@@ -233,7 +234,7 @@ def stream(folder, callbacks):
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("resample", ["step", "micro_batch"])
+@pytest.mark.parametrize("resample", ["step", pytest.param("micro_batch", marks=pytest.mark.extra)])
 def test_a_streamed_epoch_may_end_inside_a_window(tmp_path, resample):
     """Its last micro-batches belong to the step that the next epoch ends: against a loop written by hand."""
     settings = {"ramp": "constant", "resample": resample}

@@ -34,7 +34,7 @@ def eval_loss_reference(trainer) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.fixture(params=["causal_lm", "seq2seq", "clip", "text_to_image"])
+@pytest.fixture(params=["causal_lm", "seq2seq", "clip", pytest.param("text_to_image", marks=pytest.mark.extra)])
 def settings(request, tiny_settings, tiny_t5_folder, tmp_path):
     """A run of two steps with answers of several lengths."""
     if request.param == "causal_lm":

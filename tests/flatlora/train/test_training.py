@@ -102,7 +102,7 @@ def test_the_config_decides_what_is_computed_and_not_accelerates(tiny_settings, 
     assert "ACCELERATE_DYNAMO_BACKEND=EAGER" in reported
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.extra), 2])
 def test_rows_that_are_logged_during_the_next_step_are_the_same(tiny_settings, monkeypatch, every):
     kept = [word for word in tiny_settings if not word.startswith("dataset.validation_rows")]
     settings = [*kept, "rho=flat", "rho.sigma=0.3", f"trainer.logging_steps={every}", "dataset.validation_rows=4"]
@@ -171,13 +171,11 @@ RESUME_VARIANTS = {
 }
 
 
-# flat, micro_batch and full_ft are like pairs of methods in tests/flatlora/methods/test_pairs.py.
+# In step 7, best and grouped: the others are like pairs of methods in methods/test_pairs.py, or like best.
 @pytest.mark.parametrize(
     ("killed_at", "variant"),
     [
-        pytest.param(
-            step, name, marks=[pytest.mark.extra] if step == 4 or name in ("flat", "micro_batch", "full_ft") else []
-        )
+        pytest.param(step, name, marks=() if step == 7 and name in ("best", "grouped") else pytest.mark.extra)
         for step in (4, 7)
         for name in RESUME_VARIANTS
     ],
@@ -215,7 +213,7 @@ def test_killed_and_resumed_is_never_killed(tiny_settings, variant, killed_at, m
     assert json.loads((folder / "run.json").read_text())["resumed_from"] == expected
 
 
-@pytest.mark.parametrize("max_steps", [4, 6])
+@pytest.mark.parametrize("max_steps", [pytest.param(4, marks=pytest.mark.extra), 6])
 def test_killed_after_the_last_step_trains_no_step_more(tiny_settings, max_steps, monkeypatch):
     """In the middle of an epoch (4 of 6 steps) and at its end."""
     settings = [*tiny_settings, f"trainer.max_steps={max_steps}", "trainer.save_steps=2", "rho=flat", "rho.sigma=0.3"]
@@ -226,6 +224,7 @@ def test_killed_after_the_last_step_trains_no_step_more(tiny_settings, max_steps
     assert metrics_rows(killed) == metrics_rows(whole)
 
 
+@pytest.mark.extra
 def test_killed_in_the_evaluation_at_an_epochs_end(tiny_settings, monkeypatch):
     settings = [*tiny_settings, "optim.epochs=3", "trainer.save_steps=3", "optim.best_model=true"]
     settings = [*(w for w in settings if "validation_rows" not in w), "dataset.validation_rows=4"]
@@ -343,7 +342,7 @@ def test_a_resumed_runs_record_has_the_time_of_all_processes(tiny_settings, monk
     assert record["perturbation"] == {"mode": "recompute", "layers": 14, "drift": None, "noise_sha256": None}
 
 
-@pytest.mark.parametrize("method", ["lora", "full_ft"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full_ft", marks=pytest.mark.extra)])
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_settings, monkeypatch, method):
     """And what is written is of the step at which it was saved."""
     settings = [*tiny_settings, "trainer.save_steps=2", "trainer.save_total_limit=3", f"peft={method}"]
@@ -371,7 +370,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_settings, monkeypat
 
 
 @pytest.mark.parametrize(
-    "part", ["safetensors.torch.save_file", "torch.save", "flatlora.train.checkpoint.write_manifest"]
+    "part",
+    [
+        pytest.param("safetensors.torch.save_file", marks=pytest.mark.extra),
+        "torch.save",
+        pytest.param("flatlora.train.checkpoint.write_manifest", marks=pytest.mark.extra),
+    ],
 )
 def test_a_disk_that_fills_up_in_mid_save(tiny_settings, monkeypatch, capsys, part):
     settings = [*tiny_settings, "trainer.save_steps=2"]
@@ -489,6 +493,7 @@ def test_a_run_that_ends_in_nan_does_not_count_as_finished(tiny_settings, monkey
     assert "diverged" in record["error"]
 
 
+@pytest.mark.extra
 def test_a_run_goes_on_with_the_weights_that_it_began_with(
     tiny_settings, tiny_model_folder, tmp_path, monkeypatch, capsys
 ):
@@ -528,6 +533,7 @@ def test_a_folder_that_the_user_names_is_trained_with_the_default_model(tiny_set
     assert record["params"] == {"trainable": trained, "total": trained + sum(tensor.numel() for tensor in weights)}
 
 
+@pytest.mark.extra
 def test_saving_and_logging_may_change_on_resume(tiny_settings, monkeypatch):
     settings = [*tiny_settings, "trainer.save_steps=3", "trainer.logging_steps=1"]
     end = StepRecorder.on_step_end
@@ -546,6 +552,7 @@ def test_saving_and_logging_may_change_on_resume(tiny_settings, monkeypatch):
     assert [row["step"] for row in metrics_rows(folder)] == [1, 2, 3, 4, 6]
 
 
+@pytest.mark.extra
 def test_the_best_of_a_time_after_the_checkpoint_is_forgotten(tiny_settings, monkeypatch):
     settings = [w for w in tiny_settings if "validation_rows" not in w]
     settings += ["dataset.validation_rows=8", "optim.eval_steps=1", "trainer.save_steps=2", "optim.best_model=true"]
