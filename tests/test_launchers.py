@@ -1,4 +1,4 @@
-"""Sweeps by Hydra's launchers: workers of joblib, jobs of submitit's local executor."""
+"""Sweeps by Hydra's launchers: workers of joblib, jobs of submitit's local executor, nodes of a Ray cluster."""
 
 import json
 import os
@@ -86,6 +86,51 @@ def test_a_job_of_submitit_is_queued_again_and_goes_on_where_it_was(tiny_setting
     (record,) = records(root).values()
     assert record["resumed_from"] >= 5
     assert [row["step"] for row in metrics_rows(logs(root)[0].parent)] == list(range(1, 41))
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch):
+    """Address of two nodes of one core each, on this machine."""
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+def test_a_run_on_ray_whose_worker_is_lost_goes_on_and_one_that_fails_is_told(
+    ray_cluster, tiny_settings, root, tmp_path
+):
+    """Needs the extra `ray`, which is not among those of the tests."""
+    words = ["hydra/launcher=ray_cluster", f"hydra.launcher.ray.init.address={ray_cluster}", "seed=0,1,2,3"]
+    words += [f"hydra.sweep.dir={tmp_path / 'm'}", "resume=true", "trainer.max_steps=40", "trainer.save_steps=2"]
+    settings = [word for word in tiny_settings if word != "wandb.name=run"]
+    folder = root / "flatlora_word_math/swept"
+    (folder / "2/metrics.jsonl").mkdir(parents=True)  # what it is to write to cannot be written to
+    environment = ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"}
+    sweep = subprocess.Popen(
+        command(*words, *settings, "wandb.name=swept"), cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not any(
+        path.is_file() and len(metrics_rows(path.parent)) >= 5 for path in logs(root)
+    ):
+        time.sleep(0.02)
+    workers = [one for one in psutil.process_iter() if "ray::_run_job" in " ".join(words_of(one))]
+    assert len(workers) == 2  # one a node
+    for worker in workers:
+        worker.kill()
+    printed, _ = sweep.communicate(timeout=400)
+    assert sweep.returncode == 1
+    assert "3 of 4 finished" in printed
+    found = records(root)
+    assert {seed: record["status"] for seed, record in found.items()} == dict.fromkeys("013", "finished")
+    assert any((record["resumed_from"] or 0) >= 4 for record in found.values())
 
 
 def logs(root):
