@@ -193,7 +193,8 @@ def execute(
     except ConfigError as error:  # errors that need the weights
         record.error, code = str(error), EXIT_CONFIG
         console.console.print(f"The run failed: {error}", markup=False, soft_wrap=True)
-    except Exception as error:
+    except Exception as raised:
+        error = distributed.named_loss(raised)
         record.error, code = f"{type(error).__name__}: {error}", EXIT_FAILED
         if not isinstance(error, OSError) and files.out_of_space(error, folder.path):
             error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -318,6 +319,22 @@ def largest(number: int) -> int:
     tensor = torch.tensor(number, device="cpu" if _hosts is not None else PartialState().device)
     torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=_hosts)
     return int(tensor)
+
+
+def named_loss(error: Exception) -> Exception:
+    """Returns ConnectionError for an error of communication, which says that another process is lost; others as is.
+
+    Those of NCCL and of torch's store have classes of their own; gloo raises RuntimeError with its name in the message.
+    """
+    if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
+        return error
+    message = re.sub(r"^\s*\[\S*/gloo/\S*\]\s*", "", str(error))  # without the place in gloo's source
+    reason = message.partition("\n")[0].partition(". ")[0]
+    return ConnectionError(
+        f"rank {rank()} lost another process of the run ({reason}): it ended, hangs for longer than "
+        "trainer.timeout_s, or cannot be reached; see its own output, and start all processes again with resume=true, "
+        "which goes on from the newest checkpoint."
+    )
 
 
 def from_main_process(compute: Callable[[], T]) -> T:

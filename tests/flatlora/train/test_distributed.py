@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import run_exp
 from flatlora.config.sections import TrainerConfig
 from flatlora.fused import acceleration
 from flatlora.train import checkpoint, distributed, trainer
+from flatlora.train.recorder import StepRecorder
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import choose_precision
 from scripts.forked import SERVER
@@ -334,6 +336,47 @@ def test_a_lock_in_a_folder_of_all_users_may_be_anothers(tmp_path, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
     assert not (tmp_path / "elsewhere").exists()
     os.close(claimed.pop())
+
+
+def lose_rank_one(words):
+    """`run_exp.main`, in which rank 1 is killed in step 3, or stops there for longer than trainer.timeout_s."""
+    plain, hangs = StepRecorder.on_step_begin, "trainer.timeout_s=10" in words
+
+    def leave(recorder, args, state, control, **kwargs):
+        plain(recorder, args, state, control, **kwargs)
+        if state.global_step == 2 and distributed.rank() == 1:
+            if hangs:
+                time.sleep(25)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StepRecorder.on_step_begin = leave
+    return run_exp.main(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer_name", "timeout_s", "reason"),
+    [
+        pytest.param("ddp", 60, "(Read error|Connection)", id="killed"),
+        pytest.param("ddp", 10, "Timed out waiting 10000ms", id="hangs", marks=pytest.mark.extra),
+        pytest.param("fsdp", 60, "(Read error|Connection)", id="killed-fsdp", marks=pytest.mark.extra),
+    ],
+)
+def test_the_other_node_says_that_a_process_is_lost(settings, trainer_name, timeout_s, reason):
+    """No launcher ends it before, as none does on another node."""
+    kept = [word for word in settings[:-1] if not word.startswith("model.dtype")]
+    words = [f"trainer={trainer_name}", f"trainer.timeout_s={timeout_s}", "model.dtype=float32", *kept, settings[-1]]
+    ranks = fork_two(words, entry=lose_rank_one)
+    assert [rank.wait(120) for rank in ranks] == [1, -signal.SIGKILL]
+    reported = " ".join(ranks[0].log.read_text().split())
+    assert re.search(
+        rf"The run failed: rank 0 lost another process of the run \({reason}[^)]*\): it ended, hangs", reported
+    )
+    assert "start all processes again with resume=true" in reported
+    assert "Traceback" not in reported
+    assert json.loads((run_folder(settings) / "run.json").read_text())["error"].startswith(
+        "ConnectionError: rank 0 lost"
+    )
 
 
 @pytest.mark.slow
