@@ -1,7 +1,8 @@
 """`python -m scripts.bench processes`: whole runs of Llama-2's shapes (random weights) on one GPU and on several.
 
-Flat-LoRA on rows of 1,024 tokens, 32 a step, with `run_exp.py`: one process, DDP, FSDP2 and ZeRO-2. Prints tokens/s,
-ratios, peak memory, seconds from the command to the end of the first step, and whether the processes drew equal noise.
+Flat-LoRA on rows of 1,024 tokens, 32 a step, with `run_exp.py`: one process, DDP, FSDP2 and ZeRO-2, and with LoRA-Pro,
+whose moments of the size of W the processes share. Prints tokens/s, ratios, peak memory, seconds from the command to
+the end of the first step, and whether the processes drew equal noise.
 
 --shape llama-2-70b writes 138 GB of weights into $TMPDIR and runs FSDP2 alone, as no GPU holds them.
 """
@@ -49,6 +50,9 @@ LENGTH, MICRO_BATCH, BATCH, LEFT_OUT = 1024, 8, 32, 3  # steps that are left out
 console = Console(highlight=False, width=150)
 
 
+_PRO = "peft=lora_pro"
+
+
 def contenders(gpus: int) -> dict[str, list[str]]:
     """{name: overrides of run_exp.py}."""
     several = f"trainer.gpus={gpus}"
@@ -58,6 +62,9 @@ def contenders(gpus: int) -> dict[str, list[str]]:
         "fsdp": ["trainer=fsdp", several],
         "fsdp, recompute": ["trainer=fsdp", several, "rho.mode=recompute"],
         "zero2": ["trainer=zero2", several],
+        "one, LoRA-Pro": ["trainer=single", _PRO],
+        "ddp, LoRA-Pro": ["trainer=ddp", several, _PRO],
+        "fsdp, LoRA-Pro": ["trainer=fsdp", several, _PRO],
         "ddp, own noise": ["trainer=ddp", several, "rho.per_rank=true", "trainer.max_steps=3"],
     }
 
@@ -87,7 +94,7 @@ def run(gpus: int, shape: str, only: Sequence[str] | None, *, layers: int | None
         "env": environment.environment(),
         "git_sha": environment.git_sha(),
         "model": {**SHAPE, **changes, "num_hidden_layers": layers},
-        "rows": {"length": LENGTH, "micro_batch": MICRO_BATCH, "batch": BATCH},
+        "rows": {"length": LENGTH, "batch": BATCH},
         "runs": {},
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ from tests.conftest import Killed, adapter_bytes, die_at, metrics_rows, run_fold
 from tests.saved_models import ARCHITECTURES, ENCODERS
 
 NAMES = list(ARCHITECTURES)[:14]
-QUICK = ("roberta",)
+QUICK = ("gpt2",)
 _ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 # Models with the weights of all experts in one tensor, and the layers that have an adapter.
 FUSED = {"MixtralForCausalLM": _ATTENTION, "Qwen2MoeForCausalLM": f"{_ATTENTION},up_proj,gate_proj,down_proj"}

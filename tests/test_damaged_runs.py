@@ -42,7 +42,7 @@ def killed_at(step, settings, monkeypatch) -> None:
             run_exp.main(settings)
 
 
-@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("killed", [True, pytest.param(False, marks=pytest.mark.extra)])
 def test_rows_that_were_lost_are_put_back_from_the_checkpoint(tiny_settings, monkeypatch, killed, capsys):
     """While it was interrupted, and when it is only scored again."""
     settings = [*tiny_settings, "trainer.save_steps=2"]
@@ -63,7 +63,7 @@ def test_rows_that_were_lost_are_put_back_from_the_checkpoint(tiny_settings, mon
     assert "metrics.jsonlhad0ofthe" in output_of(capsys)
 
 
-@pytest.mark.parametrize("end", ["resumed", "finished"])
+@pytest.mark.parametrize("end", ["resumed", pytest.param("finished", marks=pytest.mark.extra)])
 def test_a_damaged_best_is_made_again_or_refused(tiny_settings, monkeypatch, end, capsys):
     """A flipped byte in best/, which no checkpoint holds."""
     settings = [w for w in tiny_settings if "validation_rows" not in w]
@@ -144,6 +144,7 @@ def other_config(path):
     path.write_text(path.read_text().replace("max_new_tokens: 4", "max_new_tokens: 5"))
 
 
+@pytest.mark.extra
 def test_damage_to_a_finished_run_is_named_and_made_again(tiny_settings, monkeypatch, tmp_path, capsys):
     settings = [*(word for word in tiny_settings if word != "eval=[]"), "eval=[gsm8k]", "eval.gsm8k.max_new_tokens=4"]
     made = run(settings)

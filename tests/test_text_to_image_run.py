@@ -154,7 +154,10 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_scored(tmp_path, monkeypatch
     [
         ("model.train_text_encoders=true",),
         pytest.param(("peft.target_modules=all_conv", "model.dtype=bfloat16"), marks=pytest.mark.extra),
-        ("dataset.buckets=true", "dataset.bucket_step=16", "dataset.validation_rows=2", "optim.eval_steps=2"),
+        pytest.param(
+            ("dataset.buckets=true", "dataset.bucket_step=16", "dataset.validation_rows=2", "optim.eval_steps=2"),
+            marks=pytest.mark.extra,
+        ),
         pytest.param(("rho=sam",), marks=pytest.mark.extra),
         pytest.param(("peft=pissa", "peft.lora_r=2"), marks=pytest.mark.extra),
         pytest.param(
@@ -318,6 +321,7 @@ def test_the_command_draws_the_same_pictures(scored, captioner):
     assert (apart > 0).mean() < 1e-3
 
 
+@pytest.mark.extra
 def test_plain_diffusers_draws_the_runs_pictures(scored):
     folder, _ = scored["flat"]
     place = folder / "eval/text_to_image"
@@ -362,6 +366,7 @@ def test_a_lost_picture_is_drawn_anew(scored, tmp_path, caplog):
     assert (tmp_path / "grid.png").is_file()
 
 
+@pytest.mark.extra
 def test_a_killed_evaluation_goes_on(scored, tmp_path, monkeypatch):
     folder, _ = scored["off"]
     words = [str(folder), f"out={tmp_path}", "captioner=null"]
@@ -421,6 +426,7 @@ def test_a_set_without_prompts_of_its_own_draws_those_it_learned():
     assert text_to_image.read_prompts("training", rows).prompts[:2] == ["a red circle", "a green square"]
 
 
+@pytest.mark.extra
 def test_grids_stand_side_by_side(scored):
     shown = []
     for name, rho in (("LoRA", "off"), ("Flat-LoRA", "flat")):

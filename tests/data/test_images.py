@@ -482,6 +482,7 @@ def test_a_run_is_scored_on_its_own_images_and_on_others_beside_them(tmp_path, s
     assert json.loads(scored.read_text())["n"] == 5
 
 
+@pytest.mark.extra
 def test_neither_workers_nor_the_cache_change_anything(tmp_path, settings):
     settings = [
         *settings,

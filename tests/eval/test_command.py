@@ -46,6 +46,7 @@ def test_the_runs_own_answers_are_recognized_and_never_overwritten(finished):
     assert json.loads((finished / "eval/gsm8k-max_rows=2/score.json").read_text())["n"] == 2
 
 
+@pytest.mark.extra
 def test_answers_of_another_device_have_their_own_folder(finished):
     own = finished / "eval" / "gsm8k"
     made = json.loads((own / "generation.json").read_text())
@@ -185,6 +186,7 @@ def test_a_base_that_nothing_reads_or_that_is_none_is_an_error(made, tiny_model_
     assert reported == "Invalid base=some/model with backend=openai: the server has its own; drop it."
 
 
+@pytest.mark.extra
 def test_a_base_with_other_settings_is_named_and_a_record_without_them_still_counts(with_own_base, capsys):
     run, base = with_own_base
     own, config = run / "eval/gsm8k", json.loads((base / "config.json").read_bytes())

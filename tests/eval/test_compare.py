@@ -95,6 +95,7 @@ def test_two_runs_are_compared(runs, capsys):
     assert command.main(["compare", str(runs[0] / "eval/gsm8k"), str(runs[1])]) == 0
 
 
+@pytest.mark.extra
 def test_answers_of_any_folder_are_compared(runs, tmp_path, capsys):
     """As out=DIR names it; what they are answers to stands in their score."""
     out = tmp_path / "mine"

@@ -207,7 +207,7 @@ def test_corruptions_of_other_classes_are_an_error_before_training(words, folder
 @pytest.mark.parametrize(
     "setting",
     [
-        "model.head=text",
+        pytest.param("model.head=text", marks=pytest.mark.extra),
         pytest.param("model.head=linear", marks=pytest.mark.extra),
         pytest.param("peft=full_ft", marks=pytest.mark.extra),
         "peft=pissa",

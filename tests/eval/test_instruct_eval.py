@@ -157,6 +157,7 @@ def test_parquet_is_read_as_well(root, tmp_path):
     assert datasets.load_dataset is usual
 
 
+@pytest.mark.extra
 def test_rows_that_lm_eval_cannot_ask_end_the_evaluation_and_keep_what_is_answered(
     tiny_settings, root, tmp_path, capsys
 ):

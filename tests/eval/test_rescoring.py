@@ -113,6 +113,7 @@ def test_a_saved_model_answers_as_the_trained_one(name, family, words, latent_ba
     assert not torch.allclose(answers(family, untouched, processor, latent_batch), expected, rtol=1e-4)
 
 
+@pytest.mark.extra
 def test_a_cell_of_adalora_on_t5_is_rescored(tiny_settings, tiny_t5_folder, tmp_path):
     rows = [{"sentence": f"s {i}", "label": i % 2, "idx": i} for i in range(4)]
     for split in ("train", "validation"):

@@ -21,6 +21,7 @@ def test_a_sample_of_damages_has_no_error(tmp_path, monkeypatch, capsys):
     assert not any(counts[kind] for kind in damage.ERRORS)
 
 
+@pytest.mark.extra
 def test_a_silent_difference_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(records, "damage", lambda *args, **kwargs: [])  # as before there were hashes

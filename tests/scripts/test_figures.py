@@ -32,6 +32,7 @@ def test_the_sweep_of_sigma_shows_the_means_of_the_table(tables):
     assert "5–10 seeds" in figure.get_suptitle()
 
 
+@pytest.mark.extra
 def test_the_sweep_of_ranks_has_a_line_a_method(tables):
     (axis,) = figures.rank_sweep(tables["ablation"]).axes
     plain, flat = [one for one in axis.lines if one.get_marker() == "o"]
@@ -46,6 +47,7 @@ def test_the_sweep_of_ranks_has_a_line_a_method(tables):
     assert figures.rank_of(rows["iid"], []) is None
 
 
+@pytest.mark.extra
 def test_curves_are_of_every_seed(tables):
     study = tables["study"]
     curves = figures.curves_of(study.cells["lora", "cola"].paths)
@@ -57,6 +59,7 @@ def test_curves_are_of_every_seed(tables):
     assert [text.get_text() for text in figure.legends[0].texts][:2] == ["LoRA", "Flat-LoRA (σ = 0.05)"]
 
 
+@pytest.mark.extra
 def test_a_broken_curve_costs_its_seed_and_is_named(tables, tmp_path, capsys):
     paths = []
     for seed, path in enumerate(tables["study"].cells["lora", "cola"].paths[:6]):
@@ -72,6 +75,7 @@ def test_a_broken_curve_costs_its_seed_and_is_named(tables, tmp_path, capsys):
     assert [printed.count(f"the curve of {path}") for path in paths] == [1, 1, 1, 1, 0, 0]
 
 
+@pytest.mark.extra
 def test_sharpness_is_the_mean_over_seeds_with_students_interval(tables):
     flatness = tables["flatness"]
     (axis,) = figures.sharpness(flatness).axes
@@ -83,6 +87,7 @@ def test_sharpness_is_the_mean_over_seeds_with_students_interval(tables):
     assert figures.mean_and_interval(seeds, "0.05") == pytest.approx((np.mean(rises), np.mean(rises) - low))
 
 
+@pytest.mark.extra
 def test_the_landscape_is_of_one_seed_of_every_row_and_stacks_for_narrow_screens(tables):
     figure = figures.landscape(tables["flatness"])
     first, *planes = figure.axes

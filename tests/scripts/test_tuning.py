@@ -224,6 +224,7 @@ def test_commands_are_first_the_tuning_runs_and_then_the_test_runs(tmp_path, lay
     assert tables.main(["commands", "t", "--results", str(tmp_path / "none")]) == 2
 
 
+@pytest.mark.extra
 def test_the_printed_commands_tune_and_test_a_tiny_model(tmp_path, layouts, capsys, tiny_settings):
     results = tmp_path / "results"
     results.mkdir()

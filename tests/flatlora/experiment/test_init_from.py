@@ -191,7 +191,7 @@ def whole_layers(base, folder, added=0, **settings):
     ("added", "trained"),
     [
         pytest.param(0, ["lm_head", "norm"], marks=pytest.mark.extra, id="trained"),
-        pytest.param(3, None, id="added"),
+        pytest.param(3, None, marks=pytest.mark.extra, id="added"),
         pytest.param(3, ["embed_tokens", "lm_head"], marks=pytest.mark.extra, id="both"),
     ],
 )
@@ -263,6 +263,7 @@ def test_no_adapter_is_named(refused, tiny_model_folder, tmp_path):
     )
 
 
+@pytest.mark.extra
 def test_the_recorded_base_is_compared(tiny_settings, tiny_model_folder, tmp_path, capsys):
     """A run records its base's bytes: the folder's name may change, and they may not."""
     base, moved = tmp_path / "base", tmp_path / "moved"

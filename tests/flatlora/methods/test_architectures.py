@@ -45,7 +45,16 @@ def loss_of(model, batches):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("name", ["pissa", pytest.param("corda", marks=pytest.mark.extra), "olora", "lora_ga", "eva"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pissa",
+        pytest.param("corda", marks=pytest.mark.extra),
+        "olora",
+        "lora_ga",
+        pytest.param("eva", marks=pytest.mark.extra),
+    ],
+)
 def test_starts(name, kind, tmp_path):
     make, batches = MODELS[kind]
     start, config = methods.Start(1, tmp_path / "start", batches), config_of(name)

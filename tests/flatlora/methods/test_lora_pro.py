@@ -261,6 +261,7 @@ def test_state_goes_by_name_and_resumes_exactly(moments, order):
         LoRAPro([p._replace(name=f"x{p.name}") for p in resumed]).load_state_dict(saved)
 
 
+@pytest.mark.extra
 def test_bf16_moments_do_not_lose_small_moves():
     value = torch.full((40_000,), 1.0 + 2.0**-10)  # an eighth of a BF16 step above 1
     out = torch.empty_like(value, dtype=torch.bfloat16)

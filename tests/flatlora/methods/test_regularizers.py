@@ -118,6 +118,7 @@ def test_nbar_follows_sam_s_drift_of_balancedness():
     assert torch.sign(balance(A, B) - balance(a, b)) == torch.sign(drift)
 
 
+@pytest.mark.extra
 def test_bar_s_strength_falls_to_zero(tiny_settings):
     for name in ("nbar", "obar"):
         words = [f"{word}-{name}" if word.startswith("results_root=") else word for word in tiny_settings]

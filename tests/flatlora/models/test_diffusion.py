@@ -341,6 +341,7 @@ def test_a_vae_of_its_own_belongs_to_the_latents(own_pipeline):
     assert not torch.equal(encoded(str(folder), config=config).means[0], before)  # `encoded` names one state
 
 
+@pytest.mark.extra
 def test_class_pictures_are_what_the_model_made_or_made_anew(source, tmp_path, caplog):
     words = ("dataset.class_prompt=a shape", "dataset.class_images=2", "dataset.class_steps=1", "dataset.min_side=64")
     before = encoded(source, *words).prior

@@ -129,6 +129,7 @@ def test_a_resume_reads_the_draw_of_its_own_checkpoint_alone(tmp_path):
     assert same(whole, train(tmp_path / "d", [flat()], resume=str(tmp_path / "c" / "checkpoint-8"))[1])
 
 
+@pytest.mark.extra
 def test_a_draw_that_is_not_of_the_window_is_rejected(tmp_path):
     train(tmp_path, [FlatLoraCallback(sigma=0.3, every=4)], save_strategy="steps", save_steps=6)
     folder = tmp_path / "checkpoint-6"

@@ -154,6 +154,7 @@ def whole(model, layers):
     return torch.autograd.functional.hessian(loss, torch.cat([weight.detach().flatten() for weight in weights]))
 
 
+@pytest.mark.extra
 def test_hessian_products_eigenvalue_and_trace_are_those_of_the_whole_matrix(model, layers, whole):
     hessian = flatness.Hessian(model, flatness.plain_layers(model, NAMES), batches())
     vector = [torch.randn_like(layer.weight) for layer in layers]

@@ -171,6 +171,7 @@ def test_a_run_leaves_the_packed_bytes_and_resumes(tiny_settings, monkeypatch, d
     assert metrics_rows(run_folder(again)) == metrics_rows(whole)
 
 
+@pytest.mark.extra
 def test_a_sweep_of_steps_differs_from_plain_training(tiny_settings):
     assert run_exp.main([*tiny_settings, "model.quantize=nf4", "trainer.max_steps=2"]) == 0
     other = [word.replace("/results", "/flat") for word in tiny_settings]

@@ -328,6 +328,7 @@ def test_event_files_have_pictures(experiment, tmp_path):
     assert (image.width, image.height, image.step) == (3, 2, 1)
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_a_killed_run_shows_its_rows_in_tensorboard(tiny_settings, monkeypatch):
     pytest.importorskip("tensorboard")

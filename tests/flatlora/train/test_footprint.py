@@ -174,7 +174,8 @@ def test_a_plan_needs_no_weights_and_writes_nothing(planned, tiny_settings, tiny
     assert not Path(next(w for w in tiny_settings if w.startswith("results_root=")).partition("=")[2]).exists()
 
 
-@pytest.mark.parametrize("model", [pytest.param("t5", marks=pytest.mark.extra), "clip"])
+@pytest.mark.extra
+@pytest.mark.parametrize("model", ["t5", "clip"])
 def test_other_families_are_planned_in_rows(planned, model, tiny_t5_folder):
     words = [f"model.hub_id={tiny_t5_folder}", "model.family=seq2seq"]
     if model == "clip":

@@ -136,7 +136,7 @@ def test_off_is_sigma_zero_is_plain_and_flat_is_not(tiny_settings):
     assert adapter_bytes(run(in_folder(tiny_settings, "flat"), "rho=flat", "rho.sigma=0.3")) != off
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.extra), "bfloat16"])
 def test_copy_equals_recompute_and_checkpointing_changes_nothing(tiny_settings, dtype):
     settings = [*tiny_settings, "rho=flat", "rho.sigma=0.3", f"model.dtype={dtype}"]
     copy = run(in_folder(settings, "copy"), "rho.mode=copy")
@@ -171,11 +171,11 @@ RESUME_VARIANTS = {
 }
 
 
-# In step 7, best and grouped: the others are like pairs of methods in methods/test_pairs.py, or like best.
+# The others are like pairs of methods in tests/flatlora/methods/test_pairs.py, or like best.
 @pytest.mark.parametrize(
     ("killed_at", "variant"),
     [
-        pytest.param(step, name, marks=() if step == 7 and name in ("best", "grouped") else pytest.mark.extra)
+        pytest.param(step, name, marks=() if (step, name) == (7, "best") else pytest.mark.extra)
         for step in (4, 7)
         for name in RESUME_VARIANTS
     ],
@@ -267,6 +267,7 @@ def test_an_inplace_run_cannot_be_resumed(tiny_settings):
     assert run_exp.main([*settings, "resume=true"]) == 2
 
 
+@pytest.mark.extra
 def test_a_foreign_checkpoint_is_refused_and_nothing_is_changed(tiny_settings, capsys):
     other = run(in_folder(tiny_settings, "other"), "seed=1")
     folder = run(tiny_settings)
