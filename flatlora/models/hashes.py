@@ -7,8 +7,9 @@ import json
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +158,18 @@ def _tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}
     processes, own = (dist.get_world_size(), dist.get_rank()) if sharded else (1, 0)
     # Copies that `as_stored` makes, narrow or gathered, are few at a time.
-    ahead, lines = min(2 * _threads(), 8) if sharded else 2 * _threads(), {}
+    ahead = min(2 * _threads(), 8) if sharded else 2 * _threads()
+    lines: dict[str, Future[str]] = {}
+    waiting: deque[Future[str]] = deque()
     with ThreadPoolExecutor(_threads()) as pool:
         for number, name in enumerate(sorted(tensors)):
             tensor = as_stored(tensors[name])  # which all processes gather, and one hashes
             if name in sharded and number % processes != own:
                 continue
-            if len(lines) >= ahead:
-                list(lines.values())[-ahead].result()
+            if len(waiting) == ahead:
+                waiting.popleft().result()
             lines[name] = pool.submit(_line_of, tensor)
+            waiting.append(lines[name])
     found = {name: line.result() for name, line in lines.items()}
     if processes > 1:
         others: list[dict[str, str]] = [{}] * processes
