@@ -50,21 +50,18 @@ LENGTH, MICRO_BATCH, BATCH, LEFT_OUT = 1024, 8, 32, 3  # steps that are left out
 console = Console(highlight=False, width=150)
 
 
-_PRO = "peft=lora_pro"
-
-
 def contenders(gpus: int) -> dict[str, list[str]]:
     """{name: overrides of run_exp.py}."""
-    several = f"trainer.gpus={gpus}"
+    several, lora_pro = f"trainer.gpus={gpus}", "peft=lora_pro"
     return {
         "one": ["trainer=single"],
         "ddp": ["trainer=ddp", several],
         "fsdp": ["trainer=fsdp", several],
         "fsdp, recompute": ["trainer=fsdp", several, "rho.mode=recompute"],
         "zero2": ["trainer=zero2", several],
-        "one, LoRA-Pro": ["trainer=single", _PRO],
-        "ddp, LoRA-Pro": ["trainer=ddp", several, _PRO],
-        "fsdp, LoRA-Pro": ["trainer=fsdp", several, _PRO],
+        "one, LoRA-Pro": ["trainer=single", lora_pro],
+        "ddp, LoRA-Pro": ["trainer=ddp", several, lora_pro],
+        "fsdp, LoRA-Pro": ["trainer=fsdp", several, lora_pro],
         "ddp, own noise": ["trainer=ddp", several, "rho.per_rank=true", "trainer.max_steps=3"],
     }
 

@@ -116,16 +116,20 @@ def test_a_run_on_ray_whose_worker_is_lost_goes_on_and_one_that_fails_is_told(
     sweep = subprocess.Popen(
         command(*words, *settings, "wandb.name=swept"), cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not any(
-        path.is_file() and len(metrics_rows(path.parent)) >= 5 for path in logs(root)
-    ):
-        time.sleep(0.02)
-    workers = [one for one in psutil.process_iter() if "ray::_run_job" in " ".join(words_of(one))]
-    assert len(workers) == 2  # one a node
-    for worker in workers:
-        worker.kill()
-    printed, _ = sweep.communicate(timeout=400)
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not any(
+            path.is_file() and len(metrics_rows(path.parent)) >= 5 for path in logs(root)
+        ):
+            time.sleep(0.02)
+        own = psutil.Process().children(recursive=True)
+        workers = [one for one in own if "ray::_run_job" in " ".join(words_of(one))]
+        assert len(workers) == 2  # one a node
+        for worker in workers:
+            worker.kill()
+        printed, _ = sweep.communicate(timeout=400)
+    finally:
+        sweep.kill()
     assert sweep.returncode == 1
     assert "3 of 4 finished" in printed
     found = records(root)

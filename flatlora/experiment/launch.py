@@ -225,15 +225,12 @@ def _hand_to_hydra(suite: Suite, flags: Sequence[str], settings: Sequence[str]) 
     return max(exit_codes, default=0)
 
 
-_SEVERAL_ON_A_MACHINE = ("joblib", "ray", "ray_cluster")  # launchers
-
-
 def _run_job(suite: Suite, config: DictConfig) -> int:
     try:
         hydra_config = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN:
             commandline.mask_record(Path(hydra_config.sweep.dir))
-        if hydra_config.runtime.choices.get("hydra/launcher") in _SEVERAL_ON_A_MACHINE:
+        if hydra_config.runtime.choices.get("hydra/launcher") == "joblib":  # Ray gives its runs their GPUs
             distributed.claim_gpu(distributed.gpu_count())
         settings = list(hydra_config.overrides.task)
         return run(suite, parse(OmegaConf.to_container(config, resolve=True), suite), settings)

@@ -322,19 +322,30 @@ def largest(number: int) -> int:
 
 
 def named_loss(error: Exception) -> Exception:
-    """Returns ConnectionError for an error of communication, which says that another process is lost; others as is.
+    """Returns ConnectionError for an error that says that another process is lost; any other error as it is.
 
-    Those of NCCL and of torch's store have classes of their own; gloo raises RuntimeError with its name in the message.
+    gloo raises RuntimeError with a place in its source. Errors of torch's store and of NCCL have classes of their own,
+    which others than lost connections have too; where NCCL's watchdog finds one, it ends the process itself.
     """
-    if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
+    message = str(error)
+    of_gloo = isinstance(error, RuntimeError) and _IN_GLOO.search(message)
+    of_torch = isinstance(error, torch.distributed.DistError) and _IS_LOST.search(message)
+    if world_size() == 1 or not (of_gloo or of_torch):
         return error
-    message = re.sub(r"^\s*\[\S*/gloo/\S*\]\s*", "", str(error))  # without the place in gloo's source
-    reason = message.partition("\n")[0].partition(". ")[0]
-    return ConnectionError(
+    reason = _IN_GLOO.sub("", message).strip().partition("\n")[0].partition(". ")[0]
+    lost = ConnectionError(
         f"rank {rank()} lost another process of the run ({reason}): it ended, hangs for longer than "
         "trainer.timeout_s, or cannot be reached; see its own output, and start all processes again with resume=true, "
         "which goes on from the newest checkpoint."
     )
+    lost.__cause__ = error
+    return lost
+
+
+_IN_GLOO = re.compile(r"\[\S*/gloo/\S*\]\s*")
+_IS_LOST = re.compile(
+    r"remote process|connection (was )?(closed|reset|refused)|timed? ?out|recvValue|broken pipe", re.IGNORECASE
+)
 
 
 def from_main_process(compute: Callable[[], T]) -> T:

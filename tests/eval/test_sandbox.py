@@ -429,7 +429,6 @@ def test_right_programs_pass_beside_eleven_spinners(namespaces, own_user, capsys
     assert {name: one.error for name, one in zip(tasks, found, strict=True) if not one.passed} == {}
 
 
-@pytest.mark.extra
 def test_nothing_outlives_an_evaluation_that_is_killed(own_room):
     program = "import time\ndef double(x):\n    time.sleep(100)\n"
     task = f"sandbox.Task({program!r}, {PROMPT!r}, {TEST!r}, 'double')"

@@ -32,7 +32,7 @@ class CordaMethodConfig(LoraMethodConfig):
 @ADAPTERS.register("corda")
 class Corda(LayerwiseStart):
     Config = CordaMethodConfig
-    not_sharded = "PEFT's CorDA computes with all weights at once, and FSDP2 leaves each process a part of them"
+    not_sharded = "PEFT's CorDA reads the whole weight of each layer, and FSDP2 leaves each process a part of it"
     not_of_diffusion = "PEFT's CorDA computes covariances over the tokens of one row of text"
 
     def check(self, skeleton: nn.Module, config: CordaMethodConfig) -> None:

@@ -28,10 +28,7 @@ class EvaMethodConfig(LoraMethodConfig):
 class Eva(ComputedStart):
     Config = EvaMethodConfig
     moves_weights = False
-    not_sharded = (
-        "PEFT's EVA runs the model until the directions of a process stand still, and with FSDP2 all processes must "
-        "run it equally often"
-    )
+    not_sharded = "PEFT's EVA decides in each process when to stop, and with FSDP2 all must run the model equally often"
     not_of_diffusion = "PEFT's EVA needs tokens with a label"
 
     def check(self, skeleton: nn.Module, config: EvaMethodConfig) -> None:

@@ -37,13 +37,16 @@ def test_mean_gradients_are_autograd_s():
 @pytest.mark.parametrize(("count", "size"), [(3, 2), (4, 3), (2, 3), (6, 3)])
 def test_processes_share_the_batches_and_run_equally_many(monkeypatch, count, size):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: None)
-    model, runs = tiny_llama().requires_grad_(False), []
-    model.register_forward_hook(lambda *_: runs.append(1))
+    model, passes = tiny_llama().requires_grad_(False), []
     layers = targets(model)
     expected = mean_gradients(model, layers, batches_of(count))
-    runs.clear()
-    shares = [mean_gradients(model, layers, batches_of(count), rank, size) for rank in range(size)]
-    assert len(runs) == size * -(-count // size)
+    model.register_forward_hook(lambda *_: passes.append("forward"))
+    model.register_full_backward_hook(lambda *_: passes.append("backward"))
+    shares = []
+    for rank in range(size):
+        passes.clear()
+        shares.append(mean_gradients(model, layers, batches_of(count), rank, size))
+        assert passes == ["forward", "backward"] * -(-count // size)
     for name, gradient in expected.items():
         torch.testing.assert_close(sum(share[name] for share in shares), gradient, rtol=1e-5, atol=1e-7)
 

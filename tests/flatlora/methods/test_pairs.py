@@ -47,7 +47,7 @@ def test_every_method_has_an_option_of_its_name():
     assert set(methods.REGULARIZERS) < set(RHO)
 
 
-# Those that keep more than LoRA does: a start, moments of their own, and ranks.
+# LoRA, and those that keep more: a start, moments of their own, and ranks.
 RESUMED = ("lora", "pissa", "lora_pro", "adalora")
 
 

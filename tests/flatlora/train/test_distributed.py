@@ -74,7 +74,7 @@ TWO = ["trainer.gpus=2"]
 @pytest.mark.slow
 @pytest.mark.extra
 def test_zero2_keeps_fp32_agrees_with_accumulation_and_resumes_exactly(settings):
-    """Invariants 4, 6 and 7 under DeepSpeed; the shorter run has two of its kind that take few steps."""
+    """Invariants 4, 6 and 7 under DeepSpeed. The shorter run checks 4 and 7 alone, in few steps."""
     pytest.importorskip("deepspeed")
     settings = [*settings[:-1], "trainer.max_steps=8", settings[-1]]
     whole, one, killed = at(settings, "whole"), at(settings, "one"), at(settings, "killed")
@@ -339,6 +339,35 @@ def test_a_lock_in_a_folder_of_all_users_may_be_anothers(tmp_path, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
     assert not (tmp_path / "elsewhere").exists()
     os.close(claimed.pop())
+
+
+NCCL = "[0] is setting up NCCL communicator and retrieving ncclUniqueId: Connection closed by peer\nException raised"
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "lost"),
+    [
+        (
+            RuntimeError("[/x/gloo/transport/tcp/pair.cc:537] Connection reset by peer. Look."),
+            2,
+            "Connection reset by peer",
+        ),
+        (RuntimeError("Gloo failed with [/x/gloo/a.h:1] no error"), 2, "Gloo failed with no error"),
+        (torch.distributed.DistBackendError(NCCL), 2, NCCL.partition("\n")[0]),
+        (torch.distributed.DistBackendError("NCCL error: invalid usage\nDuplicate GPU detected"), 2, None),
+        (RuntimeError("DataLoader timed out after 5 seconds"), 2, None),
+        (FileNotFoundError("/data/gloo/train.jsonl"), 2, None),
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:537] Connection reset by peer"), 1, None),
+    ],
+)
+def test_errors_of_lost_connections_alone_are_named_so(monkeypatch, error, processes, lost):
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    named = distributed.named_loss(error)
+    if lost is None:
+        assert named is error
+    else:
+        assert f"rank 0 lost another process of the run ({lost}): it ended" in str(named)
+        assert named.__cause__ is error
 
 
 def lose_rank_one(words):

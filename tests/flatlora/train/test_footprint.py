@@ -122,8 +122,10 @@ def test_processes_that_shared_the_weights_had_this_peak():
 @pytest.mark.extra
 def test_processes_that_shared_a_model_larger_than_a_gpu_had_this_peak():
     report = json.loads((BENCH / "processes_llama-2-70b.json").read_text())
-    measured = report["runs"]["fsdp, recompute"]["peak_gpu_gib"]
-    assert of_each_process(report, 1024).peak("recompute") / GIB == pytest.approx(measured, rel=0.04)
+    run = report["runs"]["fsdp, recompute"]
+    (limit,) = [kernel for kernel in run["kernels"] if kernel.startswith("micro-batches of up to ")]
+    planned = of_each_process(report, int(limit.split()[-2])).peak("recompute") / GIB
+    assert planned == pytest.approx(run["peak_gpu_gib"], rel=0.07)
 
 
 @pytest.mark.extra

@@ -1,5 +1,6 @@
 """Two nodes, imitated by network namespaces: one is killed or loses its network, and both begin again."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 from tests.processes import ENVIRONMENT, PROJECT
 
-NODES = {"flatlora-a": ("fla", "10.77.0.1"), "flatlora-b": ("flb", "10.77.0.2")}  # namespace: (device, address)
+_OWN = os.getpid()  # a worker of pytest-xdist has namespaces of its own
+FIRST, SECOND = f"fl{_OWN}a", f"fl{_OWN}b"  # names of the nodes, and of their network devices
+NODES = {FIRST: "10.77.0.1", SECOND: "10.77.0.2"}
 RENDEZVOUS = "10.77.0.1:29411"
 
 
@@ -23,22 +26,28 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def network():
-    """Two namespaces that a cable joins; skipped without the right to make them."""
+    """Two namespaces that a cable joins; skipped without the right to make them. Kills what still runs in them."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("needs root and iproute2")
     try:
         for name in NODES:
             ip("netns", "add", name)
-        ip("link", "add", "fla", "type", "veth", "peer", "name", "flb")
-        for name, (device, address) in NODES.items():
-            ip("link", "set", device, "netns", name)
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+        ip("link", "add", FIRST, "type", "veth", "peer", "name", SECOND)
+        for name, address in NODES.items():
+            ip("link", "set", name, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", name)
             ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", device, "up")
-        yield
+            ip("-n", name, "link", "set", name, "up")
     except subprocess.CalledProcessError as error:
+        for name in NODES:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
         pytest.skip(f"no network namespaces here: {error.stderr.decode()}")
+    nodes: list[Node] = []
+    try:
+        yield nodes
     finally:
+        for node in nodes:
+            node.kill()
         for name in NODES:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
@@ -47,26 +56,31 @@ class Node:
     """torchrun on one of the nodes, with one process; its output is in `log`."""
 
     def __init__(self, name: str, words: list[str], log: Path) -> None:
-        device, address = NODES[name]
+        address = NODES[name]
         host = str(address == RENDEZVOUS.partition(":")[0]).lower()  # names of hosts do not resolve in a namespace
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
         command += ["--nproc_per_node=1", "--rdzv_id=7", "--rdzv_backend=c10d", f"--rdzv_endpoint={RENDEZVOUS}"]
         command += [f"--rdzv_conf=is_host={host}", f"--local_addr={address}", "run_exp.py", *words]
         self.log = log
-        environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device}
+        environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": name}
         with open(log, "w") as file:
             self.process = psutil.Popen(command, cwd=PROJECT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
     def kill(self) -> None:
-        for process in [*self.process.children(recursive=True), self.process]:
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*self.process.children(recursive=True), self.process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def has_lost_its_process(self) -> bool:
         return "The run failed" in self.log.read_text()
 
 
-def start(words: list[str], folder: Path) -> list[Node]:
-    return [Node(name, words, folder / f"{name}.log") for name in NODES]
+def start(network: list[Node], words: list[str], folder: Path) -> list[Node]:
+    """Starts a run on both nodes, which `network` keeps."""
+    started = [Node(name, words, folder / f"{name}.log") for name in NODES]
+    network += started
+    return started
 
 
 def until(ready, seconds: float = 240) -> None:
@@ -81,8 +95,8 @@ def steps_of(words: list[str]) -> int:
     return max((len(metrics_rows(path.parent)) for path in root.glob("*/*/*/metrics.jsonl")), default=0)
 
 
-def train(words: list[str], folder: Path) -> Path:
-    nodes = start(words, folder)
+def train(network: list[Node], words: list[str], folder: Path) -> Path:
+    nodes = start(network, words, folder)
     assert [node.process.wait(240) for node in nodes] == [0, 0], nodes[0].log.read_text()[-2000:]
     return run_folder(words)
 
@@ -96,26 +110,25 @@ def test_a_node_that_is_killed_or_loses_its_network_ends_the_other_and_both_go_o
     kept = [word for word in tiny_settings if not word.startswith(("results_root=", "optim.batch_size="))]
     kept += [f"trainer={trainer}", "trainer.timeout_s=15", "trainer.save_steps=2", "optim.batch_size=4"]
     kept += ["optim.epochs=20", "rho=flat"]
-    whole = train([*kept, f"results_root={tmp_path / 'whole'}"], tmp_path)
+    whole = train(network, [*kept, f"results_root={tmp_path / 'whole'}"], tmp_path)
     words = [*kept, f"results_root={tmp_path / 'hurt'}"]
     lost = "lost another process of the run"
 
-    first, second = start(words, tmp_path)
+    first, second = start(network, words, tmp_path)
     until(lambda: steps_of(words) >= 10)
     second.kill()
     assert first.process.wait(60) == 1
     assert lost in " ".join(first.log.read_text().split())
 
-    first, second = start(["resume=true", *words], tmp_path)
+    first, second = start(network, ["resume=true", *words], tmp_path)
     until(lambda: steps_of(words) >= 40)
-    ip("-n", "flatlora-b", "link", "set", "flb", "down")
+    ip("-n", SECOND, "link", "set", SECOND, "down")
     until(lambda: first.has_lost_its_process() and second.has_lost_its_process(), 60)
     for node in (first, second):  # torchrun itself waits longer for the rendezvous
         assert lost in " ".join(node.log.read_text().split())
-        if node.process.is_running():
-            node.kill()
-    ip("-n", "flatlora-b", "link", "set", "flb", "up")
+        node.kill()
+    ip("-n", SECOND, "link", "set", SECOND, "up")
 
-    folder = train(["resume=true", *words], tmp_path)
+    folder = train(network, ["resume=true", *words], tmp_path)
     assert adapter_bytes(folder) == adapter_bytes(whole)
     assert metrics_rows(folder) == metrics_rows(whole)

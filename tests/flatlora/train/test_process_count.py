@@ -196,9 +196,9 @@ def test_gradients_of_one_buffer_and_zero_have_the_same_last_step(settings, trai
 @pytest.mark.parametrize(
     ("trainer", "words"),
     [
-        pytest.param("ddp", COPY, id="ddp-flat", marks=pytest.mark.extra),
+        pytest.param("ddp", COPY, id="ddp-flat"),
         pytest.param("ddp", SAM, id="ddp-sam", marks=pytest.mark.extra),
-        pytest.param("fsdp", COPY, id="fsdp-copy"),
+        pytest.param("fsdp", COPY, id="fsdp-copy", marks=pytest.mark.extra),
         pytest.param("fsdp", RECOMPUTE[:-1], id="fsdp-recompute", marks=pytest.mark.extra),
     ],
 )

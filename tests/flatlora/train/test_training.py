@@ -163,19 +163,18 @@ def killed_and_resumed(settings, monkeypatch) -> Path:
 RESUME_VARIANTS = {
     "flat": ["rho=flat", "rho.sigma=0.3"],
     "every": ["rho=flat", "rho.sigma=0.3", "rho.every=3"],
-    "micro_batch": ["rho=flat", "rho.sigma=0.3", "rho.resample=micro_batch"],
-    "grouped": ["optim.group_by_length=true"],
+    "grouped": ["optim.group_by_length=true", "rho=flat", "rho.sigma=0.3", "rho.resample=micro_batch"],
     "best": ["optim.best_model=true", "optim.eval_steps=2", "dataset.validation_rows=8"],
     "full_ft": ["peft=full_ft"],
     "early": ["optim.early_stopping_patience=6", "optim.eval_steps=1", "dataset.validation_rows=8", "optim.lr=0.3"],
 }
 
 
-# The others are like pairs of methods in tests/flatlora/methods/test_pairs.py, or like best.
+# flat, every and full_ft are like pairs of methods in tests/flatlora/methods/test_pairs.py, and early is like best.
 @pytest.mark.parametrize(
     ("killed_at", "variant"),
     [
-        pytest.param(step, name, marks=() if (step, name) == (7, "best") else pytest.mark.extra)
+        pytest.param(step, name, marks=() if step == 7 and name in ("best", "grouped") else pytest.mark.extra)
         for step in (4, 7)
         for name in RESUME_VARIANTS
     ],
