@@ -40,7 +40,7 @@ from flatlora.train import checkpoint, distributed, training
 from flatlora.train.preemption import Preempted
 from flatlora.train.recorder import best_error
 from flatlora.utils import console, files, records
-from flatlora.utils.errors import ConfigError
+from flatlora.utils.errors import ConfigError, reason_of
 from flatlora.utils.precision import Precision, choose_precision
 
 logger = logging.getLogger(__name__)
@@ -195,10 +195,14 @@ def execute(
         console.console.print(f"The run failed: {error}", markup=False, soft_wrap=True)
     except Exception as raised:
         error = distributed.named_loss(raised)
+        if isinstance(error, torch.OutOfMemoryError):
+            error = _out_of_memory(error)
         record.error, code = f"{type(error).__name__}: {error}", EXIT_FAILED
         if not isinstance(error, OSError) and files.out_of_space(error, folder.path):
             error = OSError(f"no space left for {folder.path} ({error}); free some, then go on with resume=true")
         console.report_failure(error)
+        if isinstance(raised, torch.OutOfMemoryError):
+            _print_plan(suite, experiment)
     record.memory = (record.memory or Memory()).model_copy(update=environment.peak_memory_gib())
     if record.timing:
         record.timing.total_s = round(time.perf_counter() - started, 3)
@@ -274,6 +278,24 @@ def train_and_score(
             record.weights_sha256 = hashes.weights_sha256(folder.adapter)
             record.files = records.hash_files(folder.path)
     record.status = "finished"
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> MemoryError:
+    first = str(error).strip().partition("\n")[0]
+    return MemoryError(
+        f"{first} A smaller trainer.micro_batch_size or trainer.micro_batch_tokens, "
+        "trainer.gradient_checkpointing=true and rho.mode=recompute need less; trainer=fsdp divides the weights."
+    )
+
+
+def _print_plan(suite: Suite, experiment: Experiment) -> None:
+    """Prints the memory of a training step and what fits which GPU, or why that is not known."""
+    if not distributed.is_main_process():
+        return
+    try:
+        console.console.print(planning.shown(planning.plan(suite, experiment), experiment))
+    except Exception as error:  # the run has failed already, and its record is still to be written
+        console.console.print(f"Its memory is not planned: {reason_of(error)}", markup=False, soft_wrap=True)
 
 
 def _model(

@@ -114,7 +114,7 @@ def report_errors(error: ConfigError) -> None:
 
 def report_failure(error: Exception) -> None:
     """Print why a run failed: the message if it is enough for a user, else the traceback."""
-    if isinstance(error, FloatingPointError | OSError):
+    if isinstance(error, FloatingPointError | MemoryError | OSError):
         reason = printable(masked(str(error)))
         console.print(Text("The run failed: ", "bold red") + Text(reason), soft_wrap=True)
     else:

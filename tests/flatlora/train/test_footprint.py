@@ -20,8 +20,9 @@ from flatlora.perturb.layers import find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.train import footprint
 from flatlora.train.footprint import step_memory
+from flatlora.train.trainer import FlatTrainer
 from scripts.bench_gpu import SHAPE
-from tests.conftest import tiny_lora
+from tests.conftest import run_folder, tiny_lora
 
 BENCH = Path(__file__).parents[3] / "results/bench"
 GIB = 2**30
@@ -242,3 +243,28 @@ def test_the_command_is_that_of_run_exp(monkeypatch):
     command.main()
     script = str(Path(run_exp.__file__).resolve())
     assert called == [(sys.executable, [sys.executable, script, "model=llama", "rho=flat", "plan=true"])]
+
+
+@pytest.mark.parametrize(
+    ("word", "plan"),
+    [
+        ("peft=lora", "GiB at the peak of a step, micro-batches of"),
+        ("peft=dora", "Its memory is not planned: Invalid peft=dora"),
+    ],
+)
+def test_a_run_that_is_out_of_memory_names_what_takes_less_and_prints_its_plan(
+    tiny_settings, monkeypatch, capsys, word, plan
+):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has more.")
+
+    monkeypatch.setattr(FlatTrainer, "training_step", full)
+    assert run_exp.main([*tiny_settings, word]) == 1
+    read = capsys.readouterr()
+    said = " ".join((read.out + read.err).split())
+    assert "The run failed: CUDA out of memory. Tried to allocate 2.00 GiB. A smaller trainer.micro_batch_size" in said
+    assert plan in said
+    assert "Traceback" not in said
+    record = json.loads((run_folder(tiny_settings) / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert record["error"].startswith("MemoryError: CUDA out of memory.")
