@@ -456,6 +456,7 @@ def test_a_caption_is_written_as_it_is(tmp_path):
     assert not any(text.get_parse_math() for text in [*figure.texts, *(axis.title for axis in figure.axes)])
 
 
+@pytest.mark.extra
 def test_other_benchmarks_and_runs_do_not_mix(scored):
     folder, _ = scored["off"]
     for benchmark in ("gsm8k", "images"):

@@ -295,6 +295,7 @@ def test_names_of_special_tokens_in_chats_are_counted_as_text(tmp_path, tokenize
     assert (row["prompt"] + row["answer"]).count(tokenizer.eos_token_id) == 3  # the template's own system turn
 
 
+@pytest.mark.extra
 def test_rows_are_shown_with_what_has_no_loss(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"messages": turns("s", "2 + 3?", "5", "4 + 4?", "8")}])
     assert show(["custom", f"dataset.path={path}", "dataset.template=chat"]) == 0

@@ -104,6 +104,7 @@ def test_the_landscape_is_of_one_seed_of_every_row_and_stacks_for_narrow_screens
     assert figure.get_figwidth() > 2 * figure.get_figheight()
 
 
+@pytest.mark.extra
 def test_severity_is_drawn_of_runs_that_have_it(tmp_path):
     assert figures.severity(figures.tables_of(PROJECT / "results/study")["corruptions"]) is None
     for seed in (0, 1):
@@ -125,6 +126,7 @@ def test_the_pareto_front_has_what_no_cheaper_row_equals():
     assert figures.pareto_front({}) == []
 
 
+@pytest.mark.extra
 def test_our_rows_stand_among_the_public_ones_of_pefts_suite(tmp_path):
     for seed, memory in enumerate((18.0, 19.0)):
         experiment = run_exp.experiment_of(["experiment=peft_suite", "rho=flat", f"seed={seed}"])

@@ -349,6 +349,7 @@ def test_two_rows_may_have_the_same_setting(layouts):
 # --- the figure
 
 
+@pytest.mark.extra
 def test_the_curves_show_the_best_of_the_other_values_and_ring_the_chosen(tmp_path, layouts):
     layout = layouts()
     assert figures.tuning_curves([made_of(tmp_path / "none", layout)[0]]) is None

@@ -69,6 +69,7 @@ def test_groups_keep_to_the_budget_and_take_every_layer_once():
     assert [len(group) for group in layer_groups(layers, 1)] == [1] * len(layers)
 
 
+@pytest.mark.extra
 def test_groups_give_the_start_of_one_pass(adapt):
     whole, cut = adapt("lora_ga", folder="a")[0], adapt("lora_ga", folder="b", ga_memory_gib=1e-6)[0]
     for key, value in whole.state_dict().items():

@@ -47,16 +47,18 @@ def test_every_method_has_an_option_of_its_name():
     assert set(methods.REGULARIZERS) < set(RHO)
 
 
-# LoRA, and those that keep more: a start, moments of their own, and ranks.
-RESUMED = ("lora", "pissa", "lora_pro", "adalora")
+# They keep more than LoRA does: a start, and moments of their own.
+RESUMED = ("pissa", "lora_pro")
 
 
 def cost_of(peft, rho):
-    """Marks of a pair: every method meets Flat-LoRA, here or in the test of resumed runs, and DoRA two more; plain LoRA
-    meets all regularizers in tests/test_experiments.py."""
+    """Marks of a pair: every method meets Flat-LoRA, here or in the test of resumed runs, and DoRA meets SAM.
+
+    Plain LoRA meets all regularizers in tests/test_experiments.py.
+    """
     rejected = peft in methods.ADAPTERS and rho in methods.REGULARIZERS and methods.refusal(peft, rho) is not None
     with_flat = rho == "flat" and peft not in RESUMED
-    return [] if rejected or with_flat or (peft, rho) in (("dora", "sam"), ("dora", "bi_lora")) else [pytest.mark.extra]
+    return [] if rejected or with_flat or (peft, rho) == ("dora", "sam") else [pytest.mark.extra]
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def test_sam_in_the_trainer_takes_every_micro_batch_twice(tiny_settings, monkeyp
     assert record["perturbation"] == {"gradients_a_step": 2}
 
 
+@pytest.mark.extra
 def test_sam_does_not_depend_on_how_a_batch_is_cut(tiny_settings):
     rows = []
     for size in (1, 4):
@@ -173,6 +174,7 @@ def test_bi_lora_starts_at_the_weights_and_its_second_branch_climbs_inside_the_b
     assert not [n for n, _ in model.named_parameters() if ASCENT in n]
 
 
+@pytest.mark.extra
 def test_bi_lora_in_a_run_descends_with_the_first_branch_and_saves_it_alone(tiny_settings, tiny_model_folder):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -188,6 +190,7 @@ def test_bi_lora_in_a_run_descends_with_the_first_branch_and_saves_it_alone(tiny
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_folder), folder / "adapter")
 
 
+@pytest.mark.extra
 def test_sigma_zero_is_plain_lora_bit_for_bit_whatever_the_method(tiny_settings):
     found = []
     for name in ("off", "sam", "nbar", "obar", "bi_lora"):

@@ -387,6 +387,7 @@ def test_a_row_that_is_taken_again_is_drawn_anew(source):
 # --- adapters
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("train_text", "changes"),
     [

@@ -235,6 +235,7 @@ def stream(folder, callbacks):
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("resample", ["step", pytest.param("micro_batch", marks=pytest.mark.extra)])
 def test_a_streamed_epoch_may_end_inside_a_window(tmp_path, resample):
     """Its last micro-batches belong to the step that the next epoch ends: against a loop written by hand."""

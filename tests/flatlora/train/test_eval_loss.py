@@ -93,6 +93,7 @@ def test_an_evaluation_leaves_torchs_generator_alone(tiny_settings, monkeypatch)
     assert torch.equal(*states)
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_every_metric_is_the_same_on_one_two_and_three_processes(tiny_settings):
     """Five validation rows on three processes: accelerate would evaluate some of them twice."""

@@ -198,6 +198,7 @@ def test_what_is_not_planned_is_named_at_once(planned):
     assert "Invalid rho=sam with plan=true: plans are for off and flat; leave plan out, and run" in said
 
 
+@pytest.mark.extra
 def test_shares_of_weights_are_planned_for_a_number_of_processes(planned, monkeypatch):
     words = ["trainer.fsdp=true", "eval=[]", "rho=flat", "model.dtype=bfloat16", "trainer.launch=any"]
     code, said = planned(*words)

@@ -102,6 +102,7 @@ def test_the_config_decides_what_is_computed_and_not_accelerates(tiny_settings, 
     assert "ACCELERATE_DYNAMO_BACKEND=EAGER" in reported
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.extra), 2])
 def test_rows_that_are_logged_during_the_next_step_are_the_same(tiny_settings, monkeypatch, every):
     kept = [word for word in tiny_settings if not word.startswith("dataset.validation_rows")]
@@ -212,6 +213,7 @@ def test_killed_and_resumed_is_never_killed(tiny_settings, variant, killed_at, m
     assert json.loads((folder / "run.json").read_text())["resumed_from"] == expected
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("max_steps", [pytest.param(4, marks=pytest.mark.extra), 6])
 def test_killed_after_the_last_step_trains_no_step_more(tiny_settings, max_steps, monkeypatch):
     """In the middle of an epoch (4 of 6 steps) and at its end."""
