@@ -1,8 +1,8 @@
 """`python -m scripts.bench processes`: whole runs of Llama-2's shapes (random weights) on one GPU and on several.
 
 Flat-LoRA on rows of 1,024 tokens, 32 a step, with `run_exp.py`: one process, DDP, FSDP2 and ZeRO-2, and with LoRA-Pro,
-whose moments of the size of W the processes share. Prints tokens/s, ratios, peak memory, seconds from the command to
-the end of the first step, and whether the processes drew equal noise.
+whose moments, two for each adapted weight, the processes divide. Prints tokens/s, ratios, peak memory, seconds from the
+command to the end of the first step, and whether the processes drew equal noise.
 
 --shape llama-2-70b writes 138 GB of weights into $TMPDIR and runs FSDP2 alone, as no GPU holds them.
 """
