@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,18 @@ def repeatable_draws() -> None:
     import torch
 
     torch.manual_seed(2026)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def options_composed_once() -> Iterator[None]:
+    """Thousands of tests compose few choices of options; as in a sweep, each is read from its files once.
+
+    Tests that change an option file do so in a folder of their own.
+    """
+    from flatlora.experiment.commandline import composed_once
+
+    with composed_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

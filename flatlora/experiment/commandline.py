@@ -357,8 +357,8 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
     kept = [word for word in known if word.removeprefix("~") not in deleted]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"), parsed_once():
-            composed = _composed(force_add(kept))
+        with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"), parsed_once(), composed_once():
+            composed = _composed(folders, force_add(kept))
             _validate_protocol(conf_dir, composed)
             plain = OmegaConf.to_container(composed, resolve=True)
             plain = {key: value for key, value in plain.items() if key not in (*deleted, *_OF_OPTIONS)}
@@ -376,40 +376,57 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(errors) from error
 
 
-_bases: dict[tuple[str, ...], DictConfig] | None = None  # configurations without the values of a command line
+_bases: dict[tuple[Path, tuple[str, ...]], DictConfig] | None = None  # configurations without a command line's values
 
 
 @contextlib.contextmanager
 def composed_once() -> Iterator[None]:
     """Composes each choice of options once in the block; the option files must not change meanwhile."""
     global _bases
-    _bases = {}
+    before = _bases
+    _bases = {} if before is None else before
     try:
         yield
     finally:
-        _bases = None
+        _bases = before
 
 
-def _composed(words: Sequence[str]) -> DictConfig:
-    """Returns Hydra's configuration for words of `force_add`.
+def _composed(folders: Sequence[Path], words: Sequence[str]) -> DictConfig:
+    """Returns Hydra's configuration for words of `force_add`, in a block of `composed_once`.
 
     Hydra sets values after it has composed the options, so the latter can be composed once for all jobs of a sweep.
+    `folders` are those of option files, the suite's first.
     """
     overrides = _parse_all(words)
-    values = [one for one in overrides if one.is_force_add() and not one.key_or_group.startswith("hydra")]
+    values = [one for one in overrides if _sets_value(folders, one)]
     options = [one for one in overrides if one not in values]
-    if _bases is None or any(one.key_or_group not in GROUPS and not one.is_hydra_override() for one in options):
+    if not all(one.is_hydra_override() or _chooses_option(one) for one in options):
         return compose("config", overrides=list(words))
     chosen = tuple(one.input_line for one in options)
-    if chosen not in _bases:
-        _bases[chosen] = compose("config", overrides=list(chosen))
-    composed = copy.deepcopy(_bases[chosen])
+    key = (folders[0].resolve(), chosen)
+    if key not in _bases:
+        _bases[key] = compose("config", overrides=list(chosen))
+    composed = copy.deepcopy(_bases[key])
     for value in values:
         try:
             OmegaConf.update(composed, value.key_or_group, value.value(), merge=True, force_add=True)
         except OmegaConfBaseException as error:
             raise ConfigCompositionException(f"Error merging override {value.input_line}") from error
     return composed
+
+
+def _sets_value(folders: Sequence[Path], override: Override) -> bool:
+    key = override.key_or_group
+    return (
+        override.is_force_add()
+        and not key.startswith("hydra")
+        and not any(os.path.isdir(folder / key) for folder in folders)  # ++GROUP=NAME
+    )
+
+
+def _chooses_option(override: Override) -> bool:
+    """Whether it is GROUP=NAME; GROUP={KEY: VALUE} sets values, in the order of the command line."""
+    return override.key_or_group in GROUPS and not isinstance(override.value(), dict)
 
 
 def _validate_protocol(conf_dir: Path, composed: DictConfig) -> None:
@@ -455,7 +472,7 @@ def _unchosen_benchmarks(folders: Sequence[Path], words: Sequence[str]) -> dict[
         return {}
     others = [word for word in words if word not in keys.values()]
     options = _options(folders, "eval")
-    chosen = [name for name in _composed(force_add(others)).get("eval") or {} if name in options]
+    chosen = [name for name in _composed(folders, force_add(others)).get("eval") or {} if name in options]
     errors = []
     for key, word in keys.items():
         name = key.split(".")[1]

@@ -254,19 +254,24 @@ def test_a_variable_to_copy_that_is_not_there_is_an_error():
         ["~peft.lora_dropout", "seed=3"],
         ["+peft.extra=1", "hydra.job.env_set.X=1"],
         ["seed.x=3"],
+        ["trainer.max_steps=5", "trainer={max_steps: 3}", "seed=4"],
+        ["++optim_of=lora_fa"],
+        ["++protocol_of=x"],
     ],
 )
-def test_jobs_of_a_sweep_are_composed_as_hydra_composes_each(words):
+def test_jobs_of_a_sweep_are_composed_as_hydra_composes_each(words, monkeypatch):
     def composed():
         try:
             return commandline.compose_config(run_exp.SUITE.conf_dir, words)
         except ConfigError as error:
             return error.errors
 
-    alone = composed()
-    with commandline.composed_once():
-        first = composed()
-        assert [first, composed()] == [alone, alone]  # nothing of a job is left for the next
+    with monkeypatch.context() as patch:
+        patch.setattr(commandline, "_composed", lambda _, words: commandline.compose("config", overrides=list(words)))
+        alone = composed()
+    monkeypatch.setattr(commandline, "_bases", {})
+    first = composed()
+    assert [first, composed()] == [alone, alone]  # nothing of a job is left for the next
 
 
 def test_jobs_are_counted_over_all_sweeps():
