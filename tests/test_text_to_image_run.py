@@ -1,5 +1,6 @@
 """A tiny SDXL pipeline of random weights trains on eight pictures: LoRA and Flat-LoRA, killed and resumed, scored."""
 
+import functools
 import json
 import math
 
@@ -45,9 +46,20 @@ def drawn(pipeline):
     return pipeline("a red circle", generator=torch.Generator().manual_seed(0), **settings).images
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of settings, trained to its end when it is first asked for; tests read it."""
+
+    @functools.cache
+    def run(*settings):
+        return trained(tmp_path_factory.mktemp("whole"), *settings)
+
+    return run
+
+
 @pytest.mark.parametrize("rho", [pytest.param("off", marks=pytest.mark.extra), "flat"])
-def test_it_learns_leaves_the_backbone_and_loads_in_diffusers(tmp_path, rho):
-    folder, record = trained(tmp_path, f"rho={rho}")
+def test_it_learns_leaves_the_backbone_and_loads_in_diffusers(tmp_path, whole, rho):
+    folder, record = whole(f"rho={rho}")
     losses = [row["loss"] for row in metrics_rows(folder)]
     assert len(losses) == STEPS
     assert all(math.isfinite(loss) for loss in losses)
@@ -98,8 +110,8 @@ def test_sigma_zero_is_plain_lora_and_modes_are_one(tmp_path):
         ),
     ],
 )
-def test_killed_and_resumed_is_never_killed(tmp_path, monkeypatch, more):
-    whole, _ = trained(tmp_path / "whole", *more)
+def test_killed_and_resumed_is_never_killed(tmp_path, monkeypatch, whole, more):
+    never_killed, _ = whole(*more)
     settings = words(tmp_path / "killed", *more)
     with monkeypatch.context() as patch:
         die_at(13, patch)
@@ -108,8 +120,8 @@ def test_killed_and_resumed_is_never_killed(tmp_path, monkeypatch, more):
     assert run_exp.main([*settings, "resume=true"]) == 0
     folder = run_folder(settings)
     assert json.loads((folder / "run.json").read_bytes())["resumed_from"] == 10
-    assert adapter_bytes(folder) == adapter_bytes(whole)
-    assert metrics_rows(folder) == metrics_rows(whole)
+    assert adapter_bytes(folder) == adapter_bytes(never_killed)
+    assert metrics_rows(folder) == metrics_rows(never_killed)
 
 
 def name_family_as_before(folder):
@@ -263,19 +275,22 @@ def captioner(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def scored(tmp_path_factory, captioner):
-    """Runs of LoRA and Flat-LoRA with pictures."""
-    root, runs = tmp_path_factory.mktemp("scored"), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents, "cache_folder", lambda: root / "cache")
-        for rho in ("off", "flat"):
-            more = [f"rho={rho}", "trainer.max_steps=4", f"model.captioner={captioner}", "eval.text_to_image.steps=2"]
-            more.append(f"wandb.mode={'offline' if rho == 'flat' else 'disabled'}")
-            runs[rho] = trained(root / rho, *more, "eval.text_to_image.batch_size=3", scored=True)
-    return runs
+    """Runs of LoRA (off) and Flat-LoRA (flat) with pictures, each trained when it is first asked for."""
+    root = tmp_path_factory.mktemp("scored")
+
+    @functools.cache
+    def run(rho):
+        more = [f"rho={rho}", "trainer.max_steps=4", f"model.captioner={captioner}", "eval.text_to_image.steps=2"]
+        more.append(f"wandb.mode={'offline' if rho == 'flat' else 'disabled'}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(latents, "cache_folder", lambda: root / "cache")
+            return trained(root / rho, *more, "eval.text_to_image.batch_size=3", scored=True)
+
+    return run
 
 
 def test_pictures_scores_and_grid_are_in_the_run(scored):
-    folder, record = scored["flat"]
+    folder, record = scored("flat")
     place = folder / "eval/text_to_image"
     rows = predictions.read(place / "predictions.jsonl", text_to_image.FIELDS)
     wanted = text_to_image.read_prompts("shapes")
@@ -298,7 +313,7 @@ def test_pictures_scores_and_grid_are_in_the_run(scored):
 
 def test_scores_are_cosines_of_clip(scored):
     """A picture and its prompt, by transformers' own CLIPModel."""
-    folder, _ = scored["off"]
+    folder, _ = scored("flat")
     row = predictions.read(folder / "eval/text_to_image/predictions.jsonl", text_to_image.FIELDS)[2]
     model, tokenizer, processor = scorers.load_clip("flatlora/random-clip", torch.device("cpu"))
     with Image.open(folder / "eval/text_to_image" / row["file"]) as picture, torch.no_grad():
@@ -309,7 +324,7 @@ def test_scores_are_cosines_of_clip(scored):
 
 @pytest.mark.extra
 def test_the_command_draws_the_same_pictures(scored, captioner):
-    folder, record = scored["flat"]
+    folder, record = scored("flat")
     words = [str(folder), f"out={folder}/again"]
     score = command.score_path("text_to_image", words)
     for key in text_to_image.SCORES:
@@ -323,7 +338,7 @@ def test_the_command_draws_the_same_pictures(scored, captioner):
 
 @pytest.mark.extra
 def test_plain_diffusers_draws_the_runs_pictures(scored):
-    folder, _ = scored["flat"]
+    folder, _ = scored("flat")
     place = folder / "eval/text_to_image"
     row = predictions.read(place / "predictions.jsonl", text_to_image.FIELDS)[3]
     source = sources.backbone_source(run_exp.experiment_of(["model=sdxl_tiny", "dataset=shapes"]).model)
@@ -341,7 +356,7 @@ def test_plain_diffusers_draws_the_runs_pictures(scored):
 
 @pytest.mark.extra
 def test_another_dtype_draws_too(scored, tmp_path):
-    folder, _ = scored["off"]
+    folder, _ = scored("off")
     words = [str(folder), f"out={tmp_path}", "captioner=null", "dtype=bfloat16", "max_rows=1"]
     score = command.score_path("text_to_image", words)
     assert score["n"] == 1
@@ -351,7 +366,7 @@ def test_another_dtype_draws_too(scored, tmp_path):
 
 @pytest.mark.extra
 def test_a_lost_picture_is_drawn_anew(scored, tmp_path, caplog):
-    folder, _ = scored["off"]
+    folder, _ = scored("off")
     words = [str(folder), f"out={tmp_path}", "captioner=null", "max_rows=3", "batch_size=1"]
     command.score_path("text_to_image", words)
     lost, kept = tmp_path / "images/0001.png", tmp_path / "images/0002.png"
@@ -368,7 +383,7 @@ def test_a_lost_picture_is_drawn_anew(scored, tmp_path, caplog):
 
 @pytest.mark.extra
 def test_a_killed_evaluation_goes_on(scored, tmp_path, monkeypatch):
-    folder, _ = scored["off"]
+    folder, _ = scored("off")
     words = [str(folder), f"out={tmp_path}", "captioner=null"]
     plain, calls = text_to_image._Measure.__call__, []
 
@@ -430,7 +445,7 @@ def test_a_set_without_prompts_of_its_own_draws_those_it_learned():
 def test_grids_stand_side_by_side(scored):
     shown = []
     for name, rho in (("LoRA", "off"), ("Flat-LoRA", "flat")):
-        folder = scored[rho][0] / "eval/text_to_image"
+        folder = scored(rho)[0] / "eval/text_to_image"
         shown.append((name, folder, predictions.read(folder / "predictions.jsonl", text_to_image.FIELDS)))
     figure = grid_figure(shown)
     captions = [axis.get_title() for axis in figure.axes]
@@ -458,7 +473,7 @@ def test_a_caption_is_written_as_it_is(tmp_path):
 
 @pytest.mark.extra
 def test_other_benchmarks_and_runs_do_not_mix(scored):
-    folder, _ = scored["off"]
+    folder, _ = scored("off")
     for benchmark in ("gsm8k", "images"):
         with pytest.raises(ConfigError, match="generates images and no text"):
             command.score_path(benchmark, [str(folder)])
