@@ -430,20 +430,20 @@ def test_right_programs_pass_beside_eleven_spinners(namespaces, own_user, capsys
 
 
 def test_nothing_outlives_an_evaluation_that_is_killed(own_room):
-    program = "import time\ndef double(x):\n    time.sleep(100)\n"
-    task = f"sandbox.Task({program!r}, {PROMPT!r}, {TEST!r}, 'double')"
-    # Trials of the walls start processes, too: they are over when the script says so.
-    script = "from eval import sandbox\nsandbox.walls()\nprint(flush=True)\n"
-    script += f"sandbox.run({task}, sandbox.Limits(seconds=90.0))"
-    environment = os.environ | {"TMPDIR": str(own_room)}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE)
-    process.stdout.readline()
+    task = sandbox.Task("import time\ndef double(x):\n    time.sleep(100)\n", PROMPT, TEST, "double")
+    sandbox.walls()  # its trials start processes, too
+    evaluation = os.fork()
+    if evaluation == 0:
+        try:
+            sandbox.run(task, sandbox.Limits(seconds=90.0))
+        finally:
+            os._exit(0)
     deadline = time.monotonic() + 90
-    while len(processes()) < 3 and time.monotonic() < deadline:  # it, candidate and checker
+    while len(processes()) < 2 and time.monotonic() < deadline:  # candidate and checker
         time.sleep(0.05)
-    assert len(processes()) == 3
-    process.kill()
-    process.communicate()
+    assert len(processes()) == 2
+    os.kill(evaluation, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(evaluation, 0)[1]) == -signal.SIGKILL
     while processes() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes() == []
