@@ -32,6 +32,7 @@ import logging
 import math
 import os
 import shlex
+import signal
 import statistics
 import sys
 import time
@@ -360,4 +361,5 @@ def plot_drift(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it started, as an interrupt does
     sys.exit(main())

@@ -58,6 +58,7 @@ def contenders(gpus: int) -> dict[str, list[str]]:
         "ddp": ["trainer=ddp", several],
         "fsdp": ["trainer=fsdp", several],
         "fsdp, recompute": ["trainer=fsdp", several, "rho.mode=recompute"],
+        "fsdp, offload": ["trainer=fsdp_offload", several, "rho.mode=recompute"],
         "zero2": ["trainer=zero2", several],
         "one, LoRA-Pro": ["trainer=single", lora_pro],
         "ddp, LoRA-Pro": ["trainer=ddp", several, lora_pro],

@@ -51,13 +51,16 @@ def fork_two(settings: list[str], *differing: list[str], entry: Entry = None) ->
     return fork_ranks(2, settings, *differing, entry=entry)
 
 
-def fork_ranks(count: int, settings: list[str], *differing: list[str], entry: Entry = None) -> list[ForkedRun]:
+def fork_ranks(
+    count: int, settings: list[str], *differing: list[str], entry: Entry = None, **environment: str
+) -> list[ForkedRun]:
     """So many of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     size = str(count)
     common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= environment
     own = differing or [[]] * count
     ranks = range(count)
     return [fork([*own[rank], *settings], entry, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in ranks]

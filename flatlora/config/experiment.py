@@ -257,11 +257,11 @@ def _combination_errors(experiment: Experiment) -> Iterable[SettingError]:
             f"Invalid optim.group_by_length=true with dataset={experiment.dataset.name}: pictures have no length; "
             "leave the key out (dataset.buckets=true puts pictures of one shape together).",
         )
-    if trainer.offload and not trainer.zero:
+    if trainer.offload and not (trainer.zero or trainer.fsdp):
         yield SettingError(
-            ("trainer.offload", "trainer.zero"),
-            "Invalid trainer.offload=true with trainer.zero=0: only ZeRO's optimizer can be moved to the host; use "
-            "trainer=zero2_offload, or leave the key out.",
+            ("trainer.offload", "trainer.zero", "trainer.fsdp"),
+            f"Invalid trainer.offload=true with trainer={trainer.name}: ZeRO's optimizer and FSDP2's weights alone can "
+            "be kept on the host; use trainer=zero2_offload or fsdp_offload, or leave the key out.",
         )
     if trainer.zero and optim.optimizer != "adamw":
         yield SettingError(
@@ -296,6 +296,11 @@ def _fsdp_errors(experiment: Experiment) -> Iterable[SettingError]:
             ("trainer.fsdp", "model.family"),
             f"{head} model={model.name} ({model.family}): only decoder-only language models are sharded; use "
             "trainer=ddp.",
+        )
+    if trainer.offload and trainer.device == "cpu":
+        yield SettingError(
+            ("trainer.offload", "trainer.device"),
+            f"{head} trainer.device=cpu: its weights are on the host already; use trainer=fsdp.",
         )
     if model.quantize != "none":
         yield SettingError(

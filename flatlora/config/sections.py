@@ -283,7 +283,7 @@ class TrainerConfig(Section):
         0, identity=False, remedy="2 shares gradients and optimizer among processes, by DeepSpeed"
     )
     fsdp: bool = setting(False, identity=False)  # shards the frozen backbone over the processes, by PyTorch's FSDP2
-    offload: bool = setting(False, identity=False)  # with zero: keep the optimizer state in host memory
+    offload: bool = setting(False, identity=False)  # keeps zero's optimizer state, or fsdp's weights, in host memory
     timeout_s: int = setting(
         1800,
         identity=False,

@@ -74,6 +74,11 @@ def main(suite: Suite, words: Sequence[str] | None = None) -> int:
     except OSError as error:  # of a cache or the run's folder, such as a full or read-only disk
         console.report_failure(error)
         return EXIT_FAILED
+    except RuntimeError as raised:
+        if (error := distributed.named_loss(raised)) is raised:
+            raise
+        console.report_failure(error)  # another process was lost before the run began
+        return EXIT_FAILED
 
 
 def run_sweep(suite: Suite, flags: Sequence[str], settings: Sequence[str], experiments: Sequence[Experiment]) -> int:

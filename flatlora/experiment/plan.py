@@ -87,8 +87,15 @@ class Plan(NamedTuple):
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Modes that the run could have: without factors there is no noise."""
-        return _MODES if all(each.copy for each in self.memory.values()) else _MODES[:1]
+        """Modes that the run could have: without factors there is no noise, and weights on the host have no copy."""
+        if not all(each.copy for each in self.memory.values()):
+            return _MODES[:1]
+        return _MODES if not self.start else _MODES[:2]
+
+    @property
+    def start(self) -> float:
+        """GiB before the first step, if weights leave the GPU then; else 0."""
+        return max(each.start for each in self.memory.values()) / GIB
 
     def peak(self, size: int, mode: str) -> float:
         """GiB at the peak with micro-batches of a size: between two computed ones on the line through both."""
@@ -101,8 +108,12 @@ class Plan(NamedTuple):
         """The largest micro-batch that fits; None if none does."""
         return max((size for size in self.sizes if self.fits(card, size, mode)), default=None)
 
+    def needed(self, size: int, mode: str) -> float:
+        """GiB of a run with micro-batches of a size: at the peak of a step, or before the first one."""
+        return max(self.start, self.peak(size, mode))
+
     def fits(self, card: Card, size: int, mode: str) -> bool:
-        return self.peak(size, mode) + _CONTEXT_GIB <= _USABLE * card.gib
+        return self.needed(size, mode) + _CONTEXT_GIB <= _USABLE * card.gib
 
 
 def plan(suite: Suite, experiment: Experiment) -> Plan:
@@ -138,7 +149,7 @@ def plan(suite: Suite, experiment: Experiment) -> Plan:
     memory = {size: of_tokens(size) if joined else of_rows((longest * size)[:size]) for size in known}
     if machine.fsdp:
         processes, gathered = _processes(experiment), gathered_bytes(skeleton, getattr(torch, experiment.model.dtype))
-        memory = {size: each.shared(processes, gathered) for size, each in memory.items()}
+        memory = {size: each.shared(processes, gathered, offload=machine.offload) for size, each in memory.items()}
     mean = sum(lengths) / len(lengths)
     flops = per_step * of_rows([min(range(len(rows)), key=lambda index: abs(lengths[index] - mean))]).flops
     set_size = (machine.micro_batch_tokens or None) if joined else machine.micro_batch_size
@@ -245,6 +256,8 @@ def _kinds_table(plan: Plan, experiment: Experiment) -> Table:
     rest = without - (computed.backbone + computed.trained) / GIB
     table.add_row("activations", *[f"{rest:.2f}"] * len(plan.modes))
     table.add_row("all", *(f"{plan.peak(size, mode):.2f}" for mode in plan.modes), style="bold")
+    if plan.start:
+        table.add_row("before the first step", *[f"{plan.start:.2f}"] * len(plan.modes))
     return table
 
 
@@ -266,5 +279,5 @@ def _cards_table(plan: Plan, experiment: Experiment) -> Table:
 def _cell(plan: Plan, card: Card, mode: str) -> str:
     size = plan.largest(card, mode)
     if size is None:
-        return f"no: {plan.peak(min(plan.sizes), mode):.1f}"
-    return f"{size:,}: {plan.peak(size, mode):.1f}"
+        return f"no: {plan.needed(min(plan.sizes), mode):.1f}"
+    return f"{size:,}: {plan.needed(size, mode):.1f}"

@@ -303,8 +303,11 @@ def _model(
 ) -> nn.Module:
     """Loads the backbone and returns the model to train; notes its kernels, sizes and hash in `record`."""
     shards = distributed.world_size() if experiment.trainer.fsdp else 1
-    options = {"autocast": experiment.trainer.autocast, "head_seed": experiment.seed, "shards": shards}
-    backbone = loading.load_backbone(experiment.model, inputs.device, classes, **options)
+    offload = experiment.trainer.fsdp and experiment.trainer.offload
+    options = {"autocast": experiment.trainer.autocast, "head_seed": experiment.seed}
+    backbone = loading.load_backbone(
+        experiment.model, inputs.device, classes, shards=shards, offload=offload, **options
+    )
     model = methods.ADAPTERS[experiment.peft.method].apply(backbone, experiment.peft, start)
     if experiment.regularized:
         methods.REGULARIZERS[experiment.rho.method].prepare(model, experiment.rho, experiment.seed)

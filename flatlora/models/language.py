@@ -28,6 +28,7 @@ from flatlora.models.sources import (
     source_and_options,
 )
 from flatlora.utils.errors import ConfigError
+from flatlora.utils.shards import move_to_host
 
 _WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 
@@ -59,13 +60,21 @@ class TransformersFamily(Family):
         return described(config)._commit_hash
 
     def read(
-        self, config: ModelConfig, device: torch.device, *, onto_cpu: bool = False, shards: int = 1, **settings: Any
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        *,
+        onto_cpu: bool = False,
+        shards: int = 1,
+        offload: bool = False,
+        **settings: Any,
     ) -> nn.Module:
         """Loads the model onto `device`, without a copy on the CPU; attention is chosen for `device`.
 
         Args:
             onto_cpu: whether weights that are not quantized are loaded onto the CPU.
             shards: number of processes that share the weights; each reads only its rows of the files.
+            offload: see `LoadOptions`; the shares are loaded onto the device first.
             settings: keyword arguments of `load_whole`.
         """
         known = self.described(config)
@@ -73,7 +82,7 @@ class TransformersFamily(Family):
         if config.quantize != "none":
             options |= {"quantization_config": quantization(config)}
         if shards > 1:
-            options |= {"distributed_config": DistributedConfig(fsdp_size=shards)}
+            options |= {"distributed_config": DistributedConfig(fsdp_size=shards, fsdp_cpu_offload=offload)}
         elif config.quantize != "none" or packing_of(known) or not (onto_cpu or device.type == "cpu"):
             options |= {"device_map": {"": device}}
         model = load_whole(
@@ -89,6 +98,8 @@ class TransformersFamily(Family):
         if shards > 1:
             # With these, PEFT gathers the backbone when it saves an adapter, and Trainer refuses to save checkpoints.
             model._tp_size, model._is_distributed_loading_by_transformers = None, False
+        if offload:
+            move_to_host(model)
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # On such a CPU bitsandbytes repacks W in its first evaluation; code that dequantizes W, such as
@@ -109,7 +120,7 @@ class LanguageModel(TransformersFamily):
             return self.auto.from_config(known, **NO_FOREIGN_CODE)
 
     def load(self, config: ModelConfig, options: LoadOptions) -> nn.Module:
-        return self.read(config, options.device, shards=options.shards)
+        return self.read(config, options.device, shards=options.shards, offload=options.offload)
 
     def outline(self, config: ModelConfig) -> nn.Module:
         """Returns the model on the meta device, after checking that its files hold exactly its tensors.

@@ -88,6 +88,7 @@ def load_backbone(
     autocast: str = "auto",
     head_seed: int | None = None,
     shards: int = 1,
+    offload: bool = False,
 ) -> nn.Module:
     """Loads the frozen backbone onto `device` in `config.dtype`.
 
@@ -97,12 +98,12 @@ def load_backbone(
         classes: the classes of a classifier.
         autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
         head_seed: see `LoadOptions`.
-        shards: number of processes that share the weights, as trainer.fsdp has it.
+        shards, offload: see `LoadOptions`.
 
     Raises:
         ConfigError: the weights cannot be loaded; with a suggested fix.
     """
-    options = LoadOptions(device, classes, autocast=autocast, head_seed=head_seed, shards=shards)
+    options = LoadOptions(device, classes, autocast=autocast, head_seed=head_seed, shards=shards, offload=offload)
     return FAMILIES[config.family].load_backbone(config, options)
 
 

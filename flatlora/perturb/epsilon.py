@@ -78,7 +78,7 @@ def epsilon_of(
     """
     if shares is not None:
         return ShardedEpsilon(layers, keys, shares)
-    return HostEpsilon(layers) if layers[0].weight.is_cpu else DeviceEpsilon(layers, keys)
+    return HostEpsilon(layers) if layers[0].device.type == "cpu" else DeviceEpsilon(layers, keys)
 
 
 class ShardedEpsilon:
@@ -103,7 +103,7 @@ class ShardedEpsilon:
         self._of_whole = epsilon_of(layers, keys)
         self._group = layers[0].weight.device_mesh.get_group()
         self._rows = [layer.shape[0] for layer in layers]
-        self._device = layers[0].weight.device
+        self._device = layers[0].device
 
     def coefficients(self, sigma: float, *, scale: str, fan_in: bool) -> list[torch.Tensor]:
         c = torch.zeros(sum(self._rows), device=self._device)
@@ -168,7 +168,7 @@ class HostEpsilon:
 
     def materialize(self, index: int, draw: Draw) -> torch.Tensor:
         layer = self.layers[index]
-        stored = self._scratch.get("weight", layer.stored_shape, layer.dtype, layer.weight.device)
+        stored = self._scratch.get("weight", layer.stored_shape, layer.dtype, layer.device)
         weight = layer.dense(stored)  # a packed weight is unpacked into the buffer, where ε is then added
         rows, dtype = layer.as_rows(weight), layer.stored_dtype
         write_perturbed(rows, draw, layer.as_rows(stored), self._scratch, stored=dtype)
@@ -187,7 +187,7 @@ class DeviceEpsilon:
 
     def __init__(self, layers: Sequence[PerturbedLayer], keys: Sequence[tuple[int, int]]) -> None:
         self.layers, self.keys = layers, list(keys)
-        self.device = layers[0].weight.device
+        self.device = layers[0].device
         self._rows, self._columns = ([layer.shape[axis] for layer in layers] for axis in (0, 1))
         self._largest = max(math.prod(layer.shape) for layer in layers)
         self._c = torch.zeros(sum(self._rows), device=self.device)
@@ -291,9 +291,9 @@ class DeviceEpsilon:
         return self._c
 
     def _norm_passes(self, pairs: Sequence[AdapterTerm]) -> list[tuple[range, triton_kernels.RowNormPass]]:
-        """One pass for all layers, or one per layer if weights are packed, as these share a buffer. Output is `_c`."""
+        """One pass for all layers, or one per layer if their weights are read from a buffer. Output is `_c`."""
         everyone = range(len(self.layers))
-        groups = [range(i, i + 1) for i in everyone] if any(la.quantized for la in self.layers) else [everyone]
+        groups = [range(i, i + 1) for i in everyone] if any(map(_is_buffered, self.layers)) else [everyone]
         whole = self._frozen_squares()
         squared, c = whole.split(self._rows), self._c.split(self._rows)
         return [
@@ -312,9 +312,9 @@ class DeviceEpsilon:
         ]
 
     def _readable(self, index: int) -> torch.Tensor:
-        """W of one layer in the stored layout: the weight, or unpacked into the buffer that `materialize` uses too."""
+        """W of one layer in the stored layout: the weight, or a buffer with it that `materialize` uses too."""
         layer = self.layers[index]
-        return layer.dense(self._buffer(layer)) if layer.quantized else layer.dense()
+        return layer.dense(self._buffer(layer) if _is_buffered(layer) else None)
 
     def _buffer(self, layer: PerturbedLayer) -> torch.Tensor:
         return self._scratch.get("weight", layer.stored_shape, layer.dtype, self.device, self._largest)
@@ -326,6 +326,11 @@ class DeviceEpsilon:
             norms = merged_row_norms(layer.as_rows(layer.dense()), each, squared.double(), multiplied=layer.multiplies)
             squares.append(norms.square())
         return torch.cat(squares)
+
+
+def _is_buffered(layer: PerturbedLayer) -> bool:
+    """Whether a GPU reads the weight from a buffer: it is packed, or on the host."""
+    return layer.quantized or layer.offloaded
 
 
 class _Scratch:

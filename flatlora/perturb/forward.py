@@ -136,7 +136,7 @@ class PerturbedForward(_Wrapper):
         self, weights: Sequence[torch.Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[torch.Tensor]:
         """Outputs of the layer's own forward with each weight (None: its own); restores generators and buffers."""
-        devices = [self.layer.weight.device] if self.layer.weight.is_cuda else []
+        devices = [self.layer.device] if self.layer.device.type == "cuda" else []
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         outputs = []
         for weight in weights:

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import stored_dtype
-from flatlora.utils.shards import first_row, is_sharded, share, whole
+from flatlora.utils.shards import device_of, first_row, is_sharded, share, whole
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class PerturbedLayer:
             mode=inplace cannot give them.
         multiplies: whether W' = W ⊙ (1 + Σ s·B·A), as in HiRA, whose branch reads W besides the layer's own forward.
         first_row: index of the first row in the whole layer, for a process's share of a sharded one; see `own_rows`.
+        runs_on: `device`, that of passes through the layer; None takes that of the weight (`shards.device_of`).
     """
 
     name: str
@@ -65,10 +66,12 @@ class PerturbedLayer:
     tied_to: Sequence[str] = ()
     multiplies: bool = False
     first_row: int = 0
+    runs_on: InitVar[torch.device | None] = None
+    device: torch.device = field(init=False)
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, runs_on: torch.device | None) -> None:
         if not isinstance(self.module, PERTURBED_TYPES):
             raise TypeError(
                 f"Invalid layer {self.name}={type(self.module).__name__}: a perturbed layer must be nn.Linear, "
@@ -81,6 +84,7 @@ class PerturbedLayer:
                 "torch.nn.utils.parametrize.remove_parametrizations, or remove the layer from the targets."
             )
         self.weight = self.module.weight
+        self.device = device_of(self.weight) if runs_on is None else runs_on
         if isinstance(self.module, nn.Conv2d):
             self._validate_like_a_matrix()
         if not self.weight.is_floating_point() and not self.quantized:
@@ -114,6 +118,11 @@ class PerturbedLayer:
         return getattr(self.weight, "quant_state", None) is not None
 
     @property
+    def offloaded(self) -> bool:
+        """Whether a GPU computes with the weight, and FSDP2 keeps it, or this process's share of it, on the host."""
+        return share(self.weight).is_cpu and self.device.type == "cuda"
+
+    @property
     def elsewhere(self) -> str | None:
         """Why the module's parameter is not the whole W on a device; None if it is."""
         if self.weight.is_meta:
@@ -144,6 +153,7 @@ class PerturbedLayer:
             changes=self.changes,
             multiplies=self.multiplies,
             first_row=first,
+            runs_on=self.device,
         )
 
     def share_of_rows(self) -> torch.Tensor:
@@ -172,13 +182,17 @@ class PerturbedLayer:
         return rows, math.prod(columns)
 
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """W in the stored layout: the weight itself, or the unpacked or gathered weight, in a new tensor or in `out`.
+        """W in the stored layout, on `device`: the weight itself, or what was unpacked, gathered or copied from it.
 
         Outside of a pass through a sharded layer all processes must call this together.
         """
         if self.sharded:  # FSDP2 replaces the module's parameter by the whole one, which moves in memory each time
             weight = whole(self.module.weight)
             return weight if out is None else out.copy_(weight)
+        if self.offloaded:
+            weight = self.weight.detach()
+            copied = torch.empty_like(weight, device=self.device) if out is None else out
+            return copied.copy_(weight, non_blocking=True)
         if not self.quantized:
             return self.weight.detach()
         from bitsandbytes.functional import dequantize_4bit

@@ -89,7 +89,7 @@ class WeightPerturbation:
         self.total_steps, self.training_only, self.rank, self.world_size = total_steps, training_only, rank, world_size
         self.mode = choose_mode(self.layers) if self.noise.mode == "auto" else self.noise.mode
         self.active = False
-        self._watch = _Stopwatch(self.layers[0].weight.device)
+        self._watch = _Stopwatch(self.layers[0].device)
         self._keys = [philox.layer_key(seed, layer.name) for layer in self.layers]
         self._coefficients: list[torch.Tensor] = []  # c of every layer at `_drawn_step`
         self._drawn_step: int | None = None
@@ -229,7 +229,7 @@ class WeightPerturbation:
             )
         else:
             self._coefficients = [
-                torch.zeros(layer.shape[0], dtype=torch.float32, device=layer.weight.device) for layer in self.layers
+                torch.zeros(layer.shape[0], dtype=torch.float32, device=layer.device) for layer in self.layers
             ]
 
     def _apply(self, micro_batch: int) -> None:
@@ -379,12 +379,13 @@ class _Stopwatch:
 def choose_mode(layers: Sequence[PerturbedLayer]) -> Literal["copy", "recompute"]:
     """Returns "copy" if a second set of weights takes at most half of the device's free memory, else "recompute".
 
-    Packed weights are always recomputed: an unpacked copy would take the memory that packing saves.
+    Packed weights are always recomputed: an unpacked copy would take the memory that packing saves. So are those that
+    FSDP2 keeps on the host: a copy would be moved there and back in each step.
     """
-    if any(layer.quantized for layer in layers):
+    if any(layer.quantized or layer.offloaded for layer in layers):
         return "recompute"
     needed = sum(rows.numel() * rows.element_size() for rows in (layer.share_of_rows() for layer in layers))
-    device = layers[0].weight.device
+    device = layers[0].device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return "copy" if needed <= free / 2 else "recompute"
 
@@ -394,7 +395,8 @@ def _sharding_errors(layers: Sequence[PerturbedLayer], settings: dict[str, Any])
     sharded = [layer for layer in layers if layer.sharded]
     if not sharded:
         return []
-    errors = list(errors_if_sharded(**settings).values())
+    offload = any(layer.offloaded for layer in sharded)
+    errors = list(errors_if_sharded(**settings, offload=offload).values())
     if len(sharded) < len(layers):
         errors.append(f"Invalid layers: FSDP2 shards {len(sharded)} of {len(layers)} weights; shard all or none.")
     tied = [f"{layer.name} (to {layer.tied_to[0]})" for layer in sharded if layer.tied_to]
@@ -436,7 +438,7 @@ def _validated(layers: Sequence[PerturbedLayer], total_steps: int, settings: dic
             "of ZeRO-3."
         )
     errors += _sharding_errors(layers, settings)
-    devices = sorted({str(layer.weight.device) for layer in layers if layer.name not in elsewhere})
+    devices = sorted({str(layer.device) for layer in layers if layer.name not in elsewhere})
     if len(devices) > 1:
         errors.append(
             f"Invalid layers: their weights are on {len(devices)} devices ({', '.join(devices)}), but ε is drawn on "

@@ -61,11 +61,18 @@ class NoiseSettings:
 
 
 def errors_if_sharded(
-    mode: str = "auto", scale: str = "filter", per_rank: bool = False, *, prefix: str = "", **others: Any
+    mode: str = "auto",
+    scale: str = "filter",
+    per_rank: bool = False,
+    *,
+    offload: bool = False,
+    prefix: str = "",
+    **others: Any,
 ) -> dict[str, str]:
     """Returns {setting: why it is invalid} if FSDP2 shards the weights.
 
     Args:
+        offload: whether it keeps the shares on the host.
         prefix: of the names in messages, such as "rho.".
     """
     errors = {}
@@ -73,6 +80,11 @@ def errors_if_sharded(
         errors["mode"] = (
             f"Invalid {prefix}mode=inplace with weights that FSDP2 shards: they would drift, and a copy takes no more "
             f"memory than a share; use {prefix}mode=copy or recompute."
+        )
+    if mode == "copy" and offload:
+        errors["mode"] = (
+            f"Invalid {prefix}mode=copy with weights that FSDP2 keeps on the host: a copy would be moved there and "
+            f"back in each step; use {prefix}mode=recompute (or auto)."
         )
     if scale == "iid":
         errors["scale"] = (

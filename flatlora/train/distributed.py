@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatlora.config.experiment import Experiment
 from flatlora.config.sections import TrainerConfig
+from flatlora.utils import console
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import physical_cores
 from flatlora.utils.shards import is_sharded
@@ -100,9 +101,26 @@ def launch(experiment: Experiment, script: Path, words: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-u", str(script), *words)
         return 0
     except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)  # negative for a signal
+        first, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            message = _ended_by_a_signal(first, -failure.exitcode, machine.timeout_s)
+            console.console.print(message, markup=False, soft_wrap=True)
+        return max(1, failure.exitcode)
     except SignalException as error:
         return 130 if error.sigval in (signal.SIGINT, signal.SIGQUIT) else 75
+
+
+def _ended_by_a_signal(first: int, number: int, timeout_s: int) -> str:
+    reasons = {
+        signal.SIGABRT: "NCCL ends it like this if another process has not answered for "
+        f"trainer.timeout_s={timeout_s}; its own lines above name the operation",
+        signal.SIGKILL: "the system ends it like this if memory runs out",
+    }
+    reason = f" ({reasons[number]})" if number in reasons else ""
+    return (
+        f"Process {first} of the run was ended by {signal.Signals(number).name}{reason}. The others were ended too; "
+        "the same command with resume=true goes on from the newest checkpoint."
+    )
 
 
 def _patience_s(machine: TrainerConfig) -> int:
@@ -410,6 +428,12 @@ def check_launch(experiment: Experiment) -> None:
         errors.append(
             f"Invalid trainer.device=cpu with trainer={machine.name} on a machine with GPUs: transformers shards the "
             "weights over these; set CUDA_VISIBLE_DEVICES= to hide them."
+        )
+    if machine.fsdp and machine.offload and not (processes > 1 and torch.cuda.is_available()):
+        found = f"{processes} process{'es' * (processes > 1)} and {torch.cuda.device_count()} GPUs"
+        errors.append(
+            f"Invalid trainer.offload=true with {found}: FSDP2 keeps the shares of several processes on the host, from "
+            "which it gathers them on their GPUs; use trainer=fsdp, or trainer=single for one process."
         )
     if optimizer := _optimizer_error(experiment):
         errors.append(optimizer)

@@ -39,6 +39,7 @@ class StepMemory(NamedTuple):
         activations: all else that a micro-step allocates.
         copy, recompute: what these modes of Flat-LoRA add.
         flops: of a micro-step.
+        start: bytes before the first step, if weights leave the GPU then; else 0.
     """
 
     backbone: int
@@ -47,15 +48,18 @@ class StepMemory(NamedTuple):
     copy: int
     recompute: int
     flops: int
+    start: int = 0
 
-    def shared(self, processes: int, gathered: int) -> StepMemory:
+    def shared(self, processes: int, gathered: int, *, offload: bool = False) -> StepMemory:
         """The memory of each of several processes that share the frozen weights.
 
         Args:
             gathered: bytes of the whole weights that each holds at the peak.
+            offload: whether the shares are moved to the host after they were loaded onto the GPU.
         """
-        backbone, copy = (-(-size // processes) for size in (self.backbone, self.copy))
-        return self._replace(backbone=backbone + gathered, copy=copy)
+        share, copy = (-(-size // processes) for size in (self.backbone, self.copy))
+        kept = gathered if offload else share + gathered
+        return self._replace(backbone=kept, copy=copy, start=share if offload else 0)
 
     def peak(self, mode: str | None = None) -> int:
         """Bytes in a mode of Flat-LoRA; None or "inplace": without a second set of weights."""

@@ -39,7 +39,7 @@ from flatlora.train.saving import BackgroundWriter, to_host
 from flatlora.utils.files import out_of_space
 from flatlora.utils.labels import IGNORED_LABEL, row_losses
 from flatlora.utils.precision import autocast, choose_precision, float32_matmul_precision
-from flatlora.utils.shards import reshard
+from flatlora.utils.shards import is_sharded, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,11 @@ class FlatTrainer(Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Turns off torch.compile, which $ACCELERATE_DYNAMO_BACKEND would turn on."""
         return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leaves a sharded model as it was loaded: its shares may be on the host."""
+        if not any(is_sharded(parameter) for parameter in model.parameters()):
+            super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns Trainer's loader; several processes get the micro-batches that one gets, in turn.

@@ -21,7 +21,7 @@ def is_sharded(weight: torch.Tensor) -> bool:
 
 def share(weight: torch.Tensor) -> torch.Tensor:
     """This process's rows of a sharded tensor, which they share memory with; any other tensor as it is."""
-    return weight.detach()._local_tensor if isinstance(weight, DTensor) else weight.detach()
+    return (weight._local_tensor if isinstance(weight, DTensor) else weight).detach()
 
 
 def first_row(weight: DTensor) -> int:
@@ -30,9 +30,36 @@ def first_row(weight: DTensor) -> int:
     return min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
 
 
+def device_of(weight: torch.Tensor) -> torch.device:
+    """The device of passes that read a weight: FSDP2 gathers a sharded one there, also from shares on the host."""
+    device = share(weight).device
+    kind = weight.device_mesh.device_type if isinstance(weight, DTensor) else device.type
+    return device if device.type == kind else torch.device(kind, torch.cuda.current_device())
+
+
+def gathering_device(model: nn.Module) -> torch.device | None:
+    """Where FSDP2 gathers the weights of a model; None if they are not sharded."""
+    return next((device_of(parameter) for parameter in model.parameters() if is_sharded(parameter)), None)
+
+
 def whole(weight: torch.Tensor) -> torch.Tensor:
-    """Gathers a sharded tensor, which all processes must do together; any other tensor as it is."""
-    return weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
+    """Gathers a sharded tensor on its `device_of`, which all processes must do together; any other tensor as it is."""
+    if not isinstance(weight, DTensor):
+        return weight.detach()
+    rows, layout = share(weight).to(device_of(weight)), {"shape": weight.shape, "stride": weight.stride()}
+    return DTensor.from_local(rows, weight.device_mesh, weight.placements, run_check=False, **layout).full_tensor()
+
+
+def move_to_host(model: nn.Module) -> None:
+    """Moves the shares of sharded weights from GPUs to pinned memory of the host, and frees what they took.
+
+    FSDP2's offloading expects them there in the first forward.
+    """
+    for parameter in model.parameters():
+        if is_sharded(parameter) and parameter.is_cuda:
+            moved = DTensor(share(parameter).cpu().pin_memory(), parameter._spec, requires_grad=False)
+            torch.utils.swap_tensors(parameter, nn.Parameter(moved, requires_grad=False))
+    torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -8,11 +8,14 @@ that: the converted model differs from the trained one by this rounding, as with
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,7 +25,7 @@ from flatlora.models.starts import ADAPTER, MOVED, load_adapter, lora_layers, mo
 from flatlora.perturb.layers import has_standard_forward
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.files import write_folder, write_json
-from flatlora.utils.shards import holding, whole
+from flatlora.utils.shards import device_of, holding, is_sharded, whole
 
 
 class ComputedStart(Lora):
@@ -88,7 +91,8 @@ class ComputedStart(Lora):
                 f"The adapter of {config.method} fits the untouched backbone only after its initial adapter is "
                 "subtracted, which was not kept: pass Start(folder=...) to apply() and save()."
             )
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start.folder))
+        with _beside_gathered_weights():
+            model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start.folder))
         add_trained_modules(model, folder)
 
     @staticmethod
@@ -114,6 +118,24 @@ class LayerwiseStart(ComputedStart):
     def initialize(self, layer: LoraLayer, config: LoraMethodConfig) -> None:
         """Set the factors of one layer; its weight may be changed."""
         raise NotImplementedError
+
+
+@contextlib.contextmanager
+def _beside_gathered_weights() -> Iterator[None]:
+    """Lets PEFT add factors to layers where FSDP2 gathers their weights; the shares of these may be on the host."""
+    of_peft = BaseTunerLayer._move_adapter_to_device_of_base_layer
+
+    def move(self: BaseTunerLayer, adapter_name: str, device: torch.device | None = None) -> None:
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if device is None and weight is not None and is_sharded(weight):
+            device = device_of(weight)
+        of_peft(self, adapter_name, device)
+
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = move
+    try:
+        yield
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = of_peft
 
 
 def add_trained_modules(model: nn.Module, folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import Lora, LoraMethodConfig
 from flatlora.methods.base import ADAPTERS, Start
-from flatlora.utils.shards import holding, is_sharded, whole
+from flatlora.utils.shards import device_of, holding, is_sharded, whole
 
 
 class DoraConfig(LoraMethodConfig):
@@ -43,8 +43,12 @@ def _magnitudes_of_whole_weights() -> Iterator[None]:
 
     def update_layer(self: DoraLinearLayer, *, base_layer: nn.Module, **kwargs: Any) -> None:
         weight = base_layer.weight
-        with holding(base_layer, whole(weight) if is_sharded(weight) else None):
+        if not is_sharded(weight):
             of_peft(self, base_layer=base_layer, **kwargs)
+            return
+        factors = {name: kwargs.pop(name).to(device_of(weight)) for name in ("lora_A", "lora_B")}
+        with holding(base_layer, whole(weight)):
+            of_peft(self, base_layer=base_layer, **factors, **kwargs)
 
     DoraLinearLayer.update_layer = update_layer
     try:

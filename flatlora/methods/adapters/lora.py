@@ -26,6 +26,7 @@ from flatlora.methods.base import ADAPTERS, AdapterMethod, Start
 from flatlora.models.fit import is_text_classifier
 from flatlora.models.initial_adapters import add_whole_layers, load_initial_adapter
 from flatlora.utils.errors import ConfigError, SettingError, nearest
+from flatlora.utils.shards import device_of, gathering_device
 
 _EXCLUDED = ("lm_head", "embed_tokens", "classifier", "score")  # as in the published find_all_linear_modules
 # Names of attention's projections in different models.
@@ -141,9 +142,10 @@ class LowRank(AdapterMethod):
         self.check(model, config)
         with seeded(start.seed, model):  # A depends only on the seed, not on earlier draws
             adapted = get_peft_model(model, self.peft_config(model, config))
+        device = gathering_device(model)  # PEFT has placed the factors beside weights, whose shares may be on the host
         for parameter in adapted.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(device, torch.float32)
         if start.init_from is not None:
             load_initial_adapter(adapted, start.init_from)
         return adapted
@@ -241,8 +243,8 @@ def reads_images(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def seeded(seed: int, model: nn.Module) -> Iterator[None]:
     """Seed the global generators of the host and of the model's devices, and restore them afterwards."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+    devices = {device_of(parameter) for parameter in model.parameters()}
+    with torch.random.fork_rng(devices=sorted((each for each in devices if each.type == "cuda"), key=str)):
         torch.manual_seed(seed)
         yield
 

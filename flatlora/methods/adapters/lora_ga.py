@@ -30,6 +30,7 @@ from flatlora.methods.adapters.computed_start import ComputedStart
 from flatlora.methods.adapters.lora import LoraMethodConfig, find_targets, rank_of, rank_setting, seeded
 from flatlora.methods.base import ADAPTERS, Start
 from flatlora.models.starts import lora_layers
+from flatlora.utils.shards import device_of
 
 
 class LoraGaConfig(LoraMethodConfig):
@@ -119,7 +120,7 @@ def mean_gradients(
         batches: the same on every process; each computes its share of them.
     """
     totals = {
-        name: torch.zeros(_rows_and_columns(layer), device=layer.weight.device, dtype=torch.float32)
+        name: torch.zeros(_rows_and_columns(layer), device=device_of(layer.weight), dtype=torch.float32)
         for name, layer in layers.items()
     }
     training, count = model.training, 0

@@ -25,6 +25,7 @@ from flatlora.config.settings import setting
 from flatlora.methods.adapters.lora import seeded
 from flatlora.methods.base import REGULARIZERS, Regularizer, RhoMethod, Strength
 from flatlora.utils.errors import SettingError
+from flatlora.utils.shards import gathering_device
 
 ASCENT = "ascent"  # name of the second adapter
 
@@ -63,9 +64,10 @@ class BiLora(RhoMethod):
         )
         with seeded(seed + 1, model):
             PeftModel.add_adapter(model, ASCENT, plain)  # a classifier's own method would add a second head too
+        device = gathering_device(model)
         for name, parameter in model.named_parameters():
             if f".{ASCENT}." in name:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(device, torch.float32)
         model.base_model.set_adapter(["default", ASCENT])
 
     def regularizer(self, model: nn.Module, config: BiLoraConfig, seed: int) -> Regularizer:

@@ -71,7 +71,8 @@ class Flat(RhoMethod):
         if not experiment.regularized:
             return
         if experiment.trainer.fsdp:
-            for key, message in errors_if_sharded(rho.mode, rho.scale, rho.per_rank, prefix="rho.").items():
+            settings = {"offload": experiment.trainer.offload, "prefix": "rho."}
+            for key, message in errors_if_sharded(rho.mode, rho.scale, rho.per_rank, **settings).items():
                 yield SettingError(("trainer.fsdp", f"rho.{key}"), message)
         if experiment.resume and rho.mode == "inplace":
             yield SettingError(

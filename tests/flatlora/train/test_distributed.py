@@ -1,5 +1,6 @@
 """Several processes over gloo: ZeRO-2 in FP32, one answer for all, what ends when one dies, and preemption."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import run_exp
 from flatlora.config.sections import TrainerConfig
@@ -234,6 +236,33 @@ def test_processes_share_the_physical_cores(monkeypatch, cores, threads):
     assert os.environ["OMP_NUM_THREADS"] == threads
 
 
+@pytest.mark.parametrize(
+    ("exit_code", "returned", "said"),
+    [
+        (
+            -signal.SIGABRT,
+            1,
+            "SIGABRT (NCCL ends it like this if another process has not answered for trainer.timeout_s=",
+        ),
+        (-signal.SIGKILL, 1, "SIGKILL (the system ends it like this if memory runs out). The others were ended too"),
+        (-signal.SIGSEGV, 1, "SIGSEGV. The others were ended too; the same command with resume=true goes on"),
+        (2, 2, None),  # it has said why
+    ],
+)
+def test_a_process_that_a_signal_ended_is_named(monkeypatch, capsys, exit_code, returned, said):
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=exit_code, error_file="none")
+
+    def fail(*words):
+        raise ChildFailedError("run_exp.py", {1: failure})
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: fail)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
+    experiment = run_exp.experiment_of(["trainer=ddp", "trainer.device=cpu", "trainer.gpus=2"])
+    assert distributed.launch(experiment, PROJECT / "run_exp.py", []) == returned
+    reported = capsys.readouterr().err
+    assert said is None if not reported else reported.startswith(f"Process 1 of the run was ended by {said}")
+
+
 def test_more_gpus_than_there_are_are_refused_before_a_process_is_started(settings):
     words = [word for word in settings if word != "trainer.device=cpu"]
     asked = fork(["trainer=ddp", "trainer.gpus=3", *words])
@@ -276,7 +305,7 @@ def test_other_starters_start_zero2_as_torchrun_does(settings, starter):
         (["trainer=zero2", "peft=lora_pro"], "Invalid trainer=zero2 with peft=lora_pro: this method reads the whole"),
         (["trainer=zero2", "rho=sam"], "Invalid trainer=zero2 with rho=sam: this method reads the whole"),
         (["trainer=zero2", "optim.optimizer=adamw_8bit"], "Invalid optim.optimizer=adamw_8bit with trainer=zero2"),
-        (["trainer=ddp", "trainer.offload=true"], "Invalid trainer.offload=true with trainer.zero=0"),
+        (["trainer=ddp", "trainer.offload=true"], "Invalid trainer.offload=true with trainer=ddp: ZeRO's optimizer"),
         (["trainer=single", "trainer.gpus=2"], "Invalid trainer.gpus=2 with trainer=single: it runs one process"),
     ],
 )
@@ -368,6 +397,22 @@ def test_errors_of_lost_connections_alone_are_named_so(monkeypatch, error, proce
     else:
         assert f"rank 0 lost another process of the run ({lost}): it ended" in str(named)
         assert named.__cause__ is error
+
+
+def test_a_process_that_is_lost_before_the_run_begins_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for error, named in (
+        (RuntimeError("[/x/gloo/a.cc:1] Connection closed by peer"), True),
+        (RuntimeError("other"), False),
+    ):
+
+        def fail(*words, error=error):
+            raise error
+
+        monkeypatch.setattr("flatlora.experiment.launch.run", fail)
+        with contextlib.nullcontext() if named else pytest.raises(RuntimeError, match="other"):
+            assert run_exp.main(["trainer=ddp", "trainer.device=cpu"]) == 1
+        assert ("rank 0 lost another process of the run (Connection closed" in capsys.readouterr().err) == named
 
 
 def lose_rank_one(words):

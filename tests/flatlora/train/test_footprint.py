@@ -99,12 +99,12 @@ def test_llama_on_a_gpu_had_this_peak(shape, kernels):
         assert planned.peak(mode) / GIB == pytest.approx(measured[name]["peak_gib"], rel=0.02)
 
 
-def of_each_process(report, tokens):
+def of_each_process(report, tokens, **options):
     """The planned memory of each of two processes that share the weights, for micro-batches of joined rows."""
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(LlamaConfig(**report["model"]))
     return llama(1, tokens, kernels=True, **report["model"]).shared(
-        2, planning.gathered_bytes(skeleton, torch.bfloat16)
+        2, planning.gathered_bytes(skeleton, torch.bfloat16), **options
     )
 
 
@@ -118,6 +118,16 @@ def test_processes_that_shared_the_weights_had_this_peak():
     planned = of_each_process(report, 16384)
     assert planned.peak("copy") / GIB == pytest.approx(measured["fsdp"], rel=0.01)
     assert planned.peak("recompute") / GIB == pytest.approx(measured["fsdp, recompute"], rel=0.01)
+
+
+@pytest.mark.extra
+def test_processes_with_their_shares_on_the_host_had_this_peak():
+    report = json.loads((BENCH / "processes_offload.json").read_text())
+    run = report["runs"]["fsdp, offload"]
+    assert "micro-batches of up to 16384 tokens" in run["kernels"]
+    planned = of_each_process(report, 16384, offload=True)
+    assert planned.peak("recompute") / GIB == pytest.approx(run["peak_gpu_gib"], rel=0.01)
+    assert planned.start / GIB == pytest.approx(6.28, rel=0.01)  # half of the weights
 
 
 @pytest.mark.extra
@@ -210,6 +220,11 @@ def test_shares_of_weights_are_planned_for_a_number_of_processes(planned, monkey
         assert planned(*words, f"trainer.gpus={count}")[0] == 0
     monkeypatch.setattr(planning, "gathered_bytes", lambda skeleton, dtype: 10**9)
     assert planned(*words, "trainer.gpus=2")[0] == 0
+    assert planned(*words, "trainer.gpus=2", "trainer.offload=true", "trainer.device=auto")[0] == 0
+    on_host = shown.pop()
+    assert on_host.modes == ("off", "recompute")
+    assert on_host.memory[1024].backbone == 10**9
+    assert on_host.start * GIB == pytest.approx(shown[2].memory[1024].backbone - 10**9)
     two, four, more = (plan.memory[1024] for plan in shown)
     assert two.copy == pytest.approx(2 * four.copy, rel=1e-3)
     assert two.backbone > four.backbone

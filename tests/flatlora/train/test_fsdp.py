@@ -1,6 +1,7 @@
 """trainer=fsdp: the bits of W + ε, losses, adapters and hashes are those of processes with whole weights."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import run_exp
 from flatlora.experiment import prepare
@@ -95,11 +97,11 @@ def compare_and_train(words: list[str]) -> int:
     return compare_perturbed_weights(words) or run_exp.main(words)
 
 
-def train(count, words, trainer="fsdp", entry=None):
+def train(count, words, trainer="fsdp", entry=None, **environment):
     if count == 1:
         assert run_exp.main(words) == 0
     else:
-        end_well(*fork_ranks(count, [f"trainer={trainer}", *words], entry=entry), seconds=120)
+        end_well(*fork_ranks(count, [f"trainer={trainer}", *words], entry=entry, **environment), seconds=120)
     return run_folder(words)
 
 
@@ -228,6 +230,48 @@ def test_a_killed_run_goes_on(settings, before, after, trainer, words):  # noqa:
     assert_same(undisturbed, folder)
 
 
+def share_one_gpu(words: list[str]) -> int:
+    """`run_exp.main` in processes that have the first GPU together, where NCCL would refuse them."""
+    os.environ["LOCAL_RANK"] = "0"
+    PartialState(backend="gloo")
+    DTensor.full_tensor = gathered_on_the_host  # torch's crashes with gloo and tensors on a GPU
+    return run_exp.main(words)
+
+
+def gathered_on_the_host(weight: DTensor) -> torch.Tensor:
+    parts = [torch.empty(0)] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, weight.detach()._local_tensor.cpu())
+    return torch.cat(parts).to(weight.device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rho=off"],
+        PUBLISHED_RHO["recompute"],
+        [*RECOMPUTE, *CHECKPOINTED, *HALF],
+        [*RECOMPUTE, "rho.every=2", *EVAL],
+        *([f"peft={peft}", *PUBLISHED_RHO["recompute"]] for peft in ("dora", "pissa", "lora_ga", "lora_pro")),
+        *(PUBLISHED_RHO[name] for name in ("sam", "bi_lora")),
+    ],
+    ids=" ".join,
+)
+def test_shares_on_the_host_change_no_bit(settings, words):  # noqa: F811
+    kept = without(settings, [*words, "trainer.device=", "trainer="])
+    kept = [*kept[:-1], "trainer.device=cuda", kept[-1]]
+    on_gpu, on_host = named(kept, words, "gpu"), named(kept, words, "host")
+    options = {"entry": share_one_gpu, "CUDA_VISIBLE_DEVICES": "0"}
+    folders = train(2, on_gpu, "fsdp", **options), train(2, on_host, "fsdp_offload", **options)
+    assert metrics_rows(folders[0]) == metrics_rows(folders[1])
+    assert adapter_bytes(folders[0]) == adapter_bytes(folders[1])
+    records = [record_of(folder) for folder in folders]
+    assert records[0]["backbone_sha256"] == records[1]["backbone_sha256"]
+    for key in ("perturbation", "kernels"):
+        assert records[0][key] == records[1][key]
+
+
 SHARDED_PEFT = {"lora", "rslora", "lora_plus", "lora_fa", "lora_pro", "lora_ga", "dora", "pissa", "olora"}
 SHARDED_RHO = {"off", "flat", "sam", "look_sam", "esam", "rwp_lora", "bi_lora", "nbar", "obar", "rop"}
 
@@ -251,6 +295,8 @@ def test_every_other_pair_is_refused_by_name():
         (["model.quantize=nf4"], "Invalid trainer=fsdp with model.quantize=nf4: packed weights have no rows"),
         (["eval=[gsm8k]"], "Invalid trainer=fsdp with eval=[gsm8k]: one process scores"),
         (["trainer.zero=2"], "Invalid trainer.fsdp=true with trainer.zero=2: each shards in its own way"),
+        (["rho=flat", "rho.mode=copy", "trainer.offload=true"], "Invalid rho.mode=copy with weights that FSDP2 keeps"),
+        (["trainer.offload=true", "trainer.device=cpu"], "Invalid trainer=fsdp with trainer.device=cpu: its weights"),
         (["rho=flat", "rho.mode=inplace"], "Invalid rho.mode=inplace with weights that FSDP2 shards"),
         (["rho=flat", "rho.scale=iid"], "Invalid rho.scale=iid with weights that FSDP2 shards"),
         (["rho=flat", "rho.per_rank=true"], "Invalid rho.per_rank=true with rho.mode=auto and weights"),
@@ -274,6 +320,16 @@ def test_a_cpu_beside_gpus_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     experiment = run_exp.experiment_of(["trainer=fsdp", "eval=[]", "trainer.device=cpu"])
     with pytest.raises(ConfigError, match="set CUDA_VISIBLE_DEVICES= to hide them"):
+        distributed.check_launch(experiment)
+
+
+@pytest.mark.parametrize(("processes", "gpus"), [("1", 2), ("2", 0)])
+def test_shares_on_the_host_need_several_processes_and_gpus(monkeypatch, processes, gpus):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    experiment = run_exp.experiment_of(["trainer=fsdp_offload", "eval=[]"])
+    with pytest.raises(ConfigError, match=rf"Invalid trainer.offload=true with {processes} process.* and {gpus} GPUs"):
         distributed.check_launch(experiment)
 
 
