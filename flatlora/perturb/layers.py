@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ class PerturbedLayer:
             mode=inplace cannot give them.
         multiplies: whether W' = W ⊙ (1 + Σ s·B·A), as in HiRA, whose branch reads W besides the layer's own forward.
         first_row: index of the first row in the whole layer, for a process's share of a sharded one; see `own_rows`.
-        runs_on: `device`, that of passes through the layer; None takes that of the weight (`shards.device_of`).
+        runs_on: the device of passes through the layer; None takes that of the weight, see `device`.
     """
 
     name: str
@@ -66,12 +66,11 @@ class PerturbedLayer:
     tied_to: Sequence[str] = ()
     multiplies: bool = False
     first_row: int = 0
-    runs_on: InitVar[torch.device | None] = None
-    device: torch.device = field(init=False)
+    runs_on: torch.device | None = None
     weight: nn.Parameter = field(init=False)
     squared_norms: torch.Tensor | None = field(init=False, default=None)
 
-    def __post_init__(self, runs_on: torch.device | None) -> None:
+    def __post_init__(self) -> None:
         if not isinstance(self.module, PERTURBED_TYPES):
             raise TypeError(
                 f"Invalid layer {self.name}={type(self.module).__name__}: a perturbed layer must be nn.Linear, "
@@ -84,7 +83,6 @@ class PerturbedLayer:
                 "torch.nn.utils.parametrize.remove_parametrizations, or remove the layer from the targets."
             )
         self.weight = self.module.weight
-        self.device = device_of(self.weight) if runs_on is None else runs_on
         if isinstance(self.module, nn.Conv2d):
             self._validate_like_a_matrix()
         if not self.weight.is_floating_point() and not self.quantized:
@@ -118,9 +116,14 @@ class PerturbedLayer:
         return getattr(self.weight, "quant_state", None) is not None
 
     @property
+    def device(self) -> torch.device:
+        """The device of passes through the layer; a share of the weight may be on the host."""
+        return self.runs_on or device_of(self.weight)
+
+    @property
     def offloaded(self) -> bool:
         """Whether a GPU computes with the weight, and FSDP2 keeps it, or this process's share of it, on the host."""
-        return share(self.weight).is_cpu and self.device.type == "cuda"
+        return self.device.type == "cuda" and share(self.weight).is_cpu
 
     @property
     def elsewhere(self) -> str | None:

@@ -32,8 +32,9 @@ def first_row(weight: DTensor) -> int:
 
 def device_of(weight: torch.Tensor) -> torch.device:
     """The device of passes that read a weight: FSDP2 gathers a sharded one there, also from shares on the host."""
-    device = share(weight).device
-    kind = weight.device_mesh.device_type if isinstance(weight, DTensor) else device.type
+    if not isinstance(weight, DTensor):
+        return weight.device
+    device, kind = weight._local_tensor.device, weight.device_mesh.device_type
     return device if device.type == kind else torch.device(kind, torch.cuda.current_device())
 
 

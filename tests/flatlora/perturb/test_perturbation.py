@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -857,8 +856,9 @@ def test_weights_that_are_elsewhere_are_rejected():
 
 
 def test_layers_on_several_devices_are_rejected():
-    layers = [PerturbedLayer(name, nn.Linear(20, 6).requires_grad_(False)) for name in ("a", "b")]
-    on_gpu = {"device": torch.device("cuda:1"), "requires_grad": False, "is_meta": False, "numel": lambda: 120}
-    layers[1].weight = SimpleNamespace(**on_gpu)
+    layers = [
+        PerturbedLayer(name, nn.Linear(20, 6).requires_grad_(False), runs_on=device)
+        for name, device in (("a", None), ("b", torch.device("cuda:1")))
+    ]
     with pytest.raises(ValueError, match=r"on 2 devices \(cpu, cuda:1\).*without device_map='auto'.*DDP or ZeRO-2"):
         perturb(layers)
