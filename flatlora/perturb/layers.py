@@ -123,6 +123,8 @@ class PerturbedLayer:
     @property
     def offloaded(self) -> bool:
         """Whether a GPU computes with the weight, and FSDP2 keeps it, or this process's share of it, on the host."""
+        if self.runs_on is None and not isinstance(self.weight, DTensor):
+            return False
         return self.device.type == "cuda" and share(self.weight).is_cpu
 
     @property
