@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 # Functions import what takes seconds to import: the process that only hands tests to workers reads this file, too, and
 # no worker starts before it has.
 
-gc.disable()  # what is imported and collected stays: looking through it again and again would find nothing
-
 TINY_SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -34,13 +32,17 @@ TINY_SHAPE = {
 }
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # each run collects garbage, and need not look through a million objects that stay
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    gc.disable()  # what is imported and collected stays: looking through it again and again would find nothing
+    try:
+        return (yield)
+    finally:
+        gc.freeze()  # each run collects garbage, and need not look through a million objects that stay
+        gc.enable()
 
 
 def pytest_unconfigure() -> None:
-    gc.enable()
     gc.unfreeze()  # libraries that look for leaks when the interpreter ends would find what is frozen
 
 

@@ -376,7 +376,8 @@ def compose_config(conf_dir: Path, words: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(errors) from error
 
 
-_bases: dict[tuple[Path, tuple[str, ...]], DictConfig] | None = None  # configurations without a command line's values
+# Configurations without the values of a command line, by the folders of option files and what chooses among these.
+_bases: dict[tuple[tuple[Path, ...], tuple[str, ...]], DictConfig] | None = None
 
 
 @contextlib.contextmanager
@@ -398,12 +399,12 @@ def _composed(folders: Sequence[Path], words: Sequence[str]) -> DictConfig:
     `folders` are those of option files, the suite's first.
     """
     overrides = _parse_all(words)
-    values = [one for one in overrides if _sets_value(folders, one)]
-    options = [one for one in overrides if one not in values]
-    if not all(one.is_hydra_override() or _chooses_option(one) for one in options):
+    values = [override for override in overrides if _sets_value(folders, override)]
+    options = [override for override in overrides if override not in values]
+    if not all(override.is_hydra_override() or _chooses_option(override) for override in options):
         return compose("config", overrides=list(words))
-    chosen = tuple(one.input_line for one in options)
-    key = (folders[0].resolve(), chosen)
+    chosen = tuple(override.input_line for override in options)
+    key = (tuple(folder.resolve() for folder in folders), chosen)
     if key not in _bases:
         _bases[key] = compose("config", overrides=list(chosen))
     composed = copy.deepcopy(_bases[key])

@@ -257,12 +257,12 @@ def _kinds_table(plan: Plan, experiment: Experiment) -> Table:
     table.add_row("activations", *[f"{rest:.2f}"] * len(plan.modes))
     table.add_row("all", *(f"{plan.peak(size, mode):.2f}" for mode in plan.modes), style="bold")
     if plan.start:
-        table.add_row("before the first step", *[f"{plan.start:.2f}"] * len(plan.modes))
+        table.add_row("weights, before the first step", *[f"{plan.start:.2f}"] * len(plan.modes))
     return table
 
 
 def _cards_table(plan: Plan, experiment: Experiment) -> Table:
-    table = Table(title=f"largest micro-batch that fits, in {plan.unit}, and GiB at its peak", title_justify="left")
+    table = Table(title=f"largest micro-batch that fits, in {plan.unit}, and GiB that it needs", title_justify="left")
     table.add_column("GPU", no_wrap=True)
     for mode in plan.modes:
         table.add_column(mode if mode == "off" else f"flat, {mode}", justify="right")

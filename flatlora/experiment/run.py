@@ -284,7 +284,8 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> MemoryError:
     first = str(error).strip().partition("\n")[0]
     return MemoryError(
         f"{first} A smaller trainer.micro_batch_size or trainer.micro_batch_tokens, "
-        "trainer.gradient_checkpointing=true and rho.mode=recompute need less; trainer=fsdp divides the weights."
+        "trainer.gradient_checkpointing=true and rho.mode=recompute need less; trainer=fsdp divides the weights, and "
+        "fsdp_offload keeps them on the host."
     )
 
 

@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flatlora.fused.cross_entropy import forward_without_logits, has_frozen_linear_head
 from flatlora.utils.errors import reason_of
 from flatlora.utils.labels import IGNORED_LABEL
-from flatlora.utils.shards import call_as_forward, reshard
+from flatlora.utils.shards import call_as_forward, device_of, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def reason_against(
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:
-        device = next(base.parameters()).device
+        device = device_of(next(base.parameters()))
         given = {name: tensor.to(device) for name, tensor in batch.items()}
         loss = call_as_forward(base, padded, **given, use_cache=False).loss
         base.training = True  # layers, such as dropout, stay in evaluation mode

@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 
 from flatlora.fused.packing import attends_to_all_before, reason_against
 from flatlora.utils.labels import IGNORED_LABEL
+from flatlora.utils.shards import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def allow_joined_rows(base: nn.Module) -> list[str]:
     if getattr(config, "attention_dropout", 0):
         return []
     base.joins_rows = True
-    device = next(base.parameters()).device
+    device = device_of(next(base.parameters()))
     if reason := reason_against(base, base.forward, lambda batch: base(**moved(pack(batch, MOST_TOKENS)[0], device))):
         base.joins_rows = False
         logger.warning("The rows of %s stay padded: %s.", type(base).__name__, reason)

@@ -128,7 +128,8 @@ class TextToImageModel(nn.Module):
             prompt_embeds, pooled = embed(encoders, (input_ids, input_ids_2))
         keep = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = keep.sqrt() * latents + (1 - keep).sqrt() * noise
-        dtype = next(self.unet.parameters()).dtype  # unet.dtype looks through all modules first, in every step
+        # unet.dtype looks through all modules first, in every step
+        dtype = next(p.dtype for p in self.unet.parameters() if p.is_floating_point())
         predicted = self.unet(
             noisy.to(dtype),
             timesteps,

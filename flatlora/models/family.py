@@ -38,7 +38,7 @@ class LoadOptions:
         autocast: value of the setting trainer.autocast: auto, bfloat16 or none.
         head_seed: seed of the layers of a text classifier's head that are not in the files; None: all are there.
         shards: number of processes that share the weights, as trainer.fsdp has it; each reads its rows alone.
-        offload: whether they are to keep their shares in host memory, see `flatlora.utils.shards.move_to_host`.
+        offload: whether two or more of them keep their shares in host memory, see `flatlora.utils.shards.move_to_host`.
     """
 
     device: torch.device

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flatlora.perturb.layers import find_lora_layers
+from flatlora.perturb.layers import PerturbedLayer, find_lora_layers
 from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.utils.precision import bf16_support, cpu_features, slow_bf16_warning
 
@@ -59,7 +59,7 @@ class FlatLoraCallback(TrainerCallback):
                 f"FlatLoraCallback found no LoRA layer in {type(model).__name__}: wrap the model with "
                 "peft.get_peft_model(model, LoraConfig(...)) before you pass it to the Trainer."
             )
-        self._warn_of_slow_products(model, layers[0].weight, args)
+        self._warn_of_slow_products(model, layers[0], args)
         self.close()  # of a training that was interrupted
         self.perturbation = WeightPerturbation(
             layers,
@@ -90,11 +90,12 @@ class FlatLoraCallback(TrainerCallback):
         return args.seed if self.seed is None else self.seed
 
     @staticmethod
-    def _warn_of_slow_products(model: nn.Module, weight: torch.Tensor, args: TrainingArguments) -> None:
+    def _warn_of_slow_products(model: nn.Module, layer: PerturbedLayer, args: TrainingArguments) -> None:
         """Warn if the settings make a CPU without BF16 instructions compute in BF16."""
-        setting = "bf16=True" if args.bf16 else f"dtype={str(weight.dtype).removeprefix('torch.')}"
-        in_bf16 = args.bf16 or weight.dtype == torch.bfloat16
-        if in_bf16 and weight.is_cpu and not bf16_support(cpu_features())[0]:
+        dtype = layer.weight.dtype
+        setting = "bf16=True" if args.bf16 else f"dtype={str(dtype).removeprefix('torch.')}"
+        in_bf16 = args.bf16 or dtype == torch.bfloat16
+        if in_bf16 and layer.device.type == "cpu" and not bf16_support(cpu_features())[0]:
             remedy = "load the backbone with dtype=flatlora.fast_dtype() and set bf16=False in TrainingArguments"
             logger.warning("%s", slow_bf16_warning(model, setting, remedy))
 

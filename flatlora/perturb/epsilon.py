@@ -219,7 +219,7 @@ class DeviceEpsilon:
 
     def write(self, draws: Sequence[Draw], outs: Sequence[torch.Tensor], sign: float = 1.0) -> None:
         self._count(draws[0])
-        weights = [layer.dense() if layer.quantized else layer.weight for layer in self.layers]
+        weights = [layer.dense() if _is_buffered(layer) else layer.weight for layer in self.layers]
         self._pass(range(len(self.layers)), weights, outs).launch(sign)
 
     def set_counter(self, draws: Sequence[Draw]) -> None:

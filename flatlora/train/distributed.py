@@ -103,22 +103,22 @@ def launch(experiment: Experiment, script: Path, words: Sequence[str]) -> int:
     except ChildFailedError as error:
         first, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            message = _ended_by_a_signal(first, -failure.exitcode, machine.timeout_s)
+            message = _ended_by_a_signal(first, failure.signal_name(), machine.timeout_s)
             console.console.print(message, markup=False, soft_wrap=True)
         return max(1, failure.exitcode)
     except SignalException as error:
         return 130 if error.sigval in (signal.SIGINT, signal.SIGQUIT) else 75
 
 
-def _ended_by_a_signal(first: int, number: int, timeout_s: int) -> str:
+def _ended_by_a_signal(first: int, name: str, timeout_s: int) -> str:
     reasons = {
-        signal.SIGABRT: "NCCL ends it like this if another process has not answered for "
+        "SIGABRT": "NCCL ends it like this if another process has not answered for "
         f"trainer.timeout_s={timeout_s}; its own lines above name the operation",
-        signal.SIGKILL: "the system ends it like this if memory runs out",
+        "SIGKILL": "the system ends it like this if memory runs out",
     }
-    reason = f" ({reasons[number]})" if number in reasons else ""
+    reason = f" ({reasons[name]})" if name in reasons else ""
     return (
-        f"Process {first} of the run was ended by {signal.Signals(number).name}{reason}. The others were ended too; "
+        f"Process {first} of the run was ended by {name}{reason}. The others were ended too; "
         "the same command with resume=true goes on from the newest checkpoint."
     )
 
@@ -429,12 +429,17 @@ def check_launch(experiment: Experiment) -> None:
             f"Invalid trainer.device=cpu with trainer={machine.name} on a machine with GPUs: transformers shards the "
             "weights over these; set CUDA_VISIBLE_DEVICES= to hide them."
         )
-    if machine.fsdp and machine.offload and not (processes > 1 and torch.cuda.is_available()):
-        found = f"{processes} process{'es' * (processes > 1)} and {torch.cuda.device_count()} GPUs"
-        errors.append(
-            f"Invalid trainer.offload=true with {found}: FSDP2 keeps the shares of several processes on the host, from "
-            "which it gathers them on their GPUs; use trainer=fsdp, or trainer=single for one process."
-        )
+    if machine.fsdp and machine.offload and "WORLD_SIZE" in os.environ:
+        if processes == 1:
+            errors.append(
+                f"Invalid trainer={machine.name} with one process: FSDP2 keeps shares of several processes on the "
+                "host; start more of them, or use trainer=single."
+            )
+        if not torch.cuda.is_available():
+            errors.append(
+                f"Invalid trainer={machine.name} without a GPU: the weights are on the host in any case; use "
+                "trainer=fsdp."
+            )
     if optimizer := _optimizer_error(experiment):
         errors.append(optimizer)
     errors += _accelerate_errors(machine)

@@ -58,7 +58,8 @@ def move_to_host(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         if is_sharded(parameter) and parameter.is_cuda:
-            moved = DTensor(share(parameter).cpu().pin_memory(), parameter._spec, requires_grad=False)
+            rows = torch.empty_like(share(parameter), device="cpu", pin_memory=True).copy_(share(parameter))
+            moved = DTensor(rows, parameter._spec, requires_grad=False)  # from_local would move them to the GPU again
             torch.utils.swap_tensors(parameter, nn.Parameter(moved, requires_grad=False))
     torch.cuda.empty_cache()
 

@@ -602,7 +602,7 @@ def partners(group, option, folder):
         }.get(option, [])
     if group == "protocol" and option != "none":
         return [f"model={'llama32_3b' if option == 'peft_suite' else 'llama'}", "dataset=meta_math"]
-    if (group, option) == ("trainer", "fsdp"):
+    if group == "trainer" and option.startswith("fsdp"):
         return ["eval=[]"]
     if group == "model" and option in ("causal_lm", "seq2seq"):
         return ["model.hub_id=owner/name"]

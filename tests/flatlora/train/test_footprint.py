@@ -122,12 +122,11 @@ def test_processes_that_shared_the_weights_had_this_peak():
 
 @pytest.mark.extra
 def test_processes_with_their_shares_on_the_host_had_this_peak():
-    report = json.loads((BENCH / "processes_offload.json").read_text())
+    report = json.loads((BENCH / "offload/processes.json").read_text())
     run = report["runs"]["fsdp, offload"]
     assert "micro-batches of up to 16384 tokens" in run["kernels"]
     planned = of_each_process(report, 16384, offload=True)
     assert planned.peak("recompute") / GIB == pytest.approx(run["peak_gpu_gib"], rel=0.01)
-    assert planned.start / GIB == pytest.approx(6.28, rel=0.01)  # half of the weights
 
 
 @pytest.mark.extra

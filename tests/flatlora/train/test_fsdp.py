@@ -25,6 +25,7 @@ from flatlora.perturb.perturbation import WeightPerturbation
 from flatlora.train import checkpoint, distributed
 from flatlora.utils.errors import ConfigError
 from flatlora.utils.precision import Precision, choose_precision
+from flatlora.utils.shards import is_sharded, share
 from tests.conftest import adapter_bytes, metrics_rows, run_folder
 from tests.flatlora.perturb.test_perturbation import tiny_gpt2
 from tests.flatlora.train.test_process_count import (
@@ -235,6 +236,16 @@ def share_one_gpu(words: list[str]) -> int:
     os.environ["LOCAL_RANK"] = "0"
     PartialState(backend="gloo")
     DTensor.full_tensor = gathered_on_the_host  # torch's crashes with gloo and tensors on a GPU
+    plain, offload = loading.load_backbone, "trainer=fsdp_offload" in words
+
+    def load_and_check(*args, **kwargs) -> nn.Module:
+        model = plain(*args, **kwargs)
+        shares = [share(parameter) for parameter in model.parameters() if is_sharded(parameter)]
+        assert shares
+        assert {(rows.is_cpu, rows.is_pinned()) for rows in shares} == {(offload, offload)}
+        return model
+
+    loading.load_backbone = load_and_check
     return run_exp.main(words)
 
 
@@ -251,6 +262,7 @@ def gathered_on_the_host(weight: DTensor) -> torch.Tensor:
     [
         ["rho=off"],
         PUBLISHED_RHO["recompute"],
+        ["rho=flat", "rho.sigma=0.1"],  # auto is copy there, and recompute with shares on the host
         [*RECOMPUTE, *CHECKPOINTED, *HALF],
         [*RECOMPUTE, "rho.every=2", *EVAL],
         *([f"peft={peft}", *PUBLISHED_RHO["recompute"]] for peft in ("dora", "pissa", "lora_ga", "lora_pro")),
@@ -268,8 +280,10 @@ def test_shares_on_the_host_change_no_bit(settings, words):  # noqa: F811
     assert adapter_bytes(folders[0]) == adapter_bytes(folders[1])
     records = [record_of(folder) for folder in folders]
     assert records[0]["backbone_sha256"] == records[1]["backbone_sha256"]
-    for key in ("perturbation", "kernels"):
-        assert records[0][key] == records[1][key]
+    assert records[0]["kernels"] == records[1]["kernels"]
+    noise = [record["perturbation"] or {} for record in records]
+    assert noise[1].get("mode") in (None, "recompute")
+    assert noise[0] | {"mode": None} == noise[1] | {"mode": None}
 
 
 SHARDED_PEFT = {"lora", "rslora", "lora_plus", "lora_fa", "lora_pro", "lora_ga", "dora", "pissa", "olora"}
@@ -323,14 +337,23 @@ def test_a_cpu_beside_gpus_is_refused(monkeypatch):
         distributed.check_launch(experiment)
 
 
-@pytest.mark.parametrize(("processes", "gpus"), [("1", 2), ("2", 0)])
-def test_shares_on_the_host_need_several_processes_and_gpus(monkeypatch, processes, gpus):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    experiment = run_exp.experiment_of(["trainer=fsdp_offload", "eval=[]"])
-    with pytest.raises(ConfigError, match=rf"Invalid trainer.offload=true with {processes} process.* and {gpus} GPUs"):
-        distributed.check_launch(experiment)
+@pytest.mark.parametrize(
+    ("processes", "gpu", "message"),
+    [
+        ("1", True, "Invalid trainer=fsdp_offload with one process: FSDP2 keeps shares"),
+        ("2", False, "Invalid trainer=fsdp_offload without a GPU: the weights are on the host in any case"),
+        (None, False, "Invalid trainer=fsdp_offload without processes: set trainer.gpus=N"),
+    ],
+)
+def test_shares_on_the_host_need_several_processes_and_gpus(monkeypatch, processes, gpu, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(ConfigError) as caught:
+        distributed.check_launch(run_exp.experiment_of(["trainer=fsdp_offload", "eval=[]"]))
+    (error,) = caught.value.errors
+    assert error.startswith(message)
 
 
 def test_tied_weights_are_refused_unless_they_are_recomputed(monkeypatch):
