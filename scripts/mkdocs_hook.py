@@ -23,7 +23,7 @@ PATTERNS = (
     "LICENSE",
     "results/*.yaml",
     "results/*.csv",
-    "results/bench/*",
+    "results/bench/**/*",
     "results/study/README.md",
     "results/tables/*",
 )
